@@ -1,0 +1,312 @@
+"""What is asked for: one frozen pydantic model a section, unknown keys refused.
+
+A run is one TOML file plus dotted `--set section.key=value` overrides; the resolved config is written into
+the run directory. Functions take the values they use, not the config. Defaults are the paper's (RLEF A.1, 3.1)
+where it names one.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot run; the message names file, key and remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Section)
+
+
+class RunConfig(Section):
+    dir: str = Field(description="run directory; an existing run in it is resumed")
+    seed: int = 0
+    steps: int = Field(gt=0, description="rollout batches; each gives ppo.updates_per_batch updates")
+    checkpoint_every: int = Field(10, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Hugging Face folder of the instruction-tuned starting point")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    chat_format: Literal["auto", "llama3", "chatml"] = "auto"
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class ParallelConfig(Section):
+    """World size = tensor x pipeline x data. Words are Megatron's."""
+
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    data_parallel_size: int = Field(1, gt=0)
+    sequence_parallel: bool = False
+    processes_per_node: int = Field(8, gt=0)
+
+    @property
+    def world_size(self) -> int:
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.data_parallel_size
+        )
+
+
+class DataConfig(Section):
+    """Where problems come from: `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, or a JSONL file."""
+
+    train: str
+    valid: str | None = None
+    test: str | None = None
+
+
+class RolloutConfig(Section):
+    episodes_per_batch: int = Field(1024, gt=0)
+    turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
+    feedback: Literal["true", "none", "random", "private"] = "true"
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(1024, gt=0)
+    max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")
+    engine: Literal["local"] = "local"
+    max_drop_fraction: float = Field(0.05, ge=0, le=1, description="of a batch; above it the run stops")
+
+
+class JudgeConfig(Section):
+    workers: int = Field(1, gt=0, description="sandbox workers a process")
+    isolation: Literal["default", "minimal"] = "default"
+
+
+class PPOConfig(Section):
+    """RLEF 2.2 and A.1. The ablations are `token_level_value`, `beta = 0`, `rollout.turns = 1` and
+    `rollout.feedback = "none"`."""
+
+    beta: float = Field(0.05, ge=0, description="weight of the KL penalty in the reward; 0 switches it off")
+    gamma: float = Field(1.0, ge=0, le=1)
+    clip_eps: float = Field(0.2, gt=0)
+    clip_alpha: float = Field(0.2, gt=0)
+    invalid_code_penalty: float = Field(-0.2, le=0)
+    penalize_invalid_last_turn: bool = Field(
+        False, description="adds the penalty to the -1 of a last turn without valid code (paper: silent)"
+    )
+    updates_per_batch: int = Field(4, gt=0)
+    normalize_advantages: bool = True
+    token_level_value: bool = Field(False, description="RLEF B.6: a value a response token")
+    critic_warmup_steps: int = Field(0, ge=0, description="batches that train the critic alone")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(2e-7, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+    warmup_updates: int = Field(50, ge=0)
+    decay_start_update: int | None = Field(None, description="None: constant after the warm-up")
+    decay_updates: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class LearnerConfig(Section):
+    microbatch_tokens: int = Field(8192, gt=0, description="token budget of a packed micro-batch")
+    policy: OptimizerConfig = OptimizerConfig()
+    critic: OptimizerConfig = OptimizerConfig()
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations on data.valid; 0: never")
+    problems: int = Field(100, gt=0, description="how many of data.valid")
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class GuardConfig(Section):
+    """When a run stops by itself rather than waste the machine."""
+
+    max_logprob_gap: float = Field(1.0, gt=0, description="max |log-prob(engine) - log-prob(trainer)|")
+    mean_logprob_gap: float = Field(0.05, gt=0)
+    max_invalid_fraction: float = Field(
+        0.5, gt=0, le=1, description="of turns without valid code, over the last guard.window steps"
+    )
+    window: int = Field(3, gt=0)
+
+
+class TrackConfig(Section):
+    """metrics.jsonl is always written; these are switches on top."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+class TrainConfig(Section):
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    judge: JudgeConfig = JudgeConfig()
+    ppo: PPOConfig = PPOConfig()
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    guard: GuardConfig = GuardConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def batch_arithmetic(self) -> Self:
+        episodes, updates = self.rollout.episodes_per_batch, self.ppo.updates_per_batch
+        if episodes % updates:
+            raise ValueError(
+                f"rollout.episodes_per_batch = {episodes} does not divide into "
+                f"ppo.updates_per_batch = {updates} equal updates"
+            )
+        data_parallel = self.parallel.data_parallel_size
+        if (episodes // updates) % data_parallel:
+            raise ValueError(
+                f"an update of {episodes // updates} episodes does not divide over "
+                f"parallel.data_parallel_size = {data_parallel}"
+            )
+        if self.rollout.max_new_tokens >= self.rollout.max_context:
+            raise ValueError("rollout.max_new_tokens must be below rollout.max_context")
+        return self
+
+
+class SFTConfig(Section):
+    """The supervised stage that makes a base model from generated dialogues."""
+
+    dir: str
+    seed: int = 0
+    steps: int = Field(gt=0)
+    dialogues_per_step: int = Field(32, gt=0)
+    checkpoint_every: int = Field(200, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    microbatch_tokens: int = Field(4096, gt=0)
+    vocab_size: int = Field(640, gt=0)
+    hidden_size: int = Field(96, gt=0)
+    num_layers: int = Field(3, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    num_key_value_heads: int = Field(2, gt=0)
+    ffn_hidden_size: int = Field(256, gt=0)
+    max_position_embeddings: int = Field(512, gt=0)
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3, warmup_updates=50)
+
+
+def check_layout(
+    *, heads: int, key_value_heads: int, layers: int, vocab_size: int, ffn: int, parallel: ParallelConfig
+) -> None:
+    """Refuse a layout that Megatron would split wrongly or not at all."""
+    tensor, pipeline = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    for what, count in (
+        ("attention heads", heads),
+        ("key-value heads", key_value_heads),
+        ("feed-forward columns", ffn),
+        ("vocabulary entries", vocab_size),
+    ):
+        if count % tensor:
+            raise ConfigError(
+                f"{count} {what} do not divide by parallel.tensor_model_parallel_size = {tensor}; "
+                f"use one of {divisors(count)}"
+            )
+    if layers % pipeline:
+        raise ConfigError(
+            f"{layers} layers do not divide by parallel.pipeline_model_parallel_size = {pipeline}; "
+            f"use one of {divisors(layers)}"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1; switch it off"
+        )
+
+
+def divisors(count: int) -> list[int]:
+    return [n for n in range(1, min(count, 64) + 1) if count % n == 0]
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the name of a recipe that the package brings."""
+    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.toml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+    raise ConfigError(f"no recipe {name!r}: neither a file nor one of {known}")
+
+
+def load_config(path: Path, overrides: Sequence[str], model: type[AnyConfig]) -> AnyConfig:
+    """Read a TOML recipe and apply `a.b=c` overrides (values in TOML syntax; bare words are strings)."""
+    try:
+        tree = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n" + "\n".join(explain(error, model))) from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {override!r}: write it as section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
+    tree[last] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line a fault, with the keys that would have been right."""
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            section = model
+            for part in fault["loc"][:-1]:
+                section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+            lines.append(f"  unknown key {where!r}; known there: {', '.join(section.model_fields)}")
+        else:
+            lines.append(f"  {where or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}")
+    return lines
+
+
+def dump_toml(config: Section) -> str:
+    """The resolved config as TOML, which `load_config` reads back to an equal one."""
+    lines: list[str] = []
+
+    def write(section: dict[str, Any], name: str) -> None:
+        if name:
+            lines.append(f"\n[{name}]")
+        for key, value in section.items():
+            if value is not None and not isinstance(value, dict):
+                lines.append(f"{key} = {toml_value(value)}")
+        for key, value in section.items():
+            if isinstance(value, dict):
+                write(value, f"{name}.{key}" if name else key)
+
+    write(config.model_dump(), "")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def toml_value(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)

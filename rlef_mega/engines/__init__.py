@@ -1,0 +1,38 @@
+"""Engines sample responses. One protocol, so that the trainer does not know which of them it drives."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import torch
+
+from rlef_mega.types import Completion, Sampling
+
+
+class EngineError(RuntimeError):
+    """The engine failed, not the model: the episode is retried, then dropped and counted, never scored."""
+
+
+class Session(Protocol):
+    """One dialogue's place in an engine: keeps its turns together (prefix reuse, lock-step batches)."""
+
+    async def generate(
+        self, token_ids: Sequence[int], sampling: Sampling, seed: int
+    ) -> Completion: ...
+
+
+class Engine(Protocol):
+    """Samples exact token ids from the newest published weights."""
+
+    weight_version: int
+
+    def session(self) -> AbstractAsyncContextManager[Session]:
+        """A dialogue opens one session and holds it until its last response."""
+        ...
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
+        """Take over the weights, under their Hugging Face names. Raises EngineError unless what is served
+        afterwards is exactly what was sent."""
+        ...
