@@ -1,0 +1,151 @@
+"""Each function of the algorithm against numbers worked by hand."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlef_mega import ppo
+
+
+def test_reward_cases_in_the_papers_order():
+    solved = torch.tensor([True, False, False, False, False])
+    valid = torch.tensor([True, True, True, False, False])
+    last = torch.tensor([True, True, False, False, True])
+    rewards = ppo.task_rewards(solved, valid, last, invalid_code_penalty=-0.2)
+    # solved last | failed last | valid middle | invalid middle | invalid last: -1 wins
+    torch.testing.assert_close(rewards, torch.tensor([1.0, -1.0, 0.0, -0.2, -1.0]))
+    both = ppo.task_rewards(
+        solved, valid, last, invalid_code_penalty=-0.2, penalize_invalid_last_turn=True
+    )
+    torch.testing.assert_close(both, torch.tensor([1.0, -1.0, 0.0, -0.2, -1.2]))
+
+
+def test_kl_is_a_mean_over_the_tokens_of_each_turn():
+    policy = torch.tensor([-1.0, -2.0, -3.0, -0.5])
+    reference = torch.tensor([-1.5, -2.5, -5.0, -0.1])
+    kl = ppo.turn_kl(policy, reference, torch.tensor([0, 0, 0, 1]), num_turns=2)
+    # turn 0: (0.5 + 0.5 + 2.0) / 3 = 1; turn 1: -0.4
+    torch.testing.assert_close(kl, torch.tensor([1.0, -0.4]))
+
+
+def test_kl_does_not_grow_with_length():
+    short = ppo.turn_kl(torch.full((2,), -1.0), torch.full((2,), -1.5), torch.zeros(2).long(), 1)
+    long = ppo.turn_kl(torch.full((90,), -1.0), torch.full((90,), -1.5), torch.zeros(90).long(), 1)
+    torch.testing.assert_close(short, long)
+
+
+def test_reward_takes_beta_times_kl_off():
+    rewards = ppo.turn_rewards(torch.tensor([0.0, 1.0]), torch.tensor([0.4, -0.2]), beta=0.05)
+    torch.testing.assert_close(rewards, torch.tensor([-0.02, 1.01]))
+
+
+def test_returns_sum_the_rest_of_the_episode_and_stop_at_its_end():
+    rewards = torch.tensor([-0.2, 0.0, 1.0, -1.0, -0.2, -1.0])
+    episodes = torch.tensor([0, 0, 0, 1, 2, 2])
+    expected = torch.tensor([0.8, 1.0, 1.0, -1.0, -1.2, -1.0])
+    torch.testing.assert_close(ppo.turn_returns(rewards, episodes), expected)
+    halved = ppo.turn_returns(rewards, episodes, gamma=0.5)
+    torch.testing.assert_close(halved, torch.tensor([0.05, 0.5, 1.0, -1.0, -0.7, -1.0]))
+
+
+def test_advantages_are_normalised_over_all_turns():
+    returns, values = torch.tensor([1.0, 1.0, -1.0, 0.0]), torch.tensor([0.0, 0.5, 0.0, -0.5])
+    raw = ppo.turn_advantages(returns, values, normalize=False)
+    torch.testing.assert_close(raw, torch.tensor([1.0, 0.5, -1.0, 0.5]))
+    # mean 0.25; squares 1 + .25 + 1 + .25 = 2.5; variance 2.5/4 - 0.0625 = 0.5625; deviation 0.75
+    normal = ppo.turn_advantages(returns, values)
+    torch.testing.assert_close(normal, torch.tensor([1.0, 1 / 3, -5 / 3, 1 / 3]))
+
+
+def test_equal_advantages_normalise_to_zero_not_to_nan():
+    normal = ppo.turn_advantages(torch.ones(3), torch.zeros(3))
+    torch.testing.assert_close(normal, torch.zeros(3))
+
+
+def test_policy_loss_by_hand():
+    pi, old, behaviour = (
+        torch.tensor([0.5, 0.9, 0.2]).log(),
+        torch.tensor([0.4, 0.5, 0.4]).log(),
+        torch.tensor([0.25, 0.5, 0.25]).log(),
+    )
+    advantages = torch.tensor([2.0, 1.0, -1.0])
+    # r = pi/old * min(pi/pi_b, 1): 1.25 * 1; 1.8 * 1; 0.5 * 0.8 = 0.4
+    # terms: min(2.5, 1.2 * 2) = 2.4; min(1.8, 1.2) = 1.2; min(-0.4, -0.8) = -0.8
+    loss, metrics = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
+    assert loss.item() == pytest.approx(-(2.4 + 1.2 - 0.8) / 3)
+    assert metrics["clip_fraction"].item() == pytest.approx(1.0)
+    assert metrics["ratio"].item() == pytest.approx((1.25 + 1.8 + 0.4) / 3)
+    assert metrics["behaviour_truncated_fraction"].item() == pytest.approx(1 / 3)
+
+
+def test_the_behaviour_factor_passes_no_gradient():
+    logprob = torch.tensor([math.log(0.2)], requires_grad=True)
+    old, behaviour = torch.tensor([math.log(0.2)]), torch.tensor([math.log(0.4)])
+    loss, _ = ppo.policy_loss(logprob, old, behaviour, torch.tensor([1.0]), clip_eps=0.9)
+    loss.backward()
+    # d(-r A)/dlogp = -pi/old * 0.5 * A; with a gradient through the factor it would be twice that
+    assert logprob.grad.item() == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize(("advantage", "logprob", "flows"), [(1, 0.5, False), (-1, 0.5, True)])
+def test_clipping_stops_the_gradient_only_where_the_ratio_already_moved_the_right_way(
+    advantage, logprob, flows
+):
+    logprob = torch.tensor([logprob], requires_grad=True)  # ratio e^0.5 > 1.2
+    zero = torch.zeros(1)
+    # a behaviour policy equal to the current one leaves the factor at 1
+    loss, _ = ppo.policy_loss(
+        logprob, zero, logprob.detach(), torch.tensor([float(advantage)]), clip_eps=0.2
+    )
+    loss.backward()
+    assert (logprob.grad.item() != 0) == flows
+
+
+def test_value_loss_by_hand():
+    values, old = torch.tensor([0.5, 0.0, 1.0]), torch.tensor([0.0, 0.1, 1.0])
+    returns = torch.tensor([1.0, 1.0, -1.0])
+    # clipped values 0.2, 0.0, 1.0: max(.25, .64) = .64; max(1, 1) = 1; max(4, 4) = 4
+    loss, metrics = ppo.value_loss(values, old, returns, clip_alpha=0.2)
+    assert loss.item() == pytest.approx(0.5 * 5.64 / 3)
+    assert metrics["value_clip_fraction"].item() == pytest.approx(1 / 3)
+
+
+def test_losses_of_microbatches_with_a_global_denominator_add_up():
+    generator = torch.Generator().manual_seed(0)
+    pi, old, behaviour, advantages = torch.randn(4, 10, generator=generator)
+    whole, metrics = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
+    parts = [
+        ppo.policy_loss(pi[s], old[s], behaviour[s], advantages[s], clip_eps=0.2, denominator=10)
+        for s in (slice(0, 3), slice(3, 3), slice(3, 10))
+    ]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    for name, value in metrics.items():
+        torch.testing.assert_close(sum(m[name] for _, m in parts), value)
+
+
+NORMALISE_ON_TWO_RANKS = """
+import torch, torch.distributed as dist
+from rlef_mega import ppo
+dist.init_process_group("gloo")
+returns, values = torch.tensor([1.0, 1.0, -1.0, 0.0]), torch.tensor([0.0, 0.5, 0.0, -0.5])
+part = slice(0, 1) if dist.get_rank() == 0 else slice(1, 4)
+mine = ppo.turn_advantages(returns[part], values[part], group=dist.group.WORLD)
+torch.testing.assert_close(mine, torch.tensor([1.0, 1 / 3, -5 / 3, 1 / 3])[part])
+"""
+
+
+def test_advantages_are_normalised_across_ranks(tmp_path):
+    """Uneven parts: averaging each rank's own moments would give another result."""
+    script = tmp_path / "normalise.py"
+    script.write_text(NORMALISE_ON_TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*command, "--nproc-per-node=2", str(script)],
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
