@@ -1,0 +1,182 @@
+"""The softmax statistics of vocabulary shards, and how shards combine: one small all-gather.
+
+A rank that holds the columns [start, start + V) of the logits z reduces each row to four numbers,
+
+    m = max z,    s = sum exp(z - m),    u = sum exp(z - m) (z - m),    z_target (0 where another
+    rank has it),
+
+and from the four numbers of every rank follow the whole row's log-prob and entropy:
+
+    log p(target) = (z_target - m) - log s          entropy = log s - u / s
+
+Both stay accurate for logits of any size, because m is taken off before anything is rounded.
+
+Shape suffixes: T tokens, V vocabulary shard, P the four partial sums, R ranks of the group.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+NUM_PARTIALS = 4
+CPU_CHUNK_ELEMENTS = 2**18  # 1 MiB of fp32 logits: stays in a core's L2 cache
+GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a 128,256-word vocabulary
+
+
+class Softmax(NamedTuple):
+    """What a row of logits leaves behind, over the whole vocabulary."""
+
+    row_max_T: torch.Tensor
+    sum_exp_T: torch.Tensor
+    entropy_T: torch.Tensor
+    logprob_T: torch.Tensor
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def shard_start(shard_size: int, group: ProcessGroup | None) -> int:
+    """The global id of this rank's first column; shards are equal, as Megatron pads them to be."""
+    return 0 if group is None else dist.get_rank(group) * shard_size
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs (gradcheck, truth in tests)."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def chunk_size(vocabulary_size: int, device: torch.device) -> int:
+    """Tokens whose logits are alive at a time."""
+    elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    return max(1, elements // max(1, vocabulary_size))
+
+
+def check_targets(target_T: torch.Tensor, num_tokens: int, vocabulary_size: int) -> None:
+    """ValueError for targets of a wrong shape or type or, on a CPU, out of range.
+
+    On a GPU the range check would stall the stream; there such a target gets a log-prob of NaN
+    (`combine_shards`).
+    """
+    if target_T.shape != (num_tokens,):
+        raise ValueError(
+            f"target_T has shape {tuple(target_T.shape)}, expected ({num_tokens},): "
+            "one target a token"
+        )
+    if target_T.dtype != torch.int64:
+        raise ValueError(f"target_T is {target_T.dtype}; convert it to torch.int64")
+    if target_T.device.type == "cpu" and num_tokens:
+        low, high = (int(bound) for bound in target_T.aminmax())
+        if low < 0 or high >= vocabulary_size:
+            raise ValueError(
+                f"target_T has ids from {low} to {high}, outside [0, {vocabulary_size}), "
+                "the vocabulary over all shards; leave out masked tokens before the call"
+            )
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature is {temperature}, must be above 0; for greedy scoring use 1.0"
+        )
+
+
+def combine_shards(
+    partials_TP: torch.Tensor,
+    target_T: torch.Tensor,
+    vocabulary_size: int,
+    group: ProcessGroup | None,
+) -> Softmax:
+    """Log-prob, entropy, and what the backward pass needs, from the partial sums of all ranks."""
+    if group_size(group) > 1:
+        partials_TP = reduce_partials(partials_TP, group)
+    row_max_T, sum_exp_T, weighted_T, target_logit_T = partials_TP.unbind(-1)
+    log_sum_T = sum_exp_T.log()
+    entropy_T = log_sum_T - weighted_T / sum_exp_T
+    logprob_T = (target_logit_T - row_max_T) - log_sum_T
+    if target_T.device.type != "cpu":
+        outside_T = (target_T < 0) | (target_T >= vocabulary_size)
+        logprob_T = logprob_T.masked_fill(outside_T, torch.nan)
+    return Softmax(row_max_T, sum_exp_T, entropy_T, logprob_T)
+
+
+def reduce_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """The partial sums over the whole vocabulary. Every rank adds in the same order: equal bits on
+    all of them.
+    """
+    num_ranks = group_size(group)
+    partials_RTP = partials_TP.new_empty(num_ranks, *partials_TP.shape)
+    # Tensor-parallel group: gathers [T, 4]; the only collective of the forward pass, empty batches
+    # included.
+    dist.all_gather_into_tensor(partials_RTP, partials_TP.contiguous(), group=group)
+    max_RT, sum_exp_RT, weighted_RT, target_logit_RT = partials_RTP.unbind(-1)
+    row_max_T = max_RT.amax(0)
+    shift_RT = max_RT - row_max_T
+    scale_RT = shift_RT.exp()
+    # xlogy-like: a shard without a finite logit has shift -inf and weight 0, and 0 * -inf is NaN
+    shift_RT = shift_RT.clamp(min=torch.finfo(shift_RT.dtype).min)
+    weighted_T = (scale_RT * (weighted_RT + sum_exp_RT * shift_RT)).sum(0)
+    sum_exp_T = (scale_RT * sum_exp_RT).sum(0)
+    return torch.stack([row_max_T, sum_exp_T, weighted_T, target_logit_RT.sum(0)], dim=-1)
+
+
+def local_columns(
+    target_T: torch.Tensor, start: int, shard_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each target lies in this shard (0 where it does not), and whether it does."""
+    column_T = target_T - start
+    owned_T = (column_T >= 0) & (column_T < shard_size)
+    return column_T.masked_fill(~owned_T, 0), owned_T
+
+
+def reduce_logits_(
+    logits_CV: torch.Tensor,
+    column_C: torch.Tensor,
+    owned_C: torch.Tensor,
+    partials_CP: torch.Tensor,
+) -> None:
+    """Writes the partial sums of a chunk's rows into `partials_CP`. Overwrites the logits."""
+    partials_CP[:, 3] = logits_CV.gather(1, column_C[:, None])[:, 0].masked_fill_(~owned_C, 0)
+    row_max_C = logits_CV.amax(-1)
+    partials_CP[:, 0] = row_max_C
+    logits_CV.sub_(row_max_C[:, None])
+    exp_CV = logits_CV.exp()
+    partials_CP[:, 1] = exp_CV.sum(-1)
+    partials_CP[:, 2] = exp_CV.mul_(logits_CV).sum(-1)
+
+
+def logits_gradient_(
+    logits_CV: torch.Tensor,
+    column_C: torch.Tensor,
+    owned_C: torch.Tensor,
+    softmax: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_logprob_C: torch.Tensor | None,
+    grad_entropy_C: torch.Tensor | None,
+) -> torch.Tensor:
+    """Turns a chunk's logits into the gradient with respect to them, in place.
+
+    With p = e / s, e = exp(z - m), and upstream gradients g (log-prob) and h (entropy H):
+
+        dz_j = g [j = target] - p_j (g + h (log p_j + H))
+             = g [j = target] - e_j ((z_j - m) h / s + (g + h (H - log s)) / s)
+    """
+    row_max_C, sum_exp_C, entropy_C = softmax
+    shifted_CV = logits_CV.sub_(row_max_C[:, None])
+    if grad_entropy_C is None:
+        assert grad_logprob_C is not None
+        grad_CV = shifted_CV.exp_().mul_((-grad_logprob_C / sum_exp_C)[:, None])
+    else:
+        exp_CV = shifted_CV.exp()
+        constant_C = grad_entropy_C * (entropy_C - sum_exp_C.log())
+        if grad_logprob_C is not None:
+            constant_C += grad_logprob_C
+        slope_C = -grad_entropy_C / sum_exp_C
+        grad_CV = shifted_CV.mul_(slope_C[:, None]).sub_((constant_C / sum_exp_C)[:, None])
+        grad_CV.mul_(exp_CV)
+    if grad_logprob_C is not None:
+        at_target_C = grad_logprob_C.masked_fill(~owned_C, 0)
+        grad_CV.scatter_add_(1, column_C[:, None], at_target_C[:, None])
+    return grad_CV
