@@ -1,0 +1,61 @@
+"""Lets megatron-core run where there is no CUDA: its literal device "cuda" becomes "cpu".
+
+megatron-core 0.16 writes `device="cuda"` and calls `torch.cuda` in places that have nothing to do with a GPU: the
+schedule's token counter, the gradient norm, the random-number tracker. Two parts repair that, and only on a machine
+without CUDA: a handful of `torch.cuda` functions, replaced once by `install`, and a torch function mode for tensors, held
+only during our calls into Megatron (`device_mode`), because a mode costs a microsecond or two an operation.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def install() -> None:
+    """Replace the `torch.cuda` calls that Megatron makes on any machine. Does nothing where there is CUDA."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Tensors asked for on "cuda" are made on the CPU; types are named as Megatron's optimizer tests for them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def device_mode() -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if torch.cuda.is_available() else CudaMeansCpu()
+
+
+def calls_megatron(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function that calls into Megatron, so that the shim holds while it runs."""
+
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with device_mode():
+            return function(*args, **kwargs)
+
+    inside.__name__, inside.__doc__ = function.__name__, function.__doc__
+    return inside

@@ -1,0 +1,334 @@
+"""Weights under their Hugging Face names: one name map, used to load, to publish and to export.
+
+`name_map` lists every tensor of a Llama checkpoint in Hugging Face's order: its full shape, the dimension along which
+tensor parallelism splits it, and how to find it in a Megatron stage. What it finds is a *view* of a Megatron parameter, so
+that loading writes through it and publishing reads from it. Megatron packs queries, keys and values by key-value
+group, [q..q k v] a group, and gate over up in one matrix; both are views too.
+
+Legend: G key-value groups of this rank, Q query heads a group, D head dimension, H hidden size.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from rlef_mega.config import ConfigError
+from rlef_mega.megatron.model import PackedLlama
+from rlef_mega.megatron.parallel import Ranks
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
+SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers does
+# beside the weights, whatever of these the source has
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+View = Callable[[PackedLlama], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """One tensor of the checkpoint. `layer` is None for the embedding, -1 for what follows the last layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    split_dim: int | None  # None: the same on every tensor-parallel rank
+    layer: int | None
+    view: View
+
+    def local_shape(self, tensor_parallel_size: int) -> list[int]:
+        shape = list(self.shape)
+        if self.split_dim is not None:
+            shape[self.split_dim] //= tensor_parallel_size
+        return shape
+
+
+def name_map(config: LlamaConfig) -> list[HFTensor]:
+    """Every tensor of the checkpoint. A tied head has no entry: it is the embedding."""
+    vocabulary = (config.vocab_size, config.hidden_size)
+    tensors = [
+        HFTensor(EMBEDDING, vocabulary, 0, None, lambda m: m.embedding.word_embeddings.weight)
+    ]
+    for layer in range(config.num_hidden_layers):
+        tensors += layer_map(config, layer)
+    norm: View = lambda m: m.decoder.final_layernorm.weight  # noqa: E731
+    tensors.append(HFTensor("model.norm.weight", (config.hidden_size,), None, -1, norm))
+    if not config.tie_word_embeddings:
+        tensors.append(HFTensor(HEAD, vocabulary, 0, -1, lambda m: m.output_layer.weight))
+    return tensors
+
+
+def layer_map(config: LlamaConfig, layer: int) -> list[HFTensor]:
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    group = config.num_attention_heads // config.num_key_value_heads
+
+    def block(model: PackedLlama):
+        return model.decoder.layers[layer - model.decoder.layers[0].layer_number + 1]
+
+    def attention(part: slice) -> View:
+        def view(model: PackedLlama) -> torch.Tensor:
+            packed = block(model).self_attention.linear_qkv.weight
+            return packed.view(-1, group + 2, config.head_dim, hidden)[:, part]  # [G, part, D, H]
+
+        return view
+
+    def feed_forward(half: int) -> View:
+        return lambda model: block(model).mlp.linear_fc1.weight.chunk(2)[half]
+
+    rows: list[tuple[str, tuple[int, ...], int | None, View]] = [
+        ("input_layernorm", (hidden,), None, lambda m: block(m).input_layernorm.weight),
+        ("self_attn.q_proj", (queries, hidden), 0, attention(slice(0, group))),
+        ("self_attn.k_proj", (keys, hidden), 0, attention(slice(group, group + 1))),
+        ("self_attn.v_proj", (keys, hidden), 0, attention(slice(group + 1, group + 2))),
+        (
+            "self_attn.o_proj",
+            (hidden, queries),
+            1,
+            lambda m: block(m).self_attention.linear_proj.weight,
+        ),
+        ("post_attention_layernorm", (hidden,), None, lambda m: block(m).pre_mlp_layernorm.weight),
+        ("mlp.gate_proj", (ffn, hidden), 0, feed_forward(0)),
+        ("mlp.up_proj", (ffn, hidden), 0, feed_forward(1)),
+        ("mlp.down_proj", (hidden, ffn), 1, lambda m: block(m).mlp.linear_fc2.weight),
+    ]
+    return [
+        HFTensor(f"model.layers.{layer}.{name}.weight", shape, split, layer, view)
+        for name, shape, split, view in rows
+    ]
+
+
+def stage_of(tensor: HFTensor, config: LlamaConfig, stages: int) -> int:
+    """Layers are dealt to pipeline stages evenly, in order (`check_layout` has seen to it that they divide)."""
+    if tensor.layer is None:
+        return 0
+    if tensor.layer < 0:
+        return stages - 1
+    return tensor.layer // (config.num_hidden_layers // stages)
+
+
+# ---------------------------------------------------------------------------------------------------------- load
+
+
+@torch.no_grad()
+def load_hf(model: PackedLlama, folder: Path, ranks: Ranks, *, with_head: bool = True) -> None:
+    """Fill this rank's slice of the model from a Hugging Face folder; each rank reads only its slice.
+
+    Raises ConfigError for a missing, unknown or wrongly shaped tensor, and for a file that is missing or truncated.
+    `with_head` = False leaves out the language-model head, which a critic does not have.
+    """
+    files = checkpoint_files(folder)
+    config, stages = model.hf_config, ranks.pipeline_parallel_size
+    tensors = name_map(config)
+    check_names(tensors, set(files), config, folder)
+    for tensor in tensors:
+        targets = []
+        if stage_of(tensor, config, stages) == ranks.pipeline_parallel_rank and (
+            with_head or tensor.name != HEAD
+        ):
+            targets.append(tensor.view(model))
+        if tensor.name == EMBEDDING and holds_copy_of_embedding(model):
+            targets.append(model.output_layer.weight)
+        if targets:
+            shard = read_shard(files[tensor.name], tensor, ranks)
+            for target in targets:
+                target.copy_(shard.view(target.shape))
+
+
+def holds_copy_of_embedding(model: PackedLlama) -> bool:
+    """With tied embeddings and a pipeline, the last stage keeps a copy as its head."""
+    tied = model.share_embeddings_and_output_weights
+    return tied and model.post_process and not model.pre_process
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        placed = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in placed.items()}
+    path = folder / "model.safetensors"
+    with open_safetensors(path) as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def open_safetensors(path: Path):
+    if not path.is_file():
+        raise ConfigError(
+            f"no file {path}; model.path must be a Hugging Face folder of safetensors"
+        )
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is truncated or damaged ({error}); download it again") from None
+
+
+def check_names(
+    tensors: list[HFTensor], found: set[str], config: LlamaConfig, folder: Path
+) -> None:
+    expected = {tensor.name for tensor in tensors}
+    # a tied head may be stored all the same, and old conversions store the RoPE frequencies
+    allowed = expected | {HEAD} if config.tie_word_embeddings else expected
+    unknown = {n for n in found - allowed if not n.endswith("rotary_emb.inv_freq")}
+    for what, names in (("lacks", expected - found), ("has unknown", unknown)):
+        if names:
+            some = ", ".join(sorted(names)[:5])
+            raise ConfigError(
+                f"{folder} {what} {len(names)} tensor(s): {some}; it must be a Llama checkpoint that fits its config.json"
+            )
+
+
+def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
+    """This tensor-parallel rank's part, read without the rest."""
+    with open_safetensors(path) as file:
+        stored = file.get_slice(tensor.name)
+        if tuple(stored.get_shape()) != tensor.shape:
+            raise ConfigError(
+                f"{path}: {tensor.name} has shape {tuple(stored.get_shape())}, config.json says {tensor.shape}"
+            )
+        if tensor.split_dim is None:
+            return stored[:]
+        size = tensor.local_shape(ranks.groups.tp.size())[tensor.split_dim]
+        part = slice(ranks.tensor_parallel_rank * size, (ranks.tensor_parallel_rank + 1) * size)
+        return stored[part] if tensor.split_dim == 0 else stored[:, part]
+
+
+# ------------------------------------------------------------------------------------------------------- publish
+
+
+@torch.no_grad()
+def iter_hf_weights(model: PackedLlama, ranks: Ranks) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor, whole, in Hugging Face's order, on every rank. Collective: all ranks must exhaust it.
+
+    Tensors travel in buckets, so that one collective carries many small ones and a 70B model never needs more than one
+    bucket's worth of extra memory (a tensor larger than a bucket is a bucket of its own).
+    """
+    stages, size = ranks.pipeline_parallel_size, ranks.groups.tp.size()
+    itemsize = model.config.params_dtype.itemsize
+    bucket: list[HFTensor] = []
+    bucket_bytes, bucket_stage = 0, 0
+    for tensor in name_map(model.hf_config):
+        stage = stage_of(tensor, model.hf_config, stages)
+        shard_bytes = torch.Size(tensor.local_shape(size)).numel() * itemsize
+        if bucket and (stage != bucket_stage or bucket_bytes + shard_bytes > BUCKET_BYTES):
+            yield from gather_bucket(bucket, bucket_stage, model, ranks)
+            bucket, bucket_bytes = [], 0
+        bucket.append(tensor)
+        bucket_bytes, bucket_stage = bucket_bytes + shard_bytes, stage
+    yield from gather_bucket(bucket, bucket_stage, model, ranks)
+
+
+def gather_bucket(
+    tensors: list[HFTensor], stage: int, model: PackedLlama, ranks: Ranks
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """One stage's tensors: gathered over its tensor-parallel ranks, then handed to the other stages."""
+    tensor_group, pipeline_group = ranks.groups.tp, ranks.groups.pp
+    size = tensor_group.size()
+    shapes = [torch.Size(tensor.local_shape(size)) for tensor in tensors]
+    sizes = [shape.numel() for shape in shapes]
+    options = {"dtype": model.config.params_dtype, "device": ranks.device}
+    if stage == ranks.pipeline_parallel_rank:
+        shards = torch.cat([tensor.view(model).reshape(-1) for tensor in tensors])
+    else:
+        shards = torch.empty(sum(sizes), **options)
+    gathered = torch.empty(size * sum(sizes), **options)
+    if size > 1 and stage == ranks.pipeline_parallel_rank:
+        # tensor-parallel group of the owning stage: concatenates the shards
+        dist.all_gather_into_tensor(gathered, shards, group=tensor_group)
+    elif size == 1:
+        gathered = shards
+    if ranks.pipeline_parallel_size > 1:
+        # pipeline group: the owning stage hands its tensors to the others
+        owner = dist.get_global_rank(pipeline_group, stage)
+        dist.broadcast(gathered, src=owner, group=pipeline_group)
+    parts = [part.split(sizes) for part in gathered.view(size, -1)]
+    for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        pieces = [part[index].view(shape) for part in parts]
+        if tensor.split_dim is None or size == 1:
+            yield tensor.name, pieces[0]
+        else:
+            yield tensor.name, torch.cat(pieces, dim=tensor.split_dim)
+
+
+# -------------------------------------------------------------------------------------------------------- export
+
+
+def export_hf(
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    source_folder: Path,
+    out_folder: Path,
+    dtype: torch.dtype,
+    *,
+    is_writer: bool = True,
+) -> None:
+    """Write a folder that transformers loads: weights from the tensors, everything else from the source.
+
+    Collective where the tensors are (`iter_hf_weights`): every rank calls it, one of them with `is_writer`. The folder
+    appears complete or not at all; an existing one is replaced.
+    """
+    if not is_writer:
+        for _ in named_tensors:
+            pass
+        return
+    temporary = out_folder.with_name(f".{out_folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    copy_companions(source_folder, temporary, dtype)
+    write_safetensors(named_tensors, temporary, dtype)
+    if out_folder.exists():
+        shutil.rmtree(out_folder)
+    temporary.rename(out_folder)
+
+
+def copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Config, generation config, tokenizer, chat template, licence: as they are, but for the dtype."""
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            if path.name != "model.safetensors.index.json":
+                shutil.copyfile(path, out / path.name)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_safetensors(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], out: Path, dtype: torch.dtype
+) -> None:
+    """Files of at most SHARD_BYTES and their index; one file alone needs none."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        save_file(pending, out / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in named_tensors:
+        size = tensor.numel() * dtype.itemsize
+        if pending and pending_bytes + size > SHARD_BYTES:
+            flush()
+        pending[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        pending_bytes, total_bytes = pending_bytes + size, total_bytes + size
+    flush()
+    if len(shards) == 1:
+        (out / "shard-0").rename(out / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"shard-{number}").rename(out / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

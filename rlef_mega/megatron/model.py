@@ -1,0 +1,296 @@
+"""Llama as a Megatron-core GPTModel, in two forms: a policy that ends in hidden states and a critic with a scalar head.
+
+The policy's last stage returns hidden states after the final norm, not logits: the loss reads the rows that it needs and
+calls the fused head (`rlef_kernels.linear_logprob`) on them, so that logits are never stored. The critic reads its value
+at a few positions in the same way. Both are built from a Hugging Face `LlamaConfig`; weights come from `hf_weights`.
+
+Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each tensor-parallel rank
+holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D hidden size, V vocabulary shard.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from rlef_kernels import linear_logprob
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.megatron.attention import PackedAttention
+from rlef_mega.megatron.parallel import Ranks, fused_weight_gradients
+
+ROPE_TYPES = ("default", "llama3")
+# What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer. The attention
+# kernels already store nothing of size s x s.
+SELECTIVE_MODULES = ["mlp"]
+
+
+def check_model(config: LlamaConfig, parallel: ParallelConfig) -> None:
+    """Refuse what this module would build wrongly, by name."""
+    if config.model_type != "llama":
+        raise ConfigError(f"model_type {config.model_type!r} is not supported; use a Llama model")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(f"rope_type {rope_type!r} is not supported; known: {ROPE_TYPES}")
+    for option in ("attention_bias", "mlp_bias"):
+        if getattr(config, option, False):
+            raise ConfigError(f"{option} = true is not supported; use a Llama model without biases")
+    if config.hidden_act != "silu":
+        raise ConfigError(f"hidden_act {config.hidden_act!r} is not supported; it must be 'silu'")
+    check_layout(
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        ffn=config.intermediate_size,
+        parallel=parallel,
+    )
+
+
+def transformer_config(
+    config: LlamaConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    recompute: str,
+) -> TransformerConfig:
+    on_cpu = device.type == "cpu"
+    pipelined = parallel.pipeline_model_parallel_size > 1
+    recomputation: dict[str, object] = {
+        "none": {},
+        "selective": {
+            "recompute_granularity": "selective",
+            "recompute_modules": SELECTIVE_MODULES,
+        },
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }[recompute]
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # losses carry their global denominators; Megatron must not average over micro-batches or ranks
+        calculate_per_token_loss=True,
+        # packed micro-batches differ in length; Megatron ties that option to this dispatcher
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # weights are loaded, never drawn
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=fused_weight_gradients(device),
+        masked_softmax_fusion=False,
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_sync=not on_cpu,
+        deallocate_pipeline_outputs=pipelined,
+        **recomputation,
+    )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Megatron's local norm refuses sequence parallelism; this one marks its weight for the gradient all-reduce."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def layer_spec() -> ModuleSpec:
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=PackedAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=feed_forward),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class PackedLlama(GPTModel):
+    """The trunk. On the last stage, forward returns hidden states after the final norm."""
+
+    def __init__(
+        self,
+        hf_config: LlamaConfig,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+        *,
+        dtype: torch.dtype,
+        recompute: str = "none",
+        tied: bool,
+    ) -> None:
+        check_model(hf_config, parallel)
+        config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute)
+        layers = TransformerBlockSubmodules(
+            layer_specs=[layer_spec()] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        )
+        super().__init__(
+            config,
+            layers,
+            vocab_size=hf_config.vocab_size,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=ranks.is_first_stage,
+            post_process=ranks.is_last_stage,
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope",
+            rotary_base=hf_config.rope_parameters["rope_theta"],
+            pg_collection=ranks.groups,
+        )
+        self.hf_config = hf_config
+        # Hugging Face's own frequencies: all of Llama 3.1's scaling parameters, of which Megatron takes only one
+        frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()
+        self.rotary_pos_emb.inv_freq = frequencies.to(ranks.device, torch.float32)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):
+        """In place of Megatron's logits."""
+        return hidden_states
+
+    def rows(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """[T, 1, D], or this rank's part of it under sequence parallelism, to [R, D] on every tensor-parallel rank.
+
+        What follows is the same on all of them, and so is its gradient: backward keeps this rank's part, unsummed.
+        """
+        if self.config.sequence_parallel:
+            # tensor-parallel group: gathers the tokens
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False
+            )
+        return hidden.squeeze(1).index_select(0, rows_R)
+
+
+class PolicyModel(PackedLlama):
+    """A language model: log-probs of chosen tokens."""
+
+    def __init__(
+        self,
+        hf_config: LlamaConfig,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+        *,
+        dtype: torch.dtype,
+        recompute: str = "none",
+    ) -> None:
+        super().__init__(
+            hf_config,
+            ranks,
+            parallel,
+            dtype=dtype,
+            recompute=recompute,
+            tied=hf_config.tie_word_embeddings,
+        )
+
+    @property
+    def output_weight_VD(self) -> torch.Tensor:
+        """This rank's rows of the head; with tied embeddings, of the embedding."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def logprobs(
+        self,
+        hidden: torch.Tensor,
+        rows_R: torch.Tensor,
+        targets_R: torch.Tensor,
+        *,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-prob of the target, entropy), fp32, read at these rows of the last stage's output."""
+        weight_VD = self.output_weight_VD
+        return linear_logprob(
+            self.rows(hidden, rows_R),
+            weight_VD,
+            targets_R,
+            temperature=temperature,
+            group=self.pg_collection.tp,
+            accumulate_main_grad=torch.is_grad_enabled() and hasattr(weight_VD, "main_grad"),
+        )
+
+
+class ValueHead(torch.nn.Linear):
+    """A fp32 projection to one number, the same on every tensor-parallel rank."""
+
+    def __init__(self, hidden_size: int, ranks: Ranks) -> None:
+        super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)
+        # Drawn on the CPU from the run's seed, hence equal in every layout. Hidden states come out of a norm with entries
+        # of about 1, so this spread makes the first values a tenth of a reward's size.
+        generator = torch.Generator().manual_seed(ranks.seed)
+        weight = torch.randn(1, hidden_size, generator=generator) * 0.1 / hidden_size**0.5
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.zero_()
+
+
+class CriticModel(PackedLlama):
+    """The same trunk with a scalar head; a network of its own (RLEF A.1)."""
+
+    def __init__(
+        self,
+        hf_config: LlamaConfig,
+        ranks: Ranks,
+        parallel: ParallelConfig,
+        *,
+        dtype: torch.dtype,
+        recompute: str = "none",
+    ) -> None:
+        super().__init__(hf_config, ranks, parallel, dtype=dtype, recompute=recompute, tied=False)
+        if self.post_process:
+            self.output_layer = ValueHead(hf_config.hidden_size, ranks)
+
+    def values(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """V, fp32, at these rows of the last stage's output."""
+        return self.output_layer(self.rows(hidden, rows_R).float()).squeeze(-1)
