@@ -1,0 +1,149 @@
+"""The program's side of a child: it compiles the source and runs it in a world that looks real.
+
+The zygote is an ordinary interpreter whose standard streams are descriptors 0, 1 and 2; a child
+puts the run's files there, and then `sys.stdin`, `input()`, buffering and encodings are the real
+ones. What is done here is what `python solution.py` would do around the program: a fresh
+`__main__`, tracebacks of the program's own frames, exit codes, threads joined, exit handlers
+run, files flushed. Nothing here is trusted once the program's first line has run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import linecache
+import os
+import signal
+import site
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable
+
+from . import values
+
+FILE_NAME = "solution.py"
+EXCHANGE_DESCRIPTOR = 3  # the call on the way in, its result on the way out
+THREAD_STACK_BYTES = 8 << 20
+REPR_CHARACTERS = 4096  # of a returned value, for feedback
+
+# What contest programs import, loaded once in the zygote. Other modules of the standard library
+# load on demand where the file layer lets the child read them; those that need a shared library
+# of their own (zlib, _hashlib) must be here.
+PRELOAD = (
+    "abc argparse array ast base64 bisect calendar cmath collections collections.abc "
+    "contextlib copy dataclasses datetime decimal enum fractions functools hashlib heapq "
+    "inspect io itertools json math numbers operator os os.path pprint queue random re "
+    "secrets statistics string struct sys tempfile textwrap threading time timeit traceback "
+    "types typing unicodedata unittest urllib.parse uuid weakref zlib bz2 lzma"
+)
+
+
+def preload() -> None:
+    """Import and warm up, in the zygote, what nearly every program uses."""
+    for name in PRELOAD.split():
+        try:
+            __import__(name)
+        except ImportError:  # an interpreter built without an optional module
+            continue
+    threading.stack_size(THREAD_STACK_BYTES)  # else pthreads takes the main thread's 256 MiB
+    site.setquit()
+    site.setcopyright()
+    site.sethelper()
+    sys.argv[:] = sys.orig_argv[:] = [FILE_NAME]
+    compile_source(b"print(sum(map(int, input().split())))")  # builds the compiler's types once
+
+
+def compile_source(source: bytes) -> types.CodeType | None:
+    """The program's code; None, with the error on stderr, where it has none."""
+    try:
+        return compile(source, FILE_NAME, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        error.__traceback__ = None
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        return None
+
+
+def run(code: types.CodeType, source: bytes, call: bytes | None) -> None:
+    """Run the program to the end of the process. `call`, if given, is a call to make after."""
+    module = types.ModuleType("__main__" if call is None else "solution")
+    module.__file__ = FILE_NAME
+    module.__builtins__ = sys.modules["builtins"]
+    sys.modules[module.__name__] = module
+    gc.enable()
+    exit_code = _exit_code_of(lambda: _execute(code, module, call), source)
+    exit_code = exit_code or _exit_code_of(threading._shutdown, source)
+    atexit._run_exitfuncs()
+    module.__dict__.clear()  # closes, and so flushes, the files it left open
+    os._exit(exit_code or _flush())
+
+
+def _execute(code: types.CodeType, module: types.ModuleType, call: bytes | None) -> None:
+    exec(code, module.__dict__)
+    if call is not None:
+        _make_call(module, call)
+
+
+def _make_call(module: types.ModuleType, call: bytes) -> None:
+    """Call the entry point and write two lines: the value's wire form and its repr."""
+    request = json.loads(call)
+    target: object = module
+    for name in request["entry_point"].split("."):
+        if isinstance(target, type):
+            target = target()
+        target = getattr(target, name)
+    returned = target(*values.decode(request["args"].encode()))
+    shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
+    with open(EXCHANGE_DESCRIPTOR, "wb", closefd=False) as exchange:
+        exchange.write(values.encode(returned) + b"\n" + shown)
+
+
+def _exit_code_of(step: Callable[[], None], source: bytes) -> int:
+    """Run `step` as the interpreter runs a program: its exit code, its traceback on stderr."""
+    try:
+        step()
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return (error.code or 0) & 0xFF
+        print(error.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        _report(error, source)
+        return 1
+    return 0
+
+
+def _report(error: BaseException, source: bytes) -> None:
+    """Print the traceback as the interpreter would: from the program's first own frame on."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != FILE_NAME:
+        frames = frames.tb_next
+    try:
+        if sys.excepthook is not sys.__excepthook__:
+            sys.excepthook(type(error), error, frames)
+            return
+        lines = source.decode("utf-8", "replace").splitlines(keepends=True)
+        linecache.cache[FILE_NAME] = (len(source), None, lines, FILE_NAME)
+        traceback.print_exception(type(error), error, frames, file=sys.__stderr__)
+    except BaseException:  # no memory left, or the program broke what printing needs
+        os.write(2, f"{type(error).__name__}\n".encode())
+
+
+def _flush() -> int:
+    """Flush the standard streams; 120, as the interpreter has it, where that fails."""
+    failed = 0
+    for stream in (sys.stdout, sys.__stdout__, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BaseException:
+            failed = 120
+    return failed
+
+
+def restore_signals() -> None:
+    """Default dispositions where the interpreter's start ignores a signal that ends a run."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

@@ -1,0 +1,145 @@
+"""The system call policy compiled to a seccomp-BPF filter, once a zygote, and its installation.
+
+The filter checks the architecture (and on x86-64 refuses the x32 numbers), then finds the call by
+binary search over runs of numbers with the same action, so that a call costs about ten
+instructions. Arguments are checked where the policy says so; pointers cannot be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+from collections.abc import Mapping
+
+from . import kernel
+from .syscalls import Action, policy
+
+Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
+
+LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+JUMP = 0x05  # always, by the constant
+# Offsets into struct seccomp_data; arguments are 64 bits, little-endian.
+NUMBER, ARCHITECTURE = 0, 4
+LOW = [16 + 8 * index for index in range(6)]
+
+AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+X32_BIT = 0x40000000
+
+ALLOWED = (RETURN, 0, 0, 0x7FFF0000)
+KILLED = (RETURN, 0, 0, 0x80000000)
+
+WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000  # WRONLY RDWR CREAT TRUNC TMPFILE
+CLONE_THREAD = 0x00010000
+CLONE_NEW_ANYTHING = 0x7E020080  # every CLONE_NEW* flag
+# F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_DUPFD_CLOEXEC F_GETPIPE_SZ F_GET_SEALS
+FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
+# TCGETS FIONREAD FIONBIO FIONCLEX FIOCLEX
+IOCTL_REQUESTS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
+PRCTL_OPTIONS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
+SIGKILL = 9
+OWN_PID = 0xFEEDBEEF  # stands for the child's pid until the child is forked
+
+
+def refused(number: int) -> Instruction:
+    return (RETURN, 0, 0, 0x00050000 | number)
+
+
+def one_of(offset: int, accepted: tuple[int, ...], otherwise: Instruction) -> list[Instruction]:
+    """Allow a call whose argument at `offset` is one of `accepted`."""
+    tests = [(JUMP_EQUAL, len(accepted) - index, 0, value) for index, value in enumerate(accepted)]
+    return [(LOAD, 0, 0, offset), *tests, otherwise, ALLOWED]
+
+
+def without_bits(offset: int, bits: int, otherwise: Instruction) -> list[Instruction]:
+    """Allow a call whose argument at `offset` has none of `bits`."""
+    return [(LOAD, 0, 0, offset), (JUMP_ANY_BIT, 0, 1, bits), otherwise, ALLOWED]
+
+
+def decisions(number: int, action: Action) -> list[Instruction]:
+    """The instructions that end the filter for one call."""
+    denied = refused(errno.EPERM)
+    if action is Action.OPEN:
+        flags = LOW[1] if (kernel.MACHINE, number) == ("x86_64", 2) else LOW[2]  # open or openat
+        return without_bits(flags, WRITING, refused(errno.EACCES))
+    if action is Action.CLONE:
+        thread_only = without_bits(LOW[0], CLONE_NEW_ANYTHING, denied)
+        return [(LOAD, 0, 0, LOW[0]), (JUMP_ANY_BIT, 1, 0, CLONE_THREAD), denied, *thread_only]
+    if action is Action.SIGNAL_SELF:
+        kill = {"x86_64": 62, "aarch64": 129}[kernel.MACHINE]
+        signal_at = LOW[1] if number == kill else LOW[2]
+        own = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, OWN_PID), denied]
+        return [*own, (LOAD, 0, 0, signal_at), (JUMP_EQUAL, 0, 1, SIGKILL), denied, ALLOWED]
+    return {
+        Action.ALLOW: [ALLOWED],
+        Action.DENY: [denied],
+        Action.READ_ONLY: [refused(errno.EACCES)],
+        Action.ABSENT: [refused(errno.ENOSYS)],
+        Action.KILL: [KILLED],
+        Action.FCNTL: one_of(LOW[1], FCNTL_COMMANDS, denied),
+        Action.IOCTL: one_of(LOW[1], IOCTL_REQUESTS, refused(errno.ENOTTY)),
+        Action.PRLIMIT: one_of(LOW[0], (0,), denied),
+        Action.PRCTL: one_of(LOW[0], PRCTL_OPTIONS, denied),
+    }[action]
+
+
+def assemble(actions: Mapping[int, Action], machine: str) -> list[Instruction]:
+    """The whole filter; calls not in `actions` are answered ENOSYS."""
+    absent = decisions(0, Action.ABSENT)
+    runs: list[tuple[int, list[Instruction]]] = [(0, absent)]
+    for number in sorted(actions):
+        block = decisions(number, actions[number])
+        if runs[-1][0] == number:
+            runs.pop()
+        if not runs or runs[-1][1] != block:
+            runs.append((number, block))
+        if number + 1 not in actions:
+            runs.append((number + 1, absent))
+    search = _search(runs)
+    not_x32 = [(JUMP_AT_LEAST, 0, 1, X32_BIT), KILLED] if machine == "x86_64" else []
+    return [
+        (LOAD, 0, 0, ARCHITECTURE),
+        (JUMP_EQUAL, 1, 0, AUDIT_ARCHITECTURE[machine]),
+        KILLED,
+        (LOAD, 0, 0, NUMBER),
+        *not_x32,
+        *search,
+    ]
+
+
+def _search(runs: list[tuple[int, list[Instruction]]]) -> list[Instruction]:
+    """A binary search for the run that holds the number in the accumulator."""
+    if len(runs) == 1:
+        return runs[0][1]
+    middle = len(runs) // 2
+    below, above = _search(runs[:middle]), _search(runs[middle:])
+    first = runs[middle][0]
+    if len(below) <= 255:
+        return [(JUMP_AT_LEAST, len(below), 0, first), *below, *above]
+    return [(JUMP_AT_LEAST, 0, 1, first), (JUMP, 0, 0, len(below)), *below, *above]
+
+
+class SockFprog(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+
+class Filter:
+    """An assembled filter in memory, ready for one system call to install it."""
+
+    def __init__(self) -> None:
+        instructions = assemble(policy(kernel.MACHINE), kernel.MACHINE)
+        code = b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
+        self._code = ctypes.create_string_buffer(code, len(code))
+        self._program = SockFprog(len(instructions), ctypes.addressof(self._code))
+        self._pid_offsets = [
+            8 * index + 4 for index, step in enumerate(instructions) if step[3] == OWN_PID
+        ]
+        self._number = kernel.SYS_SECCOMP[kernel.MACHINE]
+
+    def install(self, pid: int) -> None:
+        """Put this process, whose id is `pid`, under the filter for good."""
+        for offset in self._pid_offsets:
+            struct.pack_into("<I", self._code, offset, pid)
+        kernel.syscall("seccomp", self._number, 1, 0, ctypes.byref(self._program))

@@ -1,0 +1,111 @@
+"""What is asked of a run and what is answered: plain frozen types, shared by every other module."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+
+class Status(enum.StrEnum):
+    """How a run ended. On a graded test, OK means passed; SANDBOX_ERROR is never a verdict."""
+
+    OK = "OK"
+    WRONG_ANSWER = "WRONG_ANSWER"
+    RUNTIME_ERROR = "RUNTIME_ERROR"
+    TIME_LIMIT = "TIME_LIMIT"
+    IDLE_LIMIT = "IDLE_LIMIT"
+    MEMORY_LIMIT = "MEMORY_LIMIT"
+    OUTPUT_LIMIT = "OUTPUT_LIMIT"
+    SECURITY_VIOLATION = "SECURITY_VIOLATION"
+    COMPILE_ERROR = "COMPILE_ERROR"
+    SANDBOX_ERROR = "SANDBOX_ERROR"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one run.
+
+    `cpu_s` judges TIME_LIMIT. `wall_s` is a backstop against programs that wait instead of
+    work (IDLE_LIMIT); left out, it is 5 * cpu_s + 2, so that a machine loaded four times over
+    gives no false verdict. `memory_bytes` bounds resident memory, `output_bytes` each of stdout
+    and stderr, `processes` the threads of the program where a user namespace is to be had.
+    """
+
+    cpu_s: float = 10.0
+    wall_s: float | None = None
+    memory_bytes: int = 1 << 30
+    output_bytes: int = 16 << 20
+    processes: int = 64
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("cpu_s", 0.001),
+            ("wall_s", 0.001),
+            ("memory_bytes", 32 << 20),
+            ("output_bytes", 1),
+            ("processes", 1),
+        ):
+            value = getattr(self, name)
+            if name == "wall_s" and value is None:
+                continue
+            if not math.isfinite(value) or value < least:
+                raise ValueError(f"Limits.{name} is {value}; it must be finite and >= {least}")
+
+    @property
+    def effective_wall_s(self) -> float:
+        """The wall clock bound in force."""
+        return 5 * self.cpu_s + 2 if self.wall_s is None else self.wall_s
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. Times in seconds, memory in bytes.
+
+    `signal` is the number of the signal that ended the program, if one did, and then `exit_code`
+    is None. `stdout` holds at most `output_bytes`, `stderr` its last 64 KiB. `returned` is the
+    `repr` of what a function call (`CallTest`) returned, as the program tells it, for feedback.
+    """
+
+    status: Status
+    stdout: bytes = b""
+    stderr: bytes = b""
+    exit_code: int | None = None
+    signal: int | None = None
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    max_rss_bytes: int = 0
+    returned: str | None = None
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    """UTF-8. A lone surrogate passes through, to be refused by the program's own decoder."""
+    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
+
+
+@dataclass(frozen=True)
+class Test:
+    """A program fed `stdin` must print `expected`, as the checker judges."""
+
+    __test__ = False  # pytest: not a test class
+
+    stdin: bytes
+    expected: bytes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stdin", as_bytes(self.stdin))
+        object.__setattr__(self, "expected", as_bytes(self.expected))
+
+
+@dataclass(frozen=True)
+class CallTest:
+    """`entry_point(*args)` must return `expected`, as `values.matches` judges."""
+
+    __test__ = False
+
+    entry_point: str
+    args: tuple = field(default=())
+    expected: object = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", tuple(self.args))
