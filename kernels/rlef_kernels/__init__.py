@@ -6,6 +6,24 @@ Dispatch is by the device of the tensors. Tuned Triton kernels are not there yet
 the reference.
 """
 
+from rlef_kernels.advantage_scan import advantage_scan, advantage_scan_reference
+from rlef_kernels.clipped_value_loss import clipped_value_loss, clipped_value_loss_reference
+from rlef_kernels.linear_kl import linear_kl, linear_kl_reference
 from rlef_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from rlef_kernels.logits_logprob import logits_logprob, logits_logprob_reference
+from rlef_kernels.ppo_policy_loss import ppo_policy_loss, ppo_policy_loss_reference
 
-__all__ = ["linear_logprob", "linear_logprob_reference"]
+__all__ = [
+    "advantage_scan",
+    "advantage_scan_reference",
+    "clipped_value_loss",
+    "clipped_value_loss_reference",
+    "linear_kl",
+    "linear_kl_reference",
+    "linear_logprob",
+    "linear_logprob_reference",
+    "logits_logprob",
+    "logits_logprob_reference",
+    "ppo_policy_loss",
+    "ppo_policy_loss_reference",
+]

@@ -4,8 +4,10 @@ stored whole.
     z = hidden weight^T / temperature        p = softmax(z)
     logprob_t = log p_t[target_t]            entropy_t = - sum_j p_tj log p_tj
 
-    dz_tj    = g_t [j = target_t] - p_tj (g_t + h_t (log p_tj + entropy_t)),  g and h the upstream
-    gradients dhidden  = dz weight / temperature       dweight = dz^T hidden / temperature
+With upstream gradients g of logprob and h of entropy:
+
+    dz_tj   = g_t [j = target_t] - p_tj (g_t + h_t (log p_tj + entropy_t))
+    dhidden = dz weight / temperature        dweight = dz^T hidden / temperature
 
 FLOPs: P = 2 T V D a matrix product; forward P, backward 3 P (the logits are computed again). Bytes
 that must move, forward: hidden and weight read once, 4 T numbers written. Kept for backward: the
@@ -20,14 +22,16 @@ Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk
 """
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
+    check_chunk,
+    check_head,
     check_targets,
     check_temperature,
+    chunk_logits,
     chunk_size,
     combine_shards,
     compute_dtype,
@@ -36,6 +40,7 @@ from rlef_kernels.vocab_parallel import (
     logits_gradient_,
     reduce_logits_,
     shard_start,
+    sum_over_shards_,
 )
 
 
@@ -62,7 +67,7 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits_CV = chunk_logits(hidden_TD[rows].to(dtype), weight, temperature, buffer)
-            reduce_logits_(logits_CV, column_T[rows], owned_T[rows], partials_TP[rows])
+            reduce_logits_(logits_CV, (column_T[rows], owned_T[rows]), partials_TP[rows])
         softmax = combine_shards(partials_TP, target_T, shard * group_size(group), group)
         ctx.save_for_backward(hidden_TD, weight_VD, column_T, owned_T, *softmax[:3])
         ctx.temperature, ctx.group, ctx.chunk_tokens = temperature, group, chunk_tokens
@@ -75,18 +80,16 @@ class ChunkedLinearLogprob(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_logprob_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden_TD, weight_VD, column_T, owned_T, *softmax = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if grad_logprob_T is None and grad_entropy_T is None:
             return (None,) * 7
-        dtype = softmax[0].dtype
-        weight, scale = weight_VD.to(dtype), 1 / ctx.temperature
+        hidden_TD, weight_VD, column_T, owned_T, row_max_T, sum_exp_T, entropy_T = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        dtype, scale = row_max_T.dtype, 1 / ctx.temperature
+        weight = weight_VD.to(dtype)
         grad_hidden_TD = torch.empty_like(hidden_TD, dtype=dtype) if needs_hidden else None
         into_main_grad = ctx.accumulate_main_grad and needs_weight
-        grad_weight_VD = None
-        if into_main_grad:
-            grad_weight_VD = weight_VD.main_grad
-        elif needs_weight:
+        grad_weight_VD = weight_VD.main_grad if into_main_grad else None
+        if needs_weight and not into_main_grad:
             grad_weight_VD = torch.zeros_like(weight)
         num_tokens, step = hidden_TD.shape[0], ctx.chunk_tokens
         buffer = hidden_TD.new_empty(min(step, num_tokens), weight.shape[0], dtype=dtype)
@@ -95,9 +98,8 @@ class ChunkedLinearLogprob(torch.autograd.Function):
             hidden_CD = hidden_TD[rows].to(dtype)
             grad_CV = logits_gradient_(
                 chunk_logits(hidden_CD, weight, ctx.temperature, buffer),
-                column_T[rows],
-                owned_T[rows],
-                (softmax[0][rows], softmax[1][rows], softmax[2][rows]),
+                (column_T[rows], owned_T[rows]),
+                (row_max_T[rows], sum_exp_T[rows], entropy_T[rows]),
                 None if grad_logprob_T is None else grad_logprob_T[rows],
                 None if grad_entropy_T is None else grad_entropy_T[rows],
             )
@@ -107,23 +109,12 @@ class ChunkedLinearLogprob(torch.autograd.Function):
             if grad_weight_VD is not None:
                 grad_weight_VD.addmm_(grad_CV.t(), hidden_CD, alpha=scale)
         if grad_hidden_TD is not None:
-            if group_size(ctx.group) > 1:
-                # Tensor-parallel group: sums each shard's part of dhidden [T, D].
-                dist.all_reduce(grad_hidden_TD, group=ctx.group)
-            grad_hidden_TD = grad_hidden_TD.to(hidden_TD.dtype)
+            grad_hidden_TD = sum_over_shards_(grad_hidden_TD, ctx.group).to(hidden_TD.dtype)
         if into_main_grad:
             grad_weight_VD = stand_in_gradient(weight_VD)
         elif grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None, None
-
-
-def chunk_logits(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, temperature: float, buffer: torch.Tensor
-) -> torch.Tensor:
-    """hidden weight^T / temperature, written into the first rows of `buffer`."""
-    out = buffer[: hidden_CD.shape[0]]
-    return torch.addmm(out, hidden_CD, weight_VD.t(), beta=0, alpha=1 / temperature, out=out)
 
 
 def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
@@ -180,13 +171,8 @@ def linear_logprob(
     Raises ValueError for shapes that do not fit, targets outside the vocabulary (on a GPU: NaN),
     temperature <= 0.
     """
-    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)} must be two "
-            "matrices of the same width; flatten batch and sequence dimensions first"
-        )
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
+    check_head(hidden_TD, weight_VD)
+    check_chunk(chunk_tokens)
     if accumulate_main_grad and getattr(weight_VD, "main_grad", None) is None:
         raise ValueError(
             "accumulate_main_grad needs weight.main_grad, which only Megatron's DDP makes"

@@ -2,8 +2,7 @@
 
 A rank that holds the columns [start, start + V) of the logits z reduces each row to four numbers,
 
-    m = max z,    s = sum exp(z - m),    u = sum exp(z - m) (z - m),    z_target (0 where another
-    rank has it),
+    m = max z,    s = sum exp(z - m),    u = sum exp(z - m) (z - m),    z_target (else 0),
 
 and from the four numbers of every rank follow the whole row's log-prob and entropy:
 
@@ -55,6 +54,19 @@ def chunk_size(vocabulary_size: int, device: torch.device) -> int:
     return max(1, elements // max(1, vocabulary_size))
 
 
+def check_head(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> None:
+    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)} must be "
+            "two matrices of the same width; flatten batch and sequence dimensions first"
+        )
+
+
+def check_chunk(chunk_tokens: int | None) -> None:
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
+
+
 def check_targets(target_T: torch.Tensor, num_tokens: int, vocabulary_size: int) -> None:
     """ValueError for targets of a wrong shape or type or, on a CPU, out of range.
 
@@ -92,7 +104,7 @@ def combine_shards(
 ) -> Softmax:
     """Log-prob, entropy, and what the backward pass needs, from the partial sums of all ranks."""
     if group_size(group) > 1:
-        partials_TP = reduce_partials(partials_TP, group)
+        partials_TP = reduce_partials(gather_partials(partials_TP, group))
     row_max_T, sum_exp_T, weighted_T, target_logit_T = partials_TP.unbind(-1)
     log_sum_T = sum_exp_T.log()
     entropy_T = log_sum_T - weighted_T / sum_exp_T
@@ -103,21 +115,26 @@ def combine_shards(
     return Softmax(row_max_T, sum_exp_T, entropy_T, logprob_T)
 
 
-def reduce_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+def gather_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """Every rank's partial sums, in the order of ranks."""
+    if group_size(group) == 1:
+        return partials_TP[None]
+    num_ranks, num_tokens = group_size(group), partials_TP.shape[0]
+    gathered = partials_TP.new_empty(num_ranks * num_tokens, partials_TP.shape[1])
+    # Tensor-parallel group: gathers [T, 4] (linear_kl: [T, 5]); the only collective of the forward
+    # pass, issued for empty batches too.
+    dist.all_gather_into_tensor(gathered, partials_TP, group=group)
+    return gathered.view(num_ranks, *partials_TP.shape)
+
+
+def reduce_partials(partials_RTP: torch.Tensor) -> torch.Tensor:
     """The partial sums over the whole vocabulary. Every rank adds in the same order: equal bits on
     all of them.
     """
-    num_ranks = group_size(group)
-    partials_RTP = partials_TP.new_empty(num_ranks, *partials_TP.shape)
-    # Tensor-parallel group: gathers [T, 4]; the only collective of the forward pass, empty batches
-    # included.
-    dist.all_gather_into_tensor(partials_RTP, partials_TP.contiguous(), group=group)
     max_RT, sum_exp_RT, weighted_RT, target_logit_RT = partials_RTP.unbind(-1)
     row_max_T = max_RT.amax(0)
     shift_RT = max_RT - row_max_T
     scale_RT = shift_RT.exp()
-    # xlogy-like: a shard without a finite logit has shift -inf and weight 0, and 0 * -inf is NaN
-    shift_RT = shift_RT.clamp(min=torch.finfo(shift_RT.dtype).min)
     weighted_T = (scale_RT * (weighted_RT + sum_exp_RT * shift_RT)).sum(0)
     sum_exp_T = (scale_RT * sum_exp_RT).sum(0)
     return torch.stack([row_max_T, sum_exp_T, weighted_T, target_logit_RT.sum(0)], dim=-1)
@@ -132,13 +149,29 @@ def local_columns(
     return column_T.masked_fill(~owned_T, 0), owned_T
 
 
+def chunk_logits(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, temperature: float, buffer: torch.Tensor
+) -> torch.Tensor:
+    """hidden weight^T / temperature, written into the first rows of `buffer`."""
+    out = buffer[: hidden_CD.shape[0]]
+    return torch.addmm(out, hidden_CD, weight_VD.t(), beta=0, alpha=1 / temperature, out=out)
+
+
+def sum_over_shards_(grad: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """The gradient of what every rank holds in full, from the part that each shard contributes."""
+    if group_size(group) > 1:
+        # Tensor-parallel group: sums dhidden [T, D]; issued for empty batches too.
+        dist.all_reduce(grad, group=group)
+    return grad
+
+
 def reduce_logits_(
     logits_CV: torch.Tensor,
-    column_C: torch.Tensor,
-    owned_C: torch.Tensor,
+    target: tuple[torch.Tensor, torch.Tensor],
     partials_CP: torch.Tensor,
 ) -> None:
     """Writes the partial sums of a chunk's rows into `partials_CP`. Overwrites the logits."""
+    column_C, owned_C = target
     partials_CP[:, 3] = logits_CV.gather(1, column_C[:, None])[:, 0].masked_fill_(~owned_C, 0)
     row_max_C = logits_CV.amax(-1)
     partials_CP[:, 0] = row_max_C
@@ -150,8 +183,7 @@ def reduce_logits_(
 
 def logits_gradient_(
     logits_CV: torch.Tensor,
-    column_C: torch.Tensor,
-    owned_C: torch.Tensor,
+    target: tuple[torch.Tensor, torch.Tensor],
     softmax: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     grad_logprob_C: torch.Tensor | None,
     grad_entropy_C: torch.Tensor | None,
@@ -163,6 +195,7 @@ def logits_gradient_(
         dz_j = g [j = target] - p_j (g + h (log p_j + H))
              = g [j = target] - e_j ((z_j - m) h / s + (g + h (H - log s)) / s)
     """
+    column_C, owned_C = target
     row_max_C, sum_exp_C, entropy_C = softmax
     shifted_CV = logits_CV.sub_(row_max_C[:, None])
     if grad_entropy_C is None:
