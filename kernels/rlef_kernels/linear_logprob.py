@@ -117,6 +117,15 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None, None, None
 
 
+def check_main_grad(weight_VD: torch.Tensor) -> None:
+    dtype = getattr(getattr(weight_VD, "main_grad", None), "dtype", None)
+    if dtype != torch.float32:
+        raise ValueError(
+            "accumulate_main_grad needs an fp32 weight.main_grad, which Megatron's DDP makes with "
+            f"grad_reduce_in_fp32; found {dtype}"
+        )
+
+
 def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
     """Tells Megatron's data-parallel hook that main_grad already holds the gradient.
 
@@ -173,10 +182,8 @@ def linear_logprob(
     """
     check_head(hidden_TD, weight_VD)
     check_chunk(chunk_tokens)
-    if accumulate_main_grad and getattr(weight_VD, "main_grad", None) is None:
-        raise ValueError(
-            "accumulate_main_grad needs weight.main_grad, which only Megatron's DDP makes"
-        )
+    if accumulate_main_grad:
+        check_main_grad(weight_VD)
     check_temperature(temperature)
     check_targets(target_T, hidden_TD.shape[0], weight_VD.shape[0] * group_size(group))
     return linear_logprob_reference(
