@@ -1,8 +1,8 @@
 """What is asked for: one frozen pydantic model a section, unknown keys refused.
 
-A run is one TOML file plus dotted `--set section.key=value` overrides; the resolved config is written into
-the run directory. Functions take the values they use, not the config. Defaults are the paper's (RLEF A.1, 3.1)
-where it names one.
+A run is one TOML file plus dotted `--set section.key=value` overrides; the resolved config is
+written into the run directory. Functions take the values they use, not the config. Defaults are the
+paper's (RLEF A.1, 3.1) where it names one.
 """
 
 import tomllib
@@ -29,9 +29,21 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 class RunConfig(Section):
     dir: str = Field(description="run directory; an existing run in it is resumed")
     seed: int = 0
-    steps: int = Field(gt=0, description="rollout batches; each gives ppo.updates_per_batch updates")
+    steps: int = Field(
+        gt=0, description="rollout batches; each gives ppo.updates_per_batch updates"
+    )
     checkpoint_every: int = Field(10, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
+
+
+class ModelShape(Section):
+    """What the layout is checked against when the weights are not on this machine."""
+
+    heads: int = Field(gt=0)
+    key_value_heads: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    ffn: int = Field(gt=0)
 
 
 class ModelConfig(Section):
@@ -39,6 +51,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     chat_format: Literal["auto", "llama3", "chatml"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
+    shape: ModelShape | None = None
 
 
 class ParallelConfig(Section):
@@ -60,7 +73,8 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where problems come from: `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, or a JSONL file."""
+    """Where problems come from: `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, or a
+    JSONL file."""
 
     train: str
     valid: str | None = None
@@ -70,12 +84,14 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     episodes_per_batch: int = Field(1024, gt=0)
     turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
-    feedback: Literal["true", "none", "random", "private"] = "true"
+    feedback: Literal["true", "none", "random"] = "true"
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(1024, gt=0)
     max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")
     engine: Literal["local"] = "local"
-    max_drop_fraction: float = Field(0.05, ge=0, le=1, description="of a batch; above it the run stops")
+    max_drop_fraction: float = Field(
+        0.05, ge=0, le=1, description="of a batch; above it the run stops"
+    )
 
 
 class JudgeConfig(Section):
@@ -87,13 +103,16 @@ class PPOConfig(Section):
     """RLEF 2.2 and A.1. The ablations are `token_level_value`, `beta = 0`, `rollout.turns = 1` and
     `rollout.feedback = "none"`."""
 
-    beta: float = Field(0.05, ge=0, description="weight of the KL penalty in the reward; 0 switches it off")
+    beta: float = Field(
+        0.05, ge=0, description="weight of the KL penalty in the reward; 0 switches it off"
+    )
     gamma: float = Field(1.0, ge=0, le=1)
     clip_eps: float = Field(0.2, gt=0)
     clip_alpha: float = Field(0.2, gt=0)
     invalid_code_penalty: float = Field(-0.2, le=0)
     penalize_invalid_last_turn: bool = Field(
-        False, description="adds the penalty to the -1 of a last turn without valid code (paper: silent)"
+        False,
+        description="adds the penalty to the -1 of a last turn without valid code (paper: silent)",
     )
     updates_per_batch: int = Field(4, gt=0)
     normalize_advantages: bool = True
@@ -121,8 +140,12 @@ class LearnerConfig(Section):
 
 
 class EvalConfig(Section):
+    """Test problems are evaluated before and after training, with multi-turn dialogues whatever
+    training used."""
+
     every: int = Field(0, ge=0, description="steps between evaluations on data.valid; 0: never")
     problems: int = Field(100, gt=0, description="how many of data.valid")
+    turns: int = Field(3, ge=1, le=10)
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
 
@@ -130,7 +153,9 @@ class EvalConfig(Section):
 class GuardConfig(Section):
     """When a run stops by itself rather than waste the machine."""
 
-    max_logprob_gap: float = Field(1.0, gt=0, description="max |log-prob(engine) - log-prob(trainer)|")
+    max_logprob_gap: float = Field(
+        1.0, gt=0, description="max |log-prob(engine) - log-prob(trainer)|"
+    )
     mean_logprob_gap: float = Field(0.05, gt=0)
     max_invalid_fraction: float = Field(
         0.5, gt=0, le=1, description="of turns without valid code, over the last guard.window steps"
@@ -199,7 +224,13 @@ class SFTConfig(Section):
 
 
 def check_layout(
-    *, heads: int, key_value_heads: int, layers: int, vocab_size: int, ffn: int, parallel: ParallelConfig
+    *,
+    heads: int,
+    key_value_heads: int,
+    layers: int,
+    vocab_size: int,
+    ffn: int,
+    parallel: ParallelConfig,
 ) -> None:
     """Refuse a layout that Megatron would split wrongly or not at all."""
     tensor, pipeline = (
@@ -224,7 +255,7 @@ def check_layout(
         )
     if parallel.sequence_parallel and tensor == 1:
         raise ConfigError(
-            "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1; switch it off"
+            "parallel.sequence_parallel needs tensor_model_parallel_size > 1; switch it off"
         )
 
 
@@ -242,7 +273,8 @@ def find_recipe(name: str) -> Path:
 
 
 def load_config(path: Path, overrides: Sequence[str], model: type[AnyConfig]) -> AnyConfig:
-    """Read a TOML recipe and apply `a.b=c` overrides (values in TOML syntax; bare words are strings)."""
+    """Read a TOML recipe and apply `a.b=c` overrides (values in TOML syntax; bare words are
+    strings)."""
     try:
         tree = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:

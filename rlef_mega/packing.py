@@ -1,7 +1,8 @@
-"""Episodes to packed batches: sequences end to end without padding, cut into micro-batches by a token budget.
+"""Episodes to packed batches: sequences end to end without padding, cut into micro-batches by a
+token budget.
 
-Stands between rollout and learner. Every rank packs the same episodes to the same batch; the plan of
-micro-batches then says which sequences each data-parallel rank computes.
+Stands between rollout and learner. Every rank packs the same episodes to the same batch; the plan
+of micro-batches then says which sequences each data-parallel rank computes.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def turns_of(batch: Batch, sequences: Sequence[int]) -> torch.Tensor:
 
 
 def select(batch: Batch, sequences: Sequence[int]) -> Batch:
-    """The batch that `pack` would have made of these sequences alone, in the order asked for."""
+    """The batch that `pack` would have made of these (distinct) sequences alone, in the order asked
+    for."""
     positions = token_positions(batch.cu_seqlens, sequences)
     turns = turns_of(batch, sequences)
     lengths = batch.cu_seqlens.diff()[list(sequences)].long()
@@ -88,9 +90,7 @@ def select(batch: Batch, sequences: Sequence[int]) -> Batch:
     renumber = torch.full((batch.num_turns + 1,), -1)  # the last entry serves turn_index -1
     renumber[turns] = torch.arange(turns.numel())
     turn_counts = torch.bincount(batch.episode_of_turn_N, minlength=batch.num_sequences)
-    episode_of_turn_N = torch.arange(len(sequences)).repeat_interleave(
-        turn_counts[list(sequences)]
-    )
+    episode_of_turn_N = torch.arange(len(sequences)).repeat_interleave(turn_counts[list(sequences)])
     return Batch(
         token_ids_T=batch.token_ids_T[positions],
         position_ids_T=batch.position_ids_T[positions],
@@ -98,8 +98,7 @@ def select(batch: Batch, sequences: Sequence[int]) -> Batch:
         action_mask_T=batch.action_mask_T[positions],
         turn_index_T=renumber[batch.turn_index_T[positions]],
         behaviour_logprobs_T=batch.behaviour_logprobs_T[positions],
-        value_positions_N=batch.value_positions_N[turns]
-        + (new_starts - starts)[episode_of_turn_N],
+        value_positions_N=batch.value_positions_N[turns] + (new_starts - starts)[episode_of_turn_N],
         episode_of_turn_N=episode_of_turn_N,
         rewards_N=batch.rewards_N[turns],
     )
@@ -108,11 +107,13 @@ def select(batch: Batch, sequences: Sequence[int]) -> Batch:
 def microbatches(
     lengths: Sequence[int], token_budget: int, data_parallel_size: int
 ) -> list[list[list[int]]]:
-    """Indices into `lengths`: for each data-parallel rank its micro-batches, the same number on every rank.
+    """Indices into `lengths`: for each data-parallel rank its micro-batches, the same number on
+    every rank.
 
-    Longest first, each sequence goes to the micro-batch with the fewest tokens so far; the number of micro-batches
-    is the smallest multiple of the data-parallel size at which none exceeds the budget. A single sequence longer than
-    the budget is an error. Ranks may get an empty micro-batch when there are fewer sequences than ranks.
+    Longest first, each sequence goes to the micro-batch with the fewest tokens so far; the number
+    of micro-batches is the smallest multiple of the data-parallel size at which none exceeds the
+    budget. A single sequence longer than the budget is an error. Ranks may get an empty micro-batch
+    when there are fewer sequences than ranks.
     """
     longest = max(lengths, default=0)
     if longest > token_budget:

@@ -1,11 +1,13 @@
 """The algorithm: PPO as RLEF uses it. Tensors in, tensors out; knows no Megatron and no config.
 
-Source: Gehring et al., "RLEF: Grounding Code LLMs in Execution Feedback with Reinforcement Learning",
-arXiv 2410.02089, sections 2.2 and A.1. An episode is a dialogue of turns; a turn is one response.
+Source: Gehring et al., "RLEF: Grounding Code LLMs in Execution Feedback with Reinforcement
+Learning", arXiv 2410.02089, sections 2.2 and A.1. An episode is a dialogue of turns; a turn is one
+response.
 
-Shape suffixes: T response tokens of a batch (prompt and feedback tokens left out), N turns in episode order.
-All arithmetic is fp32. A loss is a sum over its terms divided by `denominator`, a count over the whole update;
-so it and its metrics add up over micro-batches and data-parallel ranks. Without one it is a plain mean.
+Shape suffixes: T response tokens of a batch (prompt and feedback tokens left out), N turns in
+episode order. All arithmetic is fp32. A loss is a sum over its terms divided by `denominator`, a
+count over the whole update; so it and its metrics add up over micro-batches and data-parallel
+ranks. Without one it is a plain mean.
 """
 
 import torch
@@ -24,7 +26,8 @@ def task_rewards(
     invalid_code_penalty: float,
     penalize_invalid_last_turn: bool = False,
 ) -> torch.Tensor:
-    """r_t = +1 last turn, all tests pass; -1 last turn, any fails; the penalty if no valid code; else 0 (RLEF 2.2).
+    """r_t = +1 last turn, all tests pass; -1 last turn, any fails; the penalty if no valid code;
+    else 0 (RLEF 2.2).
 
     First match wins, so a last turn without valid code gets -1. The paper is silent there;
     `penalize_invalid_last_turn` adds the penalty to it.
@@ -41,10 +44,11 @@ def turn_kl(
     turn_of_token_T: torch.Tensor,
     num_turns: int,
 ) -> torch.Tensor:
-    """kl_t = mean_k log pi(a_k) - mean_k log rho(a_k), the mean over the tokens k of turn t (RLEF 2.2).
+    """kl_t = mean_k log pi(a_k) - mean_k log rho(a_k), the mean over the tokens k of turn t (RLEF
+    2.2).
 
-    The mean, not the sum: a log of the geometric mean of the token probabilities, so that long responses are
-    not punished for their length.
+    The mean, not the sum: a log of the geometric mean of the token probabilities, so that long
+    responses are not punished for their length.
     """
     difference_T = (logprobs_T - ref_logprobs_T).float()
     sums_N = difference_T.new_zeros(num_turns).index_add(0, turn_of_token_T, difference_T)
@@ -60,7 +64,8 @@ def turn_rewards(task_rewards_N: torch.Tensor, kl_N: torch.Tensor, *, beta: floa
 def turn_returns(
     rewards_N: torch.Tensor, episode_of_turn_N: torch.Tensor, *, gamma: float = 1.0
 ) -> torch.Tensor:
-    """G_t = sum over i >= t of gamma^(i - t) R_i within the episode: Monte Carlo, lambda = 1 (RLEF A.1)."""
+    """G_t = sum over i >= t of gamma^(i - t) R_i within the episode: Monte Carlo, lambda = 1 (RLEF
+    A.1)."""
     returns = rewards_N.tolist()
     episodes = episode_of_turn_N.tolist()
     for turn in reversed(range(len(returns) - 1)):
@@ -76,10 +81,11 @@ def turn_advantages(
     normalize: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """A_t = G_t - V(c_t), then to mean 0 and standard deviation 1 over all turns of the batch (RLEF 2.2, A.1).
+    """A_t = G_t - V(c_t), then to mean 0 and standard deviation 1 over all turns of the batch (RLEF
+    2.2, A.1).
 
-    With a process group, each rank holds a part of the batch and the moments are over all parts. The paper does
-    not say over what it normalises; the whole rollout batch is our choice.
+    With a process group, each rank holds a part of the batch and the moments are over all parts.
+    The paper does not say over what it normalises; the whole rollout batch is our choice.
     """
     advantages_N = (returns_N - values_N).float()
     if not normalize:
@@ -92,7 +98,9 @@ def turn_advantages(
         ]
     )
     if group is not None:
-        dist.all_reduce(moments, group=group)  # over the ranks that share the batch: count, sum, sum of squares
+        dist.all_reduce(
+            moments, group=group
+        )  # over the ranks that share the batch: count, sum, sum of squares
     count, total, squares = moments
     mean = total / count
     deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
@@ -108,10 +116,12 @@ def policy_loss(
     clip_eps: float,
     denominator: float | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
-    """L = -mean_k min(r_k A, clip(r_k, 1 - eps, 1 + eps) A), r_k = pi/pi_old * sg(min(pi/pi_b, 1)) (RLEF A.1).
+    """L = -mean_k min(r_k A, clip(r_k, 1 - eps, 1 + eps) A), r_k = pi/pi_old * sg(min(pi/pi_b, 1))
+    (RLEF A.1).
 
-    pi_old is the policy at the start of this batch's updates, pi_b the one that sampled the tokens; the truncated,
-    stop-gradient factor corrects for tokens sampled by an older policy or a slightly different engine.
+    pi_old is the policy at the start of this batch's updates, pi_b the one that sampled the tokens;
+    the truncated, stop-gradient factor corrects for tokens sampled by an older policy or a slightly
+    different engine.
     """
     count = denominator if denominator is not None else max(logprobs_T.numel(), 1)
     log_ratio_T = logprobs_T - old_logprobs_T
@@ -139,7 +149,8 @@ def value_loss(
     clip_alpha: float,
     denominator: float | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
-    """L = 1/2 mean_t max((V - G)^2, (clip(V, V_old - alpha, V_old + alpha) - G)^2), a term a turn (RLEF A.1)."""
+    """L = 1/2 mean_t max((V - G)^2, (clip(V, V_old - alpha, V_old + alpha) - G)^2), a term a turn
+    (RLEF A.1)."""
     count = denominator if denominator is not None else max(values_N.numel(), 1)
     clipped_N = torch.clamp(values_N, old_values_N - clip_alpha, old_values_N + clip_alpha)
     errors_N = torch.maximum((values_N - returns_N).square(), (clipped_N - returns_N).square())
@@ -159,10 +170,12 @@ def targets(
     normalize: bool,
     token_level_value: bool = False,
 ) -> tuple[Targets, dict[str, float]]:
-    """From scores to what the updates aim for; everything here is constant over the updates of the batch.
+    """From scores to what the updates aim for; everything here is constant over the updates of the
+    batch.
 
-    The KL in the reward is that of the policy which produced the rollout, so it uses the behaviour log-probs.
-    With `token_level_value` every response token has a value of its own and the turn's return for its target (B.6).
+    The KL in the reward is that of the policy which produced the rollout, so it uses the behaviour
+    log-probs. With `token_level_value` every response token has a value of its own and the turn's
+    return for its target (B.6).
     """
     action_T = batch.action_mask_T
     turn_of_token = batch.turn_index_T[action_T]

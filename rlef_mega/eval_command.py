@@ -1,0 +1,84 @@
+"""`rlef eval`: a Hugging Face folder and problems to numbers, in one process with the embedded
+engine."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rlef_sandbox import Sandbox
+
+from rlef_mega.config import ConfigError
+from rlef_mega.dialog import ChatFormat
+from rlef_mega.engines.local import LocalEngine
+from rlef_mega.evaluate import evaluate, write_evaluation
+from rlef_mega.judge import Judge
+from rlef_mega.problems import load_problems
+from rlef_mega.record import RunDirectory
+from rlef_mega.report import print_evaluation
+from rlef_mega.rollout import Rules
+from rlef_mega.types import Sampling
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    model: Path
+    data: str
+    out: Path
+    problems: int
+    turns: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    max_context: int
+    dtype: str
+    seed: int
+    protocols: tuple[str, ...]
+
+
+def run_evaluation(request: EvalRequest) -> None:
+    """Evaluate, write eval/MODEL.json and its dialogues under `out`, print the table."""
+    if not (request.model / "config.json").is_file():
+        raise ConfigError(f"no file {request.model / 'config.json'}: give a Hugging Face folder")
+    problems = load_problems(request.data)
+    problems = problems[: request.problems or None]
+    chat = ChatFormat.from_folder(request.model)
+    rules = Rules(
+        turns=request.turns,
+        sampling=Sampling(
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            stop_token_ids=tuple(chat.stop_token_ids),
+        ),
+        max_context=request.max_context,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = LocalEngine(request.model, dtype=request.dtype, device=device)
+    workers = len(os.sched_getaffinity(0))
+    with Sandbox(workers=workers) as sandbox:
+        judge = Judge(sandbox, workers=workers)
+        result = evaluate(
+            problems,
+            engine,
+            judge,
+            chat,
+            rules,
+            seed=request.seed,
+            protocols=request.protocols,
+        )
+    run = RunDirectory(request.out)
+    write_evaluation(
+        run,
+        request.model.name,
+        result,
+        problems,
+        chat,
+        model=str(request.model),
+        data=request.data,
+        rules=rules,
+        seed=request.seed,
+    )
+    path = request.out / f"eval/{request.model.name}.json"
+    print_evaluation(path)
+    print(f"wrote {path}")

@@ -1,0 +1,121 @@
+"""Launching ranks on one node, and what every worker process does around its work.
+
+Theory of operation: `rlef` validates everything it can, writes the run directory, and starts one
+process group for the ranks through torchrun's own agent, in a session of its own. The user's Ctrl-C
+reaches `rlef` alone; it leaves a file `stop`, which the ranks see at the end of their step. If
+`rlef` dies, even by SIGKILL, the kernel kills the agent, and with it the ranks (PR_SET_PDEATHSIG),
+so that no orphan goes on writing. Under Slurm, srun starts the worker modules directly and none of
+this file but `worker_main` and `StopRequest` is used.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+STOPPED = 3  # exit code of a run that was asked to stop; the same command goes on with it
+FAILED = 2  # exit code of a run that ended with a message
+PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """SIGINT, SIGTERM or the file `stop`: finish the step, save, end."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.signalled = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True
+
+    def requested(self) -> bool:
+        return self.signalled or self.file.exists()
+
+
+def die_with_parent() -> None:
+    """Linux only; elsewhere an orphan must be ended by hand."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def launch(module: str, run_dir: Path, processes: int) -> int:
+    """Run `python -m module run_dir` on this many ranks of this machine; returns the first failing
+    exit code or 0."""
+    stop_file = run_dir / "stop"
+    stop_file.unlink(missing_ok=True)
+    cores = len(os.sched_getaffinity(0))
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, cores // processes)),  # more threads than cores cost time
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "rlef_mega.launch", str(processes), module, str(run_dir)]
+    child = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=die_with_parent
+    )
+    while True:
+        try:
+            code = child.wait()
+            stop_file.unlink(missing_ok=True)
+            return code
+        except KeyboardInterrupt:
+            if stop_file.exists():
+                child.terminate()  # asked twice: do not wait for the step
+            else:
+                print("\nstopping: the current step is finished and saved first", flush=True)
+                stop_file.touch()
+
+
+def run_agent(processes: int, module: str, run_dir: str) -> int:
+    """torchrun's agent, without its report on exit codes that are ours."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    die_with_parent()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"rlef-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-m", module, run_dir)
+    except ChildFailedError as error:
+        return next(iter(error.failures.values())).exitcode
+    return 0
+
+
+def worker_main(work: Callable[[Path], int]) -> None:
+    """The main of a rank: user errors become one message from rank 0, and the exit code says how it
+    ended."""
+    die_with_parent()
+    writer = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        code = work(Path(sys.argv[1]))
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        if os.environ.get("RLEF_TRACEBACK"):
+            raise
+        if writer:
+            print(f"error: {error}\n(RLEF_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # the agent kills all ranks when one ends; let rank 0 speak first
+        code = FAILED
+    sys.stdout.flush()
+    os._exit(code)  # not through destructors of process groups whose peers may be gone
+
+
+if __name__ == "__main__":
+    sys.exit(run_agent(int(sys.argv[1]), sys.argv[2], sys.argv[3]))

@@ -1,0 +1,118 @@
+"""Everything about a run that can be found wrong before any rank starts. Fails with one clear
+message, loses nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlef_mega.config import (
+    ConfigError,
+    Section,
+    SFTConfig,
+    TrainConfig,
+    check_layout,
+    dump_toml,
+    load_config,
+)
+from rlef_mega.problems import load_problems
+from rlef_mega.record import write_atomically
+
+FREE_TO_CHANGE = {"run.steps", "run.checkpoint_every", "run.keep_checkpoints"}
+
+
+def check_train(config: TrainConfig) -> dict[str, Any]:
+    """The facts of a run as it would go. ConfigError or ValueError where it could not."""
+    shape = model_shape(config)
+    check_layout(parallel=config.parallel, **shape)
+    if config.rollout.max_context > config.learner.microbatch_tokens:
+        raise ConfigError(
+            f"rollout.max_context = {config.rollout.max_context} exceeds "
+            f"learner.microbatch_tokens = {config.learner.microbatch_tokens}: "
+            "the longest dialogue would fit no micro-batch"
+        )
+    sizes = {
+        split: len(load_problems(source))
+        for split, source in config.data.model_dump().items()
+        if source
+    }
+    parallel, updates = config.parallel, config.ppo.updates_per_batch
+    sequences = config.rollout.episodes_per_batch // updates
+    return {
+        "model": config.model.path,
+        **shape,
+        "world size": parallel.world_size,
+        "layout": f"TP {parallel.tensor_model_parallel_size} x "
+        f"PP {parallel.pipeline_model_parallel_size} x DP {parallel.data_parallel_size}",
+        "problems": sizes,
+        "rollouts a batch": config.rollout.episodes_per_batch,
+        "updates": f"{config.run.steps * updates:,} of {sequences} sequences",
+    }
+
+
+def check_sft(config: SFTConfig) -> None:
+    check_layout(
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        layers=config.num_layers,
+        vocab_size=config.vocab_size,
+        ffn=config.ffn_hidden_size,
+        parallel=config.parallel,
+    )
+
+
+def model_shape(config: TrainConfig) -> dict[str, int]:
+    """From the model's config.json; from the recipe's [model.shape] where the weights are not on
+    this machine."""
+    path = Path(config.model.path) / "config.json"
+    stated = config.model.shape.model_dump() if config.model.shape else None
+    if not path.is_file():
+        if stated:
+            return stated
+        raise ConfigError(f"no file {path}: model.path must be a Hugging Face model folder")
+    try:
+        found = json.loads(path.read_text())
+        shape = {
+            "heads": found["num_attention_heads"],
+            "key_value_heads": found.get("num_key_value_heads", found["num_attention_heads"]),
+            "layers": found["num_hidden_layers"],
+            "vocab_size": found["vocab_size"],
+            "ffn": found["intermediate_size"],
+        }
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ConfigError(f"{path}: not a Llama config.json ({error!r}); export it anew") from None
+    if stated and stated != shape:
+        raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
+    return shape
+
+
+def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:
+    """Write the resolved config; refuse a folder that holds a run with another one."""
+    path = run_dir / "config.toml"
+    if path.exists():
+        before = flatten(load_config(path, [], type(config)))
+        differing = [
+            f"{key} = {before.get(key)} there, {value} here"
+            for key, value in flatten(config).items()
+            if before.get(key) != value and key not in FREE_TO_CHANGE
+        ]
+        if differing:
+            raise ConfigError(
+                f"{run_dir} holds a run with other settings ({'; '.join(differing)}); "
+                "choose another folder, or remove that one to start anew"
+            )
+    write_atomically(path, dump_toml(config))
+
+
+def flatten(section: Section) -> dict[str, Any]:
+    """Dotted keys to values."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    walk(section.model_dump(), "")
+    return flat

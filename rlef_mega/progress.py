@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: a bar with an estimate on a terminal, one line a step
+elsewhere."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class StepProgress:
+    """A context manager; silent where `shown` is False, that is on all ranks but one."""
+
+    def __init__(self, label: str, *, done: int, total: int, shown: bool, every: int = 1) -> None:
+        self.label, self.total, self.shown = label, total, shown
+        self.every = every  # without a terminal, a line for every so many steps
+        self.done = done
+        self.bar: Progress | None = None
+        if shown and sys.stdout.isatty():
+            self.bar = Progress(
+                TextColumn(f"[bold]{label}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(soft_wrap=True),
+            )
+            self.task = self.bar.add_task("starting", total=total, completed=done)
+
+    def __enter__(self) -> "StepProgress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, message: str) -> None:
+        """One step more is done; `message` says how it went."""
+        self.done += 1
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, description=message)
+        elif self.shown and self.done % self.every == 0:
+            print(f"{self.label} {self.done}/{self.total}  {message}", flush=True)
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        if self.bar:
+            self.bar.console.print(message)
+        elif self.shown:
+            print(message, flush=True)
+
+
+def training_line(record: dict[str, Any], times: dict[str, float]) -> str:
+    """The few numbers by which one sees that a run is healthy."""
+    repaired = record.get("repaired_turn2")
+    parts = [
+        f"solved {record['solved']:.0%}",
+        f"turn 1 {record['solved_turn1']:.0%}",
+        f"repaired {repaired:.0%}" if repaired is not None else "",
+        f"invalid {record['invalid_fraction']:.1%}",
+        f"kl {record['kl']:.3f}",
+        f"{record['tokens'] / times['step']:,.0f} tok/s",
+    ]
+    return "  ".join(part for part in parts if part)

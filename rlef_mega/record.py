@@ -1,0 +1,169 @@
+"""The run directory: what a run leaves behind, and what a resumed run finds.
+
+    config.toml  manifest.json  metrics.jsonl  eval/*.json  episodes/step_*.jsonl.zst  checkpoints/
+    report.html
+
+metrics.jsonl has one line a step. A run that was killed may have written lines beyond its last
+checkpoint: `resume` cuts them off, so that the file reads as if the run had never stopped.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import zstandard
+from rlef_sandbox import CallTest
+
+from rlef_mega.dialog import ChatFormat
+from rlef_mega.types import Episode, Problem, TestOutcome
+
+TEXT_LIMIT = 10_000  # characters of any one text in an episode record
+
+
+class Clock:
+    """Seconds by phase of a step; what no phase claims is the difference to `step`."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - begun
+
+    def lap(self) -> dict[str, float]:
+        """End the step: its phases, and under `step` all of its wall time. Starts the next."""
+        now = time.perf_counter()
+        times, self.times = {**self.times, "step": now - self.started}, {}
+        self.started = now
+        return {phase: round(seconds, 4) for phase, seconds in times.items()}
+
+
+class RunDirectory:
+    """Written by one process of a run; `lock` keeps a second run out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.stop_request = path / "stop"
+        self.lock_file: TextIO | None = None
+
+    def lock(self) -> None:
+        """Raises RuntimeError if another live process works in this directory. The lock ends with
+        the process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock_file.seek(0)
+            holder = self.lock_file.read().strip() or "unknown"
+            raise RuntimeError(
+                f"{self.path} is in use by process {holder}; stop it or choose another run.dir"
+            ) from None
+        self.lock_file.truncate(0)
+        self.lock_file.write(str(os.getpid()))
+        self.lock_file.flush()
+
+    def resume(self, step: int) -> None:
+        """Forget what was recorded after this step."""
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The recorded steps; a last line that was cut off by a kill is left out."""
+        if not self.metrics_path.exists():
+            return []
+        records = []
+        for line in self.metrics_path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
+
+    def write_episodes(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomically(self.path / name, zstandard.compress(text.encode()))
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """A reader sees the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+def episode_record(
+    episode: Episode,
+    chat: ChatFormat,
+    problem: Problem,
+    numbers: Sequence[Sequence[float]] | None = None,
+) -> dict[str, Any]:
+    """An episode to read: texts in place of token ids; `numbers` are value, return and advantage of
+    each turn."""
+    turns = []
+    end = 0
+    for number, turn in enumerate(episode.turns):
+        observed = episode.token_ids[end : turn.context_len]
+        end = turn.context_len + len(turn.action_ids)
+        value, turn_return, advantage = numbers[number] if numbers else (None, None, None)
+        turns.append(
+            {
+                "observation": chat.decode(observed)[:TEXT_LIMIT],
+                "response": chat.decode(turn.action_ids)[:TEXT_LIMIT],
+                "program": turn.program,
+                "public": [outcome_record(outcome) for outcome in turn.verdict.public],
+                "public_passed": turn.verdict.public_passed,
+                "solved": turn.verdict.solved,
+                "tokens": len(turn.action_ids),
+                "logprob_mean": sum(turn.action_logprobs) / len(turn.action_logprobs),
+                "value": value,
+                "return": turn_return,
+                "advantage": advantage,
+            }
+        )
+    return {
+        "problem_id": episode.problem_id,
+        "family": episode.family,
+        "tags": list(problem.tags),
+        "solved": episode.solved,
+        "turns": turns,
+    }
+
+
+def outcome_record(outcome: TestOutcome) -> dict[str, str]:
+    test, result = outcome.test, outcome.result
+    if isinstance(test, CallTest):
+        arguments = ", ".join(map(repr, test.args))
+        given, expected = f"{test.entry_point}({arguments})", repr(test.expected)
+    else:
+        given, expected = (text(part) for part in (test.stdin, test.expected))
+    return {
+        "input": given[:TEXT_LIMIT],
+        "expected": expected[:TEXT_LIMIT],
+        "observed": text(result.stdout),
+        "status": result.status.name,
+        "stderr": text(result.stderr),
+    }
+
+
+def text(content: bytes | str) -> str:
+    readable = content.decode(errors="replace") if isinstance(content, bytes) else content
+    return readable[:TEXT_LIMIT]

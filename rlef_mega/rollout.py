@@ -1,0 +1,190 @@
+"""Problems to episodes: the multi-turn dialogue of RLEF 2.1, token-in token-out.
+
+Theory of operation: one coroutine a dialogue, all in one event loop. A dialogue opens a session of
+the engine, asks it for a response, hands the program to the judge, appends the feedback as token
+ids and goes on, until its public tests pass or its turns are used up. The engine decides what to
+batch, the judge's threads wait for the sandbox; a dialogue waits for nobody else. A fault of engine
+or sandbox ends the try, not the batch: the dialogue is started afresh once, then dropped and
+counted.
+"""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlef_mega import dialog
+from rlef_mega.dialog import ChatFormat
+from rlef_mega.engines import Engine, EngineError, Session
+from rlef_mega.judge import Judge, JudgeError
+from rlef_mega.shares import gather, interleave, my_share
+from rlef_mega.types import Completion, Episode, Problem, Sampling, TestOutcome, Turn, Verdict
+
+TRIES = 2  # a dialogue is started at most this often
+
+
+@dataclass(frozen=True)
+class Distractor:
+    """What another problem's incorrect program did on its public tests, for random feedback (RLEF
+    C.2)."""
+
+    problem_id: str
+    outcomes: tuple[TestOutcome, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How dialogues are held."""
+
+    turns: int
+    sampling: Sampling
+    max_context: int
+    feedback: Literal["true", "none", "random"] = "true"
+    distractors: tuple[Distractor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """For each problem, in order, its episode or the reason why it was dropped."""
+
+    outcomes: tuple[Episode | str, ...]
+
+    @property
+    def episodes(self) -> tuple[Episode, ...]:
+        return tuple(o for o in self.outcomes if isinstance(o, Episode))
+
+    @property
+    def drops(self) -> Counter[str]:
+        return Counter(o for o in self.outcomes if isinstance(o, str))
+
+
+def derive_seed(*parts: int | str) -> int:
+    """An independent stream for each (run seed, step, place, ...), the same on every machine and
+    layout."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+async def rollout(
+    problems: Sequence[Problem],
+    engine: Engine,
+    judge: Judge,
+    chat: ChatFormat,
+    rules: Rules,
+    seeds: Sequence[int],
+) -> Rollout:
+    """One episode a problem. Every problem ends as exactly one episode or one counted drop."""
+    dialogues = [
+        hold_dialogue_with_retries(problem, engine, judge, chat, rules, seed)
+        for problem, seed in zip(problems, seeds, strict=True)
+    ]
+    return Rollout(tuple(await asyncio.gather(*dialogues)))
+
+
+def roll_out_on_all_ranks(
+    problems: Sequence[Problem],
+    engine: Engine,
+    judge: Judge,
+    chat: ChatFormat,
+    rules: Rules,
+    seed: int,
+) -> Rollout:
+    """Each rank holds its share of the dialogues; then all ranks have all outcomes, in the order of
+    the problems."""
+    mine = my_share(list(enumerate(problems)))
+    seeds = [derive_seed(seed, number) for number, _ in mine]
+    held = asyncio.run(rollout([p for _, p in mine], engine, judge, chat, rules, seeds))
+    return Rollout(tuple(interleave(gather(held.outcomes))))
+
+
+async def hold_dialogue_with_retries(
+    problem: Problem, engine: Engine, judge: Judge, chat: ChatFormat, rules: Rules, seed: int
+) -> Episode | str:
+    """The episode, or the reason why there is none."""
+    prompt = chat.open(dialog.first_prompt(problem.statement, problem.template))
+    if len(prompt) + rules.sampling.max_new_tokens > rules.max_context:
+        return "prompt too long"
+    reason = ""
+    for _ in range(TRIES):
+        try:
+            async with engine.session() as session:
+                return await hold_dialogue(problem, session, judge, chat, rules, seed, prompt)
+        except (EngineError, JudgeError) as fault:
+            reason = type(fault).__name__
+    return reason
+
+
+async def hold_dialogue(
+    problem: Problem,
+    session: Session,
+    judge: Judge,
+    chat: ChatFormat,
+    rules: Rules,
+    seed: int,
+    prompt: Sequence[int],
+) -> Episode:
+    """The dialogue as token ids: what the engine sampled is appended as it is and never encoded
+    again."""
+    token_ids = list(prompt)
+    turns: list[Turn] = []
+    while True:
+        completion = await session.generate(
+            token_ids, rules.sampling, derive_seed(seed, len(turns))
+        )
+        program = dialog.extract_program(chat.decode(completion.token_ids), problem.language)
+        last_turn = len(turns) + 1 == rules.turns
+        verdict = await judge.judge(problem, program, last_turn=last_turn)
+        turns.append(make_turn(len(token_ids), completion, program, verdict))
+        token_ids += completion.token_ids
+        if verdict.public_passed or last_turn:
+            break
+        text = choose_feedback(problem, verdict, rules, derive_seed(seed, len(turns), "feedback"))
+        observed = chat.observe(text, ended=completion.finish_reason == "stop")
+        if len(token_ids) + len(observed) + rules.sampling.max_new_tokens > rules.max_context:
+            break  # no room for another turn: this failed response was the last one
+        token_ids += observed
+    return Episode(
+        problem_id=problem.id,
+        family=problem.family,
+        token_ids=tuple(token_ids),
+        turns=tuple(turns),
+        solved=bool(turns[-1].verdict.solved),
+    )
+
+
+def make_turn(
+    context_len: int, completion: Completion, program: str | None, verdict: Verdict
+) -> Turn:
+    return Turn(
+        context_len=context_len,
+        action_ids=completion.token_ids,
+        action_logprobs=completion.logprobs,
+        weight_versions=completion.weight_versions,
+        program=program,
+        verdict=verdict,
+    )
+
+
+def choose_feedback(problem: Problem, verdict: Verdict, rules: Rules, seed: int) -> str:
+    """What the model is told: the truth, nothing, or what happened to another problem's program."""
+    if rules.feedback == "none":
+        return dialog.feedback_withheld(problem.template)
+    outcomes = verdict.public
+    if rules.feedback == "random":
+        others = [d for d in rules.distractors if d.problem_id != problem.id]
+        if not others:
+            raise ValueError("random feedback needs incorrect programs of other problems")
+        outcomes = others[seed % len(others)].outcomes
+    return dialog.feedback(outcomes, problem.template)
+
+
+def distractors_of(episodes: Sequence[Episode]) -> tuple[Distractor, ...]:
+    """The failed first responses among these episodes, as feedback for others."""
+    first_turns = ((episode.problem_id, episode.turns[0].verdict) for episode in episodes)
+    return tuple(
+        Distractor(problem_id, verdict.public)
+        for problem_id, verdict in first_turns
+        if not verdict.public_passed
+    )

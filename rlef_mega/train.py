@@ -1,0 +1,202 @@
+"""THE LOOP: problems to episodes to a batch to targets to an update, and the new weights back to
+the engine.
+
+Theory of operation: SPMD under torchrun or srun; every rank runs this file. A rank drives its share
+of the dialogues, then all ranks hold all episodes of the step: packing, targets and metrics are
+computed alike everywhere, and the learner splits its work by its layout. Rank 0 writes the run
+directory. A request to stop (SIGINT, SIGTERM, or a file `stop` in the run directory) is seen by all
+ranks together at the end of a step, which is then saved. A run that was killed goes on from its
+newest checkpoint and ends with the numbers of an undisturbed one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rlef_sandbox import Sandbox
+
+from rlef_mega import metrics, ppo
+from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.dialog import ChatFormat
+from rlef_mega.engines.local import LocalEngine
+from rlef_mega.evaluate import Evaluator
+from rlef_mega.guard import Guards
+from rlef_mega.judge import Judge
+from rlef_mega.launch import STOPPED, StopRequest, worker_main
+from rlef_mega.manifest import describe
+from rlef_mega.megatron import checkpoint, parallel
+from rlef_mega.megatron.learner import Learner
+from rlef_mega.megatron.publish import publish
+from rlef_mega.packing import pack
+from rlef_mega.problems import load_problems, sample
+from rlef_mega.progress import StepProgress, training_line
+from rlef_mega.record import Clock, RunDirectory, episode_record
+from rlef_mega.rollout import Rules, derive_seed, roll_out_on_all_ranks
+from rlef_mega.shares import any_rank
+from rlef_mega.types import Batch, Episode, Problem, Sampling, Targets
+
+
+def train(config: TrainConfig) -> int:
+    """Run or resume. Returns 0 when all steps are done and STOPPED when asked to stop before."""
+    run = RunDirectory(Path(config.run.dir))
+    ranks = parallel.initialize(config.parallel, seed=config.run.seed)
+    problems = load_problems(config.data.train)
+    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    rules = dialogue_rules(config, chat)
+    learner = make_learner(config, ranks)
+    engine = LocalEngine(Path(config.model.path), dtype=config.model.dtype, device=ranks.device)
+    first = resume(run, learner, writer=ranks.is_writer)
+    guards = Guards(config.guard, config.rollout.max_drop_fraction)
+    stop = StopRequest(run.stop_request)
+    with (
+        Sandbox(workers=config.judge.workers, isolation=config.judge.isolation) as sandbox,
+        StepProgress("RLEF", done=first, total=config.run.steps, shown=ranks.is_writer) as progress,
+    ):
+        judge = Judge(sandbox, workers=config.judge.workers)
+        evaluator = Evaluator(config, run, engine, judge, chat, rules, writer=ranks.is_writer)
+        if ranks.is_writer:
+            run.write_json("manifest.json", run_manifest(config, sandbox, ranks.device))
+        publish(learner, engine, version=first)
+        if first == 0:
+            evaluator.full("before")
+        clock = Clock()
+        for step in range(first + 1, config.run.steps + 1):
+            seed = derive_seed(config.run.seed, step)
+            with clock("rollout"):
+                chosen = sample(problems, step, config.rollout.episodes_per_batch, config.run.seed)
+                held = roll_out_on_all_ranks(chosen, engine, judge, chat, rules, seed)
+            guards.check_drops(held)
+            batch = pack(
+                held.episodes,
+                invalid_code_penalty=invalid_code_penalty(config),
+                penalize_invalid_last_turn=config.ppo.penalize_invalid_last_turn,
+            )
+            with clock("score"):
+                scores = learner.score(batch)
+            targets, target_metrics = ppo.targets(
+                batch,
+                scores,
+                beta=config.ppo.beta,
+                gamma=config.ppo.gamma,
+                normalize=config.ppo.normalize_advantages,
+                token_level_value=config.ppo.token_level_value,
+            )
+            with clock("update"):
+                order = shuffled(batch.num_sequences, seed)
+                train_policy = step > config.ppo.critic_warmup_steps
+                update_metrics = learner.update(batch, targets, order, train_policy=train_policy)
+            with clock("publish"):
+                publish(learner, engine, version=step)
+            record: dict[str, Any] = {
+                "step": step,
+                "updates": step * config.ppo.updates_per_batch,
+                "episodes": len(held.episodes),
+                "dropped": dict(held.drops),
+                **metrics.episode_metrics(held.episodes),
+                **target_metrics,
+                **update_metrics,
+                **metrics.logprob_gap(batch, scores),
+            }
+            if config.eval.every and step % config.eval.every == 0:
+                with clock("evaluate"):
+                    record["valid_solved"] = evaluator.quick(step)
+            stopping = any_rank(stop.requested())
+            due = step % config.run.checkpoint_every == 0 or step == config.run.steps
+            times = clock.lap()  # what follows is counted in the next step
+            if ranks.is_writer:
+                run.append_metrics({**record, "time": times})
+                if due:
+                    episodes = episode_records(held.episodes, chosen, chat, targets, batch)
+                    run.write_episodes(f"episodes/step_{step:06d}.jsonl.zst", episodes)
+            progress.step(training_line(record, times))
+            guards.check(record)
+            if due or stopping:
+                with clock("checkpoint"):
+                    checkpoint.save_checkpoint(run.checkpoints, learner, step=step, state={})
+                    checkpoint.prune(run.checkpoints, keep=config.run.keep_checkpoints)
+            if stopping:
+                return STOPPED
+        evaluator.full("after")
+    parallel.shutdown(ranks)
+    return 0
+
+
+def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
+    return Learner(
+        ranks,
+        Path(config.model.path),
+        parallel=config.parallel,
+        learner=config.learner,
+        ppo=config.ppo,
+        dtype=config.model.dtype,
+        temperature=config.rollout.temperature,
+        recompute=config.model.recompute,
+    )
+
+
+def run_manifest(config: TrainConfig, sandbox: Sandbox, device: torch.device) -> dict[str, Any]:
+    return describe(
+        layout=config.parallel.model_dump(),
+        accelerations=parallel.accelerations(device, getattr(torch, config.model.dtype)),
+        isolation=sandbox.isolation,
+    )
+
+
+def resume(run: RunDirectory, learner: Learner, *, writer: bool) -> int:
+    """Load the newest good checkpoint, if any, and forget what was recorded after it. Returns its
+    step, or 0."""
+    newest = checkpoint.latest_checkpoint(run.checkpoints)
+    step = checkpoint.load_checkpoint(newest, learner)[0] if newest else 0
+    if writer:
+        run.resume(step)
+    return step
+
+
+def dialogue_rules(config: TrainConfig, chat: ChatFormat) -> Rules:
+    """How training samples: no top-p, no top-k (RLEF 3.1)."""
+    return Rules(
+        turns=config.rollout.turns,
+        sampling=Sampling(
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            stop_token_ids=tuple(chat.stop_token_ids),
+        ),
+        max_context=config.rollout.max_context,
+        feedback=config.rollout.feedback,
+    )
+
+
+def invalid_code_penalty(config: TrainConfig) -> float:
+    """The paper's single-turn training drops the penalty (RLEF 2.2)."""
+    return config.ppo.invalid_code_penalty if config.rollout.turns > 1 else 0.0
+
+
+def shuffled(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def episode_records(
+    episodes: Sequence[Episode],
+    problems: Sequence[Problem],
+    chat: ChatFormat,
+    targets: Targets,
+    batch: Batch,
+) -> list[dict[str, Any]]:
+    """A step's episodes to read, each turn with its value, return and advantage (its first token's,
+    if by token)."""
+    by_id = {problem.id: problem for problem in problems}
+    of_turn = torch.arange(batch.num_turns)
+    if targets.returns_N.numel() != batch.num_turns:
+        of_turn = torch.searchsorted(batch.turn_index_T[batch.action_mask_T], of_turn)
+    numbers = torch.stack([targets.old_values_N, targets.returns_N, targets.advantages_N])
+    per_turn = numbers[:, of_turn].T.tolist()
+    records = []
+    for episode in episodes:
+        mine, per_turn = per_turn[: len(episode.turns)], per_turn[len(episode.turns) :]
+        records.append(episode_record(episode, chat, by_id[episode.problem_id], mine))
+    return records
+
+
+if __name__ == "__main__":
+    worker_main(lambda run_dir: train(load_config(run_dir / "config.toml", [], TrainConfig)))

@@ -1,0 +1,30 @@
+#!/bin/sh
+# install.sh PYTHON VENV WHEELS: make VENV with the pinned CPU packages and this project in it.
+#
+# First from the folder WHEELS alone, without a network; what is missing is fetched into it once. The CPU build of
+# torch has an index of its own: the one of the default index pulls in several GB of CUDA packages. Where that index
+# cannot be reached, the configured indexes are asked instead.
+set -eu
+python=$1 venv=$2 wheels=$3
+requirements=requirements-cpu.txt
+cpu_torch=https://download.pytorch.org/whl/cpu
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "Python 3.11 or newer is needed; set PYTHON=... to one" >&2; exit 1; }
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+from_folder() { pip install --quiet --no-index --find-links "$wheels" "$@"; }
+
+mkdir -p "$wheels"
+if ! from_folder --requirement "$requirements" 2>/dev/null; then
+    echo "fetching packages into $wheels (once)"
+    torch=$(grep '^torch==' "$requirements")
+    # Three ways to the same version, by cost: kept here, the CPU index, whatever indexes are configured.
+    pip download --quiet --no-index --find-links "$wheels" --no-deps --dest "$wheels" "$torch" 2>/dev/null ||
+        pip download --quiet --retries 0 --timeout 10 --index-url "$cpu_torch" --no-deps --dest "$wheels" \
+            "$torch" 2>/dev/null ||
+        pip download --quiet --no-deps --dest "$wheels" "$torch"
+    pip download --quiet --find-links "$wheels" --dest "$wheels" --requirement "$requirements"
+    from_folder --requirement "$requirements"
+fi
+from_folder --no-build-isolation --no-deps --editable .
