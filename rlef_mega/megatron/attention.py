@@ -1,13 +1,14 @@
 """Packed causal attention for Megatron's layers: sequences end to end, no token sees another sequence.
 
 Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one calls the varlen
-kernel that `parallel.attention_kernel` names; without a GPU it pads to [sequences, heads, longest, head_dim] and makes one
-causal SDPA call, which is exact: padding comes last, so no real token attends to it.
+kernel that `parallel.attention_kernel` names; without a GPU it pads neighbours of similar length to [sequences, heads, longest, head_dim] and makes one
+causal SDPA call a block, which is exact: padding comes last, so no real token attends to it.
 
 Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head dimension, S sequences,
 L tokens of the longest sequence.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,37 +21,63 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from rlef_mega.megatron.parallel import attention_kernel
 
 
+# Sequences share a padded block while they are at least this fraction of its longest. SDPA's work grows with the square of
+# the padded length: at 0.75 at most 44% of it is lost, and a micro-batch of sorted lengths makes a handful of calls.
+BLOCK_FRACTION = 0.75
+
+
+@dataclass(frozen=True)
+class PaddedBlock:
+    """Neighbouring sequences of similar length: tokens start:end, and where each lies in [S * L]."""
+
+    start: int
+    end: int
+    sequences: int
+    longest: int
+    rows_T: torch.Tensor
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch, and where each token lies in the padded layout."""
+    """Megatron's description of a packed micro-batch, and its padded layout where attention pads."""
 
-    padded_rows_T: torch.Tensor | None = None  # into S * L; only where attention is padded
+    blocks: tuple[PaddedBlock, ...] = ()
 
 
 def packed_sequences(
     lengths: list[int], device: torch.device, dtype: torch.dtype
 ) -> PackedSequences:
     """The description of sequences of these lengths, end to end, for a model of this dtype."""
-    longest = max(lengths)
-    lengths_S = torch.tensor(lengths)
-    cu_seqlens = F.pad(lengths_S.cumsum(0), (1, 0)).int()
-    padded_rows_T = None
-    if attention_kernel(device.type, dtype) == "sdpa":
-        skipped_S = torch.arange(len(lengths)) * longest - cu_seqlens[:-1]
-        padded_rows_T = torch.arange(int(cu_seqlens[-1])) + skipped_S.repeat_interleave(lengths_S)
-        padded_rows_T = padded_rows_T.to(device)
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     on_device = cu_seqlens.to(device, non_blocking=True)
+    pads = attention_kernel(device.type, dtype) == "sdpa"
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,
-        # RoPE reads these, and reads them on the host: a device tensor would stall the GPU twice a layer
+        # RoPE reads these, and on the host: a device tensor would stall the GPU twice a layer
         cu_seqlens_q_padded=cu_seqlens,
         cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        padded_rows_T=padded_rows_T,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        blocks=tuple(padded_blocks(lengths, device)) if pads else (),
     )
+
+
+def padded_blocks(lengths: list[int], device: torch.device) -> Iterator[PaddedBlock]:
+    """Cut the sequences, in order, into blocks of similar length."""
+    first = start = 0
+    while first < len(lengths):
+        longest, last = lengths[first], first
+        while last < len(lengths) and BLOCK_FRACTION * longest <= lengths[last] <= longest:
+            last += 1
+        lengths_S = torch.tensor(lengths[first:last])
+        starts_S = lengths_S.cumsum(0) - lengths_S
+        tokens = int(lengths_S.sum())
+        skipped_S = torch.arange(last - first) * longest - starts_S
+        rows_T = torch.arange(tokens) + skipped_S.repeat_interleave(lengths_S)
+        yield PaddedBlock(start, start + tokens, last - first, longest, rows_T.to(device))
+        first, start = last, start + tokens
 
 
 class PackedAttention(MegatronModule):
@@ -122,15 +149,17 @@ class PackedAttention(MegatronModule):
         )
 
     def padded_attention(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
-        rows_T, longest = packed.padded_rows_T, packed.max_seqlen_q
-        sequences = packed.cu_seqlens_q.numel() - 1
+        outputs = []
+        for block in packed.blocks:
 
-        def pad(packed_THD: torch.Tensor) -> torch.Tensor:
-            padded = packed_THD.new_zeros(sequences * longest, *packed_THD.shape[1:])
-            padded = padded.index_copy(0, rows_T, packed_THD)
-            return padded.unflatten(0, (sequences, longest)).transpose(1, 2)  # [S, H, L, D]
+            def pad(packed_THD: torch.Tensor, block: PaddedBlock = block) -> torch.Tensor:
+                shape = (block.sequences * block.longest, *packed_THD.shape[1:])
+                part_THD = packed_THD[block.start : block.end]
+                padded = packed_THD.new_zeros(shape).index_copy(0, block.rows_T, part_THD)
+                return padded.unflatten(0, (block.sequences, block.longest)).transpose(1, 2)
 
-        output_SHLD = F.scaled_dot_product_attention(
-            pad(query), pad(key), pad(value), is_causal=True, scale=self.scale, enable_gqa=True
-        )
-        return output_SHLD.transpose(1, 2).flatten(0, 1)[rows_T]
+            output_SHLD = F.scaled_dot_product_attention(
+                pad(query), pad(key), pad(value), is_causal=True, scale=self.scale, enable_gqa=True
+            )
+            outputs.append(output_SHLD.transpose(1, 2).flatten(0, 1)[block.rows_T])
+        return torch.cat(outputs)

@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -192,6 +197,7 @@ class PackedLlama(GPTModel):
             pg_collection=ranks.groups,
         )
         self.hf_config = hf_config
+        mark_shards(self)
         # Hugging Face's own frequencies: all of Llama 3.1's scaling parameters, of which Megatron takes only one
         frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()
         self.rotary_pos_emb.inv_freq = frequencies.to(ranks.device, torch.float32)
@@ -211,6 +217,20 @@ class PackedLlama(GPTModel):
                 hidden, tensor_parallel_output_grad=False
             )
         return hidden.squeeze(1).index_select(0, rows_R)
+
+
+def mark_shards(model: torch.nn.Module) -> None:
+    """Megatron marks split weights only as it initialises them; unmarked, the gradient norm leaves them out on all but
+    the first tensor-parallel rank."""
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dimension = 0
+        elif isinstance(module, RowParallelLinear):
+            dimension = 1
+        else:
+            continue
+        if module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 
 class PolicyModel(PackedLlama):
