@@ -20,7 +20,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlef_mega.megatron.parallel import attention_kernel
 
-
 # Sequences share a padded block while they are at least this fraction of its longest. SDPA's work grows with the square of
 # the padded length: at 0.75 at most 44% of it is lost, and a micro-batch of sorted lengths makes a handful of calls.
 BLOCK_FRACTION = 0.75
