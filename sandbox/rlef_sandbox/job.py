@@ -186,7 +186,7 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
         return Status.TIME_LIMIT
     if outcome.ending is Ending.WALL_LIMIT:
         return Status.IDLE_LIMIT
-    if overflowed or killed_by == signal.SIGXFSZ:
+    if outcome.phase is Phase.RUNNING and (overflowed or killed_by == signal.SIGXFSZ):
         return Status.OUTPUT_LIMIT
     if killed_by == signal.SIGSYS:
         return Status.SECURITY_VIOLATION

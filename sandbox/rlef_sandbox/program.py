@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import json
 import linecache
 import os
@@ -21,6 +22,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable
+from typing import NoReturn
 
 from . import values
 
@@ -28,6 +30,7 @@ FILE_NAME = "solution.py"
 EXCHANGE_DESCRIPTOR = 3  # the call on the way in, its result on the way out
 THREAD_STACK_BYTES = 8 << 20
 REPR_CHARACTERS = 4096  # of a returned value, for feedback
+COMPILE_ERROR_CHARACTERS = 4096  # it quotes a source line, which may be the whole program
 
 # What contest programs import, loaded once in the zygote. Other modules of the standard library
 # load on demand where the file layer lets the child read them; those that need a shared library
@@ -61,30 +64,40 @@ def compile_source(source: bytes) -> types.CodeType | None:
     try:
         return compile(source, FILE_NAME, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        error.__traceback__ = None
-        traceback.print_exception(error)
-        sys.stderr.flush()
+        words = "".join(traceback.format_exception_only(error))
+        print(words[-COMPILE_ERROR_CHARACTERS:], end="", file=sys.stderr, flush=True)
         return None
 
 
-def run(code: types.CodeType, source: bytes, call: bytes | None) -> None:
+def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
     """Run the program to the end of the process. `call`, if given, is a call to make after."""
-    module = types.ModuleType("__main__" if call is None else "solution")
-    module.__file__ = FILE_NAME
-    module.__builtins__ = sys.modules["builtins"]
-    sys.modules[module.__name__] = module
     gc.enable()
-    exit_code = _exit_code_of(lambda: _execute(code, module, call), source)
+    name = "__main__" if call is None else "solution"
+    exit_code = _exit_code_of(lambda: _execute(name, code, call), source)
     exit_code = exit_code or _exit_code_of(threading._shutdown, source)
     atexit._run_exitfuncs()
-    module.__dict__.clear()  # closes, and so flushes, the files it left open
-    os._exit(exit_code or _flush())
+    exit_code = exit_code or _flush(sys.stdout, sys.__stdout__, sys.stderr)
+    _finalize(name)
+    os._exit(exit_code or _flush(sys.__stdout__))
 
 
-def _execute(code: types.CodeType, module: types.ModuleType, call: bytes | None) -> None:
+def _execute(name: str, code: types.CodeType, call: bytes | None) -> None:
+    module = types.ModuleType(name)
+    module.__file__ = FILE_NAME
+    module.__builtins__ = sys.modules["builtins"]
+    sys.modules[name] = module
     exec(code, module.__dict__)
     if call is not None:
         _make_call(module, call)
+
+
+def _finalize(name: str) -> None:
+    """Let go of the program's module, so that what it left open is closed, and so flushed, with
+    the functions that this takes still there.
+    """
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    sys.modules.pop(name, None)
+    gc.collect()
 
 
 def _make_call(module: types.ModuleType, call: bytes) -> None:
@@ -132,10 +145,10 @@ def _report(error: BaseException, source: bytes) -> None:
         os.write(2, f"{type(error).__name__}\n".encode())
 
 
-def _flush() -> int:
-    """Flush the standard streams; 120, as the interpreter has it, where that fails."""
+def _flush(*streams: io.IOBase | None) -> int:
+    """Flush `streams`; 120, as the interpreter has it, where that fails."""
     failed = 0
-    for stream in (sys.stdout, sys.__stdout__, sys.stderr):
+    for stream in streams:
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
