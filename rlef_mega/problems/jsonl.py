@@ -1,0 +1,231 @@
+"""Our own problem files: JSON Lines, one problem a line.
+
+    {"id": "double", "statement": "Read n and print 2n.",
+     "public_tests": [{"stdin": "2\\n", "expected": "4\\n"}],
+     "private_tests": [{"stdin": "5\\n", "expected": "10\\n"}]}
+
+Required: `id` (unique in the file), `statement`, and at least one test in `public_tests` (shown to
+the model as feedback) or `private_tests` (they decide the reward, and default to none: then the
+public tests decide).
+
+A test is either of a program, {"stdin": TEXT, "expected": TEXT}, or of a function, {"args": "([1,
+2], 0.3)", "expected": "True"}: Python literals as text, because JSON has no tuples or sets. The
+function is the problem's `entry_point`, or the test's own.
+
+Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes}, `checker` (tokens, exact,
+codecontests, unordered_lines), `language` (python), `template` (codecontests, humaneval, mbpp,
+curriculum), `entry_point`, `family` (a breakdown in reports), `tags`. Unknown keys are refused.
+"""
+
+import ast
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rlef_sandbox import CallTest, Limits, Test
+from rlef_sandbox.checkers import checker_named
+
+from rlef_mega.dialog import INFO_STRINGS, template_named
+from rlef_mega.types import AnyTest, PrivateTests, Problem
+
+KEYS = tuple(field.name for field in fields(Problem))
+LIMIT_KEYS = tuple(field.name for field in fields(Limits))
+DEFAULT_LIMITS = Limits()
+
+
+class FieldError(ValueError):
+    """What is wrong with one field; the reader adds file and line."""
+
+
+def read_jsonl(path: str | Path) -> list[Problem]:
+    """All problems of a file. ValueError names file, line, field and remedy."""
+    problems: list[Problem] = []
+    line_of: dict[str, int] = {}
+    for number, row in read_rows(Path(path)):
+        try:
+            problem = parse_problem(row)
+        except FieldError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if problem.id in line_of:
+            raise ValueError(
+                f"{path}, line {number}: id: {problem.id!r} is also that of line "
+                f"{line_of[problem.id]}; give each problem an id of its own"
+            )
+        line_of[problem.id] = number
+        problems.append(problem)
+    if not problems:
+        raise ValueError(f"{path}: holds no problems; write one JSON object a line")
+    return problems
+
+
+def read_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Numbered JSON objects; blank lines are passed over."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            lines = list(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error}); write it as UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error}); write one whole object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number}: a {type(row).__name__} instead of a JSON object"
+            )
+        yield number, row
+
+
+def parse_problem(row: dict[str, Any]) -> Problem:
+    refuse_unknown(row, KEYS, "")
+    entry_point = expect(row, "entry_point", str, None)
+    tests = {key: parse_tests(row, key, entry_point) for key in ("public_tests", "private_tests")}
+    if not any(tests.values()):
+        raise FieldError("public_tests, private_tests: no tests; give the problem at least one")
+    tags = expect(row, "tags", list, [])
+    if not all(isinstance(tag, str) for tag in tags):
+        raise FieldError(f"tags: {tags!r} holds something else than strings")
+    return Problem(
+        id=expect(row, "id", str),
+        statement=expect(row, "statement", str),
+        public_tests=tests["public_tests"],
+        private_tests=PrivateTests(tests["private_tests"]),
+        limits=parse_limits(expect(row, "limits", dict, {})),
+        checker=known(row, "checker", "tokens", checker_named),
+        language=known(row, "language", "python", language_named),
+        template=known(row, "template", "codecontests", template_named),
+        entry_point=entry_point,
+        family=expect(row, "family", str, ""),
+        tags=tuple(tags),
+    )
+
+
+REQUIRED = object()
+
+
+def expect(row: dict[str, Any], key: str, kind: type, default: Any = REQUIRED) -> Any:
+    """The value of a key, of this JSON type."""
+    if key not in row:
+        if default is REQUIRED:
+            raise FieldError(f"{key}: missing; it is required")
+        return default
+    value = row[key]
+    if not isinstance(value, kind) and not (value is None and default is None):
+        raise FieldError(f"{key}: {value!r} is no {kind.__name__}")
+    if default is REQUIRED and not value:
+        raise FieldError(f"{key}: empty; it is required")
+    return value
+
+
+def known(row: dict[str, Any], key: str, default: str, look_up: Any) -> str:
+    """A name that must be known to `look_up`."""
+    name = expect(row, key, str, default)
+    try:
+        look_up(name)
+    except ValueError as error:
+        raise FieldError(f"{key}: {error}") from None
+    return name
+
+
+def language_named(name: str) -> None:
+    if name not in INFO_STRINGS:
+        raise ValueError(f"unknown language {name!r}; known: {', '.join(INFO_STRINGS)}")
+
+
+def refuse_unknown(row: dict[str, Any], keys: Iterable[str], place: str) -> None:
+    unknown = sorted(set(row) - set(keys))
+    if unknown:
+        raise FieldError(f"{place}{unknown[0]}: unknown key; known: {', '.join(keys)}")
+
+
+def parse_limits(row: dict[str, Any]) -> Limits:
+    refuse_unknown(row, LIMIT_KEYS, "limits.")
+    for key, value in row.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FieldError(f"limits.{key}: {value!r} is no number")
+    try:
+        return Limits(**row)
+    except ValueError as error:
+        raise FieldError(f"limits: {error}") from None
+
+
+def parse_tests(row: dict[str, Any], key: str, entry_point: str | None) -> tuple[AnyTest, ...]:
+    tests = expect(row, key, list, [])
+    return tuple(
+        parse_test(test, f"{key}[{place}]", entry_point) for place, test in enumerate(tests)
+    )
+
+
+def parse_test(test: Any, place: str, entry_point: str | None) -> AnyTest:
+    if not isinstance(test, dict):
+        raise FieldError(f"{place}: {test!r} is no object; write stdin or args, and expected")
+    for key, value in test.items():
+        if not isinstance(value, str):
+            raise FieldError(f"{place}.{key}: {value!r} is no string")
+    if set(test) == {"stdin", "expected"}:
+        return Test(test["stdin"], test["expected"])
+    if not {"args", "expected"} <= set(test) <= {"args", "expected", "entry_point"}:
+        raise FieldError(
+            f"{place}: has the keys {', '.join(sorted(test)) or 'none'}; "
+            "a test has stdin and expected, or args and expected (and entry_point)"
+        )
+    name = test.get("entry_point", entry_point)
+    if not name:
+        raise FieldError(f"{place}: calls a function, but entry_point does not say which")
+    args = literal(test["args"], f"{place}.args")
+    if not isinstance(args, tuple):
+        raise FieldError(f"{place}.args: {test['args']!r} is no tuple; write one argument as (x,)")
+    return CallTest(name, args, literal(test["expected"], f"{place}.expected"))
+
+
+def literal(text: str, place: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise FieldError(f"{place}: {text[:80]!r} is no Python literal") from None
+
+
+def write_jsonl(problems: Iterable[Problem], path: str | Path) -> None:
+    """Write what `read_jsonl` reads back to equal problems. ValueError where the format cannot hold
+    one.
+    """
+    rows = [json.dumps(to_row(problem), ensure_ascii=False) for problem in problems]
+    Path(path).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def to_row(problem: Problem) -> dict[str, Any]:
+    """Optional keys that hold their defaults are left out."""
+    row: dict[str, Any] = {"id": problem.id, "statement": problem.statement}
+    try:
+        row["public_tests"] = [to_test(test) for test in problem.public_tests]
+        row["private_tests"] = [to_test(test) for test in problem.private_tests.tests]
+    except ValueError as error:
+        raise ValueError(f"problem {problem.id!r} cannot be written as JSONL: {error}") from None
+    limits = asdict(problem.limits)
+    changed = {k: v for k, v in limits.items() if v != getattr(DEFAULT_LIMITS, k)}
+    if changed:
+        row["limits"] = changed
+    for field in fields(Problem):
+        value = getattr(problem, field.name)
+        if field.name not in row and field.name != "limits" and value != field.default:
+            row[field.name] = list(value) if isinstance(value, tuple) else value
+    return row
+
+
+def to_test(test: AnyTest) -> dict[str, str]:
+    if isinstance(test, Test):
+        return {"stdin": test.stdin.decode(), "expected": test.expected.decode()}
+    row = {"args": repr(test.args), "expected": repr(test.expected)}
+    if (ast.literal_eval(row["args"]), ast.literal_eval(row["expected"])) != (
+        test.args,
+        test.expected,
+    ):
+        raise ValueError(f"{test!r} is not a Python literal")
+    return {"entry_point": test.entry_point, **row}

@@ -1,0 +1,179 @@
+"""Sampling and our own JSONL: what is read, what is written, and what a wrong line says."""
+
+import json
+from collections import Counter
+
+import pytest
+from rlef_sandbox import CallTest, Limits, Test
+
+from rlef_mega.problems import load_problems, sample
+from rlef_mega.problems.jsonl import read_jsonl, write_jsonl
+from rlef_mega.types import PrivateTests, Problem
+
+GOOD = {
+    "id": "double",
+    "statement": "Read n and print 2n.",
+    "public_tests": [{"stdin": "2\n", "expected": "4\n"}],
+    "private_tests": [{"stdin": "5\n", "expected": "10\n"}],
+}
+
+
+def numbered(count: int) -> list[Problem]:
+    return [Problem(str(n), "", (Test("", ""),), PrivateTests(())) for n in range(count)]
+
+
+def write(tmp_path, *rows) -> str:
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("problems, count", [(10, 3), (10, 10), (7, 16), (1, 5)])
+def test_sampling_takes_each_problem_once_an_epoch(problems, count):
+    series = [p for step in range(3 * problems) for p in sample(numbered(problems), step, count, 0)]
+    assert len(series) == 3 * problems * count
+    for start in range(0, len(series), problems):
+        assert set(Counter(p.id for p in series[start : start + problems]).values()) == {1}
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    series = [
+        [p.id for p in sample(numbered(50), step, 50, seed)] for seed in (0, 1) for step in (0, 1)
+    ]
+    assert len({tuple(order) for order in series}) == 4
+
+
+def test_a_batch_is_a_function_of_its_step_alone():
+    problems = numbered(40)
+    undisturbed = [sample(problems, step, 16, 3) for step in range(6)]
+    assert sample(problems, 5, 16, 3) == undisturbed[5]  # as after a resume
+
+
+def test_sampling_from_nothing_is_refused():
+    with pytest.raises(ValueError, match="no problems"):
+        sample([], 0, 4, 0)
+
+
+def test_jsonl_gives_back_what_was_written(tmp_path):
+    tests = (
+        CallTest("f", ([1, (2.5, None)], {"a": {1, 2}}), b"\x00"),
+        CallTest("g", (), "'\"\n"),
+        Test("ä\n", "1\n"),
+    )
+    problems = [
+        Problem("a", "do\nit", tests, PrivateTests(())),
+        Problem(
+            "b",
+            "x",
+            (),
+            PrivateTests(tests),
+            limits=Limits(cpu_s=1.5, wall_s=9.0),
+            checker="exact",
+            template="mbpp",
+            entry_point="f",
+            family="functions",
+            tags=("easy", "new"),
+        ),
+        *load_problems("curriculum:valid"),
+        *load_problems("humaneval:valid"),
+    ]
+    write_jsonl(problems, tmp_path / "out.jsonl")
+    assert read_jsonl(tmp_path / "out.jsonl") == problems
+
+
+def test_what_the_format_cannot_hold_is_not_written(tmp_path):
+    problem = Problem("a", "x", (CallTest("f", (float("inf"),), 1),), PrivateTests(()))
+    with pytest.raises(ValueError, match="'a' cannot be written"):
+        write_jsonl([problem], tmp_path / "out.jsonl")
+
+
+def test_defaults_are_those_of_the_types(tmp_path):
+    (problem,) = load_problems(write(tmp_path, GOOD))
+    assert problem == Problem(
+        "double",
+        "Read n and print 2n.",
+        (Test("2\n", "4\n"),),
+        PrivateTests((Test("5\n", "10\n"),)),
+    )
+
+
+CALL = {"args": "(1,)", "expected": "2"}
+WRONG = {
+    "malformed": ('{"id": "a", ', "not valid JSON"),
+    "truncated": (json.dumps(GOOD)[:-20], "not valid JSON"),
+    "a list": ("[1]", "list instead of a JSON object"),
+    "no id": ({**GOOD, "id": ""}, "id: empty"),
+    "no statement": ({k: v for k, v in GOOD.items() if k != "statement"}, "statement: missing"),
+    "statement of another type": ({**GOOD, "statement": 3}, "statement: 3 is no str"),
+    "no tests": ({**GOOD, "public_tests": [], "private_tests": []}, "no tests; give"),
+    "tests of another type": ({**GOOD, "public_tests": "2"}, "public_tests: '2' is no list"),
+    "half a test": (
+        {**GOOD, "public_tests": [{"stdin": ""}]},
+        r"public_tests\[0\]: has the keys stdin",
+    ),
+    "bytes in a test": (
+        {**GOOD, "private_tests": [{"stdin": 3, "expected": "4"}]},
+        r"private_tests\[0\].stdin: 3 is no string",
+    ),
+    "a call to nothing": ({**GOOD, "public_tests": [CALL]}, "entry_point does not say which"),
+    "one argument": (
+        {**GOOD, "entry_point": "f", "public_tests": [{**CALL, "args": "1"}]},
+        r"args: '1' is no tuple; write one argument as \(x,\)",
+    ),
+    "code as argument": (
+        {**GOOD, "entry_point": "f", "public_tests": [{**CALL, "args": "(exit(),)"}]},
+        "no Python literal",
+    ),
+    "unknown checker": (
+        {**GOOD, "checker": "token"},
+        "checker: unknown checker 'token'; known: tokens",
+    ),
+    "unknown template": (
+        {**GOOD, "template": "x"},
+        "template: unknown template 'x'; known: codecontests",
+    ),
+    "unknown language": (
+        {**GOOD, "language": "perl"},
+        "language: unknown language 'perl'; known: python",
+    ),
+    "unknown key": ({**GOOD, "test": []}, "test: unknown key; known: id, statement, public_tests"),
+    "unknown limit": ({**GOOD, "limits": {"cpu": 1}}, "limits.cpu: unknown key; known: cpu_s"),
+    "text as a limit": ({**GOOD, "limits": {"cpu_s": "1"}}, "limits.cpu_s: '1' is no number"),
+    "a limit out of bounds": ({**GOOD, "limits": {"cpu_s": 0}}, "limits: .*cpu_s"),
+    "tags of numbers": ({**GOOD, "tags": [1]}, "tags: .*strings"),
+}
+
+
+@pytest.mark.parametrize("row, message", WRONG.values(), ids=WRONG)
+def test_a_wrong_line_is_named_with_file_line_and_field(tmp_path, row, message):
+    first = {**GOOD, "id": "first"}
+    path = write(tmp_path, first, "", row)
+    with pytest.raises(ValueError, match=rf"problems\.jsonl, line 3: .*{message}"):
+        load_problems(path)
+
+
+def test_duplicate_ids_name_both_lines(tmp_path):
+    with pytest.raises(ValueError, match=r"line 3: id: 'double' is also that of line 1"):
+        load_problems(write(tmp_path, GOOD, {**GOOD, "id": "other"}, GOOD))
+
+
+def test_an_empty_file_and_binary_rubbish_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no problems"):
+        load_problems(write(tmp_path, "", " "))
+    rubbish = tmp_path / "rubbish.jsonl"
+    rubbish.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_problems(str(rubbish))
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere.jsonl", "curiculum:train", "codecontests:no.jsonl", ""]
+)
+def test_an_unknown_source_names_the_known_ones(source):
+    with pytest.raises(ValueError, match="curriculum:SPLIT, humaneval:SPLIT"):
+        load_problems(source)
+
+
+def test_an_unknown_split_names_the_known_ones():
+    with pytest.raises(ValueError, match="no split 'dev'; take one of train, valid, test"):
+        load_problems("curriculum:dev")
