@@ -1,0 +1,245 @@
+"""Batched generation with a Hugging Face causal LM over ragged prompts.
+
+Prompts are padded on the left, so that all rows write their next token into the same column of the
+cache. The prefill runs in groups of similar length, each padded to its own longest prompt only. The
+decode loop calls `model.forward` on one column a step and drops finished rows from the batch when
+enough have finished.
+
+transformers' `generate` is not used: its mask construction, cache growth and logits processors take
+longer than a small model's arithmetic.
+
+Shape suffixes: B rows of the batch, G rows of a prefill group, P longest prompt, L columns of the
+cache, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from transformers import Cache, PreTrainedModel
+
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.kv_cache import begin_decoding, begin_prefill, keep_rows, preallocated_cache
+from rlef_mega.engines.sampling import request_uniforms, sample
+from rlef_mega.types import Completion, Sampling
+
+# of a group; on a CPU, a small model's activations then stay in a core's cache
+CPU_PREFILL_TOKENS = 2048
+GPU_PREFILL_TOKENS = 16384
+COMPACT_BELOW = 0.75  # share of rows that go on; moving the cache costs about as much as a step
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it."""
+
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass
+class Row:
+    """A request on its way to a completion."""
+
+    request: Request
+    limit: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.token_ids) and self.token_ids[-1] in self.request.sampling.stop_token_ids
+
+    @property
+    def goes_on(self) -> bool:
+        return len(self.token_ids) < self.limit and not self.stopped
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel, requests: Sequence[Request], *, weight_version: int, pad_token_id: int
+) -> list[Completion]:
+    """A completion for each request, generated as one batch. Needs full attention in every layer.
+
+    Raises EngineError if the model's logits are not finite.
+    """
+    rows = [Row(request, token_limit(model, request)) for request in requests]
+    lengths_B = [len(request.token_ids) for request in requests]
+    cache = preallocated_cache(
+        model.config.num_hidden_layers,
+        len(rows),
+        max(lengths_B),
+        max(lengths_B) + max(row.limit for row in rows),
+    )
+    logits_BV = prefill(model, requests, cache, pad_token_id)
+    begin_decoding(cache)
+    decode(model, rows, lengths_B, cache, logits_BV)
+    return [
+        Completion(
+            token_ids=tuple(row.token_ids),
+            logprobs=tuple(row.logprobs),
+            weight_versions=(weight_version,) * len(row.token_ids),
+            finish_reason="stop" if row.stopped else "length",
+        )
+        for row in rows
+    ]
+
+
+def token_limit(model: PreTrainedModel, request: Request) -> int:
+    """max_new_tokens, or what is left of the positions that the model knows."""
+    room = model.config.max_position_embeddings - len(request.token_ids)
+    return min(request.sampling.max_new_tokens, room)
+
+
+def prefill(
+    model: PreTrainedModel, requests: Sequence[Request], cache: Cache, pad_token_id: int
+) -> torch.Tensor:
+    """Fills the cache with the prompts, in groups of rows; returns the logits after each prompt."""
+    budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
+    logits = []
+    start = 0
+    while start < len(requests):
+        size = max(1, budget // len(requests[start].token_ids))
+        group = requests[start : start + size]
+        begin_prefill(cache, slice(start, start + len(group)))
+        token_ids_GP, position_ids_GP, mask_GP = pad_left(group, pad_token_id)
+        output = model(
+            input_ids=token_ids_GP.to(model.device),
+            position_ids=position_ids_GP.to(model.device),
+            attention_mask=prefill_mask(mask_GP.to(model.device), model.dtype),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits.append(output.logits[:, -1])
+        start += len(group)
+    return torch.cat(logits)
+
+
+def pad_left(
+    requests: Sequence[Request], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(token_ids, position_ids, is_token), each [G, P]; positions count from 0 at a prompt's
+    start."""
+    lengths_G = numpy.array([len(request.token_ids) for request in requests])
+    columns_P = numpy.arange(lengths_G.max())
+    position_ids_GP = columns_P - (lengths_G.max() - lengths_G)[:, None]
+    token_ids_GP = numpy.full(position_ids_GP.shape, pad_token_id, dtype=numpy.int64)
+    token_ids_GP[position_ids_GP >= 0] = [i for request in requests for i in request.token_ids]
+    return (
+        torch.from_numpy(token_ids_GP),
+        torch.from_numpy(position_ids_GP.clip(min=0)),
+        torch.from_numpy(position_ids_GP >= 0),
+    )
+
+
+def prefill_mask(is_token_GP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to the attention scores, [G, 1, P, P]; None if plain causal attention will do.
+
+    Padding attends to itself: a row of nothing but -inf has a softmax of NaN.
+    """
+    if bool(is_token_GP.all()):
+        return None
+    columns = is_token_GP.shape[1]
+    visible_PP = torch.ones(columns, columns, dtype=torch.bool, device=is_token_GP.device).tril()
+    itself_PP = torch.eye(columns, dtype=torch.bool, device=is_token_GP.device)
+    return additive(visible_PP & is_token_GP[:, None, None, :] | itself_PP, dtype)
+
+
+def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where visible, -inf elsewhere. Attention would turn a bool mask into this once a layer."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, -torch.inf
+    )
+
+
+def decode(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    lengths_B: Sequence[int],
+    cache: Cache,
+    logits_BV: torch.Tensor,
+) -> None:
+    """Samples from the logits, appends to the rows, and feeds the tokens back, until no row goes
+    on."""
+    device = model.device
+    batch = SamplingBatch.of(rows, device)
+    position_ids_B = torch.tensor(lengths_B, device=device)
+    mask_BL = decode_mask(lengths_B, cache.layers[0].capacity, model.dtype, device)
+    live = list(rows)
+    for step in range(max(row.limit for row in rows)):
+        tokens_B, logprobs_B = sample(
+            logits_BV, batch.uniforms_BK[:, step], batch.temperature_B, batch.top_p_B
+        )
+        append(live, tokens_B.tolist(), logprobs_B.tolist())
+        going_on = [index for index, row in enumerate(live) if row.goes_on]
+        if not going_on:
+            return
+        if len(going_on) <= COMPACT_BELOW * len(live):
+            kept = torch.tensor(going_on, device=device)
+            live = [live[index] for index in going_on]
+            keep_rows(cache, kept)
+            batch = batch.keep(kept)
+            tokens_B, position_ids_B = tokens_B[kept], position_ids_B[kept]
+            mask_BL = None if mask_BL is None else mask_BL[kept]
+        columns = cache.get_seq_length() + 1
+        output = model(
+            input_ids=tokens_B[:, None],
+            position_ids=position_ids_B[:, None],
+            attention_mask=None if mask_BL is None else mask_BL[:, None, None, :columns],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV = output.logits[:, -1]
+        position_ids_B = position_ids_B + 1
+
+
+def append(live: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+    """Finished rows that are still in the batch produce tokens too; those are dropped."""
+    for row, token, logprob in zip(live, tokens, logprobs, strict=True):
+        if not row.goes_on:
+            continue
+        if logprob != logprob:
+            raise EngineError(
+                f"the model gave NaN or infinite logits after {len(row.request.token_ids)} + "
+                f"{len(row.token_ids)} tokens: its weights are broken"
+            )
+        row.token_ids.append(token)
+        row.logprobs.append(logprob)
+
+
+def decode_mask(
+    lengths_B: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    """What is added to the attention scores, for all columns that the cache will ever have."""
+    if min(lengths_B) == max(lengths_B):
+        return None
+    padding_B = max(lengths_B) - torch.tensor(lengths_B, device=device)
+    return additive(torch.arange(capacity, device=device) >= padding_B[:, None], dtype)
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """How each row samples. K: the most tokens that a row may still get."""
+
+    uniforms_BK: torch.Tensor
+    temperature_B: torch.Tensor
+    top_p_B: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> "SamplingBatch":
+        uniforms_BK = numpy.zeros((len(rows), max(row.limit for row in rows)))
+        for uniforms_K, row in zip(uniforms_BK, rows, strict=True):
+            uniforms_K[: row.limit] = request_uniforms(row.request.seed, row.limit)
+        samplings = [row.request.sampling for row in rows]
+        return cls(
+            torch.from_numpy(uniforms_BK).to(device),
+            torch.tensor([sampling.temperature for sampling in samplings], device=device),
+            torch.tensor([sampling.top_p for sampling in samplings], device=device),
+        )
+
+    def keep(self, rows: torch.Tensor) -> "SamplingBatch":
+        return SamplingBatch(self.uniforms_BK[rows], self.temperature_B[rows], self.top_p_B[rows])
