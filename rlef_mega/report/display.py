@@ -1,0 +1,70 @@
+"""Turn values and hostile text into what a person can read.
+
+Programs are written by a model and their output by programs: both may hold control characters,
+marks that reverse the reading direction, half of a surrogate pair, or ten megabytes. `visible` and
+`clip` make such text plain; escaping for HTML is the template's work (autoescape).
+"""
+
+import math
+
+DASH = "—"
+
+SEPARATORS_AND_BIDI = (0x200B, *range(0x2028, 0x202F))
+BIDI_MARKS = (0x061C, 0x200E, 0x200F, *range(0x2066, 0x206A))
+C1_CONTROLS = range(0x80, 0xA0)
+SURROGATES = range(0xD800, 0xE000)  # half of a pair has no UTF-8
+
+
+def unseen_characters() -> dict[int, str]:
+    """What does not show, or changes how text around it shows, and what to show instead."""
+    named = (*C1_CONTROLS, *SEPARATORS_AND_BIDI, *BIDI_MARKS, 0xFEFF)
+    return (
+        {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
+        | {0x7F: "␡"}
+        | {code: f"⟨U+{code:04X}⟩" for code in named}
+        | {code: "\ufffd" for code in (*SURROGATES, 0xFFFE, 0xFFFF)}
+    )
+
+
+UNSEEN = unseen_characters()
+
+
+def visible(text: str) -> str:
+    """`text` with every character seen, and none that changes how its neighbours are seen."""
+    return text.replace("\r\n", "\n").translate(UNSEEN)
+
+
+def clip(text: str, characters: int) -> str:
+    """Head and tail of a text that is too long to show, and how much is left out between them."""
+    if len(text) <= characters:
+        return text
+    head, tail = characters * 2 // 3, characters - characters * 2 // 3
+    left_out = len(text) - characters
+    return f"{text[:head]}\n… {left_out:,} characters left out …\n{text[-tail:]}"
+
+
+def percent(fraction: float | None, unit: str = "%") -> str:
+    return DASH if fraction is None else f"{100 * fraction:.1f}{unit}".replace("-", "−")
+
+
+def points(fraction: float | None) -> str:
+    """A difference of two fractions, in percentage points."""
+    return DASH if fraction is None else f"{100 * fraction:+.1f}".replace("-", "−")
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, without an exponent where one can do without."""
+    if value is None:
+        return DASH
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.1e}".replace("-", "−")
+    decimals = 2 if not value else max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,171 @@
+"""`report.html`: one page that holds all it needs, whoever opens it and wherever.
+
+The page loads nothing: style, script and drawings are inside, and a content security policy forbids
+the rest. Text that a model or a program wrote passes three gates: `clip` bounds it, `visible` takes
+away what would not show or would mislead, and the template's autoescape keeps it text.
+"""
+
+import base64
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from rlef_mega.report import display
+from rlef_mega.report.comparison import Comparison, Row, compare
+from rlef_mega.report.panels import draw_panels, phase_seconds
+from rlef_mega.report.reader import OUTCOMES, view_stages
+from rlef_mega.report.run_files import (
+    Json,
+    RunFiles,
+    iterate_episodes,
+    number,
+    read_run,
+    table,
+    text,
+)
+
+HERE = Path(__file__).parent
+EPISODES_A_STAGE = 15
+
+
+def write_report(run: Path) -> Path:
+    """Write `run/report.html` and return its path.
+
+    Raises ValueError when `run` is not a directory.
+    """
+    page = run / "report.html"
+    html = render(read_run(run))
+    unfinished = page.with_name(f".{page.name}.{os.getpid()}")
+    # `visible` has replaced lone surrogates in all that comes from data
+    unfinished.write_text(html, encoding="utf-8")
+    unfinished.replace(page)
+    return page
+
+
+def render(files: RunFiles) -> str:
+    notes = list(files.notes)
+    comparison = compare(files.evaluations)
+    episodes = view_stages(
+        {stage: iterate_episodes(path, notes) for stage, path in files.episode_files.items()},
+        EPISODES_A_STAGE,
+    )
+    script = Markup((HERE / "report.js").read_text(encoding="utf-8"))
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=files.path.resolve().name,
+            facts=run_facts(files),
+            manifest=flatten(files.manifest),
+            config_text=files.config_text,
+            comparison=comparison,
+            headline=headline_rows(comparison),
+            drawings=draw_panels(files.metrics),
+            phases=phase_shares(files.metrics),
+            progress=progress(files),
+            episodes=episodes,
+            stage_counts=Counter(episode.stage for episode in episodes),
+            outcome_counts=Counter(episode.outcome for episode in episodes),
+            outcomes=OUTCOMES,
+            notes=shortened(notes),
+            style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+
+
+def environment() -> Environment:
+    def finalize(value: Any) -> Any:
+        plain = isinstance(value, str) and not isinstance(value, Markup)
+        return display.visible(value) if plain else value
+
+    page = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters |= {"percent": display.percent, "points": display.points}
+    return page
+
+
+def run_facts(files: RunFiles) -> list[tuple[str, str]]:
+    """What was run, in a few words each; only what the files say."""
+    config, manifest = files.config, files.manifest
+    parameters = number(manifest, "model_parameters")
+    layout = ", ".join(f"{name} {value}" for name, value in flatten(table(manifest, "layout")))
+    facts = [
+        ("recipe", text(manifest, "recipe")),
+        ("model", text(config, "model", "path")),
+        ("parameters", "" if parameters is None else f"{parameters:,.0f}"),
+        ("problems", text(config, "data", "train")),
+        ("device", text(manifest, "device")),
+        ("layout", layout),
+        ("seed", text(config, "run", "seed")),
+        ("started", text(manifest, "started")),
+        ("progress", progress(files)),
+    ]
+    return [(name, display.clip(value, 300)) for name, value in facts if value]
+
+
+def progress(files: RunFiles) -> str:
+    """How far the run came: steps, updates, episodes, tokens and hours, as recorded."""
+    if not files.metrics:
+        return ""
+    last, asked = files.metrics[-1], number(files.config, "run", "steps")
+    parts = [f"step {number(last, 'step'):,.0f}" + (f" of {asked:,.0f}" if asked else "")]
+    for name in ("episodes", "tokens"):
+        counts = [number(record, name) for record in files.metrics]
+        if any(counts):
+            parts.append(f"{sum(count or 0 for count in counts):,.0f} {name}")
+    seconds = sum(number(record, "time", "step") or 0 for record in files.metrics)
+    if seconds:
+        parts.append(display.duration(seconds))
+    return ", ".join(parts)
+
+
+def phase_shares(metrics: tuple[Json, ...]) -> list[tuple[str, str, float | None]]:
+    """Phase, its time over the whole run, its share of the steps (none for CPU time)."""
+    whole = [record for record in metrics if number(record, "time", "step") is not None]
+    totals = {name: sum(seconds) for name, seconds in phase_seconds(whole).items()}
+    everything = sum(totals.values())
+    if not everything:
+        return []
+    shares: list[tuple[str, str, float | None]] = [
+        (name, display.duration(seconds), seconds / everything) for name, seconds in totals.items()
+    ]
+    grading = [number(record, "time", "grade_cpu") for record in whole]
+    if any(grading):
+        seconds = display.duration(sum(spent or 0 for spent in grading))
+        shares.append(("grading, CPU", seconds, None))
+    return shares
+
+
+def headline_rows(comparison: Comparison) -> list[Row]:
+    """The rows that the page opens with: those measured at least once, the first three."""
+    return [row for row in comparison.rows if any(row.cells)][:3]
+
+
+def flatten(tree: Json, prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted names and values of a tree of tables."""
+    leaves: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves += flatten(value, f"{prefix}{name}.")
+        else:
+            leaves.append((f"{prefix}{name}", display.clip(str(value), 300)))
+    return leaves
+
+
+def shortened(notes: list[str]) -> list[str]:
+    """The first notes and how many more: a damaged file can give one a line."""
+    more = len(notes) - 10
+    return notes[:10] + ([f"… and {more} more like these"] if more > 0 else [])

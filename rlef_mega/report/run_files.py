@@ -1,0 +1,174 @@
+"""Read the files of a run directory, however far the run came.
+
+A run can be killed at any moment, so any file may be missing and the last line of a file may be cut
+off. What is missing is left out; what is there and cannot be read is named in `RunFiles.notes`,
+which the report shows.
+"""
+
+import io
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    path: Path
+    config_text: str
+    config: Json
+    manifest: Json
+    metrics: tuple[
+        Json, ...
+    ]  # one a step, in order; a step written twice counts once, the later record
+    evaluations: dict[str, Json]  # file stem -> content, "before" first and "after" last
+    episode_files: dict[str, Path]  # "before", "after" and the newest "training step N"
+    notes: tuple[str, ...]
+
+
+def read_run(run: Path) -> RunFiles:
+    """Raises ValueError when `run` is not a directory."""
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a run directory; give the folder that holds metrics.jsonl")
+    notes: list[str] = []
+    config_text, config = read_config(run / "config.toml", notes)
+    return RunFiles(
+        path=run,
+        config_text=config_text,
+        config=config,
+        manifest=read_json(run / "manifest.json", notes),
+        metrics=read_metrics(run / "metrics.jsonl", notes),
+        evaluations=read_evaluations(run, notes),
+        episode_files=find_episode_files(run),
+        notes=tuple(notes),
+    )
+
+
+def read_config(path: Path, notes: list[str]) -> tuple[str, Json]:
+    if not path.is_file():
+        return "", {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return text, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        notes.append(f"{path.name}: {error}")
+        return text, {}
+
+
+def read_json(path: Path, notes: list[str]) -> Json:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        notes.append(f"{path.name}: left out, {error}")
+        return {}
+    if not isinstance(content, dict):
+        notes.append(f"{path.name}: left out, it holds no JSON object")
+        return {}
+    return content
+
+
+def read_metrics(path: Path, notes: list[str]) -> tuple[Json, ...]:
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        records = list(json_lines(lines, path.name, notes))
+    by_step = {record["step"]: record for record in records if number(record, "step") is not None}
+    if any(number(record, "step") is None for record in records):
+        notes.append(f"{path.name}: left out the lines without a step")
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def read_evaluations(run: Path, notes: list[str]) -> dict[str, Json]:
+    found = {path.stem: read_json(path, notes) for path in sorted(run.glob("eval/*.json"))}
+    order = sorted(found, key=lambda name: (name != "before", name == "after", name))
+    return {name: found[name] for name in order if found[name]}
+
+
+def find_episode_files(run: Path) -> dict[str, Path]:
+    files = {name: run / "eval" / f"{name}_episodes.jsonl.zst" for name in ("before", "after")}
+    recorded = {
+        int(match[1]): path
+        for path in run.glob("episodes/step_*.jsonl.zst")
+        if (match := re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name))
+    }
+    if recorded:
+        files[f"training step {max(recorded)}"] = recorded[max(recorded)]
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:
+    """Episodes one at a time: a file of a long run need not fit in memory."""
+    with path.open("rb") as compressed:
+        reader = zstandard.ZstdDecompressor().stream_reader(compressed, read_across_frames=True)
+        lines = io.TextIOWrapper(reader, encoding="utf-8", errors="replace", newline="\n")
+        try:
+            yield from json_lines(lines, path.name, notes)
+        except zstandard.ZstdError as error:
+            notes.append(f"{path.name}: read up to a damaged place ({error})")
+
+
+def json_lines(lines: Iterator[str] | io.TextIOBase, name: str, notes: list[str]) -> Iterator[Json]:
+    for line_number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            notes.append(f"{name}, line {line_number}: left out, not a whole JSON object")
+            continue
+        if isinstance(record, dict):
+            yield record
+        else:
+            notes.append(f"{name}, line {line_number}: left out, not a JSON object")
+
+
+def lookup(record: Any, *keys: str) -> Any:
+    """The entry at a path of keys; None where any part of the path is missing."""
+    for key in keys:
+        if not isinstance(record, dict):
+            return None
+        record = record.get(key)
+    return record
+
+
+def number(record: Any, *keys: str) -> float | None:
+    """The finite number at a path of keys; None where there is none."""
+    value = lookup(record, *keys)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def table(record: Any, *keys: str) -> Json:
+    """The object at a path of keys; empty where there is none."""
+    value = lookup(record, *keys)
+    return value if isinstance(value, dict) else {}
+
+
+def rows(record: Any, *keys: str) -> list[Json]:
+    """The objects of the list at a path of keys; empty where there is none."""
+    value = lookup(record, *keys)
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def text(record: Any, *keys: str) -> str:
+    """What stands at a path of keys, as text; empty where there is nothing."""
+    value = lookup(record, *keys)
+    return "" if value is None else str(value)
+
+
+def series(metrics: tuple[Json, ...], *keys: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, over the steps that have it."""
+    points = [(number(record, "step"), number(record, *keys)) for record in metrics]
+    present = [(step, value) for step, value in points if step is not None and value is not None]
+    return [step for step, _ in present], [value for _, value in present]
