@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlef_mega.problems import codecontests, curriculum, humaneval, jsonl
+from rlef_mega.problems import codecontests, curriculum, functions, humaneval, jsonl
 from rlef_mega.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def load_humaneval(split: curriculum.Split) -> list[Problem]:
 BUNDLED: dict[str, Callable[[curriculum.Split], list[Problem]]] = {
     "curriculum": curriculum.problems,
     "humaneval": load_humaneval,
+    "functions": functions.problems,
 }
 
 
