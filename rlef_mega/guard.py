@@ -14,7 +14,7 @@ class GuardError(RuntimeError):
 
 
 class Guards:
-    """Watches the record of each step; every rank sees the same record, so all stop together."""
+    """Watches the record of each step; all ranks see the same one, and so stop together."""
 
     def __init__(self, limits: GuardConfig, max_drop_fraction: float) -> None:
         self.limits = limits
@@ -22,7 +22,7 @@ class Guards:
         self.invalid: deque[float] = deque(maxlen=limits.window)
 
     def check_drops(self, held: Rollout) -> None:
-        """Few dropped dialogues are the price of faults; many mean that engine or sandbox is broken."""
+        """Few drops are the price of faults; many mean that engine or sandbox is broken."""
         dropped, allowed = held.drops.total(), self.max_drop_fraction
         if dropped > allowed * len(held.outcomes):
             raise GuardError(
@@ -39,17 +39,18 @@ class Guards:
         ):
             if not record[name] <= limit:  # also true of NaN
                 raise GuardError(
-                    f"step {step}: {name} = {record[name]:.3g}, allowed {limit}: engine and trainer "
-                    "disagree on the log-probs of the same tokens. They do not hold the same weights, "
-                    "or compute at another precision or temperature, and the policy gradient would be "
-                    "wrong. Check model.dtype; bfloat16 needs wider guards than float32"
+                    f"step {step}: {name} = {record[name]:.3g}, allowed {limit}: engine and "
+                    "trainer disagree on the log-probs of the same tokens. They do not hold the "
+                    "same weights, or compute at another precision or temperature, and the "
+                    "policy gradient would be wrong. Check model.dtype; bfloat16 needs wider "
+                    "guards than float32"
                 )
         self.invalid.append(record["invalid_fraction"])
         recent, allowed = sum(self.invalid) / len(self.invalid), self.limits.max_invalid_fraction
         if len(self.invalid) == self.limits.window and recent > allowed:
             raise GuardError(
-                f"step {step}: {recent:.0%} of the responses of the last {self.limits.window} steps "
-                f"hold no valid code; guard.max_invalid_fraction = {allowed}. The policy has broken, "
-                "and does not mend by itself: go on from an earlier checkpoint with a lower "
-                "learner.policy.lr"
+                f"step {step}: {recent:.0%} of the responses of the last "
+                f"{self.limits.window} steps hold no valid code; guard.max_invalid_fraction = "
+                f"{allowed}. The policy has broken, and does not mend by itself: go on from an "
+                "earlier checkpoint with a lower learner.policy.lr"
             )

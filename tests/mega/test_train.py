@@ -1,0 +1,202 @@
+"""The whole loop through the command a user gives, on a model that trains in seconds.
+
+Each run below starts its own ranks, engine and sandbox, as `rlef train` does; so these tests also
+hold the promises about killed runs, layouts and bad input. What they cannot catch: a fault that
+shows only on GPUs or at scale.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.preflight import claim_run_directory
+from rlef_mega.sft import make_initial_model
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+RLEF = [sys.executable, "-m", "rlef_mega.cli"]
+TINY_RUN = [
+    "run.steps=4",
+    "run.checkpoint_every=2",
+    "rollout.episodes_per_batch=8",
+    "ppo.updates_per_batch=2",
+    "eval.every=2",
+    "eval.problems=4",
+    "guard.max_invalid_fraction=1.0",  # an untrained model writes no code at all
+    "learner.policy.lr=1e-3",
+]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """Tokenizer and random weights, as the demo's supervised stage starts with."""
+    folder = tmp_path_factory.mktemp("with a space") / "base"
+    overrides = [f"dir={json.dumps(str(folder))}", "hidden_size=32", "num_layers=2"]
+    make_initial_model(
+        load_config(find_recipe("demo_base"), [*overrides, "ffn_hidden_size=64"], SFTConfig)
+    )
+    return folder / "init"
+
+
+def command(run: Path, model: Path, *overrides: str) -> list[str]:
+    settings = [
+        f"run.dir={json.dumps(str(run))}",
+        f"model.path={json.dumps(str(model))}",
+        "data.test=''",
+        *TINY_RUN,
+        *overrides,
+    ]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return [*RLEF, "train", "demo", *sets]
+
+
+def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=ENVIRONMENT, timeout=300, capture_output=True, text=True)
+
+
+def train(run: Path, model: Path, *overrides: str) -> list[dict]:
+    """Run to the end; the metrics without times."""
+    result = subprocess.run(
+        command(run, model, *overrides),
+        env=ENVIRONMENT,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return metrics(run)
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
+
+
+def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
+    assert [line.keys() for line in one] == [line.keys() for line in other]
+    for a, b in zip(one, other, strict=True):
+        for name, value in a.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(b[name], rel=tolerance, abs=tolerance), (
+                    a["step"],
+                    name,
+                )
+            else:
+                assert value == b[name], (a["step"], name)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, model) -> list[dict]:
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", model)
+
+
+def test_the_same_seed_gives_the_same_metrics(undisturbed, model, tmp_path):
+    assert len(undisturbed) == 4
+    assert train(tmp_path / "again", model) == undisturbed
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path):
+    """SIGKILL to the command while the third step runs: two steps are in the checkpoint, the file
+    may hold three."""
+    run = tmp_path / "killed"
+    child = subprocess.Popen(command(run, model), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3, child)
+    child.kill()
+    child.wait()
+    wait_for(lambda: not alive(run))  # the ranks die with it, or they would go on writing
+    assert train(run, model) == undisturbed
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(undisturbed, model, tmp_path):
+    run = tmp_path / "stopped"
+    child = subprocess.Popen(
+        command(run, model), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, child)
+    child.send_signal(signal.SIGINT)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == 3, output
+    assert "same command goes on" in output
+    assert train(run, model) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor": 1, "pipeline": 1, "data": 1},
+        {"tensor": 1, "pipeline": 2, "data": 1},
+        {"tensor": 1, "pipeline": 1, "data": 2},
+    ],
+    ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()),
+)
+def test_every_layout_gives_the_numbers_of_tensor_parallel_2(undisturbed, model, tmp_path, layout):
+    """The whole loop in fp32: sums in another order differ by rounding, which a few updates enlarge
+    a little."""
+    overrides = [
+        f"parallel.{name}_{'parallel' if name == 'data' else 'model_parallel'}_size={size}"
+        for name, size in layout.items()
+    ]
+    other = train(tmp_path / "layout", model, *overrides)
+    gaps = ("logprob_gap_max", "logprob_gap_mean")  # rounding itself
+    assert_close(without(other, gaps), without(undisturbed, gaps), tolerance=2e-4)
+    assert all(line["logprob_gap_max"] < 1e-4 for line in other + undisturbed)
+
+
+def without(lines: list[dict], names: tuple[str, ...]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in names} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.betta=1", "unknown key 'ppo.betta'; known there: beta"),
+        ("parallel.tensor_model_parallel_size=3", "do not divide by"),
+        ("parallel.pipeline_model_parallel_size=5", "layers do not divide by"),
+        ("parallel.data_parallel_size=3", "does not divide over"),
+        ("ppo.updates_per_batch=3", "does not divide into"),
+        ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("model.path=nowhere", "nowhere/config.json"),
+    ],
+)
+def test_bad_input_is_one_message_before_anything_starts(model, tmp_path, override, message):
+    result = run_command(command(tmp_path / "bad", model, override))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_run_directory_with_other_settings_is_refused(model, tmp_path):
+    run = tmp_path / "claimed"
+    claim = load_config(find_recipe("demo"), [f"run.dir={json.dumps(str(run))}"], TrainConfig)
+    claim_run_directory(claim, run)
+    before = (run / "config.toml").read_text()
+    result = run_command(command(run, model))
+    assert result.returncode == 2
+    assert "rollout.episodes_per_batch = 256 there, 8 here" in result.stderr
+    assert (run / "config.toml").read_text() == before
+
+
+def wait_for(condition, child: subprocess.Popen | None = None, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert child is None or child.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(run: Path) -> bool:
+    """Whether any process has this run directory in its command line."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(run).encode() in entry.read_bytes():
+                return True
+        except OSError:
+            continue
+    return False
