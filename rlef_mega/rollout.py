@@ -103,7 +103,8 @@ async def hold_dialogue_with_retries(
     problem: Problem, engine: Engine, judge: Judge, chat: ChatFormat, rules: Rules, seed: int
 ) -> Episode | str:
     """The episode, or the reason why there is none."""
-    prompt = chat.open(dialog.first_prompt(problem.statement, problem.template))
+    text = dialog.first_prompt(problem.statement, problem.template, problem.public_tests)
+    prompt = chat.open(text)
     if len(prompt) + rules.sampling.max_new_tokens > rules.max_context:
         return "prompt too long"
     reason = ""

@@ -12,7 +12,7 @@ from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises
 from rlef_mega.problems.supervised import HABITS, sft_dialogues
 from rlef_mega.problems.tokenizer import train_tokenizer
 
-VOCAB = 768
+VOCAB = 704  # as in recipes/demo_base.toml
 DIALOGUES = sft_dialogues(0, 3000)
 
 
@@ -132,6 +132,12 @@ def test_our_chat_template_is_our_chat_format(chat):
             ids += chat.observe(message, ended=True) if place % 2 else chat.respond(message)
         template = chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert ids == template
+
+
+def test_every_word_that_is_copied_is_one_token(chat):
+    parts = {part for family in FAMILIES for variant in family.variants for part in variant}
+    for word in (*parts, *curriculum.NAMES, *curriculum.WORDS):
+        assert len(chat.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
 
 
 def test_a_word_of_the_curriculum_is_the_same_token_in_feedback_and_in_code(chat):
