@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed import checkpoint as torch_checkpoint
 
 from rlef_mega.config import ConfigError
@@ -172,29 +173,51 @@ def save_model(folder: Path, model: TrainedModel) -> None:
 @calls_megatron
 def load_model(folder: Path, model: TrainedModel) -> None:
     options = metadata(model.ranks)
-    if model.ranks.data_parallel_size > 1:
-        seed_adam_state(model)
+    for optimizer in spread_optimizers(model):
+        seed_adam_state(optimizer.optimizer)
     weights = model.module.sharded_state_dict(metadata=options)
     optimizer = model.optimizer.sharded_state_dict(weights, is_loading=True, metadata=options)
     loaded = dist_checkpointing.load(
         {"model": weights, "optimizer": optimizer}, str(folder), TorchDistLoadShardedStrategy()
     )
     model.module.load_state_dict(loaded["model"])
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    spread = spread_optimizers(model)
+    if spread:
+        load_spread_optimizer(spread[0], loaded["optimizer"])
+    else:
+        model.optimizer.load_state_dict(loaded["optimizer"])
 
 
-def seed_adam_state(model: TrainedModel) -> None:
+def spread_optimizers(model: TrainedModel) -> list[DistributedOptimizer]:
+    parts = model.optimizer.chained_optimizers
+    assert len(parts) == 1, "dense models have one optimizer"
+    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+
+def seed_adam_state(inner: torch.optim.Optimizer) -> None:
     """Megatron's distributed optimizer loads into state that torch's AdamW only makes at its first step."""
-    for optimizer in model.optimizer.chained_optimizers:
-        inner = optimizer.optimizer
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter].update(
-                        step=torch.tensor(0.0),
-                        exp_avg=torch.zeros_like(parameter),
-                        exp_avg_sq=torch.zeros_like(parameter),
-                    )
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                inner.state[parameter].update(
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
+                )
+
+
+def load_spread_optimizer(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
+    """In two parts, around two faults that megatron-core 0.16 has with torch's AdamW: it looks for `step` among the
+    tensors of each parameter, and it gives all parameters one shared `step`, which each would then increment."""
+    tensors = loaded.pop("param_state")
+    loaded.pop("param_state_sharding_type")
+    optimizer.load_state_dict(loaded)  # groups and step
+    state = optimizer.optimizer.state
+    steps = {parameter: entry.pop("step", None) for parameter, entry in state.items()}
+    optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    for parameter, step in steps.items():
+        if step is not None:  # fused optimizers keep it in their groups
+            state[parameter]["step"] = step.clone()
 
 
 def random_state() -> dict[str, torch.Tensor]:

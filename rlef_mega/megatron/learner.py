@@ -35,7 +35,7 @@ POLICY_METRICS = (
     "policy_loss",
     "ratio",
     "clip_fraction",
-    "behaviour_truncated_fraction",
+    "behaviour_factor",
     "approx_kl",
     "entropy",
 )

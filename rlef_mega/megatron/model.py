@@ -293,6 +293,8 @@ class ValueHead(torch.nn.Linear):
         with torch.no_grad():
             self.weight.copy_(weight)
             self.bias.zero_()
+        for parameter in self.parameters():
+            parameter.is_value_head = True  # read where the optimizer's groups are made
 
 
 class CriticModel(PackedLlama):

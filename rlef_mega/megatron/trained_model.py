@@ -18,7 +18,11 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import (
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -94,7 +98,8 @@ class TrainedModel:
     def __init__(self, module: PackedLlama, ranks: Ranks, config: OptimizerConfig) -> None:
         self.module, self.ranks, self.config = module, ranks, config
         self.updates = 0
-        distributed = ranks.data_parallel_size > 1
+        # also for bfloat16: Megatron's other optimizer cannot save bfloat16 weights beside a fp32 head
+        distributed = ranks.data_parallel_size > 1 or module.config.bf16
         module.config.finalize_model_grads_func = finalize_summed_gradients
         self.wrapped = DistributedDataParallel(
             module.config,
@@ -103,21 +108,24 @@ class TrainedModel:
             ),
             module,
         )
-        self.optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.clip_grad,
-                bf16=module.config.bf16,
-                params_dtype=module.config.params_dtype,
-                use_distributed_optimizer=distributed,
-            ),
-            [self.wrapped],
+        options = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=module.config.bf16,
+            params_dtype=module.config.params_dtype,
+            use_distributed_optimizer=distributed,
         )
+        overrides = get_standard_config_overrides(options)
+        if module.config.bf16:
+            # The distributed optimizer mixes up a group that holds two dtypes; an override that changes nothing
+            # (our schedule sets the rates) gives the critic's fp32 head groups of its own.
+            overrides[ParamKey(attr="is_value_head")] = {"min_lr": 0.0}
+        self.optimizer = get_megatron_optimizer(options, [self.wrapped], overrides)
 
     @calls_megatron
     def forward_backward(
