@@ -15,7 +15,7 @@ from rlef_mega.evaluate import evaluate, write_evaluation
 from rlef_mega.judge import Judge
 from rlef_mega.problems import load_problems
 from rlef_mega.record import RunDirectory
-from rlef_mega.report import print_evaluation
+from rlef_mega.report import print_comparison
 from rlef_mega.rollout import Rules
 from rlef_mega.types import Sampling
 
@@ -80,5 +80,5 @@ def run_evaluation(request: EvalRequest) -> None:
         seed=request.seed,
     )
     path = request.out / f"eval/{request.model.name}.json"
-    print_evaluation(path)
+    print_comparison(request.out)
     print(f"wrote {path}")

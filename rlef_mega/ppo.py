@@ -125,8 +125,8 @@ def policy_loss(
     """
     count = denominator if denominator is not None else max(logprobs_T.numel(), 1)
     log_ratio_T = logprobs_T - old_logprobs_T
-    behaviour_ratio_T = (logprobs_T.detach() - behaviour_logprobs_T).exp()
-    ratio_T = log_ratio_T.exp() * behaviour_ratio_T.clamp(max=1)
+    behaviour_factor_T = (logprobs_T.detach() - behaviour_logprobs_T).exp().clamp(max=1)
+    ratio_T = log_ratio_T.exp() * behaviour_factor_T
     clipped_T = ratio_T.clamp(1 - clip_eps, 1 + clip_eps)
     loss = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T).sum() / count
     with torch.no_grad():
@@ -134,7 +134,7 @@ def policy_loss(
             "policy_loss": loss.detach(),
             "ratio": ratio_T.sum() / count,
             "clip_fraction": ((ratio_T - 1).abs() > clip_eps).sum() / count,
-            "behaviour_truncated_fraction": (behaviour_ratio_T < 1).sum() / count,
+            "behaviour_factor": behaviour_factor_T.sum() / count,
             # k3 estimator of KL(pi_old || pi): non-negative and low in variance
             "approx_kl": (log_ratio_T.exp() - 1 - log_ratio_T).sum() / count,
         }

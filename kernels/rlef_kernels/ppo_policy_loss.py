@@ -35,21 +35,22 @@ def ppo_policy_loss_reference(
     log_ratio_T = torch.where(mask_T, logprobs_T - old_logprobs_T, 0)
     behaviour_log_ratio_T = torch.where(mask_T, logprobs_T.detach() - behaviour_logprobs_T, 0)
     advantages_T = torch.where(mask_T, advantages_T, 0)
-    ratio_T = log_ratio_T.exp() * behaviour_log_ratio_T.clamp(max=0).exp()
+    behaviour_factor_T = behaviour_log_ratio_T.clamp(max=0).exp()
+    ratio_T = log_ratio_T.exp() * behaviour_factor_T
     clipped_T = ratio_T.clamp(1 - clip_eps, 1 + clip_eps)
     loss = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T).sum() / count
     with torch.no_grad():
         sums = {
             "ratio": ratio_T * mask_T,
             "clip_fraction": (ratio_T - 1).abs() > clip_eps,
-            "behaviour_truncated_fraction": behaviour_log_ratio_T < 0,
+            "behaviour_factor": behaviour_factor_T * mask_T,
             # KL(pi_old || pi): k1 is unbiased; k3 also non-negative and lower in variance
             "approx_kl_k1": -log_ratio_T,
             "approx_kl": log_ratio_T.expm1() - log_ratio_T,
         }
         if entropy_T is not None:
             sums["entropy"] = torch.where(mask_T, entropy_T, 0)
-        # a masked token has ratio 1 and log-ratio 0, so it adds to none of these sums but "ratio"
+        # a masked token has ratio 1 and log-ratio 0, so it adds to no sum but those masked here
         metrics = {name: terms_T.sum() / count for name, terms_T in sums.items()}
     return loss, {"policy_loss": loss.detach()} | metrics
 

@@ -101,11 +101,10 @@ PANELS = (
     Panel("Entropy", "Of the next token, in nats.", (("entropy", "entropy"),)),
     Panel(
         "Clipped",
-        "Tokens and values outside the trust region; behaviour weights below 1.",
+        "Tokens and values outside the trust region.",
         (
             ("policy ratio", "clip_fraction"),
             ("value", "value_clip_fraction"),
-            ("behaviour weight", "behaviour_truncated_fraction"),
         ),
         unit="%",
     ),

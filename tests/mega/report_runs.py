@@ -91,7 +91,7 @@ def metrics_of_step(step: int, steps: int, source: random.Random) -> dict[str, A
         "policy_loss": around(-0.01, 0.005),
         "value_loss": around(0.4 - 0.1 * progress),
         "clip_fraction": abs(around(0.05, 0.01)),
-        "behaviour_truncated_fraction": abs(around(0.2)),
+        "behaviour_factor": abs(around(0.99)),
         "value_clip_fraction": abs(around(0.1)),
         "policy_grad_norm": abs(around(0.4, 0.1)) + 0.01,
         "critic_grad_norm": abs(around(2.0, 0.5)) + 0.01,

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import rlef_kernels
 from rlef_mega import ppo
 
 
@@ -79,7 +80,7 @@ def test_policy_loss_by_hand():
     assert loss.item() == pytest.approx(-(2.4 + 1.2 - 0.8) / 3)
     assert metrics["clip_fraction"].item() == pytest.approx(1.0)
     assert metrics["ratio"].item() == pytest.approx((1.25 + 1.8 + 0.4) / 3)
-    assert metrics["behaviour_truncated_fraction"].item() == pytest.approx(1 / 3)
+    assert metrics["behaviour_factor"].item() == pytest.approx((1 + 1 + 0.8) / 3)
 
 
 def test_the_behaviour_factor_passes_no_gradient():
@@ -125,6 +126,24 @@ def test_losses_of_microbatches_with_a_global_denominator_add_up():
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
     for name, value in metrics.items():
         torch.testing.assert_close(sum(m[name] for _, m in parts), value)
+
+
+def test_the_kernels_compute_the_same_losses():
+    """What a GPU will run fused is defined twice, here and beside the kernels; they must stay one."""
+    generator = torch.Generator().manual_seed(0)
+    pi, old, behaviour, advantages = torch.randn(4, 50, generator=generator)
+    ours = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
+    theirs = rlef_kernels.ppo_policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
+    assert_same(ours, theirs)
+    ours = ppo.value_loss(pi, old, behaviour, clip_alpha=0.2)
+    theirs = rlef_kernels.clipped_value_loss(pi, old, behaviour, clip_alpha=0.2)
+    assert_same(ours, theirs)
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0])
+    for name, value in ours[1].items():
+        torch.testing.assert_close(value.float(), theirs[1][name].float(), msg=name)
 
 
 NORMALISE_ON_TWO_RANKS = """
