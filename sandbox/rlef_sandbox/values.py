@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 TOLERANCE = 1e-6  # absolute or relative, where a float is expected
 MAX_DEPTH = 200  # nesting; deeper values are refused rather than recursed into
+MAX_FROZENSET = 1000  # members, of one within a set or a key
+HASHABLE_KINDS = ("int", "bytes", "tuple", "frozenset")
 CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -141,7 +143,7 @@ def _dicts_match(expected: dict, pairs: list) -> bool:
     values = {_identity(key): value for key, value in expected.items()}
     seen = set()
     for wire_key, wire_value in pairs:
-        key = _identity(_from_wire(wire_key))
+        key = _identity(_hashable(wire_key))
         if key not in values or not _matches(values[key], wire_value):
             return False
         seen.add(key)
@@ -152,11 +154,28 @@ def _sets_match(expected: set | frozenset, items: list) -> bool:
     members = {_identity(item) for item in expected}
     found = set()
     for item in items:
-        key = _identity(_from_wire(item))
+        key = _identity(_hashable(item))
         if key not in members:
             return False
         found.add(key)
     return len(found) == len(members)
+
+
+def _hashable(wire: object) -> object:
+    """An untrusted key or member, to be looked up among expected ones. ValueError if unhashable
+    or a frozenset large enough for its members' hashes to be chosen to collide.
+    """
+    if not isinstance(wire, list | Tagged):
+        return wire
+    if isinstance(wire, list) or wire.kind not in HASHABLE_KINDS:
+        raise ValueError("malformed value: an unhashable key")
+    if wire.kind == "tuple":
+        return tuple(map(_hashable, wire.body))
+    if wire.kind == "frozenset":
+        if len(wire.body) > MAX_FROZENSET:
+            raise ValueError(f"a frozenset within a set has more than {MAX_FROZENSET} members")
+        return frozenset(map(_hashable, wire.body))
+    return _from_wire(wire)
 
 
 def _identity(value: object) -> tuple[str, object]:

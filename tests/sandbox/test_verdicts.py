@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from rlef_sandbox import Limits, Sandbox, Status
+from rlef_sandbox import Limits, Sandbox, Status, Test
 
 LIMITS = Limits(cpu_s=1.0, wall_s=3.0, memory_bytes=128 << 20, output_bytes=64 << 10)
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(workers=1) as shared:
-        yield shared
 
 
 @pytest.mark.parametrize(
@@ -40,3 +32,64 @@ def test_an_end_has_one_name(sandbox: Sandbox, source: str, status: Status) -> N
 def test_waiting_instead_of_working_is_an_idle_limit(sandbox: Sandbox) -> None:
     limits = Limits(cpu_s=0.2, wall_s=0.4)
     assert sandbox.run("import time; time.sleep(9)", limits=limits).status is Status.IDLE_LIMIT
+
+
+def test_a_nonzero_exit_keeps_its_code_and_a_signal_its_number(sandbox: Sandbox) -> None:
+    assert sandbox.run("raise SystemExit(7)").exit_code == 7
+    aborted = sandbox.run("import os; os.abort()")
+    assert (aborted.exit_code, aborted.signal) == (None, 6)
+
+
+def test_time_and_memory_are_measured(sandbox: Sandbox) -> None:
+    result = sandbox.run("x = bytearray(50 << 20)\nfor i in range(10**6): pass")
+    assert 50 << 20 < result.max_rss_bytes < 200 << 20
+    assert 0.005 < result.cpu_s <= result.wall_s + 0.1
+
+
+def test_the_traceback_shows_the_programs_frames_only(sandbox: Sandbox) -> None:
+    result = sandbox.run("def f():\n    return 1 / 0\nf()\n")
+    assert result.stderr.decode() == (
+        "Traceback (most recent call last):\n"
+        '  File "solution.py", line 3, in <module>\n'
+        "    f()\n"
+        '  File "solution.py", line 2, in f\n'
+        "    return 1 / 0\n"
+        "           ~~^~~\n"
+        "ZeroDivisionError: division by zero\n"
+    )
+
+
+def test_grading_stops_at_the_first_failure_unless_told(sandbox: Sandbox) -> None:
+    tests = [Test(b"1", b"1"), Test(b"2", b"0"), Test(b"3", b"3")]
+    passed, wrong = Status.OK, Status.WRONG_ANSWER
+    stopped = sandbox.grade("print(input())", tests)
+    assert [r.status for r in stopped] == [passed, wrong]
+    all_results = sandbox.grade("print(input())", tests, stop_at_first_failure=False)
+    assert [r.status for r in all_results] == [passed, wrong, passed]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_program_without_code_fails_every_test(sandbox: Sandbox, count: int) -> None:
+    results = sandbox.grade("def f(:", [Test(b"", b"")] * count, stop_at_first_failure=False)
+    assert [r.status for r in results] == [Status.COMPILE_ERROR] * count
+    assert b"SyntaxError" in results[0].stderr
+
+
+def test_no_tests_is_no_results(sandbox: Sandbox) -> None:
+    assert sandbox.grade("print(1)", []) == []
+
+
+def test_limits_are_checked_when_made() -> None:
+    with pytest.raises(ValueError, match="cpu_s"):
+        Limits(cpu_s=0)
+    with pytest.raises(ValueError, match="memory_bytes"):
+        Limits(memory_bytes=1000)
+
+
+def test_what_is_unknown_is_refused_by_name(sandbox: Sandbox) -> None:
+    with pytest.raises(ValueError, match="known: tokens"):
+        sandbox.grade("", [], checker="no such checker")
+    with pytest.raises(ValueError, match="known: python"):
+        sandbox.run("", language="cobol")
+    with pytest.raises(ValueError, match="known: default, minimal"):
+        Sandbox(isolation="none")

@@ -1,0 +1,115 @@
+"""A program finds the world it would find if it were run by hand."""
+
+from __future__ import annotations
+
+import pytest
+from rlef_sandbox import Limits, Sandbox, Status
+
+WORLD = {
+    "input": ("print(input() + input())", "ab"),
+    "end_of_input": (
+        "input(); input()\ntry: input()\nexcept EOFError: print('end')",
+        "end",
+    ),
+    "iteration": ("import sys; print([*sys.stdin])", "['a\\n', 'b\\n']"),
+    "buffer": ("import sys; print(sys.stdin.buffer.read())", "b'a\\nb\\n'"),
+    "mode": ("import sys; print(sys.stdin.mode, sys.stdout.mode)", "r w"),
+    "open_zero": ("print(open(0).read().split())", "['a', 'b']"),
+    "file_size": ("import os; print(os.read(0, os.fstat(0).st_size))", "b'a\\nb\\n'"),
+    "seek": ("import sys; input(); sys.stdin.seek(0); print(input())", "a"),
+    "exit": ("print(1); exit()", "1"),
+    "quit": ("print(1); quit(0)", "1"),
+    "main": ("if __name__ == '__main__': print('main')", "main"),
+    "main_module": ("x = 5\nimport __main__\nprint(__main__.x)", "5"),
+    "argv": ("import sys; print(sys.argv)", "['solution.py']"),
+    "file": ("print(__file__)", "solution.py"),
+    "unicode": ("print('\u00e9\u4e2d\U0001f600')", "\u00e9\u4e2d\U0001f600"),
+    "hash_seed": ("print(hash('a') == hash('a'), hash('seed'))", None),
+    "recursion_limit": ("import sys; print(sys.getrecursionlimit())", "1000"),
+    "deep_recursion": (
+        "import sys; sys.setrecursionlimit(10**6)\n"
+        "def f(n): return 0 if n == 0 else 1 + f(n - 1)\n"
+        "print(f(10**5))",
+        "100000",
+    ),
+    "deep_recursion_in_a_thread": (
+        "import sys, threading\n"
+        "sys.setrecursionlimit(10**6); threading.stack_size(2**27)\n"
+        "def f(n): return 0 if n == 0 else max(1, 1 + f(n - 1))\n"
+        "t = threading.Thread(target=lambda: print(f(10**4))); t.start(); t.join()",
+        "10000",
+    ),
+    "deep_recursion_through_native_code": (
+        "import sys, functools; sys.setrecursionlimit(10**6)\n"
+        "@functools.lru_cache(None)\n"
+        "def f(n): return 0 if n == 0 else 1 + f(n - 1)\n"
+        "print(f(30000))",
+        "30000",
+    ),
+    "thread_still_running_at_the_end": (
+        "import threading, time\n"
+        "threading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()",
+        "late",
+    ),
+    "handler_at_exit": ("import atexit; atexit.register(print, 'bye')", "bye"),
+    "file_left_open": ("f = open(1, 'w', closefd=False); f.write('kept')", "kept"),
+    "writer_with_its_own_buffer": (
+        "import io, os\n"
+        "class Writer(io.IOBase):\n"
+        "    def __init__(self): self.text = ''\n"
+        "    def flush(self): os.write(1, self.text.encode()); self.text = ''\n"
+        "writer = Writer()\n"
+        "writer.text = 'kept'",
+        "kept",
+    ),
+    "replaced_standard_output": (
+        "import sys, io, os\n"
+        "class Out(io.StringIO):\n"
+        "    def flush(self): os.write(1, self.getvalue().encode()); self.truncate(0)\n"
+        "sys.stdout = Out(); print('kept')",
+        "kept",
+    ),
+    "pickle_of_its_own_class": (
+        "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)",
+        "A",
+    ),
+    "module_loaded_on_demand": ("import colorsys; print(colorsys.__name__)", "colorsys"),
+    "extension_modules": ("import hashlib, zlib, bz2, decimal; print(decimal.Decimal(1))", "1"),
+    "alarm": (
+        "import signal, time\n"
+        "def handler(*_): print('rang'); raise SystemExit\n"
+        "signal.signal(signal.SIGALRM, handler); signal.setitimer(signal.ITIMER_REAL, 0.05)\n"
+        "time.sleep(2)",
+        "rang",
+    ),
+    "time": ("import time; print(time.time() > 1e9, time.perf_counter() > 0)", "True True"),
+    "future_import_is_its_own": ("def f(x: nowhere): pass", None),
+    "coding_cookie": ("# -*- coding: latin-1 -*-\nprint('x')", "x"),
+}
+
+
+@pytest.mark.parametrize(("source", "printed"), WORLD.values(), ids=WORLD)
+def test_the_world_looks_real(sandbox: Sandbox, source: str, printed: str | None) -> None:
+    result = sandbox.run(source, "a\nb\n", Limits(memory_bytes=256 << 20))
+    if source.startswith("def f(x: nowhere)"):  # our own `annotations` import must not leak in
+        assert b"NameError" in result.stderr
+        return
+    assert result.status is Status.OK, result
+    if printed is not None:
+        assert result.stdout.decode().strip() == printed
+
+
+def test_two_runs_see_the_same_hashes_and_the_same_random_numbers(sandbox: Sandbox) -> None:
+    source = "import random; print(hash('seed'), random.random(), {'a', 'b', 'c'})"
+    assert sandbox.run(source).stdout == sandbox.run(source).stdout
+
+
+def test_bytes_that_are_no_text_come_through(sandbox: Sandbox) -> None:
+    source = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
+    assert sandbox.run(source, bytes(range(256))).stdout == bytes(range(256))
+
+
+def test_a_large_input_and_output_come_through(sandbox: Sandbox) -> None:
+    text = b"0123456789\n" * 300_000
+    source = "import sys; sys.stdout.write(sys.stdin.read())"
+    assert sandbox.run(source, text).stdout == text
