@@ -22,6 +22,9 @@ from torch.distributed import ProcessGroup
 NUM_PARTIALS = 4
 CPU_CHUNK_ELEMENTS = 2**18  # 1 MiB of fp32 logits: stays in a core's L2 cache
 GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a 128,256-word vocabulary
+FEWEST_CHUNK_TOKENS = (
+    256  # each chunk reads the whole head: with fewer, reading it is what takes time
+)
 
 
 class Softmax(NamedTuple):
@@ -51,7 +54,7 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 def chunk_size(vocabulary_size: int, device: torch.device) -> int:
     """Tokens whose logits are alive at a time."""
     elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    return max(1, elements // max(1, vocabulary_size))
+    return max(FEWEST_CHUNK_TOKENS, elements // max(1, vocabulary_size))
 
 
 def check_head(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> None:

@@ -40,10 +40,9 @@ def sample(
         weights_BV = nucleus(weights_BV, top_p_B)
     cumulative_BV = weights_BV.cumsum(-1)
     total_B = cumulative_BV[:, -1]
-    # strictly below the total, rounding or not: then a word of probability above 0 exceeds it
-    threshold_B = torch.minimum(
-        uniforms_B * total_B, torch.nextafter(total_B, total_B.new_zeros(()))
-    )
+    # u is at most 1 - 2^-53, so in fp64 this rounds to less than the total: some word exceeds it, and
+    # the first one that does has a probability above 0
+    threshold_B = uniforms_B * total_B
     tokens_B = torch.searchsorted(cumulative_BV, threshold_B[:, None], right=True)[:, 0]
     if any_greedy:
         tokens_B = torch.where(greedy_B, logits_BV.argmax(-1), tokens_B)
