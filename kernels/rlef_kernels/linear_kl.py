@@ -18,10 +18,11 @@ sums, R ranks.
 """
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.vocab_parallel import (
+    SavedForBackward,
     check_chunk,
     check_head,
     check_temperature,
@@ -38,7 +39,7 @@ class ChunkedLinearKl(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: SavedForBackward,
         hidden_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         ref_hidden_TE: torch.Tensor,
@@ -64,7 +65,7 @@ class ChunkedLinearKl(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_kl_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: SavedForBackward, grad_kl_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE, *saved = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype, step, scale = grad_kl_T.dtype, ctx.chunk_tokens, 1 / ctx.temperature

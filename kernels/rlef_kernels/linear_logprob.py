@@ -22,11 +22,12 @@ Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk
 """
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
+    SavedForBackward,
     check_chunk,
     check_head,
     check_targets,
@@ -49,7 +50,7 @@ class ChunkedLinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: SavedForBackward,
         hidden_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         target_T: torch.Tensor,
@@ -78,7 +79,9 @@ class ChunkedLinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, grad_logprob_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
+        ctx: SavedForBackward,
+        grad_logprob_T: torch.Tensor | None,
+        grad_entropy_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         if grad_logprob_T is None and grad_entropy_T is None:
             return (None,) * 7
@@ -88,8 +91,10 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         grad_hidden_TD = torch.empty_like(hidden_TD, dtype=dtype) if needs_hidden else None
         into_main_grad = ctx.accumulate_main_grad and needs_weight
-        grad_weight_VD = weight_VD.main_grad if into_main_grad else None
-        if needs_weight and not into_main_grad:
+        grad_weight_VD = None
+        if into_main_grad:
+            grad_weight_VD = weight_VD.main_grad  # type: ignore[attr-defined]  # Megatron's DDP
+        elif needs_weight:
             grad_weight_VD = torch.zeros_like(weight)
         num_tokens, step = hidden_TD.shape[0], ctx.chunk_tokens
         buffer = hidden_TD.new_empty(min(step, num_tokens), weight.shape[0], dtype=dtype)

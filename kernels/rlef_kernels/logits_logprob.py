@@ -15,11 +15,12 @@ Shape suffixes: T tokens, V vocabulary shard, C tokens of a chunk.
 """
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
+    SavedForBackward,
     check_targets,
     check_temperature,
     chunk_size,
@@ -41,7 +42,7 @@ class ChunkedLogitsLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: SavedForBackward,
         logits_TV: torch.Tensor,
         target_T: torch.Tensor,
         temperature: float,
@@ -59,21 +60,23 @@ class ChunkedLogitsLogprob(torch.autograd.Function):
             reduce_logits_(logits_CV, (column_T[rows], owned_T[rows]), partials_TP[rows])
         softmax = combine_shards(partials_TP, target_T, shard * group_size(group), group)
         ctx.save_for_backward(logits_TV, column_T, owned_T, *softmax[:3])
-        ctx.temperature, ctx.step, ctx.inplace = temperature, step, inplace_backward
+        ctx.temperature, ctx.chunk_tokens, ctx.inplace = temperature, step, inplace_backward
         ctx.set_materialize_grads(False)
         return softmax.logprob_T, softmax.entropy_T
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, grad_logprob_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
+        ctx: SavedForBackward,
+        grad_logprob_T: torch.Tensor | None,
+        grad_entropy_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         if grad_logprob_T is None and grad_entropy_T is None:
             return (None,) * 5
         logits_TV, column_T, owned_T, row_max_T, sum_exp_T, entropy_T = ctx.saved_tensors
         grad_TV = logits_TV.detach() if ctx.inplace else torch.empty_like(logits_TV)
-        for start in range(0, logits_TV.shape[0], ctx.step):
-            rows = slice(start, start + ctx.step)
+        for start in range(0, logits_TV.shape[0], ctx.chunk_tokens):
+            rows = slice(start, start + ctx.chunk_tokens)
             grad_CV = logits_gradient_(
                 scaled_copy(logits_TV[rows], row_max_T.dtype, ctx.temperature),
                 (column_T[rows], owned_T[rows]),

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
 NUM_PARTIALS = 4
@@ -25,6 +26,18 @@ GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a 128,256-
 FEWEST_CHUNK_TOKENS = (
     256  # each chunk reads the whole head: with fewer, reading it is what takes time
 )
+
+
+class SavedForBackward(FunctionCtx):
+    """What the forward passes of this package leave for their backward passes."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    temperature: float
+    group: ProcessGroup | None
+    chunk_tokens: int
+    accumulate_main_grad: bool
+    inplace: bool
 
 
 class Softmax(NamedTuple):

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlef_mega.engines import EngineError
-from rlef_mega.engines.kv_cache import begin_decoding, begin_prefill, keep_rows, preallocated_cache
+from rlef_mega.engines.kv_cache import PreallocatedCache
 from rlef_mega.engines.sampling import request_uniforms, sample
 from rlef_mega.types import Completion, Sampling
 
@@ -67,15 +67,11 @@ def generate_batch(
     """
     rows = [Row(request, token_limit(model, request)) for request in requests]
     lengths_B = [len(request.token_ids) for request in requests]
-    cache = preallocated_cache(
-        model.config.num_hidden_layers,
-        len(rows),
-        max(lengths_B),
-        max(lengths_B) + max(row.limit for row in rows),
-    )
+    capacity = max(lengths_B) + max(row.limit for row in rows)
+    cache = PreallocatedCache(model.config.num_hidden_layers, len(rows), max(lengths_B), capacity)
     logits_BV = prefill(model, requests, cache, pad_token_id)
-    begin_decoding(cache)
-    decode(model, rows, lengths_B, cache, logits_BV)
+    cache.begin_decoding()
+    decode(model, rows, lengths_B, capacity, cache, logits_BV)
     return [
         Completion(
             token_ids=tuple(row.token_ids),
@@ -94,7 +90,7 @@ def token_limit(model: PreTrainedModel, request: Request) -> int:
 
 
 def prefill(
-    model: PreTrainedModel, requests: Sequence[Request], cache: Cache, pad_token_id: int
+    model: PreTrainedModel, requests: Sequence[Request], cache: PreallocatedCache, pad_token_id: int
 ) -> torch.Tensor:
     """Fills the cache with the prompts, in groups of rows; returns the logits after each prompt."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
@@ -103,7 +99,7 @@ def prefill(
     while start < len(requests):
         size = max(1, budget // len(requests[start].token_ids))
         group = requests[start : start + size]
-        begin_prefill(cache, slice(start, start + len(group)))
+        cache.begin_prefill(slice(start, start + len(group)))
         token_ids_GP, position_ids_GP, mask_GP = pad_left(group, pad_token_id)
         output = model(
             input_ids=token_ids_GP.to(model.device),
@@ -159,7 +155,8 @@ def decode(
     model: PreTrainedModel,
     rows: Sequence[Row],
     lengths_B: Sequence[int],
-    cache: Cache,
+    capacity: int,
+    cache: PreallocatedCache,
     logits_BV: torch.Tensor,
 ) -> None:
     """Samples from the logits, appends to the rows, and feeds the tokens back, until no row goes
@@ -167,7 +164,7 @@ def decode(
     device = model.device
     batch = SamplingBatch.of(rows, device)
     position_ids_B = torch.tensor(lengths_B, device=device)
-    mask_BL = decode_mask(lengths_B, cache.layers[0].capacity, model.dtype, device)
+    mask_BL = decode_mask(lengths_B, capacity, model.dtype, device)
     live = list(rows)
     for step in range(max(row.limit for row in rows)):
         tokens_B, logprobs_B = sample(
@@ -180,7 +177,7 @@ def decode(
         if len(going_on) <= COMPACT_BELOW * len(live):
             kept = torch.tensor(going_on, device=device)
             live = [live[index] for index in going_on]
-            keep_rows(cache, kept)
+            cache.keep_rows(kept)
             batch = batch.keep(kept)
             tokens_B, position_ids_B = tokens_B[kept], position_ids_B[kept]
             mask_BL = None if mask_BL is None else mask_BL[kept]

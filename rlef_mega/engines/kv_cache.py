@@ -37,6 +37,7 @@ class PreallocatedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         if self.group is not None:
             columns = slice(self.prompt_columns - key_states.shape[2], self.prompt_columns)
             self.keys[self.group, :, columns] = key_states
@@ -60,23 +61,23 @@ class PreallocatedLayer(DynamicLayer):
             setattr(self, name, kept_BHLS)
 
 
-def preallocated_cache(num_layers: int, batch: int, prompt_columns: int, capacity: int) -> Cache:
-    """A cache for `batch` rows, whose prompts end at column `prompt_columns` of `capacity`."""
-    return Cache(
-        layers=[PreallocatedLayer(batch, prompt_columns, capacity) for _ in range(num_layers)]
-    )
+class PreallocatedCache(Cache):
+    """All layers of a model, for `batch` rows whose prompts end at column `prompt_columns`."""
 
+    def __init__(self, num_layers: int, batch: int, prompt_columns: int, capacity: int) -> None:
+        self.own_layers = [
+            PreallocatedLayer(batch, prompt_columns, capacity) for _ in range(num_layers)
+        ]
+        super().__init__(layers=list(self.own_layers))
 
-def begin_prefill(cache: Cache, rows: slice) -> None:
-    for layer in cache.layers:
-        layer.group = rows
+    def begin_prefill(self, rows: slice) -> None:
+        for layer in self.own_layers:
+            layer.group = rows
 
+    def begin_decoding(self) -> None:
+        for layer in self.own_layers:
+            layer.group, layer.length = None, layer.prompt_columns
 
-def begin_decoding(cache: Cache) -> None:
-    for layer in cache.layers:
-        layer.group, layer.length = None, layer.prompt_columns
-
-
-def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
-    for layer in cache.layers:
-        layer.keep_rows(rows)
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        for layer in self.own_layers:
+            layer.keep_rows(rows)

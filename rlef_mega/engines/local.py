@@ -22,6 +22,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -196,17 +197,18 @@ def load_model(
             f"{folder}: model type {model.config.model_type!r} has layers without full attention "
             "(sliding windows, recurrence), which the local engine does not serve"
         )
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device=device)
 
 
 def load_weights(folder: Path, options: dict[str, object]) -> PreTrainedModel:
     """The model with the folder's weights, all of them: transformers would make up missing ones."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot read the weights: {error}") from error
+    model, info = loaded  # a pair, because of output_loading_info, which the annotations miss
     if info["missing_keys"]:
         raise ValueError(f"{folder}: weights are missing: {listed(sorted(info['missing_keys']))}")
     return model

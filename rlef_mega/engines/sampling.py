@@ -40,8 +40,8 @@ def sample(
         weights_BV = nucleus(weights_BV, top_p_B)
     cumulative_BV = weights_BV.cumsum(-1)
     total_B = cumulative_BV[:, -1]
-    # u is at most 1 - 2^-53, so in fp64 this rounds to less than the total: some word exceeds it, and
-    # the first one that does has a probability above 0
+    # u is at most 1 - 2^-53, so in fp64 this rounds to less than the total: some word exceeds it,
+    # and the first one that does has a probability above 0
     threshold_B = uniforms_B * total_B
     tokens_B = torch.searchsorted(cumulative_BV, threshold_B[:, None], right=True)[:, 0]
     if any_greedy:
