@@ -56,15 +56,16 @@ class LocalSession:
 class LocalEngine:
     """Samples with a model from a Hugging Face folder, on any device torch has.
 
-    `weights_from_folder=False` reads config.json only; then the first `update_weights` brings the
-    weights, and requests before it fail with EngineError.
+    `dtype` is torch's or its name (`float32`, `bfloat16`). `weights_from_folder=False` reads
+    config.json only; then the first `update_weights` brings the weights, and requests before it
+    fail with EngineError.
     """
 
     def __init__(
         self,
         model_folder: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = "float32",
         device: str | torch.device = "cpu",
         max_batch: int = 128,
         pad_token_id: int = 0,
@@ -121,11 +122,12 @@ class LocalEngine:
             completions = self.generate([wave[session][0] for session in order])
         except Exception as error:
             # Into every dialogue, as nobody else would hear of it. torch reports a lack of memory
-            # and the like as RuntimeError: the engine's fault. Anything else is a bug, and stays
-            # what it is.
-            engine_failed = isinstance(error, RuntimeError)
-            reported = EngineError(f"generation failed: {error}") if engine_failed else error
-            reported.__cause__ = error if engine_failed else None
+            # and the like as RuntimeError: the engine's fault. Anything else is a bug of ours, and
+            # stays what it is.
+            reported = error
+            if isinstance(error, RuntimeError):
+                reported = EngineError(f"generation failed: {error}")
+                reported.__cause__ = error
             for future in futures:
                 future.set_exception(reported)
             return
@@ -180,7 +182,7 @@ class LocalEngine:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, weights_from_folder: bool
+    folder: Path, dtype: torch.dtype | str, device: torch.device, weights_from_folder: bool
 ) -> PreTrainedModel:
     """The model in evaluation mode, without gradients. ValueError names what the folder lacks."""
     if not (folder / "config.json").is_file():

@@ -210,8 +210,10 @@ def test_after_an_update_the_engine_samples_as_the_new_model_does(engine, tmp_pa
     assert {version for *_, one in record for version in one.weight_versions} == {3}
 
 
-def test_weights_are_compared_after_the_cast_to_the_engines_type(folder):
-    engine = LocalEngine(folder, dtype=torch.bfloat16)
+@pytest.mark.parametrize("from_folder", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_weights_are_compared_after_the_cast_to_the_engines_type(folder, dtype, from_folder):
+    engine = LocalEngine(folder, dtype=dtype, weights_from_folder=from_folder)
     torch.manual_seed(6)
     sent = weights(tiny_llama())
     engine.update_weights(sent.items(), version=1)
