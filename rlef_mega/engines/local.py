@@ -19,7 +19,7 @@ long as a wave takes.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ def load_model(
     return model.eval().requires_grad_(False).to(device=device)
 
 
-def load_weights(folder: Path, options: dict[str, object]) -> PreTrainedModel:
+def load_weights(folder: Path, options: Mapping[str, object]) -> PreTrainedModel:
     """The model with the folder's weights, all of them: transformers would make up missing ones."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
