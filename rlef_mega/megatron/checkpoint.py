@@ -160,6 +160,7 @@ def metadata(ranks: Ranks) -> dict[str, Any]:
 @calls_megatron
 def save_model(folder: Path, model: TrainedModel) -> None:
     options = metadata(model.ranks)
+    make_adam_state(spread_optimizer(model).optimizer)
     weights = model.module.sharded_state_dict(metadata=options)
     optimizer = model.optimizer.sharded_state_dict(weights, metadata=options)
     dist_checkpointing.save(
@@ -173,37 +174,32 @@ def save_model(folder: Path, model: TrainedModel) -> None:
 @calls_megatron
 def load_model(folder: Path, model: TrainedModel) -> None:
     options = metadata(model.ranks)
-    for optimizer in spread_optimizers(model):
-        seed_adam_state(optimizer.optimizer)
+    make_adam_state(spread_optimizer(model).optimizer)
     weights = model.module.sharded_state_dict(metadata=options)
     optimizer = model.optimizer.sharded_state_dict(weights, is_loading=True, metadata=options)
     loaded = dist_checkpointing.load(
         {"model": weights, "optimizer": optimizer}, str(folder), TorchDistLoadShardedStrategy()
     )
     model.module.load_state_dict(loaded["model"])
-    spread = spread_optimizers(model)
-    if spread:
-        load_spread_optimizer(spread[0], loaded["optimizer"])
-    else:
-        model.optimizer.load_state_dict(loaded["optimizer"])
+    load_spread_optimizer(spread_optimizer(model), loaded["optimizer"])
 
 
-def spread_optimizers(model: TrainedModel) -> list[DistributedOptimizer]:
-    parts = model.optimizer.chained_optimizers
-    assert len(parts) == 1, "dense models have one optimizer"
-    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+def spread_optimizer(model: TrainedModel) -> DistributedOptimizer:
+    (optimizer,) = model.optimizer.chained_optimizers  # a dense model has one
+    return optimizer
 
 
-def seed_adam_state(inner: torch.optim.Optimizer) -> None:
-    """Megatron's distributed optimizer loads into state that torch's AdamW only makes at its first step."""
+def make_adam_state(inner: torch.optim.Optimizer) -> None:
+    """Adam makes its state at its first step, but Megatron's distributed optimizer saves and loads only
+    what is there. A policy that has waited for its critic has made no step yet."""
     for group in inner.param_groups:
         for parameter in group["params"]:
-            if not inner.state[parameter]:
-                inner.state[parameter].update(
-                    step=torch.tensor(0.0),
-                    exp_avg=torch.zeros_like(parameter),
-                    exp_avg_sq=torch.zeros_like(parameter),
-                )
+            if inner.state[parameter]:
+                continue
+            for moment in ("exp_avg", "exp_avg_sq"):
+                inner.state[parameter][moment] = torch.zeros_like(parameter)
+            if isinstance(inner, torch.optim.AdamW):  # fused optimizers count in their groups
+                inner.state[parameter]["step"] = torch.tensor(0.0)
 
 
 def load_spread_optimizer(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:

@@ -33,10 +33,10 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from rlef_kernels import linear_logprob
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from rlef_kernels import linear_logprob
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
 from rlef_mega.megatron.attention import PackedAttention
 from rlef_mega.megatron.parallel import Ranks, fused_weight_gradients

@@ -3,8 +3,9 @@ model are instances of it; the frozen reference is a bare module that only runs 
 
 Theory of operation. Every rank of a network's world runs the same micro-batches through Megatron's pipeline schedule. Only
 the last stage computes losses and outputs. Gradients are summed, not averaged, over micro-batches and data-parallel ranks,
-because each loss is already divided by a count over the whole update. With more than one data-parallel rank the optimizer's
-state is spread over them (Megatron's distributed optimizer). Parameters in bfloat16 have fp32 main copies and gradients.
+because each loss is already divided by a count over the whole update. The optimizer's state is spread over the
+data-parallel ranks (Megatron's distributed optimizer; also over one, so that checkpoints have one form).
+Parameters in bfloat16 have fp32 main copies and gradients.
 """
 
 import math
@@ -98,14 +99,10 @@ class TrainedModel:
     def __init__(self, module: PackedLlama, ranks: Ranks, config: OptimizerConfig) -> None:
         self.module, self.ranks, self.config = module, ranks, config
         self.updates = 0
-        # also for bfloat16: Megatron's other optimizer cannot save bfloat16 weights beside a fp32 head
-        distributed = ranks.data_parallel_size > 1 or module.config.bf16
         module.config.finalize_model_grads_func = finalize_summed_gradients
         self.wrapped = DistributedDataParallel(
             module.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
-            ),
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
             module,
         )
         options = MegatronOptimizerConfig(
@@ -118,7 +115,7 @@ class TrainedModel:
             clip_grad=config.clip_grad,
             bf16=module.config.bf16,
             params_dtype=module.config.params_dtype,
-            use_distributed_optimizer=distributed,
+            use_distributed_optimizer=True,
         )
         overrides = get_standard_config_overrides(options)
         if module.config.bf16:

@@ -1,0 +1,160 @@
+"""What the Megatron tests share, and the worker that runs the same updates in one layout after another.
+
+`python -m tests.mega.megatron_worker FOLDER START:LAYOUT...`: START is `model`, or a layout whose checkpoint is
+resumed. The writer of each leaves its results in FOLDER/START_LAYOUT.pt.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlef_mega import ppo
+from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
+from rlef_mega.types import Batch
+
+LAYOUTS = {
+    "one": ParallelConfig(),
+    "tp2": ParallelConfig(tensor_model_parallel_size=2),
+    "tp2_sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "dp2": ParallelConfig(data_parallel_size=2),
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VOCABULARY = 64
+
+
+def make_model(folder: Path, *, seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    """A small Llama with weights large enough that every part of it shows in the log-probs."""
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(shape | options)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1, 0.1)
+            else:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def make_batch(sequences: int, *, seed: int = 0) -> Batch:
+    """Dialogues of one to three turns with prompts and responses of random lengths and tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    lengths, turn_index, value_positions, episode_of_turn = [], [], [], []
+    for sequence in range(sequences):
+        start = len(turn_index)
+        for _ in range(draw(1, 4)):
+            turn_index += [-1] * draw(2, 20)
+            value_positions.append(len(turn_index) - 1)
+            turn_index += [len(episode_of_turn)] * draw(1, 8)
+            episode_of_turn.append(sequence)
+        lengths.append(len(turn_index) - start)
+    turn_index_T = torch.tensor(turn_index)
+    noise_T = torch.randn(len(turn_index), generator=generator)
+    return Batch(
+        token_ids_T=torch.randint(0, VOCABULARY, (len(turn_index),), generator=generator),
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        action_mask_T=turn_index_T >= 0,
+        turn_index_T=turn_index_T,
+        behaviour_logprobs_T=torch.where(turn_index_T >= 0, noise_T * 0.3 - 4.2, 0.0),
+        value_positions_N=torch.tensor(value_positions),
+        episode_of_turn_N=torch.tensor(episode_of_turn),
+        rewards_N=torch.randn(len(episode_of_turn), generator=generator),
+    )
+
+
+def make_learner(ranks, folder: Path, parallel: ParallelConfig, **options: Any):
+    from rlef_mega.megatron.learner import Learner
+
+    optimizer = OptimizerConfig(lr=3e-3, warmup_updates=2)
+    settings: dict[str, Any] = {
+        # a budget of about a third of the batch: several micro-batches an update
+        "learner": LearnerConfig(microbatch_tokens=120, policy=optimizer, critic=optimizer),
+        "ppo": PPOConfig(updates_per_batch=2),
+        "dtype": "float32",
+        "temperature": 0.9,
+    }
+    return Learner(ranks, folder, parallel=parallel, **(settings | options))
+
+
+def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
+    """Score, update, and what the learner is afterwards."""
+    scores = learner.score(batch)
+    settings = learner.ppo
+    targets, _ = ppo.targets(
+        batch,
+        scores,
+        beta=settings.beta,
+        gamma=settings.gamma,
+        normalize=True,
+        token_level_value=settings.token_level_value,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(batch.num_sequences, generator=generator)
+    stats = learner.update(batch, targets, order)
+    weights = {name: tensor.clone() for name, tensor in learner.policy_weights()}
+    return {"scores": vars(scores), "stats": stats, "weights": weights}
+
+
+def run_layout(folder: Path, start: str, layout: str) -> None:
+    """From the model: a batch, a checkpoint, another batch. From a checkpoint: the other batch."""
+    from rlef_mega.megatron.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from rlef_mega.megatron.parallel import initialize, shutdown
+
+    parallel = LAYOUTS[layout]
+    ranks = initialize(parallel, seed=7)
+    batch = make_batch(12)
+    learner = make_learner(ranks, folder / "model", parallel)
+    results: dict[str, Any] = {}
+    if start == "model":
+        results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
+        results["first"] = one_batch(learner, batch, seed=1)
+        save_checkpoint(folder / layout, learner, step=1, state={"note": layout})
+    else:
+        newest = latest_checkpoint(folder / start)
+        assert newest is not None
+        results["loaded"] = load_checkpoint(newest, learner)
+    results["second"] = one_batch(learner, batch, seed=2)
+    if ranks.is_writer:
+        torch.save(results, folder / f"{start}_{layout}.pt")
+    shutdown(ranks)
+
+
+def main() -> None:
+    folder, *jobs = sys.argv[1:]
+    torch.set_num_threads(1)
+    for job in jobs:
+        start, layout = job.split(":")
+        # a port of its own for each world: the last one's may still be closing
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        run_layout(Path(folder), start, layout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The same batch in every layout: one process is the truth for two processes, in tensor, sequence, pipeline and data
+parallelism. What this cannot catch: a fault that all layouts share, which test_megatron_model.py is for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from tests.mega.distributed import launch
+from tests.mega.megatron_worker import LLAMA31_ROPE, make_model
+
+WORKER = "tests.mega.megatron_worker"
+SPLIT = ("tp2", "tp2_sp", "pp2", "dp2")
+# checkpoints: which layout saved it, which goes on from it
+SAME = [("tp2", "tp2"), ("dp2", "dp2")]
+OTHER = [("tp2", "pp2"), ("dp2", "tp2_sp")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layouts trained, and resumed in new processes from their own and from other layouts' checkpoints."""
+    path = tmp_path_factory.mktemp("layouts")
+    make_model(path / "model", rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
+    launch(WORKER, str(path), "model:one", processes=1)
+    launch(WORKER, str(path), *(f"model:{layout}" for layout in SPLIT), processes=2)
+    launch(WORKER, str(path), *(f"{a}:{b}" for a, b in SAME + OTHER), processes=2)
+    return path
+
+
+def results(folder: Path, name: str) -> dict:
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+def test_a_layout_scores_as_one_process_does(folder: Path, layout: str) -> None:
+    one, split = (results(folder, f"model_{name}")["first"]["scores"] for name in ("one", layout))
+    for name, expected in one.items():
+        torch.testing.assert_close(split[name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+def test_a_layout_has_the_losses_and_gradient_norms_of_one_process(
+    folder: Path, layout: str
+) -> None:
+    for batch in ("first", "second"):
+        one = results(folder, "model_one")[batch]["stats"]
+        split = results(folder, f"model_{layout}")[batch]["stats"]
+        assert split == pytest.approx(one, rel=2e-4, abs=1e-5)
+        assert one["policy_grad_norm"] > 0.01 and one["critic_grad_norm"] > 0.01
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+def test_a_layout_ends_with_the_weights_of_one_process(folder: Path, layout: str) -> None:
+    one = results(folder, "model_one")
+    split = results(folder, f"model_{layout}")["second"]["weights"]
+    assert list(split) == list(one["second"]["weights"])
+    for name, expected in one["second"]["weights"].items():
+        # Adam divides by the gradient's size: noise of 1e-7 in a gradient near zero moves a weight by a part of lr = 3e-3
+        torch.testing.assert_close(split[name], expected, rtol=0, atol=2e-4)
+        assert not torch.equal(expected, one["loaded"][name]), f"{name} was not trained"
+
+
+@pytest.mark.parametrize("layout", ("one", *SPLIT))
+def test_weights_come_out_as_they_went_in(folder: Path, layout: str) -> None:
+    stored = load_file(folder / "model" / "model.safetensors")
+    loaded = results(folder, f"model_{layout}")["loaded"]
+    assert set(loaded) == set(stored)
+    assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("layout", [layout for layout, _ in SAME])
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(folder: Path, layout: str) -> None:
+    resumed = results(folder, f"{layout}_{layout}")
+    undisturbed = results(folder, f"model_{layout}")["second"]
+    assert resumed["loaded"] == (1, {"note": layout})
+    assert resumed["second"]["stats"] == undisturbed["stats"]
+    for part in ("scores", "weights"):
+        for name, expected in undisturbed[part].items():
+            assert torch.equal(resumed["second"][part][name], expected), name
+
+
+@pytest.mark.parametrize("source, layout", OTHER)
+def test_a_checkpoint_goes_on_in_another_layout(folder: Path, source: str, layout: str) -> None:
+    resumed = results(folder, f"{source}_{layout}")["second"]
+    undisturbed = results(folder, "model_one")["second"]
+    assert resumed["stats"] == pytest.approx(undisturbed["stats"], rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parallel, message",
+    [
+        (ParallelConfig(tensor_model_parallel_size=3), "attention heads"),
+        (ParallelConfig(tensor_model_parallel_size=4), "key-value heads"),
+        (ParallelConfig(pipeline_model_parallel_size=3), "layers"),
+        (ParallelConfig(sequence_parallel=True), "sequence_parallel needs"),
+    ],
+)
+def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layout(heads=8, key_value_heads=2, layers=4, vocab_size=64, ffn=48, parallel=parallel)

@@ -1,0 +1,383 @@
+"""Model, learner, weights and checkpoints in one process, against Hugging Face and hand-worked numbers."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from rlef_mega.config import ConfigError, OptimizerConfig, ParallelConfig, PPOConfig
+from rlef_mega.megatron import checkpoint, hf_weights
+from rlef_mega.megatron.attention import PackedAttention, packed_sequences
+from rlef_mega.megatron.learner import SupervisedLearner
+from rlef_mega.megatron.model import ValueHead
+from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.megatron.trained_model import learning_rate
+from rlef_mega.packing import select
+from rlef_mega.types import Batch
+from tests.mega.megatron_worker import (
+    LLAMA31_ROPE,
+    make_batch,
+    make_learner,
+    make_model,
+    one_batch,
+)
+
+ALONE = ParallelConfig()
+TEMPERATURE = 0.9
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    world = initialize(ALONE, seed=7)
+    yield world
+    shutdown(world)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model(path, rope_parameters=LLAMA31_ROPE)
+    return path
+
+
+def hf_logprobs(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """Response tokens' log-probs, one unpadded sequence at a time."""
+    rows = []
+    bounds = batch.cu_seqlens.tolist()
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        ids = batch.token_ids_T[start:end]
+        logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
+        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
+    return torch.cat(rows) * batch.action_mask_T
+
+
+def hf_values(model: LlamaForCausalLM, head: ValueHead, batch: Batch) -> torch.Tensor:
+    bounds = batch.cu_seqlens.tolist()
+    hidden = [
+        model.model(batch.token_ids_T[start:end][None]).last_hidden_state[0]
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
+    return head(torch.cat(hidden)).squeeze(-1)[batch.value_positions_N]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tie_word_embeddings": True},
+        {"rope_parameters": LLAMA31_ROPE},
+        # SmolLM2's heads: nine queries on three keys, a head dimension that is not a power of two
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54},
+        {"num_key_value_heads": 4, "head_dim": 16},  # no grouping, heads wider than the model
+    ],
+    ids=["tied", "llama31-rope", "nine-heads", "wide-heads"],
+)
+def test_scores_and_gradients_are_hugging_faces(
+    ranks: Ranks, tmp_path: Path, options: dict
+) -> None:
+    truth = make_model(tmp_path, **options)
+    batch = make_batch(6)
+    learner = make_learner(ranks, tmp_path, ALONE)
+    scores = learner.score(batch)
+    logprobs_T = hf_logprobs(truth, batch)
+    torch.testing.assert_close(scores.old_logprobs_T, logprobs_T.detach(), rtol=0, atol=2e-5)
+    assert torch.equal(scores.ref_logprobs_T, scores.old_logprobs_T)
+
+    head = learner.critic_model.output_layer
+    values_N = hf_values(truth, head, batch)
+    torch.testing.assert_close(scores.values_N, values_N.detach(), rtol=0, atol=1e-5)
+
+    # a supervised step without clipping or momentum: the gradient is what the loss's is
+    supervised = make_supervised(ranks, tmp_path)
+    stats = supervised.supervised_update(batch)
+    loss = -hf_logprobs_at_one(truth, batch).sum() / batch.action_mask_T.sum()
+    loss.backward()
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    gradients = {name: parameter.grad for name, parameter in truth.named_parameters()}
+    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    assert stats["supervised_grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    ours = dict(gradients_under_hf_names(supervised))
+    assert set(ours) == set(gradients)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def hf_logprobs_at_one(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    bounds = batch.cu_seqlens.tolist()
+    rows = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        ids = batch.token_ids_T[start:end]
+        logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
+    return torch.cat(rows)[batch.action_mask_T]
+
+
+def make_supervised(ranks: Ranks, folder: Path) -> SupervisedLearner:
+    optimizer = OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0)
+    return SupervisedLearner(
+        ranks,
+        folder,
+        parallel=ALONE,
+        optimizer=optimizer,
+        microbatch_tokens=100,
+        dtype="float32",
+    )
+
+
+def gradients_under_hf_names(learner: SupervisedLearner) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name map reads views of parameters; put the gradients in the parameters' place."""
+    for parameter in learner.policy_model.parameters():
+        parameter.data = parameter.main_grad.clone()
+    return learner.policy_weights()
+
+
+def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
+    batch = make_batch(7)
+    learner = make_learner(ranks, folder, ALONE)
+    together = learner.score(batch)
+    alone = [learner.score(select(batch, [index])) for index in range(7)]
+    for name, expected in vars(together).items():
+        pieces = torch.cat([getattr(scores, name) for scores in alone])
+        torch.testing.assert_close(pieces, expected, rtol=0, atol=1e-5)
+
+
+def test_padded_attention_is_dense_attention_with_a_block_mask() -> None:
+    lengths = [9, 8, 3, 5, 1]  # three blocks, one of them of falling lengths
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(26, 4, 8, generator=generator)
+    key, value = (torch.randn(26, 2, 8, generator=generator) for _ in range(2))
+    packed = packed_sequences(lengths, torch.device("cpu"), torch.float32)
+    assert [block.sequences for block in packed.blocks] == [2, 1, 1, 1]
+    attention = PackedAttention.__new__(PackedAttention)
+    attention.scale = None
+    output = PackedAttention.padded_attention(attention, query, key, value, packed)
+    owner = torch.arange(5).repeat_interleave(torch.tensor(lengths))
+    allowed = (owner[:, None] == owner) & torch.ones(26, 26).tril().bool()
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=allowed, enable_gqa=True
+    )
+    torch.testing.assert_close(output, dense[0].transpose(0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_number(ranks: Ranks, folder: Path, recompute: str) -> None:
+    batch = make_batch(6)
+    plain = one_batch(make_learner(ranks, folder, ALONE), batch, seed=1)
+    again = one_batch(make_learner(ranks, folder, ALONE, recompute=recompute), batch, seed=1)
+    assert again["stats"] == plain["stats"]
+
+
+def test_token_level_values_are_one_a_response_token(ranks: Ranks, folder: Path) -> None:
+    batch = make_batch(6)
+    settings = PPOConfig(updates_per_batch=2, token_level_value=True)
+    learner = make_learner(ranks, folder, ALONE, ppo=settings)
+    by_turn = make_learner(ranks, folder, ALONE).score(batch).values_N
+    values = learner.score(batch).values_N
+    assert values.numel() == batch.action_mask_T.sum()
+    turn_of_token = batch.turn_index_T[batch.action_mask_T]
+    first = torch.cat([torch.tensor([True]), turn_of_token.diff() > 0])
+    torch.testing.assert_close(values[first], by_turn, rtol=0, atol=1e-6)
+    assert one_batch(learner, batch, seed=1)["stats"]["critic_grad_norm"] > 0
+
+
+def test_without_a_kl_penalty_there_is_no_reference(ranks: Ranks, folder: Path) -> None:
+    learner = make_learner(ranks, folder, ALONE, ppo=PPOConfig(beta=0, updates_per_batch=2))
+    assert learner.reference is None
+    assert not learner.score(make_batch(4)).ref_logprobs_T.any()
+
+
+def test_critic_warm_up_leaves_the_policy_alone(ranks: Ranks, folder: Path) -> None:
+    learner = make_learner(ranks, folder, ALONE)
+    batch = make_batch(4)
+    before = {name: tensor.clone() for name, tensor in learner.policy_weights()}
+    scores = learner.score(batch)
+    targets = zero_advantages(batch, scores)
+    learner.update(batch, targets, torch.arange(4), train_policy=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.policy_weights())
+    assert (learner.policy.updates, learner.critic.updates) == (0, 2)
+
+
+def zero_advantages(batch: Batch, scores):
+    from rlef_mega.types import Targets
+
+    zeros = torch.zeros(batch.num_turns)
+    return Targets(scores.old_logprobs_T, scores.values_N, zeros, zeros)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(ranks: Ranks, folder: Path) -> None:
+    learner = make_learner(ranks, folder, ALONE)
+    batch = make_batch(4)
+    before = {name: tensor.clone() for name, tensor in learner.policy_weights()}
+    targets = zero_advantages(batch, learner.score(batch))
+    poisoned = replace(targets, advantages_N=targets.advantages_N + float("nan"))
+    with pytest.raises(FloatingPointError, match="policy_loss is nan at update 0"):
+        learner.update(batch, poisoned, torch.arange(4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.policy_weights())
+
+
+def test_an_order_that_is_no_permutation_is_refused(ranks: Ranks, folder: Path) -> None:
+    learner = make_learner(ranks, folder, ALONE)
+    batch = make_batch(4)
+    targets = zero_advantages(batch, learner.score(batch))
+    with pytest.raises(ValueError, match="permute 4 sequences"):
+        learner.update(batch, targets, torch.tensor([0, 1, 2, 2]))
+
+
+def test_weight_decay_spares_norms_and_biases(ranks: Ranks, folder: Path) -> None:
+    learner = make_learner(ranks, folder, ALONE)
+    one_batch(learner, make_batch(4), seed=1)
+    decay = {group["weight_decay"] for group in learner.critic.optimizer.param_groups}
+    assert decay == {0.0, 0.1}
+    for group in learner.critic.optimizer.param_groups:
+        sizes = sum(parameter.numel() for parameter in group["params"])
+        vectors = sum(p.numel() for p in learner.critic_model.parameters() if p.dim() == 1)
+        matrices = sum(p.numel() for p in learner.critic_model.parameters() if p.dim() > 1)
+        assert sizes == (vectors if group["weight_decay"] == 0 else matrices)
+
+
+def test_learning_rate_warms_up_holds_and_decays() -> None:
+    config = OptimizerConfig(
+        lr=1.0, warmup_updates=4, decay_start_update=6, decay_updates=4, min_lr_ratio=0.2
+    )
+    rates = [learning_rate(config, update) for update in range(12)]
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2]
+    assert rates == pytest.approx(expected)
+    constant = OptimizerConfig(lr=1.0, warmup_updates=0)
+    assert learning_rate(constant, 0) == learning_rate(constant, 10**6) == 1.0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "qwen2"}, "'qwen2' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type 'yarn' is not supported",
+        ),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"intermediate_size": 64}, "shape"),
+        ({"num_hidden_layers": 5}, "lacks 9 tensor"),
+        ({"num_hidden_layers": 3}, "has unknown 9 tensor"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_by_name(
+    ranks: Ranks, folder: Path, tmp_path: Path, change: dict, message: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        make_learner(ranks, tmp_path, ALONE)
+
+
+def test_a_truncated_model_file_is_refused_by_name(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ConfigError, match="no file .*model.safetensors"):
+        make_learner(ranks, tmp_path, ALONE)
+    data = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConfigError, match="model.safetensors is truncated or damaged"):
+        make_learner(ranks, tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one-file", "sharded"])
+def test_an_export_is_what_transformers_and_we_load(
+    ranks: Ranks,
+    folder: Path,
+    tmp_path: Path,
+    shard_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hf_weights, "SHARD_BYTES", shard_bytes)
+    batch = make_batch(6)
+    learner = make_learner(ranks, folder, ALONE)
+    one_batch(learner, batch, seed=1)
+    out = tmp_path / "exported"
+    hf_weights.export_hf(learner.policy_weights(), folder, out, torch.float32)
+    assert len(list(out.glob("*.safetensors"))) == (1 if shard_bytes == 10**9 else 8)
+    truth = AutoModelForCausalLM.from_pretrained(out)
+    ours = learner.score(batch).old_logprobs_T
+    with torch.no_grad():
+        torch.testing.assert_close(ours, hf_logprobs(truth, batch), rtol=0, atol=2e-5)
+    again = make_learner(ranks, out, ALONE)
+    assert torch.equal(again.score(batch).old_logprobs_T, ours)
+
+
+def test_a_tied_head_that_is_stored_all_the_same_is_accepted(ranks: Ranks, tmp_path: Path) -> None:
+    make_model(tmp_path, tie_word_embeddings=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    names = [name for name, _ in make_learner(ranks, tmp_path, ALONE).policy_weights()]
+    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+
+
+def test_bfloat16_trains_and_resumes_bit_for_bit(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    batch = make_batch(6)
+    learner = make_learner(ranks, folder, ALONE, dtype="bfloat16")
+    one_batch(learner, batch, seed=1)
+    saved = checkpoint.save_checkpoint(tmp_path, learner, step=3, state={"seen": [1, 2]})
+    resumed = make_learner(ranks, folder, ALONE, dtype="bfloat16")
+    assert checkpoint.load_checkpoint(saved, resumed) == (3, {"seen": [1, 2]})
+    expected, got = (one_batch(each, batch, seed=2) for each in (learner, resumed))
+    assert got["stats"] == expected["stats"]
+    assert all(torch.equal(got["weights"][n], t) for n, t in expected["weights"].items())
+    assert learner.critic_model.output_layer.weight.dtype == torch.float32
+
+
+def test_damaged_checkpoints_are_refused_and_passed_over(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    learner = make_learner(ranks, folder, ALONE)
+    for step in (1, 2, 3):
+        checkpoint.save_checkpoint(tmp_path, learner, step=step, state={})
+    checkpoint.prune(tmp_path, keep=2)
+    assert [path.name for path in checkpoint.steps_in(tmp_path)] == ["step_000002", "step_000003"]
+    newest = tmp_path / "step_000003"
+    assert checkpoint.latest_checkpoint(tmp_path) == newest
+
+    part = next((newest / "policy").glob("*.distcp"))
+    data = part.read_bytes()
+    part.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(ConfigError, match=r"policy/.*distcp: its checksum differs"):
+        checkpoint.load_checkpoint(newest, learner)
+    os.truncate(part, 1000)
+    with pytest.raises(ConfigError, match=r"damaged at policy/.*distcp: 1000 bytes"):
+        checkpoint.load_checkpoint(newest, learner)
+    with pytest.warns(UserWarning, match="falling back to the one before"):
+        assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "step_000002"
+    with pytest.raises(ConfigError, match="no checkpoint .*step_000009"):
+        checkpoint.load_checkpoint(tmp_path / "step_000009", learner)
+
+    # killed while saving: the folder never got its name, and the next save clears it away
+    (tmp_path / "step_000002").rename(tmp_path / "step_000004.tmp")
+    (newest / checkpoint.MANIFEST).unlink()
+    with pytest.warns(UserWarning, match=r"manifest.json: it is missing"):
+        assert checkpoint.latest_checkpoint(tmp_path) is None
+    checkpoint.save_checkpoint(tmp_path, learner, step=4, state={})
+    assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "step_000004"
+
+
+def test_a_world_that_does_not_fit_the_layout_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1 processes were started, but .* = 2 x 1 x 1 = 2"):
+        initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
+
+
+def test_an_apex_that_is_not_nvidias_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="is not NVIDIA's; remove it"):
+        initialize(ALONE, seed=0)
