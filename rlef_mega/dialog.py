@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from rlef_sandbox import CallTest, Result, Status, Test
-
 from rlef_mega.types import AnyTest, TestOutcome
+from rlef_sandbox import CallTest, Result, Status, Test
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,10 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rlef_sandbox import Limits, Test
-
 from rlef_mega.problems.jsonl import FieldError, expect, read_rows
 from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import Limits, Test
 
 DEFAULT_TIME_S = 10.0  # RLEF A.2, as is the memory
 DEFAULT_MEMORY_BYTES = 1 << 30

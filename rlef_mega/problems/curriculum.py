@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from rlef_sandbox import Limits, Test
-
 from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import Limits, Test
 
 Split = Literal["train", "valid", "test"]
 Wording = Literal["vague", "word", "example"]

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlef_sandbox import CallTest, Limits
-
 from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import CallTest, Limits
 
 Split = Literal["train", "valid", "test"]
 Inputs = tuple[tuple[Any, ...], ...]

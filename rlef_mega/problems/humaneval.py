@@ -13,9 +13,8 @@ import random
 from importlib import resources
 from typing import Any, Literal
 
-from rlef_sandbox import CallTest, Limits
-
 from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import CallTest, Limits
 
 Split = Literal["train", "valid", "test"]
 LIMITS = Limits(cpu_s=5.0)

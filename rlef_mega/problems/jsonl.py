@@ -24,11 +24,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from rlef_sandbox import CallTest, Limits, Test
-from rlef_sandbox.checkers import checker_named
-
 from rlef_mega.dialog import INFO_STRINGS, template_named
 from rlef_mega.types import AnyTest, PrivateTests, Problem
+from rlef_sandbox import CallTest, Limits, Test
+from rlef_sandbox.checkers import checker_named
 
 KEYS = tuple(field.name for field in fields(Problem))
 LIMIT_KEYS = tuple(field.name for field in fields(Limits))

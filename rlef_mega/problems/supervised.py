@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from rlef_sandbox import Result, Status
-
 from rlef_mega import dialog
 from rlef_mega.problems.curriculum import Exercise, Wording, exercises
 from rlef_mega.types import TestOutcome
+from rlef_sandbox import Result, Status
 
 TURNS = 3
 WORDINGS: tuple[Wording, ...] = ("vague", "word", "example")

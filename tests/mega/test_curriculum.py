@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from rlef_sandbox import Limits, Sandbox, Status, Test
 
 from rlef_mega import dialog
 from rlef_mega.problems import curriculum
 from rlef_mega.problems.curriculum import FAMILIES, SPLITS, Exercise, exercises, problems
+from rlef_sandbox import Limits, Sandbox, Status, Test
 
 EVERY = {split: exercises(split) for split in SPLITS}
 

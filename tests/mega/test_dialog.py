@@ -1,10 +1,10 @@
 """Wording of prompts and feedback (RLEF C.1, C.4, C.5), its bounds, and what is a program."""
 
 import pytest
-from rlef_sandbox import CallTest, Result, Sandbox, Status, Test
 
 from rlef_mega import dialog
 from rlef_mega.types import TestOutcome
+from rlef_sandbox import CallTest, Result, Sandbox, Status, Test
 
 DOUBLE = Test("3\n", "6\n")
 TRACE = b'Traceback (most recent call last):\n  File "solution.py", line 1\nValueError: no\n'

@@ -4,11 +4,11 @@ import json
 from collections import Counter
 
 import pytest
-from rlef_sandbox import CallTest, Limits, Test
 
 from rlef_mega.problems import load_problems, sample
 from rlef_mega.problems.jsonl import read_jsonl, write_jsonl
 from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import CallTest, Limits, Test
 
 GOOD = {
     "id": "double",

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from rlef_sandbox import Limits, Test
 
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.codecontests import read_codecontests
+from rlef_sandbox import Limits, Test
 
 NONE = {"input": [], "output": []}
 ROW = {

@@ -2,11 +2,10 @@
 
 import itertools
 
-from rlef_sandbox import Sandbox, Status
-
 from rlef_mega import dialog
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import read_jsonl, write_jsonl
+from rlef_sandbox import Sandbox, Status
 
 PROBLEMS = {split: load_problems(f"functions:{split}") for split in ("train", "valid", "test")}
 EVERY = [problem for problems in PROBLEMS.values() for problem in problems]

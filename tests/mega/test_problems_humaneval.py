@@ -3,10 +3,10 @@
 import ast
 
 import pytest
-from rlef_sandbox import CallTest, Sandbox, Status
 
 from rlef_mega.problems import humaneval, load_problems
 from rlef_mega.problems.humaneval import UnusableCheckError, call_tests, read_humaneval, tasks_of
+from rlef_sandbox import CallTest, Sandbox, Status
 
 
 def check(*lines: str) -> str:
