@@ -62,6 +62,7 @@ def confine_zygote() -> Layers:
     if has_landlock and _succeeds(_restrict_files, directories):
         files += [f"landlock_abi_{landlock.abi()}"] * _fails_with(PermissionError, "/")
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return {
         "namespaces": namespaces,
         "files": files,
@@ -137,16 +138,12 @@ def set_limits(request: Request, base_bytes: int, own_user_namespace: bool) -> N
     """Bound this process. `base_bytes` is the address space that the zygote maps already."""
     address_space = base_bytes + request.memory_bytes + RESERVED_BYTES
     cpu_s = math.ceil(request.cpu_s) + 1  # a backstop: the supervisor keeps the exact time
-    bounds = {
-        resource.RLIMIT_AS: (address_space, address_space),
-        resource.RLIMIT_CPU: (cpu_s, cpu_s + 1),
-        # One byte more than is allowed, to tell a full output from an overflowing one.
-        resource.RLIMIT_FSIZE: (request.output_bytes + 1, request.output_bytes + 1),
-        resource.RLIMIT_NOFILE: (OPEN_FILES, OPEN_FILES),
-        resource.RLIMIT_CORE: (0, 0),
-    }
+    # One byte more than is allowed, to tell a full output from an overflowing one.
+    file_bytes = request.output_bytes + 1
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     if own_user_namespace:  # elsewhere it counts whatever else the user runs
         threads = request.processes + OTHER_PROCESSES
-        bounds[resource.RLIMIT_NPROC] = (threads, threads)
-    for kind, bound in bounds.items():
-        resource.setrlimit(kind, bound)
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))

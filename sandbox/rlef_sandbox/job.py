@@ -184,14 +184,14 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
     killed_by = os.WTERMSIG(outcome.wait_status) if os.WIFSIGNALED(outcome.wait_status) else 0
     if outcome.ending is Ending.CPU_LIMIT or outcome.cpu_s > limits.cpu_s:
         return Status.TIME_LIMIT
+    if outcome.max_rss_bytes > limits.memory_bytes:
+        return Status.MEMORY_LIMIT
     if outcome.ending is Ending.WALL_LIMIT:
         return Status.IDLE_LIMIT
     if outcome.phase is Phase.RUNNING and (overflowed or killed_by == signal.SIGXFSZ):
         return Status.OUTPUT_LIMIT
     if killed_by == signal.SIGSYS:
         return Status.SECURITY_VIOLATION
-    if outcome.max_rss_bytes > limits.memory_bytes:
-        return Status.MEMORY_LIMIT
     if killed_by == signal.SIGKILL:
         raise FaultError("a child was killed from outside; the machine may be out of memory")
     if outcome.wait_status == 0:

@@ -11,7 +11,7 @@ LIBC.syscall.restype = ctypes.c_long
 
 MACHINE = platform.machine()
 
-PR_SET_PDEATHSIG = 1
+DIE_WITH_PARENT = tuple(map(ctypes.c_ulong, (1, 9, 0, 0, 0)))  # PR_SET_PDEATHSIG, SIGKILL
 PR_SET_DUMPABLE = 4
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
@@ -55,6 +55,11 @@ def prctl(option: int, value: int = 0) -> int:
     return checked(
         LIBC.prctl(option, word(value), word(0), word(0), word(0)), f"prctl({option}, {value})"
     )
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies."""
+    checked(LIBC.prctl(*DIE_WITH_PARENT), "prctl(PR_SET_PDEATHSIG)")
 
 
 def unshare(flags: int) -> None:

@@ -32,15 +32,13 @@ THREAD_STACK_BYTES = 8 << 20
 REPR_CHARACTERS = 4096  # of a returned value, for feedback
 COMPILE_ERROR_CHARACTERS = 4096  # it quotes a source line, which may be the whole program
 
-# What contest programs import, loaded once in the zygote. Other modules of the standard library
-# load on demand where the file layer lets the child read them; those that need a shared library
-# of their own (zlib, _hashlib) must be here.
+# What contest programs import most, loaded once in the zygote. It is a trade: every module here
+# makes every fork dearer. Other modules of the standard library load on demand where the file
+# layer lets the child read them; those that need a shared library of their own must be here.
 PRELOAD = (
-    "abc argparse array ast base64 bisect calendar cmath collections collections.abc "
-    "contextlib copy dataclasses datetime decimal enum fractions functools hashlib heapq "
-    "inspect io itertools json math numbers operator os os.path pprint queue random re "
-    "secrets statistics string struct sys tempfile textwrap threading time timeit traceback "
-    "types typing unicodedata unittest urllib.parse uuid weakref zlib bz2 lzma"
+    "abc array bisect bz2 calendar cmath collections collections.abc copy dataclasses datetime "
+    "decimal enum fractions functools hashlib heapq io itertools json lzma math numbers operator "
+    "os queue random re statistics string struct sys threading time traceback types typing zlib"
 )
 
 
@@ -51,6 +49,7 @@ def preload() -> None:
             __import__(name)
         except ImportError:  # an interpreter built without an optional module
             continue
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a run; the interpreter ignores it
     threading.stack_size(THREAD_STACK_BYTES)  # else pthreads takes the main thread's 256 MiB
     site.setquit()
     site.setcopyright()
@@ -74,7 +73,8 @@ def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
     gc.enable()
     name = "__main__" if call is None else "solution"
     exit_code = _exit_code_of(lambda: _execute(name, code, call), source)
-    exit_code = exit_code or _exit_code_of(threading._shutdown, source)
+    if threading.active_count() > 1:
+        exit_code = exit_code or _exit_code_of(threading._shutdown, source)
     atexit._run_exitfuncs()
     exit_code = exit_code or _flush(sys.stdout, sys.__stdout__, sys.stderr)
     _finalize(name)
@@ -155,8 +155,3 @@ def _flush(*streams: io.IOBase | None) -> int:
         except BaseException:
             failed = 120
     return failed
-
-
-def restore_signals() -> None:
-    """Default dispositions where the interpreter's start ignores a signal that ends a run."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

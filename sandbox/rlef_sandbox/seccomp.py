@@ -133,13 +133,17 @@ class Filter:
         code = b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
         self._code = ctypes.create_string_buffer(code, len(code))
         self._program = SockFprog(len(instructions), ctypes.addressof(self._code))
-        self._pid_offsets = [
-            8 * index + 4 for index, step in enumerate(instructions) if step[3] == OWN_PID
+        self._own_pids = [
+            ctypes.c_uint32.from_buffer(self._code, 8 * index + 4)
+            for index, step in enumerate(instructions)
+            if step[3] == OWN_PID
         ]
-        self._number = kernel.SYS_SECCOMP[kernel.MACHINE]
+        # SECCOMP_SET_MODE_FILTER, no flags; converted once, since a child pays for every page.
+        number = kernel.SYS_SECCOMP[kernel.MACHINE]
+        self._arguments = (ctypes.c_long(number), 1, 0, ctypes.byref(self._program))
 
     def install(self, pid: int) -> None:
         """Put this process, whose id is `pid`, under the filter for good."""
-        for offset in self._pid_offsets:
-            struct.pack_into("<I", self._code, offset, pid)
-        kernel.syscall("seccomp", self._number, 1, 0, ctypes.byref(self._program))
+        for own_pid in self._own_pids:
+            own_pid.value = pid
+        kernel.checked(kernel.LIBC.syscall(*self._arguments), "seccomp")

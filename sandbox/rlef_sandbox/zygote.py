@@ -132,7 +132,7 @@ class Server:
         parent = os.getpid()
         pid = kernel.checked(kernel.fork(), "fork")
         if pid == 0:
-            kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+            kernel.die_with_parent()
             if os.getppid() != parent:
                 os._exit(1)
         return pid
@@ -159,7 +159,6 @@ class Server:
         for target, descriptor in enumerate(files):
             os.dup2(descriptor, target)
         kernel.close_from(len(files))
-        program.restore_signals()
         call = _read(program.EXCHANGE_DESCRIPTOR) if exchange else None
         if exchange:
             os.ftruncate(program.EXCHANGE_DESCRIPTOR, 0)
@@ -290,7 +289,7 @@ def _leave_reaper_behind(channel: socket.socket, controller: int) -> None:
     """Fork: the child goes on, process 1 of a new pid namespace; the parent waits for its end."""
     pid = kernel.checked(kernel.fork(), "fork")
     if pid == 0:
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        kernel.die_with_parent()
         return
     channel.close()
     os.close(controller)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from rlef_sandbox import Limits, Result, Sandbox, Status, Test
 
-ATTACK_LIMITS = Limits(cpu_s=1.0, wall_s=4.0, memory_bytes=128 << 20, output_bytes=64 << 10)
+ATTACK_LIMITS = Limits(cpu_s=4.0, wall_s=20.0, memory_bytes=128 << 20, output_bytes=64 << 10)
 ESCAPED = b"ESCAPED"
 
 

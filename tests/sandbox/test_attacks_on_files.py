@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from rlef_sandbox import Result, Status
 
 Attempt = Callable[[str], Result]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+
 from rlef_sandbox import Limits, Result, Sandbox, Status
 
 Attempt = Callable[[str], Result]

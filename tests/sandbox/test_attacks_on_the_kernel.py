@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable
 
 import pytest
+
 from rlef_sandbox import Result, Status
 
 Attempt = Callable[[str], Result]

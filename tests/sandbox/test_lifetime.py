@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 import rlef_sandbox
 from rlef_sandbox import IsolationError, Limits, Result, Sandbox, Status, Test
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 
 import pytest
+
 from rlef_sandbox import CallTest, Result, Sandbox, Status, Test
 
 Attempt = Callable[[str], Result]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from rlef_sandbox import CallTest, Sandbox, Status, values
 
 VALUES = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from rlef_sandbox import Limits, Sandbox, Status, Test
 
-LIMITS = Limits(cpu_s=1.0, wall_s=3.0, memory_bytes=128 << 20, output_bytes=64 << 10)
+LIMITS = Limits(cpu_s=1.0, wall_s=20.0, memory_bytes=128 << 20, output_bytes=64 << 10)
 
 
 @pytest.mark.parametrize(
