@@ -1,6 +1,7 @@
 """The command `rlef`. Reads the environment, validates, launches; what it starts lives
 elsewhere."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -115,16 +116,13 @@ def evaluate(
 
 @app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Check a recipe as `train` would, and print its layout and batch arithmetic."""
-    from rlef_mega.preflight import check_train
+    """Check a recipe's layout and batch arithmetic, and print them; data and weights may be
+    elsewhere."""
+    from rlef_mega.preflight import plan_train
 
-    config = load_config(
-        find_recipe(recipe),
-        overrides or [],
-        TrainConfig,
-    )
-    table = Table("fact", "value", title=str(find_recipe(recipe)))
-    for fact, value in check_train(config).items():
+    path = find_recipe(recipe)
+    table = Table("fact", "value", title=str(path))
+    for fact, value in plan_train(load_config(path, overrides or [], TrainConfig)).items():
         table.add_row(fact, str(value))
     Console().print(table)
 
@@ -191,6 +189,8 @@ def finish(code: int, run_dir: Path) -> None:
 
 
 def main() -> None:
+    # our own progress display is enough; read by transformers at import, here and in the ranks
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:

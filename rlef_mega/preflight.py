@@ -20,8 +20,16 @@ from rlef_mega.record import write_atomically
 FREE_TO_CHANGE = {"run.steps", "run.checkpoint_every", "run.keep_checkpoints"}
 
 
-def check_train(config: TrainConfig) -> dict[str, Any]:
-    """The facts of a run as it would go. ConfigError or ValueError where it could not."""
+def check_train(config: TrainConfig) -> None:
+    """ConfigError or ValueError where the run could not go, with the remedy."""
+    plan_train(config)
+    for source in config.data.model_dump().values():
+        if source:
+            load_problems(source)
+
+
+def plan_train(config: TrainConfig) -> dict[str, Any]:
+    """The facts of a run as it would go, without its problems."""
     shape = model_shape(config)
     check_layout(parallel=config.parallel, **shape)
     if config.rollout.max_context > config.learner.microbatch_tokens:
@@ -30,11 +38,6 @@ def check_train(config: TrainConfig) -> dict[str, Any]:
             f"learner.microbatch_tokens = {config.learner.microbatch_tokens}: "
             "the longest dialogue would fit no micro-batch"
         )
-    sizes = {
-        split: len(load_problems(source))
-        for split, source in config.data.model_dump().items()
-        if source
-    }
     parallel, updates = config.parallel, config.ppo.updates_per_batch
     sequences = config.rollout.episodes_per_batch // updates
     return {
@@ -43,7 +46,6 @@ def check_train(config: TrainConfig) -> dict[str, Any]:
         "world size": parallel.world_size,
         "layout": f"TP {parallel.tensor_model_parallel_size} x "
         f"PP {parallel.pipeline_model_parallel_size} x DP {parallel.data_parallel_size}",
-        "problems": sizes,
         "rollouts a batch": config.rollout.episodes_per_batch,
         "updates": f"{config.run.steps * updates:,} of {sequences} sequences",
     }

@@ -1,0 +1,89 @@
+"""Recipes: the shipped ones hold together, wrong ones are refused with what would have been
+right."""
+
+import pytest
+
+from rlef_mega.config import (
+    RECIPES,
+    ConfigError,
+    SFTConfig,
+    TrainConfig,
+    apply_override,
+    dump_toml,
+    find_recipe,
+    load_config,
+)
+from rlef_mega.preflight import plan_train
+
+TRAINING_RECIPES = sorted(p.stem for p in RECIPES.glob("*.toml") if p.stem != "demo_base")
+
+
+@pytest.mark.parametrize("recipe", TRAINING_RECIPES)
+def test_a_written_config_reads_back_as_the_same(recipe, tmp_path):
+    config = load_config(find_recipe(recipe), [], TrainConfig)
+    (tmp_path / "config.toml").write_text(dump_toml(config))
+    assert load_config(tmp_path / "config.toml", [], TrainConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world_size", "updates"),
+    [("llama31_8b", 128, "12,000"), ("llama31_70b", 1024, "8,000")],
+)
+def test_the_papers_runs_have_its_arithmetic(recipe, world_size, updates):
+    """RLEF A.1: training GPUs, updates of 256 sequences out of 1,024 rollouts, learning rate, KL
+    weight."""
+    config = load_config(find_recipe(recipe), [], TrainConfig)
+    plan = plan_train(config)
+    assert plan["world size"] == world_size
+    assert plan["rollouts a batch"] == 1024
+    assert plan["updates"] == f"{updates} of 256 sequences"
+    for optimizer in (config.learner.policy, config.learner.critic):
+        assert (optimizer.lr, optimizer.weight_decay, optimizer.warmup_updates) == (2e-7, 0.1, 50)
+    assert (config.ppo.beta, config.ppo.clip_eps, config.ppo.clip_alpha) == (0.05, 0.2, 0.2)
+    assert config.ppo.invalid_code_penalty == -0.2
+    assert (config.rollout.turns, config.rollout.temperature) == (3, 1.0)
+
+
+def test_the_70b_layout_that_does_not_divide_is_refused():
+    overrides = ["parallel.pipeline_model_parallel_size=3"]
+    config = load_config(find_recipe("llama31_70b"), overrides, TrainConfig)
+    with pytest.raises(ConfigError, match=r"80 layers do not divide .* use one of \[1, 2, 4, 5"):
+        plan_train(config)
+
+
+def test_the_supervised_recipe_loads():
+    config = load_config(find_recipe("demo_base"), [], SFTConfig)
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+
+
+def test_overrides_take_toml_values_and_bare_words():
+    tree = {"run": {"steps": 3}}
+    for override in ("run.steps=5", "run.dir=some/where", "ppo.token_level_value=true"):
+        apply_override(tree, override)
+    assert tree == {
+        "run": {"steps": 5, "dir": "some/where"},
+        "ppo": {"token_level_value": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run = [", "not valid TOML"),
+        ("[ppo]\nbetta = 1", r"unknown key 'ppo.betta'; known there: beta"),
+        ("[learner.policy]\nlr = -1", r"learner.policy.lr: .* greater than 0"),
+        ("[rollout]\nturns = 11", r"rollout.turns: .* less than or equal to 10"),
+        ("[rollout]\nfeedback = 'maybe'", r"rollout.feedback: .*'true', 'none' or 'random'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name_and_place(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(path, [], TrainConfig)
+    assert str(path) in str(raised.value)
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    with pytest.raises(ConfigError, match="demo, demo_base, llama31_70b"):
+        find_recipe("demmo")
