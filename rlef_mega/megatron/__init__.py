@@ -1,4 +1,5 @@
-"""The Megatron side: parallel state, models, learner, checkpoints, Hugging Face weights, publication.
+"""The Megatron side: parallel state, models, learner, checkpoints, Hugging Face weights,
+publication.
 
 The only place that imports megatron. What acceleration is missing is reported once, by
 `parallel.accelerations`; megatron-core's own warnings say it again on every rank at import, and

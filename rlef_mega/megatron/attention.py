@@ -1,18 +1,19 @@
-"""Packed causal attention for Megatron's layers: sequences end to end, no token sees another sequence.
+"""Packed causal attention for Megatron's layers: sequences end to end, no token sees another
+sequence.
 
-Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one calls the varlen
-kernel that `parallel.attention_kernel` names; without a GPU it pads neighbours of similar length to [sequences, heads, longest, head_dim] and makes one
-causal SDPA call a block, which is exact: padding comes last, so no real token attends to it.
+Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one
+calls the varlen kernel that `parallel.attention_kernel` names; without a GPU it pads neighbours of
+similar length to [sequences, heads, longest, head_dim] and makes one causal SDPA call a block,
+which is exact: padding comes last, so no real token attends to it.
 
-Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head dimension, S sequences,
-L tokens of the longest sequence.
+Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head
+dimension, S sequences, L tokens of the longest sequence.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -20,14 +21,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlef_mega.megatron.parallel import attention_kernel
 
-# Sequences share a padded block while they are at least this fraction of its longest. SDPA's work grows with the square of
-# the padded length: at 0.75 at most 44% of it is lost, and a micro-batch of sorted lengths makes a handful of calls.
+# Sequences share a padded block while they are at least this fraction of its longest. SDPA's work
+# grows with the square of the padded length: at 0.75 at most 44% of it is lost, and a micro-batch
+# of sorted lengths makes a handful of calls.
 BLOCK_FRACTION = 0.75
 
 
 @dataclass(frozen=True)
 class PaddedBlock:
-    """Neighbouring sequences of similar length: tokens start:end, and where each lies in [S * L]."""
+    """Neighbouring sequences of similar length: tokens start:end, and their rows in [S * L]."""
 
     start: int
     end: int
@@ -38,7 +40,7 @@ class PaddedBlock:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch, and its padded layout where attention pads."""
+    """Megatron's description of a packed micro-batch, and its padded layout if attention pads."""
 
     blocks: tuple[PaddedBlock, ...] = ()
 
@@ -47,7 +49,7 @@ def packed_sequences(
     lengths: list[int], device: torch.device, dtype: torch.dtype
 ) -> PackedSequences:
     """The description of sequences of these lengths, end to end, for a model of this dtype."""
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    cu_seqlens = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     on_device = cu_seqlens.to(device, non_blocking=True)
     pads = attention_kernel(device.type, dtype) == "sdpa"
     return PackedSequences(
@@ -134,7 +136,7 @@ class PackedAttention(MegatronModule):
     def torch_varlen(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(
+        output_THD = varlen_attn(
             query,
             key,
             value,
@@ -146,6 +148,8 @@ class PackedAttention(MegatronModule):
             window_size=(-1, 0),  # causal
             enable_gqa=True,
         )
+        assert isinstance(output_THD, torch.Tensor)  # a pair only where more is asked for
+        return output_THD
 
     def padded_attention(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
         outputs = []
@@ -157,7 +161,7 @@ class PackedAttention(MegatronModule):
                 padded = packed_THD.new_zeros(shape).index_copy(0, block.rows_T, part_THD)
                 return padded.unflatten(0, (block.sequences, block.longest)).transpose(1, 2)
 
-            output_SHLD = F.scaled_dot_product_attention(
+            output_SHLD = torch.nn.functional.scaled_dot_product_attention(
                 pad(query), pad(key), pad(value), is_causal=True, scale=self.scale, enable_gqa=True
             )
             outputs.append(output_SHLD.transpose(1, 2).flatten(0, 1)[block.rows_T])

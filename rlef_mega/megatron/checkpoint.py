@@ -1,10 +1,11 @@
 """Checkpoints: a run can be killed at any moment and goes on where it was, with the same numbers.
 
-Theory of operation. All ranks call `save_checkpoint` and `load_checkpoint` together. Each writes its part of every
-network (Megatron's dist_checkpointing, torch_dist format) into `step_000010.tmp`; then the ranks checksum all files
-between them, rank 0 writes the list of files, sizes and checksums as `manifest.json`, last, and renames the folder. So a
-folder without `.tmp` is complete, unless something damaged it afterwards: then the manifest tells. Saving happens inside
-the process: no helper processes, which would import the main module again.
+Theory of operation. All ranks call `save_checkpoint` and `load_checkpoint` together. Each writes
+its part of every network (Megatron's dist_checkpointing, torch_dist format) into `step_000010.tmp`;
+then the ranks checksum all files between them, rank 0 writes the list of files, sizes and checksums
+as `manifest.json`, last, and renames the folder. So a folder without `.tmp` is complete, unless
+something damaged it afterwards: then the manifest tells. Saving happens inside the process: no
+helper processes, which would import the main module again.
 
     step_000010/manifest.json  meta.json  rng.pt  policy/  critic/
 """
@@ -39,7 +40,8 @@ from rlef_mega.megatron.trained_model import TrainedModel
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d+)")
-# Gathers the spread optimizer state to the shapes of the parameters: such a checkpoint loads in any layout.
+# Gathers the spread optimizer state to the shapes of the parameters: such a checkpoint loads in any
+# layout.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -53,8 +55,9 @@ class Checkpointable(Protocol):
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's own strategy forks writers and spawns a manager for their results; this one writes in the process,
-    to the same format."""
+    """Megatron's own strategy forks writers and spawns a manager for their results; this one writes
+    in the process, to the same format.
+    """
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
@@ -70,7 +73,9 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 def save_checkpoint(
     folder: Path, learner: Checkpointable, *, step: int, state: dict[str, Any]
 ) -> Path:
-    """Write `folder/step_000010`. `state` is small and JSON: data order, weight version. Collective."""
+    """Write `folder/step_000010`. `state` is small and JSON: data order, weight version.
+    Collective.
+    """
     final = folder / f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
     if dist.get_rank() == 0:
@@ -124,7 +129,7 @@ def load_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None. One that is damaged is passed over with a warning."""
+    """The newest complete checkpoint, or None. A damaged one is passed over with a warning."""
     for path in reversed(steps_in(folder)):
         try:
             check_sizes(path, read_manifest(path))
@@ -190,8 +195,9 @@ def spread_optimizer(model: TrainedModel) -> DistributedOptimizer:
 
 
 def make_adam_state(inner: torch.optim.Optimizer) -> None:
-    """Adam makes its state at its first step, but Megatron's distributed optimizer saves and loads only
-    what is there. A policy that has waited for its critic has made no step yet."""
+    """Adam makes its state at its first step, but Megatron's distributed optimizer saves and loads
+    only what is there. A policy that has waited for its critic has made no step yet.
+    """
     for group in inner.param_groups:
         for parameter in group["params"]:
             if inner.state[parameter]:
@@ -203,8 +209,10 @@ def make_adam_state(inner: torch.optim.Optimizer) -> None:
 
 
 def load_spread_optimizer(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
-    """In two parts, around two faults that megatron-core 0.16 has with torch's AdamW: it looks for `step` among the
-    tensors of each parameter, and it gives all parameters one shared `step`, which each would then increment."""
+    """In two parts, around two faults that megatron-core 0.16 has with torch's AdamW: it looks for
+    `step` among the tensors of each parameter, and it gives all parameters one shared `step`, which
+    each would then increment.
+    """
     tensors = loaded.pop("param_state")
     loaded.pop("param_state_sharding_type")
     optimizer.load_state_dict(loaded)  # groups and step

@@ -1,9 +1,10 @@
 """Lets megatron-core run where there is no CUDA: its literal device "cuda" becomes "cpu".
 
-megatron-core 0.16 writes `device="cuda"` and calls `torch.cuda` in places that have nothing to do with a GPU: the
-schedule's token counter, the gradient norm, the random-number tracker. Two parts repair that, and only on a machine
-without CUDA: a handful of `torch.cuda` functions, replaced once by `install`, and a torch function mode for tensors, held
-only during our calls into Megatron (`device_mode`), because a mode costs a microsecond or two an operation.
+megatron-core 0.16 writes `device="cuda"` and calls `torch.cuda` in places that have nothing to do
+with a GPU: the schedule's token counter, the gradient norm, the random-number tracker. Two parts
+repair that, and only on a machine without CUDA: a handful of `torch.cuda` functions, replaced once
+by `install`, and a torch function mode for tensors, held only during our calls into Megatron
+(`device_mode`), because a mode costs a microsecond or two an operation.
 """
 
 import contextlib
@@ -18,7 +19,9 @@ R = TypeVar("R")
 
 
 def install() -> None:
-    """Replace the `torch.cuda` calls that Megatron makes on any machine. Does nothing where there is CUDA."""
+    """Replace the `torch.cuda` calls that Megatron makes on any machine. Does nothing where there
+    is CUDA.
+    """
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel import random as megatron_random
@@ -32,7 +35,9 @@ def install() -> None:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Tensors asked for on "cuda" are made on the CPU; types are named as Megatron's optimizer tests for them."""
+    """Tensors asked for on "cuda" are made on the CPU; types are named as Megatron's optimizer
+    tests for them.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

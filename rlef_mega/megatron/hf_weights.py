@@ -1,18 +1,13 @@
-"""Weights under their Hugging Face names: one name map, used to load, to publish and to export.
+"""Weights under their Hugging Face names: loaded from a folder, gathered for publishing, exported
+to a folder.
 
-`name_map` lists every tensor of a Llama checkpoint in Hugging Face's order: its full shape, the dimension along which
-tensor parallelism splits it, and how to find it in a Megatron stage. What it finds is a *view* of a Megatron parameter, so
-that loading writes through it and publishing reads from it. Megatron packs queries, keys and values by key-value
-group, [q..q k v] a group, and gate over up in one matrix; both are views too.
-
-Legend: G key-value groups of this rank, Q query heads a group, D head dimension, H hidden size.
+All three directions read the same name map (`hf_names`).
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,109 +17,24 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, stage_of
 from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers does
 # beside the weights, whatever of these the source has
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
-View = Callable[[PackedLlama], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class HFTensor:
-    """One tensor of the checkpoint. `layer` is None for the embedding, -1 for what follows the last layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    split_dim: int | None  # None: the same on every tensor-parallel rank
-    layer: int | None
-    view: View
-
-    def local_shape(self, tensor_parallel_size: int) -> list[int]:
-        shape = list(self.shape)
-        if self.split_dim is not None:
-            shape[self.split_dim] //= tensor_parallel_size
-        return shape
-
-
-def name_map(config: LlamaConfig) -> list[HFTensor]:
-    """Every tensor of the checkpoint. A tied head has no entry: it is the embedding."""
-    vocabulary = (config.vocab_size, config.hidden_size)
-    tensors = [
-        HFTensor(EMBEDDING, vocabulary, 0, None, lambda m: m.embedding.word_embeddings.weight)
-    ]
-    for layer in range(config.num_hidden_layers):
-        tensors += layer_map(config, layer)
-    norm: View = lambda m: m.decoder.final_layernorm.weight  # noqa: E731
-    tensors.append(HFTensor("model.norm.weight", (config.hidden_size,), None, -1, norm))
-    if not config.tie_word_embeddings:
-        tensors.append(HFTensor(HEAD, vocabulary, 0, -1, lambda m: m.output_layer.weight))
-    return tensors
-
-
-def layer_map(config: LlamaConfig, layer: int) -> list[HFTensor]:
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    group = config.num_attention_heads // config.num_key_value_heads
-
-    def block(model: PackedLlama):
-        return model.decoder.layers[layer - model.decoder.layers[0].layer_number + 1]
-
-    def attention(part: slice) -> View:
-        def view(model: PackedLlama) -> torch.Tensor:
-            packed = block(model).self_attention.linear_qkv.weight
-            return packed.view(-1, group + 2, config.head_dim, hidden)[:, part]  # [G, part, D, H]
-
-        return view
-
-    def feed_forward(half: int) -> View:
-        return lambda model: block(model).mlp.linear_fc1.weight.chunk(2)[half]
-
-    rows: list[tuple[str, tuple[int, ...], int | None, View]] = [
-        ("input_layernorm", (hidden,), None, lambda m: block(m).input_layernorm.weight),
-        ("self_attn.q_proj", (queries, hidden), 0, attention(slice(0, group))),
-        ("self_attn.k_proj", (keys, hidden), 0, attention(slice(group, group + 1))),
-        ("self_attn.v_proj", (keys, hidden), 0, attention(slice(group + 1, group + 2))),
-        (
-            "self_attn.o_proj",
-            (hidden, queries),
-            1,
-            lambda m: block(m).self_attention.linear_proj.weight,
-        ),
-        ("post_attention_layernorm", (hidden,), None, lambda m: block(m).pre_mlp_layernorm.weight),
-        ("mlp.gate_proj", (ffn, hidden), 0, feed_forward(0)),
-        ("mlp.up_proj", (ffn, hidden), 0, feed_forward(1)),
-        ("mlp.down_proj", (hidden, ffn), 1, lambda m: block(m).mlp.linear_fc2.weight),
-    ]
-    return [
-        HFTensor(f"model.layers.{layer}.{name}.weight", shape, split, layer, view)
-        for name, shape, split, view in rows
-    ]
-
-
-def stage_of(tensor: HFTensor, config: LlamaConfig, stages: int) -> int:
-    """Layers are dealt to pipeline stages evenly, in order (`check_layout` has seen to it that they divide)."""
-    if tensor.layer is None:
-        return 0
-    if tensor.layer < 0:
-        return stages - 1
-    return tensor.layer // (config.num_hidden_layers // stages)
-
-
-# ---------------------------------------------------------------------------------------------------------- load
-
 
 @torch.no_grad()
 def load_hf(model: PackedLlama, folder: Path, ranks: Ranks, *, with_head: bool = True) -> None:
-    """Fill this rank's slice of the model from a Hugging Face folder; each rank reads only its slice.
+    """Fill this rank's slice of the model from a Hugging Face folder; each rank reads only its
+    slice.
 
-    Raises ConfigError for a missing, unknown or wrongly shaped tensor, and for a file that is missing or truncated.
-    `with_head` = False leaves out the language-model head, which a critic does not have.
+    Raises ConfigError for a missing, unknown or wrongly shaped tensor, and for a file that is
+    missing or truncated. `with_head` = False leaves out the language-model head, which a critic
+    does not have.
     """
     files = checkpoint_files(folder)
     config, stages = model.hf_config, ranks.pipeline_parallel_size
@@ -163,9 +73,7 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 
 def open_safetensors(path: Path):
     if not path.is_file():
-        raise ConfigError(
-            f"no file {path}; model.path must be a Hugging Face folder of safetensors"
-        )
+        raise ConfigError(f"no file {path}; model.path must be a folder of safetensors")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -183,7 +91,8 @@ def check_names(
         if names:
             some = ", ".join(sorted(names)[:5])
             raise ConfigError(
-                f"{folder} {what} {len(names)} tensor(s): {some}; it must be a Llama checkpoint that fits its config.json"
+                f"{folder} {what} {len(names)} tensor(s): {some}; "
+                f"it must be a Llama checkpoint that fits its config.json"
             )
 
 
@@ -193,7 +102,8 @@ def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
         stored = file.get_slice(tensor.name)
         if tuple(stored.get_shape()) != tensor.shape:
             raise ConfigError(
-                f"{path}: {tensor.name} has shape {tuple(stored.get_shape())}, config.json says {tensor.shape}"
+                f"{path}: {tensor.name} has shape {tuple(stored.get_shape())}, "
+                f"config.json says {tensor.shape}"
             )
         if tensor.split_dim is None:
             return stored[:]
@@ -202,15 +112,14 @@ def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
         return stored[part] if tensor.split_dim == 0 else stored[:, part]
 
 
-# ------------------------------------------------------------------------------------------------------- publish
-
-
 @torch.no_grad()
 def iter_hf_weights(model: PackedLlama, ranks: Ranks) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, whole, in Hugging Face's order, on every rank. Collective: all ranks must exhaust it.
+    """Every tensor, whole, in Hugging Face's order, on every rank. Collective: all ranks must
+    exhaust it.
 
-    Tensors travel in buckets, so that one collective carries many small ones and a 70B model never needs more than one
-    bucket's worth of extra memory (a tensor larger than a bucket is a bucket of its own).
+    Tensors travel in buckets, so that one collective carries many small ones and a 70B model never
+    needs more than one bucket's worth of extra memory (a tensor larger than a bucket is a bucket of
+    its own).
     """
     stages, size = ranks.pipeline_parallel_size, ranks.groups.tp.size()
     itemsize = model.config.params_dtype.itemsize
@@ -230,7 +139,9 @@ def iter_hf_weights(model: PackedLlama, ranks: Ranks) -> Iterator[tuple[str, tor
 def gather_bucket(
     tensors: list[HFTensor], stage: int, model: PackedLlama, ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """One stage's tensors: gathered over its tensor-parallel ranks, then handed to the other stages."""
+    """One stage's tensors: gathered over its tensor-parallel ranks, then handed to the other
+    stages.
+    """
     tensor_group, pipeline_group = ranks.groups.tp, ranks.groups.pp
     size = tensor_group.size()
     shapes = [torch.Size(tensor.local_shape(size)) for tensor in tensors]
@@ -259,9 +170,6 @@ def gather_bucket(
             yield tensor.name, torch.cat(pieces, dim=tensor.split_dim)
 
 
-# -------------------------------------------------------------------------------------------------------- export
-
-
 def export_hf(
     named_tensors: Iterable[tuple[str, torch.Tensor]],
     source_folder: Path,
@@ -270,10 +178,11 @@ def export_hf(
     *,
     is_writer: bool = True,
 ) -> None:
-    """Write a folder that transformers loads: weights from the tensors, everything else from the source.
+    """Write a folder that transformers loads: weights from the tensors, everything else from the
+    source.
 
-    Collective where the tensors are (`iter_hf_weights`): every rank calls it, one of them with `is_writer`. The folder
-    appears complete or not at all; an existing one is replaced.
+    Collective where the tensors are (`iter_hf_weights`): every rank calls it, one of them with
+    `is_writer`. The folder appears complete or not at all; an existing one is replaced.
     """
     if not is_writer:
         for _ in named_tensors:
@@ -290,7 +199,7 @@ def export_hf(
 
 
 def copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Config, generation config, tokenizer, chat template, licence: as they are, but for the dtype."""
+    """Configs, tokenizer, chat template, licence: as they are, but for the dtype."""
     for pattern in COPIED:
         for path in source.glob(pattern):
             if path.name != "model.safetensors.index.json":
@@ -325,7 +234,7 @@ def write_safetensors(
     if len(shards) == 1:
         (out / "shard-0").rename(out / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (out / f"shard-{number}").rename(out / file)

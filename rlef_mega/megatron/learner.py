@@ -1,9 +1,12 @@
-"""The learner: policy, critic and frozen reference on one set of ranks. Batches in; scores, updates and weights out.
+"""The learner: policy, critic and frozen reference on one set of ranks. Batches in; scores, updates
+and weights out.
 
-Theory of operation. Every rank holds the whole packed batch on the host and computes its data-parallel share of it.
-`score` and `update` are collective, and what they return is the same on every rank.
+Theory of operation. Every rank holds the whole packed batch on the host and computes its
+data-parallel share of it. `score` and `update` are collective, and what they return is the same on
+every rank.
 
-Shape suffixes: T packed tokens of the batch, A its response tokens in order, N turns (or, with token-level values, A).
+Shape suffixes: T packed tokens of the batch, A its response tokens in order, N turns (or, with
+token-level values, A).
 """
 
 import json
@@ -28,7 +31,7 @@ from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.model import CriticModel, PolicyModel
 from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.megatron.trained_model import Metrics, TrainedModel, forward
+from rlef_mega.megatron.trained_model import LossFunction, Metrics, TrainedModel, forward
 from rlef_mega.types import Batch, Scores, Targets
 
 POLICY_METRICS = (
@@ -91,8 +94,9 @@ class Learner:
         return iter_hf_weights(self.policy_model, self.ranks)
 
     def score(self, batch: Batch) -> Scores:
-        """Log-probs of policy and reference, and values, before the updates. Without a KL penalty the reference is
-        not run, and its log-probs are zeros."""
+        """Log-probs of policy and reference, and values, before the updates. Without a KL penalty
+        the reference is not run, and its log-probs are zeros.
+        """
         actions = int(batch.action_mask_T.sum())
         values = actions if self.ppo.token_level_value else batch.num_turns
         microbatches = self.cutting.cut(batch, range(batch.num_sequences))
@@ -127,8 +131,9 @@ class Learner:
     def update(
         self, batch: Batch, targets: Targets, order: torch.Tensor, *, train_policy: bool = True
     ) -> dict[str, float]:
-        """One pass over the batch in `updates_per_batch` equal parts of `order`, a permutation of its sequences: each is
-        one optimizer step of the critic and, unless it is only warming up, one of the policy. Means over the updates.
+        """One pass over the batch in `updates_per_batch` equal parts of `order`, a permutation of
+        its sequences: each is one optimizer step of the critic and, unless it is only warming up,
+        one of the policy. Means over the updates.
 
         Raises FloatingPointError before an optimizer step whose loss or gradient is not finite.
         """
@@ -270,18 +275,22 @@ class StartingPoint:
         recompute: str,
     ) -> None:
         self.ranks, self.folder, self.parallel = ranks, folder, parallel
-        self.config, self.options = read_config(folder), {"dtype": dtype, "recompute": recompute}
+        self.config, self.dtype, self.recompute = read_config(folder), dtype, recompute
 
     @calls_megatron
     def policy(self) -> PolicyModel:
-        model = PolicyModel(self.config, self.ranks, self.parallel, **self.options)
+        model = PolicyModel(
+            self.config, self.ranks, self.parallel, dtype=self.dtype, recompute=self.recompute
+        )
         model = model.to(self.ranks.device)
         load_hf(model, self.folder, self.ranks)
         return model
 
     @calls_megatron
     def critic(self) -> CriticModel:
-        model = CriticModel(self.config, self.ranks, self.parallel, **self.options)
+        model = CriticModel(
+            self.config, self.ranks, self.parallel, dtype=self.dtype, recompute=self.recompute
+        )
         model = model.to(self.ranks.device)
         load_hf(model, self.folder, self.ranks, with_head=False)
         return model
@@ -290,11 +299,13 @@ class StartingPoint:
 def train_step(
     model: TrainedModel,
     microbatches: list[Microbatch],
-    loss: object,
+    loss: LossFunction,
     names: Sequence[str],
     prefix: str,
 ) -> dict[str, float]:
-    """Forward, backward, one optimizer step; a loss that is not finite stops before the step, on every rank."""
+    """Forward, backward, one optimizer step; a loss that is not finite stops before the step, on
+    every rank.
+    """
     metrics = model.forward_backward(microbatches, loss, names)
     if not math.isfinite(metrics[names[0]]):
         raise FloatingPointError(f"{names[0]} is {metrics[names[0]]} at update {model.updates}")

@@ -1,10 +1,12 @@
-"""Micro-batches: what one forward pass of a pipeline takes, cut from a packed batch for this data-parallel rank.
+"""Micro-batches: what one forward pass of a pipeline takes, cut from a packed batch for this
+data-parallel rank.
 
-A micro-batch knows which rows of the hidden states are read and which entries of the batch's results they are, so that a
-loss gathers its constants, and a score scatters its results, by one index.
+A micro-batch knows which rows of the hidden states are read and which entries of the batch's
+results they are, so that a loss gathers its constants, and a score scatters its results, by one
+index.
 
-Shape suffixes: T packed tokens of the micro-batch, R its response tokens, M its values; A response tokens of the
-whole batch, in order.
+Shape suffixes: T packed tokens of the micro-batch, R its response tokens, M its values; A response
+tokens of the whole batch, in order.
 """
 
 from collections.abc import Sequence
@@ -42,7 +44,9 @@ class Cutting:
     token_level_value: bool = False
 
     def cut(self, batch: Batch, sequences: Sequence[int]) -> list[Microbatch]:
-        """This data-parallel rank's micro-batches of these sequences; as many on every rank, some perhaps empty."""
+        """This data-parallel rank's micro-batches of these sequences; as many on every rank, some
+        perhaps empty.
+        """
         lengths = batch.cu_seqlens.diff()[list(sequences)].tolist()
         plan = microbatches(lengths, self.token_budget, self.ranks.data_parallel_size)
         mine = plan[self.ranks.data_parallel_rank]
@@ -77,8 +81,9 @@ class Cutting:
         )
 
     def pad(self, token_ids_T: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
-        """A sequence of padding, read by nothing: sequence parallelism splits tokens evenly, and an empty micro-batch
-        still takes part in its group's collectives."""
+        """A sequence of padding, read by nothing: sequence parallelism splits tokens evenly, and an
+        empty micro-batch still takes part in its group's collectives.
+        """
         multiple = self.ranks.groups.tp.size() if self.sequence_parallel else 1
         missing = -token_ids_T.numel() % multiple if lengths else multiple
         if not missing:

@@ -1,15 +1,19 @@
-"""Llama as a Megatron-core GPTModel, in two forms: a policy that ends in hidden states and a critic with a scalar head.
+"""Llama as a Megatron-core GPTModel, in two forms: a policy that ends in hidden states and a critic
+with a scalar head.
 
-The policy's last stage returns hidden states after the final norm, not logits: the loss reads the rows that it needs and
-calls the fused head (`rlef_kernels.linear_logprob`) on them, so that logits are never stored. The critic reads its value
-at a few positions in the same way. Both are built from a Hugging Face `LlamaConfig`; weights come from `hf_weights`.
+The policy's last stage returns hidden states after the final norm, not logits: the loss reads the
+rows that it needs and calls the fused head (`rlef_kernels.linear_logprob`) on them, so that logits
+are never stored. The critic reads its value at a few positions in the same way. Both are built from
+a Hugging Face `LlamaConfig`; weights come from `hf_weights`.
 
-Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each tensor-parallel rank
-holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D hidden size, V vocabulary shard.
+Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each
+tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D
+hidden size, V vocabulary shard.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -42,16 +46,21 @@ from rlef_mega.megatron.attention import PackedAttention
 from rlef_mega.megatron.parallel import Ranks, fused_weight_gradients
 
 ROPE_TYPES = ("default", "llama3")
-# What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer. The attention
-# kernels already store nothing of size s x s.
+# What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer.
+# The attention kernels already store nothing of size s x s.
 SELECTIVE_MODULES = ["mlp"]
+
+
+def rope_parameters(config: LlamaConfig) -> dict[str, Any]:
+    assert config.rope_parameters is not None, "LlamaConfig fills them in"
+    return dict(config.rope_parameters)
 
 
 def check_model(config: LlamaConfig, parallel: ParallelConfig) -> None:
     """Refuse what this module would build wrongly, by name."""
     if config.model_type != "llama":
         raise ConfigError(f"model_type {config.model_type!r} is not supported; use a Llama model")
-    rope_type = config.rope_parameters["rope_type"]
+    rope_type = rope_parameters(config)["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ConfigError(f"rope_type {rope_type!r} is not supported; known: {ROPE_TYPES}")
     for option in ("attention_bias", "mlp_bias"):
@@ -61,7 +70,7 @@ def check_model(config: LlamaConfig, parallel: ParallelConfig) -> None:
         raise ConfigError(f"hidden_act {config.hidden_act!r} is not supported; it must be 'silu'")
     check_layout(
         heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
+        key_value_heads=config.num_key_value_heads or config.num_attention_heads,
         layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         ffn=config.intermediate_size,
@@ -78,7 +87,7 @@ def transformer_config(
 ) -> TransformerConfig:
     on_cpu = device.type == "cpu"
     pipelined = parallel.pipeline_model_parallel_size > 1
-    recomputation: dict[str, object] = {
+    recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {
             "recompute_granularity": "selective",
@@ -89,7 +98,7 @@ def transformer_config(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
-    }[recompute]
+    }
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -100,7 +109,7 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -110,7 +119,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # losses carry their global denominators; Megatron must not average over micro-batches or ranks
+        # losses carry their global denominators; Megatron must not average over micro-batches or
+        # ranks
         calculate_per_token_loss=True,
         # packed micro-batches differ in length; Megatron ties that option to this dispatcher
         variable_seq_lengths=True,
@@ -126,18 +136,20 @@ def transformer_config(
         persist_layer_norm=False,
         batch_p2p_sync=not on_cpu,
         deallocate_pipeline_outputs=pipelined,
-        **recomputation,
+        **recomputations[recompute],
     )
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Megatron's local norm refuses sequence parallelism; this one marks its weight for the gradient all-reduce."""
+    """Megatron's local norm refuses sequence parallelism; this one marks its weight for the
+    gradient all-reduce.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def layer_spec() -> ModuleSpec:
@@ -193,12 +205,13 @@ class PackedLlama(GPTModel):
             post_process=ranks.is_last_stage,
             share_embeddings_and_output_weights=tied,
             position_embedding_type="rope",
-            rotary_base=hf_config.rope_parameters["rope_theta"],
+            rotary_base=rope_parameters(hf_config)["rope_theta"],
             pg_collection=ranks.groups,
         )
         self.hf_config = hf_config
         mark_shards(self)
-        # Hugging Face's own frequencies: all of Llama 3.1's scaling parameters, of which Megatron takes only one
+        # Hugging Face's own frequencies: all of Llama 3.1's scaling parameters, of which Megatron
+        # takes only one
         frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()
         self.rotary_pos_emb.inv_freq = frequencies.to(ranks.device, torch.float32)
 
@@ -207,9 +220,11 @@ class PackedLlama(GPTModel):
         return hidden_states
 
     def rows(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        """[T, 1, D], or this rank's part of it under sequence parallelism, to [R, D] on every tensor-parallel rank.
+        """[T, 1, D], or this rank's part of it under sequence parallelism, to [R, D] on every
+        tensor-parallel rank.
 
-        What follows is the same on all of them, and so is its gradient: backward keeps this rank's part, unsummed.
+        What follows is the same on all of them, and so is its gradient: backward keeps this rank's
+        part, unsummed.
         """
         if self.config.sequence_parallel:
             # tensor-parallel group: gathers the tokens
@@ -220,8 +235,9 @@ class PackedLlama(GPTModel):
 
 
 def mark_shards(model: torch.nn.Module) -> None:
-    """Megatron marks split weights only as it initialises them; unmarked, the gradient norm leaves them out on all but
-    the first tensor-parallel rank."""
+    """Megatron marks split weights only as it initialises them; unmarked, the gradient norm leaves
+    them out on all but the first tensor-parallel rank.
+    """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
             dimension = 0
@@ -255,7 +271,7 @@ class PolicyModel(PackedLlama):
         )
 
     @property
-    def output_weight_VD(self) -> torch.Tensor:
+    def output_weight(self) -> torch.Tensor:
         """This rank's rows of the head; with tied embeddings, of the embedding."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -269,8 +285,8 @@ class PolicyModel(PackedLlama):
         *,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-prob of the target, entropy), fp32, read at these rows of the last stage's output."""
-        weight_VD = self.output_weight_VD
+        """(log-prob of the target, entropy), fp32, at these rows of the last stage's output."""
+        weight_VD = self.output_weight
         return linear_logprob(
             self.rows(hidden, rows_R),
             weight_VD,
@@ -286,15 +302,17 @@ class ValueHead(torch.nn.Linear):
 
     def __init__(self, hidden_size: int, ranks: Ranks) -> None:
         super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)
-        # Drawn on the CPU from the run's seed, hence equal in every layout. Hidden states come out of a norm with entries
-        # of about 1, so this spread makes the first values a tenth of a reward's size.
+        # Drawn on the CPU from the run's seed, hence equal in every layout. Hidden states come out
+        # of a norm with entries of about 1, so this spread makes the first values a tenth of a
+        # reward's size.
         generator = torch.Generator().manual_seed(ranks.seed)
         weight = torch.randn(1, hidden_size, generator=generator) * 0.1 / hidden_size**0.5
         with torch.no_grad():
             self.weight.copy_(weight)
             self.bias.zero_()
         for parameter in self.parameters():
-            parameter.is_value_head = True  # read where the optimizer's groups are made
+            # read where the optimizer's groups are made
+            parameter.is_value_head = True  # type: ignore[attr-defined]
 
 
 class CriticModel(PackedLlama):

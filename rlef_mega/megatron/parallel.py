@@ -1,9 +1,10 @@
 """Ranks: torch.distributed and Megatron's process groups, set up once a process.
 
-Theory of operation. Every process runs the same program (SPMD). `torchrun` or `srun` gives RANK, WORLD_SIZE and
-LOCAL_RANK; a process without them is a world of one. Ranks are laid out tensor first, then data, then pipeline
-(Megatron's "tp-cp-ep-dp-pp"), so that a tensor-parallel group sits inside a node. All ranks call `initialize`, and all call
-`shutdown`; a rank that dies breaks the others' collectives, and the launcher ends them.
+Theory of operation. Every process runs the same program (SPMD). `torchrun` or `srun` gives RANK,
+WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. Ranks are laid out tensor
+first, then data, then pipeline (Megatron's "tp-cp-ep-dp-pp"), so that a tensor-parallel group sits
+inside a node. All ranks call `initialize`, and all call `shutdown`; a rank that dies breaks the
+others' collectives, and the launcher ends them.
 """
 
 import functools
@@ -21,7 +22,8 @@ import torch.distributed as dist
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
 
-# ranks wait in a collective while one of them rolls out or grades: longer than any step, shorter than a lost night
+# ranks wait in a collective while one of them rolls out or grades: longer than any step, shorter
+# than a lost night
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
@@ -55,20 +57,26 @@ class Ranks:
 
     @property
     def speaks_for_outputs(self) -> bool:
-        """One rank a data-parallel part: its tensor-parallel peers hold the same outputs, other stages none."""
+        """One rank a data-parallel part: its tensor-parallel peers hold the same outputs, other
+        stages none.
+        """
         return self.is_last_stage and self.tensor_parallel_rank == 0
 
 
 def initialize(parallel: ParallelConfig, *, seed: int) -> Ranks:
-    """Join the world and split it. Raises ConfigError when the layout does not fit the processes that were started."""
+    """Join the world and split it. Raises ConfigError when the layout does not fit the processes
+    that were started.
+    """
     refuse_foreign_apex()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != parallel.world_size:
         raise ConfigError(
-            f"{world_size} processes were started, but the layout needs parallel.tensor_model_parallel_size x "
-            f"pipeline_model_parallel_size x data_parallel_size = {parallel.tensor_model_parallel_size} x "
-            f"{parallel.pipeline_model_parallel_size} x {parallel.data_parallel_size} = {parallel.world_size}; "
-            f"start {parallel.world_size} (torchrun --nproc-per-node) or change the layout"
+            f"{world_size} processes were started, but the layout needs "
+            f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size x "
+            f"data_parallel_size = {parallel.tensor_model_parallel_size} x "
+            f"{parallel.pipeline_model_parallel_size} x {parallel.data_parallel_size} = "
+            f"{parallel.world_size}; start {parallel.world_size} (torchrun --nproc-per-node) "
+            f"or change the layout"
         )
     device = join_world(world_size)
     cpu_shim.install()
@@ -98,15 +106,24 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Ranks:
 
 
 def join_world(world_size: int) -> torch.device:
-    """torch.distributed over NCCL where there is CUDA, else gloo; a world of one needs no launcher."""
+    """NCCL where there is CUDA, else gloo; a world of one needs no launcher."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         backend, device_id = "nccl", device
     else:
         device, backend, device_id = torch.device("cpu"), "gloo", None
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id, **alone)
+    if world_size == 1:
+        dist.init_process_group(
+            backend,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device_id,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
     return device
 
 
@@ -119,7 +136,7 @@ def shutdown(ranks: Ranks) -> None:
 
 
 def refuse_foreign_apex() -> None:
-    """PyPI's `apex` is an unrelated web toolkit; megatron-core would import it for its optimizers."""
+    """PyPI's `apex` is an unrelated web toolkit; megatron-core would import it in good faith."""
     spec = importlib.util.find_spec("apex")
     folders = list(spec.submodule_search_locations or []) if spec else []
     if spec and not any((Path(folder) / "optimizers").is_dir() for folder in folders):
@@ -131,7 +148,9 @@ def refuse_foreign_apex() -> None:
 
 @functools.cache
 def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
-    """Which packed attention runs: the one decision, read by the model and reported by `accelerations`."""
+    """Which packed attention runs: the one decision, read by the model and reported by
+    `accelerations`.
+    """
     if device_type != "cuda" or dtype == torch.float32:  # the varlen kernels are for half precision
         return "sdpa"
     if importlib.util.find_spec("flash_attn"):
@@ -146,7 +165,9 @@ def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
 
 
 def fused_weight_gradients(device: torch.device) -> bool:
-    """Weight gradients accumulated straight into fp32 main gradients, by a kernel that NVIDIA's apex brings."""
+    """Weight gradients accumulated straight into fp32 main gradients, by a kernel that NVIDIA's
+    apex brings.
+    """
     return device.type == "cuda" and bool(
         importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
     )

@@ -5,9 +5,11 @@ from rlef_mega.megatron.learner import Learner
 
 
 def publish(learner: Learner, engine: Engine | None, version: int) -> None:
-    """Hand the policy to this rank's engine, if it has one. Collective: the weights are gathered over all ranks.
+    """Hand the policy to this rank's engine, if it has one. Collective: the weights are gathered
+    over all ranks.
 
-    The engine itself verifies what it received (Engine.update_weights); a version that does not stick is a fault.
+    The engine itself verifies what it received (Engine.update_weights); a version that does not
+    stick is a fault.
     """
     if engine is None:
         for _ in learner.policy_weights():

@@ -1,11 +1,13 @@
-"""One trained network: Megatron module, gradient buffers, optimizer and schedule. Policy, critic and the supervised stage's
-model are instances of it; the frozen reference is a bare module that only runs `forward`.
+"""One trained network: Megatron module, gradient buffers, optimizer and schedule. Policy, critic
+and the supervised stage's model are instances of it; the frozen reference is a bare module that
+only runs `forward`.
 
-Theory of operation. Every rank of a network's world runs the same micro-batches through Megatron's pipeline schedule. Only
-the last stage computes losses and outputs. Gradients are summed, not averaged, over micro-batches and data-parallel ranks,
-because each loss is already divided by a count over the whole update. The optimizer's state is spread over the
-data-parallel ranks (Megatron's distributed optimizer; also over one, so that checkpoints have one form).
-Parameters in bfloat16 have fp32 main copies and gradients.
+Theory of operation. Every rank of a network's world runs the same micro-batches through Megatron's
+pipeline schedule. Only the last stage computes losses and outputs. Gradients are summed, not
+averaged, over micro-batches and data-parallel ranks, because each loss is already divided by a
+count over the whole update. The optimizer's state is spread over the data-parallel ranks
+(Megatron's distributed optimizer; also over one, so that checkpoints have one form). Parameters in
+bfloat16 have fp32 main copies and gradients.
 """
 
 import math
@@ -39,7 +41,9 @@ LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:
-    """Linear warm-up, constant, linear decay to min_lr_ratio; `update` counts from 0, and the first one is not zero."""
+    """Linear warm-up, constant, linear decay to min_lr_ratio; `update` counts from 0, and the first
+    one is not zero.
+    """
     if update < config.warmup_updates:
         return config.lr * (update + 1) / config.warmup_updates
     if config.decay_start_update is None or update < config.decay_start_update:
@@ -55,11 +59,14 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list:
-    """Megatron's pipeline schedule over packed micro-batches; what the last stage returned for each, there only."""
+    """Megatron's pipeline schedule over packed micro-batches; what the last stage returned for
+    each, there only.
+    """
 
     def forward_step(iterator, model):
         microbatch = next(iterator)
-        # RoPE positions come from the packed lengths; Megatron reads neither position_ids nor a mask here
+        # RoPE positions come from the packed lengths; Megatron reads neither position_ids nor a
+        # mask here
         hidden = model(
             microbatch.token_ids_T[None], None, None, packed_seq_params=microbatch.sequences
         )
@@ -88,7 +95,9 @@ def forward(
 
 
 def finalize_summed_gradients(model: list, num_tokens: object = None, **options: object) -> None:
-    """Megatron's gradient reductions without its division by a token count: the losses have their denominators."""
+    """Megatron's gradient reductions without its division by a token count: the losses have their
+    denominators.
+    """
     finalize_model_grads(model, None, **options)
 
 
@@ -119,8 +128,9 @@ class TrainedModel:
         )
         overrides = get_standard_config_overrides(options)
         if module.config.bf16:
-            # The distributed optimizer mixes up a group that holds two dtypes; an override that changes nothing
-            # (our schedule sets the rates) gives the critic's fp32 head groups of its own.
+            # The distributed optimizer mixes up a group that holds two dtypes; an override that
+            # changes nothing (our schedule sets the rates) gives the critic's fp32 head groups of
+            # its own.
             overrides[ParamKey(attr="is_value_head")] = {"min_lr": 0.0}
         self.optimizer = get_megatron_optimizer(options, [self.wrapped], overrides)
 
@@ -128,7 +138,9 @@ class TrainedModel:
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss: LossFunction, names: Sequence[str]
     ) -> dict[str, float]:
-        """Gradients of the summed loss into the buffers; these metrics summed over the update, on every rank."""
+        """Gradients of the summed loss into the buffers; these metrics summed over the update, on
+        every rank.
+        """
         self.module.train()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -153,7 +165,8 @@ class TrainedModel:
     @calls_megatron
     @torch.no_grad()
     def step(self) -> tuple[float, float]:
-        """One clipped optimizer step from the gradients in the buffers: (gradient norm, learning rate).
+        """One clipped optimizer step from the gradients in the buffers: (gradient norm, learning
+        rate).
 
         Raises FloatingPointError before anything changes when the norm is not finite.
         """

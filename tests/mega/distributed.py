@@ -1,4 +1,4 @@
-"""Starts a worker module as several gloo processes, as torchrun would, and waits for all of them."""
+"""Starts a worker module as several gloo processes, as torchrun would, and waits for them all."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ def free_port() -> int:
 
 
 def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240) -> None:
-    """Run `python -m module arguments` in this many processes; fail with their output if one fails."""
+    """Run `python -m module arguments` in so many processes; fail with their output if one does."""
     shared = {
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",

@@ -1,7 +1,8 @@
-"""What the Megatron tests share, and the worker that runs the same updates in one layout after another.
+"""What the Megatron tests share, and the worker that runs the same updates in one layout after
+another.
 
-`python -m tests.mega.megatron_worker FOLDER START:LAYOUT...`: START is `model`, or a layout whose checkpoint is
-resumed. The writer of each leaves its results in FOLDER/START_LAYOUT.pt.
+`python -m tests.mega.megatron_worker FOLDER START:LAYOUT...`: START is `model`, or a layout whose
+checkpoint is resumed. The writer of each leaves its results in FOLDER/START_LAYOUT.pt.
 """
 
 import os

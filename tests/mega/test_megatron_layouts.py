@@ -1,5 +1,7 @@
-"""The same batch in every layout: one process is the truth for two processes, in tensor, sequence, pipeline and data
-parallelism. What this cannot catch: a fault that all layouts share, which test_megatron_model.py is for."""
+"""The same batch in every layout: one process is the truth for two processes, in tensor, sequence,
+pipeline and data parallelism. What this cannot catch: a fault that all layouts share, which
+test_megatron_model.py is for.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,9 @@ OTHER = [("tp2", "pp2"), ("dp2", "tp2_sp")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All layouts trained, and resumed in new processes from their own and from other layouts' checkpoints."""
+    """All layouts trained, and resumed in new processes from their own and from other layouts'
+    checkpoints.
+    """
     path = tmp_path_factory.mktemp("layouts")
     make_model(path / "model", rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
     launch(WORKER, str(path), "model:one", processes=1)
@@ -57,7 +61,8 @@ def test_a_layout_ends_with_the_weights_of_one_process(folder: Path, layout: str
     split = results(folder, f"model_{layout}")["second"]["weights"]
     assert list(split) == list(one["second"]["weights"])
     for name, expected in one["second"]["weights"].items():
-        # Adam divides by the gradient's size: noise of 1e-7 in a gradient near zero moves a weight by a part of lr = 3e-3
+        # Adam divides by the gradient's size: noise of 1e-7 in a gradient near zero moves a weight
+        # by a part of lr = 3e-3
         torch.testing.assert_close(split[name], expected, rtol=0, atol=2e-4)
         assert not torch.equal(expected, one["loaded"][name]), f"{name} was not trained"
 

@@ -1,9 +1,12 @@
-"""Model, learner, weights and checkpoints in one process, against Hugging Face and hand-worked numbers."""
+"""Model, learner, weights and checkpoints in one process, against Hugging Face and hand-worked
+numbers.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,7 +53,7 @@ def hf_logprobs(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     """Response tokens' log-probs, one unpadded sequence at a time."""
     rows = []
     bounds = batch.cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         ids = batch.token_ids_T[start:end]
         logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
         logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
@@ -62,7 +65,7 @@ def hf_values(model: LlamaForCausalLM, head: ValueHead, batch: Batch) -> torch.T
     bounds = batch.cu_seqlens.tolist()
     hidden = [
         model.model(batch.token_ids_T[start:end][None]).last_hidden_state[0]
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        for start, end in pairwise(bounds)
     ]
     return head(torch.cat(hidden)).squeeze(-1)[batch.value_positions_N]
 
@@ -111,7 +114,7 @@ def test_scores_and_gradients_are_hugging_faces(
 def hf_logprobs_at_one(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     bounds = batch.cu_seqlens.tolist()
     rows = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         ids = batch.token_ids_T[start:end]
         logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
@@ -280,11 +283,11 @@ def test_a_truncated_model_file_is_refused_by_name(
     ranks: Ranks, folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(ConfigError, match="no file .*model.safetensors"):
+    with pytest.raises(ConfigError, match=r"no file .*model.safetensors"):
         make_learner(ranks, tmp_path, ALONE)
     data = (folder / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ConfigError, match="model.safetensors is truncated or damaged"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is truncated or damaged"):
         make_learner(ranks, tmp_path, ALONE)
 
 
@@ -356,7 +359,7 @@ def test_damaged_checkpoints_are_refused_and_passed_over(
         checkpoint.load_checkpoint(newest, learner)
     with pytest.warns(UserWarning, match="falling back to the one before"):
         assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "step_000002"
-    with pytest.raises(ConfigError, match="no checkpoint .*step_000009"):
+    with pytest.raises(ConfigError, match=r"no checkpoint .*step_000009"):
         checkpoint.load_checkpoint(tmp_path / "step_000009", learner)
 
     # killed while saving: the folder never got its name, and the next save clears it away
@@ -369,7 +372,7 @@ def test_damaged_checkpoints_are_refused_and_passed_over(
 
 
 def test_a_world_that_does_not_fit_the_layout_is_refused() -> None:
-    with pytest.raises(ConfigError, match="1 processes were started, but .* = 2 x 1 x 1 = 2"):
+    with pytest.raises(ConfigError, match=r"1 processes were started, but .* = 2 x 1 x 1 = 2"):
         initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
 
 
