@@ -113,7 +113,8 @@ class Server:
         """Answer requests for ever. Returns only in a forked child, with what it is to run."""
         while True:
             request, files = self.receive()
-            if request.task is Task.END:  # of a program whose server died
+            if request.task in (Task.TEST, Task.END):  # for a program server that died
+                _close(files)
                 continue
             started = time.monotonic()
             pid = self.fork()

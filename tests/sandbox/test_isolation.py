@@ -1,0 +1,86 @@
+"""Layers taken away, one by one: what still holds, and when a sandbox refuses to start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from rlef_sandbox import IsolationError, Sandbox, Status, Test, slot
+
+NO_NAMESPACES = """
+def refuse(flags): raise OSError(1, "no namespaces here")
+rlef_sandbox.kernel.unshare = refuse
+"""
+NO_LANDLOCK = "rlef_sandbox.landlock.abi = lambda: 0\n"
+NO_CHROOT = """
+def refuse(): raise OSError(1, "no chroot here")
+rlef_sandbox.private_root.enter_nothing = refuse
+"""
+NO_SECCOMP = "rlef_sandbox.zygote._filter_for_this_machine = lambda: None\n"
+
+
+@pytest.fixture
+def machine_without(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Make zygotes find a machine that lacks what the given lines take away."""
+
+    def lacking(lines: str) -> None:
+        modules = "import rlef_sandbox.zygote, rlef_sandbox.private_root\n"
+        bootstrap = slot.BOOTSTRAP.replace("main()\n", modules + lines + "main()\n")
+        monkeypatch.setattr(slot, "COMMAND", [*slot.COMMAND[:-1], bootstrap])
+
+    yield lacking
+
+
+@pytest.mark.parametrize(
+    ("lacking", "layer"),
+    [
+        ("", "private_root"),
+        (NO_NAMESPACES, "landlock"),
+        (NO_LANDLOCK, "private_root"),
+        pytest.param(
+            NO_NAMESPACES + NO_LANDLOCK,
+            "empty_root",
+            marks=pytest.mark.skipif(os.getuid() != 0, reason="chroot takes root"),
+        ),
+    ],
+    ids=["all", "no_namespaces", "no_landlock", "neither"],
+)
+def test_one_file_layer_is_enough(machine_without, lacking: str, layer: str) -> None:
+    machine_without(lacking)
+    with Sandbox(workers=1) as sandbox:
+        if not any(name.startswith(layer) for name in sandbox.isolation["files"]):
+            pytest.skip(f"this machine gives no {layer}")
+        for attack in ("open('/etc/passwd')", "import os; os.listdir('/etc')", "open('/x', 'w')"):
+            assert sandbox.run(attack).status is Status.RUNTIME_ERROR
+        assert sandbox.grade("print(input())", [Test(b"1", b"1")])[0].status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("lacking", "layer"),
+    [(NO_SECCOMP, "seccomp"), (NO_NAMESPACES + NO_LANDLOCK + NO_CHROOT, "files")],
+    ids=["seccomp", "files"],
+)
+def test_a_machine_below_the_floor_is_refused_unless_asked_for(
+    machine_without, lacking: str, layer: str
+) -> None:
+    machine_without(lacking)
+    with pytest.raises(IsolationError, match=layer):
+        Sandbox(workers=1)
+    with Sandbox(workers=1, isolation="minimal") as sandbox:
+        assert sandbox.isolation["level"] == "minimal"
+        assert not sandbox.isolation[layer]
+        assert sandbox.run("print(1)").status is Status.OK
+
+
+def test_root_is_left_for_good(sandbox: Sandbox) -> None:
+    result = sandbox.run("import os; print(os.getuid(), os.getgid(), os.geteuid())")
+    assert sandbox.isolation["unprivileged_user"]
+    assert b"0" not in result.stdout.split()
+
+
+def test_the_layers_are_reported(sandbox: Sandbox) -> None:
+    layers = sandbox.isolation
+    assert layers["level"] == "default"
+    assert layers["no_new_privs"] and layers["rlimits"] and layers["seccomp"] and layers["files"]
