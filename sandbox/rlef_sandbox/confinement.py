@@ -45,8 +45,10 @@ def library_directories() -> list[str]:
     return [p for p in paths if not any(p.startswith(other + "/") for other in paths)]
 
 
-def confine_zygote() -> Layers:
-    """Put on every layer that this machine gives; the ones that proved effective, by name."""
+def confine_zygote() -> tuple[Layers, list[str]]:
+    """Put on every layer that this machine gives: those that proved effective, by name, and the
+    namespaces among them.
+    """
     directories = library_directories()
     namespaces = _enter_namespaces()
     if "net" in namespaces and socket.if_nameindex() != [(1, "lo")]:
@@ -63,12 +65,13 @@ def confine_zygote() -> Layers:
         files += [f"landlock_abi_{landlock.abi()}"] * _fails_with(PermissionError, "/")
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    return {
+    layers: Layers = {
         "namespaces": namespaces,
         "files": files,
         "unprivileged_user": unprivileged,
         "no_new_privs": kernel.prctl(kernel.PR_GET_NO_NEW_PRIVS) == 1,
     }
+    return layers, namespaces
 
 
 def _succeeds(step: Callable[..., None], *arguments: object) -> bool:

@@ -118,11 +118,12 @@ class Files:
     """The memory files of one run: standard streams and, for a function call, the exchange."""
 
     def __init__(self, test: Test | CallTest) -> None:
-        is_call = isinstance(test, CallTest)
-        self.stdin = memory_file("stdin", b"" if is_call else test.stdin)
+        self.exchange: int | None = None
+        if isinstance(test, CallTest):
+            self.exchange = memory_file("exchange", call_to_make(test))
+        self.stdin = memory_file("stdin", test.stdin if isinstance(test, Test) else b"")
         self.stdout = memory_file("stdout")
         self.stderr = memory_file("stderr")
-        self.exchange = memory_file("exchange", call_to_make(test)) if is_call else None
 
     def __enter__(self) -> Files:
         return self

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import io
 import json
 import linecache
 import os
@@ -22,7 +21,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from . import values
 
@@ -74,7 +73,7 @@ def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
     name = "__main__" if call is None else "solution"
     exit_code = _exit_code_of(lambda: _execute(name, code, call), source)
     if threading.active_count() > 1:
-        exit_code = exit_code or _exit_code_of(threading._shutdown, source)
+        exit_code = exit_code or _exit_code_of(threading._shutdown, source)  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     exit_code = exit_code or _flush(sys.stdout, sys.__stdout__, sys.stderr)
     _finalize(name)
@@ -84,7 +83,7 @@ def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
 def _execute(name: str, code: types.CodeType, call: bytes | None) -> None:
     module = types.ModuleType(name)
     module.__file__ = FILE_NAME
-    module.__builtins__ = sys.modules["builtins"]
+    module.__dict__["__builtins__"] = sys.modules["builtins"]
     sys.modules[name] = module
     exec(code, module.__dict__)
     if call is not None:
@@ -103,12 +102,13 @@ def _finalize(name: str) -> None:
 def _make_call(module: types.ModuleType, call: bytes) -> None:
     """Call the entry point and write two lines: the value's wire form and its repr."""
     request = json.loads(call)
-    target: object = module
+    target: Any = module
     for name in request["entry_point"].split("."):
         if isinstance(target, type):
             target = target()
         target = getattr(target, name)
-    returned = target(*values.decode(request["args"].encode()))
+    arguments: Any = values.decode(request["args"].encode())
+    returned = target(*arguments)
     shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
     with open(EXCHANGE_DESCRIPTOR, "wb", closefd=False) as exchange:
         exchange.write(values.encode(returned) + b"\n" + shown)
@@ -145,7 +145,7 @@ def _report(error: BaseException, source: bytes) -> None:
         os.write(2, f"{type(error).__name__}\n".encode())
 
 
-def _flush(*streams: io.IOBase | None) -> int:
+def _flush(*streams: TextIO | None) -> int:
     """Flush `streams`; 120, as the interpreter has it, where that fails."""
     failed = 0
     for stream in streams:

@@ -75,6 +75,6 @@ class Outcome(NamedTuple):
 
     @classmethod
     def unpack(cls, message: bytes) -> Outcome:
-        phase, ending, *numbers = OUTCOME.unpack_from(message)
+        phase, ending, status, cpu_s, wall_s, rss_bytes = OUTCOME.unpack_from(message)
         fault = message[OUTCOME.size :].decode(errors="replace")
-        return cls(Phase(phase), Ending(ending), *numbers, fault)
+        return cls(Phase(phase), Ending(ending), status, cpu_s, wall_s, rss_bytes, fault)

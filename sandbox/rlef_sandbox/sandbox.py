@@ -93,7 +93,7 @@ class Sandbox:
         """Run a program once; OK means that it exited with 0 within the limits."""
         _check_language(language)
         with self._job(source, limits) as job:
-            return job.run_once(Test(stdin, b"")).result
+            return job.run_once(Test(as_bytes(stdin), b"")).result
 
     def grade(
         self,

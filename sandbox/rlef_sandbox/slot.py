@@ -88,18 +88,23 @@ class Slot:
 
     def tell(self, request: Request, descriptors: Sequence[int] = ()) -> None:
         """Send a request that has no answer."""
-        if self._channel is None:
-            raise ZygoteLostError("the sandbox is closed")
+        channel = self._open_channel()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
-            self._channel.sendmsg([request.pack()], rights if descriptors else [])
+            channel.sendmsg([request.pack()], rights if descriptors else [])
         except OSError as error:
             raise ZygoteLostError(f"the zygote is gone: {error}") from None
 
+    def _open_channel(self) -> socket.socket:
+        if self._channel is None:
+            raise ZygoteLostError("there is no zygote")
+        return self._channel
+
     def _receive(self, deadline: float) -> bytes:
+        channel = self._open_channel()
         try:
-            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
-            message = self._channel.recv(MAX_MESSAGE_BYTES)
+            channel.settimeout(max(0.001, deadline - time.monotonic()))
+            message = channel.recv(MAX_MESSAGE_BYTES)
         except OSError as error:
             raise ZygoteLostError(f"the zygote does not answer: {error}") from None
         if not message:
@@ -108,7 +113,7 @@ class Slot:
 
     def stop(self) -> None:
         """Kill the zygote and all it forked."""
-        if self._process is None:
+        if self._process is None or self._channel is None:
             return
         self.interrupt()
         self._process.wait()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TOLERANCE = 1e-6  # absolute or relative, where a float is expected
 MAX_DEPTH = 200  # nesting; deeper values are refused rather than recursed into
@@ -27,7 +27,7 @@ class Tagged(NamedTuple):
     """A parsed one-key object: a value that JSON has no form for."""
 
     kind: str
-    body: object
+    body: Any
 
 
 def encode(value: object) -> bytes:
@@ -108,7 +108,7 @@ def matches(expected: object, wire: bytes) -> bool:
         return False
 
 
-def _matches(expected: object, wire: object) -> bool:
+def _matches(expected: Any, wire: Any) -> bool:
     kind, body = wire if isinstance(wire, Tagged) else (type(wire).__name__, wire)
     if kind == "int" and isinstance(body, str):
         body = int(body, 16)

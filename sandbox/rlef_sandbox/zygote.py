@@ -90,8 +90,8 @@ class Server:
 
     def confine(self) -> dict[str, object]:
         """Put on the zygote's layers, become the zygote, and report the layers that hold."""
-        layers = confine_zygote()
-        self.own_user_namespace = "user" in layers["namespaces"]
+        layers, namespaces = confine_zygote()
+        self.own_user_namespace = "user" in namespaces
         _leave_reaper_behind(self.channel, self.controller)
         child_layers = probe_child_layers(self.filter, self.base_bytes)
         if not child_layers["seccomp"]:
@@ -184,7 +184,7 @@ class Server:
         self.poller.register(pidfd, select.POLLIN)
         clock = ~pid << 3 | 2  # the process's CPU clock, as clock_getcpuclockid(3) makes it
         ending = Ending.ITSELF
-        left_s = min(request.cpu_s, request.wall_s)
+        left_s: float | None = min(request.cpu_s, request.wall_s)
         while not self.ended(pidfd, left_s):
             cpu_left_s = request.cpu_s - time.clock_gettime(clock)
             wall_left_s = started + request.wall_s - time.monotonic()
