@@ -1,4 +1,5 @@
-"""Engines sample responses. One protocol, so that the trainer does not know which of them it drives."""
+"""Engines sample responses. One protocol, so that the trainer does not know which of them it
+drives."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -10,11 +11,13 @@ from rlef_mega.types import Completion, Sampling
 
 
 class EngineError(RuntimeError):
-    """The engine failed, not the model: the episode is retried, then dropped and counted, never scored."""
+    """The engine failed, not the model: the episode is retried, then dropped and counted, never
+    scored."""
 
 
 class Session(Protocol):
-    """One dialogue's place in an engine: keeps its turns together (prefix reuse, lock-step batches)."""
+    """One dialogue's place in an engine: keeps its turns together (prefix reuse, lock-step
+    batches)."""
 
     async def generate(
         self, token_ids: Sequence[int], sampling: Sampling, seed: int
@@ -33,6 +36,6 @@ class Engine(Protocol):
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Take over the weights, under their Hugging Face names. Raises EngineError unless what is served
-        afterwards is exactly what was sent."""
+        """Take over the weights, under their Hugging Face names. Raises EngineError unless what is
+        served afterwards is exactly what was sent."""
         ...
