@@ -1,0 +1,105 @@
+"""Figures: samples to a median with its spread, a table on the terminal, a JSON file to keep."""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlef_mega.manifest import describe
+from rlef_mega.record import write_atomically
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured quantity: a sample a repeat."""
+
+    name: str
+    unit: str  # "tokens/s", "runs/s", "s", "ratio", or "share" (0 to 1)
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def low(self) -> float:
+        return min(self.samples)
+
+    @property
+    def high(self) -> float:
+        return max(self.samples)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A benchmark's figures with what they were measured on."""
+
+    title: str
+    about: dict[str, Any]
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...] = ()
+
+
+def describe_benchmark(**more: Any) -> dict[str, Any]:
+    """Versions, device, date and command, and what the benchmark adds."""
+    return describe(command=" ".join(["rlef", *sys.argv[1:]]), **more)
+
+
+def shares(phases: Sequence[dict[str, float]]) -> list[Figure]:
+    """What fraction of each repeat its phases took; all but `step`, which is the repeat's wall
+    time."""
+    names = sorted({name for times in phases for name in times} - {"step"})
+    return [
+        Figure(
+            f"share: {name}",
+            "share",
+            tuple(times.get(name, 0.0) / times["step"] for times in phases),
+        )
+        for name in names
+    ]
+
+
+def readable(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{value:.1%}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def show(report: Report) -> None:
+    table = Table("figure", "median", "lowest", "highest", "unit", title=report.title)
+    for figure in report.figures:
+        unit = "" if figure.unit == "share" else figure.unit
+        cells = [readable(v, figure.unit) for v in (figure.median, figure.low, figure.high)]
+        table.add_row(figure.name, *cells, unit)
+    console = Console()
+    console.print(table)
+    where = [report.about[name] for name in ("model", "device") if name in report.about]
+    for note in (*report.notes, "measured on: " + ", ".join(where)):
+        console.print(note)
+
+
+def write(report: Report, path: Path) -> None:
+    content = {
+        "title": report.title,
+        **report.about,
+        "notes": list(report.notes),
+        "figures": {
+            figure.name: {
+                "unit": figure.unit,
+                "median": figure.median,
+                "low": figure.low,
+                "high": figure.high,
+                "samples": list(figure.samples),
+            }
+            for figure in report.figures
+        },
+    }
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

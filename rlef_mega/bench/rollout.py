@@ -1,0 +1,150 @@
+"""How fast dialogues are: generation by the embedded engine, grading in the sandbox, and what is
+left of a wave.
+
+The recipe's model where it is on this machine. Random weights write no valid code, so with those
+hardly anything is graded and only generation means something. Run as a module it is the worker.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rlef_mega.bench.figures import Figure, Report, describe_benchmark, shares
+from rlef_mega.bench.workload import RESULT, workload
+from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.dialog import ChatFormat
+from rlef_mega.engines.generation import Request
+from rlef_mega.engines.local import LocalEngine
+from rlef_mega.judge import Judge
+from rlef_mega.launch import STOPPED, StopRequest, worker_main
+from rlef_mega.megatron import parallel
+from rlef_mega.problems import load_problems, sample
+from rlef_mega.rollout import derive_seed, roll_out_on_all_ranks
+from rlef_mega.shares import any_rank, gather
+from rlef_mega.train import dialogue_rules
+from rlef_mega.types import Completion, Problem, Verdict
+from rlef_sandbox import Sandbox
+
+REPEATS = 5
+
+
+def benchmark(recipe: str) -> Report:
+    with workload(recipe) as work:
+        measured = work.run("rlef_mega.bench.rollout")
+        config = work.config
+        about = describe_benchmark(
+            layout=config.parallel.model_dump(),
+            dtype=config.model.dtype,
+            model=work.model,
+            problems=config.data.train,
+            dialogues=config.rollout.episodes_per_batch,
+            judge_workers=config.judge.workers,
+            threads_per_process=measured["threads"],
+        )
+    return Report(f"rlef bench rollout: {recipe}", about, figures(measured["waves"]))
+
+
+def figures(waves: Sequence[dict]) -> tuple[Figure, ...]:
+    """`waves`: a list a repeat of what each rank counted."""
+
+    def total(name: str) -> list[float]:
+        return [sum(rank[name] for rank in wave) for wave in waves]
+
+    def mean(name: str) -> list[float]:
+        return [sum(rank[name] for rank in wave) / len(wave) for wave in waves]
+
+    def rate(counted: str, phase: str) -> tuple[float, ...]:
+        pairs = zip(total(counted), mean(phase), strict=True)
+        return tuple(count / max(seconds, 1e-9) for count, seconds in pairs)
+
+    phases = [
+        {"generate": generate, "grade": grade, "rest": wall - generate - grade, "step": wall}
+        for generate, grade, wall in zip(mean("generate"), mean("grade"), mean("wall"), strict=True)
+    ]
+    return (
+        Figure("generation, while generating", "tokens/s", rate("tokens", "generate")),
+        Figure("generation, over the wave", "tokens/s", rate("tokens", "wall")),
+        Figure("graded runs, while grading", "runs/s", rate("runs", "grade")),
+        Figure("dialogues", "dialogues/s", rate("dialogues", "wall")),
+        *shares(phases),
+    )
+
+
+class TimedEngine(LocalEngine):
+    """Counts the tokens it generates and the seconds it takes."""
+
+    tokens = 0
+    seconds = 0.0
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        begun = time.perf_counter()
+        completions = super().generate(requests)
+        self.seconds += time.perf_counter() - begun
+        self.tokens += sum(len(completion.token_ids) for completion in completions)
+        return completions
+
+
+class TimedJudge(Judge):
+    """Counts the seconds in which at least one program is being judged. The engine generates only
+    when no dialogue is with the judge, so the two never overlap."""
+
+    judging = 0
+    seconds = 0.0
+
+    async def judge(self, problem: Problem, program: str | None, *, last_turn: bool) -> Verdict:
+        if not self.judging:
+            self.begun = time.perf_counter()
+        self.judging += 1
+        try:
+            return await super().judge(problem, program, last_turn=last_turn)
+        finally:
+            self.judging -= 1
+            if not self.judging:
+                self.seconds += time.perf_counter() - self.begun
+
+
+def work(folder: Path) -> int:
+    config = load_config(folder / "config.toml", [], TrainConfig)
+    ranks = parallel.initialize(config.parallel, seed=config.run.seed)
+    stop = StopRequest(folder / "stop")
+    problems = load_problems(config.data.train)
+    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    rules = dialogue_rules(config, chat)
+    dtype = getattr(torch, config.model.dtype)
+    engine = TimedEngine(config.model.path, dtype=dtype, device=ranks.device)
+    waves = []
+    with Sandbox(workers=config.judge.workers, isolation=config.judge.isolation) as sandbox:
+        judge = TimedJudge(sandbox, workers=config.judge.workers)
+        for repeat in range(1 + REPEATS):
+            if any_rank(stop.requested()):
+                return STOPPED
+            engine.tokens, engine.seconds = 0, 0.0
+            judge.runs, judge.seconds = 0, 0.0
+            chosen = sample(problems, repeat, config.rollout.episodes_per_batch, config.run.seed)
+            dist.barrier()  # all ranks begin together
+            begun = time.perf_counter()
+            held = roll_out_on_all_ranks(
+                chosen, engine, judge, chat, rules, derive_seed(config.run.seed, repeat)
+            )
+            counted = {
+                "wall": time.perf_counter() - begun,
+                "generate": engine.seconds,
+                "grade": judge.seconds,
+                "tokens": engine.tokens,
+                "runs": judge.runs,
+                "dialogues": len(held.episodes) / ranks.world_size,
+            }
+            waves.append(gather(counted))
+    if ranks.is_writer:
+        measured = {"waves": waves[1:], "threads": torch.get_num_threads()}
+        (folder / RESULT).write_text(json.dumps(measured))
+    parallel.shutdown(ranks)
+    return 0
+
+
+if __name__ == "__main__":
+    worker_main(work)

@@ -1,0 +1,151 @@
+"""Benchmarks: what they count, and that a small one runs through the command.
+
+Speeds themselves are not asserted: they belong to the machine, and its results file.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlef_mega.bench import measure, run_benchmark
+from rlef_mega.bench.figures import Figure, shares
+from rlef_mega.bench.step import benchmark as benchmark_step
+from rlef_mega.bench.trl import as_rollout, find_python
+from rlef_mega.bench.workload import random_episodes, workload
+from rlef_mega.config import ConfigError, RolloutConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.packing import pack
+
+DEMO = load_config(find_recipe("demo"), [], TrainConfig).rollout
+SMALL = """
+[run]
+dir = "unused"
+steps = 1
+[model]
+path = "no model here"
+dtype = "float32"
+[data]
+train = "curriculum:train"
+[rollout]
+episodes_per_batch = 8
+max_new_tokens = 40
+max_context = 320
+[ppo]
+updates_per_batch = 2
+"""
+
+
+def by_name(report) -> dict[str, Figure]:
+    return {figure.name: figure for figure in report.figures}
+
+
+@pytest.mark.parametrize("rollout", [DEMO, RolloutConfig(episodes_per_batch=16)])
+def test_made_up_episodes_stay_within_the_recipe_and_repeat(rollout):
+    episodes = random_episodes(rollout, vocab_size=640, seed=3)
+    assert episodes == random_episodes(rollout, vocab_size=640, seed=3)
+    assert episodes != random_episodes(rollout, vocab_size=640, seed=4)
+    assert len(episodes) == rollout.episodes_per_batch
+    turns = [turn for episode in episodes for turn in episode.turns]
+    assert {len(episode.turns) for episode in episodes} == {1, 2, 3}
+    assert max(len(turn.action_ids) for turn in turns) <= rollout.max_new_tokens
+    assert max(len(episode.token_ids) for episode in episodes) <= rollout.max_context
+    assert max(max(episode.token_ids) for episode in episodes) < 640
+
+
+def test_shares_are_of_the_whole_step():
+    steps = [{"score": 1.0, "update": 2.0, "step": 4.0}, {"score": 3.0, "step": 6.0}]
+    assert shares(steps) == [
+        Figure("share: score", "share", (0.25, 0.5)),
+        Figure("share: update", "share", (0.5, 0.0)),
+    ]
+
+
+def test_time_outside_the_phases_is_what_none_of_them_claims(tmp_path):
+    times = [
+        {"rollout": 9.0, "step": 90.0},  # the first step is left out
+        {"rollout": 6.0, "update": 3.0, "step": 10.0},
+        {"rollout": 17.0, "update": 10.0, "step": 30.0},
+    ]
+    lines = [{"step": n + 1, "tokens": 600, "time": t} for n, t in enumerate(times)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = benchmark_step(tmp_path)
+    found = by_name(report)
+    assert found["share: outside"].samples == pytest.approx((0.1, 0.1))
+    assert found["tokens of dialogues"].samples == (60.0, 20.0)
+    assert report.about["share_of_all_steps"] == {"rollout": 0.575, "update": 0.325, "outside": 0.1}
+    assert "goal below 5%: missed" in report.notes[1]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="directory of a run"):
+        benchmark_step(tmp_path)
+
+
+def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
+    episodes = random_episodes(DEMO, vocab_size=640, seed=0)
+    batch = pack(episodes, invalid_code_penalty=0.0)
+    token_ids, said, logprobs = [], [], []
+    for given in map(as_rollout, episodes):
+        lengths = {len(given[name]) for name in ("completion_ids", "env_mask", "logprobs")}
+        assert len(lengths) == 1 and given["env_mask"][0] == given["env_mask"][-1] == 1
+        token_ids += given["prompt_ids"] + given["completion_ids"]
+        said += [0] * len(given["prompt_ids"]) + given["env_mask"]
+        logprobs += [0.0] * len(given["prompt_ids"]) + given["logprobs"]
+    assert token_ids == batch.token_ids_T.tolist()
+    assert said == batch.action_mask_T.int().tolist()
+    assert logprobs == pytest.approx(batch.behaviour_logprobs_T.tolist())
+
+
+def test_a_missing_trl_environment_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setenv("RLEF_BENCH_PYTHON", "/no/such/python")
+    with pytest.raises(ConfigError, match="make bench-trl"):
+        find_python()
+
+
+def test_trl_goes_with_training_only():
+    with pytest.raises(ConfigError, match="goes with `rlef bench train`"):
+        run_benchmark("rollout", "demo", None, against_trl=True)
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="known: train, rollout, step, sandbox"):
+        measure("speed", "demo", against_trl=False)
+
+
+def test_a_recipe_whose_big_model_is_elsewhere_is_refused_rather_than_measured_on_another():
+    with (
+        pytest.raises(ConfigError, match="cannot be measured"),
+        workload("llama31_8b"),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "phases"), [("train", 5), ("rollout", 3)])
+def test_a_small_recipe_is_measured_through_the_command(what, phases, tmp_path):
+    recipe, out = tmp_path / "small.toml", tmp_path / "figures.json"
+    recipe.write_text(SMALL)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlef_mega.cli", "bench", what, str(recipe), "--json", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert written["model"] == "random weights, the shape of demo_base"
+    assert {"versions", "device", "started", "command", "layout"} <= set(written)
+    figures = written["figures"]
+    for figure in figures.values():
+        assert len(figure["samples"]) == 5
+        assert figure["median"] == statistics.median(figure["samples"])
+    parts = [f["samples"] for name, f in figures.items() if name.startswith("share: ")]
+    assert len(parts) == phases
+    # nothing is counted twice, and next to nothing is left out
+    assert all(0.9 < sum(repeat) < 1.001 for repeat in zip(*parts, strict=True))
+    assert str(Path(out)) in done.stdout
