@@ -140,10 +140,10 @@ def view(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
 def doctor() -> None:
     """What this machine gives: accelerations, the sandbox's layers, versions."""
     import torch
-    from rlef_sandbox import Sandbox
 
     from rlef_mega.manifest import device, versions
     from rlef_mega.megatron.parallel import accelerations
+    from rlef_sandbox import Sandbox
 
     table = Table("what", "found")
     table.add_row("device", device())

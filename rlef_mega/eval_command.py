@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rlef_sandbox import Sandbox
 
 from rlef_mega.config import ConfigError
 from rlef_mega.dialog import ChatFormat
@@ -18,6 +17,7 @@ from rlef_mega.record import RunDirectory
 from rlef_mega.report import print_comparison
 from rlef_mega.rollout import Rules
 from rlef_mega.types import Sampling
+from rlef_sandbox import Sandbox
 
 
 @dataclass(frozen=True)

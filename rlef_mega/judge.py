@@ -9,9 +9,8 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rlef_sandbox import Result, Sandbox, Status
-
 from rlef_mega.types import AnyTest, Problem, TestOutcome, Verdict
+from rlef_sandbox import Result, Sandbox, Status
 
 
 class JudgeError(RuntimeError):

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import zstandard
-from rlef_sandbox import CallTest
 
 from rlef_mega.dialog import ChatFormat
 from rlef_mega.types import Episode, Problem, TestOutcome
+from rlef_sandbox import CallTest
 
 TEXT_LIMIT = 10_000  # characters of any one text in an episode record
 

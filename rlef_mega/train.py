@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rlef_sandbox import Sandbox
 
 from rlef_mega import metrics, ppo
 from rlef_mega.config import TrainConfig, load_config
@@ -35,6 +34,7 @@ from rlef_mega.record import Clock, RunDirectory, episode_record
 from rlef_mega.rollout import Rules, derive_seed, roll_out_on_all_ranks
 from rlef_mega.shares import any_rank
 from rlef_mega.types import Batch, Episode, Problem, Sampling, Targets
+from rlef_sandbox import Sandbox
 
 
 def train(config: TrainConfig) -> int:

@@ -10,6 +10,7 @@ Shape suffixes: T packed tokens of a batch, N turns in episode order, E episodes
 from dataclasses import dataclass, field
 
 import torch
+
 from rlef_sandbox import CallTest, Limits, Result, Test
 
 AnyTest = Test | CallTest

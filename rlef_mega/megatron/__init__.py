@@ -3,12 +3,16 @@ publication.
 
 The only place that imports megatron. What acceleration is missing is reported once, by
 `parallel.accelerations`; megatron-core's own warnings say it again on every rank at import, and
-torch's that of collectives renamed in newer versions at every call, so both are silenced here.
+torch's those of names that newer versions change at every call, so both are silenced here.
 """
 
 import warnings
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+warnings.filterwarnings(
+    "ignore",
+    category=FutureWarning,
+    module=r"torch\.distributed|megatron\.core|rlef_mega\.megatron\.cpu_shim",
+)
 # megatron-core reads .grad of parameters that are views of its buffers
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")

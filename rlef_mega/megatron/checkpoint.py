@@ -35,6 +35,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
 
@@ -187,6 +188,16 @@ def load_model(folder: Path, model: TrainedModel) -> None:
     )
     model.module.load_state_dict(loaded["model"])
     load_spread_optimizer(spread_optimizer(model), loaded["optimizer"])
+
+
+@calls_megatron
+def load_weights(folder: Path, module: PackedLlama, ranks: Ranks) -> None:
+    """One network's weights alone, saved in any layout, into a module of this one. Collective."""
+    weights = module.sharded_state_dict(metadata=metadata(ranks))
+    loaded = dist_checkpointing.load(
+        {"model": weights}, str(folder), TorchDistLoadShardedStrategy()
+    )
+    module.load_state_dict(loaded["model"])
 
 
 def spread_optimizer(model: TrainedModel) -> DistributedOptimizer:

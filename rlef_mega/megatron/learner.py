@@ -9,6 +9,7 @@ Shape suffixes: T packed tokens of the batch, A its response tokens in order, N 
 token-level values, A).
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -131,22 +132,22 @@ class Learner:
     def update(
         self, batch: Batch, targets: Targets, order: torch.Tensor, *, train_policy: bool = True
     ) -> dict[str, float]:
-        """One pass over the batch in `updates_per_batch` equal parts of `order`, a permutation of
-        its sequences: each is one optimizer step of the critic and, unless it is only warming up,
-        one of the policy. Means over the updates.
+        """One pass over the batch in `updates_per_batch` parts of `order`, a permutation of its
+        sequences; parts are equal unless episodes were dropped. Each is one optimizer step of the
+        critic and, unless it is only warming up, one of the policy. Means over the updates.
 
         Raises FloatingPointError before an optimizer step whose loss or gradient is not finite.
         """
         parts = self.ppo.updates_per_batch
         sequences = order.tolist()
-        if sorted(sequences) != list(range(batch.num_sequences)) or len(sequences) % parts:
+        if sorted(sequences) != list(range(batch.num_sequences)) or len(sequences) < parts:
             raise ValueError(
-                f"order must permute {batch.num_sequences} sequences, a multiple of {parts} updates"
+                f"order must permute {batch.num_sequences} sequences, at least {parts} of them"
             )
-        size = len(sequences) // parts
+        bounds = [len(sequences) * part // parts for part in range(parts + 1)]
         rows: list[dict[str, float]] = []
-        for part in range(parts):
-            chosen = sequences[part * size : (part + 1) * size]
+        for start, end in itertools.pairwise(bounds):
+            chosen = sequences[start:end]
             microbatches = self.cutting.cut(batch, chosen)
             row = self.update_critic(batch, targets, chosen, microbatches)
             if train_policy:

@@ -61,6 +61,7 @@ def parse_row(row: dict[str, Any]) -> Problem | str:
         public_tests=public,
         private_tests=PrivateTests(private),
         limits=parse_limits(row),
+        checker="codecontests",  # its own rule: reference outputs differ in case, or as 20.0
         template="codecontests",
         family="codecontests",
         tags=tuple(tag for tag in expect(row, "cf_tags", list, []) if tag),

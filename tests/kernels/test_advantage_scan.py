@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from rlef_kernels import advantage_scan
 
 

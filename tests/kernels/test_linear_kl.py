@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rlef_kernels import linear_kl, linear_kl_reference
 
 

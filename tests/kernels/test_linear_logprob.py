@@ -7,8 +7,9 @@ an fp32 matrix product itself is off by about z * 1e-6.
 
 import pytest
 import torch
-from rlef_kernels import linear_logprob, linear_logprob_reference
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlef_kernels import linear_logprob, linear_logprob_reference
 
 
 def truth(hidden, weight, target, temperature=1.0):

@@ -3,6 +3,7 @@ place."""
 
 import pytest
 import torch
+
 from rlef_kernels import linear_logprob, logits_logprob, logits_logprob_reference
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from rlef_kernels import (
     clipped_value_loss,
     clipped_value_loss_reference,

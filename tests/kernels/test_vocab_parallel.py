@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from rlef_kernels import linear_kl, linear_logprob, logits_logprob
 
 TOKENS, WIDTH, VOCABULARY, RANKS = 23, 12, 50, 2

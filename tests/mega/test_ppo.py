@@ -129,7 +129,7 @@ def test_losses_of_microbatches_with_a_global_denominator_add_up():
 
 
 def test_the_kernels_compute_the_same_losses():
-    """What a GPU will run fused is defined twice, here and beside the kernels; they must stay one."""
+    """The losses are defined twice, here and beside the kernels; they must stay one."""
     generator = torch.Generator().manual_seed(0)
     pi, old, behaviour, advantages = torch.randn(4, 50, generator=generator)
     ours = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
