@@ -7,7 +7,7 @@ wrong program with what happened to another problem's; if that costs nothing, th
 reading its feedback.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import comb
 from typing import Any
@@ -93,8 +93,9 @@ class Evaluator:
         rules: Rules,
         *,
         writer: bool,
+        say: Callable[[str], None],
     ) -> None:
-        self.config, self.run, self.writer = config, run, writer
+        self.config, self.run, self.writer, self.say = config, run, writer, say
         self.engine, self.judge, self.chat = engine, judge, chat
         sampling = replace(
             rules.sampling, temperature=config.eval.temperature, top_p=config.eval.top_p
@@ -120,6 +121,9 @@ class Evaluator:
         already."""
         if not self.test or (self.run.path / f"eval/{name}.json").exists():
             return
+        self.say(
+            f"evaluating {name} training, on {len(self.test)} problems of {self.config.data.test}"
+        )
         seed = derive_seed(self.config.run.seed, "test")
         result = evaluate(self.test, self.engine, self.judge, self.chat, self.rules, seed=seed)
         if self.writer:
@@ -134,6 +138,8 @@ class Evaluator:
                 rules=self.rules,
                 seed=self.config.run.seed,
             )
+        rates = {name: part["solve_rate"]["value"] for name, part in result.summary.items()}
+        self.say("  " + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
 
 
 def write_evaluation(

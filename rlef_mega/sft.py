@@ -36,6 +36,8 @@ def supervise(config: SFTConfig) -> int:
     """Run or resume the stage; 0 when `model/` is there, STOPPED when asked to stop before."""
     run = RunDirectory(Path(config.dir))
     ranks = parallel.initialize(config.parallel, seed=config.seed)
+    if ranks.is_writer:
+        run.lock()
     chat = ChatFormat.from_folder(run.path / "init")
     learner = SupervisedLearner(
         ranks,

@@ -41,6 +41,8 @@ def train(config: TrainConfig) -> int:
     """Run or resume. Returns 0 when all steps are done and STOPPED when asked to stop before."""
     run = RunDirectory(Path(config.run.dir))
     ranks = parallel.initialize(config.parallel, seed=config.run.seed)
+    if ranks.is_writer:
+        run.lock()
     problems = load_problems(config.data.train)
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
@@ -54,7 +56,9 @@ def train(config: TrainConfig) -> int:
         StepProgress("RLEF", done=first, total=config.run.steps, shown=ranks.is_writer) as progress,
     ):
         judge = Judge(sandbox, workers=config.judge.workers)
-        evaluator = Evaluator(config, run, engine, judge, chat, rules, writer=ranks.is_writer)
+        evaluator = Evaluator(
+            config, run, engine, judge, chat, rules, writer=ranks.is_writer, say=progress.say
+        )
         if ranks.is_writer:
             run.write_json("manifest.json", run_manifest(config, sandbox, ranks.device))
         publish(learner, engine, version=first)
