@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.launch import STOPPED
+from rlef_mega.launch import STOPPED, die_with_parent
 
 
 def run_demo() -> None:
@@ -34,7 +34,8 @@ def say(message: str) -> None:
 def stage(title: str, *command: str) -> None:
     """A command of ours, as a user would give it; its failure ends the demo with its exit code."""
     say(f"{title}:  rlef {' '.join(command)}")
-    child = subprocess.Popen([sys.executable, "-m", "rlef_mega.cli", *command])
+    words = [sys.executable, "-m", "rlef_mega.cli", *command]
+    child = subprocess.Popen(words, preexec_fn=die_with_parent)
     while True:
         try:
             code = child.wait()

@@ -1,5 +1,4 @@
-"""What is said to the model, and how it becomes token ids: prompts, feedback, code extraction, chat
-formats.
+"""What is said to the model, and what is read off its answer: prompts, feedback, code extraction.
 
 Everything here is pure. Functions take a statement and the outcomes of *public* tests, never a
 `Problem` or its `PrivateTests`, so nothing of the private tests can enter a dialogue. Wording is
@@ -11,14 +10,10 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal
 
 from rlef_mega.types import AnyTest, TestOutcome
 from rlef_sandbox import CallTest, Result, Status, Test
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # --- templates
 
@@ -248,155 +243,3 @@ def is_python(program: str) -> bool:
             return bool(ast.parse(program).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False  # the last two are how the parser refuses deep nesting
-
-
-# --- chat format
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a dialogue becomes token ids, token-in token-out.
-
-    Messages are encoded one by one and appended; what the engine sampled is never encoded again.
-    Message text is always plain text: a control token spelled out in it comes out as ordinary
-    characters' ids.
-
-    `llama3` is Llama 3.1's format without its system message (which holds the date of the day);
-    `chatml` is without a default system message too.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    begin: tuple[int, ...]  # before the first message
-    user_header: tuple[int, ...]  # control tokens that open a user message
-    user_lead: str  # plain text after them, encoded together with the message
-    assistant_header: tuple[int, ...]  # closes the user message and opens the assistant's
-    end_of_turn: int
-    between: tuple[int, ...]  # after the end of a response, before the next header
-    stop_token_ids: tuple[int, ...]
-
-    @classmethod
-    def for_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase", name: str = "auto") -> Self:
-        """`name` is llama3, chatml or auto (by the control tokens that the tokenizer has)."""
-        known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-        if name == "auto":
-            fits = [f for f, controls in CONTROLS.items() if known.issuperset(controls)]
-            if not fits:
-                raise ValueError(
-                    f"the tokenizer {tokenizer.name_or_path!r} has the control tokens of no chat "
-                    f"format ({', '.join(CONTROLS)}); take an instruction-tuned model"
-                )
-            name = fits[0]
-        if name not in CONTROLS:
-            raise ValueError(f"unknown chat format {name!r}; known: auto, {', '.join(CONTROLS)}")
-        missing = [control for control in CONTROLS[name] if control not in known]
-        if missing:
-            raise ValueError(
-                f"chat format {name!r} needs the tokens {', '.join(missing)}, which the tokenizer "
-                f"{tokenizer.name_or_path!r} lacks; set model.chat_format to auto, or take another "
-                "model"
-            )
-        return cls.llama3(tokenizer) if name == "llama3" else cls.chatml(tokenizer)
-
-    @classmethod
-    def from_folder(cls, folder: Path, name: str = "auto") -> Self:
-        """The chat format of a Hugging Face model folder."""
-        from transformers import AutoTokenizer
-
-        return cls.for_tokenizer(AutoTokenizer.from_pretrained(folder), name)
-
-    @classmethod
-    def llama3(cls, tokenizer: "PreTrainedTokenizerBase") -> Self:
-        begin, header, end_header, end = control_ids(tokenizer, CONTROLS["llama3"])
-
-        def role(name: str) -> tuple[int, ...]:
-            return (header, *encode_plain(tokenizer, name), end_header)
-
-        return cls(
-            tokenizer,
-            begin=(begin,),
-            user_header=role("user"),
-            user_lead="\n\n",
-            assistant_header=(end, *role("assistant"), *encode_plain(tokenizer, "\n\n")),
-            end_of_turn=end,
-            between=(),
-            stop_token_ids=stops(tokenizer, end, "<|end_of_text|>", "<|eom_id|>"),
-        )
-
-    @classmethod
-    def chatml(cls, tokenizer: "PreTrainedTokenizerBase") -> Self:
-        start, end = control_ids(tokenizer, CONTROLS["chatml"])
-        newline = encode_plain(tokenizer, "\n")
-        return cls(
-            tokenizer,
-            begin=(),
-            user_header=(start,),
-            user_lead="user\n",
-            assistant_header=(end, *newline, start, *encode_plain(tokenizer, "assistant\n")),
-            end_of_turn=end,
-            between=tuple(newline),
-            stop_token_ids=stops(tokenizer, end, "<|endoftext|>"),
-        )
-
-    def open(self, text: str) -> list[int]:
-        """The first user message, with the assistant's turn open after it."""
-        return [*self.begin, *self.ask(text)]
-
-    def observe(self, text: str, ended: bool) -> list[int]:
-        """What is appended, verbatim, to a response that the model `ended` (else the engine, for
-        its length).
-        """
-        end = () if ended else (self.end_of_turn,)
-        return [*end, *self.between, *self.ask(text)]
-
-    def ask(self, text: str) -> list[int]:
-        message = encode_plain(self.tokenizer, self.user_lead + text.strip())
-        return [*self.user_header, *message, *self.assistant_header]
-
-    def respond(self, text: str) -> list[int]:
-        """A response as a model would sample it, end of turn included: targets of the supervised
-        stage.
-        """
-        return [*encode_plain(self.tokenizer, text), self.end_of_turn]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a response, without what ended it."""
-        ids = list(token_ids)
-        if ids and ids[-1] in self.stop_token_ids:
-            ids.pop()
-        text = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
-
-
-CONTROLS = {
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-}
-
-
-def control_ids(tokenizer: "PreTrainedTokenizerBase", controls: Sequence[str]) -> list[int]:
-    """Ids of control tokens. ValueError if text that spells one would be encoded as one."""
-    vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[control] for control in controls]
-    for control, token_id in zip(controls, ids, strict=True):
-        if token_id in encode_plain(tokenizer, control):
-            raise ValueError(
-                f"{control!r} is not a special token of the tokenizer {tokenizer.name_or_path!r}: "
-                "text that spells it would control the dialogue; mark it special in tokenizer.json"
-            )
-    return ids
-
-
-def stops(tokenizer: "PreTrainedTokenizerBase", end: int, *others: str) -> tuple[int, ...]:
-    """The end of a turn, and what else the model may have learnt to end with."""
-    added = tokenizer.get_added_vocab()
-    return (end, *(added[token] for token in others if token in added))
-
-
-def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Ids of `text` alone: nothing is added, and control tokens in it are characters."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert isinstance(ids, list)
-    return ids

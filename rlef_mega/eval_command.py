@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from rlef_mega.chat import ChatFormat
 from rlef_mega.config import ConfigError
-from rlef_mega.dialog import ChatFormat
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import evaluate, write_evaluation
 from rlef_mega.judge import Judge

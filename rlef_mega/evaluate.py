@@ -13,8 +13,8 @@ from math import comb
 from typing import Any
 
 from rlef_mega import metrics
+from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig
-from rlef_mega.dialog import ChatFormat
 from rlef_mega.engines import Engine
 from rlef_mega.judge import Judge
 from rlef_mega.problems import load_problems

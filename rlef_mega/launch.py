@@ -1,11 +1,11 @@
 """Launching ranks on one node, and what every worker process does around its work.
 
 Theory of operation: `rlef` validates everything it can, writes the run directory, and starts one
-process group for the ranks through torchrun's own agent, in a session of its own. The user's Ctrl-C
-reaches `rlef` alone; it leaves a file `stop`, which the ranks see at the end of their step. If
-`rlef` dies, even by SIGKILL, the kernel kills the agent, and with it the ranks (PR_SET_PDEATHSIG),
-so that no orphan goes on writing. Under Slurm, srun starts the worker modules directly and none of
-this file but `worker_main` and `StopRequest` is used.
+process group for the ranks through torchrun's own agent, in a session of its own. A Ctrl-C or
+SIGTERM reaches `rlef` alone; it leaves a file `stop`, which the ranks see at the end of their step.
+If `rlef` dies, even by SIGKILL, the kernel kills the agent, and with it the ranks
+(PR_SET_PDEATHSIG), so that no orphan goes on writing. Under Slurm, srun starts the worker modules
+directly and none of this file but `worker_main` and `StopRequest` is used.
 """
 
 import ctypes
@@ -61,17 +61,19 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
     child = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=die_with_parent
     )
-    while True:
-        try:
-            code = child.wait()
-            stop_file.unlink(missing_ok=True)
-            return code
-        except KeyboardInterrupt:
-            if stop_file.exists():
-                child.terminate()  # asked twice: do not wait for the step
-            else:
-                print("\nstopping: the current step is finished and saved first", flush=True)
-                stop_file.touch()
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        if stop_file.exists():  # asked twice: do not wait for the step
+            child.kill()
+        else:
+            print("\nstopping: the current step is finished and saved first", flush=True)
+            stop_file.touch()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    code = child.wait()
+    stop_file.unlink(missing_ok=True)
+    return code
 
 
 def run_agent(processes: int, module: str, run_dir: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import zstandard
 
-from rlef_mega.dialog import ChatFormat
+from rlef_mega.chat import ChatFormat
 from rlef_mega.types import Episode, Problem, TestOutcome
 from rlef_sandbox import CallTest
 

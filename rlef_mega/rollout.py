@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlef_mega import dialog
-from rlef_mega.dialog import ChatFormat
+from rlef_mega.chat import ChatFormat
 from rlef_mega.engines import Engine, EngineError, Session
 from rlef_mega.judge import Judge, JudgeError
 from rlef_mega.shares import gather, interleave, my_share

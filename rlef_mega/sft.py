@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlef_mega.chat import ChatFormat
 from rlef_mega.config import SFTConfig, load_config
-from rlef_mega.dialog import ChatFormat
 from rlef_mega.launch import STOPPED, StopRequest, worker_main
 from rlef_mega.megatron import checkpoint, parallel
 from rlef_mega.megatron.hf_weights import export_hf

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from rlef_mega import metrics, ppo
+from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.dialog import ChatFormat
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import Evaluator
 from rlef_mega.guard import Guards

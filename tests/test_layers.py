@@ -14,6 +14,7 @@ LEVELS = {
     "config": 1,
     "problems": 2,
     "dialog": 2,
+    "chat": 2,
     "packing": 2,
     "ppo": 2,
     "metrics": 2,

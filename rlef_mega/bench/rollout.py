@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark, shares
 from rlef_mega.bench.workload import RESULT, workload
+from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.dialog import ChatFormat
 from rlef_mega.engines.generation import Request
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.judge import Judge

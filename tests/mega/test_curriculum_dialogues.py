@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlef_mega import dialog
-from rlef_mega.dialog import ChatFormat
+from rlef_mega.chat import ChatFormat
 from rlef_mega.problems import curriculum, supervised
 from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises
 from rlef_mega.problems.supervised import HABITS, sft_dialogues

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlef_mega.dialog import ChatFormat
+from rlef_mega.chat import ChatFormat
 from rlef_mega.engines import EngineError
 from rlef_mega.judge import Judge
 from rlef_mega.problems.tokenizer import train_tokenizer

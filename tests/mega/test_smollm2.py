@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rlef_mega import smollm2
+from rlef_mega.chat import ChatFormat
 from rlef_mega.config import LearnerConfig, ParallelConfig, PPOConfig
-from rlef_mega.dialog import ChatFormat, extract_program, first_prompt
+from rlef_mega.dialog import extract_program, first_prompt
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner

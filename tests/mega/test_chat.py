@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlef_mega.dialog import CONTROLS, ChatFormat, encode_plain
+from rlef_mega.chat import CONTROLS, ChatFormat, encode_plain
 from rlef_mega.problems.tokenizer import CHAT_TEMPLATE
 
 CHATML_TEMPLATE = (
