@@ -20,9 +20,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--single-turn", type=Path, help="a run with rollout.turns=1, equal tokens")
     arguments = parser.parse_args()
     command = f"python benchmarks/collect_demo.py {' '.join(map(str, arguments.runs))}"
     collected = {when: collect(arguments.runs, when) for when in ("before", "after")}
+    if arguments.single_turn:
+        command += f" --single-turn {arguments.single_turn}"
+        collected["after_single_turn_training"] = collect([arguments.single_turn], "after")
     steps = [step_figures(run) for run in arguments.runs]
     content = describe(
         command=command, runs=list(map(str, arguments.runs)), **collected, steps=steps
@@ -64,7 +68,7 @@ def step_figures(run: Path) -> dict[str, float]:
     return {
         "steps": len(lines),
         "median_step_s": sorted(seconds)[len(seconds) // 2],
-        "tokens": sum(line["tokens"] for line in lines),
+        "tokens": sum(line["tokens"] for line in lines),  # of whole dialogues
         "episodes": sum(line["episodes"] for line in lines),
         "max_logprob_gap": max(line["logprob_gap_max"] for line in lines),
     }
