@@ -1,8 +1,8 @@
 """Several seeds of the demo into one JSON: python benchmarks/collect_demo.py RUN... --json OUT
 
-Each RUN is a finished run directory with eval/before.json and eval/after.json. Solve rates are
-pooled over seeds and problems, with the paper's bootstrap interval; each seed's own rate stands
-beside them.
+Each RUN is a finished run directory with eval/before.json and eval/after.json. A solve rate is the
+mean over problems of a problem's mean over seeds, its 95% interval a bootstrap over problems: the
+seeds share them. Each seed's own rate stands beside it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def collect(runs: list[Path], when: str) -> dict[str, Any]:
     for protocol in PROTOCOLS:
         results = [evaluation["protocols"][protocol] for evaluation in evaluations]
         pooled[protocol] = {
-            "solve_rate": bootstrap_interval([o for r in results for o in r["outcomes"]]),
+            "solve_rate": bootstrap_interval(mean_outcomes(results)),
             "by_seed": [r["solve_rate"]["value"] for r in results],
             "by_family": pool(results, "by_family"),
             "by_kind": pool(results, "by_kind"),
@@ -51,6 +51,12 @@ def collect(runs: list[Path], when: str) -> dict[str, Any]:
                 pooled[protocol][name] = [r[name] for r in results]
             pooled[protocol]["turn1"] = [r["turn1"]["value"] for r in results]
     return pooled
+
+
+def mean_outcomes(results: list[dict[str, Any]]) -> list[float]:
+    """A problem's outcome, averaged over the seeds; no dialogue may have been dropped."""
+    columns = zip(*(result["outcomes"] for result in results), strict=True)
+    return [sum(column) / len(results) for column in columns]
 
 
 def pool(results: list[dict[str, Any]], group: str) -> dict[str, float]:
