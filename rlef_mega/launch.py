@@ -57,6 +57,7 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
         **os.environ,
         "PYTHONUNBUFFERED": "1",
     }
+    print(f"starting {processes} ranks of {module} in {run_dir}", flush=True)
     command = [sys.executable, "-m", "rlef_mega.launch", str(processes), module, str(run_dir)]
     child = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=die_with_parent

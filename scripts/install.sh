@@ -17,8 +17,9 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 from_folder() { pip install --quiet --no-deps --no-index --find-links "$wheels" "$@"; }
 
 mkdir -p "$wheels"
+echo "installing from $wheels"
 if ! from_folder --requirement "$requirements" 2>/dev/null; then
-    echo "fetching packages into $wheels (once)"
+    echo "fetching PyTorch and about 60 other packages into $wheels (once, 350 MB)"
     torch=$(grep '^torch==' "$requirements")
     # Three ways to the same version, by cost: kept here, the CPU index, whatever indexes are configured.
     pip download --quiet --no-index --find-links "$wheels" --no-deps --dest "$wheels" "$torch" 2>/dev/null ||
@@ -26,6 +27,7 @@ if ! from_folder --requirement "$requirements" 2>/dev/null; then
             "$torch" 2>/dev/null ||
         pip download --quiet --no-deps --dest "$wheels" "$torch"
     pip download --quiet --no-deps --find-links "$wheels" --dest "$wheels" --requirement "$requirements"
+    echo "installing them"
     from_folder --requirement "$requirements"
 fi
 from_folder --no-build-isolation --editable .
