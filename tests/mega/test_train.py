@@ -148,6 +148,25 @@ def test_every_layout_gives_the_numbers_of_tensor_parallel_2(undisturbed, model,
     assert all(line["logprob_gap_max"] < 1e-4 for line in other + undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["ppo.token_level_value=true"], {}),
+        (["ppo.beta=0.0"], {"kl": 0.0}),
+        (["rollout.turns=1"], {"turns_mean": 1.0}),
+        (["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}),
+    ],
+    ids=["token-level value", "no KL", "single-turn", "no feedback, critic warm-up"],
+)
+def test_each_ablation_is_a_switch_of_the_whole_loop(model, tmp_path, overrides, expected):
+    alone = ["parallel.tensor_model_parallel_size=1", "run.steps=2"]
+    lines = train(tmp_path / "ablation", model, *alone, *overrides)
+    assert len(lines) == 2
+    for line in lines:
+        assert line | expected == line
+        assert line["value_loss"] > 0 and line["logprob_gap_max"] < 1e-4
+
+
 def without(lines: list[dict], names: tuple[str, ...]) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in names} for line in lines]
 
