@@ -30,9 +30,9 @@ def measure(what: str, recipe: str, *, against_trl: bool) -> Report:
     # imported where needed: each brings its part of the trainer, and the workers run as modules
     match what:
         case "train" if against_trl:
-            from rlef_mega.bench import trl
+            from rlef_mega.bench import against_trl as beside_trl
 
-            return trl.benchmark(recipe)
+            return beside_trl.benchmark(recipe)
         case "train":
             from rlef_mega.bench import train
 

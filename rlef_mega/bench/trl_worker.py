@@ -1,7 +1,7 @@
 """TRL's side of the comparison, in TRL's own environment: a GRPOTrainer that is handed given
 episodes instead of sampling.
 
-    python -P trl_worker.py REQUEST.json
+    torchrun --nproc-per-node N trl_worker.py REQUEST.json
 
 Measured is one iteration without its generation: from the moment the trainer has the completions
 (its `rollout_func` returns) to the end of the last optimizer step on them. In between it pads,
@@ -10,6 +10,7 @@ installed there.
 """
 
 import json
+import os
 import random
 import sys
 import time
@@ -38,8 +39,9 @@ class Stopwatch(TrainerCallback):
 
 
 def main(request: dict[str, Any]) -> None:
-    torch.set_num_threads(request["threads"])
-    sequences = request["sequences"]
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(request["threads"] // processes)
+    sequences = request["sequences"][rank::processes]
     stopwatch = Stopwatch(request["updates"])
 
     def replay(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
@@ -52,7 +54,7 @@ def main(request: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(request["model"])
     trainer = GRPOTrainer(
         model=request["model"],
-        args=settings(request),
+        args=settings(request, processes),
         reward_funcs=lambda completions, **unused: [generator.random() for _ in completions],
         train_dataset=Dataset.from_list([{"prompt": f"problem {n}"} for n in range(4096)]),
         processing_class=tokenizer,
@@ -60,17 +62,19 @@ def main(request: dict[str, Any]) -> None:
         callbacks=[stopwatch],
     )
     trainer.train()
+    if rank:
+        return
     longest = [max(len(s[part]) for s in sequences) for part in ("prompt_ids", "completion_ids")]
     result = {
         "seconds": stopwatch.seconds[1:],  # the first is the warm-up
-        "padded_tokens": sum(longest) * len(sequences),
+        "padded_tokens": sum(longest) * len(sequences) * processes,
         "versions": {"trl": trl.__version__, "transformers": transformers.__version__}
         | {"torch": torch.__version__},
     }
     Path(request["result"]).write_text(json.dumps(result))
 
 
-def settings(request: dict[str, Any]) -> GRPOConfig:
+def settings(request: dict[str, Any], processes: int) -> GRPOConfig:
     """Ours where TRL has the setting; what only costs it time on a tiny model is off (gradient
     checkpointing, logging, saving, mixed precision)."""
     count, size, updates = len(request["sequences"]), request["microbatch"], request["updates"]
@@ -83,8 +87,8 @@ def settings(request: dict[str, Any]) -> GRPOConfig:
         bf16=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=size,
-        gradient_accumulation_steps=count // updates // size,
-        steps_per_generation=count // size,
+        gradient_accumulation_steps=count // updates // size // processes,
+        steps_per_generation=count // size // processes,
         num_generations=group,
         num_iterations=1,
         max_steps=updates * (1 + request["repeats"]),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rlef_mega.config import (
     ConfigError,
+    ParallelConfig,
     RolloutConfig,
     SFTConfig,
     TrainConfig,
@@ -52,6 +53,19 @@ class Workload:
         if code or not result.is_file():
             raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
         return json.loads(result.read_text())
+
+    def in_data_parallel(self) -> "Workload":
+        """The same on as many ranks, each with a whole model: no layer is split."""
+        world = ParallelConfig(
+            data_parallel_size=self.config.parallel.world_size,
+            processes_per_node=self.config.parallel.processes_per_node,
+        )
+        config = self.config.model_copy(update={"parallel": world})
+        folder = self.folder / "data-parallel"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.toml").write_text(dump_toml(config))
+        # read back, so that it is validated
+        return Workload(folder, load_config(folder / "config.toml", [], TrainConfig), self.model)
 
 
 @contextmanager

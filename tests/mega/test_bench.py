@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlef_mega.bench import measure, run_benchmark
+from rlef_mega.bench.against_trl import as_rollout, find_python
 from rlef_mega.bench.figures import Figure, shares
 from rlef_mega.bench.step import benchmark as benchmark_step
-from rlef_mega.bench.trl import as_rollout, find_python
 from rlef_mega.bench.workload import random_episodes, workload
 from rlef_mega.config import ConfigError, RolloutConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.packing import pack

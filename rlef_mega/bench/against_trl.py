@@ -8,10 +8,10 @@ masked; both compute old and reference log-probs of the batch and then make the 
 optimizer steps over it. Generation is left out of both. Trained tokens are the tokens of the
 episodes, padding not counted.
 
-Ours runs with the recipe's layout and micro-batches. TRL runs in one process with as many threads
-as our ranks have together, and is first tried with several micro-batch sizes, of which it keeps its
-fastest. Rounds alternate, and a ratio is taken within a round, so that what else the machine does
-hits both.
+Ours runs with the recipe's micro-batches, in the recipe's layout and in data parallel. TRL gets as
+many threads as our ranks have together, and is first tried in several ways, of which it keeps its
+fastest: one process or one a thread, micro-batches of 8 to 64 sequences. Rounds alternate, and a
+ratio is taken within a round, so that what else the machine does hits both.
 """
 
 import json
@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,24 @@ ROUNDS = 3
 REPEATS = 3  # of TRL's whole iteration a round, after a warm-up
 MICROBATCHES = (8, 16, 32, 64)  # sequences; TRL's default is 8
 PYTHON = Path(".venv-bench/bin/python")
+TRAINING = "rlef_mega.bench.train"
 WORKER = Path(__file__).with_name("trl_worker.py")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How TRL is run: processes, and sequences a process takes at once."""
+
+    processes: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was measured within minutes: ours by layout, and TRL's."""
+
+    ours: dict[str, dict[str, Any]]
+    theirs: dict[str, Any]
 
 
 def benchmark(recipe: str) -> Report:
@@ -42,25 +60,24 @@ def benchmark(recipe: str) -> Report:
         episodes = random_episodes(
             work.config.rollout, model_shape(work.config)["vocab_size"], work.config.run.seed
         )
-        ours = work.run("rlef_mega.bench.train")  # also tells the threads
+        ours = work.run(TRAINING)  # also tells the threads
         threads = ours["threads"] * work.config.parallel.world_size
         tried = {
-            size: run_trl(python, work, episodes, size, threads, repeats=1)
-            for size in microbatches_to_try(work)
+            way: statistics.median(
+                run_trl(python, work, episodes, way, threads, repeats=REPEATS)["seconds"]
+            )
+            for way in ways_to_try(work, threads)
         }
-        size = min(tried, key=lambda candidate: min(tried[candidate]["seconds"]))
+        best = min(tried, key=lambda way: tried[way])
         rounds = []
         for _ in range(ROUNDS):
-            theirs = run_trl(python, work, episodes, size, threads, repeats=REPEATS)
-            ours = work.run("rlef_mega.bench.train")
-            rounds.append((ours, theirs))
+            theirs = run_trl(python, work, episodes, best, threads, repeats=REPEATS)
+            ours = {name: variant.run(TRAINING) for name, variant in layouts(work).items()}
+            rounds.append(Round(ours, theirs))
         about = train.describe_work(work, ours) | {
             "threads_in_total": threads,
-            "trl": theirs["versions"]
-            | {"trainer": "GRPOTrainer", "microbatch_sequences": size, "processes": 1},
-            "trl_microbatches_tried": {
-                str(candidate): min(result["seconds"]) for candidate, result in tried.items()
-            },
+            "trl": theirs["versions"] | {"trainer": "GRPOTrainer", **asdict(best)},
+            "trl_tried": [{**asdict(way), "seconds": seconds} for way, seconds in tried.items()],
         }
     return Report(
         f"rlef bench train --against-trl: {recipe}", about, figures(rounds), notes(rounds)
@@ -78,17 +95,38 @@ def find_python() -> Path:
     return python.absolute()
 
 
-def microbatches_to_try(work: Workload) -> list[int]:
-    """Sizes that divide an update; a small recipe's whole update if none does."""
+def layouts(work: Workload) -> dict[str, Workload]:
+    """The recipe's own, and data parallel, which is how TRL uses several processes."""
+    config = work.config
+    own = config.parallel
+    variants = {
+        f"TP {own.tensor_model_parallel_size} x PP {own.pipeline_model_parallel_size} x "
+        f"DP {own.data_parallel_size}": work
+    }
+    update = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
+    if own.data_parallel_size < own.world_size and update % own.world_size == 0:
+        variants[f"DP {own.world_size}"] = work.in_data_parallel()
+    return variants
+
+
+def ways_to_try(work: Workload, threads: int) -> list[Way]:
+    """One process with all threads, and one process a thread, each with every micro-batch size that
+    divides its share of an update (a small recipe's whole share if none does)."""
     update = work.config.rollout.episodes_per_batch // work.config.ppo.updates_per_batch
-    return [size for size in MICROBATCHES if update % size == 0] or [update]
+    ways = []
+    for processes in sorted({1, threads}):
+        share, rest = divmod(update, processes)
+        if rest == 0:
+            sizes = [size for size in MICROBATCHES if share % size == 0] or [share]
+            ways += [Way(processes, size) for size in sizes]
+    return ways
 
 
 def run_trl(
     python: Path,
     work: Workload,
     episodes: Sequence[Episode],
-    microbatch: int,
+    way: Way,
     threads: int,
     *,
     repeats: int,
@@ -104,7 +142,7 @@ def run_trl(
                 "dtype": config.model.dtype,
                 "sequences": [as_rollout(episode) for episode in episodes],
                 "updates": config.ppo.updates_per_batch,
-                "microbatch": microbatch,
+                "microbatch": way.microbatch,
                 "repeats": repeats,
                 "threads": threads,
                 "beta": config.ppo.beta,
@@ -118,10 +156,15 @@ def run_trl(
             }
         )
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
-    # -P: the folder of the script holds modules of ours with common names
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads // way.processes),
+        "PYTHONSAFEPATH": "1",  # the script's folder holds modules of ours with common names
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={way.processes}"]
     done = subprocess.run(
-        [str(python), "-P", str(WORKER), str(request)],
+        [str(python), *launcher, str(WORKER), str(request)],
         env=environment,
         capture_output=True,
         text=True,
@@ -149,34 +192,36 @@ def as_rollout(episode: Episode) -> dict[str, list]:
     }
 
 
-def figures(rounds: Sequence[tuple[dict, dict]]) -> tuple[Figure, ...]:
+def figures(rounds: Sequence[Round]) -> tuple[Figure, ...]:
     """Medians of each round, and their ratios."""
-    tokens = rounds[0][0]["tokens"]
-    whole = [
-        statistics.median(sum(times[part] for part in train.LEARNING) for times in ours["phases"])
-        for ours, _ in rounds
+    first = next(iter(rounds[0].ours.values()))
+    trl = [statistics.median(r.theirs["seconds"]) for r in rounds]
+    seconds = {"TRL GRPOTrainer, policy": trl}
+    for layout in rounds[0].ours:
+        mine = [r.ours[layout] for r in rounds]
+        seconds[f"ours {layout}, policy and critic"] = [whole_iteration(m) for m in mine]
+        seconds[f"ours {layout}, policy"] = [statistics.median(m["policy_alone"]) for m in mine]
+    speeds = [
+        Figure(name, "tokens/s", tuple(first["tokens"] / s for s in each))
+        for name, each in seconds.items()
     ]
-    policy = [statistics.median(ours["policy_alone"]) for ours, _ in rounds]
-    trl = [statistics.median(theirs["seconds"]) for _, theirs in rounds]
+    ratios = [
+        Figure(f"{name} / TRL", "ratio", tuple(t / s for s, t in zip(each, trl, strict=True)))
+        for name, each in seconds.items()
+        if each is not trl
+    ]
+    return (*speeds, *ratios)
 
-    def speed(name: str, seconds: list[float]) -> Figure:
-        return Figure(name, "tokens/s", tuple(tokens / s for s in seconds))
 
-    def ratio(name: str, ours: list[float]) -> Figure:
-        return Figure(name, "ratio", tuple(t / s for s, t in zip(ours, trl, strict=True)))
-
-    return (
-        speed("ours, policy and critic", whole),
-        speed("ours, policy alone", policy),
-        speed("TRL GRPOTrainer, policy alone", trl),
-        ratio("ours with critic / TRL without", whole),
-        ratio("ours, policy alone / TRL", policy),
+def whole_iteration(measured: dict[str, Any]) -> float:
+    return statistics.median(
+        sum(times[part] for part in train.LEARNING) for times in measured["phases"]
     )
 
 
-def notes(rounds: Sequence[tuple[dict, dict]]) -> tuple[str, ...]:
-    ours, theirs = rounds[0]
-    padded = theirs["padded_tokens"] / ours["tokens"]
+def notes(rounds: Sequence[Round]) -> tuple[str, ...]:
+    ours = next(iter(rounds[0].ours.values()))
+    padded = rounds[0].theirs["padded_tokens"] / ours["tokens"]
     return (
         f"both train on the same {ours['tokens']:,} tokens in {ours['sequences']} episodes; "
         f"TRL pads them to {padded:.2f} times as many",
