@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint test-gpu bench clean
+.PHONY: setup demo test lint test-gpu bench bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -38,6 +38,12 @@ test-gpu: setup
 bench: setup
 	"$(BIN)/rlef" bench train --json benchmarks/results/train.json
 	"$(BIN)/rlef" bench rollout --json benchmarks/results/rollout.json
+
+# TRL beside our learner; an environment of its own, so that the pinned packages stay as they are
+bench-trl: setup
+	[ -x .venv-bench/bin/python ] || "$(PYTHON)" -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --requirement benchmarks/requirements-trl.txt
+	"$(BIN)/rlef" bench train --against-trl --json benchmarks/results/train_against_trl.json
 
 clean:
 	rm -rf "$(VENV)" runs
