@@ -60,8 +60,8 @@ def benchmark(recipe: str) -> Report:
         episodes = random_episodes(
             work.config.rollout, model_shape(work.config)["vocab_size"], work.config.run.seed
         )
-        ours = work.run(TRAINING)  # also tells the threads
-        threads = ours["threads"] * work.config.parallel.world_size
+        trial = work.run(TRAINING)  # tells the threads
+        threads = trial["threads"] * work.config.parallel.world_size
         tried = {
             way: statistics.median(
                 run_trl(python, work, episodes, way, threads, repeats=REPEATS)["seconds"]
@@ -74,7 +74,7 @@ def benchmark(recipe: str) -> Report:
             theirs = run_trl(python, work, episodes, best, threads, repeats=REPEATS)
             ours = {name: variant.run(TRAINING) for name, variant in layouts(work).items()}
             rounds.append(Round(ours, theirs))
-        about = train.describe_work(work, ours) | {
+        about = train.describe_work(work, trial) | {
             "threads_in_total": threads,
             "trl": theirs["versions"] | {"trainer": "GRPOTrainer", **asdict(best)},
             "trl_tried": [{**asdict(way), "seconds": seconds} for way, seconds in tried.items()],

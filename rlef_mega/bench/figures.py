@@ -1,4 +1,9 @@
-"""Figures: samples to a median with its spread, a table on the terminal, a JSON file to keep."""
+"""Figures: samples to a median with its spread, a table on the terminal, a JSON file to keep.
+
+    python -m rlef_mega.bench.figures RESULTS.json
+
+prints a results file as the table for docs/benchmarks.md.
+"""
 
 import json
 import statistics
@@ -86,6 +91,16 @@ def show(report: Report) -> None:
         console.print(note)
 
 
+def markdown(path: Path) -> str:
+    """A results file as the table that docs/benchmarks.md shows."""
+    rows = ["| figure | median | lowest | highest | unit |", "|---|---|---|---|---|"]
+    for name, figure in json.loads(path.read_text())["figures"].items():
+        unit = figure["unit"]
+        values = [readable(figure[part], unit) for part in ("median", "low", "high")]
+        rows.append(f"| {' | '.join([name, *values, '' if unit == 'share' else unit])} |")
+    return "\n".join(rows)
+
+
 def write(report: Report, path: Path) -> None:
     content = {
         "title": report.title,
@@ -103,3 +118,7 @@ def write(report: Report, path: Path) -> None:
         },
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    print(markdown(Path(sys.argv[1])))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from rlef_mega.bench import measure, run_benchmark
-from rlef_mega.bench.against_trl import as_rollout, find_python
+from rlef_mega.bench.against_trl import Round, as_rollout, find_python, layouts, ways_to_try
+from rlef_mega.bench.against_trl import figures as trl_figures
 from rlef_mega.bench.figures import Figure, shares
 from rlef_mega.bench.step import benchmark as benchmark_step
 from rlef_mega.bench.workload import random_episodes, workload
@@ -98,6 +99,41 @@ def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
     assert token_ids == batch.token_ids_T.tolist()
     assert said == batch.action_mask_T.int().tolist()
     assert logprobs == pytest.approx(batch.behaviour_logprobs_T.tolist())
+
+
+def test_ratios_to_trl_are_taken_within_a_round():
+    def ours(whole: float, policy: float) -> dict:
+        phases = [{"pack": 0.0, "score": whole / 4, "targets": 0.0, "update": 3 * whole / 4}]
+        return {"tokens": 1000, "sequences": 8, "phases": phases, "policy_alone": [policy]}
+
+    # in the second round everything takes twice as long; only the ratios stay as they are
+    rounds = [
+        Round({"TP 2": ours(4.0, 2.0)}, {"seconds": [5.0, 4.0, 3.0], "padded_tokens": 1500}),
+        Round({"TP 2": ours(8.0, 4.0)}, {"seconds": [8.0, 8.0, 9.0], "padded_tokens": 1500}),
+    ]
+    assert {figure.name: figure.samples for figure in trl_figures(rounds)} == {
+        "TRL GRPOTrainer, policy": (250.0, 125.0),
+        "ours TP 2, policy and critic": (250.0, 125.0),
+        "ours TP 2, policy": (500.0, 250.0),
+        "ours TP 2, policy and critic / TRL": (1.0, 1.0),
+        "ours TP 2, policy / TRL": (2.0, 2.0),
+    }
+
+
+def test_trl_is_tried_and_ours_is_run_in_data_parallel_too():
+    with workload("demo") as work:
+        assert [(way.processes, way.microbatch) for way in ways_to_try(work, threads=2)] == [
+            *[(1, 8), (1, 16), (1, 32), (1, 64)],
+            *[(2, 8), (2, 16), (2, 32)],
+        ]
+        variants = layouts(work)
+        assert list(variants) == ["TP 2 x PP 1 x DP 1", "DP 2"]
+        own, data_parallel = (variant.config for variant in variants.values())
+        assert own.parallel.tensor_model_parallel_size == 2
+        assert data_parallel.parallel.data_parallel_size == data_parallel.parallel.world_size == 2
+        assert own.model_dump(exclude={"parallel"}) == data_parallel.model_dump(
+            exclude={"parallel"}
+        )
 
 
 def test_a_missing_trl_environment_is_named_with_its_remedy(monkeypatch):
