@@ -1,6 +1,7 @@
 """Imports go one way: a package imports only from levels below its own (docs/design.md)."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,9 @@ ALONE = {  # a package at level 0, and all that it may import beside the standar
     "kernels/rlef_kernels": {"torch", "triton", "rlef_kernels"},
     "sandbox/rlef_sandbox": {"rlef_sandbox"},
 }
+# The one part of a package at level 0 that may import more, which the rest must not import.
+SERVICE = "sandbox/rlef_sandbox/service"
+SERVICE_ALLOWED = {"rlef_sandbox", "aiohttp"}
 
 
 def sources(folder: str) -> list[Path]:
@@ -88,9 +92,23 @@ def test_one_place_imports(package, home):
 @pytest.mark.parametrize(("folder", "allowed"), ALONE.items())
 def test_level_zero_packages_stand_alone(folder, allowed):
     for path in sources(folder):
+        may = SERVICE_ALLOWED if path.is_relative_to(ROOT / SERVICE) else allowed
         names = {module.split(".")[0] for module in imported_modules(path)}
-        foreign = names - allowed - set(sys.stdlib_module_names)
+        foreign = names - may - set(sys.stdlib_module_names)
         assert not foreign, f"{path} imports {foreign}"
+
+
+def test_the_sandbox_and_its_command_line_need_no_aiohttp():
+    script = (
+        "import sys; sys.modules['aiohttp'] = None\n"
+        "import rlef_sandbox, rlef_sandbox.__main__ as command\n"
+        "sys.argv = ['rlef_sandbox', 'serve']; sys.exit(command.main())"
+    )
+    environment = {"PYTHONPATH": str(ROOT / "sandbox")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "serve needs aiohttp" in done.stderr, done.stderr
 
 
 def test_dialog_never_sees_private_tests():

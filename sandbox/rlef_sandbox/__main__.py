@@ -1,4 +1,4 @@
-"""`python -m rlef_sandbox doctor` and `python -m rlef_sandbox run FILE --stdin FILE`."""
+"""`python -m rlef_sandbox doctor`, `... run FILE --stdin FILE` and `... serve`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .sandbox import ISOLATION_LEVELS, IsolationError, Sandbox
+from .service.command import add_serve
 from .slot import ZygoteLostError
 from .verdict import Limits, Status
 
@@ -48,10 +49,11 @@ def main() -> int:
     command.add_argument("--stdin", type=Path, help="a file to be its input")
     command.add_argument("--cpu-s", type=float, default=10.0)
     command.add_argument("--memory-mib", type=int, default=1024)
+    add_serve(commands)
     arguments = parser.parse_args()
     try:
         return arguments.handler(arguments)
-    except (IsolationError, ZygoteLostError, OSError) as error:
+    except (IsolationError, ZygoteLostError, OSError, ValueError) as error:
         print(f"rlef_sandbox: {error}", file=sys.stderr)
         return 2
 

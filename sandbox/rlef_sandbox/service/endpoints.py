@@ -1,0 +1,270 @@
+"""The endpoints of the grading service: HTTP requests to work of the queue, and back.
+
+An answer to /v1/run or /v1/grade says what the program did. Whatever the sandbox itself could not
+do is a 503, for the client to try again elsewhere, or a SANDBOX_ERROR result; never a verdict.
+Every refusal is JSON, {"error": reason}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import hmac
+import platform
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from aiohttp import web
+
+from .. import Sandbox
+from . import wire
+from .grading_queue import (
+    SANDBOX_FAULTS,
+    Answer,
+    Grading,
+    GradingQueue,
+    IdTakenError,
+    Keep,
+    QueueFullError,
+)
+from .metrics import Gauge, Metrics
+from .record import Record, WireError
+
+API_VERSION = 1
+REQUEST_ID = "Idempotency-Key"
+REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
+PARSED_IN_PLACE_BYTES = 64 << 10  # about 1 ms of parsing
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Work = Callable[[Sandbox, Any], Answer]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is asked for."""
+
+    host: str
+    port: int
+    token: str | None
+    workers: int
+    queue: int
+    isolation: str
+    max_body_bytes: int
+    max_held_bytes: int
+    keep: Keep
+
+
+class RefusedError(Exception):
+    """A request that is not served, as an HTTP status, with its reason."""
+
+    def __init__(self, status: int, reason: str, **headers: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.headers = headers
+
+
+class Service:
+    """The endpoints, and what they share."""
+
+    def __init__(self, sandbox: Sandbox, settings: Settings) -> None:
+        self.sandbox = sandbox
+        self.settings = settings
+        self.draining = False
+        self.metrics = Metrics()
+        self.queue = GradingQueue(settings.workers, settings.queue, settings.keep, self.metrics)
+        self._held_bytes = 0
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
+        for name, read, meaning in (
+            ("queue_length", lambda: self.queue.waiting, "Requests that wait for a worker."),
+            ("running", lambda: self.queue.running, "Requests in the sandbox."),
+            ("held_bytes", lambda: self._held_bytes, "Size of the bodies of open requests."),
+            ("draining", lambda: self.draining, "1 from the first SIGTERM on."),
+        ):
+            self.metrics.add(name, Gauge(read), meaning)
+
+    def application(self) -> web.Application:
+        application = web.Application(
+            client_max_size=self.settings.max_body_bytes, middlewares=[self.guard]
+        )
+        application.add_routes(
+            [
+                web.post("/v1/run", functools.partial(self.work, wire.RUN, run)),
+                web.post("/v1/grade", functools.partial(self.work, wire.GRADE, grade)),
+                web.get("/health", self.health),
+                web.get("/metrics", self.metrics_text),
+            ]
+        )
+        return application
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Around every request: the token, refusals as JSON, and the counting."""
+        arrived_s = time.monotonic()
+        code = "disconnected"
+        try:
+            try:
+                self.authorise(request)
+                response = await handler(request)
+            except RefusedError as refusal:
+                response = refused(refusal.status, str(refusal), refusal.headers)
+            except web.HTTPException as error:  # no such path or method, a body that is too large
+                response = refused(error.status, self.explain(error), {})
+            code = str(response.status)
+            if self.draining:
+                response.force_close()
+            return response
+        finally:
+            resource = request.match_info.route.resource
+            endpoint = resource.canonical if resource else "other"
+            self.metrics.requests.add(endpoint, code)
+            if code == "200" and endpoint.startswith("/v1/"):
+                self.metrics.latency_s.observe(time.monotonic() - arrived_s)
+
+    def authorise(self, request: web.Request) -> None:
+        """RefusedError unless the request brings the token, compared in constant time."""
+        if self.settings.token is None:
+            return
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if not hmac.compare_digest(given, f"Bearer {self.settings.token}".encode()):
+            reason = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
+            raise RefusedError(401, reason, **{"WWW-Authenticate": "Bearer"})
+
+    def explain(self, error: web.HTTPException) -> str:
+        if error.status == 413:
+            return (
+                f"the body has more than {self.settings.max_body_bytes} bytes; split the tests "
+                "over several requests, or start the server with a larger --max-body-mib"
+            )
+        return f"{error.reason}; there are POST /v1/run and /v1/grade, GET /health and /metrics"
+
+    async def work(
+        self,
+        record: Record,
+        do: Work,
+        request: web.Request,
+    ) -> web.StreamResponse:
+        """Answer a request for work, once for each request id."""
+        # Browsers send this type to another site only after asking it, and it does not say yes.
+        if request.content_type != "application/json":
+            raise RefusedError(415, "send the body as Content-Type: application/json")
+        size_bytes = request.content_length
+        if size_bytes is None:
+            size_bytes = self.settings.max_body_bytes
+        if self._held_bytes + size_bytes > self.settings.max_held_bytes and self._held_bytes:
+            raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
+        self._held_bytes += size_bytes
+        try:
+            grading = await self.accept(record, do, request)
+            try:
+                answer = await self.queue.answer(grading)
+            except ValueError as error:
+                raise RefusedError(400, str(error)) from None
+            except SANDBOX_FAULTS as error:
+                raise RefusedError(503, f"the sandbox failed: {error!r}") from None
+            return web.Response(body=answer.body, content_type="application/json")
+        finally:
+            self._held_bytes -= size_bytes
+
+    async def accept(self, record: Record, do: Work, request: web.Request) -> Grading:
+        """The work that the request stands for, its own or an earlier one's."""
+        request_id = request.headers.get(REQUEST_ID, "") or uuid.uuid4().hex
+        if not REQUEST_ID_FORM.fullmatch(request_id):
+            raise RefusedError(400, f"{REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces")
+        body = await request.read()
+        digest = hashlib.sha256(request.path.encode() + b"\0" + body).digest()
+        self.earlier(request_id, digest)  # refuses a taken id before parsing
+        try:
+            asked = await self.parse(record, body)
+        except WireError as error:
+            raise RefusedError(400, str(error)) from None
+        grading = self.earlier(request_id, digest)
+        if grading is not None:
+            self.metrics.joined.add()
+            return grading
+        if self.draining:
+            raise RefusedError(503, "draining: this server takes no new work")
+        try:
+            return self.queue.submit(request_id, digest, lambda: do(self.sandbox, asked))
+        except QueueFullError as error:
+            raise self.full(error.retry_after_s, "the queue is full") from None
+
+    def earlier(self, request_id: str, digest: bytes) -> Grading | None:
+        try:
+            return self.queue.find(request_id, digest)
+        except IdTakenError as error:
+            raise RefusedError(409, str(error)) from None
+
+    async def parse(self, record: Record, body: bytes) -> Any:
+        if len(body) <= PARSED_IN_PLACE_BYTES:
+            return wire.decode_request(record, body)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._parser, wire.decode_request, record, body)
+
+    def full(self, retry_after_s: int, reason: str) -> RefusedError:
+        reason = f"{reason}; come again in {retry_after_s} s"
+        return RefusedError(429, reason, **{"Retry-After": str(retry_after_s)})
+
+    def shut_down(self) -> None:
+        """Once nothing is open any more."""
+        self.queue.shut_down()
+        self._parser.shutdown(wait=False)
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        """Whether it takes work (503 if not), and what it is."""
+        about = {
+            "status": "draining" if self.draining else "ready",
+            "isolation": self.sandbox.isolation,
+            "versions": versions(),
+            "workers": self.settings.workers,
+            "running": self.queue.running,
+            "queued": self.queue.waiting,
+            "queue": self.settings.queue,
+            "max_body_bytes": self.settings.max_body_bytes,
+        }
+        return web.json_response(about, status=503 if self.draining else 200)
+
+    async def metrics_text(self, request: web.Request) -> web.StreamResponse:
+        text = self.metrics.text().encode()
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def run(sandbox: Sandbox, asked: wire.RunRequest) -> Answer:
+    """In a thread of the pool."""
+    result = sandbox.run(asked.source, asked.stdin, asked.limits, asked.language)
+    return Answer(wire.encode_results([result]), (result.status,))
+
+
+def grade(sandbox: Sandbox, asked: wire.GradeRequest) -> Answer:
+    """In a thread of the pool."""
+    results = sandbox.grade(
+        asked.source,
+        asked.tests,
+        limits=asked.limits,
+        checker=asked.checker,
+        stop_at_first_failure=asked.stop_at_first_failure,
+        language=asked.language,
+    )
+    return Answer(wire.encode_results(results), tuple(result.status for result in results))
+
+
+def refused(status: int, reason: str, headers: Mapping[str, str]) -> web.Response:
+    return web.json_response({"error": reason}, status=status, headers=headers)
+
+
+def versions() -> dict[str, str | int]:
+    try:
+        package = version("rlef-mega")
+    except PackageNotFoundError:  # run from a folder of sources
+        package = "unknown"
+    return {
+        "api": API_VERSION,
+        "rlef_sandbox": package,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+    }

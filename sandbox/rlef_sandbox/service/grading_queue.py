@@ -1,0 +1,187 @@
+"""What waits for the sandbox, what runs in it, and the answers that are kept.
+
+Theory of operation. Everything here lives in the event loop's thread; only `work`, which blocks,
+runs in a thread of the pool, of which there is one a worker of the sandbox. A request becomes a
+`Grading`: an asyncio task that waits its turn (first come, first served), then for its thread. Its
+clients wait for the task behind a shield: one that goes away leaves the others alone, and when the
+last one goes before the work has begun, the task is cancelled and its place in the queue is free.
+Work that has begun is finished and its answer kept, since a client that lost its connection will
+ask again.
+
+A request id stands for one piece of work. While it is queued, runs, or its answer is kept, the same
+id joins it; another request under the same id is refused. Answers are kept for a bounded time, in a
+bounded number and size, the oldest dropped first; failures are not kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from ..slot import ZygoteLostError
+from ..verdict import Status
+from .metrics import Metrics
+
+SMOOTHING = 0.05  # weight of the newest run in the mean that Retry-After is made of
+MOST_RETRY_AFTER_S = 30
+# What the sandbox raises where it failed and not the program.
+SANDBOX_FAULTS = (OSError, RuntimeError, ZygoteLostError)
+
+
+class Answer(NamedTuple):
+    """The body that goes to the client, and the verdicts in it, for counting."""
+
+    body: bytes
+    statuses: tuple[Status, ...]
+
+
+class QueueFullError(Exception):
+    """No place is free; `retry_after_s` says when to come again."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"the queue is full; come again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class IdTakenError(Exception):
+    """The request id stands for another request."""
+
+
+class Keep(NamedTuple):
+    """Bounds on the answers that are kept for a client that asks again."""
+
+    seconds: float = 600.0
+    answers: int = 4096
+    size_bytes: int = 256 << 20
+
+
+class Grading:
+    """One piece of work: queued, running, or done and kept."""
+
+    def __init__(self, request_id: str, digest: bytes) -> None:
+        self.request_id = request_id
+        self.digest = digest
+        self.arrived_s = time.monotonic()
+        self.finished_s = 0.0
+        self.clients = 0
+        self.running = False
+        self.task: asyncio.Task[Answer]
+
+
+class GradingQueue:
+    """At most `workers` pieces of work run, and at most `capacity` wait."""
+
+    def __init__(self, workers: int, capacity: int, keep: Keep, metrics: Metrics) -> None:
+        self.workers = workers
+        self.capacity = capacity
+        self.running = 0
+        self._keep = keep
+        self._metrics = metrics
+        self._turn = asyncio.Semaphore(workers)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
+        self._open: dict[str, Grading] = {}
+        self._kept: OrderedDict[str, Grading] = OrderedDict()  # oldest first
+        self._kept_bytes = 0
+        self._mean_run_s = 0.05
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._open) - self.running
+
+    def find(self, request_id: str, digest: bytes) -> Grading | None:
+        """The work that this id stands for. IdTakenError if it is another request's."""
+        self._forget_old()
+        grading = self._open.get(request_id) or self._kept.get(request_id)
+        if grading and grading.digest != digest:
+            raise IdTakenError(f"request id {request_id!r} stands for a request with another body")
+        return grading
+
+    def submit(self, request_id: str, digest: bytes, work: Callable[[], Answer]) -> Grading:
+        """Queue new work. QueueFullError where there is no place."""
+        assert request_id not in self._open and request_id not in self._kept
+        if len(self._open) >= self.workers + self.capacity:
+            raise QueueFullError(self.retry_after_s())
+        grading = Grading(request_id, digest)
+        self._open[request_id] = grading
+        self._idle.clear()
+        grading.task = asyncio.create_task(self._do(grading, work))
+        grading.task.add_done_callback(lambda _: self._close(grading))
+        return grading
+
+    async def answer(self, grading: Grading) -> Answer:
+        """Wait for the answer; whatever `work` raised is raised here."""
+        grading.clients += 1
+        try:
+            return await asyncio.shield(grading.task)
+        finally:
+            grading.clients -= 1
+            if not (grading.clients or grading.running or grading.task.done()):
+                grading.task.cancel()
+                self._open.pop(grading.request_id, None)  # the id is free for another try
+                self._metrics.cancelled.add()
+
+    def retry_after_s(self) -> int:
+        """In how many whole seconds half of the queue will be done, as far as can be told."""
+        estimate_s = self.waiting / 2 * self._mean_run_s / self.workers
+        return max(1, min(MOST_RETRY_AFTER_S, round(estimate_s)))
+
+    async def drained(self) -> None:
+        """Wait until nothing is queued and nothing runs."""
+        await self._idle.wait()
+
+    def shut_down(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _do(self, grading: Grading, work: Callable[[], Answer]) -> Answer:
+        async with self._turn:
+            grading.running = True
+            self.running += 1
+            started_s = time.monotonic()
+            self._metrics.wait_s.observe(started_s - grading.arrived_s)
+            try:
+                answer = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            except SANDBOX_FAULTS as error:
+                self._metrics.faults.add(type(error).__name__)
+                raise
+            finally:
+                self.running -= 1
+                run_s = time.monotonic() - started_s
+                self._mean_run_s += SMOOTHING * (run_s - self._mean_run_s)
+        for status in answer.statuses:
+            self._metrics.results.add(status)
+            if status is Status.SANDBOX_ERROR:
+                self._metrics.faults.add(status)
+        return answer
+
+    def _close(self, grading: Grading) -> None:
+        """The task has ended: keep its answer, if it has one."""
+        if self._open.get(grading.request_id) is grading:
+            del self._open[grading.request_id]
+        if not self._open:
+            self._idle.set()
+        # reading the exception also tells asyncio that it was seen, where no client is left to
+        if grading.task.cancelled() or grading.task.exception() is not None:
+            return
+        grading.finished_s = time.monotonic()
+        self._kept[grading.request_id] = grading
+        self._kept_bytes += len(grading.task.result().body)
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        expired_s = time.monotonic() - self._keep.seconds
+        while self._kept:
+            oldest = next(iter(self._kept.values()))
+            if (
+                oldest.finished_s >= expired_s
+                and len(self._kept) <= self._keep.answers
+                and self._kept_bytes <= self._keep.size_bytes
+            ):
+                return
+            del self._kept[oldest.request_id]
+            self._kept_bytes -= len(oldest.task.result().body)

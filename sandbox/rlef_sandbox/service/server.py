@@ -1,0 +1,102 @@
+"""The life of a grading server: one Sandbox behind HTTP, from its start to its drain.
+
+Theory of operation. One process. The event loop's thread speaks HTTP, checks tokens and requests
+(`endpoints.py`), and keeps the queue (`grading_queue.py`); a pool of threads, one a worker, waits
+in the Sandbox, whose zygotes do the work. Bodies are read whole; large ones are parsed in a thread
+of their own.
+
+SIGTERM or SIGINT drains: new work is refused (503, Connection: close), /health says so, what is
+queued and running is finished and its answers are sent, then the process exits with 0. A second
+signal ends it at once; the kernel then ends the zygotes, which watch their controller's pidfd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+
+from aiohttp import web
+
+from .. import Sandbox
+from .endpoints import Service, Settings
+
+SEND_TIMEOUT_S = 30.0  # for the last answers to leave, once all work is done
+BACKLOG = 4096  # connections not yet accepted: a client may open all of its own at once
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal, then drain. OSError where the address is not to be had."""
+    allow_connections()
+    with (
+        contextlib.closing(listening_socket(settings.host, settings.port)) as listener,
+        Sandbox(workers=settings.workers, isolation=settings.isolation) as sandbox,
+    ):
+        asyncio.run(serve_and_drain(sandbox, settings, listener))
+    return 0
+
+
+async def serve_and_drain(sandbox: Sandbox, settings: Settings, listener: socket.socket) -> None:
+    service = Service(sandbox, settings)
+    asked_to_stop = asyncio.Event()
+
+    def stop(number: int) -> None:
+        if service.draining:
+            os._exit(128 + number)
+        service.draining = True
+        asked_to_stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    # Without handler_cancellation a client that went away would keep its place in the queue.
+    runner = web.AppRunner(
+        service.application(),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=SEND_TIMEOUT_S,
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    print(
+        f"serving on {address_of(listener)}: {settings.workers} workers, queue {settings.queue}, "
+        f"{'with' if settings.token else 'without'} a token",
+        flush=True,
+    )
+    await asked_to_stop.wait()
+    print(
+        f"draining: {service.queue.running} running, {service.queue.waiting} queued; "
+        "a second signal ends at once",
+        flush=True,
+    )
+    await service.queue.drained()
+    await runner.cleanup()
+    service.shut_down()
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def allow_connections() -> None:
+    """As many open descriptors as this process may have: a connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
