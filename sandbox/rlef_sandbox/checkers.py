@@ -1,20 +1,24 @@
 """Judging what a program printed against what was expected: pure functions of two byte strings.
 
-Every checker is `(expected, actual) -> bool`, never raises, and takes time linear in its input.
+Every checker is `(expected, actual) -> bool` and never raises. Of `actual`, which is untrusted and
+may be megabytes long, it takes linear time, and memory beyond it only as `expected` has tokens: it
+runs in the process that trains. No pattern may backtrack over a run of digits more than once.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 Checker = Callable[[bytes, bytes], bool]
 
 # Written with a point or an exponent: the problem's author printed a float.
 DECIMAL = re.compile(rb"[+-]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?")
-NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+NUMBER = re.compile(rb"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+ONE_SPACE = bytes.maketrans(b"\t\v\f\r", b"   \n")
 TOLERANCE = 1e-6  # absolute or relative, the customary bound of contest checkers
 CODECONTESTS_TOLERANCE = 1e-5  # the bound of the published grader, exclusive
 
@@ -24,12 +28,14 @@ def tokens(expected: bytes, actual: bytes) -> bool:
     an exponent), any number within 1e-6, absolute or relative, does; all else, integers
     included, must be equal as text. NaN and infinity are no numbers here.
     """
-    expected_tokens, actual_tokens = expected.split(), actual.split()
-    if expected_tokens == actual_tokens:
-        return True
-    return len(expected_tokens) == len(actual_tokens) and all(
-        map(_tokens_match, expected_tokens, actual_tokens)
-    )
+    return _all_match(_tokens_match, expected, actual)
+
+
+def _all_match(match: Checker, expected: bytes, actual: bytes) -> bool:
+    """Whether there are as many tokens in both, and each matches."""
+    wanted = expected.split()
+    got = actual.split(None, len(wanted))  # one more at most, which is all the rest
+    return len(wanted) == len(got) and (wanted == got or all(map(match, wanted, got)))
 
 
 def _tokens_match(expected: bytes, actual: bytes) -> bool:
@@ -52,12 +58,7 @@ def codecontests(expected: bytes, actual: bytes) -> bool:
     """The rule published with CodeContests: lower-cased tokens, equal as text or as doubles less
     than 1e-5 apart. It takes 9007199254740993 for ...992; kept to compare with published scores.
     """
-    expected_tokens, actual_tokens = expected.lower().split(), actual.lower().split()
-    if expected_tokens == actual_tokens:
-        return True
-    return len(expected_tokens) == len(actual_tokens) and all(
-        map(_codecontests_tokens_match, expected_tokens, actual_tokens)
-    )
+    return _all_match(_codecontests_tokens_match, expected.lower(), actual.lower())
 
 
 def _codecontests_tokens_match(expected: bytes, actual: bytes) -> bool:
@@ -70,11 +71,20 @@ def _codecontests_tokens_match(expected: bytes, actual: bytes) -> bool:
 
 def unordered_lines(expected: bytes, actual: bytes) -> bool:
     """The same lines in any order, as often each; blank lines and runs of spaces do not count."""
-    return _lines(expected) == _lines(actual)
+    left = Counter(_lines(expected))
+    for line in _lines(actual):
+        if not left[line]:
+            return False
+        left[line] -= 1
+    return not left.total()
 
 
-def _lines(text: bytes) -> Counter[bytes]:
-    return Counter(b" ".join(line.split()) for line in text.splitlines() if line.strip())
+def _lines(text: bytes) -> Iterator[bytes]:
+    """The lines that are not blank, each with its words one space apart."""
+    text = text.translate(ONE_SPACE)
+    while b"  " in text:  # halves every run: no list of millions of words
+        text = text.replace(b"  ", b" ")
+    return (line for line in map(bytes.strip, io.BytesIO(text)) if line)
 
 
 CHECKERS: dict[str, Checker] = {

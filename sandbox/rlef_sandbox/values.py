@@ -4,7 +4,8 @@ Arguments travel to the child by `encode` and `decode`; what the program returne
 `encode` and is compared by `matches`, the only one of the three to meet untrusted bytes. It walks
 the parsed wire form beside the expected value: an object of the program's own, with its own
 `__eq__`, never exists where the expected value is known, and no untrusted value is put into a
-set or a dict, where chosen hash collisions would cost quadratic time.
+set or a dict, where chosen hash collisions would cost quadratic time. What is much longer or
+deeper than the expected value is refused before it is parsed.
 
 JSON carries None, booleans, numbers, strings and lists. Other values are one-key objects:
 {"int": hex}, {"tuple": [...]}, {"set": [...]}, {"dict": [[key, value], ...]}, {"bytes": hex}.
@@ -12,15 +13,25 @@ JSON carries None, booleans, numbers, strings and lists. Other values are one-ke
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
 TOLERANCE = 1e-6  # absolute or relative, where a float is expected
 MAX_DEPTH = 200  # nesting; deeper values are refused rather than recursed into
-MAX_FROZENSET = 1000  # members, of one within a set or a key
-HASHABLE_KINDS = ("int", "bytes", "tuple", "frozenset")
+MAX_BRACKETS = 3 * MAX_DEPTH + 4  # open at once in a wire form: a dict opens three a level
+# A right value's wire form is at most this many times as long as the expected one's: an integer
+# of 256 hexadecimal digits may be within tolerance of an expected 1e308.
+MAX_LENGTH_RATIO = 64
 CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
+BODIES = {"int": str, "bytes": str, "dict": list, "tuple": list, "set": list, "frozenset": list}
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive: never reads a byte twice
+NO_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
+STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+MAX_INTEGER_CHARACTERS = 20  # of one that JSON carries as a number, by `_to_wire`
 
 
 class Tagged(NamedTuple):
@@ -82,16 +93,29 @@ def _from_wire(wire: object) -> object:
 
 def parse(wire: bytes) -> object:
     """JSON with its objects as `Tagged`. ValueError if malformed."""
-    try:
-        return json.loads(wire, object_pairs_hook=_tagged)
-    except RecursionError:
-        raise ValueError("malformed value: nested too deep") from None
+    if wire.count(b"[") + wire.count(b"{") > MAX_BRACKETS:  # seldom, so seldom counted in full
+        brackets = STRING.sub(b"", wire).translate(None, NO_BRACKET)
+        if max(itertools.accumulate(map(STEP.__getitem__, brackets)), default=0) > MAX_BRACKETS:
+            raise ValueError(f"malformed value: nested more than {MAX_DEPTH} deep")
+    return DECODER.decode(wire.decode())
 
 
 def _tagged(pairs: list[tuple[str, object]]) -> Tagged:
     if len(pairs) != 1:
         raise ValueError("malformed value: an object has exactly one key, its type")
-    return Tagged(*pairs[0])
+    ((kind, body),) = pairs
+    if kind not in BODIES or not isinstance(body, BODIES[kind]):
+        raise ValueError(f"malformed value: {kind[:20]!r} with a {type(body).__name__}")
+    return Tagged(kind, body)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_CHARACTERS:  # converting a long one takes quadratic time
+        raise ValueError("malformed value: an integer too long for JSON")
+    return int(digits)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_tagged, parse_int=_integer)
 
 
 def matches(expected: object, wire: bytes) -> bool:
@@ -103,15 +127,15 @@ def matches(expected: object, wire: bytes) -> bool:
     expected tuple means a tuple. Keys and members of sets must be equal exactly.
     """
     try:
+        if len(wire) > MAX_LENGTH_RATIO * len(encode(expected)):
+            return False
         return _matches(expected, parse(wire))
     except (ValueError, TypeError, RecursionError, OverflowError):
         return False
 
 
 def _matches(expected: Any, wire: Any) -> bool:
-    kind, body = wire if isinstance(wire, Tagged) else (type(wire).__name__, wire)
-    if kind == "int" and isinstance(body, str):
-        body = int(body, 16)
+    kind, body = _kind_and_body(wire)
     if isinstance(expected, bool) or expected is None or isinstance(body, bool):
         return expected is body
     if isinstance(expected, int | float):
@@ -119,7 +143,7 @@ def _matches(expected: Any, wire: Any) -> bool:
     if isinstance(expected, str):
         return kind == "str" and str(expected) == body
     if isinstance(expected, bytes | bytearray):
-        return kind == "bytes" and isinstance(body, str) and expected == bytes.fromhex(body)
+        return kind == "bytes" and expected == body
     if not isinstance(body, list) or len(body) != len(expected):
         return False
     if isinstance(expected, list):
@@ -128,7 +152,20 @@ def _matches(expected: Any, wire: Any) -> bool:
         return kind == "tuple" and all(map(_matches, expected, body))
     if isinstance(expected, dict):
         return kind == "dict" and _dicts_match(expected, body)
-    return kind == type(expected).__name__ and _sets_match(expected, body)
+    if isinstance(expected, frozenset):
+        return kind == "frozenset" and _sets_match(expected, body)
+    return kind == "set" and _sets_match(expected, body)
+
+
+def _kind_and_body(wire: Any) -> tuple[str, Any]:
+    """The name of the type that a parsed wire form stands for, and its value or its members."""
+    if not isinstance(wire, Tagged):
+        return type(wire).__name__, wire
+    if wire.kind == "int":
+        return "int", int(wire.body, 16)
+    if wire.kind == "bytes":
+        return "bytes", bytes.fromhex(wire.body)
+    return wire
 
 
 def _numbers_match(expected: float, actual: float) -> bool:
@@ -140,44 +177,36 @@ def _numbers_match(expected: float, actual: float) -> bool:
 
 
 def _dicts_match(expected: dict, pairs: list) -> bool:
-    values = {_identity(key): value for key, value in expected.items()}
-    seen = set()
+    left = {_fingerprint(_to_wire(key, 0)): value for key, value in expected.items()}
     for wire_key, wire_value in pairs:
-        key = _identity(_hashable(wire_key))
-        if key not in values or not _matches(values[key], wire_value):
+        key = _fingerprint(wire_key)
+        if key not in left or not _matches(left.pop(key), wire_value):
             return False
-        seen.add(key)
-    return len(seen) == len(values)
+    return not left
 
 
 def _sets_match(expected: set | frozenset, items: list) -> bool:
-    members = {_identity(item) for item in expected}
-    found = set()
-    for item in items:
-        key = _identity(_hashable(item))
-        if key not in members:
-            return False
-        found.add(key)
-    return len(found) == len(members)
+    return {_fingerprint(_to_wire(item, 0)) for item in expected} == set(map(_fingerprint, items))
 
 
-def _hashable(wire: object) -> object:
-    """An untrusted key or member, to be looked up among expected ones. ValueError if unhashable
-    or a frozenset large enough for its members' hashes to be chosen to collide.
+def _fingerprint(wire: Any) -> bytes:
+    """Equal for two keys or members exactly where type and value are, all the way down: True, 1
+    and 1.0 are three; NaN is one. ValueError if it is not hashable in Python.
     """
-    if not isinstance(wire, list | Tagged):
-        return wire
-    if isinstance(wire, list) or wire.kind not in HASHABLE_KINDS:
+    if isinstance(wire, dict):  # from `_to_wire`, unparsed
+        ((kind, body),) = wire.items()
+        wire = Tagged(kind, body)
+    kind, body = _kind_and_body(wire)
+    if kind == "tuple":
+        content = b"".join(map(_fingerprint, body))
+    elif kind == "frozenset":
+        content = b"".join(sorted(set(map(_fingerprint, body))))
+    elif kind in ("list", "set", "dict"):
         raise ValueError("malformed value: an unhashable key")
-    if wire.kind == "tuple":
-        return tuple(map(_hashable, wire.body))
-    if wire.kind == "frozenset":
-        if len(wire.body) > MAX_FROZENSET:
-            raise ValueError(f"a frozenset within a set has more than {MAX_FROZENSET} members")
-        return frozenset(map(_hashable, wire.body))
-    return _from_wire(wire)
-
-
-def _identity(value: object) -> tuple[str, object]:
-    """Tells True, 1 and 1.0 apart, which Python's own sets and dicts do not."""
-    return type(value).__name__, value
+    elif kind == "str":
+        content = body.encode("utf-8", "surrogatepass")
+    elif kind == "int":
+        content = b"%x" % body
+    else:
+        content = repr(body + 0.0 if kind == "float" else body).encode()  # -0.0 equals 0.0
+    return hashlib.blake2b(kind.encode() + b":" + content, digest_size=32).digest()
