@@ -38,7 +38,6 @@ from .metrics import Gauge, Metrics
 from .record import Record, WireError
 
 API_VERSION = 1
-REQUEST_ID = "Idempotency-Key"
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
 PARSED_IN_PLACE_BYTES = 64 << 10  # about 1 ms of parsing
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -173,9 +172,11 @@ class Service:
 
     async def accept(self, record: Record, do: Work, request: web.Request) -> Grading:
         """The work that the request stands for, its own or an earlier one's."""
-        request_id = request.headers.get(REQUEST_ID, "") or uuid.uuid4().hex
+        request_id = request.headers.get(wire.REQUEST_ID, "") or uuid.uuid4().hex
         if not REQUEST_ID_FORM.fullmatch(request_id):
-            raise RefusedError(400, f"{REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces")
+            raise RefusedError(
+                400, f"{wire.REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces"
+            )
         body = await request.read()
         digest = hashlib.sha256(request.path.encode() + b"\0" + body).digest()
         self.earlier(request_id, digest)  # refuses a taken id before parsing

@@ -31,6 +31,7 @@ from .record import (
     parse,
 )
 
+REQUEST_ID = "Idempotency-Key"  # the header that names a request through all its tries
 # Upper bounds that keep a number within what the sandbox's own messages hold; nobody needs more.
 MAX_SECONDS = 24 * 3600.0
 MAX_MEMORY_BYTES = 1 << 40
