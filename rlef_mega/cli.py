@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.launch import FAILED, STOPPED, launch
+from rlef_mega.launch import FAILED, STOPPED, launch, sandbox_token
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +31,7 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     from rlef_mega.preflight import check_train, claim_run_directory
 
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
-    check_train(config)
+    check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
     claim_run_directory(config, run_dir)
     finish(launch("rlef_mega.train", run_dir, config.parallel.world_size), run_dir)
@@ -93,6 +93,9 @@ def evaluate(
     dtype: str = "float32",
     seed: int = 0,
     protocols: str = "multi_turn,independent,random_feedback",
+    server: Annotated[
+        list[str] | None, typer.Option(help="a grading server, like http://node7:8765; repeatable")
+    ] = None,
 ) -> None:
     """1@k of a model: multi-turn, independent samples, and random feedback, with 95% intervals."""
     from rlef_mega.eval_command import EvalRequest, run_evaluation
@@ -111,6 +114,8 @@ def evaluate(
             dtype=dtype,
             seed=seed,
             protocols=tuple(protocols.split(",")),
+            servers=tuple(server or ()),
+            grading_token=sandbox_token(),
         )
     )
 

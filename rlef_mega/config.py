@@ -95,8 +95,14 @@ class RolloutConfig(Section):
 
 
 class JudgeConfig(Section):
+    """Without servers each process has a sandbox of its own."""
+
     workers: int = Field(1, gt=0, description="sandbox workers a process")
     isolation: Literal["default", "minimal"] = "default"
+    servers: tuple[str, ...] = Field((), description="grading servers, like http://node7:8765")
+    deadline_s: float = Field(
+        900.0, gt=0, description="of a grading call to servers, with all its tries"
+    )
 
 
 class PPOConfig(Section):
@@ -336,9 +342,11 @@ def dump_toml(config: Section) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def toml_value(value: bool | int | float | str) -> str:
+def toml_value(value: bool | int | float | str | Sequence[str]) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return repr(value)

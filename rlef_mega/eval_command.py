@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from rlef_mega.chat import ChatFormat
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, JudgeConfig
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import evaluate, write_evaluation
-from rlef_mega.judge import Judge
+from rlef_mega.judge import Judge, open_grader
+from rlef_mega.preflight import check_servers
 from rlef_mega.problems import load_problems
 from rlef_mega.record import RunDirectory
 from rlef_mega.report import print_comparison
 from rlef_mega.rollout import Rules
 from rlef_mega.types import Sampling
-from rlef_sandbox import Sandbox
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,15 @@ class EvalRequest:
     dtype: str
     seed: int
     protocols: tuple[str, ...]
+    servers: tuple[str, ...] = ()  # grading servers; without, an embedded sandbox
+    grading_token: str | None = None
 
 
 def run_evaluation(request: EvalRequest) -> None:
     """Evaluate, write eval/MODEL.json and its dialogues under `out`, print the table."""
     if not (request.model / "config.json").is_file():
         raise ConfigError(f"no file {request.model / 'config.json'}: give a Hugging Face folder")
+    check_servers(JudgeConfig(servers=request.servers), request.grading_token)
     problems = load_problems(request.data)
     problems = problems[: request.problems or None]
     chat = ChatFormat.from_folder(request.model)
@@ -55,13 +58,12 @@ def run_evaluation(request: EvalRequest) -> None:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = LocalEngine(request.model, dtype=request.dtype, device=device)
-    workers = len(os.sched_getaffinity(0))
-    with Sandbox(workers=workers) as sandbox:
-        judge = Judge(sandbox, workers=workers)
+    grading = JudgeConfig(workers=len(os.sched_getaffinity(0)), servers=request.servers)
+    with open_grader(**grading.model_dump(), token=request.grading_token) as grader:
         result = evaluate(
             problems,
             engine,
-            judge,
+            Judge(grader),
             chat,
             rules,
             seed=request.seed,

@@ -1,16 +1,26 @@
 """Code and tests to a verdict.
 
 The public tests are all run and shown to the model; the private tests only when the response is
-final, until the first failure, and of them nothing but pass or fail leaves this file. Grading
-happens in the sandbox's processes; threads here only wait for them.
+final, until the first failure, and of them nothing but pass or fail leaves this file.
+
+Theory of operation: grading happens in the embedded sandbox's processes, which threads here wait
+for, or on grading servers, which a client in a thread and event loop of its own speaks to. The
+client outlives the event loops of the rollouts, one a step, and goes on with its retries while the
+engine keeps the rollout's loop from running.
 """
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Protocol, TypeVar
 
 from rlef_mega.types import AnyTest, Problem, TestOutcome, Verdict
 from rlef_sandbox import Result, Sandbox, Status
+
+Answer = TypeVar("Answer")
 
 
 class JudgeError(RuntimeError):
@@ -18,12 +28,133 @@ class JudgeError(RuntimeError):
     scored."""
 
 
-class Judge:
-    """Grades programs in a sandbox from asynchronous code. Closing is up to the sandbox's owner."""
+class Grader(Protocol):
+    """Where programs are graded: `EmbeddedGrader` or `RemoteGrader`."""
+
+    @property
+    def isolation(self) -> dict[str, object]:
+        """The layers that confine programs there, for the run's manifest."""
+
+    async def grade(
+        self, problem: Problem, program: str, tests: Sequence[AnyTest], *, stop_early: bool
+    ) -> list[Result]:
+        """As `Sandbox.grade`, in the problem's limits. JudgeError where no sandbox did it."""
+
+
+class EmbeddedGrader:
+    """Grades in a sandbox of this process. Closing is up to the sandbox's owner."""
 
     def __init__(self, sandbox: Sandbox, *, workers: int) -> None:
         self.sandbox = sandbox
         self.threads = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+
+    @property
+    def isolation(self) -> dict[str, object]:
+        return self.sandbox.isolation
+
+    async def grade(
+        self, problem: Problem, program: str, tests: Sequence[AnyTest], *, stop_early: bool
+    ) -> list[Result]:
+        return await asyncio.get_running_loop().run_in_executor(
+            self.threads,
+            lambda: self.sandbox.grade(
+                program,
+                tests,
+                limits=problem.limits,
+                checker=problem.checker,
+                stop_at_first_failure=stop_early,
+                language=problem.language,
+            ),
+        )
+
+
+class RemoteGrader:
+    """Grades on servers (`python -m rlef_sandbox serve`); a context manager.
+
+    Opening asks every server for its health: ServiceError where one is not ready or refuses the
+    token, ValueError where an address is none.
+    """
+
+    def __init__(self, servers: Sequence[str], token: str | None, *, deadline_s: float) -> None:
+        from rlef_sandbox.service.client import SandboxClient  # an extra: it needs aiohttp
+
+        self.client = SandboxClient(servers, token, deadline_s=deadline_s)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="grader", daemon=True)
+
+    def __enter__(self) -> "RemoteGrader":
+        self.thread.start()
+        self.wait_for(self.client.__aenter__())
+        try:
+            self.health = self.wait_for(self.client.health())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.wait_for(self.client.__aexit__(None, None, None))
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def wait_for(self, work: Coroutine[None, None, Answer]) -> Answer:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    @property
+    def isolation(self) -> dict[str, object]:
+        return {"servers": {url: about["isolation"] for url, about in self.health.items()}}
+
+    async def grade(
+        self, problem: Problem, program: str, tests: Sequence[AnyTest], *, stop_early: bool
+    ) -> list[Result]:
+        from rlef_sandbox.service.client import ServiceError
+
+        grading = self.client.grade(
+            program,
+            tests,
+            limits=problem.limits,
+            checker=problem.checker,
+            stop_at_first_failure=stop_early,
+            language=problem.language,
+        )
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(grading, self.loop))
+        except ServiceError as error:
+            raise JudgeError(str(error)) from None
+
+
+@contextlib.contextmanager
+def open_grader(
+    *,
+    servers: Sequence[str],
+    token: str | None,
+    deadline_s: float,
+    workers: int,
+    isolation: str,
+) -> Iterator[Grader]:
+    """Grading servers where some are named, else an embedded sandbox with `workers`."""
+    if servers:
+        with RemoteGrader(servers, token, deadline_s=deadline_s) as remote:
+            yield remote
+    else:
+        with Sandbox(workers=workers, isolation=isolation) as sandbox:
+            yield EmbeddedGrader(sandbox, workers=workers)
+
+
+class Judge:
+    """Judges responses. Closing the grader is up to its owner."""
+
+    def __init__(self, grader: Grader) -> None:
+        self.grader = grader
         self.runs = 0  # programs x tests run so far
         self.run_s = 0.0  # wall time inside the sandbox, summed over runs
 
@@ -51,18 +182,7 @@ class Judge:
     ) -> list[Result]:
         if not tests:
             return []
-        loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(
-            self.threads,
-            lambda: self.sandbox.grade(
-                program,
-                tests,
-                limits=problem.limits,
-                checker=problem.checker,
-                stop_at_first_failure=stop_early,
-                language=problem.language,
-            ),
-        )
+        results = await self.grader.grade(problem, program, tests, stop_early=stop_early)
         self.runs += len(results)
         self.run_s += sum(result.wall_s for result in results)
         for result in results:

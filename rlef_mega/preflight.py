@@ -7,6 +7,7 @@ from typing import Any
 
 from rlef_mega.config import (
     ConfigError,
+    JudgeConfig,
     Section,
     SFTConfig,
     TrainConfig,
@@ -14,18 +15,53 @@ from rlef_mega.config import (
     dump_toml,
     load_config,
 )
+from rlef_mega.judge import RemoteGrader
 from rlef_mega.problems import load_problems
 from rlef_mega.record import write_atomically
 
-FREE_TO_CHANGE = {"run.steps", "run.checkpoint_every", "run.keep_checkpoints"}
+# Where a run is graded changes from one job of a cluster to the next; verdicts do not.
+FREE_TO_CHANGE = {
+    "run.steps",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "judge.servers",
+    "judge.deadline_s",
+}
 
 
-def check_train(config: TrainConfig) -> None:
+def check_train(config: TrainConfig, *, grading_token: str | None = None) -> None:
     """ConfigError or ValueError where the run could not go, with the remedy."""
     plan_train(config)
+    check_servers(config.judge, grading_token)
     for source in config.data.model_dump().values():
         if source:
             load_problems(source)
+
+
+def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:
+    """ConfigError unless every grading server is ready, takes the token, and confines programs as
+    well as is asked for."""
+    if not judge.servers:
+        return
+    try:
+        with RemoteGrader(judge.servers, grading_token, deadline_s=judge.deadline_s) as grader:
+            health = grader.health
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"judge.servers needs {error.name}: pip install 'rlef-mega[serve]'"
+        ) from None
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"judge.servers: {error}. Start each with `python -m rlef_sandbox serve`, and give "
+            "their token in RLEF_SANDBOX_TOKEN"
+        ) from None
+    for url, about in health.items():
+        level = about["isolation"]["level"]
+        if judge.isolation == "default" and level != "default":
+            raise ConfigError(
+                f"judge.servers: {url} runs with isolation {level!r}; start it without "
+                "--isolation, or set judge.isolation to the same"
+            )
 
 
 def plan_train(config: TrainConfig) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import Evaluator
 from rlef_mega.guard import Guards
-from rlef_mega.judge import Judge
-from rlef_mega.launch import STOPPED, StopRequest, worker_main
+from rlef_mega.judge import Grader, Judge, open_grader
+from rlef_mega.launch import STOPPED, StopRequest, sandbox_token, worker_main
 from rlef_mega.manifest import describe
 from rlef_mega.megatron import checkpoint, parallel
 from rlef_mega.megatron.learner import Learner
@@ -34,11 +34,11 @@ from rlef_mega.record import Clock, RunDirectory, episode_record
 from rlef_mega.rollout import Rules, derive_seed, roll_out_on_all_ranks
 from rlef_mega.shares import any_rank
 from rlef_mega.types import Batch, Episode, Problem, Sampling, Targets
-from rlef_sandbox import Sandbox
 
 
-def train(config: TrainConfig) -> int:
-    """Run or resume. Returns 0 when all steps are done and STOPPED when asked to stop before."""
+def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
+    """Run or resume. Returns 0 when all steps are done and STOPPED when asked to stop before.
+    `grading_token` is what `judge.servers` are shown."""
     run = RunDirectory(Path(config.run.dir))
     ranks = parallel.initialize(config.parallel, seed=config.run.seed)
     if ranks.is_writer:
@@ -52,15 +52,15 @@ def train(config: TrainConfig) -> int:
     guards = Guards(config.guard, config.rollout.max_drop_fraction)
     stop = StopRequest(run.stop_request)
     with (
-        Sandbox(workers=config.judge.workers, isolation=config.judge.isolation) as sandbox,
+        open_grader(**config.judge.model_dump(), token=grading_token) as grader,
         StepProgress("RLEF", done=first, total=config.run.steps, shown=ranks.is_writer) as progress,
     ):
-        judge = Judge(sandbox, workers=config.judge.workers)
+        judge = Judge(grader)
         evaluator = Evaluator(
             config, run, engine, judge, chat, rules, writer=ranks.is_writer, say=progress.say
         )
         if ranks.is_writer:
-            run.write_json("manifest.json", run_manifest(config, sandbox, ranks.device))
+            run.write_json("manifest.json", run_manifest(config, grader, ranks.device))
         publish(learner, engine, version=first)
         if first == 0:
             evaluator.full("before")
@@ -139,11 +139,11 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
     )
 
 
-def run_manifest(config: TrainConfig, sandbox: Sandbox, device: torch.device) -> dict[str, Any]:
+def run_manifest(config: TrainConfig, grader: Grader, device: torch.device) -> dict[str, Any]:
     return describe(
         layout=config.parallel.model_dump(),
         accelerations=parallel.accelerations(device, getattr(torch, config.model.dtype)),
-        isolation=sandbox.isolation,
+        isolation=grader.isolation,
     )
 
 
@@ -203,4 +203,8 @@ def episode_records(
 
 
 if __name__ == "__main__":
-    worker_main(lambda run_dir: train(load_config(run_dir / "config.toml", [], TrainConfig)))
+    worker_main(
+        lambda run_dir: train(
+            load_config(run_dir / "config.toml", [], TrainConfig), grading_token=sandbox_token()
+        )
+    )

@@ -19,15 +19,14 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.engines.generation import Request
 from rlef_mega.engines.local import LocalEngine
-from rlef_mega.judge import Judge
-from rlef_mega.launch import STOPPED, StopRequest, worker_main
+from rlef_mega.judge import Judge, open_grader
+from rlef_mega.launch import STOPPED, StopRequest, sandbox_token, worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.problems import load_problems, sample
 from rlef_mega.rollout import derive_seed, roll_out_on_all_ranks
 from rlef_mega.shares import any_rank, gather
 from rlef_mega.train import dialogue_rules
 from rlef_mega.types import Completion, Problem, Verdict
-from rlef_sandbox import Sandbox
 
 REPEATS = 5
 
@@ -117,8 +116,8 @@ def work(folder: Path) -> int:
     dtype = getattr(torch, config.model.dtype)
     engine = TimedEngine(config.model.path, dtype=dtype, device=ranks.device)
     waves = []
-    with Sandbox(workers=config.judge.workers, isolation=config.judge.isolation) as sandbox:
-        judge = TimedJudge(sandbox, workers=config.judge.workers)
+    with open_grader(**config.judge.model_dump(), token=sandbox_token()) as grader:
+        judge = TimedJudge(grader)
         for repeat in range(1 + REPEATS):
             if any_rank(stop.requested()):
                 return STOPPED

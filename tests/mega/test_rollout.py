@@ -10,7 +10,7 @@ import pytest
 
 from rlef_mega.chat import ChatFormat
 from rlef_mega.engines import EngineError
-from rlef_mega.judge import Judge
+from rlef_mega.judge import EmbeddedGrader, Judge
 from rlef_mega.problems.tokenizer import train_tokenizer
 from rlef_mega.rollout import Distractor, Rules, derive_seed, distractors_of, rollout
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
@@ -56,7 +56,7 @@ def chat(tmp_path_factory) -> ChatFormat:
 @pytest.fixture(scope="module")
 def judge():
     with Sandbox(workers=1) as sandbox:
-        yield Judge(sandbox, workers=1)
+        yield Judge(EmbeddedGrader(sandbox, workers=1))
 
 
 RULES = Rules(turns=3, sampling=Sampling(max_new_tokens=60), max_context=600)

@@ -18,6 +18,7 @@ import pytest
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.preflight import claim_run_directory
 from rlef_mega.sft import make_initial_model
+from tests.sandbox.service_process import TOKEN, ServerProcess
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 RLEF = [sys.executable, "-m", "rlef_mega.cli"]
@@ -126,6 +127,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(undisturbed, model, tmp_path):
     assert train(run, model) == undisturbed
 
 
+def test_grading_on_servers_changes_no_number(undisturbed, model, tmp_path, monkeypatch):
+    """Both ranks reach both servers with the token of the environment, which no file of the run
+    holds. This model writes no code yet, so nothing is graded: test_judge.py holds the verdicts."""
+    with ServerProcess(token=TOKEN) as one, ServerProcess(token=TOKEN) as two:
+        monkeypatch.setitem(ENVIRONMENT, "RLEF_SANDBOX_TOKEN", TOKEN)
+        run = tmp_path / "served"
+        assert train(run, model, f"judge.servers=['{one.url}', '{two.url}']") == undisturbed
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["isolation"]["servers"].keys() == {one.url, two.url}
+    assert not any(TOKEN.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -181,6 +194,7 @@ def without(lines: list[dict], names: tuple[str, ...]) -> list[dict]:
         ("ppo.updates_per_batch=3", "does not divide into"),
         ("data.train=nowhere.jsonl", "nowhere.jsonl"),
         ("model.path=nowhere", "nowhere/config.json"),
+        ("judge.servers=['http://127.0.0.1:9']", "judge.servers: grading servers are not ready"),
     ],
 )
 def test_bad_input_is_one_message_before_anything_starts(model, tmp_path, override, message):

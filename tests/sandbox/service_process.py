@@ -48,12 +48,19 @@ class Reply(NamedTuple):
 class ServerProcess:
     """`python -m rlef_sandbox serve`; a context manager that kills it in the end."""
 
-    def __init__(self, *options: str, port: int = 0, token: str | None = None) -> None:
+    def __init__(
+        self,
+        *options: str,
+        port: int = 0,
+        token: str | None = None,
+        isolation: str = "default",
+    ) -> None:
         environment = {**os.environ, "PYTHONPATH": SANDBOX_PATH}
         environment.pop("RLEF_SANDBOX_TOKEN", None)
         if token:
             environment["RLEF_SANDBOX_TOKEN"] = token
-        words = [sys.executable, "-m", "rlef_sandbox", "serve", "--port", str(port), *options]
+        command = [sys.executable, "-m", "rlef_sandbox", "--isolation", isolation]
+        words = [*command, "serve", "--port", str(port), *options]
         self.token = token
         self.process = subprocess.Popen(
             words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -27,6 +27,7 @@ import aiohttp
 
 from ..verdict import CallTest, Limits, Result, Test, as_bytes
 from . import wire
+from .command import checked_token
 from .fleet import Fleet, Server
 from .record import Record, WireError
 
@@ -79,7 +80,9 @@ class SandboxClient:
         if connections < 1:
             raise ValueError(f"connections is {connections}; it must be at least 1")
         self._deadline_s = deadline_s
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = (
+            {} if token is None else {"Authorization": f"Bearer {checked_token(token, 'use')}"}
+        )
         self._fleet = Fleet(
             [checked_url(url) for url in urls], connections=connections, is_ready=self._is_ready
         )
@@ -215,7 +218,8 @@ class SandboxClient:
             about = json.loads(answer)
         except ValueError:
             about = None
-        return about if isinstance(about, dict) else "it is no grading server"
+        is_ours = isinstance(about, dict) and isinstance(about.get("isolation"), dict)
+        return about if is_ours else "it is no grading server"
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
