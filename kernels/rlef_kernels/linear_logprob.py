@@ -16,15 +16,21 @@ inputs and 3 T numbers.
 Vocab-parallel (Megatron's word): each rank of `group` holds an equal shard of the rows of the head.
 Forward gathers [T, 4] numbers, backward sums dhidden over the group.
 
-Tuned Triton kernels are not there yet: CPU and CUDA tensors both run the chunked PyTorch form.
+On NVIDIA GPUs `rlef_kernels.gpu.linear_logprob` computes this; the chunked PyTorch form here
+defines it and runs everywhere else.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
 """
+
+from typing import Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from rlef_kernels.dispatch import uses_kernels
+from rlef_kernels.main_grad import check_main_grad, stand_in_gradient
+from rlef_kernels.rows import check_mask, rows_with_gradient, scatter_rows, select_rows
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
     SavedForBackward,
@@ -58,7 +64,7 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         group: ProcessGroup | None,
         chunk_tokens: int,
         accumulate_main_grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shard = weight_VD.shape[0]
         dtype = compute_dtype(hidden_TD, weight_VD)
         column_T, owned_T = local_columns(target_T, shard_start(shard, group), shard)
@@ -74,7 +80,8 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         ctx.temperature, ctx.group, ctx.chunk_tokens = temperature, group, chunk_tokens
         ctx.accumulate_main_grad = accumulate_main_grad
         ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing
-        return softmax.logprob_T, softmax.entropy_T
+        ctx.mark_non_differentiable(softmax.greedy_T)
+        return softmax.logprob_T, softmax.entropy_T, softmax.greedy_T
 
     @staticmethod
     @once_differentiable
@@ -82,10 +89,19 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         ctx: SavedForBackward,
         grad_logprob_T: torch.Tensor | None,
         grad_entropy_T: torch.Tensor | None,
+        grad_greedy_T: None,
     ) -> tuple[torch.Tensor | None, ...]:
         if grad_logprob_T is None and grad_entropy_T is None:
             return (None,) * 7
-        hidden_TD, weight_VD, column_T, owned_T, row_max_T, sum_exp_T, entropy_T = ctx.saved_tensors
+        whole_TD, weight_VD, *of_rows = ctx.saved_tensors
+        rows_R = rows_with_gradient(grad_logprob_T, grad_entropy_T)
+        hidden_TD, column_T, owned_T, row_max_T, sum_exp_T, entropy_T = (
+            select_rows(tensor, rows_R) for tensor in (whole_TD, *of_rows)
+        )
+        if grad_logprob_T is not None:
+            grad_logprob_T = select_rows(grad_logprob_T, rows_R)
+        if grad_entropy_T is not None:
+            grad_entropy_T = select_rows(grad_entropy_T, rows_R)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype, scale = row_max_T.dtype, 1 / ctx.temperature
         weight = weight_VD.to(dtype)
@@ -115,31 +131,12 @@ class ChunkedLinearLogprob(torch.autograd.Function):
                 grad_weight_VD.addmm_(grad_CV.t(), hidden_CD, alpha=scale)
         if grad_hidden_TD is not None:
             grad_hidden_TD = sum_over_shards_(grad_hidden_TD, ctx.group).to(hidden_TD.dtype)
+            grad_hidden_TD = scatter_rows(grad_hidden_TD, rows_R, whole_TD.shape[0])
         if into_main_grad:
             grad_weight_VD = stand_in_gradient(weight_VD)
         elif grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None, None
-
-
-def check_main_grad(weight_VD: torch.Tensor) -> None:
-    dtype = getattr(getattr(weight_VD, "main_grad", None), "dtype", None)
-    if dtype != torch.float32:
-        raise ValueError(
-            "accumulate_main_grad needs an fp32 weight.main_grad, which Megatron's DDP makes with "
-            f"grad_reduce_in_fp32; found {dtype}"
-        )
-
-
-def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
-    """Tells Megatron's data-parallel hook that main_grad already holds the gradient.
-
-    The hook asserts that `.grad` is not None and, with this flag set, drops it unread.
-    """
-    if not hasattr(weight_VD, "grad_added_to_main_grad"):
-        return None
-    weight_VD.grad_added_to_main_grad = True
-    return torch.zeros_like(weight_VD)
 
 
 def linear_logprob_reference(
@@ -149,16 +146,45 @@ def linear_logprob_reference(
     *,
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
-    chunk_tokens: int | None = None,
     accumulate_main_grad: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_logprob` in plain PyTorch, for any device; arithmetic in fp32, in fp64 for fp64
-    inputs.
+    chunk_tokens: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob_T, entropy_T, greedy_T) in plain PyTorch, for any device; arithmetic in fp32, in
+    fp64 for fp64 inputs. `chunk_tokens` bounds the memory: chunk_tokens x V numbers, twice.
     """
+    check_chunk(chunk_tokens)
     step = chunk_tokens or chunk_size(weight_VD.shape[0], hidden_TD.device)
     return ChunkedLinearLogprob.apply(
         hidden_TD, weight_VD, target_T, temperature, group, step, accumulate_main_grad
     )
+
+
+@overload
+def linear_logprob(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    group: ProcessGroup | None = None,
+    mask_T: torch.Tensor | None = None,
+    accumulate_main_grad: bool = False,
+    return_greedy: Literal[False] = False,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def linear_logprob(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    group: ProcessGroup | None = None,
+    mask_T: torch.Tensor | None = None,
+    accumulate_main_grad: bool = False,
+    return_greedy: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
 def linear_logprob(
@@ -168,35 +194,48 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
-    chunk_tokens: int | None = None,
+    mask_T: torch.Tensor | None = None,
     accumulate_main_grad: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_greedy: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """(logprob_T, entropy_T) of softmax(hidden weight^T / temperature), fp32, in nats.
 
     Differentiable in both outputs, with respect to hidden and weight. Under `group`, weight_VD is
-    this rank's shard (equal on all ranks), targets are ids of the whole vocabulary, hidden and
-    targets are the same on every rank, and every rank must call, with an empty batch too; the
-    gradient of hidden comes back summed over the group.
+    this rank's shard (equal on all ranks), targets are ids of the whole vocabulary; hidden,
+    targets, mask and upstream gradients are the same on every rank, and every rank must call, with
+    an empty batch too; the gradient of hidden comes back summed over the group.
 
-    `chunk_tokens` bounds the memory: chunk_tokens x V numbers, twice. With `accumulate_main_grad`
-    the gradient of the weight is added to `weight.main_grad` (fp32, Megatron's) instead of being
-    returned.
+    Tokens outside `mask_T` (bool) get zeros and no gradient, whatever their targets, and cost
+    nothing; nor do, in the backward pass, tokens whose upstream gradients are zero. With
+    `accumulate_main_grad` the gradient of the weight is added to `weight.main_grad` (fp32,
+    Megatron's) instead of being returned. `return_greedy` adds greedy_T (bool): whether the target
+    has the largest logit.
 
     Raises ValueError for shapes that do not fit, targets outside the vocabulary (on a GPU: NaN),
     temperature <= 0.
     """
     check_head(hidden_TD, weight_VD)
-    check_chunk(chunk_tokens)
     if accumulate_main_grad:
         check_main_grad(weight_VD)
     check_temperature(temperature)
+    num_tokens = hidden_TD.shape[0]
+    rows_R = None
+    if mask_T is not None:
+        check_mask(mask_T, num_tokens)
+        rows_R = mask_T.nonzero()[:, 0]
+        hidden_TD, target_T = hidden_TD[rows_R], target_T[rows_R]
     check_targets(target_T, hidden_TD.shape[0], weight_VD.shape[0] * group_size(group))
-    return linear_logprob_reference(
+    if uses_kernels(hidden_TD, weight_VD):
+        from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels as compute
+    else:
+        compute = linear_logprob_reference  # type: ignore[assignment]
+    outputs = compute(
         hidden_TD,
         weight_VD,
         target_T,
         temperature=temperature,
         group=group,
-        chunk_tokens=chunk_tokens,
         accumulate_main_grad=accumulate_main_grad,
     )
+    logprob_T, entropy_T, greedy_T = (scatter_rows(out, rows_R, num_tokens) for out in outputs)
+    return (logprob_T, entropy_T, greedy_T) if return_greedy else (logprob_T, entropy_T)

@@ -47,6 +47,7 @@ class Softmax(NamedTuple):
     sum_exp_T: torch.Tensor
     entropy_T: torch.Tensor
     logprob_T: torch.Tensor
+    greedy_T: torch.Tensor  # the target has the largest logit, or one as large
 
 
 def group_size(group: ProcessGroup | None) -> int:
@@ -128,7 +129,8 @@ def combine_shards(
     if target_T.device.type != "cpu":
         outside_T = (target_T < 0) | (target_T >= vocabulary_size)
         logprob_T = logprob_T.masked_fill(outside_T, torch.nan)
-    return Softmax(row_max_T, sum_exp_T, entropy_T, logprob_T)
+    greedy_T = target_logit_T >= row_max_T
+    return Softmax(row_max_T, sum_exp_T, entropy_T, logprob_T, greedy_T)
 
 
 def gather_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:

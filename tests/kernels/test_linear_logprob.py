@@ -49,7 +49,9 @@ def test_agrees_with_float64_truth_forward_and_backward(
     tokens, width, vocabulary, chunk, temperature
 ):
     hidden, weight, target = problem(tokens, width, vocabulary)
-    outputs = linear_logprob(hidden, weight, target, temperature=temperature, chunk_tokens=chunk)
+    outputs = linear_logprob_reference(
+        hidden, weight, target, temperature=temperature, chunk_tokens=chunk
+    )[:2]
     expected = truth(hidden, weight, target, temperature)
     for output, value in zip(outputs, expected, strict=True):
         assert output.dtype == torch.float32
@@ -79,7 +81,7 @@ def test_gradcheck(uses):
     hidden, weight, target = problem(5, 4, 7, dtype=torch.float64)
 
     def function(hidden, weight):
-        logprob, entropy = linear_logprob_reference(
+        logprob, entropy, _ = linear_logprob_reference(
             hidden, weight, target, temperature=0.7, chunk_tokens=2
         )
         return {"logprob": logprob, "entropy": entropy, "both": logprob * entropy}[uses]
@@ -149,7 +151,8 @@ def test_logits_are_never_stored_whole():
     with LargestTensor() as naive:
         truth(hidden, weight, target)
     with LargestTensor() as chunked:
-        gradients(linear_logprob(hidden, weight, target, chunk_tokens=chunk), (hidden, weight))
+        outputs = linear_logprob_reference(hidden, weight, target, chunk_tokens=chunk)
+        gradients(outputs[:2], (hidden, weight))
     assert naive.elements == tokens * vocabulary, "the probe sees the logits of the naive form"
     assert chunked.elements <= chunk * vocabulary
 
@@ -164,6 +167,46 @@ def test_gradient_is_added_to_main_grad_on_request():
     assert weight.grad_added_to_main_grad and not weight.grad.any()
 
 
+def test_masked_tokens_get_zeros_whatever_their_targets():
+    hidden, weight, target = problem(12, 6, 20)
+    mask = torch.arange(12) % 4 != 1
+    outputs = linear_logprob(hidden, weight, target.masked_fill(~mask, -100), mask_T=mask)
+    expected = linear_logprob(hidden[mask], weight, target[mask])
+    for output, value in zip(outputs, expected, strict=True):
+        assert torch.equal(output[mask], value) and not output[~mask].any()
+    grad_hidden, grad_weight = gradients(outputs, (hidden, weight))
+    assert not grad_hidden[~mask].any() and grad_hidden[mask].all() and grad_weight.all()
+
+
+def test_all_masked_is_zero_with_zero_gradients():
+    hidden, weight, target = problem(5, 6, 20)
+    outputs = linear_logprob(hidden, weight, target, mask_T=torch.zeros(5, dtype=torch.bool))
+    assert not any(output.any() for output in outputs)
+    assert not any(grad.any() for grad in gradients(outputs, (hidden, weight)))
+
+
+def test_tokens_without_a_gradient_cost_nothing_and_change_nothing():
+    hidden, weight, target = problem(60, 8, 500)
+    used = torch.arange(60) % 3 == 0
+    few = hidden.detach()[used].requires_grad_()
+    whole, part = (
+        linear_logprob_reference(h, weight, t) for h, t in [(hidden, target), (few, target[used])]
+    )
+    with LargestTensor() as largest:
+        grads = torch.autograd.grad((whole[0] * used).sum(), (hidden, weight))
+    assert largest.elements <= 20 * 500 + 500
+    expected = torch.autograd.grad(part[0].sum(), (few, weight))
+    assert torch.equal(grads[0][used], expected[0]) and not grads[0][~used].any()
+    assert torch.equal(grads[1], expected[1])
+
+
+def test_greedy_says_whether_the_target_is_the_most_likely():
+    hidden, weight, target = problem(40, 6, 5)
+    _, _, greedy = linear_logprob(hidden, weight, target, return_greedy=True)
+    assert torch.equal(greedy, (hidden @ weight.t()).argmax(-1) == target)
+    assert greedy.any() and not greedy.all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -173,8 +216,8 @@ def test_gradient_is_added_to_main_grad_on_request():
         ({"target_T": torch.tensor([0.0, 1.0])}, "convert it to torch.int64"),
         ({"hidden_TD": torch.ones(2, 5)}, "same width"),
         ({"hidden_TD": torch.ones(2, 1, 6)}, "two matrices"),
+        ({"mask_T": torch.ones(2)}, "mask_T is torch.float32"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
         ({"accumulate_main_grad": True}, "main_grad"),
     ],
 )

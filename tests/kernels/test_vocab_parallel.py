@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlef_kernels import linear_kl, linear_logprob, logits_logprob
+from rlef_kernels import linear_kl, linear_logprob_reference, logits_logprob
 
 TOKENS, WIDTH, VOCABULARY, RANKS = 23, 12, 50, 2
 
@@ -38,7 +38,7 @@ def results(tokens: int, rank: int, group: dist.ProcessGroup | None) -> dict[str
     logits = (hidden.detach() @ shard.detach().t()).requires_grad_()
 
     found = {}
-    logprob, entropy = linear_logprob(
+    logprob, entropy, _ = linear_logprob_reference(
         hidden, shard, target, temperature=0.8, group=group, chunk_tokens=7
     )
     loss = (logprob * ramp + entropy * ramp.flip(0)).sum()

@@ -1,0 +1,24 @@
+"""Who computes: the Triton kernels for CUDA tensors that they know, PyTorch for everything else."""
+
+import importlib.util
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def uses_kernels(*tensors: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve these tensors: on an NVIDIA GPU, all bf16 or all fp32.
+
+    The rest runs the PyTorch form: CPUs, mixed types, fp64 (gradcheck), fp16 (whose range is too
+    small for the gradient of a logit), other vendors' GPUs, installations without Triton.
+    """
+    first = tensors[0]
+    return (
+        HAS_TRITON
+        and first.device.type == "cuda"
+        and torch.version.cuda is not None
+        and first.dtype in KERNEL_DTYPES
+        and all(tensor.dtype == first.dtype for tensor in tensors)
+    )

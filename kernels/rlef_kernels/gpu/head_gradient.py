@@ -1,0 +1,334 @@
+"""The backward pass over a head: the gradient of a block of logits at a time, and cuBLAS for the
+gradients of hidden and weight.
+
+A block of gradients [T, columns] in the inputs' type is written once and read by two products,
+
+    dhidden += dz weight        dweight[columns] = dz^T hidden,
+
+both accumulated in fp32, in a fixed order, without atomics. Blocks of columns, not of tokens, so
+that each entry of the weight's gradient (fp32, in Megatron's main_grad) is read and written once.
+
+FLOPs: P = 2 T V D for each of the two products and for computing the logits again. Bytes: 2 T V
+written and 4 T V read for dz, 8 V D for main_grad, 8 T D a block for dhidden.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block; of a tile, R rows
+and C columns.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch.distributed import ProcessGroup
+
+from rlef_kernels.gpu import tiles
+from rlef_kernels.gpu.head import ROW_KERNEL_ELEMENTS
+from rlef_kernels.gpu.plan import Plan
+from rlef_kernels.gpu.products import add_product_, write_product_
+from rlef_kernels.gpu.tiles import LOWEST_LOGIT, descriptor, product_tile, tile_position
+from rlef_kernels.vocab_parallel import sum_over_shards_
+
+ROW_NUMBERS = 5  # of `pack_rows`
+# Writes the gradient of the logits of these rows and columns.
+WriteGradient = Callable[[slice, slice, torch.Tensor], None]
+
+
+@triton.jit
+def logit_gradient(
+    logits_RC,
+    offset_R,
+    row_R,
+    column_C,
+    target_ptr,
+    rows_ptr,
+    num_tokens,
+    inverse_temperature,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """dz = (g [target] - p (g + h (log p + H))) / temperature, with log p = (z - max) - log sum.
+
+    z is `logits` / temperature + `offset`.
+    """
+    inside_R = row_R < num_tokens
+    at_R = rows_ptr + row_R
+    max_R = tl.load(at_R, mask=inside_R, other=0.0)
+    log_sum_R = tl.load(at_R + num_tokens, mask=inside_R, other=0.0)
+    g_R = tl.load(at_R + 2 * num_tokens, mask=inside_R, other=0.0)
+    target_R = tl.load(target_ptr + row_R, mask=inside_R, other=-1).to(tl.int32)
+    shifted_RC = logits_RC * inverse_temperature + (offset_R - max_R)[:, None]
+    logprob_RC = shifted_RC - log_sum_R[:, None]
+    slope_RC = g_R[:, None]
+    if HAS_ENTROPY:
+        h_R = tl.load(at_R + 3 * num_tokens, mask=inside_R, other=0.0)
+        entropy_R = tl.load(at_R + 4 * num_tokens, mask=inside_R, other=0.0)
+        slope_RC = (g_R + h_R * entropy_R)[:, None] + h_R[:, None] * logprob_RC
+    at_target_RC = tl.where(target_R[:, None] == column_C[None, :], g_R[:, None], 0.0)
+    return (at_target_RC - tl.exp(logprob_RC) * slope_RC) * inverse_temperature
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_column"])
+def product_gradient_kernel(
+    hidden_TD,
+    weight_CD,
+    gradient_TC,
+    target_ptr,
+    rows_ptr,
+    num_tokens,
+    columns,
+    first_column,
+    width,
+    inverse_temperature,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """Multiply again, and store the gradient of the tile."""
+    row_tiles, column_tiles = tl.cdiv(num_tokens, R), tl.cdiv(columns, C)
+    row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    row, column = row_tile * R, column_tile * C
+    logits_RC = product_tile(hidden_TD, weight_CD, row, column, width, R, C, D)
+    gradient_RC = logit_gradient(
+        logits_RC,
+        tl.zeros((R,), tl.float32),
+        row + tl.arange(0, R),
+        first_column + column + tl.arange(0, C),
+        target_ptr,
+        rows_ptr,
+        num_tokens,
+        inverse_temperature,
+        HAS_ENTROPY,
+    )
+    gradient_TC.store([row, column], gradient_RC.to(gradient_TC.dtype))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_column"])
+def logits_gradient_kernel(
+    logits_ptr,
+    logits_stride,
+    gradient_ptr,
+    gradient_stride,
+    tile_max_ptr,
+    target_ptr,
+    rows_ptr,
+    num_tokens,
+    columns,
+    first_column,
+    inverse_temperature,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    ARE_SHIFTED: tl.constexpr,
+):
+    """The same from logits in memory; in place where the two pointers are equal. `ARE_SHIFTED`: by
+    their tile's maximum.
+    """
+    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    within_C = tl.program_id(1) * C + tl.arange(0, C)
+    inside_R = row_R < num_tokens
+    inside_RC = inside_R[:, None] & (within_C < columns)[None, :]
+    row64_R = row_R.to(tl.int64)
+    at_RC = row64_R[:, None] * logits_stride + within_C[None, :]
+    logits_RC = tl.load(logits_ptr + at_RC, mask=inside_RC, other=0.0).to(tl.float32)
+    logits_RC = tl.maximum(logits_RC, LOWEST_LOGIT)
+    offset_R = tl.zeros((R,), tl.float32)
+    if ARE_SHIFTED:
+        tile_max_R = tile_max_ptr + tl.cast(tl.program_id(1), tl.int64) * num_tokens + row_R
+        offset_R = tl.load(tile_max_R, mask=inside_R, other=0.0) * inverse_temperature
+    gradient_RC = logit_gradient(
+        logits_RC,
+        offset_R,
+        row_R,
+        first_column + within_C,
+        target_ptr,
+        rows_ptr,
+        num_tokens,
+        inverse_temperature,
+        HAS_ENTROPY,
+    )
+    at_RC = row64_R[:, None] * gradient_stride + within_C[None, :]
+    gradient_RC = gradient_RC.to(gradient_ptr.dtype.element_ty)
+    tl.store(gradient_ptr + at_RC, gradient_RC, mask=inside_RC)
+
+
+def pack_rows(
+    row_max_T: torch.Tensor,
+    log_sum_T: torch.Tensor,
+    entropy_T: torch.Tensor,
+    grad_logprob_T: torch.Tensor | None,
+    grad_entropy_T: torch.Tensor | None,
+) -> torch.Tensor:
+    """What `logit_gradient` reads of a row: max, log sum, g, h, entropy, as [5, T]."""
+    zeros_T = torch.zeros_like(row_max_T)
+    g_T = zeros_T if grad_logprob_T is None else grad_logprob_T
+    h_T = zeros_T if grad_entropy_T is None else grad_entropy_T
+    return torch.stack([row_max_T, log_sum_T, g_T, h_T, entropy_T])
+
+
+def write_gradient_from_logits(
+    logits_TC: torch.Tensor,
+    gradient_TC: torch.Tensor,
+    column_T: torch.Tensor,
+    rows_5T: torch.Tensor,
+    inverse_temperature: float,
+    *,
+    tile_columns: int,
+    first_column: int = 0,
+    has_entropy: bool = True,
+    tile_max: torch.Tensor | None = None,
+) -> None:
+    """`gradient_TC` may be `logits_TC`. With `tile_max` [tiles, T], the logits are less these."""
+    num_tokens, columns = logits_TC.shape
+    if not num_tokens:
+        return
+    rows = max(1, ROW_KERNEL_ELEMENTS // tile_columns)
+    logits_gradient_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(columns, tile_columns))](
+        logits_TC,
+        logits_TC.stride(0),
+        gradient_TC,
+        gradient_TC.stride(0),
+        tile_max,
+        column_T,
+        rows_5T,
+        num_tokens,
+        columns,
+        first_column,
+        inverse_temperature,
+        R=rows,
+        C=tile_columns,
+        HAS_ENTROPY=has_entropy,
+        ARE_SHIFTED=tile_max is not None,
+        num_warps=4,
+    )
+
+
+class RecomputedGradient:
+    """The gradient of the logits of any block, from the logits computed again."""
+
+    def __init__(
+        self,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        column_T: torch.Tensor,
+        rows_5T: torch.Tensor,
+        inverse_temperature: float,
+        plan: Plan,
+        *,
+        has_entropy: bool,
+    ) -> None:
+        self.hidden_TD, self.weight_VD, self.plan = hidden_TD, weight_VD, plan
+        self.column_T, self.rows_5T = column_T, rows_5T
+        self.inverse_temperature, self.has_entropy = inverse_temperature, has_entropy
+
+    def write(self, rows: slice, columns: slice, gradient_TC: torch.Tensor) -> None:
+        hidden_TD, weight_CD = self.hidden_TD[rows], self.weight_VD[columns]
+        column_T, rows_5T = self.column_T[rows], self.rows_5T[:, rows].contiguous()
+        if not hidden_TD.shape[0]:
+            return
+        if self.plan.fused:
+            self.write_fused(hidden_TD, weight_CD, columns.start, column_T, rows_5T, gradient_TC)
+            return
+        step = max(1, self.plan.logits_bytes // (4 * hidden_TD.shape[0]))
+        logits = torch.empty(
+            hidden_TD.shape[0], min(step, weight_CD.shape[0]), device=hidden_TD.device
+        )
+        for first in range(0, weight_CD.shape[0], step):
+            part = slice(first, first + step)
+            logits_TC = logits[:, : weight_CD[part].shape[0]]
+            write_product_(logits_TC, hidden_TD, weight_CD[part].t())
+            write_gradient_from_logits(
+                logits_TC,
+                gradient_TC[:, part],
+                column_T,
+                rows_5T,
+                self.inverse_temperature,
+                tile_columns=self.plan.tile_columns,
+                first_column=columns.start + first,
+                has_entropy=self.has_entropy,
+            )
+
+    def write_fused(
+        self,
+        hidden_TD: torch.Tensor,
+        weight_CD: torch.Tensor,
+        first_column: int,
+        column_T: torch.Tensor,
+        rows_5T: torch.Tensor,
+        gradient_TC: torch.Tensor,
+    ) -> None:
+        (num_tokens, width), columns = hidden_TD.shape, weight_CD.shape[0]
+        R, C = tiles.ROWS, self.plan.tile_columns
+        product_gradient_kernel[(triton.cdiv(num_tokens, R) * triton.cdiv(columns, C),)](
+            descriptor(hidden_TD, R, tiles.DEPTH),
+            descriptor(weight_CD, C, tiles.DEPTH),
+            descriptor(gradient_TC, R, C),
+            column_T,
+            rows_5T,
+            num_tokens,
+            columns,
+            first_column,
+            width,
+            self.inverse_temperature,
+            R=R,
+            C=C,
+            D=tiles.DEPTH,
+            GROUP=tiles.GROUP,
+            HAS_ENTROPY=self.has_entropy,
+            num_warps=tiles.PRODUCT_WARPS,
+            num_stages=tiles.PRODUCT_STAGES,
+        )
+
+
+def block_shape(num_tokens: int, vocabulary: int, itemsize: int, plan: Plan) -> tuple[int, int]:
+    """Tokens and columns of a block of gradients: at most `plan.gradient_bytes`, whole tiles."""
+    tokens = max(1, min(num_tokens, plan.gradient_tokens))
+    tile = plan.tile_columns
+    columns = max(1, plan.gradient_bytes // (itemsize * tokens * tile)) * tile
+    return tokens, min(columns, triton.cdiv(vocabulary, tile) * tile)
+
+
+def multiply_blocks(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    write_gradient: WriteGradient,
+    plan: Plan,
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+    main_grad_VD: torch.Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dhidden, summed over the group; dweight). With `main_grad_VD` (fp32) dweight is added there,
+    and None.
+    """
+    (num_tokens, width), vocabulary = hidden_TD.shape, weight_VD.shape[0]
+    tokens, columns = block_shape(num_tokens, vocabulary, hidden_TD.element_size(), plan)
+    block = hidden_TD.new_empty(tokens, columns)
+    grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+    in_parts = num_tokens > tokens  # then dweight is a sum, which needs fp32
+    weight_sum_VD = main_grad_VD
+    if needs_weight and main_grad_VD is None:
+        weight_sum_VD = torch.empty_like(weight_VD)
+        if in_parts:
+            weight_sum_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+    for start in range(0, max(1, num_tokens), tokens):
+        rows = slice(start, min(start + tokens, num_tokens))
+        hidden_part_TD = hidden_TD[rows]
+        hidden_sum_TD = hidden_TD.new_empty(len(hidden_part_TD), width, dtype=torch.float32)
+        for first in range(0, vocabulary, columns):
+            part = slice(first, min(first + columns, vocabulary))
+            gradient_TC = block[: len(hidden_part_TD), : part.stop - part.start]
+            write_gradient(rows, part, gradient_TC)
+            if needs_hidden:
+                add = add_product_ if first else write_product_
+                add(hidden_sum_TD, gradient_TC, weight_VD[part])
+            if weight_sum_VD is not None:
+                add = add_product_ if in_parts or main_grad_VD is not None else write_product_
+                add(weight_sum_VD[part], gradient_TC.t(), hidden_part_TD)
+        if grad_hidden_TD is not None:
+            grad_hidden_TD[rows] = sum_over_shards_(hidden_sum_TD, group)
+    if main_grad_VD is not None or weight_sum_VD is None:
+        return grad_hidden_TD, None
+    return grad_hidden_TD, weight_sum_VD.to(weight_VD.dtype)

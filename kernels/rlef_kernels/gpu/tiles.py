@@ -1,0 +1,90 @@
+"""What the kernels of the head share: the order of tiles, the product of a tile, and what is kept
+of a tile of logits.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary shard; of a tile, R rows and C columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# What stands for "no logit here": exp of it is 0, and 0 times it is 0 (of -inf it would be NaN).
+LOWEST_LOGIT = tl.constexpr(-1e30)
+
+ROWS = 128  # of a fused tile
+DEPTH = 64  # of a step of the product: 128 bytes of bf16, the widest swizzle of shared memory
+# Tiles of this many row blocks run together, so that a wave of 132 tiles reads about as many rows
+# of hidden (8 x 128) as of the head (17 x 256).
+GROUP = 8
+PRODUCT_WARPS = 8
+PRODUCT_STAGES = 4
+
+
+@triton.jit
+def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """The row and column of the n-th tile: down the rows of a group first, then along."""
+    tiles_of_group = GROUP * column_tiles
+    first_row = tile // tiles_of_group * GROUP
+    rows = tl.minimum(row_tiles - first_row, GROUP)
+    within = tile % tiles_of_group
+    return first_row + within % rows, within // rows
+
+
+@triton.jit
+def product_tile(
+    hidden_TD, weight_VD, row, column, width, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr
+):
+    """hidden[row : row + R] weight[column : column + C]^T, accumulated in fp32. Past the edges the
+    descriptors read zeros.
+    """
+    product_RC = tl.zeros((R, C), tl.float32)
+    for step in range(0, tl.cdiv(width, D)):
+        hidden_RD = hidden_TD.load([row, step * D])
+        weight_CD = weight_VD.load([column, step * D])
+        product_RC = tl.dot(hidden_RD, weight_CD.T, product_RC)
+    return product_RC
+
+
+@triton.jit
+def store_statistics(
+    logits_RC,
+    row_R,
+    column_C,
+    first_column,
+    target_ptr,
+    partials_ptr,
+    target_logit_ptr,
+    tile,
+    tiles,
+    num_tokens,
+    exponent_scale,
+    C: tl.constexpr,
+):
+    """max, sum of exp, and weighted sum of a tile's rows, to partials[3, tiles, T]; the target's
+    logit where the target lies in the tile. Returns the rows' maxima.
+    """
+    inside_R = row_R < num_tokens
+    at_R = partials_ptr + tl.cast(tile, tl.int64) * num_tokens + row_R
+    stride = tl.cast(tiles, tl.int64) * num_tokens
+    # first what needs the logits, then what needs them shifted: in any other order both live, and
+    # the compiler spills registers
+    target_R = tl.load(target_ptr + row_R, mask=inside_R, other=-1).to(tl.int32)
+    hit_RC = target_R[:, None] == column_C[None, :]
+    target_logit_R = tl.sum(tl.where(hit_RC, logits_RC, 0.0), 1)
+    # one tile holds a row's target, so one program writes it
+    here_R = inside_R & (target_R >= first_column) & (target_R < first_column + C)
+    tl.store(target_logit_ptr + row_R, target_logit_R, mask=here_R)
+    max_R = tl.max(logits_RC, 1)
+    tl.store(at_R, max_R, mask=inside_R)
+    shifted_RC = logits_RC - max_R[:, None]
+    exp_RC = tl.exp2(shifted_RC * exponent_scale)
+    tl.store(at_R + stride, tl.sum(exp_RC, 1), mask=inside_R)
+    tl.store(at_R + 2 * stride, tl.sum(exp_RC * shifted_RC, 1), mask=inside_R)
+    return max_R
+
+
+def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For the tensor memory accelerator: blocks of [rows, columns], zeros past the edges."""
+    shape, stride = list(matrix.shape), list(matrix.stride())
+    return TensorDescriptor(matrix, shape, stride, [rows, columns])

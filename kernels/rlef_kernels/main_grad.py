@@ -1,0 +1,24 @@
+"""Megatron's gradient buffers: fp32 `main_grad` beside a bf16 parameter."""
+
+import torch
+
+
+def check_main_grad(weight_VD: torch.Tensor) -> None:
+    dtype = getattr(getattr(weight_VD, "main_grad", None), "dtype", None)
+    if dtype != torch.float32:
+        raise ValueError(
+            "accumulate_main_grad needs an fp32 weight.main_grad, which Megatron's DDP makes with "
+            f"grad_reduce_in_fp32; found {dtype}"
+        )
+
+
+def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
+    """Tells Megatron's data-parallel hook that main_grad already holds the gradient.
+
+    The hook asserts that `.grad` is not None and, with this flag set, drops it unread; with tied
+    embeddings it adds what the embedding left there. Hence zeros.
+    """
+    if not hasattr(weight_VD, "grad_added_to_main_grad"):
+        return None
+    weight_VD.grad_added_to_main_grad = True
+    return torch.zeros_like(weight_VD)

@@ -1,0 +1,147 @@
+"""Compiles, for a GPU that is not there, exactly the kernels that the code would launch on it.
+
+`compiled_for(arch)` makes Triton believe in an NVIDIA GPU of that architecture which accepts every
+launch and does nothing. The code under test runs on "meta" tensors, at real sizes, without memory;
+each kernel it launches goes through the whole compiler down to machine code, specialised as it
+would be on the device. What the machine code uses is then read with the NVIDIA tools in Triton's
+wheel.
+"""
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import triton
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import jit
+from triton.runtime.driver import driver
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_MEMORY = 227 * 1024  # of a block, on sm_90 and sm_100
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A kernel's cubin and the shared memory that a launch asks for."""
+
+    name: str
+    cubin: Path
+    shared_bytes: int
+
+    @cached_property
+    def usage(self) -> dict[str, int]:
+        """REG, STACK, SHARED, LOCAL as the assembler reports them."""
+        command = [TOOLS / "cuobjdump", "-res-usage", self.cubin]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+    @cached_property
+    def assembly(self) -> str:
+        command = [TOOLS / "nvdisasm", self.cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{re.escape(instruction)}\b", self.assembly))
+
+
+class NoSuchGpu:
+    """The driver's interface, of a GPU that takes every launch for done."""
+
+    class Utilities:
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            return {"max_shared_mem": SHARED_MEMORY, "multiprocessor_count": 132}
+
+        @staticmethod
+        def load_binary(name: str, cubin: bytes, shared: int, device: int) -> tuple:
+            return None, None, 0, 0, 1024
+
+    utils = Utilities()
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are cached by device: one for each architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: object, metadata: object):
+        return lambda *arguments: None
+
+
+@contextlib.contextmanager
+def compiled_for(arch: int, folder: Path) -> Iterator[dict[str, MachineCode]]:
+    """A dictionary that fills with what is launched: name of a kernel -> its machine code."""
+    found: dict[str, MachineCode] = {}
+    launch = jit.JITFunction.run
+
+    def run(self, *arguments, **options):
+        kernel = launch(self, *arguments, **options)
+        # two specialisations of a kernel in one test: the later one gets a number
+        name, number = kernel.name, 2
+        while name in found and found[name].cubin.read_bytes() != kernel.asm["cubin"]:
+            name, number = f"{kernel.name} {number}", number + 1
+        path = folder / f"{name}.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        found[name] = MachineCode(name, path, kernel.metadata.shared)
+        return kernel
+
+    before = driver._active
+    driver.set_active(NoSuchGpu(arch))  # type: ignore[arg-type]
+    jit.JITFunction.run = run  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        jit.JITFunction.run = launch  # type: ignore[method-assign]
+        driver._active = before
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """`peak`: the most bytes alive at once among the tensors made under it, at any size, on "meta".
+
+    "meta" cannot know how many entries are not zero: here all. It has no products with fp32
+    results: here they do nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.from_before: set[int] = set()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                key = tensor.untyped_storage()._cdata
+                if key not in self.alive:
+                    self.from_before.add(key)
+        if func in (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out):
+            return kwargs["out"]
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty(args[0].numel(), 1, dtype=torch.int64, device="meta")
+        result = func(*args, **kwargs)
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        if storage._cdata in self.from_before:
+            return
+        self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))

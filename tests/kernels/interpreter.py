@@ -1,0 +1,51 @@
+"""Makes Triton's interpreter right about bf16, which it keeps as 16-bit integers.
+
+Two operations treat those integers as numbers: `tl.dot` multiplies them, and fp32 is cut to bf16
+instead of rounded to nearest even. Both are replaced by what the hardware does. To be imported in a
+process with TRITON_INTERPRET=1 before any kernel runs; seen to be needed in Triton 3.6.0 and 3.9.0.
+"""
+
+import numpy
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+original_cast = InterpreterBuilder.cast_impl
+
+
+def widened(handle: TensorHandle) -> numpy.ndarray:
+    """bf16 and fp16 as fp32, exactly."""
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(numpy.uint32) << 16).view(numpy.float32)
+    return handle.data.astype(numpy.float32) if handle.dtype.scalar == tl.float16 else handle.data
+
+
+def rounded_to_bf16(data: numpy.ndarray) -> numpy.ndarray:
+    """To nearest, ties to even: add half of the last place that stays, less one if it is even."""
+    bits = numpy.ascontiguousarray(data).view(numpy.uint32)
+    half = numpy.uint32(0x7FFF) + ((bits >> 16) & 1)
+    rounded = ((bits + half) >> 16).astype(numpy.uint16)
+    return numpy.where(numpy.isnan(data), numpy.uint16(0x7FC0), rounded)
+
+
+def cast(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+        return TensorHandle(rounded_to_bf16(source.data), tl.bfloat16)
+    return original_cast(self, source, target)
+
+
+def dot(
+    self: InterpreterBuilder,
+    left: TensorHandle,
+    right: TensorHandle,
+    summand: TensorHandle,
+    input_precision: object,
+    max_num_imprecise_acc: object,
+) -> TensorHandle:
+    """Products in fp32, as tensor cores accumulate them."""
+    product = numpy.matmul(widened(left), widened(right), dtype=summand.data.dtype)
+    return TensorHandle(product + summand.data, summand.dtype.scalar)
+
+
+InterpreterBuilder.cast_impl = cast
+InterpreterBuilder.create_fp_trunc = cast
+InterpreterBuilder.create_dot = dot
