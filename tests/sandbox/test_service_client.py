@@ -161,6 +161,23 @@ def test_a_draining_servers_work_goes_to_the_other():
         assert results_of(other) < 30
 
 
+def test_a_server_that_hangs_is_given_up_and_one_that_is_slow_is_not():
+    with ServerProcess("--workers", "1") as hangs, ServerProcess("--workers", "1") as slow:
+
+        async def ask(client: SandboxClient) -> list[Result]:
+            runs = [
+                asyncio.create_task(client.run(sleeper(0.5, n), limits=PATIENT)) for n in range(6)
+            ]
+            await runs[0]
+            hangs.process.send_signal(signal.SIGSTOP)
+            return await asyncio.gather(*runs)
+
+        options = {"connections": 3, "heartbeat_s": 0.3}
+        results = within(hangs.url, slow.url, work=ask, token=None, **options)
+        assert [result.stdout for result in results] == [b"%d\n" % n for n in range(6)]
+        assert results_of(slow) < 6
+
+
 def test_requests_wait_for_a_server_that_comes_back():
     with ServerProcess("--workers", "1") as first:
         port = first.port
@@ -261,6 +278,7 @@ def test_a_client_takes_sensible_settings_only():
         ([], {}),
         ([one, one], {}),
         ([one], {"deadline_s": 0}),
+        ([one], {"heartbeat_s": float("nan")}),
         ([one], {"connections": 0}),
     ):
         with pytest.raises(ValueError):

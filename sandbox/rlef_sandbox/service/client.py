@@ -8,8 +8,9 @@ twice as long each time, by a random part of it. The id is the same in each try,
 has the work already does not do it twice, and a caller gets exactly one answer. Whoever cancels the
 call frees its place in the server's queue.
 
-A peer that vanished without a word (its node died) is noticed by TCP keepalive within a
-minute, while a request that merely takes long is waited for.
+A request that takes long is waited for, as long as its server lives: every `heartbeat_s` it is
+asked for its health, and one that does not answer (it hangs, or its node is gone) is taken out like
+one that lost the connection. One that drains still answers what it has.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 import uuid
 from collections.abc import Sequence
 from types import TracebackType
@@ -36,8 +36,6 @@ LONGEST_PAUSE_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 10.0
 OUT_OF_SERVICE = (502, 503, 504)
-# Idle seconds before a probe and between probes; milliseconds that anything sent may go unanswered.
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 30_000}
 
 
 class ServiceError(RuntimeError):
@@ -60,7 +58,8 @@ class SandboxClient:
     """Runs and grades programs on servers; an asynchronous context manager of one event loop.
 
     `urls` are like http://node7:8765. `deadline_s` bounds a call with all its tries, `connections`
-    the open requests a server; more calls than that wait here for their turn.
+    the open requests a server; more calls than that wait here for their turn. `heartbeat_s` is how
+    often a server that has not answered yet is asked whether it lives, and how soon it must say so.
     """
 
     def __init__(
@@ -70,16 +69,19 @@ class SandboxClient:
         *,
         deadline_s: float = 900.0,
         connections: int = 64,
+        heartbeat_s: float = 20.0,
     ) -> None:
         if not urls:
             raise ValueError("no servers given; name at least one, like http://127.0.0.1:8765")
         if len(set(urls)) != len(urls):
             raise ValueError(f"a server is named twice in {list(urls)}; name each once")
-        if not deadline_s > 0:
-            raise ValueError(f"deadline_s is {deadline_s}; it must be above 0")
+        for name, seconds in (("deadline_s", deadline_s), ("heartbeat_s", heartbeat_s)):
+            if not seconds > 0:
+                raise ValueError(f"{name} is {seconds}; it must be above 0")
         if connections < 1:
             raise ValueError(f"connections is {connections}; it must be at least 1")
         self._deadline_s = deadline_s
+        self._heartbeat_s = heartbeat_s
         self._headers = (
             {} if token is None else {"Authorization": f"Bearer {checked_token(token, 'use')}"}
         )
@@ -90,11 +92,8 @@ class SandboxClient:
 
     async def __aenter__(self) -> SandboxClient:
         # the fleet bounds connections, so that a request never waits for one at a server gone bad
-        connector = aiohttp.TCPConnector(limit=0, socket_factory=kept_alive_socket)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        self._session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=self._headers
-        )
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         return self
 
     async def __aexit__(
@@ -179,24 +178,46 @@ class SandboxClient:
         self, server: Server, path: str, body: bytes, headers: dict[str, str]
     ) -> list[Result]:
         """One try at one server. TryAgainError where another may do better."""
+        posting = asyncio.create_task(self._exchange("POST", server.url + path, body, headers))
+        posting.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # seen, if late
         try:
-            async with self._open_session().post(
-                server.url + path, data=body, headers=headers, allow_redirects=False
-            ) as response:
-                answer = await response.read()
-            if response.status == 200:
+            while not posting.done():
+                await asyncio.wait({posting}, timeout=self._heartbeat_s)
+                if not posting.done():
+                    await self._exchange("GET", server.url + "/health", within_s=self._heartbeat_s)
+            status, answer, retry_after = posting.result()
+            if status == 200:
                 return wire.decode_results(answer)
         except (aiohttp.ClientError, OSError, WireError) as error:
             self._fleet.take_out(server, reason_of(error))
             raise TryAgainError from None
-        reason = f"{response.status} {refusal_in(answer)}"
-        if response.status == 429:
-            self._fleet.rest(server, seconds_in(response.headers.get("Retry-After")), reason)
+        finally:
+            posting.cancel()
+        reason = f"{status} {refusal_in(answer)}"
+        if status == 429:
+            self._fleet.rest(server, seconds_in(retry_after), reason)
             raise TryAgainError
-        if response.status in OUT_OF_SERVICE:
+        if status in OUT_OF_SERVICE:
             self._fleet.take_out(server, reason)
             raise TryAgainError
-        raise RequestRefusedError(response.status, f"{server.url} refused the request: {reason}")
+        raise RequestRefusedError(status, f"{server.url} refused the request: {reason}")
+
+    async def _exchange(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        within_s: float | None = None,
+    ) -> tuple[int, bytes, str | None]:
+        """Status, body and Retry-After of the answer. ClientError or OSError without one."""
+        timeout = aiohttp.ClientTimeout(total=within_s, sock_connect=CONNECT_TIMEOUT_S)
+        async with self._open_session().request(
+            method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
+            return response.status, await response.read(), response.headers.get("Retry-After")
 
     async def _is_ready(self, server: Server) -> str | None:
         answer = await self._health_of(server)
@@ -204,16 +225,14 @@ class SandboxClient:
 
     async def _health_of(self, server: Server) -> dict[str, Any] | str:
         """What a server says of itself, or why it is not ready."""
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
-            async with self._open_session().get(
-                server.url + "/health", timeout=timeout, allow_redirects=False
-            ) as response:
-                answer = await response.read()
+            status, answer, _ = await self._exchange(
+                "GET", server.url + "/health", within_s=HEALTH_TIMEOUT_S
+            )
         except (aiohttp.ClientError, OSError) as error:
             return reason_of(error)
-        if response.status != 200:
-            return f"{response.status} {refusal_in(answer)}"
+        if status != 200:
+            return f"{status} {refusal_in(answer)}"
         try:
             about = json.loads(answer)
         except ValueError:
@@ -241,18 +260,9 @@ def checked_url(url: str) -> str:
     return f"{scheme}://{host}"
 
 
-def kept_alive_socket(address: Any) -> socket.socket:
-    """A socket whose peer's silent death is noticed within a minute."""
-    family, kind, protocol, _, _ = address
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):  # Linux has all three
-            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return made
-
-
 def reason_of(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "it does not answer"
     return str(error) or type(error).__name__
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from ..slot import ZygoteLostError
+from ..job import ZygoteLostError
 from ..verdict import Status
 from .metrics import Metrics
 
