@@ -2,11 +2,13 @@
 
 from .checkers import CHECKERS
 from .sandbox import IsolationError, Sandbox
-from .verdict import CallTest, Limits, Result, Status, Test
+from .verdict import CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
 
 __all__ = [
     "CHECKERS",
     "CallTest",
+    "CheckTest",
+    "CheckerProgram",
     "IsolationError",
     "Limits",
     "Result",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .sandbox import ISOLATION_LEVELS, IsolationError, Sandbox
 from .service.command import add_serve
-from .slot import ZygoteLostError
 from .verdict import Limits, Status
+from .worker import ZygoteLostError
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -1,22 +1,28 @@
-"""One program in one slot: its runs, their retries after a fault, and what their ends mean."""
+"""One program under way: its runs, their retries after a fault, and what their ends mean."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
 
 from . import values
 from .protocol import Ending, Outcome, Phase, Request, Task
-from .slot import Slot, ZygoteLostError, memory_file
-from .verdict import CallTest, Limits, Result, Status, Test
+from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
+from .worker import Session, Worker, ZygoteLostError, memory_file
 
 RETRIES = 2  # of a run that ended in a fault of the sandbox
 STDERR_BYTES = 64 << 10
 SHOWN_BYTES = 64 << 10  # of a returned value's repr
+OUT_OF_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
+# How the process of a CheckTest's code ends (exchange.py).
+CHECK_PASSED, CHECK_FAILED, CANDIDATE_RAISED, CANDIDATE_GONE = 0, 1, 5, 6  # and 7: it is broken
 
 
 class FaultError(Exception):
@@ -27,19 +33,31 @@ class Run(NamedTuple):
     """A finished run, and the wire form of the value that a function call returned."""
 
     result: Result
-    returned_wire: bytes
+    returned_wire: bytes = b""
 
 
 class Job:
-    """A program to be run, once or often, in a slot that `renew` can start anew."""
+    """A program to be run, once or often, with the zygote of `worker`.
+
+    `executable` says that the program is a file to be executed, not Python. `on_sleep` is called
+    when a run waits instead of working.
+    """
 
     def __init__(
-        self, slot: Slot, renew: Callable[[], None], source: bytes, limits: Limits
+        self,
+        worker: Worker,
+        program: int,
+        limits: Limits,
+        on_sleep: Callable[[], None],
+        *,
+        executable: bool = False,
     ) -> None:
-        self._slot = slot
-        self._renew = renew
+        self._worker = worker
+        self._program = program  # a descriptor of its file, somebody else's to close
         self._limits = limits
-        self._source = memory_file("source", source)
+        self._on_sleep = on_sleep
+        self._executable = executable
+        self._session: Session | None = None
         self._server_runs = False
         self._compile_failure: Result | None = None
 
@@ -52,55 +70,110 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._source)
-        if self._server_runs and kind is None:
-            self._slot.tell(Request(Task.END))
+        self._end_session()
 
-    def run_once(self, test: Test | CallTest) -> Run:
-        """Compile and run in one process: the cheapest way to run a program once."""
-        return self._with_retries(self._attempt_once, test)
+    def run(self, test: AnyTest, *, again: bool = False) -> Run:
+        """Run the program on a test. `again` says that more tests follow or came before: then a
+        program server, which compiles once, is the cheaper way.
+        """
+        if isinstance(test, CheckTest):
+            return self._with_retries(lambda: self._attempt_check(test))
+        if again and not self._executable:
+            return self._with_retries(lambda: self._attempt_again(test))
+        return self._with_retries(lambda: self._attempt_once(test))
 
-    def run_again(self, test: Test | CallTest) -> Run:
-        """Run in a fork of a program server that has compiled: the cheapest way to run often."""
-        return self._with_retries(self._attempt_again, test)
+    def accepted_by(self, test: Test, stdout: bytes) -> bool | Result:
+        """What the problem's own checker, which is this job's program, says of an output; a
+        SANDBOX_ERROR if it is broken.
+        """
+        call = CallTest("check", (test.stdin, test.expected, stdout))
+        run = self._with_retries(lambda: self._attempt_once(call))
+        if run.result.status is Status.OK and run.returned_wire in (b"true", b"false"):
+            return run.returned_wire == b"true"
+        words = run.result.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        fault = f"the checker program is broken: {run.result.status} {words}"
+        return Result(Status.SANDBOX_ERROR, stderr=fault.encode())
 
-    def _with_retries(
-        self, attempt: Callable[[Test | CallTest], Run], test: Test | CallTest
-    ) -> Run:
+    def _with_retries(self, attempt: Callable[[], Run]) -> Run:
         fault = ""
         for _ in range(1 + RETRIES):
             try:
-                return attempt(test)
+                return attempt()
             except (FaultError, ZygoteLostError) as error:
                 fault = str(error)
-            self._server_runs = False
-            try:
-                self._renew()
-            except ZygoteLostError as error:
-                fault = str(error)
-        return Run(Result(Status.SANDBOX_ERROR, stderr=fault.encode()), b"")
+            except TimeoutError:
+                fault = "the zygote fell silent"
+                if self._session is not None:
+                    self._worker.give_up(self._session)
+            self._end_session()
+        return Run(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
+
+    def _open_session(self) -> Session:
+        if self._session is None:
+            self._session = self._worker.session()
+        return self._session
+
+    def _end_session(self) -> None:
+        """Whatever still runs for it is killed."""
+        if self._session is not None:
+            self._session.close()
+        self._session, self._server_runs = None, False
+
+    def _ask(self, task: Task, descriptors: list[int]) -> Outcome:
+        return self._open_session().ask(self._request(task), descriptors, self._on_sleep)
 
     def _attempt_once(self, test: Test | CallTest) -> Run:
-        with Files(test) as files:
-            outcome = self._slot.ask(self._request(Task.RUN), [self._source, *files.descriptors])
+        task = Task.EXECUTE if self._executable else Task.RUN
+        with files_for(test) as files:
+            outcome = self._ask(task, [*files.descriptors, self._program])
             return files.finished(outcome, self._limits)
 
     def _attempt_again(self, test: Test | CallTest) -> Run:
         if self._compile_failure is None and not self._server_runs:
             self._start_server()
         if self._compile_failure is not None:
-            return Run(self._compile_failure, b"")
-        with Files(test) as files:
-            outcome = self._slot.ask(self._request(Task.TEST), files.descriptors)
+            return Run(self._compile_failure)
+        with files_for(test) as files:
+            outcome = self._ask(Task.TEST, files.descriptors)
             return files.finished(outcome, self._limits)
 
     def _start_server(self) -> None:
-        with Files(Test(b"", b"")) as files:
-            outcome = self._slot.ask(self._request(Task.PROGRAM), [self._source, files.stderr])
+        with Files() as files:
+            outcome = self._ask(Task.PROGRAM, [*files.descriptors, self._program])
             if outcome.phase is Phase.RUNNING:
                 self._server_runs = True
             else:
                 self._compile_failure = files.finished(outcome, self._limits).result
+                self._end_session()  # its server is gone
+
+    def _attempt_check(self, test: CheckTest) -> Run:
+        """Two runs at once, with a socket between them: the program, which answers calls, and the
+        test's code, which makes them.
+        """
+        serve = json.dumps({"serve": test.entry_point}).encode()
+        check = json.dumps({"check": test.check}).encode()
+        with contextlib.ExitStack() as stack:
+            candidate = stack.enter_context(Files(exchange=serve))
+            checker = stack.enter_context(Files(exchange=check))
+            code = memory_file("check", test.code.encode())
+            stack.callback(os.close, code)
+            checking = self._worker.session()
+            stack.callback(checking.close)
+            peers = socket.socketpair()
+            request = self._request(Task.RUN)
+            try:
+                program_files = [*candidate.descriptors, peers[0].fileno(), self._program]
+                self._open_session().send(request, program_files)
+                checking.send(request, [*checker.descriptors, peers[1].fileno(), code])
+            finally:
+                for peer in peers:
+                    peer.close()
+            served = self._open_session().receive(request.wall_s, self._on_sleep)
+            checked = checking.receive(request.wall_s)
+            return verdict_of_check(
+                candidate.finished(served, self._limits).result,
+                checker.finished(checked, self._limits).result,
+            )
 
     def _request(self, task: Task) -> Request:
         limits = self._limits
@@ -117,13 +190,11 @@ class Job:
 class Files:
     """The memory files of one run: standard streams and, for a function call, the exchange."""
 
-    def __init__(self, test: Test | CallTest) -> None:
-        self.exchange: int | None = None
-        if isinstance(test, CallTest):
-            self.exchange = memory_file("exchange", call_to_make(test))
-        self.stdin = memory_file("stdin", test.stdin if isinstance(test, Test) else b"")
+    def __init__(self, stdin: bytes = b"", exchange: bytes | None = None) -> None:
+        self.stdin = memory_file("stdin", stdin)
         self.stdout = memory_file("stdout")
         self.stderr = memory_file("stderr")
+        self.exchange = None if exchange is None else memory_file("exchange", exchange)
 
     def __enter__(self) -> Files:
         return self
@@ -169,13 +240,24 @@ class Files:
         return wire, shown[:SHOWN_BYTES].decode(errors="replace")
 
 
+def files_for(test: Test | CallTest) -> Files:
+    if isinstance(test, CallTest):
+        return Files(exchange=call_to_make(test))
+    return Files(test.stdin)
+
+
 def call_to_make(test: CallTest) -> bytes:
-    """The call as the child reads it; ValueError where an argument is not plain data."""
-    try:
-        arguments = values.encode(list(test.args)).decode()
-    except TypeError as error:
-        raise ValueError(f"CallTest.args of {test.entry_point}: {error}") from None
+    """The call as the child reads it; ValueError where something in it is not plain data."""
+    arguments = _encoded("args", list(test.args), test).decode()
+    _encoded("expected", test.expected, test)  # or no answer could ever match
     return json.dumps({"entry_point": test.entry_point, "args": arguments}).encode()
+
+
+def _encoded(field: str, value: object, test: CallTest) -> bytes:
+    try:
+        return values.encode(value)
+    except TypeError as error:
+        raise ValueError(f"CallTest.{field} of {test.entry_point}: {error}") from None
 
 
 def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes) -> Status:
@@ -199,9 +281,27 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
         return Status.OK
     if outcome.phase is Phase.COMPILING:
         return Status.COMPILE_ERROR
-    if stderr.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
+    last_lines = stderr.rstrip().rsplit(b"\n", 2)[-2:]
+    if any(line.startswith(OUT_OF_MEMORY) for line in last_lines):
         return Status.MEMORY_LIMIT
     return Status.RUNTIME_ERROR
+
+
+def verdict_of_check(candidate: Result, checker: Result) -> Run:
+    """What the ends of a CheckTest's two processes mean. FaultError if its code is broken."""
+    if candidate.status is not Status.OK:
+        return Run(candidate)
+    if checker.exit_code == CHECK_PASSED and checker.status is Status.OK:
+        return Run(candidate)
+    if checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE):
+        words = checker.stderr or b"the program ended before the check did\n"
+        return Run(replace(candidate, status=Status.RUNTIME_ERROR, stderr=words))
+    if checker.exit_code == CHECK_FAILED and checker.status is Status.RUNTIME_ERROR:
+        return Run(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))
+    if checker.status in (Status.TIME_LIMIT, Status.IDLE_LIMIT, Status.MEMORY_LIMIT):
+        return Run(replace(candidate, status=checker.status))
+    said = checker.stderr.decode(errors="replace")
+    raise FaultError(f"the code of a CheckTest is broken: {checker.status} {said}")
 
 
 def _size(descriptor: int) -> int:

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from . import kernel
 
-READ_FILE, READ_DIR = 4, 8
+EXECUTE, READ_FILE, READ_DIR = 1, 4, 8
+# WRITE_FILE REMOVE_DIR REMOVE_FILE MAKE_DIR MAKE_REG REFER TRUNCATE, as far as the ABI has them
+WRITE = 2 | 16 | 32 | 128 | 256 | 8192 | 16384
 # By ABI version: how many kinds of file access there are to handle.
 FILE_ACCESS_KINDS = {1: 13, 2: 14, 3: 15, 4: 15}
 NEWEST_FILE_ACCESS_KINDS = 16
@@ -26,9 +28,15 @@ def abi() -> int:
         return 0
 
 
-def restrict_to(directories: Iterable[str], files_beneath: Iterable[str]) -> None:
-    """Deny this process, for good, every file access but two: listing `directories`, and reading
-    `files_beneath`. Network and signals across the border are denied where the ABI can.
+def restrict_to(
+    directories: Iterable[str],
+    files_beneath: Iterable[str],
+    executable: Iterable[str] = (),
+    writable: Iterable[str] = (),
+) -> None:
+    """Deny this process, for good, every file access but these: listing `directories`, reading
+    `files_beneath`, executing what is below `executable`, changing what is below `writable`.
+    Network and signals across the border are denied where the ABI can.
     """
     version = abi()
     handled_files = (1 << FILE_ACCESS_KINDS.get(version, NEWEST_FILE_ACCESS_KINDS)) - 1
@@ -49,6 +57,10 @@ def restrict_to(directories: Iterable[str], files_beneath: Iterable[str]) -> Non
             _allow(ruleset, path, READ_DIR)
         for path in files_beneath:
             _allow(ruleset, path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE)
+        for path in executable:
+            _allow(ruleset, path, EXECUTE | READ_FILE | READ_DIR)
+        for path in writable:
+            _allow(ruleset, path, (WRITE | READ_FILE | READ_DIR) & handled_files)
         number = kernel.SYS_LANDLOCK_RESTRICT_SELF
         kernel.syscall("landlock_restrict_self", number, ruleset, 0)
     finally:

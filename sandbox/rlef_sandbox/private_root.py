@@ -13,22 +13,32 @@ import tempfile
 from . import kernel
 
 MOUNT_POINT = "/tmp"  # any directory that is always there; covered in our own namespace only
+SCRATCH_OPTIONS = "mode=1777,size=512m"
 THIRD_PARTY = ("site-packages", "dist-packages")
 # Flags that a user namespace may not take off a mount it did not make: kept as they are.
 LOCKED_FLAGS = os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME | os.ST_RELATIME
 
 
-def enter(directories: list[str]) -> None:
-    """Make a root of `directories` alone, read-only, and move this mount namespace into it.
+def enter(directories: list[str], scratch: str = "") -> None:
+    """Make a root of `directories` alone, read-only, and move this mount namespace into it. With
+    `scratch` it has a directory of that name too, in memory and open to all.
 
     Wants CAP_SYS_ADMIN over a mount namespace of our own, and /proc.
     """
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    links = {path: os.readlink(path) for path in directories if os.path.islink(path)}
+    directories = [path for path in directories if path not in links]
     sources = [os.open(path, os.O_PATH | os.O_CLOEXEC) for path in directories]
     kernel.mount("tmpfs", MOUNT_POINT, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755")
     for source, path in zip(sources, directories, strict=True):
         _bind(source, MOUNT_POINT + path)
         os.close(source)
+    for path, target in links.items():
+        os.symlink(target, MOUNT_POINT + path)
+    if scratch:
+        os.makedirs(MOUNT_POINT + scratch)
+        flags = kernel.MS_NOSUID | kernel.MS_NODEV
+        kernel.mount("tmpfs", MOUNT_POINT + scratch, "tmpfs", flags, SCRATCH_OPTIONS)
     os.chdir(MOUNT_POINT)
     kernel.pivot_root(".", ".")
     kernel.unmount(".")  # the old root, now lying over the new one

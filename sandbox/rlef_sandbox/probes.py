@@ -9,36 +9,59 @@ import signal
 import socket
 from collections.abc import Callable
 
-from . import kernel
-from .confinement import RESERVED_BYTES, set_limits
+from .confinement import RESERVED_BYTES, Bounds
+from .launch import NativeLauncher, Plan, PythonLauncher
 from .protocol import Request, Task
 from .seccomp import Filter
 
-PROBE_LIMITS = Request(Task.RUN, 1.0, 1.0, memory_bytes=64 << 20, output_bytes=1 << 10, processes=4)
+PROBE_LIMITS = Request(Task.RUN, 1.0, 1.0, memory_bytes=64 << 20, output_bytes=1 << 10, processes=1)
 
 
-def probe_child_layers(call_filter: Filter | None, base_bytes: int) -> dict[str, bool]:
-    """Fork a child as for a run and let it try what each layer must refuse."""
-    probes = {
-        "rlimits": lambda: _limits_hold(base_bytes),
-        "seccomp": lambda: call_filter is not None and _filter_holds(call_filter),
+def probe_child_layers(
+    launcher: NativeLauncher | PythonLauncher, call_filter: Filter | None, bounds: Bounds
+) -> dict[str, bool]:
+    """Start children as for a run and let them try what each layer must refuse."""
+
+    def holds(probe: Callable[[], bool], bounds: Bounds, call_filter: Filter | None) -> bool:
+        cell = launcher.progress.take()
+        files = [os.dup(descriptor) for descriptor in range(3)]
+        limits = bounds.limits(PROBE_LIMITS)
+        pid, pidfd = launcher.spawn(Plan(files, cell, **limits, filter=call_filter))
+        if pid == 0:
+            held = False
+            try:
+                held = probe()
+            finally:
+                os._exit(0 if held else 1)
+        for descriptor in (pidfd, *files):
+            os.close(descriptor)
+        launcher.progress.give_back(cell)
+        return os.waitpid(pid, 0)[1] == 0
+
+    return {
+        "rlimits": holds(lambda: _limits_hold(bounds.base_bytes), bounds, None),
+        "seccomp": call_filter is not None and holds(_filter_holds, bounds, call_filter),
+        "threads": holds(_threads_are_counted, bounds._replace(own_user_namespace=True), None),
     }
-    return {name: _holds_in_a_child(probe) for name, probe in probes.items()}
 
 
-def _holds_in_a_child(probe: Callable[[], bool]) -> bool:
-    pid = kernel.checked(kernel.fork(), "fork")
+def refused_in_a_child(call_filter: Filter | None) -> dict[str, bool]:
+    """The same proof for a compiler, whose filter allows processes and files."""
+    pid = os.fork()
     if pid == 0:
         held = False
         try:
-            held = probe()
+            if call_filter is not None:
+                call_filter.install(os.getpid())
+                held = _refused(errno.EPERM, socket.socket) and _refused(
+                    errno.EPERM, os.kill, os.getppid() or 1, 0
+                )
         finally:
             os._exit(0 if held else 1)
-    return os.waitpid(pid, 0)[1] == 0
+    return {"rlimits": True, "seccomp": os.waitpid(pid, 0)[1] == 0}
 
 
 def _limits_hold(base_bytes: int) -> bool:
-    set_limits(PROBE_LIMITS, base_bytes, own_user_namespace=False)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # answer with an error instead
     output = os.memfd_create("probe")
     beyond_bytes = base_bytes + PROBE_LIMITS.memory_bytes + RESERVED_BYTES
@@ -48,8 +71,11 @@ def _limits_hold(base_bytes: int) -> bool:
     )
 
 
-def _filter_holds(call_filter: Filter) -> bool:
-    call_filter.install(os.getpid())
+def _threads_are_counted() -> bool:
+    return _refused(errno.EAGAIN, os.fork)
+
+
+def _filter_holds() -> bool:
     return all(
         (
             _refused(errno.EPERM, socket.socket),
@@ -64,7 +90,9 @@ def _filter_holds(call_filter: Filter) -> bool:
 
 def _refused(number: int, call: Callable[..., object], *arguments: object) -> bool:
     try:
-        call(*arguments)
+        result = call(*arguments)
     except OSError as error:
         return error.errno == number
+    if call is os.fork and result == 0:
+        os._exit(0)
     return False

@@ -23,10 +23,11 @@ import types
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-from . import values
+from . import exchange, values
 
 FILE_NAME = "solution.py"
 EXCHANGE_DESCRIPTOR = 3  # the call on the way in, its result on the way out
+PEER_DESCRIPTOR = 4  # a socket to the other process of a CheckTest
 THREAD_STACK_BYTES = 8 << 20
 REPR_CHARACTERS = 4096  # of a returned value, for feedback
 COMPILE_ERROR_CHARACTERS = 4096  # it quotes a source line, which may be the whole program
@@ -85,9 +86,36 @@ def _execute(name: str, code: types.CodeType, call: bytes | None) -> None:
     module.__file__ = FILE_NAME
     module.__dict__["__builtins__"] = sys.modules["builtins"]
     sys.modules[name] = module
+    request = {} if call is None else json.loads(call)
+    if "check" in request:
+        with exchange.breaking_the_check():
+            exec(code, module.__dict__)
+            check = _callable_of(module, request["check"])
+        exchange.check(check, PEER_DESCRIPTOR)
+        return
     exec(code, module.__dict__)
-    if call is not None:
-        _make_call(module, call)
+    if "serve" in request:
+        exchange.serve(_callable_of(module, request["serve"]), PEER_DESCRIPTOR)
+    elif request:
+        arguments: Any = values.decode(request["args"].encode())
+        _tell(_callable_of(module, request["entry_point"])(*arguments))
+
+
+def _callable_of(module: types.ModuleType, path: str) -> Callable[..., object]:
+    """`function`, or `Class.method` of a new object of the class."""
+    target: Any = module
+    for name in path.split("."):
+        if isinstance(target, type):
+            target = target()
+        target = getattr(target, name)
+    return target
+
+
+def _tell(returned: object) -> None:
+    """Write two lines: the value's wire form and its repr."""
+    shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
+    with open(EXCHANGE_DESCRIPTOR, "wb", closefd=False) as file:
+        file.write(values.encode(returned) + b"\n" + shown)
 
 
 def _finalize(name: str) -> None:
@@ -97,21 +125,6 @@ def _finalize(name: str) -> None:
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     sys.modules.pop(name, None)
     gc.collect()
-
-
-def _make_call(module: types.ModuleType, call: bytes) -> None:
-    """Call the entry point and write two lines: the value's wire form and its repr."""
-    request = json.loads(call)
-    target: Any = module
-    for name in request["entry_point"].split("."):
-        if isinstance(target, type):
-            target = target()
-        target = getattr(target, name)
-    arguments: Any = values.decode(request["args"].encode())
-    returned = target(*arguments)
-    shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
-    with open(EXCHANGE_DESCRIPTOR, "wb", closefd=False) as exchange:
-        exchange.write(values.encode(returned) + b"\n" + shown)
 
 
 def _exit_code_of(step: Callable[[], None], source: bytes) -> int:

@@ -1,7 +1,9 @@
-"""Messages between the controller and a zygote, on one SOCK_SEQPACKET pair: a message is a packet.
+"""Messages between the controller and a zygote, over SOCK_SEQPACKET pairs: a message is a packet.
 
-A request carries descriptors (SCM_RIGHTS). No message in either direction ever holds an expected
-output, and no program can write one: a child closes the socket before it runs a line.
+The control channel of a zygote carries nothing but new sessions, a socket each. On a session the
+controller asks, with descriptors (SCM_RIGHTS), and waits for the answer: an Outcome, before which
+a SLEEPING notice may come. No message in either direction ever holds an expected output, and no
+program can write one: a child closes these sockets before it runs a line.
 """
 
 from __future__ import annotations
@@ -13,16 +15,23 @@ from typing import NamedTuple
 REQUEST = struct.Struct("<BddQQI")
 OUTCOME = struct.Struct("<BBiddQ")
 MAX_MESSAGE_BYTES = 64 << 10
-MAX_DESCRIPTORS = 5
+MAX_DESCRIPTORS = 8
+NEW_SESSION = b"+"
+SLEEPING = b"~"  # the run waits instead of working: its turn on a core may go to another
 
 
 class Task(enum.IntEnum):
-    """What a request asks for, with the descriptors that come along."""
+    """What a request asks for, and the descriptors that come along. STREAMS are the standard input,
+    output and error; EXCHANGE is a function call on the way in and its result on the way out; PEER
+    is a socket to another run.
+    """
 
-    RUN = 1  # source, stdin, stdout, stderr [, exchange]: compile and run once
-    PROGRAM = 2  # source, stderr: compile once and become the server of TESTs
-    TEST = 3  # stdin, stdout, stderr [, exchange]: run the program in a fresh fork
-    END = 4  # the program is done with
+    RUN = 1  # STREAMS [, EXCHANGE [, PEER]], source: compile and run once
+    PROGRAM = 2  # STREAMS, source: compile once and become the server of TESTs, until the session
+    # ends
+    TEST = 3  # STREAMS [, EXCHANGE]: run the program in a fresh fork
+    EXECUTE = 4  # STREAMS, executable: become that program
+    COMPILE = 5  # STREAMS: compile the text on standard input (compiler.py alone)
 
 
 class Phase(enum.IntEnum):
@@ -75,6 +84,15 @@ class Outcome(NamedTuple):
 
     @classmethod
     def unpack(cls, message: bytes) -> Outcome:
-        phase, ending, status, cpu_s, wall_s, rss_bytes = OUTCOME.unpack_from(message)
+        """ValueError for a message that is none."""
+        try:
+            phase, ending, status, cpu_s, wall_s, rss_bytes = OUTCOME.unpack_from(message)
+        except struct.error as error:
+            raise ValueError(f"malformed outcome: {error}") from None
         fault = message[OUTCOME.size :].decode(errors="replace")
         return cls(Phase(phase), Ending(ending), status, cpu_s, wall_s, rss_bytes, fault)
+
+
+def failed_to_start(fault: str) -> Outcome:
+    """The outcome of a run that never began: a fault of the sandbox."""
+    return Outcome(Phase.SETUP, Ending.ITSELF, 0, 0.0, 0.0, 0, fault)

@@ -1,30 +1,45 @@
 """The public class: programs in, verdicts out. The only holder of expected outputs.
 
-Theory of operation. A Sandbox owns `workers` zygotes (`slot.py`, `zygote.py`), each an
+Theory of operation. A Sandbox owns `workers` zygotes (`worker.py`, `zygote.py`), each an
 interpreter process of its own that was exec'd, never forked, from the caller. A call of `run` or
-`grade` takes a free zygote, waits for one if there is none, and hands it back; so as many threads
-as like may share a Sandbox. Expected outputs never leave this process: a child gets the source
-and the input, and what it wrote is compared here. If a zygote is lost, its test is run again on a
-new one; after RETRIES it is a SANDBOX_ERROR, which says nothing about the program.
+`grade` waits for its turn (`turns.py`): at most `workers` programs work at a time, and one that
+sleeps gives its turn away, up to JOBS_A_WORKER under way in a zygote. The call then opens a session
+with the zygote that has fewest, so as many threads as like may share a Sandbox. Expected
+outputs never leave this process, unless for a checker of the problem's own (`CheckerProgram`),
+which is confined apart from the program: a child gets the source and the input, and what it wrote
+is compared here. If a zygote is lost, its tests are run again on a new one; after RETRIES a test
+is a SANDBOX_ERROR, which says nothing about the program.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from . import values
+from . import native, values
 from .checkers import Checker, checker_named
 from .job import Job, Run
-from .slot import Slot
-from .verdict import CallTest, Limits, Result, Status, Test, as_bytes
+from .languages import CompileFailedError, Languages
+from .turns import Turns
+from .verdict import (
+    AnyTest,
+    CallTest,
+    CheckerProgram,
+    CheckTest,
+    Limits,
+    Result,
+    Status,
+    Test,
+    as_bytes,
+)
+from .worker import Layers, Worker, memory_file
 
-LANGUAGES = ("python",)
 ISOLATION_LEVELS = ("default", "minimal")
 FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")
+JOBS_A_WORKER = 16
 
 
 class IsolationError(RuntimeError):
@@ -34,11 +49,19 @@ class IsolationError(RuntimeError):
 class Sandbox:
     """Runs and grades untrusted programs; a context manager, to be shared by threads.
 
-    `isolation="default"` refuses, with IsolationError, a machine without the floor of layers:
-    no_new_privs, rlimits, seccomp and one file layer. `"minimal"` runs on whatever there is.
+    `workers` is how many programs may work at once: one a core. `isolation="default"` refuses, with
+    IsolationError, a machine without the floor of layers: no_new_privs, rlimits, seccomp and one
+    file layer. `"minimal"` runs on whatever there is. `worker_memory_bytes` bounds all that runs in
+    a worker together, where the memory controller of a version 2 cgroup is delegated to the caller.
     """
 
-    def __init__(self, workers: int = 2, isolation: str = "default") -> None:
+    def __init__(
+        self,
+        workers: int = 2,
+        isolation: str = "default",
+        *,
+        worker_memory_bytes: int | None = None,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers is {workers}; it must be at least 1")
         if isolation not in ISOLATION_LEVELS:
@@ -46,20 +69,25 @@ class Sandbox:
             raise ValueError(f"unknown isolation {isolation!r}; known: {known}")
         self._level = isolation
         self._owner = os.getpid()
-        self._slots = [Slot() for _ in range(workers)]
-        self._free: queue.LifoQueue[Slot] = queue.LifoQueue()
         self._closed = False
+        self._turns = Turns(workers, workers * JOBS_A_WORKER)
+        library = str(native.spawn_library() or "")
+        self._workers = [
+            Worker(self._accept, arguments=[library], memory_bytes=worker_memory_bytes)
+            for _ in range(workers)
+        ]
+        self._languages = Languages(self._accept, workers, has_launcher=bool(library))
+        self._load = [0] * workers
+        self._load_lock = threading.Lock()
         try:
-            for slot in self._slots:
-                slot.start()
-            for slot in self._slots:
-                self._layers = self._greeted(slot)
+            for worker in self._workers:
+                worker.launch()
+            for worker in self._workers:
+                worker.greet()
         except BaseException:
-            for slot in self._slots:
-                slot.stop()
+            for worker in self._workers:
+                worker.close()
             raise
-        for slot in self._slots:
-            self._free.put(slot)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -72,16 +100,25 @@ class Sandbox:
         if self._closed or os.getpid() != self._owner:  # a fork of the owner owns nothing
             return
         self._closed = True
-        for slot in self._slots:
-            slot.interrupt()
-        for slot in [self._free.get() for _ in self._slots]:
-            slot.stop()
-            self._free.put(slot)  # wakes whoever still waits for one, to be told
+        self._turns.close()
+        for worker in self._workers:
+            worker.close()
+        self._languages.close()
 
     @property
-    def isolation(self) -> dict[str, object]:
+    def isolation(self) -> Layers:
         """The layers that hold here, each proved by its effect, and the level asked for."""
-        return {"level": self._level, **self._layers}
+        return {"level": self._level, **self._workers[0].layers}
+
+    @property
+    def zygotes_started(self) -> int:
+        """Beyond one a worker, as many were lost and replaced."""
+        return sum(worker.starts for worker in self._workers)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages that this machine runs."""
+        return self._languages.available
 
     def run(
         self,
@@ -91,80 +128,104 @@ class Sandbox:
         language: str = "python",
     ) -> Result:
         """Run a program once; OK means that it exited with 0 within the limits."""
-        _check_language(language)
-        with self._job(source, limits) as job:
-            return job.run_once(Test(as_bytes(stdin), b"")).result
+        limits = limits or Limits()
+        try:
+            with self._job(source, limits, language) as job:
+                return job.run(Test(as_bytes(stdin), b"")).result
+        except CompileFailedError as failure:
+            return failure.result
 
     def grade(
         self,
         source: str | bytes,
-        tests: Sequence[Test | CallTest],
+        tests: Sequence[AnyTest],
         limits: Limits | None = None,
-        checker: str = "tokens",
+        checker: str | CheckerProgram = "tokens",
         stop_at_first_failure: bool = True,
         language: str = "python",
+        run_at_least: int = 0,
     ) -> list[Result]:
         """Grade a program: a result per test, in order; OK means passed.
 
-        With `stop_at_first_failure` the list ends with the first test that is not OK.
+        With `stop_at_first_failure` the list ends with the first test that is not OK, but the
+        first `run_at_least` tests are run in any case: public tests to be shown, private ones to
+        be stopped at.
         """
-        _check_language(language)
-        check = checker_named(checker)
-        results = []
-        with self._job(source, limits) as job:
-            run_test = job.run_once if len(tests) == 1 else job.run_again
-            for test in tests:
-                run = run_test(test)
-                result = run.result
-                if result.status is Status.OK and not _passed(test, run, check):
-                    result = replace(result, status=Status.WRONG_ANSWER)
-                results.append(result)
-                if stop_at_first_failure and result.status is not Status.OK:
-                    break
+        limits = limits or Limits()
+        check = checker if isinstance(checker, CheckerProgram) else checker_named(checker)
+        self._languages.check(language, tests)
+        results: list[Result] = []
+        failed = False
+        try:
+            with self._job(source, limits, language) as job:
+                for test in tests:
+                    run = job.run(test, again=len(tests) > 1)
+                    results.append(self._judged(test, run, check))
+                    failed = failed or results[-1].status is not Status.OK
+                    if failed and stop_at_first_failure and len(results) >= run_at_least:
+                        break
+        except CompileFailedError as failure:
+            count = max(1, run_at_least) if stop_at_first_failure else len(tests)
+            return [failure.result] * min(count, len(tests))
         return results
 
-    def _greeted(self, slot: Slot) -> dict[str, object]:
-        """The layers of a fresh zygote, or IsolationError if they are below the floor."""
-        layers = slot.greet()
+    def _judged(self, test: AnyTest, run: Run, check: Checker | CheckerProgram) -> Result:
+        """The result of a run, with the verdict on what it wrote or returned."""
+        result = run.result
+        if result.status is not Status.OK or isinstance(test, CheckTest):
+            return result
+        if isinstance(test, CallTest):
+            passed = values.matches(test.expected, run.returned_wire)
+        elif isinstance(check, CheckerProgram):
+            answer = self._ask_checker(check, test, result.stdout)
+            if isinstance(answer, Result):
+                return answer
+            passed = answer
+        else:
+            passed = check(test.expected, result.stdout)
+        return result if passed else replace(result, status=Status.WRONG_ANSWER)
+
+    def _ask_checker(self, checker: CheckerProgram, test: Test, stdout: bytes) -> bool | Result:
+        source = memory_file("checker", checker.source.encode())
+        try:
+            with (
+                self._placed() as worker,
+                Job(worker, source, checker.limits, lambda: None) as job,
+            ):
+                return job.accepted_by(test, stdout)
+        finally:
+            os.close(source)
+
+    @contextlib.contextmanager
+    def _job(self, source: str | bytes, limits: Limits, language: str) -> Iterator[Job]:
+        """A job in the worker that has fewest, when it is its turn."""
+        if os.getpid() != self._owner:
+            raise RuntimeError("a Sandbox serves the process that made it; make one per process")
+        with (
+            self._turns.take() as turn,
+            self._languages.prepared(as_bytes(source), language) as program,
+            self._placed() as worker,
+            Job(worker, program.file, limits, turn.sleep, executable=program.executable) as job,
+        ):
+            yield job
+
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[Worker]:
+        """The worker with the fewest jobs, which counts one more for the while."""
+        with self._load_lock:
+            index = min(range(len(self._load)), key=self._load.__getitem__)
+            self._load[index] += 1
+        try:
+            yield self._workers[index]
+        finally:
+            with self._load_lock:
+                self._load[index] -= 1
+
+    def _accept(self, layers: Layers) -> None:
+        """IsolationError if the layers of a fresh zygote are below the floor."""
         missing = [name for name in FLOOR if not layers[name]]
         if missing and self._level == "default":
             raise IsolationError(
                 f"this machine gives no {', '.join(missing)}; see `python -m rlef_sandbox "
                 'doctor`. isolation="minimal" runs without, for programs you trust'
             )
-        return layers
-
-    @contextlib.contextmanager
-    def _job(self, source: str | bytes, limits: Limits | None) -> Iterator[Job]:
-        """A job in a free slot; waits until there is one."""
-        if os.getpid() != self._owner:
-            raise RuntimeError("a Sandbox serves the process that made it; make one per process")
-        slot = self._free.get()
-        try:
-            if self._closed:
-                raise RuntimeError("the sandbox is closed")
-            with Job(slot, lambda: self._renew(slot), as_bytes(source), limits or Limits()) as job:
-                yield job
-        except BaseException:
-            if not self._closed:
-                self._renew(slot)  # an answer may still be under way
-            raise
-        finally:
-            self._free.put(slot)
-
-    def _renew(self, slot: Slot) -> None:
-        if self._closed:
-            raise RuntimeError("the sandbox was closed during a run")
-        slot.start()
-        self._greeted(slot)
-
-
-def _check_language(language: str) -> None:
-    if language not in LANGUAGES:
-        raise ValueError(f"unknown language {language!r}; known: {', '.join(LANGUAGES)}")
-
-
-def _passed(test: Test | CallTest, run: Run, check: Checker) -> bool:
-    if isinstance(test, CallTest):
-        return values.matches(test.expected, run.returned_wire)
-    return check(test.expected, run.result.stdout)

@@ -13,15 +13,18 @@ import struct
 from collections.abc import Mapping
 
 from . import kernel
-from .syscalls import Action, policy
+from .syscalls import Action, Profile, policy
 
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
 
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+AND = 0x54  # the accumulator and the constant
 JUMP = 0x05  # always, by the constant
-# Offsets into struct seccomp_data; arguments are 64 bits, little-endian.
+# Offsets into struct seccomp_data. Arguments are 64 bits, little-endian. Of an `int` the kernel
+# takes the low word, and so do we; a pointer is both.
 NUMBER, ARCHITECTURE = 0, 4
 LOW = [16 + 8 * index for index in range(6)]
+HIGH = [20 + 8 * index for index in range(6)]
 
 AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32_BIT = 0x40000000
@@ -31,13 +34,23 @@ KILLED = (RETURN, 0, 0, 0x80000000)
 
 WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000  # WRONLY RDWR CREAT TRUNC TMPFILE
 CLONE_THREAD = 0x00010000
-CLONE_NEW_ANYTHING = 0x7E020080  # every CLONE_NEW* flag
+# VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID DETACHED, which are what
+# the C libraries make threads with: no namespace, pidfd, parent, trace, vfork or exit signal
+THREAD_FLAGS = 0x007D0F00
 # F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_DUPFD_CLOEXEC F_GETPIPE_SZ F_GET_SEALS
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
 # TCGETS FIONREAD FIONBIO FIONCLEX FIOCLEX
 IOCTL_REQUESTS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 PRCTL_OPTIONS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
+# RLIMIT_CPU and RLIMIT_RTTIME: their hard limits end in a SIGKILL, which means the machine
+KILLING_LIMITS = (0, 15)
+FUTEX_COMMAND = 0x7F  # the rest are flags
+# WAIT WAKE REQUEUE CMP_REQUEUE WAKE_OP WAIT_BITSET WAKE_BITSET; no priority inheritance
+FUTEX_COMMANDS = (0, 1, 3, 4, 5, 9, 10)
 SIGKILL = 9
+AT_EMPTY_PATH = 0x1000
+ARCH_SET_FS, ARCH_GET_FS = 0x1002, 0x1003
+NAMESPACE_FLAGS = 0x7E020080  # every CLONE_NEW* flag
 OWN_PID = 0xFEEDBEEF  # stands for the child's pid until the child is forked
 
 
@@ -56,20 +69,39 @@ def without_bits(offset: int, bits: int, otherwise: Instruction) -> list[Instruc
     return [(LOAD, 0, 0, offset), (JUMP_ANY_BIT, 0, 1, bits), otherwise, ALLOWED]
 
 
-def decisions(number: int, action: Action) -> list[Instruction]:
+def none_of(offset: int, excepted: tuple[int, ...]) -> list[Instruction]:
+    """Allow a call whose argument at `offset` is none of `excepted`; else go on past the end."""
+    return one_of(offset, excepted, ALLOWED)[:-1]
+
+
+def if_null(argument: int, otherwise: Instruction) -> list[Instruction]:
+    """Allow a call whose argument of this index is a null pointer."""
+    low = [(LOAD, 0, 0, LOW[argument]), (JUMP_EQUAL, 0, 2, 0)]
+    return [*low, (LOAD, 0, 0, HIGH[argument]), (JUMP_EQUAL, 1, 0, 0), otherwise, ALLOWED]
+
+
+def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
     """The instructions that end the filter for one call."""
     denied = refused(errno.EPERM)
     if action is Action.OPEN:
-        flags = LOW[1] if (kernel.MACHINE, number) == ("x86_64", 2) else LOW[2]  # open or openat
+        flags = LOW[1] if (machine, number) == ("x86_64", 2) else LOW[2]  # open or openat
         return without_bits(flags, WRITING, refused(errno.EACCES))
     if action is Action.CLONE:
-        thread_only = without_bits(LOW[0], CLONE_NEW_ANYTHING, denied)
+        thread_only = without_bits(LOW[0], ~THREAD_FLAGS & 0xFFFFFFFF, denied)
         return [(LOAD, 0, 0, LOW[0]), (JUMP_ANY_BIT, 1, 0, CLONE_THREAD), denied, *thread_only]
     if action is Action.SIGNAL_SELF:
-        kill = {"x86_64": 62, "aarch64": 129}[kernel.MACHINE]
+        kill = {"x86_64": 62, "aarch64": 129}[machine]
         signal_at = LOW[1] if number == kill else LOW[2]
         own = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, OWN_PID), denied]
         return [*own, (LOAD, 0, 0, signal_at), (JUMP_EQUAL, 0, 1, SIGKILL), denied, ALLOWED]
+    if action is Action.FUTEX:
+        load, *rest = one_of(LOW[1], FUTEX_COMMANDS, refused(errno.ENOSYS))
+        return [load, (AND, 0, 0, FUTEX_COMMAND), *rest]
+    if action is Action.PRLIMIT:
+        own = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, 0), denied]
+        return [*own, *none_of(LOW[1], KILLING_LIMITS), *if_null(2, denied)]
+    if action is Action.EXECUTE_GIVEN:
+        return one_of(LOW[4], (AT_EMPTY_PATH,), denied)
     return {
         Action.ALLOW: [ALLOWED],
         Action.DENY: [denied],
@@ -78,17 +110,19 @@ def decisions(number: int, action: Action) -> list[Instruction]:
         Action.KILL: [KILLED],
         Action.FCNTL: one_of(LOW[1], FCNTL_COMMANDS, denied),
         Action.IOCTL: one_of(LOW[1], IOCTL_REQUESTS, refused(errno.ENOTTY)),
-        Action.PRLIMIT: one_of(LOW[0], (0,), denied),
+        Action.SETRLIMIT: [*none_of(LOW[0], KILLING_LIMITS), denied],
         Action.PRCTL: one_of(LOW[0], PRCTL_OPTIONS, denied),
+        Action.PROCESS: without_bits(LOW[0], NAMESPACE_FLAGS, denied),
+        Action.THREAD_POINTER: one_of(LOW[0], (ARCH_SET_FS, ARCH_GET_FS), refused(errno.EINVAL)),
     }[action]
 
 
 def assemble(actions: Mapping[int, Action], machine: str) -> list[Instruction]:
     """The whole filter; calls not in `actions` are answered ENOSYS."""
-    absent = decisions(0, Action.ABSENT)
+    absent = decisions(0, Action.ABSENT, machine)
     runs: list[tuple[int, list[Instruction]]] = [(0, absent)]
     for number in sorted(actions):
-        block = decisions(number, actions[number])
+        block = decisions(number, actions[number], machine)
         if runs[-1][0] == number:
             runs.pop()
         if not runs or runs[-1][1] != block:
@@ -128,8 +162,9 @@ class SockFprog(ctypes.Structure):
 class Filter:
     """An assembled filter in memory, ready for one system call to install it."""
 
-    def __init__(self) -> None:
-        instructions = assemble(policy(kernel.MACHINE), kernel.MACHINE)
+    def __init__(self, profile: Profile = Profile.PROGRAM) -> None:
+        """ValueError on a machine without a system call table."""
+        instructions = assemble(policy(kernel.MACHINE, profile), kernel.MACHINE)
         code = b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
         self._code = ctypes.create_string_buffer(code, len(code))
         self._program = SockFprog(len(instructions), ctypes.addressof(self._code))
@@ -138,6 +173,13 @@ class Filter:
             for index, step in enumerate(instructions)
             if step[3] == OWN_PID
         ]
+        # the same for spawn.c, as addresses
+        self.own_pid_count = len(self._own_pids)
+        self._pointers = (ctypes.c_void_p * self.own_pid_count)(
+            *map(ctypes.addressof, self._own_pids)
+        )
+        self.own_pids_address = ctypes.addressof(self._pointers)
+        self.address = ctypes.addressof(self._program)
         # SECCOMP_SET_MODE_FILTER, no flags; converted once, since a child pays for every page.
         number = kernel.SYS_SECCOMP[kernel.MACHINE]
         self._arguments = (ctypes.c_long(number), 1, 0, ctypes.byref(self._program))
@@ -147,3 +189,11 @@ class Filter:
         for own_pid in self._own_pids:
             own_pid.value = pid
         kernel.checked(kernel.LIBC.syscall(*self._arguments), "seccomp")
+
+
+def filter_for_this_machine(profile: Profile) -> Filter | None:
+    """None on a machine without a system call table; the controller judges what is left."""
+    try:
+        return Filter(profile)
+    except ValueError:
+        return None

@@ -23,9 +23,24 @@ class Action(enum.Enum):
     CLONE = enum.auto()
     FCNTL = enum.auto()
     IOCTL = enum.auto()
+    SETRLIMIT = enum.auto()
     PRLIMIT = enum.auto()
+    FUTEX = enum.auto()
     PRCTL = enum.auto()
     SIGNAL_SELF = enum.auto()
+    PROCESS = enum.auto()
+    EXECUTE_GIVEN = enum.auto()
+    THREAD_POINTER = enum.auto()
+
+
+class Profile(enum.Enum):
+    """Who is held by a filter: each has the table below, with the exceptions of EXCEPTIONS."""
+
+    PROGRAM = "program"  # in an interpreter that runs already
+    EXECUTABLE = "executable"  # a compiled program, which a child has yet to become
+    COMPILER = (
+        "compiler"  # a compiler and the programs it starts; their code is ours, not their input
+    )
 
 
 class Group(NamedTuple):
@@ -66,7 +81,7 @@ GROUPS = (
         Action.ALLOW,
         "its own threads and signals",
         """
-        futex 202/98, set_robust_list 273/99, set_tid_address 218/96, rseq 334/293,
+        set_robust_list 273/99, set_tid_address 218/96, rseq 334/293,
         sched_yield 24/124, sched_getaffinity 204/123, gettid 186/178, exit 60/93,
         exit_group 231/94, rt_sigaction 13/134, rt_sigprocmask 14/135, rt_sigreturn 15/139,
         rt_sigsuspend 130/133, rt_sigpending 127/136, rt_sigtimedwait 128/137,
@@ -98,7 +113,7 @@ GROUPS = (
         getpid 39/172, getppid 110/173, getuid 102/174, geteuid 107/175, getgid 104/176,
         getegid 108/177, getresuid 118/148, getresgid 120/150, getgroups 115/158,
         getpgrp 111/-, getpgid 121/155, getsid 124/156, getpriority 140/141,
-        getrlimit 97/163, setrlimit 160/164, getrusage 98/165, getcpu 309/168,
+        getrlimit 97/163, getrusage 98/165, getcpu 309/168,
         sysinfo 99/179, uname 63/160, getrandom 318/278, capget 125/90
         """,
     ),
@@ -138,8 +153,22 @@ GROUPS = (
         """,
     ),
     Group(
+        Action.FUTEX,
+        "waiting on memory, without the priority inheritance that kernels got wrong so often",
+        """
+        futex 202/98
+        """,
+    ),
+    Group(
+        Action.SETRLIMIT,
+        "lower its limits, but not those whose passing is a SIGKILL: that one means the machine",
+        """
+        setrlimit 160/164
+        """,
+    ),
+    Group(
         Action.PRLIMIT,
-        "its own limits, never another process's",
+        "its own limits, never another process's; the same exceptions, which it may still read",
         """
         prlimit64 302/261
         """,
@@ -253,15 +282,68 @@ GROUPS = (
     ),
 )
 
+EXCEPTIONS = {
+    Profile.PROGRAM: (),
+    Profile.EXECUTABLE: (
+        Group(
+            Action.EXECUTE_GIVEN,
+            "become the file it was given. Should it do so again, with a file that it can read or "
+            "wrote to its own output, it stays the same process under the same layers",
+            """
+            execveat 322/281
+            """,
+        ),
+        Group(
+            Action.THREAD_POINTER,
+            "a program's start sets its thread pointer",
+            """
+            arch_prctl 158/-
+            """,
+        ),
+    ),
+    Profile.COMPILER: (
+        Group(
+            Action.ALLOW,
+            "it starts an assembler and a linker; the file layer decides what can be started",
+            """
+            execve 59/221, fork 57/-, vfork 58/-
+            """,
+        ),
+        Group(
+            Action.PROCESS,
+            "the same by way of clone; no namespaces",
+            """
+            clone 56/220
+            """,
+        ),
+        Group(
+            Action.THREAD_POINTER,
+            "a program's start sets its thread pointer",
+            """
+            arch_prctl 158/-
+            """,
+        ),
+        Group(
+            Action.ALLOW,
+            "it writes files; the file layer leaves it one directory for that",
+            """
+            open 2/-, openat 257/56, creat 85/-, unlink 87/-, unlinkat 263/35, rename 82/-,
+            renameat 264/38, renameat2 316/276, mkdir 83/-, mkdirat 258/34, rmdir 84/-,
+            chmod 90/-, fchmod 91/52, fchmodat 268/53, umask 95/166, utimensat 280/88,
+            flock 73/32, fallocate 285/47, truncate 76/45
+            """,
+        ),
+    ),
+}
 COLUMNS = {"x86_64": 0, "aarch64": 1}
 
 
-def policy(machine: str) -> dict[int, Action]:
+def policy(machine: str, profile: Profile = Profile.PROGRAM) -> dict[int, Action]:
     """System call number to action on `machine`, as `platform.machine()` names it."""
     if machine not in COLUMNS:
         raise ValueError(f"no system call table for {machine!r}; known: {', '.join(COLUMNS)}")
     actions = {}
-    for group in GROUPS:
+    for group in (*GROUPS, *EXCEPTIONS[profile]):
         for call in group.calls.split(","):
             _, numbers = call.split()
             number = numbers.split("/")[COLUMNS[machine]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import math
 from dataclasses import dataclass, field
@@ -109,3 +110,50 @@ class CallTest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", tuple(self.args))
+
+
+@dataclass(frozen=True)
+class CheckTest:
+    """`check(candidate)` must return without raising, where `code` defines `check` and `candidate`
+    stands for the program's `entry_point` (the form of HumanEval's tests).
+
+    The code runs confined, in a process of its own: arguments and results of the calls that it
+    makes cross by value, as plain data, and what a call raises is raised in it by its built-in
+    type. ValueError for code that does not parse.
+    """
+
+    __test__ = False
+
+    entry_point: str
+    code: str
+    check: str = "check"
+
+    def __post_init__(self) -> None:
+        try:
+            ast.parse(self.code)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"CheckTest.code of {self.entry_point} is no Python: {error}"
+            ) from None
+
+
+AnyTest = Test | CallTest | CheckTest
+
+
+@dataclass(frozen=True)
+class CheckerProgram:
+    """A checker of the problem's own, for outputs that can be right in many ways: Python that
+    defines `check(stdin, expected, actual)`, three `bytes`, and returns True or False.
+
+    It runs confined, with `limits`. One that raises, exceeds them or returns anything else is
+    broken: a SANDBOX_ERROR, no verdict on the program.
+    """
+
+    source: str
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        try:
+            ast.parse(self.source)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise ValueError(f"CheckerProgram.source is no Python: {error}") from None

@@ -1,26 +1,30 @@
-"""The warm interpreter that forks one confined child per run.
+"""The warm interpreter that forks a confined child per run, several at once.
 
-Theory of operation. The controller starts `python -c` with BOOTSTRAP, holding one end of a socket
-pair and a pidfd of the controller. That process preloads the standard library, confines itself
-(`confinement.py`), and forks: the child is the zygote (process 1 of the pid namespace, if there
-is one); the parent stays as its reaper, since only a parent can be told of its death. The
-zygote proves the layers by trying to break out, reports them, and serves requests one by one.
+Theory of operation. The controller starts `python -c` (`worker.py`) with one end of a socket pair
+and a pidfd of the controller. That process enters a pid namespace if it can and forks: the parent
+stays outside as the reaper (`reaper.py`), the child is the zygote (process 1 of its namespace). The
+zygote preloads the standard library, confines itself (`confinement.py`), proves the layers by
+trying to break out, reports them, and serves sessions: sockets that come in over the control
+channel, one per program that the controller has under way.
 
-RUN forks a child that compiles and runs the program. PROGRAM forks a program server, which
-compiles once, takes over the socket, and forks a child per TEST until END; the zygote waits.
-Whoever forks a child supervises it: it holds a pidfd, reads the child's CPU clock, kills it when
-a limit is passed, and sends what the kernel said of its end. A child tells how far it came in a
-shared page; before its program's first line it unmaps that, and closes every descriptor but its
-own files, so that no program can speak to anyone.
+RUN and EXECUTE start a child for one run; PROGRAM starts a program server, which compiles once,
+takes the session over, and forks a child per TEST until the session ends. Whoever forks children
+supervises them in one loop: it polls their pidfds, reads their CPU clocks, kills a child that
+passes a limit, says once of a child that it sleeps, and sends what the kernel said of its end.
+Nobody waits for one child alone, so a sleeper holds up nobody. A child tells how far it came in
+a shared page; before its program's first line it unmaps that, and has every descriptor but its
+own files closed, so that no program can speak to anyone.
 
-What ends them: the socket's end of file, or the controller's death seen by its pidfd, ends the
-zygote and the program server; the death of a parent kills its children (PDEATHSIG), and
-the death of process 1 kills its namespace.
+What ends them: the end of a session kills its child or server; the control channel's end of file,
+or the controller's death seen by its pidfd, ends the zygote; the death of a parent kills its
+children (PDEATHSIG), and the death of process 1 kills its namespace.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
+import fcntl
 import gc
 import json
 import mmap
@@ -29,21 +33,41 @@ import resource
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 import types
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from . import kernel, program
-from .confinement import confine_zygote, set_limits
+from . import program
+from .confinement import Bounds, confine_zygote, library_files
+from .launch import RESERVED_DESCRIPTORS, Plan, Progress, launcher_for
 from .probes import probe_child_layers
-from .protocol import MAX_DESCRIPTORS, MAX_MESSAGE_BYTES, Ending, Outcome, Phase, Request, Task
-from .seccomp import Filter
+from .protocol import (
+    MAX_DESCRIPTORS,
+    MAX_MESSAGE_BYTES,
+    SLEEPING,
+    Ending,
+    Outcome,
+    Phase,
+    Request,
+    Task,
+    failed_to_start,
+)
+from .reaper import leave_reaper_behind
+from .seccomp import filter_for_this_machine
+from .syscalls import Profile
 
 STACK_BYTES = 256 << 20  # of the main thread, for deep recursion; fixed when a process is exec'd
 LEAST_WAIT_S = 0.005  # between two readings of a child's CPU clock
-POLLRDHUP = 0x2000
+# A child that used less than this share of a core over this long is asleep: a machine four times
+# overloaded still gives a busy one 0.2.
+SLEEP_WINDOW_S, SLEEP_SHARE = 0.1, 0.05
+# One that worked at least this share of its wall clock limit is starved, not idle, and gets as much
+# wall clock time again.
+STARVED_SHARE, STARVED_EXTENSION = 0.01, 2
+READABLE = select.POLLIN | 0x2000  # POLLRDHUP
+STREAMS = 3
+SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER = 3, 4, 5
 
 
 class Child(NamedTuple):
@@ -54,219 +78,254 @@ class Child(NamedTuple):
     call: bytes | None
 
 
-class ProgressPage:
-    """A page shared with the forked child, in which it tells its phase while it is trusted."""
+class Running:
+    """A child under supervision, and whom to tell of its end."""
 
-    def __init__(self) -> None:
-        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+    def __init__(
+        self, pid: int, pidfd: int, cell: int, session: socket.socket, request: Request
+    ) -> None:
+        self.pid, self.pidfd, self.cell = pid, pidfd, cell
+        self.session, self.request = session, request
+        self.started = self.window_started = time.monotonic()
+        self.window_cpu_s = 0.0
+        self.clock = ~pid << 3 | 2  # the process's CPU clock, as clock_getcpuclockid(3) makes it
+        self.ending = Ending.ITSELF
+        self.slept = False
+        self.next_check = self.started + min(request.cpu_s, request.wall_s, SLEEP_WINDOW_S)
 
-    def tell(self, phase: Phase, fault: str = "") -> None:
-        text = fault.encode(errors="replace")[:1000]
-        self._page[:3] = struct.pack("<BH", phase, len(text))
-        self._page[3 : 3 + len(text)] = text
-
-    def read(self) -> tuple[Phase, str]:
-        phase, length = struct.unpack("<BH", self._page[:3])
-        return Phase(phase), self._page[3 : 3 + length].decode(errors="replace")
-
-    def unmap(self) -> None:
-        self._page.close()
+    def check(self, now: float) -> None:
+        """Kill the child if it passed a limit; tell if it sleeps."""
+        cpu_s = time.clock_gettime(self.clock)
+        cpu_left_s = self.request.cpu_s - cpu_s
+        elapsed_s, wall_s = now - self.started, self.request.wall_s
+        if elapsed_s >= wall_s and cpu_s >= STARVED_SHARE * wall_s:
+            wall_s *= STARVED_EXTENSION
+        wall_left_s = wall_s - elapsed_s
+        if cpu_left_s <= 0 or wall_left_s <= 0:
+            self.ending = Ending.CPU_LIMIT if cpu_left_s <= 0 else Ending.WALL_LIMIT
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self.next_check = float("inf")
+            return
+        left_s = min(cpu_left_s, wall_left_s)
+        if not self.slept:
+            window_s = now - self.window_started
+            if window_s >= SLEEP_WINDOW_S:
+                self.slept = cpu_s - self.window_cpu_s < SLEEP_SHARE * window_s
+                if self.slept:
+                    send(self.session, SLEEPING)
+                self.window_started, self.window_cpu_s = now, cpu_s
+            left_s = min(left_s, SLEEP_WINDOW_S)
+        self.next_check = now + max(LEAST_WAIT_S, left_s)
 
 
 class Server:
-    """A zygote, or a program server forked from one: forks children and supervises them."""
+    """A zygote, or a program server forked from one: starts children and supervises them."""
 
-    def __init__(self, channel: socket.socket, controller: int) -> None:
-        self.channel = channel
+    def __init__(self, control: socket.socket, controller: int, library: str) -> None:
+        self.control: socket.socket | None = control
         self.controller = controller
-        self.filter = _filter_for_this_machine()
-        self.own_user_namespace = False
-        self.page = ProgressPage()
+        self.library = library
+        self.progress = Progress()
+        self.launcher = launcher_for(library, self.progress)
+        self.filters = {
+            Task.RUN: filter_for_this_machine(Profile.PROGRAM),
+            Task.EXECUTE: filter_for_this_machine(Profile.EXECUTABLE),
+        }
+        self.bounds = Bounds(base_bytes=_mapped_bytes(), own_user_namespace=False)
+        self.sessions: dict[int, socket.socket] = {}
+        self.running: dict[int, Running] = {}
+        self.program: tuple[types.CodeType, bytes] | None = None  # of a program server
         self.poller = select.poll()
-        self.poller.register(channel, POLLRDHUP)
+        self.poller.register(control, READABLE)
         self.poller.register(controller, select.POLLIN)
-        with open("/proc/self/statm") as statm:
-            self.base_bytes = int(statm.read().split()[0]) * mmap.PAGESIZE
 
-    def confine(self) -> dict[str, object]:
-        """Put on the zygote's layers, become the zygote, and report the layers that hold."""
-        layers, namespaces = confine_zygote()
-        self.own_user_namespace = "user" in namespaces
-        _leave_reaper_behind(self.channel, self.controller)
-        child_layers = probe_child_layers(self.filter, self.base_bytes)
+    def confine(self, namespaces: list[str]) -> dict[str, object]:
+        """Put on the zygote's layers and report those that hold."""
+        layers = confine_zygote(namespaces, library_files())
+        child_layers = probe_child_layers(self.launcher, self.filters[Task.RUN], self.bounds)
         if not child_layers["seccomp"]:
-            self.filter = None
-        return layers | child_layers
-
-    def receive(self) -> tuple[Request, list[int]]:
-        """The next request and its descriptors; exits when the controller is gone."""
-        space = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
-        message, ancillary, _, _ = self.channel.recvmsg(MAX_MESSAGE_BYTES, space)
-        if not message:
-            os._exit(0)
-        descriptors = array.array("i")
-        for _, _, data in ancillary:
-            descriptors.frombytes(data)
-        return Request.unpack(message), list(descriptors)
+            self.filters = dict.fromkeys(self.filters)
+        self.bounds = self.bounds._replace(own_user_namespace=bool(child_layers["threads"]))
+        return {**layers, **child_layers, "launcher": self.launcher.name}
 
     def serve(self) -> Child:
-        """Answer requests for ever. Returns only in a forked child, with what it is to run."""
+        """Serve sessions for ever. Returns only in a forked child, with what it is to run."""
         while True:
-            request, files = self.receive()
-            if request.task in (Task.TEST, Task.END):  # for a program server that died
-                _close(files)
-                continue
-            started = time.monotonic()
-            pid = self.fork()
-            if pid == 0:
-                if request.task is Task.PROGRAM:
-                    return self.serve_program(request, files)
-                return self.become_child(request, files)
-            _close(files)
-            if request.task is Task.PROGRAM:
-                self.await_program_server(pid, started)
-            else:
-                self.channel.send(self.supervise(pid, request, started).pack())
+            for descriptor, _ in self.poller.poll(self.until_next_check_ms()):
+                if descriptor in self.running:
+                    self.finish(self.running.pop(descriptor))
+                elif descriptor in self.sessions:
+                    child = self.answer(self.sessions[descriptor])
+                    if child is not None:
+                        return child
+                elif self.control is not None and descriptor == self.control.fileno():
+                    self.open_session()
+                elif descriptor == self.controller:
+                    os._exit(0)
+            now = time.monotonic()
+            for child_process in self.running.values():
+                if child_process.next_check <= now:
+                    self.check(child_process, now)
 
-    def fork(self) -> int:
-        self.page.tell(Phase.SETUP)
-        parent = os.getpid()
-        pid = kernel.checked(kernel.fork(), "fork")
-        if pid == 0:
-            kernel.die_with_parent()
-            if os.getppid() != parent:
-                os._exit(1)
-        return pid
+    def until_next_check_ms(self) -> float | None:
+        if not self.running:
+            return None
+        soonest = min(child.next_check for child in self.running.values())
+        return None if soonest == float("inf") else max(0.0, soonest - time.monotonic()) * 1e3
 
-    def become_child(self, request: Request, files: list[int]) -> Child:
-        """In a forked child: put on the last layers, then compile. Exits if there is no code."""
+    def check(self, child: Running, now: float) -> None:
+        serving = child.request.task is Task.PROGRAM
+        if serving and self.progress.phase(child.cell) is Phase.RUNNING:
+            child.next_check = float("inf")  # its own children have limits of their own
+        else:
+            child.check(now)
+
+    def open_session(self) -> None:
+        assert self.control is not None
+        message, descriptors = _receive(self.control)
+        if not message:
+            os._exit(0)
+        session = socket.socket(fileno=descriptors[0])
+        self.sessions[session.fileno()] = session
+        self.poller.register(session, READABLE)
+
+    def answer(self, session: socket.socket) -> Child | None:
+        """Act on a session's next message. A Child only in a forked child."""
         try:
-            source_file, *files = files
-            set_limits(request, self.base_bytes, self.own_user_namespace)
-            source = _read(source_file)
-            call = self.enter_child(files)
+            message, files = _receive(session)
+        except BlockingIOError:  # the number of a session that ended in this very round
+            return None
+        if not message:
+            self.end_session(session)
+            return None
+        request = Request.unpack(message)
+        cell = self.progress.take()
+        try:
+            pid, pidfd = self.launcher.spawn(self.plan(request, files, cell, session))
         except OSError as error:
-            self.fail(error)
-        self.page.tell(Phase.COMPILING)
-        code = program.compile_source(source)
-        if code is None:
-            os._exit(1)
-        self.leave_trust()
-        return Child(code, source, call)
+            self.progress.give_back(cell)
+            send(session, failed_to_start(f"start of a child: {error}").pack())
+        else:
+            if pid == 0:
+                return self.go_on_as_child(request, len(files), cell)
+            self.running[pidfd] = Running(pid, pidfd, cell, session, request)
+            self.poller.register(pidfd, select.POLLIN)
+            if request.task is Task.PROGRAM:
+                self.poller.unregister(session)  # the server reads it from now on
+        for descriptor in files:
+            os.close(descriptor)
+        return None
 
-    def enter_child(self, files: list[int]) -> bytes | None:
-        """Put the run's files in place, close all else, filter system calls. The call to make."""
-        exchange = files[3:]
-        for target, descriptor in enumerate(files):
-            os.dup2(descriptor, target)
-        kernel.close_from(len(files))
-        call = _read(program.EXCHANGE_DESCRIPTOR) if exchange else None
-        if exchange:
-            os.ftruncate(program.EXCHANGE_DESCRIPTOR, 0)
-            os.lseek(program.EXCHANGE_DESCRIPTOR, 0, os.SEEK_SET)
-        if self.filter is not None:
-            self.filter.install(os.getpid())
-        return call
-
-    def leave_trust(self) -> None:
-        """The last step before the program's first line."""
-        self.page.tell(Phase.RUNNING)
-        self.page.unmap()
-
-    def fail(self, error: OSError) -> NoReturn:
-        """In a child that could not be set up: no verdict on the program."""
-        self.page.tell(Phase.SETUP, f"child set-up: {error}")
-        os._exit(1)
-
-    def supervise(self, pid: int, request: Request, started: float) -> Outcome:
-        """Wait for the child, kill it at a limit, and say what became of it."""
-        pidfd = os.pidfd_open(pid)
-        self.poller.register(pidfd, select.POLLIN)
-        clock = ~pid << 3 | 2  # the process's CPU clock, as clock_getcpuclockid(3) makes it
-        ending = Ending.ITSELF
-        left_s: float | None = min(request.cpu_s, request.wall_s)
-        while not self.ended(pidfd, left_s):
-            cpu_left_s = request.cpu_s - time.clock_gettime(clock)
-            wall_left_s = started + request.wall_s - time.monotonic()
-            left_s = max(LEAST_WAIT_S, min(cpu_left_s, wall_left_s))
-            if cpu_left_s <= 0 or wall_left_s <= 0:
-                ending = Ending.CPU_LIMIT if cpu_left_s <= 0 else Ending.WALL_LIMIT
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                left_s = None
-        self.poller.unregister(pidfd)
-        os.close(pidfd)
-        _, wait_status, usage = os.wait4(pid, 0)
-        phase, fault = self.page.read()
-        return Outcome(
-            phase,
-            ending,
-            wait_status,
-            usage.ru_utime + usage.ru_stime,
-            time.monotonic() - started,
-            usage.ru_maxrss * 1024,
-            fault,
+    def plan(self, request: Request, files: list[int], cell: int, session: socket.socket) -> Plan:
+        executes = request.task is Task.EXECUTE
+        bounds = self.bounds if not executes else self.bounds._replace(base_bytes=0)
+        limits = bounds.limits(request)
+        if request.task is Task.PROGRAM:
+            server_files = [*files, session.fileno(), self.controller]
+            return Plan(server_files, cell, **limits, filter=None)
+        return Plan(
+            files,
+            cell,
+            **limits,
+            filter=self.filters[Task.EXECUTE if executes else Task.RUN],
+            executable=len(files) - 1 if executes else -1,
+            stack_bytes=request.memory_bytes if executes else 0,
         )
 
-    def ended(self, pidfd: int, timeout_s: float | None) -> bool:
-        """Whether the child ended within the time. Exits when the controller is gone."""
-        ready = self.poller.poll(None if timeout_s is None else timeout_s * 1000)
-        if any(descriptor != pidfd for descriptor, _ in ready):
-            os._exit(0)
-        return bool(ready)
-
-    def serve_program(self, request: Request, files: list[int]) -> Child:
-        """In a program server: compile once, fork a child per test. Returns in the children."""
-        try:
-            source_file, error_file = files
-            set_limits(request, self.base_bytes, self.own_user_namespace)
-            source = _read(source_file)
-            os.dup2(error_file, 2)
-            _close(files)
-        except OSError as error:
-            self.fail(error)
-        self.page.tell(Phase.COMPILING)
+    def go_on_as_child(self, request: Request, file_count: int, cell: int) -> Child:
+        """In a forked child, whose files are in place: compile, or become a program server."""
+        if request.task is Task.TEST:
+            assert self.program is not None
+            call = _read_call() if file_count > STREAMS else None
+            self.leave_trust(cell)
+            return Child(*self.program, call)
+        source_file = SOURCE_OF_A_SERVER if request.task is Task.PROGRAM else file_count - 1
+        source = _read(source_file)
+        os.close(source_file)
+        call = _read_call() if source_file > STREAMS else None
+        self.progress.tell(cell, Phase.COMPILING)
         code = program.compile_source(source)
         if code is None:
             os._exit(1)
-        self.page.tell(Phase.RUNNING)
-        self.channel.send(Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.0, 0.0, 0).pack())
-        while True:
-            test, files = self.receive()
-            if test.task is Task.END:
-                os._exit(0)
-            started = time.monotonic()
-            pid = self.fork()
-            if pid == 0:
-                return self.become_test(code, source, files)
-            _close(files)
-            self.channel.send(self.supervise(pid, test, started).pack())
-
-    def become_test(self, code: types.CodeType, source: bytes, files: list[int]) -> Child:
-        """In a child of a program server, whose limits it has inherited."""
-        try:
-            call = self.enter_child(files)
-        except OSError as error:
-            self.fail(error)
-        self.leave_trust()
+        self.leave_trust(cell)
+        if request.task is Task.PROGRAM:
+            return self.serve_program(code, source)
         return Child(code, source, call)
 
-    def await_program_server(self, pid: int, started: float) -> None:
-        """Wait for the end of a program server; speak for it where it could not answer."""
-        pidfd = os.pidfd_open(pid)
-        self.poller.register(pidfd, select.POLLIN)
-        self.ended(pidfd, None)
-        self.poller.unregister(pidfd)
-        os.close(pidfd)
-        _, wait_status, usage = os.wait4(pid, 0)
-        if wait_status == 0:
-            return
-        phase, fault = self.page.read()
-        if phase is not Phase.COMPILING:
-            phase, fault = Phase.SETUP, fault or f"program server ended with status {wait_status}"
-        cpu_s, wall_s = usage.ru_utime + usage.ru_stime, time.monotonic() - started
-        rss_bytes = usage.ru_maxrss * 1024
-        outcome = Outcome(phase, Ending.ITSELF, wait_status, cpu_s, wall_s, rss_bytes, fault)
-        self.channel.send(outcome.pack())
+    def leave_trust(self, cell: int) -> None:
+        """The last step before the program's first line, or a program server's first test."""
+        self.progress.tell(cell, Phase.RUNNING)
+        self.progress.unmap()
+
+    def serve_program(self, code: types.CodeType, source: bytes) -> Child:
+        """In a program server: serve the one session. Returns in its forked children."""
+        self.program = code, source
+        for held in (self.control, *self.sessions.values()):
+            if held is not None:
+                held.detach()  # closed already; the numbers are others' now
+        self.control = None
+        self.controller = _moved_out_of_the_way(CONTROLLER_OF_A_SERVER)
+        session = socket.socket(fileno=_moved_out_of_the_way(SESSION_OF_A_SERVER))
+        _reserve_low_descriptors()
+        self.progress = Progress()
+        self.launcher = launcher_for(self.library, self.progress)
+        self.sessions, self.running = {session.fileno(): session}, {}
+        self.poller = select.poll()
+        self.poller.register(session, READABLE)
+        self.poller.register(self.controller, select.POLLIN)
+        send(session, Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.0, 0.0, 0).pack())
+        return self.serve()
+
+    def end_session(self, session: socket.socket) -> None:
+        """The controller is done with it, or gave it up: kill what still runs for it."""
+        if self.control is None:
+            os._exit(0)  # a program server lives for one session
+        for child in self.running.values():
+            if child.session is session:
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+        del self.sessions[session.fileno()]
+        self.poller.unregister(session)
+        session.close()
+
+    def finish(self, child: Running) -> None:
+        """Say what became of a child that ended."""
+        self.poller.unregister(child.pidfd)
+        os.close(child.pidfd)
+        _, wait_status, usage = os.wait4(child.pid, 0)
+        phase, fault = self.progress.phase(child.cell), self.progress.fault(child.cell)
+        self.progress.give_back(child.cell)
+        served = child.request.task is Task.PROGRAM
+        if not (served and phase is Phase.RUNNING):
+            outcome = Outcome(
+                Phase.SETUP if fault else phase,
+                child.ending,
+                wait_status,
+                usage.ru_utime + usage.ru_stime,
+                time.monotonic() - child.started,
+                usage.ru_maxrss * 1024,
+                fault,
+            )
+            send(child.session, outcome.pack())
+        if served:  # and its session with it
+            del self.sessions[child.session.fileno()]
+            child.session.close()
+
+
+def send(session: socket.socket, message: bytes) -> None:
+    """To a controller that may have given the session up."""
+    with contextlib.suppress(OSError):
+        session.send(message, socket.MSG_DONTWAIT)
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    space = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+    message, ancillary, _, _ = channel.recvmsg(
+        MAX_MESSAGE_BYTES, space, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors = array.array("i")
+    for _, _, data in ancillary:
+        descriptors.frombytes(data)
+    return message, list(descriptors)
 
 
 def _read(descriptor: int) -> bytes:
@@ -274,28 +333,29 @@ def _read(descriptor: int) -> bytes:
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
 
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _read_call() -> bytes:
+    """The call to make, from the exchange, which is left empty for what comes of it."""
+    call = _read(program.EXCHANGE_DESCRIPTOR)
+    os.ftruncate(program.EXCHANGE_DESCRIPTOR, 0)
+    return call
 
 
-def _filter_for_this_machine() -> Filter | None:
-    try:
-        return Filter()
-    except ValueError:  # an architecture without a table; the controller judges what is left
-        return None
+def _mapped_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * mmap.PAGESIZE
 
 
-def _leave_reaper_behind(channel: socket.socket, controller: int) -> None:
-    """Fork: the child goes on, process 1 of a new pid namespace; the parent waits for its end."""
-    pid = kernel.checked(kernel.fork(), "fork")
-    if pid == 0:
-        kernel.die_with_parent()
-        return
-    channel.close()
-    os.close(controller)
-    os.waitpid(pid, 0)
-    os._exit(0)
+def _moved_out_of_the_way(descriptor: int) -> int:
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, RESERVED_DESCRIPTORS)
+    os.close(descriptor)
+    return moved
+
+
+def _reserve_low_descriptors() -> None:
+    """Occupy the numbers that a child's files go to, so that no file to be placed lies there."""
+    while (descriptor := os.dup(2)) < RESERVED_DESCRIPTORS:
+        pass
+    os.close(descriptor)
 
 
 def _raise_stack_limit() -> None:
@@ -308,17 +368,23 @@ def _raise_stack_limit() -> None:
 
 
 def main() -> None:
-    """Become a zygote; the arguments are the descriptors of the channel and of the controller."""
+    """Become a zygote; the arguments are the descriptors of the control channel and the
+    controller, the path of the C library and the cgroup, either perhaps empty.
+    """
     _raise_stack_limit()
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    server = Server(channel, controller=int(sys.argv[2]))
+    *descriptors, library, cgroup = sys.argv[1:]
+    channel, controller = (_moved_out_of_the_way(int(number)) for number in descriptors)
+    _reserve_low_descriptors()
+    control = socket.socket(fileno=channel)
+    namespaces = leave_reaper_behind(control, controller, cgroup)
+    server = Server(control, controller, library)
     program.preload()
     for name in [name for name in sys.modules if name.startswith("rlef_sandbox")]:
         del sys.modules[name]  # no such module in a program's world
-    layers = server.confine()
+    layers = server.confine(namespaces)
     gc.collect()
     gc.freeze()
     gc.disable()
-    channel.send(json.dumps(layers).encode())
+    control.send(json.dumps(layers).encode())
     child = server.serve()
     program.run(*child)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlef_sandbox import IsolationError, Sandbox, Status, Test, slot
+from rlef_sandbox import IsolationError, Sandbox, Status, Test, worker
 
 NO_NAMESPACES = """
 def refuse(flags): raise OSError(1, "no namespaces here")
@@ -18,7 +18,7 @@ NO_CHROOT = """
 def refuse(): raise OSError(1, "no chroot here")
 rlef_sandbox.private_root.enter_nothing = refuse
 """
-NO_SECCOMP = "rlef_sandbox.zygote._filter_for_this_machine = lambda: None\n"
+NO_SECCOMP = "rlef_sandbox.zygote.filter_for_this_machine = lambda profile: None\n"
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def machine_without(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
     def lacking(lines: str) -> None:
         modules = "import rlef_sandbox.zygote, rlef_sandbox.private_root\n"
-        bootstrap = slot.BOOTSTRAP.replace("main()\n", modules + lines + "main()\n")
-        monkeypatch.setattr(slot, "COMMAND", [*slot.COMMAND[:-1], bootstrap])
+        bootstrap = worker.BOOTSTRAP.replace("main()\n", modules + lines + "main()\n")
+        monkeypatch.setattr(worker, "COMMAND", [*worker.COMMAND[:-1], bootstrap])
 
     yield lacking
 

@@ -1,0 +1,98 @@
+"""Control groups (version 2), where the caller may make them: a backstop behind the rlimits.
+
+A group a worker, below the caller's own. It counts what rlimits cannot (all processes of the
+worker together, kernel memory, files in memory) and its `cgroup.kill` ends them all at once. What
+it can bound is decided by whoever delegated the group: a machine with the controllers mounted
+the old way, as version 1, gives `kill` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from pathlib import Path
+
+PREFIX = "rlef-sandbox-"
+PIDS_MAX = 1024  # processes and threads of one worker
+REMOVE_WITHIN_S = 2.0
+
+_numbers = itertools.count()
+
+
+def own_group() -> Path | None:
+    """The directory of the version 2 group that this process is in."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    paths = [line[3:] for line in groups if line.startswith("0::")]
+    points = [line.split()[4] for line in mounts if " - cgroup2 " in line]
+    if not paths or not points:
+        return None
+    return Path(points[0], paths[0].lstrip("/"))
+
+
+def create(memory_bytes: int | None) -> str:
+    """A new group for a worker, bounded as far as its controllers go; "" where none can be made."""
+    parent = own_group()
+    if parent is None:
+        return ""
+    _remove_orphans(parent)
+    group = parent / f"{PREFIX}{os.getpid()}-{next(_numbers)}"
+    try:
+        group.mkdir()
+    except OSError:
+        return ""
+    _bound(group / "pids.max", PIDS_MAX)
+    if memory_bytes is not None:
+        _bound(group / "memory.max", memory_bytes)
+    return str(group)
+
+
+def _bound(file: Path, value: int) -> None:
+    with contextlib.suppress(OSError):  # if it was not delegated, `layers` does not claim it
+        file.write_text(str(value))
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Groups of controllers that were killed together with their reapers."""
+    for group in parent.glob(f"{PREFIX}*-*"):
+        if not os.path.exists(f"/proc/{group.name.removeprefix(PREFIX).partition('-')[0]}"):
+            remove(str(group))
+
+
+def join(group: str, pid: int) -> None:
+    Path(group, "cgroup.procs").write_text(str(pid))
+
+
+def layers(group: str) -> list[str]:
+    """What a worker's group, once it is in it, holds it to: read back, not assumed."""
+    if not group or not _read(group, "cgroup.procs"):
+        return []
+    bounded = [name for name in ("pids", "memory") if _read(group, f"{name}.max").isdigit()]
+    return bounded + ["kill"] * os.path.exists(f"{group}/cgroup.kill")
+
+
+def _read(group: str, file: str) -> str:
+    try:
+        return Path(group, file).read_text().strip()
+    except OSError:
+        return ""
+
+
+def remove(group: str) -> None:
+    """Kill all that is in the group, and remove it."""
+    _bound(Path(group, "cgroup.kill"), 1)
+    deadline = time.monotonic() + REMOVE_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            os.rmdir(group)
+        except FileNotFoundError:
+            return
+        except OSError:  # a killed process has not left yet
+            time.sleep(0.005)
+        else:
+            return

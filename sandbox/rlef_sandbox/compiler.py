@@ -1,0 +1,185 @@
+"""A confined C++ compiler: one compilation at a time, in a world of the toolchain and a scratch.
+
+Theory of operation. Started like a zygote (`worker.py`), with a reaper, namespaces, a private root
+and Landlock; but what it shows is the toolchain, what it may write is one scratch directory in
+memory, and its filter (`Profile.COMPILER`) allows processes and files. No untrusted code runs
+here, yet untrusted text steers large programs. Each session brings one source and takes one
+answer: an Outcome, with the executable's descriptor if there is one. Between two compilations
+every process but this one is killed and the scratch is emptied.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+from . import landlock
+from .confinement import Files, confine_zygote
+from .probes import refused_in_a_child
+from .protocol import (
+    MAX_DESCRIPTORS,
+    MAX_MESSAGE_BYTES,
+    Ending,
+    Outcome,
+    Phase,
+    Request,
+    failed_to_start,
+)
+from .reaper import leave_reaper_behind
+from .seccomp import Filter, filter_for_this_machine
+from .syscalls import Profile
+
+TOOLCHAIN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives")
+OPEN_FILES = 256
+
+
+class Compiler:
+    """g++ with its flags, and the directory that it may write to."""
+
+    def __init__(self, flags: list[str], scratch: str) -> None:
+        self.program = shutil.which("g++") or "g++"
+        self.flags, self.scratch = flags, scratch
+        self.filter = filter_for_this_machine(Profile.COMPILER)
+
+    def files(self) -> Files:
+        """The toolchain and the precompiled headers, and where the toolchain is if elsewhere."""
+        home = os.path.dirname(os.path.dirname(os.path.realpath(self.program)))
+        headers = [flag[2:] for flag in self.flags if flag.startswith("-I")]
+        wanted = dict.fromkeys([*TOOLCHAIN, *headers, home])
+        found = [path for path in wanted if os.path.isdir(path)]
+        directories = [
+            path for path in found if not any(path.startswith(f"{other}/") for other in found)
+        ] + [path for path in found if path == "/etc/alternatives"]
+        directories = list(dict.fromkeys(directories))
+        return Files(
+            directories,
+            lambda: landlock.restrict_to(["/"], [], directories, [self.scratch]),
+            scratch=self.scratch,
+        )
+
+    def compile(self, request: Request, streams: list[int]) -> tuple[Outcome, int | None]:
+        """What became of a compilation, and the executable."""
+        output = os.path.join(self.scratch, "program")
+        command = [self.program, *self.flags, "-static", "-pipe", "-x", "c++", "-", "-o", output]
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            stdin=streams[0],
+            stdout=streams[1],
+            stderr=streams[2],
+            cwd=self.scratch,
+            env={"PATH": os.environ["PATH"], "TMPDIR": self.scratch, "LANG": "C.UTF-8"},
+            process_group=0,
+            preexec_fn=lambda: hold_to(request, self.filter),
+        )
+        pidfd = os.pidfd_open(process.pid)
+        ended = bool(select.select([pidfd], [], [], request.wall_s)[0])
+        os.close(pidfd)
+        os.killpg(process.pid, signal.SIGKILL)
+        _, wait_status, usage = os.wait4(process.pid, 0)
+        process.returncode = 0  # waited for, just now
+        outcome = Outcome(
+            Phase.COMPILING,
+            Ending.ITSELF if ended else Ending.WALL_LIMIT,
+            wait_status,
+            usage.ru_utime + usage.ru_stime,
+            time.monotonic() - started,
+            usage.ru_maxrss * 1024,
+        )
+        return outcome, _regular_file(output) if ended and wait_status == 0 else None
+
+    def clean(self) -> None:
+        """Wait for what the kill left, and empty the scratch."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
+        for entry in os.scandir(self.scratch):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+
+def hold_to(request: Request, call_filter: Filter | None) -> None:
+    """In a child that will become the compiler."""
+    cpu_s = int(request.cpu_s)
+    for kind, bound in (
+        (resource.RLIMIT_AS, request.memory_bytes),
+        (resource.RLIMIT_CPU, cpu_s),
+        (resource.RLIMIT_FSIZE, request.output_bytes),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (bound, bound))
+    if call_filter is not None:
+        call_filter.install(os.getpid())
+
+
+def _regular_file(path: str) -> int | None:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    return None
+
+
+def serve(control: socket.socket, compiler: Compiler) -> None:
+    """One session after another, one compilation each, until the controller is gone."""
+    while True:
+        message, descriptors = _receive(control)
+        if not message:
+            os._exit(0)
+        with socket.socket(fileno=descriptors[0]) as session:
+            message, streams = _receive(session)
+            if not message:
+                continue
+            try:
+                outcome, made = compiler.compile(Request.unpack(message), streams)
+            except (OSError, subprocess.SubprocessError) as error:
+                outcome, made = failed_to_start(f"the compiler does not start: {error}"), None
+            with contextlib.suppress(OSError):  # a controller that gave up
+                if made is None:
+                    session.send(outcome.pack())
+                else:
+                    socket.send_fds(session, [outcome.pack()], [made])
+            for descriptor in [*streams, *([made] if made is not None else [])]:
+                os.close(descriptor)
+        compiler.clean()
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    message, ancillary, _, _ = channel.recvmsg(
+        MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+    )
+    descriptors = array.array("i")
+    for _, _, data in ancillary:
+        descriptors.frombytes(data)
+    return message, list(descriptors)
+
+
+def main() -> None:
+    """Become a compiler; the arguments are the descriptors of the control channel and the
+    controller, g++'s flags, the scratch directory and the cgroup, which may be empty.
+    """
+    channel, controller, *flags, scratch, cgroup = sys.argv[1:]
+    control = socket.socket(fileno=int(channel))
+    namespaces = leave_reaper_behind(control, int(controller), cgroup, scratch)
+    compiler = Compiler(flags, scratch)
+    layers = confine_zygote(namespaces, compiler.files())
+    limits_and_filter = refused_in_a_child(compiler.filter)
+    control.send(json.dumps({**layers, **limits_and_filter}).encode())
+    serve(control, compiler)

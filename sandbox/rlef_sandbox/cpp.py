@@ -1,0 +1,207 @@
+"""C++ to executables: compiled in confinement (`compiler.py`), kept by the hash of their source.
+
+Compilers start when the first C++ program comes, at most one a worker. What they make is copied
+into sealed files in memory, which no run can change; the most recent are kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from . import native
+from .protocol import Ending, Outcome, Phase, Request, Task
+from .verdict import Result, Status
+from .worker import ANSWER_GRACE_S, Layers, Worker, ZygoteLostError, memory_file
+
+STANDARD = ("-std=c++17", "-O2", "-DONLINE_JUDGE", "-w")
+COMPILE = Request(
+    Task.COMPILE,
+    cpu_s=30.0,
+    wall_s=120.0,
+    memory_bytes=2 << 30,
+    output_bytes=128 << 20,
+    processes=16,
+)
+KEPT_BYTES = 512 << 20
+STDERR_BYTES = 16 << 10
+RETRIES = 2
+MFD_EXEC = 0x10  # since Linux 6.3, where it may have to be asked for
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+KILLED = b"Killed signal terminated program"  # g++ of its own child: the machine, not the source
+
+
+class CompileFailedError(Exception):
+    """The source is not a program; `result` says why, as a COMPILE_ERROR or SANDBOX_ERROR."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.status)
+        self.result = result
+
+
+class Cpp:
+    """The C++ compilers of a sandbox, and the executables they made."""
+
+    def __init__(self, accept: Callable[[Layers], None], workers: int) -> None:
+        self._accept = accept
+        self._free = [self._new_worker() for _ in range(workers)]
+        self._all = list(self._free)
+        self._available = threading.Semaphore(workers)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, int] = OrderedDict()
+        self._under_way: dict[bytes, Future[None]] = {}
+
+    @staticmethod
+    def compiler() -> str | None:
+        return shutil.which("g++")
+
+    def _new_worker(self) -> Worker:
+        return Worker(self._accept, module="compiler", scratch=True)
+
+    def executable(self, source: bytes) -> int:
+        """A descriptor, the caller's to close, of the program that `source` compiles to.
+
+        CompileFailedError if it does not. A source that is being compiled for another thread is
+        waited for.
+        """
+        key = hashlib.sha256(source).digest()
+        while True:
+            with self._lock:
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+                    return os.dup(self._kept[key])
+                other = self._under_way.get(key)
+                if other is None:
+                    mine = self._under_way[key] = Future()
+                    break
+            other.result()  # raises what the other's compilation raised
+        try:
+            file = self._compile(source)
+        except BaseException as error:
+            with self._lock:
+                del self._under_way[key]
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            del self._under_way[key]
+            self._keep(key, file)
+        mine.set_result(None)
+        return file
+
+    def _keep(self, key: bytes, file: int) -> None:
+        self._kept[key] = os.dup(file)
+        kept_bytes = sum(os.fstat(kept).st_size for kept in self._kept.values())
+        while kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            kept_bytes -= os.fstat(oldest).st_size
+            os.close(oldest)
+
+    def _compile(self, source: bytes) -> int:
+        with self._available:
+            with self._lock:
+                worker = self._free.pop()
+            try:
+                return self._with_retries(worker, source)
+            finally:
+                with self._lock:
+                    self._free.append(worker)
+
+    def _with_retries(self, worker: Worker, source: bytes) -> int:
+        worker.arguments = [*STANDARD, f"-I{precompiled_headers() or ''}"]
+        fault = ""
+        for _ in range(1 + RETRIES):
+            try:
+                return self._attempt(worker, source)
+            except (ZygoteLostError, TimeoutError) as error:
+                fault = str(error) or "the compiler fell silent"
+                worker.lose()
+        raise CompileFailedError(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
+
+    def _attempt(self, worker: Worker, source: bytes) -> int:
+        files = [memory_file("source", source), memory_file("stdout"), memory_file("stderr")]
+        session = worker.session()
+        try:
+            session.send(COMPILE, files)
+            deadline = time.monotonic() + COMPILE.wall_s + ANSWER_GRACE_S
+            message, made = session.receive_file(deadline)
+            errors = os.pread(files[2], STDERR_BYTES, 0)
+        finally:
+            session.close()
+            for descriptor in files:
+                os.close(descriptor)
+        try:
+            outcome = Outcome.unpack(message)
+            if made:
+                return sealed_copy(made[0])
+        except ValueError as error:
+            raise ZygoteLostError(str(error)) from None
+        finally:
+            for descriptor in made:
+                os.close(descriptor)
+        raise CompileFailedError(compile_error(outcome, errors))
+
+    def close(self) -> None:
+        for worker in self._all:
+            worker.close()
+        with self._lock:
+            for kept in self._kept.values():
+                os.close(kept)
+            self._kept.clear()
+
+
+def compile_error(outcome: Outcome, errors: bytes) -> Result:
+    """What a compilation without an executable means. ZygoteLostError for a fault."""
+    if outcome.phase is Phase.SETUP or KILLED in errors:
+        raise ZygoteLostError(outcome.fault or "the compiler was killed; is memory short?")
+    if outcome.ending is not Ending.ITSELF:
+        errors += b"compilation took too long\n"
+    return Result(
+        Status.COMPILE_ERROR,
+        stderr=errors,
+        exit_code=1,
+        cpu_s=outcome.cpu_s,
+        wall_s=outcome.wall_s,
+        max_rss_bytes=outcome.max_rss_bytes,
+    )
+
+
+def sealed_copy(source: int) -> int:
+    """A copy of an executable file in memory, which nobody can change any more."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        copy = os.memfd_create("program", flags | MFD_EXEC)
+    except OSError:
+        copy = os.memfd_create("program", flags)
+    size, done = os.fstat(source).st_size, 0
+    while done < size:
+        sent = os.sendfile(copy, source, done, size - done)
+        if sent == 0:
+            break
+        done += sent
+    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
+    return copy
+
+
+def precompiled_headers() -> Path | None:
+    """A folder for -I with <bits/stdc++.h> precompiled; our own text, so compiled unconfined. It
+    cuts three quarters of the compilation of a program that begins with that header, as most do.
+    """
+    compiler = Cpp.compiler()
+    if compiler is None:
+        return None
+    recipe = " ".join([os.path.realpath(compiler), *STANDARD]).encode()
+    made = native.built(
+        "bits/stdc++.h.gch",
+        recipe + native.version_of(compiler),
+        lambda to: [compiler, *STANDARD, "-x", "c++-header", "-o", str(to), "/dev/stdin"],
+        text=b"#include <bits/stdc++.h>\n",
+    )
+    return made.parent.parent if made else None

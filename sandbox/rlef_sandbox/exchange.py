@@ -1,0 +1,129 @@
+"""The two halves of a CheckTest, in two confined processes with a socket between them.
+
+The program's side serves calls of its function; the other side runs the test's code, to which
+`candidate` is a stand-in that sends each call across and waits. Only plain data crosses (`values`),
+length first, so neither side ever holds an object, a frame or a line of the other's. What the
+program raises arrives as a built-in exception of the same name, if there is one.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import os
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from . import values
+
+LENGTH = struct.Struct("<Q")
+MAX_MESSAGE_BYTES = 64 << 20
+RETURNED, RAISED = b"=", b"!"
+# Exit codes of the checking side, beside 0 and 1 (job.py).
+CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
+
+
+class GoneError(Exception):
+    """The other side ended or makes no sense."""
+
+
+def serve(function: Callable[..., object], descriptor: int) -> None:
+    """Answer calls of `function` until the other side ends."""
+    while True:
+        try:
+            call: Any = values.decode(_receive(descriptor))
+        except GoneError:
+            return
+        arguments, keywords = call
+        try:
+            reply = RETURNED + values.encode(function(*arguments, **keywords))
+        except Exception as error:
+            reply = RAISED + json.dumps([type(error).__name__, str(error)]).encode()
+        try:
+            _send(descriptor, reply)
+        except BrokenPipeError:  # the check was stopped at a limit
+            return
+
+
+@contextlib.contextmanager
+def breaking_the_check() -> Iterator[None]:
+    """What fails in here is the test's own code, before it called anything."""
+    try:
+        yield
+    except BaseException as error:
+        _leave(CHECK_BROKEN, error)
+
+
+def check(check_function: Callable[..., object], descriptor: int) -> None:
+    """Run the test's code on a stand-in for the program's function; exits unless it passes."""
+    raised: list[BaseException] = []
+
+    def candidate(*arguments: object, **keywords: object) -> object:
+        try:
+            call = values.encode([list(arguments), keywords])
+        except (TypeError, ValueError) as error:
+            _leave(CHECK_BROKEN, error)
+        try:
+            _send(descriptor, call)
+            reply = _receive(descriptor)
+            kind, body = reply[:1], reply[1:]
+            if kind == RETURNED:
+                return values.decode(body)
+            name, words = json.loads(body)
+        except (GoneError, OSError) as error:
+            _leave(CANDIDATE_GONE, error)
+        except Exception as error:  # whatever hostile bytes bring about, the program sent them
+            _leave(CANDIDATE_RAISED, error)
+        raised.append(_exception(str(name), str(words)))
+        raise raised[-1]
+
+    try:
+        check_function(candidate)
+    except BaseException as error:
+        if any(error is one for one in raised):
+            _leave(CANDIDATE_RAISED, error)
+        raise
+
+
+def _exception(name: str, words: str) -> Exception:
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(words)
+        except TypeError:  # UnicodeDecodeError and its like take more
+            pass
+    return RuntimeError(f"{name}: {words}")
+
+
+def _leave(code: int, error: BaseException) -> NoReturn:
+    words = "".join(traceback.format_exception_only(error))
+    print(words, end="", file=sys.__stderr__, flush=True)
+    os._exit(code)
+
+
+def _send(descriptor: int, message: bytes) -> None:
+    data = memoryview(LENGTH.pack(len(message)) + message)
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _receive(descriptor: int) -> bytes:
+    (length,) = LENGTH.unpack(_receive_exactly(descriptor, LENGTH.size))
+    if length > MAX_MESSAGE_BYTES:
+        raise GoneError(f"a value of {length} bytes; the most is {MAX_MESSAGE_BYTES}")
+    return _receive_exactly(descriptor, length)
+
+
+def _receive_exactly(descriptor: int, length: int) -> bytes:
+    parts, missing = [], length
+    while missing:
+        part = os.read(descriptor, min(missing, 1 << 20))
+        if not part:
+            raise GoneError("the program ended before the check did")
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,69 @@
+"""The seam between a language's source and what a zygote runs: a file of Python, or an executable.
+
+To add a language that compiles to an executable, give it a class like `cpp.Cpp` and a line in
+`Languages`; the runs, limits, verdicts and checkers are the same for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from .cpp import CompileFailedError, Cpp
+from .verdict import AnyTest, Test
+from .worker import Layers, memory_file
+
+LANGUAGES = ("python", "cpp")
+
+__all__ = ["CompileFailedError", "Languages", "Program"]
+
+
+class Program(NamedTuple):
+    """What a zygote is given to run."""
+
+    file: int
+    executable: bool
+
+
+class Languages:
+    """Turns sources into programs; owns the compilers and what they made."""
+
+    def __init__(
+        self, accept: Callable[[Layers], None], workers: int, *, has_launcher: bool
+    ) -> None:
+        self._cpp = Cpp(accept, workers) if has_launcher and Cpp.compiler() else None
+        self.available = LANGUAGES if self._cpp else LANGUAGES[:1]
+
+    def check(self, language: str, tests: Sequence[AnyTest] = ()) -> None:
+        """ValueError for a language, or tests of one, that this machine cannot run."""
+        if language not in LANGUAGES:
+            raise ValueError(f"unknown language {language!r}; known: {', '.join(LANGUAGES)}")
+        if language not in self.available:
+            raise ValueError("language 'cpp' takes g++ and a C compiler (Debian: g++)")
+        if language != "python":
+            for test in tests:
+                if not isinstance(test, Test):
+                    raise ValueError(
+                        f"a {type(test).__name__} calls a Python function; {language!r} programs "
+                        "take Test, with standard input and output"
+                    )
+
+    @contextlib.contextmanager
+    def prepared(self, source: bytes, language: str) -> Iterator[Program]:
+        """CompileFailedError, with a result, if the source is not a program."""
+        self.check(language)
+        if language == "python":
+            file = memory_file("source", source)
+        else:
+            assert self._cpp is not None
+            file = self._cpp.executable(source)
+        try:
+            yield Program(file, executable=language != "python")
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        if self._cpp:
+            self._cpp.close()

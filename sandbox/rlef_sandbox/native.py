@@ -1,0 +1,87 @@
+"""Builds what the sandbox has in C, once a machine and user, where there is a compiler.
+
+The results lie in a folder of the user's cache, named by what they are made of, and are put in
+place atomically, so that any number of processes may build at once. A folder that others may write
+to is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "csrc" / "spawn.c"
+FLAGS = [
+    *("-std=gnu11", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"),
+    *("-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,relro,-z,now"),
+]
+BUILD_TIMEOUT_S = 120
+
+
+def cache_folder() -> Path | None:
+    """Where built files are kept; None where there is no such place of our own."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "rlef_sandbox"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return None
+    return folder if found.st_uid == os.getuid() and not found.st_mode & 0o022 else None
+
+
+def version_of(compiler: str) -> bytes:
+    """What the compiler says of itself; empty if it says nothing."""
+    try:
+        return subprocess.run(
+            [compiler, "--version"], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
+
+
+def built(
+    name: str, recipe: bytes, build: Callable[[Path], list[str]], text: bytes = b""
+) -> Path | None:
+    """The file `name`, made of `recipe`: kept from before, or by the command that `build` gives
+    for an output path, with `text` on its standard input. None where there is no place for it or
+    the command fails.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return None
+    key = hashlib.sha256(recipe + platform.machine().encode()).hexdigest()[:16]
+    target = folder / key / name
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        output = Path(scratch) / key / name
+        output.parent.mkdir(parents=True)
+        try:
+            subprocess.run(
+                build(output),
+                input=text,
+                check=True,
+                capture_output=True,
+                timeout=BUILD_TIMEOUT_S,
+                cwd=scratch,
+            )
+            Path(scratch, key).rename(folder / key)
+        except (OSError, subprocess.SubprocessError):  # or somebody else's build came first
+            pass
+    return target if target.exists() else None
+
+
+def spawn_library() -> Path | None:
+    """The shared library of csrc/spawn.c; None without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    recipe = " ".join([compiler, *FLAGS]).encode() + SOURCE.read_bytes()
+    return built("spawn.so", recipe, lambda to: [compiler, *FLAGS, "-o", str(to), str(SOURCE)])

@@ -1,0 +1,275 @@
+"""The controller's handle on one zygote: starts it, opens sessions with it, starts it anew.
+
+Descriptors are memory files: the source and the input are written before the request, the
+outputs are read after the answer, so that nothing streams and a program cannot block on us.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from . import cgroups
+from .protocol import MAX_MESSAGE_BYTES, NEW_SESSION, SLEEPING, Outcome, Request
+
+START_TIMEOUT_S = 60.0
+ANSWER_GRACE_S = 20.0  # past the last wall clock limit, before a silent zygote is given up
+MOST_WALL_TIMES = 2  # a starved run gets its wall clock time twice (zygote.STARVED_EXTENSION)
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",
+}
+PACKAGE_DIRECTORY = os.path.dirname(os.path.abspath(__file__))
+# A bare package, so that the zygote does not load the controller's half.
+BOOTSTRAP = f"""\
+import sys, types
+package = types.ModuleType("rlef_sandbox")
+package.__path__ = [{PACKAGE_DIRECTORY!r}]
+sys.modules["rlef_sandbox"] = package
+from rlef_sandbox.MODULE import main
+main()
+"""
+COMMAND = [sys.executable, "-s", "-S", "-P", "-B", "-c", BOOTSTRAP]
+
+Layers = dict[str, object]
+
+
+class ZygoteLostError(Exception):
+    """The zygote died or fell silent: the sandbox's fault, never the program's."""
+
+
+class Worker:
+    """One zygote. Shared by threads: each opens a session of its own.
+
+    `accept` is shown the layers of each zygote that starts, and raises if they are too few.
+    """
+
+    def __init__(
+        self,
+        accept: Callable[[Layers], None],
+        *,
+        module: str = "zygote",
+        arguments: Sequence[str] = (),
+        memory_bytes: int | None = None,
+        scratch: bool = False,
+    ) -> None:
+        self.layers: Layers = {}
+        self.starts = 0
+        self._accept = accept
+        self._module = module
+        self.arguments = list(arguments)  # of the next zygote
+        self._has_scratch = scratch
+        self._scratch = ""
+        self._memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._control: socket.socket | None = None
+        self._errors = -1
+        self._cgroup = ""
+        self._closed = False
+
+    def launch(self) -> None:
+        """Start a zygote, without waiting for it."""
+        control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        controller = os.pidfd_open(os.getpid())
+        streams = [memory_file(name) for name in ("stdin", "stdout", "stderr")]
+        self._cgroup = cgroups.create(self._memory_bytes)
+        if self._has_scratch:
+            self._scratch = tempfile.mkdtemp(prefix="rlef-sandbox-")
+            os.chmod(self._scratch, 0o1777)  # for the unprivileged user; unseen if it has a root
+        arguments = [str(remote.fileno()), str(controller), *self.arguments]
+        arguments += [self._scratch] * self._has_scratch + [self._cgroup]
+        bootstrap = COMMAND[-1].replace("MODULE", self._module)
+        try:
+            self._process = subprocess.Popen(
+                [*COMMAND[:-1], bootstrap, *arguments],
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
+                pass_fds=(remote.fileno(), controller),
+                env=ENVIRONMENT,
+                cwd="/",
+            )
+        except BaseException:
+            control.close()
+            os.close(streams[2])
+            raise
+        finally:
+            remote.close()
+            for descriptor in (controller, *streams[:2]):
+                os.close(descriptor)
+        self._control, self._errors = control, streams[2]
+        self.starts += 1
+
+    def greet(self) -> None:
+        """Wait for the zygote just launched. ZygoteLostError, with its words, if it failed."""
+        assert self._control is not None
+        self._control.settimeout(START_TIMEOUT_S)
+        try:
+            message = self._control.recv(MAX_MESSAGE_BYTES)
+        except OSError:
+            message = b""
+        if not message:
+            words = os.pread(self._errors, MAX_MESSAGE_BYTES, 0).decode(errors="replace")
+            raise ZygoteLostError(f"the zygote did not start: {words.strip()}")
+        layers = json.loads(message)
+        # what the reaper did to the zygote from outside; its process ids are not ours to know
+        layers["cgroup"] = cgroups.layers(self._cgroup)
+        self.layers = layers
+        self._accept(layers)
+
+    def session(self) -> Session:
+        """A new session, with a new zygote if the last one is gone."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the sandbox is closed")
+            for attempt in range(2):
+                if self._control is None:
+                    self.launch()
+                    self.greet()
+                try:
+                    return self._open_session()
+                except OSError as error:
+                    self._dispose()
+                    if attempt:
+                        raise ZygoteLostError(f"the zygote is gone: {error}") from None
+        raise AssertionError("unreachable")
+
+    def _open_session(self) -> Session:
+        assert self._control is not None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            rights = array.array("i", [theirs.fileno()])
+            self._control.sendmsg([NEW_SESSION], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return Session(ours, self.starts)
+
+    def give_up(self, session: Session) -> None:
+        """Kill the zygote that fell silent in `session`; other sessions with it run again."""
+        with self._lock:
+            if session.generation == self.starts:
+                self._dispose()
+
+    def lose(self) -> None:
+        """Kill the zygote; the next session starts another."""
+        with self._lock:
+            self._dispose()
+
+    def interrupt(self) -> None:
+        """Kill the zygote under threads that may be waiting for it."""
+        process = self._process
+        if process is not None:
+            process.kill()  # the reaper, whose death takes the rest along
+
+    def close(self) -> None:
+        """Kill the zygote and all it forked, and start none again."""
+        with self._lock:
+            self._closed = True
+            self._dispose()
+
+    def _dispose(self) -> None:
+        if self._process is None or self._control is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        self._control.close()
+        os.close(self._errors)
+        if self._cgroup:
+            cgroups.remove(self._cgroup)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._process = self._control = None
+
+
+class Session:
+    """One program's way to a zygote. Used by one thread."""
+
+    def __init__(self, channel: socket.socket, generation: int) -> None:
+        self._channel = channel
+        self.generation = generation  # of the zygote
+
+    def ask(
+        self,
+        request: Request,
+        descriptors: Sequence[int],
+        on_sleep: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Send a request and wait for its outcome. `on_sleep` is called if the run sleeps.
+
+        ZygoteLostError if the zygote died, TimeoutError if it fell silent.
+        """
+        self.send(request, descriptors)
+        return self.receive(request.wall_s, on_sleep)
+
+    def send(self, request: Request, descriptors: Sequence[int]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        try:
+            self._channel.sendmsg([request.pack()], rights)
+        except OSError as error:
+            raise ZygoteLostError(f"the zygote is gone: {error}") from None
+
+    def receive(self, wall_s: float, on_sleep: Callable[[], None] = lambda: None) -> Outcome:
+        deadline = time.monotonic() + MOST_WALL_TIMES * wall_s + ANSWER_GRACE_S
+        while True:
+            message = self.receive_message(deadline)
+            if message != SLEEPING:
+                try:
+                    return Outcome.unpack(message)
+                except ValueError as error:
+                    raise ZygoteLostError(f"the zygote does not make sense: {error}") from None
+            on_sleep()
+
+    def receive_message(self, deadline: float) -> bytes:
+        try:
+            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+            message = self._channel.recv(MAX_MESSAGE_BYTES)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ZygoteLostError(f"the zygote does not answer: {error}") from None
+        if not message:
+            raise ZygoteLostError("the zygote died")
+        return message
+
+    def receive_file(self, deadline: float) -> tuple[bytes, list[int]]:
+        """A message with descriptors (`compiler.py`)."""
+        try:
+            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+            message, descriptors, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE_BYTES, 1)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ZygoteLostError(f"the zygote does not answer: {error}") from None
+        if not message:
+            raise ZygoteLostError("the zygote died")
+        return message, list(descriptors)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.close()
+
+
+def memory_file(name: str, content: bytes = b"") -> int:
+    """A descriptor of a new file in memory that holds `content`, at offset 0."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    if content:
+        written = os.pwrite(descriptor, content, 0)
+        while written < len(content):
+            written += os.pwrite(descriptor, content[written:], written)
+    return descriptor
