@@ -1,0 +1,206 @@
+"""The worlds that every attack is tried in: by whom the sandbox is started, and what is missing.
+
+`python -m tests.sandbox.attacks.worlds NAME` tries the suite in one world and prints, as JSON, the
+layers that were on and the end of every attack. It is a process of its own, since a world may
+start with giving root up for good.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import rlef_sandbox
+from rlef_sandbox import Sandbox, kernel, worker
+
+from .attack import ALWAYS, STDIN, Attack
+from .suite import ATTACKS, SLOW
+
+ORDINARY_USER = 60001  # nobody else's
+ROOT = Path(__file__).parents[3]
+
+# What a world takes away is taken from the kernel's answers, in the zygote before it begins.
+NO_NAMESPACES = """
+def refuse(flags): raise OSError(1, "no namespaces here")
+rlef_sandbox.kernel.unshare = refuse
+"""
+NO_LANDLOCK = "rlef_sandbox.landlock.abi = lambda: 0\n"
+NO_PRIVATE_ROOT = """
+def refuse(directories): raise OSError(1, "no private root here")
+rlef_sandbox.private_root.enter = refuse
+"""
+NO_CHROOT = """
+def refuse(): raise OSError(1, "no chroot here")
+rlef_sandbox.private_root.enter_nothing = refuse
+"""
+NO_SECCOMP = """
+def refuse(*arguments): raise ValueError("no filter here")
+rlef_sandbox.seccomp.Filter.__init__ = refuse
+"""
+
+
+NAMESPACES = frozenset({"user", "mount", "net", "ipc", "uts", "pid"})
+LANDLOCK = frozenset({"landlock", "landlock_network"})
+ALL = ALWAYS | NAMESPACES | LANDLOCK | {"private_root", "seccomp", "unprivileged_user"}
+WITH_NAMESPACES = NAMESPACES | {"private_root"}
+NO_LAYERS: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class World:
+    """`missing` are lines run in each zygote, which turn `off` some layers, and may turn one `on`
+    that only replaces them. `root`: whether root starts the sandbox.
+    """
+
+    what: str
+    missing: str = ""
+    off: frozenset[str] = NO_LAYERS
+    on: frozenset[str] = NO_LAYERS
+    root: bool = True
+    isolation: str = "default"
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """The layers here, on a machine that gives them all."""
+        return (ALL - self.off) | self.on
+
+
+WORLDS = {
+    "root": World("root starts it; all layers"),
+    "user": World("an ordinary user starts it; all layers", root=False),
+    "no_namespaces": World("no namespaces, so no private root", NO_NAMESPACES, WITH_NAMESPACES),
+    "user_without_namespaces": World(
+        "an ordinary user; no namespaces, so no private root",
+        NO_NAMESPACES,
+        WITH_NAMESPACES,
+        root=False,
+    ),
+    "no_landlock": World("no Landlock", NO_LANDLOCK, LANDLOCK),
+    "no_private_root": World("no private root", NO_PRIVATE_ROOT, frozenset({"private_root"})),
+    "empty_root": World(
+        "a chroot to nothing, for want of namespaces and Landlock",
+        NO_NAMESPACES + NO_LANDLOCK,
+        WITH_NAMESPACES | LANDLOCK,
+        frozenset({"empty_root"}),
+    ),
+    "no_filter": World(
+        "no system call filter", NO_SECCOMP, frozenset({"seccomp"}), isolation="minimal"
+    ),
+    "user_without_filter": World(
+        "an ordinary user; no system call filter",
+        NO_SECCOMP,
+        frozenset({"seccomp"}),
+        root=False,
+        isolation="minimal",
+    ),
+    "bare": World(
+        "an ordinary user; resource limits and no_new_privs alone",
+        NO_NAMESPACES + NO_LANDLOCK + NO_CHROOT + NO_SECCOMP,
+        WITH_NAMESPACES | LANDLOCK | {"seccomp"},
+        root=False,
+        isolation="minimal",
+    ),
+}
+# Attacks on resources take their time, and the layers that worlds differ in have no part in it.
+WITH_SLOW_ATTACKS = ("root", "user", "bare")
+
+
+def take_away(missing: str) -> None:
+    """Let every zygote that this process starts find a machine without some layers."""
+    modules = "import rlef_sandbox.zygote, rlef_sandbox.private_root, rlef_sandbox.seccomp\n"
+    worker.COMMAND[-1] = worker.BOOTSTRAP.replace("main()\n", modules + missing + "main()\n")
+
+
+def bring_the_interpreter_within_reach() -> None:
+    """Open, in a mount namespace of our own, the way for any user to the interpreter and to us."""
+    paths = [sys.base_prefix, sys.prefix, str(ROOT), str(Path(rlef_sandbox.__file__).parents[1])]
+    if blocked := {top for path in paths if (top := _closed_directory(os.path.realpath(path)))}:
+        kernel.unshare(kernel.CLONE_NEWNS)
+        kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+        for top in blocked:
+            _open_up(top, [p for p in map(os.path.realpath, paths) if p.startswith(top + "/")])
+
+
+def become_an_ordinary_user() -> None:
+    """Leave root for good, and no way back."""
+    os.setgroups([])
+    os.setresgid(*[ORDINARY_USER] * 3)
+    os.setresuid(*[ORDINARY_USER] * 3)
+
+
+def _closed_directory(path: str) -> str | None:
+    """The first directory on the way to `path` that other users may not cross."""
+    way = [*reversed(Path(path).parents), Path(path)]
+    return next((str(p) for p in way if p.is_dir() and not p.stat().st_mode & 0o001), None)
+
+
+def _open_up(top: str, paths: list[str]) -> None:
+    """Cover `top`, in this mount namespace alone, with an open directory that leads to `paths`."""
+    sources = [os.open(path, os.O_PATH) for path in paths]
+    kernel.mount("tmpfs", top, "tmpfs", 0, "mode=755")
+    for source, path in zip(sources, paths, strict=True):
+        os.makedirs(path, exist_ok=True)
+        kernel.mount(f"/proc/self/fd/{source}", path, "", kernel.MS_BIND)
+        os.close(source)
+
+
+def layers_reported(isolation: dict[str, object]) -> set[str]:
+    """The names of the layers that a sandbox reports, as `Attack.stopped_by` has them."""
+    files, namespaces = isolation["files"], isolation["namespaces"]
+    assert isinstance(files, list) and isinstance(namespaces, list)
+    named = {name for name in ("seccomp", "unprivileged_user") if isolation[name]}
+    for name in files:
+        layer, _, abi = name.partition("_abi_")
+        named |= {layer} | ({"landlock_network"} if int(abi or 0) >= 4 else set())
+    return ALWAYS | named | set(namespaces)
+
+
+def is_stopped(attack: Attack, on: Set[str]) -> bool:
+    return bool(on & set(attack.stopped_by))
+
+
+def try_all(name: str) -> dict[str, object]:
+    """The ends of the attacks tried in this world, by their names, and the layers that were on."""
+    world = WORLDS[name]
+    take_away(world.missing)
+    with Sandbox(workers=2, isolation=world.isolation) as sandbox, ThreadPoolExecutor(2) as pool:
+        on = layers_reported(sandbox.isolation)
+        tried = {
+            name_: attack
+            for name_, attack in ATTACKS.items()
+            if (attack.safe or is_stopped(attack, on))
+            and (name in WITH_SLOW_ATTACKS or name_.partition(".")[0] not in SLOW)
+        }
+        ends = pool.map(lambda attack: attempt(sandbox, attack), tried.values())
+        return {"layers": sorted(on), "ends": dict(zip(tried, ends, strict=True))}
+
+
+def attempt(sandbox: Sandbox, attack: Attack) -> dict[str, object]:
+    if attack.test is None:
+        result = sandbox.run(attack.source, STDIN, attack.limits)
+    else:
+        (result,) = sandbox.grade(attack.source, [attack.test], attack.limits)
+    return {
+        "status": result.status,
+        "broke_out": attack.broke_out(result.status, result.stdout),
+        "held": attack.held(result),
+        "words": (result.stdout[-200:] + result.stderr[-300:]).decode(errors="replace"),
+    }
+
+
+def main() -> None:
+    name = sys.argv[1]
+    if os.getuid() == 0:
+        bring_the_interpreter_within_reach()
+        if not WORLDS[name].root:
+            become_an_ordinary_user()
+    print(json.dumps(try_all(name)))
+
+
+if __name__ == "__main__":
+    main()
