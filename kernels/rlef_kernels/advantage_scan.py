@@ -9,13 +9,15 @@ go) - V_t, which is what RLEF uses (A.1).
 
 The recurrence is a scan over the pairs (c_t, a_t), A_t = a_t + c_t A_(t+1), with c_t = 0 at the
 last step of a sequence. Composing neighbours, then neighbours at distance 2, 4, ... takes log2(N)
-passes of 4 N FLOPs and 20 N bytes each, and no loop over steps. Tuned Triton kernels are not there
-yet.
+passes of 4 N FLOPs and 20 N bytes each, and no loop over steps. On NVIDIA GPUs
+`rlef_kernels.gpu.advantage_scan` does all of it in one launch.
 
 Shape suffixes: N steps of all sequences, in order.
 """
 
 import torch
+
+from rlef_kernels.dispatch import uses_kernels
 
 
 def advantage_scan_reference(
@@ -81,5 +83,9 @@ def advantage_scan(
                 f"cu_seqlens must rise from 0 to the number of steps, {len(rewards_N)}; "
                 f"it starts {bounds[:4]} and ends {bounds[-4:]}"
             )
+    if uses_kernels(rewards_N, values_N):
+        from rlef_kernels.gpu.advantage_scan import advantage_scan_kernels as compute
+    else:
+        compute = advantage_scan_reference
     with torch.no_grad():
-        return advantage_scan_reference(rewards_N, values_N, cu_seqlens, gamma=gamma, lam=lam)
+        return compute(rewards_N, values_N, cu_seqlens, gamma=gamma, lam=lam)

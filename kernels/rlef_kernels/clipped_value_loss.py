@@ -4,13 +4,14 @@
     (RLEF A.1)
 
 Source: Gehring et al., arXiv 2410.02089. About 10 N FLOPs and 16 N bytes, which PyTorch
-differentiates itself. Tuned Triton kernels are not there yet.
+differentiates itself; on NVIDIA GPUs one launch (`rlef_kernels.gpu.clipped_value_loss`).
 
 Shape suffixes: N values, one a turn (or one a response token).
 """
 
 import torch
 
+from rlef_kernels.dispatch import uses_kernels
 from rlef_kernels.ppo_policy_loss import Metrics, check_same_shape
 from rlef_kernels.vocab_parallel import compute_dtype
 
@@ -60,7 +61,11 @@ def clipped_value_loss(
     check_same_shape("values_N", values_N, tensors)
     if not clip_alpha > 0:
         raise ValueError(f"clip_alpha is {clip_alpha}, must be above 0 (RLEF: 0.2)")
-    return clipped_value_loss_reference(
+    if uses_kernels(values_N, old_values_N, returns_N):
+        from rlef_kernels.gpu.clipped_value_loss import clipped_value_loss_kernels as compute
+    else:
+        compute = clipped_value_loss_reference
+    return compute(
         values_N,
         old_values_N.detach(),
         returns_N.detach(),

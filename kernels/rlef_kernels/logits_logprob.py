@@ -9,7 +9,8 @@ with upstream gradients g of logprob and h of entropy. About 8 T V FLOPs; the by
 read once forward, read and written once backward. Where hidden states and head are at hand,
 `linear_logprob` needs no logits at all.
 
-Tuned Triton kernels are not there yet: CPU and CUDA tensors both run the chunked PyTorch form.
+On NVIDIA GPUs `rlef_kernels.gpu.logits_logprob` computes this; the chunked PyTorch form here
+defines it and runs everywhere else.
 
 Shape suffixes: T tokens, V vocabulary shard, C tokens of a chunk.
 """
@@ -18,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from rlef_kernels.dispatch import uses_kernels
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
     SavedForBackward,
@@ -130,7 +132,11 @@ def logits_logprob(
         raise ValueError(f"logits_TV has shape {tuple(logits_TV.shape)}; flatten it to [T, V]")
     check_temperature(temperature)
     check_targets(target_T, logits_TV.shape[0], logits_TV.shape[1] * group_size(group))
-    return logits_logprob_reference(
+    if uses_kernels(logits_TV):
+        from rlef_kernels.gpu.logits_logprob import logits_logprob_kernels as compute
+    else:
+        compute = logits_logprob_reference
+    return compute(
         logits_TV,
         target_T,
         temperature=temperature,

@@ -3,14 +3,16 @@
     r_k = pi / pi_old * stop_grad(min(pi / pi_b, 1))                                   (RLEF A.1)
     L   = - sum_k m_k min(r_k A_k, clip(r_k, 1 - eps, 1 + eps) A_k) / denominator
 
-Source: Gehring et al., arXiv 2410.02089. About 20 T FLOPs and 20 T bytes: a handful of elementwise
-passes, which PyTorch differentiates itself. Tuned Triton kernels are not there yet.
+Source: Gehring et al., arXiv 2410.02089.  About 20 T FLOPs and 20 T bytes: here a handful of
+elementwise passes, which PyTorch differentiates itself; on NVIDIA GPUs one launch
+(`rlef_kernels.gpu.ppo_policy_loss`).
 
 Shape suffixes: T tokens of a packed batch.
 """
 
 import torch
 
+from rlef_kernels.dispatch import uses_kernels
 from rlef_kernels.vocab_parallel import compute_dtype
 
 Metrics = dict[str, torch.Tensor]
@@ -85,7 +87,12 @@ def ppo_policy_loss(
     check_same_shape("logprobs_T", logprobs_T, tensors)
     if not clip_eps > 0:
         raise ValueError(f"clip_eps is {clip_eps}, must be above 0 (RLEF: 0.2)")
-    return ppo_policy_loss_reference(
+    others = (old_logprobs_T, behaviour_logprobs_T, advantages_T)
+    if uses_kernels(logprobs_T, *others):
+        from rlef_kernels.gpu.ppo_policy_loss import ppo_policy_loss_kernels as compute
+    else:
+        compute = ppo_policy_loss_reference
+    return compute(
         logprobs_T,
         old_logprobs_T.detach(),
         behaviour_logprobs_T.detach(),

@@ -207,11 +207,6 @@ class TileSums:
         self.num_tiles = triton.cdiv(vocabulary, plan.tile_columns)
         self.partials = torch.empty(3 * self.num_tiles * num_tokens, device=device)
         self.target_logits = torch.empty(num_tokens, device=device)
-        self.logits = torch.empty(0, device=device)
-        if not plan.fused and num_tokens:
-            columns = max(1, plan.logits_bytes // (4 * num_tokens * plan.tile_columns))
-            columns = min(columns, self.num_tiles) * plan.tile_columns
-            self.logits = torch.empty(num_tokens, columns, device=device)
 
     def compute(
         self,
@@ -227,10 +222,13 @@ class TileSums:
         if self.plan.fused:
             self.compute_fused(hidden_TD, weight_VD, column_T, inverse_temperature, shifted_TV)
             return
-        columns = self.logits.shape[1]
+        num_tokens, tile = hidden_TD.shape[0], self.plan.tile_columns
+        columns = max(1, self.plan.logits_bytes // (4 * num_tokens * tile)) * tile
+        columns = min(columns, self.num_tiles * tile)
+        logits = torch.empty(num_tokens, columns, device=hidden_TD.device)
         for first in range(0, self.vocabulary, columns):
             weight_CD = weight_VD[first : first + columns]
-            logits_TC = self.logits[: hidden_TD.shape[0], : weight_CD.shape[0]]
+            logits_TC = logits[:, : weight_CD.shape[0]]
             write_product_(logits_TC, hidden_TD, weight_CD.t())
             self.reduce(logits_TC, first, column_T, inverse_temperature, shifted_TV)
 
