@@ -1,7 +1,8 @@
 """Code and tests to a verdict.
 
 The public tests are all run and shown to the model; the private tests only when the response is
-final, until the first failure, and of them nothing but pass or fail leaves this file.
+final, until the first failure, and of them nothing but pass or fail leaves this file. Both kinds
+are one call of the sandbox, which starts and compiles the program once for all of them.
 
 Theory of operation: grading happens in the embedded sandbox's processes, which threads here wait
 for, or on grading servers, which a client in a thread and event loop of its own speaks to. The
@@ -19,6 +20,7 @@ from typing import Protocol, TypeVar
 
 from rlef_mega.types import AnyTest, Problem, TestOutcome, Verdict
 from rlef_sandbox import Result, Sandbox, Status
+from rlef_sandbox.sandbox import JOBS_A_WORKER
 
 Answer = TypeVar("Answer")
 
@@ -35,10 +37,9 @@ class Grader(Protocol):
     def isolation(self) -> dict[str, object]:
         """The layers that confine programs there, for the run's manifest."""
 
-    async def grade(
-        self, problem: Problem, program: str, tests: Sequence[AnyTest], *, stop_early: bool
-    ) -> list[Result]:
-        """As `Sandbox.grade`, in the problem's limits. JudgeError where no sandbox did it."""
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
+        """A result for each public test and, if they pass, for the private ones until the first
+        that fails. JudgeError where no sandbox did it."""
 
 
 class EmbeddedGrader:
@@ -46,24 +47,23 @@ class EmbeddedGrader:
 
     def __init__(self, sandbox: Sandbox, *, workers: int) -> None:
         self.sandbox = sandbox
-        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+        # more threads than workers: a program that sleeps keeps its thread and frees its worker
+        self.threads = ThreadPoolExecutor(workers * JOBS_A_WORKER, thread_name_prefix="judge")
 
     @property
     def isolation(self) -> dict[str, object]:
         return self.sandbox.isolation
 
-    async def grade(
-        self, problem: Problem, program: str, tests: Sequence[AnyTest], *, stop_early: bool
-    ) -> list[Result]:
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
         return await asyncio.get_running_loop().run_in_executor(
             self.threads,
             lambda: self.sandbox.grade(
                 program,
-                tests,
+                tests_of(problem),
                 limits=problem.limits,
                 checker=problem.checker,
-                stop_at_first_failure=stop_early,
                 language=problem.language,
+                run_at_least=len(problem.public_tests),
             ),
         )
 
@@ -113,18 +113,16 @@ class RemoteGrader:
     def isolation(self) -> dict[str, object]:
         return {"servers": {url: about["isolation"] for url, about in self.health.items()}}
 
-    async def grade(
-        self, problem: Problem, program: str, tests: Sequence[AnyTest], *, stop_early: bool
-    ) -> list[Result]:
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
         from rlef_sandbox.service.client import ServiceError
 
         grading = self.client.grade(
             program,
-            tests,
+            tests_of(problem),
             limits=problem.limits,
             checker=problem.checker,
-            stop_at_first_failure=stop_early,
             language=problem.language,
+            run_at_least=len(problem.public_tests),
         )
         try:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(grading, self.loop))
@@ -163,12 +161,12 @@ class Judge:
         solved."""
         if program is None:
             return Verdict((), public_passed=False, solved=False if last_turn else None)
-        public = await self.grade(problem, program, problem.public_tests, stop_early=False)
+        results = await self.grade(problem, program)
+        public = results[: len(problem.public_tests)]
+        private = results[len(problem.public_tests) :]
         outcomes = tuple(map(TestOutcome, problem.public_tests, public))
         if not all_passed(public):
             return Verdict(outcomes, public_passed=False, solved=False if last_turn else None)
-        tests = problem.private_tests.tests
-        private = await self.grade(problem, program, tests, stop_early=True)
         return Verdict(
             outcomes,
             public_passed=True,
@@ -177,18 +175,21 @@ class Judge:
             private_run=len(private),
         )
 
-    async def grade(
-        self, problem: Problem, program: str, tests: Sequence[AnyTest], *, stop_early: bool
-    ) -> list[Result]:
-        if not tests:
-            return []
-        results = await self.grader.grade(problem, program, tests, stop_early=stop_early)
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
+        """The results of all public tests and, if they pass, of the private ones until the first
+        that fails."""
+        results = await self.grader.grade(problem, program)
         self.runs += len(results)
         self.run_s += sum(result.wall_s for result in results)
         for result in results:
             if result.status is Status.SANDBOX_ERROR:
                 raise JudgeError(f"sandbox failed on {problem.id}: {result.stderr!r}")
         return results
+
+
+def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
+    """In the order in which they are run."""
+    return (*problem.public_tests, *problem.private_tests.tests)
 
 
 def all_passed(results: Sequence[Result]) -> bool:

@@ -17,7 +17,7 @@ from rlef_mega.rollout import Rollout, Rules, rollout
 from rlef_mega.types import Episode, PrivateTests, Problem, Sampling, TestOutcome, Verdict
 from rlef_sandbox import CallTest, Sandbox, Test
 from tests.mega.test_rollout import ScriptedEngine
-from tests.sandbox.service_process import TOKEN, ServerProcess
+from tests.sandbox.service_process import ONE_JOB, TOKEN, ServerProcess
 
 RULES = Rules(turns=3, sampling=Sampling(max_new_tokens=80), max_context=800)
 SQUARE = Problem(
@@ -94,7 +94,7 @@ def test_servers_give_the_verdicts_of_the_embedded_sandbox(server):
 def test_a_killed_server_costs_a_rollout_nothing(chat):
     """24 dialogues over two servers, one killed as soon as it has graded some: each ends as one
     episode with its own verdicts, as if nothing had happened."""
-    with ServerProcess("--workers", "1") as doomed, ServerProcess("--workers", "1") as other:
+    with ServerProcess(*ONE_JOB) as doomed, ServerProcess(*ONE_JOB) as other:
 
         def kill_in_the_middle() -> None:
             while doomed.metrics()["request_seconds_count"] < 6:
@@ -132,7 +132,7 @@ def turns_of(episode: Episode) -> list[bool | None]:
 
 
 def test_dialogues_without_a_server_are_dropped_and_counted_never_scored(chat):
-    with ServerProcess("--workers", "1") as gone, remote(gone.url, deadline_s=0.5) as grader:
+    with ServerProcess(*ONE_JOB) as gone, remote(gone.url, deadline_s=0.5) as grader:
         gone.process.kill()
         gone.process.wait()
         judge = Judge(grader)
@@ -176,7 +176,7 @@ def test_preflight_finds_what_is_wrong_with_servers(server):
 
 
 def test_preflight_refuses_a_server_that_confines_less_than_is_asked_for():
-    with ServerProcess("--workers", "1", isolation="minimal") as lax:
+    with ServerProcess(*ONE_JOB, isolation="minimal") as lax:
         with pytest.raises(ConfigError, match="runs with isolation 'minimal'"):
             check_servers(JudgeConfig(servers=(lax.url,)), None)
         check_servers(JudgeConfig(servers=(lax.url,), isolation="minimal"), None)

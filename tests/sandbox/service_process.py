@@ -20,6 +20,7 @@ from rlef_sandbox import Limits, Test
 SANDBOX_PATH = str(Path(rlef_sandbox.__file__).parents[1])
 TOKEN = "a-token-of-some-length"
 JSON = {"Content-Type": "application/json"}
+ONE_JOB = ("--workers", "1", "--jobs", "1")  # so that even programs which sleep run one by one
 PATIENT = Limits(cpu_s=5, wall_s=60)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from rlef_sandbox import CallTest, Limits, Result, Sandbox, Status, Test
+from rlef_sandbox import CallTest, CheckerProgram, CheckTest, Limits, Result, Sandbox, Status, Test
 from rlef_sandbox.service.client import RequestRefusedError, SandboxClient, ServiceError
 from tests.sandbox.service_process import (
     ADD,
     ADD_PROGRAM,
+    ONE_JOB,
     PATIENT,
     TOKEN,
     ServerProcess,
@@ -31,6 +32,7 @@ import sys
 sys.stdout.buffer.write(sys.stdin.buffer.read())
 sys.stderr.buffer.write(b'\\xfe')
 """
+NOT_EMPTY = "def check(stdin, expected, actual): return actual != b''"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def judged(result: Result) -> Result:
 
 def test_a_client_answers_as_the_sandbox_does(server):
     every_byte = bytes(range(256))
-    calls: list[tuple[str, list[Test | CallTest], dict[str, Any]]] = [
+    calls: list[tuple[str, list[Any], dict[str, Any]]] = [
         (ADD_PROGRAM, [ADD], {}),
         (ADD_PROGRAM, [ADD, Test(b"1 1", b"3"), ADD], {}),
         (ADD_PROGRAM, [ADD, Test(b"1 1", b"3"), ADD], {"stop_at_first_failure": False}),
@@ -71,6 +73,14 @@ def test_a_client_answers_as_the_sandbox_does(server):
         ("def f(x): return x", [CallTest("f", ((1, {2: {3}}),), (1, {2: {3}}))], {}),
         ("def f(x): return [x]", [CallTest("f", (b"\xff",), [b"\xff"])], {}),
         ("def f(x): return 10**30", [CallTest("f", (0,), 10**30)], {}),
+        ("def f(x): return x + 1", [CheckTest("f", "def check(f): assert f(1) == 2")], {}),
+        ("def f(x): return x - 1", [CheckTest("f", "def check(f): assert f(1) == 2")], {}),
+        (
+            ADD_PROGRAM,
+            [ADD],
+            {"checker": CheckerProgram("def check(i, e, a): return a == b'3\\n'")},
+        ),
+        (ADD_PROGRAM, [Test(b"1", b"2")] * 3, {"run_at_least": 2}),
         ("x = ", [ADD], {}),
         ("raise SystemExit(3)", [ADD], {}),
         ("while True: pass", [ADD], {"limits": Limits(cpu_s=0.1)}),
@@ -109,7 +119,7 @@ def test_a_wrong_request_raises_as_the_sandbox_does_and_is_not_tried_again(serve
 
 
 def test_a_full_queue_is_waited_for_and_each_request_done_once():
-    with ServerProcess("--workers", "1", "--queue", "1") as server:
+    with ServerProcess(*ONE_JOB, "--queue", "1") as server:
 
         async def ask(client: SandboxClient) -> list[Result]:
             runs = [client.run(sleeper(0.05, n), limits=PATIENT) for n in range(12)]
@@ -123,7 +133,7 @@ def test_a_full_queue_is_waited_for_and_each_request_done_once():
 
 def test_a_killed_servers_work_goes_to_the_other_and_each_request_is_answered_once():
     calls = 60
-    with ServerProcess("--workers", "1") as doomed, ServerProcess("--workers", "1") as other:
+    with ServerProcess(*ONE_JOB) as doomed, ServerProcess(*ONE_JOB) as other:
         answered: Counter[int] = Counter()
 
         async def call(client: SandboxClient, n: int) -> None:
@@ -145,7 +155,7 @@ def test_a_killed_servers_work_goes_to_the_other_and_each_request_is_answered_on
 
 
 def test_a_draining_servers_work_goes_to_the_other():
-    with ServerProcess("--workers", "1") as leaving, ServerProcess("--workers", "1") as other:
+    with ServerProcess(*ONE_JOB) as leaving, ServerProcess(*ONE_JOB) as other:
 
         async def ask(client: SandboxClient) -> list[Result]:
             runs = [
@@ -162,7 +172,7 @@ def test_a_draining_servers_work_goes_to_the_other():
 
 
 def test_a_server_that_hangs_is_given_up_and_one_that_is_slow_is_not():
-    with ServerProcess("--workers", "1") as hangs, ServerProcess("--workers", "1") as slow:
+    with ServerProcess(*ONE_JOB) as hangs, ServerProcess(*ONE_JOB) as slow:
 
         async def ask(client: SandboxClient) -> list[Result]:
             runs = [
@@ -179,14 +189,14 @@ def test_a_server_that_hangs_is_given_up_and_one_that_is_slow_is_not():
 
 
 def test_requests_wait_for_a_server_that_comes_back():
-    with ServerProcess("--workers", "1") as first:
+    with ServerProcess(*ONE_JOB) as first:
         port = first.port
 
     async def ask(client: SandboxClient) -> Result:
         call = asyncio.create_task(client.run("print('back')"))
         await asyncio.sleep(0.5)
         assert not call.done()
-        server = await asyncio.to_thread(ServerProcess, "--workers", "1", port=port)
+        server = await asyncio.to_thread(ServerProcess, *ONE_JOB, port=port)
         with server:
             return await call
 
@@ -194,7 +204,7 @@ def test_requests_wait_for_a_server_that_comes_back():
 
 
 def test_work_is_spread_over_the_servers():
-    with ServerProcess("--workers", "1") as one, ServerProcess("--workers", "1") as two:
+    with ServerProcess(*ONE_JOB) as one, ServerProcess(*ONE_JOB) as two:
 
         async def ask(client: SandboxClient) -> None:
             await asyncio.gather(*(client.run(sleeper(0.02), limits=PATIENT) for _ in range(40)))
@@ -205,7 +215,7 @@ def test_work_is_spread_over_the_servers():
 
 
 def test_past_the_deadline_an_error_names_the_servers_and_their_last_failures():
-    with ServerProcess("--workers", "1") as gone, ServerProcess("--workers", "1") as stays:
+    with ServerProcess(*ONE_JOB) as gone, ServerProcess(*ONE_JOB) as stays:
         gone.process.kill()
         gone.process.wait()
         with pytest.raises(ServiceError) as failure:
@@ -219,7 +229,7 @@ def test_past_the_deadline_an_error_names_the_servers_and_their_last_failures():
 
 
 def test_a_cancelled_call_frees_its_place_in_the_queue():
-    with ServerProcess("--workers", "1") as server:
+    with ServerProcess(*ONE_JOB) as server:
 
         async def ask(client: SandboxClient) -> None:
             first = asyncio.create_task(client.run(sleeper(1), limits=PATIENT))
@@ -247,7 +257,7 @@ def test_health_names_every_server_that_is_not_ready(server):
 
 def test_a_fault_of_the_sandbox_is_never_a_verdict():
     """Its processes are killed all the time: that is an error or a late answer, not a failure."""
-    with ServerProcess("--workers", "1") as server:
+    with ServerProcess(*ONE_JOB) as server:
 
         async def ask(client: SandboxClient) -> Result:
             call = asyncio.create_task(client.run(sleeper(0.5, 1), limits=PATIENT))

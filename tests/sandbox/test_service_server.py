@@ -17,6 +17,7 @@ import pytest
 
 from tests.sandbox.service_process import (
     JSON,
+    ONE_JOB,
     SANDBOX_PATH,
     TOKEN,
     ServerProcess,
@@ -29,7 +30,7 @@ from tests.sandbox.service_process import (
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     """With a token, one worker, and one place to wait."""
-    options = ("--workers", "1", "--queue", "1", "--max-body-mib", "1")
+    options = (*ONE_JOB, "--queue", "1", "--max-body-mib", "1")
     with ServerProcess(*options, token=TOKEN) as process:
         yield process
 
@@ -199,7 +200,7 @@ def test_metrics_add_up():
 
 def test_a_slow_program_or_a_large_body_does_not_stall_the_server():
     """One worker is busy with a large comparison all along; health is answered meanwhile."""
-    with ServerProcess("--workers", "1") as server:
+    with ServerProcess(*ONE_JOB) as server:
         numbers = "1.0 " * 1_000_000
         test = {"stdin": numbers, "expected": numbers + "1.5"}
         body = {"source": "print(input().replace('1.0', '1.00') + '1.5')", "tests": [test]}
@@ -215,7 +216,7 @@ def test_a_slow_program_or_a_large_body_does_not_stall_the_server():
 
 
 def test_draining_refuses_new_work_and_loses_none():
-    with ServerProcess("--workers", "1") as server:
+    with ServerProcess(*ONE_JOB) as server:
         bodies = [grade_body(sleeper(0.3, n), str(n)) for n in range(5)]
         work = [run_aside(lambda b=body: server.grade(b)) for body in bodies]
         until(lambda: server.metrics()["queue_length"] == 4)
@@ -233,7 +234,7 @@ def test_draining_refuses_new_work_and_loses_none():
 
 
 def test_a_drain_sends_large_answers_to_slow_readers_before_it_ends():
-    with ServerProcess("--workers", "1") as server:
+    with ServerProcess(*ONE_JOB) as server:
         body = json.dumps({"source": "import time; print('x' * 8_000_000); time.sleep(0.5)"})
         with socket.create_connection(("127.0.0.1", server.port)) as reader:
             head = f"POST /v1/run HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
@@ -252,7 +253,7 @@ def test_a_drain_sends_large_answers_to_slow_readers_before_it_ends():
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(second):
-    with ServerProcess("--workers", "1") as server:
+    with ServerProcess(*ONE_JOB) as server:
         thread, _ = run_aside(lambda: lost(server))
         until(lambda: server.metrics()["running"] == 1)
         server.process.send_signal(signal.SIGTERM)
@@ -271,7 +272,7 @@ def test_a_server_that_others_reach_wants_a_token():
     for host in ("0.0.0.0", "::", "192.0.2.1", "node7"):
         assert "give a token" in refused_start("--host", host)
     assert "16 to 4096" in refused_start("--host", "0.0.0.0", token="short")
-    with ServerProcess("--host", "0.0.0.0", "--workers", "1", token=TOKEN) as server:
+    with ServerProcess("--host", "0.0.0.0", *ONE_JOB, token=TOKEN) as server:
         assert server.ask("GET", "/health").status == 200
 
 
@@ -281,7 +282,7 @@ def test_the_token_file_is_for_its_owner_alone(tmp_path: Path):
     file.chmod(0o640)
     assert f"chmod 600 {file}" in refused_start("--token-file", str(file))
     file.chmod(0o600)
-    with ServerProcess("--workers", "1", "--token-file", str(file)) as server:
+    with ServerProcess(*ONE_JOB, "--token-file", str(file)) as server:
         assert server.ask("GET", "/health").status == 401
         server.token = TOKEN
         assert server.ask("GET", "/health").status == 200

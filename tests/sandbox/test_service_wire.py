@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlef_sandbox import CallTest, Limits, Result, Status, Test
+from rlef_sandbox import CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
 from rlef_sandbox.service import wire
 from rlef_sandbox.service.record import WireError
 
@@ -43,14 +43,20 @@ LIMITS = st.builds(
     st.integers(1, 1 << 30),
     st.integers(1, 1 << 16),
 )
+CODE = st.sampled_from(
+    ["", "def check(f):\n    assert f('é') == 1\n", "check = print  # \U0001f600"]
+)
+CHECK_TESTS = st.builds(CheckTest, st.text(), CODE, st.text())
+NAMED_CHECKERS = st.sampled_from(["tokens", "exact", "codecontests", "unordered_lines"])
 REQUESTS = st.builds(
     wire.GradeRequest,
     st.binary(),
-    st.lists(STDIN_TESTS | CALL_TESTS, max_size=4),
+    st.lists(STDIN_TESTS | CALL_TESTS | CHECK_TESTS, max_size=4),
     st.none() | LIMITS,
-    st.sampled_from(["tokens", "exact", "codecontests", "unordered_lines"]),
+    NAMED_CHECKERS | st.builds(CheckerProgram, CODE, LIMITS),
     st.booleans(),
     st.text(),
+    st.integers(0, 1000),
 )
 RESULTS = st.builds(
     Result,
@@ -165,6 +171,9 @@ def test_a_request_with_a_part_replaced_is_a_request_or_refused(request, place, 
         wire.encode_request(wire.GRADE, taken)
 
 
+NEST = b"-" * 100_000 + b"1"  # more than Python's own parser takes
+
+
 @pytest.mark.parametrize(
     ("field", "body"),
     [
@@ -189,6 +198,13 @@ def test_a_request_with_a_part_replaced_is_a_request_or_refused(request, place, 
         ),
         ("limits", b'{"source": "x", "tests": [], "limits": {"output_bytes": 0}}'),
         ("checker", b'{"source": "x", "tests": [], "checker": "__import__"}'),
+        ("checker.kind", b'{"source": "x", "tests": [], "checker": {"kind": "tokens"}}'),
+        ("checker", b'{"source": "x", "tests": [], "checker": {"source": "a b"}}'),
+        (
+            "tests[0]",
+            b'{"source":"","tests":[{"kind":"check","entry_point":"","code":"%s"}]}' % NEST,
+        ),
+        ("run_at_least", b'{"source": "x", "tests": [], "run_at_least": -1}'),
         ("stop_at_first_failure", b'{"source":"","tests":[],"stop_at_first_failure":0}'),
     ],
 )

@@ -25,7 +25,7 @@ from typing import Any
 
 import aiohttp
 
-from ..verdict import CallTest, Limits, Result, Test, as_bytes
+from ..verdict import AnyTest, CheckerProgram, Limits, Result, as_bytes
 from . import wire
 from .command import checked_token
 from .fleet import Fleet, Server
@@ -121,15 +121,22 @@ class SandboxClient:
     async def grade(
         self,
         source: str | bytes,
-        tests: Sequence[Test | CallTest],
+        tests: Sequence[AnyTest],
         limits: Limits | None = None,
-        checker: str = "tokens",
+        checker: str | CheckerProgram = "tokens",
         stop_at_first_failure: bool = True,
         language: str = "python",
+        run_at_least: int = 0,
     ) -> list[Result]:
         """As `Sandbox.grade`. ServiceError where no server did it before the deadline."""
         request = wire.GradeRequest(
-            as_bytes(source), tests, limits, checker, stop_at_first_failure, language
+            as_bytes(source),
+            tests,
+            limits,
+            checker,
+            stop_at_first_failure,
+            language,
+            run_at_least,
         )
         return await self._ask("/v1/grade", wire.GRADE, request)
 

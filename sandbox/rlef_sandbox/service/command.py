@@ -1,6 +1,6 @@
 """`python -m rlef_sandbox serve`: its options, and what it refuses before it starts.
 
-Standard library only, so that the command line works without aiohttp until it is needed.
+Without aiohttp, which the rest of the command line does not need.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import re
 import stat
 from pathlib import Path
+
+from ..sandbox import JOBS_A_WORKER
 
 TOKEN_VARIABLE = "RLEF_SANDBOX_TOKEN"
 TOKEN_FORM = re.compile(r"[\x21-\x7e]{16,4096}")  # what an HTTP header carries, and not guessed
@@ -24,6 +26,9 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--host", default="127.0.0.1", help="an address of this machine")
     command.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any free one")
     command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    command.add_argument(
+        "--jobs", type=int, help=f"under way at once, if they sleep; {JOBS_A_WORKER} a worker"
+    )
     command.add_argument("--queue", type=int, default=2048, help="requests that may wait")
     command.add_argument(
         "--token-file", type=Path, help=f"mode 600; else the variable {TOKEN_VARIABLE}"
@@ -37,6 +42,8 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Grade over HTTP until SIGTERM; needs aiohttp."""
+    if arguments.jobs is None:
+        arguments.jobs = arguments.workers * JOBS_A_WORKER
     check_bounds(arguments)
     token = read_token(arguments.token_file, os.environ.get(TOKEN_VARIABLE))
     if token is None and not is_loopback(arguments.host):
@@ -58,6 +65,7 @@ def serve(arguments: argparse.Namespace) -> int:
             port=arguments.port,
             token=token,
             workers=arguments.workers,
+            jobs=arguments.jobs,
             queue=arguments.queue,
             isolation=arguments.isolation,
             max_body_bytes=arguments.max_body_mib << 20,
@@ -72,6 +80,7 @@ def check_bounds(arguments: argparse.Namespace) -> None:
     for option, least, most in (
         ("port", 0, 65535),
         ("workers", 1, 1024),
+        ("jobs", 1, arguments.workers * JOBS_A_WORKER),
         ("queue", 0, 1 << 20),
         ("max_body_mib", 1, 2048),
         ("max_held_mib", 1, 1 << 20),

@@ -34,12 +34,12 @@ from .grading_queue import (
     Keep,
     QueueFullError,
 )
-from .metrics import Gauge, Metrics
+from .metrics import Metrics, Reading
 from .record import Record, WireError
 
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
-PARSED_IN_PLACE_BYTES = 64 << 10  # about 1 ms of parsing
+PARSED_IN_PLACE_BYTES = 16 << 10  # some milliseconds at most, where it holds code to be parsed
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Work = Callable[[Sandbox, Any], Answer]
 
@@ -52,6 +52,7 @@ class Settings:
     port: int
     token: str | None
     workers: int
+    jobs: int
     queue: int
     isolation: str
     max_body_bytes: int
@@ -76,16 +77,21 @@ class Service:
         self.settings = settings
         self.draining = False
         self.metrics = Metrics()
-        self.queue = GradingQueue(settings.workers, settings.queue, settings.keep, self.metrics)
+        self.queue = GradingQueue(settings.jobs, settings.queue, settings.keep, self.metrics)
         self._held_bytes = 0
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
         for name, read, meaning in (
-            ("queue_length", lambda: self.queue.waiting, "Requests that wait for a worker."),
+            ("queue_length", lambda: self.queue.waiting, "Requests that wait for the sandbox."),
             ("running", lambda: self.queue.running, "Requests in the sandbox."),
             ("held_bytes", lambda: self._held_bytes, "Size of the bodies of open requests."),
             ("draining", lambda: self.draining, "1 from the first SIGTERM on."),
         ):
-            self.metrics.add(name, Gauge(read), meaning)
+            self.metrics.add(name, Reading("gauge", read), meaning)
+        self.metrics.add(
+            "zygotes_started_total",
+            Reading("counter", lambda: sandbox.zygotes_started),
+            "Zygotes started; beyond one a worker, as many were lost and replaced.",
+        )
 
     def application(self) -> web.Application:
         application = web.Application(
@@ -222,6 +228,7 @@ class Service:
             "status": "draining" if self.draining else "ready",
             "isolation": self.sandbox.isolation,
             "versions": versions(),
+            "languages": self.sandbox.languages,
             "workers": self.settings.workers,
             "running": self.queue.running,
             "queued": self.queue.waiting,
@@ -250,6 +257,7 @@ def grade(sandbox: Sandbox, asked: wire.GradeRequest) -> Answer:
         checker=asked.checker,
         stop_at_first_failure=asked.stop_at_first_failure,
         language=asked.language,
+        run_at_least=asked.run_at_least,
     )
     return Answer(wire.encode_results(results), tuple(result.status for result in results))
 

@@ -1,7 +1,8 @@
 """What waits for the sandbox, what runs in it, and the answers that are kept.
 
 Theory of operation. Everything here lives in the event loop's thread; only `work`, which blocks,
-runs in a thread of the pool, of which there is one a worker of the sandbox. A request becomes a
+runs in a thread of the pool, of which there is one a job: more than the sandbox has workers, so
+that programs which sleep hold up nobody. A request becomes a
 `Grading`: an asyncio task that waits its turn (first come, first served), then for its thread. Its
 clients wait for the task behind a shield: one that goes away leaves the others alone, and when the
 last one goes before the work has begun, the task is cancelled and its place in the queue is free.
@@ -22,8 +23,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from ..job import ZygoteLostError
 from ..verdict import Status
+from ..worker import ZygoteLostError
 from .metrics import Metrics
 
 SMOOTHING = 0.05  # weight of the newest run in the mean that Retry-After is made of
@@ -73,16 +74,16 @@ class Grading:
 
 
 class GradingQueue:
-    """At most `workers` pieces of work run, and at most `capacity` wait."""
+    """At most `jobs` pieces of work run, and at most `capacity` wait."""
 
-    def __init__(self, workers: int, capacity: int, keep: Keep, metrics: Metrics) -> None:
-        self.workers = workers
+    def __init__(self, jobs: int, capacity: int, keep: Keep, metrics: Metrics) -> None:
+        self.jobs = jobs
         self.capacity = capacity
         self.running = 0
         self._keep = keep
         self._metrics = metrics
-        self._turn = asyncio.Semaphore(workers)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
+        self._turn = asyncio.Semaphore(jobs)
+        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="grading")
         self._open: dict[str, Grading] = {}
         self._kept: OrderedDict[str, Grading] = OrderedDict()  # oldest first
         self._kept_bytes = 0
@@ -105,7 +106,7 @@ class GradingQueue:
     def submit(self, request_id: str, digest: bytes, work: Callable[[], Answer]) -> Grading:
         """Queue new work. QueueFullError where there is no place."""
         assert request_id not in self._open and request_id not in self._kept
-        if len(self._open) >= self.workers + self.capacity:
+        if len(self._open) >= self.jobs + self.capacity:
             raise QueueFullError(self.retry_after_s())
         grading = Grading(request_id, digest)
         self._open[request_id] = grading
@@ -128,7 +129,7 @@ class GradingQueue:
 
     def retry_after_s(self) -> int:
         """In how many whole seconds half of the queue will be done, as far as can be told."""
-        estimate_s = self.waiting / 2 * self._mean_run_s / self.workers
+        estimate_s = self.waiting / 2 * self._mean_run_s / self.jobs
         return max(1, min(MOST_RETRY_AFTER_S, round(estimate_s)))
 
     async def drained(self) -> None:

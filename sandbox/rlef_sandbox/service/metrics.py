@@ -46,12 +46,11 @@ class Count:
         ]
 
 
-class Gauge:
-    """A number that is read when it is asked for."""
+class Reading:
+    """A number that is kept elsewhere and read when it is asked for."""
 
-    kind = "gauge"
-
-    def __init__(self, read: Callable[[], float]) -> None:
+    def __init__(self, kind: str, read: Callable[[], float]) -> None:
+        self.kind = kind
         self.read = read
 
     def samples(self) -> list[tuple[str, float]]:

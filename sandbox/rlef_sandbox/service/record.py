@@ -34,6 +34,11 @@ class Record(NamedTuple):
     type: Callable[..., Any]
     fields: Mapping[str, Field]
 
+    @property
+    def field(self) -> Field:
+        """The record within another."""
+        return Field(self.encode, self.decode)
+
     def encode(self, record: object) -> dict[str, object]:
         return {name: field.encode(getattr(record, name)) for name, field in self.fields.items()}
 
@@ -56,6 +61,8 @@ class Record(NamedTuple):
             return self.type(**arguments)
         except (ValueError, OverflowError) as error:
             raise WireError(f"{path}: {error}") from None
+        except (RecursionError, MemoryError):  # of Python's parser, on code nested too deep
+            raise WireError(f"{path}: nested too deep") from None
 
 
 def _required(record_type: Callable[..., Any]) -> set[str]:

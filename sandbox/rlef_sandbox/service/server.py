@@ -1,8 +1,8 @@
 """The life of a grading server: one Sandbox behind HTTP, from its start to its drain.
 
 Theory of operation. One process. The event loop's thread speaks HTTP, checks tokens and requests
-(`endpoints.py`), and keeps the queue (`grading_queue.py`); a pool of threads, one a worker, waits
-in the Sandbox, whose zygotes do the work. Bodies are read whole; large ones are parsed in a thread
+(`endpoints.py`), and keeps the queue (`grading_queue.py`); a pool of threads, one a job, waits in
+the Sandbox, whose zygotes do the work. Bodies are read whole; large ones are parsed in a thread
 of their own.
 
 SIGTERM or SIGINT drains: new work is refused (503, Connection: close), /health says so, what is

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import values
 from ..checkers import checker_named
-from ..verdict import CallTest, Limits, Result, Status, Test
+from ..verdict import CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
 from .record import (
     BYTES,
     FLAG,
@@ -60,6 +60,7 @@ class GradeRequest:
     checker: Any = "tokens"
     stop_at_first_failure: bool = True
     language: str = "python"
+    run_at_least: int = 0
 
 
 def value_to_wire(value: object) -> object:
@@ -102,9 +103,8 @@ INTEGER = number(int, MAX_INTEGER, -MAX_INTEGER)
 TESTS = {
     "stdin": Record(Test, {"stdin": BYTES, "expected": BYTES}),
     "call": Record(CallTest, {"entry_point": TEXT, "args": ARGUMENTS, "expected": VALUE}),
+    "check": Record(CheckTest, {"entry_point": TEXT, "code": TEXT, "check": TEXT}),
 }
-CHECKERS: dict[str, Record] = {}  # those that are more than a name
-
 LIMITS = Record(
     Limits,
     {
@@ -115,6 +115,11 @@ LIMITS = Record(
         "processes": number(int, MAX_PROCESSES),
     },
 )
+
+
+CHECKERS = {  # those that are more than a name
+    "program": Record(CheckerProgram, {"source": TEXT, "limits": LIMITS.field}),
+}
 
 
 def _checker_to_wire(checker: object) -> object:
@@ -133,7 +138,7 @@ def _checker_from_wire(wire: object, path: str) -> Any:
 
 COMMON = {
     "source": BYTES,
-    "limits": optional(Field(LIMITS.encode, LIMITS.decode)),
+    "limits": optional(LIMITS.field),
     "language": TEXT,
 }
 RUN = Record(RunRequest, {**COMMON, "stdin": BYTES})
@@ -144,6 +149,7 @@ GRADE = Record(
         "tests": list_of(TESTS),
         "checker": Field(_checker_to_wire, _checker_from_wire),
         "stop_at_first_failure": FLAG,
+        "run_at_least": number(int, MAX_INTEGER),
     },
 )
 RESULT = Record(
