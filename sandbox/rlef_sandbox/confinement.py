@@ -27,6 +27,7 @@ UNPRIVILEGED_ID = 65534  # nobody, on every distribution
 # Address space beyond the memory limit, for what is mapped and not touched: programs reserve
 # thread stacks of 128 to 512 MiB. Resident memory is judged by the limit itself.
 RESERVED_BYTES = 512 << 20
+EXECUTABLE_RESERVED_BYTES = 256 << 20  # compiled: thread stacks of 2 MiB, and no interpreter
 OPEN_FILES = 64
 HOST_FILE = "/etc/passwd"
 
@@ -176,8 +177,11 @@ class Bounds(NamedTuple):
         serves = request.task is Task.PROGRAM
         # A server's children enter a namespace each, which takes one whose user is mapped.
         counts_threads = self.own_user_namespace and not serves
+        own_bytes = self.base_bytes + RESERVED_BYTES
+        if request.task is Task.EXECUTE:
+            own_bytes = EXECUTABLE_RESERVED_BYTES
         return ChildLimits(
-            address_space_bytes=self.base_bytes + request.memory_bytes + RESERVED_BYTES,
+            address_space_bytes=own_bytes + request.memory_bytes,
             # A backstop: the supervisor keeps the exact time, and that of a program server.
             cpu_s=UNLIMITED if serves else math.ceil(request.cpu_s) + 1,
             # One byte more than is allowed, to tell a full output from an overflowing one.

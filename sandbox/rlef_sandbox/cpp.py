@@ -115,7 +115,8 @@ class Cpp:
                     self._free.append(worker)
 
     def _with_retries(self, worker: Worker, source: bytes) -> int:
-        worker.arguments = [*STANDARD, f"-I{precompiled_headers() or ''}"]
+        headers = precompiled_headers()
+        worker.arguments = [*STANDARD, *([f"-I{headers}"] if headers else [])]
         fault = ""
         for _ in range(1 + RETRIES):
             try:

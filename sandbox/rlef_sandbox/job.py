@@ -281,10 +281,13 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
         return Status.OK
     if outcome.phase is Phase.COMPILING:
         return Status.COMPILE_ERROR
+    return Status.MEMORY_LIMIT if ran_out_of_memory(stderr) else Status.RUNTIME_ERROR
+
+
+def ran_out_of_memory(stderr: bytes) -> bool:
+    """Whether an uncaught exception says so: the limit holds by refusing memory."""
     last_lines = stderr.rstrip().rsplit(b"\n", 2)[-2:]
-    if any(line.startswith(OUT_OF_MEMORY) for line in last_lines):
-        return Status.MEMORY_LIMIT
-    return Status.RUNTIME_ERROR
+    return any(line.startswith(OUT_OF_MEMORY) for line in last_lines)
 
 
 def verdict_of_check(candidate: Result, checker: Result) -> Run:
@@ -295,7 +298,8 @@ def verdict_of_check(candidate: Result, checker: Result) -> Run:
         return Run(candidate)
     if checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE):
         words = checker.stderr or b"the program ended before the check did\n"
-        return Run(replace(candidate, status=Status.RUNTIME_ERROR, stderr=words))
+        status = Status.MEMORY_LIMIT if ran_out_of_memory(words) else Status.RUNTIME_ERROR
+        return Run(replace(candidate, status=status, stderr=words))
     if checker.exit_code == CHECK_FAILED and checker.status is Status.RUNTIME_ERROR:
         return Run(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))
     if checker.status in (Status.TIME_LIMIT, Status.IDLE_LIMIT, Status.MEMORY_LIMIT):

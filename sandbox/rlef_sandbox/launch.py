@@ -23,7 +23,7 @@ from .seccomp import Filter
 
 RESERVED_DESCRIPTORS = 8  # MAX_FILES in spawn.c; kept occupied in the zygote
 CELL = struct.Struct("=BBxxi")  # struct progress in spawn.c
-UNLIMITED = resource.RLIM_INFINITY & (2**64 - 1)
+UNLIMITED = 2**64 - 1  # RLIM_INFINITY as the kernel has it; Python says -1
 
 
 class Step(enum.IntEnum):

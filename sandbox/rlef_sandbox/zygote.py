@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 from . import program
 from .confinement import Bounds, confine_zygote, library_files
-from .launch import RESERVED_DESCRIPTORS, Plan, Progress, launcher_for
+from .launch import RESERVED_DESCRIPTORS, UNLIMITED, Plan, Progress, launcher_for
 from .probes import probe_child_layers
 from .protocol import (
     MAX_DESCRIPTORS,
@@ -58,6 +58,9 @@ from .seccomp import filter_for_this_machine
 from .syscalls import Profile
 
 STACK_BYTES = 256 << 20  # of the main thread, for deep recursion; fixed when a process is exec'd
+# Of a compiled program's main thread. Where that is without limit, the address space bounds it, and
+# its other threads get 2 MiB each, as glibc has it; else as much as the main thread.
+MOST_STACK_BYTES = resource.getrlimit(resource.RLIMIT_STACK)[1]
 LEAST_WAIT_S = 0.005  # between two readings of a child's CPU clock
 # A child that used less than this share of a core over this long is asleep: a machine four times
 # overloaded still gives a busy one 0.2.
@@ -218,8 +221,7 @@ class Server:
 
     def plan(self, request: Request, files: list[int], cell: int, session: socket.socket) -> Plan:
         executes = request.task is Task.EXECUTE
-        bounds = self.bounds if not executes else self.bounds._replace(base_bytes=0)
-        limits = bounds.limits(request)
+        limits = self.bounds.limits(request)
         if request.task is Task.PROGRAM:
             server_files = [*files, session.fileno(), self.controller]
             return Plan(server_files, cell, **limits, filter=None)
@@ -229,7 +231,7 @@ class Server:
             **limits,
             filter=self.filters[Task.EXECUTE if executes else Task.RUN],
             executable=len(files) - 1 if executes else -1,
-            stack_bytes=request.memory_bytes if executes else 0,
+            stack_bytes=MOST_STACK_BYTES & UNLIMITED if executes else 0,
         )
 
     def go_on_as_child(self, request: Request, file_count: int, cell: int) -> Child:

@@ -1,0 +1,202 @@
+"""Tests that are code, and checkers that are programs: each confined, apart from what it judges."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from rlef_sandbox import CheckerProgram, CheckTest, Limits, Sandbox, Status, Test
+
+SECRET = 8675309124
+CHECK = f"""
+def check(candidate):
+    secret = {SECRET}
+    assert candidate(1) == secret + 1
+    assert candidate(2) == secret + 2
+"""
+RIGHT = f"def f(n): return n + {SECRET}"
+SHORT = Limits(cpu_s=0.5, wall_s=15)
+DIGEST = hashlib.sha256(str(SECRET).encode()).hexdigest()
+
+CHEATS = {
+    "equal_to_everything": (
+        "class E(int):\n    def __eq__(s, o): return True\n    __hash__ = int.__hash__\n"
+        "def f(n): return E(0)"
+    ),
+    "adds_to_anything": ("class E:\n    def __eq__(s, o): return True\ndef f(n): return E()"),
+    "frames": (
+        "import sys\ndef f(n):\n    frame = sys._getframe()\n    while frame:\n"
+        "        if 'secret' in frame.f_locals: return frame.f_locals['secret'] + n\n"
+        "        frame = frame.f_back"
+    ),
+    "constants_of_the_check": (
+        "import gc, types\ndef f(n):\n    for o in gc.get_objects():\n"
+        "        if isinstance(o, types.FunctionType) and o.__name__ == 'check':\n"
+        "            return o.__code__.co_consts[1] + n"
+    ),
+    "leaves_early": "import os\ndef f(n): os._exit(0)",
+    "exits_politely": "def f(n): raise SystemExit(0)",
+    "leaves_at_import": "raise SystemExit(0)",
+    "patches_the_assertion": (
+        "import builtins\nbuiltins.AssertionError = Warning\ndef f(n): return 0"
+    ),
+    "raises_what_a_check_might_expect": "def f(n): raise AssertionError('passed')",
+    "forges_a_reply": (
+        "import os, struct\ndef f(n):\n"
+        "    os.write(4, struct.pack('<Q', 5) + b'=true'); os._exit(0)"
+    ),
+    "floods_the_check": "import os\ndef f(n):\n    while True: os.write(4, b'\\xff' * 4096)",
+    "sends_a_bomb": (
+        "import os, struct\ndef f(n):\n    os.write(4, struct.pack('<Q', 2**63)); os._exit(0)"
+    ),
+    "sends_nonsense": (
+        "import os, struct\ndef f(n):\n"
+        "    os.write(4, struct.pack('<Q', 9) + b'={\"x\": [}'); return 0"
+    ),
+    "returns_a_program": "def f(n): return lambda: 0",
+    "returns_a_deep_value": (
+        "def f(n):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x"
+    ),
+    "writes_the_exit_code_of_the_check": "import os\ndef f(n):\n    os.write(3, b'true\\ntrue')",
+}
+
+
+def test_a_right_program_passes(sandbox: Sandbox) -> None:
+    (result,) = sandbox.grade(RIGHT, [CheckTest("f", CHECK)])
+    assert result.status is Status.OK
+
+
+def test_a_wrong_program_fails_with_the_assertions_words(sandbox: Sandbox) -> None:
+    code = "def check(candidate):\n    got = candidate(1)\n    assert got == 5, f'got {got}'"
+    (result,) = sandbox.grade("def f(n): return n", [CheckTest("f", code)])
+    assert result.status is Status.WRONG_ANSWER
+    assert b"AssertionError: got 1" in result.stderr
+
+
+@pytest.mark.parametrize("source", CHEATS.values(), ids=CHEATS)
+def test_no_cheat_passes_a_check(sandbox: Sandbox, source: str) -> None:
+    (result,) = sandbox.grade(source, [CheckTest("f", CHECK)], SHORT)
+    assert result.status not in (Status.OK, Status.SANDBOX_ERROR), result
+    assert str(SECRET).encode() not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ("def f(n): return 1 / 0", Status.RUNTIME_ERROR),
+        ("def f(n):\n    while True: pass", Status.TIME_LIMIT),
+        ("def f(n): return [0] * 10**9", Status.MEMORY_LIMIT),
+        ("def f(n):", Status.COMPILE_ERROR),
+        ("def g(n): return n", Status.RUNTIME_ERROR),
+        ("import ctypes\ndef f(n): ctypes.string_at(0)", Status.RUNTIME_ERROR),
+        (
+            "import ctypes\ndef f(n): ctypes.CDLL(None).ptrace(0, 0, 0, 0)",
+            Status.SECURITY_VIOLATION,
+        ),
+    ],
+)
+def test_the_programs_end_is_the_verdict(sandbox: Sandbox, source: str, status: Status) -> None:
+    limits = Limits(cpu_s=0.5, wall_s=15, memory_bytes=128 << 20)
+    (result,) = sandbox.grade(source, [CheckTest("f", CHECK)], limits)
+    assert result.status is status, result
+
+
+def test_an_expected_exception_arrives_by_its_name(sandbox: Sandbox) -> None:
+    code = (
+        "def check(candidate):\n    try: candidate('x')\n    except ValueError as e:\n"
+        "        assert 'invalid literal' in str(e)\n    else: assert False"
+    )
+    (result,) = sandbox.grade("def f(s): return int(s)", [CheckTest("f", code)])
+    assert result.status is Status.OK
+
+
+def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> None:
+    source = "seen = []\ndef f(x, *, n=1):\n    seen.append(x)\n    return seen * n"
+    code = (
+        "def check(candidate):\n    assert candidate('a') == ['a']\n"
+        "    assert candidate('b', n=2) == ['a', 'b', 'a', 'b']"
+    )
+    assert sandbox.grade(source, [CheckTest("f", code)])[0].status is Status.OK
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["x = 1 / 0", "def other(candidate): pass", "def check(candidate): candidate(object())"],
+    ids=["fails_on_its_own", "defines_no_check", "calls_with_no_plain_data"],
+)
+def test_a_broken_check_is_no_verdict(sandbox: Sandbox, code: str) -> None:
+    (result,) = sandbox.grade(RIGHT, [CheckTest("f", code)])
+    assert result.status is Status.SANDBOX_ERROR
+    assert b"CheckTest is broken" in result.stderr
+
+
+def test_code_that_does_not_parse_is_refused_when_made() -> None:
+    with pytest.raises(ValueError, match=r"CheckTest\.code of f is no Python"):
+        CheckTest("f", "def check(")
+    with pytest.raises(ValueError, match=r"CheckerProgram\.source is no Python"):
+        CheckerProgram("def check(")
+
+
+ANY_ORDER = CheckerProgram(
+    "def check(stdin, expected, actual):\n"
+    "    return sorted(expected.split()) == sorted(actual.split())"
+)
+
+
+def test_a_problems_own_checker_decides(sandbox: Sandbox) -> None:
+    tests = [Test("", "1 2 3"), Test("", "4 5")]
+    results = sandbox.grade("print(3, 1, 2)", tests, checker=ANY_ORDER, stop_at_first_failure=False)
+    assert [r.status for r in results] == [Status.OK, Status.WRONG_ANSWER]
+
+
+def test_a_programs_failure_beats_its_checker(sandbox: Sandbox) -> None:
+    (result,) = sandbox.grade("print(1); exit(1)", [Test("", "1")], checker=ANY_ORDER)
+    assert result.status is Status.RUNTIME_ERROR
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def check(stdin, expected, actual): raise RuntimeError",
+        "def check(stdin, expected, actual):\n    while True: pass",
+        "def check(stdin, expected, actual): return 'yes'",
+        "def check(stdin, expected, actual): return 1",
+        "import os; os._exit(0)",
+    ],
+)
+def test_a_broken_checker_is_no_verdict(sandbox: Sandbox, source: str) -> None:
+    checker = CheckerProgram(source, Limits(cpu_s=0.3, wall_s=15))
+    (result,) = sandbox.grade("print(1)", [Test("", "1")], checker=checker)
+    assert result.status is Status.SANDBOX_ERROR
+    assert b"checker program is broken" in result.stderr
+
+
+def test_a_checker_cannot_be_reached_from_the_output(sandbox: Sandbox) -> None:
+    """What a program prints comes to its checker as bytes, whatever they look like."""
+    for output in (r"\xff\xfe", "true", "__import__('os')._exit(0)", "1\\n" * 1000):
+        source = f"import sys; sys.stdout.buffer.write(b'''{output}''')"
+        (result,) = sandbox.grade(source, [Test("", "1 2")], checker=ANY_ORDER)
+        assert result.status is Status.WRONG_ANSWER
+
+
+def test_a_checker_is_confined(sandbox: Sandbox) -> None:
+    checker = CheckerProgram("def check(s, e, a):\n    open('/etc/passwd')\n    return True")
+    (result,) = sandbox.grade("print(1)", [Test("", "1")], checker=checker)
+    assert result.status is Status.SANDBOX_ERROR
+    assert b"FileNotFoundError" in result.stderr or b"PermissionError" in result.stderr
+
+
+def test_the_answer_is_not_in_the_programs_process(sandbox: Sandbox) -> None:
+    """A search of the whole heap of the process that the calls are served from."""
+    source = (
+        "import gc, re, hashlib\n"
+        "def f(n):\n"
+        "    for o in gc.get_objects():\n"
+        "        for number in re.findall(r'\\d{10}', repr(o)[:10**5]):\n"
+        f"            if hashlib.sha256(number.encode()).hexdigest() == '{DIGEST}':\n"
+        "                return int(number) + n\n"
+        "    return 0"
+    )
+    (result,) = sandbox.grade(source, [CheckTest("f", CHECK)])
+    assert result.status is Status.WRONG_ANSWER

@@ -1,0 +1,248 @@
+"""C++ programs: compiled in confinement, run under the same limits, with the same verdicts."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from rlef_sandbox import CallTest, CheckerProgram, Limits, Sandbox, Status, Test, native
+from rlef_sandbox.cpp import Cpp
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
+
+LIMITS = Limits(cpu_s=0.5, wall_s=20.0, memory_bytes=128 << 20, output_bytes=64 << 10)
+HEADER = """\
+#include <bits/stdc++.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+using namespace std;
+"""
+
+ENDS = {
+    "prints": ('int main() { puts("hi"); }', Status.OK),
+    "reads": ("int main() { int a, b; cin >> a >> b; cout << a + b; }", Status.OK),
+    "exits_with_3": ("int main() { return 3; }", Status.RUNTIME_ERROR),
+    "crashes": ("int main() { *(volatile int *)0 = 1; }", Status.RUNTIME_ERROR),
+    "throws": ('int main() { throw runtime_error("x"); }', Status.RUNTIME_ERROR),
+    "loops": ("int main() { for (volatile long i = 0;; i++); }", Status.TIME_LIMIT),
+    "grows": (
+        "int main() { vector<char> v; for (;;) v.resize(v.size() + (1 << 20), 1); }",
+        Status.MEMORY_LIMIT,
+    ),
+    "recurses_for_ever": (
+        "int f(int x) { volatile char b[1000]; b[0] = x; return f(x + 1) + b[0]; }\n"
+        "int main() { return f(0); }",
+        Status.MEMORY_LIMIT,
+    ),
+    "recurses_deep": (
+        "int f(int x) { volatile char b[100]; b[0] = x; return x ? 1 + f(x - 1) : 0; }\n"
+        "int main() { return f(300000) != 300000; }",
+        Status.OK,
+    ),
+    "floods": ('int main() { for (;;) puts("xxxxxxxxxxxxxxxxxxxxxxxxxx"); }', Status.OUTPUT_LIMIT),
+    "has_threads": (
+        "int main() { vector<thread> t; for (int i = 0; i < 8; i++) t.emplace_back([] {});\n"
+        "for (auto &x : t) x.join(); }",
+        Status.OK,
+    ),
+    "does_not_compile": ("int main() { return x; }", Status.COMPILE_ERROR),
+    "does_not_link": ("int f(); int main() { return f(); }", Status.COMPILE_ERROR),
+}
+
+ATTACKS = {
+    "socket": 'if (socket(2, 1, 0) >= 0) puts("ESCAPED");',
+    "fork": 'if (fork() >= 0) puts("ESCAPED");',
+    "vfork": 'if (syscall(SYS_vfork) >= 0) puts("ESCAPED");',
+    "shell": 'system("echo ESCAPED"); execl("/bin/sh", "sh", "-c", "echo ESCAPED", NULL);',
+    "read_the_host": 'if (open("/etc/passwd", O_RDONLY) >= 0) puts("ESCAPED");',
+    "write": 'if (open("/x", O_CREAT | O_RDWR, 0600) >= 0) puts("ESCAPED");',
+    "kill_everyone": 'if (kill(-1, 9) == 0) puts("ESCAPED");',
+    "kill_the_zygote": 'if (kill(getppid() ? getppid() : 1, 9) == 0) puts("ESCAPED");',
+    "die_like_the_machine_would_kill": 'if (kill(getpid(), 9) == 0) puts("ESCAPED");',
+    "inherited_descriptors": (
+        'for (int i = 3; i < 4096; i++) if (fcntl(i, F_GETFD) >= 0) puts("ESCAPED");'
+    ),
+    "raise_a_limit": (
+        "rlimit r = {RLIM_INFINITY, RLIM_INFINITY};\n"
+        'if (setrlimit(RLIMIT_AS, &r) == 0) puts("ESCAPED");'
+    ),
+    "execute_its_own_output": (
+        'char *none[] = {NULL}; write(1, "#!/bin/sh\\necho ESCAPED", 22);\n'
+        'syscall(SYS_execveat, 1, "", none, none, AT_EMPTY_PATH); ftruncate(1, 0);'
+    ),
+    "execute_by_path": (
+        "char *none[] = {NULL};\n"
+        'if (syscall(SYS_execveat, AT_FDCWD, "/bin/sh", none, none, 0) == 0) puts("ESCAPED");'
+    ),
+    "memory_file": 'if (syscall(SYS_memfd_create, "x", 0) >= 0) puts("ESCAPED");',
+    "new_namespace": (
+        'if (syscall(SYS_clone, 0x10000000 | SIGCHLD, 0, 0, 0, 0) >= 0) puts("ESCAPED");'
+    ),
+    "more_threads_than_allowed": (
+        "vector<thread> t; try { for (int i = 0; i < 500; i++) t.emplace_back([] { pause(); });\n"
+        'puts("ESCAPED"); } catch (system_error &) {} fflush(stdout); _exit(0);'
+    ),
+}
+
+VIOLATIONS = {
+    "ptrace": "syscall(SYS_ptrace, 0, 0, 0, 0);",
+    "io_uring": "syscall(425, 1, 0);",
+    "bpf": "syscall(SYS_bpf, 0, 0, 0);",
+    "unshare": "syscall(SYS_unshare, 0x10000000);",
+    "userfaultfd": "syscall(SYS_userfaultfd, 0);",
+    "keyctl": "syscall(SYS_keyctl, 0, 0);",
+}
+
+AT_COMPILE_TIME = {
+    "include_a_host_file": '#include "/etc/passwd"\nint main() {}',
+    "embed_a_host_file": 'asm(".incbin \\"/etc/passwd\\""); int main() {}',
+    "include_a_users_file": '#include "/root/.bashrc"\nint main() {}',
+    "include_a_directory_up": '#include "../../../../../../etc/hostname"\nint main() {}',
+    "include_standard_input_twice": '#include "/dev/stdin"\nint main() {}',
+    "include_the_process_table": '#include "/proc/self/environ"\nint main() {}',
+    "endless_templates": "template<int N> struct A { A<N + 1> a; }; A<0> a; int main() {}",
+    "endless_constant": (
+        "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\n"
+        "constexpr long x = f(90); int main() {}"
+    ),
+    "an_executable_too_large": "char a[1u << 29] = {1}; int main() { return a[7]; }",
+    "not_text": "\x00\x01\x02",
+}
+
+
+@pytest.fixture(scope="module")
+def cpp() -> Iterator[Sandbox]:
+    with Sandbox(workers=2) as sandbox:
+        assert sandbox.languages == ("python", "cpp")
+        yield sandbox
+
+
+@pytest.mark.parametrize(("source", "status"), ENDS.values(), ids=ENDS)
+def test_an_end_has_the_name_it_has_in_python(cpp: Sandbox, source: str, status: Status) -> None:
+    assert cpp.run(HEADER + source, b"1 2", LIMITS, language="cpp").status is status
+
+
+@pytest.mark.parametrize("body", ATTACKS.values(), ids=ATTACKS)
+def test_an_attack_gets_nowhere(cpp: Sandbox, body: str) -> None:
+    source = HEADER + "int main() { " + body + " return 0; }"
+    result = cpp.run(source, b"", LIMITS, language="cpp")
+    assert result.status is Status.OK, result  # it was refused, and went on
+    assert b"ESCAPED" not in result.stdout
+
+
+@pytest.mark.parametrize("body", VIOLATIONS.values(), ids=VIOLATIONS)
+def test_what_only_an_attack_asks_ends_the_run(cpp: Sandbox, body: str) -> None:
+    source = HEADER + "int main() { " + body + " }"
+    result = cpp.run(source, b"", LIMITS, language="cpp")
+    assert result.status is Status.SECURITY_VIOLATION
+
+
+@pytest.mark.parametrize("source", AT_COMPILE_TIME.values(), ids=AT_COMPILE_TIME)
+def test_the_compiler_is_confined_too(cpp: Sandbox, source: str) -> None:
+    result = cpp.run(source, b"", LIMITS, language="cpp")
+    assert result.status is Status.COMPILE_ERROR
+    assert b"root:" not in result.stderr and b"PATH=" not in result.stderr
+
+
+def test_the_reaction_to_an_attack_at_compile_time_leaves_a_compiler_that_works(
+    cpp: Sandbox,
+) -> None:
+    for source in ("int main() {", 'asm(".incbin \\"/dev/zero\\""); int main() {}'):
+        assert cpp.run(source, language="cpp").status is Status.COMPILE_ERROR
+    assert cpp.run("int main() {}", language="cpp").status is Status.OK
+
+
+def test_tests_are_graded_by_any_checker(cpp: Sandbox) -> None:
+    source = HEADER + 'int main() { double x; cin >> x; printf("%.9f\\n", x / 3); }'
+    tests = [Test("1", "0.333333333"), Test("2", "0.66666667"), Test("3", "2")]
+    results = cpp.grade(source, tests, language="cpp", stop_at_first_failure=False)
+    assert [r.status for r in results] == [Status.OK, Status.OK, Status.WRONG_ANSWER]
+    judge = CheckerProgram(
+        "def check(stdin, expected, actual): return abs(3 * float(actual) - float(stdin)) < 1e-6"
+    )
+    results = cpp.grade(source, tests, language="cpp", checker=judge)
+    assert [r.status for r in results] == [Status.OK] * 3
+
+
+def test_a_compile_error_is_every_tests(cpp: Sandbox) -> None:
+    results = cpp.grade("int", [Test("", "")] * 3, language="cpp", stop_at_first_failure=False)
+    assert [r.status for r in results] == [Status.COMPILE_ERROR] * 3
+    assert b"error" in results[0].stderr
+    assert len(cpp.grade("int", [Test("", "")] * 3, language="cpp")) == 1
+
+
+def test_function_calls_are_for_python(cpp: Sandbox) -> None:
+    with pytest.raises(ValueError, match="CallTest calls a Python function"):
+        cpp.grade("int main() {}", [CallTest("f", (), 1)], language="cpp")
+
+
+def test_a_source_is_compiled_once(cpp: Sandbox) -> None:
+    source = HEADER + "int main() { string s; cin >> s; cout << s << s; }"
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(cpp.grade, source, [Test(str(n), f"{n}{n}")], language="cpp")
+            for n in range(32)
+        ]
+        assert all(job.result()[0].status is Status.OK for job in jobs)
+    started = time.perf_counter()
+    cpp.run(source, language="cpp")
+    again_s = time.perf_counter() - started
+    started = time.perf_counter()
+    cpp.run(source + "// another source", language="cpp")
+    assert again_s < (time.perf_counter() - started) / 3
+
+
+def test_the_program_sees_a_world_of_its_own(cpp: Sandbox) -> None:
+    source = HEADER + (
+        "int main(int, char **v) { for (char **e = environ; *e; e++) puts(*e);\n"
+        "puts(v[0]); cout << (getuid() == 0) << isatty(0) << lseek(0, 0, SEEK_END) << endl; }"
+    )
+    result = cpp.run(source, b"12345", language="cpp")
+    assert result.stdout.decode().split() == [
+        "LANG=C.UTF-8",
+        "PATH=/usr/bin:/bin",
+        "solution",
+        "005",
+    ]
+
+
+def test_what_a_program_does_to_its_input_is_its_own(cpp: Sandbox) -> None:
+    source = HEADER + (
+        'int main() { string s; cin >> s; cout << s; ftruncate(0, 0); write(0, "spoilt", 6); }'
+    )
+    results = cpp.grade(source, [Test("abc", "abc")] * 3, language="cpp")
+    assert [r.status for r in results] == [Status.OK] * 3
+
+
+def test_without_a_precompiled_header_it_is_only_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlef_sandbox.cpp.precompiled_headers", lambda: None)
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.run(HEADER + "int main() {}", language="cpp").status is Status.OK
+
+
+def test_where_there_is_no_compiler_the_language_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Cpp, "compiler", staticmethod(lambda: None))
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.languages == ("python",)
+        with pytest.raises(ValueError, match=r"takes g\+\+"):
+            sandbox.run("int main() {}", language="cpp")
+
+
+def test_without_the_c_launcher_python_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "spawn_library", lambda: None)
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.isolation["launcher"] == "python"
+        assert sandbox.languages == ("python",)
+        assert sandbox.run("print(1)").stdout == b"1\n"

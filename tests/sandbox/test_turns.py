@@ -1,0 +1,110 @@
+"""Several programs at once: whose turn it is, and that nobody waits for a sleeper."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from rlef_sandbox import Limits, Sandbox, Status, Test
+from rlef_sandbox.sandbox import JOBS_A_WORKER
+from rlef_sandbox.turns import Turns
+
+SLEEP = "import time; time.sleep(30)"
+
+
+def test_a_sleeper_holds_up_nobody(sandbox: Sandbox) -> None:
+    """The fixture's sandbox has one worker."""
+    sleeps = Limits(cpu_s=1.0, wall_s=4.0)
+    with ThreadPoolExecutor(8) as pool:
+        started = time.monotonic()
+        sleepers = [pool.submit(sandbox.run, SLEEP, b"", sleeps) for _ in range(6)]
+        time.sleep(0.2)
+        for n in range(20):
+            (result,) = sandbox.grade("print(input())", [Test(str(n), str(n))])
+            assert result.status is Status.OK
+        assert time.monotonic() - started < 4.0, "the sleepers should still sleep"
+        assert not any(sleeper.done() for sleeper in sleepers)
+        assert {sleeper.result().status for sleeper in sleepers} == {Status.IDLE_LIMIT}
+
+
+def test_a_sleeper_among_the_tests_of_a_program_holds_up_nobody(sandbox: Sandbox) -> None:
+    source = "import time; n = input(); time.sleep(int(n)); print(n)"
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(sandbox.grade, source, [Test("0", "0"), Test("2", "2")])
+        time.sleep(0.5)
+        assert sandbox.run("print(1)").status is Status.OK
+        assert not slow.done()
+        assert [result.status for result in slow.result()] == [Status.OK] * 2
+
+
+def test_programs_that_work_take_turns(sandbox: Sandbox) -> None:
+    limits = Limits(cpu_s=0.4, wall_s=30.0)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(sandbox.run, "while True: pass", b"", limits) for _ in range(4)]
+        results = [job.result() for job in jobs]
+    assert {result.status for result in results} == {Status.TIME_LIMIT}
+
+
+def test_a_machine_loaded_four_times_over_gives_no_false_limit() -> None:
+    """Eight workers on however few cores, each with a program that needs most of its CPU time."""
+    source = "import time\nwhile time.process_time() < 0.6: pass\nprint(1)"
+    with Sandbox(workers=8) as sandbox, ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(sandbox.grade, source, [Test("", "1")], Limits(cpu_s=1.0))
+            for _ in range(16)
+        ]
+        assert {job.result()[0].status for job in jobs} == {Status.OK}
+
+
+def test_the_threads_of_one_run_leave_those_of_another_alone(sandbox: Sandbox) -> None:
+    """Each run's threads are counted apart, in one zygote too."""
+    many = (
+        "import threading, time\n"
+        "for _ in range(15): threading.Thread(target=time.sleep, args=(1.5,)).start()\n"
+        "print(threading.active_count())"
+    )
+    limits = Limits(processes=16)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(sandbox.run, many, b"", limits) for _ in range(4)]
+        assert [job.result().stdout for job in jobs] == [b"16\n"] * 4
+
+
+def test_public_tests_are_run_to_the_end_and_private_ones_to_the_first_failure(
+    sandbox: Sandbox,
+) -> None:
+    source = "print(abs(int(input())))"
+    passing, failing = Test("1", "1"), Test("-1", "-1")
+    cases = [
+        ([failing, passing, passing, passing], 2, 2),  # public failed: shown whole, no private run
+        ([passing, passing, passing, passing], 2, 4),
+        ([passing, passing, failing, passing], 2, 3),
+        ([failing, failing, failing], 0, 1),
+        ([failing, failing], 5, 2),
+    ]
+    for tests, at_least, run in cases:
+        assert len(sandbox.grade(source, tests, run_at_least=at_least)) == run
+    assert len(sandbox.grade("def f(:", [passing] * 4, run_at_least=2)) == 2
+
+
+def test_turns_bound_those_that_work_and_those_that_wait() -> None:
+    turns = Turns(working=2, open_jobs=3)
+    at_work: list[int] = []
+    with ThreadPoolExecutor(8) as pool:
+
+        def job(sleeps: bool) -> None:
+            with turns.take() as turn:
+                if sleeps:
+                    turn.sleep()
+                    turn.sleep()  # once is enough
+                    time.sleep(0.05)
+                else:
+                    at_work.append(1)
+                    assert len(at_work) <= 2
+                    time.sleep(0.01)
+                    at_work.pop()
+
+        for done in [pool.submit(job, bool(n % 3 == 0)) for n in range(60)]:
+            done.result()
+    with turns.take(), turns.take():
+        pass
+    assert JOBS_A_WORKER > 1
