@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,7 +97,12 @@ def test_a_body_that_is_too_large_is_a_413_with_the_bound(server):
     assert (
         reply.status == 413 and "1048576 bytes" in reply.error and "--max-body-mib" in reply.error
     )
+    bomb = zlib.compress(b" " * (100 << 20))
+    assert server.ask("POST", "/v1/run", bomb, {"Content-Encoding": "deflate"}).status == 415
+    chunks = iter([b"x" * (64 << 10)] * 20)
+    assert server.ask("POST", "/v1/run", chunks).status == 413  # of a length not told before
     assert server.grade(grade_body("print('done')")).status == 200
+    assert server.metrics()["held_bytes"] == 0
 
 
 def test_an_answer_carries_bytes_and_values(server):
@@ -268,10 +274,26 @@ def lost(server: ServerProcess) -> None:
         server.grade(grade_body(sleeper(30)))
 
 
+def test_bodies_are_held_within_a_bound():
+    with ServerProcess(*ONE_JOB, "--max-held-mib", "1") as server:
+        large = {**grade_body(sleeper(1)), "language": "python", "limits": {"wall_s": 60}}
+        large["source"] = f"{large['source']}  # {'x' * 700_000}"
+        thread, replies = run_aside(lambda: server.grade(large))
+        until(lambda: server.metrics()["held_bytes"] > 700_000)
+        reply = server.grade({**large, "source": "#" * 400_000})
+        assert reply.status == 429 and "too large" in reply.error and "Retry-After" in reply.headers
+        assert server.grade(grade_body("print('done')")).status == 200
+        thread.join()
+        assert replies[0].json["results"][0]["status"] == "OK"
+        assert server.metrics()["held_bytes"] == 0
+
+
 def test_a_server_that_others_reach_wants_a_token():
     for host in ("0.0.0.0", "::", "192.0.2.1", "node7"):
         assert "give a token" in refused_start("--host", host)
     assert "16 to 4096" in refused_start("--host", "0.0.0.0", token="short")
+    with ServerProcess("--host", "localhost", *ONE_JOB) as server:
+        assert server.ask("GET", "/health").status == 200
     with ServerProcess("--host", "0.0.0.0", *ONE_JOB, token=TOKEN) as server:
         assert server.ask("GET", "/health").status == 200
 

@@ -209,6 +209,8 @@ class SandboxClient:
         if status in OUT_OF_SERVICE:
             self._fleet.take_out(server, reason)
             raise TryAgainError
+        if status >= 500:
+            raise ServiceError(f"{server.url} failed on the request: {reason}")
         raise RequestRefusedError(status, f"{server.url} refused the request: {reason}")
 
     async def _exchange(

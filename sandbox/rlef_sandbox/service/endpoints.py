@@ -158,9 +158,12 @@ class Service:
         # Browsers send this type to another site only after asking it, and it does not say yes.
         if request.content_type != "application/json":
             raise RefusedError(415, "send the body as Content-Type: application/json")
-        size_bytes = request.content_length
-        if size_bytes is None:
-            size_bytes = self.settings.max_body_bytes
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            raise RefusedError(415, "send the body as it is, without Content-Encoding")
+        most_bytes = self.settings.max_body_bytes
+        size_bytes = most_bytes if request.content_length is None else request.content_length
+        if size_bytes > most_bytes:
+            raise web.HTTPRequestEntityTooLarge(most_bytes, size_bytes)  # before it is read
         if self._held_bytes + size_bytes > self.settings.max_held_bytes and self._held_bytes:
             raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
         self._held_bytes += size_bytes

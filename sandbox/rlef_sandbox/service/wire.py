@@ -180,8 +180,9 @@ def decode_request(record: Record, body: bytes) -> Any:
 
 def encode_results(results: Sequence[Result]) -> bytes:
     """The body of an answer: {"results": [...]}, one a test, or one alone for a run."""
-    wire = {"results": [RESULT.encode(result) for result in results]}
-    return json.dumps(wire, separators=(",", ":")).encode()
+    # one by one: encoding holds all other threads of the process up, and outputs may be large
+    items = [json.dumps(RESULT.encode(result), separators=(",", ":")) for result in results]
+    return ('{"results":[' + ",".join(items) + "]}").encode()
 
 
 def decode_results(body: bytes) -> list[Result]:
