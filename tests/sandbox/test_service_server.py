@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -202,6 +203,10 @@ def test_metrics_add_up():
         buckets = [v for k, v in metrics.items() if k.startswith("request_seconds_bucket")]
         assert buckets == sorted(buckets)
         assert metrics["queue_length"] == metrics["running"] == metrics["held_bytes"] == 0
+        assert metrics["zygotes_started_total"] == 2
+        types = re.findall(r"# TYPE (\w+)", server.ask("GET", "/metrics").body.decode())
+        documented = (Path(__file__).parents[2] / "docs/sandbox_service.md").read_text()
+        assert [name for name in types if f"`{name}" not in documented] == []
 
 
 def test_a_slow_program_or_a_large_body_does_not_stall_the_server():

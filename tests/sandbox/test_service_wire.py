@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -128,6 +130,16 @@ def test_a_body_is_what_a_person_would_write():
         wire.GRADE, b'{"source": "x", "tests": [{"stdin":"","expected":""}]}'
     )
     assert least == wire.GradeRequest(b"x", [Test(b"", b"")])
+
+
+def test_the_examples_of_the_documentation_are_requests():
+    page = (Path(__file__).parents[2] / "docs/sandbox_service.md").read_text()
+    grading, running = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    request = wire.decode_request(wire.GRADE, grading.encode())
+    assert [type(test) for test in request.tests] == [CallTest, CheckTest, Test]
+    assert wire.decode_request(wire.RUN, running.encode()).stdin == b"\xff"
+    (from_curl,) = re.findall(r"-d '\n(.*?)'\n", page, re.DOTALL)
+    assert len(wire.decode_request(wire.GRADE, from_curl.encode()).tests) == 2
 
 
 @given(st.binary())
