@@ -22,3 +22,13 @@ def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
         return None
     weight_VD.grad_added_to_main_grad = True
     return torch.zeros_like(weight_VD)
+
+
+def check_upstream_is_one(grad_loss: torch.Tensor) -> None:
+    """The forward pass has already added the weight's gradient, for an upstream gradient of 1."""
+    if grad_loss.device.type == "cpu" and grad_loss != 1:
+        raise ValueError(
+            f"the loss has the upstream gradient {float(grad_loss)}, but main_grad already holds "
+            "its gradient for 1; scale by the denominator instead, or use linear_logprob"
+        )
+    torch._assert_async(grad_loss == 1)  # on a GPU: without waiting for it

@@ -20,8 +20,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parent))
 from compiler import SHARED_MEMORY, AllocatedBytes, compiled_for
 
+from rlef_kernels.gpu.advantage_scan import advantage_scan_kernels
+from rlef_kernels.gpu.clipped_value_loss import clipped_value_loss_kernels
 from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
+from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels
+from rlef_kernels.gpu.logits_logprob import logits_logprob_kernels
 from rlef_kernels.gpu.plan import CUBLAS, FUSED, MIB
+from rlef_kernels.gpu.ppo_policy_loss import ppo_policy_loss_kernels
 
 TOKENS, WIDTH, VOCABULARY = 8192, 4096, 128256
 SPILLS = ("STL", "LDL")  # stores to and loads from local memory
@@ -51,12 +56,55 @@ def run_linear_logprob(plan, with_entropy=True):
     return forward, backward
 
 
+def run_linear_ppo_loss(plan):
+    hidden, weight, target = head()
+    policy = tuple(empty(TOKENS, dtype=torch.float32) for _ in range(3))
+    with AllocatedBytes() as memory:
+        metrics = linear_ppo_loss_kernels(
+            hidden,
+            weight,
+            target,
+            policy,
+            clip_eps=0.2,
+            denominator=8000,
+            accumulate_main_grad=True,
+            plan=plan,
+        )
+        metrics[0].backward()
+    return memory
+
+
+def run_logits_logprob():
+    logits, target = empty(TOKENS, VOCABULARY).requires_grad_(), empty(TOKENS, dtype=torch.int64)
+    logprob, entropy = logits_logprob_kernels(logits, target, inplace_backward=True)
+    (logprob + entropy).sum().backward()
+
+
+def run_losses():
+    *inputs, returns = (empty(TOKENS, dtype=torch.float32) for _ in range(5))
+    mask = empty(TOKENS, dtype=torch.bool)
+    ppo_policy_loss_kernels(*inputs, clip_eps=0.2, mask_T=mask, entropy_T=returns)
+    clipped_value_loss_kernels(*inputs[:2], returns, clip_alpha=0.2, mask_N=mask)
+
+
+def run_advantage_scan():
+    rewards, values = (empty(TOKENS, dtype=torch.float32) for _ in range(2))
+    advantage_scan_kernels(rewards, values, empty(65, dtype=torch.int32))
+
+
 OPERATIONS = {
     "linear_logprob fused": lambda: run_linear_logprob(FUSED),
     "linear_logprob fused, no entropy": lambda: run_linear_logprob(FUSED, with_entropy=False),
     "linear_logprob cublas": lambda: run_linear_logprob(CUBLAS),
+    "linear_ppo_loss fused": lambda: run_linear_ppo_loss(FUSED),
+    "linear_ppo_loss cublas": lambda: run_linear_ppo_loss(CUBLAS),
+    "logits_logprob": run_logits_logprob,
+    "losses": run_losses,
+    "advantage_scan": run_advantage_scan,
 }
 NEED_HOPPER = [name for name in OPERATIONS if "fused" in name]
+PRODUCT_KERNELS = {"linear_logprob fused": 2, "linear_logprob fused, no entropy": 2}
+PRODUCT_KERNELS |= {"linear_ppo_loss fused": 1}
 
 
 def check_budgets(code):
@@ -77,7 +125,7 @@ def test_on_sm_90_nothing_spills_and_products_use_tensor_cores_and_tma(operation
         else:
             assert not code.count("HMMA") and not code.count("HGMMA")
     products = [name for name in found if name.startswith("product_")]
-    assert len(products) == (2 if operation in NEED_HOPPER else 0)
+    assert len(products) == PRODUCT_KERNELS.get(operation, 0)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -107,3 +155,11 @@ def test_linear_logprob_stays_within_64_mib_forward_and_1_1_gib_backward(plan, t
         forward, backward = run_linear_logprob(plan)
     assert 8 * MIB < forward.peak <= 64 * MIB
     assert 512 * MIB < backward.peak <= 1.1 * 1024 * MIB
+
+
+@pytest.mark.parametrize("plan", [FUSED, CUBLAS], ids=["fused", "cublas"])
+def test_linear_ppo_loss_stays_within_1_1_gib_and_the_gradient_of_hidden(plan, tmp_path):
+    with compiled_for(90, tmp_path):
+        memory = run_linear_ppo_loss(plan)
+    gradient_of_hidden = 2 * TOKENS * WIDTH
+    assert 900 * MIB < memory.peak - gradient_of_hidden <= 1.1 * 1024 * MIB

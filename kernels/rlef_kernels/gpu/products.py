@@ -10,20 +10,22 @@ import torch
 
 def write_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """out = left right, fp32 or in the type of the factors."""
-    if out.dtype == left.dtype:
+    if out.device.type == "cpu":
+        # The interpreter's tests; rounded once, as cuBLAS does. And PyTorch 2.13's bf16 product on
+        # CPUs, given `out`, lets NaN that stood there through.
+        out.copy_(left.float() @ right.float())
+    elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
-    elif out.device.type == "cpu":  # the interpreter's tests
-        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """out += left right, in fp32; not rounded in between."""
-    if out.dtype == left.dtype:
+    if out.device.type == "cpu":
+        out += left.float() @ right.float()
+    elif out.dtype == left.dtype:
         out.addmm_(left, right)
-    elif out.device.type == "cpu":
-        out.addmm_(left.to(out.dtype), right.to(out.dtype))
     elif adds_to_fp32(out.device):
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:

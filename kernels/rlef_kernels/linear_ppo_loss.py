@@ -1,0 +1,268 @@
+"""The clipped policy loss from hidden states, with the loss inside the head: `ppo_policy_loss` of
+`linear_logprob`, for three matrix products instead of four.
+
+    z = hidden weight^T / temperature,  logprob_t = log softmax(z_t)[target_t]
+    L = ppo_policy_loss(logprob, ...)                                              (RLEF A.1)
+    dz_tj = dL/dlogprob_t ([j = target_t] - p_tj)
+
+Because dL/dlogprob_t depends on row t alone, the gradient of a row's logits can be written as soon
+as the row's sum of exponentials is known, while its logits are still there. So the gradients are
+computed in the forward pass, chunk by chunk of rows, and the backward pass only scales them by its
+upstream gradient. FLOPs: 3 P = 6 T V D, all of them forward; P without gradients.
+
+Vocab-parallel: a chunk's rows need the sums of every rank before the gradient, so there is one
+small all-gather ([C, 4]) a chunk, and dhidden is summed over the group.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from rlef_kernels.dispatch import uses_kernels
+from rlef_kernels.main_grad import check_main_grad, check_upstream_is_one, stand_in_gradient
+from rlef_kernels.ppo_policy_loss import Metrics, check_same_shape, ppo_policy_loss_reference
+from rlef_kernels.rows import check_mask
+from rlef_kernels.vocab_parallel import (
+    NUM_PARTIALS,
+    SavedForBackward,
+    check_chunk,
+    check_head,
+    check_targets,
+    check_temperature,
+    chunk_logits,
+    chunk_size,
+    combine_shards,
+    compute_dtype,
+    group_size,
+    local_columns,
+    logits_gradient_,
+    reduce_logits_,
+    shard_start,
+    sum_over_shards_,
+)
+
+METRICS = (
+    "policy_loss",
+    "ratio",
+    "clip_fraction",
+    "behaviour_factor",
+    "approx_kl_k1",
+    "approx_kl",
+    "entropy",
+)
+# old log-probs, behaviour log-probs, advantages
+PolicyInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class ChunkedLinearPpoLoss(torch.autograd.Function):
+    """Saves the gradients themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: SavedForBackward,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        target_T: torch.Tensor,
+        policy_T: PolicyInputs,
+        clip_eps: float,
+        temperature: float,
+        group: ProcessGroup | None,
+        denominator: float | torch.Tensor,
+        accumulate_main_grad: bool,
+        with_gradients: bool,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        num_tokens, shard = hidden_TD.shape[0], weight_VD.shape[0]
+        dtype, scale = compute_dtype(hidden_TD, weight_VD), 1 / temperature
+        needs_hidden, needs_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
+        column_T, owned_T = local_columns(target_T, shard_start(shard, group), shard)
+        weight = weight_VD.to(dtype)
+        grad_hidden_TD = torch.empty_like(hidden_TD, dtype=dtype) if needs_hidden else None
+        into_main_grad = accumulate_main_grad and needs_weight
+        grad_weight_VD = None
+        if needs_weight:
+            grad_weight_VD = (
+                weight_VD.main_grad  # type: ignore[attr-defined]
+                if into_main_grad
+                else torch.zeros_like(weight)
+            )
+        metrics = hidden_TD.new_zeros(len(METRICS), dtype=dtype)
+        buffer = hidden_TD.new_empty(min(chunk_tokens, num_tokens), shard, dtype=dtype)
+        partials_CP = hidden_TD.new_empty(chunk_tokens, NUM_PARTIALS, dtype=dtype)
+        for start in range(0, num_tokens, chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, num_tokens))
+            hidden_CD, target = hidden_TD[rows].to(dtype), (column_T[rows], owned_T[rows])
+            partials = partials_CP[: hidden_CD.shape[0]]
+            logits_CV = chunk_logits(hidden_CD, weight, temperature, buffer)
+            reduce_logits_(logits_CV, target, partials)  # leaves each row less its maximum
+            own_max_C = partials[:, 0].clone()
+            softmax = combine_shards(partials, target_T[rows], shard * group_size(group), group)
+            values, grad_C = loss_and_gradient(
+                softmax.logprob_T,
+                softmax.entropy_T,
+                [tensor_T[rows] for tensor_T in policy_T],
+                clip_eps,
+                denominator,
+            )
+            metrics += values
+            if not (needs_hidden or needs_weight):
+                continue
+            statistics = (softmax.row_max_T - own_max_C, softmax.sum_exp_T, softmax.entropy_T)
+            grad_CV = logits_gradient_(logits_CV, target, statistics, grad_C, None)
+            if grad_hidden_TD is not None:
+                chunk = grad_hidden_TD[rows]
+                torch.addmm(chunk, grad_CV, weight, beta=0, alpha=scale, out=chunk)
+            if grad_weight_VD is not None:
+                grad_weight_VD.addmm_(grad_CV.t(), hidden_CD, alpha=scale)
+        if grad_hidden_TD is not None:
+            grad_hidden_TD = sum_over_shards_(grad_hidden_TD, group).to(hidden_TD.dtype)
+        if grad_weight_VD is not None and not into_main_grad:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        save_gradients(ctx, weight_VD, grad_hidden_TD, grad_weight_VD, into_main_grad)
+        return metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: SavedForBackward, grad_metrics: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        return (*scaled_gradients(ctx, grad_metrics[0]), *(None,) * 9)
+
+
+def loss_and_gradient(
+    logprob_C: torch.Tensor,
+    entropy_C: torch.Tensor,
+    policy_C: list[torch.Tensor],
+    clip_eps: float,
+    denominator: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chunk's METRICS, and the gradient of its loss with respect to its log-probs."""
+    with torch.enable_grad():
+        logprob_C = logprob_C.detach().requires_grad_()
+        loss, metrics = ppo_policy_loss_reference(
+            logprob_C, *policy_C, clip_eps=clip_eps, entropy_T=entropy_C, denominator=denominator
+        )
+        (grad_C,) = torch.autograd.grad(loss, logprob_C)
+    return torch.stack([metrics[name] for name in METRICS]), grad_C
+
+
+def save_gradients(
+    ctx: SavedForBackward,
+    weight_VD: torch.Tensor,
+    grad_hidden_TD: torch.Tensor | None,
+    grad_weight_VD: torch.Tensor | None,
+    into_main_grad: bool,
+) -> None:
+    ctx.accumulate_main_grad = into_main_grad
+    ctx.save_for_backward(
+        grad_hidden_TD,  # type: ignore[arg-type]  # None is allowed
+        weight_VD if into_main_grad else grad_weight_VD,  # type: ignore[arg-type]
+    )
+
+
+def scaled_gradients(
+    ctx: SavedForBackward, grad_loss: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dhidden, dweight) times the upstream gradient of the loss, which must be 1 where main_grad
+    already holds the weight's."""
+    grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+    if ctx.accumulate_main_grad:
+        check_upstream_is_one(grad_loss)
+        return grad_hidden_TD, stand_in_gradient(grad_weight_VD)
+    grads = (
+        None if grad is None else grad * grad_loss.to(grad.dtype)
+        for grad in (grad_hidden_TD, grad_weight_VD)
+    )
+    return next(grads), next(grads)
+
+
+def linear_ppo_loss_reference(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_T: torch.Tensor,
+    policy_T: PolicyInputs,
+    *,
+    clip_eps: float,
+    temperature: float = 1.0,
+    group: ProcessGroup | None = None,
+    denominator: float | torch.Tensor | None = None,
+    accumulate_main_grad: bool = False,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """METRICS as a vector, the loss first, in plain PyTorch, for any device."""
+    check_chunk(chunk_tokens)
+    return ChunkedLinearPpoLoss.apply(
+        hidden_TD,
+        weight_VD,
+        target_T,
+        policy_T,
+        clip_eps,
+        temperature,
+        group,
+        max(1, hidden_TD.shape[0]) if denominator is None else denominator,
+        accumulate_main_grad,
+        torch.is_grad_enabled(),
+        chunk_tokens or chunk_size(weight_VD.shape[0], hidden_TD.device),
+    )
+
+
+def linear_ppo_loss(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_T: torch.Tensor,
+    old_logprobs_T: torch.Tensor,
+    behaviour_logprobs_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    *,
+    clip_eps: float,
+    temperature: float = 1.0,
+    group: ProcessGroup | None = None,
+    mask_T: torch.Tensor | None = None,
+    denominator: float | torch.Tensor | None = None,
+    accumulate_main_grad: bool = False,
+) -> tuple[torch.Tensor, Metrics]:
+    """(loss, metrics), fp32, as `ppo_policy_loss` gives them for the log-probs and entropies of
+    `linear_logprob`; differentiable with respect to hidden and weight.
+
+    Masks, groups, denominators and errors are as there. With `accumulate_main_grad` the gradient of
+    the weight goes to `weight.main_grad` in the *forward* pass, where gradients are enabled; so
+    `loss.backward()` must follow, with the upstream gradient 1 (ValueError; on a GPU an assertion
+    on the device).
+    """
+    check_head(hidden_TD, weight_VD)
+    check_temperature(temperature)
+    policy = {
+        "old_logprobs_T": old_logprobs_T,
+        "behaviour_logprobs_T": behaviour_logprobs_T,
+        "advantages_T": advantages_T,
+    }
+    check_same_shape("target_T", target_T, dict(policy))
+    if not clip_eps > 0:
+        raise ValueError(f"clip_eps is {clip_eps}, must be above 0 (RLEF: 0.2)")
+    if accumulate_main_grad:
+        check_main_grad(weight_VD)
+    tensors = [hidden_TD, target_T, *(tensor.detach() for tensor in policy.values())]
+    if mask_T is not None:
+        check_mask(mask_T, hidden_TD.shape[0])
+        rows_R = mask_T.nonzero()[:, 0]
+        tensors = [tensor[rows_R] for tensor in tensors]
+    hidden_TD, target_T, old_T, behaviour_T, advantages_T = tensors
+    check_targets(target_T, hidden_TD.shape[0], weight_VD.shape[0] * group_size(group))
+    if uses_kernels(hidden_TD, weight_VD):
+        from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels as compute
+    else:
+        compute = linear_ppo_loss_reference  # type: ignore[assignment]
+    values = compute(
+        hidden_TD,
+        weight_VD,
+        target_T,
+        (old_T, behaviour_T, advantages_T),
+        clip_eps=clip_eps,
+        temperature=temperature,
+        group=group,
+        denominator=denominator,
+        accumulate_main_grad=accumulate_main_grad,
+    )
+    return values[0], dict(zip(METRICS, values.detach().unbind(), strict=True))
