@@ -28,6 +28,7 @@ HIGH = [20 + 8 * index for index in range(6)]
 
 AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32_BIT = 0x40000000
+SIGN_BIT = 0x80000000
 
 ALLOWED = (RETURN, 0, 0, 0x7FFF0000)
 KILLED = (RETURN, 0, 0, 0x80000000)
@@ -94,6 +95,16 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         signal_at = LOW[1] if number == kill else LOW[2]
         own = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, OWN_PID), denied]
         return [*own, (LOAD, 0, 0, signal_at), (JUMP_EQUAL, 0, 1, SIGKILL), denied, ALLOWED]
+    if action is Action.CLOCK:
+        return [
+            (LOAD, 0, 0, LOW[0]),
+            (JUMP_AT_LEAST, 0, 1, SIGN_BIT),
+            refused(errno.EINVAL),
+            ALLOWED,
+        ]
+    if action is Action.ABOUT_SELF:
+        priority = {"x86_64": 140, "aarch64": 141}[machine]  # asks (of a kind, whom)
+        return one_of(LOW[1 if number == priority else 0], (0, OWN_PID), denied)
     if action is Action.FUTEX:
         load, *rest = one_of(LOW[1], FUTEX_COMMANDS, refused(errno.ENOSYS))
         return [load, (AND, 0, 0, FUTEX_COMMAND), *rest]

@@ -28,6 +28,8 @@ class Action(enum.Enum):
     FUTEX = enum.auto()
     PRCTL = enum.auto()
     SIGNAL_SELF = enum.auto()
+    ABOUT_SELF = enum.auto()
+    CLOCK = enum.auto()
     PROCESS = enum.auto()
     EXECUTE_GIVEN = enum.auto()
     THREAD_POINTER = enum.auto()
@@ -82,7 +84,7 @@ GROUPS = (
         "its own threads and signals",
         """
         set_robust_list 273/99, set_tid_address 218/96, rseq 334/293,
-        sched_yield 24/124, sched_getaffinity 204/123, gettid 186/178, exit 60/93,
+        sched_yield 24/124, gettid 186/178, exit 60/93,
         exit_group 231/94, rt_sigaction 13/134, rt_sigprocmask 14/135, rt_sigreturn 15/139,
         rt_sigsuspend 130/133, rt_sigpending 127/136, rt_sigtimedwait 128/137,
         sigaltstack 131/132, restart_syscall 219/128, wait4 61/260, waitid 247/95
@@ -92,7 +94,6 @@ GROUPS = (
         Action.ALLOW,
         "clocks, sleeping and timers, bounded by the wall clock limit",
         """
-        clock_gettime 228/113, clock_getres 229/114, clock_nanosleep 230/115,
         nanosleep 35/101, gettimeofday 96/169, time 201/-, times 100/153, pause 34/-,
         alarm 37/-, getitimer 36/102, setitimer 38/103
         """,
@@ -112,9 +113,22 @@ GROUPS = (
         """
         getpid 39/172, getppid 110/173, getuid 102/174, geteuid 107/175, getgid 104/176,
         getegid 108/177, getresuid 118/148, getresgid 120/150, getgroups 115/158,
-        getpgrp 111/-, getpgid 121/155, getsid 124/156, getpriority 140/141,
-        getrlimit 97/163, getrusage 98/165, getcpu 309/168,
-        sysinfo 99/179, uname 63/160, getrandom 318/278, capget 125/90
+        getpgrp 111/-, getrlimit 97/163, getrusage 98/165, getcpu 309/168,
+        sysinfo 99/179, uname 63/160, getrandom 318/278
+        """,
+    ),
+    Group(
+        Action.CLOCK,
+        "the same, by the machine's clocks; a negative number is a clock of some process",
+        """
+        clock_gettime 228/113, clock_getres 229/114, clock_nanosleep 230/115
+        """,
+    ),
+    Group(
+        Action.ABOUT_SELF,
+        "facts about itself, never whether another process is there",
+        """
+        getpgid 121/155, getsid 124/156, getpriority 140/141, sched_getaffinity 204/123
         """,
     ),
     Group(
@@ -229,11 +243,11 @@ GROUPS = (
     ),
     Group(
         Action.DENY,
-        "nobody else's identity",
+        "nobody else's identity; capget would tell whether another process is there",
         """
         setuid 105/146, setgid 106/144, setreuid 113/145, setregid 114/143,
         setresuid 117/147, setresgid 119/149, setfsuid 122/151, setfsgid 123/152,
-        setgroups 116/159, capset 126/91
+        setgroups 116/159, capset 126/91, capget 125/90
         """,
     ),
     Group(

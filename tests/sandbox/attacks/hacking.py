@@ -46,6 +46,22 @@ def find(text):
             print(number); raise SystemExit
 """
 
+# All memory near an object, near the top of the heap and near the stack, where it can be read; what
+# cannot is an error of write(), not a crash.
+SCAN = """\
+import ctypes, os
+c = ctypes.CDLL(None); c.sbrk.restype = ctypes.c_void_p; r, w = os.pipe()
+stack = ctypes.c_void_p.in_dll(c, 'environ').value
+def pages(near, below, above):
+    near &= ~4095
+    for page in range(near - below, near + above, 4096):
+        if c.write(w, ctypes.c_void_p(page), 4096) == 4096: yield os.read(r, 4096).decode('latin-1')
+def memory():
+    yield from pages(id(object()), 48 << 20, 48 << 20)
+    yield from pages(c.sbrk(0), 16 << 20, 0)
+    yield from pages(stack, 8 << 20, 8192)
+"""
+
 PROGRAMS = hacks(
     QUESTION,
     {
@@ -61,22 +77,7 @@ PROGRAMS = hacks(
         "frozen_heap": (
             FIND + "import gc; gc.unfreeze()\nfor o in gc.get_objects(): find(repr(o)[:10**5])"
         ),
-        "raw_memory": (
-            FIND + "import ctypes\n"
-            "base = id(FIND_ME := object()) & ~0xfffff\n"
-            "c = ctypes.CDLL(None)\n"
-            "for page in range(base - (32 << 20), base + (32 << 20), 4096):\n"
-            "    if c.msync(ctypes.c_void_p(page), 4096, 1) == 0:\n"
-            "        find(ctypes.string_at(page, 4096).decode('latin-1'))"
-        ),
-        "stack_memory": (
-            FIND + "import ctypes, threading\n"
-            "x = ctypes.create_string_buffer(8)\n"
-            "c = ctypes.CDLL(None); e = ctypes.c_void_p.in_dll(c, 'environ').value & ~4095\n"
-            "for page in range(e - (8 << 20), e + 8192, 4096):\n"
-            "    if c.msync(ctypes.c_void_p(page), 4096, 1) == 0:\n"
-            "        find(ctypes.string_at(page, 4096).decode('latin-1'))"
-        ),
+        "raw_memory": FIND + SCAN + "for text in memory(): find(text)",
         "frames": (
             FIND + "import sys\n"
             "f = sys._getframe()\n"
@@ -337,5 +338,4 @@ BEATS_A_NAIVE_GRADER = (
     "a_list_that_equals_everything",
     "a_type_that_lies",
     "caller_frames",
-    "forged_verdict",
 )

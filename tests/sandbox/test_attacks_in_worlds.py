@@ -1,0 +1,79 @@
+"""The attacks again, started by root and by an ordinary user, with layers missing one by one.
+
+What must hold in a world follows from the table alone: an attack is stopped where one of its
+layers is on, and succeeds where none is. A world is a process of its own (`attacks/worlds.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from tests.sandbox.attacks.attack import KERNEL
+from tests.sandbox.attacks.suite import ATTACKS, CATEGORIES
+from tests.sandbox.attacks.worlds import ROOT, WORLDS, is_stopped
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="calls by x86-64 number")
+
+
+@functools.cache
+def tried_in(name: str) -> dict:
+    """What `worlds.py` says of a world. Skips where this machine cannot make it."""
+    if WORLDS[name].root and os.getuid() != 0:
+        pytest.skip("takes root to begin as")
+    command = [sys.executable, "-m", "tests.sandbox.attacks.worlds", name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "sandbox")])}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    if "IsolationError" in ended.stderr:
+        pytest.skip(f"this machine gives too little: {ended.stderr.strip().splitlines()[-1]}")
+    assert ended.returncode == 0, ended.stderr
+    world = json.loads(ended.stdout)
+    if missing := WORLDS[name].layers - set(world["layers"]):
+        pytest.skip(f"this machine gives no {', '.join(sorted(missing))}")
+    return world
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_world_has_just_the_layers_it_is_said_to_have(name: str) -> None:
+    assert set(tried_in(name)["layers"]) == WORLDS[name].layers
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("name", WORLDS)
+def test_an_attack_is_stopped_where_a_layer_against_it_is_on(name: str, category: str) -> None:
+    ends = tried_in(name)["ends"]
+    for key, end in ends.items():
+        if key.partition(".")[0] == category and is_stopped(ATTACKS[key], WORLDS[name].layers):
+            assert end["held"], (key, end)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_an_attack_succeeds_where_no_layer_against_it_is_on(name: str) -> None:
+    ends = tried_in(name)["ends"]
+    for key, end in ends.items():
+        attack = ATTACKS[key]
+        if not is_stopped(attack, WORLDS[name].layers) and KERNEL not in attack.stopped_by:
+            assert end["broke_out"], (key, end)
+
+
+def test_every_safe_attack_that_a_layer_stops_succeeds_somewhere() -> None:
+    """So that no row of the table is an attack in name only."""
+    through = {
+        key for name in WORLDS for key, end in tried_in(name)["ends"].items() if end["broke_out"]
+    }
+    claimed = {
+        key
+        for key, attack in ATTACKS.items()
+        if attack.safe
+        and KERNEL not in attack.stopped_by
+        and not is_stopped(attack, WORLDS["bare"].layers)
+    }
+    assert claimed <= through
