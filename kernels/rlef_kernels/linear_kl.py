@@ -11,7 +11,8 @@ The two models may differ in width; the vocabulary and its sharding are the same
 and P' = 2 T V E; forward P + P', backward 3 P + P' (the logits are computed again). [T, V] is never
 stored.
 
-Tuned Triton kernels are not there yet: CPU and CUDA tensors both run the chunked PyTorch form.
+On NVIDIA GPUs `rlef_kernels.gpu.linear_kl` computes this; the chunked PyTorch form here defines it
+and runs everywhere else.
 
 Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard, C tokens of a chunk, P partial
 sums, R ranks.
@@ -21,6 +22,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from rlef_kernels.dispatch import uses_kernels
+from rlef_kernels.rows import rows_with_gradient, scatter_rows, select_rows
 from rlef_kernels.vocab_parallel import (
     SavedForBackward,
     check_chunk,
@@ -66,7 +69,11 @@ class ChunkedLinearKl(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: SavedForBackward, grad_kl_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE, *saved = ctx.saved_tensors
+        whole_TD, weight_VD, ref_hidden_TE, ref_weight_VE, *saved = ctx.saved_tensors
+        rows_R = rows_with_gradient(grad_kl_T)
+        hidden_TD, ref_hidden_TE, grad_kl_T, *saved = (
+            select_rows(tensor, rows_R) for tensor in (whole_TD, ref_hidden_TE, grad_kl_T, *saved)
+        )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype, step, scale = grad_kl_T.dtype, ctx.chunk_tokens, 1 / ctx.temperature
         weight, ref_weight = weight_VD.to(dtype), ref_weight_VE.to(dtype)
@@ -90,6 +97,7 @@ class ChunkedLinearKl(torch.autograd.Function):
                 grad_weight_VD.addmm_(grad_CV.t(), hidden_CD, alpha=scale)
         if grad_hidden_TD is not None:
             grad_hidden_TD = sum_over_shards_(grad_hidden_TD, ctx.group).to(hidden_TD.dtype)
+            grad_hidden_TD = scatter_rows(grad_hidden_TD, rows_R, whole_TD.shape[0])
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None, None
@@ -151,6 +159,7 @@ def linear_kl_reference(
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """`linear_kl` in plain PyTorch, for any device; arithmetic in fp32, in fp64 for fp64 inputs."""
+    check_chunk(chunk_tokens)
     step = chunk_tokens or chunk_size(weight_VD.shape[0], hidden_TD.device)
     return ChunkedLinearKl.apply(
         hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE, temperature, group, step
@@ -165,7 +174,6 @@ def linear_kl(
     *,
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
-    chunk_tokens: int | None = None,
 ) -> torch.Tensor:
     """kl_T, fp32, in nats; differentiable with respect to the policy's hidden and weight.
 
@@ -178,7 +186,6 @@ def linear_kl(
     """
     check_head(hidden_TD, weight_VD)
     check_head(ref_hidden_TE, ref_weight_VE)
-    check_chunk(chunk_tokens)
     check_temperature(temperature)
     if len(hidden_TD) != len(ref_hidden_TE) or len(weight_VD) != len(ref_weight_VE):
         raise ValueError(
@@ -187,12 +194,15 @@ def linear_kl(
         )
     if torch.is_grad_enabled() and (ref_hidden_TE.requires_grad or ref_weight_VE.requires_grad):
         raise ValueError("the reference is a constant here; detach ref_hidden_TE and ref_weight_VE")
-    return linear_kl_reference(
+    if uses_kernels(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE):
+        from rlef_kernels.gpu.linear_kl import linear_kl_kernels as compute
+    else:
+        compute = linear_kl_reference  # type: ignore[assignment]
+    return compute(
         hidden_TD,
         weight_VD,
         ref_hidden_TE,
         ref_weight_VE,
         temperature=temperature,
         group=group,
-        chunk_tokens=chunk_tokens,
     )

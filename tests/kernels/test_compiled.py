@@ -22,6 +22,7 @@ from compiler import SHARED_MEMORY, AllocatedBytes, compiled_for
 
 from rlef_kernels.gpu.advantage_scan import advantage_scan_kernels
 from rlef_kernels.gpu.clipped_value_loss import clipped_value_loss_kernels
+from rlef_kernels.gpu.linear_kl import linear_kl_kernels
 from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
 from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels
 from rlef_kernels.gpu.logits_logprob import logits_logprob_kernels
@@ -74,6 +75,16 @@ def run_linear_ppo_loss(plan):
     return memory
 
 
+def run_linear_kl(plan):
+    hidden, weight, _ = head(main_grad=False)
+    reference = [tensor.detach() for tensor in (hidden, weight)]
+    with AllocatedBytes() as forward:
+        kl = linear_kl_kernels(hidden, weight, *reference, plan=plan)
+    with AllocatedBytes() as backward:
+        kl.sum().backward()
+    return forward, backward
+
+
 def run_logits_logprob():
     logits, target = empty(TOKENS, VOCABULARY).requires_grad_(), empty(TOKENS, dtype=torch.int64)
     logprob, entropy = logits_logprob_kernels(logits, target, inplace_backward=True)
@@ -98,13 +109,15 @@ OPERATIONS = {
     "linear_logprob cublas": lambda: run_linear_logprob(CUBLAS),
     "linear_ppo_loss fused": lambda: run_linear_ppo_loss(FUSED),
     "linear_ppo_loss cublas": lambda: run_linear_ppo_loss(CUBLAS),
+    "linear_kl fused": lambda: run_linear_kl(FUSED),
+    "linear_kl cublas": lambda: run_linear_kl(CUBLAS),
     "logits_logprob": run_logits_logprob,
     "losses": run_losses,
     "advantage_scan": run_advantage_scan,
 }
 NEED_HOPPER = [name for name in OPERATIONS if "fused" in name]
 PRODUCT_KERNELS = {"linear_logprob fused": 2, "linear_logprob fused, no entropy": 2}
-PRODUCT_KERNELS |= {"linear_ppo_loss fused": 1}
+PRODUCT_KERNELS |= {"linear_ppo_loss fused": 1, "linear_kl fused": 2}
 
 
 def check_budgets(code):
@@ -120,11 +133,11 @@ def test_on_sm_90_nothing_spills_and_products_use_tensor_cores_and_tma(operation
     assert found
     for code in found.values():
         check_budgets(code)
-        if code.name.startswith("product_"):
+        if "product" in code.name:
             assert code.count("HGMMA") and code.count("UTMALDG"), code.name
         else:
             assert not code.count("HMMA") and not code.count("HGMMA")
-    products = [name for name in found if name.startswith("product_")]
+    products = [name for name in found if "product" in name]
     assert len(products) == PRODUCT_KERNELS.get(operation, 0)
 
 
@@ -134,7 +147,7 @@ def test_on_sm_100_products_use_its_tensor_cores(operation, tmp_path):
         OPERATIONS[operation]()
     for code in found.values():
         assert code.shared_bytes <= SHARED_MEMORY
-        if code.name.startswith("product_"):
+        if "product" in code.name:
             assert code.count("UTCHMMA") and code.count("UTMALDG"), code.name
         else:
             check_budgets(code)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlef_kernels import linear_kl, linear_logprob_reference, logits_logprob
+from rlef_kernels import linear_kl_reference, linear_logprob_reference, logits_logprob
 
 TOKENS, WIDTH, VOCABULARY, RANKS = 23, 12, 50, 2
 
@@ -50,7 +50,9 @@ def results(tokens: int, rank: int, group: dist.ProcessGroup | None) -> dict[str
     (found["logits weight"],) = torch.autograd.grad(loss, logits)
     found["logits logprob"], found["logits entropy"] = logprob.detach(), entropy.detach()
 
-    kl = linear_kl(hidden, shard, ref_hidden, ref_weight[columns], group=group, chunk_tokens=7)
+    kl = linear_kl_reference(
+        hidden, shard, ref_hidden, ref_weight[columns], group=group, chunk_tokens=7
+    )
     found["kl hidden"], found["kl weight"] = torch.autograd.grad((kl * ramp).sum(), (hidden, shard))
     found["kl"] = kl.detach()
     return found

@@ -41,9 +41,9 @@ FUSED = Plan(fused=True, tile_columns=FUSED_COLUMNS)
 CUBLAS = Plan(fused=False, tile_columns=CUBLAS_COLUMNS)
 
 
-def choose_plan(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> Plan:
+def choose_plan(*matrices: torch.Tensor) -> Plan:
     """Fused wherever it can run."""
-    return FUSED if can_fuse(hidden_TD, weight_VD) else CUBLAS
+    return FUSED if can_fuse(*matrices) else CUBLAS
 
 
 def can_fuse(*matrices: torch.Tensor) -> bool:

@@ -1,0 +1,216 @@
+"""The Triton kernels of `rlef_kernels.gpu.linear_kl`.
+
+With a = z - max z and b = y - max y over a tile, z of the policy and y of the reference, a tile
+leaves five sums: max z, sum e^a, sum e^a (a - b), max y, sum e^b.
+
+Shape suffixes: of a tile, R rows and C columns; N tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from rlef_kernels.gpu.tiles import LOWEST_LOGIT, product_tile, tile_position
+
+
+@triton.jit
+def store_sums(logits_RC, ref_RC, row_R, sums_ptr, tile, tiles, num_tokens, exponent_scale):
+    """sums[5, tiles, T] of a tile; the columns past the vocabulary hold LOWEST_LOGIT."""
+    inside_R = row_R < num_tokens
+    at_R = sums_ptr + tl.cast(tile, tl.int64) * num_tokens + row_R
+    stride = tl.cast(tiles, tl.int64) * num_tokens
+    max_R, ref_max_R = tl.max(logits_RC, 1), tl.max(ref_RC, 1)
+    shifted_RC, ref_shifted_RC = logits_RC - max_R[:, None], ref_RC - ref_max_R[:, None]
+    exp_RC = tl.exp2(shifted_RC * exponent_scale)
+    tl.store(at_R, max_R, mask=inside_R)
+    tl.store(at_R + stride, tl.sum(exp_RC, 1), mask=inside_R)
+    weighted_R = tl.sum(exp_RC * (shifted_RC - ref_shifted_RC), 1)
+    tl.store(at_R + 2 * stride, weighted_R, mask=inside_R)
+    tl.store(at_R + 3 * stride, ref_max_R, mask=inside_R)
+    ref_sum_R = tl.sum(tl.exp2(ref_shifted_RC * exponent_scale), 1)
+    tl.store(at_R + 4 * stride, ref_sum_R, mask=inside_R)
+
+
+@triton.jit
+def kl_gradient(logits_RC, ref_RC, row_R, rows_ptr, num_tokens, inverse_temperature):
+    """dz = g p (log p - log q - KL) / temperature."""
+    inside_R = row_R < num_tokens
+    at_R = rows_ptr + row_R
+    max_R = tl.load(at_R, mask=inside_R, other=0.0)
+    log_sum_R = tl.load(at_R + num_tokens, mask=inside_R, other=0.0)
+    ref_max_R = tl.load(at_R + 2 * num_tokens, mask=inside_R, other=0.0)
+    ref_log_sum_R = tl.load(at_R + 3 * num_tokens, mask=inside_R, other=0.0)
+    kl_R = tl.load(at_R + 4 * num_tokens, mask=inside_R, other=0.0)
+    g_R = tl.load(at_R + 5 * num_tokens, mask=inside_R, other=0.0)
+    logprob_RC = (logits_RC * inverse_temperature - max_R[:, None]) - log_sum_R[:, None]
+    ref_RC = ref_RC * inverse_temperature - ref_max_R[:, None]
+    difference_RC = logprob_RC - ref_RC + (ref_log_sum_R - kl_R)[:, None]
+    return tl.exp(logprob_RC) * difference_RC * (g_R * inverse_temperature)[:, None]
+
+
+@triton.jit(do_not_specialize=["num_tokens"])  # it varies from call to call
+def two_products_statistics_kernel(
+    hidden_TD,
+    weight_VD,
+    ref_hidden_TE,
+    ref_weight_VE,
+    sums_ptr,
+    num_tokens,
+    vocabulary,
+    width,
+    ref_width,
+    exponent_scale,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tiles, column_tiles = tl.cdiv(num_tokens, R), tl.cdiv(vocabulary, C)
+    row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    row, column = row_tile * R, column_tile * C
+    logits_RC = product_tile(hidden_TD, weight_VD, row, column, width, R, C, D)
+    ref_RC = product_tile(ref_hidden_TE, ref_weight_VE, row, column, ref_width, R, C, D)
+    inside_RC = (column + tl.arange(0, C) < vocabulary)[None, :]
+    store_sums(
+        tl.where(inside_RC, logits_RC, LOWEST_LOGIT),
+        tl.where(inside_RC, ref_RC, LOWEST_LOGIT),
+        row + tl.arange(0, R),
+        sums_ptr,
+        column_tile,
+        column_tiles,
+        num_tokens,
+        exponent_scale,
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def two_products_gradient_kernel(
+    hidden_TD,
+    weight_CD,
+    ref_hidden_TE,
+    ref_weight_CE,
+    gradient_TC,
+    rows_ptr,
+    num_tokens,
+    columns,
+    width,
+    ref_width,
+    inverse_temperature,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tiles, column_tiles = tl.cdiv(num_tokens, R), tl.cdiv(columns, C)
+    row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    row, column = row_tile * R, column_tile * C
+    logits_RC = product_tile(hidden_TD, weight_CD, row, column, width, R, C, D)
+    ref_RC = product_tile(ref_hidden_TE, ref_weight_CE, row, column, ref_width, R, C, D)
+    row_R = row + tl.arange(0, R)
+    gradient_RC = kl_gradient(logits_RC, ref_RC, row_R, rows_ptr, num_tokens, inverse_temperature)
+    gradient_TC.store([row, column], gradient_RC.to(gradient_TC.dtype))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_tile"])
+def two_logits_statistics_kernel(
+    logits_ptr,
+    ref_ptr,
+    sums_ptr,
+    row_stride,
+    num_tokens,
+    columns,
+    first_tile,
+    num_tiles,
+    exponent_scale,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """From fp32 logits in memory."""
+    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    column_C = tl.program_id(1) * C + tl.arange(0, C)
+    inside_RC = (row_R < num_tokens)[:, None] & (column_C < columns)[None, :]
+    at_RC = row_R.to(tl.int64)[:, None] * row_stride + column_C[None, :]
+    store_sums(
+        tl.load(logits_ptr + at_RC, mask=inside_RC, other=LOWEST_LOGIT),
+        tl.load(ref_ptr + at_RC, mask=inside_RC, other=LOWEST_LOGIT),
+        row_R,
+        sums_ptr,
+        first_tile + tl.program_id(1),
+        num_tiles,
+        num_tokens,
+        exponent_scale,
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def two_logits_gradient_kernel(
+    logits_ptr,
+    ref_ptr,
+    gradient_ptr,
+    rows_ptr,
+    row_stride,
+    gradient_stride,
+    num_tokens,
+    columns,
+    inverse_temperature,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    column_C = tl.program_id(1) * C + tl.arange(0, C)
+    inside_RC = (row_R < num_tokens)[:, None] & (column_C < columns)[None, :]
+    row64_R = row_R.to(tl.int64)
+    at_RC = row64_R[:, None] * row_stride + column_C[None, :]
+    logits_RC = tl.load(logits_ptr + at_RC, mask=inside_RC, other=0.0)
+    ref_RC = tl.load(ref_ptr + at_RC, mask=inside_RC, other=0.0)
+    gradient_RC = kl_gradient(logits_RC, ref_RC, row_R, rows_ptr, num_tokens, inverse_temperature)
+    at_RC = row64_R[:, None] * gradient_stride + column_C[None, :]
+    gradient_RC = gradient_RC.to(gradient_ptr.dtype.element_ty)
+    tl.store(gradient_ptr + at_RC, gradient_RC, mask=inside_RC)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def combine_two_tiles_kernel(
+    sums_ptr,
+    out_ptr,
+    num_tokens,
+    num_tiles,
+    inverse_temperature,
+    R: tl.constexpr,
+    N: tl.constexpr,
+):
+    """All tiles of a row, N at a time in ascending order, to out[T, 5], with the temperature in."""
+    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    inside_R = row_R < num_tokens
+    stride = tl.cast(num_tiles, tl.int64) * num_tokens
+    max_R = tl.full((R,), LOWEST_LOGIT, tl.float32)
+    ref_max_R = tl.full((R,), LOWEST_LOGIT, tl.float32)
+    sum_R, ref_sum_R = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    weighted_R = tl.zeros((R,), tl.float32)
+    for first in range(0, num_tiles, N):
+        tile_N = first + tl.arange(0, N)
+        at_NR = sums_ptr + tile_N.to(tl.int64)[:, None] * num_tokens + row_R[None, :]
+        inside_NR = (tile_N < num_tiles)[:, None] & inside_R[None, :]
+        max_NR = tl.load(at_NR, mask=inside_NR, other=LOWEST_LOGIT)
+        sum_NR = tl.load(at_NR + stride, mask=inside_NR, other=0.0)
+        weighted_NR = tl.load(at_NR + 2 * stride, mask=inside_NR, other=0.0)
+        ref_max_NR = tl.load(at_NR + 3 * stride, mask=inside_NR, other=LOWEST_LOGIT)
+        ref_sum_NR = tl.load(at_NR + 4 * stride, mask=inside_NR, other=0.0)
+        new_max_R = tl.maximum(max_R, tl.max(max_NR, 0))
+        new_ref_max_R = tl.maximum(ref_max_R, tl.max(ref_max_NR, 0))
+        shift_NR, shift_R = max_NR - new_max_R[None, :], max_R - new_max_R
+        ref_shift_NR, ref_shift_R = ref_max_NR - new_ref_max_R[None, :], ref_max_R - new_ref_max_R
+        scale_NR = tl.exp(shift_NR * inverse_temperature)
+        scale_R = tl.exp(shift_R * inverse_temperature)
+        weighted_R = scale_R * (weighted_R + sum_R * (shift_R - ref_shift_R))
+        moved_NR = weighted_NR + sum_NR * (shift_NR - ref_shift_NR)
+        weighted_R += tl.sum(scale_NR * moved_NR, 0)
+        sum_R = scale_R * sum_R + tl.sum(scale_NR * sum_NR, 0)
+        ref_sum_R *= tl.exp(ref_shift_R * inverse_temperature)
+        ref_sum_R += tl.sum(tl.exp(ref_shift_NR * inverse_temperature) * ref_sum_NR, 0)
+        max_R, ref_max_R = new_max_R, new_ref_max_R
+    out_R = out_ptr + 5 * row_R
+    tl.store(out_R, max_R * inverse_temperature, mask=inside_R)
+    tl.store(out_R + 1, sum_R, mask=inside_R)
+    tl.store(out_R + 2, weighted_R * inverse_temperature, mask=inside_R)
+    tl.store(out_R + 3, ref_max_R * inverse_temperature, mask=inside_R)
+    tl.store(out_R + 4, ref_sum_R, mask=inside_R)
