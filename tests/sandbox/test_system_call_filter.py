@@ -1,0 +1,289 @@
+"""The filter of system calls, interpreted here: against the table in plain words, and libseccomp.
+
+Every number is tried, with arguments at and around the bounds of every rule and with rubbish in
+the high words: the kernel takes the low word of an `int` (its definitions of the calls say which
+argument is one), so a filter that looked elsewhere would judge something else than is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import signal
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from rlef_sandbox import Limits, Sandbox, Status, seccomp, syscalls
+from rlef_sandbox.syscalls import Action, Profile
+from tests.sandbox.berkeley_packet_filter import Instruction, parsed, run
+
+MACHINES = ("x86_64", "aarch64")
+ALLOWED, KILLED, FAILS = 0x7FFF0000, 0x80000000, 0x00050000
+PID = seccomp.OWN_PID  # left in an assembled filter until a child has one
+LOW = 2**32 - 1
+RUBBISH = (0, 1 << 32, 0xFFFFFFFF << 32)  # for a high word
+WORDS = sorted(
+    {0, 1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 15, 16, 17, 0x7F, 0x80, 0x81, 0x189, PID, PID + 1}
+    | {0o100, 0o101, 0o2000000, 0o10000000, 0o20000000, 0o20200000, 0x1002, 0x1003, 0x1000}
+    | {0x5401, 0x5412, 0x541B, 0x5421, 0x5450, 0x5451, 0x5452, 1030, 1031, 1032, 1033, 1034}
+    | {0x3D0F00, 0x7D0F00, 0x3D0F11, 0x10000, 0x3D0F00 | 0x10000000, 0x3D0F00 | 0x1000, 0x11}
+    | {0x53564D41, 0x59616D61, 22, 36, LOW, 1 << 31, 0x7FFFFFFF}
+)
+FIRST_ARGUMENTS = [low | high for low, high in itertools.product(WORDS, RUBBISH)]
+
+
+def low(argument: int) -> int:
+    return argument & LOW
+
+
+def answer(machine: str, number: int, action: Action, arguments: list[int]) -> int:
+    """The policy in plain words: what the filter must return for a call in the table."""
+    a, b, c, *_ = arguments
+    permission, access = FAILS | errno.EPERM, FAILS | errno.EACCES
+    match action:
+        case Action.ALLOW:
+            return ALLOWED
+        case Action.DENY:
+            return permission
+        case Action.READ_ONLY:
+            return access
+        case Action.ABSENT:
+            return FAILS | errno.ENOSYS
+        case Action.KILL:
+            return KILLED
+        case Action.OPEN:
+            flags = b if (machine, number) == ("x86_64", 2) else c
+            writes = flags & 0o3 or flags & 0o100 or flags & 0o1000 or flags & 0o20000000
+            return access if writes else ALLOWED
+        case Action.CLONE:
+            is_thread = a & 0x10000 and not low(a) & ~0x7D0F00
+            return ALLOWED if is_thread else permission
+        case Action.PROCESS:  # every CLONE_NEW* flag
+            return permission if low(a) & (0x7E020000 | 0x80) else ALLOWED
+        case Action.FCNTL:
+            return ALLOWED if low(b) in (0, 1, 2, 3, 4, 1030, 1032, 1034) else permission
+        case Action.IOCTL:
+            known = low(b) in (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
+            return ALLOWED if known else FAILS | errno.ENOTTY
+        case Action.PRCTL:
+            return ALLOWED if low(a) in (15, 16, 0x53564D41) else permission
+        case Action.SETRLIMIT:
+            return permission if low(a) in (0, 15) else ALLOWED
+        case Action.PRLIMIT:
+            reads_or_is_harmless = c == 0 or low(b) not in (0, 15)
+            return ALLOWED if low(a) == 0 and reads_or_is_harmless else permission
+        case Action.FUTEX:
+            plain = low(b) & 0x7F in (0, 1, 3, 4, 5, 9, 10)
+            return ALLOWED if plain else FAILS | errno.ENOSYS
+        case Action.SIGNAL_SELF:
+            sent = b if number in (62, 129) and number == KILL[machine] else c
+            allowed = low(a) == PID and low(sent) != signal.SIGKILL
+            return ALLOWED if allowed else permission
+        case Action.ABOUT_SELF:
+            whom = b if number == {"x86_64": 140, "aarch64": 141}[machine] else a
+            return ALLOWED if low(whom) in (0, PID) else permission
+        case Action.CLOCK:
+            return FAILS | errno.EINVAL if low(a) >> 31 else ALLOWED
+        case Action.EXECUTE_GIVEN:
+            return ALLOWED if low(arguments[4]) == 0x1000 else permission
+        case Action.THREAD_POINTER:
+            return ALLOWED if low(a) in (0x1002, 0x1003) else FAILS | errno.EINVAL
+    raise AssertionError(f"no words for {action}")
+
+
+KILL = {"x86_64": 62, "aarch64": 129}
+UNCONDITIONAL = (Action.ALLOW, Action.DENY, Action.READ_ONLY, Action.ABSENT, Action.KILL)
+
+
+@functools.cache
+def assembled(machine: str, profile: Profile) -> list[Instruction]:
+    return seccomp.assemble(syscalls.policy(machine, profile), machine)
+
+
+def argument_lists(action: Action) -> Iterator[list[int]]:
+    """Arguments to try an action with: for one that looks at them, in every place it may look."""
+    if action in UNCONDITIONAL:
+        yield from ([0] * 6, [2**64 - 1] * 6)
+        return
+    for value in FIRST_ARGUMENTS:
+        for others in (0, 9, PID, 2**64 - 1):
+            for place in range(5):
+                arguments = [others] * 6
+                arguments[place] = value
+                yield arguments
+
+
+@pytest.mark.parametrize("profile", Profile)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_filter_decides_as_the_table_says(machine: str, profile: Profile) -> None:
+    architecture = seccomp.AUDIT_ARCHITECTURE[machine]
+    program = assembled(machine, profile)
+    actions = syscalls.policy(machine, profile)
+    for number, action in actions.items():
+        for arguments in argument_lists(action):
+            got = run(program, architecture, number, arguments)
+            assert got == answer(machine, number, action, arguments), (number, action, arguments)
+
+
+@pytest.mark.parametrize("profile", Profile)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_call_outside_the_table_is_absent(machine: str, profile: Profile) -> None:
+    architecture = seccomp.AUDIT_ARCHITECTURE[machine]
+    known = syscalls.policy(machine, profile)
+    for number in {*range(1000), 0x3FFFFFFF} - set(known):
+        got = run(assembled(machine, profile), architecture, number)
+        assert got == FAILS | errno.ENOSYS, number
+
+
+@pytest.mark.parametrize("number", [0x40000000, 0x40000000 + 39, 0x7FFFFFFF, 0xFFFFFFFF, -1])
+def test_numbers_of_the_x32_kind_kill(number: int) -> None:
+    for profile in Profile:
+        architecture = seccomp.AUDIT_ARCHITECTURE["x86_64"]
+        assert run(assembled("x86_64", profile), architecture, number) == KILLED
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_calls_of_another_architecture_kill(machine: str) -> None:
+    others = {0x40000003, 0x40000028, 0, LOW, *seccomp.AUDIT_ARCHITECTURE.values()}
+    for architecture in others - {seccomp.AUDIT_ARCHITECTURE[machine]}:
+        for number in (0, 1, 60, 93, 231):
+            assert run(assembled(machine, Profile.PROGRAM), architecture, number) == KILLED
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_filter_is_within_the_kernels_bounds(machine: str) -> None:
+    for profile in Profile:
+        program = assembled(machine, profile)
+        assert len(program) <= 4096  # BPF_MAXINSNS
+        for position, (code, if_true, if_false, _) in enumerate(program):
+            assert 0 <= if_true <= 255 and 0 <= if_false <= 255
+            if code in (0x15, 0x35, 0x45):
+                assert position + 1 + max(if_true, if_false) < len(program)
+
+
+def test_no_call_is_in_two_groups() -> None:
+    calls = [call.split()[0] for group in syscalls.GROUPS for call in group.calls.split(",")]
+    assert len(calls) == len(set(calls))
+
+
+def test_the_kernel_reads_the_words_that_the_filter_reads(sandbox: Sandbox) -> None:
+    """With rubbish above an int, a call is still the one that the filter took it for."""
+    source = (
+        "import ctypes, os, threading\n"
+        "c = ctypes.CDLL(None, use_errno=True); c.syscall.restype = ctypes.c_long\n"
+        "def k(*a): return c.syscall(*[ctypes.c_long(x) if isinstance(x, int) else x for x in a])\n"
+        "high = 5 << 32; buffer = ctypes.create_string_buffer(16)\n"
+        "print(k(72, 0, 3 | high, 0) >= 0, k(157, 16 | high, buffer),\n"
+        "      k(62, os.getpid() | high, 0 | high), k(228, 1 | high, buffer),\n"
+        "      k(257, -100, os.__file__.encode(), high, 0) > 0)"
+    )
+    if seccomp.kernel.MACHINE != "x86_64":
+        pytest.skip("calls by x86-64 number")
+    result = sandbox.run(source, limits=Limits(cpu_s=2))
+    assert result.status is Status.OK
+    assert result.stdout == b"True 0 0 0 True\n"
+
+
+@functools.cache
+def libseccomp():  # type: ignore[no-untyped-def]
+    try:
+        import pyseccomp
+    except (ImportError, OSError, RuntimeError) as error:  # no package, or no library behind it
+        pytest.skip(f"libseccomp is not to be had: {error}")
+    return pyseccomp
+
+
+def named_calls() -> Iterator[tuple[str, str]]:
+    groups = (*syscalls.GROUPS, *itertools.chain(*syscalls.EXCEPTIONS.values()))
+    for group in groups:
+        for call in group.calls.split(","):
+            name, numbers = call.split()
+            yield name, numbers
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_numbers_are_those_that_libseccomp_knows(machine: str) -> None:
+    oracle = libseccomp()
+    arch = {"x86_64": oracle.Arch.X86_64, "aarch64": oracle.Arch.AARCH64}[machine]
+    for name, numbers in named_calls():
+        ours = numbers.split("/")[syscalls.COLUMNS[machine]]
+        theirs = oracle.resolve_syscall(arch, name)  # negative where there is no such call
+        assert theirs < 0 if ours == "-" else theirs == int(ours), (name, theirs)
+
+
+def exported(oracle, machine: str, default: int, rules: list) -> list[Instruction]:  # type: ignore[no-untyped-def]
+    """A filter as libseccomp makes it. A rule is (action, number, *(argument, mask, value))."""
+    made = oracle.SyscallFilter(default)
+    arch = {"x86_64": oracle.Arch.X86_64, "aarch64": oracle.Arch.AARCH64}[machine]
+    if oracle.system_arch() != arch:
+        made.add_arch(arch)
+        made.remove_arch(oracle.system_arch())
+    for action, number, *conditions in rules:
+        if action != default:
+            compared = [oracle.Arg(i, oracle.MASKED_EQ, mask, v) for i, mask, v in conditions]
+            made.add_rule_exactly(action, number, *compared)
+    with tempfile.TemporaryFile() as file:
+        made.export_bpf(file)
+        file.seek(0)
+        return parsed(file.read())
+
+
+def test_a_filter_that_libseccomp_makes_of_the_table_decides_alike() -> None:
+    """For the machine we are on; libseccomp resolves numbers by the native names."""
+    oracle, machine = libseccomp(), seccomp.kernel.MACHINE
+    plain = {
+        Action.ALLOW: oracle.ALLOW,
+        Action.DENY: oracle.ERRNO(errno.EPERM),
+        Action.READ_ONLY: oracle.ERRNO(errno.EACCES),
+        Action.ABSENT: oracle.ERRNO(errno.ENOSYS),
+        Action.KILL: oracle.KILL_PROCESS,
+    }
+    policy = syscalls.policy(machine)
+    rules = [(plain[action], number) for number, action in policy.items() if action in plain]
+    theirs = exported(oracle, machine, oracle.ERRNO(errno.ENOSYS), rules)
+    ours, architecture = assembled(machine, Profile.PROGRAM), seccomp.AUDIT_ARCHITECTURE[machine]
+    for number in range(600):
+        if policy.get(number, Action.ABSENT) in plain:
+            assert run(ours, architecture, number) == run(theirs, architecture, number), number
+
+
+def one_of(index: int, values: tuple[int, ...]) -> list[tuple]:
+    return [((index, LOW, value),) for value in values]
+
+
+# By action: what holds where no rule matches, what holds where one does, and the rules, each a
+# conjunction of (argument, mask, value).
+CONDITIONAL = {
+    Action.FCNTL: ("EPERM", "ALLOW", one_of(1, seccomp.FCNTL_COMMANDS)),
+    Action.IOCTL: ("ENOTTY", "ALLOW", one_of(1, seccomp.IOCTL_REQUESTS)),
+    Action.PRCTL: ("EPERM", "ALLOW", one_of(0, seccomp.PRCTL_OPTIONS)),
+    Action.SETRLIMIT: ("ALLOW", "EPERM", one_of(0, seccomp.KILLING_LIMITS)),
+    Action.FUTEX: ("ENOSYS", "ALLOW", [((1, 0x7F, n),) for n in seccomp.FUTEX_COMMANDS]),
+    Action.CLOCK: ("ALLOW", "EINVAL", [((0, 1 << 31, 1 << 31),)]),
+    Action.CLONE: (
+        "EPERM",
+        "ALLOW",
+        [((0, 0x10000 | LOW & ~seccomp.THREAD_FLAGS, 0x10000),)],
+    ),
+}
+
+
+@pytest.mark.parametrize("action", CONDITIONAL, ids=lambda action: action.name)
+def test_arguments_are_judged_as_libseccomp_judges_them(action: Action) -> None:
+    oracle, machine = libseccomp(), seccomp.kernel.MACHINE
+
+    def meant(word: str) -> int:
+        return oracle.ALLOW if word == "ALLOW" else oracle.ERRNO(getattr(errno, word))
+
+    default, matched, conditions = CONDITIONAL[action]
+    numbers = [n for n, its_action in syscalls.policy(machine).items() if its_action is action]
+    rules = [(meant(matched), number, *rule) for number in numbers for rule in conditions]
+    theirs = exported(oracle, machine, meant(default), rules)
+    ours, architecture = assembled(machine, Profile.PROGRAM), seccomp.AUDIT_ARCHITECTURE[machine]
+    for number in numbers:
+        for arguments in argument_lists(action):
+            judged = [run(program, architecture, number, arguments) for program in (ours, theirs)]
+            assert judged[0] == judged[1], (number, arguments)
