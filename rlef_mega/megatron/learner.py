@@ -174,21 +174,18 @@ class Learner:
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
             index = microbatch.actions_R
-            logprobs_R, entropy_R = self.policy_model.logprobs(
+            # `ppo.policy_loss`, with its log-probs and gradients made in one go
+            return self.policy_model.policy_loss(
                 hidden,
                 microbatch.action_rows_R,
                 microbatch.action_ids_R,
-                temperature=self.temperature,
-            )
-            value, metrics = ppo.policy_loss(
-                logprobs_R,
                 old_A[index],
                 behaviour_A[index],
                 advantages_A[index],
                 clip_eps=self.ppo.clip_eps,
+                temperature=self.temperature,
                 denominator=tokens,
             )
-            return value, metrics | {"entropy": entropy_R.detach().sum() / tokens}
 
         return train_step(self.policy, microbatches, loss, POLICY_METRICS, "policy")
 

@@ -1,10 +1,10 @@
 """Llama as a Megatron-core GPTModel, in two forms: a policy that ends in hidden states and a critic
 with a scalar head.
 
-The policy's last stage returns hidden states after the final norm, not logits: the loss reads the
-rows that it needs and calls the fused head (`rlef_kernels.linear_logprob`) on them, so that logits
-are never stored. The critic reads its value at a few positions in the same way. Both are built from
-a Hugging Face `LlamaConfig`; weights come from `hf_weights`.
+The policy's last stage returns hidden states after the final norm, not logits: scores and losses
+read the rows that they need and call the fused head (`rlef_kernels`) on them, so that logits are
+never stored. The critic reads its value at a few positions in the same way. Both are built from a
+Hugging Face `LlamaConfig`; weights come from `hf_weights`.
 
 Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each
 tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D
@@ -40,7 +40,7 @@ from megatron.core.transformer.transformer_layer import (
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rlef_kernels import linear_logprob
+from rlef_kernels import linear_logprob, linear_ppo_loss
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
 from rlef_mega.megatron.attention import PackedAttention
 from rlef_mega.megatron.parallel import Ranks, fused_weight_gradients
@@ -286,15 +286,49 @@ class PolicyModel(PackedLlama):
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-prob of the target, entropy), fp32, at these rows of the last stage's output."""
-        weight_VD = self.output_weight
         return linear_logprob(
             self.rows(hidden, rows_R),
-            weight_VD,
+            self.output_weight,
             targets_R,
             temperature=temperature,
             group=self.pg_collection.tp,
-            accumulate_main_grad=torch.is_grad_enabled() and hasattr(weight_VD, "main_grad"),
+            accumulate_main_grad=self.has_main_grad,
         )
+
+    def policy_loss(
+        self,
+        hidden: torch.Tensor,
+        rows_R: torch.Tensor,
+        targets_R: torch.Tensor,
+        old_logprobs_R: torch.Tensor,
+        behaviour_logprobs_R: torch.Tensor,
+        advantages_R: torch.Tensor,
+        *,
+        clip_eps: float,
+        temperature: float,
+        denominator: float,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`ppo.policy_loss` of the log-probs at these rows, and their mean entropy among its
+        metrics; computed inside the head, which saves a quarter of its matrix products.
+        """
+        return linear_ppo_loss(
+            self.rows(hidden, rows_R),
+            self.output_weight,
+            targets_R,
+            old_logprobs_R,
+            behaviour_logprobs_R,
+            advantages_R,
+            clip_eps=clip_eps,
+            temperature=temperature,
+            group=self.pg_collection.tp,
+            denominator=denominator,
+            accumulate_main_grad=self.has_main_grad,
+        )
+
+    @property
+    def has_main_grad(self) -> bool:
+        """Whether the head's gradient has a buffer of Megatron's to go to."""
+        return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
 
 
 class ValueHead(torch.nn.Linear):

@@ -14,10 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rlef_mega.config import ConfigError, OptimizerConfig, ParallelConfig, PPOConfig
+from rlef_mega import ppo
+from rlef_mega.config import (
+    ConfigError,
+    LearnerConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PPOConfig,
+)
 from rlef_mega.megatron import checkpoint, hf_weights
 from rlef_mega.megatron.attention import PackedAttention, packed_sequences
-from rlef_mega.megatron.learner import SupervisedLearner
+from rlef_mega.megatron.learner import Learner, SupervisedLearner
 from rlef_mega.megatron.model import ValueHead
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.megatron.trained_model import learning_rate
@@ -133,11 +140,51 @@ def make_supervised(ranks: Ranks, folder: Path) -> SupervisedLearner:
     )
 
 
-def gradients_under_hf_names(learner: SupervisedLearner) -> Iterator[tuple[str, torch.Tensor]]:
+def gradients_under_hf_names(
+    learner: SupervisedLearner | Learner,
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The name map reads views of parameters; put the gradients in the parameters' place."""
     for parameter in learner.policy_model.parameters():
         parameter.data = parameter.main_grad.clone()
     return learner.policy_weights()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_policy_step_has_the_gradient_of_ppos_loss(
+    ranks: Ranks, tmp_path: Path, tied: bool
+) -> None:
+    """The learner computes loss and gradients inside the head, over several micro-batches; the
+    truth is `ppo.policy_loss` of Hugging Face's log-probs, differentiated by PyTorch."""
+    truth = make_model(tmp_path, tie_word_embeddings=tied)
+    batch = make_batch(8)
+    optimizer = OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0)
+    settings = LearnerConfig(microbatch_tokens=120, policy=optimizer, critic=optimizer)
+    learner = make_learner(ranks, tmp_path, ALONE, learner=settings)
+    # off-policy by a little, so that some ratios are clipped
+    scores = learner.score(batch)
+    noise_T = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(3))
+    scores = replace(scores, old_logprobs_T=scores.old_logprobs_T + 0.2 * noise_T)
+    targets, _ = ppo.targets(batch, scores, beta=0.05, gamma=1.0, normalize=True)
+    action_T, everything = batch.action_mask_T, range(batch.num_sequences)
+    stats = learner.update_policy(
+        batch, targets, everything, learner.cutting.cut(batch, everything)
+    )
+    loss, metrics = ppo.policy_loss(
+        hf_logprobs(truth, batch)[action_T],
+        scores.old_logprobs_T[action_T],
+        batch.behaviour_logprobs_T[action_T],
+        targets.advantages_N[batch.turn_index_T[action_T]],
+        clip_eps=learner.ppo.clip_eps,
+    )
+    assert 0.05 < metrics["clip_fraction"] < 0.95
+    for name, expected in metrics.items():
+        assert stats[name] == pytest.approx(expected.item(), rel=1e-4, abs=1e-6), name
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in truth.named_parameters()}
+    ours = dict(gradients_under_hf_names(learner))
+    assert set(ours) == set(gradients)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
