@@ -163,7 +163,7 @@ def test_preflight_finds_what_is_wrong_with_servers(server):
     check_servers(JudgeConfig(), None)
     check_servers(JudgeConfig(servers=(server.url,)), TOKEN)
     for servers, token, words in (
-        (("http://127.0.0.1:9",), TOKEN, "http://127.0.0.1:9: Cannot connect"),
+        (("http://127.0.0.1:9",), TOKEN, "http://127.0.0.1:9: cannot connect"),
         ((server.url,), "another-wrong-token", f"{server.url}: 401 the token is missing or wrong"),
         ((server.url,), None, f"{server.url}: 401 the token is missing or wrong"),
         ((server.url,), "short", "16 to 4096"),

@@ -223,7 +223,7 @@ def test_past_the_deadline_an_error_names_the_servers_and_their_last_failures():
             within(gone.url, stays.url, work=work, token=None, deadline_s=1.5)
     assert "within 1.5 s" in str(failure.value)
     assert gone.url in str(failure.value) and stays.url in str(failure.value)
-    with pytest.raises(ServiceError, match=r"Connect call failed|refused") as failure:
+    with pytest.raises(ServiceError, match="cannot connect") as failure:
         within(gone.url, work=lambda client: client.run("1"), token=None, deadline_s=0.5)
     assert gone.url in str(failure.value)
 

@@ -270,6 +270,8 @@ def checked_url(url: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"cannot connect: {error.os_error.strerror or error.os_error}"
     if isinstance(error, TimeoutError):
         return "it does not answer"
     return str(error) or type(error).__name__

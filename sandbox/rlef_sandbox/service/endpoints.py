@@ -80,6 +80,7 @@ class Service:
         self.queue = GradingQueue(settings.jobs, settings.queue, settings.keep, self.metrics)
         self._held_bytes = 0
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
+        self._parsing: set[asyncio.Future[Any]] = set()
         for name, read, meaning in (
             ("queue_length", lambda: self.queue.waiting, "Requests that wait for the sandbox."),
             ("running", lambda: self.queue.running, "Requests in the sandbox."),
@@ -188,12 +189,13 @@ class Service:
             )
         body = await request.read()
         digest = hashlib.sha256(request.path.encode() + b"\0" + body).digest()
-        self.earlier(request_id, digest)  # refuses a taken id before parsing
-        try:
-            asked = await self.parse(record, body)
-        except WireError as error:
-            raise RefusedError(400, str(error)) from None
         grading = self.earlier(request_id, digest)
+        if grading is None:
+            try:
+                asked = await self.parse(record, body)
+            except WireError as error:
+                raise RefusedError(400, str(error)) from None
+            grading = self.earlier(request_id, digest)  # it may have come twice meanwhile
         if grading is not None:
             self.metrics.joined.add()
             return grading
@@ -211,10 +213,16 @@ class Service:
             raise RefusedError(409, str(error)) from None
 
     async def parse(self, record: Record, body: bytes) -> Any:
-        if len(body) <= PARSED_IN_PLACE_BYTES:
+        """The request in the body; a small one in place, unless a large one is being parsed: Python
+        3.11's parser fails with a SystemError if two threads are in it (CPython issue 106905).
+        """
+        if len(body) <= PARSED_IN_PLACE_BYTES and not self._parsing:
             return wire.decode_request(record, body)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._parser, wire.decode_request, record, body)
+        parsing = loop.run_in_executor(self._parser, wire.decode_request, record, body)
+        self._parsing.add(parsing)
+        parsing.add_done_callback(self._parsing.discard)
+        return await asyncio.shield(parsing)  # so that it counts until it has really ended
 
     def full(self, retry_after_s: int, reason: str) -> RefusedError:
         reason = f"{reason}; come again in {retry_after_s} s"
