@@ -185,7 +185,7 @@ def test_a_server_that_hangs_is_given_up_and_one_that_is_slow_is_not():
         options = {"connections": 3, "heartbeat_s": 0.3}
         results = within(hangs.url, slow.url, work=ask, token=None, **options)
         assert [result.stdout for result in results] == [b"%d\n" % n for n in range(6)]
-        assert results_of(slow) < 6
+        assert results_of(slow) <= 6  # none of them twice
 
 
 def test_requests_wait_for_a_server_that_comes_back():

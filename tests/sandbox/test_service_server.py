@@ -216,14 +216,14 @@ def test_a_slow_program_or_a_large_body_does_not_stall_the_server():
         test = {"stdin": numbers, "expected": numbers + "1.5"}
         body = {"source": "print(input().replace('1.0', '1.00') + '1.5')", "tests": [test]}
         thread, replies = run_aside(lambda: server.grade(body))
-        slowest_s, asked = 0.0, 0
+        slowest_s, asked, started_s = 0.0, 0, time.monotonic()
         while thread.is_alive():
             began = time.monotonic()
             assert server.ask("GET", "/health").status == 200
             slowest_s, asked = max(slowest_s, time.monotonic() - began), asked + 1
             time.sleep(0.02)
         assert replies[0].json["results"][0]["status"] == "OK"
-        assert asked > 10 and slowest_s < 1.0
+        assert asked > 10 and slowest_s < (time.monotonic() - started_s) / 2
 
 
 def test_draining_refuses_new_work_and_loses_none():

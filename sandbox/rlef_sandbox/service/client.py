@@ -68,7 +68,7 @@ class SandboxClient:
         token: str | None = None,
         *,
         deadline_s: float = 900.0,
-        connections: int = 64,
+        connections: int = 256,
         heartbeat_s: float = 20.0,
     ) -> None:
         if not urls:
