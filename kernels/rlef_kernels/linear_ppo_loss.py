@@ -265,4 +265,5 @@ def linear_ppo_loss(
         denominator=denominator,
         accumulate_main_grad=accumulate_main_grad,
     )
-    return values[0], dict(zip(METRICS, values.detach().unbind(), strict=True))
+    # a tensor of its own: Megatron's pipeline frees the loss's memory, and refuses views
+    return values[0].clone(), dict(zip(METRICS, values.detach().unbind(), strict=True))

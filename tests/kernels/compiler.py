@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 import triton
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
+
+from rlef_mega.bench.memory import AllocatedBytes
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 227 * 1024  # of a block, on sm_90 and sm_100
@@ -109,39 +108,16 @@ def compiled_for(arch: int, folder: Path) -> Iterator[dict[str, MachineCode]]:
         driver._active = before
 
 
-class AllocatedBytes(TorchDispatchMode):
-    """`peak`: the most bytes alive at once among the tensors made under it, at any size, on "meta".
+class AllocatedOnMeta(AllocatedBytes):
+    """Bytes of tensors at any size, without memory, on the device "meta".
 
     "meta" cannot know how many entries are not zero: here all. It has no products with fp32
     results: here they do nothing.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.from_before: set[int] = set()
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                key = tensor.untyped_storage()._cdata
-                if key not in self.alive:
-                    self.from_before.add(key)
+    def call(self, func, args, kwargs):
         if func in (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out):
             return kwargs["out"]
         if func is torch.ops.aten.nonzero.default:
             return torch.empty(args[0].numel(), 1, dtype=torch.int64, device="meta")
-        result = func(*args, **kwargs)
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return result
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
-        if storage._cdata in self.from_before:
-            return
-        self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return super().call(func, args, kwargs)

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compiler import SHARED_MEMORY, AllocatedBytes, compiled_for
+from compiler import SHARED_MEMORY, AllocatedOnMeta, compiled_for
 
 from rlef_kernels.gpu.advantage_scan import advantage_scan_kernels
 from rlef_kernels.gpu.clipped_value_loss import clipped_value_loss_kernels
@@ -47,12 +47,12 @@ def head(main_grad=True):
 
 def run_linear_logprob(plan, with_entropy=True):
     hidden, weight, target = head()
-    with AllocatedBytes() as forward:
+    with AllocatedOnMeta() as forward:
         logprob, entropy, _ = linear_logprob_kernels(
             hidden, weight, target, accumulate_main_grad=True, plan=plan
         )
     loss = (logprob + entropy).sum() if with_entropy else logprob.sum()
-    with AllocatedBytes() as backward:
+    with AllocatedOnMeta() as backward:
         loss.backward()
     return forward, backward
 
@@ -60,7 +60,7 @@ def run_linear_logprob(plan, with_entropy=True):
 def run_linear_ppo_loss(plan):
     hidden, weight, target = head()
     policy = tuple(empty(TOKENS, dtype=torch.float32) for _ in range(3))
-    with AllocatedBytes() as memory:
+    with AllocatedOnMeta() as memory:
         metrics = linear_ppo_loss_kernels(
             hidden,
             weight,
@@ -78,9 +78,9 @@ def run_linear_ppo_loss(plan):
 def run_linear_kl(plan):
     hidden, weight, _ = head(main_grad=False)
     reference = [tensor.detach() for tensor in (hidden, weight)]
-    with AllocatedBytes() as forward:
+    with AllocatedOnMeta() as forward:
         kl = linear_kl_kernels(hidden, weight, *reference, plan=plan)
-    with AllocatedBytes() as backward:
+    with AllocatedOnMeta() as backward:
         kl.sum().backward()
     return forward, backward
 
@@ -168,6 +168,14 @@ def test_linear_logprob_stays_within_64_mib_forward_and_1_1_gib_backward(plan, t
         forward, backward = run_linear_logprob(plan)
     assert 8 * MIB < forward.peak <= 64 * MIB
     assert 512 * MIB < backward.peak <= 1.1 * 1024 * MIB
+
+
+def test_linear_kl_stays_within_64_mib_forward_and_1_1_gib_backward(tmp_path):
+    with compiled_for(90, tmp_path):
+        forward, backward = run_linear_kl(FUSED)
+    gradient_of_weight = 2 * VOCABULARY * WIDTH
+    assert 16 * MIB < forward.peak <= 64 * MIB
+    assert 512 * MIB < backward.peak - gradient_of_weight <= 1.1 * 1024 * MIB
 
 
 @pytest.mark.parametrize("plan", [FUSED, CUBLAS], ids=["fused", "cublas"])
