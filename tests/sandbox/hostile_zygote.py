@@ -1,0 +1,51 @@
+"""What a zygote that has gone mad may do: a program in place of ours, for `test_fuzz_protocol.py`.
+
+Run as the zygote's command, it greets as one should, then answers every request with the bytes
+that the request's program consists of: so a test says by `Sandbox.run(answer)` what it is to send.
+An answer that begins with DIE is its death; with SILENT, nothing is sent.
+"""
+
+from __future__ import annotations
+
+GREETING = """\
+{"namespaces": [], "files": ["landlock_abi_1"], "unprivileged_user": true, "no_new_privs": true,
+ "rlimits": true, "seccomp": true, "threads": true, "launcher": "python"}"""
+
+SCRIPT = """\
+import array, json, os, select, socket, sys
+control = socket.socket(fileno=int(sys.argv[1]))
+greeting = GREETING_BYTES
+control.send(greeting)
+def receive(channel):
+    message, ancillary, _, _ = channel.recvmsg(1 << 16, socket.CMSG_SPACE(32))
+    descriptors = array.array('i')
+    for _, _, data in ancillary: descriptors.frombytes(data)
+    return message, list(descriptors)
+poller = select.poll(); poller.register(control, select.POLLIN)
+sessions = {}
+while True:
+    for descriptor, _ in poller.poll():
+        if descriptor == control.fileno():
+            message, files = receive(control)
+            if not message: os._exit(0)
+            session = socket.socket(fileno=files[0])
+            sessions[session.fileno()] = session
+            poller.register(session, select.POLLIN)
+            continue
+        session = sessions[descriptor]
+        try: message, files = receive(session)
+        except OSError: message = b''
+        if not message:
+            poller.unregister(session); del sessions[descriptor]; session.close()
+            continue
+        answer = os.pread(files[-1], 1 << 16, 0)
+        for file in files: os.close(file)
+        if answer.startswith(b'DIE'): os._exit(1)
+        try: session.send(answer)
+        except OSError: pass
+"""
+
+
+def command(greeting: bytes = GREETING.encode()) -> str:
+    """The Python text to start in place of a zygote's."""
+    return SCRIPT.replace("GREETING_BYTES", repr(greeting))
