@@ -188,6 +188,49 @@ def test_a_server_that_hangs_is_given_up_and_one_that_is_slow_is_not():
         assert results_of(slow) <= 6  # none of them twice
 
 
+NONSENSE = (
+    b"",
+    b"SSH-2.0-OpenSSH_9.2\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+    b'HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{"results":[{"status":"PASS"}]}',
+    b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>",
+    b"HTTP/1.1 429 Slow Down\r\nRetry-After: soon\r\nContent-Length: 0\r\n\r\n",
+)
+
+
+def test_a_peer_that_talks_nonsense_is_no_grading_server_and_no_verdict():
+    """Whatever it says to a grading request, it seems healthy, so that it is asked again and
+    again; every call is answered by the real server."""
+    about = b'{"status": "ready", "isolation": {}}'
+    healthy = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(about), about)
+    said: Counter[bytes] = Counter()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        words = healthy if b"/health" in head else NONSENSE[said.total() % len(NONSENSE)]
+        if words != healthy:
+            said[words] += 1
+        writer.write(words)
+        await writer.drain()
+        writer.close()
+
+    async def ask(client: SandboxClient) -> list[Result]:
+        return [await client.run(f"print({n})") for n in range(80)]
+
+    async def use(real: ServerProcess) -> list[Result]:
+        peer = await asyncio.start_server(talk, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{peer.sockets[0].getsockname()[1]}"
+        async with peer, SandboxClient([url, real.url], connections=1) as client:
+            return await ask(client)
+
+    with ServerProcess(*ONE_JOB) as real:
+        results = asyncio.run(use(real))
+        assert [result.stdout for result in results] == [b"%d\n" % n for n in range(80)]
+        assert results_of(real) == 80
+    assert said.total() >= len(NONSENSE)
+
+
 def test_requests_wait_for_a_server_that_comes_back():
     with ServerProcess(*ONE_JOB) as first:
         port = first.port
