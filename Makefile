@@ -5,6 +5,7 @@
 # Wheels are kept in $(WHEELS) once fetched, so that a second checkout installs from there without a network.
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rlef-mega/wheels
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint test-gpu bench bench-trl clean
+.PHONY: setup demo test lint test-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -32,8 +33,14 @@ lint: setup
 test: lint
 	"$(BIN)/python" -m pytest -m "not gpu and not sglang and not slurm" --durations=10
 
-test-gpu: setup
-	"$(BIN)/python" -m pytest -m gpu
+# .venv has a CPU build of PyTorch; these need GPU_PYTHON, an environment with a CUDA build and `pip install -e .[dev]`
+test-gpu:
+	"$(GPU_PYTHON)" -m pytest -m gpu
+
+bench-gpu:
+	-"$(GPU_PYTHON)" -m pip install --quiet --no-deps --requirement benchmarks/requirements-kernels.txt
+	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench kernels --json benchmarks/results/kernels.json
+	"$(GPU_PYTHON)" -m rlef_mega.bench.roofline benchmarks/results/kernels.json docs/images/kernels_roofline.png
 
 bench: setup
 	"$(BIN)/rlef" bench train --json benchmarks/results/train.json

@@ -15,10 +15,17 @@ def uses_kernels(*tensors: torch.Tensor) -> bool:
     small for the gradient of a logit), other vendors' GPUs, installations without Triton.
     """
     first = tensors[0]
-    return (
+    served = (
         HAS_TRITON
         and first.device.type == "cuda"
         and torch.version.cuda is not None
         and first.dtype in KERNEL_DTYPES
         and all(tensor.dtype == first.dtype for tensor in tensors)
     )
+    if served and first.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"the tensors are on {first.device}, the current device is "
+            f"cuda:{torch.cuda.current_device()}, where Triton would launch; call "
+            "torch.cuda.set_device first"
+        )
+    return served
