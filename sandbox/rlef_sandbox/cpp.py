@@ -128,14 +128,15 @@ class Cpp:
 
     def _attempt(self, worker: Worker, source: bytes) -> int:
         files = [memory_file("source", source), memory_file("stdout"), memory_file("stderr")]
-        session = worker.session()
+        session = None
         try:
-            session.send(COMPILE, files)
+            session = worker.start(COMPILE, files)
             deadline = time.monotonic() + COMPILE.wall_s + ANSWER_GRACE_S
             message, made = session.receive_file(deadline)
             errors = os.pread(files[2], STDERR_BYTES, 0)
         finally:
-            session.close()
+            if session is not None:
+                session.close()
             for descriptor in files:
                 os.close(descriptor)
         try:

@@ -22,6 +22,7 @@ from . import values
 
 LENGTH = struct.Struct("<Q")
 MAX_MESSAGE_BYTES = 64 << 20
+NAME_CHARACTERS, WORDS_CHARACTERS = 200, 4000  # of an exception
 RETURNED, RAISED = b"=", b"!"
 # Exit codes of the checking side, beside 0 and 1 (job.py).
 CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
@@ -42,7 +43,7 @@ def serve(function: Callable[..., object], descriptor: int) -> None:
         try:
             reply = RETURNED + values.encode(function(*arguments, **keywords))
         except Exception as error:
-            reply = RAISED + json.dumps([type(error).__name__, str(error)]).encode()
+            reply = RAISED + json.dumps(_told(error)).encode()
         try:
             _send(descriptor, reply)
         except BrokenPipeError:  # the check was stopped at a limit
@@ -61,12 +62,16 @@ def breaking_the_check() -> Iterator[None]:
 def check(check_function: Callable[..., object], descriptor: int) -> None:
     """Run the test's code on a stand-in for the program's function; exits unless it passes."""
     raised: list[BaseException] = []
+    replies = 0
 
     def candidate(*arguments: object, **keywords: object) -> object:
+        nonlocal replies
         try:
             call = values.encode([list(arguments), keywords])
         except (TypeError, ValueError) as error:
-            _leave(CHECK_BROKEN, error)
+            # what the program returned before may be in it
+            _leave(CANDIDATE_RAISED if replies else CHECK_BROKEN, error)
+        replies += 1
         try:
             _send(descriptor, call)
             reply = _receive(descriptor)
@@ -89,9 +94,21 @@ def check(check_function: Callable[..., object], descriptor: int) -> None:
         raise
 
 
+def _told(error: Exception) -> list[str]:
+    try:
+        words = str(error)
+    except Exception:
+        words = ""
+    return [type(error).__name__[:NAME_CHARACTERS], words[:WORDS_CHARACTERS]]
+
+
 def _exception(name: str, words: str) -> Exception:
+    name, words = name[:NAME_CHARACTERS], words[:WORDS_CHARACTERS]
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
+        if issubclass(kind, StopIteration | StopAsyncIteration):
+            # in the check, `all(map(...))` would take it for the end; PEP 479 has the same answer
+            return RuntimeError(f"the program raised {name}")
         try:
             return kind(words)
         except TypeError:  # UnicodeDecodeError and its like take more

@@ -22,7 +22,7 @@ STDERR_BYTES = 64 << 10
 SHOWN_BYTES = 64 << 10  # of a returned value's repr
 OUT_OF_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
 # How the process of a CheckTest's code ends (exchange.py).
-CHECK_PASSED, CHECK_FAILED, CANDIDATE_RAISED, CANDIDATE_GONE = 0, 1, 5, 6  # and 7: it is broken
+CHECK_PASSED, CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 0, 5, 6, 7
 
 
 class FaultError(Exception):
@@ -84,15 +84,23 @@ class Job:
 
     def accepted_by(self, test: Test, stdout: bytes) -> bool | Result:
         """What the problem's own checker, which is this job's program, says of an output; a
-        SANDBOX_ERROR if it is broken.
+        SANDBOX_ERROR if it is broken. One that fails on this output, but accepts the expected one,
+        is not: it met an output that it could not read.
         """
-        call = CallTest("check", (test.stdin, test.expected, stdout))
-        run = self._with_retries(lambda: self._attempt_once(call))
-        if run.result.status is Status.OK and run.returned_wire in (b"true", b"false"):
+        run = self._checked(test, stdout)
+        if run.returned_wire in (b"true", b"false"):
             return run.returned_wire == b"true"
+        if run.result.status is Status.SANDBOX_ERROR:
+            return run.result
+        if self._checked(test, test.expected).returned_wire == b"true":
+            return False
         words = run.result.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         fault = f"the checker program is broken: {run.result.status} {words}"
         return Result(Status.SANDBOX_ERROR, stderr=fault.encode())
+
+    def _checked(self, test: Test, stdout: bytes) -> Run:
+        call = CallTest("check", (test.stdin, test.expected, stdout))
+        return self._with_retries(lambda: self._attempt_once(call))
 
     def _with_retries(self, attempt: Callable[[], Run]) -> Run:
         fault = ""
@@ -108,11 +116,6 @@ class Job:
             self._end_session()
         return Run(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
 
-    def _open_session(self) -> Session:
-        if self._session is None:
-            self._session = self._worker.session()
-        return self._session
-
     def _end_session(self) -> None:
         """Whatever still runs for it is killed."""
         if self._session is not None:
@@ -120,12 +123,16 @@ class Job:
         self._session, self._server_runs = None, False
 
     def _ask(self, task: Task, descriptors: list[int]) -> Outcome:
-        return self._open_session().ask(self._request(task), descriptors, self._on_sleep)
+        """Start something in the zygote, and wait for what comes of it."""
+        request = self._request(task)
+        self._session = self._worker.start(request, descriptors)
+        return self._session.receive(request.wall_s, self._on_sleep)
 
     def _attempt_once(self, test: Test | CallTest) -> Run:
         task = Task.EXECUTE if self._executable else Task.RUN
         with files_for(test) as files:
             outcome = self._ask(task, [*files.descriptors, self._program])
+            self._end_session()
             return files.finished(outcome, self._limits)
 
     def _attempt_again(self, test: Test | CallTest) -> Run:
@@ -134,7 +141,9 @@ class Job:
         if self._compile_failure is not None:
             return Run(self._compile_failure)
         with files_for(test) as files:
-            outcome = self._ask(Task.TEST, files.descriptors)
+            assert self._session is not None
+            request = self._request(Task.TEST)
+            outcome = self._session.ask(request, files.descriptors, self._on_sleep)
             return files.finished(outcome, self._limits)
 
     def _start_server(self) -> None:
@@ -157,19 +166,20 @@ class Job:
             checker = stack.enter_context(Files(exchange=check))
             code = memory_file("check", test.code.encode())
             stack.callback(os.close, code)
-            checking = self._worker.session()
-            stack.callback(checking.close)
             peers = socket.socketpair()
             request = self._request(Task.RUN)
             try:
                 program_files = [*candidate.descriptors, peers[0].fileno(), self._program]
-                self._open_session().send(request, program_files)
-                checking.send(request, [*checker.descriptors, peers[1].fileno(), code])
+                self._session = self._worker.start(request, program_files)
+                checker_files = [*checker.descriptors, peers[1].fileno(), code]
+                checking = self._worker.start(request, checker_files)
+                stack.callback(checking.close)
             finally:
                 for peer in peers:
                     peer.close()
-            served = self._open_session().receive(request.wall_s, self._on_sleep)
+            served = self._session.receive(request.wall_s, self._on_sleep)
             checked = checking.receive(request.wall_s)
+            self._end_session()
             return verdict_of_check(
                 candidate.finished(served, self._limits).result,
                 checker.finished(checked, self._limits).result,
@@ -300,12 +310,13 @@ def verdict_of_check(candidate: Result, checker: Result) -> Run:
         words = checker.stderr or b"the program ended before the check did\n"
         status = Status.MEMORY_LIMIT if ran_out_of_memory(words) else Status.RUNTIME_ERROR
         return Run(replace(candidate, status=status, stderr=words))
-    if checker.exit_code == CHECK_FAILED and checker.status is Status.RUNTIME_ERROR:
-        return Run(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))
     if checker.status in (Status.TIME_LIMIT, Status.IDLE_LIMIT, Status.MEMORY_LIMIT):
         return Run(replace(candidate, status=checker.status))
-    said = checker.stderr.decode(errors="replace")
-    raise FaultError(f"the code of a CheckTest is broken: {checker.status} {said}")
+    if checker.exit_code == CHECK_BROKEN:
+        said = checker.stderr.decode(errors="replace")
+        raise FaultError(f"the code of a CheckTest is broken: {said}")
+    # However else it ended, it was after it called the program, whose values it met.
+    return Run(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))
 
 
 def _size(descriptor: int) -> int:

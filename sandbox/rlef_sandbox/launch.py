@@ -76,10 +76,8 @@ class Progress:
 
 
 class Plan(NamedTuple):
-    """What a child is given and held to."""
+    """What a child is held to, and what it becomes."""
 
-    files: list[int]  # become descriptors 0, 1, ...
-    cell: int
     address_space_bytes: int
     cpu_s: int
     file_bytes: int
@@ -87,7 +85,7 @@ class Plan(NamedTuple):
     threads: int  # 0: not bounded
     own_user_namespace: bool
     filter: Filter | None
-    executable: int = -1  # the file among `files` to become
+    executable: int = -1  # the file among its own to become
     stack_bytes: int = 0  # 0: as it is
 
 
@@ -95,12 +93,15 @@ class PythonLauncher:
     """Starts children without the C library; Python programs only."""
 
     name = "python"
-    runs_executables = False
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
-    def spawn(self, plan: Plan) -> tuple[int, int]:
+    def prepared(self, plan: Plan) -> Plan:
+        return plan
+
+    def spawn(self, plan: Plan, files: list[int], cell: int) -> tuple[int, int]:
+        """`files` become descriptors 0, 1, ...; the child tells its progress in `cell`."""
         parent = os.getpid()
         pid = kernel.checked(kernel.fork(), "fork")
         if pid:
@@ -118,14 +119,14 @@ class PythonLauncher:
             step = Step.LIMITS
             set_limits(plan)
             step = Step.FILES
-            for target, descriptor in enumerate(plan.files):
+            for target, descriptor in enumerate(files):
                 os.dup2(descriptor, target)
-            kernel.close_from(len(plan.files))
+            kernel.close_from(len(files))
             step = Step.FILTER
             if plan.filter is not None:
                 plan.filter.install(os.getpid())
         except OSError as error:
-            self.progress.fail(plan.cell, step, error.errno or 0)
+            self.progress.fail(cell, step, error.errno or 0)
             os._exit(1)
         return 0, -1
 
@@ -174,34 +175,40 @@ class NativeLauncher:
     """Starts children by the C library."""
 
     name = "native"
-    runs_executables = True
 
     def __init__(self, library: str, progress: Progress) -> None:
         # with the interpreter lock held, as befits a fork; sound in a process with one thread
         self._spawn = ctypes.PyDLL(library, use_errno=True).rlef_spawn
-        self._plan = NativePlan()
         self._pidfd = ctypes.c_int(-1)
-        self._arguments = (ctypes.byref(self._plan), ctypes.byref(self._pidfd))
+        self._pidfd_reference = ctypes.byref(self._pidfd)
         self.progress = progress
 
-    def spawn(self, plan: Plan) -> tuple[int, int]:
-        native = self._plan
+    def prepared(self, plan: Plan) -> NativePlan:
+        """The plan as C has it, to be used again and again: what is done in Python between two
+        runs costs the zygote a page fault for every page it touches.
+        """
+        native = NativePlan()
         native.address_space_bytes = plan.address_space_bytes
         native.cpu_s = plan.cpu_s
         native.file_bytes = plan.file_bytes
         native.open_files = plan.open_files
         native.threads = plan.threads
         native.stack_bytes = plan.stack_bytes
-        native.files[: len(plan.files)] = plan.files
-        native.file_count = len(plan.files)
         native.executable = plan.executable
         native.own_user_namespace = plan.own_user_namespace
         native.filter = plan.filter.address if plan.filter else None
         native.own_pids = plan.filter.own_pids_address if plan.filter else None
         native.own_pid_count = plan.filter.own_pid_count if plan.filter else 0
-        native.progress = self.progress.address + plan.cell * CELL.size
-        pid = self._spawn(*self._arguments)
-        return kernel.checked(pid, "spawn"), self._pidfd.value
+        return native
+
+    def spawn(self, plan: NativePlan, files: list[int], cell: int) -> tuple[int, int]:
+        plan.files[: len(files)] = files
+        plan.file_count = len(files)
+        plan.progress = self.progress.address + cell * CELL.size
+        pid = self._spawn(ctypes.byref(plan), self._pidfd_reference)
+        if pid < 0:
+            kernel.checked(pid, "spawn")
+        return pid, self._pidfd.value
 
 
 def launcher_for(library: str, progress: Progress) -> PythonLauncher | NativeLauncher:

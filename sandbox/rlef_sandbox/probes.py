@@ -26,7 +26,8 @@ def probe_child_layers(
         cell = launcher.progress.take()
         files = [os.dup(descriptor) for descriptor in range(3)]
         limits = bounds.limits(PROBE_LIMITS)
-        pid, pidfd = launcher.spawn(Plan(files, cell, **limits, filter=call_filter))
+        plan = launcher.prepared(Plan(**limits, filter=call_filter))
+        pid, pidfd = launcher.spawn(plan, files, cell)  # type: ignore[arg-type]
         if pid == 0:
             held = False
             try:

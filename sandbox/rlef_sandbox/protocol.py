@@ -1,9 +1,10 @@
 """Messages between the controller and a zygote, over SOCK_SEQPACKET pairs: a message is a packet.
 
-The control channel of a zygote carries nothing but new sessions, a socket each. On a session the
-controller asks, with descriptors (SCM_RIGHTS), and waits for the answer: an Outcome, before which
-a SLEEPING notice may come. No message in either direction ever holds an expected output, and no
-program can write one: a child closes these sockets before it runs a line.
+A request to a zygote comes over its control channel and brings, as its first descriptor, the
+session to answer on: an Outcome, before which a SLEEPING notice may come. A session with a program
+server goes on: it brings TESTs and their outcomes. Files come as descriptors (SCM_RIGHTS). No
+message in either direction ever holds an expected output, and no program can write one: a child
+closes these sockets before it runs a line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ REQUEST = struct.Struct("<BddQQI")
 OUTCOME = struct.Struct("<BBiddQ")
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_DESCRIPTORS = 8
-NEW_SESSION = b"+"
 SLEEPING = b"~"  # the run waits instead of working: its turn on a core may go to another
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import socket
 from typing import NoReturn
 
-from . import cgroups, kernel
+from . import kernel
 from .confinement import enter_user_namespace, succeeds
 
 
@@ -43,6 +42,10 @@ def leave_reaper_behind(
 
 
 def _reap(pid: int, controller: int, cgroup: str, scratch: str, go: int) -> NoReturn:
+    import shutil  # here, and not in the zygote, for whose children every module is dearer
+
+    from . import cgroups
+
     zygote = os.pidfd_open(pid)
     if cgroup:
         succeeds(cgroups.join, cgroup, pid)

@@ -35,10 +35,9 @@ from .verdict import (
     Test,
     as_bytes,
 )
-from .worker import Layers, Worker, memory_file
+from .worker import FLOOR, Layers, Worker, memory_file
 
 ISOLATION_LEVELS = ("default", "minimal")
-FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")
 JOBS_A_WORKER = 16
 
 

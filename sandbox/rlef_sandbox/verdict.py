@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import enum
 import math
+import threading
 from dataclasses import dataclass, field
 
 
@@ -21,6 +22,9 @@ class Status(enum.StrEnum):
     SECURITY_VIOLATION = "SECURITY_VIOLATION"
     COMPILE_ERROR = "COMPILE_ERROR"
     SANDBOX_ERROR = "SANDBOX_ERROR"
+
+
+_parsing = threading.Lock()  # two threads at once break Python 3.11's parser (gh-106905)
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,15 @@ class CheckTest:
     check: str = "check"
 
     def __post_init__(self) -> None:
-        try:
-            ast.parse(self.code)
-        except (SyntaxError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"CheckTest.code of {self.entry_point} is no Python: {error}"
-            ) from None
+        _check_python(f"CheckTest.code of {self.entry_point}", self.code)
+
+
+def _check_python(what: str, source: str) -> None:
+    try:
+        with _parsing:
+            ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{what} is no Python: {error}") from None
 
 
 AnyTest = Test | CallTest | CheckTest
@@ -145,15 +152,13 @@ class CheckerProgram:
     """A checker of the problem's own, for outputs that can be right in many ways: Python that
     defines `check(stdin, expected, actual)`, three `bytes`, and returns True or False.
 
-    It runs confined, with `limits`. One that raises, exceeds them or returns anything else is
-    broken: a SANDBOX_ERROR, no verdict on the program.
+    It runs confined, with `limits`. Where it raises, exceeds them or returns anything else, the
+    output is a WRONG_ANSWER if the expected one satisfies it; else it is broken: a SANDBOX_ERROR,
+    no verdict on the program.
     """
 
     source: str
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        try:
-            ast.parse(self.source)
-        except (SyntaxError, ValueError, RecursionError) as error:
-            raise ValueError(f"CheckerProgram.source is no Python: {error}") from None
+        _check_python("CheckerProgram.source", self.source)

@@ -1,4 +1,4 @@
-"""The controller's handle on one zygote: starts it, opens sessions with it, starts it anew.
+"""The controller's handle on one zygote: starts it, sends requests to it, starts it anew.
 
 Descriptors are memory files: the source and the input are written before the request, the
 outputs are read after the answer, so that nothing streams and a program cannot block on us.
@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from . import cgroups
-from .protocol import MAX_MESSAGE_BYTES, NEW_SESSION, SLEEPING, Outcome, Request
+from .protocol import MAX_MESSAGE_BYTES, SLEEPING, Outcome, Request
 
+FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")  # below which a sandbox does not start
 START_TIMEOUT_S = 60.0
 ANSWER_GRACE_S = 20.0  # past the last wall clock limit, before a silent zygote is given up
 MOST_WALL_TIMES = 2  # a starved run gets its wall clock time twice (zygote.STARVED_EXTENSION)
@@ -51,7 +52,7 @@ class ZygoteLostError(Exception):
 
 
 class Worker:
-    """One zygote. Shared by threads: each opens a session of its own.
+    """One zygote. Shared by threads, each with sessions of its own.
 
     `accept` is shown the layers of each zygote that starts, and raises if they are too few.
     """
@@ -124,41 +125,50 @@ class Worker:
         if not message:
             words = os.pread(self._errors, MAX_MESSAGE_BYTES, 0).decode(errors="replace")
             raise ZygoteLostError(f"the zygote did not start: {words.strip()}")
-        layers = json.loads(message)
+        try:
+            layers = json.loads(message)
+        except (ValueError, RecursionError) as error:
+            raise ZygoteLostError(f"the zygote's greeting makes no sense: {error}") from None
+        if not isinstance(layers, dict) or not layers.keys() >= set(FLOOR):
+            raise ZygoteLostError(f"the zygote's greeting lacks layers: {message[:200]!r}")
         # what the reaper did to the zygote from outside; its process ids are not ours to know
         layers["cgroup"] = cgroups.layers(self._cgroup)
         self.layers = layers
         self._accept(layers)
 
-    def session(self) -> Session:
-        """A new session, with a new zygote if the last one is gone."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the sandbox is closed")
-            for attempt in range(2):
-                if self._control is None:
-                    self.launch()
-                    self.greet()
-                try:
-                    return self._open_session()
-                except OSError as error:
-                    self._dispose()
-                    if attempt:
-                        raise ZygoteLostError(f"the zygote is gone: {error}") from None
-        raise AssertionError("unreachable")
-
-    def _open_session(self) -> Session:
-        assert self._control is not None
+    def start(self, request: Request, descriptors: Sequence[int]) -> Session:
+        """Send a request; the session that its outcome comes on. With a new zygote if the last one
+        is gone. ZygoteLostError if it cannot be had.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        session = Session(ours)
         try:
-            rights = array.array("i", [theirs.fileno()])
-            self._control.sendmsg([NEW_SESSION], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        except OSError:
-            ours.close()
+            with self._lock:
+                session.generation = self._send(request, [theirs.fileno(), *descriptors])
+        except BaseException:
+            session.close()
             raise
         finally:
             theirs.close()
-        return Session(ours, self.starts)
+        return session
+
+    def _send(self, request: Request, descriptors: list[int]) -> int:
+        """To the zygote; which one it was."""
+        if self._closed:
+            raise RuntimeError("the sandbox is closed")
+        fault = ""
+        for _ in range(2):
+            if self._control is None:
+                self.launch()
+                self.greet()
+            assert self._control is not None
+            try:
+                send(self._control, request, descriptors)
+                return self.starts
+            except OSError as error:
+                fault = str(error)
+                self._dispose()
+        raise ZygoteLostError(f"the zygote is gone: {fault}")
 
     def give_up(self, session: Session) -> None:
         """Kill the zygote that fell silent in `session`; other sessions with it run again."""
@@ -197,34 +207,33 @@ class Worker:
         self._process = self._control = None
 
 
+def send(channel: socket.socket, request: Request, descriptors: Sequence[int]) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+    channel.sendmsg([request.pack()], rights)
+
+
 class Session:
     """One program's way to a zygote. Used by one thread."""
 
-    def __init__(self, channel: socket.socket, generation: int) -> None:
+    def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
-        self.generation = generation  # of the zygote
+        self.generation = 0  # of the zygote
 
     def ask(
-        self,
-        request: Request,
-        descriptors: Sequence[int],
-        on_sleep: Callable[[], None] = lambda: None,
+        self, request: Request, descriptors: Sequence[int], on_sleep: Callable[[], None]
     ) -> Outcome:
-        """Send a request and wait for its outcome. `on_sleep` is called if the run sleeps.
+        """Of a program server: the outcome of a test."""
+        try:
+            send(self._channel, request, descriptors)
+        except OSError as error:
+            raise ZygoteLostError(f"the program server is gone: {error}") from None
+        return self.receive(request.wall_s, on_sleep)
+
+    def receive(self, wall_s: float, on_sleep: Callable[[], None] = lambda: None) -> Outcome:
+        """Wait for an outcome. `on_sleep` is called if the run sleeps.
 
         ZygoteLostError if the zygote died, TimeoutError if it fell silent.
         """
-        self.send(request, descriptors)
-        return self.receive(request.wall_s, on_sleep)
-
-    def send(self, request: Request, descriptors: Sequence[int]) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-        try:
-            self._channel.sendmsg([request.pack()], rights)
-        except OSError as error:
-            raise ZygoteLostError(f"the zygote is gone: {error}") from None
-
-    def receive(self, wall_s: float, on_sleep: Callable[[], None] = lambda: None) -> Outcome:
         deadline = time.monotonic() + MOST_WALL_TIMES * wall_s + ANSWER_GRACE_S
         while True:
             message = self.receive_message(deadline)

@@ -4,18 +4,18 @@ Theory of operation. The controller starts `python -c` (`worker.py`) with one en
 and a pidfd of the controller. That process enters a pid namespace if it can and forks: the parent
 stays outside as the reaper (`reaper.py`), the child is the zygote (process 1 of its namespace). The
 zygote preloads the standard library, confines itself (`confinement.py`), proves the layers by
-trying to break out, reports them, and serves sessions: sockets that come in over the control
-channel, one per program that the controller has under way.
+trying to break out, reports them, and answers the requests that come in over the control channel,
+each on the session, a socket, that it brings.
 
 RUN and EXECUTE start a child for one run; PROGRAM starts a program server, which compiles once,
-takes the session over, and forks a child per TEST until the session ends. Whoever forks children
-supervises them in one loop: it polls their pidfds, reads their CPU clocks, kills a child that
-passes a limit, says once of a child that it sleeps, and sends what the kernel said of its end.
+takes the session over as its channel, and forks a child per TEST until that ends. Whoever forks
+children supervises them in one loop: it polls their pidfds, reads their CPU clocks, kills a child
+that passes a limit, says once of a child that it sleeps, and sends what the kernel said of its end.
 Nobody waits for one child alone, so a sleeper holds up nobody. A child tells how far it came in
 a shared page; before its program's first line it unmaps that, and has every descriptor but its
 own files closed, so that no program can speak to anyone.
 
-What ends them: the end of a session kills its child or server; the control channel's end of file,
+What ends them: the end of a session kills its child or server; the channel's end of file,
 or the controller's death seen by its pidfd, ends the zygote; the death of a parent kills its
 children (PDEATHSIG), and the death of process 1 kills its namespace.
 """
@@ -36,7 +36,7 @@ import socket
 import sys
 import time
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import program
 from .confinement import Bounds, confine_zygote, library_files
@@ -61,6 +61,7 @@ STACK_BYTES = 256 << 20  # of the main thread, for deep recursion; fixed when a 
 # Of a compiled program's main thread. Where that is without limit, the address space bounds it, and
 # its other threads get 2 MiB each, as glibc has it; else as much as the main thread.
 MOST_STACK_BYTES = resource.getrlimit(resource.RLIMIT_STACK)[1]
+KEPT_PLANS = 256
 LEAST_WAIT_S = 0.005  # between two readings of a child's CPU clock
 # A child that used less than this share of a core over this long is asleep: a machine four times
 # overloaded still gives a busy one 0.2.
@@ -83,6 +84,21 @@ class Child(NamedTuple):
 
 class Running:
     """A child under supervision, and whom to tell of its end."""
+
+    __slots__ = (
+        "cell",
+        "clock",
+        "ending",
+        "next_check",
+        "pid",
+        "pidfd",
+        "request",
+        "session",
+        "slept",
+        "started",
+        "window_cpu_s",
+        "window_started",
+    )
 
     def __init__(
         self, pid: int, pidfd: int, cell: int, session: socket.socket, request: Request
@@ -122,24 +138,32 @@ class Running:
 
 
 class Server:
-    """A zygote, or a program server forked from one: starts children and supervises them."""
+    """A zygote, or a program server forked from one: starts children and supervises them.
 
-    def __init__(self, control: socket.socket, controller: int, library: str) -> None:
-        self.control: socket.socket | None = control
-        self.controller = controller
+    Requests come over `channel`. A zygote's bring the session to answer on; a program server has
+    one session, which is its channel, and has compiled its `program`.
+    """
+
+    def __init__(self, channel: socket.socket, controller: int, library: str) -> None:
         self.library = library
-        self.progress = Progress()
-        self.launcher = launcher_for(library, self.progress)
         self.filters = {
             Task.RUN: filter_for_this_machine(Profile.PROGRAM),
             Task.EXECUTE: filter_for_this_machine(Profile.EXECUTABLE),
         }
         self.bounds = Bounds(base_bytes=_mapped_bytes(), own_user_namespace=False)
-        self.sessions: dict[int, socket.socket] = {}
-        self.running: dict[int, Running] = {}
-        self.program: tuple[types.CodeType, bytes] | None = None  # of a program server
+        self.program: tuple[types.CodeType, bytes] | None = None
+        self.listen(channel, controller)
+
+    def listen(self, channel: socket.socket, controller: int) -> None:
+        """Begin with nothing under way."""
+        self.channel, self.controller = channel, controller
+        self.progress = Progress()
+        self.launcher = launcher_for(self.library, self.progress)
+        self.plans: dict[tuple[bytes, int], tuple[Request, Any]] = {}
+        self.running: dict[int, Running] = {}  # by pidfd
+        self.awaited: dict[int, Running] = {}  # by the descriptor of the session
         self.poller = select.poll()
-        self.poller.register(control, READABLE)
+        self.poller.register(channel, READABLE)
         self.poller.register(controller, select.POLLIN)
 
     def confine(self, namespaces: list[str]) -> dict[str, object]:
@@ -152,23 +176,22 @@ class Server:
         return {**layers, **child_layers, "launcher": self.launcher.name}
 
     def serve(self) -> Child:
-        """Serve sessions for ever. Returns only in a forked child, with what it is to run."""
+        """Answer requests for ever. Returns only in a forked child, with what it is to run."""
+        channel = self.channel.fileno()
         while True:
             for descriptor, _ in self.poller.poll(self.until_next_check_ms()):
                 if descriptor in self.running:
                     self.finish(self.running.pop(descriptor))
-                elif descriptor in self.sessions:
-                    child = self.answer(self.sessions[descriptor])
+                elif descriptor == channel:
+                    child = self.answer()
                     if child is not None:
                         return child
-                elif self.control is not None and descriptor == self.control.fileno():
-                    self.open_session()
+                elif descriptor in self.awaited:
+                    self.abandon(self.awaited[descriptor])
                 elif descriptor == self.controller:
                     os._exit(0)
-            now = time.monotonic()
-            for child_process in self.running.values():
-                if child_process.next_check <= now:
-                    self.check(child_process, now)
+            if self.running:
+                self.keep_limits()
 
     def until_next_check_ms(self) -> float | None:
         if not self.running:
@@ -176,63 +199,69 @@ class Server:
         soonest = min(child.next_check for child in self.running.values())
         return None if soonest == float("inf") else max(0.0, soonest - time.monotonic()) * 1e3
 
-    def check(self, child: Running, now: float) -> None:
-        serving = child.request.task is Task.PROGRAM
-        if serving and self.progress.phase(child.cell) is Phase.RUNNING:
-            child.next_check = float("inf")  # its own children have limits of their own
-        else:
-            child.check(now)
+    def keep_limits(self) -> None:
+        now = time.monotonic()
+        for child in self.running.values():
+            if child.next_check > now:
+                continue
+            serves = child.request.task is Task.PROGRAM
+            if serves and self.progress.phase(child.cell) is Phase.RUNNING:
+                child.next_check = float("inf")  # its own children have limits of their own
+            else:
+                child.check(now)
 
-    def open_session(self) -> None:
-        assert self.control is not None
-        message, descriptors = _receive(self.control)
+    def answer(self) -> Child | None:
+        """Act on the next request. A Child only in a forked child."""
+        message, files = _receive(self.channel)
         if not message:
-            os._exit(0)
-        session = socket.socket(fileno=descriptors[0])
-        self.sessions[session.fileno()] = session
-        self.poller.register(session, READABLE)
-
-    def answer(self, session: socket.socket) -> Child | None:
-        """Act on a session's next message. A Child only in a forked child."""
-        try:
-            message, files = _receive(session)
-        except BlockingIOError:  # the number of a session that ended in this very round
-            return None
-        if not message:
-            self.end_session(session)
-            return None
-        request = Request.unpack(message)
+            os._exit(0)  # the controller is gone, or done with this program
+        session = self.channel if self.program else socket.socket(fileno=files.pop(0))
+        request, plan = self.prepared(message, len(files))
+        served = []
+        if request.task is Task.PROGRAM:
+            served = [session.fileno(), self.controller]
         cell = self.progress.take()
         try:
-            pid, pidfd = self.launcher.spawn(self.plan(request, files, cell, session))
+            pid, pidfd = self.launcher.spawn(plan, [*files, *served], cell)
         except OSError as error:
             self.progress.give_back(cell)
             send(session, failed_to_start(f"start of a child: {error}").pack())
         else:
             if pid == 0:
                 return self.go_on_as_child(request, len(files), cell)
-            self.running[pidfd] = Running(pid, pidfd, cell, session, request)
+            child = Running(pid, pidfd, cell, session, request)
+            self.running[pidfd] = child
             self.poller.register(pidfd, select.POLLIN)
-            if request.task is Task.PROGRAM:
-                self.poller.unregister(session)  # the server reads it from now on
+            if session is not self.channel and not served:
+                self.awaited[session.fileno()] = child
+                self.poller.register(session, READABLE)
         for descriptor in files:
             os.close(descriptor)
         return None
 
-    def plan(self, request: Request, files: list[int], cell: int, session: socket.socket) -> Plan:
-        executes = request.task is Task.EXECUTE
+    def prepared(self, message: bytes, file_count: int) -> tuple[Request, Any]:
+        """The request and the launcher's plan for it; the same message comes again and again."""
+        key = message, file_count
+        if key not in self.plans:
+            if len(self.plans) >= KEPT_PLANS:
+                self.plans.clear()
+            request = Request.unpack(message)
+            plan = self.launcher.prepared(self.plan(request, file_count))
+            self.plans[key] = request, plan
+        return self.plans[key]
+
+    def plan(self, request: Request, file_count: int) -> Plan:
         limits = self.bounds.limits(request)
         if request.task is Task.PROGRAM:
-            server_files = [*files, session.fileno(), self.controller]
-            return Plan(server_files, cell, **limits, filter=None)
-        return Plan(
-            files,
-            cell,
-            **limits,
-            filter=self.filters[Task.EXECUTE if executes else Task.RUN],
-            executable=len(files) - 1 if executes else -1,
-            stack_bytes=MOST_STACK_BYTES & UNLIMITED if executes else 0,
-        )
+            return Plan(**limits, filter=None)
+        if request.task is Task.EXECUTE:
+            return Plan(
+                **limits,
+                filter=self.filters[Task.EXECUTE],
+                executable=file_count - 1,
+                stack_bytes=MOST_STACK_BYTES & UNLIMITED,
+            )
+        return Plan(**limits, filter=self.filters[Task.RUN])
 
     def go_on_as_child(self, request: Request, file_count: int, cell: int) -> Child:
         """In a forked child, whose files are in place: compile, or become a program server."""
@@ -262,32 +291,22 @@ class Server:
     def serve_program(self, code: types.CodeType, source: bytes) -> Child:
         """In a program server: serve the one session. Returns in its forked children."""
         self.program = code, source
-        for held in (self.control, *self.sessions.values()):
-            if held is not None:
-                held.detach()  # closed already; the numbers are others' now
-        self.control = None
-        self.controller = _moved_out_of_the_way(CONTROLLER_OF_A_SERVER)
+        self.channel.detach()  # closed already, as are all; the numbers are others' now
+        for child in self.running.values():
+            if child.session is not self.channel:
+                child.session.detach()
         session = socket.socket(fileno=_moved_out_of_the_way(SESSION_OF_A_SERVER))
+        controller = _moved_out_of_the_way(CONTROLLER_OF_A_SERVER)
         _reserve_low_descriptors()
-        self.progress = Progress()
-        self.launcher = launcher_for(self.library, self.progress)
-        self.sessions, self.running = {session.fileno(): session}, {}
-        self.poller = select.poll()
-        self.poller.register(session, READABLE)
-        self.poller.register(self.controller, select.POLLIN)
+        self.listen(session, controller)
         send(session, Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.0, 0.0, 0).pack())
         return self.serve()
 
-    def end_session(self, session: socket.socket) -> None:
-        """The controller is done with it, or gave it up: kill what still runs for it."""
-        if self.control is None:
-            os._exit(0)  # a program server lives for one session
-        for child in self.running.values():
-            if child.session is session:
-                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
-        del self.sessions[session.fileno()]
-        self.poller.unregister(session)
-        session.close()
+    def abandon(self, child: Running) -> None:
+        """The controller gave the session up: kill what runs for it."""
+        self.poller.unregister(child.session)
+        del self.awaited[child.session.fileno()]
+        signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
     def finish(self, child: Running) -> None:
         """Say what became of a child that ended."""
@@ -296,8 +315,7 @@ class Server:
         _, wait_status, usage = os.wait4(child.pid, 0)
         phase, fault = self.progress.phase(child.cell), self.progress.fault(child.cell)
         self.progress.give_back(child.cell)
-        served = child.request.task is Task.PROGRAM
-        if not (served and phase is Phase.RUNNING):
+        if not (child.request.task is Task.PROGRAM and phase is Phase.RUNNING):
             outcome = Outcome(
                 Phase.SETUP if fault else phase,
                 child.ending,
@@ -308,8 +326,9 @@ class Server:
                 fault,
             )
             send(child.session, outcome.pack())
-        if served:  # and its session with it
-            del self.sessions[child.session.fileno()]
+        if child.session is not self.channel:
+            if self.awaited.pop(child.session.fileno(), None) is not None:
+                self.poller.unregister(child.session)
             child.session.close()
 
 

@@ -12,7 +12,7 @@ GREETING = """\
  "rlimits": true, "seccomp": true, "threads": true, "launcher": "python"}"""
 
 SCRIPT = """\
-import array, json, os, select, socket, sys
+import array, os, select, socket, sys
 control = socket.socket(fileno=int(sys.argv[1]))
 greeting = GREETING_BYTES
 control.send(greeting)
@@ -20,27 +20,27 @@ def receive(channel):
     message, ancillary, _, _ = channel.recvmsg(1 << 16, socket.CMSG_SPACE(32))
     descriptors = array.array('i')
     for _, _, data in ancillary: descriptors.frombytes(data)
-    return message, list(descriptors)
+    return message, list(descriptors) or [None]
 poller = select.poll(); poller.register(control, select.POLLIN)
 sessions = {}
 while True:
     for descriptor, _ in poller.poll():
         if descriptor == control.fileno():
-            message, files = receive(control)
+            message, (number, *files) = receive(control)
             if not message: os._exit(0)
-            session = socket.socket(fileno=files[0])
-            sessions[session.fileno()] = session
+            session, answer = socket.socket(fileno=number), os.pread(files[-1], 1 << 16, 0)
+            sessions[session.fileno()] = session, answer
             poller.register(session, select.POLLIN)
-            continue
-        session = sessions[descriptor]
-        try: message, files = receive(session)
-        except OSError: message = b''
-        if not message:
-            poller.unregister(session); del sessions[descriptor]; session.close()
-            continue
-        answer = os.pread(files[-1], 1 << 16, 0)
-        for file in files: os.close(file)
+        else:
+            session, answer = sessions[descriptor]
+            try: message, files = receive(session)
+            except OSError: message = b''
+            if not message:
+                poller.unregister(session); del sessions[descriptor]; session.close()
+                continue
+        for file in files: file is None or os.close(file)
         if answer.startswith(b'DIE'): os._exit(1)
+        if answer.startswith(b'SILENT'): continue
         try: session.send(answer)
         except OSError: pass
 """

@@ -125,7 +125,6 @@ def test_a_zygote_that_dies_at_every_request_is_a_fault(mad_sandbox: Sandbox) ->
     assert mad_sandbox.run("DIE").status is Status.SANDBOX_ERROR
 
 
-@pytest.mark.xfail(reason="to be mended in worker.py")
 @pytest.mark.parametrize(
     "greeting",
     [b"x", b"[]", b"null", b"{}", b"\xff", b'"namespaces"', b"[" * 10_000, b'{"seccomp": 1}'],

@@ -7,7 +7,6 @@ the program may send what it likes, to code that was not written with that in mi
 from __future__ import annotations
 
 import pytest
-from _pytest.mark import ParameterSet
 
 from rlef_sandbox import CheckerProgram, CheckTest, Limits, Sandbox, Status, Test
 
@@ -109,22 +108,7 @@ HACKS = {
 HONEST = f"def f(x): return {SECRET}"
 
 
-# Known to succeed; each mark goes with its hole.
-NOT_YET_STOPPED = (
-    "end_of_an_iteration",
-    "end_of_an_iteration_by_name",
-    "long_text",
-    "deep_list",
-    "an_exception_with_a_long_name",
-)
-
-
-def params(programs: dict[str, str]) -> list[ParameterSet]:
-    marks = {name: [pytest.mark.xfail(reason="a hole")] for name in NOT_YET_STOPPED}
-    return [pytest.param(p, id=n, marks=marks.get(n, [])) for n, p in programs.items()]
-
-
-@pytest.mark.parametrize("source", params(HACKS))
+@pytest.mark.parametrize("source", HACKS.values(), ids=HACKS)
 def test_no_hack_passes_a_check_or_evades_its_verdict(sandbox: Sandbox, source: str) -> None:
     """Whichever way the check is written; never a SANDBOX_ERROR, which would drop the episode."""
     slow = "sleep" in source or "closed" in source
@@ -158,7 +142,6 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.xfail(reason="a hole")
 @pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
 @pytest.mark.parametrize("checker", CHECKERS.values(), ids=CHECKERS)
 def test_no_output_evades_the_verdict_by_breaking_the_checker(
