@@ -181,8 +181,9 @@ def unconfined(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 HARMLESS = (
     "password_file root_listing own_process_in_proc socket unix_socket memory_file fork clone "
-    "clone3 exec_of_a_shell execveat_of_a_shell spawn signal_to_the_parent descriptors become_dumpable "
-    "another_process_there live_on own_session trace hard_limit_of_cpu_time timer_that_kills"
+    "clone3 exec_of_a_shell execveat_of_a_shell spawn signal_to_the_parent descriptors "
+    "become_dumpable another_process_there live_on own_session trace hard_limit_of_cpu_time "
+    "timer_that_kills"
 )
 
 
