@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlef_mega.types import AnyTest, TestOutcome
+from rlef_mega.types import PublicTest, TestOutcome
 from rlef_sandbox import CallTest, Result, Status, Test
 
 # --- templates
@@ -88,7 +88,7 @@ def template_named(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def first_prompt(statement: str, template: str, public_tests: Sequence[AnyTest] = ()) -> str:
+def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTest] = ()) -> str:
     """The first user message. Only the mbpp template quotes public tests."""
     wording = template_named(template)
     tests = ""
@@ -179,7 +179,7 @@ def failure(result: Result, wording: Template) -> str:
     raise AssertionError(f"{result.status} is not a failure to run")
 
 
-def assertion(test: AnyTest) -> str:
+def assertion(test: PublicTest) -> str:
     """A test as one line of Python."""
     if isinstance(test, Test):
         return f"assert run({text_of(test.stdin)!r}) == {text_of(test.expected)!r}"

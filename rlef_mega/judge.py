@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-from rlef_mega.types import AnyTest, Problem, TestOutcome, Verdict
-from rlef_sandbox import Result, Sandbox, Status
+from rlef_mega.types import Problem, TestOutcome, Verdict
+from rlef_sandbox import AnyTest, Result, Sandbox, Status
 from rlef_sandbox.sandbox import JOBS_A_WORKER
 
 Answer = TypeVar("Answer")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlef_sandbox import CallTest, Limits, Result, Test
+from rlef_sandbox import AnyTest, CallTest, CheckerProgram, Limits, Result, Test
 
-AnyTest = Test | CallTest
+PublicTest = Test | CallTest  # what can be shown as an input and an expected output
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Problem:
 
     id: str
     statement: str
-    public_tests: tuple[AnyTest, ...]
+    public_tests: tuple[PublicTest, ...]
     private_tests: PrivateTests
     limits: Limits = field(default_factory=Limits)
-    checker: str = "tokens"
+    checker: str | CheckerProgram = "tokens"
     language: str = "python"
     template: str = "codecontests"  # which prompt and feedback templates of RLEF C.1, C.4, C.5
     entry_point: str | None = None  # function-call problems
@@ -51,7 +51,7 @@ class TestOutcome:
 
     __test__ = False  # not a pytest class
 
-    test: AnyTest
+    test: PublicTest
     result: Result
 
 

@@ -10,11 +10,14 @@ public tests decide).
 
 A test is either of a program, {"stdin": TEXT, "expected": TEXT}, or of a function, {"args": "([1,
 2], 0.3)", "expected": "True"}: Python literals as text, because JSON has no tuples or sets. The
-function is the problem's `entry_point`, or the test's own.
+function is the problem's `entry_point`, or the test's own. A private test may also be code in the
+form of HumanEval's, {"check": "def check(candidate): assert candidate(2) == 4"}.
 
 Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes}, `checker` (tokens, exact,
-codecontests, unordered_lines), `language` (python), `template` (codecontests, humaneval, mbpp,
-curriculum), `entry_point`, `family` (a breakdown in reports), `tags`. Unknown keys are refused.
+codecontests, unordered_lines, or {"program": "def check(stdin, expected, actual): ..."}, which
+returns a bool and is given bytes), `language` (python, cpp), `template` (codecontests, humaneval,
+mbpp, curriculum), `entry_point`, `family` (a breakdown in reports), `tags`. Unknown keys are
+refused.
 """
 
 import ast
@@ -25,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from rlef_mega.dialog import INFO_STRINGS, template_named
-from rlef_mega.types import AnyTest, PrivateTests, Problem
-from rlef_sandbox import CallTest, Limits, Test
+from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Test
 from rlef_sandbox.checkers import checker_named
 
 KEYS = tuple(field.name for field in fields(Problem))
@@ -85,8 +88,16 @@ def read_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 def parse_problem(row: dict[str, Any]) -> Problem:
     refuse_unknown(row, KEYS, "")
     entry_point = expect(row, "entry_point", str, None)
-    tests = {key: parse_tests(row, key, entry_point) for key in ("public_tests", "private_tests")}
-    if not any(tests.values()):
+    private = parse_tests(row, "private_tests", entry_point)
+    public = []
+    for test in parse_tests(row, "public_tests", entry_point):
+        if isinstance(test, CheckTest):
+            raise FieldError(
+                "public_tests: a check has no input and output to show as feedback; "
+                "move it to private_tests"
+            )
+        public.append(test)
+    if not (public or private):
         raise FieldError("public_tests, private_tests: no tests; give the problem at least one")
     tags = expect(row, "tags", list, [])
     if not all(isinstance(tag, str) for tag in tags):
@@ -94,10 +105,10 @@ def parse_problem(row: dict[str, Any]) -> Problem:
     return Problem(
         id=expect(row, "id", str),
         statement=expect(row, "statement", str),
-        public_tests=tests["public_tests"],
-        private_tests=PrivateTests(tests["private_tests"]),
+        public_tests=tuple(public),
+        private_tests=PrivateTests(private),
         limits=parse_limits(expect(row, "limits", dict, {})),
-        checker=known(row, "checker", "tokens", checker_named),
+        checker=parse_checker(row),
         language=known(row, "language", "python", language_named),
         template=known(row, "template", "codecontests", template_named),
         entry_point=entry_point,
@@ -131,6 +142,17 @@ def known(row: dict[str, Any], key: str, default: str, look_up: Any) -> str:
     except ValueError as error:
         raise FieldError(f"{key}: {error}") from None
     return name
+
+
+def parse_checker(row: dict[str, Any]) -> str | CheckerProgram:
+    checker = row.get("checker")
+    if not isinstance(checker, dict):
+        return known(row, "checker", "tokens", checker_named)
+    refuse_unknown(checker, ("program",), "checker.")
+    try:
+        return CheckerProgram(expect(checker, "program", str))
+    except ValueError as error:
+        raise FieldError(f"checker.program: {error}") from None
 
 
 def language_named(name: str) -> None:
@@ -170,18 +192,30 @@ def parse_test(test: Any, place: str, entry_point: str | None) -> AnyTest:
             raise FieldError(f"{place}.{key}: {value!r} is no string")
     if set(test) == {"stdin", "expected"}:
         return Test(test["stdin"], test["expected"])
+    if {"check"} <= set(test) <= {"check", "entry_point"}:
+        try:
+            return CheckTest(called(test, place, entry_point), test["check"])
+        except FieldError:
+            raise
+        except ValueError as error:
+            raise FieldError(f"{place}.check: {error}") from None
     if not {"args", "expected"} <= set(test) <= {"args", "expected", "entry_point"}:
         raise FieldError(
             f"{place}: has the keys {', '.join(sorted(test)) or 'none'}; "
-            "a test has stdin and expected, or args and expected (and entry_point)"
+            "a test has stdin and expected, args and expected, or check (and entry_point)"
         )
-    name = test.get("entry_point", entry_point)
-    if not name:
-        raise FieldError(f"{place}: calls a function, but entry_point does not say which")
+    name = called(test, place, entry_point)
     args = literal(test["args"], f"{place}.args")
     if not isinstance(args, tuple):
         raise FieldError(f"{place}.args: {test['args']!r} is no tuple; write one argument as (x,)")
     return CallTest(name, args, literal(test["expected"], f"{place}.expected"))
+
+
+def called(test: dict[str, str], place: str, entry_point: str | None) -> str:
+    name = test.get("entry_point", entry_point)
+    if not name:
+        raise FieldError(f"{place}: calls a function, but entry_point does not say which")
+    return name
 
 
 def literal(text: str, place: str) -> Any:
@@ -214,13 +248,21 @@ def to_row(problem: Problem) -> dict[str, Any]:
     for field in fields(Problem):
         value = getattr(problem, field.name)
         if field.name not in row and field.name != "limits" and value != field.default:
-            row[field.name] = list(value) if isinstance(value, tuple) else value
+            row[field.name] = plain(value)
     return row
+
+
+def plain(value: object) -> object:
+    if isinstance(value, CheckerProgram):
+        return {"program": value.source}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def to_test(test: AnyTest) -> dict[str, str]:
     if isinstance(test, Test):
         return {"stdin": test.stdin.decode(), "expected": test.expected.decode()}
+    if isinstance(test, CheckTest):
+        return {"entry_point": test.entry_point, "check": test.code}
     row = {"args": repr(test.args), "expected": repr(test.expected)}
     if (ast.literal_eval(row["args"]), ast.literal_eval(row["expected"])) != (
         test.args,

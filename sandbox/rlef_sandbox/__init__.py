@@ -2,10 +2,11 @@
 
 from .checkers import CHECKERS
 from .sandbox import IsolationError, Sandbox
-from .verdict import CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
+from .verdict import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
 
 __all__ = [
     "CHECKERS",
+    "AnyTest",
     "CallTest",
     "CheckTest",
     "CheckerProgram",

@@ -8,7 +8,7 @@ import pytest
 from rlef_mega.problems import load_problems, sample
 from rlef_mega.problems.jsonl import read_jsonl, write_jsonl
 from rlef_mega.types import PrivateTests, Problem
-from rlef_sandbox import CallTest, Limits, Test
+from rlef_sandbox import CallTest, CheckerProgram, CheckTest, Limits, Test
 
 GOOD = {
     "id": "double",
@@ -177,3 +177,37 @@ def test_an_unknown_source_names_the_known_ones(source):
 def test_an_unknown_split_names_the_known_ones():
     with pytest.raises(ValueError, match="no split 'dev'; take one of train, valid, test"):
         load_problems("curriculum:dev")
+
+
+CHECK = "def check(candidate): assert candidate(2) == 4"
+JUDGE = "def check(stdin, expected, actual): return actual == expected"
+
+
+def test_checks_and_checker_programs_are_read_and_written(tmp_path):
+    row = {
+        **GOOD,
+        "entry_point": "double",
+        "private_tests": [{"check": CHECK}],
+        "checker": {"program": JUDGE},
+        "language": "cpp",
+    }
+    (problem,) = read_jsonl(write(tmp_path, row))
+    assert problem.private_tests.tests == (CheckTest("double", CHECK),)
+    assert problem.checker == CheckerProgram(JUDGE)
+    write_jsonl([problem], tmp_path / "again.jsonl")
+    assert read_jsonl(tmp_path / "again.jsonl") == [problem]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"public_tests": [{"check": CHECK, "entry_point": "f"}]}, "move it to private_tests"),
+        ({"private_tests": [{"check": CHECK}]}, "entry_point does not say which"),
+        ({"private_tests": [{"check": "def", "entry_point": "f"}]}, "is no Python"),
+        ({"checker": {"program": "def"}}, "checker.program: .* is no Python"),
+        ({"checker": {"source": ""}}, "checker.source: unknown key"),
+    ],
+)
+def test_code_that_cannot_judge_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=f"line 1: .*{message}"):
+        read_jsonl(write(tmp_path, {**GOOD, **change}))
