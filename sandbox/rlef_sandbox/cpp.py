@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import threading
 import time
 from collections import OrderedDict
@@ -25,18 +26,19 @@ from .worker import ANSWER_GRACE_S, Layers, Worker, ZygoteLostError, memory_file
 STANDARD = ("-std=c++17", "-O2", "-DONLINE_JUDGE", "-w")
 COMPILE = Request(
     Task.COMPILE,
-    cpu_s=30.0,
-    wall_s=120.0,
+    cpu_s=10.0,
+    wall_s=60.0,
     memory_bytes=2 << 30,
     output_bytes=128 << 20,
     processes=16,
 )
-KEPT_BYTES = 512 << 20
+KEPT_BYTES, KEPT_EXECUTABLES = 512 << 20, 128  # each of them is an open descriptor
 STDERR_BYTES = 16 << 10
 RETRIES = 2
 MFD_EXEC = 0x10  # since Linux 6.3, where it may have to be asked for
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-KILLED = b"Killed signal terminated program"  # g++ of its own child: the machine, not the source
+# g++ of its own child: the machine's doing, for the limits send other signals first
+KILLED = (b"Killed signal terminated program", b"terminated with signal 9")
 
 
 class CompileFailedError(Exception):
@@ -99,7 +101,9 @@ class Cpp:
     def _keep(self, key: bytes, file: int) -> None:
         self._kept[key] = os.dup(file)
         kept_bytes = sum(os.fstat(kept).st_size for kept in self._kept.values())
-        while kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+        while len(self._kept) > 1 and (
+            kept_bytes > KEPT_BYTES or len(self._kept) > KEPT_EXECUTABLES
+        ):
             _, oldest = self._kept.popitem(last=False)
             kept_bytes -= os.fstat(oldest).st_size
             os.close(oldest)
@@ -161,10 +165,13 @@ class Cpp:
 
 def compile_error(outcome: Outcome, errors: bytes) -> Result:
     """What a compilation without an executable means. ZygoteLostError for a fault."""
-    if outcome.phase is Phase.SETUP or KILLED in errors:
-        raise ZygoteLostError(outcome.fault or "the compiler was killed; is memory short?")
-    if outcome.ending is not Ending.ITSELF:
+    if outcome.phase is Phase.SETUP:
+        raise ZygoteLostError(outcome.fault)
+    too_long = outcome.ending is not Ending.ITSELF or outcome.cpu_s >= COMPILE.cpu_s
+    if too_long:
         errors += b"compilation took too long\n"
+    elif outcome.wait_status == signal.SIGKILL or any(words in errors for words in KILLED):
+        raise ZygoteLostError("the compiler was killed from outside; is memory short?")
     return Result(
         Status.COMPILE_ERROR,
         stderr=errors,

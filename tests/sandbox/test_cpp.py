@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from rlef_sandbox import CallTest, CheckerProgram, Limits, Sandbox, Status, Test, native
-from rlef_sandbox.cpp import Cpp
+from rlef_sandbox.cpp import COMPILE, Cpp
+from tests.sandbox.test_lifetime import descendants
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
 
@@ -158,6 +162,45 @@ def test_the_reaction_to_an_attack_at_compile_time_leaves_a_compiler_that_works(
     for source in ("int main() {", 'asm(".incbin \\"/dev/zero\\""); int main() {}'):
         assert cpp.run(source, language="cpp").status is Status.COMPILE_ERROR
     assert cpp.run("int main() {}", language="cpp").status is Status.OK
+
+
+def test_a_source_that_takes_the_compiler_too_long_is_the_programs_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlef_sandbox.cpp.COMPILE", COMPILE._replace(cpu_s=1.0))
+    source = "int main() { return " + "(" * 200_000 + "1" + ")" * 200_000 + "; }"
+    with Sandbox(workers=1) as sandbox:
+        result = sandbox.run(source, language="cpp")
+    assert result.status is Status.COMPILE_ERROR
+    assert b"took too long" in result.stderr
+
+
+@pytest.mark.parametrize("victim", ["g++", "cc1plus"])
+def test_a_compiler_killed_by_the_machine_is_no_compile_error(victim: str) -> None:
+    """It is tried again; here the second try ends as the source deserves."""
+    slow = HEADER + "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\n"
+    slow += "constexpr long x = f(27); int main() { cout << x; }"
+    with Sandbox(workers=1) as sandbox, ThreadPoolExecutor(1) as pool:
+        assert sandbox.run("int main() {}", language="cpp").status is Status.OK
+        job = pool.submit(sandbox.run, slow, b"", LIMITS, "cpp")
+        deadline = time.monotonic() + 10
+        while not (pids := descendants_named(victim)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert pids and not job.done()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert job.result().stdout == b"196418"
+
+
+def descendants_named(name: str) -> list[int]:
+    found = []
+    for pid in descendants(os.getpid()):
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                found.append(pid)
+        except OSError:
+            continue
+    return found
 
 
 def test_tests_are_graded_by_any_checker(cpp: Sandbox) -> None:
