@@ -104,24 +104,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in read_rows(results) if row.masked == "0%"]
     peak = max(teraflops(results, row, FORWARD) for row in rows if row.method == ROOF)
+    trained = [row for row in rows if WHOLE in row.values]
     copy_rate = results["figures"]["copy, bandwidth"]["median"] / 1e3  # TB/s
     figure, axes = pyplot.subplots(figsize=(8, 5))
     ridge = peak / copy_rate
-    intensities = [ridge / 10, ridge, ridge * 100]
+    most = max(flops(results, row, WHOLE) / least_bytes(results, row, WHOLE) for row in trained)
+    intensities = [ridge / 10, ridge, max(2 * most, 10 * ridge)]
     roof = [min(peak, intensity * copy_rate) for intensity in intensities]
-    axes.plot(intensities, roof, color="black", label=f"{peak:.0f} TFLOP/s, {copy_rate:.2f} TB/s")
-    for method in dict.fromkeys(row.method for row in rows if row.method != ROOF):
+    axes.plot(intensities, roof, color="black", label=f"{peak:.3g} TFLOP/s, {copy_rate:.3g} TB/s")
+    for method in dict.fromkeys(row.method for row in trained):
         points = [
             (
                 flops(results, row, WHOLE) / least_bytes(results, row, WHOLE),
                 teraflops(results, row, WHOLE),
             )
-            for row in rows
-            if row.method == method and WHOLE in row.values
+            for row in trained
+            if row.method == method
         ]
-        if points:
-            intensity, rate = zip(*points, strict=True)
-            axes.scatter(intensity, rate, label=method, s=18)
+        intensity, rate = zip(*points, strict=True)
+        axes.scatter(intensity, rate, label=method, s=18)
     axes.set(
         xscale="log",
         yscale="log",

@@ -42,6 +42,7 @@ def head(main_grad=True):
     weight.requires_grad_()
     if main_grad:
         weight.main_grad = empty(VOCABULARY, WIDTH, dtype=torch.float32)
+        weight.grad_added_to_main_grad = False  # as Megatron has it: a gradient of zeros comes back
     return hidden, weight, empty(TOKENS, dtype=torch.int64)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from rlef_kernels.gpu.ppo_policy_loss import STEP, load_or_zero
+from rlef_kernels.gpu.ppo_policy_loss import STEP, larger, load_or_zero, smaller
 from rlef_kernels.vocab_parallel import SavedForBackward
 
 
@@ -43,13 +43,13 @@ def clipped_value_loss_kernel(
         old_B = load_or_zero(old_values_ptr, at_B, inside_B)
         return_B = load_or_zero(returns_ptr, at_B, inside_B)
         error_B = value_B - return_B
-        limited_B = tl.minimum(tl.maximum(value_B, old_B - clip_alpha), old_B + clip_alpha)
+        limited_B = smaller(larger(value_B, old_B - clip_alpha), old_B + clip_alpha)
         clipped_error_B = limited_B - return_B
         squared_B, clipped_squared_B = error_B * error_B, clipped_error_B * clipped_error_B
         # where the clipped error is the larger one, the loss does not depend on the value
-        gradient_B = tl.where(squared_B >= clipped_squared_B, error_B, 0.0)
+        gradient_B = tl.where(squared_B < clipped_squared_B, 0.0, error_B)
         tl.store(gradient_ptr + at_B, gradient_B, mask=at_B < num_values)
-        loss_B += 0.5 * tl.maximum(squared_B, clipped_squared_B)
+        loss_B += 0.5 * larger(squared_B, clipped_squared_B)
         clipped_B += tl.where(tl.abs(value_B - old_B) > clip_alpha, 1.0, 0.0)
         count_B += inside_B.to(tl.float32)
     if denominator_ptr is not None:

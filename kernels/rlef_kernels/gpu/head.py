@@ -103,8 +103,9 @@ def logits_statistics_kernel(
     inside_RC = (row_R < num_tokens)[:, None] & (within_C < columns)[None, :]
     at_RC = row_R.to(tl.int64)[:, None] * row_stride + within_C[None, :]
     logits_RC = tl.load(logits_ptr + at_RC, mask=inside_RC, other=0.0).to(tl.float32)
-    logits_RC = tl.maximum(logits_RC, LOWEST_LOGIT)  # -inf: a masked word
-    logits_RC = tl.where((within_C < columns)[None, :], logits_RC, LOWEST_LOGIT)
+    # -inf is a masked word; NaN stays
+    is_word_RC = (within_C < columns)[None, :] & ~(logits_RC < LOWEST_LOGIT)
+    logits_RC = tl.where(is_word_RC, logits_RC, LOWEST_LOGIT)
     max_R = store_statistics(
         logits_RC,
         row_R,

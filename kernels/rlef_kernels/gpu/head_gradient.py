@@ -132,7 +132,7 @@ def logits_gradient_kernel(
     row64_R = row_R.to(tl.int64)
     at_RC = row64_R[:, None] * logits_stride + within_C[None, :]
     logits_RC = tl.load(logits_ptr + at_RC, mask=inside_RC, other=0.0).to(tl.float32)
-    logits_RC = tl.maximum(logits_RC, LOWEST_LOGIT)
+    logits_RC = tl.where(logits_RC < LOWEST_LOGIT, LOWEST_LOGIT, logits_RC)
     offset_R = tl.zeros((R,), tl.float32)
     if ARE_SHIFTED:
         tile_max_R = tile_max_ptr + tl.cast(tl.program_id(1), tl.int64) * num_tokens + row_R

@@ -36,6 +36,17 @@ def exp_minus_one_minus(x):
 
 
 @triton.jit
+def smaller(x, y):
+    """The hardware's own minimum drops a NaN, and with it the news that something went wrong."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_or_zero(pointer, at, inside):
     # a masked token may hold anything, NaN included: it is never read
     return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
@@ -73,14 +84,14 @@ def ppo_policy_loss_kernel(
         advantage_B = load_or_zero(advantages_ptr, at_B, inside_B)
         log_ratio_B = log_probs_B - load_or_zero(old_logprobs_ptr, at_B, inside_B)
         behaviour_B = log_probs_B - load_or_zero(behaviour_logprobs_ptr, at_B, inside_B)
-        truncated_B = tl.exp(tl.minimum(behaviour_B, 0.0))
+        truncated_B = tl.exp(smaller(behaviour_B, 0.0))
         r_B = tl.exp(log_ratio_B) * truncated_B
         surrogate_B = r_B * advantage_B
-        limit_B = tl.minimum(tl.maximum(r_B, 1 - clip_eps), 1 + clip_eps) * advantage_B
+        limit_B = smaller(larger(r_B, 1 - clip_eps), 1 + clip_eps) * advantage_B
         # where the clipped term is the smaller one, nothing depends on the policy
-        gradient_B = tl.where(surrogate_B <= limit_B, -surrogate_B, 0.0)
+        gradient_B = tl.where(surrogate_B > limit_B, 0.0, -surrogate_B)
         tl.store(gradient_ptr + at_B, gradient_B, mask=at_B < num_tokens)
-        loss_B -= tl.minimum(surrogate_B, limit_B)
+        loss_B -= smaller(surrogate_B, limit_B)
         ratio_B += r_B * ones_B
         clipped_B += tl.where(tl.abs(r_B - 1) > clip_eps, ones_B, 0.0)
         factor_B += truncated_B * ones_B

@@ -147,6 +147,17 @@ def test_result_is_bitwise_repeatable(device, way):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("way", PLANS)
+def test_nan_is_not_hidden(device, way):
+    hidden, weight, target = problem(device, 5, 8, 300)
+    hidden.data[2, 3] = torch.nan
+    outputs = linear_logprob_kernels(hidden, weight, target, plan=PLANS[way])
+    for output in outputs[:2]:
+        assert output.isnan().nonzero().tolist() == [[2]]
+    grad, _ = gradients(outputs, (hidden, weight))
+    assert grad[2].isnan().all() and grad[:2].isfinite().all()
+
+
 def test_tokens_without_a_gradient_change_nothing(device):
     hidden, weight, target = problem(device, 60, 24, 300)
     logprob, _, _ = linear_logprob_kernels(hidden, weight, target)

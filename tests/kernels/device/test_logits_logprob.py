@@ -72,6 +72,15 @@ def test_masked_words_have_no_probability_and_no_gradient(device):
     assert not grad[:, 1::2].any() and not grad[:, :1024].any()
 
 
+def test_nan_is_not_hidden(device):
+    logits, target = problem(device, 5, 1300)
+    logits.data[2, 1100] = torch.nan
+    outputs = logits_logprob_kernels(logits, target)
+    for output in outputs:
+        assert output.isnan().nonzero().tolist() == [[2]]
+    assert gradient(outputs, logits)[2].isnan().all()
+
+
 def test_inplace_backward_writes_the_same_gradient_over_the_logits(device):
     logits, target = problem(device, 30, 1070, torch.bfloat16)
     expected = gradient(logits_logprob_kernels(logits, target), logits)

@@ -98,6 +98,22 @@ def test_value_loss_agrees_with_its_definition(device, values, denominator):
     check(found, clipped_value_loss_reference(*inputs, clip_alpha=0.2), inputs[0])
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_nan_in_any_input_reaches_the_policy_loss(device, place):
+    *inputs, _, _ = policy_problem(device, 30)
+    inputs[place][7] = torch.nan
+    loss, _ = ppo_policy_loss_kernels(*inputs, clip_eps=0.2)
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_nan_in_any_input_reaches_the_value_loss(device, place):
+    *inputs, _ = value_problem(device, 30)
+    inputs[place][7] = torch.nan
+    loss, _ = clipped_value_loss_kernels(*inputs, clip_alpha=0.2)
+    assert loss.isnan()
+
+
 def test_losses_are_bitwise_repeatable(device):
     *inputs, mask, _ = policy_problem(device, 5000)
     first, second = (ppo_policy_loss_kernels(*inputs, clip_eps=0.2, mask_T=mask) for _ in range(2))
