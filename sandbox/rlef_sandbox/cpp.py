@@ -37,7 +37,8 @@ STDERR_BYTES = 16 << 10
 RETRIES = 2
 MFD_EXEC = 0x10  # since Linux 6.3, where it may have to be asked for
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-# g++ of its own child: the machine's doing, for the limits send other signals first
+# g++ of its own child: its limit; and the machine's doing, for the limits send other signals first
+TOO_LONG = b"CPU time limit exceeded"
 KILLED = (b"Killed signal terminated program", b"terminated with signal 9")
 
 
@@ -167,8 +168,7 @@ def compile_error(outcome: Outcome, errors: bytes) -> Result:
     """What a compilation without an executable means. ZygoteLostError for a fault."""
     if outcome.phase is Phase.SETUP:
         raise ZygoteLostError(outcome.fault)
-    too_long = outcome.ending is not Ending.ITSELF or outcome.cpu_s >= COMPILE.cpu_s
-    if too_long:
+    if outcome.ending is not Ending.ITSELF or TOO_LONG in errors:
         errors += b"compilation took too long\n"
     elif outcome.wait_status == signal.SIGKILL or any(words in errors for words in KILLED):
         raise ZygoteLostError("the compiler was killed from outside; is memory short?")
