@@ -72,5 +72,6 @@ def advantage_scan_kernels(
             lam,
             B=STEP,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return advantages_N, returns_N

@@ -89,6 +89,7 @@ class ValueLoss(torch.autograd.Function):
             B=STEP,
             COUNTS=denominator is None,
             num_warps=8,
+            enable_fp_fusion=True,
         )
         ctx.save_for_backward(out, gradient_N)
         ctx.mark_non_differentiable(out)

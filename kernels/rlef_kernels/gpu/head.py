@@ -261,6 +261,7 @@ class TileSums:
             GROUP=tiles.GROUP,
             KEEPS_LOGITS=shifted_TV is not None,
             num_warps=tiles.PRODUCT_WARPS,
+            enable_fp_fusion=True,
             num_stages=tiles.PRODUCT_STAGES,
         )
 
@@ -293,6 +294,7 @@ class TileSums:
             C=self.plan.tile_columns,
             KEEPS_LOGITS=shifted_TV is not None,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
     def combine(
@@ -312,4 +314,5 @@ class TileSums:
                 R=COMBINE_ROWS,
                 N=COMBINE_TILES,
                 num_warps=4,
+                enable_fp_fusion=True,
             )

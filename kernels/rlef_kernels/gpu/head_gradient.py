@@ -201,6 +201,7 @@ def write_gradient_from_logits(
         HAS_ENTROPY=has_entropy,
         ARE_SHIFTED=tile_max is not None,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -277,6 +278,7 @@ class RecomputedGradient:
             GROUP=tiles.GROUP,
             HAS_ENTROPY=self.has_entropy,
             num_warps=tiles.PRODUCT_WARPS,
+            enable_fp_fusion=True,
             num_stages=tiles.PRODUCT_STAGES,
         )
 

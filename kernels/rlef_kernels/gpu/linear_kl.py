@@ -145,6 +145,7 @@ def kl_partials(models: Models, inverse_temperature: float, plan: Plan) -> torch
             R=rows,
             N=32,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out_TP
 
@@ -178,6 +179,7 @@ def write_sums(
             R=ROW_KERNEL_ROWS,
             C=plan.tile_columns,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
@@ -218,6 +220,7 @@ def write_gradient(
             R=ROW_KERNEL_ROWS,
             C=plan.tile_columns,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
@@ -227,6 +230,7 @@ FUSED_OPTIONS = {
     "D": tiles.DEPTH,
     "GROUP": tiles.GROUP,
     "num_warps": tiles.PRODUCT_WARPS,
+    "enable_fp_fusion": True,
     "num_stages": tiles.PRODUCT_STAGES,
 }
 

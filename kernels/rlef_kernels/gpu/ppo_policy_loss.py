@@ -143,6 +143,7 @@ def launch_policy_loss(
         B=STEP,
         COUNTS=denominator is None,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return out, gradient_T
 
