@@ -19,7 +19,7 @@ from_folder() { pip install --quiet --no-deps --no-index --find-links "$wheels" 
 mkdir -p "$wheels"
 echo "installing from $wheels"
 if ! from_folder --requirement "$requirements" 2>/dev/null; then
-    echo "fetching PyTorch and about 60 other packages into $wheels (once, 350 MB)"
+    echo "fetching PyTorch and about 60 other packages into $wheels (once, 670 MB)"
     torch=$(grep '^torch==' "$requirements")
     # Three ways to the same version, by cost: kept here, the CPU index, whatever indexes are configured.
     pip download --quiet --no-index --find-links "$wheels" --no-deps --dest "$wheels" "$torch" 2>/dev/null ||

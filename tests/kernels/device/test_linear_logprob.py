@@ -200,5 +200,15 @@ def test_fp32_inputs_and_odd_widths_take_the_way_without_tma(device, width):
         strict=True,
     ):
         torch.testing.assert_close(found.double(), value.double(), atol=2e-5, rtol=1e-4)
-    odd, head = (tensor.bfloat16()[:, : width - 1 + width % 2] for tensor in (hidden, weight))
-    assert not choose_plan(odd.contiguous(), head.contiguous()).fused
+
+
+def test_bf16_rows_that_tma_cannot_reach_are_right_too(device):
+    """17 columns: rows of 34 bytes."""
+    hidden, weight, target = problem(device, 40, 17, 300)
+    assert not choose_plan(hidden, weight).fused
+    outputs = linear_logprob_kernels(hidden, weight, target)
+    expected, expected_grads = truth(hidden, weight, target)
+    for output, value in zip(outputs[:2], expected, strict=True):
+        assert (output.double() - value).abs().max() < 1e-4
+    for found, value in zip(gradients(outputs, (hidden, weight)), expected_grads, strict=True):
+        assert error(found, value) < 3e-3
