@@ -1,8 +1,13 @@
-"""The pages that are written from code say what the code says."""
+"""The pages that are written from code say what the code says, and their examples run."""
 
+from __future__ import annotations
+
+import shutil
 from pathlib import Path
 
-from rlef_sandbox import syscall_table
+import pytest
+
+from rlef_sandbox import Sandbox, Status, syscall_table
 from rlef_sandbox.syscalls import Action
 
 ROOT = Path(__file__).parents[2]
@@ -12,3 +17,21 @@ def test_the_page_of_system_calls_is_the_policy() -> None:
     remedy = "run python -m rlef_sandbox.syscall_table > sandbox/SYSCALLS.md"
     assert (ROOT / "sandbox/SYSCALLS.md").read_text() == syscall_table.page(), remedy
     assert set(syscall_table.ANSWERS) == set(Action)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="an example in C++ takes g++")
+def test_the_example_runs_as_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = (ROOT / "sandbox/README.md").read_text().partition("```python")[2].partition("```")[0]
+    results = []
+    grade = Sandbox.grade
+
+    def kept(*arguments: object, **keywords: object) -> list:
+        results.append(grade(*arguments, **keywords))  # type: ignore[arg-type]
+        return results[-1]
+
+    monkeypatch.setattr(Sandbox, "grade", kept)
+    exec(example, {})
+    assert capsys.readouterr().out.split("\n")[1] == "TIME_LIMIT"
+    assert [r.status for graded in results for r in graded] == [Status.OK] * 5
