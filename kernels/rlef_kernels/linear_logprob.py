@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.dispatch import uses_kernels
-from rlef_kernels.main_grad import check_main_grad, stand_in_gradient
+from rlef_kernels.main_grad import check_main_grad, stand_in_gradient, weight_gradient_sum
 from rlef_kernels.rows import check_mask, rows_with_gradient, scatter_rows, select_rows
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
@@ -107,11 +107,9 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         grad_hidden_TD = torch.empty_like(hidden_TD, dtype=dtype) if needs_hidden else None
         into_main_grad = ctx.accumulate_main_grad and needs_weight
-        grad_weight_VD = None
-        if into_main_grad:
-            grad_weight_VD = weight_VD.main_grad  # type: ignore[attr-defined]  # Megatron's DDP
-        elif needs_weight:
-            grad_weight_VD = torch.zeros_like(weight)
+        grad_weight_VD = weight_gradient_sum(
+            weight_VD, dtype, needed=needs_weight, into_main_grad=into_main_grad
+        )
         num_tokens, step = hidden_TD.shape[0], ctx.chunk_tokens
         buffer = hidden_TD.new_empty(min(step, num_tokens), weight.shape[0], dtype=dtype)
         for start in range(0, num_tokens, step):

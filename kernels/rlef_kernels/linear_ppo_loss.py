@@ -21,7 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.dispatch import uses_kernels
-from rlef_kernels.main_grad import check_main_grad, check_upstream_is_one, stand_in_gradient
+from rlef_kernels.main_grad import (
+    check_main_grad,
+    check_upstream_is_one,
+    stand_in_gradient,
+    weight_gradient_sum,
+)
 from rlef_kernels.ppo_policy_loss import Metrics, check_same_shape, ppo_policy_loss_reference
 from rlef_kernels.rows import check_mask
 from rlef_kernels.vocab_parallel import (
@@ -81,13 +86,9 @@ class ChunkedLinearPpoLoss(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         grad_hidden_TD = torch.empty_like(hidden_TD, dtype=dtype) if needs_hidden else None
         into_main_grad = accumulate_main_grad and needs_weight
-        grad_weight_VD = None
-        if needs_weight:
-            grad_weight_VD = (
-                weight_VD.main_grad  # type: ignore[attr-defined]
-                if into_main_grad
-                else torch.zeros_like(weight)
-            )
+        grad_weight_VD = weight_gradient_sum(
+            weight_VD, dtype, needed=needs_weight, into_main_grad=into_main_grad
+        )
         metrics = hidden_TD.new_zeros(len(METRICS), dtype=dtype)
         buffer = hidden_TD.new_empty(min(chunk_tokens, num_tokens), shard, dtype=dtype)
         partials_CP = hidden_TD.new_empty(chunk_tokens, NUM_PARTIALS, dtype=dtype)

@@ -12,6 +12,15 @@ def check_main_grad(weight_VD: torch.Tensor) -> None:
         )
 
 
+def weight_gradient_sum(
+    weight_VD: torch.Tensor, dtype: torch.dtype, *, needed: bool, into_main_grad: bool
+) -> torch.Tensor | None:
+    """What the chunks' gradients of the weight are added to."""
+    if into_main_grad:
+        return weight_VD.main_grad  # type: ignore[attr-defined]  # Megatron's DDP
+    return torch.zeros_like(weight_VD, dtype=dtype) if needed else None
+
+
 def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
     """Tells Megatron's data-parallel hook that main_grad already holds the gradient.
 

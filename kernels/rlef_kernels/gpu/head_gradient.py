@@ -1,37 +1,23 @@
-"""The backward pass over a head: the gradient of a block of logits at a time, and cuBLAS for the
-gradients of hidden and weight.
+"""The gradient of the logits, a block at a time: what the backward pass over a head multiplies.
 
-A block of gradients [T, columns] in the inputs' type is written once and read by two products,
+A block [T, columns] is written once, in the inputs' type, from logits that are computed again or
+that are in memory. `products.multiply_blocks` makes the gradients of hidden and weight from it.
 
-    dhidden += dz weight        dweight[columns] = dz^T hidden,
-
-both accumulated in fp32, in a fixed order, without atomics. Blocks of columns, not of tokens, so
-that each entry of the weight's gradient (fp32, in Megatron's main_grad) is read and written once.
-
-FLOPs: P = 2 T V D for each of the two products and for computing the logits again. Bytes: 2 T V
-written and 4 T V read for dz, 8 V D for main_grad, 8 T D a block for dhidden.
+FLOPs: P = 2 T V D to compute the logits again. Bytes: 2 T V written.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block; of a tile, R rows
 and C columns.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
-from torch.distributed import ProcessGroup
 
 from rlef_kernels.gpu import tiles
 from rlef_kernels.gpu.head import ROW_KERNEL_ELEMENTS
 from rlef_kernels.gpu.plan import Plan
-from rlef_kernels.gpu.products import add_product_, write_product_
+from rlef_kernels.gpu.products import write_product_
 from rlef_kernels.gpu.tiles import LOWEST_LOGIT, descriptor, product_tile, tile_position
-from rlef_kernels.vocab_parallel import sum_over_shards_
-
-ROW_NUMBERS = 5  # of `pack_rows`
-# Writes the gradient of the logits of these rows and columns.
-WriteGradient = Callable[[slice, slice, torch.Tensor], None]
 
 
 @triton.jit
@@ -281,56 +267,3 @@ class RecomputedGradient:
             enable_fp_fusion=True,
             num_stages=tiles.PRODUCT_STAGES,
         )
-
-
-def block_shape(num_tokens: int, vocabulary: int, itemsize: int, plan: Plan) -> tuple[int, int]:
-    """Tokens and columns of a block of gradients: at most `plan.gradient_bytes`, whole tiles."""
-    tokens = max(1, min(num_tokens, plan.gradient_tokens))
-    tile = plan.tile_columns
-    columns = max(1, plan.gradient_bytes // (itemsize * tokens * tile)) * tile
-    return tokens, min(columns, triton.cdiv(vocabulary, tile) * tile)
-
-
-def multiply_blocks(
-    hidden_TD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    write_gradient: WriteGradient,
-    plan: Plan,
-    *,
-    needs_hidden: bool,
-    needs_weight: bool,
-    main_grad_VD: torch.Tensor | None = None,
-    group: ProcessGroup | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dhidden, summed over the group; dweight). With `main_grad_VD` (fp32) dweight is added there,
-    and None.
-    """
-    (num_tokens, width), vocabulary = hidden_TD.shape, weight_VD.shape[0]
-    tokens, columns = block_shape(num_tokens, vocabulary, hidden_TD.element_size(), plan)
-    block = hidden_TD.new_empty(tokens, columns)
-    grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-    in_parts = num_tokens > tokens  # then dweight is a sum, which needs fp32
-    weight_sum_VD = main_grad_VD
-    if needs_weight and main_grad_VD is None:
-        weight_sum_VD = torch.empty_like(weight_VD)
-        if in_parts:
-            weight_sum_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-    for start in range(0, max(1, num_tokens), tokens):
-        rows = slice(start, min(start + tokens, num_tokens))
-        hidden_part_TD = hidden_TD[rows]
-        hidden_sum_TD = hidden_TD.new_empty(len(hidden_part_TD), width, dtype=torch.float32)
-        for first in range(0, vocabulary, columns):
-            part = slice(first, min(first + columns, vocabulary))
-            gradient_TC = block[: len(hidden_part_TD), : part.stop - part.start]
-            write_gradient(rows, part, gradient_TC)
-            if needs_hidden:
-                add = add_product_ if first else write_product_
-                add(hidden_sum_TD, gradient_TC, weight_VD[part])
-            if weight_sum_VD is not None:
-                add = add_product_ if in_parts or main_grad_VD is not None else write_product_
-                add(weight_sum_VD[part], gradient_TC.t(), hidden_part_TD)
-        if grad_hidden_TD is not None:
-            grad_hidden_TD[rows] = sum_over_shards_(hidden_sum_TD, group)
-    if main_grad_VD is not None or weight_sum_VD is None:
-        return grad_hidden_TD, None
-    return grad_hidden_TD, weight_sum_VD.to(weight_VD.dtype)

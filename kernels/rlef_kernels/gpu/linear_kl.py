@@ -20,7 +20,6 @@ from torch.distributed import ProcessGroup
 
 from rlef_kernels.gpu import tiles
 from rlef_kernels.gpu.head import LOG2_E
-from rlef_kernels.gpu.head_gradient import multiply_blocks
 from rlef_kernels.gpu.linear_kl_kernels import (
     combine_two_tiles_kernel,
     two_logits_gradient_kernel,
@@ -30,7 +29,7 @@ from rlef_kernels.gpu.linear_kl_kernels import (
 )
 from rlef_kernels.gpu.linear_logprob import KernelContext
 from rlef_kernels.gpu.plan import Plan, can_fuse, choose_plan
-from rlef_kernels.gpu.products import write_product_
+from rlef_kernels.gpu.products import multiply_blocks, write_product_
 from rlef_kernels.gpu.tiles import descriptor
 from rlef_kernels.linear_kl import combine_two_shards
 from rlef_kernels.rows import rows_with_gradient, scatter_rows, select_rows

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.gpu.head import head_partials
-from rlef_kernels.gpu.head_gradient import RecomputedGradient, multiply_blocks, pack_rows
+from rlef_kernels.gpu.head_gradient import RecomputedGradient, pack_rows
 from rlef_kernels.gpu.plan import Plan, choose_plan
+from rlef_kernels.gpu.products import multiply_blocks
 from rlef_kernels.main_grad import stand_in_gradient
 from rlef_kernels.rows import rows_with_gradient, scatter_rows, select_rows
 from rlef_kernels.vocab_parallel import (
