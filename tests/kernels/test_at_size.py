@@ -1,4 +1,5 @@
-"""On a GPU only: sizes of real use, where offsets pass 2^31 and memory counts.
+"""On a GPU only: sizes of real use, where offsets pass 2^31 and memory counts; and that the losses
+never wait for the device.
 
 Not yet run: no GPU has been at hand.
 """
@@ -6,7 +7,14 @@ Not yet run: no GPU has been at hand.
 import pytest
 import torch
 
-from rlef_kernels import linear_logprob, linear_logprob_reference, logits_logprob
+from rlef_kernels import (
+    advantage_scan,
+    clipped_value_loss,
+    linear_logprob,
+    linear_logprob_reference,
+    logits_logprob,
+    ppo_policy_loss,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,3 +56,18 @@ def test_the_8b_head_agrees_with_pytorch_within_its_memory():
         torch.testing.assert_close(output[few], value, atol=1e-4, rtol=0)
     (grad,) = torch.autograd.grad(expected[0].sum() + expected[1].sum(), part)
     assert (hidden.grad[few] - grad).float().norm() < 5e-3 * grad.float().norm()
+
+
+def test_losses_and_advantages_do_not_wait_for_the_device():
+    numbers = torch.ones(1000, device="cuda")
+    leaf = numbers.clone().requires_grad_()
+    mask, bounds = numbers > 0, torch.tensor([0, 400, 1000], device="cuda")
+    ppo_policy_loss(leaf, numbers, numbers, numbers, clip_eps=0.2, mask_T=mask)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = ppo_policy_loss(leaf, numbers, numbers, numbers, clip_eps=0.2, mask_T=mask)
+        value, _ = clipped_value_loss(leaf, numbers, numbers, clip_alpha=0.2, denominator=7.0)
+        (loss + value).backward()
+        advantage_scan(numbers, numbers, bounds)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,40 @@
+"""Who computes: CPU tensors never reach Triton, and the package works where it is not installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from rlef_kernels.dispatch import uses_kernels
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # any import of it fails
+import torch
+import rlef_kernels
+from rlef_kernels import *
+
+hidden, weight = torch.ones(5, 4, requires_grad=True), torch.ones(7, 4, requires_grad=True)
+target, numbers = torch.arange(5), torch.ones(5)
+linear_logprob(hidden, weight, target)[0].sum().backward()
+linear_ppo_loss(hidden, weight, target, numbers, numbers, numbers, clip_eps=0.2)[0].backward()
+linear_kl(hidden, weight, hidden.detach(), weight.detach()).sum().backward()
+logits_logprob(hidden @ weight.t(), target)
+ppo_policy_loss(numbers, numbers, numbers, numbers, clip_eps=0.2)
+clipped_value_loss(numbers, numbers, numbers, clip_alpha=0.2)
+advantage_scan(numbers, numbers, torch.tensor([0, 5]))
+assert not any(name.startswith("rlef_kernels.gpu") for name in sys.modules)
+"""
+
+
+def test_everything_computes_on_a_cpu_without_triton():
+    folder = Path(__file__).parents[2] / "kernels"
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_tensors_off_the_gpu_stay_with_pytorch():
+    for device in ("cpu", "meta"):
+        assert not uses_kernels(torch.empty(2, 2, dtype=torch.bfloat16, device=device))
