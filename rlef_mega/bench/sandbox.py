@@ -14,13 +14,16 @@ SCRIPT = Path(__file__).parents[2] / "sandbox/benchmarks/bench_grade.py"
 ROUNDS = 5
 
 
-def benchmark(*, rounds: int = ROUNDS) -> Report:
+def benchmark(*, rounds: int = ROUNDS, runs: int = 200) -> Report:
     if not SCRIPT.is_file():
         raise ConfigError(f"no file {SCRIPT}: this benchmark needs a checkout of the repository")
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as folder:
         path = Path(folder) / "figures.json"
         subprocess.run(
-            [sys.executable, str(SCRIPT), "--rounds", str(rounds), "--json", str(path)],
+            [
+                *(sys.executable, str(SCRIPT), "--rounds", str(rounds), "--runs", str(runs)),
+                *("--json", str(path)),
+            ],
             check=True,
             stdout=subprocess.DEVNULL,
         )

@@ -16,6 +16,7 @@ from rlef_mega.bench import measure, run_benchmark
 from rlef_mega.bench.against_trl import Round, as_rollout, find_python, layouts, ways_to_try
 from rlef_mega.bench.against_trl import figures as trl_figures
 from rlef_mega.bench.figures import Figure, shares
+from rlef_mega.bench.sandbox import benchmark as benchmark_sandbox
 from rlef_mega.bench.step import benchmark as benchmark_step
 from rlef_mega.bench.workload import random_episodes, workload
 from rlef_mega.config import ConfigError, RolloutConfig, TrainConfig, find_recipe, load_config
@@ -185,3 +186,14 @@ def test_a_small_recipe_is_measured_through_the_command(what, phases, tmp_path):
     # nothing is counted twice, and next to nothing is left out
     assert all(0.9 < sum(repeat) < 1.001 for repeat in zip(*parts, strict=True))
     assert str(Path(out)) in done.stdout
+
+
+def test_the_sandbox_is_timed_beside_its_peers():
+    report = benchmark_sandbox(rounds=1, runs=20)
+    figures = {figure.name: figure for figure in report.figures}
+    bare = figures["trivial: ours / bare subprocess"]
+    assert bare.unit == "ratio" and bare.median > 0
+    assert figures["trivial"].unit == figures["trivial, bare subprocess"].unit == "runs/s"
+    assert bare.median == pytest.approx(
+        figures["trivial"].median / figures["trivial, bare subprocess"].median, rel=0.01
+    )
