@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from rlef_kernels.gpu import tiles
-from rlef_kernels.gpu.plan import Plan
+from rlef_kernels.gpu.plan import Plan, scratch_columns
 from rlef_kernels.gpu.products import write_product_
 from rlef_kernels.gpu.tiles import (
     LOWEST_LOGIT,
@@ -223,10 +223,8 @@ class TileSums:
         if self.plan.fused:
             self.compute_fused(hidden_TD, weight_VD, column_T, inverse_temperature, shifted_TV)
             return
-        num_tokens, tile = hidden_TD.shape[0], self.plan.tile_columns
-        columns = max(1, self.plan.logits_bytes // (4 * num_tokens * tile)) * tile
-        columns = min(columns, self.num_tiles * tile)
-        logits = torch.empty(num_tokens, columns, device=hidden_TD.device)
+        columns = scratch_columns(hidden_TD.shape[0], self.vocabulary, self.plan)
+        logits = torch.empty(hidden_TD.shape[0], columns, device=hidden_TD.device)
         for first in range(0, self.vocabulary, columns):
             weight_CD = weight_VD[first : first + columns]
             logits_TC = logits[:, : weight_CD.shape[0]]

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from rlef_kernels.gpu import tiles
 from rlef_kernels.gpu.head import ROW_KERNEL_ELEMENTS
-from rlef_kernels.gpu.plan import Plan
+from rlef_kernels.gpu.plan import Plan, scratch_columns
 from rlef_kernels.gpu.products import write_product_
 from rlef_kernels.gpu.tiles import LOWEST_LOGIT, descriptor, product_tile, tile_position
 
@@ -217,10 +217,8 @@ class RecomputedGradient:
         if self.plan.fused:
             self.write_fused(hidden_TD, weight_CD, columns.start, column_T, rows_5T, gradient_TC)
             return
-        step = max(1, self.plan.logits_bytes // (4 * hidden_TD.shape[0]))
-        logits = torch.empty(
-            hidden_TD.shape[0], min(step, weight_CD.shape[0]), device=hidden_TD.device
-        )
+        step = scratch_columns(hidden_TD.shape[0], weight_CD.shape[0], self.plan)
+        logits = torch.empty(hidden_TD.shape[0], step, device=hidden_TD.device)
         for first in range(0, weight_CD.shape[0], step):
             part = slice(first, first + step)
             logits_TC = logits[:, : weight_CD[part].shape[0]]

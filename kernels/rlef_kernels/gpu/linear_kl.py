@@ -28,7 +28,7 @@ from rlef_kernels.gpu.linear_kl_kernels import (
     two_products_statistics_kernel,
 )
 from rlef_kernels.gpu.linear_logprob import KernelContext
-from rlef_kernels.gpu.plan import Plan, can_fuse, choose_plan
+from rlef_kernels.gpu.plan import Plan, can_fuse, choose_plan, scratch_columns
 from rlef_kernels.gpu.products import multiply_blocks, write_product_
 from rlef_kernels.gpu.tiles import descriptor
 from rlef_kernels.linear_kl import combine_two_shards
@@ -237,10 +237,8 @@ FUSED_OPTIONS = {
 def logits_in_parts(models: Models, plan: Plan):
     """(first column, logits, reference's logits) of some columns at a time, in fp32 buffers that
     are used again."""
-    num_tokens, tile = models.num_tokens, plan.tile_columns
-    step = max(1, plan.logits_bytes // (4 * num_tokens * tile)) * tile
-    step = min(step, triton.cdiv(models.vocabulary, tile) * tile)
-    buffers = torch.empty(2, num_tokens, step, device=models.hidden_TD.device)
+    step = scratch_columns(models.num_tokens, models.vocabulary, plan)
+    buffers = torch.empty(2, models.num_tokens, step, device=models.hidden_TD.device)
     for first in range(0, models.vocabulary, step):
         part = models.columns(slice(first, first + step))
         logits_TC, ref_TC = (buffer[:, : part.vocabulary] for buffer in buffers)

@@ -41,6 +41,13 @@ FUSED = Plan(fused=True, tile_columns=FUSED_COLUMNS)
 CUBLAS = Plan(fused=False, tile_columns=CUBLAS_COLUMNS)
 
 
+def scratch_columns(num_tokens: int, vocabulary: int, plan: Plan) -> int:
+    """Columns of logits in the scratch buffer of the cuBLAS way: whole tiles, within its budget."""
+    tile = plan.tile_columns
+    columns = max(1, plan.logits_bytes // (4 * num_tokens * tile)) * tile
+    return min(columns, -(-vocabulary // tile) * tile)
+
+
 def choose_plan(*matrices: torch.Tensor) -> Plan:
     """Fused wherever it can run."""
     return FUSED if can_fuse(*matrices) else CUBLAS
