@@ -21,9 +21,9 @@ from pathlib import Path
 from . import native
 from .protocol import Ending, Outcome, Phase, Request, Task
 from .verdict import Result, Status
-from .worker import ANSWER_GRACE_S, Layers, Worker, ZygoteLostError, memory_file
+from .worker import ANSWER_GRACE_S, Layers, Worker, ZygoteLostError, memory_files
 
-STANDARD = ("-std=c++17", "-O2", "-DONLINE_JUDGE", "-w")
+STANDARD = ("-std=c++17", "-O2", "-DONLINE_JUDGE", "-w", "-fmax-errors=20")
 COMPILE = Request(
     Task.COMPILE,
     cpu_s=10.0,
@@ -132,7 +132,7 @@ class Cpp:
         raise CompileFailedError(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
 
     def _attempt(self, worker: Worker, source: bytes) -> int:
-        files = [memory_file("source", source), memory_file("stdout"), memory_file("stderr")]
+        files = memory_files(source, b"", b"")
         session = None
         try:
             session = worker.start(COMPILE, files)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from . import values
 from .protocol import Ending, Outcome, Phase, Request, Task
 from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
-from .worker import Session, Worker, ZygoteLostError, memory_file
+from .worker import Session, Worker, ZygoteLostError, memory_file, memory_files
 
 RETRIES = 2  # of a run that ended in a fault of the sandbox
 STDERR_BYTES = 64 << 10
@@ -164,7 +164,7 @@ class Job:
         with contextlib.ExitStack() as stack:
             candidate = stack.enter_context(Files(exchange=serve))
             checker = stack.enter_context(Files(exchange=check))
-            code = memory_file("check", test.code.encode())
+            code = memory_file(test.code.encode())
             stack.callback(os.close, code)
             peers = socket.socketpair()
             request = self._request(Task.RUN)
@@ -201,10 +201,10 @@ class Files:
     """The memory files of one run: standard streams and, for a function call, the exchange."""
 
     def __init__(self, stdin: bytes = b"", exchange: bytes | None = None) -> None:
-        self.stdin = memory_file("stdin", stdin)
-        self.stdout = memory_file("stdout")
-        self.stderr = memory_file("stderr")
-        self.exchange = None if exchange is None else memory_file("exchange", exchange)
+        contents = [stdin, b"", b""] if exchange is None else [stdin, b"", b"", exchange]
+        self.descriptors = memory_files(*contents)
+        self.stdout, self.stderr = self.descriptors[1:3]
+        self.exchange = None if exchange is None else self.descriptors[3]
 
     def __enter__(self) -> Files:
         return self
@@ -212,11 +212,6 @@ class Files:
     def __exit__(self, *_: object) -> None:
         for descriptor in self.descriptors:
             os.close(descriptor)
-
-    @property
-    def descriptors(self) -> list[int]:
-        streams = [self.stdin, self.stdout, self.stderr]
-        return streams if self.exchange is None else [*streams, self.exchange]
 
     def finished(self, outcome: Outcome, limits: Limits) -> Run:
         """The run that ended with `outcome`. FaultError if that is no word on the program."""

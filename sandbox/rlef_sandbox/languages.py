@@ -55,7 +55,7 @@ class Languages:
         """CompileFailedError, with a result, if the source is not a program."""
         self.check(language)
         if language == "python":
-            file = memory_file("source", source)
+            file = memory_file(source)
         else:
             assert self._cpp is not None
             file = self._cpp.executable(source)

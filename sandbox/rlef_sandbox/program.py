@@ -113,7 +113,10 @@ def _callable_of(module: types.ModuleType, path: str) -> Callable[..., object]:
 
 def _tell(returned: object) -> None:
     """Write two lines: the value's wire form and its repr."""
-    shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
+    try:
+        shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
+    except Exception:  # an integer of more than 4,300 digits is a value all the same
+        shown = f"<{type(returned).__name__}>".encode(errors="backslashreplace")
     with open(EXCHANGE_DESCRIPTOR, "wb", closefd=False) as file:
         file.write(values.encode(returned) + b"\n" + shown)
 

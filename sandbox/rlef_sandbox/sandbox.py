@@ -185,7 +185,7 @@ class Sandbox:
         return result if passed else replace(result, status=Status.WRONG_ANSWER)
 
     def _ask_checker(self, checker: CheckerProgram, test: Test, stdout: bytes) -> bool | Result:
-        source = memory_file("checker", checker.source.encode())
+        source = memory_file(checker.source.encode())
         try:
             with (
                 self._placed() as worker,

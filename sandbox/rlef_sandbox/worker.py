@@ -83,36 +83,43 @@ class Worker:
 
     def launch(self) -> None:
         """Start a zygote, without waiting for it."""
-        control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        controller = os.pidfd_open(os.getpid())
-        streams = [memory_file(name) for name in ("stdin", "stdout", "stderr")]
-        self._cgroup = cgroups.create(self._memory_bytes)
-        if self._has_scratch:
-            self._scratch = tempfile.mkdtemp(prefix="rlef-sandbox-")
-            os.chmod(self._scratch, 0o1777)  # for the unprivileged user; unseen if it has a root
-        arguments = [str(remote.fileno()), str(controller), *self.arguments]
-        arguments += [self._scratch] * self._has_scratch + [self._cgroup]
-        bootstrap = COMMAND[-1].replace("MODULE", self._module)
-        try:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as passed_on:
+            control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(control.close)
+            passed_on.callback(remote.close)
+            controller = os.pidfd_open(os.getpid())
+            passed_on.callback(os.close, controller)
+            stdin, stdout, stderr = memory_files(b"", b"", b"")
+            passed_on.callback(os.close, stdin)
+            passed_on.callback(os.close, stdout)
+            undo.callback(os.close, stderr)
+            arguments = [str(remote.fileno()), str(controller), *self.arguments]
+            undo.callback(self._remove_places)
+            self._cgroup = cgroups.create(self._memory_bytes)
+            if self._has_scratch:
+                self._scratch = tempfile.mkdtemp(prefix="rlef-sandbox-")
+                os.chmod(self._scratch, 0o1777)  # for the unprivileged user; unseen from a root
+                arguments.append(self._scratch)
+            bootstrap = COMMAND[-1].replace("MODULE", self._module)
             self._process = subprocess.Popen(
-                [*COMMAND[:-1], bootstrap, *arguments],
-                stdin=streams[0],
-                stdout=streams[1],
-                stderr=streams[2],
+                [*COMMAND[:-1], bootstrap, *arguments, self._cgroup],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
                 pass_fds=(remote.fileno(), controller),
                 env=ENVIRONMENT,
                 cwd="/",
             )
-        except BaseException:
-            control.close()
-            os.close(streams[2])
-            raise
-        finally:
-            remote.close()
-            for descriptor in (controller, *streams[:2]):
-                os.close(descriptor)
-        self._control, self._errors = control, streams[2]
+            self._control, self._errors = control, stderr
+            undo.pop_all()  # it started: `_dispose` undoes it
         self.starts += 1
+
+    def _remove_places(self) -> None:
+        if self._cgroup:
+            cgroups.remove(self._cgroup)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._cgroup = self._scratch = ""
 
     def greet(self) -> None:
         """Wait for the zygote just launched. ZygoteLostError, with its words, if it failed."""
@@ -181,12 +188,6 @@ class Worker:
         with self._lock:
             self._dispose()
 
-    def interrupt(self) -> None:
-        """Kill the zygote under threads that may be waiting for it."""
-        process = self._process
-        if process is not None:
-            process.kill()  # the reaper, whose death takes the rest along
-
     def close(self) -> None:
         """Kill the zygote and all it forked, and start none again."""
         with self._lock:
@@ -200,10 +201,7 @@ class Worker:
         self._process.wait()
         self._control.close()
         os.close(self._errors)
-        if self._cgroup:
-            cgroups.remove(self._cgroup)
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._remove_places()
         self._process = self._control = None
 
 
@@ -274,11 +272,27 @@ class Session:
             self._channel.close()
 
 
-def memory_file(name: str, content: bytes = b"") -> int:
+def memory_file(content: bytes = b"") -> int:
     """A descriptor of a new file in memory that holds `content`, at offset 0."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-    if content:
-        written = os.pwrite(descriptor, content, 0)
+    descriptor = os.memfd_create("rlef-sandbox", os.MFD_CLOEXEC)
+    written = 0
+    try:
         while written < len(content):
             written += os.pwrite(descriptor, content[written:], written)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
+
+
+def memory_files(*contents: bytes) -> list[int]:
+    """A file for each content; none stays open if one cannot be made."""
+    files: list[int] = []
+    try:
+        for content in contents:
+            files.append(memory_file(content))
+    except BaseException:
+        for file in files:
+            os.close(file)
+        raise
+    return files
