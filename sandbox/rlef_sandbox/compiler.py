@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
+import mmap
 import os
 import resource
 import select
@@ -26,7 +28,7 @@ import time
 
 from . import landlock
 from .confinement import Files, confine_zygote
-from .probes import refused_in_a_child
+from .probes import holds_in_a_child, refused
 from .protocol import (
     MAX_DESCRIPTORS,
     MAX_MESSAGE_BYTES,
@@ -34,6 +36,7 @@ from .protocol import (
     Outcome,
     Phase,
     Request,
+    Task,
     failed_to_start,
 )
 from .reaper import leave_reaper_behind
@@ -64,7 +67,10 @@ class Compiler:
         directories = list(dict.fromkeys(directories))
         return Files(
             directories,
-            lambda: landlock.restrict_to(["/"], [], directories, [self.scratch]),
+            # what the unprivileged user can reach: not a cache of headers in root's home
+            lambda: landlock.restrict_to(
+                [], [], filter(os.path.isdir, directories), [self.scratch]
+            ),
             scratch=self.scratch,
         )
 
@@ -127,6 +133,33 @@ def hold_to(request: Request, call_filter: Filter | None) -> None:
         call_filter.install(os.getpid())
 
 
+def probe_layers(call_filter: Filter | None) -> dict[str, bool]:
+    """Proof by effect of the layers that only the compiler itself puts on."""
+    small = Request(Task.COMPILE, 1.0, 1.0, memory_bytes=256 << 20, output_bytes=1 << 10)
+
+    def limits_hold() -> bool:
+        hold_to(small, None)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # answer with an error instead
+        output = os.memfd_create("probe")
+        return refused(errno.EFBIG, os.pwrite, output, b"x", small.output_bytes) and refused(
+            errno.ENOMEM, mmap.mmap, -1, small.memory_bytes
+        )
+
+    def filter_holds() -> bool:
+        hold_to(small, call_filter)
+        return refused(errno.EPERM, socket.socket) and refused(errno.EPERM, os.kill, 1, 0)
+
+    return {
+        "rlimits": holds_in_a_child(limits_hold),
+        "seccomp": call_filter is not None and holds_in_a_child(filter_holds),
+    }
+
+
+def is_readable(flag: str) -> bool:
+    """False for an -I of a folder that the confined compiler cannot read: it would give up."""
+    return not flag.startswith("-I") or os.access(flag[2:], os.R_OK | os.X_OK)
+
+
 def _regular_file(path: str) -> int | None:
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -179,6 +212,6 @@ def main() -> None:
     namespaces = leave_reaper_behind(control, int(controller), cgroup, scratch)
     compiler = Compiler(flags, scratch)
     layers = confine_zygote(namespaces, compiler.files())
-    limits_and_filter = refused_in_a_child(compiler.filter)
-    control.send(json.dumps({**layers, **limits_and_filter}).encode())
+    compiler.flags = [flag for flag in flags if is_readable(flag)]
+    control.send(json.dumps({**layers, **probe_layers(compiler.filter)}).encode())
     serve(control, compiler)

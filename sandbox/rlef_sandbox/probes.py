@@ -17,6 +17,18 @@ from .seccomp import Filter
 PROBE_LIMITS = Request(Task.RUN, 1.0, 1.0, memory_bytes=64 << 20, output_bytes=1 << 10, processes=1)
 
 
+def holds_in_a_child(probe: Callable[[], bool]) -> bool:
+    """Whether the probe succeeds in a plain fork of this process."""
+    pid = os.fork()
+    if pid == 0:
+        held = False
+        try:
+            held = probe()
+        finally:
+            os._exit(0 if held else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
 def probe_child_layers(
     launcher: NativeLauncher | PythonLauncher, call_filter: Filter | None, bounds: Bounds
 ) -> dict[str, bool]:
@@ -46,50 +58,34 @@ def probe_child_layers(
     }
 
 
-def refused_in_a_child(call_filter: Filter | None) -> dict[str, bool]:
-    """The same proof for a compiler, whose filter allows processes and files."""
-    pid = os.fork()
-    if pid == 0:
-        held = False
-        try:
-            if call_filter is not None:
-                call_filter.install(os.getpid())
-                held = _refused(errno.EPERM, socket.socket) and _refused(
-                    errno.EPERM, os.kill, os.getppid() or 1, 0
-                )
-        finally:
-            os._exit(0 if held else 1)
-    return {"rlimits": True, "seccomp": os.waitpid(pid, 0)[1] == 0}
-
-
 def _limits_hold(base_bytes: int) -> bool:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # answer with an error instead
     output = os.memfd_create("probe")
     beyond_bytes = base_bytes + PROBE_LIMITS.memory_bytes + RESERVED_BYTES
     past_end = PROBE_LIMITS.output_bytes + 1
-    return _refused(errno.ENOMEM, mmap.mmap, -1, beyond_bytes) and _refused(
+    return refused(errno.ENOMEM, mmap.mmap, -1, beyond_bytes) and refused(
         errno.EFBIG, os.pwrite, output, b"x", past_end
     )
 
 
 def _threads_are_counted() -> bool:
-    return _refused(errno.EAGAIN, os.fork)
+    return refused(errno.EAGAIN, os.fork)
 
 
 def _filter_holds() -> bool:
     return all(
         (
-            _refused(errno.EPERM, socket.socket),
-            _refused(errno.EPERM, os.fork),
-            _refused(errno.EPERM, os.execv, "/", ["/"]),
-            _refused(errno.EPERM, os.kill, os.getppid() or 1, 0),
-            _refused(errno.EACCES, os.open, "/probe", os.O_WRONLY | os.O_CREAT),
-            _refused(errno.EACCES, os.unlink, "/probe"),
+            refused(errno.EPERM, socket.socket),
+            refused(errno.EPERM, os.fork),
+            refused(errno.EPERM, os.execv, "/", ["/"]),
+            refused(errno.EPERM, os.kill, os.getppid() or 1, 0),
+            refused(errno.EACCES, os.open, "/probe", os.O_WRONLY | os.O_CREAT),
+            refused(errno.EACCES, os.unlink, "/probe"),
         )
     )
 
 
-def _refused(number: int, call: Callable[..., object], *arguments: object) -> bool:
+def refused(number: int, call: Callable[..., object], *arguments: object) -> bool:
     try:
         result = call(*arguments)
     except OSError as error:

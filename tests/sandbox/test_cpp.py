@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_sandbox import CallTest, CheckerProgram, Limits, Sandbox, Status, Test, native
+from rlef_sandbox import CallTest, CheckerProgram, Limits, Sandbox, Status, Test, native, worker
 from rlef_sandbox.cpp import COMPILE, Cpp
 from tests.sandbox.test_lifetime import descendants
 
@@ -263,6 +263,33 @@ def test_what_a_program_does_to_its_input_is_its_own(cpp: Sandbox) -> None:
     )
     results = cpp.grade(source, [Test("abc", "abc")] * 3, language="cpp")
     assert [r.status for r in results] == [Status.OK] * 3
+
+
+def test_the_compilers_layers_are_proved_like_a_zygotes(cpp: Sandbox) -> None:
+    assert cpp.run("int main() {}", language="cpp").status is Status.OK
+    compiler_layers = cpp._languages._cpp._all[0].layers or cpp._languages._cpp._all[1].layers
+    for layer in ("no_new_privs", "rlimits", "seccomp", "unprivileged_user", "files"):
+        assert compiler_layers[layer] == cpp.isolation[layer], layer
+
+
+NO_NAMESPACES = """
+def refuse(flags): raise OSError(1, "no namespaces here")
+rlef_sandbox.kernel.unshare = refuse
+"""
+
+
+def test_landlock_alone_confines_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = "import rlef_sandbox.kernel\n" + NO_NAMESPACES + "main()\n"
+    bootstrap = worker.BOOTSTRAP.replace("main()\n", start)
+    monkeypatch.setattr(worker, "COMMAND", [*worker.COMMAND[:-1], bootstrap])
+    with Sandbox(workers=1) as sandbox:
+        if not any(layer.startswith("landlock") for layer in sandbox.isolation["files"]):
+            pytest.skip("this machine gives no Landlock")
+        assert sandbox.run(HEADER + "int main() {}", language="cpp").status is Status.OK
+        for name in ("include_a_host_file", "embed_a_host_file"):
+            result = sandbox.run(AT_COMPILE_TIME[name], language="cpp")
+            assert result.status is Status.COMPILE_ERROR
+            assert b"root:" not in result.stderr
 
 
 def test_without_a_precompiled_header_it_is_only_slower(
