@@ -30,6 +30,9 @@ from rlef_kernels.gpu.plan import CUBLAS, FUSED, MIB
 from rlef_kernels.gpu.ppo_policy_loss import ppo_policy_loss_kernels
 
 TOKENS, WIDTH, VOCABULARY = 8192, 4096, 128256
+SIZES = (TOKENS, WIDTH, VOCABULARY)
+# nothing a multiple of anything, but for the width, which must be of 8 to be fused
+RAGGED = (8191, 4104, 128257)
 SPILLS = ("STL", "LDL")  # stores to and loads from local memory
 
 
@@ -37,17 +40,18 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def head(main_grad=True):
-    hidden, weight = empty(TOKENS, WIDTH).requires_grad_(), empty(VOCABULARY, WIDTH)
+def head(main_grad=True, sizes=SIZES):
+    tokens, width, vocabulary = sizes
+    hidden, weight = empty(tokens, width).requires_grad_(), empty(vocabulary, width)
     weight.requires_grad_()
     if main_grad:
-        weight.main_grad = empty(VOCABULARY, WIDTH, dtype=torch.float32)
+        weight.main_grad = empty(vocabulary, width, dtype=torch.float32)
         weight.grad_added_to_main_grad = False  # as Megatron has it: a gradient of zeros comes back
-    return hidden, weight, empty(TOKENS, dtype=torch.int64)
+    return hidden, weight, empty(tokens, dtype=torch.int64)
 
 
-def run_linear_logprob(plan, with_entropy=True):
-    hidden, weight, target = head()
+def run_linear_logprob(plan, with_entropy=True, sizes=SIZES):
+    hidden, weight, target = head(sizes=sizes)
     with AllocatedOnMeta() as forward:
         logprob, entropy, _ = linear_logprob_kernels(
             hidden, weight, target, accumulate_main_grad=True, plan=plan
@@ -107,6 +111,7 @@ def run_advantage_scan():
 OPERATIONS = {
     "linear_logprob fused": lambda: run_linear_logprob(FUSED),
     "linear_logprob fused, no entropy": lambda: run_linear_logprob(FUSED, with_entropy=False),
+    "linear_logprob fused, ragged": lambda: run_linear_logprob(FUSED, sizes=RAGGED),
     "linear_logprob cublas": lambda: run_linear_logprob(CUBLAS),
     "linear_ppo_loss fused": lambda: run_linear_ppo_loss(FUSED),
     "linear_ppo_loss cublas": lambda: run_linear_ppo_loss(CUBLAS),
@@ -118,6 +123,7 @@ OPERATIONS = {
 }
 NEED_HOPPER = [name for name in OPERATIONS if "fused" in name]
 PRODUCT_KERNELS = {"linear_logprob fused": 2, "linear_logprob fused, no entropy": 2}
+PRODUCT_KERNELS |= {"linear_logprob fused, ragged": 2}
 PRODUCT_KERNELS |= {"linear_ppo_loss fused": 1, "linear_kl fused": 2}
 
 
