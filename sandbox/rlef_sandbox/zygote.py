@@ -23,7 +23,6 @@ children (PDEATHSIG), and the death of process 1 kills its namespace.
 from __future__ import annotations
 
 import array
-import contextlib
 import fcntl
 import gc
 import json
@@ -100,9 +99,7 @@ class Running:
         "window_started",
     )
 
-    def __init__(
-        self, pid: int, pidfd: int, cell: int, session: socket.socket, request: Request
-    ) -> None:
+    def __init__(self, pid: int, pidfd: int, cell: int, session: int, request: Request) -> None:
         self.pid, self.pidfd, self.cell = pid, pidfd, cell
         self.session, self.request = session, request
         self.started = self.window_started = time.monotonic()
@@ -215,11 +212,11 @@ class Server:
         message, files = _receive(self.channel)
         if not message:
             os._exit(0)  # the controller is gone, or done with this program
-        session = self.channel if self.program else socket.socket(fileno=files.pop(0))
+        session = self.channel.fileno() if self.program else files.pop(0)
         request, plan = self.prepared(message, len(files))
         served = []
         if request.task is Task.PROGRAM:
-            served = [session.fileno(), self.controller]
+            served = [session, self.controller]
         cell = self.progress.take()
         try:
             pid, pidfd = self.launcher.spawn(plan, [*files, *served], cell)
@@ -232,8 +229,8 @@ class Server:
             child = Running(pid, pidfd, cell, session, request)
             self.running[pidfd] = child
             self.poller.register(pidfd, select.POLLIN)
-            if session is not self.channel and not served:
-                self.awaited[session.fileno()] = child
+            if not (self.program or served):
+                self.awaited[session] = child
                 self.poller.register(session, READABLE)
         for descriptor in files:
             os.close(descriptor)
@@ -291,21 +288,18 @@ class Server:
     def serve_program(self, code: types.CodeType, source: bytes) -> Child:
         """In a program server: serve the one session. Returns in its forked children."""
         self.program = code, source
-        self.channel.detach()  # closed already, as are all; the numbers are others' now
-        for child in self.running.values():
-            if child.session is not self.channel:
-                child.session.detach()
+        self.channel.detach()  # closed already; the number is another's now
         session = socket.socket(fileno=_moved_out_of_the_way(SESSION_OF_A_SERVER))
         controller = _moved_out_of_the_way(CONTROLLER_OF_A_SERVER)
         _reserve_low_descriptors()
         self.listen(session, controller)
-        send(session, Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.0, 0.0, 0).pack())
+        send(session.fileno(), Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.0, 0.0, 0).pack())
         return self.serve()
 
     def abandon(self, child: Running) -> None:
         """The controller gave the session up: kill what runs for it."""
         self.poller.unregister(child.session)
-        del self.awaited[child.session.fileno()]
+        del self.awaited[child.session]
         signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
     def finish(self, child: Running) -> None:
@@ -326,16 +320,18 @@ class Server:
                 fault,
             )
             send(child.session, outcome.pack())
-        if child.session is not self.channel:
-            if self.awaited.pop(child.session.fileno(), None) is not None:
+        if not self.program:
+            if self.awaited.pop(child.session, None) is not None:
                 self.poller.unregister(child.session)
-            child.session.close()
+            os.close(child.session)
 
 
-def send(session: socket.socket, message: bytes) -> None:
+def send(session: int, message: bytes) -> None:
     """To a controller that may have given the session up."""
-    with contextlib.suppress(OSError):
-        session.send(message, socket.MSG_DONTWAIT)
+    try:
+        os.write(session, message)
+    except BrokenPipeError:
+        return
 
 
 def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:

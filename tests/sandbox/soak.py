@@ -37,6 +37,7 @@ from tests.sandbox.soak_requests import CPP_KINDS, KINDS, FaultError
 PR_SET_CHILD_SUBREAPER = 36  # so that what the sandbox orphans becomes ours, and is seen
 TRIES = 50  # of one request
 RSS_GROWTH_BYTES = 48 << 20  # allowed: arenas that the allocator keeps
+FIRST_FAULT_S = 0.2  # of each kind, also of a soak that is soon over
 FAULTS_S = {"kill": 0.4, "descriptors": 3.0, "memory": 5.0, "disk": 4.0}  # mean time between
 
 
@@ -129,8 +130,10 @@ class Soak:
             self.wrong.append(f"{kind} {number}: no answer in {TRIES} tries")
 
     def disturb(self, kind: str) -> None:
-        """Bring in one kind of fault until all is over. In a thread."""
-        while not self.over.wait(self.random.expovariate(1 / FAULTS_S[kind])):
+        """Bring in one kind of fault until all is over, the first one soon. In a thread."""
+        wait_s = FIRST_FAULT_S
+        while not self.over.wait(wait_s):
+            wait_s = self.random.expovariate(1 / FAULTS_S[kind])
             with contextlib.suppress(OSError):
                 getattr(self, f"_fault_of_{kind}")()
                 self.faults[kind] += 1
