@@ -208,8 +208,8 @@ def main() -> None:
     controller, g++'s flags, the scratch directory and the cgroup, which may be empty.
     """
     channel, controller, *flags, scratch, cgroup = sys.argv[1:]
+    namespaces = leave_reaper_behind(int(channel), int(controller), cgroup, scratch)
     control = socket.socket(fileno=int(channel))
-    namespaces = leave_reaper_behind(control, int(controller), cgroup, scratch)
     compiler = Compiler(flags, scratch)
     layers = confine_zygote(namespaces, compiler.files())
     compiler.flags = [flag for flag in flags if is_readable(flag)]

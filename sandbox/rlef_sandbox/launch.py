@@ -92,8 +92,6 @@ class Plan(NamedTuple):
 class PythonLauncher:
     """Starts children without the C library; Python programs only."""
 
-    name = "python"
-
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
@@ -174,11 +172,8 @@ class NativePlan(ctypes.Structure):
 class NativeLauncher:
     """Starts children by the C library."""
 
-    name = "native"
-
-    def __init__(self, library: str, progress: Progress) -> None:
-        # with the interpreter lock held, as befits a fork; sound in a process with one thread
-        self._spawn = ctypes.PyDLL(library, use_errno=True).rlef_spawn
+    def __init__(self, functions: ctypes.PyDLL, progress: Progress) -> None:
+        self._spawn = functions.rlef_spawn
         self._pidfd = ctypes.c_int(-1)
         self._pidfd_reference = ctypes.byref(self._pidfd)
         self.progress = progress
@@ -209,13 +204,3 @@ class NativeLauncher:
         if pid < 0:
             kernel.checked(pid, "spawn")
         return pid, self._pidfd.value
-
-
-def launcher_for(library: str, progress: Progress) -> PythonLauncher | NativeLauncher:
-    """The C library's launcher, or Python's where `library` is empty or cannot be loaded here."""
-    if library:
-        try:
-            return NativeLauncher(library, progress)
-        except OSError:  # built on another machine
-            pass
-    return PythonLauncher(progress)

@@ -16,7 +16,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "csrc" / "spawn.c"
+FOLDER = Path(__file__).parent / "csrc"
+SOURCES = [FOLDER / "spawn.c", FOLDER / "serve.c"]
 FLAGS = [
     *("-std=gnu11", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"),
     *("-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,relro,-z,now"),
@@ -79,9 +80,12 @@ def built(
 
 
 def spawn_library() -> Path | None:
-    """The shared library of csrc/spawn.c; None without a C compiler."""
+    """The shared library of csrc/; None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    recipe = " ".join([compiler, *FLAGS]).encode() + SOURCE.read_bytes()
-    return built("spawn.so", recipe, lambda to: [compiler, *FLAGS, "-o", str(to), str(SOURCE)])
+    texts = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".c", ".h")]
+    recipe = " ".join([compiler, *FLAGS]).encode() + b"".join(texts)
+    return built(
+        "zygote.so", recipe, lambda to: [compiler, *FLAGS, "-o", str(to), *map(str, SOURCES)]
+    )

@@ -11,16 +11,13 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 from typing import NoReturn
 
 from . import kernel
 from .confinement import enter_user_namespace, succeeds
 
 
-def leave_reaper_behind(
-    control: socket.socket, controller: int, cgroup: str, scratch: str = ""
-) -> list[str]:
+def leave_reaper_behind(control: int, controller: int, cgroup: str, scratch: str = "") -> list[str]:
     """Fork: the child goes on, process 1 of a new pid namespace if the machine gives one, and is
     told which namespaces it is in; the parent waits for the end.
     """
@@ -37,7 +34,7 @@ def leave_reaper_behind(
         os.read(wait, 1)  # until it is in its cgroup
         os.close(wait)
         return namespaces
-    control.close()
+    os.close(control)
     _reap(pid, controller, cgroup, scratch, go)
 
 

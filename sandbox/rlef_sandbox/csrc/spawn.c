@@ -28,7 +28,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define MAX_FILES 8
+#include "zygote.h"
+
 #define BORROWED_STACK_BYTES (64 << 10) /* of a child that shares our memory until it execs */
 #ifndef SYS_close_range
 #define SYS_close_range 436
@@ -36,31 +37,6 @@
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
-
-enum step { STEP_NONE, STEP_PARENT, STEP_NAMESPACE, STEP_LIMITS, STEP_FILES, STEP_FILTER, STEP_EXEC };
-
-struct progress {
-    volatile uint8_t phase; /* protocol.Phase, told by the child while it is trusted */
-    volatile uint8_t step;  /* where it failed */
-    volatile int32_t error; /* errno of that */
-};
-
-struct plan {
-    uint64_t address_space_bytes;
-    uint64_t cpu_s;
-    uint64_t file_bytes;
-    uint64_t open_files;
-    uint64_t threads;     /* 0: not bounded */
-    uint64_t stack_bytes; /* 0: as it is */
-    int32_t files[MAX_FILES]; /* become 0, 1, ... */
-    int32_t file_count;
-    int32_t executable; /* the file among `files` to become, or -1: return in the child */
-    int32_t own_user_namespace;
-    int32_t own_pid_count;
-    struct sock_fprog *filter; /* or NULL */
-    uint32_t **own_pids;       /* constants of the filter that stand for the child's id */
-    struct progress *progress;
-};
 
 static int die_with_parent(pid_t parent)
 {
@@ -165,7 +141,7 @@ static int run_executable(void *argument)
 {
     const struct borrower *borrower = argument;
     confine(borrower->plan, borrower->parent);
-    borrower->plan->progress->phase = 2; /* RUNNING: what fails from here on is told by `step` */
+    borrower->plan->progress->phase = PHASE_RUNNING; /* what fails from here on is told by `step` */
     become_program(borrower->plan);
     fail(borrower->plan, STEP_EXEC);
     return 1;

@@ -1,0 +1,373 @@
+/* The zygote's loop: takes requests, starts children, supervises them, tells of their ends.
+ *
+ * Theory of operation. What Python does between two runs costs the zygote a page fault for every
+ * page it touches, since each fork shares all of them again; this loop touches a handful. Policy
+ * stays in Python (zygote.py): what a request's limits mean is asked of it once, and kept as a
+ * plan. `rlef_serve` returns twice as often as a fork does: in the zygote when a request has no
+ * plan yet (PREPARE), and in a child that is to go on as a Python program (CHILD).
+ *
+ * One thread, one poll: the channel that requests come over, the controller's pidfd, and of each
+ * child its pidfd and the session that waits for its outcome. supervise.py is the same loop in
+ * Python, for machines without a compiler; protocol.py says what the messages hold.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "zygote.h"
+
+#define MAX_CHILDREN 64
+#define MAX_PLANS 32
+#define MAX_REQUEST_BYTES 64
+#define FAULT_BYTES 256
+#define OUTCOME_BYTES 30 /* protocol.OUTCOME */
+#define LEAST_WAIT_S 0.005
+/* supervise.py has these too, and why */
+#define SLEEP_WINDOW_S 0.1
+#define SLEEP_SHARE 0.05
+#define STARVED_SHARE 0.01
+#define STARVED_EXTENSION 2
+#define NEVER 1e300
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+
+enum { CHILD = 0, PREPARE = 1 };                        /* what rlef_serve returns for */
+enum { TASK_PROGRAM = 2 };                              /* protocol.Task */
+enum { ENDED_ITSELF = 0, CPU_LIMIT = 1, WALL_LIMIT = 2 }; /* protocol.Ending */
+
+struct prepared {
+    uint8_t message[MAX_REQUEST_BYTES]; /* the request, with so many files, that it is for */
+    int32_t length;
+    int32_t file_count;
+    int32_t task;
+    double cpu_s;
+    double wall_s;
+    struct plan plan;
+};
+
+struct child {
+    pid_t pid; /* 0: a free place */
+    int pidfd;
+    int session;
+    int awaited; /* whether the session is polled for the controller giving it up */
+    int task;
+    int ending;
+    int slept;
+    double cpu_s, wall_s;
+    double started, next_check, window_started, window_cpu_s;
+};
+
+struct server {
+    int32_t channel;
+    int32_t controller;
+    int32_t serves_program; /* a program server: answers go to its channel */
+    int32_t pending;        /* the request below waits for its plan, or for its child's start */
+    uint8_t message[MAX_REQUEST_BYTES];
+    int32_t length;
+    int32_t files[MAX_FILES];
+    int32_t file_count;
+    int32_t session;
+    int32_t task; /* and the cell, of the child that rlef_serve returns in */
+    int32_t cell;
+    int32_t plan_count;
+    struct progress *page; /* MAX_CHILDREN cells */
+    struct prepared plans[MAX_PLANS];
+    struct child children[MAX_CHILDREN];
+};
+
+static double now_s(clockid_t clock)
+{
+    struct timespec time;
+    if (clock_gettime(clock, &time) != 0)
+        return 0.0;
+    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+}
+
+static void tell(int session, const void *message, size_t length)
+{
+    /* to a controller that may have given the session up */
+    (void)!send(session, message, length, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static void tell_outcome(int session, int phase, int ending, int wait_status, double cpu_s,
+                         double wall_s, uint64_t rss_bytes, const char *fault)
+{
+    uint8_t message[OUTCOME_BYTES + FAULT_BYTES];
+    int32_t status = wait_status;
+    size_t fault_bytes = strnlen(fault, FAULT_BYTES);
+    message[0] = (uint8_t)phase;
+    message[1] = (uint8_t)ending;
+    memcpy(message + 2, &status, 4);
+    memcpy(message + 6, &cpu_s, 8);
+    memcpy(message + 14, &wall_s, 8);
+    memcpy(message + 22, &rss_bytes, 8);
+    memcpy(message + OUTCOME_BYTES, fault, fault_bytes);
+    tell(session, message, OUTCOME_BYTES + fault_bytes);
+}
+
+static void kill_child(const struct child *child)
+{
+    syscall(SYS_pidfd_send_signal, child->pidfd, SIGKILL, NULL, 0);
+}
+
+static void close_files(struct server *server)
+{
+    for (int index = 0; index < server->file_count; index++)
+        close(server->files[index]);
+    server->file_count = 0;
+}
+
+/* The next request into `server`; 0 if there is none after all. Exits with the controller. */
+static int receive(struct server *server)
+{
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int) * (MAX_FILES + 1))];
+    } control;
+    struct iovec part = {server->message, sizeof server->message};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.space,
+                             .msg_controllen = sizeof control.space};
+    int received[MAX_FILES + 1], count = 0, first = server->serves_program ? 0 : 1;
+    ssize_t length = recvmsg(server->channel, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (length < 0)
+        return 0;
+    if (length == 0)
+        _exit(0);
+    for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header != NULL;
+         header = CMSG_NXTHDR(&message, header)) {
+        count = (int)((header->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        memcpy(received, CMSG_DATA(header), (size_t)count * sizeof(int));
+    }
+    server->length = (int32_t)length;
+    server->session = first ? received[0] : server->channel;
+    server->file_count = count - first;
+    memcpy(server->files, received + first, (size_t)server->file_count * sizeof(int));
+    return 1;
+}
+
+static struct prepared *plan_of_request(struct server *server)
+{
+    for (int index = 0; index < server->plan_count; index++) {
+        struct prepared *prepared = &server->plans[index];
+        if (prepared->length == server->length && prepared->file_count == server->file_count &&
+            memcmp(prepared->message, server->message, (size_t)server->length) == 0)
+            return prepared;
+    }
+    return NULL;
+}
+
+static void refuse(struct server *server, const char *fault)
+{
+    tell_outcome(server->session, PHASE_SETUP, ENDED_ITSELF, 0, 0.0, 0.0, 0, fault);
+    close_files(server);
+    if (!server->serves_program)
+        close(server->session);
+}
+
+static void put_files(struct server *server, struct prepared *prepared)
+{
+    struct plan *plan = &prepared->plan;
+    memcpy(plan->files, server->files, sizeof plan->files);
+    plan->file_count = server->file_count;
+    if (prepared->task == TASK_PROGRAM) { /* a program server goes on with these two */
+        plan->files[plan->file_count++] = server->session;
+        plan->files[plan->file_count++] = server->controller;
+    }
+}
+
+/* Starts the request's child. Returns CHILD in it, else -1. */
+static int start(struct server *server, struct prepared *prepared)
+{
+    int place = 0, pidfd = -1;
+    while (place < MAX_CHILDREN && server->children[place].pid != 0)
+        place++;
+    if (place == MAX_CHILDREN) {
+        refuse(server, "too many children of one zygote");
+        return -1;
+    }
+    memset((void *)&server->page[place], 0, sizeof(struct progress));
+    put_files(server, prepared);
+    prepared->plan.progress = &server->page[place];
+    server->task = prepared->task;
+    server->cell = place;
+    pid_t pid = rlef_spawn(&prepared->plan, &pidfd);
+    if (pid == 0)
+        return CHILD;
+    if (pid < 0) {
+        char fault[FAULT_BYTES];
+        snprintf(fault, sizeof fault, "start of a child: %s", strerror(errno));
+        refuse(server, fault);
+        return -1;
+    }
+    double now = now_s(CLOCK_MONOTONIC);
+    double first = prepared->cpu_s < prepared->wall_s ? prepared->cpu_s : prepared->wall_s;
+    server->children[place] = (struct child){
+        .pid = pid,
+        .pidfd = pidfd,
+        .session = server->session,
+        .awaited = !server->serves_program && prepared->task != TASK_PROGRAM,
+        .task = prepared->task,
+        .cpu_s = prepared->cpu_s,
+        .wall_s = prepared->wall_s,
+        .started = now,
+        .window_started = now,
+        .next_check = now + (first < SLEEP_WINDOW_S ? first : SLEEP_WINDOW_S),
+    };
+    close_files(server);
+    return -1;
+}
+
+/* Says what became of a child that ended. */
+static void finish(struct server *server, int place)
+{
+    struct child *child = &server->children[place];
+    struct progress *cell = &server->page[place];
+    struct rusage usage;
+    int wait_status = 0;
+    wait4(child->pid, &wait_status, 0, &usage);
+    close(child->pidfd);
+    if (!(child->task == TASK_PROGRAM && cell->phase == PHASE_RUNNING && cell->step == 0)) {
+        static const char *const names[] = {"", "PARENT", "NAMESPACE", "LIMITS",
+                                            "FILES", "FILTER", "EXEC"};
+        char fault[FAULT_BYTES] = "";
+        if (cell->step != STEP_NONE && cell->step <= STEP_EXEC)
+            snprintf(fault, sizeof fault, "child set-up: %s: %s", names[cell->step],
+                     strerror(cell->error));
+        double cpu_s = (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+                       (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+        tell_outcome(child->session, fault[0] ? PHASE_SETUP : cell->phase, child->ending,
+                     wait_status, cpu_s, now_s(CLOCK_MONOTONIC) - child->started,
+                     (uint64_t)usage.ru_maxrss * 1024, fault);
+    }
+    if (!server->serves_program)
+        close(child->session);
+    child->pid = 0;
+}
+
+/* Kills a child that passed a limit; tells if it sleeps. */
+static void check(struct server *server, struct child *child, int place, double now)
+{
+    if (child->task == TASK_PROGRAM && server->page[place].phase == PHASE_RUNNING) {
+        child->next_check = NEVER; /* its own children have limits of their own */
+        return;
+    }
+    double cpu_s = now_s((clockid_t)((~(unsigned)child->pid << 3) | 2));
+    double wall_s = child->wall_s, elapsed_s = now - child->started;
+    if (elapsed_s >= wall_s && cpu_s >= STARVED_SHARE * wall_s)
+        wall_s *= STARVED_EXTENSION;
+    double cpu_left_s = child->cpu_s - cpu_s, wall_left_s = wall_s - elapsed_s;
+    if (cpu_left_s <= 0 || wall_left_s <= 0) {
+        child->ending = cpu_left_s <= 0 ? CPU_LIMIT : WALL_LIMIT;
+        kill_child(child);
+        child->next_check = NEVER;
+        return;
+    }
+    double left_s = cpu_left_s < wall_left_s ? cpu_left_s : wall_left_s;
+    if (!child->slept) {
+        double window_s = now - child->window_started;
+        if (window_s >= SLEEP_WINDOW_S) {
+            child->slept = cpu_s - child->window_cpu_s < SLEEP_SHARE * window_s;
+            if (child->slept)
+                tell(child->session, "~", 1);
+            child->window_started = now;
+            child->window_cpu_s = cpu_s;
+        }
+        if (left_s > SLEEP_WINDOW_S)
+            left_s = SLEEP_WINDOW_S;
+    }
+    child->next_check = now + (left_s > LEAST_WAIT_S ? left_s : LEAST_WAIT_S);
+}
+
+static int until_next_check_ms(const struct server *server)
+{
+    double soonest = NEVER;
+    for (int place = 0; place < MAX_CHILDREN; place++)
+        if (server->children[place].pid != 0 && server->children[place].next_check < soonest)
+            soonest = server->children[place].next_check;
+    if (soonest == NEVER)
+        return -1;
+    double left_ms = (soonest - now_s(CLOCK_MONOTONIC)) * 1e3;
+    return left_ms <= 0 ? 0 : left_ms > 1e6 ? 1000000 : (int)left_ms + 1;
+}
+
+static void supervise(struct server *server, const struct pollfd *polled, const int *places,
+                      int count)
+{
+    for (int index = 2; index < count; index++) {
+        struct child *child = &server->children[places[index]];
+        if (polled[index].revents == 0 || child->pid == 0)
+            continue;
+        if (polled[index].fd == child->pidfd) {
+            finish(server, places[index]);
+        } else if (child->awaited) { /* the controller gave the session up */
+            child->awaited = 0;
+            kill_child(child);
+        }
+    }
+    double now = now_s(CLOCK_MONOTONIC);
+    for (int place = 0; place < MAX_CHILDREN; place++)
+        if (server->children[place].pid != 0 && server->children[place].next_check <= now)
+            check(server, &server->children[place], place, now);
+}
+
+/* Begins with nothing under way. */
+struct server *rlef_listen(int channel, int controller, int serves_program, struct progress *page)
+{
+    static struct server server;
+    memset(&server, 0, sizeof server);
+    server.channel = channel;
+    server.controller = controller;
+    server.serves_program = serves_program;
+    server.page = page;
+    return &server;
+}
+
+/* Serves until Python is wanted: see above. */
+int rlef_serve(struct server *server)
+{
+    struct pollfd polled[2 + 2 * MAX_CHILDREN];
+    int places[2 + 2 * MAX_CHILDREN];
+    for (;;) {
+        if (server->pending) {
+            struct prepared *prepared = plan_of_request(server);
+            if (prepared == NULL)
+                return PREPARE;
+            server->pending = 0;
+            if (start(server, prepared) == CHILD)
+                return CHILD;
+        }
+        int count = 2;
+        polled[0] = (struct pollfd){server->channel, POLLIN | POLLRDHUP, 0};
+        polled[1] = (struct pollfd){server->controller, POLLIN, 0};
+        for (int place = 0; place < MAX_CHILDREN; place++) {
+            const struct child *child = &server->children[place];
+            if (child->pid == 0)
+                continue;
+            places[count] = place;
+            polled[count++] = (struct pollfd){child->pidfd, POLLIN, 0};
+            if (child->awaited) {
+                places[count] = place;
+                polled[count++] = (struct pollfd){child->session, POLLIN | POLLRDHUP, 0};
+            }
+        }
+        if (poll(polled, (nfds_t)count, until_next_check_ms(server)) < 0)
+            continue; /* a signal */
+        if (polled[1].revents != 0)
+            _exit(0);
+        supervise(server, polled, places, count);
+        if (polled[0].revents != 0)
+            server->pending = receive(server);
+    }
+}

@@ -1,0 +1,40 @@
+/* What the parts of the C library share with each other and, field by field, with launch.py and supervise_native.py. */
+#ifndef RLEF_ZYGOTE_H
+#define RLEF_ZYGOTE_H
+
+#include <linux/filter.h>
+#include <stdint.h>
+
+#define MAX_FILES 8
+
+enum phase { PHASE_SETUP, PHASE_COMPILING, PHASE_RUNNING };
+enum step { STEP_NONE, STEP_PARENT, STEP_NAMESPACE, STEP_LIMITS, STEP_FILES, STEP_FILTER, STEP_EXEC };
+
+/* A child's cell in a page that it shares with its zygote while it is trusted. */
+struct progress {
+    volatile uint8_t phase;
+    volatile uint8_t step;  /* where it failed */
+    volatile int32_t error; /* errno of that */
+};
+
+/* What a child is given, held to, and becomes. */
+struct plan {
+    uint64_t address_space_bytes;
+    uint64_t cpu_s;
+    uint64_t file_bytes;
+    uint64_t open_files;
+    uint64_t threads;         /* 0: not bounded */
+    uint64_t stack_bytes;     /* 0: as it is */
+    int32_t files[MAX_FILES]; /* become 0, 1, ... */
+    int32_t file_count;
+    int32_t executable; /* the file among `files` to become, or -1: return in the child */
+    int32_t own_user_namespace;
+    int32_t own_pid_count;
+    struct sock_fprog *filter; /* or NULL */
+    uint32_t **own_pids;       /* constants of the filter that stand for the child's id */
+    struct progress *progress;
+};
+
+int rlef_spawn(const struct plan *plan, int *pidfd);
+
+#endif
