@@ -1,4 +1,4 @@
-"""Deaths and ends where there is no C compiler: the same tests, with the zygote's loop in Python."""
+"""Deaths and ends where there is no C compiler: the same tests, the loop in Python."""
 
 from __future__ import annotations
 
