@@ -43,8 +43,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
-        self._anchor = ctypes.c_char.from_buffer(self._page)
-        self.address = ctypes.addressof(self._anchor)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
         self._free = list(range(mmap.PAGESIZE // CELL.size))
 
     def take(self) -> int:
@@ -69,9 +68,11 @@ class Progress:
         _, step, number = CELL.unpack_from(self._page, cell * CELL.size)
         return f"child set-up: {Step(step).name}: {os.strerror(number)}" if step else ""
 
-    def unmap(self) -> None:
-        """In a child, the last step of trust: after it, nobody hears what it says."""
-        del self._anchor
+    def leave_trust(self, cell: int) -> None:
+        """In a child, the last step before the program's first line, or a program server's first
+        test: after it, nobody hears what it says.
+        """
+        self._page[cell * CELL.size] = Phase.RUNNING
         self._page.close()
 
 

@@ -181,6 +181,7 @@ class PythonSupervisor:
             send(session, failed_to_start(f"start of a child: {error}").pack())
         else:
             if pid == 0:
+                self.tell_progress(request.task, cell)
                 return Started(request.task, len(files), cell)
             child = Running(pid, pidfd, cell, session, request)
             self.running[pidfd] = child
@@ -191,6 +192,15 @@ class PythonSupervisor:
         for descriptor in files:
             os.close(descriptor)
         return None
+
+    def tell_progress(self, task: Task, cell: int) -> None:
+        """In a child that was set up. Of a compiled program's test the next line is the program's
+        own, so this ends its being trusted.
+        """
+        if task is Task.TEST:
+            self.progress.leave_trust(cell)
+        else:
+            self.progress.tell(cell, Phase.COMPILING)
 
     def prepared(self, message: bytes, file_count: int) -> tuple[Request, Plan]:
         """The request and the plan for it; the same message comes again and again."""

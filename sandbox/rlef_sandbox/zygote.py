@@ -119,25 +119,18 @@ class Server:
         if task is Task.TEST:
             assert self.program is not None
             call = _read_call() if file_count > STREAMS else None
-            self.leave_trust(cell)
             return Child(*self.program, call)
         source_file = SOURCE_OF_A_SERVER if task is Task.PROGRAM else file_count - 1
         source = _read(source_file)
         os.close(source_file)
         call = _read_call() if source_file > STREAMS else None
-        self.supervisor.progress.tell(cell, Phase.COMPILING)
         code = program.compile_source(source)
         if code is None:
             os._exit(1)
-        self.leave_trust(cell)
+        self.supervisor.progress.leave_trust(cell)
         if task is Task.PROGRAM:
             return self.serve_program(code, source)
         return Child(code, source, call)
-
-    def leave_trust(self, cell: int) -> None:
-        """The last step before the program's first line, or a program server's first test."""
-        self.supervisor.progress.tell(cell, Phase.RUNNING)
-        self.supervisor.progress.unmap()
 
     def serve_program(self, code: types.CodeType, source: bytes) -> Child:
         """In a program server: serve the one session. Returns in its forked children."""
