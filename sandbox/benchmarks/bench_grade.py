@@ -157,6 +157,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     if shutil.which("bwrap"):
         options = "--unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev"
         yield "bubblewrap", ["bwrap", *options.split(), python, "-I", "-S"]
+        yield "bubblewrap with site", ["bwrap", *options.split(), sys.executable]
     if shutil.which("firejail"):
         options = "--quiet --noprofile --net=none --seccomp --caps.drop=all"
         yield "firejail", ["firejail", *options.split(), python, "-I", "-S"]

@@ -2,7 +2,7 @@
 
 FLOPs: P = 2 T V D forward, 3 P backward. Memory beyond inputs and outputs, at T = 8,192, V =
 128,256, D = 4,096 in bf16: forward 47 MiB of partial sums; backward 512 MiB for a block of
-gradients of logits and 128 MiB for the fp32 gradient of hidden (tests/kernels/test_memory.py).
+gradients of logits and 128 MiB for the fp32 gradient of hidden (tests/kernels/test_compiled.py).
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, R rows with an upstream gradient.
 """
