@@ -10,7 +10,6 @@ every process but this one is killed and the scratch is emptied.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import json
@@ -30,8 +29,6 @@ from . import landlock
 from .confinement import Files, confine_zygote
 from .probes import holds_in_a_child, refused
 from .protocol import (
-    MAX_DESCRIPTORS,
-    MAX_MESSAGE_BYTES,
     Ending,
     Outcome,
     Phase,
@@ -41,6 +38,7 @@ from .protocol import (
 )
 from .reaper import leave_reaper_behind
 from .seccomp import Filter, filter_for_this_machine
+from .supervise import receive
 from .syscalls import Profile
 
 TOOLCHAIN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives")
@@ -174,7 +172,7 @@ def _regular_file(path: str) -> int | None:
 def serve(control: socket.socket, compiler: Compiler) -> None:
     """One compilation after another, until the controller is gone."""
     while True:
-        message, descriptors = _receive(control)
+        message, descriptors = receive(control)
         if not message:
             os._exit(0)
         session_descriptor, *streams = descriptors
@@ -191,16 +189,6 @@ def serve(control: socket.socket, compiler: Compiler) -> None:
             for descriptor in [*streams, *([made] if made is not None else [])]:
                 os.close(descriptor)
         compiler.clean()
-
-
-def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
-    message, ancillary, _, _ = channel.recvmsg(
-        MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
-    )
-    descriptors = array.array("i")
-    for _, _, data in ancillary:
-        descriptors.frombytes(data)
-    return message, list(descriptors)
 
 
 def main() -> None:

@@ -165,7 +165,7 @@ class PythonSupervisor:
 
     def answer(self) -> Started | None:
         """Act on the next request. Started only in the child that it started."""
-        message, files = _receive(self.channel)
+        message, files = receive(self.channel, socket.MSG_DONTWAIT)
         if not message:
             os._exit(0)  # the controller is gone, or done with this program
         session = self.channel.fileno() if self.serves_program else files.pop(0)
@@ -250,10 +250,11 @@ def send(session: int, message: bytes) -> None:
         return
 
 
-def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """The next message, empty at the end, and its descriptors."""
     space = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
     message, ancillary, _, _ = channel.recvmsg(
-        MAX_MESSAGE_BYTES, space, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        MAX_MESSAGE_BYTES, space, flags | socket.MSG_CMSG_CLOEXEC
     )
     descriptors = array.array("i")
     for _, _, data in ancillary:

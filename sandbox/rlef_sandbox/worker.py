@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from . import cgroups
 from .protocol import MAX_MESSAGE_BYTES, SLEEPING, Outcome, Request
@@ -243,29 +243,29 @@ class Session:
             on_sleep()
 
     def receive_message(self, deadline: float) -> bytes:
-        try:
-            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+        with self._waiting_until(deadline):
             message = self._channel.recv(MAX_MESSAGE_BYTES)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise ZygoteLostError(f"the zygote does not answer: {error}") from None
         if not message:
             raise ZygoteLostError("the zygote died")
         return message
 
     def receive_file(self, deadline: float) -> tuple[bytes, list[int]]:
         """A message with descriptors (`compiler.py`)."""
-        try:
-            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+        with self._waiting_until(deadline):
             message, descriptors, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE_BYTES, 1)
+        if not message:
+            raise ZygoteLostError("the zygote died")
+        return message, list(descriptors)
+
+    @contextlib.contextmanager
+    def _waiting_until(self, deadline: float) -> Iterator[None]:
+        self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            yield
         except TimeoutError:
             raise
         except OSError as error:
             raise ZygoteLostError(f"the zygote does not answer: {error}") from None
-        if not message:
-            raise ZygoteLostError("the zygote died")
-        return message, list(descriptors)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
