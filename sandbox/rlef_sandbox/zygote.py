@@ -12,13 +12,13 @@ takes the session over as its channel, and forks a child per TEST until that end
 children supervises them in one loop (csrc/serve.c; supervise.py without a C compiler): it polls
 their pidfds, reads their CPU clocks, kills a child that passes a limit, says once of a child that
 it sleeps, and sends what the kernel said of its end. Nobody waits for one child alone, so a sleeper
-holds up nobody. A child tells how far it came in
-a shared page; before its program's first line it unmaps that, and has every descriptor but its
-own files closed, so that no program can speak to anyone.
+holds up nobody. A child tells how far it came in a shared page; before its program's first line it
+unmaps that, and has every descriptor but its own files closed, so that no program can speak to
+anyone.
 
-What ends them: the end of a session kills its child or server; the channel's end of file,
-or the controller's death seen by its pidfd, ends the zygote; the death of a parent kills its
-children (PDEATHSIG), and the death of process 1 kills its namespace.
+What ends them: the end of a session kills its child or server; the channel's end of file, or the
+controller's death seen by its pidfd, ends the zygote; the death of a parent kills its children
+(PDEATHSIG), and the death of process 1 kills its namespace.
 """
 
 from __future__ import annotations
