@@ -1,12 +1,13 @@
 """Builds what the sandbox has in C, once a machine and user, where there is a compiler.
 
 The results lie in a folder of the user's cache, named by what they are made of, and are put in
-place atomically, so that any number of processes may build at once. A folder that others may write
-to is not used.
+place atomically, so that any number of processes may build at once. A folder that others own or may
+write to is not used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -26,15 +27,23 @@ BUILD_TIMEOUT_S = 120
 
 
 def cache_folder() -> Path | None:
-    """Where built files are kept; None where there is no such place of our own."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "rlef_sandbox"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError:
-        return None
-    return folder if found.st_uid == os.getuid() and not found.st_mode & 0o022 else None
+    """Where built files are kept: in the user's cache or, where that cannot be written, among the
+    temporary files. None where neither is a place of our own.
+    """
+    roots = [Path(tempfile.gettempdir(), f"cache-{os.getuid()}")]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        roots.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
+    for root in roots:
+        folder = root / "rlef_sandbox"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = [folder.stat(), folder.parent.stat()]
+        except OSError:
+            continue
+        is_ours = all(f.st_uid == os.getuid() and not f.st_mode & 0o022 for f in found)
+        if is_ours and os.access(folder, os.W_OK):
+            return folder
+    return None
 
 
 def version_of(compiler: str) -> bytes:

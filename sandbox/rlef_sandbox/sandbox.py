@@ -75,7 +75,6 @@ class Sandbox:
             Worker(self._accept, arguments=[library], memory_bytes=worker_memory_bytes)
             for _ in range(workers)
         ]
-        self._languages = Languages(self._accept, workers, has_launcher=bool(library))
         self._load = [0] * workers
         self._load_lock = threading.Lock()
         try:
@@ -83,6 +82,8 @@ class Sandbox:
                 worker.launch()
             for worker in self._workers:
                 worker.greet()
+            has_launcher = self._workers[0].layers.get("launcher") == "native"
+            self._languages = Languages(self._accept, workers, has_launcher=has_launcher)
         except BaseException:
             for worker in self._workers:
                 worker.close()

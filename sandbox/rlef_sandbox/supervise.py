@@ -170,6 +170,11 @@ class PythonSupervisor:
             os._exit(0)  # the controller is gone, or done with this program
         session = self.channel.fileno() if self.serves_program else files.pop(0)
         request, plan = self.prepared(message, len(files))
+        if request.task is Task.EXECUTE:
+            send(session, failed_to_start("compiled programs take the C library").pack())
+            for descriptor in [*files, session]:
+                os.close(descriptor)
+            return None
         served = []
         if request.task is Task.PROGRAM:
             served = [session, self.controller]
