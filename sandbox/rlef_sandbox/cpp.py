@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from . import native
+from .job import RETRIES
 from .protocol import Ending, Outcome, Phase, Request, Task
 from .verdict import Result, Status
 from .worker import ANSWER_GRACE_S, Layers, Worker, ZygoteLostError, memory_files
@@ -34,7 +35,6 @@ COMPILE = Request(
 )
 KEPT_BYTES, KEPT_EXECUTABLES = 512 << 20, 128  # each of them is an open descriptor
 STDERR_BYTES = 16 << 10
-RETRIES = 2
 MFD_EXEC = 0x10  # since Linux 6.3, where it may have to be asked for
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 # g++ of its own child: its limit; and the machine's doing, for the limits send other signals first

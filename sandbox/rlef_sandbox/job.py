@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from . import values
+from .exchange import CANDIDATE_GONE, CANDIDATE_RAISED, CHECK_BROKEN
 from .protocol import Ending, Outcome, Phase, Request, Task
 from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
 from .worker import Session, Worker, ZygoteLostError, memory_file, memory_files
@@ -21,8 +22,6 @@ RETRIES = 2  # of a run that ended in a fault of the sandbox
 STDERR_BYTES = 64 << 10
 SHOWN_BYTES = 64 << 10  # of a returned value's repr
 OUT_OF_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
-# How the process of a CheckTest's code ends (exchange.py).
-CHECK_PASSED, CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 0, 5, 6, 7
 
 
 class FaultError(Exception):
@@ -299,7 +298,7 @@ def verdict_of_check(candidate: Result, checker: Result) -> Run:
     """What the ends of a CheckTest's two processes mean. FaultError if its code is broken."""
     if candidate.status is not Status.OK:
         return Run(candidate)
-    if checker.exit_code == CHECK_PASSED and checker.status is Status.OK:
+    if checker.exit_code == 0 and checker.status is Status.OK:
         return Run(candidate)
     if checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE):
         words = checker.stderr or b"the program ended before the check did\n"

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from . import cgroups
 from .protocol import MAX_MESSAGE_BYTES, SLEEPING, Outcome, Request
+from .supervise import STARVED_EXTENSION
 
 FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")  # below which a sandbox does not start
 START_TIMEOUT_S = 60.0
 ANSWER_GRACE_S = 20.0  # past the last wall clock limit, before a silent zygote is given up
-MOST_WALL_TIMES = 2  # a starved run gets its wall clock time twice (zygote.STARVED_EXTENSION)
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -232,7 +232,7 @@ class Session:
 
         ZygoteLostError if the zygote died, TimeoutError if it fell silent.
         """
-        deadline = time.monotonic() + MOST_WALL_TIMES * wall_s + ANSWER_GRACE_S
+        deadline = time.monotonic() + STARVED_EXTENSION * wall_s + ANSWER_GRACE_S
         while True:
             message = self.receive_message(deadline)
             if message != SLEEPING:
