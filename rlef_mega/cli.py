@@ -148,7 +148,7 @@ def doctor() -> None:
     import torch
 
     from rlef_mega.manifest import device, versions
-    from rlef_mega.megatron.parallel import accelerations
+    from rlef_mega.megatron.accelerations import accelerations
     from rlef_sandbox import Sandbox
 
     table = Table("what", "found")

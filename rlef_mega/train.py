@@ -25,6 +25,7 @@ from rlef_mega.judge import Grader, Judge, open_grader
 from rlef_mega.launch import STOPPED, StopRequest, sandbox_token, worker_main
 from rlef_mega.manifest import describe
 from rlef_mega.megatron import checkpoint, parallel
+from rlef_mega.megatron.accelerations import accelerations
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.publish import publish
 from rlef_mega.packing import pack
@@ -142,7 +143,7 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
 def run_manifest(config: TrainConfig, grader: Grader, device: torch.device) -> dict[str, Any]:
     return describe(
         layout=config.parallel.model_dump(),
-        accelerations=parallel.accelerations(device, getattr(torch, config.model.dtype)),
+        accelerations=accelerations(device, getattr(torch, config.model.dtype)),
         isolation=grader.isolation,
     )
 

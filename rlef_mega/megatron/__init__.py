@@ -2,7 +2,7 @@
 publication.
 
 The only place that imports megatron. What acceleration is missing is reported once, by
-`parallel.accelerations`; megatron-core's own warnings say it again on every rank at import, and
+`accelerations`; megatron-core's own warnings say it again on every rank at import, and
 torch's those of names that newer versions change at every call, so both are silenced here.
 """
 

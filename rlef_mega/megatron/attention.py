@@ -2,7 +2,7 @@
 sequence.
 
 Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one
-calls the varlen kernel that `parallel.attention_kernel` names; without a GPU it pads neighbours of
+calls the varlen kernel that `attention_kernel` names; without a GPU it pads neighbours of
 similar length to [sequences, heads, longest, head_dim] and makes one causal SDPA call a block,
 which is exact: padding comes last, so no real token attends to it.
 
@@ -19,7 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rlef_mega.megatron.parallel import attention_kernel
+from rlef_mega.megatron.accelerations import attention_kernel
 
 # Sequences share a padded block while they are at least this fraction of its longest. SDPA's work
 # grows with the square of the padded length: at 0.75 at most 44% of it is lost, and a micro-batch

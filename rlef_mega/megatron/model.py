@@ -42,8 +42,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlef_kernels import linear_logprob, linear_ppo_loss
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.megatron.accelerations import fused_weight_gradients
 from rlef_mega.megatron.attention import PackedAttention
-from rlef_mega.megatron.parallel import Ranks, fused_weight_gradients
+from rlef_mega.megatron.parallel import Ranks
 
 ROPE_TYPES = ("default", "llama3")
 # What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer.
