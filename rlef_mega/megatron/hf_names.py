@@ -1,38 +1,80 @@
-"""The one name map between Hugging Face checkpoints and Megatron stages, for Llama.
+"""The name map between Hugging Face checkpoints and Megatron's parameters, for Llama.
 
 `name_map` lists every tensor of a checkpoint in Hugging Face's order: its full shape, the dimension
-along which tensor parallelism splits it, and how to find it in a Megatron stage. What it finds is a
-*view* of a Megatron parameter, so that loading writes through it and publishing reads from it.
-Megatron packs queries, keys and values by key-value group, [q..q k v] a group, and gate over up in
-one matrix; both are views too.
+along which tensor parallelism splits it, Megatron's name for the parameter that holds it, and which
+of that parameter's rows it is. Megatron packs queries, keys and values by key-value group,
+[q..q k v] a group, and gate over up in one matrix. Read in a live stage, a tensor is a *view* of a
+parameter, so that loading writes through it and publishing reads from it; read in a checkpoint on
+disk, it is `Rows.runs`.
 
 Legend: G key-value groups of this rank, D head dimension, H hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import LlamaConfig
 
-from rlef_mega.megatron.model import PackedLlama
+if TYPE_CHECKING:  # converting files needs the names, not Megatron
+    from rlef_mega.megatron.model import PackedLlama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
-View = Callable[[PackedLlama], torch.Tensor]
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a packed parameter: seen as [blocks, pieces, rows a piece], the pieces from `first`
+    to `last`. One of `blocks` and `piece_rows` is -1: the parameter's size says it.
+    """
+
+    blocks: int
+    pieces: int
+    piece_rows: int
+    first: int
+    last: int
+
+    def view(self, packed: torch.Tensor) -> torch.Tensor:
+        shape = (self.blocks, self.pieces, self.piece_rows, *packed.shape[1:])
+        return packed.view(shape)[:, self.first : self.last]
+
+    def runs(self, packed_rows: int) -> Iterator[tuple[int, int]]:
+        """(first row, number of rows) of each run in a parameter of so many rows, in the tensor's
+        own order."""
+        if self.blocks == -1:
+            piece_rows = self.piece_rows
+        else:
+            piece_rows = packed_rows // (self.blocks * self.pieces)
+        for block in range(0, packed_rows, self.pieces * piece_rows):
+            yield block + self.first * piece_rows, (self.last - self.first) * piece_rows
 
 
 @dataclass(frozen=True)
 class HFTensor:
     """One tensor of the checkpoint. `layer` is None for the embedding, -1 for what follows the last
-    layer.
+    layer. `parameter` is its name in Megatron without the layer's number, which is also its key in
+    a checkpoint of ours.
     """
 
     name: str
     shape: tuple[int, ...]
     split_dim: int | None  # None: the same on every tensor-parallel rank
     layer: int | None
-    view: View
+    parameter: str
+    rows: Rows | None = None  # None: all of them
+    dtype: torch.dtype | None = None  # None: the network's
+
+    def view(self, model: "PackedLlama") -> torch.Tensor:
+        """This rank's part in a stage that holds it; of `Rows`, [blocks, pieces, rows, ...]."""
+        found = model
+        for part in self.parameter.split("."):
+            found = getattr(found, part)
+            if part == "layers":
+                assert self.layer is not None
+                found = found[self.layer - found[0].layer_number + 1]
+        return self.rows.view(found) if self.rows else found
 
     def local_shape(self, tensor_parallel_size: int) -> list[int]:
         shape = list(self.shape)
@@ -42,18 +84,31 @@ class HFTensor:
 
 
 def name_map(config: LlamaConfig) -> list[HFTensor]:
-    """Every tensor of the checkpoint. A tied head has no entry: it is the embedding."""
+    """Every tensor of a language model. A tied head has no entry: it is the embedding."""
     vocabulary = (config.vocab_size, config.hidden_size)
-    tensors = [
-        HFTensor(EMBEDDING, vocabulary, 0, None, lambda m: m.embedding.word_embeddings.weight)
+    tensors = trunk_map(config)
+    if not config.tie_word_embeddings:
+        tensors.append(HFTensor(HEAD, vocabulary, 0, -1, "output_layer.weight"))
+    return tensors
+
+
+def critic_map(config: LlamaConfig) -> list[HFTensor]:
+    """Every tensor of a critic: a token-classification model whose one label is the value."""
+    hidden, fp32 = config.hidden_size, torch.float32
+    return [
+        *trunk_map(config),
+        HFTensor(f"{VALUE_HEAD}.weight", (1, hidden), None, -1, "output_layer.weight", dtype=fp32),
+        HFTensor(f"{VALUE_HEAD}.bias", (1,), None, -1, "output_layer.bias", dtype=fp32),
     ]
+
+
+def trunk_map(config: LlamaConfig) -> list[HFTensor]:
+    vocabulary, hidden = (config.vocab_size, config.hidden_size), config.hidden_size
+    tensors = [HFTensor(EMBEDDING, vocabulary, 0, None, "embedding.word_embeddings.weight")]
     for layer in range(config.num_hidden_layers):
         tensors += layer_map(config, layer)
-    norm: View = lambda m: m.decoder.final_layernorm.weight  # noqa: E731
-    tensors.append(HFTensor("model.norm.weight", (config.hidden_size,), None, -1, norm))
-    if not config.tie_word_embeddings:
-        tensors.append(HFTensor(HEAD, vocabulary, 0, -1, lambda m: m.output_layer.weight))
-    return tensors
+    norm = HFTensor("model.norm.weight", (hidden,), None, -1, "decoder.final_layernorm.weight")
+    return [*tensors, norm]
 
 
 def layer_map(config: LlamaConfig, layer: int) -> list[HFTensor]:
@@ -63,38 +118,34 @@ def layer_map(config: LlamaConfig, layer: int) -> list[HFTensor]:
     queries, keys = config.num_attention_heads * head_dim, key_heads * head_dim
     group = config.num_attention_heads // key_heads
 
-    def block(model: PackedLlama):
-        return model.decoder.layers[layer - model.decoder.layers[0].layer_number + 1]
+    def heads(first: int, last: int) -> Rows:  # [G, group + 2, D, H]
+        return Rows(-1, group + 2, head_dim, first, last)
 
-    def attention(part: slice) -> View:
-        def view(model: PackedLlama) -> torch.Tensor:
-            packed = block(model).self_attention.linear_qkv.weight
-            return packed.view(-1, group + 2, head_dim, hidden)[:, part]  # [G, part, D, H]
+    def half(which: int) -> Rows:
+        return Rows(1, 2, -1, which, which + 1)
 
-        return view
-
-    def feed_forward(half: int) -> View:
-        return lambda model: block(model).mlp.linear_fc1.weight.chunk(2)[half]
-
-    rows: list[tuple[str, tuple[int, ...], int | None, View]] = [
-        ("input_layernorm", (hidden,), None, lambda m: block(m).input_layernorm.weight),
-        ("self_attn.q_proj", (queries, hidden), 0, attention(slice(0, group))),
-        ("self_attn.k_proj", (keys, hidden), 0, attention(slice(group, group + 1))),
-        ("self_attn.v_proj", (keys, hidden), 0, attention(slice(group + 1, group + 2))),
-        (
-            "self_attn.o_proj",
-            (hidden, queries),
-            1,
-            lambda m: block(m).self_attention.linear_proj.weight,
-        ),
-        ("post_attention_layernorm", (hidden,), None, lambda m: block(m).pre_mlp_layernorm.weight),
-        ("mlp.gate_proj", (ffn, hidden), 0, feed_forward(0)),
-        ("mlp.up_proj", (ffn, hidden), 0, feed_forward(1)),
-        ("mlp.down_proj", (hidden, ffn), 1, lambda m: block(m).mlp.linear_fc2.weight),
+    qkv, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1"
+    rows: list[tuple[str, tuple[int, ...], int | None, str, Rows | None]] = [
+        ("self_attn.q_proj", (queries, hidden), 0, qkv, heads(0, group)),
+        ("self_attn.k_proj", (keys, hidden), 0, qkv, heads(group, group + 1)),
+        ("self_attn.v_proj", (keys, hidden), 0, qkv, heads(group + 1, group + 2)),
+        ("self_attn.o_proj", (hidden, queries), 1, "self_attention.linear_proj", None),
+        ("mlp.gate_proj", (ffn, hidden), 0, fc1, half(0)),
+        ("mlp.up_proj", (ffn, hidden), 0, fc1, half(1)),
+        ("mlp.down_proj", (hidden, ffn), 1, "mlp.linear_fc2", None),
+        ("input_layernorm", (hidden,), None, "input_layernorm", None),
+        ("post_attention_layernorm", (hidden,), None, "pre_mlp_layernorm", None),
     ]
     return [
-        HFTensor(f"model.layers.{layer}.{name}.weight", shape, split, layer, view)
-        for name, shape, split, view in rows
+        HFTensor(
+            f"model.layers.{layer}.{name}.weight",
+            shape,
+            split,
+            layer,
+            f"decoder.layers.{module}.weight",
+            part,
+        )
+        for name, shape, split, module, part in rows
     ]
 
 
