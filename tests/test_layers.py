@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "types": 1,
     "config": 1,
+    "flops": 1,
     "problems": 2,
     "dialog": 2,
     "chat": 2,
