@@ -1,14 +1,15 @@
-"""How much arithmetic training is: the convention of every figure in TFLOP/s, and what micro-batches
-are balanced by.
+"""How much arithmetic training is: the convention of every figure in TFLOP/s, and what
+micro-batches are balanced by.
 
     F(s, r) = 6 [W s + h V r] + 6 L n d s^2        W = L (2 h n d + 2 h k d + 3 h f)
 
 for a sequence of s tokens of which r are read by the head: L layers, width h, n query and k
 key-value heads of dimension d, gated feed-forward width f, vocabulary V. A multiply-add is two
 operations; six a weight and token, two forward and four backward; the causal half of the attention
-products; no embedding, which is a look-up (Narayanan et al., arXiv 2104.04473, appendix; Korthikanti
-et al., 2205.05198, appendix A, who count the whole square and read the head everywhere). What is
-computed again in backward is no work of the model's: it is counted apart, as hardware FLOPs.
+products; no embedding, which is a look-up (Narayanan et al., arXiv 2104.04473, appendix;
+Korthikanti et al., 2205.05198, appendix A, who count the whole square and read the head
+everywhere). What is computed again in backward is no work of the model's: it is counted apart, as
+hardware FLOPs.
 """
 
 from collections.abc import Sequence
