@@ -44,6 +44,7 @@ bench-gpu:
 
 bench: setup
 	"$(BIN)/rlef" bench train --json benchmarks/results/train.json
+	"$(BIN)/rlef" bench packing --json benchmarks/results/packing.json
 	"$(BIN)/rlef" bench rollout --json benchmarks/results/rollout.json
 
 # TRL beside our learner; an environment of its own, so that the pinned packages stay as they are

@@ -166,7 +166,7 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="train, rollout, step, sandbox or kernels")],
+    what: Annotated[str, typer.Argument(help="train, rollout, step, sandbox, kernels or packing")],
     recipe: Annotated[str, typer.Argument(help="recipe whose model and batch are used")] = "demo",
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
     against_trl: Annotated[bool, typer.Option(help="train: TRL's trainer beside ours")] = False,

@@ -1,10 +1,11 @@
-"""Episodes to packed batches: sequences end to end without padding, cut into micro-batches by a
-token budget.
+"""Episodes to packed batches: sequences end to end without padding, cut into micro-batches of equal
+work within a token budget.
 
 Stands between rollout and learner. Every rank packs the same episodes to the same batch; the plan
 of micro-batches then says which sequences each data-parallel rank computes.
 """
 
+import heapq
 from collections.abc import Sequence
 
 import torch
@@ -105,15 +106,23 @@ def select(batch: Batch, sequences: Sequence[int]) -> Batch:
 
 
 def microbatches(
-    lengths: Sequence[int], token_budget: int, data_parallel_size: int
+    lengths: Sequence[int],
+    token_budget: int,
+    data_parallel_size: int,
+    *,
+    costs: Sequence[int] | None = None,
+    multiple: int = 1,
 ) -> list[list[list[int]]]:
     """Indices into `lengths`: for each data-parallel rank its micro-batches, the same number on
-    every rank.
+    every rank, none above `token_budget` tokens.
 
-    Longest first, each sequence goes to the micro-batch with the fewest tokens so far; the number
-    of micro-batches is the smallest multiple of the data-parallel size at which none exceeds the
-    budget. A single sequence longer than the budget is an error. Ranks may get an empty micro-batch
-    when there are fewer sequences than ranks.
+    `costs` is what each sequence takes, its FLOPs say (default: its length). First the ranks get
+    equal costs, for they wait for each other at the end of an update; then a rank's micro-batches
+    do, for the stages of a pipeline wait for each other at each one. Their number is the smallest
+    multiple of `multiple` found to keep the budget: a schedule may need a multiple of its stages.
+    Micro-batches are empty where a rank has fewer sequences. Longest first within each.
+
+    Raises ValueError for a single sequence longer than the budget.
     """
     longest = max(lengths, default=0)
     if longest > token_budget:
@@ -121,14 +130,38 @@ def microbatches(
             f"a sequence of {longest} tokens exceeds learner.microbatch_tokens = {token_budget}; "
             f"raise it to at least rollout.max_context"
         )
-    count = max(1, -(-sum(lengths) // (token_budget * data_parallel_size))) * data_parallel_size
-    while True:
-        bins: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            lightest = loads.index(min(loads))
-            bins[lightest].append(index)
-            loads[lightest] += lengths[index]
-        if max(loads) <= token_budget:
-            return [bins[rank::data_parallel_size] for rank in range(data_parallel_size)]
-        count += data_parallel_size
+    costs = lengths if costs is None else costs
+    ranks = equal_parts(costs, range(len(lengths)), data_parallel_size)
+    fullest = max(sum(lengths[i] for i in rank) for rank in ranks)
+    count = multiple * max(1, -(-fullest // (token_budget * multiple)))
+    while True:  # ends at the latest with a micro-batch for each sequence
+        plan = [equal_parts(costs, rank, count) for rank in ranks]
+        if all(sum(lengths[i] for i in part) <= token_budget for rank in plan for part in rank):
+            return [[sorted(p, key=lambda i: (-lengths[i], i)) for p in rank] for rank in plan]
+        count += multiple
+
+
+def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> list[list[int]]:
+    """`members` in `count` parts of nearly equal cost, heaviest first: the largest differencing
+    method (Karmarkar and Karp 1982).
+
+    It keeps several divisions into parts, at first one for each member; the two that are least even
+    are laid over each other, heaviest part on lightest, until one is left. Here a division lists
+    its parts heaviest first, without the empty ones, so that it costs no more than its members.
+    """
+    divisions: list[tuple[int, int, list[tuple[int, tuple[int, ...]]]]]
+    divisions = [(-costs[member], member, [(costs[member], (member,))]) for member in members]
+    heapq.heapify(divisions)
+    while len(divisions) > 1:
+        _, number, first = heapq.heappop(divisions)
+        _, _, second = heapq.heappop(divisions)
+        shared = max(0, len(first) + len(second) - count)  # parts that meet one of the other's
+        kept, laid = len(first) - shared, len(second) - shared
+        parts = first[:kept] + second[:laid]
+        for (a, these), (b, those) in zip(first[kept:], reversed(second[laid:]), strict=True):
+            parts.append((a + b, these + those))
+        parts.sort(reverse=True)
+        lightest = parts[-1][0] if len(parts) == count else 0
+        heapq.heappush(divisions, (lightest - parts[0][0], number, parts))
+    found = [list(part) for _, part in divisions[0][2]] if divisions else []
+    return found + [[] for _ in range(count - len(found))]

@@ -11,12 +11,12 @@ from pathlib import Path
 from rlef_mega.bench.figures import Report, show, write
 from rlef_mega.config import ConfigError
 
-BENCHMARKS = ("train", "rollout", "step", "sandbox", "kernels")
+BENCHMARKS = ("train", "rollout", "step", "sandbox", "kernels", "packing")
 
 
 def run_benchmark(what: str, recipe: str, out: Path | None, *, against_trl: bool) -> None:
     """Measure, print the table, and write the figures to `out` if there is one. `recipe` is a run
-    directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox`."""
+    directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox` and `packing`."""
     if against_trl and what != "train":
         raise ConfigError(f"--against-trl goes with `rlef bench train`, not with {what!r}")
     report = measure(what, recipe, against_trl=against_trl)
@@ -53,4 +53,8 @@ def measure(what: str, recipe: str, *, against_trl: bool) -> Report:
             from rlef_mega.bench import kernels
 
             return kernels.benchmark(recipe)
+        case "packing":
+            from rlef_mega.bench import packing
+
+            return packing.benchmark()
     raise ConfigError(f"no benchmark {what!r}; known: {', '.join(BENCHMARKS)}")

@@ -27,6 +27,7 @@ from rlef_mega.config import (
     ParallelConfig,
     PPOConfig,
 )
+from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
@@ -72,14 +73,15 @@ class Learner:
         recompute: str = "none",
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
+        start = StartingPoint(ranks, model_folder, parallel, getattr(torch, dtype), recompute)
         self.cutting = Cutting(
             ranks,
             getattr(torch, dtype),
             learner.microbatch_tokens,
             parallel.sequence_parallel,
+            SequenceFlops.of(start.config),
             ppo.token_level_value,
         )
-        start = StartingPoint(ranks, model_folder, parallel, getattr(torch, dtype), recompute)
         self.policy_model, self.critic_model = start.policy(), start.critic()
         self.reference = start.policy().requires_grad_(False) if ppo.beta else None
         self.policy = TrainedModel(self.policy_model, ranks, learner.policy)
@@ -231,10 +233,14 @@ class SupervisedLearner:
         recompute: str = "none",
     ) -> None:
         self.ranks = ranks
-        self.cutting = Cutting(
-            ranks, getattr(torch, dtype), microbatch_tokens, parallel.sequence_parallel
-        )
         start = StartingPoint(ranks, model_folder, parallel, getattr(torch, dtype), recompute)
+        self.cutting = Cutting(
+            ranks,
+            getattr(torch, dtype),
+            microbatch_tokens,
+            parallel.sequence_parallel,
+            SequenceFlops.of(start.config),
+        )
         self.policy_model = start.policy()
         self.policy = TrainedModel(self.policy_model, ranks, optimizer)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.attention import PackedSequences, packed_sequences
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import microbatches, token_positions, turns_of
@@ -35,24 +36,35 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How batches are cut; the same for all of a run."""
+    """How batches are cut; the same for all of a run. `multiple` is what the pipeline's schedule
+    wants the number of micro-batches to be a multiple of.
+    """
 
     ranks: Ranks
     dtype: torch.dtype
     token_budget: int
     sequence_parallel: bool
+    flops: SequenceFlops
     token_level_value: bool = False
+    multiple: int = 1
 
     def cut(self, batch: Batch, sequences: Sequence[int]) -> list[Microbatch]:
         """This data-parallel rank's micro-batches of these sequences; as many on every rank, some
         perhaps empty.
         """
-        lengths = batch.cu_seqlens.diff()[list(sequences)].tolist()
-        plan = microbatches(lengths, self.token_budget, self.ranks.data_parallel_size)
+        chosen, bounds = list(sequences), batch.cu_seqlens.long()
+        lengths = bounds.diff()[chosen].tolist()
+        ends_T = batch.action_mask_T.cumsum(0)
+        actions = torch.nn.functional.pad(ends_T, (1, 0))[bounds].diff()[chosen].tolist()
+        plan = microbatches(
+            lengths,
+            self.token_budget,
+            self.ranks.data_parallel_size,
+            costs=list(map(self.flops, lengths, actions)),
+            multiple=self.multiple,
+        )
         mine = plan[self.ranks.data_parallel_rank]
-        ordinal_T = (
-            batch.action_mask_T.cumsum(0) - 1
-        )  # response tokens are numbered through the batch
+        ordinal_T = ends_T - 1  # response tokens are numbered through the batch
         return [self.microbatch(batch, [sequences[i] for i in part], ordinal_T) for part in mine]
 
     def microbatch(self, batch: Batch, sequences: list[int], ordinal_T: torch.Tensor) -> Microbatch:

@@ -16,10 +16,13 @@ from rlef_mega.bench import measure, run_benchmark
 from rlef_mega.bench.against_trl import Round, as_rollout, find_python, layouts, ways_to_try
 from rlef_mega.bench.against_trl import figures as trl_figures
 from rlef_mega.bench.figures import Figure, shares
+from rlef_mega.bench.packing import WAYS, Case
+from rlef_mega.bench.packing import measure as measure_waste
 from rlef_mega.bench.sandbox import benchmark as benchmark_sandbox
 from rlef_mega.bench.step import benchmark as benchmark_step
 from rlef_mega.bench.workload import random_episodes, workload
 from rlef_mega.config import ConfigError, RolloutConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.flops import SequenceFlops
 from rlef_mega.packing import pack
 
 DEMO = load_config(find_recipe("demo"), [], TrainConfig).rollout
@@ -197,3 +200,22 @@ def test_the_sandbox_is_timed_beside_its_peers():
     assert bare.median == pytest.approx(
         figures["trivial"].median / figures["trivial, bare subprocess"].median, rel=0.01
     )
+
+
+def test_waste_of_micro_batches_by_hand():
+    """Six sequences on two ranks, a budget of 8; equal FLOPs a token and no attention."""
+    batch = [(5, 0), (4, 0), (3, 0), (2, 0), (1, 0), (1, 0)]
+    case = Case("by hand", SequenceFlops(1, 0, 0), [batch], token_budget=8, ranks=2)
+    waste = {name: measure_waste(case, batch, way) for name, way in WAYS.items()}
+    for way in WAYS.values():
+        chosen = [i for rank in way.plan(case, batch) for row in rank for i in row]
+        assert sorted(chosen) == list(range(6))
+    ours = waste["ours"]  # 8 and 8
+    assert (ours.padding, ours.idle, ours.wasted, ours.uneven, ours.microbatches) == (0, 0, 0, 0, 1)
+    full = waste["first-fit decreasing"]  # 5 3 | 4 2 1 1
+    assert (full.padding, full.wasted, full.microbatches) == (0, 0, 1)
+    padded = waste["padded, sorted"]  # 5, 2 2 2 on the first rank; 4 4 and nothing on the other
+    assert padded.padding == pytest.approx(1 - 16 / 19)
+    assert padded.idle == pytest.approx(1 - 9.5 / 11)
+    assert padded.wasted == pytest.approx(1 - 16 / 22)
+    assert padded.uneven == pytest.approx(1 - 4.75 / 8)

@@ -197,6 +197,21 @@ def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
         torch.testing.assert_close(pieces, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("plan", [{"token_budget": 60}, {"multiple": 5}], ids=["many", "empty"])
+def test_micro_batches_change_an_update_by_rounding_alone(
+    ranks: Ranks, folder: Path, plan: dict
+) -> None:
+    """Against one micro-batch an update; five of them leave two empty."""
+    batch = make_batch(6)
+    whole, cut = make_learner(ranks, folder, ALONE), make_learner(ranks, folder, ALONE)
+    whole.cutting = replace(whole.cutting, token_budget=10_000)
+    cut.cutting = replace(cut.cutting, **{"token_budget": 10_000, **plan})
+    assert len(whole.cutting.cut(batch, range(6))) == 1
+    assert len(cut.cutting.cut(batch, range(6))) > 2
+    expected, found = one_batch(whole, batch, seed=1), one_batch(cut, batch, seed=1)
+    assert found["stats"] == pytest.approx(expected["stats"], rel=1e-4, abs=1e-6)
+
+
 def test_padded_attention_is_dense_attention_with_a_block_mask() -> None:
     lengths = [9, 8, 3, 5, 1]  # three blocks, one of them of falling lengths
     generator = torch.Generator().manual_seed(0)
