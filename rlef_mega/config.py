@@ -55,12 +55,21 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """World size = tensor x pipeline x data. Words are Megatron's."""
+    """One network's layout: tensor x pipeline x data ranks. Words are Megatron's."""
 
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
+    virtual_pipeline_model_parallel_size: int = Field(
+        1, gt=0, description="chunks a pipeline rank; above 1 the interleaved schedule runs"
+    )
+    pipeline_layers: tuple[int, ...] | None = Field(
+        None, description="layers of each stage, in the network's order; None: balanced"
+    )
     data_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool = False
+    overlap: bool = Field(
+        True, description="gradient reduction and weight gathering behind computation, if data > 1"
+    )
     processes_per_node: int = Field(8, gt=0)
 
     @property
@@ -254,14 +263,31 @@ def check_layout(
                 f"{count} {what} do not divide by parallel.tensor_model_parallel_size = {tensor}; "
                 f"use one of {divisors(count)}"
             )
-    if layers % pipeline:
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual > 1 and pipeline == 1:
         raise ConfigError(
-            f"{layers} layers do not divide by parallel.pipeline_model_parallel_size = {pipeline}; "
-            f"use one of {divisors(layers)}"
+            f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "
+            "pipeline_model_parallel_size > 1; leave it at 1"
         )
+    check_stages(layers, pipeline * virtual, parallel.pipeline_layers)
     if parallel.sequence_parallel and tensor == 1:
         raise ConfigError(
             "parallel.sequence_parallel needs tensor_model_parallel_size > 1; switch it off"
+        )
+
+
+def check_stages(layers: int, stages: int, given: Sequence[int] | None) -> None:
+    if layers < stages:
+        raise ConfigError(
+            f"{layers} layers cannot be split into {stages} stages: "
+            f"parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
+            f"may be at most {layers}"
+        )
+    if given is not None and (len(given) != stages or sum(given) != layers or min(given) < 1):
+        raise ConfigError(
+            f"parallel.pipeline_layers = {list(given)} must be {stages} numbers of at least 1 "
+            f"(pipeline x virtual pipeline stages, in the network's order) that add up to "
+            f"{layers} layers"
         )
 
 

@@ -1,10 +1,13 @@
-"""Ranks: torch.distributed and Megatron's process groups, set up once a process.
+"""Ranks: torch.distributed and the process groups of each network, set up once a process.
 
 Theory of operation. Every process runs the same program (SPMD). `torchrun` or `srun` gives RANK,
-WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. Ranks are laid out tensor
-first, then data, then pipeline (Megatron's "tp-cp-ep-dp-pp"), so that a tensor-parallel group sits
-inside a node. All ranks call `initialize`, and all call `shutdown`; a rank that dies breaks the
-others' collectives, and the launcher ends them.
+WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. A layout's ranks are laid out
+tensor first, then data, then pipeline (Megatron's "tp-cp-ep-dp-pp"), so that a tensor-parallel
+group sits inside a node. Policy and critic share all ranks (colocated), or the critic has the ranks
+that follow the policy's (split). Groups are passed to Megatron, never read from its globals; what
+it still reads there are two numbers, this rank's place in the pipeline, and they are set here. All
+ranks call `initialize`, and all call `shutdown`; a rank that dies breaks the others' collectives,
+and the launcher ends them.
 """
 
 import os
@@ -21,26 +24,35 @@ from rlef_mega.megatron.accelerations import refuse_foreign_apex
 # ranks wait in a collective while one of them rolls out or grades: longer than any step, shorter
 # than a lost night
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+POLICY, CRITIC = "policy", "critic"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. `groups` is Megatron's own collection of process groups."""
+    """Where this process stands: in the world, and in the layout of the networks that it holds.
+    `groups` is Megatron's own collection of that layout's process groups.
+    """
 
     rank: int
     world_size: int
+    networks: tuple[str, ...]  # which ones this rank holds a part of
+    layout: ParallelConfig
     tensor_parallel_rank: int
     pipeline_parallel_rank: int
-    pipeline_parallel_size: int
     data_parallel_rank: int
-    data_parallel_size: int
     device: torch.device
     seed: int
     groups: "ProcessGroupCollection"  # type: ignore[name-defined] # noqa: F821
+    group: dist.ProcessGroup | None  # all ranks of this layout; None: the world
+    receivers: dist.ProcessGroup | None = None  # split: the policy's first rank and the critic's
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_parallel_rank == 0
+    def pipeline_parallel_size(self) -> int:
+        return self.layout.pipeline_model_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.layout.data_parallel_size
 
     @property
     def is_last_stage(self) -> bool:
@@ -59,45 +71,143 @@ class Ranks:
         return self.is_last_stage and self.tensor_parallel_rank == 0
 
 
-def initialize(parallel: ParallelConfig, *, seed: int) -> Ranks:
-    """Join the world and split it. Raises ConfigError when the layout does not fit the processes
-    that were started.
+def initialize(
+    parallel: ParallelConfig, *, seed: int, critic: ParallelConfig | None = None
+) -> Ranks:
+    """Join the world and split it; `critic` is the critic's own layout, on ranks of its own. Raises
+    ConfigError when the layouts do not fit the processes that were started.
     """
     refuse_foreign_apex()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != parallel.world_size:
+    needed = parallel.world_size + (critic.world_size if critic else 0)
+    if world_size != needed:
         raise ConfigError(
-            f"{world_size} processes were started, but the layout needs "
-            f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size x "
-            f"data_parallel_size = {parallel.tensor_model_parallel_size} x "
-            f"{parallel.pipeline_model_parallel_size} x {parallel.data_parallel_size} = "
-            f"{parallel.world_size}; start {parallel.world_size} (torchrun --nproc-per-node) "
-            f"or change the layout"
+            f"{world_size} processes were started, but the layout needs {describe(parallel)}"
+            + (f", and critic_parallel {describe(critic)}" if critic else "")
+            + f"; start {needed} (torchrun --nproc-per-node) or change the layout"
         )
     device = join_world(world_size)
     cpu_shim.install()
-    from megatron.core import parallel_state
+    rank = dist.get_rank()
+    if critic is None:
+        groups = make_groups(parallel, first_rank=0)
+        return enter(parallel, groups, (POLICY, CRITIC), device, seed, group=None)
+    # every rank takes part in making all groups, and keeps its own
+    first = parallel.world_size
+    policy_groups = make_groups(parallel, first_rank=0)
+    critic_groups = make_groups(critic, first_rank=first)
+    policy_ranks, critic_ranks = range(first), range(first, world_size)
+    policy_group = dist.new_group(list(policy_ranks), timeout=COLLECTIVE_TIMEOUT)
+    critic_group = dist.new_group(list(critic_ranks), timeout=COLLECTIVE_TIMEOUT)
+    receivers = dist.new_group([0, *critic_ranks], timeout=COLLECTIVE_TIMEOUT)
+    if rank in policy_ranks:
+        return enter(
+            parallel, policy_groups, (POLICY,), device, seed, group=policy_group,
+            receivers=receivers if rank == 0 else None,
+        )
+    return enter(
+        critic, critic_groups, (CRITIC,), device, seed, group=critic_group, receivers=receivers
+    )
+
+
+def describe(parallel: ParallelConfig) -> str:
+    return (
+        f"tensor_model_parallel_size x pipeline_model_parallel_size x data_parallel_size = "
+        f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size} x "
+        f"{parallel.data_parallel_size} = {parallel.world_size}"
+    )
+
+
+def make_groups(parallel: ParallelConfig, *, first_rank: int):
+    """Megatron's process groups of one layout, on the ranks from `first_rank` on. Every rank of the
+    world calls it, members or not.
+    """
+    from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+    tensor, data = parallel.tensor_model_parallel_size, parallel.data_parallel_size
+    pipeline = parallel.pipeline_model_parallel_size
+    # context parallelism is not offered: a dimension of one gives the group that Megatron asks for
+    grid = HyperCommGrid(
+        [tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"], rank_offset=first_rank
+    )
+
+    def make(*dimensions: str) -> dist.ProcessGroup:
+        return grid.create_pg(list(dimensions), timeout=COLLECTIVE_TIMEOUT)
+
+    alone = make("cp")
+    data_group = make("dp")
+    model_group = make("tp", "pp")
+    pipelines = grid.get_rank_enum("pp")
+    return ProcessGroupCollection(
+        tp=make("tp"),
+        pp=make("pp"),
+        mp=model_group,
+        dp=data_group,
+        dp_cp=data_group,
+        cp=alone,
+        tp_cp=make("tp", "cp"),
+        tp_dp_cp=make("tp", "cp", "dp"),
+        # first and last stage hold a tied embedding
+        embd=member_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines]),
+        pos_embd=None,
+        # no experts: each rank is alone, or as for the dense part where Megatron asks
+        ep=alone,
+        expt_tp=alone,
+        expt_dp=data_group,
+        tp_ep=alone,
+        tp_ep_pp=model_group,
+        intra_dp_cp=data_group,
+        intra_expt_dp=data_group,
+        inter_dist_opt=None,
+        # the distributed optimizer's norm goes over all ranks of the layout
+        intra_dist_opt=make("tp", "cp", "dp", "pp"),
+    )
+
+
+def member_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
+    """This rank's group among these; None for a rank in none of them."""
+    mine = None
+    for ranks in enumeration:
+        group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+def enter(
+    parallel: ParallelConfig,
+    groups: "ProcessGroupCollection",  # type: ignore[name-defined] # noqa: F821
+    networks: tuple[str, ...],
+    device: torch.device,
+    seed: int,
+    *,
+    group: dist.ProcessGroup | None,
+    receivers: dist.ProcessGroup | None = None,
+) -> Ranks:
+    """Take this rank's place in its layout."""
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
-    )
-    model_parallel_cuda_manual_seed(seed)
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.set_pipeline_model_parallel_rank(groups.pp.rank())
+    parallel_state.set_pipeline_model_parallel_world_size(groups.pp.size())
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual if virtual > 1 else None)
+    model_parallel_cuda_manual_seed(seed, tp_rank=groups.tp.rank(), ep_rank=0, etp_rank=0)
     torch.manual_seed(seed)
     return Ranks(
         rank=dist.get_rank(),
-        world_size=world_size,
-        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pipeline_parallel_size=parallel.pipeline_model_parallel_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel.data_parallel_size,
+        world_size=dist.get_world_size(),
+        networks=networks,
+        layout=parallel,
+        tensor_parallel_rank=groups.tp.rank(),
+        pipeline_parallel_rank=groups.pp.rank(),
+        data_parallel_rank=groups.dp.rank(),
         device=device,
         seed=seed,
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
+        group=group,
+        receivers=receivers,
     )
 
 
