@@ -34,7 +34,7 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
     claim_run_directory(config, run_dir)
-    finish(launch("rlef_mega.train", run_dir, config.parallel.world_size), run_dir)
+    finish(launch("rlef_mega.train", run_dir, config.world_size), run_dir)
     print(f"done; `rlef view {run_dir}` draws it, `rlef export-hf {run_dir} OUT` exports the model")
 
 

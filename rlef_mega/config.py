@@ -150,6 +150,9 @@ class OptimizerConfig(Section):
 
 class LearnerConfig(Section):
     microbatch_tokens: int = Field(8192, gt=0, description="token budget of a packed micro-batch")
+    offload: Literal["none", "idle"] = Field(
+        "none", description="idle: what a phase does not need waits in pinned host memory"
+    )
     policy: OptimizerConfig = OptimizerConfig()
     critic: OptimizerConfig = OptimizerConfig()
 
@@ -189,6 +192,9 @@ class TrainConfig(Section):
     run: RunConfig
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    critic_parallel: ParallelConfig | None = Field(
+        None, description="split placement: the critic's layout, on ranks of its own"
+    )
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     judge: JudgeConfig = JudgeConfig()
@@ -198,6 +204,12 @@ class TrainConfig(Section):
     guard: GuardConfig = GuardConfig()
     track: TrackConfig = TrackConfig()
 
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        own = self.critic_parallel.world_size if self.critic_parallel else 0
+        return self.parallel.world_size + own
+
     @model_validator(mode="after")
     def batch_arithmetic(self) -> Self:
         episodes, updates = self.rollout.episodes_per_batch, self.ppo.updates_per_batch
@@ -206,12 +218,13 @@ class TrainConfig(Section):
                 f"rollout.episodes_per_batch = {episodes} does not divide into "
                 f"ppo.updates_per_batch = {updates} equal updates"
             )
-        data_parallel = self.parallel.data_parallel_size
-        if (episodes // updates) % data_parallel:
-            raise ValueError(
-                f"an update of {episodes // updates} episodes does not divide over "
-                f"parallel.data_parallel_size = {data_parallel}"
-            )
+        layouts = {"parallel": self.parallel, "critic_parallel": self.critic_parallel}
+        for name, layout in layouts.items():
+            if layout and (episodes // updates) % layout.data_parallel_size:
+                raise ValueError(
+                    f"an update of {episodes // updates} episodes does not divide over "
+                    f"{name}.data_parallel_size = {layout.data_parallel_size}"
+                )
         if self.rollout.max_new_tokens >= self.rollout.max_context:
             raise ValueError("rollout.max_new_tokens must be below rollout.max_context")
         return self

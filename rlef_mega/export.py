@@ -23,7 +23,7 @@ def export_checkpoint(run: Path, out: Path) -> None:
     alone = ParallelConfig(processes_per_node=1)
     ranks = parallel.initialize(alone, seed=config.run.seed)
     source, dtype = Path(config.model.path), getattr(torch, config.model.dtype)
-    policy = StartingPoint(ranks, source, alone, dtype, recompute="none").policy()
+    policy = StartingPoint(ranks, source, dtype, recompute="none").policy()
     checkpoint.load_weights(newest / "policy", policy, ranks)
     export_hf(iter_hf_weights(policy, ranks), source, out, dtype)
     parallel.shutdown(ranks)

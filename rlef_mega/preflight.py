@@ -8,6 +8,7 @@ from typing import Any
 from rlef_mega.config import (
     ConfigError,
     JudgeConfig,
+    ParallelConfig,
     Section,
     SFTConfig,
     TrainConfig,
@@ -68,6 +69,11 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
     """The facts of a run as it would go, without its problems."""
     shape = model_shape(config)
     check_layout(parallel=config.parallel, **shape)
+    if config.critic_parallel:
+        try:
+            check_layout(parallel=config.critic_parallel, **shape)
+        except ConfigError as error:
+            raise ConfigError(f"critic_parallel: {error}") from None
     if config.rollout.max_context > config.learner.microbatch_tokens:
         raise ConfigError(
             f"rollout.max_context = {config.rollout.max_context} exceeds "
@@ -79,12 +85,24 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
     return {
         "model": config.model.path,
         **shape,
-        "world size": parallel.world_size,
-        "layout": f"TP {parallel.tensor_model_parallel_size} x "
-        f"PP {parallel.pipeline_model_parallel_size} x DP {parallel.data_parallel_size}",
+        "world size": config.world_size,
+        "layout": layout_words(parallel),
+        "critic": layout_words(config.critic_parallel) + ", ranks of its own"
+        if config.critic_parallel
+        else "on the policy's ranks",
         "rollouts a batch": config.rollout.episodes_per_batch,
         "updates": f"{config.run.steps * updates:,} of {sequences} sequences",
     }
+
+
+def layout_words(parallel: ParallelConfig) -> str:
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    return (
+        f"TP {parallel.tensor_model_parallel_size} x "
+        f"PP {parallel.pipeline_model_parallel_size}"
+        + (f" (x {virtual} virtual)" if virtual > 1 else "")
+        + f" x DP {parallel.data_parallel_size}"
+    )
 
 
 def check_sft(config: SFTConfig) -> None:

@@ -42,7 +42,6 @@ def supervise(config: SFTConfig) -> int:
     learner = SupervisedLearner(
         ranks,
         run.path / "init",
-        parallel=config.parallel,
         optimizer=config.optimizer,
         microbatch_tokens=config.microbatch_tokens,
         dtype=config.dtype,

@@ -41,7 +41,9 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     """Run or resume. Returns 0 when all steps are done and STOPPED when asked to stop before.
     `grading_token` is what `judge.servers` are shown."""
     run = RunDirectory(Path(config.run.dir))
-    ranks = parallel.initialize(config.parallel, seed=config.run.seed)
+    ranks = parallel.initialize(
+        config.parallel, critic=config.critic_parallel, seed=config.run.seed
+    )
     if ranks.is_writer:
         run.lock()
     problems = load_problems(config.data.train)
@@ -98,6 +100,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 "updates": step * config.ppo.updates_per_batch,
                 "episodes": len(held.episodes),
                 "dropped": dict(held.drops),
+                "learner_seconds": learner.take_seconds(),
                 **metrics.episode_metrics(held.episodes),
                 **target_metrics,
                 **update_metrics,
@@ -117,7 +120,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
             progress.step(training_line(record, times))
             guards.check(record)
             if due or stopping:
-                with clock("checkpoint"):
+                with clock("checkpoint"), learner.whole():
                     checkpoint.save_checkpoint(run.checkpoints, learner, step=step, state={})
                     checkpoint.prune(run.checkpoints, keep=config.run.keep_checkpoints)
             if stopping:
@@ -131,7 +134,6 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
     return Learner(
         ranks,
         Path(config.model.path),
-        parallel=config.parallel,
         learner=config.learner,
         ppo=config.ppo,
         dtype=config.model.dtype,
@@ -143,6 +145,7 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
 def run_manifest(config: TrainConfig, grader: Grader, device: torch.device) -> dict[str, Any]:
     return describe(
         layout=config.parallel.model_dump(),
+        critic_layout=config.critic_parallel.model_dump() if config.critic_parallel else "policy's",
         accelerations=accelerations(device, getattr(torch, config.model.dtype)),
         isolation=grader.isolation,
     )
@@ -152,7 +155,10 @@ def resume(run: RunDirectory, learner: Learner, *, writer: bool) -> int:
     """Load the newest good checkpoint, if any, and forget what was recorded after it. Returns its
     step, or 0."""
     newest = checkpoint.latest_checkpoint(run.checkpoints)
-    step = checkpoint.load_checkpoint(newest, learner)[0] if newest else 0
+    step = 0
+    if newest:
+        with learner.whole():
+            step = checkpoint.load_checkpoint(newest, learner)[0]
     if writer:
         run.resume(step)
     return step

@@ -19,7 +19,6 @@ from rlef_mega.launch import STOPPED, StopRequest, worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.publish import publish
-from rlef_mega.megatron.trained_model import forward
 from rlef_mega.packing import pack
 from rlef_mega.preflight import model_shape
 from rlef_mega.record import Clock
@@ -123,11 +122,11 @@ def train_policy_alone(
     """What a trainer without a critic does with a batch: old and reference log-probs, then the
     policy's updates."""
     everything = learner.cutting.cut(batch, range(batch.num_sequences))
-    for model in (learner.policy_model, learner.reference):
+    for model in (learner.policy, learner.reference):
         if model is not None:
-            forward(model, everything, learner.read_logprobs(model))
+            learner.outputs(model.chunks, everything, learner.read_logprobs)
     for part in order.view(learner.ppo.updates_per_batch, -1).tolist():
-        learner.update_policy(batch, targets, part, learner.cutting.cut(batch, part))
+        learner.update_policy(batch, targets, part)
 
 
 if __name__ == "__main__":

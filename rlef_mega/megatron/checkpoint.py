@@ -167,7 +167,7 @@ def metadata(ranks: Ranks) -> dict[str, Any]:
 def save_model(folder: Path, model: TrainedModel) -> None:
     options = metadata(model.ranks)
     make_adam_state(spread_optimizer(model).optimizer)
-    weights = model.module.sharded_state_dict(metadata=options)
+    weights = model_state(model.chunks, options)
     optimizer = model.optimizer.sharded_state_dict(weights, metadata=options)
     dist_checkpointing.save(
         {"model": weights, "optimizer": optimizer},
@@ -181,23 +181,36 @@ def save_model(folder: Path, model: TrainedModel) -> None:
 def load_model(folder: Path, model: TrainedModel) -> None:
     options = metadata(model.ranks)
     make_adam_state(spread_optimizer(model).optimizer)
-    weights = model.module.sharded_state_dict(metadata=options)
+    weights = model_state(model.chunks, options)
     optimizer = model.optimizer.sharded_state_dict(weights, is_loading=True, metadata=options)
     loaded = dist_checkpointing.load(
         {"model": weights, "optimizer": optimizer}, str(folder), TorchDistLoadShardedStrategy()
     )
-    model.module.load_state_dict(loaded["model"])
+    load_state(model.chunks, loaded["model"])
     load_spread_optimizer(spread_optimizer(model), loaded["optimizer"])
 
 
 @calls_megatron
-def load_weights(folder: Path, module: PackedLlama, ranks: Ranks) -> None:
+def load_weights(folder: Path, chunks: list[PackedLlama], ranks: Ranks) -> None:
     """One network's weights alone, saved in any layout, into a module of this one. Collective."""
-    weights = module.sharded_state_dict(metadata=metadata(ranks))
+    weights = model_state(chunks, metadata(ranks))
     loaded = dist_checkpointing.load(
         {"model": weights}, str(folder), TorchDistLoadShardedStrategy()
     )
-    module.load_state_dict(loaded["model"])
+    load_state(chunks, loaded["model"])
+
+
+def model_state(chunks: list[PackedLlama], options: dict[str, Any]) -> dict[str, Any]:
+    """Each chunk under its number; the sharded keys name layers of the whole network."""
+    return {
+        str(number): chunk.sharded_state_dict(metadata=options)
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def load_state(chunks: list[PackedLlama], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(number)])
 
 
 def spread_optimizer(model: TrainedModel) -> DistributedOptimizer:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LlamaConfig
 
+from rlef_mega.megatron.stages import Place, Stages
+
 if TYPE_CHECKING:  # converting files needs the names, not Megatron
     from rlef_mega.megatron.model import PackedLlama
 
@@ -149,12 +151,8 @@ def layer_map(config: LlamaConfig, layer: int) -> list[HFTensor]:
     ]
 
 
-def stage_of(tensor: HFTensor, config: LlamaConfig, stages: int) -> int:
-    """Layers are dealt to pipeline stages evenly, in order (`check_layout` has seen to it that they
-    divide).
-    """
+def place_of(tensor: HFTensor, stages: Stages) -> Place:
+    """Where in the pipeline this tensor stands."""
     if tensor.layer is None:
-        return 0
-    if tensor.layer < 0:
-        return stages - 1
-    return tensor.layer // (config.num_hidden_layers // stages)
+        return stages.first
+    return stages.last if tensor.layer < 0 else stages.place_of_layer(tensor.layer)

@@ -7,7 +7,7 @@ All three directions read the same name map (`hf_names`).
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, stage_of
+from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, place_of
 from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.megatron.stages import Place, Stages
 
 BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers does
@@ -28,36 +29,36 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_P
 
 
 @torch.no_grad()
-def load_hf(model: PackedLlama, folder: Path, ranks: Ranks, *, with_head: bool = True) -> None:
-    """Fill this rank's slice of the model from a Hugging Face folder; each rank reads only its
+def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
+    """Fill this rank's slice of a network from a Hugging Face folder; each rank reads only its
     slice.
 
     Raises ConfigError for a missing, unknown or wrongly shaped tensor, and for a file that is
-    missing or truncated. `with_head` = False leaves out the language-model head, which a critic
-    does not have.
+    missing or truncated. A critic leaves out the language-model head, which it does not have.
     """
     files = checkpoint_files(folder)
-    config, stages = model.hf_config, ranks.pipeline_parallel_size
+    config, stages = chunks[0].hf_config, chunks[0].stages
     tensors = name_map(config)
     check_names(tensors, set(files), config, folder)
     for tensor in tensors:
+        place = place_of(tensor, stages)
         targets = []
-        if stage_of(tensor, config, stages) == ranks.pipeline_parallel_rank and (
-            with_head or tensor.name != HEAD
+        if place.rank == ranks.pipeline_parallel_rank and (
+            chunks[0].has_language_head or tensor.name != HEAD
         ):
-            targets.append(tensor.view(model))
-        if tensor.name == EMBEDDING and holds_copy_of_embedding(model):
-            targets.append(model.output_layer.weight)
+            targets.append(tensor.view(chunks[place.chunk]))
+        if tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):
+            targets.append(chunks[-1].output_layer.weight)
         if targets:
             shard = read_shard(files[tensor.name], tensor, ranks)
             for target in targets:
                 target.copy_(shard.view(target.shape))
 
 
-def holds_copy_of_embedding(model: PackedLlama) -> bool:
+def holds_copy_of_embedding(chunk: PackedLlama) -> bool:
     """With tied embeddings and a pipeline, the last stage keeps a copy as its head."""
-    tied = model.share_embeddings_and_output_weights
-    return tied and model.post_process and not model.pre_process
+    tied = chunk.share_embeddings_and_output_weights
+    return tied and chunk.post_process and not chunk.pre_process
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
@@ -113,53 +114,65 @@ def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
 
 
 @torch.no_grad()
-def iter_hf_weights(model: PackedLlama, ranks: Ranks) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, whole, in Hugging Face's order, on every rank. Collective: all ranks must
-    exhaust it.
+def iter_hf_weights(
+    chunks: Sequence[PackedLlama], ranks: Ranks
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor, whole, in Hugging Face's order, on every rank of the layout. Collective: all of
+    them must exhaust it.
 
     Tensors travel in buckets, so that one collective carries many small ones and a 70B model never
     needs more than one bucket's worth of extra memory (a tensor larger than a bucket is a bucket of
     its own).
     """
-    stages, size = ranks.pipeline_parallel_size, ranks.groups.tp.size()
-    itemsize = model.config.params_dtype.itemsize
+    config, stages, dtype = chunks[0].hf_config, chunks[0].stages, chunks[0].config.params_dtype
+    for bucket in buckets(config, stages, ranks.groups.tp.size(), dtype):
+        yield from gather_bucket(bucket, place_of(bucket[0], stages), chunks, ranks)
+
+
+def buckets(
+    config: LlamaConfig, stages: Stages, tensor_parallel_size: int, dtype: torch.dtype
+) -> Iterator[list[HFTensor]]:
+    """Neighbouring tensors of one place, of at most BUCKET_BYTES a rank."""
     bucket: list[HFTensor] = []
-    bucket_bytes, bucket_stage = 0, 0
-    for tensor in name_map(model.hf_config):
-        stage = stage_of(tensor, model.hf_config, stages)
-        shard_bytes = torch.Size(tensor.local_shape(size)).numel() * itemsize
-        if bucket and (stage != bucket_stage or bucket_bytes + shard_bytes > BUCKET_BYTES):
-            yield from gather_bucket(bucket, bucket_stage, model, ranks)
+    bucket_bytes = 0
+    for tensor in name_map(config):
+        shard = torch.Size(tensor.local_shape(tensor_parallel_size))
+        shard_bytes = shard.numel() * dtype.itemsize
+        full = bucket_bytes + shard_bytes > BUCKET_BYTES
+        if bucket and (full or place_of(tensor, stages) != place_of(bucket[0], stages)):
+            yield bucket
             bucket, bucket_bytes = [], 0
         bucket.append(tensor)
-        bucket_bytes, bucket_stage = bucket_bytes + shard_bytes, stage
-    yield from gather_bucket(bucket, bucket_stage, model, ranks)
+        bucket_bytes += shard_bytes
+    yield bucket
 
 
 def gather_bucket(
-    tensors: list[HFTensor], stage: int, model: PackedLlama, ranks: Ranks
+    tensors: list[HFTensor], place: Place, chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """One stage's tensors: gathered over its tensor-parallel ranks, then handed to the other
+    """Tensors of one place: gathered over its tensor-parallel ranks, then handed to the other
     stages.
     """
     tensor_group, pipeline_group = ranks.groups.tp, ranks.groups.pp
     size = tensor_group.size()
     shapes = [torch.Size(tensor.local_shape(size)) for tensor in tensors]
     sizes = [shape.numel() for shape in shapes]
-    options = {"dtype": model.config.params_dtype, "device": ranks.device}
-    if stage == ranks.pipeline_parallel_rank:
-        shards = torch.cat([tensor.view(model).reshape(-1) for tensor in tensors])
+    options = {"dtype": chunks[0].config.params_dtype, "device": ranks.device}
+    owned = place.rank == ranks.pipeline_parallel_rank
+    if owned:
+        chunk = chunks[place.chunk]
+        shards = torch.cat([tensor.view(chunk).reshape(-1) for tensor in tensors])
     else:
         shards = torch.empty(sum(sizes), **options)
     gathered = torch.empty(size * sum(sizes), **options)
-    if size > 1 and stage == ranks.pipeline_parallel_rank:
+    if size > 1 and owned:
         # tensor-parallel group of the owning stage: concatenates the shards
         dist.all_gather_into_tensor(gathered, shards, group=tensor_group)
     elif size == 1:
         gathered = shards
     if ranks.pipeline_parallel_size > 1:
         # pipeline group: the owning stage hands its tensors to the others
-        owner = dist.get_global_rank(pipeline_group, stage)
+        owner = dist.get_global_rank(pipeline_group, place.rank)
         dist.broadcast(gathered, src=owner, group=pipeline_group)
     parts = [part.split(sizes) for part in gathered.view(size, -1)]
     for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
@@ -168,6 +181,28 @@ def gather_bucket(
             yield tensor.name, pieces[0]
         else:
             yield tensor.name, torch.cat(pieces, dim=tensor.split_dim)
+
+
+def relay(
+    named_tensors: Iterable[tuple[str, torch.Tensor]] | None,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hand whole tensors on to ranks that hold none of the network (the critic's, when it has ranks
+    of its own). The policy's first rank gives what it iterates over; the others give None.
+    """
+    assert ranks.receivers is not None, "only the policy's first rank and the critic's take part"
+    source = iter(named_tensors) if named_tensors is not None else None
+    for tensor in name_map(config):
+        if source is not None:
+            name, whole = next(source)
+            assert name == tensor.name, (name, tensor.name)
+        else:
+            whole = torch.empty(tensor.shape, dtype=dtype, device=ranks.device)
+        # receivers: the policy's first rank to the critic's ranks
+        dist.broadcast(whole, src=0, group=ranks.receivers)
+        yield tensor.name, whole
 
 
 def export_hf(

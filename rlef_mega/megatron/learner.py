@@ -1,19 +1,25 @@
-"""The learner: policy, critic and frozen reference on one set of ranks. Batches in; scores, updates
-and weights out.
+"""The learner: policy, critic and frozen reference. Batches in; scores, updates and weights out.
 
 Theory of operation. Every rank holds the whole packed batch on the host and computes its
 data-parallel share of it. `score` and `update` are collective, and what they return is the same on
-every rank.
+every rank. Placement is colocated, all three networks on one set of ranks, one phase after the
+other; or split, the critic on ranks of its own, which work at the same time as the policy's. Either
+way a network sees the same micro-batches in the same order, so the numbers are the same. Between
+its phases a network may wait in host memory (`offload`).
 
 Shape suffixes: T packed tokens of the batch, A its response tokens in order, N turns (or, with
 token-level values, A).
 """
 
+import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,16 +30,23 @@ from rlef_mega.config import (
     ConfigError,
     LearnerConfig,
     OptimizerConfig,
-    ParallelConfig,
     PPOConfig,
 )
 from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.cpu_shim import calls_megatron
-from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf
+from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
-from rlef_mega.megatron.model import CriticModel, PolicyModel
-from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.megatron.trained_model import LossFunction, Metrics, TrainedModel, forward
+from rlef_mega.megatron.model import CriticModel, PackedLlama, PolicyModel
+from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
+from rlef_mega.megatron.trained_model import (
+    FrozenModel,
+    LossFunction,
+    Metrics,
+    Residence,
+    TrainedModel,
+    forward,
+)
+from rlef_mega.shares import gather
 from rlef_mega.types import Batch, Scores, Targets
 
 POLICY_METRICS = (
@@ -45,6 +58,7 @@ POLICY_METRICS = (
     "entropy",
 )
 CRITIC_METRICS = ("value_loss", "value_clip_fraction")
+ReadFunction = Callable[..., torch.Tensor]
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -58,14 +72,17 @@ def read_config(folder: Path) -> LlamaConfig:
 
 
 class Learner:
-    """Policy, critic and frozen reference, all started from one Hugging Face folder (RLEF A.1)."""
+    """Policy, critic and frozen reference, all started from one Hugging Face folder (RLEF A.1).
+
+    A rank holds policy and reference, or the critic, or all three; of what it does not hold,
+    `policy`, `reference` or `critic` is None.
+    """
 
     def __init__(
         self,
         ranks: Ranks,
         model_folder: Path,
         *,
-        parallel: ParallelConfig,
         learner: LearnerConfig,
         ppo: PPOConfig,
         dtype: str,
@@ -73,28 +90,89 @@ class Learner:
         recompute: str = "none",
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
-        start = StartingPoint(ranks, model_folder, parallel, getattr(torch, dtype), recompute)
+        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute)
+        self.config, self.dtype = start.config, start.dtype
         self.cutting = Cutting(
             ranks,
-            getattr(torch, dtype),
+            self.dtype,
             learner.microbatch_tokens,
-            parallel.sequence_parallel,
-            SequenceFlops.of(start.config),
+            SequenceFlops.of(self.config),
             ppo.token_level_value,
         )
-        self.policy_model, self.critic_model = start.policy(), start.critic()
-        self.reference = start.policy().requires_grad_(False) if ppo.beta else None
-        self.policy = TrainedModel(self.policy_model, ranks, learner.policy)
-        self.critic = TrainedModel(self.critic_model, ranks, learner.critic)
+        self.policy = self.critic = self.reference = None
+        if POLICY in ranks.networks:
+            self.policy = TrainedModel(start.policy(), ranks, learner.policy)
+            self.reference = FrozenModel(start.policy(), ranks) if ppo.beta else None
+        if CRITIC in ranks.networks:
+            self.critic = TrainedModel(start.critic(), ranks, learner.critic)
+        self.offloads = learner.offload == "idle"
+        self.seconds: dict[str, float] = {}
+        self.settle()
 
     @property
     def trained(self) -> dict[str, TrainedModel]:
-        """What a checkpoint holds."""
-        return {"policy": self.policy, "critic": self.critic}
+        """What this rank has to checkpoint."""
+        models = {POLICY: self.policy, CRITIC: self.critic}
+        return {name: model for name, model in models.items() if model is not None}
+
+    # ------------------------------------------------------------------ phases
+
+    @contextmanager
+    def phase(self, name: str, **residences: Residence) -> Iterator[None]:
+        """A part of the work that is timed, with these networks on the device. Where idle state is
+        offloaded, all others wait on the host."""
+        begun = time.perf_counter()
+        if self.offloads:
+            self.settle(**residences)
+            self.count("move", begun)
+            begun = time.perf_counter()
+        yield
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.count(name, begun)
+
+    def settle(self, **residences: Residence) -> None:
+        """Park what is not named, then bring what is: memory is free before it is asked for."""
+        if not self.offloads:
+            return
+        models = {"reference": self.reference, **self.trained}
+        wanted = {
+            model: residences.get(name, Residence.NOTHING)
+            for name, model in models.items()
+            if model is not None
+        }
+        for model, residence in sorted(wanted.items(), key=lambda item: item[1]):
+            model.reside(residence)
+
+    def count(self, name: str, begun: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last call, on this rank."""
+        seconds, self.seconds = self.seconds, {}
+        return {name: round(value, 4) for name, value in seconds.items()}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Weights and optimizer states on the device: what a checkpoint saves or loads."""
+        with self.phase("checkpoint", policy=Residence.STATE, critic=Residence.STATE):
+            yield
+
+    # ------------------------------------------------------------------ weights
 
     def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's weights under their Hugging Face names, whole, on every rank. Collective."""
-        return iter_hf_weights(self.policy_model, self.ranks)
+        """The policy's weights under their Hugging Face names, whole, on every rank. Collective:
+        every rank exhausts it.
+        """
+        with self.phase("gather", policy=Residence.WEIGHTS):
+            own = iter_hf_weights(self.policy.chunks, self.ranks) if self.policy else None
+            if self.ranks.receivers is None:
+                assert own is not None, "a rank without the policy receives it"
+                yield from own
+            else:
+                yield from relay(own, self.config, self.dtype, self.ranks)
+
+    # ------------------------------------------------------------------ scores
 
     def score(self, batch: Batch) -> Scores:
         """Log-probs of policy and reference, and values, before the updates. Without a KL penalty
@@ -105,40 +183,60 @@ class Learner:
         microbatches = self.cutting.cut(batch, range(batch.num_sequences))
         scores = torch.zeros(2 * actions + values, device=self.ranks.device)
         old_A, reference_A, values_N = scores.split([actions, actions, values])
-        old = forward(self.policy_model, microbatches, self.read_logprobs(self.policy_model))
-        critic = forward(self.critic_model, microbatches, self.read_values)
-        reference = []
+        if self.policy is not None:
+            with self.phase("score_policy", policy=Residence.WEIGHTS):
+                outputs = self.outputs(self.policy.chunks, microbatches, self.read_logprobs)
+                self.scatter(outputs, (m.actions_R for m in microbatches), old_A)
         if self.reference is not None:
-            reference = forward(self.reference, microbatches, self.read_logprobs(self.reference))
-        if self.ranks.speaks_for_outputs:
-            for index, microbatch in enumerate(microbatches):
-                old_A[microbatch.actions_R] = old[index]
-                values_N[microbatch.values_M] = critic[index]
-                if reference:
-                    reference_A[microbatch.actions_R] = reference[index]
+            with self.phase("score_reference", reference=Residence.WEIGHTS):
+                outputs = self.outputs(self.reference.chunks, microbatches, self.read_logprobs)
+                self.scatter(outputs, (m.actions_R for m in microbatches), reference_A)
+        if self.critic is not None:
+            with self.phase("score_critic", critic=Residence.WEIGHTS):
+                outputs = self.outputs(self.critic.chunks, microbatches, self.read_values)
+                self.scatter(outputs, (m.values_M for m in microbatches), values_N)
         if self.ranks.world_size > 1:
             # world: each entry has one rank that computed it; the others add zeros, which is exact
             dist.all_reduce(scores)
         return Scores(unpack(old_A.cpu(), batch), unpack(reference_A.cpu(), batch), values_N.cpu())
 
-    def read_logprobs(self, model: PolicyModel):
-        def read(hidden: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-            rows, ids = microbatch.action_rows_R, microbatch.action_ids_R
-            return model.logprobs(hidden, rows, ids, temperature=self.temperature)[0]
+    def outputs(
+        self, chunks: Sequence[PackedLlama], microbatches: Sequence[Microbatch], read: ReadFunction
+    ) -> list[torch.Tensor]:
+        """What the last stage reads of each micro-batch."""
+        return forward(chunks, self.ranks, microbatches, functools.partial(read, chunks[-1]))
 
-        return read
+    def scatter(
+        self, outputs: Iterable[torch.Tensor], places: Iterable[torch.Tensor], into: torch.Tensor
+    ) -> None:
+        """Each micro-batch's outputs to their places, on the one rank that speaks for them."""
+        if self.ranks.speaks_for_outputs:
+            for place, output in zip(places, outputs, strict=True):
+                into[place] = output
 
-    def read_values(self, hidden: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        return self.critic_model.values(hidden, microbatch.value_rows_M)
+    def read_logprobs(
+        self, model: PolicyModel, hidden: torch.Tensor, microbatch: Microbatch
+    ) -> torch.Tensor:
+        rows, ids = microbatch.action_rows_R, microbatch.action_ids_R
+        return model.logprobs(hidden, rows, ids, temperature=self.temperature)[0]
+
+    def read_values(
+        self, model: CriticModel, hidden: torch.Tensor, microbatch: Microbatch
+    ) -> torch.Tensor:
+        return model.values(hidden, microbatch.value_rows_M)
+
+    # ------------------------------------------------------------------ updates
 
     def update(
         self, batch: Batch, targets: Targets, order: torch.Tensor, *, train_policy: bool = True
     ) -> dict[str, float]:
         """One pass over the batch in `updates_per_batch` parts of `order`, a permutation of its
         sequences; parts are equal unless episodes were dropped. Each is one optimizer step of the
-        critic and, unless it is only warming up, one of the policy. Means over the updates.
+        critic and, unless it is only warming up, one of the policy: at the same time where the
+        critic has ranks of its own, else one network after the other. Means over the updates.
 
-        Raises FloatingPointError before an optimizer step whose loss or gradient is not finite.
+        Raises FloatingPointError before an optimizer step whose loss or gradient is not finite, on
+        every rank.
         """
         parts = self.ppo.updates_per_batch
         sequences = order.tolist()
@@ -147,23 +245,37 @@ class Learner:
                 f"order must permute {batch.num_sequences} sequences, at least {parts} of them"
             )
         bounds = [len(sequences) * part // parts for part in range(parts + 1)]
-        rows: list[dict[str, float]] = []
-        for start, end in itertools.pairwise(bounds):
-            chosen = sequences[start:end]
-            microbatches = self.cutting.cut(batch, chosen)
-            row = self.update_critic(batch, targets, chosen, microbatches)
-            if train_policy:
-                row |= self.update_policy(batch, targets, chosen, microbatches)
-            rows.append(row)
-        return {name: sum(row[name] for row in rows) / parts for name in rows[0]}
+        chosen = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
+        metrics: dict[str, float] = {}
+        fault = None
+        try:
+            if self.critic is not None:
+                with self.phase("update_critic", critic=Residence.TRAINING):
+                    rows = [self.update_critic(batch, targets, part) for part in chosen]
+                    self.critic.gather_weights()
+                metrics |= mean_of(rows)
+            if self.policy is not None and train_policy:
+                with self.phase("update_policy", policy=Residence.TRAINING):
+                    rows = [self.update_policy(batch, targets, part) for part in chosen]
+                    self.policy.gather_weights()
+                metrics |= mean_of(rows)
+        except FloatingPointError as error:  # on all ranks of the layout alike
+            fault = str(error)
+        colocated = self.ranks.group is None  # then all ranks know all of it
+        for found, theirs in [(fault, metrics)] if colocated else gather((fault, metrics)):
+            if found:
+                raise FloatingPointError(found)
+            metrics |= theirs
+        return metrics
 
     def update_policy(
         self,
         batch: Batch,
         targets: Targets,
         sequences: Sequence[int],
-        microbatches: list[Microbatch],
     ) -> dict[str, float]:
+        assert self.policy is not None
+        model = self.policy.last_chunk
         device, action_T = self.ranks.device, batch.action_mask_T
         old_A = targets.old_logprobs_T[action_T].to(device)
         behaviour_A = batch.behaviour_logprobs_T[action_T].to(device)
@@ -177,7 +289,7 @@ class Learner:
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
             index = microbatch.actions_R
             # `ppo.policy_loss`, with its log-probs and gradients made in one go
-            return self.policy_model.policy_loss(
+            return model.policy_loss(
                 hidden,
                 microbatch.action_rows_R,
                 microbatch.action_ids_R,
@@ -189,6 +301,7 @@ class Learner:
                 denominator=tokens,
             )
 
+        microbatches = self.cutting.cut(batch, sequences)
         return train_step(self.policy, microbatches, loss, POLICY_METRICS, "policy")
 
     def update_critic(
@@ -196,8 +309,9 @@ class Learner:
         batch: Batch,
         targets: Targets,
         sequences: Sequence[int],
-        microbatches: list[Microbatch],
     ) -> dict[str, float]:
+        assert self.critic is not None
+        model = self.critic.last_chunk
         old_N = targets.old_values_N.to(self.ranks.device)
         returns_N = targets.returns_N.to(self.ranks.device)
         if self.ppo.token_level_value:
@@ -208,13 +322,14 @@ class Learner:
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
             index = microbatch.values_M
             return ppo.value_loss(
-                self.read_values(hidden, microbatch),
+                self.read_values(model, hidden, microbatch),
                 old_N[index],
                 returns_N[index],
                 clip_alpha=self.ppo.clip_alpha,
                 denominator=count,
             )
 
+        microbatches = self.cutting.cut(batch, sequences)
         return train_step(self.critic, microbatches, loss, CRITIC_METRICS, "critic")
 
 
@@ -226,78 +341,72 @@ class SupervisedLearner:
         ranks: Ranks,
         model_folder: Path,
         *,
-        parallel: ParallelConfig,
         optimizer: OptimizerConfig,
         microbatch_tokens: int,
         dtype: str,
         recompute: str = "none",
     ) -> None:
         self.ranks = ranks
-        start = StartingPoint(ranks, model_folder, parallel, getattr(torch, dtype), recompute)
+        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute)
         self.cutting = Cutting(
-            ranks,
-            getattr(torch, dtype),
-            microbatch_tokens,
-            parallel.sequence_parallel,
-            SequenceFlops.of(start.config),
+            ranks, getattr(torch, dtype), microbatch_tokens, SequenceFlops.of(start.config)
         )
-        self.policy_model = start.policy()
-        self.policy = TrainedModel(self.policy_model, ranks, optimizer)
+        self.policy = TrainedModel(start.policy(), ranks, optimizer)
 
     @property
     def trained(self) -> dict[str, TrainedModel]:
-        return {"policy": self.policy}
+        return {POLICY: self.policy}
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Nothing is ever offloaded here."""
+        return nullcontext()
 
     def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter_hf_weights(self.policy_model, self.ranks)
+        return iter_hf_weights(self.policy.chunks, self.ranks)
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """L = -mean over action tokens of log pi: one optimizer step on the whole batch."""
         sequences = range(batch.num_sequences)
         tokens = count_actions(batch, sequences)
+        model = self.policy.last_chunk
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
-            logprobs_R, _ = self.policy_model.logprobs(
+            logprobs_R, _ = model.logprobs(
                 hidden, microbatch.action_rows_R, microbatch.action_ids_R, temperature=1.0
             )
             value = -logprobs_R.sum() / tokens
             return value, {"loss": value.detach()}
 
         microbatches = self.cutting.cut(batch, sequences)
-        return train_step(self.policy, microbatches, loss, ("loss",), "supervised")
+        metrics = train_step(self.policy, microbatches, loss, ("loss",), "supervised")
+        self.policy.gather_weights()
+        return metrics
 
 
 class StartingPoint:
     """A Hugging Face folder, and the networks made from it on these ranks."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        folder: Path,
-        parallel: ParallelConfig,
-        dtype: torch.dtype,
-        recompute: str,
-    ) -> None:
-        self.ranks, self.folder, self.parallel = ranks, folder, parallel
+    def __init__(self, ranks: Ranks, folder: Path, dtype: torch.dtype, recompute: str) -> None:
+        self.ranks, self.folder = ranks, folder
         self.config, self.dtype, self.recompute = read_config(folder), dtype, recompute
 
-    @calls_megatron
-    def policy(self) -> PolicyModel:
-        model = PolicyModel(
-            self.config, self.ranks, self.parallel, dtype=self.dtype, recompute=self.recompute
-        )
-        model = model.to(self.ranks.device)
-        load_hf(model, self.folder, self.ranks)
-        return model
+    def policy(self) -> list[PackedLlama]:
+        return self.chunks(PolicyModel)
+
+    def critic(self) -> list[PackedLlama]:
+        return self.chunks(CriticModel)
 
     @calls_megatron
-    def critic(self) -> CriticModel:
-        model = CriticModel(
-            self.config, self.ranks, self.parallel, dtype=self.dtype, recompute=self.recompute
-        )
-        model = model.to(self.ranks.device)
-        load_hf(model, self.folder, self.ranks, with_head=False)
-        return model
+    def chunks(self, kind: type[PackedLlama]) -> list[PackedLlama]:
+        """This rank's chunks of the network, with their weights."""
+        count = self.ranks.layout.virtual_pipeline_model_parallel_size
+        options: dict[str, Any] = {"dtype": self.dtype, "recompute": self.recompute}
+        chunks = [
+            kind(self.config, self.ranks, chunk=chunk, **options).to(self.ranks.device)
+            for chunk in range(count)
+        ]
+        load_hf(chunks, self.folder, self.ranks)
+        return chunks
 
 
 def train_step(
@@ -315,6 +424,10 @@ def train_step(
         raise FloatingPointError(f"{names[0]} is {metrics[names[0]]} at update {model.updates}")
     norm, rate = model.step()
     return metrics | {f"{prefix}_grad_norm": norm, f"{prefix}_lr": rate}
+
+
+def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def count_actions(batch: Batch, sequences: Sequence[int]) -> int:

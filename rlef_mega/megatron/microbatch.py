@@ -36,17 +36,22 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How batches are cut; the same for all of a run. `multiple` is what the pipeline's schedule
-    wants the number of micro-batches to be a multiple of.
-    """
+    """How batches are cut; the same for all of a run."""
 
     ranks: Ranks
     dtype: torch.dtype
     token_budget: int
-    sequence_parallel: bool
     flops: SequenceFlops
     token_level_value: bool = False
-    multiple: int = 1
+
+    @property
+    def multiple(self) -> int:
+        """Megatron's interleaved schedule hands micro-batches round in groups of the pipeline's
+        size.
+        """
+        layout = self.ranks.layout
+        interleaved = layout.virtual_pipeline_model_parallel_size > 1
+        return layout.pipeline_model_parallel_size if interleaved else 1
 
     def cut(self, batch: Batch, sequences: Sequence[int]) -> list[Microbatch]:
         """This data-parallel rank's micro-batches of these sequences; as many on every rank, some
@@ -96,7 +101,7 @@ class Cutting:
         """A sequence of padding, read by nothing: sequence parallelism splits tokens evenly, and an
         empty micro-batch still takes part in its group's collectives.
         """
-        multiple = self.ranks.groups.tp.size() if self.sequence_parallel else 1
+        multiple = self.ranks.groups.tp.size() if self.ranks.layout.sequence_parallel else 1
         missing = -token_ids_T.numel() % multiple if lengths else multiple
         if not missing:
             return token_ids_T, lengths

@@ -11,7 +11,7 @@ tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens
 hidden size, V vocabulary shard.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import tensor_parallel
@@ -27,10 +27,10 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
-    get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -45,6 +45,7 @@ from rlef_mega.config import ConfigError, ParallelConfig, check_layout
 from rlef_mega.megatron.accelerations import fused_weight_gradients
 from rlef_mega.megatron.attention import PackedAttention
 from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.megatron.stages import Place, Stages, split_layers
 
 ROPE_TYPES = ("default", "llama3")
 # What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer.
@@ -85,9 +86,11 @@ def transformer_config(
     device: torch.device,
     dtype: torch.dtype,
     recompute: str,
+    stages: Stages,
 ) -> TransformerConfig:
     on_cpu = device.type == "cpu"
     pipelined = parallel.pipeline_model_parallel_size > 1
+    interleaved = stages.chunks > 1
     recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {
@@ -116,6 +119,8 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        # Megatron takes the number of chunks from it, too
+        pipeline_model_parallel_layout=stages.megatron_layout() if pipelined else None,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -136,9 +141,35 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         batch_p2p_sync=not on_cpu,
+        # Between interleaved stages sends are batched by no one: with two ranks, where the next one
+        # is also the one before, Megatron's batched exchange gives silently wrong gradients.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=pipelined,
         **recomputations[recompute],
     )
+
+
+def refuse_batched_interleaving(config: TransformerConfig) -> None:
+    """Megatron 0.16 computes wrong gradients there without a word (measured: a gradient norm of
+    13951 in place of 2.88).
+    """
+    virtual = config.virtual_pipeline_model_parallel_size or 1
+    if virtual > 1 and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm:
+        raise ConfigError(
+            "two pipeline stages with virtual stages and batched point-to-point exchange compute "
+            "wrong gradients; set overlap_p2p_comm = True and batch_p2p_comm = False"
+        )
+
+
+def stages_of(config: LlamaConfig, parallel: ParallelConfig, *, with_head: bool) -> Stages:
+    """How this network is cut; a critic's value head is too small to count."""
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    key_heads = config.num_key_value_heads or config.num_attention_heads
+    attention = 2 * (config.num_attention_heads + key_heads) * head_dim * config.hidden_size
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    head = config.vocab_size * config.hidden_size if with_head else 0
+    return split_layers(config.num_hidden_layers, parallel, head_cost=head / layer)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -180,37 +211,50 @@ def layer_spec() -> ModuleSpec:
 
 
 class PackedLlama(GPTModel):
-    """The trunk. On the last stage, forward returns hidden states after the final norm."""
+    """The trunk: one chunk of it, at its place in the pipeline. On the last stage, forward returns
+    hidden states after the final norm.
+    """
+
+    has_language_head: ClassVar[bool]
 
     def __init__(
         self,
         hf_config: LlamaConfig,
         ranks: Ranks,
-        parallel: ParallelConfig,
         *,
         dtype: torch.dtype,
         recompute: str = "none",
-        tied: bool,
+        chunk: int = 0,
     ) -> None:
+        parallel = ranks.layout
         check_model(hf_config, parallel)
-        config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute)
+        stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
+        place = Place(ranks.pipeline_parallel_rank, chunk)
+        config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
+        refuse_batched_interleaving(config)
         layers = TransformerBlockSubmodules(
-            layer_specs=[layer_spec()] * get_num_layers_to_build(config), layer_norm=RMSNorm
+            layer_specs=[layer_spec()] * len(stages.layers_at(place)), layer_norm=RMSNorm
         )
         super().__init__(
             config,
             layers,
             vocab_size=hf_config.vocab_size,
             max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=ranks.is_first_stage,
-            post_process=ranks.is_last_stage,
-            share_embeddings_and_output_weights=tied,
+            pre_process=place == stages.first,
+            post_process=place == stages.last,
+            share_embeddings_and_output_weights=(
+                self.has_language_head and hf_config.tie_word_embeddings
+            ),
             position_embedding_type="rope",
             rotary_base=rope_parameters(hf_config)["rope_theta"],
             pg_collection=ranks.groups,
+            vp_stage=chunk if stages.chunks > 1 else None,
         )
-        self.hf_config = hf_config
+        self.hf_config, self.stages, self.place = hf_config, stages, place
         mark_shards(self)
+        for module in self.modules():  # who has none would ask Megatron's globals for it
+            if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
+                module.tp_group = ranks.groups.tp
         # Hugging Face's own frequencies: all of Llama 3.1's scaling parameters, of which Megatron
         # takes only one
         frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()
@@ -253,23 +297,7 @@ def mark_shards(model: torch.nn.Module) -> None:
 class PolicyModel(PackedLlama):
     """A language model: log-probs of chosen tokens."""
 
-    def __init__(
-        self,
-        hf_config: LlamaConfig,
-        ranks: Ranks,
-        parallel: ParallelConfig,
-        *,
-        dtype: torch.dtype,
-        recompute: str = "none",
-    ) -> None:
-        super().__init__(
-            hf_config,
-            ranks,
-            parallel,
-            dtype=dtype,
-            recompute=recompute,
-            tied=hf_config.tie_word_embeddings,
-        )
+    has_language_head = True
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -353,16 +381,10 @@ class ValueHead(torch.nn.Linear):
 class CriticModel(PackedLlama):
     """The same trunk with a scalar head; a network of its own (RLEF A.1)."""
 
-    def __init__(
-        self,
-        hf_config: LlamaConfig,
-        ranks: Ranks,
-        parallel: ParallelConfig,
-        *,
-        dtype: torch.dtype,
-        recompute: str = "none",
-    ) -> None:
-        super().__init__(hf_config, ranks, parallel, dtype=dtype, recompute=recompute, tied=False)
+    has_language_head = False
+
+    def __init__(self, hf_config: LlamaConfig, ranks: Ranks, **options: Any) -> None:
+        super().__init__(hf_config, ranks, **options)
         if self.post_process:
             self.output_layer = ValueHead(hf_config.hidden_size, ranks)
 

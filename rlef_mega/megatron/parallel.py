@@ -102,7 +102,12 @@ def initialize(
     receivers = dist.new_group([0, *critic_ranks], timeout=COLLECTIVE_TIMEOUT)
     if rank in policy_ranks:
         return enter(
-            parallel, policy_groups, (POLICY,), device, seed, group=policy_group,
+            parallel,
+            policy_groups,
+            (POLICY,),
+            device,
+            seed,
+            group=policy_group,
             receivers=receivers if rank == 0 else None,
         )
     return enter(
@@ -122,47 +127,60 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int):
     """Megatron's process groups of one layout, on the ranks from `first_rank` on. Every rank of the
     world calls it, members or not.
     """
-    from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    tensor, data = parallel.tensor_model_parallel_size, parallel.data_parallel_size
-    pipeline = parallel.pipeline_model_parallel_size
-    # context parallelism is not offered: a dimension of one gives the group that Megatron asks for
-    grid = HyperCommGrid(
-        [tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"], rank_offset=first_rank
-    )
-
-    def make(*dimensions: str) -> dist.ProcessGroup:
-        return grid.create_pg(list(dimensions), timeout=COLLECTIVE_TIMEOUT)
-
-    alone = make("cp")
-    data_group = make("dp")
-    model_group = make("tp", "pp")
-    pipelines = grid.get_rank_enum("pp")
+    grid = rank_grid(parallel, first_rank=first_rank)
+    tensor = member_group(groups_along(grid, "tp"))
+    data = member_group(groups_along(grid, "dp"))
+    model = member_group(groups_along(grid, "tp", "pp"))
+    pipelines = groups_along(grid, "pp")
+    alone = member_group(groups_along(grid))
     return ProcessGroupCollection(
-        tp=make("tp"),
-        pp=make("pp"),
-        mp=model_group,
-        dp=data_group,
-        dp_cp=data_group,
+        tp=tensor,
+        pp=member_group(pipelines),
+        mp=model,
+        dp=data,
+        # context parallelism is not offered: each rank is its own group
         cp=alone,
-        tp_cp=make("tp", "cp"),
-        tp_dp_cp=make("tp", "cp", "dp"),
+        dp_cp=data,
+        tp_cp=tensor,
+        tp_dp_cp=member_group(groups_along(grid, "tp", "dp")),
         # first and last stage hold a tied embedding
         embd=member_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines]),
         pos_embd=None,
-        # no experts: each rank is alone, or as for the dense part where Megatron asks
+        # no experts: alone, or as for the dense part where Megatron asks
         ep=alone,
         expt_tp=alone,
-        expt_dp=data_group,
+        expt_dp=data,
         tp_ep=alone,
-        tp_ep_pp=model_group,
-        intra_dp_cp=data_group,
-        intra_expt_dp=data_group,
+        tp_ep_pp=model,
+        intra_dp_cp=data,
+        intra_expt_dp=data,
         inter_dist_opt=None,
         # the distributed optimizer's norm goes over all ranks of the layout
-        intra_dist_opt=make("tp", "cp", "dp", "pp"),
+        intra_dist_opt=member_group(groups_along(grid, "tp", "dp", "pp")),
     )
+
+
+DIMENSIONS = ("pp", "dp", "tp")  # of the grid of ranks, the fastest last
+
+
+def rank_grid(parallel: ParallelConfig, *, first_rank: int) -> torch.Tensor:
+    """[pipeline, data, tensor] ranks of one layout."""
+    ranks = torch.arange(first_rank, first_rank + parallel.world_size)
+    return ranks.view(
+        parallel.pipeline_model_parallel_size,
+        parallel.data_parallel_size,
+        parallel.tensor_model_parallel_size,
+    )
+
+
+def groups_along(grid: torch.Tensor, *dimensions: str) -> list[list[int]]:
+    """The ranks that differ in these dimensions only, group by group; without any, each alone."""
+    kept = [DIMENSIONS.index(name) for name in DIMENSIONS if name in dimensions]
+    others = [place for place in range(grid.dim()) if place not in kept]
+    size = torch.Size(grid.shape[place] for place in kept).numel()
+    return grid.permute(*others, *kept).reshape(-1, size).tolist()
 
 
 def member_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:

@@ -2,16 +2,21 @@
 and the supervised stage's model are instances of it; the frozen reference is a bare module that
 only runs `forward`.
 
-Theory of operation. Every rank of a network's world runs the same micro-batches through Megatron's
-pipeline schedule. Only the last stage computes losses and outputs. Gradients are summed, not
-averaged, over micro-batches and data-parallel ranks, because each loss is already divided by a
-count over the whole update. The optimizer's state is spread over the data-parallel ranks
-(Megatron's distributed optimizer; also over one, so that checkpoints have one form). Parameters in
-bfloat16 have fp32 main copies and gradients.
+Theory of operation. Every rank of a network's layout runs the same micro-batches through Megatron's
+pipeline schedule; a rank holds one chunk of the network, or several with a virtual pipeline. Only
+the last stage computes losses and outputs. Gradients are summed, not averaged, over micro-batches
+and data-parallel ranks, because each loss is already divided by a count over the whole update. The
+optimizer's state is spread over the data-parallel ranks (Megatron's distributed optimizer; also
+over one, so that checkpoints have one form). Parameters in bfloat16 have fp32 main copies and
+gradients. With data parallelism the gradients' reduction runs behind the last backward pass, and
+the gathering of the new weights behind the next forward pass.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +33,14 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlef_mega.config import OptimizerConfig
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.microbatch import Microbatch
 from rlef_mega.megatron.model import PackedLlama
+from rlef_mega.megatron.offload import HostMemory
 from rlef_mega.megatron.parallel import Ranks
 
 Metrics = dict[str, torch.Tensor]
@@ -53,7 +61,9 @@ def learning_rate(config: OptimizerConfig, update: int) -> float:
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
+    config: TransformerConfig,
+    ranks: Ranks,
     microbatches: Sequence[Microbatch],
     at_last_stage: Callable[..., object],
     *,
@@ -72,26 +82,37 @@ def run_schedule(
         )
         return hidden, lambda output, **options: at_last_stage(output, microbatch)
 
-    return get_forward_backward_func()(
+    pipelined, interleaved = ranks.pipeline_parallel_size > 1, len(chunks) > 1
+    iterators = [iter(microbatches) for _ in chunks]
+    schedule = get_forward_backward_func(
+        ranks.pipeline_parallel_size, len(chunks) if interleaved else None
+    )
+    return schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(microbatches),
-        model=[model],
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=0,  # unused: lengths vary and travel with the tensors
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
+        pg_collection=ranks.groups,
+        p2p_communicator=P2PCommunicator(ranks.groups.pp, config) if pipelined else None,
     )
 
 
 @torch.no_grad()
 @calls_megatron
 def forward(
-    module: PackedLlama, microbatches: Sequence[Microbatch], output: OutputFunction
+    chunks: Sequence[PackedLlama],
+    ranks: Ranks,
+    microbatches: Sequence[Microbatch],
+    output: OutputFunction,
 ) -> list[torch.Tensor]:
     """The outputs of each micro-batch on the last stage; an empty list on the others."""
-    module.eval()
-    return run_schedule(module, microbatches, output, forward_only=True)
+    for chunk in chunks:
+        chunk.eval()
+    return run_schedule(chunks, chunks[0].config, ranks, microbatches, output, forward_only=True)
 
 
 def finalize_summed_gradients(model: list, num_tokens: object = None, **options: object) -> None:
@@ -101,19 +122,63 @@ def finalize_summed_gradients(model: list, num_tokens: object = None, **options:
     finalize_model_grads(model, None, **options)
 
 
+class Residence(IntEnum):
+    """How much of a network is on the device; the rest waits on the host."""
+
+    NOTHING = 0
+    WEIGHTS = 1  # enough to score
+    STATE = 2  # and the optimizer's state: enough to save
+    TRAINING = 3  # and gradients
+
+
+class FrozenModel:
+    """A network that only scores: the reference."""
+
+    def __init__(self, chunks: Sequence[PackedLlama], ranks: Ranks) -> None:
+        self.chunks = [chunk.requires_grad_(False) for chunk in chunks]
+        self.ranks = ranks
+        self.memory = HostMemory()
+
+    def reside(self, residence: Residence) -> None:
+        """Its weights to the device, or to the host."""
+        if residence >= Residence.WEIGHTS:
+            self.memory.reload()
+        else:
+            self.memory.offload(
+                parameter for chunk in self.chunks for parameter in chunk.parameters()
+            )
+
+
 class TrainedModel:
-    """A module and what trains it. `updates` counts optimizer steps and is part of a checkpoint."""
+    """A network's chunks on this rank, and what trains them. `updates` counts optimizer steps and
+    is part of a checkpoint.
+    """
 
     @calls_megatron
-    def __init__(self, module: PackedLlama, ranks: Ranks, config: OptimizerConfig) -> None:
-        self.module, self.ranks, self.config = module, ranks, config
+    def __init__(
+        self, chunks: Sequence[PackedLlama], ranks: Ranks, config: OptimizerConfig
+    ) -> None:
+        self.chunks, self.ranks, self.config = list(chunks), ranks, config
         self.updates = 0
-        module.config.finalize_model_grads_func = finalize_summed_gradients
-        self.wrapped = DistributedDataParallel(
-            module.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            module,
+        model_config = self.chunks[0].config
+        overlap = ranks.layout.overlap and ranks.data_parallel_size > 1
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
         )
+        self.wrapped = [
+            DistributedDataParallel(
+                chunk.config,
+                # one each: Megatron writes the bucket size into it
+                dataclasses.replace(ddp),
+                chunk,
+                disable_bucketing=number > 0,
+                pg_collection=ranks.groups,
+            )
+            for number, chunk in enumerate(self.chunks)
+        ]
         options = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -122,44 +187,75 @@ class TrainedModel:
             adam_beta2=config.beta2,
             adam_eps=config.eps,
             clip_grad=config.clip_grad,
-            bf16=module.config.bf16,
-            params_dtype=module.config.params_dtype,
+            bf16=model_config.bf16,
+            params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=overlap,
         )
         overrides = get_standard_config_overrides(options)
-        if module.config.bf16:
+        if model_config.bf16:
             # The distributed optimizer mixes up a group that holds two dtypes; an override that
             # changes nothing (our schedule sets the rates) gives the critic's fp32 head groups of
             # its own.
             overrides[ParamKey(attr="is_value_head")] = {"min_lr": 0.0}
-        self.optimizer = get_megatron_optimizer(options, [self.wrapped], overrides)
+        self.optimizer = get_megatron_optimizer(
+            options,
+            self.wrapped,
+            overrides,
+            use_gloo_process_groups=False,
+            pg_collection=ranks.groups,
+        )
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = finalize_summed_gradients
+            if overlap:
+                # the schedule holds the reductions back until the last micro-batch
+                no_sync = [wrapped.no_sync for wrapped in self.wrapped]
+                chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self.overlaps = overlap
+        self.weights_memory, self.optimizer_memory = HostMemory(), HostMemory()
+        self.residence = Residence.TRAINING
+
+    @property
+    def last_chunk(self) -> Any:
+        """The one that holds the head, on the last stage's ranks."""
+        return self.chunks[-1]
 
     @calls_megatron
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss: LossFunction, names: Sequence[str]
     ) -> dict[str, float]:
         """Gradients of the summed loss into the buffers; these metrics summed over the update, on
-        every rank.
+        every rank of the layout.
         """
-        self.module.train()
-        self.wrapped.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.train()
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         no_tokens = torch.tensor(0, dtype=torch.int, device=self.ranks.device)
 
         def loss_and_metrics(hidden: torch.Tensor, microbatch: Microbatch):
+            self.await_head()
             value, metrics = loss(hidden, microbatch)
             return value, no_tokens, torch.stack([metrics[name].float() for name in names])
 
-        metrics = run_schedule(self.wrapped, microbatches, loss_and_metrics, forward_only=False)
+        metrics = run_schedule(
+            self.wrapped,
+            self.chunks[0].config,
+            self.ranks,
+            microbatches,
+            loss_and_metrics,
+            forward_only=False,
+        )
         return self.sum_metrics(metrics, names)
 
     def sum_metrics(self, parts: list[torch.Tensor], names: Sequence[str]) -> dict[str, float]:
         total = torch.zeros(len(names), device=self.ranks.device)
         if self.ranks.speaks_for_outputs:
             total = torch.stack(parts).sum(0)
-        if self.ranks.world_size > 1:
-            # world: sums the data-parallel parts; all other ranks add zeros and so learn the result
-            dist.all_reduce(total)
+        if self.ranks.layout.world_size > 1:
+            # the layout's ranks: sums the data-parallel parts; the others add zeros and so learn
+            # the result
+            dist.all_reduce(total, group=self.ranks.group)
         return dict(zip(names, total.tolist(), strict=True))
 
     @calls_megatron
@@ -185,3 +281,62 @@ class TrainedModel:
         self.optimizer.step_with_ready_grads()
         self.updates += 1
         return norm, rate
+
+    # ------------------------------------------------------------------ overlapped weight gathering
+
+    def await_head(self) -> None:
+        """The head's weight is read outside its module, where Megatron's hook does not see it."""
+        if self.overlaps and self.last_chunk.post_process:
+            for parameter in self.last_chunk.output_layer.parameters():
+                self.wrapped[-1].param_to_bucket_group[parameter].finish_param_sync()
+
+    def gather_weights(self) -> None:
+        """After a step with overlap, weights are whole only once the next forward has gathered
+        them: who reads them elsewhere calls this first. Collective.
+        """
+        if self.overlaps:
+            for wrapped in self.wrapped:
+                wrapped.start_param_sync(force_sync=True)
+
+    # ------------------------------------------------------------------ idle memory
+
+    def reside(self, residence: Residence) -> None:
+        """Bring to the device, or park on the host, until this much of the network is there."""
+        if residence == self.residence:
+            return
+        if residence < Residence.WEIGHTS <= self.residence:
+            self.weights_memory.offload(self.weight_tensors())
+        if residence < Residence.STATE <= self.residence:
+            self.optimizer_memory.offload(self.optimizer_tensors())
+        if residence < Residence.TRAINING <= self.residence:
+            for wrapped in self.wrapped:
+                wrapped.offload_grad_buffers(synchronize=False, empty_cache=False)
+        if residence >= Residence.WEIGHTS and self.weights_memory.holds_some:
+            self.weights_memory.reload()
+        if residence >= Residence.STATE and self.optimizer_memory.holds_some:
+            self.optimizer_memory.reload()
+        if residence >= Residence.TRAINING:
+            for wrapped in self.wrapped:
+                wrapped.restore_grad_buffers(synchronize=False)
+        self.residence = residence
+
+    def weight_tensors(self) -> Iterator[torch.Tensor]:
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+
+    def optimizer_tensors(self) -> Iterator[torch.Tensor]:
+        """Moments, and the fp32 main copies of bfloat16 weights (of fp32 weights, the optimizer
+        holds the weights themselves).
+        """
+        weights = {weight.untyped_storage()._cdata for weight in self.weight_tensors()}
+        for optimizer in self.optimizer.chained_optimizers:
+            for group in optimizer.optimizer.param_groups:
+                for parameter in group["params"]:
+                    held = [parameter, *optimizer.optimizer.state[parameter].values()]
+                    for tensor in held:
+                        if (
+                            torch.is_tensor(tensor)
+                            and tensor.device.type == self.ranks.device.type
+                            and tensor.untyped_storage()._cdata not in weights
+                        ):
+                            yield tensor

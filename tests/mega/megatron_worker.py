@@ -23,6 +23,10 @@ LAYOUTS = {
     "tp2_sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": ParallelConfig(pipeline_model_parallel_size=2),
     "dp2": ParallelConfig(data_parallel_size=2),
+    "pp2_vpp2": ParallelConfig(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    ),
+    "pp2_uneven": ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=(3, 1)),
 }
 LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -90,7 +94,7 @@ def make_batch(sequences: int, *, seed: int = 0) -> Batch:
     )
 
 
-def make_learner(ranks, folder: Path, parallel: ParallelConfig, **options: Any):
+def make_learner(ranks, folder: Path, **options: Any):
     from rlef_mega.megatron.learner import Learner
 
     optimizer = OptimizerConfig(lr=3e-3, warmup_updates=2)
@@ -101,7 +105,7 @@ def make_learner(ranks, folder: Path, parallel: ParallelConfig, **options: Any):
         "dtype": "float32",
         "temperature": 0.9,
     }
-    return Learner(ranks, folder, parallel=parallel, **(settings | options))
+    return Learner(ranks, folder, **(settings | options))
 
 
 def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
     parallel = LAYOUTS[layout]
     ranks = initialize(parallel, seed=7)
     batch = make_batch(12)
-    learner = make_learner(ranks, folder / "model", parallel)
+    learner = make_learner(ranks, folder / "model")
     results: dict[str, Any] = {}
     if start == "model":
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}

@@ -14,7 +14,7 @@ from tests.mega.distributed import launch
 from tests.mega.megatron_worker import LLAMA31_ROPE, make_model
 
 WORKER = "tests.mega.megatron_worker"
-SPLIT = ("tp2", "tp2_sp", "pp2", "dp2")
+SPLIT = ("tp2", "tp2_sp", "pp2", "dp2", "pp2_vpp2", "pp2_uneven")
 # checkpoints: which layout saved it, which goes on from it
 SAME = [("tp2", "tp2"), ("dp2", "dp2")]
 OTHER = [("tp2", "pp2"), ("dp2", "tp2_sp")]

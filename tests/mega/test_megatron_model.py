@@ -93,13 +93,13 @@ def test_scores_and_gradients_are_hugging_faces(
 ) -> None:
     truth = make_model(tmp_path, **options)
     batch = make_batch(6)
-    learner = make_learner(ranks, tmp_path, ALONE)
+    learner = make_learner(ranks, tmp_path)
     scores = learner.score(batch)
     logprobs_T = hf_logprobs(truth, batch)
     torch.testing.assert_close(scores.old_logprobs_T, logprobs_T.detach(), rtol=0, atol=2e-5)
     assert torch.equal(scores.ref_logprobs_T, scores.old_logprobs_T)
 
-    head = learner.critic_model.output_layer
+    head = learner.critic.last_chunk.output_layer
     values_N = hf_values(truth, head, batch)
     torch.testing.assert_close(scores.values_N, values_N.detach(), rtol=0, atol=1e-5)
 
@@ -133,7 +133,6 @@ def make_supervised(ranks: Ranks, folder: Path) -> SupervisedLearner:
     return SupervisedLearner(
         ranks,
         folder,
-        parallel=ALONE,
         optimizer=optimizer,
         microbatch_tokens=100,
         dtype="float32",
@@ -144,7 +143,7 @@ def gradients_under_hf_names(
     learner: SupervisedLearner | Learner,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The name map reads views of parameters; put the gradients in the parameters' place."""
-    for parameter in learner.policy_model.parameters():
+    for parameter in learner.policy.last_chunk.parameters():
         parameter.data = parameter.main_grad.clone()
     return learner.policy_weights()
 
@@ -159,16 +158,14 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
     batch = make_batch(8)
     optimizer = OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0)
     settings = LearnerConfig(microbatch_tokens=120, policy=optimizer, critic=optimizer)
-    learner = make_learner(ranks, tmp_path, ALONE, learner=settings)
+    learner = make_learner(ranks, tmp_path, learner=settings)
     # off-policy by a little, so that some ratios are clipped
     scores = learner.score(batch)
     noise_T = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(3))
     scores = replace(scores, old_logprobs_T=scores.old_logprobs_T + 0.2 * noise_T)
     targets, _ = ppo.targets(batch, scores, beta=0.05, gamma=1.0, normalize=True)
     action_T, everything = batch.action_mask_T, range(batch.num_sequences)
-    stats = learner.update_policy(
-        batch, targets, everything, learner.cutting.cut(batch, everything)
-    )
+    stats = learner.update_policy(batch, targets, everything)
     loss, metrics = ppo.policy_loss(
         hf_logprobs(truth, batch)[action_T],
         scores.old_logprobs_T[action_T],
@@ -189,7 +186,7 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
 
 def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
     batch = make_batch(7)
-    learner = make_learner(ranks, folder, ALONE)
+    learner = make_learner(ranks, folder)
     together = learner.score(batch)
     alone = [learner.score(select(batch, [index])) for index in range(7)]
     for name, expected in vars(together).items():
@@ -233,16 +230,16 @@ def test_padded_attention_is_dense_attention_with_a_block_mask() -> None:
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_number(ranks: Ranks, folder: Path, recompute: str) -> None:
     batch = make_batch(6)
-    plain = one_batch(make_learner(ranks, folder, ALONE), batch, seed=1)
-    again = one_batch(make_learner(ranks, folder, ALONE, recompute=recompute), batch, seed=1)
+    plain = one_batch(make_learner(ranks, folder), batch, seed=1)
+    again = one_batch(make_learner(ranks, folder, recompute=recompute), batch, seed=1)
     assert again["stats"] == plain["stats"]
 
 
 def test_token_level_values_are_one_a_response_token(ranks: Ranks, folder: Path) -> None:
     batch = make_batch(6)
     settings = PPOConfig(updates_per_batch=2, token_level_value=True)
-    learner = make_learner(ranks, folder, ALONE, ppo=settings)
-    by_turn = make_learner(ranks, folder, ALONE).score(batch).values_N
+    learner = make_learner(ranks, folder, ppo=settings)
+    by_turn = make_learner(ranks, folder).score(batch).values_N
     values = learner.score(batch).values_N
     assert values.numel() == batch.action_mask_T.sum()
     turn_of_token = batch.turn_index_T[batch.action_mask_T]
@@ -252,13 +249,13 @@ def test_token_level_values_are_one_a_response_token(ranks: Ranks, folder: Path)
 
 
 def test_without_a_kl_penalty_there_is_no_reference(ranks: Ranks, folder: Path) -> None:
-    learner = make_learner(ranks, folder, ALONE, ppo=PPOConfig(beta=0, updates_per_batch=2))
+    learner = make_learner(ranks, folder, ppo=PPOConfig(beta=0, updates_per_batch=2))
     assert learner.reference is None
     assert not learner.score(make_batch(4)).ref_logprobs_T.any()
 
 
 def test_critic_warm_up_leaves_the_policy_alone(ranks: Ranks, folder: Path) -> None:
-    learner = make_learner(ranks, folder, ALONE)
+    learner = make_learner(ranks, folder)
     batch = make_batch(4)
     before = {name: tensor.clone() for name, tensor in learner.policy_weights()}
     scores = learner.score(batch)
@@ -276,7 +273,7 @@ def zero_advantages(batch: Batch, scores):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(ranks: Ranks, folder: Path) -> None:
-    learner = make_learner(ranks, folder, ALONE)
+    learner = make_learner(ranks, folder)
     batch = make_batch(4)
     before = {name: tensor.clone() for name, tensor in learner.policy_weights()}
     targets = zero_advantages(batch, learner.score(batch))
@@ -287,7 +284,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(ranks: Ranks, folder: P
 
 
 def test_an_order_that_is_no_permutation_is_refused(ranks: Ranks, folder: Path) -> None:
-    learner = make_learner(ranks, folder, ALONE)
+    learner = make_learner(ranks, folder)
     batch = make_batch(4)
     targets = zero_advantages(batch, learner.score(batch))
     with pytest.raises(ValueError, match="permute 4 sequences"):
@@ -295,14 +292,14 @@ def test_an_order_that_is_no_permutation_is_refused(ranks: Ranks, folder: Path) 
 
 
 def test_weight_decay_spares_norms_and_biases(ranks: Ranks, folder: Path) -> None:
-    learner = make_learner(ranks, folder, ALONE)
+    learner = make_learner(ranks, folder)
     one_batch(learner, make_batch(4), seed=1)
     decay = {group["weight_decay"] for group in learner.critic.optimizer.param_groups}
     assert decay == {0.0, 0.1}
     for group in learner.critic.optimizer.param_groups:
         sizes = sum(parameter.numel() for parameter in group["params"])
-        vectors = sum(p.numel() for p in learner.critic_model.parameters() if p.dim() == 1)
-        matrices = sum(p.numel() for p in learner.critic_model.parameters() if p.dim() > 1)
+        vectors = sum(p.numel() for p in learner.critic.last_chunk.parameters() if p.dim() == 1)
+        matrices = sum(p.numel() for p in learner.critic.last_chunk.parameters() if p.dim() > 1)
         assert sizes == (vectors if group["weight_decay"] == 0 else matrices)
 
 
@@ -338,7 +335,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(ConfigError, match=message):
-        make_learner(ranks, tmp_path, ALONE)
+        make_learner(ranks, tmp_path)
 
 
 def test_a_truncated_model_file_is_refused_by_name(
@@ -346,11 +343,11 @@ def test_a_truncated_model_file_is_refused_by_name(
 ) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ConfigError, match=r"no file .*model.safetensors"):
-        make_learner(ranks, tmp_path, ALONE)
+        make_learner(ranks, tmp_path)
     data = (folder / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ConfigError, match=r"model.safetensors is truncated or damaged"):
-        make_learner(ranks, tmp_path, ALONE)
+        make_learner(ranks, tmp_path)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one-file", "sharded"])
@@ -363,7 +360,7 @@ def test_an_export_is_what_transformers_and_we_load(
 ) -> None:
     monkeypatch.setattr(hf_weights, "SHARD_BYTES", shard_bytes)
     batch = make_batch(6)
-    learner = make_learner(ranks, folder, ALONE)
+    learner = make_learner(ranks, folder)
     one_batch(learner, batch, seed=1)
     out = tmp_path / "exported"
     hf_weights.export_hf(learner.policy_weights(), folder, out, torch.float32)
@@ -372,7 +369,7 @@ def test_an_export_is_what_transformers_and_we_load(
     ours = learner.score(batch).old_logprobs_T
     with torch.no_grad():
         torch.testing.assert_close(ours, hf_logprobs(truth, batch), rtol=0, atol=2e-5)
-    again = make_learner(ranks, out, ALONE)
+    again = make_learner(ranks, out)
     assert torch.equal(again.score(batch).old_logprobs_T, ours)
 
 
@@ -381,7 +378,7 @@ def test_a_tied_head_that_is_stored_all_the_same_is_accepted(ranks: Ranks, tmp_p
     stored = load_file(tmp_path / "model.safetensors")
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    names = [name for name, _ in make_learner(ranks, tmp_path, ALONE).policy_weights()]
+    names = [name for name, _ in make_learner(ranks, tmp_path).policy_weights()]
     assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
 
 
@@ -389,21 +386,21 @@ def test_bfloat16_trains_and_resumes_bit_for_bit(
     ranks: Ranks, folder: Path, tmp_path: Path
 ) -> None:
     batch = make_batch(6)
-    learner = make_learner(ranks, folder, ALONE, dtype="bfloat16")
+    learner = make_learner(ranks, folder, dtype="bfloat16")
     one_batch(learner, batch, seed=1)
     saved = checkpoint.save_checkpoint(tmp_path, learner, step=3, state={"seen": [1, 2]})
-    resumed = make_learner(ranks, folder, ALONE, dtype="bfloat16")
+    resumed = make_learner(ranks, folder, dtype="bfloat16")
     assert checkpoint.load_checkpoint(saved, resumed) == (3, {"seen": [1, 2]})
     expected, got = (one_batch(each, batch, seed=2) for each in (learner, resumed))
     assert got["stats"] == expected["stats"]
     assert all(torch.equal(got["weights"][n], t) for n, t in expected["weights"].items())
-    assert learner.critic_model.output_layer.weight.dtype == torch.float32
+    assert learner.critic.last_chunk.output_layer.weight.dtype == torch.float32
 
 
 def test_damaged_checkpoints_are_refused_and_passed_over(
     ranks: Ranks, folder: Path, tmp_path: Path
 ) -> None:
-    learner = make_learner(ranks, folder, ALONE)
+    learner = make_learner(ranks, folder)
     for step in (1, 2, 3):
         checkpoint.save_checkpoint(tmp_path, learner, step=step, state={})
     checkpoint.prune(tmp_path, keep=2)

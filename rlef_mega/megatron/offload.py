@@ -1,0 +1,70 @@
+"""Memory that waits on the host: tensors give up their device memory between the phases that need
+them, and get it back with the same contents.
+
+Theory of operation. What moves is the storage under a tensor, not the tensor: parameters,
+Megatron's views into its buffers and the optimizer's references all stay valid objects, with
+nothing under them until `reload`. Host memory is pinned where there is CUDA and kept for the next
+time. On a CPU the same code moves memory to other memory, which is of no use and lets every test
+run it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+
+class HostMemory:
+    """Where the contents of some tensors are while they wait."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
+        self.free: dict[int, list[torch.Tensor]] = defaultdict(list)  # pinned bytes, by size
+
+    @property
+    def holds_some(self) -> bool:
+        return bool(self.waiting)
+
+    def offload(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy the storages under these tensors to the host and free them. Storages that are empty
+        already, or that several tensors share, count once.
+        """
+        storages = {
+            storage._cdata: storage
+            for storage in (tensor.untyped_storage() for tensor in tensors)
+            if storage.nbytes()
+        }
+        for storage in storages.values():
+            host = self.take(storage)
+            host.copy_(as_bytes(storage), non_blocking=True)
+            self.waiting.append((storage, host))
+        synchronize(storages.values())
+        for storage in storages.values():
+            storage.resize_(0)
+
+    def reload(self) -> None:
+        """Everything back to where it was."""
+        storages = [storage for storage, _ in self.waiting]
+        for storage, host in self.waiting:
+            storage.resize_(host.numel())
+            as_bytes(storage).copy_(host, non_blocking=True)
+        synchronize(storages)
+        for _, host in self.waiting:
+            self.free[host.numel()].append(host)
+        self.waiting.clear()
+
+    def take(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        size = storage.nbytes()
+        if self.free[size]:
+            return self.free[size].pop()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+
+
+def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def synchronize(storages: Iterable[torch.UntypedStorage]) -> None:
+    """Copies to and from pinned memory return before they are done."""
+    if any(storage.device.type == "cuda" for storage in storages):
+        torch.cuda.synchronize()
