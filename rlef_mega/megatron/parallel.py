@@ -5,7 +5,7 @@ WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. A layout's 
 tensor first, then data, then pipeline (Megatron's "tp-cp-ep-dp-pp"), so that a tensor-parallel
 group sits inside a node. Policy and critic share all ranks (colocated), or the critic has the ranks
 that follow the policy's (split). Groups are passed to Megatron, never read from its globals; what
-it still reads there are two numbers, this rank's place in the pipeline, and they are set here. All
+it still reads there are numbers, not groups, and they are set here (`enter`). All
 ranks call `initialize`, and all call `shutdown`; a rank that dies breaks the others' collectives,
 and the launcher ends them.
 """
@@ -208,6 +208,7 @@ def enter(
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     virtual = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.set_data_parallel_rank(groups.dp.rank())
     parallel_state.set_pipeline_model_parallel_rank(groups.pp.rank())
     parallel_state.set_pipeline_model_parallel_world_size(groups.pp.size())
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual if virtual > 1 else None)
