@@ -98,6 +98,7 @@ class Learner:
             learner.microbatch_tokens,
             SequenceFlops.of(self.config),
             ppo.token_level_value,
+            ranks.microbatch_multiple,
         )
         self.policy = self.critic = self.reference = None
         if POLICY in ranks.networks:
@@ -349,7 +350,11 @@ class SupervisedLearner:
         self.ranks = ranks
         start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute)
         self.cutting = Cutting(
-            ranks, getattr(torch, dtype), microbatch_tokens, SequenceFlops.of(start.config)
+            ranks,
+            getattr(torch, dtype),
+            microbatch_tokens,
+            SequenceFlops.of(start.config),
+            multiple=ranks.microbatch_multiple,
         )
         self.policy = TrainedModel(start.policy(), ranks, optimizer)
 

@@ -36,22 +36,16 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How batches are cut; the same for all of a run."""
+    """How batches are cut; the same for all of a run. `multiple` is what the pipeline's schedule
+    wants the number of micro-batches to be a multiple of.
+    """
 
     ranks: Ranks
     dtype: torch.dtype
     token_budget: int
     flops: SequenceFlops
     token_level_value: bool = False
-
-    @property
-    def multiple(self) -> int:
-        """Megatron's interleaved schedule hands micro-batches round in groups of the pipeline's
-        size.
-        """
-        layout = self.ranks.layout
-        interleaved = layout.virtual_pipeline_model_parallel_size > 1
-        return layout.pipeline_model_parallel_size if interleaved else 1
+    multiple: int = 1
 
     def cut(self, batch: Batch, sequences: Sequence[int]) -> list[Microbatch]:
         """This data-parallel rank's micro-batches of these sequences; as many on every rank, some

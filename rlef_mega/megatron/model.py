@@ -274,7 +274,7 @@ class PackedLlama(GPTModel):
         if self.config.sequence_parallel:
             # tensor-parallel group: gathers the tokens
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
         return hidden.squeeze(1).index_select(0, rows_R)
 

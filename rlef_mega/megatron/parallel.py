@@ -55,6 +55,14 @@ class Ranks:
         return self.layout.data_parallel_size
 
     @property
+    def microbatch_multiple(self) -> int:
+        """Megatron's interleaved schedule hands micro-batches round in groups of the pipeline's
+        size.
+        """
+        interleaved = self.layout.virtual_pipeline_model_parallel_size > 1
+        return self.pipeline_parallel_size if interleaved else 1
+
+    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
 
@@ -212,6 +220,7 @@ def enter(
     parallel_state.set_pipeline_model_parallel_rank(groups.pp.rank())
     parallel_state.set_pipeline_model_parallel_world_size(groups.pp.size())
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual if virtual > 1 else None)
+    parallel_state._set_global_memory_buffer()  # scratch for sequence parallelism's gathers
     model_parallel_cuda_manual_seed(seed, tp_rank=groups.tp.rank(), ep_rank=0, etp_rank=0)
     torch.manual_seed(seed)
     return Ranks(

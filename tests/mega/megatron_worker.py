@@ -7,6 +7,7 @@ checkpoint is resumed. The writer of each leaves its results in FOLDER/START_LAY
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,47 @@ from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
 from rlef_mega.types import Batch
 
+
+@dataclass(frozen=True)
+class Layout:
+    """The policy's, the critic's if it has ranks of its own, and how the learner runs there."""
+
+    parallel: ParallelConfig
+    critic: ParallelConfig | None = None
+    offload: str = "none"
+
+    @property
+    def processes(self) -> int:
+        return self.parallel.world_size + (self.critic.world_size if self.critic else 0)
+
+
+def layout(
+    tp: int = 1, pp: int = 1, dp: int = 1, vpp: int = 1, sp: bool = False, **options: Any
+) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        data_parallel_size=dp,
+        sequence_parallel=sp,
+        **options,
+    )
+
+
 LAYOUTS = {
-    "one": ParallelConfig(),
-    "tp2": ParallelConfig(tensor_model_parallel_size=2),
-    "tp2_sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
-    "dp2": ParallelConfig(data_parallel_size=2),
-    "pp2_vpp2": ParallelConfig(
-        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
-    ),
-    "pp2_uneven": ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=(3, 1)),
+    "one": Layout(layout()),
+    "tp2": Layout(layout(tp=2)),
+    "tp2_sp": Layout(layout(tp=2, sp=True)),
+    "pp2": Layout(layout(pp=2)),
+    "pp2_uneven": Layout(layout(pp=2, pipeline_layers=(3, 1))),
+    "pp2_vpp2": Layout(layout(pp=2, vpp=2)),
+    "dp2": Layout(layout(dp=2)),
+    "dp2_without_overlap": Layout(layout(dp=2, overlap=False)),
+    "dp2_offload": Layout(layout(dp=2), offload="idle"),
+    "tp2_pp2_sp": Layout(layout(tp=2, pp=2, sp=True)),
+    "pp2_vpp2_dp2": Layout(layout(pp=2, vpp=2, dp=2)),
+    "split": Layout(layout(tp=2), layout()),
+    "split_wide": Layout(layout(pp=2), layout(dp=2), offload="idle"),
 }
 LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -94,13 +126,15 @@ def make_batch(sequences: int, *, seed: int = 0) -> Batch:
     )
 
 
-def make_learner(ranks, folder: Path, **options: Any):
+def make_learner(ranks, folder: Path, *, offload: str = "none", **options: Any):
     from rlef_mega.megatron.learner import Learner
 
     optimizer = OptimizerConfig(lr=3e-3, warmup_updates=2)
     settings: dict[str, Any] = {
         # a budget of about a third of the batch: several micro-batches an update
-        "learner": LearnerConfig(microbatch_tokens=120, policy=optimizer, critic=optimizer),
+        "learner": LearnerConfig(
+            microbatch_tokens=120, policy=optimizer, critic=optimizer, offload=offload
+        ),
         "ppo": PPOConfig(updates_per_batch=2),
         "dtype": "float32",
         "temperature": 0.9,
@@ -132,19 +166,22 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
     from rlef_mega.megatron.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from rlef_mega.megatron.parallel import initialize, shutdown
 
-    parallel = LAYOUTS[layout]
-    ranks = initialize(parallel, seed=7)
+    chosen = LAYOUTS[layout]
+    ranks = initialize(chosen.parallel, critic=chosen.critic, seed=7)
     batch = make_batch(12)
-    learner = make_learner(ranks, folder / "model")
+    learner = make_learner(ranks, folder / "model", offload=chosen.offload)
     results: dict[str, Any] = {}
     if start == "model":
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
         results["first"] = one_batch(learner, batch, seed=1)
-        save_checkpoint(folder / layout, learner, step=1, state={"note": layout})
+        if chosen.critic is None:  # the joint save of split networks is still to come
+            with learner.whole():
+                save_checkpoint(folder / layout, learner, step=1, state={"note": layout})
     else:
         newest = latest_checkpoint(folder / start)
         assert newest is not None
-        results["loaded"] = load_checkpoint(newest, learner)
+        with learner.whole():
+            results["loaded"] = load_checkpoint(newest, learner)
     results["second"] = one_batch(learner, batch, seed=2)
     if ranks.is_writer:
         torch.save(results, folder / f"{start}_{layout}.pt")

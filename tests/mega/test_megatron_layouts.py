@@ -1,23 +1,31 @@
-"""The same batch in every layout: one process is the truth for two processes, in tensor, sequence,
-pipeline and data parallelism. What this cannot catch: a fault that all layouts share, which
-test_megatron_model.py is for.
+"""The same batch in every layout: one process is the truth for two, three and four, in tensor,
+sequence, pipeline, virtual pipeline and data parallelism, with the critic on the policy's ranks or
+on its own, with idle state on the host or not. What this cannot catch: a fault that all layouts
+share, which test_megatron_model.py is for.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.megatron.model import refuse_batched_interleaving
+from rlef_mega.megatron.stages import split_layers
 from tests.mega.distributed import launch
-from tests.mega.megatron_worker import LLAMA31_ROPE, make_model
+from tests.mega.megatron_worker import LLAMA31_ROPE, layout, make_model
 
 WORKER = "tests.mega.megatron_worker"
-SPLIT = ("tp2", "tp2_sp", "pp2", "dp2", "pp2_vpp2", "pp2_uneven")
+TWO = ("tp2", "tp2_sp", "pp2", "pp2_uneven", "pp2_vpp2", "dp2", "dp2_without_overlap")
+TWO_WITH_OFFLOAD = ("dp2_offload",)
+THREE = ("split",)
+FOUR = ("tp2_pp2_sp", "pp2_vpp2_dp2", "split_wide")
+SPLIT = TWO + TWO_WITH_OFFLOAD + THREE + FOUR
 # checkpoints: which layout saved it, which goes on from it
-SAME = [("tp2", "tp2"), ("dp2", "dp2")]
-OTHER = [("tp2", "pp2"), ("dp2", "tp2_sp")]
+SAME = [("tp2", "tp2"), ("dp2", "dp2"), ("pp2_vpp2", "pp2_vpp2")]
+OTHER = [("tp2", "pp2_vpp2"), ("dp2", "tp2_sp"), ("pp2_uneven", "dp2")]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     path = tmp_path_factory.mktemp("layouts")
     make_model(path / "model", rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
-    launch(WORKER, str(path), "model:one", processes=1)
-    launch(WORKER, str(path), *(f"model:{layout}" for layout in SPLIT), processes=2)
-    launch(WORKER, str(path), *(f"{a}:{b}" for a, b in SAME + OTHER), processes=2)
+
+    def run(processes: int, *jobs: str) -> None:
+        launch(WORKER, str(path), *jobs, processes=processes)
+
+    run(1, "model:one")
+    run(2, *(f"model:{layout}" for layout in TWO + TWO_WITH_OFFLOAD))
+    run(3, *(f"model:{layout}" for layout in THREE))
+    run(4, *(f"model:{layout}" for layout in FOUR))
+    run(2, *(f"{a}:{b}" for a, b in SAME + OTHER))
     return path
 
 
@@ -98,10 +112,49 @@ def test_a_checkpoint_goes_on_in_another_layout(folder: Path, source: str, layou
     [
         (ParallelConfig(tensor_model_parallel_size=3), "attention heads"),
         (ParallelConfig(tensor_model_parallel_size=4), "key-value heads"),
-        (ParallelConfig(pipeline_model_parallel_size=3), "layers"),
+        (ParallelConfig(pipeline_model_parallel_size=5), "4 layers cannot be split into 5"),
+        (layout(pp=2, pipeline_layers=(2, 1)), "add up to 4"),
+        (layout(pp=2, pipeline_layers=(4, 0)), "at least 1"),
+        (layout(vpp=2), "needs pipeline_model_parallel_size"),
         (ParallelConfig(sequence_parallel=True), "sequence_parallel needs"),
     ],
 )
 def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(heads=8, key_value_heads=2, layers=4, vocab_size=64, ffn=48, parallel=parallel)
+
+
+def test_batched_exchange_between_two_interleaved_stages_is_refused() -> None:
+    """Megatron computes wrong gradients there without a word; we never ask for it, and would not
+    get it past this check."""
+    options = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
+    config = TransformerConfig(
+        **options,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+    )
+    with pytest.raises(ConfigError, match="wrong gradients"):
+        refuse_batched_interleaving(config)
+
+
+@pytest.mark.parametrize(
+    ("layers", "head_cost", "parallel", "expected"),
+    [
+        (80, 1.23, layout(pp=4), (20, 20, 21, 19)),  # Llama 3.1 70B with its head
+        (80, 0.0, layout(pp=4), (20, 20, 20, 20)),  # and as a critic
+        (80, 1.23, layout(pp=4, vpp=2), (10, 10, 10, 10, 10, 10, 11, 9)),
+        (4, 1.6, layout(pp=2), (3, 1)),
+        (4, 0.4, layout(pp=2), (2, 2)),
+        (5, 0.0, layout(pp=2), (2, 3)),  # ties go to later stages
+        (7, 9.0, layout(pp=3), (3, 3, 1)),
+    ],
+)
+def test_layers_are_dealt_by_work(layers, head_cost, parallel, expected) -> None:
+    stages = split_layers(layers, parallel, head_cost=head_cost)
+    assert stages.layers == expected
+    # every layer stands where the layers of that place say it does
+    for layer in range(layers):
+        assert layer in stages.layers_at(stages.place_of_layer(layer))
+    assert stages.place_of_layer(0) == stages.first
+    assert stages.place_of_layer(layers - 1) == stages.last

@@ -200,7 +200,7 @@ def test_micro_batches_change_an_update_by_rounding_alone(
 ) -> None:
     """Against one micro-batch an update; five of them leave two empty."""
     batch = make_batch(6)
-    whole, cut = make_learner(ranks, folder, ALONE), make_learner(ranks, folder, ALONE)
+    whole, cut = make_learner(ranks, folder), make_learner(ranks, folder)
     whole.cutting = replace(whole.cutting, token_budget=10_000)
     cut.cutting = replace(cut.cutting, **{"token_budget": 10_000, **plan})
     assert len(whole.cutting.cut(batch, range(6))) == 1
