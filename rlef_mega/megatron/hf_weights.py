@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron.families import DenseConfig
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, stage_of
 from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
@@ -81,7 +81,7 @@ def open_safetensors(path: Path):
 
 
 def check_names(
-    tensors: list[HFTensor], found: set[str], config: LlamaConfig, folder: Path
+    tensors: list[HFTensor], found: set[str], config: DenseConfig, folder: Path
 ) -> None:
     expected = {tensor.name for tensor in tensors}
     # a tied head may be stored all the same, and old conversions store the RoPE frequencies
@@ -92,7 +92,7 @@ def check_names(
             some = ", ".join(sorted(names)[:5])
             raise ConfigError(
                 f"{folder} {what} {len(names)} tensor(s): {some}; "
-                f"it must be a Llama checkpoint that fits its config.json"
+                f"it must be a checkpoint that fits its config.json"
             )
 
 

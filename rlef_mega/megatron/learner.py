@@ -10,18 +10,15 @@ token-level values, A).
 """
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig
 
 from rlef_mega import ppo
 from rlef_mega.config import (
-    ConfigError,
     LearnerConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -29,6 +26,7 @@ from rlef_mega.config import (
 )
 from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.model import CriticModel, PolicyModel
@@ -45,16 +43,6 @@ POLICY_METRICS = (
     "entropy",
 )
 CRITIC_METRICS = ("value_loss", "value_clip_fraction")
-
-
-def read_config(folder: Path) -> LlamaConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
-    model_type = json.loads(path.read_text()).get("model_type")
-    if model_type != "llama":
-        raise ConfigError(f"{path}: model_type {model_type!r} is not supported; use a Llama model")
-    return LlamaConfig.from_pretrained(folder)
 
 
 class Learner:

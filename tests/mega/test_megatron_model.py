@@ -320,7 +320,7 @@ def test_learning_rate_warms_up_holds_and_decays() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "qwen2"}, "'qwen2' is not supported"),
+        ({"model_type": "mistral"}, "'mistral' is not supported"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type 'yarn' is not supported",
