@@ -329,19 +329,27 @@ class PolicyModel(PackedLlama):
         return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
 
 
+def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [1, D] and bias [1] of a new value head, drawn on the CPU, hence equal in every
+    layout.
+
+    Hidden states come out of a norm with entries of about 1, so this spread makes the first values
+    a tenth of a reward's size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1, hidden_size, generator=generator) * 0.1 / hidden_size**0.5
+    return weight, torch.zeros(1)
+
+
 class ValueHead(torch.nn.Linear):
     """A fp32 projection to one number, the same on every tensor-parallel rank."""
 
     def __init__(self, hidden_size: int, ranks: Ranks) -> None:
         super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)
-        # Drawn on the CPU from the run's seed, hence equal in every layout. Hidden states come out
-        # of a norm with entries of about 1, so this spread makes the first values a tenth of a
-        # reward's size.
-        generator = torch.Generator().manual_seed(ranks.seed)
-        weight = torch.randn(1, hidden_size, generator=generator) * 0.1 / hidden_size**0.5
+        weight, bias = draw_value_head(hidden_size, ranks.seed)
         with torch.no_grad():
             self.weight.copy_(weight)
-            self.bias.zero_()
+            self.bias.copy_(bias)
         for parameter in self.parameters():
             # read where the optimizer's groups are made
             parameter.is_value_head = True  # type: ignore[attr-defined]

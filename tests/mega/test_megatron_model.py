@@ -359,14 +359,13 @@ def test_an_export_is_what_transformers_and_we_load(
     folder: Path,
     tmp_path: Path,
     shard_bytes: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hf_weights, "SHARD_BYTES", shard_bytes)
     batch = make_batch(6)
     learner = make_learner(ranks, folder, ALONE)
     one_batch(learner, batch, seed=1)
     out = tmp_path / "exported"
-    hf_weights.export_hf(learner.policy_weights(), folder, out, torch.float32)
+    weights = learner.policy_weights()
+    hf_weights.export_hf(weights, folder, out, torch.float32, max_shard_size=shard_bytes)
     assert len(list(out.glob("*.safetensors"))) == (1 if shard_bytes == 10**9 else 8)
     truth = AutoModelForCausalLM.from_pretrained(out)
     ours = learner.score(batch).old_logprobs_T
