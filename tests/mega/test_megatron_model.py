@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    LlamaForCausalLM,
+)
 
 from rlef_mega import ppo
 from rlef_mega.config import (
@@ -22,6 +26,7 @@ from rlef_mega.config import (
     ParallelConfig,
     PPOConfig,
 )
+from rlef_mega.conversion import export_checkpoint
 from rlef_mega.megatron import checkpoint, hf_weights
 from rlef_mega.megatron.attention import PackedAttention, packed_sequences
 from rlef_mega.megatron.learner import Learner, SupervisedLearner
@@ -373,6 +378,26 @@ def test_an_export_is_what_transformers_and_we_load(
         torch.testing.assert_close(ours, hf_logprobs(truth, batch), rtol=0, atol=2e-5)
     again = make_learner(ranks, out, ALONE)
     assert torch.equal(again.score(batch).old_logprobs_T, ours)
+
+
+def test_exported_networks_score_in_transformers_as_in_ours(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    batch = make_batch(6)
+    learner = make_learner(ranks, folder, ALONE)
+    one_batch(learner, batch, seed=1)
+    saved = checkpoint.save_checkpoint(tmp_path, learner, step=1, state={})
+    scores = learner.score(batch)
+    for role in ("policy", "critic"):
+        export_checkpoint(saved, tmp_path / role, role=role, model=folder, verify=True)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic").eval()
+    assert critic.config.num_labels == 1
+    with torch.no_grad():
+        logprobs_T = hf_logprobs(policy, batch)
+        values_N = hf_values(critic, critic.score, batch)
+    torch.testing.assert_close(scores.old_logprobs_T, logprobs_T, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scores.values_N, values_N, rtol=0, atol=1e-5)
 
 
 def test_a_tied_head_that_is_stored_all_the_same_is_accepted(ranks: Ranks, tmp_path: Path) -> None:
