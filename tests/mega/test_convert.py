@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as torch_checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from rlef_mega.config import ConfigError
 from rlef_mega.conversion import export_checkpoint, import_folder
@@ -30,14 +30,9 @@ from rlef_mega.megatron.convert.places import find_checkpoint
 from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
 from rlef_mega.megatron.convert.to_hf import Export, plan_export
 from tests.mega.distributed import ROOT, free_port
+from tests.mega.families_worker import CASES, make_family
 from tests.mega.megatron_worker import make_model
 
-MODELS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tie_word_embeddings": True},
-    # SmolLM2's heads: nine queries on three keys
-    "nine-heads": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54},
-}
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE")
 
 
@@ -70,13 +65,13 @@ def same_bytes(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", CASES)
 def test_a_round_trip_gives_the_bytes_that_transformers_wrote(
-    tmp_path: Path, name: str, dtype: str
+    tmp_path: Path, case: str, dtype: str
 ) -> None:
-    model: LlamaForCausalLM = make_model(tmp_path / "float32", **MODELS[name])
-    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
-    import_folder(tmp_path / "hf", tmp_path / "checkpoint", verify=True)
+    model = make_family(tmp_path / "float32", case).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    import_folder(tmp_path / "hf", tmp_path / "checkpoint", role="both", verify=True)
     export_checkpoint(
         tmp_path / "checkpoint", tmp_path / "again", max_shard_size="20KB", verify=True
     )
@@ -85,6 +80,15 @@ def test_a_round_trip_gives_the_bytes_that_transformers_wrote(
     configs = [json.loads(each.pop("config.json")) for each in (first, again)]
     assert configs[0] == configs[1]
     assert first == again
+
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "critic", role="critic")
+    critic, report = AutoModelForTokenClassification.from_pretrained(
+        tmp_path / "critic", output_loading_info=True
+    )
+    assert not any(report.values())
+    trunk = model.model.state_dict()
+    assert trunk.keys() == critic.model.state_dict().keys()
+    assert all(torch.equal(trunk[k], v) for k, v in critic.model.state_dict().items())
 
 
 def test_blocks_chunks_and_files_of_any_size_hold_the_same(
@@ -309,7 +313,7 @@ def test_a_checkpoint_of_megatron_alone_is_read(folder: Path, tmp_path: Path) ->
 
     from rlef_mega.megatron.convert.stored_network import FUSED
     from rlef_mega.megatron.convert.weights import tensors_of
-    from rlef_mega.megatron.learner import read_config
+    from rlef_mega.megatron.families import read_config
 
     stored = load_file(folder / "model.safetensors")
     packed: dict[str, list[tuple[Any, torch.Tensor]]] = {}

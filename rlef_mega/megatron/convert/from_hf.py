@@ -33,8 +33,8 @@ from rlef_mega.megatron.convert.weights import (
     runs,
     tensors_of,
 )
+from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor
-from rlef_mega.megatron.learner import read_config
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from rlef_mega.megatron.convert.weights import (
     columns,
     tensors_of,
 )
+from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_names import HFTensor
-from rlef_mega.megatron.learner import read_config
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rlef_mega.megatron.convert.weights import (
     open_folder,
     tensors_of,
 )
-from rlef_mega.megatron.learner import read_config
+from rlef_mega.megatron.families import read_config
 
 
 def compare_tensors(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import LlamaConfig
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.companions import Role
 from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
 from rlef_mega.megatron.convert.stored_network import StoredNetwork
+from rlef_mega.megatron.families import DenseConfig
 from rlef_mega.megatron.hf_names import (
     EMBEDDING,
     HEAD,
@@ -37,7 +37,7 @@ class Weights(Protocol):
         """[stop - start, columns], of the stored dtype."""
 
 
-def tensors_of(role: Role, config: LlamaConfig) -> list[HFTensor]:
+def tensors_of(role: Role, config: DenseConfig) -> list[HFTensor]:
     return name_map(config) if role == "policy" else critic_map(config)
 
 
