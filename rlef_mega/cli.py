@@ -216,7 +216,7 @@ def doctor() -> None:
     import torch
 
     from rlef_mega.manifest import device, versions
-    from rlef_mega.megatron.accelerations import accelerations
+    from rlef_mega.megatron.accelerations import report
     from rlef_sandbox import Sandbox
 
     table = Table("what", "found")
@@ -224,7 +224,7 @@ def doctor() -> None:
     for package, number in versions().items():
         table.add_row(package, number)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for part, choice in accelerations(where, torch.bfloat16).items():
+    for part, choice in report(where, torch.bfloat16).items():
         table.add_row(part, choice)
     with Sandbox(workers=1) as sandbox:
         for layer, state in sandbox.isolation.items():

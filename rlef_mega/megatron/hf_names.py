@@ -22,6 +22,11 @@ if TYPE_CHECKING:  # converting files needs the names, not Megatron
     from rlef_mega.megatron.model import PackedLlama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Where Transformer Engine's modules keep a layer's norms; checkpoints keep the names on the left.
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
 
@@ -69,12 +74,16 @@ class HFTensor:
 
     def view(self, model: "PackedLlama") -> torch.Tensor:
         """This rank's part in a stage that holds it; of `Rows`, [blocks, pieces, rows, ...]."""
-        found = model
-        for part in self.parameter.split("."):
-            found = getattr(found, part)
-            if part == "layers":
-                assert self.layer is not None
-                found = found[self.layer - found[0].layer_number + 1]
+        _, in_layer, name = self.parameter.rpartition("layers.")
+        module: torch.nn.Module = model
+        if in_layer:
+            assert self.layer is not None
+            layers = model.decoder.layers
+            module = layers[self.layer - layers[0].layer_number + 1]
+            fused = FUSED_NORMS.get(name)
+            if fused and not hasattr(module.get_submodule(name.rpartition(".")[0]), "weight"):
+                name = fused
+        found = module.get_parameter(name)
         return self.rows.view(found) if self.rows else found
 
     def local_shape(self, tensor_parallel_size: int) -> list[int]:

@@ -41,7 +41,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlef_kernels import linear_logprob, linear_ppo_loss
 from rlef_mega.config import ParallelConfig, check_layout
-from rlef_mega.megatron.accelerations import fused_weight_gradients
+from rlef_mega.megatron.accelerations import choose
 from rlef_mega.megatron.attention import PackedAttention
 from rlef_mega.megatron.families import (
     DenseConfig,
@@ -122,7 +122,7 @@ def transformer_config(
         # weights are loaded, never drawn
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=fused_weight_gradients(device),
+        gradient_accumulation_fusion=choose(device.type, dtype).fused_weight_gradients,
         masked_softmax_fusion=False,
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=False,
