@@ -3,15 +3,19 @@ elsewhere."""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.launch import FAILED, STOPPED, launch, sandbox_token
+from rlef_mega.launch import FAILED, STOPPED, launch, launch_again, sandbox_token
+
+if TYPE_CHECKING:
+    from rlef_mega.megatron.convert.job import Processes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +27,12 @@ Recipe = Annotated[str, typer.Argument(help="a TOML file, or the name of a recip
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, as in run.steps=5")
 ]
+
+
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; else as stored")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what has the name")]
+Verify = Annotated[bool, typer.Option("--verify", help="compare the result with the source")]
+ProcessCount = Annotated[int, typer.Option(min=1, help="processes that write side by side")]
 
 
 @app.command()
@@ -58,14 +68,72 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command("export-hf")
 def export_hf(
-    run: Annotated[Path, typer.Argument(help="a run directory")],
+    checkpoint: Annotated[Path, typer.Argument(help="a run directory, or a checkpoint's folder")],
     out: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
+    role: Annotated[str, typer.Option(help="policy, or critic with its value head")] = "policy",
+    dtype: Dtype = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file, as in 5GB")] = "5GB",
+    step: Annotated[int | None, typer.Option(help="of a run; else its newest checkpoint")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="folder with config and tokenizer; else the run's own")
+    ] = None,
+    overwrite: Overwrite = False,
+    verify: Verify = False,
+    processes: ProcessCount = 1,
 ) -> None:
-    """Write the newest checkpoint's policy as a Hugging Face folder."""
-    from rlef_mega.export import export_checkpoint
+    """Write a checkpoint's network as a Hugging Face folder; a killed one goes on."""
 
-    export_checkpoint(run, out)
-    print(f"wrote {out}; load it with transformers.AutoModelForCausalLM.from_pretrained")
+    def work(ours: "Processes") -> None:
+        from rlef_mega.conversion import export_checkpoint
+
+        export_checkpoint(
+            checkpoint,
+            out,
+            role=role,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            step=step,
+            model=model,
+            overwrite=overwrite,
+            verify=verify,
+            processes=ours,
+        )
+
+    convert_with(processes, work)
+
+
+@app.command("import-hf")
+def import_hf(
+    folder: Annotated[Path, typer.Argument(help="a Hugging Face folder")],
+    out: Annotated[Path, typer.Argument(help="the checkpoint's folder to write")],
+    role: Annotated[str, typer.Option(help="policy, critic or both")] = "policy",
+    dtype: Dtype = None,
+    pad_vocabulary_to_multiple: Annotated[
+        int, typer.Option(help="rows of zeros after the vocabulary, as Megatron-LM pads")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="of a new critic's value head")] = 0,
+    overwrite: Overwrite = False,
+    verify: Verify = False,
+    processes: ProcessCount = 1,
+) -> None:
+    """Write a Hugging Face folder as a checkpoint, for any layout; a killed one goes on."""
+
+    def work(ours: "Processes") -> None:
+        from rlef_mega.conversion import import_folder
+
+        import_folder(
+            folder,
+            out,
+            role=role,
+            dtype=dtype,
+            pad_vocabulary_to_multiple=pad_vocabulary_to_multiple,
+            seed=seed,
+            overwrite=overwrite,
+            verify=verify,
+            processes=ours,
+        )
+
+    convert_with(processes, work)
 
 
 @app.command("import-smollm2")
@@ -148,7 +216,7 @@ def doctor() -> None:
     import torch
 
     from rlef_mega.manifest import device, versions
-    from rlef_mega.megatron.accelerations import accelerations
+    from rlef_mega.megatron.accelerations import report
     from rlef_sandbox import Sandbox
 
     table = Table("what", "found")
@@ -156,7 +224,7 @@ def doctor() -> None:
     for package, number in versions().items():
         table.add_row(package, number)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for part, choice in accelerations(where, torch.bfloat16).items():
+    for part, choice in report(where, torch.bfloat16).items():
         table.add_row(part, choice)
     with Sandbox(workers=1) as sandbox:
         for layer, state in sandbox.isolation.items():
@@ -184,6 +252,19 @@ def demo() -> None:
     from rlef_mega.demo import run_demo
 
     run_demo()
+
+
+def convert_with(processes: int, work: "Callable[[Processes], None]") -> None:
+    """Alone; or as one of several ranks, if torchrun or its environment says so; or by starting
+    them."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 and processes > 1:
+        if code := launch_again(processes, "rlef_mega.cli", sys.argv[1:]):
+            raise typer.Exit(code)
+        return
+    from rlef_mega.megatron.convert.job import Processes
+
+    work(Processes(int(os.environ.get("RANK", "0")), count))
 
 
 def finish(code: int, run_dir: Path) -> None:

@@ -82,7 +82,17 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
     return code
 
 
-def run_agent(processes: int, module: str, run_dir: str) -> int:
+def launch_again(processes: int, module: str, arguments: list[str]) -> int:
+    """Run `python -m module arguments` on this many ranks of this machine, each with one thread;
+    returns the first failing exit code or 0. A Ctrl-C ends them all."""
+    command = [sys.executable, "-m", "rlef_mega.launch", str(processes), module, *arguments]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run(
+        command, env=environment, preexec_fn=die_with_parent, check=False
+    ).returncode
+
+
+def run_agent(processes: int, module: str, *arguments: str) -> int:
     """torchrun's agent, without its report on exit codes that are ours."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -100,7 +110,7 @@ def run_agent(processes: int, module: str, run_dir: str) -> int:
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", module, run_dir)
+        elastic_launch(settings, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         return next(iter(error.failures.values())).exitcode
     return 0
@@ -126,4 +136,4 @@ def worker_main(work: Callable[[Path], int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_agent(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    sys.exit(run_agent(int(sys.argv[1]), *sys.argv[2:]))

@@ -2,10 +2,19 @@
 elsewhere."""
 
 import sys
+import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class StepProgress:
@@ -50,6 +59,51 @@ class StepProgress:
             self.bar.console.print(message)
         elif self.shown:
             print(message, flush=True)
+
+
+class ByteProgress:
+    """A context manager: bytes done, of how many, and how fast. On a terminal a bar; elsewhere
+    silent until the last line."""
+
+    def __init__(self, label: str, *, shown: bool) -> None:
+        self.label, self.shown = label, shown
+        self.first: int | None = None  # of a resumed conversion, what was there already
+        self.done = 0
+        self.started = time.perf_counter()
+        self.bar: Progress | None = None
+        if shown and sys.stdout.isatty():
+            self.bar = Progress(
+                TextColumn(f"[bold]{label}"),
+                BarColumn(bar_width=24),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(soft_wrap=True),
+            )
+            self.task = self.bar.add_task(label, total=None)
+
+    def __enter__(self) -> "ByteProgress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.shown and kind is None:
+            seconds = time.perf_counter() - self.started
+            moved = self.done - (self.first or 0)
+            print(
+                f"{self.label}: {self.done / 1e9:,.2f} GB in {seconds:,.1f} s, "
+                f"{moved / 1e6 / seconds:,.0f} MB/s"
+            )
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.first is None:
+            self.first = done
+        self.done = done
+        if self.bar:
+            self.bar.update(self.task, completed=done, total=total)
 
 
 def training_line(record: dict[str, Any], times: dict[str, float]) -> str:

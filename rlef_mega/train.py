@@ -24,8 +24,7 @@ from rlef_mega.guard import Guards
 from rlef_mega.judge import Grader, Judge, open_grader
 from rlef_mega.launch import STOPPED, StopRequest, sandbox_token, worker_main
 from rlef_mega.manifest import describe
-from rlef_mega.megatron import checkpoint, parallel
-from rlef_mega.megatron.accelerations import accelerations
+from rlef_mega.megatron import accelerations, checkpoint, parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.publish import publish
 from rlef_mega.packing import pack
@@ -46,6 +45,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     )
     if ranks.is_writer:
         run.lock()
+        accelerations.announce(ranks.device, *kernels_for(config))
     problems = load_problems(config.data.train)
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
@@ -146,9 +146,14 @@ def run_manifest(config: TrainConfig, grader: Grader, device: torch.device) -> d
     return describe(
         layout=config.parallel.model_dump(),
         critic_layout=config.critic_parallel.model_dump() if config.critic_parallel else "policy's",
-        accelerations=accelerations(device, getattr(torch, config.model.dtype)),
+        accelerations=accelerations.report(device, *kernels_for(config)),
         isolation=grader.isolation,
     )
+
+
+def kernels_for(config: TrainConfig) -> tuple[torch.dtype, accelerations.Layers]:
+    """What the choice of kernels depends on, besides the machine."""
+    return getattr(torch, config.model.dtype), config.model.layers
 
 
 def resume(run: RunDirectory, learner: Learner, *, writer: bool) -> int:

@@ -19,7 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rlef_mega.megatron.accelerations import attention_kernel
+from rlef_mega.megatron.accelerations import attention_kernel, varlen_options
 
 # Sequences share a padded block while they are at least this fraction of its longest. SDPA's work
 # grows with the square of the padded length: at 0.75 at most 44% of it is lost, and a micro-batch
@@ -136,6 +136,12 @@ class PackedAttention(MegatronModule):
     def torch_varlen(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        options = varlen_options(varlen_attn)
+        if "enable_gqa" not in options:
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        if self.scale is not None:  # PyTorch 2.10 knows its own default only
+            options["scale"] = self.scale
         output_THD = varlen_attn(
             query,
             key,
@@ -144,9 +150,7 @@ class PackedAttention(MegatronModule):
             packed.cu_seqlens_kv,
             packed.max_seqlen_q,
             packed.max_seqlen_kv,
-            scale=self.scale,
-            window_size=(-1, 0),  # causal
-            enable_gqa=True,
+            **options,
         )
         assert isinstance(output_THD, torch.Tensor)  # a pair only where more is asked for
         return output_THD

@@ -1,4 +1,4 @@
-"""The name map between Hugging Face checkpoints and Megatron's parameters, for Llama.
+"""The name map between Hugging Face checkpoints and Megatron's parameters.
 
 `name_map` lists every tensor of a checkpoint in Hugging Face's order: its full shape, the dimension
 along which tensor parallelism splits it, Megatron's name for the parameter that holds it, and which
@@ -15,14 +15,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaConfig
 
+from rlef_mega.megatron.families import DenseConfig, family_of, head_dim
 from rlef_mega.megatron.stages import Place, Stages
 
 if TYPE_CHECKING:  # converting files needs the names, not Megatron
     from rlef_mega.megatron.model import PackedLlama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Where Transformer Engine's modules keep a layer's norms; checkpoints keep the names on the left.
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
 
@@ -70,12 +75,16 @@ class HFTensor:
 
     def view(self, model: "PackedLlama") -> torch.Tensor:
         """This rank's part in a stage that holds it; of `Rows`, [blocks, pieces, rows, ...]."""
-        found = model
-        for part in self.parameter.split("."):
-            found = getattr(found, part)
-            if part == "layers":
-                assert self.layer is not None
-                found = found[self.layer - found[0].layer_number + 1]
+        _, in_layer, name = self.parameter.rpartition("layers.")
+        module: torch.nn.Module = model
+        if in_layer:
+            assert self.layer is not None
+            layers = model.decoder.layers
+            module = layers[self.layer - layers[0].layer_number + 1]
+            fused = FUSED_NORMS.get(name)
+            if fused and not hasattr(module.get_submodule(name.rpartition(".")[0]), "weight"):
+                name = fused
+        found = module.get_parameter(name)
         return self.rows.view(found) if self.rows else found
 
     def local_shape(self, tensor_parallel_size: int) -> list[int]:
@@ -85,7 +94,7 @@ class HFTensor:
         return shape
 
 
-def name_map(config: LlamaConfig) -> list[HFTensor]:
+def name_map(config: DenseConfig) -> list[HFTensor]:
     """Every tensor of a language model. A tied head has no entry: it is the embedding."""
     vocabulary = (config.vocab_size, config.hidden_size)
     tensors = trunk_map(config)
@@ -94,7 +103,7 @@ def name_map(config: LlamaConfig) -> list[HFTensor]:
     return tensors
 
 
-def critic_map(config: LlamaConfig) -> list[HFTensor]:
+def critic_map(config: DenseConfig) -> list[HFTensor]:
     """Every tensor of a critic: a token-classification model whose one label is the value."""
     hidden, fp32 = config.hidden_size, torch.float32
     return [
@@ -104,7 +113,7 @@ def critic_map(config: LlamaConfig) -> list[HFTensor]:
     ]
 
 
-def trunk_map(config: LlamaConfig) -> list[HFTensor]:
+def trunk_map(config: DenseConfig) -> list[HFTensor]:
     vocabulary, hidden = (config.vocab_size, config.hidden_size), config.hidden_size
     tensors = [HFTensor(EMBEDDING, vocabulary, 0, None, "embedding.word_embeddings.weight")]
     for layer in range(config.num_hidden_layers):
@@ -113,42 +122,51 @@ def trunk_map(config: LlamaConfig) -> list[HFTensor]:
     return [*tensors, norm]
 
 
-def layer_map(config: LlamaConfig, layer: int) -> list[HFTensor]:
+def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
     hidden, ffn = config.hidden_size, config.intermediate_size
-    head_dim, key_heads = config.head_dim, config.num_key_value_heads
-    assert head_dim is not None and key_heads is not None, "LlamaConfig fills them in"
-    queries, keys = config.num_attention_heads * head_dim, key_heads * head_dim
+    width, key_heads = head_dim(config), config.num_key_value_heads
+    assert key_heads is not None, "the config fills it in"
+    queries, keys = config.num_attention_heads * width, key_heads * width
     group = config.num_attention_heads // key_heads
+    family = family_of(config)
 
-    def heads(first: int, last: int) -> Rows:  # [G, group + 2, D, H]
-        return Rows(-1, group + 2, head_dim, first, last)
+    def heads(first: int, last: int) -> Rows:  # [G, group + 2, D, H]; of a bias, [G, group + 2, D]
+        return Rows(-1, group + 2, width, first, last)
 
     def half(which: int) -> Rows:
         return Rows(1, 2, -1, which, which + 1)
 
-    qkv, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1"
-    rows: list[tuple[str, tuple[int, ...], int | None, str, Rows | None]] = [
-        ("self_attn.q_proj", (queries, hidden), 0, qkv, heads(0, group)),
-        ("self_attn.k_proj", (keys, hidden), 0, qkv, heads(group, group + 1)),
-        ("self_attn.v_proj", (keys, hidden), 0, qkv, heads(group + 1, group + 2)),
-        ("self_attn.o_proj", (hidden, queries), 1, "self_attention.linear_proj", None),
-        ("mlp.gate_proj", (ffn, hidden), 0, fc1, half(0)),
-        ("mlp.up_proj", (ffn, hidden), 0, fc1, half(1)),
-        ("mlp.down_proj", (hidden, ffn), 1, "mlp.linear_fc2", None),
-        ("input_layernorm", (hidden,), None, "input_layernorm", None),
-        ("post_attention_layernorm", (hidden,), None, "pre_mlp_layernorm", None),
-    ]
-    return [
-        HFTensor(
-            f"model.layers.{layer}.{name}.weight",
-            shape,
-            split,
-            layer,
-            f"decoder.layers.{module}.weight",
-            part,
-        )
-        for name, shape, split, module, part in rows
-    ]
+    tensors: list[HFTensor] = []
+
+    def add(
+        name: str,
+        shape: tuple[int, ...],
+        split: int | None,
+        parameter: str,
+        rows: Rows | None = None,
+    ) -> None:
+        full_name, key = f"model.layers.{layer}.{name}", f"decoder.layers.{parameter}"
+        tensors.append(HFTensor(full_name, shape, split, layer, key, rows))
+
+    qkv, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1.weight"
+    for name, size, rows in (
+        ("self_attn.q_proj", queries, heads(0, group)),
+        ("self_attn.k_proj", keys, heads(group, group + 1)),
+        ("self_attn.v_proj", keys, heads(group + 1, group + 2)),
+    ):
+        add(f"{name}.weight", (size, hidden), 0, f"{qkv}.weight", rows)
+        if family.qkv_bias:
+            add(f"{name}.bias", (size,), 0, f"{qkv}.bias", rows)
+    add("self_attn.o_proj.weight", (hidden, queries), 1, "self_attention.linear_proj.weight")
+    if family.qk_norm:
+        add("self_attn.q_norm.weight", (width,), None, "self_attention.q_layernorm.weight")
+        add("self_attn.k_norm.weight", (width,), None, "self_attention.k_layernorm.weight")
+    add("mlp.gate_proj.weight", (ffn, hidden), 0, fc1, half(0))
+    add("mlp.up_proj.weight", (ffn, hidden), 0, fc1, half(1))
+    add("mlp.down_proj.weight", (hidden, ffn), 1, "mlp.linear_fc2.weight")
+    add("input_layernorm.weight", (hidden,), None, "input_layernorm.weight")
+    add("post_attention_layernorm.weight", (hidden,), None, "pre_mlp_layernorm.weight")
+    return tensors
 
 
 def place_of(tensor: HFTensor, stages: Stages) -> Place:

@@ -13,19 +13,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron.convert.companions import copy_companions
+from rlef_mega.megatron.convert.job import put_in_place
+from rlef_mega.megatron.convert.safetensors_files import (
+    MAX_SHARD_SIZE,
+    Stored,
+    plan_shards,
+    write_index,
+    write_tensors,
+)
+from rlef_mega.megatron.families import DenseConfig, read_config
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, place_of
 from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.stages import Place, Stages
 
 BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
-SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers does
-# beside the weights, whatever of these the source has
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 @torch.no_grad()
@@ -82,7 +87,7 @@ def open_safetensors(path: Path):
 
 
 def check_names(
-    tensors: list[HFTensor], found: set[str], config: LlamaConfig, folder: Path
+    tensors: list[HFTensor], found: set[str], config: DenseConfig, folder: Path
 ) -> None:
     expected = {tensor.name for tensor in tensors}
     # a tied head may be stored all the same, and old conversions store the RoPE frequencies
@@ -93,7 +98,7 @@ def check_names(
             some = ", ".join(sorted(names)[:5])
             raise ConfigError(
                 f"{folder} {what} {len(names)} tensor(s): {some}; "
-                f"it must be a Llama checkpoint that fits its config.json"
+                f"it must be a checkpoint that fits its config.json"
             )
 
 
@@ -130,7 +135,7 @@ def iter_hf_weights(
 
 
 def buckets(
-    config: LlamaConfig, stages: Stages, tensor_parallel_size: int, dtype: torch.dtype
+    config: DenseConfig, stages: Stages, tensor_parallel_size: int, dtype: torch.dtype
 ) -> Iterator[list[HFTensor]]:
     """Neighbouring tensors of one place, of at most BUCKET_BYTES a rank."""
     bucket: list[HFTensor] = []
@@ -185,7 +190,7 @@ def gather_bucket(
 
 def relay(
     named_tensors: Iterable[tuple[str, torch.Tensor]] | None,
-    config: LlamaConfig,
+    config: DenseConfig,
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -212,9 +217,10 @@ def export_hf(
     dtype: torch.dtype,
     *,
     is_writer: bool = True,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a folder that transformers loads: weights from the tensors, everything else from the
-    source.
+    """Write a folder that transformers loads: a policy's weights from the tensors, everything else
+    from the source.
 
     Collective where the tensors are (`iter_hf_weights`): every rank calls it, one of them with
     `is_writer`. The folder appears complete or not at all; an existing one is replaced.
@@ -223,56 +229,12 @@ def export_hf(
         for _ in named_tensors:
             pass
         return
-    temporary = out_folder.with_name(f".{out_folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    copy_companions(source_folder, temporary, dtype)
-    write_safetensors(named_tensors, temporary, dtype)
-    if out_folder.exists():
-        shutil.rmtree(out_folder)
-    temporary.rename(out_folder)
-
-
-def copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Configs, tokenizer, chat template, licence: as they are, but for the dtype."""
-    for pattern in COPIED:
-        for path in source.glob(pattern):
-            if path.name != "model.safetensors.index.json":
-                shutil.copyfile(path, out / path.name)
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_safetensors(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], out: Path, dtype: torch.dtype
-) -> None:
-    """Files of at most SHARD_BYTES and their index; one file alone needs none."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        save_file(pending, out / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, pending_bytes = {}, 0
-
-    for name, tensor in named_tensors:
-        size = tensor.numel() * dtype.itemsize
-        if pending and pending_bytes + size > SHARD_BYTES:
-            flush()
-        pending[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        pending_bytes, total_bytes = pending_bytes + size, total_bytes + size
-    flush()
-    if len(shards) == 1:
-        (out / "shard-0").rename(out / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"shard-{number}").rename(out / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    partial = out_folder.with_name(f".{out_folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = name_map(read_config(source_folder))
+    shards = plan_shards([Stored(t.name, t.shape, dtype) for t in tensors], max_shard_size)
+    write_tensors(partial, shards, named_tensors)
+    write_index(partial, shards)
+    copy_companions(source_folder, partial, role="policy", dtype=dtype)
+    put_in_place(partial, out_folder)

@@ -13,7 +13,6 @@ token-level values, A).
 
 import functools
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,17 +22,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig
 
 from rlef_mega import ppo
 from rlef_mega.config import (
-    ConfigError,
     LearnerConfig,
     OptimizerConfig,
     PPOConfig,
 )
 from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.model import CriticModel, PackedLlama, PolicyModel
@@ -59,16 +57,6 @@ POLICY_METRICS = (
 )
 CRITIC_METRICS = ("value_loss", "value_clip_fraction")
 ReadFunction = Callable[..., torch.Tensor]
-
-
-def read_config(folder: Path) -> LlamaConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
-    model_type = json.loads(path.read_text()).get("model_type")
-    if model_type != "llama":
-        raise ConfigError(f"{path}: model_type {model_type!r} is not supported; use a Llama model")
-    return LlamaConfig.from_pretrained(folder)
 
 
 class Learner:

@@ -1,10 +1,10 @@
-"""Llama as a Megatron-core GPTModel, in two forms: a policy that ends in hidden states and a critic
-with a scalar head.
+"""Llama and its relatives (`families`) as a Megatron-core GPTModel, in two forms: a policy that
+ends in hidden states and a critic with a scalar head.
 
 The policy's last stage returns hidden states after the final norm, not logits: scores and losses
 read the rows that they need and call the fused head (`rlef_kernels`) on them, so that logits are
 never stored. The critic reads its value at a few positions in the same way. Both are built from a
-Hugging Face `LlamaConfig`; weights come from `hf_weights`.
+Hugging Face config; weights come from `hf_weights`.
 
 Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each
 tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D
@@ -37,39 +37,31 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlef_kernels import linear_logprob, linear_ppo_loss
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
-from rlef_mega.megatron.accelerations import fused_weight_gradients
+from rlef_mega.flops import SequenceFlops
+from rlef_mega.megatron.accelerations import choose
 from rlef_mega.megatron.attention import PackedAttention
+from rlef_mega.megatron.families import (
+    DenseConfig,
+    check_family,
+    family_of,
+    head_dim,
+    rope_parameters,
+)
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.stages import Place, Stages, split_layers
 
-ROPE_TYPES = ("default", "llama3")
 # What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer.
 # The attention kernels already store nothing of size s x s.
 SELECTIVE_MODULES = ["mlp"]
 
 
-def rope_parameters(config: LlamaConfig) -> dict[str, Any]:
-    assert config.rope_parameters is not None, "LlamaConfig fills them in"
-    return dict(config.rope_parameters)
-
-
-def check_model(config: LlamaConfig, parallel: ParallelConfig) -> None:
-    """Refuse what this module would build wrongly, by name."""
-    if config.model_type != "llama":
-        raise ConfigError(f"model_type {config.model_type!r} is not supported; use a Llama model")
-    rope_type = rope_parameters(config)["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"rope_type {rope_type!r} is not supported; known: {ROPE_TYPES}")
-    for option in ("attention_bias", "mlp_bias"):
-        if getattr(config, option, False):
-            raise ConfigError(f"{option} = true is not supported; use a Llama model without biases")
-    if config.hidden_act != "silu":
-        raise ConfigError(f"hidden_act {config.hidden_act!r} is not supported; it must be 'silu'")
+def check_model(config: DenseConfig, parallel: ParallelConfig) -> None:
+    """Refuse what would be built or split wrongly, by name."""
+    check_family(config)
     check_layout(
         heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads or config.num_attention_heads,
@@ -81,7 +73,7 @@ def check_model(config: LlamaConfig, parallel: ParallelConfig) -> None:
 
 
 def transformer_config(
-    config: LlamaConfig,
+    config: DenseConfig,
     parallel: ParallelConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -109,12 +101,14 @@ def transformer_config(
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
-        kv_channels=config.head_dim,
+        kv_channels=head_dim(config),
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=family_of(config).qkv_bias,
+        qk_layernorm=family_of(config).qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -134,7 +128,7 @@ def transformer_config(
         # weights are loaded, never drawn
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=fused_weight_gradients(device),
+        gradient_accumulation_fusion=choose(device.type, dtype).fused_weight_gradients,
         masked_softmax_fusion=False,
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=False,
@@ -162,14 +156,11 @@ def refuse_batched_interleaving(config: TransformerConfig) -> None:
         )
 
 
-def stages_of(config: LlamaConfig, parallel: ParallelConfig, *, with_head: bool) -> Stages:
+def stages_of(config: DenseConfig, parallel: ParallelConfig, *, with_head: bool) -> Stages:
     """How this network is cut; a critic's value head is too small to count."""
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    key_heads = config.num_key_value_heads or config.num_attention_heads
-    attention = 2 * (config.num_attention_heads + key_heads) * head_dim * config.hidden_size
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
-    head = config.vocab_size * config.hidden_size if with_head else 0
-    return split_layers(config.num_hidden_layers, parallel, head_cost=head / layer)
+    work = SequenceFlops.of(config)
+    head_cost = work.head * config.num_hidden_layers / work.layers if with_head else 0.0
+    return split_layers(config.num_hidden_layers, parallel, head_cost=head_cost)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -184,13 +175,16 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(config: DenseConfig) -> ModuleSpec:
+    # each tensor-parallel rank normalises its own heads; Megatron sums these weights' gradients
+    # over the ranks because of `qk_layernorm`
+    qk_norm = RMSNorm if family_of(config).qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=PackedAttention,
         linear_proj=RowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
     )
     feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
@@ -219,7 +213,7 @@ class PackedLlama(GPTModel):
 
     def __init__(
         self,
-        hf_config: LlamaConfig,
+        hf_config: DenseConfig,
         ranks: Ranks,
         *,
         dtype: torch.dtype,
@@ -233,7 +227,8 @@ class PackedLlama(GPTModel):
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
         refuse_batched_interleaving(config)
         layers = TransformerBlockSubmodules(
-            layer_specs=[layer_spec()] * len(stages.layers_at(place)), layer_norm=RMSNorm
+            layer_specs=[layer_spec(hf_config)] * len(stages.layers_at(place)),
+            layer_norm=RMSNorm,
         )
         super().__init__(
             config,
@@ -255,9 +250,9 @@ class PackedLlama(GPTModel):
         for module in self.modules():  # who has none would ask Megatron's globals for it
             if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
                 module.tp_group = ranks.groups.tp
-        # Hugging Face's own frequencies: all of Llama 3.1's scaling parameters, of which Megatron
-        # takes only one
-        frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()
+        # Hugging Face's own frequencies, one formula for all families: all of Llama 3.1's scaling
+        # parameters, of which Megatron takes only one
+        frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
         self.rotary_pos_emb.inv_freq = frequencies.to(ranks.device, torch.float32)
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):
@@ -360,19 +355,27 @@ class PolicyModel(PackedLlama):
         return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
 
 
+def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [1, D] and bias [1] of a new value head, drawn on the CPU, hence equal in every
+    layout.
+
+    Hidden states come out of a norm with entries of about 1, so this spread makes the first values
+    a tenth of a reward's size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1, hidden_size, generator=generator) * 0.1 / hidden_size**0.5
+    return weight, torch.zeros(1)
+
+
 class ValueHead(torch.nn.Linear):
     """A fp32 projection to one number, the same on every tensor-parallel rank."""
 
     def __init__(self, hidden_size: int, ranks: Ranks) -> None:
         super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)
-        # Drawn on the CPU from the run's seed, hence equal in every layout. Hidden states come out
-        # of a norm with entries of about 1, so this spread makes the first values a tenth of a
-        # reward's size.
-        generator = torch.Generator().manual_seed(ranks.seed)
-        weight = torch.randn(1, hidden_size, generator=generator) * 0.1 / hidden_size**0.5
+        weight, bias = draw_value_head(hidden_size, ranks.seed)
         with torch.no_grad():
             self.weight.copy_(weight)
-            self.bias.zero_()
+            self.bias.copy_(bias)
         for parameter in self.parameters():
             # read where the optimizer's groups are made
             parameter.is_value_head = True  # type: ignore[attr-defined]
@@ -383,7 +386,7 @@ class CriticModel(PackedLlama):
 
     has_language_head = False
 
-    def __init__(self, hf_config: LlamaConfig, ranks: Ranks, **options: Any) -> None:
+    def __init__(self, hf_config: DenseConfig, ranks: Ranks, **options: Any) -> None:
         super().__init__(hf_config, ranks, **options)
         if self.post_process:
             self.output_layer = ValueHead(hf_config.hidden_size, ranks)

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.conversion import export_checkpoint
 from rlef_mega.megatron.model import refuse_batched_interleaving
 from rlef_mega.megatron.stages import split_layers
 from tests.mega.distributed import launch
@@ -105,6 +106,28 @@ def test_a_checkpoint_goes_on_in_another_layout(folder: Path, source: str, layou
     resumed = results(folder, f"{source}_{layout}")["second"]
     undisturbed = results(folder, "model_one")["second"]
     assert resumed["stats"] == pytest.approx(undisturbed["stats"], rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ("one", *SPLIT))
+def test_a_checkpoint_exports_to_what_was_trained(
+    folder: Path, tmp_path: Path, layout: str
+) -> None:
+    """Bit for bit what the live ranks gathered; the critic, which they do not gather, to rounding
+    that of one process."""
+    step = "step_000001"
+    export_checkpoint(folder / layout / step, tmp_path / "policy", model=folder / "model")
+    exported = load_file(tmp_path / "policy/model.safetensors")
+    trained = results(folder, f"model_{layout}")["first"]["weights"]
+    assert set(exported) == set(trained)
+    assert all(torch.equal(exported[name], value) for name, value in trained.items())
+    for name in {"one", layout}:
+        export_checkpoint(
+            folder / name / step, tmp_path / name, model=folder / "model", role="critic"
+        )
+    one, split = (load_file(tmp_path / name / "model.safetensors") for name in ("one", layout))
+    assert set(one) == set(split) and "score.bias" in one
+    for name, expected in one.items():
+        torch.testing.assert_close(split[name], expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    LlamaForCausalLM,
+)
 
 from rlef_mega import ppo
 from rlef_mega.config import (
@@ -22,6 +26,7 @@ from rlef_mega.config import (
     ParallelConfig,
     PPOConfig,
 )
+from rlef_mega.conversion import export_checkpoint
 from rlef_mega.megatron import checkpoint, hf_weights
 from rlef_mega.megatron.attention import PackedAttention, packed_sequences
 from rlef_mega.megatron.learner import Learner, SupervisedLearner
@@ -317,7 +322,7 @@ def test_learning_rate_warms_up_holds_and_decays() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "qwen2"}, "'qwen2' is not supported"),
+        ({"model_type": "mistral"}, "'mistral' is not supported"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type 'yarn' is not supported",
@@ -356,14 +361,13 @@ def test_an_export_is_what_transformers_and_we_load(
     folder: Path,
     tmp_path: Path,
     shard_bytes: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hf_weights, "SHARD_BYTES", shard_bytes)
     batch = make_batch(6)
     learner = make_learner(ranks, folder)
     one_batch(learner, batch, seed=1)
     out = tmp_path / "exported"
-    hf_weights.export_hf(learner.policy_weights(), folder, out, torch.float32)
+    weights = learner.policy_weights()
+    hf_weights.export_hf(weights, folder, out, torch.float32, max_shard_size=shard_bytes)
     assert len(list(out.glob("*.safetensors"))) == (1 if shard_bytes == 10**9 else 8)
     truth = AutoModelForCausalLM.from_pretrained(out)
     ours = learner.score(batch).old_logprobs_T
@@ -371,6 +375,26 @@ def test_an_export_is_what_transformers_and_we_load(
         torch.testing.assert_close(ours, hf_logprobs(truth, batch), rtol=0, atol=2e-5)
     again = make_learner(ranks, out)
     assert torch.equal(again.score(batch).old_logprobs_T, ours)
+
+
+def test_exported_networks_score_in_transformers_as_in_ours(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    batch = make_batch(6)
+    learner = make_learner(ranks, folder)
+    one_batch(learner, batch, seed=1)
+    saved = checkpoint.save_checkpoint(tmp_path, learner, step=1, state={})
+    scores = learner.score(batch)
+    for role in ("policy", "critic"):
+        export_checkpoint(saved, tmp_path / role, role=role, model=folder, verify=True)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic").eval()
+    assert critic.config.num_labels == 1
+    with torch.no_grad():
+        logprobs_T = hf_logprobs(policy, batch)
+        values_N = hf_values(critic, critic.score, batch)
+    torch.testing.assert_close(scores.old_logprobs_T, logprobs_T, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scores.values_N, values_N, rtol=0, atol=1e-5)
 
 
 def test_a_tied_head_that_is_stored_all_the_same_is_accepted(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""`rlef export-hf` and `rlef import-hf`: plan, write, show how far it is, and verify if asked."""
+
+from pathlib import Path
+
+import torch
+
+from rlef_mega.config import ConfigError
+from rlef_mega.megatron.convert.companions import Role
+from rlef_mega.megatron.convert.from_hf import Import, plan_import
+from rlef_mega.megatron.convert.job import Job, Processes
+from rlef_mega.megatron.convert.places import Checkpoint, find_checkpoint
+from rlef_mega.megatron.convert.to_hf import Export, plan_export
+from rlef_mega.megatron.convert.verify import compare_tensors
+from rlef_mega.progress import ByteProgress
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROLES: dict[str, tuple[Role, ...]] = {
+    "policy": ("policy",),
+    "critic": ("critic",),
+    "both": ("policy", "critic"),
+}
+
+
+def export_checkpoint(
+    path: Path,
+    out: Path,
+    *,
+    role: str = "policy",
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    step: int | None = None,
+    model: Path | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> None:
+    """A run's newest checkpoint, that of `step`, or the checkpoint at `path`, to a Hugging Face
+    folder. Raises ConfigError; `out` is whole or not there."""
+    (chosen,) = choose(ROLES, "--role", role, {"policy", "critic"})
+    found = find_checkpoint(path, step)
+    checkpoint = Checkpoint(found.folder, model or found.model)
+    wanted = Export(chosen, dtype_named(dtype), max_shard_size)
+    write(plan_export(checkpoint, out, wanted, overwrite=overwrite), checkpoint.folder, processes)
+    if verify:
+        compare(checkpoint, out, chosen, exported=True, processes=processes)
+
+
+def import_folder(
+    folder: Path,
+    out: Path,
+    *,
+    role: str = "policy",
+    dtype: str | None = None,
+    pad_vocabulary_to_multiple: int = 1,
+    seed: int = 0,
+    overwrite: bool = False,
+    verify: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> None:
+    """A Hugging Face folder to a checkpoint of weights. Raises ConfigError; `out` is whole or not
+    there."""
+    if pad_vocabulary_to_multiple < 1:
+        raise ConfigError(
+            f"--pad-vocabulary-to-multiple {pad_vocabulary_to_multiple}: it must be at least 1"
+        )
+    roles = choose(ROLES, "--role", role, set(ROLES))
+    wanted = Import(roles, dtype_named(dtype), pad_vocabulary_to_multiple, seed)
+    write(plan_import(folder, out, wanted, overwrite=overwrite), folder, processes)
+    if verify:
+        for chosen in roles:
+            checkpoint = Checkpoint(out, folder)
+            compare(checkpoint, folder, chosen, exported=False, processes=processes, seed=seed)
+
+
+def choose(
+    known: dict[str, tuple[Role, ...]], option: str, value: str, allowed: set[str]
+) -> tuple[Role, ...]:
+    if value not in allowed:
+        raise ConfigError(f"{option} {value!r}: use one of {', '.join(sorted(allowed))}")
+    return known[value]
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"--dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
+def write(job: Job, source: Path, processes: Processes) -> None:
+    if job.out.resolve() == source.resolve():
+        raise ConfigError(f"{job.out} is the source itself; choose another name")
+    with ByteProgress(f"writing {job.out}", shown=processes.rank == 0) as progress:
+        job.run(processes, progress)
+
+
+def compare(
+    checkpoint: Checkpoint,
+    folder: Path,
+    role: Role,
+    *,
+    exported: bool,
+    processes: Processes,
+    seed: int = 0,
+) -> None:
+    with ByteProgress(f"verifying {role}", shown=processes.rank == 0) as progress:
+        count = compare_tensors(
+            checkpoint,
+            folder,
+            role,
+            exported=exported,
+            processes=processes,
+            report=progress,
+            seed=seed,
+        )
+    if processes.rank == 0:
+        print(f"verified: {count} tensors of the {role} are equal bit by bit")

@@ -1,0 +1,55 @@
+"""What a Hugging Face folder has beside its weights: config, generation config, tokenizer, chat
+template, licence."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from rlef_mega.config import ConfigError
+from rlef_mega.megatron.convert.safetensors_files import INDEX
+
+Role = Literal["policy", "critic"]
+# whatever of these the source has
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+TEMPLATES = "additional_chat_templates"
+
+
+def copy_companions(source: Path, out: Path, *, role: Role, dtype: torch.dtype) -> None:
+    """The source's files as they are, but for what `config.json` says of role and dtype."""
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            if path.name != INDEX:
+                shutil.copyfile(path, out / path.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, out / TEMPLATES, dirs_exist_ok=True)
+    config = config_for(json.loads((source / "config.json").read_text()), role, dtype)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if role == "critic":  # it generates nothing
+        (out / "generation_config.json").unlink(missing_ok=True)
+
+
+def config_for(config: dict[str, Any], role: Role, dtype: torch.dtype) -> dict[str, Any]:
+    """A critic is a token-classification model whose one label is the value."""
+    names: Any = {
+        "policy": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "critic": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    }[role]
+    if config["model_type"] not in names:
+        raise ConfigError(
+            f"transformers has no class that a {role} of type {config['model_type']!r} could be"
+        )
+    dropped = {"torch_dtype", "id2label", "label2id", "num_labels"}
+    config = {key: value for key, value in config.items() if key not in dropped}
+    config["architectures"] = [names[config["model_type"]]]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if role == "critic":
+        config |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
+        config["tie_word_embeddings"] = False  # there is no head to tie
+    return config

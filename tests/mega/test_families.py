@@ -1,0 +1,118 @@
+"""Each family is transformers' own model: scores and all gradients, policy and critic, in one
+process and split. What is of no family is refused by name.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlef_mega.config import ConfigError, ParallelConfig
+from rlef_mega.megatron.families import check_family, read_config
+from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from tests.mega.distributed import launch
+from tests.mega.families_worker import (
+    CASES,
+    IN_LAYOUT,
+    ROPE_31,
+    check,
+    hf_logprobs,
+    make_family,
+)
+from tests.mega.megatron_worker import make_batch
+
+ALONE = ParallelConfig()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    world = initialize(ALONE, seed=7)
+    yield world
+    shutdown(world)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_and_gradients_are_hugging_faces(ranks: Ranks, tmp_path: Path, case: str) -> None:
+    check(tmp_path, ranks, make_family(tmp_path, case))
+
+
+@pytest.mark.parametrize("layout", IN_LAYOUT)
+def test_the_families_are_hugging_faces_in_split_layouts(tmp_path: Path, layout: str) -> None:
+    """Of a norm that each tensor-parallel rank applies to its own heads, and of biases that are
+    split, too: two processes compare their parts."""
+    for case in IN_LAYOUT[layout]:
+        make_family(tmp_path / case, case)
+    launch("tests.mega.families_worker", str(tmp_path), layout, processes=2)
+
+
+def test_llama_31_scaling_shows_in_these_lengths(tmp_path: Path) -> None:
+    """Else equality would not prove that it is applied."""
+    scaled = make_family(tmp_path / "scaled", "llama31")
+    config = json.loads((tmp_path / "scaled" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500_000.0}
+    plain = type(scaled)(type(scaled.config)(**config)).eval()
+    plain.load_state_dict(scaled.state_dict())
+    batch = make_batch(6)
+    with torch.no_grad():
+        apart = (hf_logprobs(scaled, batch) - hf_logprobs(plain, batch)).abs().max()
+    assert apart > 0.05
+
+
+@pytest.mark.parametrize(
+    "case, change, message",
+    [
+        ("llama31", {"model_type": "mistral"}, "'mistral' is not supported; supported are Llama"),
+        ("llama31", {"model_type": "gemma2"}, "'gemma2' is not supported"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported"),
+        ("qwen2", {"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported"),
+        ("llama31", {"model_type": None}, "None is not supported"),
+        ("llama31", {"attention_bias": True}, "attention_bias = true is not supported"),
+        ("qwen3", {"attention_bias": True}, "attention_bias = true is not supported"),
+        ("llama31", {"mlp_bias": True}, "mlp_bias = true is not supported"),
+        ("llama31", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "layer_types": None,
+                "max_window_layers": 2,
+            },
+            "layers with sliding_attention are not supported",
+        ),
+        *(
+            (
+                "qwen2",
+                {"rope_parameters": {"rope_type": kind, "rope_theta": 1e6, "factor": 4.0}},
+                f"rope_type '{kind}' is not supported",
+            )
+            for kind in ("yarn", "dynamic", "linear")
+        ),
+        (
+            "llama31",
+            {"rope_parameters": ROPE_31 | {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5 is not supported",
+        ),
+    ],
+)
+def test_what_is_of_no_family_is_refused_by_name(
+    tmp_path: Path, case: str, change: dict, message: str
+) -> None:
+    make_family(tmp_path, case)
+    check_family(read_config(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=f"config.json: .*{message}"):
+        read_config(tmp_path)
+
+
+def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
+    """Qwen2's own configs name one, switched off."""
+    make_family(tmp_path, "qwen2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 2}
+    config.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path).sliding_window is None
