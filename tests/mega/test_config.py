@@ -44,10 +44,10 @@ def test_the_papers_runs_have_its_arithmetic(recipe, world_size, updates):
     assert (config.rollout.turns, config.rollout.temperature) == (3, 1.0)
 
 
-def test_the_70b_layout_that_does_not_divide_is_refused():
-    overrides = ["parallel.pipeline_model_parallel_size=3"]
+def test_a_70b_layout_with_more_stages_than_layers_is_refused():
+    overrides = ["parallel.pipeline_model_parallel_size=81"]
     config = load_config(find_recipe("llama31_70b"), overrides, TrainConfig)
-    with pytest.raises(ConfigError, match=r"80 layers do not divide .* use one of \[1, 2, 4, 5"):
+    with pytest.raises(ConfigError, match="80 layers cannot be split into 81 stages"):
         plan_train(config)
 
 
