@@ -214,19 +214,21 @@ def figures(measured: dict[str, Any], tokens: int, peer: str) -> list[Figure]:
     return rows
 
 
-def notes(measured: dict[str, Any], rows: Sequence[Figure], peer: str, goal: float) -> list[str]:
+def notes(
+    measured: dict[str, Any], rows: Sequence[Figure], peer: str, goal: float | None
+) -> list[str]:
     """The verdict, against the faster of the peer's layouts, and what was left out."""
     ratios = [row for row in rows if row.unit == "ratio"]
     said = []
     if ratios:
         least = min(ratios, key=lambda row: row.median)
-        verdict = "met" if least.median >= goal else "missed"
+        verdict = "met" if goal and least.median >= goal else "missed"
+        ending = f", goal {goal:.2f}: {verdict}" if goal else ""
         said.append(
-            f"{least.name}: {least.median:.2f} ({least.low:.2f} to {least.high:.2f}), "
-            f"goal {goal:.2f}: {verdict}"
+            f"{least.name}: {least.median:.2f} ({least.low:.2f} to {least.high:.2f}){ending}"
         )
-    else:
+    elif goal:
         said.append(f"{peer} was not measured, so goal {goal:.2f} is open")
-    said += [f"{layout}: {way}" for layout, way in measured["chosen"].items()]
+    said += [f"{peer}, {layout}: {way}" for layout, way in measured["chosen"].items()]
     said += [f"not measured: {way}: {why}" for way, why in measured["left_out"].items()]
     return said

@@ -60,6 +60,7 @@ def benchmark(
     microbatch_tokens: int = 0,
     microbatches: int = 4,
     repeats: int = REPEATS,
+    dtype: str | None = None,
     limit_s: float = TIME_LIMIT_S,
 ) -> Report:
     """`layers`: a number, or "auto" for what fits; `recompute`: modes, with commas between; the
@@ -72,13 +73,14 @@ def benchmark(
         raise ConfigError(f"--recompute {sorted(unknown)}: known are {', '.join(RECOMPUTE)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(find_recipe(recipe), [], TrainConfig)
+    config = in_dtype(config, dtype or config.model.dtype)
     tokens = microbatch_tokens or (8192 if device.type == "cuda" else 2048)
-    dtype = getattr(torch, config.model.dtype)
+    torch_dtype = getattr(torch, config.model.dtype)
     whole = find_shape(recipe)
-    shape = whole.with_layers(how_many_layers(layers, whole, device, dtype, tokens))
+    shape = whole.with_layers(how_many_layers(layers, whole, device, torch_dtype, tokens))
     with tempfile.TemporaryDirectory(prefix="rlef-slice-") as name:
         folder = Path(name)
-        write_model(folder / "model", shape, dtype, device)
+        write_model(folder / "model", shape, torch_dtype, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the workers need all of it
         request = {
@@ -91,6 +93,10 @@ def benchmark(
         found, failures = run_workers(folder, config, request, modes)
     report = Slice(shape, found, failures, modes, config.model.dtype, device_name(device))
     return report.as_report(f"rlef bench slice: {recipe}", whole)
+
+
+def in_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
 def how_many_layers(
@@ -160,7 +166,7 @@ class Slice:
         device: str,
     ) -> None:
         self.shape, self.found, self.failures, self.modes = shape, found, failures, modes
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         # the table holds bfloat16 peaks
         self.peak = peak_flops(device) if dtype == "bfloat16" else None
 
@@ -175,7 +181,9 @@ class Slice:
             name = peers["peer"]
             beside = beside_hf.figures(peers, peers["tokens"], name)
             rows += beside
-            said += beside_hf.notes(peers, beside, name, PEER_GOAL)
+            # beside Liger, whose kernels need a GPU
+            goal = PEER_GOAL if self.device != "CPU" else None
+            said += beside_hf.notes(peers, beside, name, goal)
         said += [f"not measured: {name}: {why}" for name, why in self.failures.items()]
         for measured in self.found.values():
             said += [f"not measured: {what}" for what in measured.get("unmeasured", ())]
@@ -216,7 +224,7 @@ class Slice:
         for phase, seconds in measured["seconds"].items():
             if not seconds or (only_updates and phase not in UPDATES):
                 continue
-            name = phase + suffix
+            name = phase + suffix if phase in UPDATES else phase
             rows.append(Figure(f"{name} | time", "s", tuple(seconds)))
             if phase in flops:
                 rows.append(
