@@ -44,14 +44,14 @@ class Options:
 def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) -> None:
     """Measure, print the table, and write the figures to `out` if there is one. `recipe` is a run
     directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox` and `packing`."""
-    report = measure(what, recipe, options)
+    report = report_of(what, recipe, options)
     show(report)
     if out is not None:
         write(report, out)
         print(f"wrote {out}")
 
 
-def measure(what: str, recipe: str, options: Options) -> Report:
+def report_of(what: str, recipe: str, options: Options) -> Report:
     options.check(what)
     # imported where needed: each brings its part of the trainer, and the workers run as modules
     match what:

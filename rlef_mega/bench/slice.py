@@ -192,7 +192,6 @@ class Slice:
             shape=vars(self.shape),
             dtype=self.dtype,
             recompute=list(self.modes),
-            attention=phases.get("attention"),
             accelerations=phases.get("accelerations"),
             batch=phases.get("batch"),
             memory=phases.get("memory"),
@@ -200,7 +199,7 @@ class Slice:
             peers={
                 name: value
                 for name, value in self.found.get("peers", {}).items()
-                if name in ("peer", "versions", "first", "tried", "chosen", "attention")
+                if name in ("peer", "versions", "first", "tried", "chosen")
             },
             load_average=phases.get("load_average"),
         )

@@ -20,7 +20,6 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.flops import LlamaShape
 from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
-from rlef_mega.megatron.accelerations import attention_kernel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.train import make_learner
 
@@ -59,7 +58,6 @@ def work(folder: Path) -> int:
     found = duel.run(beside_hf.ways(device, [request["microbatch_tokens"]]), request["repeats"])
     measured = dataclasses.asdict(found) | describe_batch(batch)
     measured["peer"] = "Hugging Face with Liger" if has_liger(device) else "Hugging Face"
-    measured["attention"] = attention_kernel(device.type, dtype)
     measured["versions"] = {name: installed(name) for name in PACKAGES}
     if device.type == "cuda" and not has_liger(device):
         measured["unmeasured"] = ["Liger's kernels: no package liger_kernel"]

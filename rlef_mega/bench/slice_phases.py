@@ -23,7 +23,7 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.flops import LlamaShape
 from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
-from rlef_mega.megatron.accelerations import accelerations, attention_kernel
+from rlef_mega.megatron.accelerations import report
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.trained_model import forward
 from rlef_mega.packing import pack
@@ -45,8 +45,7 @@ def work(folder: Path) -> int:
         "matmul_flops": matmul_roof(device, dtype, request["microbatch_tokens"], shape),
         "batch": describe_batch(batch) | {"microbatches": request["microbatches"]},
         "lengths": batch.cu_seqlens.diff().tolist(),
-        "attention": attention_kernel(device.type, dtype),
-        "accelerations": accelerations(device, dtype),
+        "accelerations": report(device, dtype),
         "load_average": os.getloadavg()[0],
     }
     measured |= measure_phases(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_mega.bench import Options, measure, run_benchmark
+from rlef_mega.bench import Options, report_of, run_benchmark
 from rlef_mega.bench.against_trl import Round, as_rollout, find_python, layouts, ways_to_try
 from rlef_mega.bench.against_trl import figures as trl_figures
 from rlef_mega.bench.figures import Figure, shares
@@ -153,7 +153,7 @@ def test_trl_goes_with_training_only():
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="known: train, slice, rollout, step, sandbox"):
-        measure("speed", "demo", Options())
+        report_of("speed", "demo", Options())
 
 
 def test_a_recipe_whose_big_model_is_elsewhere_is_refused_rather_than_measured_on_another():
