@@ -37,13 +37,16 @@ test: lint
 test-gpu:
 	"$(GPU_PYTHON)" -m pytest -m gpu
 
+# Kernels and a slice of the 8B model beside their peers; two commands of at most 8 minutes each
 bench-gpu:
 	-"$(GPU_PYTHON)" -m pip install --quiet --no-deps --requirement benchmarks/requirements-kernels.txt
 	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench kernels --json benchmarks/results/kernels.json
 	"$(GPU_PYTHON)" -m rlef_mega.bench.roofline benchmarks/results/kernels.json docs/images/kernels_roofline.png
+	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench slice llama31_8b --recompute none,selective,full --json benchmarks/results/train_slice.json
 
 bench: setup
 	"$(BIN)/rlef" bench train --json benchmarks/results/train.json
+	"$(BIN)/rlef" bench train --against-hf --json benchmarks/results/train_against_hf.json
 	"$(BIN)/rlef" bench packing --json benchmarks/results/packing.json
 	"$(BIN)/rlef" bench rollout --json benchmarks/results/rollout.json
 

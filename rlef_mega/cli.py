@@ -234,15 +234,22 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="train, rollout, step, sandbox, kernels or packing")],
+    what: Annotated[
+        str, typer.Argument(help="train, slice, rollout, step, sandbox, kernels or packing")
+    ],
     recipe: Annotated[str, typer.Argument(help="recipe whose model and batch are used")] = "demo",
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
     against_trl: Annotated[bool, typer.Option(help="train: TRL's trainer beside ours")] = False,
+    against_hf: Annotated[bool, typer.Option(help="train: a plain loop beside ours")] = False,
+    layers: Annotated[str, typer.Option(help="slice: how many, or auto for what fits")] = "auto",
+    recompute: Annotated[
+        str, typer.Option(help="slice: none, selective, full, or a list")
+    ] = "none",
 ) -> None:
     """Measure throughput; a table, and JSON with device, versions and command."""
-    from rlef_mega.bench import run_benchmark
+    from rlef_mega.bench import Options, run_benchmark
 
-    run_benchmark(what, recipe, out, against_trl=against_trl)
+    run_benchmark(what, recipe, out, Options(against_trl, against_hf, layers, recompute))
 
 
 @app.command()

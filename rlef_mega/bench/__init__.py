@@ -6,37 +6,73 @@ of one run share a machine and a minute; compare those, and figures of different
 machine was quiet in both. docs/benchmarks.md says what each one means.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlef_mega.bench.figures import Report, show, write
 from rlef_mega.config import ConfigError
 
-BENCHMARKS = ("train", "rollout", "step", "sandbox", "kernels", "packing")
+BENCHMARKS = ("train", "slice", "rollout", "step", "sandbox", "kernels", "packing")
 
 
-def run_benchmark(what: str, recipe: str, out: Path | None, *, against_trl: bool) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What only some benchmarks take."""
+
+    against_trl: bool = False  # train
+    against_hf: bool = False  # train
+    layers: str = "auto"  # slice: a number, or what fits
+    recompute: str = "none"  # slice: modes, with commas between
+
+    def check(self, what: str) -> None:
+        """ConfigError for an option that this benchmark does not know."""
+        for option, benchmark in (
+            ("against_trl", "train"),
+            ("against_hf", "train"),
+            ("layers", "slice"),
+            ("recompute", "slice"),
+        ):
+            if getattr(self, option) != getattr(Options(), option) and what != benchmark:
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} goes with `rlef bench {benchmark}`, "
+                    f"not with {what!r}"
+                )
+        if self.against_trl and self.against_hf:
+            raise ConfigError("--against-trl and --against-hf are two benchmarks; choose one")
+
+
+def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) -> None:
     """Measure, print the table, and write the figures to `out` if there is one. `recipe` is a run
     directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox` and `packing`."""
-    if against_trl and what != "train":
-        raise ConfigError(f"--against-trl goes with `rlef bench train`, not with {what!r}")
-    report = measure(what, recipe, against_trl=against_trl)
+    report = report_of(what, recipe, options)
     show(report)
     if out is not None:
         write(report, out)
         print(f"wrote {out}")
 
 
-def measure(what: str, recipe: str, *, against_trl: bool) -> Report:
+def report_of(what: str, recipe: str, options: Options) -> Report:
+    options.check(what)
     # imported where needed: each brings its part of the trainer, and the workers run as modules
     match what:
-        case "train" if against_trl:
-            from rlef_mega.bench import against_trl as beside_trl
+        case "train" if options.against_trl:
+            from rlef_mega.bench import against_trl
 
-            return beside_trl.benchmark(recipe)
+            return against_trl.benchmark(recipe)
+        case "train" if options.against_hf:
+            from rlef_mega.bench import against_hf
+
+            return against_hf.benchmark(recipe)
         case "train":
             from rlef_mega.bench import train
 
             return train.benchmark(recipe)
+        case "slice":
+            from rlef_mega.bench import slice as slice_of_model
+
+            return slice_of_model.benchmark(
+                recipe, layers=options.layers, recompute=options.recompute
+            )
         case "rollout":
             from rlef_mega.bench import rollout
 

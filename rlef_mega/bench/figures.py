@@ -25,7 +25,7 @@ class Figure:
     """One measured quantity: a sample a repeat."""
 
     name: str
-    unit: str  # "tokens/s", "runs/s", "s", "ratio", or "share" (0 to 1)
+    unit: str  # "tokens/s", "TFLOP/s", "runs/s", "s", "MiB", "ratio", or "share" (0 to 1)
     samples: tuple[float, ...]
 
     @property
@@ -49,6 +49,8 @@ class Report:
     about: dict[str, Any]
     figures: tuple[Figure, ...]
     notes: tuple[str, ...] = ()
+    # figures named "what | quantity": shown as a row a what, medians only
+    pivoted: bool = False
 
 
 def describe_benchmark(**more: Any) -> dict[str, Any]:
@@ -79,16 +81,37 @@ def readable(value: float, unit: str) -> str:
 
 
 def show(report: Report) -> None:
-    table = Table("figure", "median", "lowest", "highest", "unit", title=report.title)
-    for figure in report.figures:
-        unit = "" if figure.unit == "share" else figure.unit
-        cells = [readable(v, figure.unit) for v in (figure.median, figure.low, figure.high)]
-        table.add_row(figure.name, *cells, unit)
     console = Console()
-    console.print(table)
+    figures = list(report.figures)
+    if report.pivoted:
+        console.print(pivot({figure.name: figure for figure in figures}, report.title))
+        figures = [figure for figure in figures if " | " not in figure.name]
+    if figures:
+        table = Table("figure", "median", "lowest", "highest", "unit", title=report.title)
+        for figure in figures:
+            unit = "" if figure.unit == "share" else figure.unit
+            cells = [readable(v, figure.unit) for v in (figure.median, figure.low, figure.high)]
+            table.add_row(figure.name, *cells, unit)
+        console.print(table)
     where = [report.about[name] for name in ("model", "device") if name in report.about]
     for note in (*report.notes, "measured on: " + ", ".join(where)):
         console.print(note)
+
+
+def pivot(figures: dict[str, Figure], title: str) -> Table:
+    named = [name.split(" | ") for name in figures if " | " in name]
+    rows, columns = (list(dict.fromkeys(part)) for part in zip(*named, strict=True))
+    units = {column: unit_of(figures, column) for column in columns}
+    headings = [f"{c}, {units[c]}" if units[c] not in (c, "share") else c for c in columns]
+    table = Table("phase", *headings, title=f"{title}, medians")
+    for row in rows:
+        cells = [figures.get(f"{row} | {column}") for column in columns]
+        table.add_row(row, *(readable(f.median, f.unit) if f else "" for f in cells))
+    return table
+
+
+def unit_of(figures: dict[str, Figure], column: str) -> str:
+    return next(f.unit for name, f in figures.items() if name.endswith(f" | {column}"))
 
 
 def markdown(path: Path) -> str:

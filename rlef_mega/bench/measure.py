@@ -43,6 +43,22 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def wall_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """By the clock, from an idle device to an idle device: for whole phases, whose work on the host
+    and on other streams (copies, collectives) counts too.
+    """
+    wait(device)
+    started = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        wait(device)
+
+
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     if device.type != "cuda":
         with AllocatedBytes() as memory:

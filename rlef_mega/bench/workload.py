@@ -56,12 +56,22 @@ class Workload:
 
     def in_data_parallel(self) -> "Workload":
         """The same on as many ranks, each with a whole model: no layer is split."""
-        world = ParallelConfig(
-            data_parallel_size=self.config.parallel.world_size,
-            processes_per_node=self.config.parallel.processes_per_node,
+        world = self.config.parallel.world_size
+        return self.variant("data-parallel", ParallelConfig(data_parallel_size=world))
+
+    def in_one_process(self) -> "Workload":
+        return self.variant("one-process", ParallelConfig())
+
+    def variant(self, name: str, parallel: ParallelConfig) -> "Workload":
+        """The same in another layout."""
+        config = self.config.model_copy(
+            update={
+                "parallel": parallel.model_copy(
+                    update={"processes_per_node": self.config.parallel.processes_per_node}
+                )
+            }
         )
-        config = self.config.model_copy(update={"parallel": world})
-        folder = self.folder / "data-parallel"
+        folder = self.folder / name
         folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(dump_toml(config))
         # read back, so that it is validated

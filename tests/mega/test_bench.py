@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_mega.bench import measure, run_benchmark
+from rlef_mega.bench import Options, report_of, run_benchmark
 from rlef_mega.bench.against_trl import Round, as_rollout, find_python, layouts, ways_to_try
 from rlef_mega.bench.against_trl import figures as trl_figures
 from rlef_mega.bench.figures import Figure, shares
@@ -148,12 +148,12 @@ def test_a_missing_trl_environment_is_named_with_its_remedy(monkeypatch):
 
 def test_trl_goes_with_training_only():
     with pytest.raises(ConfigError, match="goes with `rlef bench train`"):
-        run_benchmark("rollout", "demo", None, against_trl=True)
+        run_benchmark("rollout", "demo", None, Options(against_trl=True))
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="known: train, rollout, step, sandbox"):
-        measure("speed", "demo", against_trl=False)
+    with pytest.raises(ConfigError, match="known: train, slice, rollout, step, sandbox"):
+        report_of("speed", "demo", Options())
 
 
 def test_a_recipe_whose_big_model_is_elsewhere_is_refused_rather_than_measured_on_another():
