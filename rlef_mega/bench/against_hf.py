@@ -116,14 +116,12 @@ def on_policy_targets(learner: Learner, config: TrainConfig, batch: Batch) -> tu
 def policy_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str, float]:
     """One optimizer step of the policy on the whole batch."""
     everything = list(range(batch.num_sequences))
-    microbatches = learner.cutting.cut(batch, everything)
-    return learner.update_policy(batch, targets, everything, microbatches)
+    return learner.update_policy(batch, targets, everything)
 
 
 def critic_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str, float]:
     everything = list(range(batch.num_sequences))
-    microbatches = learner.cutting.cut(batch, everything)
-    return learner.update_critic(batch, targets, everything, microbatches)
+    return learner.update_critic(batch, targets, everything)
 
 
 def describe_batch(batch: Batch) -> dict[str, int]:

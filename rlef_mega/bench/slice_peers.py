@@ -68,7 +68,7 @@ def work(folder: Path) -> int:
 
 def forget_critic(learner: Learner) -> None:
     """Its memory is the peer's."""
-    del learner.critic, learner.critic_model
+    learner.critic = None
     gc.collect()
     if learner.ranks.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -24,8 +24,8 @@ from rlef_mega.flops import LlamaShape
 from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.accelerations import report
-from rlef_mega.megatron.learner import Learner
-from rlef_mega.megatron.trained_model import forward
+from rlef_mega.megatron.learner import Learner, ReadFunction
+from rlef_mega.megatron.trained_model import FrozenModel, TrainedModel
 from rlef_mega.packing import pack
 from rlef_mega.train import make_learner
 from rlef_mega.types import Batch, Targets
@@ -71,28 +71,26 @@ def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:
     """What a training step is made of, in its order."""
     everything = range(batch.num_sequences)
 
-    def logprobs(model) -> Callable[[], object]:
-        read = learner.read_logprobs(model)
-        return lambda: forward(model, learner.cutting.cut(batch, everything), read)
+    policy, critic, reference = learner.policy, learner.critic, learner.reference
+    assert policy and critic, "a slice is measured on ranks that hold all networks"
 
-    def values() -> None:
-        microbatches = learner.cutting.cut(batch, everything)
-        forward(learner.critic_model, microbatches, learner.read_values)
+    def outputs(model: TrainedModel | FrozenModel, read: ReadFunction) -> Callable[[], object]:
+        return lambda: learner.outputs(model.chunks, learner.cutting.cut(batch, everything), read)
 
     def gather() -> None:
         for _ in learner.policy_weights():
             pass
 
     found: Phases = {
-        "old log-probs": logprobs(learner.policy_model),
-        "values": values,
+        "old log-probs": outputs(policy, learner.read_logprobs),
+        "values": outputs(critic, learner.read_values),
         "critic update": lambda: critic_update(learner, batch, targets),
         "policy update": lambda: policy_update(learner, batch, targets),
-        "policy optimizer step alone": learner.policy.step,
+        "policy optimizer step alone": policy.step,
         "weights gathered for publication": gather,
     }
-    if learner.reference is not None:
-        found = {"reference log-probs": logprobs(learner.reference), **found}
+    if reference is not None:
+        found = {"reference log-probs": outputs(reference, learner.read_logprobs), **found}
     return found
 
 

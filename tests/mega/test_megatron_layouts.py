@@ -108,7 +108,7 @@ def test_a_checkpoint_goes_on_in_another_layout(folder: Path, source: str, layou
     assert resumed["stats"] == pytest.approx(undisturbed["stats"], rel=2e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ("one", *SPLIT))
+@pytest.mark.parametrize("layout", ("one", *TWO, *TWO_WITH_OFFLOAD))
 def test_a_checkpoint_exports_to_what_was_trained(
     folder: Path, tmp_path: Path, layout: str
 ) -> None:
