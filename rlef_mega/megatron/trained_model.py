@@ -134,6 +134,11 @@ class TrainedModel:
             overrides[ParamKey(attr="is_value_head")] = {"min_lr": 0.0}
         self.optimizer = get_megatron_optimizer(options, [self.wrapped], overrides)
 
+    @property
+    def chunks(self) -> list[PackedLlama]:
+        """The network's parts on this rank."""
+        return [self.module]
+
     @calls_megatron
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss: LossFunction, names: Sequence[str]
