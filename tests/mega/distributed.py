@@ -16,6 +16,19 @@ from torch.distributed import TCPStore
 ROOT = Path(__file__).parents[2]
 
 
+def keep_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def address(store: TCPStore) -> dict[str, str]:
+    """Environment variables by which processes meet there: as under torchrun, no rank keeps it."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
 def next_world() -> None:
     """Point this worker at a store of its own for its next world."""
     first, *others = os.environ["WORLD_PORTS"].split()
@@ -24,16 +37,11 @@ def next_world() -> None:
 
 def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240) -> None:
     """Run `python -m module arguments` in so many processes; fail with their output if one does."""
-    stores = [
-        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for _ in range(max(1, len(arguments)))
-    ]
+    stores = [keep_store() for _ in range(max(1, len(arguments)))]
     shared = {
         "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(stores[0].port),
+        **address(stores[0]),
         "WORLD_PORTS": " ".join(str(store.port) for store in stores),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # as under torchrun: no rank keeps the store
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "sandbox")])
