@@ -33,7 +33,9 @@ class RunConfig(Section):
         gt=0, description="rollout batches; each gives ppo.updates_per_batch updates"
     )
     checkpoint_every: int = Field(10, gt=0)
-    keep_checkpoints: int = Field(2, gt=0)
+    checkpoint_async: bool = Field(True, description="write while training goes on")
+    keep_checkpoints: int = Field(2, gt=0, description="the newest ones")
+    keep_best: bool = Field(True, description="and the best on data.valid, of those evaluated")
 
 
 class ModelShape(Section):
@@ -241,6 +243,7 @@ class SFTConfig(Section):
     steps: int = Field(gt=0)
     dialogues_per_step: int = Field(32, gt=0)
     checkpoint_every: int = Field(200, gt=0)
+    checkpoint_async: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     microbatch_tokens: int = Field(4096, gt=0)
     vocab_size: int = Field(704, gt=0)

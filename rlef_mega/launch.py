@@ -1,9 +1,11 @@
 """Launching ranks on one node, and what every worker process does around its work.
 
 Theory of operation: `rlef` validates everything it can, writes the run directory, and starts one
-process group for the ranks through torchrun's own agent, in a session of its own. A Ctrl-C or
-SIGTERM reaches `rlef` alone; it leaves a file `stop`, which the ranks see at the end of their step.
-If `rlef` dies, even by SIGKILL, the kernel kills the agent, and with it the ranks
+process group for the ranks through torchrun's own agent, in a session of its own. A Ctrl-C,
+SIGTERM or SIGUSR1 (which Slurm sends before a time limit) leaves a file `stop`, which the ranks see
+at the end of their step; a second Ctrl-C does not wait. The agent ignores these signals, because
+Slurm sends them to every process of a step, and ranks that get them do as the file asks. If `rlef`
+dies, even by SIGKILL, the kernel kills the agent, and with it the ranks
 (PR_SET_PDEATHSIG), so that no orphan goes on writing. Under Slurm, srun starts the worker modules
 directly and none of this file but `worker_main` and `StopRequest` is used.
 """
@@ -18,7 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3  # exit code of a run that was asked to stop; the same command goes on with it
 FAILED = 2  # exit code of a run that ended with a message
 PR_SET_PDEATHSIG = 1
@@ -30,12 +34,12 @@ def sandbox_token() -> str | None:
 
 
 class StopRequest:
-    """SIGINT, SIGTERM or the file `stop`: finish the step, save, end."""
+    """SIGINT, SIGTERM, SIGUSR1 or the file `stop`: finish the step, save, end."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.signalled = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, self.note)
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -43,6 +47,12 @@ class StopRequest:
 
     def requested(self) -> bool:
         return self.signalled or self.file.exists()
+
+    def obeyed(self, *, writer: bool) -> int:
+        """The exit code; the file is removed, or it would stop the run that goes on."""
+        if writer:
+            self.file.unlink(missing_ok=True)
+        return STOPPED
 
 
 def die_with_parent() -> None:
@@ -69,13 +79,14 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
     )
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        if stop_file.exists():  # asked twice: do not wait for the step
-            child.kill()
+        if stop_file.exists():
+            if number == signal.SIGINT:  # asked twice: do not wait for the step
+                child.kill()
         else:
             print("\nstopping: the current step is finished and saved first", flush=True)
             stop_file.touch()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, ask_to_stop)
     code = child.wait()
     stop_file.unlink(missing_ok=True)
@@ -98,6 +109,8 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     die_with_parent()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
@@ -108,12 +121,19 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
         run_id=f"rlef-{os.getpid()}",
         max_restarts=0,
         monitor_interval=0.2,
+        **known_options(LaunchConfig, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=2),
     )
     try:
         elastic_launch(settings, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         return next(iter(error.failures.values())).exitcode
     return 0
+
+
+def known_options(config: Any, **options: object) -> dict[str, Any]:
+    """Those that this version of torch has: which signals end all ranks (ours do not), and how long
+    ranks are waited for when one has failed (they cannot go on without it)."""
+    return {name: value for name, value in options.items() if name in config.__dataclass_fields__}
 
 
 def worker_main(work: Callable[[Path], int]) -> None:

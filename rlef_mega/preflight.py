@@ -24,7 +24,11 @@ from rlef_mega.record import write_atomically
 FREE_TO_CHANGE = {
     "run.steps",
     "run.checkpoint_every",
+    "run.checkpoint_async",
     "run.keep_checkpoints",
+    "run.keep_best",
+    "checkpoint_every",  # of the supervised stage
+    "checkpoint_async",
     "judge.servers",
     "judge.deadline_s",
 }

@@ -4,12 +4,16 @@
     report.html
 
 metrics.jsonl has one line a step. A run that was killed may have written lines beyond its last
-checkpoint: `resume` cuts them off, so that the file reads as if the run had never stopped.
+checkpoint: `resume` cuts them off, so that the file reads as if the run had never stopped. A full
+disk does not stop a run: lines wait for room, and a step's episodes, which nothing reads back, are
+left out.
 """
 
+import errno
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +26,7 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.types import Episode, Problem, TestOutcome
 from rlef_sandbox import CallTest
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEXT_LIMIT = 10_000  # characters of any one text in an episode record
 
 
@@ -55,6 +60,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.stop_request = path / "stop"
         self.lock_file: TextIO | None = None
+        self.waiting: list[str] = []  # lines for which the disk had no room
 
     def lock(self) -> None:
         """Raises RuntimeError if another live process works in this directory. The lock ends with
@@ -91,15 +97,36 @@ class RunDirectory:
         return records
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.waiting.append(json.dumps(record) + "\n")
+        whole = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+        with room_or_warning(f"{len(self.waiting)} lines of {self.metrics_path} wait for room"):
+            try:
+                with open(self.metrics_path, "a") as file:
+                    file.write("".join(self.waiting))
+            except OSError:
+                if self.metrics_path.exists():
+                    os.truncate(self.metrics_path, whole)
+                raise
+            self.waiting.clear()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
 
     def write_episodes(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomically(self.path / name, zstandard.compress(text.encode()))
+        with room_or_warning(f"{self.path / name} is left out"):
+            write_atomically(self.path / name, zstandard.compress(text.encode()))
+
+
+@contextmanager
+def room_or_warning(consequence: str) -> Iterator[None]:
+    """A full disk is said, and what follows from it; the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        print(f"WARNING: {error}: {consequence}", file=sys.stderr, flush=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -17,8 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.chat import ChatFormat
 from rlef_mega.config import SFTConfig, load_config
-from rlef_mega.launch import STOPPED, StopRequest, worker_main
-from rlef_mega.megatron import checkpoint, parallel
+from rlef_mega.launch import StopRequest, worker_main
+from rlef_mega.manifest import versions
+from rlef_mega.megatron import parallel
+from rlef_mega.megatron.checkpoint import Checkpoints
 from rlef_mega.megatron.hf_weights import export_hf
 from rlef_mega.megatron.learner import SupervisedLearner
 from rlef_mega.packing import pack
@@ -35,6 +37,7 @@ UNGRADED = Verdict((), public_passed=False, solved=None)
 def supervise(config: SFTConfig) -> int:
     """Run or resume the stage; 0 when `model/` is there, STOPPED when asked to stop before."""
     run = RunDirectory(Path(config.dir))
+    stop = StopRequest(run.stop_request)
     ranks = parallel.initialize(config.parallel, seed=config.seed)
     if ranks.is_writer:
         run.lock()
@@ -46,11 +49,17 @@ def supervise(config: SFTConfig) -> int:
         microbatch_tokens=config.microbatch_tokens,
         dtype=config.dtype,
     )
-    newest = checkpoint.latest_checkpoint(run.checkpoints)
-    first = checkpoint.load_checkpoint(newest, learner)[0] if newest else 0
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        learner,
+        keep=1,
+        asynchronous=config.checkpoint_async,
+        about={"versions": versions(), "layout": config.parallel.model_dump()},
+    )
+    resumed = checkpoints.resume()
+    first = resumed[0] if resumed else 0
     if ranks.is_writer:
         run.resume(first)
-    stop = StopRequest(run.stop_request)
     clock = Clock()
     with StepProgress(
         "supervised", done=first, total=config.steps, shown=ranks.is_writer, every=50
@@ -60,6 +69,7 @@ def supervise(config: SFTConfig) -> int:
             dialogues = sft_dialogues(start, config.dialogues_per_step, config.seed)
             batch = pack([encode(d, chat) for d in dialogues], invalid_code_penalty=0.0)
             record = {"step": step, "tokens": batch.num_tokens, **learner.supervised_update(batch)}
+            record["checkpoint_failures"] = checkpoints.failures
             times = clock.lap()
             if ranks.is_writer:
                 run.append_metrics({**record, "time": times})
@@ -68,11 +78,14 @@ def supervise(config: SFTConfig) -> int:
             )
             due = step % config.checkpoint_every == 0
             stopping = (due or step % 10 == 0) and any_rank(stop.requested())
-            if due or stopping:
-                checkpoint.save_checkpoint(run.checkpoints, learner, step=step, state={})
-                checkpoint.prune(run.checkpoints, keep=1)
+            with clock("checkpoint"):
+                checkpoints.poll()
+                if due or stopping:
+                    checkpoints.save(step, {"seed": config.seed, "metrics_lines": step})
             if stopping:
-                return STOPPED
+                checkpoints.require_saved()
+                return stop.obeyed(writer=ranks.is_writer)
+    checkpoints.finish()
     dtype = getattr(torch, config.dtype)
     export_hf(learner.policy_weights(), run.path / "init", run.path / "model", dtype)
     parallel.shutdown(ranks)

@@ -4,9 +4,10 @@ the engine.
 Theory of operation: SPMD under torchrun or srun; every rank runs this file. A rank drives its share
 of the dialogues, then all ranks hold all episodes of the step: packing, targets and metrics are
 computed alike everywhere, and the learner splits its work by its layout. Rank 0 writes the run
-directory. A request to stop (SIGINT, SIGTERM, or a file `stop` in the run directory) is seen by all
-ranks together at the end of a step, which is then saved. A run that was killed goes on from its
-newest checkpoint and ends with the numbers of an undisturbed one.
+directory. A request to stop (SIGINT, SIGTERM, SIGUSR1, or a file `stop` in the run directory) is
+seen by all ranks together at the end of a step, which is then saved. Other checkpoints are written
+while training goes on. A run that was killed goes on from its newest one and ends with the numbers
+of an undisturbed one.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,12 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import Evaluator
-from rlef_mega.guard import Guards
+from rlef_mega.guard import GuardError, Guards
 from rlef_mega.judge import Grader, Judge, open_grader
-from rlef_mega.launch import STOPPED, StopRequest, sandbox_token, worker_main
-from rlef_mega.manifest import describe
-from rlef_mega.megatron import accelerations, checkpoint, parallel
+from rlef_mega.launch import StopRequest, sandbox_token, worker_main
+from rlef_mega.manifest import describe, versions
+from rlef_mega.megatron import accelerations, parallel
+from rlef_mega.megatron.checkpoint import Checkpoints
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.publish import publish
 from rlef_mega.packing import pack
@@ -40,6 +42,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     """Run or resume. Returns 0 when all steps are done and STOPPED when asked to stop before.
     `grading_token` is what `judge.servers` are shown."""
     run = RunDirectory(Path(config.run.dir))
+    stop = StopRequest(run.stop_request)
     ranks = parallel.initialize(
         config.parallel, critic=config.critic_parallel, seed=config.run.seed
     )
@@ -51,9 +54,9 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     rules = dialogue_rules(config, chat)
     learner = make_learner(config, ranks)
     engine = LocalEngine(Path(config.model.path), dtype=config.model.dtype, device=ranks.device)
-    first = resume(run, learner, writer=ranks.is_writer)
+    checkpoints = make_checkpoints(config, run, learner)
+    first = resume(run, checkpoints, writer=ranks.is_writer)
     guards = Guards(config.guard, config.rollout.max_drop_fraction)
-    stop = StopRequest(run.stop_request)
     with (
         open_grader(**config.judge.model_dump(), token=grading_token) as grader,
         StepProgress("RLEF", done=first, total=config.run.steps, shown=ranks.is_writer) as progress,
@@ -100,32 +103,41 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 "updates": step * config.ppo.updates_per_batch,
                 "episodes": len(held.episodes),
                 "dropped": dict(held.drops),
-                "learner_seconds": learner.take_seconds(),
                 **metrics.episode_metrics(held.episodes),
                 **target_metrics,
                 **update_metrics,
                 **metrics.logprob_gap(batch, scores),
+                "checkpoint_failures": checkpoints.failures,
             }
             if config.eval.every and step % config.eval.every == 0:
                 with clock("evaluate"):
                     record["valid_solved"] = evaluator.quick(step)
             stopping = any_rank(stop.requested())
             due = step % config.run.checkpoint_every == 0 or step == config.run.steps
+            learner_times = learner.take_seconds()
             times = clock.lap()  # what follows is counted in the next step
             if ranks.is_writer:
-                run.append_metrics({**record, "time": times})
+                run.append_metrics({**record, "time": times, "learner_time": learner_times})
                 if due:
                     episodes = episode_records(held.episodes, chosen, chat, targets, batch)
                     run.write_episodes(f"episodes/step_{step:06d}.jsonl.zst", episodes)
             progress.step(training_line(record, times))
-            guards.check(record)
-            if due or stopping:
-                with clock("checkpoint"), learner.whole():
-                    checkpoint.save_checkpoint(run.checkpoints, learner, step=step, state={})
-                    checkpoint.prune(run.checkpoints, keep=config.run.keep_checkpoints)
+            try:
+                guards.check(record)
+            except GuardError:
+                checkpoints.finish()  # of steps before the fault
+                raise
+            with clock("checkpoint"):  # what training waits for
+                checkpoints.poll()
+                if due or stopping:
+                    state = position(config, step)
+                    checkpoints.save(step, state, score=record.get("valid_solved"))
             if stopping:
-                return STOPPED
+                checkpoints.require_saved()
+                return stop.obeyed(writer=ranks.is_writer)
+        checkpoints.finish()
         evaluator.full("after")
+        checkpoints.require_saved()
     parallel.shutdown(ranks)
     return 0
 
@@ -156,14 +168,33 @@ def kernels_for(config: TrainConfig) -> tuple[torch.dtype, accelerations.Layers]
     return getattr(torch, config.model.dtype), config.model.layers
 
 
-def resume(run: RunDirectory, learner: Learner, *, writer: bool) -> int:
+def make_checkpoints(config: TrainConfig, run: RunDirectory, learner: Learner) -> Checkpoints:
+    return Checkpoints(
+        run.checkpoints,
+        learner,
+        keep=config.run.keep_checkpoints,
+        keep_best=config.run.keep_best,
+        asynchronous=config.run.checkpoint_async,
+        about={"versions": versions(), "layout": config.parallel.model_dump()},
+    )
+
+
+def position(config: TrainConfig, step: int) -> dict[str, Any]:
+    """Where a run stands after a step, beside its networks: problems are drawn by step and seed,
+    the engine's weights carry the step as their version, and metrics.jsonl has a line a step."""
+    return {
+        "seed": config.run.seed,
+        "problems_drawn": step * config.rollout.episodes_per_batch,
+        "weight_version": step,
+        "metrics_lines": step,
+    }
+
+
+def resume(run: RunDirectory, checkpoints: Checkpoints, *, writer: bool) -> int:
     """Load the newest good checkpoint, if any, and forget what was recorded after it. Returns its
     step, or 0."""
-    newest = checkpoint.latest_checkpoint(run.checkpoints)
-    step = 0
-    if newest:
-        with learner.whole():
-            step = checkpoint.load_checkpoint(newest, learner)[0]
+    resumed = checkpoints.resume()
+    step = resumed[0] if resumed else 0
     if writer:
         run.resume(step)
     return step

@@ -1,49 +1,56 @@
 """Checkpoints: a run can be killed at any moment and goes on where it was, with the same numbers.
 
-Theory of operation. All ranks call `save_checkpoint` and `load_checkpoint` together. Each writes
-its part of every network (Megatron's dist_checkpointing, torch_dist format) into `step_000010.tmp`;
-then the ranks checksum all files between them, rank 0 writes the list of files, sizes and checksums
-as `manifest.json`, last, and renames the folder. So a folder without `.tmp` is complete, unless
-something damaged it afterwards: then the manifest tells. Saving happens inside the process: no
-helper processes, which would import the main module again.
+Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` together, between steps.
 
-    step_000010/manifest.json  meta.json  rng.pt  policy/  critic/
+- `save` copies every rank's share to its host memory (checkpoint_writer), starts the rank's thread,
+  and returns; training goes on. At most one save is in flight: another one waits for it.
+- `poll`, called at each step's end, asks whether all ranks' threads are done (one flag is reduced,
+  and only while a save is in flight). Then rank 0 learns what each wrote, and its own thread writes
+  index, generators, meta and, last, the manifest, renames the folder, and deletes what retention
+  has no room for. A later `poll` tells all ranks how that ended.
+- `finish` is `poll` until nothing is in flight: at a stop, and at the end of the run.
+- A save that fails on any rank (disk full, no permission) is given up on all: its folder is
+  removed, nothing older is deleted, the failure is counted and said loudly, and training goes on.
+
+Nothing is in flight that a kill could leave half: see checkpoint_files for what it may leave.
+
+    step_000010/manifest.json  meta.json  rng.pt  networks/
 """
 
-import hashlib
 import json
-import os
-import re
 import shutil
-import warnings
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed import checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron import checkpoint_files as files
+from rlef_mega.megatron import checkpoint_state as state_of
+from rlef_mega.megatron.checkpoint_files import GENERATORS, META, NETWORKS
+from rlef_mega.megatron.checkpoint_writer import (
+    HostBuffer,
+    Share,
+    take_snapshot,
+    write_index,
+    write_share,
+)
 from rlef_mega.megatron.cpu_shim import calls_megatron
-from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
+from rlef_mega.shares import any_rank, gather
 
-MANIFEST = "manifest.json"
-STEP_FOLDER = re.compile(r"step_(\d+)")
-# Gathers the spread optimizer state to the shapes of the parameters: such a checkpoint loads in any
-# layout.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+latest_checkpoint, best_checkpoint = files.latest_checkpoint, files.best_checkpoint
 
 
 class Checkpointable(Protocol):
@@ -54,260 +61,302 @@ class Checkpointable(Protocol):
     @property
     def trained(self) -> dict[str, TrainedModel]: ...
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Brings to the device what waits on the host."""
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's own strategy forks writers and spawns a manager for their results; this one writes
-    in the process, to the same format.
-    """
 
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
+@dataclass(frozen=True)
+class RankState:
+    """What one rank adds to meta.json and rng.pt; as it was at the step."""
+
+    updates: dict[str, int]
+    models: dict[str, dict[str, Any]]
+    places: dict[str, list[int]]
+    generators: dict[str, Any]
+
+
+@dataclass
+class Saving:
+    """A save in flight. `work` is what this rank's thread does now."""
+
+    folder: Path  # with its suffix
+    meta: dict[str, Any]
+    metadata: Any  # of all ranks' boxes; rank 0
+    rank_state: RankState
+    work: Future
+    publishing: bool = False  # all ranks have written, rank 0 finishes
+
+
+class Checkpoints:
+    """A run's checkpoints: saving, resuming, retention. `about` goes into each one's meta.json."""
+
+    def __init__(
+        self,
+        folder: Path,
+        learner: Checkpointable,
+        *,
+        keep: int,
+        keep_best: bool = True,
+        asynchronous: bool = True,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.learner, self.about = folder, learner, about or {}
+        self.keep, self.keep_best, self.asynchronous = keep, keep_best, asynchronous
+        self.buffer = HostBuffer()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.saving: Saving | None = None
+        self.failures = 0  # saves that were given up
+        self.waits = 0  # saves that had to wait for the one before
+        self.fault: str | None = None  # why the last save was given up
+
+    def save(self, step: int, state: dict[str, Any], *, score: float | None = None) -> None:
+        """Begin to write `step_000010`. `state` is small and JSON: data order, weight version;
+        `score` says how good the policy is. Collective.
+        """
+        if self.saving is not None:
+            self.waits += 1
+            self.finish()
+        learner = self.learner
+        with learner.whole():
+            trained = learner.trained.items()
+            parts = [part for name, model in trained for part in state_of.owned_state(name, model)]
+            snapshot = take_snapshot(parts, self.buffer)
+        folder = files.step_folder(self.folder, step).with_suffix(".tmp")
+        self.saving = Saving(
+            folder,
+            {"step": step, "score": score, "state": state, **self.about},
+            snapshot.metadata,
+            rank_state(learner),
+            self.start(write_share, folder, learner.ranks.rank, snapshot),
         )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        if not self.asynchronous:
+            self.finish()
 
+    def poll(self) -> None:
+        """At a step's end: go on with what is in flight, without waiting. Collective."""
+        while self.saving is not None and not any_rank(not self.saving.work.done()):
+            self.advance(self.saving)
 
-def save_checkpoint(
-    folder: Path, learner: Checkpointable, *, step: int, state: dict[str, Any]
-) -> Path:
-    """Write `folder/step_000010`. `state` is small and JSON: data order, weight version.
-    Collective.
-    """
-    final = folder / f"step_{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
-        for name in learner.trained:
-            (temporary / name).mkdir(parents=True)
-    dist.barrier()  # world: the folders are there
-    for name, model in learner.trained.items():
-        save_model(temporary / name, model)
-    generators: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(generators, random_state())  # world: each rank's generators
-    if dist.get_rank() == 0:
-        torch.save(generators, temporary / "rng.pt")
-        updates = {name: model.updates for name, model in learner.trained.items()}
-        meta = {"step": step, "updates": updates, "state": state}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    dist.barrier()  # world: all files are written
-    checksums = shared_checksums(temporary, files_below(temporary))
-    if dist.get_rank() == 0:
-        write_manifest(temporary, checksums)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    dist.barrier()  # world: the checkpoint is there under its name
-    return final
+    def finish(self) -> bool:
+        """Wait for what is in flight; whether the last save is on the disk. Collective."""
+        while self.saving is not None:
+            wait_for([self.saving.work])
+            self.advance(self.saving)
+        return self.fault is None
 
+    def require_saved(self) -> None:
+        """Before the process ends: RuntimeError, on every rank, unless the last save is on the
+        disk. Collective.
+        """
+        if not self.finish():
+            newest = latest_checkpoint(self.folder)
+            raise RuntimeError(
+                f"the last step could not be saved ({self.fault}); the newest checkpoint is "
+                f"{newest.name if newest else 'none'}. Make room, then go on from there"
+            )
 
-def load_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
-    """Bring the learner back to what it was: (step, state). Collective.
+    def advance(self, saving: Saving) -> None:
+        """All ranks' work is done: the next part. Collective."""
+        if saving.publishing:
+            self.conclude(saving)
+            return
+        report = fault_of(saving.work, self.folder) or saving.work.result()
+        reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
+        dist.gather_object((report, saving.rank_state), reports)  # world, to rank 0
+        saving.publishing = True
+        saving.work = self.start(self.publish, saving, reports)
 
-    Raises ConfigError, on every rank, for a checkpoint that is missing, incomplete or damaged.
-    """
-    manifest = read_manifest(path)
-    check_sizes(path, manifest)
-    checksums = shared_checksums(path, sorted(manifest))
-    for file, expected in manifest.items():
-        if checksums[file] != expected["sha256"]:
-            raise ConfigError(damaged(path, file, "its checksum differs from the manifest's"))
-    meta = json.loads((path / "meta.json").read_text())
-    if set(meta["updates"]) != set(learner.trained):
-        raise ConfigError(
-            f"{path} holds {sorted(meta['updates'])}, this run trains {sorted(learner.trained)}; "
-            f"it belongs to another kind of run"
-        )
-    for name, model in learner.trained.items():
-        load_model(path / name, model)
-        model.updates = meta["updates"][name]
-    generators = torch.load(path / "rng.pt", weights_only=True)
-    if len(generators) == dist.get_world_size():  # in another layout ranks keep the seed's
-        restore_random_state(generators[dist.get_rank()])
-    return meta["step"], meta["state"]
+    def conclude(self, saving: Saving) -> None:
+        """What rank 0's thread came to, on all ranks."""
+        outcome = [fault_of(saving.work, self.folder) or saving.work.result()]
+        dist.broadcast_object_list(outcome)  # world, from rank 0
+        self.saving, self.fault = None, outcome[0]
+        if self.fault is not None:
+            self.failures += 1
+            if self.leads:
+                name = saving.folder.with_suffix("").name
+                warn(
+                    f"checkpoint {name} was NOT saved: {self.fault}. What was saved before is kept"
+                )
 
+    @property
+    def leads(self) -> bool:
+        return self.learner.ranks.is_writer
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None. A damaged one is passed over with a warning."""
-    for path in reversed(steps_in(folder)):
+    def start(self, work: Callable[..., Any], *arguments: Any) -> Future:
+        return self.thread.submit(work, *arguments)
+
+    def publish(
+        self, saving: Saving, reports: list[tuple[Share | str, RankState]] | None
+    ) -> str | None:
+        """Rank 0's thread: make the shares a checkpoint, or remove them. The fault, if any."""
+        if reports is None:  # another rank
+            return None
+        faults = [report for report, _ in reports if isinstance(report, str)]
         try:
-            check_sizes(path, read_manifest(path))
-        except ConfigError as error:
-            warnings.warn(f"{error}; falling back to the one before", stacklevel=2)
-        else:
-            return path
+            if not faults:
+                shares = [share for share, _ in reports if isinstance(share, Share)]
+                write_checkpoint(saving, shares, [rank_state for _, rank_state in reports])
+        except OSError as error:
+            faults = [describe(error, self.folder)]
+        if faults:
+            shutil.rmtree(saving.folder, ignore_errors=True)
+            return faults[0]
+        try:
+            files.prune(self.folder, keep=self.keep, keep_best=self.keep_best)
+        except (OSError, ConfigError) as error:
+            warn(f"old checkpoints in {self.folder} could not be deleted: {error}")
+        return None
+
+    def resume(self) -> tuple[int, dict[str, Any]] | None:
+        """Bring the learner to the newest good checkpoint: (step, state), or None if there is none
+        at all. Those that are refused on the way are said loudly and moved aside. Collective.
+
+        Raises ConfigError, on every rank, when there are checkpoints but no good one.
+        """
+        if self.leads:
+            files.remove_leftovers(self.folder)
+        candidates = [files.steps_in(self.folder)]
+        dist.broadcast_object_list(candidates)  # world, from rank 0: one listing for all
+        refused: list[Path] = []
+        faults: list[str] = []
+        for path in reversed(candidates[0]):
+            fault = fault_for(path, self.learner)
+            if fault is None:
+                resumed = read_checkpoint(path, self.learner)
+                if self.leads:
+                    for old, why in zip(refused, faults, strict=True):
+                        warn(f"{why}. It is now {files.set_aside(old)}; falling back to {path}")
+                return resumed
+            refused.append(path)
+            faults.append(fault)
+        if faults:
+            raise ConfigError(
+                f"no checkpoint in {self.folder} can be resumed from: {'; '.join(faults)}. "
+                "Mend or remove them; without any, the run starts anew"
+            )
+        return None
+
+
+def warn(message: str) -> None:
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
+def fault_of(work: Future, folder: Path) -> str | None:
+    """Why finished work failed, in words; what is not the disk's fault is raised."""
+    error = work.exception()
+    if isinstance(error, OSError):
+        return describe(error, folder)
+    if error is not None:
+        raise error
     return None
 
 
-def prune(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Any rank may call it; rank 0 acts."""
-    if dist.get_rank() == 0:
-        for path in steps_in(folder)[:-keep]:
-            shutil.rmtree(path)
+def describe(error: OSError, folder: Path) -> str:
+    free = shutil.disk_usage(existing(folder)).free
+    return f"{error} ({folder} has {free / 2**20:,.0f} MiB free)"
 
 
-def steps_in(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+def existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-# ------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------------------------------ one folder
 
 
-def metadata(ranks: Ranks) -> dict[str, Any]:
-    return SHARDING | {"dp_cp_group": ranks.groups.dp_cp}
-
-
-@calls_megatron
-def save_model(folder: Path, model: TrainedModel) -> None:
-    options = metadata(model.ranks)
-    make_adam_state(spread_optimizer(model).optimizer)
-    weights = model_state(model.chunks, options)
-    optimizer = model.optimizer.sharded_state_dict(weights, metadata=options)
-    dist_checkpointing.save(
-        {"model": weights, "optimizer": optimizer},
-        str(folder),
-        InProcessSave("torch_dist", 1),
-        content_metadata=SHARDING,
+def rank_state(learner: Checkpointable) -> RankState:
+    trained = learner.trained
+    return RankState(
+        {name: model.updates for name, model in trained.items()},
+        {name: state_of.fingerprint(model) for name, model in trained.items()},
+        {name: state_of.place(model) for name, model in trained.items()},
+        state_of.random_state(),
     )
 
 
-@calls_megatron
-def load_model(folder: Path, model: TrainedModel) -> None:
-    options = metadata(model.ranks)
-    make_adam_state(spread_optimizer(model).optimizer)
-    weights = model_state(model.chunks, options)
-    optimizer = model.optimizer.sharded_state_dict(weights, is_loading=True, metadata=options)
-    loaded = dist_checkpointing.load(
-        {"model": weights, "optimizer": optimizer}, str(folder), TorchDistLoadShardedStrategy()
-    )
-    load_state(model.chunks, loaded["model"])
-    load_spread_optimizer(spread_optimizer(model), loaded["optimizer"])
-
-
-@calls_megatron
-def load_weights(folder: Path, chunks: list[PackedLlama], ranks: Ranks) -> None:
-    """One network's weights alone, saved in any layout, into a module of this one. Collective."""
-    weights = model_state(chunks, metadata(ranks))
-    loaded = dist_checkpointing.load(
-        {"model": weights}, str(folder), TorchDistLoadShardedStrategy()
-    )
-    load_state(chunks, loaded["model"])
-
-
-def model_state(chunks: list[PackedLlama], options: dict[str, Any]) -> dict[str, Any]:
-    """Each chunk under its number; the sharded keys name layers of the whole network."""
-    return {
-        str(number): chunk.sharded_state_dict(metadata=options)
-        for number, chunk in enumerate(chunks)
+def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]) -> None:
+    """All files but the shares, and the folder's name."""
+    folder = saving.folder
+    names = write_index(folder, saving.metadata, shares)
+    torch.save([rank.generators for rank in ranks], folder / GENERATORS)
+    meta = saving.meta | {
+        "updates": {name: n for rank in ranks for name, n in rank.updates.items()},
+        "models": {name: model for rank in ranks for name, model in rank.models.items()},
+        "places": [rank.places for rank in ranks],
     }
+    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+    manifest = {name: entry for share in shares for name, entry in share.files.items()}
+    for name in (*names, GENERATORS, META):
+        files.flush_to_disk(folder / name)
+        manifest[name] = files.describe_file(folder / name)
+    files.seal(folder, manifest)
 
 
-def load_state(chunks: list[PackedLlama], loaded: dict[str, Any]) -> None:
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)])
+def load_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
+    """Bring the learner to this checkpoint: (step, state). Collective.
 
-
-def spread_optimizer(model: TrainedModel) -> DistributedOptimizer:
-    (optimizer,) = model.optimizer.chained_optimizers  # a dense model has one
-    return optimizer
-
-
-def make_adam_state(inner: torch.optim.Optimizer) -> None:
-    """Adam makes its state at its first step, but Megatron's distributed optimizer saves and loads
-    only what is there. A policy that has waited for its critic has made no step yet.
+    Raises ConfigError, on every rank, if it is missing, damaged, or of another model; the learner
+    is then as it was.
     """
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            if inner.state[parameter]:
-                continue
-            for moment in ("exp_avg", "exp_avg_sq"):
-                inner.state[parameter][moment] = torch.zeros_like(parameter)
-            if isinstance(inner, torch.optim.AdamW):  # fused optimizers count in their groups
-                inner.state[parameter]["step"] = torch.tensor(0.0)
+    fault = fault_for(path, learner)
+    if fault is not None:
+        raise ConfigError(f"{fault}; name another one")
+    return read_checkpoint(path, learner)
 
 
-def load_spread_optimizer(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
-    """In two parts, around two faults that megatron-core 0.16 has with torch's AdamW: it looks for
-    `step` among the tensors of each parameter, and it gives all parameters one shared `step`, which
-    each would then increment.
+def fault_for(path: Path, learner: Checkpointable) -> str | None:
+    """Why this learner cannot go on from there, the same on every rank; None if it can. Sizes and
+    model first, then all files are read, each rank its share. Collective.
     """
-    tensors = loaded.pop("param_state")
-    loaded.pop("param_state_sharding_type")
-    optimizer.load_state_dict(loaded)  # groups and step
-    state = optimizer.optimizer.state
-    steps = {parameter: entry.pop("step", None) for parameter, entry in state.items()}
-    optimizer.load_parameter_state_from_fully_reshardable(tensors)
-    for parameter, step in steps.items():
-        if step is not None:  # fused optimizers keep it in their groups
-            state[parameter]["step"] = step.clone()
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-# ------------------------------------------------------------------------------------ manifest
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def shared_checksums(folder: Path, files: list[str]) -> dict[str, str]:
-    """sha256 of every file, on every rank; each rank reads its share of the files."""
-    mine = {}
-    for file in files[dist.get_rank() :: dist.get_world_size()]:
-        with (folder / file).open("rb") as stream:
-            mine[file] = hashlib.file_digest(stream, "sha256").hexdigest()
-    shares: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)  # world: the union of the shares
-    return {file: checksum for share in shares for file, checksum in share.items()}
-
-
-def write_manifest(folder: Path, checksums: dict[str, str]) -> None:
-    """The last file of a checkpoint, flushed to the disk before the folder gets its name."""
-    manifest = {
-        file: {"bytes": (folder / file).stat().st_size, "sha256": checksums[file]}
-        for file in sorted(checksums)
-    }
-    with (folder / MANIFEST).open("w") as stream:
-        json.dump(manifest, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_dir():
-        raise ConfigError(f"no checkpoint {path}; name a step_* folder of the run's checkpoints")
+    models = {name: state_of.fingerprint(model) for name, model in learner.trained.items()}
+    ours = {name: model for share in gather(models) for name, model in share.items()}
+    found = [(files.fault_in(path) or misfit(path, ours), None)]
+    dist.broadcast_object_list(found)  # world, from rank 0
+    if found[0][0] is not None:
+        return found[0][0]
     try:
-        return json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        raise ConfigError(damaged(path, MANIFEST, "it is missing or truncated")) from None
+        manifest = files.read_manifest(path)
+        mine = sorted(manifest)[learner.ranks.rank :: learner.ranks.world_size]
+        fault = files.wrong_checksum(path, manifest, mine)
+    except ConfigError as error:
+        fault = str(error)
+    return next((fault for fault in gather(fault) if fault is not None), None)
 
 
-def check_sizes(path: Path, manifest: dict[str, dict[str, Any]]) -> None:
-    for file, expected in manifest.items():
-        if not (path / file).is_file():
-            raise ConfigError(damaged(path, file, "it is missing"))
-        size = (path / file).stat().st_size
-        if size != expected["bytes"]:
-            raise ConfigError(damaged(path, file, f"{size} bytes, not {expected['bytes']}"))
+def misfit(path: Path, ours: dict[str, dict[str, Any]]) -> str | None:
+    """What tells the checkpoint's networks from this run's."""
+    theirs = files.read_meta(path).get("models", {})
+    if theirs.keys() != ours.keys():
+        return f"checkpoint {path} holds {sorted(theirs)}, this run trains {sorted(ours)}"
+    for name, model in ours.items():
+        found = ", ".join(state_of.differences(theirs[name], model))
+        if found:
+            return f"checkpoint {path} is of another model: its {name} has {found}"
+    return None
 
 
-def damaged(path: Path, file: str, what: str) -> str:
-    return f"checkpoint {path} is damaged at {file}: {what}; delete the folder or name an older one"
+def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
+    """Of a checkpoint that `fault_for` has nothing against."""
+    meta = files.read_meta(path)
+    with learner.whole():
+        parts: list[ShardedTensor] = []
+        for name, model in learner.trained.items():
+            parts += state_of.held_state(name, model)
+        fill(path, parts)
+        for name, model in learner.trained.items():
+            state_of.set_updates(model, meta["updates"][name])
+    places = gather({name: state_of.place(model) for name, model in learner.trained.items()})
+    if places == meta["places"]:  # in another layout ranks keep the seed's generators
+        generators = torch.load(path / GENERATORS, weights_only=True)
+        state_of.restore_random_state(generators[learner.ranks.rank])
+    return meta["step"], meta["state"]
+
+
+@calls_megatron
+def fill(path: Path, parts: list[ShardedTensor]) -> None:
+    """Read these boxes into the memory that they view. Collective."""
+    wanted = {str(number): part for number, part in enumerate(parts)}
+    folder = str(path / NETWORKS)
+    dist_checkpointing.load(
+        wanted, folder, TorchDistLoadShardedStrategy(), validate_access_integrity=False
+    )

@@ -1,27 +1,47 @@
-"""Starts a worker module as several gloo processes, as torchrun would, and waits for them all."""
+"""Starts a worker module as several gloo processes, as torchrun would, and waits for them all.
+
+The processes meet at stores that this one keeps, on ports that the kernel chose and that nobody
+else can take in between. A store serves one world; a worker that makes a world for each of its
+arguments calls `next_world` before each.
+"""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 ROOT = Path(__file__).parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def keep_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def address(store: TCPStore) -> dict[str, str]:
+    """Environment variables by which processes meet there: as under torchrun, no rank keeps it."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def next_world() -> None:
+    """Point this worker at a store of its own for its next world."""
+    first, *others = os.environ["WORLD_PORTS"].split()
+    os.environ |= {"MASTER_PORT": first, "WORLD_PORTS": " ".join(others)}
 
 
 def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240) -> None:
     """Run `python -m module arguments` in so many processes; fail with their output if one does."""
+    stores = [keep_store() for _ in range(max(1, len(arguments)))]
     shared = {
         "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        **address(stores[0]),
+        "WORLD_PORTS": " ".join(str(store.port) for store in stores),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "sandbox")])

@@ -5,7 +5,6 @@ another.
 checkpoint is resumed. The writer of each leaves its results in FOLDER/START_LAYOUT.pt.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
 from rlef_mega.types import Batch
+from tests.mega.distributed import next_world
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
 
 def run_layout(folder: Path, start: str, layout: str) -> None:
     """From the model: a batch, a checkpoint, another batch. From a checkpoint: the other batch."""
-    from rlef_mega.megatron.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from rlef_mega.megatron.checkpoint import Checkpoints, latest_checkpoint, load_checkpoint
     from rlef_mega.megatron.parallel import initialize, shutdown
 
     chosen = LAYOUTS[layout]
@@ -174,15 +174,20 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
     if start == "model":
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
         results["first"] = one_batch(learner, batch, seed=1)
-        if chosen.critic is None:  # the joint save of split networks is still to come
-            with learner.whole():
-                save_checkpoint(folder / layout, learner, step=1, state={"note": layout})
+        checkpoints = Checkpoints(folder / layout, learner, keep=1)
+        checkpoints.save(1, {"note": layout})
+        # trains on while it is written: the checkpoint must be of the moment of the call
+        results["second"] = one_batch(learner, batch, seed=2)
+        checkpoints.require_saved()
     else:
         newest = latest_checkpoint(folder / start)
         assert newest is not None
-        with learner.whole():
-            results["loaded"] = load_checkpoint(newest, learner)
-    results["second"] = one_batch(learner, batch, seed=2)
+        results["loaded"] = load_checkpoint(newest, learner)
+        # what was loaded, saved again from this layout
+        checkpoints = Checkpoints(folder / f"{start}_{layout}", learner, keep=1)
+        checkpoints.save(1, {"note": start})
+        checkpoints.require_saved()
+        results["second"] = one_batch(learner, batch, seed=2)
     if ranks.is_writer:
         torch.save(results, folder / f"{start}_{layout}.pt")
     shutdown(ranks)
@@ -193,8 +198,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in jobs:
         start, layout = job.split(":")
-        # a port of its own for each world: the last one's may still be closing
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        next_world()
         run_layout(Path(folder), start, layout)
 
 

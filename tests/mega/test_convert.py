@@ -29,7 +29,7 @@ from rlef_mega.megatron.convert.job import Processes
 from rlef_mega.megatron.convert.places import find_checkpoint
 from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
 from rlef_mega.megatron.convert.to_hf import Export, plan_export
-from tests.mega.distributed import ROOT, free_port
+from tests.mega.distributed import ROOT, address, keep_store
 from tests.mega.families_worker import CASES, make_family
 from tests.mega.megatron_worker import make_model
 
@@ -162,8 +162,9 @@ def in_another_process(work: Callable[[], None]) -> int | None:
 def test_two_processes_write_what_one_does(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    store = keep_store()
+    for name, value in address(store).items():
+        monkeypatch.setenv(name, value)
 
     def export_as(rank: int) -> None:
         export_checkpoint(

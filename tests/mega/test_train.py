@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.megatron.checkpoint_files import fault_in, steps_in
 from rlef_mega.preflight import claim_run_directory
 from rlef_mega.sft import make_initial_model
 from tests.sandbox.service_process import TOKEN, ServerProcess
@@ -76,7 +77,7 @@ def train(run: Path, model: Path, *overrides: str) -> list[dict]:
 
 def metrics(run: Path) -> list[dict]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in lines]
 
 
 def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
@@ -114,16 +115,20 @@ def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path
     assert train(run, model) == undisturbed
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(undisturbed, model, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(undisturbed, model, tmp_path, number):
+    """Ctrl-C, and what Slurm sends before a time limit; the save is whole when the command ends."""
     run = tmp_path / "stopped"
     child = subprocess.Popen(
         command(run, model), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, child)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     output, _ = child.communicate(timeout=120)
     assert child.returncode == 3, output
     assert "same command goes on" in output
+    newest = steps_in(run / "checkpoints")[-1]
+    assert fault_in(newest) is None and newest.name == f"step_{len(metrics(run)):06d}"
     assert train(run, model) == undisturbed
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron import checkpoint_files
 from rlef_mega.megatron.convert.companions import Role, copy_companions
-from rlef_mega.megatron.convert.job import Job, Mark, Part, PartFile, fingerprint, sha256
+from rlef_mega.megatron.convert.job import DONE, Job, Mark, Part, PartFile, fingerprint
 from rlef_mega.megatron.convert.network_file import (
     MetadataOfFiles,
     Parameter,
@@ -160,10 +161,14 @@ def write_metadata(
 
 def write_manifest(folder: Path, marks: dict[str, Mark]) -> None:
     """Checksums of the large files are in their marks already."""
-    from rlef_mega.megatron import checkpoint
-
-    known = {name: mark["sha256"] for name, mark in marks.items()}
-    others = [file for file in checkpoint.files_below(folder) if not file.startswith(".done")]
-    checkpoint.write_manifest(
-        folder, {file: known.get(file) or sha256(folder / file) for file in others}
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    checkpoint_files.write_manifest(
+        folder,
+        {
+            name: {"bytes": marks[name]["bytes"], "sha256": marks[name]["sha256"]}
+            if name in marks
+            else checkpoint_files.describe_file(folder / name)
+            for name in names
+            if not name.startswith(DONE)
+        },
     )

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlef_mega.config import ConfigError, TrainConfig, load_config
+from rlef_mega.megatron.checkpoint_files import NETWORKS, fault_in, latest_checkpoint
 from rlef_mega.megatron.convert.companions import Role
 from rlef_mega.megatron.convert.stored_network import METADATA, StoredNetwork
 
-NETWORKS = "networks"
 MODEL = "hf"  # in an imported checkpoint: config and tokenizer
 
 
@@ -22,8 +22,6 @@ class Checkpoint:
     def network(self, role: Role) -> StoredNetwork:
         if (self.folder / METADATA).is_file():  # of Megatron alone: one model, its names plain
             return StoredNetwork(self.folder, "")
-        if (self.folder / role).is_dir():
-            return StoredNetwork(self.folder / role, "")
         return StoredNetwork(self.folder / NETWORKS, prefix(role))
 
 
@@ -34,8 +32,6 @@ def prefix(role: Role) -> str:
 def find_checkpoint(path: Path, step: int | None) -> Checkpoint:
     """Of a run directory, the newest good checkpoint or that of `step`; or the folder itself.
     ConfigError if it is neither."""
-    from rlef_mega.megatron.checkpoint import latest_checkpoint
-
     if (path / "config.toml").is_file():
         folder = path / "checkpoints"
         found = latest_checkpoint(folder) if step is None else folder / f"step_{step:06d}"
@@ -51,10 +47,9 @@ def find_checkpoint(path: Path, step: int | None) -> Checkpoint:
 
 def check_files(folder: Path) -> None:
     """Sizes as the manifest says; a folder of Megatron's alone has none."""
-    from rlef_mega.megatron.checkpoint import check_sizes, read_manifest
-
-    if not (folder / METADATA).is_file():
-        check_sizes(folder, read_manifest(folder))
+    fault = None if (folder / METADATA).is_file() else fault_in(folder)
+    if fault is not None:
+        raise ConfigError(fault)
 
 
 def model_of(folder: Path) -> Path | None:
