@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlef_mega.config import ConfigError, ParallelConfig
+from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.families import check_family, read_config
 from rlef_mega.megatron.hf_names import name_map
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.preflight import plan_train
 from tests.mega.distributed import launch
 from tests.mega.families_worker import (
     CASES,
@@ -108,6 +109,16 @@ def test_what_is_of_no_family_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=f"config.json: .*{message}"):
         read_config(tmp_path)
+
+
+def test_a_run_with_another_family_is_refused_before_a_rank_starts(tmp_path: Path) -> None:
+    make_family(tmp_path, "llama31")
+    config = load_config(find_recipe("demo"), [f"model.path={tmp_path}"], TrainConfig)
+    plan_train(config)
+    published = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(published | {"model_type": "phi3"}))
+    with pytest.raises(ConfigError, match="'phi3' is not supported"):
+        plan_train(config)
 
 
 def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
