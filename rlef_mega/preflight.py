@@ -139,7 +139,12 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
             "ffn": found["intermediate_size"],
         }
     except (json.JSONDecodeError, KeyError) as error:
-        raise ConfigError(f"{path}: not a Llama config.json ({error!r}); export it anew") from None
+        raise ConfigError(
+            f"{path}: not a model's config.json ({error!r}); export it anew"
+        ) from None
+    from rlef_mega.megatron.families import read_config  # transformers takes a second to import
+
+    read_config(path.parent)
     if stated and stated != shape:
         raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
     return shape

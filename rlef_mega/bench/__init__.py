@@ -12,7 +12,7 @@ from pathlib import Path
 from rlef_mega.bench.figures import Report, show, write
 from rlef_mega.config import ConfigError
 
-BENCHMARKS = ("train", "slice", "rollout", "step", "sandbox", "kernels", "packing")
+BENCHMARKS = ("train", "slice", "rollout", "step", "sandbox", "kernels", "packing", "convert")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Options:
 
 def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) -> None:
     """Measure, print the table, and write the figures to `out` if there is one. `recipe` is a run
-    directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox` and `packing`."""
+    directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox`, `packing`
+    and `convert`."""
     report = report_of(what, recipe, options)
     show(report)
     if out is not None:
@@ -85,6 +86,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import sandbox
 
             return sandbox.benchmark()
+        case "convert":
+            from rlef_mega.bench import convert
+
+            return convert.benchmark()
         case "kernels":
             from rlef_mega.bench import kernels
 

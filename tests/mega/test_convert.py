@@ -433,3 +433,29 @@ def test_verify_finds_one_wrong_bit(imported: Path, tmp_path: Path) -> None:
         file.write(bytes([bit]))
     with pytest.raises(ConfigError, match=f"{name} differs between"):
         compare(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
+
+
+def test_the_benchmark_compares_a_round_trip_with_cp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlef_mega.bench.convert import benchmark
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    shape = {
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 1,
+    }
+    report = benchmark(shape, repeats=1, process_counts=(1,))
+    figures = {figure.name: figure.median for figure in report.figures}
+    assert report.about["bytes"] > 2 * 2 * 4096 * 1024  # embedding and head alone
+    for step in ("import", "export"):
+        name = f"{step}, one process"
+        assert figures[f"{name}, against cp"] == pytest.approx(figures[name] / figures["cp"])
+        assert 0.2 < figures[f"{name}: largest resident set"] < 4
+    assert not list(tmp_path.iterdir())

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from rlef_mega.config import ConfigError, ParallelConfig
+from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.families import check_family, read_config
+from rlef_mega.megatron.hf_names import name_map
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.preflight import plan_train
 from tests.mega.distributed import launch
 from tests.mega.families_worker import (
     CASES,
@@ -108,6 +111,16 @@ def test_what_is_of_no_family_is_refused_by_name(
         read_config(tmp_path)
 
 
+def test_a_run_with_another_family_is_refused_before_a_rank_starts(tmp_path: Path) -> None:
+    make_family(tmp_path, "llama31")
+    config = load_config(find_recipe("demo"), [f"model.path={tmp_path}"], TrainConfig)
+    plan_train(config)
+    published = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(published | {"model_type": "phi3"}))
+    with pytest.raises(ConfigError, match="'phi3' is not supported"):
+        plan_train(config)
+
+
 def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
     """Qwen2's own configs name one, switched off."""
     make_family(tmp_path, "qwen2")
@@ -116,3 +129,82 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
     config.pop("layer_types", None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path).sliding_window is None
+
+
+# What of each model's published config.json says which model it is
+PUBLISHED = {
+    "Llama-3.1-8B": {
+        "model_type": "llama",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 128256,
+    },
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_names_and_shapes_of_the_map(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    config = read_config(tmp_path)
+    assert config.rope_parameters is not None
+    assert config.rope_parameters["rope_theta"] == PUBLISHED[name]["rope_theta"]
+    with torch.device("meta"):
+        truth = AutoModelForCausalLM.from_config(config)
+    mapped = [(tensor.name, tensor.shape) for tensor in name_map(config)]
+    assert mapped == [(name, tuple(each.shape)) for name, each in truth.named_parameters()]

@@ -133,14 +133,14 @@ def gather(piece: Piece, source: Packed, layers: int) -> torch.Tensor:
     """The numbers of one chunk, from the rows of the tensors that are packed in it. Rows of no
     tensor are padding, and zero."""
     parameter = piece.parameter
-    out = torch.zeros(piece.rows, parameter.columns, dtype=parameter.dtype)
+    out = torch.empty(piece.rows, parameter.columns, dtype=parameter.dtype)
+    out[max(0, sum(tensor.shape[0] for tensor in source.tensors) - piece.row) :] = 0
     for tensor in source.tensors:
         for packed, row, count in runs(tensor, parameter.shape[0]):
             first, last = max(packed, piece.row), min(packed + count, piece.row + piece.rows)
             if first < last:
                 start = row + first - packed
-                rows = source.weights.read(tensor, start, start + last - first)
-                out[first - piece.row : last - piece.row] = rows
+                source.weights.read(tensor, start, out[first - piece.row : last - piece.row])
     return out.view(piece.in_stack(layers)[1].sizes)
 
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from rlef_mega.megatron.convert.job import PartFile
 from rlef_mega.megatron.convert.stored_network import METADATA
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 16 * 2**20  # glibc's limit, as in `weights`
 FILE_BYTES = 4 * 2**30
 COMMON, VERSIONS = "common.pt", "metadata.json"
 DCP_VERSION = "1.0.0"

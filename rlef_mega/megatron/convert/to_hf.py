@@ -1,7 +1,6 @@
 """A network of a checkpoint to a Hugging Face folder: `rlef export-hf`."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from rlef_mega.megatron.convert.safetensors_files import (
     write_index,
 )
 from rlef_mega.megatron.convert.weights import (
+    BLOCK_BYTES,
     CheckpointWeights,
     Weights,
     blocks,
-    columns,
     tensors_of,
 )
 from rlef_mega.megatron.families import read_config
@@ -79,12 +78,12 @@ def write_shard(
     file: PartFile, shard: Shard, weights: Weights, by_name: dict[str, HFTensor]
 ) -> None:
     file.write(shard.header)
+    largest = max(max(BLOCK_BYTES, stored.row_bytes) for stored in shard.tensors)
+    room = torch.empty(largest, dtype=torch.uint8)  # fresh memory a block would cost page faults
     for stored in shard.tensors:
-        for rows in rows_of(weights, by_name[stored.name], stored.dtype):
-            file.write(bytes_of(rows))
+        tensor = by_name[stored.name]
+        for start, stop in blocks(tensor.shape[0], stored.row_bytes):
+            block = room[: (stop - start) * stored.row_bytes]
+            weights.read(tensor, start, block.view(stored.dtype).view(stop - start, -1))
+            file.write(bytes_of(block))
             file.raise_fault()
-
-
-def rows_of(weights: Weights, tensor: HFTensor, dtype: torch.dtype) -> Iterable[torch.Tensor]:
-    for start, stop in blocks(tensor.shape[0], columns(tensor) * dtype.itemsize):
-        yield weights.read(tensor, start, stop).to(dtype)

@@ -13,6 +13,7 @@ from rlef_mega.megatron.convert.weights import (
     blocks,
     columns,
     open_folder,
+    read,
     tensors_of,
 )
 from rlef_mega.megatron.families import read_config
@@ -44,7 +45,7 @@ def compare_tensors(
     for tensor, size in zip(mine, sizes, strict=True):
         dtype = written.dtype(tensor)
         for start, stop in blocks(tensor.shape[0], columns(tensor) * dtype.itemsize):
-            pair = [side.read(tensor, start, stop).to(dtype) for side in (ours, theirs)]
+            pair = [read(side, tensor, start, stop, dtype) for side in (ours, theirs)]
             if not torch.equal(*(rows.view(torch.uint8) for rows in pair)):
                 raise ConfigError(
                     f"{tensor.name} differs between {checkpoint.folder} and {folder}; one of them "

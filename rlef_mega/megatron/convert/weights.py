@@ -26,15 +26,26 @@ from rlef_mega.megatron.hf_names import (
     name_map,
 )
 
-BLOCK_BYTES = 64 * 2**20  # read at once
+# Read at once. Below 32 MiB glibc keeps freed memory for the next block; above, every block would
+# be pages that the kernel clears anew.
+BLOCK_BYTES = 16 * 2**20
 IGNORED = "rotary_emb.inv_freq"  # old conversions store it
 
 
 class Weights(Protocol):
     def dtype(self, tensor: HFTensor) -> torch.dtype: ...
 
-    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
-        """[stop - start, columns], of the stored dtype."""
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
+        """Fill `out` [rows, columns], contiguous and of any dtype, with rows from `start` on."""
+
+
+def read(
+    weights: Weights, tensor: HFTensor, start: int, stop: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Rows of a tensor, [stop - start, columns]; of the stored dtype if no other is given."""
+    out = torch.empty(stop - start, columns(tensor), dtype=dtype or weights.dtype(tensor))
+    weights.read(tensor, start, out)
+    return out
 
 
 def tensors_of(role: Role, config: DenseConfig) -> list[HFTensor]:
@@ -90,8 +101,11 @@ class CheckpointWeights:
     def dtype(self, tensor: HFTensor) -> torch.dtype:
         return self.network.dtype(tensor.parameter, layer_of(tensor))
 
-    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
-        out = torch.empty(stop - start, columns(tensor), dtype=self.dtype(tensor))
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
+        if out.dtype != self.dtype(tensor):
+            out.copy_(read(self, tensor, start, start + len(out)))
+            return
+        stop = start + len(out)
         packed_rows = self.network.shape(tensor.parameter, layer_of(tensor))[0]
         for packed, row, count in runs(tensor, packed_rows):
             first, last = max(start, row), min(stop, row + count)
@@ -102,7 +116,6 @@ class CheckpointWeights:
                     packed + first - row,
                     out[first - start : last - start],
                 )
-        return out
 
 
 def layer_of(tensor: HFTensor) -> int | None:
@@ -149,10 +162,11 @@ class FolderWeights:
     def dtype(self, tensor: HFTensor) -> torch.dtype:
         return self.folder.tensors[tensor.name].dtype
 
-    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
-        out = torch.empty(stop - start, columns(tensor), dtype=self.dtype(tensor))
-        self.folder.read_rows(tensor.name, start, out)
-        return out
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
+        if out.dtype != self.dtype(tensor):
+            out.copy_(read(self, tensor, start, start + len(out)))
+        else:
+            self.folder.read_rows(tensor.name, start, out)
 
 
 @dataclass(frozen=True)
@@ -165,10 +179,11 @@ class DrawnValueHead:
     def dtype(self, tensor: HFTensor) -> torch.dtype:
         return torch.float32 if tensor.name in self.head else self.trunk.dtype(tensor)
 
-    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
         if tensor.name in self.head:
-            return self.head[tensor.name].view(tensor.shape[0], -1)[start:stop]
-        return self.trunk.read(tensor, start, stop)
+            out.copy_(self.head[tensor.name].view(tensor.shape[0], -1)[start : start + len(out)])
+        else:
+            self.trunk.read(tensor, start, out)
 
 
 def open_folder(role: Role, folder: Path, tensors: Sequence[HFTensor], seed: int) -> Weights:
