@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
 from rlef_mega.megatron.accelerations import refuse_foreign_apex
+from rlef_mega.versions import refuse_untested_megatron
 
 # ranks wait in a collective while one of them rolls out or grades: longer than any step, shorter
 # than a lost night
@@ -63,6 +64,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Ranks:
     """Join the world and split it. Raises ConfigError when the layout does not fit the processes
     that were started.
     """
+    refuse_untested_megatron()
     refuse_foreign_apex()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != parallel.world_size:
