@@ -19,6 +19,7 @@ from rlef_mega.config import (
 from rlef_mega.judge import RemoteGrader
 from rlef_mega.problems import load_problems
 from rlef_mega.record import write_atomically
+from rlef_mega.versions import refuse_untested_megatron
 
 # Where a run is graded changes from one job of a cluster to the next; verdicts do not.
 FREE_TO_CHANGE = {
@@ -36,6 +37,7 @@ FREE_TO_CHANGE = {
 
 def check_train(config: TrainConfig, *, grading_token: str | None = None) -> None:
     """ConfigError or ValueError where the run could not go, with the remedy."""
+    refuse_untested_megatron()
     plan_train(config)
     check_servers(config.judge, grading_token)
     for source in config.data.model_dump().values():
@@ -110,6 +112,7 @@ def layout_words(parallel: ParallelConfig) -> str:
 
 
 def check_sft(config: SFTConfig) -> None:
+    refuse_untested_megatron()
     check_layout(
         heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,

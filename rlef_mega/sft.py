@@ -19,7 +19,7 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.config import SFTConfig, load_config
 from rlef_mega.launch import StopRequest, worker_main
 from rlef_mega.manifest import versions
-from rlef_mega.megatron import parallel
+from rlef_mega.megatron import accelerations, parallel
 from rlef_mega.megatron.checkpoint import Checkpoints
 from rlef_mega.megatron.hf_weights import export_hf
 from rlef_mega.megatron.learner import SupervisedLearner
@@ -41,6 +41,7 @@ def supervise(config: SFTConfig) -> int:
     ranks = parallel.initialize(config.parallel, seed=config.seed)
     if ranks.is_writer:
         run.lock()
+        accelerations.announce(ranks.device, getattr(torch, config.dtype))
     chat = ChatFormat.from_folder(run.path / "init")
     learner = SupervisedLearner(
         ranks,

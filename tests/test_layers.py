@@ -15,6 +15,7 @@ LEVELS = {
     "config": 1,
     "flops": 1,
     "problems": 2,
+    "versions": 2,
     "dialog": 2,
     "chat": 2,
     "packing": 2,

@@ -112,6 +112,8 @@ def fault(package: str) -> str | None:
         importlib.import_module(PROBES.get(package, package))
     except Exception as error:  # whatever a foreign binary raises: ImportError, OSError, Runtime...
         return f"installed, but cannot be imported: {type(error).__name__}: {error}"
+    if package == "apex" and is_nvidias_apex() and not importlib.util.find_spec("amp_C"):
+        return "installed, but built without its CUDA extensions"
     return None
 
 
@@ -128,12 +130,17 @@ def hide_unusable() -> None:
 def refuse_foreign_apex() -> None:
     """PyPI's `apex` is an unrelated web toolkit; megatron-core would import it in good faith."""
     spec = importlib.util.find_spec("apex")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    if spec and not any((Path(folder) / "optimizers").is_dir() for folder in folders):
+    if spec and not is_nvidias_apex():
         raise ConfigError(
             f"the package apex at {spec.origin} is not NVIDIA's; remove it (pip uninstall apex), "
             f"or build https://github.com/NVIDIA/apex"
         )
+
+
+def is_nvidias_apex() -> bool:
+    spec = importlib.util.find_spec("apex")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return any((Path(folder) / "optimizers").is_dir() for folder in folders)
 
 
 def varlen_options(function: Callable) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def install() -> None:
 
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]  # from 0.19
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -275,8 +275,8 @@ class PackedLlama(GPTModel):
 
 
 def mark_shards(model: torch.nn.Module) -> None:
-    """Megatron marks split weights only as it initialises them; unmarked, the gradient norm leaves
-    them out on all but the first tensor-parallel rank.
+    """megatron-core before 0.18 marks split weights only as it initialises them; unmarked, the
+    gradient norm leaves them out on all but the first tensor-parallel rank.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
@@ -285,7 +285,8 @@ def mark_shards(model: torch.nn.Module) -> None:
             dimension = 1
         else:
             continue
-        if module.weight is not None:
+        marked = getattr(module.weight, "tensor_model_parallel", False)
+        if module.weight is not None and not marked:
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
 from rlef_mega.megatron.accelerations import refuse_foreign_apex
+from rlef_mega.versions import refuse_untested_megatron
 
 # ranks wait in a collective while one of them rolls out or grades: longer than any step, shorter
 # than a lost night
@@ -85,6 +86,7 @@ def initialize(
     """Join the world and split it; `critic` is the critic's own layout, on ranks of its own. Raises
     ConfigError when the layouts do not fit the processes that were started.
     """
+    refuse_untested_megatron()
     refuse_foreign_apex()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     needed = parallel.world_size + (critic.world_size if critic else 0)

@@ -81,6 +81,17 @@ def test_a_package_that_works_is_used(fresh: Path, monkeypatch: pytest.MonkeyPat
     assert "flash_attn" in sys.modules
 
 
+def test_an_apex_without_its_extensions_is_passed_over(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its FusedAdam imports, and raises only when it is made."""
+    package(fresh, "apex", "")
+    (fresh / "apex" / "optimizers").mkdir()
+    forget(monkeypatch, "apex")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert fault("apex") == "installed, but built without its CUDA extensions"
+
+
 def test_whatever_needs_a_gpu_is_left_alone_without_one(tmp_path: Path) -> None:
     """In a process of its own: megatron-core imports these as it is imported itself, and expects
     nothing worse than an ImportError."""
