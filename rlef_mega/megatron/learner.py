@@ -88,15 +88,17 @@ class Learner:
             ppo.token_level_value,
             ranks.microbatch_multiple,
         )
+        self.offloads = learner.offload == "idle"
+        self.seconds: dict[str, float] = {}
         self.policy = self.critic = self.reference = None
         if POLICY in ranks.networks:
             self.policy = TrainedModel(start.policy(), ranks, learner.policy)
+            self.settle()  # before the next one is made
             self.reference = FrozenModel(start.policy(), ranks) if ppo.beta else None
+            self.settle()
         if CRITIC in ranks.networks:
             self.critic = TrainedModel(start.critic(), ranks, learner.critic)
-        self.offloads = learner.offload == "idle"
-        self.seconds: dict[str, float] = {}
-        self.settle()
+            self.settle()
 
     @property
     def trained(self) -> dict[str, TrainedModel]:

@@ -144,22 +144,24 @@ def test_grading_on_servers_changes_no_number(undisturbed, model, tmp_path, monk
     assert not any(TOKEN.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
+ALONE = "parallel.tensor_model_parallel_size=1"
+
+
 @pytest.mark.parametrize(
-    "layout",
+    "overrides",
     [
-        {"tensor": 1, "pipeline": 1, "data": 1},
-        {"tensor": 1, "pipeline": 2, "data": 1},
-        {"tensor": 1, "pipeline": 1, "data": 2},
+        [ALONE],
+        [ALONE, "parallel.pipeline_model_parallel_size=2"],
+        [ALONE, "parallel.data_parallel_size=2", "learner.offload=idle"],
+        [ALONE, "critic_parallel.tensor_model_parallel_size=1"],
     ],
-    ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()),
+    ids=["one process", "pipeline 2", "data 2, idle state on the host", "critic on its own rank"],
 )
-def test_every_layout_gives_the_numbers_of_tensor_parallel_2(undisturbed, model, tmp_path, layout):
+def test_every_layout_gives_the_numbers_of_tensor_parallel_2(
+    undisturbed, model, tmp_path, overrides
+):
     """The whole loop in fp32: sums in another order differ by rounding, which a few updates enlarge
     a little."""
-    overrides = [
-        f"parallel.{name}_{'parallel' if name == 'data' else 'model_parallel'}_size={size}"
-        for name, size in layout.items()
-    ]
     other = train(tmp_path / "layout", model, *overrides)
     gaps = ("logprob_gap_max", "logprob_gap_mean")  # rounding itself
     assert_close(without(other, gaps), without(undisturbed, gaps), tolerance=2e-4)
@@ -177,8 +179,7 @@ def test_every_layout_gives_the_numbers_of_tensor_parallel_2(undisturbed, model,
     ids=["token-level value", "no KL", "single-turn", "no feedback, critic warm-up"],
 )
 def test_each_ablation_is_a_switch_of_the_whole_loop(model, tmp_path, overrides, expected):
-    alone = ["parallel.tensor_model_parallel_size=1", "run.steps=2"]
-    lines = train(tmp_path / "ablation", model, *alone, *overrides)
+    lines = train(tmp_path / "ablation", model, ALONE, "run.steps=2", *overrides)
     assert len(lines) == 2
     for line in lines:
         assert line | expected == line
@@ -194,7 +195,11 @@ def without(lines: list[dict], names: tuple[str, ...]) -> list[dict]:
     [
         ("ppo.betta=1", "unknown key 'ppo.betta'; known there: beta"),
         ("parallel.tensor_model_parallel_size=3", "do not divide by"),
-        ("parallel.pipeline_model_parallel_size=5", "layers do not divide by"),
+        ("parallel.pipeline_model_parallel_size=5", "cannot be split into 5 stages"),
+        (
+            "critic_parallel.tensor_model_parallel_size=3",
+            "critic_parallel: 4 attention heads do not divide by",
+        ),
         ("parallel.data_parallel_size=3", "does not divide over"),
         ("ppo.updates_per_batch=3", "does not divide into"),
         ("data.train=nowhere.jsonl", "nowhere.jsonl"),
