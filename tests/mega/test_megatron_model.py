@@ -5,7 +5,6 @@ numbers.
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
-    LlamaForCausalLM,
 )
 
 from rlef_mega import ppo
@@ -29,11 +27,11 @@ from rlef_mega.conversion import export_checkpoint
 from rlef_mega.megatron import checkpoint, hf_weights
 from rlef_mega.megatron.attention import PackedAttention, packed_sequences
 from rlef_mega.megatron.learner import Learner, SupervisedLearner
-from rlef_mega.megatron.model import ValueHead
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.megatron.trained_model import learning_rate
 from rlef_mega.packing import select
 from rlef_mega.types import Batch
+from tests.mega.hugging_face import hf_logprobs, hf_values
 from tests.mega.megatron_worker import (
     LLAMA31_ROPE,
     make_batch,
@@ -43,7 +41,6 @@ from tests.mega.megatron_worker import (
 )
 
 ALONE = ParallelConfig()
-TEMPERATURE = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -60,57 +57,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def hf_logprobs(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Response tokens' log-probs, one unpadded sequence at a time."""
-    rows = []
-    bounds = batch.cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        ids = batch.token_ids_T[start:end]
-        logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
-        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
-    return torch.cat(rows) * batch.action_mask_T
-
-
-def hf_values(model: LlamaForCausalLM, head: ValueHead, batch: Batch) -> torch.Tensor:
-    bounds = batch.cu_seqlens.tolist()
-    hidden = [
-        model.model(batch.token_ids_T[start:end][None]).last_hidden_state[0]
-        for start, end in pairwise(bounds)
-    ]
-    return head(torch.cat(hidden)).squeeze(-1)[batch.value_positions_N]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tie_word_embeddings": True},
-        {"rope_parameters": LLAMA31_ROPE},
-        # SmolLM2's heads: nine queries on three keys, a head dimension that is not a power of two
-        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54},
-        {"num_key_value_heads": 4, "head_dim": 16},  # no grouping, heads wider than the model
-    ],
-    ids=["tied", "llama31-rope", "nine-heads", "wide-heads"],
-)
-def test_scores_and_gradients_are_hugging_faces(
-    ranks: Ranks, tmp_path: Path, options: dict
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_supervised_step_has_the_gradient_of_its_loss(
+    ranks: Ranks, tmp_path: Path, tied: bool
 ) -> None:
-    truth = make_model(tmp_path, **options)
+    truth = make_model(tmp_path, tie_word_embeddings=tied)
     batch = make_batch(6)
-    learner = make_learner(ranks, tmp_path)
-    scores = learner.score(batch)
-    logprobs_T = hf_logprobs(truth, batch)
-    torch.testing.assert_close(scores.old_logprobs_T, logprobs_T.detach(), rtol=0, atol=2e-5)
-    assert torch.equal(scores.ref_logprobs_T, scores.old_logprobs_T)
-
-    head = learner.critic.last_chunk.output_layer
-    values_N = hf_values(truth, head, batch)
-    torch.testing.assert_close(scores.values_N, values_N.detach(), rtol=0, atol=1e-5)
-
-    # a supervised step without clipping or momentum: the gradient is what the loss's is
-    supervised = make_supervised(ranks, tmp_path)
+    supervised = make_supervised(ranks, tmp_path)  # a step without clipping or momentum
     stats = supervised.supervised_update(batch)
-    loss = -hf_logprobs_at_one(truth, batch).sum() / batch.action_mask_T.sum()
+    logprobs_T = hf_logprobs(truth, batch, temperature=1.0)
+    loss = -logprobs_T[batch.action_mask_T].mean()
     loss.backward()
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-6)
     gradients = {name: parameter.grad for name, parameter in truth.named_parameters()}
@@ -120,16 +76,6 @@ def test_scores_and_gradients_are_hugging_faces(
     assert set(ours) == set(gradients)
     for name, expected in gradients.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
-
-
-def hf_logprobs_at_one(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    bounds = batch.cu_seqlens.tolist()
-    rows = []
-    for start, end in pairwise(bounds):
-        ids = batch.token_ids_T[start:end]
-        logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
-    return torch.cat(rows)[batch.action_mask_T]
 
 
 def make_supervised(ranks: Ranks, folder: Path) -> SupervisedLearner:
@@ -371,7 +317,8 @@ def test_an_export_is_what_transformers_and_we_load(
     truth = AutoModelForCausalLM.from_pretrained(out)
     ours = learner.score(batch).old_logprobs_T
     with torch.no_grad():
-        torch.testing.assert_close(ours, hf_logprobs(truth, batch), rtol=0, atol=2e-5)
+        logprobs_T = hf_logprobs(truth, batch) * batch.action_mask_T
+    torch.testing.assert_close(ours, logprobs_T, rtol=0, atol=2e-5)
     again = make_learner(ranks, out)
     assert torch.equal(again.score(batch).old_logprobs_T, ours)
 
@@ -397,7 +344,7 @@ def test_exported_networks_score_in_transformers_as_in_ours(
     critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic").eval()
     assert critic.config.num_labels == 1
     with torch.no_grad():
-        logprobs_T = hf_logprobs(policy, batch)
+        logprobs_T = hf_logprobs(policy, batch) * batch.action_mask_T
         values_N = hf_values(critic, critic.score, batch)
     torch.testing.assert_close(scores.old_logprobs_T, logprobs_T, rtol=0, atol=2e-5)
     torch.testing.assert_close(scores.values_N, values_N, rtol=0, atol=1e-5)
