@@ -25,7 +25,7 @@ from rlef_mega.config import (
 )
 from rlef_mega.conversion import export_checkpoint
 from rlef_mega.megatron import checkpoint, hf_weights
-from rlef_mega.megatron.attention import PackedAttention, packed_sequences
+from rlef_mega.megatron.attention import PackedAttention, packed_sequences, padded_blocks
 from rlef_mega.megatron.learner import Learner, SupervisedLearner
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.megatron.trained_model import learning_rate
@@ -165,6 +165,7 @@ def test_padded_attention_is_dense_attention_with_a_block_mask() -> None:
     query = torch.randn(26, 4, 8, generator=generator)
     key, value = (torch.randn(26, 2, 8, generator=generator) for _ in range(2))
     packed = packed_sequences(lengths, torch.device("cpu"), torch.float32)
+    packed.blocks = tuple(padded_blocks(lengths, torch.device("cpu")))  # as on a GPU
     assert [block.sequences for block in packed.blocks] == [2, 1, 1, 1]
     attention = PackedAttention.__new__(PackedAttention)
     attention.scale = None
