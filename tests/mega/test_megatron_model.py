@@ -23,13 +23,15 @@ from rlef_mega.config import (
     ParallelConfig,
     PPOConfig,
 )
-from rlef_mega.conversion import export_checkpoint
+from rlef_mega.conversion import export_checkpoint, import_folder
 from rlef_mega.megatron import checkpoint, hf_weights
 from rlef_mega.megatron.attention import PackedAttention, packed_sequences, padded_blocks
+from rlef_mega.megatron.convert.outputs import LARGEST_DIFFERENCE, largest_difference
 from rlef_mega.megatron.learner import Learner, SupervisedLearner
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.megatron.trained_model import learning_rate
 from rlef_mega.packing import select
+from rlef_mega.preflight import check_weights
 from rlef_mega.types import Batch
 from tests.mega.hugging_face import hf_logprobs, hf_values
 from tests.mega.megatron_worker import (
@@ -349,6 +351,43 @@ def test_exported_networks_score_in_transformers_as_in_ours(
         values_N = hf_values(critic, critic.score, batch)
     torch.testing.assert_close(scores.old_logprobs_T, logprobs_T, rtol=0, atol=2e-5)
     torch.testing.assert_close(scores.values_N, values_N, rtol=0, atol=1e-5)
+
+    # what `--verify` says of them, and of one whose keys and values have changed places
+    assert largest_difference(saved, tmp_path / "policy", "policy", ranks) < 2e-5
+    assert largest_difference(saved, tmp_path / "critic", "critic", ranks) < 1e-5
+    stored = load_file(tmp_path / "policy/model.safetensors")
+    keys, values = (f"model.layers.3.self_attn.{kind}_proj.weight" for kind in "kv")
+    stored[keys], stored[values] = stored[values], stored[keys]
+    save_file(stored, tmp_path / "policy/model.safetensors", metadata={"format": "pt"})
+    assert largest_difference(saved, tmp_path / "policy", "policy", ranks) > LARGEST_DIFFERENCE
+
+
+def test_a_run_starts_from_a_checkpoint_of_another(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    batch = make_batch(6)
+    trained = make_learner(ranks, folder)
+    one_batch(trained, batch, seed=1)
+    saved = save(tmp_path / "run", trained, {})
+    check_weights(saved, folder)
+    expected, found = trained.score(batch), make_learner(ranks, folder, weights=saved).score(batch)
+    assert torch.equal(found.old_logprobs_T, expected.old_logprobs_T)
+    assert torch.equal(found.ref_logprobs_T, expected.old_logprobs_T)
+    assert torch.equal(found.values_N, expected.values_N)
+
+    # of a policy alone, the critic takes the trunk and draws its head
+    export_checkpoint(saved, tmp_path / "hf", model=folder)
+    import_folder(tmp_path / "hf", tmp_path / "policy")
+    found = make_learner(ranks, folder, weights=tmp_path / "policy").score(batch)
+    again = make_learner(ranks, tmp_path / "hf").score(batch)
+    assert torch.equal(found.old_logprobs_T, expected.old_logprobs_T)
+    assert torch.equal(found.values_N, again.values_N)
+
+    with pytest.raises(ConfigError, match="give a checkpoint's own folder"):
+        check_weights(tmp_path / "policy" / "networks", folder)
+    make_model(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"holds 4 layers, config\.json says 3"):
+        check_weights(saved, tmp_path / "other")
 
 
 def test_a_tied_head_that_is_stored_all_the_same_is_accepted(ranks: Ranks, tmp_path: Path) -> None:
