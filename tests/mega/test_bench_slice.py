@@ -311,6 +311,8 @@ def test_a_slice_is_measured_from_phases_to_peers(tmp_path, capsys):
         "policy update, recompute selective",
         "policy optimizer step alone",
         "weights gathered for publication",
+        "policy to the host",
+        "policy back on the device",
     ):
         assert len(figures[f"{phase} | time"]["samples"]) == 2
     model = figures["policy update, recompute selective | model"]["median"]
