@@ -96,6 +96,7 @@ def export_hf(
             model=model,
             overwrite=overwrite,
             verify=verify,
+            verify_outputs=verify,
             processes=ours,
         )
 
@@ -130,6 +131,7 @@ def import_hf(
             seed=seed,
             overwrite=overwrite,
             verify=verify,
+            verify_outputs=verify,
             processes=ours,
         )
 

@@ -50,6 +50,9 @@ class ModelShape(Section):
 
 class ModelConfig(Section):
     path: str = Field(description="Hugging Face folder of the instruction-tuned starting point")
+    weights: str | None = Field(
+        None, description="a checkpoint, imported or of a run, to start from instead of path's"
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     chat_format: Literal["auto", "llama3", "chatml"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"

@@ -1,10 +1,14 @@
 """`rlef export-hf` and `rlef import-hf`: plan, write, show how far it is, and verify if asked."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron.checkpoint_files import NETWORKS
 from rlef_mega.megatron.convert.companions import Role
 from rlef_mega.megatron.convert.from_hf import Import, plan_import
 from rlef_mega.megatron.convert.job import Job, Processes
@@ -14,6 +18,7 @@ from rlef_mega.megatron.convert.verify import compare_tensors
 from rlef_mega.progress import ByteProgress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun's variables
 ROLES: dict[str, tuple[Role, ...]] = {
     "policy": ("policy",),
     "critic": ("critic",),
@@ -32,6 +37,7 @@ def export_checkpoint(
     model: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
+    verify_outputs: bool = False,
     processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> None:
     """A run's newest checkpoint, that of `step`, or the checkpoint at `path`, to a Hugging Face
@@ -43,6 +49,8 @@ def export_checkpoint(
     write(plan_export(checkpoint, out, wanted, overwrite=overwrite), checkpoint.folder, processes)
     if verify:
         compare(checkpoint, out, chosen, exported=True, processes=processes)
+    if verify_outputs and processes.rank == 0:
+        compare_outputs(checkpoint.folder, out, chosen)
 
 
 def import_folder(
@@ -55,6 +63,7 @@ def import_folder(
     seed: int = 0,
     overwrite: bool = False,
     verify: bool = False,
+    verify_outputs: bool = False,
     processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> None:
     """A Hugging Face folder to a checkpoint of weights. Raises ConfigError; `out` is whole or not
@@ -70,6 +79,8 @@ def import_folder(
         for chosen in roles:
             checkpoint = Checkpoint(out, folder)
             compare(checkpoint, folder, chosen, exported=False, processes=processes, seed=seed)
+    if verify_outputs and processes.rank == 0 and "policy" in roles:
+        compare_outputs(out, folder, "policy")
 
 
 def choose(
@@ -114,3 +125,17 @@ def compare(
         )
     if processes.rank == 0:
         print(f"verified: {count} tensors of the {role} are equal bit by bit")
+
+
+def compare_outputs(checkpoint: Path, folder: Path, role: Role) -> None:
+    """In a process of its own, alone in its world, whoever started this one."""
+    if not (checkpoint / NETWORKS).is_dir():
+        print("outputs not compared: the checkpoint is not of our own form")
+        return
+    alone = {name: value for name, value in os.environ.items() if name not in WORLD}
+    command = [sys.executable, "-m", "rlef_mega.megatron.convert.outputs"]
+    done = subprocess.run(
+        [*command, str(checkpoint), str(folder), role], env=alone, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -17,6 +17,10 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.judge import RemoteGrader
+from rlef_mega.megatron.checkpoint_files import NETWORKS
+from rlef_mega.megatron.convert.places import find_checkpoint
+from rlef_mega.megatron.convert.weights import CheckpointWeights, tensors_of
+from rlef_mega.megatron.families import read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.record import write_atomically
 from rlef_mega.versions import refuse_untested_megatron
@@ -39,10 +43,23 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
     """ConfigError or ValueError where the run could not go, with the remedy."""
     refuse_untested_megatron()
     plan_train(config)
+    if config.model.weights:
+        check_weights(Path(config.model.weights), Path(config.model.path))
     check_servers(config.judge, grading_token)
     for source in config.data.model_dump().values():
         if source:
             load_problems(source)
+
+
+def check_weights(checkpoint: Path, model: Path) -> None:
+    """ConfigError unless the checkpoint is whole and its policy is one of this model."""
+    found = find_checkpoint(checkpoint, step=None)
+    if found.folder != checkpoint or not (checkpoint / NETWORKS).is_dir():
+        raise ConfigError(
+            f"model.weights = {checkpoint}: give a checkpoint's own folder, as `rlef import-hf` "
+            f"writes it or as RUN/checkpoints/step_000100"
+        )
+    CheckpointWeights(found.network("policy"), tensors_of("policy", read_config(model)))
 
 
 def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:

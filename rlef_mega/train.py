@@ -53,7 +53,12 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
     learner = make_learner(config, ranks)
-    engine = LocalEngine(Path(config.model.path), dtype=config.model.dtype, device=ranks.device)
+    engine = LocalEngine(
+        Path(config.model.path),
+        dtype=config.model.dtype,
+        device=ranks.device,
+        weights_from_folder=config.model.weights is None,  # else they come when published
+    )
     checkpoints = make_checkpoints(config, run, learner)
     first = resume(run, checkpoints, writer=ranks.is_writer)
     guards = Guards(config.guard, config.rollout.max_drop_fraction)
@@ -151,6 +156,7 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         recompute=config.model.recompute,
+        weights=Path(config.model.weights) if config.model.weights else None,
     )
 
 

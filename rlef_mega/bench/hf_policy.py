@@ -138,7 +138,9 @@ def logits_head(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, ids_R: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Log-probs from logits that are stored, in fp32."""
-    logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD).float() / temperature
+    logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD).float()
+    if temperature != 1.0:  # not another copy of the logits for nothing
+        logits_RV = logits_RV / temperature
     return -torch.nn.functional.cross_entropy(logits_RV, ids_R, reduction="none")
 
 

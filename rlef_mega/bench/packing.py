@@ -7,7 +7,8 @@ give each data-parallel rank as many micro-batches.
 
 - *padding*: token slots that are computed and hold nothing. Ours has only what sequence parallelism
   rounds up to and the slots of empty micro-batches. Attention over packed sequences pads nothing on
-  a GPU; where it is PyTorch's SDPA, `attention_padding` is what it pads, inside attention alone.
+  a GPU; where it is PyTorch's SDPA there, `attention_padding` is what it pads, inside attention
+  alone.
 - *idle*: 1 - mean / max of the ranks' FLOPs in an update, padding counted as work: all ranks wait
   for the last one.
 - *wasted*: 1 - useful FLOPs / (ranks x FLOPs of the last one): padding and idle ranks together.

@@ -25,7 +25,7 @@ from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.accelerations import report
 from rlef_mega.megatron.learner import Learner, ReadFunction
-from rlef_mega.megatron.trained_model import FrozenModel, TrainedModel
+from rlef_mega.megatron.trained_model import FrozenModel, Residence, TrainedModel
 from rlef_mega.packing import pack
 from rlef_mega.train import make_learner
 from rlef_mega.types import Batch, Targets
@@ -88,6 +88,9 @@ def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:
         "policy update": lambda: policy_update(learner, batch, targets),
         "policy optimizer step alone": policy.step,
         "weights gathered for publication": gather,
+        # all that an idle policy leaves to others, and back: the two go together
+        "policy to the host": lambda: policy.reside(Residence.NOTHING),
+        "policy back on the device": lambda: policy.reside(Residence.TRAINING),
     }
     if reference is not None:
         found = {"reference log-probs": outputs(reference, learner.read_logprobs), **found}

@@ -160,7 +160,7 @@ def choices(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -
     if device.type != "cuda":
         idle = [p for p in INSTALL if fault(p) not in (None, NOT_INSTALLED) and p != "triton"]
         return [
-            Choice("attention", "PyTorch SDPA, sequences padded into blocks"),
+            Choice("attention", "PyTorch SDPA, a call a sequence"),
             Choice("layers", "megatron-core's local layers"),
             Choice("optimizer", optimizer()),
             Choice("head", "PyTorch"),

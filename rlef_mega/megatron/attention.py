@@ -2,9 +2,10 @@
 sequence.
 
 Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one
-calls the varlen kernel that `attention_kernel` names; without a GPU it pads neighbours of
-similar length to [sequences, heads, longest, head_dim] and makes one causal SDPA call a block,
-which is exact: padding comes last, so no real token attends to it.
+calls the varlen kernel that `attention_kernel` names. A GPU without one pads neighbours of similar
+length to [sequences, heads, longest, head_dim] and makes one causal SDPA call a block, which is
+exact: padding comes last, so no real token attends to it. A CPU, where a call costs little and
+copies much, makes a call a sequence.
 
 Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head
 dimension, S sequences, L tokens of the longest sequence.
@@ -53,7 +54,7 @@ def packed_sequences(
     """The description of sequences of these lengths, end to end, for a model of this dtype."""
     cu_seqlens = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     on_device = cu_seqlens.to(device, non_blocking=True)
-    pads = attention_kernel(device.type, dtype) == "sdpa"
+    pads = device.type == "cuda" and attention_kernel(device.type, dtype) == "sdpa"
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=on_device,
@@ -116,8 +117,10 @@ class PackedAttention(MegatronModule):
             output_THD = self.flash_attention(query, key, value, packed_seq_params)
         elif kernel == "torch-varlen":
             output_THD = self.torch_varlen(query, key, value, packed_seq_params)
-        else:
+        elif query.device.type == "cuda":
             output_THD = self.padded_attention(query, key, value, packed_seq_params)
+        else:
+            output_THD = self.attention_by_sequence(query, key, value, packed_seq_params)
         return output_THD.flatten(1)
 
     def flash_attention(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
@@ -172,3 +175,19 @@ class PackedAttention(MegatronModule):
             )
             outputs.append(output_SHLD.transpose(1, 2).flatten(0, 1)[block.rows_T])
         return torch.cat(outputs)
+
+    def attention_by_sequence(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
+        lengths = packed.cu_seqlens_q_padded.diff().tolist()
+        parts = (tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value))
+        outputs = [
+            torch.nn.functional.scaled_dot_product_attention(
+                q_HSD[None],
+                k_KSD[None],
+                v_KSD[None],
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=True,
+            )
+            for q_HSD, k_KSD, v_KSD in zip(*parts, strict=True)
+        ]
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)

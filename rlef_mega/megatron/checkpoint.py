@@ -46,6 +46,7 @@ from rlef_mega.megatron.checkpoint_writer import (
     write_share,
 )
 from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
 from rlef_mega.shares import any_rank, gather
@@ -350,6 +351,17 @@ def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
         generators = torch.load(path / GENERATORS, weights_only=True)
         state_of.restore_random_state(generators[learner.ranks.rank])
     return meta["step"], meta["state"]
+
+
+def load_weights(
+    path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
+) -> None:
+    """One network's weights alone, saved in any layout or imported, into chunks of this one, which
+    may be of another dtype. Without what follows the last norm if `trunk_only`. Collective.
+    """
+    parts = state_of.weights(name, chunks, ranks)
+    head = f"{name}.output_layer."
+    fill(path, [part for part in parts if not (trunk_only and part.key.startswith(head))])
 
 
 @calls_megatron

@@ -153,6 +153,13 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ConfigError(damaged(path, META, "it is missing, truncated or changed")) from None
 
 
+def networks_in(path: Path) -> set[str]:
+    """Names of the networks whose weights a checkpoint holds; an imported one has no models' state
+    beside them."""
+    meta = read_meta(path)
+    return set(meta.get("imported") or meta.get("models", ()))
+
+
 def fault_in(path: Path) -> str | None:
     """What is wrong as far as names and sizes tell; None if nothing."""
     try:

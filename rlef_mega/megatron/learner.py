@@ -30,6 +30,8 @@ from rlef_mega.config import (
     PPOConfig,
 )
 from rlef_mega.flops import SequenceFlops
+from rlef_mega.megatron.checkpoint import load_weights
+from rlef_mega.megatron.checkpoint_files import networks_in
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf, relay
@@ -60,7 +62,8 @@ ReadFunction = Callable[..., torch.Tensor]
 
 
 class Learner:
-    """Policy, critic and frozen reference, all started from one Hugging Face folder (RLEF A.1).
+    """Policy, critic and frozen reference, all started from one Hugging Face folder (RLEF A.1), or
+    from its config and a checkpoint's `weights`.
 
     A rank holds policy and reference, or the critic, or all three; of what it does not hold,
     `policy`, `reference` or `critic` is None.
@@ -76,9 +79,10 @@ class Learner:
         dtype: str,
         temperature: float,
         recompute: str = "none",
+        weights: Path | None = None,
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
-        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute)
+        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute, weights)
         self.config, self.dtype = start.config, start.dtype
         self.cutting = Cutting(
             ranks,
@@ -379,10 +383,19 @@ class SupervisedLearner:
 
 
 class StartingPoint:
-    """A Hugging Face folder, and the networks made from it on these ranks."""
+    """A Hugging Face folder, and the networks made from it on these ranks. With `weights`, those of
+    a checkpoint, imported or of another run; a critic that is not in it starts from its policy.
+    """
 
-    def __init__(self, ranks: Ranks, folder: Path, dtype: torch.dtype, recompute: str) -> None:
-        self.ranks, self.folder = ranks, folder
+    def __init__(
+        self,
+        ranks: Ranks,
+        folder: Path,
+        dtype: torch.dtype,
+        recompute: str,
+        weights: Path | None = None,
+    ) -> None:
+        self.ranks, self.folder, self.weights = ranks, folder, weights
         self.config, self.dtype, self.recompute = read_config(folder), dtype, recompute
 
     def policy(self) -> list[PackedLlama]:
@@ -400,7 +413,13 @@ class StartingPoint:
             kind(self.config, self.ranks, chunk=chunk, **options).to(self.ranks.device)
             for chunk in range(count)
         ]
-        load_hf(chunks, self.folder, self.ranks)
+        if self.weights is None:
+            load_hf(chunks, self.folder, self.ranks)
+        elif kind is CriticModel and CRITIC not in networks_in(self.weights):
+            load_weights(self.weights, POLICY, chunks, self.ranks, trunk_only=True)
+        else:
+            name = CRITIC if kind is CriticModel else POLICY
+            load_weights(self.weights, name, chunks, self.ranks)
         return chunks
 
 

@@ -252,7 +252,8 @@ class PackedLlama(GPTModel):
                 module.tp_group = ranks.groups.tp
         # Hugging Face's own frequencies, one formula for all families: all of Llama 3.1's scaling
         # parameters, of which Megatron takes only one
-        frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
+        with torch.device("cpu"):  # real numbers, also where weights are made on the meta device
+            frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
         self.rotary_pos_emb.inv_freq = frequencies.to(ranks.device, torch.float32)
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):
@@ -364,8 +365,8 @@ def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Te
     a tenth of a reward's size.
     """
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(1, hidden_size, generator=generator) * 0.1 / hidden_size**0.5
-    return weight, torch.zeros(1)
+    weight = torch.randn(1, hidden_size, generator=generator, device="cpu") * 0.1 / hidden_size**0.5
+    return weight, torch.zeros(1, device="cpu")
 
 
 class ValueHead(torch.nn.Linear):

@@ -6,7 +6,6 @@ each rank comparing its own part.
 """
 
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlef_mega.config import LearnerConfig, OptimizerConfig, PPOConfig
 from rlef_mega.types import Batch
+from tests.mega.hugging_face import TEMPERATURE, hf_logprobs, hf_values
 from tests.mega.megatron_worker import LAYOUTS, VOCABULARY, make_batch
 
 if TYPE_CHECKING:
     from rlef_mega.megatron.microbatch import Microbatch
 
-TEMPERATURE = 0.9
 SCALE = 100  # of both losses: any number will do
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 # Llama 3.1's, for a model that was trained on contexts of 16: most of the batch is longer
@@ -37,11 +36,11 @@ ROPE_QWEN = {"rope_type": "default", "rope_theta": 1_000_000.0}
 CASES: dict[str, dict[str, Any]] = {
     "llama31": {"rope_parameters": ROPE_31},
     "llama32-tied": {"rope_parameters": ROPE_31, "tie_word_embeddings": True},
-    # SmolLM2's heads: nine queries on three keys, tied
+    # SmolLM2's heads: nine queries on three keys, tied; their dimension is no power of two
     "nine-heads": {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
-        "hidden_size": 72,
+        "hidden_size": 54,
         "tie_word_embeddings": True,
     },
     "one-query-a-key": {"num_key_value_heads": 4, "head_dim": 16},
@@ -86,25 +85,6 @@ def make_family(folder: Path, case: str) -> PreTrainedModel:
                 parameter.normal_(0 if name.endswith("bias") else 1, 0.2)
     model.save_pretrained(folder)
     return model.eval()
-
-
-def hf_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Log-probs of the tokens, one unpadded sequence at a time."""
-    rows = []
-    for start, end in pairwise(batch.cu_seqlens.tolist()):
-        ids = batch.token_ids_T[start:end]
-        logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
-        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
-    return torch.cat(rows)
-
-
-def hf_values(model: PreTrainedModel, head: torch.nn.Linear, batch: Batch) -> torch.Tensor:
-    hidden = [
-        model.model(batch.token_ids_T[start:end][None]).last_hidden_state[0]
-        for start, end in pairwise(batch.cu_seqlens.tolist())
-    ]
-    return head(torch.cat(hidden)).squeeze(-1)[batch.value_positions_N]
 
 
 def hf_gradients(

@@ -172,6 +172,11 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
     learner = make_learner(ranks, folder / "model", offload=chosen.offload)
     results: dict[str, Any] = {}
     if start == "model":
+        imported = make_learner(ranks, folder / "model", weights=folder / "imported")
+        results["imported"] = {
+            "weights": {name: tensor.clone() for name, tensor in imported.policy_weights()},
+            "values": imported.score(batch).values_N,
+        }
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
         results["first"] = one_batch(learner, batch, seed=1)
         checkpoints = Checkpoints(folder / layout, learner, keep=1)

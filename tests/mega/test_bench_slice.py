@@ -189,6 +189,12 @@ def test_ratios_are_taken_within_a_round_and_judged_against_the_faster_layout():
         "not measured: other: no room",
     ]
     assert "goal 1.05: met" in beside_hf.notes(measured, rows, "HF", 1.05)[0]
+    # where processor time is known, it is what counts: other work on the machine is not in it
+    measured["cpu_seconds"] = {"ours": [1.0, 1.0, 1.0], "padded": [1.2, 1.2, 1.2]}
+    rows = beside_hf.figures(measured, 100, "HF")
+    assert beside_hf.notes(measured, rows, "HF", 1.15)[0] == (
+        "policy update, ours / HF, padded, by processor time: 1.20 (1.20 to 1.20), goal 1.15: met"
+    )
 
 
 def test_as_many_layers_as_fit_with_embedding_and_head_whole():
@@ -305,6 +311,8 @@ def test_a_slice_is_measured_from_phases_to_peers(tmp_path, capsys):
         "policy update, recompute selective",
         "policy optimizer step alone",
         "weights gathered for publication",
+        "policy to the host",
+        "policy back on the device",
     ):
         assert len(figures[f"{phase} | time"]["samples"]) == 2
     model = figures["policy update, recompute selective | model"]["median"]

@@ -197,6 +197,7 @@ def test_the_command_starts_processes(folder: Path, imported: Path, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     assert "verified: 40 tensors of the critic are equal bit by bit" in done.stdout
+    assert "largest difference of a log-prob to transformers': " in done.stdout
     assert same_bytes(tmp_path / "checkpoint", imported)
 
 

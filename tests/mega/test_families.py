@@ -21,9 +21,9 @@ from tests.mega.families_worker import (
     IN_LAYOUT,
     ROPE_31,
     check,
-    hf_logprobs,
     make_family,
 )
+from tests.mega.hugging_face import hf_logprobs
 from tests.mega.megatron_worker import make_batch
 
 ALONE = ParallelConfig()

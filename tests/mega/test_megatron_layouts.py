@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
-from rlef_mega.conversion import export_checkpoint
+from rlef_mega.conversion import export_checkpoint, import_folder
 from rlef_mega.megatron.model import refuse_batched_interleaving
 from rlef_mega.megatron.stages import split_layers
 from tests.mega.distributed import launch
@@ -37,6 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     path = tmp_path_factory.mktemp("layouts")
     make_model(path / "model", rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
+
+    make_model(path / "other", seed=1, rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
+    import_folder(
+        path / "other", path / "imported", role="both", seed=3, pad_vocabulary_to_multiple=48
+    )
 
     def run(processes: int, *jobs: str) -> None:
         launch(WORKER, str(path), *jobs, processes=processes)
@@ -89,6 +94,18 @@ def test_weights_come_out_as_they_went_in(folder: Path, layout: str) -> None:
     loaded = results(folder, f"model_{layout}")["loaded"]
     assert set(loaded) == set(stored)
     assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("layout", ("one", *SPLIT))
+def test_an_imported_checkpoint_starts_any_layout(folder: Path, layout: str) -> None:
+    """Its vocabulary is padded; its critic has its own value head."""
+    stored = load_file(folder / "other" / "model.safetensors")
+    imported = results(folder, f"model_{layout}")["imported"]
+    assert set(imported["weights"]) == set(stored)
+    assert all(torch.equal(imported["weights"][name], stored[name]) for name in stored)
+    one = results(folder, "model_one")
+    torch.testing.assert_close(imported["values"], one["imported"]["values"], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(one["imported"]["values"], one["first"]["scores"]["values_N"])
 
 
 @pytest.mark.parametrize("layout", [layout for layout, _ in SAME])

@@ -5,7 +5,6 @@ numbers.
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
-    LlamaForCausalLM,
 )
 
 from rlef_mega import ppo
@@ -25,15 +23,17 @@ from rlef_mega.config import (
     ParallelConfig,
     PPOConfig,
 )
-from rlef_mega.conversion import export_checkpoint
+from rlef_mega.conversion import export_checkpoint, import_folder
 from rlef_mega.megatron import checkpoint, hf_weights
-from rlef_mega.megatron.attention import PackedAttention, packed_sequences
+from rlef_mega.megatron.attention import PackedAttention, packed_sequences, padded_blocks
+from rlef_mega.megatron.convert.outputs import LARGEST_DIFFERENCE, largest_difference
 from rlef_mega.megatron.learner import Learner, SupervisedLearner
-from rlef_mega.megatron.model import ValueHead
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.megatron.trained_model import learning_rate
 from rlef_mega.packing import select
+from rlef_mega.preflight import check_weights
 from rlef_mega.types import Batch
+from tests.mega.hugging_face import hf_logprobs, hf_values
 from tests.mega.megatron_worker import (
     LLAMA31_ROPE,
     make_batch,
@@ -43,7 +43,6 @@ from tests.mega.megatron_worker import (
 )
 
 ALONE = ParallelConfig()
-TEMPERATURE = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -60,57 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def hf_logprobs(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Response tokens' log-probs, one unpadded sequence at a time."""
-    rows = []
-    bounds = batch.cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        ids = batch.token_ids_T[start:end]
-        logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
-        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
-    return torch.cat(rows) * batch.action_mask_T
-
-
-def hf_values(model: LlamaForCausalLM, head: ValueHead, batch: Batch) -> torch.Tensor:
-    bounds = batch.cu_seqlens.tolist()
-    hidden = [
-        model.model(batch.token_ids_T[start:end][None]).last_hidden_state[0]
-        for start, end in pairwise(bounds)
-    ]
-    return head(torch.cat(hidden)).squeeze(-1)[batch.value_positions_N]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tie_word_embeddings": True},
-        {"rope_parameters": LLAMA31_ROPE},
-        # SmolLM2's heads: nine queries on three keys, a head dimension that is not a power of two
-        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54},
-        {"num_key_value_heads": 4, "head_dim": 16},  # no grouping, heads wider than the model
-    ],
-    ids=["tied", "llama31-rope", "nine-heads", "wide-heads"],
-)
-def test_scores_and_gradients_are_hugging_faces(
-    ranks: Ranks, tmp_path: Path, options: dict
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_supervised_step_has_the_gradient_of_its_loss(
+    ranks: Ranks, tmp_path: Path, tied: bool
 ) -> None:
-    truth = make_model(tmp_path, **options)
+    truth = make_model(tmp_path, tie_word_embeddings=tied)
     batch = make_batch(6)
-    learner = make_learner(ranks, tmp_path)
-    scores = learner.score(batch)
-    logprobs_T = hf_logprobs(truth, batch)
-    torch.testing.assert_close(scores.old_logprobs_T, logprobs_T.detach(), rtol=0, atol=2e-5)
-    assert torch.equal(scores.ref_logprobs_T, scores.old_logprobs_T)
-
-    head = learner.critic.last_chunk.output_layer
-    values_N = hf_values(truth, head, batch)
-    torch.testing.assert_close(scores.values_N, values_N.detach(), rtol=0, atol=1e-5)
-
-    # a supervised step without clipping or momentum: the gradient is what the loss's is
-    supervised = make_supervised(ranks, tmp_path)
+    supervised = make_supervised(ranks, tmp_path)  # a step without clipping or momentum
     stats = supervised.supervised_update(batch)
-    loss = -hf_logprobs_at_one(truth, batch).sum() / batch.action_mask_T.sum()
+    logprobs_T = hf_logprobs(truth, batch, temperature=1.0)
+    loss = -logprobs_T[batch.action_mask_T].mean()
     loss.backward()
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-6)
     gradients = {name: parameter.grad for name, parameter in truth.named_parameters()}
@@ -120,16 +78,6 @@ def test_scores_and_gradients_are_hugging_faces(
     assert set(ours) == set(gradients)
     for name, expected in gradients.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
-
-
-def hf_logprobs_at_one(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    bounds = batch.cu_seqlens.tolist()
-    rows = []
-    for start, end in pairwise(bounds):
-        ids = batch.token_ids_T[start:end]
-        logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
-    return torch.cat(rows)[batch.action_mask_T]
 
 
 def make_supervised(ranks: Ranks, folder: Path) -> SupervisedLearner:
@@ -219,6 +167,7 @@ def test_padded_attention_is_dense_attention_with_a_block_mask() -> None:
     query = torch.randn(26, 4, 8, generator=generator)
     key, value = (torch.randn(26, 2, 8, generator=generator) for _ in range(2))
     packed = packed_sequences(lengths, torch.device("cpu"), torch.float32)
+    packed.blocks = tuple(padded_blocks(lengths, torch.device("cpu")))  # as on a GPU
     assert [block.sequences for block in packed.blocks] == [2, 1, 1, 1]
     attention = PackedAttention.__new__(PackedAttention)
     attention.scale = None
@@ -371,7 +320,8 @@ def test_an_export_is_what_transformers_and_we_load(
     truth = AutoModelForCausalLM.from_pretrained(out)
     ours = learner.score(batch).old_logprobs_T
     with torch.no_grad():
-        torch.testing.assert_close(ours, hf_logprobs(truth, batch), rtol=0, atol=2e-5)
+        logprobs_T = hf_logprobs(truth, batch) * batch.action_mask_T
+    torch.testing.assert_close(ours, logprobs_T, rtol=0, atol=2e-5)
     again = make_learner(ranks, out)
     assert torch.equal(again.score(batch).old_logprobs_T, ours)
 
@@ -397,10 +347,47 @@ def test_exported_networks_score_in_transformers_as_in_ours(
     critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic").eval()
     assert critic.config.num_labels == 1
     with torch.no_grad():
-        logprobs_T = hf_logprobs(policy, batch)
+        logprobs_T = hf_logprobs(policy, batch) * batch.action_mask_T
         values_N = hf_values(critic, critic.score, batch)
     torch.testing.assert_close(scores.old_logprobs_T, logprobs_T, rtol=0, atol=2e-5)
     torch.testing.assert_close(scores.values_N, values_N, rtol=0, atol=1e-5)
+
+    # what `--verify` says of them, and of one whose keys and values have changed places
+    assert largest_difference(saved, tmp_path / "policy", "policy", ranks) < 2e-5
+    assert largest_difference(saved, tmp_path / "critic", "critic", ranks) < 1e-5
+    stored = load_file(tmp_path / "policy/model.safetensors")
+    keys, values = (f"model.layers.3.self_attn.{kind}_proj.weight" for kind in "kv")
+    stored[keys], stored[values] = stored[values], stored[keys]
+    save_file(stored, tmp_path / "policy/model.safetensors", metadata={"format": "pt"})
+    assert largest_difference(saved, tmp_path / "policy", "policy", ranks) > LARGEST_DIFFERENCE
+
+
+def test_a_run_starts_from_a_checkpoint_of_another(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    batch = make_batch(6)
+    trained = make_learner(ranks, folder)
+    one_batch(trained, batch, seed=1)
+    saved = save(tmp_path / "run", trained, {})
+    check_weights(saved, folder)
+    expected, found = trained.score(batch), make_learner(ranks, folder, weights=saved).score(batch)
+    assert torch.equal(found.old_logprobs_T, expected.old_logprobs_T)
+    assert torch.equal(found.ref_logprobs_T, expected.old_logprobs_T)
+    assert torch.equal(found.values_N, expected.values_N)
+
+    # of a policy alone, the critic takes the trunk and draws its head
+    export_checkpoint(saved, tmp_path / "hf", model=folder)
+    import_folder(tmp_path / "hf", tmp_path / "policy")
+    found = make_learner(ranks, folder, weights=tmp_path / "policy").score(batch)
+    again = make_learner(ranks, tmp_path / "hf").score(batch)
+    assert torch.equal(found.old_logprobs_T, expected.old_logprobs_T)
+    assert torch.equal(found.values_N, again.values_N)
+
+    with pytest.raises(ConfigError, match="give a checkpoint's own folder"):
+        check_weights(tmp_path / "policy" / "networks", folder)
+    make_model(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"holds 4 layers, config\.json says 3"):
+        check_weights(saved, tmp_path / "other")
 
 
 def test_a_tied_head_that_is_stored_all_the_same_is_accepted(ranks: Ranks, tmp_path: Path) -> None:

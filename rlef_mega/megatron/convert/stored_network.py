@@ -26,14 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.byte_ranges import ByteRanges
+from rlef_mega.megatron.hf_names import FUSED_NORMS
 
 METADATA = ".metadata"
 LAYERS = "decoder.layers."
-# Megatron's other name for the norms before these layers: Transformer Engine fuses them
-FUSED = {
-    f"{LAYERS}input_layernorm.weight": f"{LAYERS}self_attention.linear_qkv.layer_norm_weight",
-    f"{LAYERS}pre_mlp_layernorm.weight": f"{LAYERS}mlp.linear_fc1.layer_norm_weight",
-}
+# norms under the names that Transformer Engine's layers have without our map
+FUSED = {f"{LAYERS}{own}": f"{LAYERS}{fused}" for own, fused in FUSED_NORMS.items()}
 
 
 @dataclass(frozen=True)
