@@ -228,8 +228,8 @@ def test_the_newest_signature_below_is_the_installed_one() -> None:
 def test_pytorchs_varlen_attention_is_called_by_its_signature(
     varlen_attn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stand-ins with the signatures of PyTorch 2.10 to 2.13, whose kernel needs a GPU, against the
-    padded blocks; two query heads a key head."""
+    """Stand-ins with the signatures of PyTorch 2.10 to 2.13, whose kernel needs a GPU, against
+    SDPA sequence by sequence; two query heads a key head."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     generator = torch.Generator().manual_seed(0)
@@ -238,6 +238,6 @@ def test_pytorchs_varlen_attention_is_called_by_its_signature(
     packed = packed_sequences([9, 5, 3], torch.device("cpu"), torch.float32)
     attention = PackedAttention.__new__(PackedAttention)
     attention.scale = None
-    expected = PackedAttention.padded_attention(attention, query, key, value, packed)
+    expected = PackedAttention.attention_by_sequence(attention, query, key, value, packed)
     found = PackedAttention.torch_varlen(attention, query, key, value, packed)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
