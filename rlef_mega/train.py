@@ -156,6 +156,7 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         recompute=config.model.recompute,
+        layers=config.model.layers,
         weights=Path(config.model.weights) if config.model.weights else None,
     )
 

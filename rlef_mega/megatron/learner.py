@@ -30,6 +30,7 @@ from rlef_mega.config import (
     PPOConfig,
 )
 from rlef_mega.flops import SequenceFlops
+from rlef_mega.megatron.accelerations import Layers
 from rlef_mega.megatron.checkpoint import load_weights
 from rlef_mega.megatron.checkpoint_files import networks_in
 from rlef_mega.megatron.cpu_shim import calls_megatron
@@ -79,11 +80,14 @@ class Learner:
         dtype: str,
         temperature: float,
         recompute: str = "none",
+        layers: Layers = "auto",
         weights: Path | None = None,
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
-        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute, weights)
-        self.config, self.dtype = start.config, start.dtype
+        start = StartingPoint(
+            ranks, model_folder, getattr(torch, dtype), recompute, layers, weights
+        )
+        self.config, self.dtype = start.config, getattr(torch, dtype)
         self.cutting = Cutting(
             ranks,
             self.dtype,
@@ -340,9 +344,10 @@ class SupervisedLearner:
         microbatch_tokens: int,
         dtype: str,
         recompute: str = "none",
+        layers: Layers = "auto",
     ) -> None:
         self.ranks = ranks
-        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute)
+        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute, layers)
         self.cutting = Cutting(
             ranks,
             getattr(torch, dtype),
@@ -393,10 +398,12 @@ class StartingPoint:
         folder: Path,
         dtype: torch.dtype,
         recompute: str,
+        layers: Layers,
         weights: Path | None = None,
     ) -> None:
         self.ranks, self.folder, self.weights = ranks, folder, weights
-        self.config, self.dtype, self.recompute = read_config(folder), dtype, recompute
+        self.config = read_config(folder)
+        self.options: dict[str, Any] = {"dtype": dtype, "recompute": recompute, "layers": layers}
 
     def policy(self) -> list[PackedLlama]:
         return self.chunks(PolicyModel)
@@ -408,9 +415,8 @@ class StartingPoint:
     def chunks(self, kind: type[PackedLlama]) -> list[PackedLlama]:
         """This rank's chunks of the network, with their weights."""
         count = self.ranks.layout.virtual_pipeline_model_parallel_size
-        options: dict[str, Any] = {"dtype": self.dtype, "recompute": self.recompute}
         chunks = [
-            kind(self.config, self.ranks, chunk=chunk, **options).to(self.ranks.device)
+            kind(self.config, self.ranks, chunk=chunk, **self.options).to(self.ranks.device)
             for chunk in range(count)
         ]
         if self.weights is None:

@@ -42,7 +42,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from rlef_kernels import linear_logprob, linear_ppo_loss
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
 from rlef_mega.flops import SequenceFlops
-from rlef_mega.megatron.accelerations import choose
+from rlef_mega.megatron.accelerations import Layers, choose
 from rlef_mega.megatron.attention import PackedAttention
 from rlef_mega.megatron.families import (
     DenseConfig,
@@ -218,6 +218,7 @@ class PackedLlama(GPTModel):
         *,
         dtype: torch.dtype,
         recompute: str = "none",
+        layers: Layers = "auto",
         chunk: int = 0,
     ) -> None:
         parallel = ranks.layout
@@ -226,13 +227,14 @@ class PackedLlama(GPTModel):
         place = Place(ranks.pipeline_parallel_rank, chunk)
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
         refuse_batched_interleaving(config)
-        layers = TransformerBlockSubmodules(
-            layer_specs=[layer_spec(hf_config)] * len(stages.layers_at(place)),
-            layer_norm=RMSNorm,
-        )
+        spec, norm = layer_spec(hf_config), RMSNorm
+        if choose(ranks.device.type, dtype, layers).layers == "transformer_engine":
+            from rlef_mega.megatron.transformer_engine import TENorm, with_transformer_engine
+
+            spec, norm = with_transformer_engine(spec), TENorm
         super().__init__(
             config,
-            layers,
+            TransformerBlockSubmodules([spec] * len(stages.layers_at(place)), layer_norm=norm),
             vocab_size=hf_config.vocab_size,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=place == stages.first,
