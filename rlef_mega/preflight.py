@@ -34,6 +34,7 @@ FREE_TO_CHANGE = {
     "run.keep_best",
     "checkpoint_every",  # of the supervised stage
     "checkpoint_async",
+    "model.layers",  # whose modules compute; checkpoints are the same
     "judge.servers",
     "judge.deadline_s",
 }
