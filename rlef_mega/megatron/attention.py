@@ -24,9 +24,7 @@ from rlef_mega.megatron.accelerations import attention_kernel, varlen_options
 
 # Sequences share a padded block while they are at least this fraction of its longest. SDPA's work
 # grows with the square of the padded length: at 0.75 at most 44% of it is lost, and a micro-batch
-# of sorted lengths makes a handful of calls. On a CPU, forward and backward of the demo's updates
-# take the same time with anything from 0.6 to 0.9, a quarter more at 0.5 and 0.95, and twice as
-# much at 1.0, where there is a call for each length.
+# of sorted lengths makes a handful of calls.
 BLOCK_FRACTION = 0.75
 
 

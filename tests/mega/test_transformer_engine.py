@@ -52,6 +52,7 @@ class PlainRowParallelLinear(RowParallelLinear):
 class Attention(PackedAttention):
     def forward(self, *args, packed_seq_params, **options):
         assert packed_seq_params.cu_seqlens_q_padded is None, "kernels cannot read host tensors"
+        packed_seq_params.cu_seqlens_q_padded = packed_seq_params.cu_seqlens_q  # here the host's
         return super().forward(*args, packed_seq_params=packed_seq_params, **options)
 
 
