@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlef_mega.megatron.accelerations import attention_kernel, varlen_options
+from rlef_mega.megatron.rotary import Rotation
 
 # Sequences share a padded block while they are at least this fraction of its longest. SDPA's work
 # grows with the square of the padded length: at 0.75 at most 44% of it is lost, and a micro-batch
@@ -41,8 +42,12 @@ class PaddedBlock:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch, and its padded layout if attention pads."""
+    """Megatron's description of a packed micro-batch; the lengths on the host, the positions'
+    rotation, and the padded layout if attention pads.
+    """
 
+    lengths: tuple[int, ...] = ()
+    rotation: Rotation | None = None
     blocks: tuple[PaddedBlock, ...] = ()
 
 
@@ -50,18 +55,19 @@ def packed_sequences(
     lengths: list[int], device: torch.device, dtype: torch.dtype
 ) -> PackedSequences:
     """The description of sequences of these lengths, end to end, for a model of this dtype."""
-    cu_seqlens = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    on_device = cu_seqlens.to(device, non_blocking=True)
+    ends_S = torch.tensor(lengths).cumsum(0)
+    starts_S = ends_S - torch.tensor(lengths)
+    positions_T = torch.arange(sum(lengths)) - starts_S.repeat_interleave(torch.tensor(lengths))
+    on_device = torch.nn.functional.pad(ends_S, (1, 0)).int().to(device, non_blocking=True)
     pads = device.type == "cuda" and attention_kernel(device.type, dtype) == "sdpa"
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,
-        # RoPE reads these, and on the host: a device tensor would stall the GPU twice a layer
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
+        lengths=tuple(lengths),
+        rotation=Rotation(positions_T.to(device, non_blocking=True)),
         blocks=tuple(padded_blocks(lengths, device)) if pads else (),
     )
 
@@ -82,6 +88,17 @@ def padded_blocks(lengths: list[int], device: torch.device) -> Iterator[PaddedBl
         first, start = last, start + tokens
 
 
+def rotated(
+    query_THD: torch.Tensor,
+    key_TKD: torch.Tensor,
+    packed: PackedSequences,
+    frequencies_E: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys with their positions."""
+    assert packed.rotation is not None and frequencies_E is not None
+    return packed.rotation(query_THD, frequencies_E), packed.rotation(key_TKD, frequencies_E)
+
+
 class PackedAttention(MegatronModule):
     """The `core_attention` of our layers; the constructor's arguments are Megatron's."""
 
@@ -97,6 +114,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale
+        self.frequencies_E: torch.Tensor | None = None  # the model's, given once it is built
 
     def forward(
         self,
@@ -110,6 +128,7 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """[T, H, D], [T, K, D], [T, K, D] to [T, H * D]."""
         assert packed_seq_params is not None, "our batches are always packed"
+        query, key = rotated(query, key, packed_seq_params, self.frequencies_E)
         kernel = attention_kernel(query.device.type, query.dtype)
         if kernel == "flash-attn":
             output_THD = self.flash_attention(query, key, value, packed_seq_params)
@@ -175,7 +194,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs)
 
     def attention_by_sequence(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
-        lengths = packed.cu_seqlens_q_padded.diff().tolist()
+        lengths = list(packed.lengths)
         parts = (tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value))
         outputs = [
             torch.nn.functional.scaled_dot_product_attention(

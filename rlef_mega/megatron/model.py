@@ -49,7 +49,6 @@ from rlef_mega.megatron.families import (
     check_family,
     family_of,
     head_dim,
-    rope_parameters,
 )
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.stages import Place, Stages, split_layers
@@ -242,8 +241,7 @@ class PackedLlama(GPTModel):
             share_embeddings_and_output_weights=(
                 self.has_language_head and hf_config.tie_word_embeddings
             ),
-            position_embedding_type="rope",
-            rotary_base=rope_parameters(hf_config)["rope_theta"],
+            position_embedding_type="none",  # the attention turns queries and keys itself
             pg_collection=ranks.groups,
             vp_stage=chunk if stages.chunks > 1 else None,
         )
@@ -252,11 +250,12 @@ class PackedLlama(GPTModel):
         for module in self.modules():  # who has none would ask Megatron's globals for it
             if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
                 module.tp_group = ranks.groups.tp
-        # Hugging Face's own frequencies, one formula for all families: all of Llama 3.1's scaling
-        # parameters, of which Megatron takes only one
+        # Hugging Face's own frequencies, one formula for all families, with Llama 3.1's scaling
         with torch.device("cpu"):  # real numbers, also where weights are made on the meta device
             frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
-        self.rotary_pos_emb.inv_freq = frequencies.to(ranks.device, torch.float32)
+        frequencies_E = frequencies.to(ranks.device, torch.float32)
+        for layer in self.decoder.layers:
+            layer.self_attention.core_attention.frequencies_E = frequencies_E
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):
         """In place of Megatron's logits."""

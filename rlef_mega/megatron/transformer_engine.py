@@ -5,9 +5,9 @@ Imported only where `accelerations` chose it. Built from megatron-core's wrapper
 stand-ins for them; never run, for want of a GPU.
 """
 
-from copy import copy
 from dataclasses import replace
 
+import torch
 from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
@@ -17,18 +17,18 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from rlef_mega.megatron.attention import PackedSequences
+from rlef_mega.megatron.attention import PackedSequences, rotated
 from rlef_mega.megatron.hf_names import FUSED_NORMS
 
 
 class PackedTEAttention(TEDotProductAttention):
+    frequencies_E: torch.Tensor  # the model's, given once it is built
+
     def forward(self, query, key, value, attention_mask, *args, packed_seq_params, **options):
         assert isinstance(packed_seq_params, PackedSequences), "our batches are always packed"
-        # ours lie on the host, for RoPE; kernels cannot read them there, and nothing is padded
-        bare = copy(packed_seq_params)
-        bare.cu_seqlens_q_padded = bare.cu_seqlens_kv_padded = None
+        query, key = rotated(query, key, packed_seq_params, self.frequencies_E)
         return super().forward(
-            query, key, value, attention_mask, *args, packed_seq_params=bare, **options
+            query, key, value, attention_mask, *args, packed_seq_params=packed_seq_params, **options
         )
 
 
