@@ -237,7 +237,10 @@ def doctor() -> None:
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(help="train, slice, rollout, step, sandbox, kernels, packing, convert")
+        str,
+        typer.Argument(
+            help="train, slice, rollout, step, checkpoint, sandbox, kernels, packing or convert"
+        ),
     ],
     recipe: Annotated[str, typer.Argument(help="recipe whose model and batch are used")] = "demo",
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,

@@ -43,8 +43,7 @@ def export_checkpoint(
     """A run's newest checkpoint, that of `step`, or the checkpoint at `path`, to a Hugging Face
     folder. Raises ConfigError; `out` is whole or not there."""
     (chosen,) = choose(ROLES, "--role", role, {"policy", "critic"})
-    found = find_checkpoint(path, step)
-    checkpoint = Checkpoint(found.folder, model or found.model)
+    checkpoint = find_checkpoint(path, step, model)
     wanted = Export(chosen, dtype_named(dtype), max_shard_size)
     write(plan_export(checkpoint, out, wanted, overwrite=overwrite), checkpoint.folder, processes)
     if verify:

@@ -54,7 +54,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
 
 def check_weights(checkpoint: Path, model: Path) -> None:
     """ConfigError unless the checkpoint is whole and its policy is one of this model."""
-    found = find_checkpoint(checkpoint, step=None)
+    found = find_checkpoint(checkpoint, None, model)
     if found.folder != checkpoint or not (checkpoint / NETWORKS).is_dir():
         raise ConfigError(
             f"model.weights = {checkpoint}: give a checkpoint's own folder, as `rlef import-hf` "

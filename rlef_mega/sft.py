@@ -88,7 +88,8 @@ def supervise(config: SFTConfig) -> int:
                 return stop.obeyed(writer=ranks.is_writer)
     checkpoints.finish()
     dtype = getattr(torch, config.dtype)
-    export_hf(learner.policy_weights(), run.path / "init", run.path / "model", dtype)
+    weights, out = learner.policy_weights(), run.path / "model"
+    export_hf(weights, run.path / "init", out, dtype, is_writer=ranks.is_writer)
     parallel.shutdown(ranks)
     return 0
 

@@ -204,6 +204,9 @@ def resume(run: RunDirectory, checkpoints: Checkpoints, *, writer: bool) -> int:
     step = resumed[0] if resumed else 0
     if writer:
         run.resume(step)
+        missing = step - len(run.read_metrics())
+        if missing:  # a machine that lost its power, or a disk that was full
+            print(f"WARNING: {run.metrics_path} lacks {missing} steps before {step}", flush=True)
     return step
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 from rlef_mega.bench.figures import Report, show, write
 from rlef_mega.config import ConfigError
 
-BENCHMARKS = ("train", "slice", "rollout", "step", "sandbox", "kernels", "packing", "convert")
+BENCHMARKS = (
+    "train",
+    "slice",
+    "rollout",
+    "step",
+    "checkpoint",
+    "sandbox",
+    "kernels",
+    "packing",
+    "convert",
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import convert
 
             return convert.benchmark()
+        case "checkpoint":
+            from rlef_mega.bench import checkpoint
+
+            return checkpoint.benchmark(recipe)
         case "kernels":
             from rlef_mega.bench import kernels
 

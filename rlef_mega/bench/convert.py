@@ -64,6 +64,7 @@ def benchmark(
 ) -> Report:
     config = LlamaConfig(**(shape or SHAPE | {"num_hidden_layers": LAYERS}))
     samples: dict[str, list[Step]] = {}
+    load = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="rlef-bench-", dir=".") as name:
         folder = Path(name)
         size = generate(folder / "hf", config)
@@ -72,7 +73,7 @@ def benchmark(
         for _ in range(repeats):
             for step, measured in steps(folder, process_counts):
                 samples.setdefault(step, []).append(measured)
-    return report(samples, size, config)
+    return report(samples, size, config, load)
 
 
 def generate(folder: Path, config: LlamaConfig) -> int:
@@ -172,7 +173,9 @@ def compare(source: Path, back: Path) -> None:
         subprocess.run(["cmp", str(path), str(back / path.name)], check=True)
 
 
-def report(samples: dict[str, list[Step]], size: int, config: LlamaConfig) -> Report:
+def report(
+    samples: dict[str, list[Step]], size: int, config: LlamaConfig, load: tuple[float, ...]
+) -> Report:
     figures = []
     for name, measured in samples.items():
         rates = tuple(size / 1e6 / step.seconds for step in measured)
@@ -196,6 +199,7 @@ def report(samples: dict[str, list[Step]], size: int, config: LlamaConfig) -> Re
             shape={key: shape[key] for key in (*SHAPE, "num_hidden_layers")},
             bytes=size,
             repeats=len(copies),
+            load_average_before=[round(number, 1) for number in load],
         ),
         tuple(figures),
         notes=(

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from rlef_mega.megatron.checkpoint_files import (
 from tests.mega.checkpoint_worker import LARGE
 from tests.mega.distributed import ROOT, launch
 from tests.mega.megatron_worker import make_model
+from tests.mega.small_disk import small_disk
 
 WORKER = "tests.mega.checkpoint_worker"
 STEPS = 14
@@ -187,27 +188,14 @@ def test_a_run_killed_at_any_moment_of_a_save_ends_as_the_undisturbed_one(tmp_pa
 # ------------------------------------------------------------------------------------ faults
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[str]:
-    """A file system of a few megabytes, or "" where one may not be mounted."""
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(words, capture_output=True).returncode == 0
-    try:
-        yield str(folder) if mounted else ""
-    finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What two ranks saw."""
     folder = tmp_path_factory.mktemp("faults")
     make_model(folder / "model")
     make_model(folder / "wide", hidden_size=64)
-    with small_disk(folder / "disk") as disk:
-        launch(WORKER, "faults", str(folder), disk, processes=2)
+    with small_disk(folder / "disk", "4M") as disk:
+        launch(WORKER, "faults", str(folder), str(disk or ""), processes=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

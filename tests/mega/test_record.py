@@ -1,14 +1,18 @@
 """The run directory reads as if the run had never stopped, and belongs to one run at a time."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
+from rlef_mega.launch import STOP_SIGNALS, StopRequest
 from rlef_mega.record import Clock, RunDirectory
+from tests.mega.small_disk import small_disk
 
 HOLD_THE_LOCK = """
 import sys, time
@@ -46,6 +50,42 @@ def test_a_run_directory_has_one_owner_and_a_killed_owner_leaves_it_free(tmp_pat
     holder.kill()
     holder.wait()
     RunDirectory(tmp_path).lock()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_or_a_file_asks_a_rank_to_stop_once(tmp_path, number):
+    """As srun starts ranks: no command in between. A file that was obeyed stops no later run."""
+    before = [signal.getsignal(each) for each in STOP_SIGNALS]
+    try:
+        stop = StopRequest(tmp_path / "stop")
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested()
+    finally:
+        for each, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(each, handler)
+    (tmp_path / "stop").touch()
+    assert stop.obeyed(writer=True) == 3
+    assert not (tmp_path / "stop").exists()
+
+
+def test_lines_wait_for_room_on_a_full_disk(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        if disk is None:
+            pytest.skip("mounting a small tmpfs needs root")
+        run = RunDirectory(disk)
+        run.append_metrics({"step": 1})
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        run.append_metrics({"step": 2, "long": "x" * 8192})
+        run.write_episodes("episodes/step_000002.jsonl.zst", [{"text": os.urandom(9999).hex()}])
+        assert capsys.readouterr().err.count("No space left on device") == 2
+        assert [line["step"] for line in run.read_metrics()] == [1]
+        filler.unlink()
+        run.append_metrics({"step": 3})
+        assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
 
 
 def test_a_step_is_its_phases_and_what_none_of_them_claims():

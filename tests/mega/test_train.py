@@ -5,6 +5,7 @@ hold the promises about killed runs, layouts and bad input. What they cannot cat
 shows only on GPUs or at scale.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.checkpoint_files import fault_in, steps_in
 from rlef_mega.preflight import claim_run_directory
 from rlef_mega.sft import make_initial_model
+from tests.mega.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -117,19 +119,38 @@ def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed, model, tmp_path, number):
-    """Ctrl-C, and what Slurm sends before a time limit; the save is whole when the command ends."""
+    """Ctrl-C to the command, and what Slurm sends to every process of a job before its time is up;
+    the save is whole when the command ends."""
     run = tmp_path / "stopped"
     child = subprocess.Popen(
         command(run, model), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, child)
-    child.send_signal(number)
+    everyone = [child.pid] if number == signal.SIGINT else processes_of(run)
+    for process in everyone:
+        os.kill(process, number)
     output, _ = child.communicate(timeout=120)
     assert child.returncode == 3, output
     assert "same command goes on" in output
     newest = steps_in(run / "checkpoints")[-1]
     assert fault_in(newest) is None and newest.name == f"step_{len(metrics(run)):06d}"
     assert train(run, model) == undisturbed
+
+
+def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
+    """Room for metrics, but for no checkpoint; then there is room, and the same command goes on."""
+    with small_disk(tmp_path / "disk", "1M") as disk:
+        if disk is None:
+            pytest.skip("mounting a small tmpfs needs root; test_checkpoint.py has a stand-in")
+        run = disk / "run"
+        result = run_command(command(run, model, "run.checkpoint_async=false"))
+        assert result.returncode == 2
+        assert "step_000002 was NOT saved: [Errno 28] No space left on device" in result.stderr
+        assert "the last step could not be saved" in result.stderr
+        assert [line["checkpoint_failures"] for line in metrics(run)] == [0, 0, 1, 1]
+        assert list((run / "checkpoints").iterdir()) == []
+        subprocess.run(["mount", "-o", "remount,size=64M", str(disk)], check=True)
+        assert train(run, model) == undisturbed
 
 
 def test_grading_on_servers_changes_no_number(undisturbed, model, tmp_path, monkeypatch):
@@ -235,11 +256,14 @@ def wait_for(condition, child: subprocess.Popen | None = None, timeout_s: float 
 
 
 def alive(run: Path) -> bool:
-    """Whether any process has this run directory in its command line."""
+    return bool(processes_of(run))
+
+
+def processes_of(run: Path) -> list[int]:
+    """Those with this run directory in their command lines: the command, the agent, the ranks."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):
             if str(run).encode() in entry.read_bytes():
-                return True
-        except OSError:
-            continue
-    return False
+                found.append(int(entry.parent.name))
+    return found

@@ -29,6 +29,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron.checkpoint_files import flush_to_disk
 
 DONE, ORDER, LOCK = ".done", "order.json", "lock"
 LOOK_EVERY_S = 0.5
@@ -255,7 +256,10 @@ def put_in_place(finished: Path, out: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
     if out.exists():
         out.rename(before)
+    for path in finished.rglob("*"):
+        flush_to_disk(path)
     finished.rename(out)
+    flush_to_disk(out.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 

@@ -29,9 +29,9 @@ def prefix(role: Role) -> str:
     return f"{role}."
 
 
-def find_checkpoint(path: Path, step: int | None) -> Checkpoint:
-    """Of a run directory, the newest good checkpoint or that of `step`; or the folder itself.
-    ConfigError if it is neither."""
+def find_checkpoint(path: Path, step: int | None, model: Path | None = None) -> Checkpoint:
+    """Of a run directory, the newest good checkpoint or that of `step`; or the folder itself. Its
+    config and tokenizer are those of `model`, if given. ConfigError if it is neither."""
     if (path / "config.toml").is_file():
         folder = path / "checkpoints"
         found = latest_checkpoint(folder) if step is None else folder / f"step_{step:06d}"
@@ -42,7 +42,7 @@ def find_checkpoint(path: Path, step: int | None) -> Checkpoint:
     else:
         found = path
     check_files(found)
-    return Checkpoint(found, model_of(found))
+    return Checkpoint(found, model or model_of(found))
 
 
 def check_files(folder: Path) -> None:
