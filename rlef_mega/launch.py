@@ -137,19 +137,19 @@ def known_options(config: Any, **options: object) -> dict[str, Any]:
 
 
 def worker_main(work: Callable[[Path], int]) -> None:
-    """The main of a rank: user errors become one message from rank 0, and the exit code says how it
-    ended."""
+    """The main of a rank: user errors become one message, rank 0's if it has one, and the exit code
+    says how it ended."""
     die_with_parent()
-    writer = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         code = work(Path(sys.argv[1]))
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("RLEF_TRACEBACK"):
             raise
-        if writer:
-            print(f"error: {error}\n(RLEF_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # the agent kills all ranks when one ends; let rank 0 speak first
+        where = "" if rank == "0" else f" on rank {rank}"
+        if where:
+            time.sleep(5)  # the agent kills all ranks when one ends; let rank 0 speak first
+        print(f"error{where}: {error}\n(RLEF_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         code = FAILED
     sys.stdout.flush()
     os._exit(code)  # not through destructors of process groups whose peers may be gone
