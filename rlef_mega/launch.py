@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -126,7 +126,10 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
     try:
         elastic_launch(settings, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        return next(iter(error.failures.values())).exitcode
+        return error.get_first_failure()[1].exitcode
+    finally:
+        os.environ["TORCHELASTIC_RUN_ID"] = settings.run_id  # as the ranks have it
+        failure_mark().unlink(missing_ok=True)
     return 0
 
 
@@ -137,22 +140,39 @@ def known_options(config: Any, **options: object) -> dict[str, Any]:
 
 
 def worker_main(work: Callable[[Path], int]) -> None:
-    """The main of a rank: user errors become one message, rank 0's if it has one, and the exit code
-    says how it ended."""
+    """The main of a rank: user errors become one message, that of the rank which failed first, and
+    the exit code says how it ended."""
     die_with_parent()
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         code = work(Path(sys.argv[1]))
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("RLEF_TRACEBACK"):
             raise
-        where = "" if rank == "0" else f" on rank {rank}"
-        if where:
-            time.sleep(5)  # the agent kills all ranks when one ends; let rank 0 speak first
-        print(f"error{where}: {error}\n(RLEF_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        if fails_first():
+            rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+            where = "" if rank == "0" else f" on rank {rank}"
+            hint = "(RLEF_TRACEBACK=1 shows where)"
+            print(f"error{where}: {error}\n{hint}", file=sys.stderr, flush=True)
         code = FAILED
     sys.stdout.flush()
     os._exit(code)  # not through destructors of process groups whose peers may be gone
+
+
+def fails_first() -> bool:
+    """Whether no rank of this launch on this machine has failed before: the others fail because of
+    it, or as it did, and have nothing to add."""
+    try:
+        failure_mark().touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def failure_mark() -> Path:
+    """One a launch: torchrun's agent names it, or Slurm's job, step and attempt do."""
+    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    launched = [os.environ[name] for name in names if name in os.environ] or [str(os.getpid())]
+    return Path(tempfile.gettempdir(), "-".join(["rlef-failed", *launched]))
 
 
 if __name__ == "__main__":

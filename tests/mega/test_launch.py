@@ -25,7 +25,7 @@ worker_main(work)
     ("failing", "message"),
     [
         ("1", "error on rank 1: rank 1 has no memory left"),  # nobody else would say it
-        ("01", "error: rank 0 has no memory left"),
+        ("01", "has no memory left"),  # the first of them, once
     ],
 )
 def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str) -> None:
@@ -40,4 +40,4 @@ def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str
     )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
-    assert done.stderr.count("error") == 1
+    assert done.stderr.count("no memory") == 1
