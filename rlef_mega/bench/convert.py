@@ -36,7 +36,7 @@ from rlef_mega.megatron.convert.safetensors_files import (
 from rlef_mega.megatron.hf_names import name_map
 
 LAYERS = 2
-REPEATS = 3
+REPEATS = 2
 SHAPE: dict[str, Any] = {
     "vocab_size": 128_256,
     "hidden_size": 8192,
