@@ -14,6 +14,7 @@ hidden size, V vocabulary shard.
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -26,7 +27,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -50,6 +51,7 @@ from rlef_mega.megatron.families import (
     family_of,
     head_dim,
 )
+from rlef_mega.megatron.feed_forward import GatedMLP
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.stages import Place, Stages, split_layers
 
@@ -174,7 +176,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def layer_spec(config: DenseConfig) -> ModuleSpec:
+def layer_spec(config: DenseConfig, tensor_group: dist.ProcessGroup) -> ModuleSpec:
     # each tensor-parallel rank normalises its own heads; Megatron sums these weights' gradients
     # over the ranks because of `qk_layernorm`
     qk_norm = RMSNorm if family_of(config).qk_norm else IdentityOp
@@ -197,7 +199,11 @@ def layer_spec(config: DenseConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=feed_forward),
+            mlp=ModuleSpec(
+                module=GatedMLP,
+                params={"tp_group": tensor_group},  # Megatron gives it to its own class only
+                submodules=feed_forward,
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -226,7 +232,7 @@ class PackedLlama(GPTModel):
         place = Place(ranks.pipeline_parallel_rank, chunk)
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
         refuse_batched_interleaving(config)
-        spec, norm = layer_spec(hf_config), RMSNorm
+        spec, norm = layer_spec(hf_config, ranks.groups.tp), RMSNorm
         if choose(ranks.device.type, dtype, layers).layers == "transformer_engine":
             from rlef_mega.megatron.transformer_engine import TENorm, with_transformer_engine
 
