@@ -7,11 +7,11 @@ of the process, alone: it serialises, checksums and writes one file and flushes 
 has no collective and touches nothing that training touches.
 
 A thread, not a process. Writing, hashing and flushing all release Python's lock: training beside
-the thread was measured to run as fast, with pauses as short, as beside a forked process
-(benchmarks/results/checkpoint.json), so a process would buy nothing. It would cost: a fork with
-gloo's, NCCL's and CUDA's threads may hang on a lock that one of them held, a spawn imports the main
-module again and needs a second copy of the snapshot, and either outlives a killed trainer and goes
-on writing where the next run begins. A thread dies with its process.
+the thread was measured to run as fast as beside a forked process, with pauses a few milliseconds
+longer (benchmarks/results/checkpoint.json), so a process would buy next to nothing. It would cost:
+a fork with gloo's, NCCL's and CUDA's threads may hang on a lock that one of them held, a spawn
+imports the main module again and needs a second copy of the snapshot, and either outlives a killed
+trainer and goes on writing where the next run begins. A thread dies with its process.
 
 The file is what torch's distributed checkpoint reads (Megatron's "torch_dist"): tensors as torch
 saves them, one after the other, and `.metadata` says where each box is.
