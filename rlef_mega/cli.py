@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.launch import FAILED, STOPPED, launch, launch_again, sandbox_token
+from rlef_mega.launch import FAILED, STOPPED, die_with_parent, launch, launch_again, sandbox_token
 
 if TYPE_CHECKING:
     from rlef_mega.megatron.convert.job import Processes
@@ -274,6 +274,8 @@ def convert_with(processes: int, work: "Callable[[Processes], None]") -> None:
         if code := launch_again(processes, "rlef_mega.cli", sys.argv[1:]):
             raise typer.Exit(code)
         return
+    if count > 1:
+        die_with_parent()  # a rank whose starter is gone would write on where the next begins
     from rlef_mega.megatron.convert.job import Processes
 
     work(Processes(int(os.environ.get("RANK", "0")), count))
