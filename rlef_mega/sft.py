@@ -22,7 +22,7 @@ from rlef_mega.manifest import versions
 from rlef_mega.megatron import accelerations, parallel
 from rlef_mega.megatron.checkpoint import Checkpoints
 from rlef_mega.megatron.hf_weights import export_hf
-from rlef_mega.megatron.learner import SupervisedLearner
+from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.packing import pack
 from rlef_mega.problems.supervised import sft_dialogues
 from rlef_mega.problems.tokenizer import train_tokenizer

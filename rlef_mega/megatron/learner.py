@@ -13,12 +13,10 @@ token-level values, A).
 
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,26 +24,23 @@ import torch.distributed as dist
 from rlef_mega import ppo
 from rlef_mega.config import (
     LearnerConfig,
-    OptimizerConfig,
     PPOConfig,
 )
 from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.accelerations import Layers
-from rlef_mega.megatron.checkpoint import load_weights
-from rlef_mega.megatron.checkpoint_files import networks_in
-from rlef_mega.megatron.cpu_shim import calls_megatron
-from rlef_mega.megatron.families import read_config
-from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf, relay
+from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.model import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
+from rlef_mega.megatron.starting_point import StartingPoint
 from rlef_mega.megatron.trained_model import (
     FrozenModel,
-    LossFunction,
     Metrics,
     Residence,
     TrainedModel,
+    count_actions,
     forward,
+    train_step,
 )
 from rlef_mega.shares import gather
 from rlef_mega.types import Batch, Scores, Targets
@@ -99,13 +94,17 @@ class Learner:
         self.offloads = learner.offload == "idle"
         self.seconds: dict[str, float] = {}
         self.policy = self.critic = self.reference = None
-        if POLICY in ranks.networks:
-            self.policy = TrainedModel(start.policy(), ranks, learner.policy)
+        # In Megatron, reading weights and making an optimizer are both collective over the world: so
+        # all ranks do first the one, then the other, whatever they hold.
+        if ppo.beta and (chunks := start.policy()):
+            self.reference = FrozenModel(chunks, ranks)
             self.settle()  # before the next one is made
-            self.reference = FrozenModel(start.policy(), ranks) if ppo.beta else None
+        policy, critic = start.policy(), start.critic()
+        if policy:
+            self.policy = TrainedModel(policy, ranks, learner.policy)
             self.settle()
-        if CRITIC in ranks.networks:
-            self.critic = TrainedModel(start.critic(), ranks, learner.critic)
+        if critic:
+            self.critic = TrainedModel(critic, ranks, learner.critic)
             self.settle()
 
     @property
@@ -332,130 +331,8 @@ class Learner:
         return train_step(self.critic, microbatches, loss, CRITIC_METRICS, "critic")
 
 
-class SupervisedLearner:
-    """A policy alone, trained on given dialogues: the stage that makes a base model."""
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        model_folder: Path,
-        *,
-        optimizer: OptimizerConfig,
-        microbatch_tokens: int,
-        dtype: str,
-        recompute: str = "none",
-        layers: Layers = "auto",
-    ) -> None:
-        self.ranks = ranks
-        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute, layers)
-        self.cutting = Cutting(
-            ranks,
-            getattr(torch, dtype),
-            microbatch_tokens,
-            SequenceFlops.of(start.config),
-            multiple=ranks.microbatch_multiple,
-        )
-        self.policy = TrainedModel(start.policy(), ranks, optimizer)
-
-    @property
-    def trained(self) -> dict[str, TrainedModel]:
-        return {POLICY: self.policy}
-
-    def whole(self) -> AbstractContextManager[None]:
-        """Nothing is ever offloaded here."""
-        return nullcontext()
-
-    def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter_hf_weights(self.policy.chunks, self.ranks)
-
-    def supervised_update(self, batch: Batch) -> dict[str, float]:
-        """L = -mean over action tokens of log pi: one optimizer step on the whole batch."""
-        sequences = range(batch.num_sequences)
-        tokens = count_actions(batch, sequences)
-        model = self.policy.last_chunk
-
-        def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
-            logprobs_R, _ = model.logprobs(
-                hidden, microbatch.action_rows_R, microbatch.action_ids_R, temperature=1.0
-            )
-            value = -logprobs_R.sum() / tokens
-            return value, {"loss": value.detach()}
-
-        microbatches = self.cutting.cut(batch, sequences)
-        metrics = train_step(self.policy, microbatches, loss, ("loss",), "supervised")
-        self.policy.gather_weights()
-        return metrics
-
-
-class StartingPoint:
-    """A Hugging Face folder, and the networks made from it on these ranks. With `weights`, those of
-    a checkpoint, imported or of another run; a critic that is not in it starts from its policy.
-    """
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        folder: Path,
-        dtype: torch.dtype,
-        recompute: str,
-        layers: Layers,
-        weights: Path | None = None,
-    ) -> None:
-        self.ranks, self.folder, self.weights = ranks, folder, weights
-        self.config = read_config(folder)
-        self.options: dict[str, Any] = {"dtype": dtype, "recompute": recompute, "layers": layers}
-
-    def policy(self) -> list[PackedLlama]:
-        return self.chunks(PolicyModel)
-
-    def critic(self) -> list[PackedLlama]:
-        return self.chunks(CriticModel)
-
-    @calls_megatron
-    def chunks(self, kind: type[PackedLlama]) -> list[PackedLlama]:
-        """This rank's chunks of the network, with their weights."""
-        count = self.ranks.layout.virtual_pipeline_model_parallel_size
-        chunks = [
-            kind(self.config, self.ranks, chunk=chunk, **self.options).to(self.ranks.device)
-            for chunk in range(count)
-        ]
-        if self.weights is None:
-            load_hf(chunks, self.folder, self.ranks)
-        elif kind is CriticModel and CRITIC not in networks_in(self.weights):
-            load_weights(self.weights, POLICY, chunks, self.ranks, trunk_only=True)
-        else:
-            name = CRITIC if kind is CriticModel else POLICY
-            load_weights(self.weights, name, chunks, self.ranks)
-        return chunks
-
-
-def train_step(
-    model: TrainedModel,
-    microbatches: list[Microbatch],
-    loss: LossFunction,
-    names: Sequence[str],
-    prefix: str,
-) -> dict[str, float]:
-    """Forward, backward, one optimizer step; a loss that is not finite stops before the step, on
-    every rank.
-    """
-    metrics = model.forward_backward(microbatches, loss, names)
-    if not math.isfinite(metrics[names[0]]):
-        raise FloatingPointError(f"{names[0]} is {metrics[names[0]]} at update {model.updates}")
-    norm, rate = model.step()
-    return metrics | {f"{prefix}_grad_norm": norm, f"{prefix}_lr": rate}
-
-
 def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def count_actions(batch: Batch, sequences: Sequence[int]) -> int:
-    """Response tokens of these sequences, over all ranks: a loss's denominator."""
-    before = torch.nn.functional.pad(batch.action_mask_T.cumsum(0), (1, 0))
-    chosen = torch.tensor(list(sequences))
-    ends = batch.cu_seqlens.long()
-    return int((before[ends[chosen + 1]] - before[ends[chosen]]).sum())
 
 
 def unpack(values_A: torch.Tensor, batch: Batch) -> torch.Tensor:

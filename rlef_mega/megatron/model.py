@@ -14,7 +14,6 @@ hidden size, V vocabulary shard.
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -27,7 +26,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -176,7 +175,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def layer_spec(config: DenseConfig, tensor_group: dist.ProcessGroup) -> ModuleSpec:
+def layer_spec(config: DenseConfig) -> ModuleSpec:
     # each tensor-parallel rank normalises its own heads; Megatron sums these weights' gradients
     # over the ranks because of `qk_layernorm`
     qk_norm = RMSNorm if family_of(config).qk_norm else IdentityOp
@@ -199,11 +198,7 @@ def layer_spec(config: DenseConfig, tensor_group: dist.ProcessGroup) -> ModuleSp
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=GatedMLP,
-                params={"tp_group": tensor_group},  # Megatron gives it to its own class only
-                submodules=feed_forward,
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=feed_forward),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -232,7 +227,7 @@ class PackedLlama(GPTModel):
         place = Place(ranks.pipeline_parallel_rank, chunk)
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
         refuse_batched_interleaving(config)
-        spec, norm = layer_spec(hf_config, ranks.groups.tp), RMSNorm
+        spec, norm = layer_spec(hf_config), RMSNorm
         if choose(ranks.device.type, dtype, layers).layers == "transformer_engine":
             from rlef_mega.megatron.transformer_engine import TENorm, with_transformer_engine
 
@@ -261,6 +256,8 @@ class PackedLlama(GPTModel):
             frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
         frequencies_E = frequencies.to(ranks.device, torch.float32)
         for layer in self.decoder.layers:
+            if type(layer.mlp) is MLP:  # Megatron's specs know its own class only
+                layer.mlp.__class__ = GatedMLP
             layer.self_attention.core_attention.frequencies_E = frequencies_E
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):

@@ -42,6 +42,7 @@ from rlef_mega.megatron.microbatch import Microbatch
 from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.offload import HostMemory
 from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.types import Batch
 
 Metrics = dict[str, torch.Tensor]
 OutputFunction = Callable[[torch.Tensor, Microbatch], torch.Tensor]
@@ -340,3 +341,28 @@ class TrainedModel:
                             and tensor.untyped_storage()._cdata not in weights
                         ):
                             yield tensor
+
+
+def train_step(
+    model: TrainedModel,
+    microbatches: list[Microbatch],
+    loss: LossFunction,
+    names: Sequence[str],
+    prefix: str,
+) -> dict[str, float]:
+    """Forward, backward, one optimizer step; a loss that is not finite stops before the step, on
+    every rank.
+    """
+    metrics = model.forward_backward(microbatches, loss, names)
+    if not math.isfinite(metrics[names[0]]):
+        raise FloatingPointError(f"{names[0]} is {metrics[names[0]]} at update {model.updates}")
+    norm, rate = model.step()
+    return metrics | {f"{prefix}_grad_norm": norm, f"{prefix}_lr": rate}
+
+
+def count_actions(batch: Batch, sequences: Sequence[int]) -> int:
+    """Response tokens of these sequences, over all ranks: a loss's denominator."""
+    before = torch.nn.functional.pad(batch.action_mask_T.cumsum(0), (1, 0))
+    chosen = torch.tensor(list(sequences))
+    ends = batch.cu_seqlens.long()
+    return int((before[ends[chosen + 1]] - before[ends[chosen]]).sum())

@@ -27,8 +27,9 @@ from rlef_mega.conversion import export_checkpoint, import_folder
 from rlef_mega.megatron import checkpoint, hf_weights
 from rlef_mega.megatron.attention import PackedAttention, packed_sequences, padded_blocks
 from rlef_mega.megatron.convert.outputs import LARGEST_DIFFERENCE, largest_difference
-from rlef_mega.megatron.learner import Learner, SupervisedLearner
+from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.megatron.trained_model import learning_rate
 from rlef_mega.packing import select
 from rlef_mega.preflight import check_weights

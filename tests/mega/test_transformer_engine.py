@@ -80,7 +80,7 @@ def ranks() -> Iterator[Ranks]:
 def test_every_module_of_a_layer_is_the_engines(engine: pytest.MonkeyPatch) -> None:
     ours = importlib.import_module("rlef_mega.megatron.transformer_engine")
     for config, qk_norm in ((LlamaConfig(), IdentityOp), (Qwen3Config(), Norm)):
-        layer = ours.with_transformer_engine(model.layer_spec(config, None)).submodules
+        layer = ours.with_transformer_engine(model.layer_spec(config)).submodules
         attention, feed_forward = layer.self_attention.submodules, layer.mlp.submodules
         assert layer.input_layernorm is layer.pre_mlp_layernorm is IdentityOp
         assert attention.linear_qkv is feed_forward.linear_fc1 is NormedColumnParallelLinear

@@ -1,0 +1,72 @@
+"""A policy alone, trained on given dialogues: the stage that makes a base model."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from rlef_mega.config import OptimizerConfig
+from rlef_mega.flops import SequenceFlops
+from rlef_mega.megatron.accelerations import Layers
+from rlef_mega.megatron.hf_weights import iter_hf_weights
+from rlef_mega.megatron.microbatch import Cutting, Microbatch
+from rlef_mega.megatron.parallel import POLICY, Ranks
+from rlef_mega.megatron.starting_point import StartingPoint
+from rlef_mega.megatron.trained_model import Metrics, TrainedModel, count_actions, train_step
+from rlef_mega.types import Batch
+
+
+class SupervisedLearner:
+    """A policy alone, trained on given dialogues: the stage that makes a base model."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        model_folder: Path,
+        *,
+        optimizer: OptimizerConfig,
+        microbatch_tokens: int,
+        dtype: str,
+        recompute: str = "none",
+        layers: Layers = "auto",
+    ) -> None:
+        self.ranks = ranks
+        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute, layers)
+        self.cutting = Cutting(
+            ranks,
+            getattr(torch, dtype),
+            microbatch_tokens,
+            SequenceFlops.of(start.config),
+            multiple=ranks.microbatch_multiple,
+        )
+        self.policy = TrainedModel(start.policy(), ranks, optimizer)
+
+    @property
+    def trained(self) -> dict[str, TrainedModel]:
+        return {POLICY: self.policy}
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Nothing is ever offloaded here."""
+        return nullcontext()
+
+    def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter_hf_weights(self.policy.chunks, self.ranks)
+
+    def supervised_update(self, batch: Batch) -> dict[str, float]:
+        """L = -mean over action tokens of log pi: one optimizer step on the whole batch."""
+        sequences = range(batch.num_sequences)
+        tokens = count_actions(batch, sequences)
+        model = self.policy.last_chunk
+
+        def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
+            logprobs_R, _ = model.logprobs(
+                hidden, microbatch.action_rows_R, microbatch.action_ids_R, temperature=1.0
+            )
+            value = -logprobs_R.sum() / tokens
+            return value, {"loss": value.detach()}
+
+        microbatches = self.cutting.cut(batch, sequences)
+        metrics = train_step(self.policy, microbatches, loss, ("loss",), "supervised")
+        self.policy.gather_weights()
+        return metrics
