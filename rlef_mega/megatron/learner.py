@@ -94,8 +94,8 @@ class Learner:
         self.offloads = learner.offload == "idle"
         self.seconds: dict[str, float] = {}
         self.policy = self.critic = self.reference = None
-        # In Megatron, reading weights and making an optimizer are both collective over the world: so
-        # all ranks do first the one, then the other, whatever they hold.
+        # In Megatron, reading weights and making an optimizer are collective over the world: so all
+        # ranks do first the one, then the other, whatever they hold.
         if ppo.beta and (chunks := start.policy()):
             self.reference = FrozenModel(chunks, ranks)
             self.settle()  # before the next one is made
