@@ -1,6 +1,7 @@
 # make setup   .venv with everything that needs no GPU
 # make demo    the main job, small: trains, evaluates, reports (two CPU cores, about 12 minutes)
 # make test    every test that needs no GPU, lint and types first
+# make test-sglang   rollouts against the real SGLang server, in an environment of its own (3.3 GB)
 #
 # Wheels are kept in $(WHEELS) once fetched, so that a second checkout installs from there without a network.
 
@@ -14,12 +15,19 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint test-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang demo test lint test-sglang test-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml requirements-cpu.txt scripts/install.sh
 	sh scripts/install.sh "$(PYTHON)" "$(VENV)" "$(WHEELS)"
+	touch "$@"
+
+# The SGLang server's own environment: its pinned packages are not ours
+setup-sglang: .venv-sglang/installed
+
+.venv-sglang/installed: requirements-sglang-cpu.txt scripts/install.sh
+	sh scripts/install.sh "$(PYTHON)" .venv-sglang "$(WHEELS)" requirements-sglang-cpu.txt
 	touch "$@"
 
 demo: setup
@@ -32,6 +40,9 @@ lint: setup
 
 test: lint
 	"$(BIN)/python" -m pytest -m "not gpu and not sglang and not slurm" --durations=10
+
+test-sglang: setup setup-sglang
+	"$(BIN)/python" -m pytest -m sglang --durations=10
 
 # .venv has a CPU build of PyTorch; these need GPU_PYTHON, an environment with a CUDA build and `pip install -e .[dev]`
 test-gpu:
@@ -57,4 +68,4 @@ bench-trl: setup
 	"$(BIN)/rlef" bench train --against-trl --json benchmarks/results/train_against_trl.json
 
 clean:
-	rm -rf "$(VENV)" runs
+	rm -rf "$(VENV)" .venv-sglang runs

@@ -149,6 +149,15 @@ def import_smollm2(
     print(f"wrote {out}")
 
 
+@app.command()
+def serve(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Start the recipe's SGLang servers on this node, and again what ends; until Ctrl-C or
+    SIGTERM."""
+    from rlef_mega.serve import serve as serve_until_stopped
+
+    serve_until_stopped(load_config(find_recipe(recipe), overrides or [], TrainConfig))
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="a Hugging Face folder")],

@@ -98,6 +98,39 @@ class DataConfig(Section):
     test: str | None = None
 
 
+class ServersConfig(Section):
+    """SGLang servers, for `rollout.engine = "sglang"`: what `rlef serve` starts on a node, and how
+    training reaches them."""
+
+    urls: tuple[str, ...] = Field(
+        (), description="like http://node7:30000; without, those that `rlef serve` starts here"
+    )
+    count: int = Field(1, gt=0, description="servers that `rlef serve` starts on its node")
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs of a server")
+    host: str = Field("127.0.0.1", description="address that they listen on")
+    port: int = Field(30000, gt=0, lt=65536, description="of the first; the others follow")
+    memory_fraction: float = Field(
+        0.8, gt=0, lt=1, description="of the device, for weights and cached context"
+    )
+    device: Literal["cuda", "cpu"] = "cuda"
+    python: str = Field(
+        ".venv-sglang/bin/python", description="the Python that SGLang is installed for"
+    )
+    arguments: tuple[str, ...] = Field((), description="more of SGLang's own, for each server")
+    ready_s: float = Field(1800.0, gt=0, description="for a server to load the model")
+    publish: Literal["disk", "distributed"] = Field(
+        "disk", description="weights go by the run's folder, or by NCCL (gloo on a CPU)"
+    )
+    publish_s: float = Field(600.0, gt=0, description="for each step of a publication")
+    concurrency: int = Field(256, gt=0, description="open requests a server, of each rank")
+    deadline_s: float = Field(1800.0, gt=0, description="of a request, with all its tries")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        here = (f"http://{self.host}:{self.port + n}" for n in range(self.count))
+        return self.urls or tuple(here)
+
+
 class RolloutConfig(Section):
     episodes_per_batch: int = Field(1024, gt=0)
     turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
@@ -105,7 +138,10 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(1024, gt=0)
     max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "sglang"] = Field(
+        "local", description="local: in each training process, on its device"
+    )
+    servers: ServersConfig = ServersConfig()
     max_drop_fraction: float = Field(
         0.05, ge=0, le=1, description="of a batch; above it the run stops"
     )

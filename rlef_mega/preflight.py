@@ -10,6 +10,7 @@ from rlef_mega.config import (
     JudgeConfig,
     ParallelConfig,
     Section,
+    ServersConfig,
     SFTConfig,
     TrainConfig,
     check_layout,
@@ -25,7 +26,8 @@ from rlef_mega.problems import load_problems
 from rlef_mega.record import write_atomically
 from rlef_mega.versions import refuse_untested_megatron
 
-# Where a run is graded changes from one job of a cluster to the next; verdicts do not.
+# Where a run is graded and generated changes from one job of a cluster to the next; what is asked
+# for does not.
 FREE_TO_CHANGE = {
     "run.steps",
     "run.checkpoint_every",
@@ -37,6 +39,7 @@ FREE_TO_CHANGE = {
     "model.layers",  # whose modules compute; checkpoints are the same
     "judge.servers",
     "judge.deadline_s",
+    *(f"rollout.servers.{key}" for key in ServersConfig.model_fields),
 }
 
 
@@ -47,6 +50,8 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
     if config.model.weights:
         check_weights(Path(config.model.weights), Path(config.model.path))
     check_servers(config.judge, grading_token)
+    if config.rollout.engine == "sglang":
+        check_rollout_servers(config)
     for source in config.data.model_dump().values():
         if source:
             load_problems(source)
@@ -169,6 +174,29 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
     if stated and stated != shape:
         raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
     return shape
+
+
+def check_rollout_servers(config: TrainConfig) -> None:
+    """ConfigError unless every server is there, has the run's model, and room for its dialogues."""
+    servers = config.rollout.servers
+    try:
+        from rlef_mega.engines.sglang import SGLangEngine
+
+        with SGLangEngine(servers.addresses, config.model.path) as engine:
+            context = engine.context_length
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"rollout.engine = sglang needs {error.name}: pip install 'rlef-mega[serve]'"
+        ) from None
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"rollout.servers: {error}. `rlef serve RECIPE` starts them on a node"
+        ) from None
+    if context < config.rollout.max_context:
+        raise ConfigError(
+            f"rollout.max_context = {config.rollout.max_context}, and the servers have room for "
+            f"{context} tokens; start them with a longer context or more memory"
+        )
 
 
 def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:

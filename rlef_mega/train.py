@@ -10,7 +10,8 @@ while training goes on. A run that was killed goes on from its newest one and en
 of an undisturbed one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from rlef_mega import metrics, ppo
 from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import Evaluator
 from rlef_mega.guard import GuardError, Guards
@@ -34,6 +36,7 @@ from rlef_mega.problems import load_problems, sample
 from rlef_mega.progress import StepProgress, training_line
 from rlef_mega.record import Clock, RunDirectory, episode_record
 from rlef_mega.rollout import Rules, derive_seed, roll_out_on_all_ranks
+from rlef_mega.serve import server_logs
 from rlef_mega.shares import any_rank
 from rlef_mega.types import Batch, Episode, Problem, Sampling, Targets
 
@@ -53,17 +56,12 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
     learner = make_learner(config, ranks)
-    engine = LocalEngine(
-        Path(config.model.path),
-        dtype=config.model.dtype,
-        device=ranks.device,
-        weights_from_folder=config.model.weights is None,  # else they come when published
-    )
     checkpoints = make_checkpoints(config, run, learner)
     first = resume(run, checkpoints, writer=ranks.is_writer)
     guards = Guards(config.guard, config.rollout.max_drop_fraction)
     with (
         open_grader(**config.judge.model_dump(), token=grading_token) as grader,
+        open_engine(config, ranks, run) as engine,
         StepProgress("RLEF", done=first, total=config.run.steps, shown=ranks.is_writer) as progress,
     ):
         judge = Judge(grader)
@@ -145,6 +143,33 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
         checkpoints.require_saved()
     parallel.shutdown(ranks)
     return 0
+
+
+@contextmanager
+def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -> Iterator[Engine]:
+    """One of this process; or the servers, which rank 0 brings the weights to."""
+    if config.rollout.engine == "local":
+        yield LocalEngine(
+            Path(config.model.path),
+            dtype=config.model.dtype,
+            device=ranks.device,
+            weights_from_folder=config.model.weights is None,  # else they come when published
+        )
+        return
+    from rlef_mega.engines.sglang import SGLangEngine  # an extra: it needs aiohttp
+
+    servers = config.rollout.servers
+    with SGLangEngine(
+        servers.addresses,
+        Path(config.model.path),
+        way=servers.publish if ranks.is_writer else None,
+        weights_folder=run.path / "weights",
+        logs=server_logs(config),
+        concurrency=servers.concurrency,
+        deadline_s=servers.deadline_s,
+        publish_s=servers.publish_s,
+    ) as engine:
+        yield engine
 
 
 def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:

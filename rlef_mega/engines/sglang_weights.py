@@ -1,0 +1,203 @@
+"""What SGLang must hold after it took over weights: names, shapes and checksums.
+
+SGLang loads under Hugging Face's names into parameters of its own: q, k and v are one, gate and up
+are one, each tensor-parallel rank has its rows or columns, and the vocabulary is padded. It says
+nothing of a name it does not know, and dies of a wrong shape. So what is sent is checked here
+first, and afterwards the servers' own hashes (`/weights_checker`) are compared with those of what
+was sent, laid out as SGLang does it. A server on a CPU hashes a parameter with SHA-256, of which
+the first 64 bits are reported; one on a GPU has an algorithm of its own, which is not made again
+here: there the hashes of all servers must agree with one another.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.local import listed
+
+FUSED = {  # HF's module: (SGLang's module, its place in it)
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
+BY_COLUMNS = ("o_proj", "down_proj")
+BY_VOCABULARY = ("embed_tokens", "lm_head")
+VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
+
+ARCHITECTURE = (  # what the shapes depend on
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+
+Checksums = list[dict[str, str]]  # of each tensor-parallel rank, by SGLang's names
+
+
+class ServedModel:
+    """The model of a Hugging Face folder as a server holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        self.shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        self.tied = bool(self.config.tie_word_embeddings)
+
+    @property
+    def needed(self) -> set[str]:
+        """Names that an update must bring; of tied weights one is enough."""
+        return set(self.shapes) - ({"lm_head.weight"} if self.tied else set())
+
+    def served_names(self) -> set[str]:
+        return {served_name(name)[0] for name in self.needed}
+
+    def shard(self, name: str, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+        """The part of a whole tensor that a tensor-parallel rank holds, contiguous."""
+        module = name.split(".")[-2]
+        if module in BY_VOCABULARY:
+            padding = -len(tensor) % VOCABULARY_MULTIPLE
+            padded = torch.nn.functional.pad(tensor, (0, 0, 0, padding))
+            return padded.chunk(ranks)[rank]
+        if module in ("k_proj", "v_proj"):
+            heads = self.config.num_key_value_heads
+            # with more ranks than heads, neighbouring ranks hold the same one
+            return tensor.chunk(min(ranks, heads))[rank * min(ranks, heads) // ranks]
+        if module in FUSED:
+            return tensor.chunk(ranks)[rank]
+        if module in BY_COLUMNS and tensor.dim() == 2:
+            return tensor.chunk(ranks, dim=1)[rank].contiguous()
+        return tensor
+
+
+class SentWeights:
+    """Weights on their way to servers: an iterable, once, of (HF name, whole tensor of `dtype`).
+
+    Iterating raises EngineError before a tensor is passed on whose name or shape is not the
+    model's, or that was sent already, and at the end if one is missing.
+    """
+
+    def __init__(
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        model: ServedModel,
+        dtype: torch.dtype,
+        ranks: int,
+    ) -> None:
+        self.named_tensors, self.model, self.dtype, self.ranks = named_tensors, model, dtype, ranks
+        self.bytes_sent = 0
+        self.seen: set[str] = set()
+        self.parts: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
+        self.checksums: Checksums = [{} for _ in range(ranks)]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.named_tensors:
+            self.check(name, tensor)
+            if self.model.tied and name == "lm_head.weight":
+                continue  # the servers have one tensor for both names
+            sent = tensor.detach().to(self.dtype).contiguous()
+            self.add(name, sent)
+            self.bytes_sent += sent.nbytes
+            yield name, sent
+        missing = sorted(self.model.needed - self.seen)
+        if missing:
+            raise EngineError(f"weights are missing from the update: {listed(missing)}")
+        assert not self.parts, "a fused parameter of which a part is missing"
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        expected = self.model.shapes.get(name)
+        if expected is None:
+            raise EngineError(
+                f"the servers' model has no weight {name}; the name map and config.json must be "
+                "of the same model"
+            )
+        if tuple(tensor.shape) != expected:
+            raise EngineError(
+                f"{name} is {list(tensor.shape)}, the servers' model has {list(expected)}; "
+                "trainer and servers must have the same model"
+            )
+        if name in self.seen:
+            raise EngineError(f"weights were sent twice under the name {name}")
+        self.seen.add(name)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Note what each rank of a server must report of it."""
+        served, place, parts = served_name(name)
+        on_host = tensor.cpu()
+        for rank in range(self.ranks):
+            shard = self.model.shard(name, on_host, rank, self.ranks)
+            if parts == 1:
+                self.checksums[rank][served] = checksum([shard])
+                continue
+            # cloned: the sender may use a buffer again before the other parts come
+            mine = self.parts.setdefault((rank, served), {})
+            mine[place] = shard.clone()
+            if len(mine) == parts:
+                self.checksums[rank][served] = checksum([mine[n] for n in range(parts)])
+                del self.parts[rank, served]
+
+
+def served_name(name: str) -> tuple[str, int, int]:
+    """SGLang's name of the parameter that an HF weight is in, its place there, and of how many."""
+    *path, module, kind = name.split(".")
+    served, place = FUSED.get(module, (module, 0))
+    return ".".join([*path, served, kind]), place, PARTS.get(served, 1)
+
+
+def checksum(parts: Sequence[torch.Tensor]) -> str:
+    """As a server on a CPU computes it of the parts after one another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def differences(expected: Checksums, found: Checksums) -> str:
+    """Which parameters a server holds otherwise; empty if none."""
+    if len(expected) != len(found):
+        return f"{len(found)} tensor-parallel ranks instead of {len(expected)}"
+    wrong = [
+        name if len(expected) == 1 else f"{name} (rank {rank})"
+        for rank, (ours, theirs) in enumerate(zip(expected, found, strict=True))
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    return listed(wrong)
+
+
+def check_same_model(folder: Path, served: Path) -> None:
+    """ValueError unless the server's folder has the architecture of ours."""
+    ours, theirs = read_architecture(folder), read_architecture(served)
+    different = [
+        f"{key} = {theirs.get(key)} there, {value} here"
+        for key, value in ours.items()
+        if theirs.get(key) != value
+    ]
+    if different:
+        raise ValueError(f"{served} is not the model of {folder}: {'; '.join(different)}")
+
+
+def read_architecture(folder: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {folder / 'config.json'}: {error.strerror}; servers and trainer need "
+            "the model at the same path of a shared file system"
+        ) from None
+    return {key: config.get(key) for key in ARCHITECTURE}

@@ -1,0 +1,128 @@
+"""A server that speaks SGLang's HTTP as far as the client uses it, and fails as it is told."""
+
+import asyncio
+import threading
+from collections import Counter
+
+from aiohttp import web
+
+PATHS = (
+    "pause_generation",
+    "continue_generation",
+    "update_weights_from_disk",
+    "server_info",
+    "model_info",
+    "health",
+    "generate",
+    "weights_checker",
+)
+
+
+class ServerDouble:
+    """Its token ids count upwards from its number times 100. `mode` is what it does when asked to
+    generate: answer, hang (its health too), drop the connection, or what `spoil` makes of the
+    answer."""
+
+    def __init__(self, number: int, model: str, version: str = "3", names: frozenset = frozenset()):
+        self.number, self.model, self.weight_version, self.names = number, model, version, names
+        self.sglang = "0.5.23"
+        self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
+        self.end_of_text = None
+        self.prompts: list[list[int]] = []
+        self.calls: Counter[str] = Counter()
+        self.now, self.most_at_once = 0, 0
+        self.next_id = 100 * number
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+
+    def __enter__(self) -> "ServerDouble":
+        self.thread.start()
+        self.wait(self.start())
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.wait(self.runner.cleanup())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def wait(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path}", self.handle)
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self.runner.setup()
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        path = request.match_info["path"]
+        self.calls[path] += 1
+        if self.mode == "hang" and path in ("health", "generate", "update_weights_from_disk"):
+            while self.mode == "hang":
+                await asyncio.sleep(0.02)
+        if self.mode == "drop":
+            request.transport.close()
+            return web.Response()
+        body = await request.json() if request.can_read_body else {}
+        return web.json_response(await getattr(self, path)(body))
+
+    async def server_info(self, body):
+        return {
+            "version": self.sglang,
+            "dtype": "float32",
+            "device": "cuda",  # whose hashes need only agree
+            "tp_size": 1,
+            "max_req_input_len": 194,
+            "model_path": self.model,
+        }
+
+    async def model_info(self, body):
+        return {"weight_version": self.weight_version}
+
+    async def health(self, body):
+        return {}
+
+    async def pause_generation(self, body):
+        return {}
+
+    async def continue_generation(self, body):
+        return {}
+
+    async def update_weights_from_disk(self, body):
+        self.weight_version = body["weight_version"]
+        return {"success": True}
+
+    async def weights_checker(self, body):
+        rank = {"parallelism_info": [{"tp_rank": 0}], "checksums": dict.fromkeys(self.names, "5a")}
+        return {"ranks": [rank]}
+
+    async def generate(self, body):
+        self.prompts.append(body["input_ids"])
+        self.now += 1
+        self.most_at_once = max(self.most_at_once, self.now)
+        try:
+            await asyncio.sleep(self.delay_s)
+        finally:
+            self.now -= 1
+        count = body["sampling_params"]["max_new_tokens"]
+        ids = list(range(self.next_id, self.next_id + count))
+        reason = "length"
+        if self.end_of_text in ids:  # as SGLang: it stops, whether it was asked for or not
+            ids, reason = ids[: ids.index(self.end_of_text) + 1], "stop"
+        self.next_id += len(ids)
+        version = {"version": self.weight_version, "start": 0, "end": len(ids)}
+        said = {
+            "output_ids": ids,
+            "meta_info": {
+                "finish_reason": {"type": reason},
+                "output_token_logprobs": [[-0.5, id, None] for id in ids],
+                "weight_versions": [version],
+                "cached_tokens": 2,
+            },
+        }
+        self.spoil(said)
+        return said

@@ -1,0 +1,314 @@
+"""The engine for SGLang servers, against doubles that fail on command; real ones: tests/sglang."""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang import SGLangEngine
+from rlef_mega.engines.sglang_fleet import MOST_TRIES
+from rlef_mega.engines.sglang_server import log_file
+from rlef_mega.types import Completion, Sampling
+from tests.mega.sglang_server_double import ServerDouble
+
+SAMPLING = Sampling(3, stop_token_ids=(999,))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def servers(model):
+    with ServerDouble(1, str(model)) as one, ServerDouble(2, str(model)) as two:
+        yield one, two
+
+
+def open_engine(servers, model, **options) -> SGLangEngine:
+    options = {"heartbeat_s": 0.2, "deadline_s": 10.0, **options}
+    return SGLangEngine([server.url for server in servers], model, **options)
+
+
+@pytest.fixture
+def engine(servers, model):
+    with open_engine(servers, model) as engine:
+        engine.update_weights([], 3)  # by another process
+        wait_until(lambda: engine.counts.get("returns") == 2)
+        yield engine
+
+
+async def dialogue(engine: SGLangEngine, turns: int = 1, sampling=SAMPLING) -> list[Completion]:
+    ids, answers = [1, 2], []
+    async with engine.session() as session:
+        for _ in range(turns):
+            answers.append(await session.generate(ids, sampling, 0))
+            ids = [*ids, *answers[-1].token_ids, 4]
+    return answers
+
+
+def hold(engine, count: int, turns: int = 1, sampling=SAMPLING) -> list[list[Completion]]:
+    async def all_at_once():
+        return await asyncio.gather(*(dialogue(engine, turns, sampling) for _ in range(count)))
+
+    return asyncio.run(all_at_once())
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until, "it did not come about within 10 s"
+        time.sleep(0.01)
+
+
+def test_dialogues_are_spread_evenly_and_stay_where_their_context_is(engine, servers):
+    for server in servers:
+        server.delay_s = 0.05
+    answers = hold(engine, 8, turns=3)
+    of_dialogue = [{a.token_ids[0] // 100 for a in dialogue} for dialogue in answers]
+    assert all(len(places) == 1 for places in of_dialogue)
+    assert Counter(places.pop() for places in of_dialogue) == {1: 4, 2: 4}
+    counts = engine.counts
+    assert counts["requests"] == 24 and counts["sampled_tokens"] == 72
+    assert counts["cached_tokens"] == 48 and counts["context_tokens"] == 8 * (2 + 6 + 10)
+
+
+def test_a_server_gets_no_more_requests_at_once_than_it_may(servers, model):
+    with open_engine(servers, model, concurrency=3) as engine:
+        engine.update_weights([], 3)
+        for server in servers:
+            server.delay_s = 0.02
+        assert len(hold(engine, 30)) == 30
+    assert all(server.most_at_once == 3 for server in servers)
+
+
+@pytest.mark.parametrize("mode", ["drop", "hang"])
+def test_a_server_that_fails_costs_no_request_and_returns(engine, servers, mode):
+    one, _two = servers
+    one.mode = mode
+    answers = hold(engine, 6, turns=2)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
+    assert engine.counts["failures"] == 1
+    one.mode = "answer"
+    wait_until(lambda: engine.counts["returns"] == 3)
+    answers = hold(engine, 6)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {1, 2}
+
+
+def spoil_ids(said):
+    said["output_ids"][1] += 1
+
+
+def spoil_logprob(said):
+    said["meta_info"]["output_token_logprobs"][1][0] = None  # how JSON writes NaN
+
+
+def spoil_versions(said):
+    said["meta_info"]["weight_versions"][0]["end"] = 2
+
+
+def spoil_version(said):
+    said["meta_info"]["weight_versions"][0]["version"] = "default"
+
+
+def age(said):
+    said["meta_info"]["weight_versions"][0]["version"] = "2"
+
+
+def abort(said):
+    said["meta_info"]["finish_reason"]["type"] = "abort"
+
+
+def forget(said):
+    del said["meta_info"]
+
+
+SPOILERS = [spoil_ids, spoil_logprob, spoil_versions, spoil_version, age, abort, forget]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_an_answer_that_is_not_whole_is_asked_of_another_server(engine, servers, spoil):
+    one, _two = servers
+    one.spoil = spoil
+    answers = hold(engine, 6)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
+    assert engine.counts["failures"] >= 1
+
+
+def test_a_request_that_fails_everywhere_is_given_up(engine, servers):
+    for server in servers:
+        server.spoil = forget
+    with pytest.raises(EngineError, match=f"{MOST_TRIES} tries failed.*malformed answer"):
+        hold(engine, 1)
+    assert sum(len(server.prompts) for server in servers) == MOST_TRIES
+
+
+def test_without_a_server_the_deadline_says_why(servers, model):
+    with open_engine(servers, model, deadline_s=0.5) as engine:
+        engine.update_weights([], 3)
+        for server in servers:
+            server.mode = "drop"
+        with pytest.raises(EngineError, match=r"within 0\.5 s.*Server disconnected"):
+            hold(engine, 1)
+
+
+def test_no_server_serves_before_it_has_the_current_weights(engine, servers):
+    one, two = servers
+    two.weight_version = "4"
+    engine.update_weights([], 4)
+    answers = hold(engine, 6)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
+    one.weight_version = "4"
+    wait_until(lambda: engine.counts["returns"] == 4)
+    assert {a[0].token_ids[0] // 100 for a in hold(engine, 6)} == {1, 2}
+
+
+def test_a_cancelled_dialogue_frees_its_place(servers, model):
+    async def cancel_some() -> None:
+        tasks = [asyncio.create_task(dialogue(engine)) for _ in range(6)]
+        await asyncio.sleep(0.1)
+        for task in tasks[::2]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(not task.cancelled() for task in tasks) == 3
+
+    with open_engine(servers[:1], model, concurrency=1) as engine:
+        engine.update_weights([], 3)
+        servers[0].delay_s = 0.2
+        asyncio.run(cancel_some())
+        wait_until(lambda: engine.fleet.members[0].load == 0)
+        assert len(hold(engine, 2)) == 2
+
+
+def test_an_end_of_text_that_was_not_asked_for_is_a_token_like_others(engine, servers):
+    for server in servers:
+        server.end_of_text = 100 * server.number + 1
+    (answers,) = hold(engine, 1, sampling=Sampling(6, stop_token_ids=(999,)))
+    start = answers[0].token_ids[0]
+    assert answers[0].token_ids == tuple(range(start, start + 6))
+    assert answers[0].finish_reason == "length" and len(answers[0].logprobs) == 6
+    asked = [server.prompts for server in servers if server.prompts]
+    assert asked == [[[1, 2], [1, 2, start, start + 1]]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "reason"),
+    [
+        ([], SAMPLING, "empty"),
+        ([1000], SAMPLING, r"outside \[0, 1000\)"),
+        ([-1], SAMPLING, "outside"),
+        ([1] * 194, SAMPLING, "194 tokens.*take 193"),
+        ([1], Sampling(0), "max_new_tokens"),
+        ([1], Sampling(3, temperature=-1), "temperature"),
+        ([1], Sampling(3, top_p=0), "top_p"),
+    ],
+)
+def test_requests_that_a_server_dies_of_are_not_sent(engine, servers, prompt, sampling, reason):
+    async def ask() -> None:
+        async with engine.session() as session:
+            await session.generate(prompt, sampling, 0)
+
+    with pytest.raises(ValueError, match=reason):
+        asyncio.run(ask())
+    assert not any(server.prompts for server in servers)
+
+
+def test_another_version_of_sglang_is_refused(servers, model):
+    servers[1].sglang = "0.5.9"
+    with (
+        pytest.raises(ValueError, match=r"is SGLang 0\.5\.9; supported: 0\.5\.23"),
+        open_engine(servers, model),
+    ):
+        pass
+
+
+# ------------------------------------------------------------------ publication
+
+
+@contextlib.contextmanager
+def publishing(servers, model, folder, **options):
+    options = {"way": "disk", "weights_folder": folder / "weights", "publish_s": 0.5, **options}
+    names = {name for name in weights_of(model) if not name.endswith(("q_proj.weight",))}
+    names = {n for n in names if not any(p in n for p in ("k_proj", "v_proj", "gate", "up_proj"))}
+    layer = "model.layers.0."
+    for server in servers:
+        fused = {f"{layer}self_attn.qkv_proj.weight", f"{layer}mlp.gate_up_proj.weight"}
+        server.names, server.weight_version = frozenset(names | fused), "default"
+    with open_engine(servers, model, logs=folder, **options) as engine:
+        yield engine
+
+
+def weights_of(model):
+    return LlamaForCausalLM.from_pretrained(model).state_dict()
+
+
+def test_a_publication_reaches_all_servers_and_later_those_that_were_started_again(
+    servers, model, tmp_path
+):
+    one, two = servers
+    with publishing(servers, model, tmp_path) as engine:
+        engine.update_weights(weights_of(model).items(), 7)
+        assert one.weight_version == two.weight_version == "7"
+        assert one.calls["pause_generation"] == one.calls["continue_generation"] == 1
+        one.weight_version = "default"  # as after a start
+        answers = hold(engine, 6)
+        assert {v for (answer,) in answers for v in answer.weight_versions} == {7}
+        wait_until(lambda: engine.counts.get("restored") == 1)
+        assert one.weight_version == "7"
+        assert [p.name for p in (tmp_path / "weights").iterdir()] == ["version_000007"]
+
+
+def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
+    servers, model, tmp_path
+):
+    one, two = servers
+    with publishing(servers, model, tmp_path) as engine:
+        two.mode = "hang"
+        engine.update_weights(weights_of(model).items(), 1)
+        assert {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        one.mode = "hang"
+        log_file(tmp_path, one.url).write_text("loading\nout of memory, says the log\n")
+        with pytest.raises(EngineError, match=r"(?s)no server took version 2.*says the log"):
+            engine.update_weights(weights_of(model).items(), 2)
+        with pytest.raises(EngineError, match="no weights"):
+            hold(engine, 1)
+
+
+def test_servers_that_hold_different_weights_are_an_error(servers, model, tmp_path):
+    _one, two = servers
+    with publishing(servers, model, tmp_path) as engine:
+
+        async def other_checksums(body):
+            rank = {"parallelism_info": [{"tp_rank": 0}], "checksums": dict.fromkeys(two.names, "")}
+            return {"ranks": [rank]}
+
+        two.weights_checker = other_checksums
+        with pytest.raises(EngineError, match="other weights than were sent"):
+            engine.update_weights(weights_of(model).items(), 1)
+
+
+def test_a_server_with_unknown_parameters_is_refused_before_anything_is_sent(
+    servers, model, tmp_path
+):
+    with publishing(servers, model, tmp_path):
+        pass
+    servers[0].names |= {"model.layers.1.mlp.down_proj.weight"}
+    with (
+        pytest.raises(ValueError, match=r"not know how to verify.*layers\.1"),
+        open_engine(servers, model, way="disk", weights_folder=tmp_path),
+    ):
+        pass

@@ -1,0 +1,168 @@
+"""Starting servers, with a stand-in for the server's Python that ends, sleeps or serves as told.
+
+The real one: tests/sglang."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlef_mega.config import ConfigError, TrainConfig
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang_server import CPU_LAUNCHER, Servers, ServerSettings
+from rlef_mega.serve import servers_for
+
+HEALTHY = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *words): pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+print("serving", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def settings(folder: Path, program: str, **options) -> ServerSettings:
+    """What is started is this program in place of the server's Python."""
+    python = folder / "python"
+    python.write_text(f"#!{sys.executable}\n{program}")
+    python.chmod(0o755)
+    given = {"device": "cuda", "dtype": "bfloat16", "context_length": 100, **options}
+    return ServerSettings(model=folder, python=str(python), **given)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def servers(folder: Path, program: str, ready_s: float = 20.0) -> Servers:
+    logs = folder / "logs"
+    return Servers(settings(folder, program), count=1, port=free_port(), logs=logs, ready_s=ready_s)
+
+
+def test_a_server_that_ends_as_it_starts_is_an_error_with_its_last_words(tmp_path):
+    program = "import sys; print('CUDA out of memory'); sys.exit(1)"
+    with pytest.raises(EngineError, match=r"(?s)ended as it started.*CUDA out of memory"):
+        servers(tmp_path, program).__enter__()
+
+
+def test_a_server_that_is_not_ready_in_time_is_an_error_and_ends(tmp_path):
+    program = "import os, time; print('loading', os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(EngineError, match=r"(?s)not ready after 1 s.*loading"):
+        servers(tmp_path, program, ready_s=1.0).__enter__()
+    (log,) = (tmp_path / "logs").iterdir()
+    assert not psutil.pid_exists(int(log.read_text().split()[-1]))
+
+
+def test_a_port_that_is_taken_is_not_mistaken_for_the_server(tmp_path):
+    running = servers(tmp_path, HEALTHY)
+    with running, pytest.raises(EngineError, match=r"answers at http://127.0.0.1:.* already"):
+        second = servers(tmp_path, HEALTHY)
+        second.servers[0].url = running.urls[0]
+        second.__enter__()
+
+
+def test_there_is_no_python(tmp_path):
+    given = settings(tmp_path, "")
+    os.remove(given.python)
+    with pytest.raises(EngineError, match="make setup-sglang"):
+        Servers(given, count=1, port=free_port(), logs=tmp_path, ready_s=1).__enter__()
+
+
+class EnoughError(Exception):
+    pass
+
+
+def test_what_ends_is_started_again(tmp_path):
+    said = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "ready again" in text:
+            raise EnoughError
+
+    with servers(tmp_path, HEALTHY) as running:
+        first = running.servers[0].process.pid
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(EnoughError):
+            running.supervise(say)
+        assert running.restarts == 1 and running.servers[0].process.pid != first
+        assert urllib.request.urlopen(running.urls[0], timeout=5).status == 200
+    assert "has ended" in said[0]
+
+
+def test_a_server_that_never_comes_back_is_an_error_in_the_end(tmp_path):
+    program = f"import os\nif os.path.exists({str(tmp_path / 'broken')!r}): os._exit(1)\n{HEALTHY}"
+    with servers(tmp_path, program) as running:
+        (tmp_path / "broken").touch()
+        os.kill(running.servers[0].process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"ended 3 times before it was ready"):
+            running.supervise(lambda text: None)
+
+
+def test_servers_die_with_their_parent(tmp_path):
+    given = settings(tmp_path, HEALTHY)
+    owner = f"""
+import sys, time
+from pathlib import Path, PosixPath
+from rlef_mega.engines.sglang_server import Servers, ServerSettings
+logs = Path({str(tmp_path)!r})
+with Servers({given!r}, count=1, port={free_port()}, logs=logs, ready_s=20) as servers:
+    print(servers.servers[0].process.pid, flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    server = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 5
+    while psutil.pid_exists(server) and psutil.Process(server).status() != "zombie":
+        assert time.monotonic() < until, "the server outlived its parent"
+        time.sleep(0.02)
+
+
+def recipe(folder: Path, **servers) -> TrainConfig:
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 1002}))
+    return TrainConfig.model_validate(
+        {
+            "run": {"dir": str(folder / "run"), "steps": 1},
+            "model": {"path": str(folder)},
+            "data": {"train": "curriculum:train"},
+            "rollout": {"max_context": 1000, "max_new_tokens": 100, "servers": servers},
+        }
+    )
+
+
+def test_a_recipe_says_which_servers_are_started_how(tmp_path):
+    config = recipe(tmp_path, count=2, port=4000, tensor_parallel_size=4, arguments=["--x", "y"])
+    command = servers_for(config).servers[1].settings.command(4001)
+    assert command[1:3] == ["-m", "sglang.launch_server"] and command[-2:] == ["--x", "y"]
+    options = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
+    assert options["--tp-size"] == "4" and options["--port"] == "4001"
+    assert options["--dtype"] == "bfloat16" and options["--model-path"] == str(tmp_path)
+    assert options["--context-length"] == "1002"
+    assert config.rollout.servers.addresses == ("http://127.0.0.1:4000", "http://127.0.0.1:4001")
+    on_cpu = servers_for(recipe(tmp_path, device="cpu")).servers[0].settings.command(4000)
+    assert on_cpu[1:3] == ["-P", str(CPU_LAUNCHER)]
+
+
+def test_a_context_that_the_model_cannot_hold_is_refused(tmp_path):
+    config = recipe(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 1000}))
+    with pytest.raises(ConfigError, match="at most 998"):
+        servers_for(config)

@@ -1,0 +1,115 @@
+"""Two real SGLang servers on this machine, started as a user starts them, for all tests here."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlef_mega.chat import CONTROLS
+from tests.mega.test_chat import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-sglang/bin/python"
+VOCABULARY = 262  # no multiple of 64: a server pads it
+END_OF_TEXT = 5  # of the model's config; in no chat format
+CONTEXT = 2048
+
+
+class Serving:
+    """`rlef serve` and what it has started."""
+
+    def __init__(self, model: Path, run: Path, process: subprocess.Popen, urls: list[str]) -> None:
+        self.model, self.run, self.process, self.urls = model, run, process, urls
+
+    def server_process(self, url: str) -> psutil.Process:
+        port = url.rpartition(":")[2]
+        (found,) = [p for p in psutil.Process(self.process.pid).children() if port in p.cmdline()]
+        return found
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """Two layers, with the control tokens of both chat formats."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT + 2,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=END_OF_TEXT,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(CONTROLS["llama3"] + CONTROLS["chatml"]).save_pretrained(folder)
+    return folder
+
+
+def free_ports(count: int) -> int:
+    """The first of so many neighbouring ports that nobody listens on."""
+    for first in range(31200, 60000, count):
+        with socket.socket() as one, socket.socket() as two:
+            try:
+                one.bind(("127.0.0.1", first))
+                two.bind(("127.0.0.1", first + count - 1))
+            except OSError:
+                continue
+            return first
+    raise RuntimeError("no free ports")
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory) -> Iterator[Serving]:
+    if not PYTHON.exists():
+        pytest.skip("no .venv-sglang; `make test-sglang` makes it")
+    folder = tmp_path_factory.mktemp("serving")
+    model = save_tiny_model(folder / "model")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        f"""
+        run = {{dir = "{folder / "run"}", steps = 1}}
+        model = {{path = "{model}", dtype = "float32"}}
+        data = {{train = "curriculum:train"}}
+        [rollout]
+        engine = "sglang"
+        max_context = {CONTEXT}
+        [rollout.servers]
+        count = 2
+        port = {free_ports(2)}
+        device = "cpu"
+        python = "{PYTHON}"
+        memory_fraction = 0.05
+        arguments = ["--max-total-tokens", "20000"]
+        ready_s = 400
+        """
+    )
+    command = [sys.executable, "-m", "rlef_mega.cli", "serve", str(recipe)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("ready: "):
+                break
+        else:
+            pytest.fail(f"rlef serve ended: {''.join(said)}")
+        yield Serving(model, folder / "run", process, said[-1].split()[1:])
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) >= 4  # two servers, each with processes of its own
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        _, left = psutil.wait_procs(started, timeout=10)
+        assert not left, "rlef serve left processes behind"
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)  # the kernel ends the rest

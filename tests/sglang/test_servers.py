@@ -1,0 +1,280 @@
+"""Rollouts against real SGLang servers: ids, log-probs, weights, versions, and their death.
+
+One start of two servers serves all of it. The truth is transformers' model in this process.
+"""
+
+import asyncio
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from rlef_mega.chat import ChatFormat
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang import SGLangEngine
+from rlef_mega.engines.sglang_publication import DiskPublication
+from rlef_mega.judge import Judge
+from rlef_mega.rollout import Rules, rollout
+from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
+from rlef_sandbox import Test
+from tests.sglang.conftest import CONTEXT, END_OF_TEXT, VOCABULARY
+
+pytestmark = pytest.mark.sglang
+TOLERANCE = 2e-4  # fp32 on both sides; the order of sums differs
+PROBLEM = Problem(
+    id="greet",
+    statement="Greet the person whose name is given.",
+    public_tests=(Test("Bob\n", "Hello Bob\n"),),
+    private_tests=PrivateTests((Test("Zoe\n", "Hello Zoe\n"),)),
+    template="curriculum",
+)
+
+
+@pytest.fixture
+def model(serving) -> PreTrainedModel:
+    return LlamaForCausalLM.from_pretrained(serving.model, dtype=torch.float32)
+
+
+@pytest.fixture(params=["disk", "distributed"])
+def engine(serving, request, tmp_path):
+    with open_engine(serving, tmp_path, request.param) as engine:
+        yield engine
+
+
+@pytest.fixture
+def disk_engine(serving, tmp_path):
+    with open_engine(serving, tmp_path, "disk") as engine:
+        yield engine
+
+
+def open_engine(serving, folder, way) -> SGLangEngine:
+    return SGLangEngine(
+        serving.urls,
+        serving.model,
+        way=way,
+        weights_folder=folder / "weights",
+        logs=serving.run / "servers",
+        publish_s=60,
+        deadline_s=200,
+        heartbeat_s=20,
+    )
+
+
+def judge() -> Judge:
+    """A model with random weights writes no program, so none is graded."""
+    return Judge(grader=None)
+
+
+@torch.no_grad()
+def change(model: PreTrainedModel, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+@torch.no_grad()
+def logprobs(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """Of each token but the first."""
+    ids = torch.tensor([ids])
+    scaled = (model(ids).logits[0] / temperature).log_softmax(-1)
+    return scaled[:-1].gather(1, ids[0, 1:, None])[:, 0]
+
+
+def gap(model, prompt: list[int], answer: Completion, temperature: float = 1.0) -> float:
+    truth = logprobs(model, [*prompt, *answer.token_ids], temperature)[len(prompt) - 1 :]
+    return float((truth - torch.tensor(answer.logprobs)).abs().max())
+
+
+async def one(engine: SGLangEngine, prompt: list[int], sampling: Sampling) -> Completion:
+    async with engine.session() as session:
+        return await session.generate(prompt, sampling, seed=1)
+
+
+def sample(engine: SGLangEngine, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+    async def all_at_once() -> list[Completion]:
+        return await asyncio.gather(*(one(engine, prompt, sampling) for prompt in prompts))
+
+    return asyncio.run(all_at_once())
+
+
+def random_prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(6, 256, (count, length), generator=generator).tolist()
+
+
+def test_each_way_brings_weights_whose_logprobs_are_those_of_transformers(engine, model):
+    prompts = random_prompts(12, 30)
+    for version in (4, 5):
+        change(model, seed=version)
+        engine.update_weights(model.state_dict().items(), version)
+        assert engine.weight_version == version
+        for temperature in (1.0, 0.7):
+            sampling = Sampling(60, temperature, stop_token_ids=(7, 8, 9))
+            answers = sample(engine, prompts, sampling)
+            for prompt, answer in zip(prompts, answers, strict=True):
+                assert gap(model, prompt, answer, temperature) < TOLERANCE
+                assert set(answer.weight_versions) == {version}
+                stopped = answer.finish_reason == "stop"
+                assert stopped == (answer.token_ids[-1] in (7, 8, 9))
+                assert stopped or len(answer.token_ids) == 60
+                # the model's own end of text was not asked for, so it is a token like others
+                assert not {7, 8, 9} & set(answer.token_ids[:-1])
+    greedy = sample(engine, prompts[:2], Sampling(20, 0.0))
+    for prompt, answer in zip(prompts, greedy, strict=False):
+        truth = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        expected = truth[0, len(prompt) :].tolist()
+        if END_OF_TEXT not in expected:
+            assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize("format_name", ["llama3", "chatml"])
+def test_dialogues_keep_the_ids_that_were_sampled(disk_engine, serving, model, format_name):
+    disk_engine.update_weights(model.state_dict().items(), 1)
+    chat = ChatFormat.from_folder(serving.model, format_name)
+    sampling = Sampling(40, stop_token_ids=chat.stop_token_ids)
+    rules = Rules(turns=3, sampling=sampling, max_context=CONTEXT)
+    held = asyncio.run(rollout([PROBLEM] * 8, disk_engine, judge(), chat, rules, range(8)))
+    assert len(held.episodes) == 8
+    for episode in held.episodes:
+        assert len(episode.turns) == 3
+        scored = logprobs(model, list(episode.token_ids))
+        for turn in episode.turns:
+            start, end = turn.context_len - 1, turn.context_len - 1 + len(turn.action_ids)
+            assert (scored[start:end] - torch.tensor(turn.action_logprobs)).abs().max() < TOLERANCE
+        for before, after in pairwise(episode.turns):
+            opened = before.context_len + len(before.action_ids)
+            ended = before.action_ids[-1] in chat.stop_token_ids
+            between = episode.token_ids[opened : after.context_len]
+            header = chat.observe("", ended=ended)[: len(chat.between) + 1]
+            assert list(between[: len(header)]) == header
+
+
+def test_a_follow_up_turn_finds_its_context_in_the_servers_cache(disk_engine, model):
+    disk_engine.update_weights(model.state_dict().items(), 1)
+
+    async def hold(prompt: list[int]) -> None:
+        async with disk_engine.session() as session:
+            answer = await session.generate(prompt, Sampling(40), 0)
+            first.append(len(prompt))
+            await asyncio.sleep(0.2)  # others come between
+            follow_up = [*prompt, *answer.token_ids, *range(10, 40)]
+            await session.generate(follow_up, Sampling(10), 0)
+
+    async def hold_all() -> None:
+        await asyncio.gather(*(hold(prompt) for prompt in random_prompts(16, 500)))
+
+    first: list[int] = []
+    asyncio.run(hold_all())
+    counts = disk_engine.counts
+    follow_up = counts["context_tokens"] - sum(first)
+    assert counts["requests"] == 32
+    assert counts["cached_tokens"] >= 0.9 * follow_up, counts
+
+
+@pytest.mark.parametrize("way", ["disk", "distributed"])
+def test_a_request_under_way_goes_on_with_the_new_weights(serving, model, tmp_path, way):
+    (prompt,) = random_prompts(1, 20)
+    with open_engine(serving, tmp_path, way) as engine:
+        engine.update_weights(model.state_dict().items(), 1)
+        old = LlamaForCausalLM.from_pretrained(serving.model, dtype=torch.float32)
+        answers: list[Completion] = []
+        sampling = Sampling(1500)
+        asking = threading.Thread(target=lambda: answers.extend(sample(engine, [prompt], sampling)))
+        asking.start()
+        time.sleep(1.0)
+        change(model, seed=2)
+        engine.update_weights(model.state_dict().items(), 2)
+        asking.join()
+    (answer,) = answers
+    switched = answer.weight_versions.index(2)
+    assert 0 < switched < 1500
+    assert answer.weight_versions == (1,) * switched + (2,) * (1500 - switched)
+    ids, found = [*prompt, *answer.token_ids], torch.tensor(answer.logprobs)
+    by_old = logprobs(old, ids)[len(prompt) - 1 :]
+    by_new = logprobs(model, ids)[len(prompt) - 1 :]
+    assert (by_old - found)[:switched].abs().max() < TOLERANCE
+    assert (by_new - found)[switched:].abs().max() < TOLERANCE
+    assert (by_old - by_new).abs().max() > 100 * TOLERANCE
+
+
+def test_requests_that_would_end_a_server_are_refused_here(disk_engine, model):
+    disk_engine.update_weights(model.state_dict().items(), 1)
+    for prompt, reason in (
+        ([1] * CONTEXT, "2048 tokens"),
+        ([1, VOCABULARY], r"outside \[0, 262\)"),
+        ([-1], "outside"),
+        ([], "empty"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            sample(disk_engine, [prompt], Sampling(5))
+    longest = random_prompts(1, disk_engine.longest_prompt)
+    (answer,) = sample(disk_engine, longest, Sampling(500))
+    assert len(answer.token_ids) == CONTEXT - len(longest[0])
+    assert disk_engine.counts.get("failures", 0) == 0
+
+
+def test_weights_of_another_model_are_never_sent(engine, model):
+    weights = model.state_dict()
+    engine.update_weights(weights.items(), 1)
+    norm = "model.norm.weight"
+    for wrong, reason in (
+        ({**weights, "model.rotary": weights[norm]}, "no weight model.rotary"),
+        ({**weights, norm: weights[norm][:-1]}, r"is \[63\], the servers' model has \[64\]"),
+        ({name: tensor for name, tensor in weights.items() if name != norm}, "missing.*norm"),
+    ):
+        with pytest.raises(EngineError, match=reason):
+            engine.update_weights(wrong.items(), 2)
+        with pytest.raises(EngineError, match="no weights"):
+            sample(engine, [[1, 2]], Sampling(5))
+    engine.update_weights(weights.items(), 3)
+    (answer,) = sample(engine, [[11, 12]], Sampling(5))
+    assert gap(model, [11, 12], answer) < TOLERANCE and set(answer.weight_versions) == {3}
+
+
+class BrokenDisk(DiskPublication):
+    """One bit is another after it was written."""
+
+    def write(self, folder, weights):
+        super().write(folder, weights)
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        tensors["model.layers.1.self_attn.k_proj.weight"].view(torch.int32)[0, 0] ^= 1
+        save_file(tensors, file)
+
+
+def test_a_server_that_holds_other_weights_than_were_sent_is_found_out(
+    disk_engine, serving, model, tmp_path
+):
+    disk_engine.publication = BrokenDisk(
+        tmp_path / "broken", serving.model, deadline_s=60, host_hashes=True
+    )
+    with pytest.raises(EngineError, match=r"other weights.*layers\.1\.self_attn\.qkv_proj"):
+        disk_engine.update_weights(model.state_dict().items(), 1)
+
+
+def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
+    disk_engine, serving, model
+):
+    change(model, seed=3)
+    disk_engine.update_weights(model.state_dict().items(), 6)
+    chat = ChatFormat.from_folder(serving.model, "chatml")
+    rules = Rules(turns=3, sampling=Sampling(120), max_context=CONTEXT)
+    victim = serving.urls[1]
+    threading.Timer(1.0, lambda: serving.server_process(victim).kill()).start()
+    held = asyncio.run(rollout([PROBLEM] * 40, disk_engine, judge(), chat, rules, range(40)))
+    assert len(held.episodes) == 40 and not held.drops
+    assert disk_engine.counts["failures"] >= 1
+    for episode in held.episodes:
+        assert all(set(turn.weight_versions) == {6} for turn in episode.turns)
+    waited_until = time.monotonic() + 300
+    while not disk_engine.counts.get("restored"):
+        assert time.monotonic() < waited_until, disk_engine.fleet.reasons()
+        time.sleep(0.5)
+    with SGLangEngine([victim], serving.model) as only_the_victim:
+        only_the_victim.update_weights([], 6)  # published by another engine
+        (answer,) = sample(only_the_victim, [[11, 12]], Sampling(30))
+    assert gap(model, [11, 12], answer) < TOLERANCE and set(answer.weight_versions) == {6}

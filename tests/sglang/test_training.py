@@ -1,0 +1,54 @@
+"""The whole loop, with a tensor-parallel trainer and rollouts on real servers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.sglang
+
+
+@pytest.mark.parametrize("way", ["disk", "distributed"])
+def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way):
+    """The gap between the servers' log-probs and the trainer's says that ids, weights and
+    temperature are the same on both sides, at every step."""
+    run = tmp_path / "run"
+    settings = {
+        "run.dir": run,
+        "run.steps": 2,
+        "run.checkpoint_every": 1,
+        "model.path": serving.model,
+        "model.dtype": "float32",
+        "data.test": "",
+        "parallel.tensor_model_parallel_size": 2,
+        "rollout.engine": "sglang",
+        "rollout.servers.urls": json.dumps(serving.urls),
+        "rollout.servers.publish": way,
+        "rollout.servers.publish_s": 60,
+        "rollout.episodes_per_batch": 8,
+        "rollout.max_context": 1500,
+        "rollout.max_new_tokens": 40,
+        "rollout.temperature": 0.9,
+        "learner.microbatch_tokens": 3000,
+        "learner.policy.lr": 1e-2,
+        "ppo.updates_per_batch": 2,
+        "eval.every": 2,
+        "eval.problems": 4,
+        "guard.max_invalid_fraction": 1.0,
+    }
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    result = subprocess.run(
+        [sys.executable, "-m", "rlef_mega.cli", "train", "demo", *sets],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
+    for step in steps:
+        assert step["dropped"] == {} and step["logprob_gap_max"] < 1e-3, step
+    assert "valid_solved" in steps[1]
