@@ -93,7 +93,6 @@ def test_trainer_and_engine_agree_on_the_log_probs_of_a_dialogue(engine, chat, f
     learner = Learner(
         ranks,
         folder,
-        parallel=ParallelConfig(),
         learner=LearnerConfig(),
         ppo=PPOConfig(beta=0.0),  # no reference: a third copy of the model would prove no more
         dtype="float32",
