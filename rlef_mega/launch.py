@@ -143,6 +143,9 @@ def worker_main(work: Callable[[Path], int]) -> None:
     """The main of a rank: user errors become one message, that of the rank which failed first, and
     the exit code says how it ended."""
     die_with_parent()
+    # Megatron's overlapped exchanges want kernels to start in the order in which they are launched;
+    # read when CUDA starts, and of no effect without it
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         code = work(Path(sys.argv[1]))
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:

@@ -56,6 +56,14 @@ def device_mode() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if torch.cuda.is_available() else CudaMeansCpu()
 
 
+def without_mode() -> contextlib.AbstractContextManager[object]:
+    """For a network's own operations, which name no device: they are many, and small in small
+    models."""
+    return (
+        contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
+    )
+
+
 def calls_megatron(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a function that calls into Megatron, so that the shim holds while it runs."""
 

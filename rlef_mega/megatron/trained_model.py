@@ -37,7 +37,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlef_mega.config import OptimizerConfig
-from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.cpu_shim import calls_megatron, without_mode
 from rlef_mega.megatron.microbatch import Microbatch
 from rlef_mega.megatron.model import PackedLlama
 from rlef_mega.megatron.offload import HostMemory
@@ -78,9 +78,10 @@ def run_schedule(
         microbatch = next(iterator)
         # RoPE positions come from the packed lengths; Megatron reads neither position_ids nor a
         # mask here
-        hidden = model(
-            microbatch.token_ids_T[None], None, None, packed_seq_params=microbatch.sequences
-        )
+        with without_mode():
+            hidden = model(
+                microbatch.token_ids_T[None], None, None, packed_seq_params=microbatch.sequences
+            )
         return hidden, lambda output, **options: at_last_stage(output, microbatch)
 
     pipelined, interleaved = ranks.pipeline_parallel_size > 1, len(chunks) > 1
