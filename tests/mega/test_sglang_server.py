@@ -4,6 +4,7 @@ The real one: tests/sglang."""
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -35,8 +36,12 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 def settings(folder: Path, program: str, **options) -> ServerSettings:
     """What is started is this program in place of the server's Python."""
-    python = folder / "python"
-    python.write_text(f"#!{sys.executable}\n{program}")
+    python, script = folder / "python", folder / "program.py"
+    script.write_text(program)
+    # not named in the first line itself, where no path may hold a space
+    python.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n'
+    )
     python.chmod(0o755)
     given = {"device": "cuda", "dtype": "bfloat16", "context_length": 100, **options}
     return ServerSettings(model=folder, python=str(python), **given)
