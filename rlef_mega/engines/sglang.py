@@ -15,6 +15,7 @@ it.
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -106,6 +107,7 @@ class SGLangEngine:
         self.publish_s, self.heartbeat_s = publish_s, heartbeat_s
         self.weight_version = NO_WEIGHTS
         self.publication: Publication | None = None
+        self.counted: Counter[str] = Counter()  # what `take_counts` has told
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(
             target=self.loop.run_forever, name="sglang-client", daemon=True
@@ -169,19 +171,15 @@ class SGLangEngine:
                 )
 
     def make_publication(self) -> Publication:
-        on_cpu = self.about.device == "cpu"
         if self.way == "disk":
             if self.weights_folder is None:
                 raise ValueError("publication by disk needs a folder that servers can read")
-            return DiskPublication(
-                self.weights_folder, self.folder, deadline_s=self.publish_s, host_hashes=on_cpu
-            )
+            return DiskPublication(self.weights_folder, self.folder, deadline_s=self.publish_s)
         if self.way == "distributed":
             return DistributedPublication(
                 own_address(self.urls),
-                backend="gloo" if on_cpu else "nccl",
+                backend="gloo" if self.about.device == "cpu" else "nccl",
                 deadline_s=self.publish_s,
-                host_hashes=on_cpu,
             )
         raise ValueError(f"unknown way to publish weights {self.way!r}; known: disk, distributed")
 
@@ -223,6 +221,7 @@ class SGLangEngine:
                 self.model,
                 getattr(torch, self.about.dtype),
                 self.about.tensor_parallel_size,
+                self.about.device,
             )
             self.weight_version = NO_WEIGHTS
             self.publication.publish(self.fleet, self.submit, weights, version)
@@ -233,9 +232,16 @@ class SGLangEngine:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Since the start: requests, failures, servers that returned or were restored, tokens
-        sampled, of contexts, and of those the ones that came from a server's cache."""
+        """Since the start: requests answered, failures of servers, how often one returned and how
+        often it had to be brought to the current weights for that, tokens sampled, tokens of
+        contexts, and of these the ones that came from a server's cache."""
         return dict(self.fleet.counts)
+
+    def take_counts(self) -> dict[str, int]:
+        counts = self.fleet.counts.copy()
+        taken = counts - self.counted
+        self.counted = counts
+        return dict(taken)
 
     def check_request(self, token_ids: Sequence[int], sampling: Sampling) -> Sampling:
         """The sampling, with at most as many tokens as there is room for. ValueError for what a

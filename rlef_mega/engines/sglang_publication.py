@@ -60,17 +60,15 @@ class Publication(Protocol):
 class DiskPublication:
     """By way of `folder`, which trainer and servers share; `model` has config and tokenizer."""
 
-    def __init__(self, folder: Path, model: Path, *, deadline_s: float, host_hashes: bool) -> None:
-        self.folder, self.model = folder.absolute(), model
-        self.deadline_s, self.host_hashes = deadline_s, host_hashes
+    def __init__(self, folder: Path, model: Path, *, deadline_s: float) -> None:
+        self.folder, self.model, self.deadline_s = folder.absolute(), model, deadline_s
 
     def publish(
         self, fleet: Fleet, submit: Submit[Any], weights: SentWeights, version: int
     ) -> None:
         folder = self.folder / f"version_{version:06d}"
         self.write(folder, weights)
-        expected = weights.checksums if self.host_hashes else None
-        submit(self.load_everywhere(fleet, folder, version, expected)).result()
+        submit(self.load_everywhere(fleet, folder, version, weights.checksums)).result()
         for old in self.folder.glob("version_*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -90,17 +88,16 @@ class DiskPublication:
         partial.rename(folder)
 
     async def load_everywhere(
-        self, fleet: Fleet, folder: Path, version: int, expected: Checksums | None
+        self, fleet: Fleet, folder: Path, version: int, expected: Checksums
     ) -> None:
         async with fleet.control:
             members = await answering(fleet)
-            agreed = Agreed(expected)
 
             async def load(client: Client) -> None:
                 await client.pause(within_s=self.deadline_s)
                 path = str(folder)
                 await client.load_from_disk(path, str(version), within_s=self.deadline_s)
-                await verify(client, version, agreed, self.deadline_s)
+                await verify(client, version, expected, self.deadline_s)
                 await client.resume(within_s=self.deadline_s)
 
             done = await on_each(members, load)
@@ -116,9 +113,8 @@ class DiskPublication:
 class DistributedPublication:
     """By broadcasts. `host` is this machine's address for the servers; `backend` nccl or gloo."""
 
-    def __init__(self, host: str, *, backend: str, deadline_s: float, host_hashes: bool) -> None:
+    def __init__(self, host: str, *, backend: str, deadline_s: float) -> None:
         self.host, self.backend, self.deadline_s = host, backend, deadline_s
-        self.host_hashes = host_hashes
         self.group: dist.ProcessGroup | None = None
         self.group_name = ""
         self.store: dist.TCPStore | None = None
@@ -145,8 +141,9 @@ class DistributedPublication:
         self.join(members, submit, weights.ranks)
 
         async def everywhere(work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
-            if len(await on_each(members, work)) < len(members):
-                raise EngineError(f"version {version} was not published: {reasons(members)}")
+            done = await on_each(members, work)
+            if failed := [member for member in members if member not in done]:
+                raise EngineError(f"version {version} was not published: {reasons(failed)}")
 
         async def begin(client: Client) -> None:
             await client.pause(within_s=deadline_s)
@@ -155,11 +152,10 @@ class DistributedPublication:
         submit(everywhere(begin)).result()
         for bucket in buckets(weights, BUCKET_BYTES):
             self.broadcast(bucket, submit, everywhere)
-        agreed = Agreed(weights.checksums if self.host_hashes else None)
 
         async def end(client: Client) -> None:
             await client.end_update(str(version), within_s=deadline_s)
-            await verify(client, version, agreed, deadline_s)
+            await verify(client, version, weights.checksums, deadline_s)
             await client.resume(within_s=deadline_s)
 
         submit(everywhere(end)).result()
@@ -217,9 +213,9 @@ class DistributedPublication:
         joining = submit(on_each(members, join))
         self.store = store
         self.group = make_group(self.group_name, store, world_size, self.backend, deadline)
-        if len(joining.result()) < len(members):
-            self.group = None
-            raise EngineError(f"not all servers joined: {reasons(members)}")
+        joined = joining.result()
+        if failed := [member for member in members if member not in joined]:
+            raise EngineError(f"not all servers joined: {reasons(failed)}")
 
     def close(self) -> None:
         self.group = self.store = None
@@ -246,25 +242,13 @@ def make_group(
     return group
 
 
-class Agreed:
-    """The checksums that all servers must have: those of what was sent, or the first server's."""
-
-    def __init__(self, expected: Checksums | None) -> None:
-        self.expected = expected
-
-    def check(self, client: Client, found: Checksums) -> None:
-        if self.expected is None:
-            self.expected = found
-        if wrong := differences(self.expected, found):
-            raise WrongWeightsError(f"{client.url} holds other weights than were sent: {wrong}")
-
-
-async def verify(client: Client, version: int, agreed: Agreed, within_s: float) -> None:
+async def verify(client: Client, version: int, expected: Checksums, within_s: float) -> None:
     """200 alone is no success: the version, and what the weights hash to."""
     found = await client.weight_version(within_s=within_s)
     if found != str(version):
         raise WrongWeightsError(f"{client.url} says version {found} after update to {version}")
-    agreed.check(client, await client.checksums(within_s=within_s))
+    if wrong := differences(expected, await client.checksums(within_s=within_s)):
+        raise WrongWeightsError(f"{client.url} holds other weights than were sent: {wrong}")
 
 
 async def answering(fleet: Fleet) -> list[Member]:

@@ -249,9 +249,7 @@ class BrokenDisk(DiskPublication):
 def test_a_server_that_holds_other_weights_than_were_sent_is_found_out(
     disk_engine, serving, model, tmp_path
 ):
-    disk_engine.publication = BrokenDisk(
-        tmp_path / "broken", serving.model, deadline_s=60, host_hashes=True
-    )
+    disk_engine.publication = BrokenDisk(tmp_path / "broken", serving.model, deadline_s=60)
     with pytest.raises(EngineError, match=r"other weights.*layers\.1\.self_attn\.qkv_proj"):
         disk_engine.update_weights(model.state_dict().items(), 1)
 
@@ -278,3 +276,36 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
         only_the_victim.update_weights([], 6)  # published by another engine
         (answer,) = sample(only_the_victim, [[11, 12]], Sampling(30))
     assert gap(model, [11, 12], answer) < TOLERANCE and set(answer.weight_versions) == {6}
+
+
+def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
+    serving, model, tmp_path
+):
+    weights = list(model.state_dict().items())
+    victim = serving.server_process(serving.urls[0])
+
+    def with_a_death():
+        yield from weights[:-1]
+        victim.kill()  # the servers are paused by now and wait for the bucket
+        yield weights[-1]
+
+    with open_engine(serving, tmp_path, "distributed") as engine:
+        engine.update_weights(weights, 1)
+        with pytest.raises(EngineError, match=r"(?s)version 2 was not published.*The end of"):
+            engine.update_weights(with_a_death(), 2)
+        with pytest.raises(EngineError, match="no weights"):
+            sample(engine, [[11, 12]], Sampling(5))
+        engine.update_weights(weights, 3)  # to the one that is left
+        answers = sample(engine, random_prompts(4, 10), Sampling(5))
+        assert {v for answer in answers for v in answer.weight_versions} == {3}
+        waited_until = time.monotonic() + 300
+        version = 4
+        while not all(member.ready for member in engine.fleet.members):
+            assert time.monotonic() < waited_until, engine.fleet.reasons()
+            time.sleep(2)
+            engine.update_weights(weights, version)
+            version += 1
+        prompts = random_prompts(8, 10)
+        for prompt, answer in zip(prompts, sample(engine, prompts, Sampling(9)), strict=True):
+            assert gap(model, prompt, answer) < TOLERANCE
+            assert set(answer.weight_versions) == {version - 1}
