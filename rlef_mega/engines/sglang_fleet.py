@@ -44,6 +44,7 @@ class Member:
         self.heard_at_s = 0.0  # of the loop's clock
         self.checking: asyncio.Task[None] | None = None
         self.last_failure = "no weights were published to it"
+        self.found_version = ""  # of its weights, as a publication began
         self.probing: asyncio.Task[None] | None = None
 
     def log_tail(self) -> str:

@@ -172,6 +172,10 @@ class Client:
         }
         await self.succeed("/init_weights_update_group", body, within_s=within_s)
 
+    async def leave_group(self, name: str, *, within_s: float) -> None:
+        body = {"group_name": name}
+        await self.succeed("/destroy_weights_update_group", body, within_s=within_s)
+
     async def begin_update(self, *, within_s: float) -> None:
         """Since 0.5.22 weights are received between a beginning and an end."""
         try:

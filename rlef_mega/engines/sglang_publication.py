@@ -11,9 +11,9 @@ and every server reads it. The folder stays until the next one, so that a server
 again is brought to it at any time. A server that fails meanwhile is out, and the others go on.
 
 `DistributedPublication` broadcasts buckets over a process group of this process (rank 0) and every
-rank of every server, which is made again when the set of servers changes. Weights are gone once
-sent: a server that fails meanwhile fails the publication, and one that was started again waits for
-the next.
+rank of every server, which is made again when a server came or went, or was started again. Weights
+are gone once sent: a server that fails meanwhile fails the publication, and one that was started
+again waits for the next.
 """
 
 import asyncio
@@ -138,7 +138,10 @@ class DistributedPublication:
     ) -> None:
         members = submit(answering(fleet)).result()
         deadline_s = self.deadline_s
-        self.join(members, submit, weights.ranks)
+        same_processes = all(m.found_version == str(fleet.version) for m in members)
+        if self.group is None or members != self.members or not same_processes:
+            self.leave(submit)
+            self.join(members, submit, weights.ranks)
 
         async def everywhere(work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
             done = await on_each(members, work)
@@ -184,10 +187,20 @@ class DistributedPublication:
         sending.wait()
         receiving.result()
 
-    def join(self, members: list[Member], submit: Submit[Any], ranks: int) -> None:
-        """Make the group anew, unless it is there already with these servers."""
-        if self.group is not None and members == self.members:
+    def leave(self, submit: Submit[Any]) -> None:
+        """Who of the old group is still there need not keep it."""
+        if self.group is None:
             return
+
+        async def leave(client: Client) -> None:
+            await client.leave_group(self.group_name, within_s=PROBE_S)
+
+        submit(on_each(self.members, leave)).result()
+        dist.destroy_process_group(self.group)
+        self.group = None
+
+    def join(self, members: list[Member], submit: Submit[Any], ranks: int) -> None:
+        """A group with every rank of these servers."""
         self.groups_made += 1
         self.group_name = f"rlef_{time.time_ns()}_{self.groups_made}"
         self.members = members
@@ -254,10 +267,14 @@ async def verify(client: Client, version: int, expected: Checksums, within_s: fl
 async def answering(fleet: Fleet) -> list[Member]:
     """The servers that are there at all; the others are out."""
 
+    found: dict[str, str] = {}
+
     async def ask(client: Client) -> None:
-        await client.weight_version(within_s=PROBE_S)
+        found[client.url] = await client.weight_version(within_s=PROBE_S)
 
     members = await on_each(fleet.members, ask)
+    for member in members:
+        member.found_version = found[member.client.url]
     if not members:
         raise EngineError(f"no server answers: {reasons(fleet.members)}")
     for member in fleet.members:
