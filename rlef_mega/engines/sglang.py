@@ -29,19 +29,16 @@ import torch
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.local import NO_WEIGHTS
+from rlef_mega.engines.sglang_carriers import Broadcasts, SharedTensors, own_address
 from rlef_mega.engines.sglang_fleet import Fleet, Member, Place
 from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_session
-from rlef_mega.engines.sglang_publication import (
-    DiskPublication,
-    DistributedPublication,
-    Publication,
-    own_address,
-)
+from rlef_mega.engines.sglang_publication import BucketPublication, DiskPublication, Publication
 from rlef_mega.engines.sglang_server import log_file
 from rlef_mega.engines.sglang_weights import SentWeights, ServedModel, check_same_model
 from rlef_mega.types import Completion, Sampling
 
 Answer = TypeVar("Answer")
+WAYS = ("disk", "distributed", "tensor")
 OPEN_S = 60.0  # for a server that is up to say what it is
 
 
@@ -75,8 +72,8 @@ class SGLangSession:
 class SGLangEngine:
     """Samples on the servers at `urls`; a context manager, which checks them as it opens.
 
-    `model` is the Hugging Face folder that the servers were started with. With `way` (disk,
-    distributed) this engine publishes weights to them, by way of `weights_folder` for disk;
+    `model` is the Hugging Face folder that the servers were started with. With `way` (of WAYS)
+    this engine publishes weights to them, by way of `weights_folder` for disk;
     without, another process does. `concurrency` bounds the open requests a server, `deadline_s` a
     request with all its tries, `publish_s` each step of a publication. `heartbeat_s` is how often
     a server that has not answered yet must say that it is healthy. `logs` is where `rlef serve`
@@ -176,12 +173,14 @@ class SGLangEngine:
                 raise ValueError("publication by disk needs a folder that servers can read")
             return DiskPublication(self.weights_folder, self.folder, deadline_s=self.publish_s)
         if self.way == "distributed":
-            return DistributedPublication(
-                own_address(self.urls),
-                backend="gloo" if self.about.device == "cpu" else "nccl",
-                deadline_s=self.publish_s,
-            )
-        raise ValueError(f"unknown way to publish weights {self.way!r}; known: disk, distributed")
+            backend = "gloo" if self.about.device == "cpu" else "nccl"
+            host = own_address(self.urls)
+            carrier = Broadcasts(host, backend=backend, deadline_s=self.publish_s)
+            return BucketPublication(carrier, deadline_s=self.publish_s)
+        if self.way == "tensor":
+            shared = SharedTensors(deadline_s=self.publish_s)
+            return BucketPublication(shared, deadline_s=self.publish_s)
+        raise ValueError(f"unknown way to publish weights {self.way!r}; known: {', '.join(WAYS)}")
 
     def close(self) -> None:
         if self.publication is not None:

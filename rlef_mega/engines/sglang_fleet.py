@@ -18,8 +18,9 @@ before it has the current weights. Publication and restoring exclude each other 
 import asyncio
 import random
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang_http import Answer, Client, ServerError
@@ -277,3 +278,24 @@ class Fleet:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def on_each(
+    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
+) -> list[Member]:
+    """Those on which it worked, all at the same time. Wrong weights are raised at the end."""
+    tasks = [work(member.client) for member in members]
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    good = []
+    for member, outcome in zip(members, outcomes, strict=True):
+        if outcome is None:
+            good.append(member)
+        elif isinstance(outcome, ServerError):
+            member.last_failure = f"{outcome}{member.log_tail()}"
+        else:
+            raise outcome
+    return good
+
+
+def reasons(members: Sequence[Member]) -> str:
+    return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)

@@ -199,6 +199,11 @@ class Client:
         }
         await self.succeed("/update_weights_from_distributed", body, within_s=within_s)
 
+    async def receive_tensors(self, handles: Sequence[str], *, within_s: float) -> None:
+        """Of each rank, what it shall open and load. Answers when that is done."""
+        body = {"serialized_named_tensors": list(handles), "flush_cache": False}
+        await self.succeed("/update_weights_from_tensor", body, within_s=within_s)
+
     async def end_update(self, version: str, *, within_s: float) -> None:
         """The new version, the end, and an empty cache: what it holds is of the old weights."""
         body = {"new_version": version, "abort_all_requests": False}

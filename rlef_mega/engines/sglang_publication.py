@@ -1,4 +1,4 @@
-"""Two ways for weights to SGLang servers, behind one interface.
+"""The ways for weights to SGLang servers, behind one interface.
 
 Theory of operation. The trainer's thread draws the weights and waits; what is asked of the
 servers runs in the engine's event loop, for all servers at the same time. The order is: pause
@@ -10,33 +10,26 @@ were not verified: each server must report the version and the checksums of what
 and every server reads it. The folder stays until the next one, so that a server that was started
 again is brought to it at any time. A server that fails meanwhile is out, and the others go on.
 
-`DistributedPublication` broadcasts buckets over a process group of this process (rank 0) and every
-rank of every server, which is made again when a server came or went, or was started again. Weights
+`BucketPublication` sends buckets, by broadcast or as shared tensors (sglang_carriers.py). Weights
 are gone once sent: a server that fails meanwhile fails the publication, and one that was started
 again waits for the next.
 """
 
 import asyncio
 import shutil
-import socket
-import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from rlef_mega.engines import EngineError
-from rlef_mega.engines.sglang_fleet import PROBE_S, Fleet, Member
-from rlef_mega.engines.sglang_http import Client, ServerError
+from rlef_mega.engines.sglang_carriers import Carrier, Submit
+from rlef_mega.engines.sglang_fleet import PROBE_S, Fleet, Member, on_each, reasons
+from rlef_mega.engines.sglang_http import Client
 from rlef_mega.engines.sglang_weights import Checksums, SentWeights, differences
-
-Answer = TypeVar("Answer")
-Submit = Callable[[Coroutine[Any, Any, Answer]], "Future[Answer]"]
 
 BUCKET_BYTES = 512 * 2**20
 
@@ -110,16 +103,11 @@ class DiskPublication:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class DistributedPublication:
-    """By broadcasts. `host` is this machine's address for the servers; `backend` nccl or gloo."""
+class BucketPublication:
+    """In buckets, which a carrier brings."""
 
-    def __init__(self, host: str, *, backend: str, deadline_s: float) -> None:
-        self.host, self.backend, self.deadline_s = host, backend, deadline_s
-        self.group: dist.ProcessGroup | None = None
-        self.group_name = ""
-        self.store: dist.TCPStore | None = None
-        self.groups_made = 0
-        self.members: list[Member] = []
+    def __init__(self, carrier: Carrier, *, deadline_s: float) -> None:
+        self.carrier, self.deadline_s = carrier, deadline_s
 
     def publish(
         self, fleet: Fleet, submit: Submit[Any], weights: SentWeights, version: int
@@ -128,7 +116,7 @@ class DistributedPublication:
         try:
             self.publish_alone(fleet, submit, weights, version)
         except BaseException:
-            self.group = None  # who of it has failed is unknown
+            self.carrier.close()  # which servers took what is unknown
             raise
         finally:
             submit(release(fleet.control)).result()
@@ -139,120 +127,34 @@ class DistributedPublication:
         members = submit(answering(fleet)).result()
         deadline_s = self.deadline_s
         same_processes = all(m.found_version == str(fleet.version) for m in members)
-        if self.group is None or members != self.members or not same_processes:
-            self.leave(submit)
-            self.join(members, submit, weights.ranks)
+        self.carrier.prepare(members, submit, weights.ranks, same_processes=same_processes)
 
-        async def everywhere(work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
-            done = await on_each(members, work)
-            if failed := [member for member in members if member not in done]:
-                raise EngineError(f"version {version} was not published: {reasons(failed)}")
+        def everywhere(work: Callable[[Client], Coroutine[Any, Any, None]]) -> Future[None]:
+            async def on_all() -> None:
+                done = await on_each(members, work)
+                if failed := [member for member in members if member not in done]:
+                    raise EngineError(f"version {version} was not published: {reasons(failed)}")
+
+            return submit(on_all())
 
         async def begin(client: Client) -> None:
             await client.pause(within_s=deadline_s)
             await client.begin_update(within_s=deadline_s)
 
-        submit(everywhere(begin)).result()
+        everywhere(begin).result()
         for bucket in buckets(weights, BUCKET_BYTES):
-            self.broadcast(bucket, submit, everywhere)
+            self.carrier.carry(bucket, everywhere)
 
         async def end(client: Client) -> None:
             await client.end_update(str(version), within_s=deadline_s)
             await verify(client, version, weights.checksums, deadline_s)
             await client.resume(within_s=deadline_s)
 
-        submit(everywhere(end)).result()
+        everywhere(end).result()
         submit(install(fleet, version, members)).result()
 
-    def broadcast(
-        self,
-        bucket: Sequence[tuple[str, torch.Tensor]],
-        submit: Submit[Any],
-        everywhere: Callable[..., Coroutine[Any, Any, None]],
-    ) -> None:
-        """All servers are told what comes, then it comes, as one run of bytes."""
-
-        async def receive(client: Client) -> None:
-            await client.receive_bucket(bucket, self.group_name, within_s=self.deadline_s)
-
-        bytes_of = [tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket]
-        receiving = submit(everywhere(receive))
-        # group: this process and every rank of every server
-        sending = dist.broadcast(torch.cat(bytes_of), group=self.group, group_src=0, async_op=True)
-        assert sending is not None
-        while not sending.is_completed():
-            if receiving.done():
-                receiving.result()  # a server that refused will not take part: do not wait for it
-            time.sleep(0.001)
-        sending.wait()
-        receiving.result()
-
-    def leave(self, submit: Submit[Any]) -> None:
-        """Who of the old group is still there need not keep it."""
-        if self.group is None:
-            return
-
-        async def leave(client: Client) -> None:
-            await client.leave_group(self.group_name, within_s=PROBE_S)
-
-        submit(on_each(self.members, leave)).result()
-        dist.destroy_process_group(self.group)
-        self.group = None
-
-    def join(self, members: list[Member], submit: Submit[Any], ranks: int) -> None:
-        """A group with every rank of these servers."""
-        self.groups_made += 1
-        self.group_name = f"rlef_{time.time_ns()}_{self.groups_made}"
-        self.members = members
-        world_size = 1 + ranks * len(members)
-        deadline = timedelta(seconds=self.deadline_s)
-        # port 0: any free one; the servers join as its clients
-        store = dist.TCPStore(
-            self.host, 0, world_size, is_master=True, timeout=deadline, wait_for_workers=False
-        )
-        offsets = {m.client.url: 1 + ranks * place for place, m in enumerate(members)}
-
-        async def join(client: Client) -> None:
-            await client.join_group(
-                self.group_name,
-                address=self.host,
-                port=store.port,
-                rank_offset=offsets[client.url],
-                world_size=world_size,
-                backend=self.backend,
-                within_s=self.deadline_s,
-            )
-
-        joining = submit(on_each(members, join))
-        self.store = store
-        self.group = make_group(self.group_name, store, world_size, self.backend, deadline)
-        joined = joining.result()
-        if failed := [member for member in members if member not in joined]:
-            raise EngineError(f"not all servers joined: {reasons(failed)}")
-
     def close(self) -> None:
-        self.group = self.store = None
-
-
-def make_group(
-    name: str, store: dist.Store, world_size: int, backend: str, timeout: timedelta
-) -> dist.ProcessGroup:
-    """Rank 0 of a group beside the default one, with processes that are not of this job. It is made
-    as SGLang makes its side (sglang.srt.utils.init_custom_process_group); torch has no public
-    way."""
-    from torch.distributed import distributed_c10d as c10d
-
-    group, _ = c10d._new_process_group_helper(
-        world_size,
-        0,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=c10d.GroupName(name),
-        timeout=timeout,
-    )
-    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group
+        self.carrier.close()
 
 
 async def verify(client: Client, version: int, expected: Checksums, within_s: float) -> None:
@@ -283,33 +185,12 @@ async def answering(fleet: Fleet) -> list[Member]:
     return members
 
 
-async def on_each(
-    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
-) -> list[Member]:
-    """Those on which it worked, all at the same time. Wrong weights are raised at the end."""
-    tasks = [work(member.client) for member in members]
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    good = []
-    for member, outcome in zip(members, outcomes, strict=True):
-        if outcome is None:
-            good.append(member)
-        elif isinstance(outcome, ServerError):
-            member.last_failure = f"{outcome}{member.log_tail()}"
-        else:
-            raise outcome
-    return good
-
-
 async def install(fleet: Fleet, version: int, members: Sequence[Member]) -> None:
     fleet.install(version, members)
 
 
 async def release(lock: asyncio.Lock) -> None:
     lock.release()
-
-
-def reasons(members: Sequence[Member]) -> str:
-    return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)
 
 
 def buckets(weights: SentWeights, most_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -325,11 +206,3 @@ def buckets(weights: SentWeights, most_bytes: int) -> Iterator[list[tuple[str, t
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-def own_address(urls: Sequence[str]) -> str:
-    """This machine's address on the way to the servers."""
-    host, _, port = urls[0].partition("://")[2].partition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port or 80)))  # no packet is sent
-        return str(probe.getsockname()[0])

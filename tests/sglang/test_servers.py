@@ -40,7 +40,10 @@ def model(serving) -> PreTrainedModel:
     return LlamaForCausalLM.from_pretrained(serving.model, dtype=torch.float32)
 
 
-@pytest.fixture(params=["disk", "distributed"])
+WAYS = ("disk", "distributed", "tensor")
+
+
+@pytest.fixture(params=WAYS)
 def engine(serving, request, tmp_path):
     with open_engine(serving, tmp_path, request.param) as engine:
         yield engine
@@ -176,7 +179,7 @@ def test_a_follow_up_turn_finds_its_context_in_the_servers_cache(disk_engine, mo
     assert counts["cached_tokens"] >= 0.9 * follow_up, counts
 
 
-@pytest.mark.parametrize("way", ["disk", "distributed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_request_under_way_goes_on_with_the_new_weights(serving, model, tmp_path, way):
     (prompt,) = random_prompts(1, 20)
     with open_engine(serving, tmp_path, way) as engine:
