@@ -118,8 +118,10 @@ class ServersConfig(Section):
     )
     arguments: tuple[str, ...] = Field((), description="more of SGLang's own, for each server")
     ready_s: float = Field(1800.0, gt=0, description="for a server to load the model")
-    publish: Literal["disk", "distributed"] = Field(
-        "disk", description="weights go by the run's folder, or by NCCL (gloo on a CPU)"
+    publish: Literal["disk", "distributed", "tensor"] = Field(
+        "disk",
+        description="weights go by the run's folder, by NCCL (gloo on a CPU), or on the same node "
+        "by CUDA IPC (shared memory on a CPU)",
     )
     publish_s: float = Field(600.0, gt=0, description="for each step of a publication")
     concurrency: int = Field(256, gt=0, description="open requests a server, of each rank")

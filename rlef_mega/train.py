@@ -10,6 +10,7 @@ while training goes on. A run that was killed goes on from its newest one and en
 of an undisturbed one.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ from rlef_mega.progress import StepProgress, training_line
 from rlef_mega.record import Clock, RunDirectory, episode_record
 from rlef_mega.rollout import Rules, derive_seed, roll_out_on_all_ranks
 from rlef_mega.serve import server_logs
-from rlef_mega.shares import any_rank
+from rlef_mega.shares import any_rank, gather
 from rlef_mega.types import Batch, Episode, Problem, Sampling, Targets
 
 
@@ -79,6 +80,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
             with clock("rollout"):
                 chosen = sample(problems, step, config.rollout.episodes_per_batch, config.run.seed)
                 held = roll_out_on_all_ranks(chosen, engine, judge, chat, rules, seed)
+                counts = total_counts(engine)
             guards.check_drops(held)
             batch = pack(
                 held.episodes,
@@ -110,6 +112,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 **target_metrics,
                 **update_metrics,
                 **metrics.logprob_gap(batch, scores),
+                **({"servers": counts} if counts else {}),
                 "checkpoint_failures": checkpoints.failures,
             }
             if config.eval.every and step % config.eval.every == 0:
@@ -170,6 +173,11 @@ def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -
         publish_s=servers.publish_s,
     ) as engine:
         yield engine
+
+
+def total_counts(engine: Engine) -> dict[str, int]:
+    """Of all ranks, since the last step: what the servers answered, cached and failed."""
+    return dict(sum(map(Counter, gather(engine.take_counts())), Counter()))
 
 
 def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:

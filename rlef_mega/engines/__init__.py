@@ -39,3 +39,7 @@ class Engine(Protocol):
         """Take over the weights, under their Hugging Face names. Raises EngineError unless what is
         served afterwards is exactly what was sent."""
         ...
+
+    def take_counts(self) -> dict[str, int]:
+        """What happened since this was last asked, for a step's metrics; may be empty."""
+        ...

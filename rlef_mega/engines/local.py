@@ -180,6 +180,10 @@ class LocalEngine:
             )
         self.weight_version = version
 
+    def take_counts(self) -> dict[str, int]:
+        """Nothing here is lost, retried or cached across requests."""
+        return {}
+
 
 def load_model(
     folder: Path, dtype: torch.dtype | str, device: torch.device, weights_from_folder: bool

@@ -15,6 +15,7 @@ it.
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -28,19 +29,16 @@ import torch
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.local import NO_WEIGHTS
+from rlef_mega.engines.sglang_carriers import Broadcasts, SharedTensors, own_address
 from rlef_mega.engines.sglang_fleet import Fleet, Member, Place
 from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_session
-from rlef_mega.engines.sglang_publication import (
-    DiskPublication,
-    DistributedPublication,
-    Publication,
-    own_address,
-)
+from rlef_mega.engines.sglang_publication import BucketPublication, DiskPublication, Publication
 from rlef_mega.engines.sglang_server import log_file
 from rlef_mega.engines.sglang_weights import SentWeights, ServedModel, check_same_model
 from rlef_mega.types import Completion, Sampling
 
 Answer = TypeVar("Answer")
+WAYS = ("disk", "distributed", "tensor")
 OPEN_S = 60.0  # for a server that is up to say what it is
 
 
@@ -74,8 +72,8 @@ class SGLangSession:
 class SGLangEngine:
     """Samples on the servers at `urls`; a context manager, which checks them as it opens.
 
-    `model` is the Hugging Face folder that the servers were started with. With `way` (disk,
-    distributed) this engine publishes weights to them, by way of `weights_folder` for disk;
+    `model` is the Hugging Face folder that the servers were started with. With `way` (of WAYS)
+    this engine publishes weights to them, by way of `weights_folder` for disk;
     without, another process does. `concurrency` bounds the open requests a server, `deadline_s` a
     request with all its tries, `publish_s` each step of a publication. `heartbeat_s` is how often
     a server that has not answered yet must say that it is healthy. `logs` is where `rlef serve`
@@ -106,6 +104,7 @@ class SGLangEngine:
         self.publish_s, self.heartbeat_s = publish_s, heartbeat_s
         self.weight_version = NO_WEIGHTS
         self.publication: Publication | None = None
+        self.counted: Counter[str] = Counter()  # what `take_counts` has told
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(
             target=self.loop.run_forever, name="sglang-client", daemon=True
@@ -169,21 +168,19 @@ class SGLangEngine:
                 )
 
     def make_publication(self) -> Publication:
-        on_cpu = self.about.device == "cpu"
         if self.way == "disk":
             if self.weights_folder is None:
                 raise ValueError("publication by disk needs a folder that servers can read")
-            return DiskPublication(
-                self.weights_folder, self.folder, deadline_s=self.publish_s, host_hashes=on_cpu
-            )
+            return DiskPublication(self.weights_folder, self.folder, deadline_s=self.publish_s)
         if self.way == "distributed":
-            return DistributedPublication(
-                own_address(self.urls),
-                backend="gloo" if on_cpu else "nccl",
-                deadline_s=self.publish_s,
-                host_hashes=on_cpu,
-            )
-        raise ValueError(f"unknown way to publish weights {self.way!r}; known: disk, distributed")
+            backend = "gloo" if self.about.device == "cpu" else "nccl"
+            host = own_address(self.urls)
+            carrier = Broadcasts(host, backend=backend, deadline_s=self.publish_s)
+            return BucketPublication(carrier, deadline_s=self.publish_s)
+        if self.way == "tensor":
+            shared = SharedTensors(deadline_s=self.publish_s)
+            return BucketPublication(shared, deadline_s=self.publish_s)
+        raise ValueError(f"unknown way to publish weights {self.way!r}; known: {', '.join(WAYS)}")
 
     def close(self) -> None:
         if self.publication is not None:
@@ -223,6 +220,7 @@ class SGLangEngine:
                 self.model,
                 getattr(torch, self.about.dtype),
                 self.about.tensor_parallel_size,
+                self.about.device,
             )
             self.weight_version = NO_WEIGHTS
             self.publication.publish(self.fleet, self.submit, weights, version)
@@ -233,9 +231,16 @@ class SGLangEngine:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Since the start: requests, failures, servers that returned or were restored, tokens
-        sampled, of contexts, and of those the ones that came from a server's cache."""
+        """Since the start: requests answered, failures of servers, how often one returned and how
+        often it had to be brought to the current weights for that, tokens sampled, tokens of
+        contexts, and of these the ones that came from a server's cache."""
         return dict(self.fleet.counts)
+
+    def take_counts(self) -> dict[str, int]:
+        counts = self.fleet.counts.copy()
+        taken = counts - self.counted
+        self.counted = counts
+        return dict(taken)
 
     def check_request(self, token_ids: Sequence[int], sampling: Sampling) -> Sampling:
         """The sampling, with at most as many tokens as there is room for. ValueError for what a

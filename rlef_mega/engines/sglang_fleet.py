@@ -3,7 +3,8 @@
 Theory of operation. Everything is of one event loop. A dialogue's first request goes to the server
 with the fewest open ones, its later requests to the same one, which holds the dialogue so far in
 its cache. A server has at most `concurrency` requests open; more wait for their turn there.
-A request waits for its answer as long as the server is healthy: every `heartbeat_s` it is asked. A
+A request waits for its answer as long as the server is healthy: one that was silent for
+`heartbeat_s` is asked. A
 server that cannot be reached, breaks the connection, answers nonsense or with weights that are not
 the current ones, or does not say that it is healthy, is taken out: whoever waits there goes to
 another one, and so does the request that failed, up to `MOST_TRIES` times within `deadline_s`.
@@ -17,8 +18,9 @@ before it has the current weights. Publication and restoring exclude each other 
 import asyncio
 import random
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang_http import Answer, Client, ServerError
@@ -40,7 +42,10 @@ class Member:
         self.ready = False
         self.open_requests = 0
         self.waiting: deque[asyncio.Future[bool]] = deque()  # True: a place; False: it is out
+        self.heard_at_s = 0.0  # of the loop's clock
+        self.checking: asyncio.Task[None] | None = None
         self.last_failure = "no weights were published to it"
+        self.found_version = ""  # of its weights, as a publication began
         self.probing: asyncio.Task[None] | None = None
 
     def log_tail(self) -> str:
@@ -78,7 +83,7 @@ class Fleet:
         self.settled = asyncio.Event()
         self.settled.set()
         self.settling: asyncio.Task[None] | None = None
-        self.counts: Counter[str] = Counter()  # requests, failures, returns, tokens
+        self.counts: Counter[str] = Counter()  # see SGLangEngine.counts
 
     # ---------------------------------------------------------------- requests
 
@@ -115,10 +120,10 @@ class Fleet:
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=self.heartbeat_s)
-                # while weights are published, servers stand still and none is judged
-                if not asking.done() and not self.control.locked():
-                    await member.client.check_health(within_s=self.heartbeat_s)
+                if not asking.done():
+                    await self.require_alive(member)
             answer = asking.result()
+            member.heard_at_s = asyncio.get_running_loop().time()
         finally:
             asking.cancel()  # closes the connection, which ends the request there
             await asyncio.gather(asking, return_exceptions=True)
@@ -130,6 +135,20 @@ class Fleet:
         self.counts["context_tokens"] += answer.context_tokens
         self.counts["cached_tokens"] += answer.cached_tokens
         return answer
+
+    async def require_alive(self, member: Member) -> None:
+        """ServerError unless it was heard of lately; one question for all who wait there. While
+        weights are published, servers stand still and none is judged."""
+        silent_s = asyncio.get_running_loop().time() - member.heard_at_s
+        if silent_s < self.heartbeat_s or self.control.locked():
+            return
+        if member.checking is None or member.checking.done():
+            member.checking = asyncio.create_task(self.check(member))
+        await asyncio.shield(member.checking)
+
+    async def check(self, member: Member) -> None:
+        await member.client.check_health(within_s=self.heartbeat_s)
+        member.heard_at_s = asyncio.get_running_loop().time()
 
     async def take(self, place: Place) -> Member:
         """A place at a server that is ready: the dialogue's own, or the one with the least to do.
@@ -253,8 +272,30 @@ class Fleet:
         return "; ".join(out) or "all servers are busy"
 
     async def close(self) -> None:
-        tasks = [self.settling, *(member.probing for member in self.members)]
+        probes = [member.probing for member in self.members]
+        tasks = [self.settling, *probes, *(member.checking for member in self.members)]
         running = [task for task in tasks if task is not None]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def on_each(
+    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
+) -> list[Member]:
+    """Those on which it worked, all at the same time. Wrong weights are raised at the end."""
+    tasks = [work(member.client) for member in members]
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    good = []
+    for member, outcome in zip(members, outcomes, strict=True):
+        if outcome is None:
+            good.append(member)
+        elif isinstance(outcome, ServerError):
+            member.last_failure = f"{outcome}{member.log_tail()}"
+        else:
+            raise outcome
+    return good
+
+
+def reasons(members: Sequence[Member]) -> str:
+    return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)

@@ -172,6 +172,10 @@ class Client:
         }
         await self.succeed("/init_weights_update_group", body, within_s=within_s)
 
+    async def leave_group(self, name: str, *, within_s: float) -> None:
+        body = {"group_name": name}
+        await self.succeed("/destroy_weights_update_group", body, within_s=within_s)
+
     async def begin_update(self, *, within_s: float) -> None:
         """Since 0.5.22 weights are received between a beginning and an end."""
         try:
@@ -194,6 +198,11 @@ class Client:
             "flush_cache": False,
         }
         await self.succeed("/update_weights_from_distributed", body, within_s=within_s)
+
+    async def receive_tensors(self, handles: Sequence[str], *, within_s: float) -> None:
+        """Of each rank, what it shall open and load. Answers when that is done."""
+        body = {"serialized_named_tensors": list(handles), "flush_cache": False}
+        await self.succeed("/update_weights_from_tensor", body, within_s=within_s)
 
     async def end_update(self, version: str, *, within_s: float) -> None:
         """The new version, the end, and an empty cache: what it holds is of the old weights."""

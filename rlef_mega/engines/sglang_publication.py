@@ -1,4 +1,4 @@
-"""Two ways for weights to SGLang servers, behind one interface.
+"""The ways for weights to SGLang servers, behind one interface.
 
 Theory of operation. The trainer's thread draws the weights and waits; what is asked of the
 servers runs in the engine's event loop, for all servers at the same time. The order is: pause
@@ -10,33 +10,26 @@ were not verified: each server must report the version and the checksums of what
 and every server reads it. The folder stays until the next one, so that a server that was started
 again is brought to it at any time. A server that fails meanwhile is out, and the others go on.
 
-`DistributedPublication` broadcasts buckets over a process group of this process (rank 0) and every
-rank of every server, which is made again when the set of servers changes. Weights are gone once
-sent: a server that fails meanwhile fails the publication, and one that was started again waits for
-the next.
+`BucketPublication` sends buckets, by broadcast or as shared tensors (sglang_carriers.py). Weights
+are gone once sent: a server that fails meanwhile fails the publication, and one that was started
+again waits for the next.
 """
 
 import asyncio
 import shutil
-import socket
-import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from rlef_mega.engines import EngineError
-from rlef_mega.engines.sglang_fleet import PROBE_S, Fleet, Member
-from rlef_mega.engines.sglang_http import Client, ServerError
+from rlef_mega.engines.sglang_carriers import Carrier, Submit
+from rlef_mega.engines.sglang_fleet import PROBE_S, Fleet, Member, on_each, reasons
+from rlef_mega.engines.sglang_http import Client
 from rlef_mega.engines.sglang_weights import Checksums, SentWeights, differences
-
-Answer = TypeVar("Answer")
-Submit = Callable[[Coroutine[Any, Any, Answer]], "Future[Answer]"]
 
 BUCKET_BYTES = 512 * 2**20
 
@@ -60,17 +53,15 @@ class Publication(Protocol):
 class DiskPublication:
     """By way of `folder`, which trainer and servers share; `model` has config and tokenizer."""
 
-    def __init__(self, folder: Path, model: Path, *, deadline_s: float, host_hashes: bool) -> None:
-        self.folder, self.model = folder.absolute(), model
-        self.deadline_s, self.host_hashes = deadline_s, host_hashes
+    def __init__(self, folder: Path, model: Path, *, deadline_s: float) -> None:
+        self.folder, self.model, self.deadline_s = folder.absolute(), model, deadline_s
 
     def publish(
         self, fleet: Fleet, submit: Submit[Any], weights: SentWeights, version: int
     ) -> None:
         folder = self.folder / f"version_{version:06d}"
         self.write(folder, weights)
-        expected = weights.checksums if self.host_hashes else None
-        submit(self.load_everywhere(fleet, folder, version, expected)).result()
+        submit(self.load_everywhere(fleet, folder, version, weights.checksums)).result()
         for old in self.folder.glob("version_*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -90,17 +81,16 @@ class DiskPublication:
         partial.rename(folder)
 
     async def load_everywhere(
-        self, fleet: Fleet, folder: Path, version: int, expected: Checksums | None
+        self, fleet: Fleet, folder: Path, version: int, expected: Checksums
     ) -> None:
         async with fleet.control:
             members = await answering(fleet)
-            agreed = Agreed(expected)
 
             async def load(client: Client) -> None:
                 await client.pause(within_s=self.deadline_s)
                 path = str(folder)
                 await client.load_from_disk(path, str(version), within_s=self.deadline_s)
-                await verify(client, version, agreed, self.deadline_s)
+                await verify(client, version, expected, self.deadline_s)
                 await client.resume(within_s=self.deadline_s)
 
             done = await on_each(members, load)
@@ -113,17 +103,11 @@ class DiskPublication:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class DistributedPublication:
-    """By broadcasts. `host` is this machine's address for the servers; `backend` nccl or gloo."""
+class BucketPublication:
+    """In buckets, which a carrier brings."""
 
-    def __init__(self, host: str, *, backend: str, deadline_s: float, host_hashes: bool) -> None:
-        self.host, self.backend, self.deadline_s = host, backend, deadline_s
-        self.host_hashes = host_hashes
-        self.group: dist.ProcessGroup | None = None
-        self.group_name = ""
-        self.store: dist.TCPStore | None = None
-        self.groups_made = 0
-        self.members: list[Member] = []
+    def __init__(self, carrier: Carrier, *, deadline_s: float) -> None:
+        self.carrier, self.deadline_s = carrier, deadline_s
 
     def publish(
         self, fleet: Fleet, submit: Submit[Any], weights: SentWeights, version: int
@@ -132,7 +116,7 @@ class DistributedPublication:
         try:
             self.publish_alone(fleet, submit, weights, version)
         except BaseException:
-            self.group = None  # who of it has failed is unknown
+            self.carrier.close()  # which servers took what is unknown
             raise
         finally:
             submit(release(fleet.control)).result()
@@ -142,138 +126,57 @@ class DistributedPublication:
     ) -> None:
         members = submit(answering(fleet)).result()
         deadline_s = self.deadline_s
-        self.join(members, submit, weights.ranks)
+        same_processes = all(m.found_version == str(fleet.version) for m in members)
+        self.carrier.prepare(members, submit, weights.ranks, same_processes=same_processes)
 
-        async def everywhere(work: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
-            if len(await on_each(members, work)) < len(members):
-                raise EngineError(f"version {version} was not published: {reasons(members)}")
+        def everywhere(work: Callable[[Client], Coroutine[Any, Any, None]]) -> Future[None]:
+            async def on_all() -> None:
+                done = await on_each(members, work)
+                if failed := [member for member in members if member not in done]:
+                    raise EngineError(f"version {version} was not published: {reasons(failed)}")
+
+            return submit(on_all())
 
         async def begin(client: Client) -> None:
             await client.pause(within_s=deadline_s)
             await client.begin_update(within_s=deadline_s)
 
-        submit(everywhere(begin)).result()
+        everywhere(begin).result()
         for bucket in buckets(weights, BUCKET_BYTES):
-            self.broadcast(bucket, submit, everywhere)
-        agreed = Agreed(weights.checksums if self.host_hashes else None)
+            self.carrier.carry(bucket, everywhere)
 
         async def end(client: Client) -> None:
             await client.end_update(str(version), within_s=deadline_s)
-            await verify(client, version, agreed, deadline_s)
+            await verify(client, version, weights.checksums, deadline_s)
             await client.resume(within_s=deadline_s)
 
-        submit(everywhere(end)).result()
+        everywhere(end).result()
         submit(install(fleet, version, members)).result()
 
-    def broadcast(
-        self,
-        bucket: Sequence[tuple[str, torch.Tensor]],
-        submit: Submit[Any],
-        everywhere: Callable[..., Coroutine[Any, Any, None]],
-    ) -> None:
-        """All servers are told what comes, then it comes, as one run of bytes."""
-
-        async def receive(client: Client) -> None:
-            await client.receive_bucket(bucket, self.group_name, within_s=self.deadline_s)
-
-        bytes_of = [tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket]
-        receiving = submit(everywhere(receive))
-        # group: this process and every rank of every server
-        sending = dist.broadcast(torch.cat(bytes_of), group=self.group, group_src=0, async_op=True)
-        assert sending is not None
-        while not sending.is_completed():
-            if receiving.done():
-                receiving.result()  # a server that refused will not take part: do not wait for it
-            time.sleep(0.001)
-        sending.wait()
-        receiving.result()
-
-    def join(self, members: list[Member], submit: Submit[Any], ranks: int) -> None:
-        """Make the group anew, unless it is there already with these servers."""
-        if self.group is not None and members == self.members:
-            return
-        self.groups_made += 1
-        self.group_name = f"rlef_{time.time_ns()}_{self.groups_made}"
-        self.members = members
-        world_size = 1 + ranks * len(members)
-        deadline = timedelta(seconds=self.deadline_s)
-        # port 0: any free one; the servers join as its clients
-        store = dist.TCPStore(
-            self.host, 0, world_size, is_master=True, timeout=deadline, wait_for_workers=False
-        )
-        offsets = {m.client.url: 1 + ranks * place for place, m in enumerate(members)}
-
-        async def join(client: Client) -> None:
-            await client.join_group(
-                self.group_name,
-                address=self.host,
-                port=store.port,
-                rank_offset=offsets[client.url],
-                world_size=world_size,
-                backend=self.backend,
-                within_s=self.deadline_s,
-            )
-
-        joining = submit(on_each(members, join))
-        self.store = store
-        self.group = make_group(self.group_name, store, world_size, self.backend, deadline)
-        if len(joining.result()) < len(members):
-            self.group = None
-            raise EngineError(f"not all servers joined: {reasons(members)}")
-
     def close(self) -> None:
-        self.group = self.store = None
+        self.carrier.close()
 
 
-def make_group(
-    name: str, store: dist.Store, world_size: int, backend: str, timeout: timedelta
-) -> dist.ProcessGroup:
-    """Rank 0 of a group beside the default one, with processes that are not of this job. It is made
-    as SGLang makes its side (sglang.srt.utils.init_custom_process_group); torch has no public
-    way."""
-    from torch.distributed import distributed_c10d as c10d
-
-    group, _ = c10d._new_process_group_helper(
-        world_size,
-        0,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=c10d.GroupName(name),
-        timeout=timeout,
-    )
-    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group
-
-
-class Agreed:
-    """The checksums that all servers must have: those of what was sent, or the first server's."""
-
-    def __init__(self, expected: Checksums | None) -> None:
-        self.expected = expected
-
-    def check(self, client: Client, found: Checksums) -> None:
-        if self.expected is None:
-            self.expected = found
-        if wrong := differences(self.expected, found):
-            raise WrongWeightsError(f"{client.url} holds other weights than were sent: {wrong}")
-
-
-async def verify(client: Client, version: int, agreed: Agreed, within_s: float) -> None:
+async def verify(client: Client, version: int, expected: Checksums, within_s: float) -> None:
     """200 alone is no success: the version, and what the weights hash to."""
     found = await client.weight_version(within_s=within_s)
     if found != str(version):
         raise WrongWeightsError(f"{client.url} says version {found} after update to {version}")
-    agreed.check(client, await client.checksums(within_s=within_s))
+    if wrong := differences(expected, await client.checksums(within_s=within_s)):
+        raise WrongWeightsError(f"{client.url} holds other weights than were sent: {wrong}")
 
 
 async def answering(fleet: Fleet) -> list[Member]:
     """The servers that are there at all; the others are out."""
 
+    found: dict[str, str] = {}
+
     async def ask(client: Client) -> None:
-        await client.weight_version(within_s=PROBE_S)
+        found[client.url] = await client.weight_version(within_s=PROBE_S)
 
     members = await on_each(fleet.members, ask)
+    for member in members:
+        member.found_version = found[member.client.url]
     if not members:
         raise EngineError(f"no server answers: {reasons(fleet.members)}")
     for member in fleet.members:
@@ -282,33 +185,12 @@ async def answering(fleet: Fleet) -> list[Member]:
     return members
 
 
-async def on_each(
-    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
-) -> list[Member]:
-    """Those on which it worked, all at the same time. Wrong weights are raised at the end."""
-    tasks = [work(member.client) for member in members]
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    good = []
-    for member, outcome in zip(members, outcomes, strict=True):
-        if outcome is None:
-            good.append(member)
-        elif isinstance(outcome, ServerError):
-            member.last_failure = f"{outcome}{member.log_tail()}"
-        else:
-            raise outcome
-    return good
-
-
 async def install(fleet: Fleet, version: int, members: Sequence[Member]) -> None:
     fleet.install(version, members)
 
 
 async def release(lock: asyncio.Lock) -> None:
     lock.release()
-
-
-def reasons(members: Sequence[Member]) -> str:
-    return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)
 
 
 def buckets(weights: SentWeights, most_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -324,11 +206,3 @@ def buckets(weights: SentWeights, most_bytes: int) -> Iterator[list[tuple[str, t
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-def own_address(urls: Sequence[str]) -> str:
-    """This machine's address on the way to the servers."""
-    host, _, port = urls[0].partition("://")[2].partition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port or 80)))  # no packet is sent
-        return str(probe.getsockname()[0])

@@ -5,8 +5,9 @@ session of its own; it starts processes of its own (scheduler, detokenizer), whi
 starts servers owns them: if that process dies, even by SIGKILL, the kernel kills the server
 (PR_SET_PDEATHSIG, bound to the thread that started it: start servers from the main thread), and the
 server's own processes end because SGLang binds them to it in the same way. `supervise` watches the
-processes and starts again what has ended. It does not bring weights: a server that starts has those
-of its model folder, and who publishes weights must see to the rest (rlef_mega/engines/sglang.py).
+servers and starts again what has ended or hangs. It does not bring weights: a server that starts
+has those of its model folder, and who publishes weights must see to the rest
+(rlef_mega/engines/sglang.py).
 """
 
 import contextlib
@@ -35,6 +36,11 @@ CPU_ARGUMENTS = (
 SPARE_TOKENS = 2  # of its context length that SGLang 0.5.23 keeps for itself
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.2
+ASK_EVERY_S = 10.0
+HEALTH_S = 5.0  # for an answer
+# Without a sign of health, before a server is ended. Longer than weights take: while they are
+# received, and while servers are paused, none answers.
+HANG_S = 600.0
 STOP_S = 15.0  # that a server has to end by itself
 MOST_FAILED_STARTS = 3  # in a row
 TAIL_LINES = 15
@@ -83,7 +89,9 @@ class Server:
         self.url = f"http://{settings.host}:{port}"
         self.log = log_file(logs, self.url)
         self.process: subprocess.Popen[bytes] | None = None
+        self.starting = False  # again; not healthy yet
         self.failed_starts = 0
+        self.started_at_s = self.heard_at_s = 0.0
 
     def start(self) -> None:
         """From the main thread. EngineError if there is no such Python."""
@@ -114,19 +122,19 @@ class Server:
     def answers(self) -> bool:
         """Whether it says that it is healthy: it has loaded its model and generates."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=HEALTH_S) as answer:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError):
             return False
 
-    def stop(self) -> None:
+    def stop(self, patience_s: float = STOP_S) -> None:
         """It and what it started; returns when they are gone."""
         if self.process is None:
             return
-        if self.running:
+        if self.running and patience_s:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_S)
+                self.process.wait(patience_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own
         self.process.wait()
@@ -141,10 +149,17 @@ class Servers:
     """
 
     def __init__(
-        self, settings: ServerSettings, *, count: int, port: int, logs: Path, ready_s: float
+        self,
+        settings: ServerSettings,
+        *,
+        count: int,
+        port: int,
+        logs: Path,
+        ready_s: float,
+        hang_s: float = HANG_S,
     ) -> None:
         self.servers = [Server(settings, port + n, logs) for n in range(count)]
-        self.ready_s = ready_s
+        self.ready_s, self.hang_s = ready_s, hang_s
         self.restarts = 0
 
     @property
@@ -193,32 +208,44 @@ class Servers:
 
     def restart(self, server: Server) -> None:
         """Start it again, without waiting until it is ready."""
-        server.stop()
+        server.stop(patience_s=0)
         server.start()
+        server.starting = True
+        server.started_at_s = server.heard_at_s = time.monotonic()
         self.restarts += 1
 
     def supervise(self, say: Callable[[str], None]) -> None:
-        """Start again what has ended, until an exception. EngineError with the log's tail for a
-        server that ends again and again before it is ready."""
-        starting: set[str] = set()
+        """Start again what has ended or hangs, until an exception. EngineError with the log's tail
+        for a server that ends again and again before it is ready."""
+        for server in self.servers:
+            server.heard_at_s = time.monotonic()
         while True:
             for server in self.servers:
-                if server.running:
-                    if server.url in starting and server.answers():
-                        starting.remove(server.url)
-                        server.failed_starts = 0
-                        say(f"{server.url} is ready again")
-                    continue
-                server.failed_starts += server.url in starting
-                if server.failed_starts == MOST_FAILED_STARTS:
-                    raise EngineError(
-                        f"{server.url} ended {MOST_FAILED_STARTS} times before it was ready."
-                        f"{log_tail(server.log)}"
-                    )
-                say(f"{server.url} has ended; it is started again (log: {server.log})")
-                starting.add(server.url)
-                self.restart(server)
+                if reason := self.reason_to_restart(server):
+                    server.failed_starts += server.starting
+                    if server.failed_starts == MOST_FAILED_STARTS:
+                        raise EngineError(
+                            f"{server.url} ended {MOST_FAILED_STARTS} times before it was ready."
+                            f"{log_tail(server.log)}"
+                        )
+                    say(f"{server.url} {reason}; it is started again (log: {server.log})")
+                    self.restart(server)
+                elif server.starting and server.heard_at_s > server.started_at_s:
+                    server.starting, server.failed_starts = False, 0
+                    say(f"{server.url} is ready again")
             time.sleep(POLL_S)
+
+    def reason_to_restart(self, server: Server) -> str | None:
+        """Asks a server that was silent for a while whether it is healthy."""
+        if not server.running:
+            return "has ended"
+        silent_s = time.monotonic() - server.heard_at_s
+        if silent_s > ASK_EVERY_S or server.starting:
+            if server.answers():
+                server.heard_at_s = time.monotonic()
+            elif silent_s > (self.ready_s if server.starting else self.hang_s):
+                return f"did not answer for {silent_s:.0f} s"
+        return None
 
 
 def die_with_parent() -> None:

@@ -5,8 +5,9 @@ are one, each tensor-parallel rank has its rows or columns, and the vocabulary i
 nothing of a name it does not know, and dies of a wrong shape. So what is sent is checked here
 first, and afterwards the servers' own hashes (`/weights_checker`) are compared with those of what
 was sent, laid out as SGLang does it. A server on a CPU hashes a parameter with SHA-256, of which
-the first 64 bits are reported; one on a GPU has an algorithm of its own, which is not made again
-here: there the hashes of all servers must agree with one another.
+the first 64 bits are reported; one on a GPU with a kernel of its own, which `gpu_checksum` follows.
+
+Shape suffixes: W 32-bit words, T tiles of words.
 """
 
 import hashlib
@@ -32,6 +33,13 @@ BY_COLUMNS = ("o_proj", "down_proj")
 BY_VOCABULARY = ("embed_tokens", "lm_head")
 VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
 
+LOW_32, LOW_64 = 2**32 - 1, 2**64 - 1
+TILE_WORDS = 8192  # and seeds, multipliers, rotations: SGLang's
+WORDS_AT_ONCE = 512 * TILE_WORDS
+HASH_LANES = (
+    (0x27D4EB2D, 0x243F6A88, 15),
+    (0x165667B1, (0x243F6A88 * 0x9E3779B1 ^ 0xDEADBEEF) & LOW_32, 13),
+)
 ARCHITECTURE = (  # what the shapes depend on
     "architectures",
     "vocab_size",
@@ -98,8 +106,10 @@ class SentWeights:
         model: ServedModel,
         dtype: torch.dtype,
         ranks: int,
+        device: str = "cpu",
     ) -> None:
         self.named_tensors, self.model, self.dtype, self.ranks = named_tensors, model, dtype, ranks
+        self.checksum = cpu_checksum if device == "cpu" else gpu_checksum
         self.bytes_sent = 0
         self.seen: set[str] = set()
         self.parts: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
@@ -138,17 +148,16 @@ class SentWeights:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Note what each rank of a server must report of it."""
         served, place, parts = served_name(name)
-        on_host = tensor.cpu()
         for rank in range(self.ranks):
-            shard = self.model.shard(name, on_host, rank, self.ranks)
+            shard = self.model.shard(name, tensor, rank, self.ranks)
             if parts == 1:
-                self.checksums[rank][served] = checksum([shard])
+                self.checksums[rank][served] = self.checksum([shard])
                 continue
             # cloned: the sender may use a buffer again before the other parts come
             mine = self.parts.setdefault((rank, served), {})
             mine[place] = shard.clone()
             if len(mine) == parts:
-                self.checksums[rank][served] = checksum([mine[n] for n in range(parts)])
+                self.checksums[rank][served] = self.checksum([mine[n] for n in range(parts)])
                 del self.parts[rank, served]
 
 
@@ -159,12 +168,63 @@ def served_name(name: str) -> tuple[str, int, int]:
     return ".".join([*path, served, kind]), place, PARTS.get(served, 1)
 
 
-def checksum(parts: Sequence[torch.Tensor]) -> str:
+def bytes_of(part: torch.Tensor) -> torch.Tensor:
+    return part.contiguous().reshape(-1).view(torch.uint8)
+
+
+def cpu_checksum(parts: Sequence[torch.Tensor]) -> str:
     """As a server on a CPU computes it of the parts after one another."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(part).cpu().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def gpu_checksum(parts: Sequence[torch.Tensor]) -> str:
+    """As a server on a GPU computes it (sglang.kernels.ops.memory.gpu_tensor_hash), on the parts'
+    device.
+
+    Each 32-bit word is mixed twice with its place; the sums over a tile of 8,192 words, mixed with
+    the length, are the halves of a 64-bit number, and the sum of those is mixed once more.
+    """
+    data = torch.cat([bytes_of(part) for part in parts])
+    words_W = torch.nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
+    length, total = 4 * len(words_W), 0
+    for start in range(0, len(words_W), WORDS_AT_ONCE):
+        chunk_W = words_W[start : start + WORDS_AT_ONCE].long() & LOW_32
+        place_W = torch.arange(start, start + len(chunk_W), device=data.device)
+        halves = []
+        for multiplier, seed, turn in HASH_LANES:
+            salt_W = (place_W * multiplier + seed) & LOW_32 ^ rotated(place_W, turn)
+            mixed_W = mixed(chunk_W ^ salt_W)
+            padded_W = torch.nn.functional.pad(mixed_W, (0, -len(mixed_W) % TILE_WORDS))
+            sums_T = padded_W.view(-1, TILE_WORDS).sum(1) & LOW_32
+            halves.append(mixed(sums_T ^ (length & LOW_32)))
+        high_T, low_T = halves
+        # as Python's integers: 64 bits without a sign
+        total += (int(high_T.sum()) << 32) + int(low_T.sum())
+    return f"{finalized(total):016x}" if length else f"{0:016x}"
+
+
+def rotated(words_W: torch.Tensor, left: int) -> torch.Tensor:
+    return (words_W << left | words_W >> (32 - left)) & LOW_32
+
+
+def mixed(words_W: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 32-bit finalizer; products overflow 64 bits, and the lower 32 are right."""
+    words_W = words_W ^ words_W >> 16
+    words_W = words_W * 0x85EBCA6B & LOW_32
+    words_W = words_W ^ words_W >> 13
+    words_W = words_W * 0xC2B2AE35 & LOW_32
+    return words_W ^ words_W >> 16
+
+
+def finalized(number: int) -> int:
+    """splitmix64's."""
+    number &= LOW_64
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & LOW_64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & LOW_64
+    return number ^ number >> 31
 
 
 def differences(expected: Checksums, found: Checksums) -> str:

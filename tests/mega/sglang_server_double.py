@@ -3,19 +3,13 @@
 import asyncio
 import threading
 from collections import Counter
+from pathlib import Path
 
+import torch
 from aiohttp import web
+from safetensors.torch import load_file
 
-PATHS = (
-    "pause_generation",
-    "continue_generation",
-    "update_weights_from_disk",
-    "server_info",
-    "model_info",
-    "health",
-    "generate",
-    "weights_checker",
-)
+from rlef_mega.engines.sglang_weights import SentWeights, ServedModel
 
 
 class ServerDouble:
@@ -25,7 +19,7 @@ class ServerDouble:
 
     def __init__(self, number: int, model: str, version: str = "3", names: frozenset = frozenset()):
         self.number, self.model, self.weight_version, self.names = number, model, version, names
-        self.sglang = "0.5.23"
+        self.sglang, self.weights = "0.5.23", None
         self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
         self.end_of_text = None
         self.prompts: list[list[int]] = []
@@ -74,7 +68,7 @@ class ServerDouble:
         return {
             "version": self.sglang,
             "dtype": "float32",
-            "device": "cuda",  # whose hashes need only agree
+            "device": "cpu",
             "tp_size": 1,
             "max_req_input_len": 194,
             "model_path": self.model,
@@ -93,12 +87,19 @@ class ServerDouble:
         return {}
 
     async def update_weights_from_disk(self, body):
-        self.weight_version = body["weight_version"]
+        self.weight_version, self.weights = body["weight_version"], body["model_path"]
         return {"success": True}
 
     async def weights_checker(self, body):
-        rank = {"parallelism_info": [{"tp_rank": 0}], "checksums": dict.fromkeys(self.names, "5a")}
-        return {"ranks": [rank]}
+        """Of what it was told to load; before, of nothing."""
+        checksums = dict.fromkeys(self.names, "")
+        if self.weights:
+            (file,) = Path(self.weights).glob("*.safetensors")
+            model = ServedModel(Path(self.weights))
+            sent = SentWeights(load_file(file).items(), model, torch.float32, ranks=1)
+            list(sent)
+            (checksums,) = sent.checksums
+        return {"ranks": [{"parallelism_info": [{"tp_rank": 0}], "checksums": checksums}]}
 
     async def generate(self, body):
         self.prompts.append(body["input_ids"])

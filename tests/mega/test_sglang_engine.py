@@ -12,6 +12,7 @@ from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang import SGLangEngine
 from rlef_mega.engines.sglang_fleet import MOST_TRIES
 from rlef_mega.engines.sglang_server import log_file
+from rlef_mega.engines.sglang_weights import ServedModel
 from rlef_mega.types import Completion, Sampling
 from tests.mega.sglang_server_double import ServerDouble
 
@@ -84,6 +85,7 @@ def test_dialogues_are_spread_evenly_and_stay_where_their_context_is(engine, ser
     assert Counter(places.pop() for places in of_dialogue) == {1: 4, 2: 4}
     counts = engine.counts
     assert counts["requests"] == 24 and counts["sampled_tokens"] == 72
+    assert engine.take_counts() == counts and engine.take_counts() == {}
     assert counts["cached_tokens"] == 48 and counts["context_tokens"] == 8 * (2 + 6 + 10)
 
 
@@ -242,12 +244,9 @@ def test_another_version_of_sglang_is_refused(servers, model):
 @contextlib.contextmanager
 def publishing(servers, model, folder, **options):
     options = {"way": "disk", "weights_folder": folder / "weights", "publish_s": 0.5, **options}
-    names = {name for name in weights_of(model) if not name.endswith(("q_proj.weight",))}
-    names = {n for n in names if not any(p in n for p in ("k_proj", "v_proj", "gate", "up_proj"))}
-    layer = "model.layers.0."
     for server in servers:
-        fused = {f"{layer}self_attn.qkv_proj.weight", f"{layer}mlp.gate_up_proj.weight"}
-        server.names, server.weight_version = frozenset(names | fused), "default"
+        server.names = ServedModel(model).served_names()
+        server.weight_version = "default"
     with open_engine(servers, model, logs=folder, **options) as engine:
         yield engine
 
@@ -293,11 +292,12 @@ def test_servers_that_hold_different_weights_are_an_error(servers, model, tmp_pa
     with publishing(servers, model, tmp_path) as engine:
 
         async def other_checksums(body):
-            rank = {"parallelism_info": [{"tp_rank": 0}], "checksums": dict.fromkeys(two.names, "")}
-            return {"ranks": [rank]}
+            said = await ServerDouble.weights_checker(two, body)
+            said["ranks"][0]["checksums"]["model.norm.weight"] = "another"
+            return said
 
         two.weights_checker = other_checksums
-        with pytest.raises(EngineError, match="other weights than were sent"):
+        with pytest.raises(EngineError, match=r"other weights than were sent: model\.norm"):
             engine.update_weights(weights_of(model).items(), 1)
 
 
@@ -306,7 +306,7 @@ def test_a_server_with_unknown_parameters_is_refused_before_anything_is_sent(
 ):
     with publishing(servers, model, tmp_path):
         pass
-    servers[0].names |= {"model.layers.1.mlp.down_proj.weight"}
+    servers[0].names = servers[0].names | {"model.layers.1.mlp.down_proj.weight"}
     with (
         pytest.raises(ValueError, match=r"not know how to verify.*layers\.1"),
         open_engine(servers, model, way="disk", weights_folder=tmp_path),

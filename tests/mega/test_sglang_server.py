@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from rlef_mega.config import ConfigError, TrainConfig
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, sglang_server
 from rlef_mega.engines.sglang_server import CPU_LAUNCHER, Servers, ServerSettings
 from rlef_mega.serve import servers_for
 
@@ -53,9 +53,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def servers(folder: Path, program: str, ready_s: float = 20.0) -> Servers:
-    logs = folder / "logs"
-    return Servers(settings(folder, program), count=1, port=free_port(), logs=logs, ready_s=ready_s)
+def servers(folder: Path, program: str, **options) -> Servers:
+    options = {"ready_s": 20.0, "logs": folder / "logs", **options}
+    return Servers(settings(folder, program), count=1, port=free_port(), **options)
 
 
 def test_a_server_that_ends_as_it_starts_is_an_error_with_its_last_words(tmp_path):
@@ -107,6 +107,24 @@ def test_what_ends_is_started_again(tmp_path):
         assert running.restarts == 1 and running.servers[0].process.pid != first
         assert urllib.request.urlopen(running.urls[0], timeout=5).status == 200
     assert "has ended" in said[0]
+
+
+def test_what_hangs_is_ended_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang_server, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(sglang_server, "HEALTH_S", 0.3)
+    said = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "ready again" in text:
+            raise EnoughError
+
+    with servers(tmp_path, HEALTHY, hang_s=1.0) as running:
+        first = running.servers[0].process.pid
+        os.kill(first, signal.SIGSTOP)
+        with pytest.raises(EnoughError):
+            running.supervise(say)
+    assert "did not answer" in said[0] and not psutil.pid_exists(first)
 
 
 def test_a_server_that_never_comes_back_is_an_error_in_the_end(tmp_path):

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, sglang_weights
 from rlef_mega.engines.sglang_publication import buckets
 from rlef_mega.engines.sglang_weights import (
     SentWeights,
     ServedModel,
     check_same_model,
     differences,
+    gpu_checksum,
     served_name,
 )
 
@@ -108,6 +109,22 @@ def test_tied_weights_are_one(tmp_path):
     sent = SentWeights(weights_of(model).items(), model, torch.float32, ranks=1)
     assert "lm_head.weight" not in dict(sent)
     assert sent.checksums[0].keys() == model.served_names()
+
+
+GPU_HASHES = {  # by SGLang 0.5.23's kernel in Triton's interpreter, of 0, 1, 2, ...
+    (torch.float32, 1): "3d93a6540b54ef2a",
+    (torch.bfloat16, 7): "6acd222320afb5c2",
+    (torch.float32, 8193): "a41ee57619aa30ab",
+    (torch.int32, 85000): "ed36bfe30c26797a",
+}
+
+
+@pytest.mark.parametrize(("dtype", "count"), GPU_HASHES)
+def test_a_gpus_checksum_is_that_of_sglangs_kernel(dtype, count, monkeypatch):
+    tensor = torch.arange(count).to(dtype)
+    assert gpu_checksum([tensor]) == GPU_HASHES[dtype, count]
+    monkeypatch.setattr(sglang_weights, "WORDS_AT_ONCE", 2 * sglang_weights.TILE_WORDS)
+    assert gpu_checksum(tensor.chunk(3)) == GPU_HASHES[dtype, count]
 
 
 def test_one_different_bit_is_named():

@@ -6,6 +6,7 @@ One start of two servers serves all of it. The truth is transformers' model in t
 import asyncio
 import threading
 import time
+import urllib.request
 from itertools import pairwise
 
 import pytest
@@ -39,7 +40,10 @@ def model(serving) -> PreTrainedModel:
     return LlamaForCausalLM.from_pretrained(serving.model, dtype=torch.float32)
 
 
-@pytest.fixture(params=["disk", "distributed"])
+WAYS = ("disk", "distributed", "tensor")
+
+
+@pytest.fixture(params=WAYS)
 def engine(serving, request, tmp_path):
     with open_engine(serving, tmp_path, request.param) as engine:
         yield engine
@@ -175,7 +179,7 @@ def test_a_follow_up_turn_finds_its_context_in_the_servers_cache(disk_engine, mo
     assert counts["cached_tokens"] >= 0.9 * follow_up, counts
 
 
-@pytest.mark.parametrize("way", ["disk", "distributed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_request_under_way_goes_on_with_the_new_weights(serving, model, tmp_path, way):
     (prompt,) = random_prompts(1, 20)
     with open_engine(serving, tmp_path, way) as engine:
@@ -249,9 +253,7 @@ class BrokenDisk(DiskPublication):
 def test_a_server_that_holds_other_weights_than_were_sent_is_found_out(
     disk_engine, serving, model, tmp_path
 ):
-    disk_engine.publication = BrokenDisk(
-        tmp_path / "broken", serving.model, deadline_s=60, host_hashes=True
-    )
+    disk_engine.publication = BrokenDisk(tmp_path / "broken", serving.model, deadline_s=60)
     with pytest.raises(EngineError, match=r"other weights.*layers\.1\.self_attn\.qkv_proj"):
         disk_engine.update_weights(model.state_dict().items(), 1)
 
@@ -278,3 +280,48 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
         only_the_victim.update_weights([], 6)  # published by another engine
         (answer,) = sample(only_the_victim, [[11, 12]], Sampling(30))
     assert gap(model, [11, 12], answer) < TOLERANCE and set(answer.weight_versions) == {6}
+
+
+def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
+    serving, model, tmp_path
+):
+    weights = list(model.state_dict().items())
+    victim = serving.server_process(serving.urls[0])
+
+    def with_a_death():
+        yield from weights[:-1]
+        victim.kill()  # the servers are paused by now and wait for the bucket
+        yield weights[-1]
+
+    with open_engine(serving, tmp_path, "distributed") as engine:
+        engine.update_weights(weights, 1)
+        with pytest.raises(EngineError, match=r"(?s)version 2 was not published.*The end of"):
+            engine.update_weights(with_a_death(), 2)
+        with pytest.raises(EngineError, match="no weights"):
+            sample(engine, [[11, 12]], Sampling(5))
+        engine.update_weights(weights, 3)  # to the one that is left
+        answers = sample(engine, random_prompts(4, 10), Sampling(5))
+        assert {v for answer in answers for v in answer.weight_versions} == {3}
+        wait_until_healthy(serving.urls[0])
+        engine.update_weights(weights, 4)  # to both again
+        serving.server_process(serving.urls[0]).kill()
+        wait_until_healthy(serving.urls[0])  # nothing was asked of it meanwhile
+        engine.update_weights(weights, 5)
+        assert all(member.ready for member in engine.fleet.members)
+        prompts = random_prompts(8, 10)
+        for prompt, answer in zip(prompts, sample(engine, prompts, Sampling(9)), strict=True):
+            assert gap(model, prompt, answer) < TOLERANCE
+            assert set(answer.weight_versions) == {5}
+
+
+def wait_until_healthy(url: str) -> None:
+    """Another process than the one that was killed a moment ago."""
+    waited_until = time.monotonic() + 300
+    time.sleep(1)
+    while True:
+        assert time.monotonic() < waited_until, f"{url} did not come back"
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)

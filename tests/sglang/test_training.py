@@ -51,4 +51,7 @@ def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way):
     assert len(steps) == 2
     for step in steps:
         assert step["dropped"] == {} and step["logprob_gap_max"] < 1e-3, step
+        counts = step["servers"]  # of both ranks
+        assert counts["requests"] >= 24 and "failures" not in counts, counts
+        assert 0 < counts["cached_tokens"] < counts["context_tokens"], counts
     assert "valid_solved" in steps[1]
