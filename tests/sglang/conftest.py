@@ -57,15 +57,19 @@ def save_tiny_model(folder: Path) -> Path:
 
 def free_ports(count: int) -> int:
     """The first of so many neighbouring ports that nobody listens on."""
-    for first in range(31200, 60000, count):
-        with socket.socket() as one, socket.socket() as two:
-            try:
-                one.bind(("127.0.0.1", first))
-                two.bind(("127.0.0.1", first + count - 1))
-            except OSError:
-                continue
-            return first
-    raise RuntimeError("no free ports")
+    first = 31200
+    while not all(map(is_free, range(first, first + count))):
+        first += count
+    return first
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 @pytest.fixture(scope="session")
