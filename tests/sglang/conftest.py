@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.chat import CONTROLS
+from rlef_mega.conversion import export_checkpoint, import_folder
 from tests.mega.test_chat import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,10 @@ def serving(tmp_path_factory) -> Iterator[Serving]:
     if not PYTHON.exists():
         pytest.skip("no .venv-sglang; `make test-sglang` makes it")
     folder = tmp_path_factory.mktemp("serving")
-    model = save_tiny_model(folder / "model")
+    # what is served came out of a checkpoint of ours, so all log-probs here are an export's
+    import_folder(save_tiny_model(folder / "made"), folder / "checkpoint")
+    model = folder / "model"
+    export_checkpoint(folder / "checkpoint", model)
     recipe = folder / "recipe.toml"
     recipe.write_text(
         f"""
