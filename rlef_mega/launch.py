@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3  # exit code of a run that was asked to stop; the same command goes on with it
 FAILED = 2  # exit code of a run that ended with a message
@@ -143,6 +145,7 @@ def worker_main(work: Callable[[Path], int]) -> None:
     """The main of a rank: user errors become one message, that of the rank which failed first, and
     the exit code says how it ended."""
     die_with_parent()
+    launched = psutil.Process(os.getppid()).create_time()  # torchrun's agent, or srun's
     # Megatron's overlapped exchanges want kernels to start in the order in which they are launched;
     # read when CUDA starts, and of no effect without it
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -151,7 +154,7 @@ def worker_main(work: Callable[[Path], int]) -> None:
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("RLEF_TRACEBACK"):
             raise
-        if fails_first():
+        if fails_first(failure_mark(), since=launched):
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
             where = "" if rank == "0" else f" on rank {rank}"
             hint = "(RLEF_TRACEBACK=1 shows where)"
@@ -161,11 +164,17 @@ def worker_main(work: Callable[[Path], int]) -> None:
     os._exit(code)  # not through destructors of process groups whose peers may be gone
 
 
-def fails_first() -> bool:
+def fails_first(mark: Path, *, since: float) -> bool:
     """Whether no rank of this launch on this machine has failed before: the others fail because of
-    it, or as it did, and have nothing to add."""
+    it, or as it did, and have nothing to add. A mark that is older than this launch
+    is another one's of the same name."""
     try:
-        failure_mark().touch(exist_ok=False)
+        if mark.stat().st_mtime < since:
+            mark.unlink()
+    except FileNotFoundError:
+        pass
+    try:
+        mark.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

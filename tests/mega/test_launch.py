@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlef_mega.launch import fails_first
+
 WORKER = """
 import os, sys, time
 from rlef_mega.launch import worker_main
@@ -41,3 +43,11 @@ def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.count("no memory") == 1
+
+
+def test_the_mark_of_an_earlier_launch_silences_nobody(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    os.utime(mark, (1000, 1000))
+    assert fails_first(mark, since=2000.0)
+    assert not fails_first(mark, since=2000.0)
