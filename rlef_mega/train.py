@@ -39,7 +39,7 @@ from rlef_mega.record import Clock, RunDirectory, episode_record
 from rlef_mega.rollout import Rules, derive_seed, roll_out_on_all_ranks
 from rlef_mega.serve import server_logs
 from rlef_mega.shares import any_rank, gather
-from rlef_mega.types import Batch, Episode, Problem, Sampling, Targets
+from rlef_mega.types import Batch, Episode, Problem, Sampling, Scores, Targets
 
 
 def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
@@ -89,14 +89,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
             )
             with clock("score"):
                 scores = learner.score(batch)
-            targets, target_metrics = ppo.targets(
-                batch,
-                scores,
-                beta=config.ppo.beta,
-                gamma=config.ppo.gamma,
-                normalize=config.ppo.normalize_advantages,
-                token_level_value=config.ppo.token_level_value,
-            )
+            targets, target_metrics = make_targets(config, batch, scores)
             with clock("update"):
                 order = shuffled(batch.num_sequences, seed)
                 train_policy = step > config.ppo.critic_warmup_steps
@@ -191,6 +184,20 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
         recompute=config.model.recompute,
         layers=config.model.layers,
         weights=Path(config.model.weights) if config.model.weights else None,
+    )
+
+
+def make_targets(
+    config: TrainConfig, batch: Batch, scores: Scores
+) -> tuple[Targets, dict[str, float]]:
+    """`ppo.targets` with the recipe's settings."""
+    return ppo.targets(
+        batch,
+        scores,
+        beta=config.ppo.beta,
+        gamma=config.ppo.gamma,
+        normalize=config.ppo.normalize_advantages,
+        token_level_value=config.ppo.token_level_value,
     )
 
 

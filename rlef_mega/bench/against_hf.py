@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from rlef_mega import ppo
 from rlef_mega.bench import beside_hf
 from rlef_mega.bench.figures import Report, describe_benchmark
 from rlef_mega.bench.hf_policy import HuggingFacePolicy
@@ -24,7 +23,7 @@ from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack
 from rlef_mega.preflight import model_shape
-from rlef_mega.train import make_learner
+from rlef_mega.train import make_learner, make_targets
 from rlef_mega.types import Batch, Targets
 
 ROUNDS = 12
@@ -104,14 +103,7 @@ def on_policy_targets(learner: Learner, config: TrainConfig, batch: Batch) -> tu
     """
     scores = learner.score(batch)
     batch = dataclasses.replace(batch, behaviour_logprobs_T=scores.old_logprobs_T)
-    targets, _ = ppo.targets(
-        batch,
-        scores,
-        beta=config.ppo.beta,
-        gamma=config.ppo.gamma,
-        normalize=config.ppo.normalize_advantages,
-        token_level_value=config.ppo.token_level_value,
-    )
+    targets, _ = make_targets(config, batch, scores)
     return batch, targets
 
 

@@ -36,9 +36,10 @@ from typing import Any
 import torch
 
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
+from rlef_mega.bench.slice_model import demo_shape
 from rlef_mega.bench.workload import random_episodes
-from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape, SequenceFlops
+from rlef_mega.config import TrainConfig, find_recipe, load_config
+from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, SequenceFlops
 from rlef_mega.megatron.attention import padded_blocks
 from rlef_mega.packing import microbatches
 from rlef_mega.report.plots import STYLE
@@ -137,20 +138,11 @@ def cases() -> list[Case]:
             config.parallel.tensor_model_parallel_size,
         )
 
-    demo, base = recipes["demo"], load_config(find_recipe("demo_base"), [], SFTConfig)
-    shape = LlamaShape(
-        layers=base.num_layers,
-        hidden=base.hidden_size,
-        ffn=base.ffn_hidden_size,
-        heads=base.num_attention_heads,
-        key_value_heads=base.num_key_value_heads,
-        head_dim=base.hidden_size // base.num_attention_heads,
-        vocabulary=base.vocab_size,
-    )
+    demo, shape = recipes["demo"], demo_shape()
     demo_batches = [
         [
             (len(episode.token_ids), sum(len(turn.action_ids) for turn in episode.turns))
-            for episode in random_episodes(demo.rollout, base.vocab_size, seed)
+            for episode in random_episodes(demo.rollout, shape.vocabulary, seed)
         ]
         for seed in range(BATCHES)
     ]

@@ -49,6 +49,10 @@ def find_shape(recipe: str) -> LlamaShape:
         raise ConfigError(
             f"no shape is known for {recipe!r}: use one of {', '.join((*SHAPES, 'demo'))}"
         )
+    return demo_shape()
+
+
+def demo_shape() -> LlamaShape:
     base = load_config(find_recipe("demo_base"), [], SFTConfig)
     return LlamaShape(
         layers=base.num_layers,

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rlef_mega import ppo
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark, shares
 from rlef_mega.bench.workload import RESULT, Workload, random_episodes, workload
 from rlef_mega.config import TrainConfig, load_config
@@ -23,7 +22,7 @@ from rlef_mega.packing import pack
 from rlef_mega.preflight import model_shape
 from rlef_mega.record import Clock
 from rlef_mega.shares import any_rank
-from rlef_mega.train import make_learner, shuffled
+from rlef_mega.train import make_learner, make_targets, shuffled
 from rlef_mega.types import Batch, Targets
 
 REPEATS = 5
@@ -83,14 +82,7 @@ def work(folder: Path) -> int:
         with clock("score"):
             scores = learner.score(batch)
         with clock("targets"):
-            targets, _ = ppo.targets(
-                batch,
-                scores,
-                beta=config.ppo.beta,
-                gamma=config.ppo.gamma,
-                normalize=config.ppo.normalize_advantages,
-                token_level_value=config.ppo.token_level_value,
-            )
+            targets, _ = make_targets(config, batch, scores)
         order = shuffled(batch.num_sequences, config.run.seed)
         with clock("update"):
             learner.update(batch, targets, order)

@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.generation import Request, generate_batch
+from rlef_mega.engines.requests import check_ids_and_sampling
 from rlef_mega.types import Completion, Sampling
 
 NO_WEIGHTS = -1
@@ -231,18 +232,7 @@ def check_request(model: PreTrainedModel, request: Request) -> None:
             f"the prompt has {length} tokens, the model {positions} positions, and a new token "
             "needs one; end the dialogue or lower rollout.max_context"
         )
-    low, high = min(request.token_ids), max(request.token_ids)
-    if low < 0 or high >= words:
-        raise ValueError(
-            f"the prompt has token ids from {low} to {high}, outside [0, {words}); "
-            "it was made with another model's tokenizer"
-        )
-    if sampling.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}, must be at least 1")
-    if not sampling.temperature >= 0:
-        raise ValueError(f"temperature is {sampling.temperature}, must be 0 (greedy) or above")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p is {sampling.top_p}, must be in (0, 1]")
+    check_ids_and_sampling(request.token_ids, words, sampling)
     if request.seed < 0:
         raise ValueError(f"seed is {request.seed}, must not be negative")
 

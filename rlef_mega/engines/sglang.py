@@ -29,6 +29,7 @@ import torch
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.local import NO_WEIGHTS
+from rlef_mega.engines.requests import check_ids_and_sampling
 from rlef_mega.engines.sglang_carriers import Broadcasts, SharedTensors, own_address
 from rlef_mega.engines.sglang_fleet import Fleet, Member, Place
 from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_session
@@ -257,18 +258,7 @@ class SGLangEngine:
                 f"{self.context_length} with the answer; lower rollout.max_context, or start them "
                 "with a longer context"
             )
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= words:
-            raise ValueError(
-                f"the prompt has token ids from {low} to {high}, outside [0, {words}); "
-                "it was made with another model's tokenizer"
-            )
-        if sampling.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}, must be at least 1")
-        if not sampling.temperature >= 0:
-            raise ValueError(f"temperature is {sampling.temperature}, must be 0 (greedy) or above")
-        if not 0 < sampling.top_p <= 1:
-            raise ValueError(f"top_p is {sampling.top_p}, must be in (0, 1]")
+        check_ids_and_sampling(token_ids, words, sampling)
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
 
