@@ -12,17 +12,15 @@ engine keeps the rollout's loop from running.
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol
 
+from rlef_mega.loop_thread import LoopThread
 from rlef_mega.types import Problem, TestOutcome, Verdict
 from rlef_sandbox import AnyTest, Result, Sandbox, Status
 from rlef_sandbox.sandbox import JOBS_A_WORKER
-
-Answer = TypeVar("Answer")
 
 
 class JudgeError(RuntimeError):
@@ -79,14 +77,13 @@ class RemoteGrader:
         from rlef_sandbox.service.client import SandboxClient  # an extra: it needs aiohttp
 
         self.client = SandboxClient(servers, token, deadline_s=deadline_s)
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="grader", daemon=True)
+        self.thread = LoopThread("grader")
 
     def __enter__(self) -> "RemoteGrader":
         self.thread.start()
-        self.wait_for(self.client.__aenter__())
+        self.thread.wait_for(self.client.__aenter__())
         try:
-            self.health = self.wait_for(self.client.health())
+            self.health = self.thread.wait_for(self.client.health())
         except BaseException:
             self.close()
             raise
@@ -101,13 +98,8 @@ class RemoteGrader:
         self.close()
 
     def close(self) -> None:
-        self.wait_for(self.client.__aexit__(None, None, None))
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
-
-    def wait_for(self, work: Coroutine[None, None, Answer]) -> Answer:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+        self.thread.wait_for(self.client.__aexit__(None, None, None))
+        self.thread.close()
 
     @property
     def isolation(self) -> dict[str, object]:
@@ -125,7 +117,7 @@ class RemoteGrader:
             run_at_least=len(problem.public_tests),
         )
         try:
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(grading, self.loop))
+            return await asyncio.wrap_future(self.thread.submit(grading))
         except ServiceError as error:
             raise JudgeError(str(error)) from None
 

@@ -14,6 +14,7 @@ LEVELS = {
     "types": 1,
     "config": 1,
     "flops": 1,
+    "loop_thread": 1,
     "problems": 2,
     "versions": 2,
     "dialog": 2,

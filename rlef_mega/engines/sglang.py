@@ -14,15 +14,12 @@ it.
 """
 
 import asyncio
-import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import aiohttp
 import torch
@@ -36,9 +33,9 @@ from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_ses
 from rlef_mega.engines.sglang_publication import BucketPublication, DiskPublication, Publication
 from rlef_mega.engines.sglang_server import log_file
 from rlef_mega.engines.sglang_weights import SentWeights, ServedModel, check_same_model
+from rlef_mega.loop_thread import LoopThread
 from rlef_mega.types import Completion, Sampling
 
-Answer = TypeVar("Answer")
 WAYS = ("disk", "distributed", "tensor")
 OPEN_S = 60.0  # for a server that is up to say what it is
 
@@ -106,10 +103,8 @@ class SGLangEngine:
         self.weight_version = NO_WEIGHTS
         self.publication: Publication | None = None
         self.counted: Counter[str] = Counter()  # what `take_counts` has told
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(
-            target=self.loop.run_forever, name="sglang-client", daemon=True
-        )
+        self.thread = LoopThread("sglang-client")
+        self.submit = self.thread.submit
 
     def __enter__(self) -> "SGLangEngine":
         self.thread.start()
@@ -187,16 +182,11 @@ class SGLangEngine:
         if self.publication is not None:
             self.publication.close()
         self.submit(self.shut()).result()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+        self.thread.close()
 
     async def shut(self) -> None:
         await self.fleet.close()
         await self.http.close()
-
-    def submit(self, work: Coroutine[None, None, Answer]) -> "Future[Answer]":
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     # ---------------------------------------------------------------- protocol
 
