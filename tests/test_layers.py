@@ -27,6 +27,7 @@ LEVELS = {
     "megatron": 3,
     "shares": 3,
     "rollout": 4,
+    "stream": 4,
 }
 TOP = 5  # everything else: the loop, commands, reports
 # Packages that only one place may import.
