@@ -144,6 +144,15 @@ class RolloutConfig(Section):
         "local", description="local: in each training process, on its device"
     )
     servers: ServersConfig = ServersConfig()
+    mode: Literal["sync", "async"] = Field(
+        "sync", description="async: dialogues go on while the trainer trains"
+    )
+    max_staleness: int = Field(
+        1, ge=0, description="async: how many versions old what is trained on may be"
+    )
+    open_dialogues: int | None = Field(
+        None, gt=0, description="async: at once, of each process; None: as many as the servers take"
+    )
     max_drop_fraction: float = Field(
         0.05, ge=0, le=1, description="of a batch; above it the run stops"
     )
@@ -224,6 +233,12 @@ class GuardConfig(Section):
     max_invalid_fraction: float = Field(
         0.5, gt=0, le=1, description="of turns without valid code, over the last guard.window steps"
     )
+    min_effective_sample_size: float = Field(
+        0.5, ge=0, le=1, description="of the ratios pi_old / pi_b, over guard.window steps"
+    )
+    max_behaviour_k3: float = Field(
+        0.2, gt=0, description="KL of a token from pi_b to pi_old, over guard.window steps"
+    )
     window: int = Field(3, gt=0)
 
 
@@ -270,6 +285,17 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"an update of {episodes // updates} episodes does not divide over "
                     f"{name}.data_parallel_size = {layout.data_parallel_size}"
+                )
+        if self.rollout.mode == "async":
+            if self.rollout.engine == "local":
+                raise ValueError(
+                    'rollout.mode = "async" needs rollout.engine = "sglang": the local engine '
+                    "computes in the trainer's own processes, so nothing would overlap"
+                )
+            if episodes % self.world_size:
+                raise ValueError(
+                    f'rollout.mode = "async": rollout.episodes_per_batch = {episodes} does not '
+                    f"divide over {self.world_size} processes, each of which holds its share"
                 )
         if self.rollout.max_new_tokens >= self.rollout.max_context:
             raise ValueError("rollout.max_new_tokens must be below rollout.max_context")

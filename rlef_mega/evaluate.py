@@ -8,12 +8,14 @@ reading its feedback.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from math import comb
 from typing import Any
 
 from rlef_mega import metrics
 from rlef_mega.chat import ChatFormat
+from rlef_mega.collect import Rollouts
 from rlef_mega.config import TrainConfig
 from rlef_mega.engines import Engine
 from rlef_mega.judge import Judge
@@ -25,8 +27,10 @@ from rlef_mega.rollout import (
     Rules,
     derive_seed,
     distractors_of,
+    join_shares,
     roll_out_on_all_ranks,
 )
+from rlef_mega.shares import any_rank
 from rlef_mega.types import Episode, Problem
 
 PROTOCOLS = ("multi_turn", "independent", "random_feedback")
@@ -101,20 +105,41 @@ class Evaluator:
             rules.sampling, temperature=config.eval.temperature, top_p=config.eval.top_p
         )
         self.rules = replace(rules, sampling=sampling, turns=config.eval.turns, feedback="true")
+        self.under_way: tuple[int, Future[Rollout]] | None = None
         self.valid = (
             load_problems(config.data.valid)[: config.eval.problems] if config.data.valid else []
         )
         self.test = load_problems(config.data.test) if config.data.test else []
 
-    def quick(self, step: int) -> float | None:
-        """Solve rate of one dialogue each on the validation problems."""
-        if not self.valid:
-            return None
-        seed = derive_seed(self.config.run.seed, "valid", step)
-        held = roll_out_on_all_ranks(
-            self.valid, self.engine, self.judge, self.chat, self.rules, seed
-        )
-        return metrics.episode_metrics(held.episodes)["solved"]
+    def quick(self, step: int, rollouts: Rollouts) -> dict[str, Any]:
+        """After each step: begins one dialogue on each of the validation problems, where one is
+        due, and says what came of those begun before, once they are done on all ranks. Nothing is
+        waited for but an evaluation that is still under way when the next one is due, or at the
+        end. Collective.
+
+        What it says: the solve rate, the step after which it began, and the first and last version
+        of the weights that sampled it, for training may have gone on.
+        """
+        every = self.config.eval.every
+        due = bool(self.valid and every and step % every == 0)
+        said = self.finished(wait=due)
+        if due:
+            seed = derive_seed(self.config.run.seed, "valid", step)
+            self.under_way = step, rollouts.begin(self.valid, self.rules, seed)
+        return said | self.finished(wait=step == self.config.run.steps)
+
+    def finished(self, *, wait: bool) -> dict[str, Any]:
+        if self.under_way is None or (not wait and any_rank(not self.under_way[1].done())):
+            return {}
+        step, held = self.under_way
+        self.under_way = None
+        episodes = join_shares(held.result).episodes
+        versions = [v for e in episodes for turn in e.turns for v in turn.weight_versions]
+        return {
+            "valid_solved": metrics.episode_metrics(episodes)["solved"],
+            "valid_step": step,
+            "valid_versions": [min(versions), max(versions)] if versions else None,
+        }
 
     def full(self, name: str) -> None:
         """All protocols on the test problems, written to eval/NAME.json unless it is there

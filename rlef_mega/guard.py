@@ -1,7 +1,7 @@
-"""When a run stops by itself, because going on would waste the machine. Each message says what was
-seen."""
+"""When a run says that something is wrong, and when it stops by itself, because going on would
+waste the machine. Each message says what was seen."""
 
-from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from rlef_mega.config import GuardConfig
@@ -19,7 +19,7 @@ class Guards:
     def __init__(self, limits: GuardConfig, max_drop_fraction: float) -> None:
         self.limits = limits
         self.max_drop_fraction = max_drop_fraction
-        self.invalid: deque[float] = deque(maxlen=limits.window)
+        self.recent: list[dict[str, Any]] = []  # records of the last guard.window steps
 
     def check_drops(self, held: Rollout) -> None:
         """Few drops are the price of faults; many mean that engine or sandbox is broken."""
@@ -30,27 +30,66 @@ class Guards:
                 f"rollout.max_drop_fraction = {allowed}"
             )
 
+    def alarms(self, record: dict[str, Any]) -> list[str]:
+        """What is near its limit in a step's record, or beyond one that `check` allows for a
+        while."""
+        gaps = self.gaps(record)
+        said = [
+            f"{name} = {gap:.3g} is over half of what is allowed, {limit}"
+            for name, gap, limit in gaps
+            if limit / 2 < gap <= limit
+        ]
+        size, least = record["effective_sample_size"], self.limits.min_effective_sample_size
+        if not size >= least:
+            said.append(f"effective_sample_size = {size:.2f}, wanted {least}")
+        k3, most = record["behaviour_k3"], self.limits.max_behaviour_k3
+        if not k3 <= most:
+            said.append(f"behaviour_k3 = {k3:.3g}, allowed {most}")
+        return said
+
     def check(self, record: dict[str, Any]) -> None:
-        """A step's record, before its weights are saved."""
+        """A step's record, before its weights are saved. GuardError where the run must stop."""
         step = record["step"]
-        for name, limit in (
-            ("logprob_gap_max", self.limits.max_logprob_gap),
-            ("logprob_gap_mean", self.limits.mean_logprob_gap),
-        ):
-            if not record[name] <= limit:  # also true of NaN
+        for name, gap, limit in self.gaps(record):
+            if not gap <= limit:  # also true of NaN
                 raise GuardError(
-                    f"step {step}: {name} = {record[name]:.3g}, allowed {limit}: engine and "
+                    f"step {step}: {name} = {gap:.3g}, allowed {limit}: engine and "
                     "trainer disagree on the log-probs of the same tokens. They do not hold the "
                     "same weights, or compute at another precision or temperature, and the "
                     "policy gradient would be wrong. Check model.dtype; bfloat16 needs wider "
                     "guards than float32"
                 )
-        self.invalid.append(record["invalid_fraction"])
-        recent, allowed = sum(self.invalid) / len(self.invalid), self.limits.max_invalid_fraction
-        if len(self.invalid) == self.limits.window and recent > allowed:
+        self.recent = [*self.recent, record][-self.limits.window :]
+        if len(self.recent) < self.limits.window:
+            return
+        invalid, allowed = self.mean("invalid_fraction"), self.limits.max_invalid_fraction
+        if invalid > allowed:
             raise GuardError(
-                f"step {step}: {recent:.0%} of the responses of the last "
+                f"step {step}: {invalid:.0%} of the responses of the last "
                 f"{self.limits.window} steps hold no valid code; guard.max_invalid_fraction = "
                 f"{allowed}. The policy has broken, and does not mend by itself: go on from an "
                 "earlier checkpoint with a lower learner.policy.lr"
             )
+        size, k3 = self.mean("effective_sample_size"), self.mean("behaviour_k3")
+        least, most = self.limits.min_effective_sample_size, self.limits.max_behaviour_k3
+        if not (size >= least and k3 <= most):
+            raise GuardError(
+                f"step {step}: over the last {self.limits.window} steps what sampled the episodes "
+                f"was too far from what is trained: effective_sample_size = {size:.2f} "
+                f"(guard.min_effective_sample_size = {least}), behaviour_k3 = {k3:.3g} "
+                f"(guard.max_behaviour_k3 = {most}). Lower rollout.max_staleness or "
+                "learner.policy.lr"
+            )
+
+    def gaps(self, record: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+        """Name, value and limit of each log-prob gap; none when no token was sampled with the
+        trainer's weights."""
+        for name, limit in (
+            ("logprob_gap_max", self.limits.max_logprob_gap),
+            ("logprob_gap_mean", self.limits.mean_logprob_gap),
+        ):
+            if record[name] is not None:
+                yield name, record[name], limit
+
+    def mean(self, name: str) -> float:
+        return sum(record[name] for record in self.recent) / len(self.recent)

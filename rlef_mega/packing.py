@@ -26,6 +26,7 @@ def pack(
     token_ids: list[int] = []
     turn_index: list[int] = []
     logprobs: list[float] = []
+    versions: list[int] = []
     value_positions: list[int] = []
     episode_of_turn: list[int] = []
     solved: list[bool] = []
@@ -39,6 +40,7 @@ def pack(
             observed = start + turn.context_len - len(turn_index)  # tokens since the last response
             turn_index += [-1] * observed + [len(value_positions)] * len(turn.action_ids)
             logprobs += [0.0] * observed + list(turn.action_logprobs)
+            versions += [-1] * observed + list(turn.weight_versions)
             value_positions.append(start + turn.context_len - 1)
             episode_of_turn.append(number)
             solved.append(episode.solved)
@@ -52,6 +54,7 @@ def pack(
         action_mask_T=turn_index_T >= 0,
         turn_index_T=turn_index_T,
         behaviour_logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
+        weight_versions_T=torch.tensor(versions),
         value_positions_N=torch.tensor(value_positions),
         episode_of_turn_N=torch.tensor(episode_of_turn),
         rewards_N=task_rewards(
@@ -99,6 +102,7 @@ def select(batch: Batch, sequences: Sequence[int]) -> Batch:
         action_mask_T=batch.action_mask_T[positions],
         turn_index_T=renumber[batch.turn_index_T[positions]],
         behaviour_logprobs_T=batch.behaviour_logprobs_T[positions],
+        weight_versions_T=batch.weight_versions_T[positions],
         value_positions_N=batch.value_positions_N[turns] + (new_starts - starts)[episode_of_turn_N],
         episode_of_turn_N=episode_of_turn_N,
         rewards_N=batch.rewards_N[turns],

@@ -39,6 +39,8 @@ FREE_TO_CHANGE = {
     "model.layers",  # whose modules compute; checkpoints are the same
     "judge.servers",
     "judge.deadline_s",
+    "rollout.max_staleness",
+    "rollout.open_dialogues",
     *(f"rollout.servers.{key}" for key in ServersConfig.model_fields),
 }
 

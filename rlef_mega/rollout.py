@@ -11,7 +11,7 @@ counted.
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from rlef_mega import dialog
 from rlef_mega.chat import ChatFormat
 from rlef_mega.engines import Engine, EngineError, Session
 from rlef_mega.judge import Judge, JudgeError
-from rlef_mega.shares import gather, interleave, my_share
+from rlef_mega.shares import gather_unless_lost, interleave, my_share
 from rlef_mega.types import Completion, Episode, Problem, Sampling, TestOutcome, Turn, Verdict
 
 TRIES = 2  # a dialogue is started at most this often
@@ -92,11 +92,28 @@ def roll_out_on_all_ranks(
     seed: int,
 ) -> Rollout:
     """Each rank holds its share of the dialogues; then all ranks have all outcomes, in the order of
-    the problems."""
+    the problems. EngineLostError on all ranks, where an engine is lost on one."""
+    mine = roll_out_my_share(problems, engine, judge, chat, rules, seed)
+    return join_shares(lambda: asyncio.run(mine))
+
+
+async def roll_out_my_share(
+    problems: Sequence[Problem],
+    engine: Engine,
+    judge: Judge,
+    chat: ChatFormat,
+    rules: Rules,
+    seed: int,
+) -> Rollout:
     mine = my_share(list(enumerate(problems)))
     seeds = [derive_seed(seed, number) for number, _ in mine]
-    held = asyncio.run(rollout([p for _, p in mine], engine, judge, chat, rules, seeds))
-    return Rollout(tuple(interleave(gather(held.outcomes))))
+    return await rollout([p for _, p in mine], engine, judge, chat, rules, seeds)
+
+
+def join_shares(held: Callable[[], Rollout]) -> Rollout:
+    """All ranks' shares, once this rank's is `held`."""
+    shares = gather_unless_lost(held)
+    return Rollout(tuple(interleave([share.outcomes for share in shares])))
 
 
 async def hold_dialogue_with_retries(

@@ -5,11 +5,13 @@ Nothing funnels through one process, and what follows (packing, targets, metrics
 everywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from rlef_mega.engines import EngineLostError
 
 Item = TypeVar("Item")
 
@@ -26,6 +28,20 @@ def gather(mine: Item) -> list[Item]:
     everyone: list[Item | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)  # over all ranks
     return everyone  # type: ignore[return-value]
+
+
+def gather_unless_lost(work: Callable[[], Item]) -> list[Item]:
+    """What `work` comes to on every rank, as `gather`. EngineLostError on all ranks if on one: they
+    stop together."""
+    try:
+        mine, lost = work(), ""
+    except EngineLostError as error:
+        mine, lost = None, str(error)
+    everyone = gather((mine, lost))
+    for _, why in everyone:
+        if why:
+            raise EngineLostError(why)
+    return [theirs for theirs, _ in everyone]  # type: ignore[misc]
 
 
 def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:

@@ -35,9 +35,9 @@ Outcome = TypeVar("Outcome")
 
 
 class Stream(Generic[Outcome]):
-    """Holds dialogues: `hold(number)` is one of them, to its outcome; `numbers` says which, in
-    order. `version` is that of the trainer's weights; `advance` tells of each newer one, after a
-    `take`."""
+    """Holds dialogues: `hold(number)` is one of them, to its outcome. `numbers` says which, in
+    order; where it ends, whole batches must be left to take. `version` is that of the trainer's
+    weights; `advance` tells of each newer one, after a `take`."""
 
     def __init__(
         self,
@@ -66,7 +66,9 @@ class Stream(Generic[Outcome]):
         """Start as many as may run."""
         may_start = self.batch * (self.version - self.first_version + 1 + self.max_staleness)
         while self.started < may_start and len(self.running) < self.open_dialogues:
-            number = next(self.numbers)
+            number = next(self.numbers, None)
+            if number is None:
+                return
             self.started += 1
             self.versions[number] = self.version
             self.left[self.version] += 1

@@ -2,17 +2,18 @@
 the engine.
 
 Theory of operation: SPMD under torchrun or srun; every rank runs this file. A rank drives its share
-of the dialogues, then all ranks hold all episodes of the step: packing, targets and metrics are
-computed alike everywhere, and the learner splits its work by its layout. Rank 0 writes the run
-directory. A request to stop (SIGINT, SIGTERM, SIGUSR1, or a file `stop` in the run directory) is
-seen by all ranks together at the end of a step, which is then saved. Other checkpoints are written
-while training goes on. A run that was killed goes on from its newest one and ends with the numbers
-of an undisturbed one.
+of the dialogues, while the trainer waits or beside it (collect.py), then all ranks hold all
+episodes of the step: packing, targets and metrics are computed alike everywhere, and the learner
+splits its work by its layout. Rank 0 writes the run directory. When no engine is left, what was
+learned is saved, and all ranks stop. A request to stop (SIGINT, SIGTERM, SIGUSR1, or a file `stop`
+in the run directory) is seen by all ranks together at the end of a step, which is then saved. Other
+checkpoints are written while training goes on. A run that was killed goes on from its newest one,
+and in sync mode ends with the numbers of an undisturbed one.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 
 from rlef_mega import metrics, ppo
 from rlef_mega.chat import ChatFormat
+from rlef_mega.collect import Dialogues, Rollouts, open_rollouts
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.engines import Engine
+from rlef_mega.engines import Engine, EngineLostError
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import Evaluator
 from rlef_mega.guard import GuardError, Guards
@@ -33,10 +35,10 @@ from rlef_mega.megatron.checkpoint import Checkpoints
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.publish import publish
 from rlef_mega.packing import pack
-from rlef_mega.problems import load_problems, sample
+from rlef_mega.problems import load_problems
 from rlef_mega.progress import StepProgress, training_line
 from rlef_mega.record import Clock, RunDirectory, episode_record
-from rlef_mega.rollout import Rules, derive_seed, roll_out_on_all_ranks
+from rlef_mega.rollout import Rules, derive_seed
 from rlef_mega.serve import server_logs
 from rlef_mega.shares import any_rank, gather
 from rlef_mega.types import Batch, Episode, Problem, Sampling, Scores, Targets
@@ -58,13 +60,14 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     rules = dialogue_rules(config, chat)
     learner = make_learner(config, ranks)
     checkpoints = make_checkpoints(config, run, learner)
-    first = resume(run, checkpoints, writer=ranks.is_writer)
+    first, state = resume(run, checkpoints, writer=ranks.is_writer)
     guards = Guards(config.guard, config.rollout.max_drop_fraction)
-    with (
-        open_grader(**config.judge.model_dump(), token=grading_token) as grader,
-        open_engine(config, ranks, run) as engine,
-        StepProgress("RLEF", done=first, total=config.run.steps, shown=ranks.is_writer) as progress,
-    ):
+    with ExitStack() as stack:
+        grader = stack.enter_context(open_grader(**config.judge.model_dump(), token=grading_token))
+        engine = stack.enter_context(open_engine(config, ranks, run))
+        progress = stack.enter_context(
+            StepProgress("RLEF", done=first, total=config.run.steps, shown=ranks.is_writer)
+        )
         judge = Judge(grader)
         evaluator = Evaluator(
             config, run, engine, judge, chat, rules, writer=ranks.is_writer, say=progress.say
@@ -74,13 +77,28 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
         publish(learner, engine, version=first)
         if first == 0:
             evaluator.full("before")
+        dialogues = Dialogues(
+            problems,
+            engine,
+            judge,
+            chat,
+            rules,
+            batch=config.rollout.episodes_per_batch,
+            seed=config.run.seed,
+        )
+        rollouts = stack.enter_context(
+            open_rollouts(
+                dialogues, config.rollout, version=first, steps=config.run.steps, state=state
+            )
+        )
         clock = Clock()
         for step in range(first + 1, config.run.steps + 1):
-            seed = derive_seed(config.run.seed, step)
-            with clock("rollout"):
-                chosen = sample(problems, step, config.rollout.episodes_per_batch, config.run.seed)
-                held = roll_out_on_all_ranks(chosen, engine, judge, chat, rules, seed)
-                counts = total_counts(engine)
+            try:
+                with clock("rollout"):
+                    held = rollouts.batch(step)
+            except EngineLostError:
+                save_and_end(checkpoints, step - 1, position(config, step - 1, rollouts))
+                raise
             guards.check_drops(held)
             batch = pack(
                 held.episodes,
@@ -91,11 +109,9 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 scores = learner.score(batch)
             targets, target_metrics = make_targets(config, batch, scores)
             with clock("update"):
-                order = shuffled(batch.num_sequences, seed)
+                order = shuffled(batch.num_sequences, derive_seed(config.run.seed, step))
                 train_policy = step > config.ppo.critic_warmup_steps
                 update_metrics = learner.update(batch, targets, order, train_policy=train_policy)
-            with clock("publish"):
-                publish(learner, engine, version=step)
             record: dict[str, Any] = {
                 "step": step,
                 "updates": step * config.ppo.updates_per_batch,
@@ -104,23 +120,41 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 **metrics.episode_metrics(held.episodes),
                 **target_metrics,
                 **update_metrics,
-                **metrics.logprob_gap(batch, scores),
-                **({"servers": counts} if counts else {}),
+                **metrics.logprob_gap(batch, scores, version=step - 1),
+                **metrics.off_policy(batch, scores, version=step - 1),
                 "checkpoint_failures": checkpoints.failures,
             }
-            if config.eval.every and step % config.eval.every == 0:
+            lost: EngineLostError | None = None
+            try:
+                with clock("publish"):
+                    publish(learner, engine, version=step)
+                    rollouts.published(step)
                 with clock("evaluate"):
-                    record["valid_solved"] = evaluator.quick(step)
+                    record |= evaluator.quick(step, rollouts)
+            except EngineLostError as error:  # on all ranks
+                lost = error
             stopping = any_rank(stop.requested())
             due = step % config.run.checkpoint_every == 0 or step == config.run.steps
             learner_times = learner.take_seconds()
+            counts = total_counts(engine)
             times = clock.lap()  # what follows is counted in the next step
+            record["alarms"] = guards.alarms(record)
             if ranks.is_writer:
-                run.append_metrics({**record, "time": times, "learner_time": learner_times})
+                run.append_metrics(
+                    {
+                        **record,
+                        **({"servers": counts} if counts else {}),
+                        "time": times,
+                        "learner_time": learner_times,
+                        "idle_time": idle_shares(config, times, counts),
+                    }
+                )
                 if due:
-                    episodes = episode_records(held.episodes, chosen, chat, targets, batch)
+                    episodes = episode_records(held.episodes, problems, chat, targets, batch)
                     run.write_episodes(f"episodes/step_{step:06d}.jsonl.zst", episodes)
             progress.step(training_line(record, times))
+            for alarm in record["alarms"]:
+                progress.say(f"ALARM at step {step}: {alarm}")
             try:
                 guards.check(record)
             except GuardError:
@@ -128,9 +162,13 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 raise
             with clock("checkpoint"):  # what training waits for
                 checkpoints.poll()
-                if due or stopping:
-                    state = position(config, step)
-                    checkpoints.save(step, state, score=record.get("valid_solved"))
+                if due or stopping or lost:
+                    checkpoints.save(step, position(config, step, rollouts))
+                if record.get("valid_solved") is not None:
+                    checkpoints.rate(record["valid_step"], record["valid_solved"])
+            if lost:
+                checkpoints.require_saved()
+                raise lost
             if stopping:
                 checkpoints.require_saved()
                 return stop.obeyed(writer=ranks.is_writer)
@@ -168,9 +206,25 @@ def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -
         yield engine
 
 
-def total_counts(engine: Engine) -> dict[str, int]:
-    """Of all ranks, since the last step: what the servers answered, cached and failed."""
-    return dict(sum(map(Counter, gather(engine.take_counts())), Counter()))
+def total_counts(engine: Engine) -> dict[str, float]:
+    """Of all ranks, since the last step: what the servers answered, cached and failed. How long
+    they were busy is what the rank says that kept them so the longest."""
+    everyone = gather(engine.take_counts())
+    total: dict[str, float] = dict(sum(map(Counter, everyone), Counter()))
+    if "server_busy_s" in total:
+        total["server_busy_s"] = max(mine.get("server_busy_s", 0.0) for mine in everyone)
+    return total
+
+
+def idle_shares(
+    config: TrainConfig, times: dict[str, float], counts: dict[str, float]
+) -> dict[str, float]:
+    """Of a step's time: the trainer waits for episodes; a server has no request of ours."""
+    shares = {"trainer": times["rollout"] / times["step"]}
+    if "server_busy_s" in counts:
+        servers_s = len(config.rollout.servers.addresses) * times["step"]
+        shares["engines"] = max(0.0, 1 - counts["server_busy_s"] / servers_s)
+    return shares
 
 
 def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
@@ -226,28 +280,38 @@ def make_checkpoints(config: TrainConfig, run: RunDirectory, learner: Learner) -
     )
 
 
-def position(config: TrainConfig, step: int) -> dict[str, Any]:
-    """Where a run stands after a step, beside its networks: problems are drawn by step and seed,
-    the engine's weights carry the step as their version, and metrics.jsonl has a line a step."""
+def position(config: TrainConfig, step: int, rollouts: Rollouts) -> dict[str, Any]:
+    """Where a run stands after a step, beside its networks: the engine's weights carry the step as
+    their version, metrics.jsonl has a line a step, and dialogues have numbers."""
     return {
         "seed": config.run.seed,
         "problems_drawn": step * config.rollout.episodes_per_batch,
         "weight_version": step,
         "metrics_lines": step,
+        **rollouts.state(),
     }
 
 
-def resume(run: RunDirectory, checkpoints: Checkpoints, *, writer: bool) -> int:
+def save_and_end(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> None:
+    """What was learned until this step is on the disk afterwards, or RuntimeError. Collective."""
+    checkpoints.finish()
+    if checkpoints.saved_last != step:
+        checkpoints.save(step, state)
+    checkpoints.require_saved()
+
+
+def resume(
+    run: RunDirectory, checkpoints: Checkpoints, *, writer: bool
+) -> tuple[int, dict[str, Any]]:
     """Load the newest good checkpoint, if any, and forget what was recorded after it. Returns its
-    step, or 0."""
-    resumed = checkpoints.resume()
-    step = resumed[0] if resumed else 0
+    step and position, or 0 and none."""
+    step, state = checkpoints.resume() or (0, {})
     if writer:
         run.resume(step)
         missing = step - len(run.read_metrics())
         if missing:  # a machine that lost its power, or a disk that was full
             print(f"WARNING: {run.metrics_path} lacks {missing} steps before {step}", flush=True)
-    return step
+    return step, state
 
 
 def dialogue_rules(config: TrainConfig, chat: ChatFormat) -> Rules:

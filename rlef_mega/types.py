@@ -138,6 +138,7 @@ class Batch:
     action_mask_T: torch.Tensor  # bool: response tokens
     turn_index_T: torch.Tensor  # int64: which turn a response token belongs to; -1 elsewhere
     behaviour_logprobs_T: torch.Tensor  # fp32; 0 where action_mask is False
+    weight_versions_T: torch.Tensor  # int64: of the weights that sampled it; -1 where none did
     value_positions_N: torch.Tensor  # int64 into T
     episode_of_turn_N: torch.Tensor  # int64
     rewards_N: torch.Tensor  # fp32 task rewards, without KL

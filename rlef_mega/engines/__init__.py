@@ -15,6 +15,11 @@ class EngineError(RuntimeError):
     scored."""
 
 
+class EngineLostError(RuntimeError):
+    """No engine is left that could serve. No dialogue can end, so none is retried or dropped: the
+    run saves what it has learned, and stops."""
+
+
 class Session(Protocol):
     """One dialogue's place in an engine: keeps its turns together (prefix reuse, lock-step
     batches)."""

@@ -109,6 +109,7 @@ class Checkpoints:
         self.failures = 0  # saves that were given up
         self.waits = 0  # saves that had to wait for the one before
         self.fault: str | None = None  # why the last save was given up
+        self.saved_last: int | None = None  # the step of the last one that was not, or resumed from
 
     def save(self, step: int, state: dict[str, Any], *, score: float | None = None) -> None:
         """Begin to write `step_000010`. `state` is small and JSON: data order, weight version;
@@ -132,6 +133,16 @@ class Checkpoints:
         )
         if not self.asynchronous:
             self.finish()
+
+    def rate(self, step: int, score: float) -> None:
+        """Says how good the policy of a step is, once that is known; of no effect where the step
+        has no checkpoint. Collective.
+        """
+        if self.saving is not None and self.saving.meta["step"] == step:
+            self.finish()
+        folder = files.step_folder(self.folder, step)
+        if self.leads and folder.is_dir():
+            files.write_score(folder, score)
 
     def poll(self) -> None:
         """At a step's end: go on with what is in flight, without waiting. Collective."""
@@ -172,7 +183,9 @@ class Checkpoints:
         outcome = [fault_of(saving.work, self.folder) or saving.work.result()]
         dist.broadcast_object_list(outcome)  # world, from rank 0
         self.saving, self.fault = None, outcome[0]
-        if self.fault is not None:
+        if self.fault is None:
+            self.saved_last = saving.meta["step"]
+        else:
             self.failures += 1
             if self.leads:
                 name = saving.folder.with_suffix("").name
@@ -225,6 +238,7 @@ class Checkpoints:
             fault = fault_for(path, self.learner)
             if fault is None:
                 resumed = read_checkpoint(path, self.learner)
+                self.saved_last = resumed[0]
                 if self.leads:
                     for old, why in zip(refused, faults, strict=True):
                         warn(f"{why}. It is now {files.set_aside(old)}; falling back to {path}")

@@ -19,6 +19,7 @@ from typing import Any
 from rlef_mega.config import ConfigError
 
 MANIFEST, META, GENERATORS, NETWORKS = "manifest.json", "meta.json", "rng.pt", "networks"
+LATE_SCORE = "score.json"  # of an evaluation that ended after the save
 STEP_FOLDER = re.compile(r"step_(\d+)")
 LEFTOVER = re.compile(r"step_\d+\.(tmp|deleted)")
 Manifest = dict[str, dict[str, Any]]  # file to {"bytes": ..., "sha256": ...}
@@ -47,7 +48,7 @@ def best_checkpoint(folder: Path) -> Path | None:
     """The one with the highest score on the validation problems, the newer of equals; None if none
     was scored.
     """
-    scored = [(read_meta(path).get("score"), path) for path in whole_checkpoints(folder)]
+    scored = [(read_score(path), path) for path in whole_checkpoints(folder)]
     ranked = [(score, path) for score, path in scored if score is not None]
     return max(ranked, key=lambda pair: (pair[0], pair[1].name))[1] if ranked else None
 
@@ -151,6 +152,21 @@ def read_meta(path: Path) -> dict[str, Any]:
         return json.loads((path / META).read_text())
     except (OSError, ValueError):
         raise ConfigError(damaged(path, META, "it is missing, truncated or changed")) from None
+
+
+def read_score(path: Path) -> float | None:
+    """How good its policy is: as said when it was saved, or by `write_score` since."""
+    try:
+        return json.loads((path / LATE_SCORE).read_text())["score"]
+    except (OSError, ValueError, KeyError):
+        return read_meta(path).get("score")
+
+
+def write_score(path: Path, score: float) -> None:
+    """Beside what the manifest vouches for, which is never changed."""
+    partial = path / f"{LATE_SCORE}.partial"
+    partial.write_text(json.dumps({"score": score}) + "\n")
+    partial.rename(path / LATE_SCORE)
 
 
 def networks_in(path: Path) -> set[str]:

@@ -120,6 +120,7 @@ def make_batch(sequences: int, *, seed: int = 0) -> Batch:
         action_mask_T=turn_index_T >= 0,
         turn_index_T=turn_index_T,
         behaviour_logprobs_T=torch.where(turn_index_T >= 0, noise_T * 0.3 - 4.2, 0.0),
+        weight_versions_T=torch.where(turn_index_T >= 0, 0, -1),
         value_positions_N=torch.tensor(value_positions),
         episode_of_turn_N=torch.tensor(episode_of_turn),
         rewards_N=torch.randn(len(episode_of_turn), generator=generator),
