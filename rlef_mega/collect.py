@@ -28,10 +28,10 @@ from rlef_mega.judge import Judge
 from rlef_mega.loop_thread import LoopThread
 from rlef_mega.problems import sample
 from rlef_mega.rollout import (
+    DialogueLoop,
     Rollout,
     Rules,
     derive_seed,
-    hold_dialogue_with_retries,
     roll_out_my_share,
     roll_out_on_all_ranks,
 )
@@ -56,6 +56,7 @@ class Dialogues:
     ) -> None:
         self.problems, self.batch, self.seed = problems, batch, seed
         self.engine, self.judge, self.chat, self.rules = engine, judge, chat, rules
+        self.loop = DialogueLoop(engine, judge, chat, rules)
         self.drawn: dict[int, list[Problem]] = {}  # by step, those asked for last
 
     def of_step(self, step: int) -> list[Problem]:
@@ -69,9 +70,7 @@ class Dialogues:
         before, place = divmod(number, self.batch)
         problem = self.of_step(before + 1)[place]
         seed = derive_seed(derive_seed(self.seed, before + 1), place)
-        return await hold_dialogue_with_retries(
-            problem, self.engine, self.judge, self.chat, self.rules, seed
-        )
+        return await self.loop.hold(problem, seed)
 
 
 class Rollouts(Protocol):

@@ -11,6 +11,7 @@ directly and none of this file but `worker_main` and `StopRequest` is used.
 """
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -149,6 +150,7 @@ def worker_main(work: Callable[[Path], int]) -> None:
     # Megatron's overlapped exchanges want kernels to start in the order in which they are launched;
     # read when CUDA starts, and of no effect without it
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    collect_garbage_rarely()
     try:
         code = work(Path(sys.argv[1]))
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
@@ -162,6 +164,15 @@ def worker_main(work: Callable[[Path], int]) -> None:
         code = FAILED
     sys.stdout.flush()
     os._exit(code)  # not through destructors of process groups whose peers may be gone
+
+
+def collect_garbage_rarely() -> None:
+    """A full collection goes through all that lives and stops every thread, so also the rollouts,
+    for a tenth of a second. What imports made is left out of it, and it comes once in some minutes:
+    hardly anything of ours is in a circle."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(700, 10, 1000)  # the third is 10 by default
 
 
 def fails_first(mark: Path, *, since: float) -> bool:

@@ -3,15 +3,19 @@
 Theory of operation: one coroutine a dialogue, all in one event loop. A dialogue opens a session of
 the engine, asks it for a response, hands the program to the judge, appends the feedback as token
 ids and goes on, until its public tests pass or its turns are used up. The engine decides what to
-batch, the judge's threads wait for the sandbox; a dialogue waits for nobody else. A fault of engine
-or sandbox ends the try, not the batch: the dialogue is started afresh once, then dropped and
-counted.
+batch, the judge's threads wait for the sandbox. A fault of engine or sandbox ends the try, not the
+batch: the dialogue is started afresh once, then dropped and counted.
+
+Work on text (encoding, decoding, parsing) runs in the loop, one piece in each of its turns, in the
+order of coming, and between two the loop looks after everything else. So when thousands of
+dialogues start or are answered together, it stands still for one piece of text, not for thousands.
 """
 
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +27,7 @@ from rlef_mega.shares import gather_unless_lost, interleave, my_share
 from rlef_mega.types import Completion, Episode, Problem, Sampling, TestOutcome, Turn, Verdict
 
 TRIES = 2  # a dialogue is started at most this often
+START_TOGETHER = 200  # dialogues, before the loop looks after what else is ready
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,69 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+class DialogueLoop:
+    """Dialogues of one event loop, of which each is held by itself."""
+
+    def __init__(self, engine: Engine, judge: Judge, chat: ChatFormat, rules: Rules) -> None:
+        self.engine, self.judge, self.chat, self.rules = engine, judge, chat, rules
+        self.text_lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def text(self) -> AsyncIterator[None]:
+        """The time for one piece of work on text."""
+        async with self.text_lock:
+            await asyncio.sleep(0)  # else whoever is ready would have its own in the same turn
+            yield
+
+    async def hold(self, problem: Problem, seed: int) -> Episode | str:
+        """The episode, or the reason why there is none."""
+        reason = ""
+        for _ in range(TRIES):
+            try:
+                # before anything else, so that those that start together have all their sessions
+                async with self.engine.session() as session:
+                    return await self.hold_once(problem, session, seed)
+            except (EngineError, JudgeError) as fault:
+                reason = type(fault).__name__
+        return reason
+
+    async def hold_once(self, problem: Problem, session: Session, seed: int) -> Episode | str:
+        """The dialogue as token ids: what the engine sampled is appended as it is and never encoded
+        again."""
+        chat, rules = self.chat, self.rules
+        async with self.text():
+            question = dialog.first_prompt(
+                problem.statement, problem.template, problem.public_tests
+            )
+            # a tuple: a list's thousands of ids would be gone through at each garbage collection
+            token_ids = tuple(chat.open(question))
+        if not has_room(token_ids, rules):
+            return "prompt too long"
+        turns: list[Turn] = []
+        while True:
+            completion = await session.generate(
+                token_ids, rules.sampling, derive_seed(seed, len(turns))
+            )
+            async with self.text():
+                response = chat.decode(completion.token_ids)
+                program = dialog.extract_program(response, problem.language)
+            last_turn = len(turns) + 1 == rules.turns
+            verdict = await self.judge.judge(problem, program, last_turn=last_turn)
+            async with self.text():
+                turns.append(make_turn(len(token_ids), completion, program, verdict))
+                token_ids += completion.token_ids
+                if verdict.public_passed or last_turn:
+                    return make_episode(problem, token_ids, turns)
+                feedback_seed = derive_seed(seed, len(turns), "feedback")
+                feedback = choose_feedback(problem, verdict, rules, feedback_seed)
+                observed = chat.observe(feedback, ended=completion.finish_reason == "stop")
+                with_feedback = (*token_ids, *observed)
+                if not has_room(with_feedback, rules):
+                    # no room for another turn: this failed response was the last one
+                    return make_episode(problem, token_ids, turns)
+                token_ids = with_feedback
+
+
 async def rollout(
     problems: Sequence[Problem],
     engine: Engine,
@@ -76,11 +144,17 @@ async def rollout(
     seeds: Sequence[int],
 ) -> Rollout:
     """One episode a problem. Every problem ends as exactly one episode or one counted drop."""
-    dialogues = [
-        hold_dialogue_with_retries(problem, engine, judge, chat, rules, seed)
-        for problem, seed in zip(problems, seeds, strict=True)
-    ]
-    return Rollout(tuple(await asyncio.gather(*dialogues)))
+    dialogues = DialogueLoop(engine, judge, chat, rules)
+    held = []
+    async with (
+        dialogues.text_lock
+    ):  # nobody speaks before all have come: the embedded engine's waves
+        for number, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
+            held.append(asyncio.ensure_future(dialogues.hold(problem, seed)))
+            if number % START_TOGETHER == 0:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    return Rollout(tuple(await asyncio.gather(*held)))
 
 
 def roll_out_on_all_ranks(
@@ -116,57 +190,16 @@ def join_shares(held: Callable[[], Rollout]) -> Rollout:
     return Rollout(tuple(interleave([share.outcomes for share in shares])))
 
 
-async def hold_dialogue_with_retries(
-    problem: Problem, engine: Engine, judge: Judge, chat: ChatFormat, rules: Rules, seed: int
-) -> Episode | str:
-    """The episode, or the reason why there is none."""
-    text = dialog.first_prompt(problem.statement, problem.template, problem.public_tests)
-    prompt = chat.open(text)
-    if len(prompt) + rules.sampling.max_new_tokens > rules.max_context:
-        return "prompt too long"
-    reason = ""
-    for _ in range(TRIES):
-        try:
-            async with engine.session() as session:
-                return await hold_dialogue(problem, session, judge, chat, rules, seed, prompt)
-        except (EngineError, JudgeError) as fault:
-            reason = type(fault).__name__
-    return reason
+def has_room(token_ids: Sequence[int], rules: Rules) -> bool:
+    """For a response of the greatest length."""
+    return len(token_ids) + rules.sampling.max_new_tokens <= rules.max_context
 
 
-async def hold_dialogue(
-    problem: Problem,
-    session: Session,
-    judge: Judge,
-    chat: ChatFormat,
-    rules: Rules,
-    seed: int,
-    prompt: Sequence[int],
-) -> Episode:
-    """The dialogue as token ids: what the engine sampled is appended as it is and never encoded
-    again."""
-    token_ids = list(prompt)
-    turns: list[Turn] = []
-    while True:
-        completion = await session.generate(
-            token_ids, rules.sampling, derive_seed(seed, len(turns))
-        )
-        program = dialog.extract_program(chat.decode(completion.token_ids), problem.language)
-        last_turn = len(turns) + 1 == rules.turns
-        verdict = await judge.judge(problem, program, last_turn=last_turn)
-        turns.append(make_turn(len(token_ids), completion, program, verdict))
-        token_ids += completion.token_ids
-        if verdict.public_passed or last_turn:
-            break
-        text = choose_feedback(problem, verdict, rules, derive_seed(seed, len(turns), "feedback"))
-        observed = chat.observe(text, ended=completion.finish_reason == "stop")
-        if len(token_ids) + len(observed) + rules.sampling.max_new_tokens > rules.max_context:
-            break  # no room for another turn: this failed response was the last one
-        token_ids += observed
+def make_episode(problem: Problem, token_ids: tuple[int, ...], turns: Sequence[Turn]) -> Episode:
     return Episode(
         problem_id=problem.id,
         family=problem.family,
-        token_ids=tuple(token_ids),
+        token_ids=token_ids,
         turns=tuple(turns),
         solved=bool(turns[-1].verdict.solved),
     )

@@ -31,6 +31,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+START_TOGETHER = 200
+
 Outcome = TypeVar("Outcome")
 
 
@@ -63,9 +65,13 @@ class Stream(Generic[Outcome]):
         self.changed = asyncio.Event()
 
     def fill(self) -> None:
-        """Start as many as may run."""
+        """Start as many as may run; of very many, not all in one turn of the loop."""
         may_start = self.batch * (self.version - self.first_version + 1 + self.max_staleness)
+        most = self.started + START_TOGETHER
         while self.started < may_start and len(self.running) < self.open_dialogues:
+            if self.started == most:
+                asyncio.get_running_loop().call_soon(self.fill)
+                return
             number = next(self.numbers, None)
             if number is None:
                 return

@@ -16,6 +16,7 @@ BENCHMARKS = (
     "train",
     "slice",
     "rollout",
+    "dialogues",
     "step",
     "checkpoint",
     "sandbox",
@@ -88,6 +89,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import rollout
 
             return rollout.benchmark(recipe)
+        case "dialogues":
+            from rlef_mega.bench import dialogues
+
+            return dialogues.benchmark()
         case "step":
             from rlef_mega.bench import step
 

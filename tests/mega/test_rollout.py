@@ -148,15 +148,74 @@ def test_a_fault_of_the_engine_is_tried_again_then_dropped_and_counted_never_sco
 
 
 def test_a_faulty_dialogue_costs_the_others_nothing(chat, judge):
-    """The second of three dialogues fails in its session, and again in the next that it opens."""
+    """The second of three dialogues fails in its session, and again in the next, which it opens
+    when all three have theirs."""
     fault = [EngineError("lost")]
-    engine = ScriptedEngine(chat, [RIGHT], fault, fault, [WRONG, RIGHT])
+    engine = ScriptedEngine(chat, [RIGHT], fault, [WRONG, RIGHT], fault)
     held = asyncio.run(rollout([GREET] * 3, engine, judge, chat, RULES, [0, 1, 2]))
     assert [len(o.turns) if not isinstance(o, str) else o for o in held.outcomes] == [
         1,
         "EngineError",
         2,
     ]
+
+
+class CountingChat:
+    """Counts the pieces of text that it works on."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self.chat, self.pieces = chat, 0
+
+    def __getattr__(self, name):
+        if name in ("open", "decode", "observe"):
+            self.pieces += 1
+        return getattr(self.chat, name)
+
+
+def test_one_turn_of_the_loop_works_on_one_text_however_many_are_answered_together(chat, judge):
+    counting = CountingChat(chat)
+    engine = ScriptedEngine(chat, *[[NO_CODE, NO_CODE]] * 300)
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            before = counting.pieces
+            await asyncio.sleep(0)
+            most = max(most, counting.pieces - before)
+
+    async def run() -> None:
+        watching = asyncio.ensure_future(watch())
+        rules = replace(RULES, turns=2)
+        held = await rollout([GREET] * 300, engine, judge, counting, rules, range(300))
+        assert len(held.episodes) == 300
+        watching.cancel()
+
+    asyncio.run(run())
+    assert counting.pieces == 300 * 4 and most == 1
+
+
+def test_all_have_their_session_before_the_first_asks(chat, judge):
+    """As the embedded engine's waves need it, also of more dialogues than start in one turn."""
+    opened = []
+
+    class Watching(ScriptedEngine):
+        @asynccontextmanager
+        async def session(self):
+            async with super().session() as session:
+                asked = session.generate
+
+                async def generate(*arguments):
+                    opened.append(self.opened)
+                    return await asked(*arguments)
+
+                session.generate = generate
+                yield session
+
+    engine = Watching(chat, *[[NO_CODE]] * 450)
+    rules = replace(RULES, turns=1)
+    asyncio.run(rollout([GREET] * 450, engine, judge, chat, rules, range(450)))
+    assert set(opened) == {450} and len(opened) == 450
 
 
 def test_a_full_context_ends_the_dialogue_unsolved(chat, judge):
