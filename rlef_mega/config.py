@@ -126,6 +126,9 @@ class ServersConfig(Section):
     publish_s: float = Field(600.0, gt=0, description="for each step of a publication")
     concurrency: int = Field(256, gt=0, description="open requests a server, of each rank")
     deadline_s: float = Field(1800.0, gt=0, description="of a request, with all its tries")
+    lost_s: float = Field(
+        900.0, gt=0, description="without any server for so long, the run saves and stops"
+    )
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -112,21 +112,20 @@ class Evaluator:
         self.test = load_problems(config.data.test) if config.data.test else []
 
     def quick(self, step: int, rollouts: Rollouts) -> dict[str, Any]:
-        """After each step: begins one dialogue on each of the validation problems, where one is
-        due, and says what came of those begun before, once they are done on all ranks. Nothing is
-        waited for but an evaluation that is still under way when the next one is due, or at the
-        end. Collective.
+        """After each step: begins one dialogue on each of the validation problems, where that is
+        due, and says what came of those that are done on all ranks. Waits for those still under way
+        a step before the next are due, and at the last step. Collective.
 
         What it says: the solve rate, the step after which it began, and the first and last version
         of the weights that sampled it, for training may have gone on.
         """
-        every = self.config.eval.every
-        due = bool(self.valid and every and step % every == 0)
-        said = self.finished(wait=due)
-        if due:
+        every, last = self.config.eval.every, step == self.config.run.steps
+        if not (self.valid and every):
+            return {}
+        if step % every == 0:
             seed = derive_seed(self.config.run.seed, "valid", step)
             self.under_way = step, rollouts.begin(self.valid, self.rules, seed)
-        return said | self.finished(wait=step == self.config.run.steps)
+        return self.finished(wait=last or (step + 1) % every == 0)
 
     def finished(self, *, wait: bool) -> dict[str, Any]:
         if self.under_way is None or (not wait and any_rank(not self.under_way[1].done())):

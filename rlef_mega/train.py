@@ -201,6 +201,7 @@ def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -
         logs=server_logs(config),
         concurrency=servers.concurrency,
         deadline_s=servers.deadline_s,
+        lost_s=servers.lost_s,
         publish_s=servers.publish_s,
     ) as engine:
         yield engine

@@ -45,6 +45,11 @@ class Engine(Protocol):
         served afterwards is exactly what was sent."""
         ...
 
-    def take_counts(self) -> dict[str, int]:
+    def end_update(self, version: int | None) -> None:
+        """Every rank's `update_weights` has ended: what is sampled from now on is of this version
+        or a newer one. None: it failed somewhere, and is tried again or the run ends."""
+        ...
+
+    def take_counts(self) -> dict[str, float]:
         """What happened since this was last asked, for a step's metrics; may be empty."""
         ...

@@ -181,7 +181,10 @@ class LocalEngine:
             )
         self.weight_version = version
 
-    def take_counts(self) -> dict[str, int]:
+    def end_update(self, version: int | None) -> None:
+        """Its own weights are all that it knows of."""
+
+    def take_counts(self) -> dict[str, float]:
         """Nothing here is lost, retried or cached across requests."""
         return {}
 

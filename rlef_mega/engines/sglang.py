@@ -9,12 +9,13 @@ again, once.
 
 Of several processes that roll out, each has an engine of its own over the same servers, and one
 (`publication`) brings the weights: it blocks in `update_weights` until all ready servers have them,
-verified. The others note the new version and send nothing to a server before it says that it has
-it.
+verified. The others wait, and judge no server's silence meanwhile. When all have ended
+(`end_update`), they note the new version and send nothing to a server before it says that it has
+it. Dialogues may go on all the while: servers pause, requests wait there, and what is sampled after
+the pause is by the new weights.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -71,11 +72,11 @@ class SGLangEngine:
     """Samples on the servers at `urls`; a context manager, which checks them as it opens.
 
     `model` is the Hugging Face folder that the servers were started with. With `way` (of WAYS)
-    this engine publishes weights to them, by way of `weights_folder` for disk;
-    without, another process does. `concurrency` bounds the open requests a server, `deadline_s` a
-    request with all its tries, `publish_s` each step of a publication. `heartbeat_s` is how often
-    a server that has not answered yet must say that it is healthy. `logs` is where `rlef serve`
-    writes.
+    this engine publishes weights to them, by way of `weights_folder` for disk; without, another
+    process does. `concurrency` bounds the open requests a server, `deadline_s` a request with all
+    its tries, `lost_s` how long there may be no server at all, `publish_s` each step of a
+    publication. `heartbeat_s` is how often a server that has not answered yet must say that it is
+    healthy. `logs` is where `rlef serve` writes.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class SGLangEngine:
         logs: Path | None = None,
         concurrency: int = 256,
         deadline_s: float = 1800.0,
+        lost_s: float = 900.0,
         publish_s: float = 600.0,
         heartbeat_s: float = 30.0,
     ) -> None:
@@ -98,11 +100,12 @@ class SGLangEngine:
         self.urls = [url.rstrip("/") for url in urls]
         self.folder, self.model = Path(model), ServedModel(Path(model))
         self.way, self.weights_folder, self.logs = way, weights_folder, logs
-        self.concurrency, self.deadline_s = concurrency, deadline_s
+        self.concurrency, self.deadline_s, self.lost_s = concurrency, deadline_s, lost_s
         self.publish_s, self.heartbeat_s = publish_s, heartbeat_s
         self.weight_version = NO_WEIGHTS
         self.publication: Publication | None = None
-        self.counted: Counter[str] = Counter()  # what `take_counts` has told
+        self.waits = False  # for the process that publishes
+        self.counted: dict[str, float] = {}  # what `take_counts` has told
         self.thread = LoopThread("sglang-client")
         self.submit = self.thread.submit
 
@@ -134,6 +137,7 @@ class SGLangEngine:
             members,
             concurrency=self.concurrency,
             deadline_s=self.deadline_s,
+            lost_s=self.lost_s,
             heartbeat_s=self.heartbeat_s,
         )
         abouts = await asyncio.gather(*(m.client.about(within_s=OPEN_S) for m in members))
@@ -197,14 +201,17 @@ class SGLangEngine:
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Brings the weights to all servers, or notes that another process does.
+        """Brings the weights to all servers, or leaves it to the process that does, until
+        `end_update`.
 
-        EngineError unless every server that is ready afterwards holds exactly what was sent.
+        EngineError unless every server that is ready afterwards holds exactly what was sent: then
+        none is, and requests wait until a publication succeeds.
         """
         if self.publication is None:
+            self.submit(self.fleet.control.acquire()).result()  # paused servers are not judged
+            self.waits = True
             for _ in named_tensors:  # gathered over all ranks
                 pass
-            self.submit(self.expect(version)).result()
         else:
             weights = SentWeights(
                 named_tensors,
@@ -213,31 +220,45 @@ class SGLangEngine:
                 self.about.tensor_parallel_size,
                 self.about.device,
             )
-            self.weight_version = NO_WEIGHTS
-            self.publication.publish(self.fleet, self.submit, weights, version)
-        self.weight_version = version
+            try:
+                self.publication.publish(self.fleet, self.submit, weights, version)
+            except BaseException:
+                self.submit(self.withhold()).result()
+                raise
+            self.weight_version = version
 
-    async def expect(self, version: int) -> None:
-        self.fleet.expect(version)
+    def end_update(self, version: int | None) -> None:
+        if self.waits:
+            self.waits = False
+            self.submit(self.expect(version)).result()
+
+    async def withhold(self) -> None:
+        self.fleet.withhold()
+
+    async def expect(self, version: int | None) -> None:
+        self.fleet.control.release()
+        if version is not None:
+            self.fleet.expect(version)
+            self.weight_version = version
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """Since the start: requests answered, failures of servers, how often one returned and how
         often it had to be brought to the current weights for that, tokens sampled, tokens of
-        contexts, and of these the ones that came from a server's cache."""
-        return dict(self.fleet.counts)
+        contexts, and of these the ones that came from a server's cache; seconds in which a server
+        had a request of this process (`server_busy_s`, added up over servers)."""
+        return self.submit(self.fleet.take_stock()).result()
 
-    def take_counts(self) -> dict[str, int]:
-        counts = self.fleet.counts.copy()
-        taken = counts - self.counted
-        self.counted = counts
-        return dict(taken)
+    def take_counts(self) -> dict[str, float]:
+        before, self.counted = self.counted, self.counts
+        since = {name: count - before.get(name, 0) for name, count in self.counted.items()}
+        return {name: count for name, count in since.items() if count}
 
     def check_request(self, token_ids: Sequence[int], sampling: Sampling) -> Sampling:
         """The sampling, with at most as many tokens as there is room for. ValueError for what a
         server refuses, or dies of: a token id outside the vocabulary ends it."""
         if self.weight_version == NO_WEIGHTS:
-            raise EngineError("no weights: none were published, or the last update failed")
+            raise EngineError("no weights were published")
         words, length = self.model.config.vocab_size, len(token_ids)
         if length == 0:
             raise ValueError("the prompt is empty; give at least a begin-of-text token")

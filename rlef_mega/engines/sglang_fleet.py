@@ -4,10 +4,10 @@ Theory of operation. Everything is of one event loop. A dialogue's first request
 with the fewest open ones, its later requests to the same one, which holds the dialogue so far in
 its cache. A server has at most `concurrency` requests open; more wait for their turn there.
 A request waits for its answer as long as the server is healthy: one that was silent for
-`heartbeat_s` is asked. A
-server that cannot be reached, breaks the connection, answers nonsense or with weights that are not
-the current ones, or does not say that it is healthy, is taken out: whoever waits there goes to
-another one, and so does the request that failed, up to `MOST_TRIES` times within `deadline_s`.
+`heartbeat_s` is asked. A server that cannot be reached, breaks the connection, answers nonsense or
+with weights that are not the current ones, or does not say that it is healthy, is taken out:
+whoever waits there goes to another one, and so does the request that failed, up to `MOST_TRIES`
+times within `deadline_s`. When no server has been ready for `lost_s`, all who wait are told so.
 
 A server that is out is asked by a task of its own, more and more rarely, for the version of its
 weights. With the current ones it is back. With others (it was started again) it is brought to them
@@ -16,13 +16,15 @@ before it has the current weights. Publication and restoring exclude each other 
 """
 
 import asyncio
+import contextlib
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang_http import Answer, Client, ServerError
 from rlef_mega.engines.sglang_server import log_tail
 from rlef_mega.types import Sampling
@@ -47,6 +49,15 @@ class Member:
         self.last_failure = "no weights were published to it"
         self.found_version = ""  # of its weights, as a publication began
         self.probing: asyncio.Task[None] | None = None
+        self.busy_s = 0.0  # with a request open, until `counted_at_s`
+        self.counted_at_s = time.monotonic()
+
+    def count_busy(self) -> None:
+        """Before the number of open requests changes."""
+        now = time.monotonic()
+        if self.open_requests:
+            self.busy_s += now - self.counted_at_s
+        self.counted_at_s = now
 
     def log_tail(self) -> str:
         return log_tail(self.log)
@@ -72,10 +83,13 @@ class Fleet:
         *,
         concurrency: int,
         deadline_s: float,
+        lost_s: float,
         heartbeat_s: float,
     ) -> None:
         self.members = list(members)
-        self.concurrency, self.deadline_s, self.heartbeat_s = concurrency, deadline_s, heartbeat_s
+        self.concurrency, self.deadline_s = concurrency, deadline_s
+        self.lost_s, self.heartbeat_s = lost_s, heartbeat_s
+        self.none_since_s: float | None = None  # of the loop's clock; None: one is ready
         self.version: int | None = None
         self.restore: Callable[[Client], Awaitable[None]] | None = None
         self.control = asyncio.Lock()
@@ -90,7 +104,8 @@ class Fleet:
     async def generate(
         self, place: Place, token_ids: Sequence[int], sampling: Sampling, seed: int
     ) -> Answer:
-        """From the dialogue's server, or another. EngineError if none did it in time."""
+        """From the dialogue's server, or another. EngineError if none did it in time,
+        EngineLostError if there was none for so long that none is expected."""
         failures: list[str] = []
         try:
             async with asyncio.timeout(self.deadline_s):
@@ -136,6 +151,12 @@ class Fleet:
         self.counts["cached_tokens"] += answer.cached_tokens
         return answer
 
+    async def take_stock(self) -> dict[str, float]:
+        """`counts`, and how long servers have been busy until now."""
+        for member in self.members:
+            member.count_busy()
+        return {**self.counts, "server_busy_s": sum(member.busy_s for member in self.members)}
+
     async def require_alive(self, member: Member) -> None:
         """ServerError unless it was heard of lately; one question for all who wait there. While
         weights are published, servers stand still and none is judged."""
@@ -155,13 +176,14 @@ class Fleet:
         To be given back."""
         while True:
             await self.settled.wait()
-            await self.some_ready.wait()
+            await self.wait_for_some()
             ready = [member for member in self.members if member.ready]
             if place.member is None or not place.member.ready:
                 # among equals by chance, or all ranks would begin with the first
                 place.member = min(ready, key=lambda m: (m.load, random.random()))
             member = place.member
             if member.open_requests < self.concurrency:
+                member.count_busy()
                 member.open_requests += 1
                 return member
             turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -174,6 +196,24 @@ class Fleet:
                     self.give_back(member)
                 raise
 
+    async def wait_for_some(self) -> None:
+        """Until a server is ready. EngineLostError where none was for `lost_s`; publications, while
+        which all stand still, do not count."""
+        while not self.some_ready.is_set():
+            now = asyncio.get_running_loop().time()
+            if self.none_since_s is None or self.control.locked():
+                self.none_since_s = now
+            if now - self.none_since_s >= self.lost_s:
+                raise EngineLostError(self.lost_message())
+            rest_s = self.none_since_s + self.lost_s - now
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.some_ready.wait(), min(rest_s, self.heartbeat_s))
+        self.none_since_s = None
+
+    def lost_message(self) -> str:
+        tails = "".join(member.log_tail() for member in self.members)
+        return f"no server was ready for {self.lost_s:g} s ({self.reasons()}){tails}"
+
     def give_back(self, member: Member) -> None:
         """To who waits longest there, or to nobody."""
         while member.ready and member.waiting:
@@ -181,6 +221,7 @@ class Fleet:
             if not turn.done():
                 turn.set_result(True)
                 return
+        member.count_busy()
         member.open_requests -= 1
 
     # ------------------------------------------------------------ who is ready
@@ -213,6 +254,14 @@ class Fleet:
             else:
                 self.put_aside(member)
                 self.probe(member)
+
+    def withhold(self) -> None:
+        """A publication failed, and what servers hold is unknown: none serves before the next."""
+        self.version = self.restore = None
+        for member in self.members:
+            if member.ready:
+                member.last_failure = "the last publication failed"
+            self.put_aside(member)
 
     def put_aside(self, member: Member) -> None:
         """It gets no requests until it is `bring_back`; who waits there goes elsewhere."""

@@ -25,9 +25,9 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang_carriers import Carrier, Submit
-from rlef_mega.engines.sglang_fleet import PROBE_S, Fleet, Member, on_each, reasons
+from rlef_mega.engines.sglang_fleet import FIRST_PROBE_S, PROBE_S, Fleet, Member, on_each, reasons
 from rlef_mega.engines.sglang_http import Client
 from rlef_mega.engines.sglang_weights import Checksums, SentWeights, differences
 
@@ -167,18 +167,20 @@ async def verify(client: Client, version: int, expected: Checksums, within_s: fl
 
 
 async def answering(fleet: Fleet) -> list[Member]:
-    """The servers that are there at all; the others are out."""
-
+    """The servers that are there at all; the others are out. EngineLostError where none is, for as
+    long as one may take to start again."""
     found: dict[str, str] = {}
 
     async def ask(client: Client) -> None:
         found[client.url] = await client.weight_version(within_s=PROBE_S)
 
-    members = await on_each(fleet.members, ask)
+    until_s = asyncio.get_running_loop().time() + fleet.lost_s
+    while not (members := await on_each(fleet.members, ask)):
+        if asyncio.get_running_loop().time() >= until_s:
+            raise EngineLostError(fleet.lost_message())
+        await asyncio.sleep(FIRST_PROBE_S)
     for member in members:
         member.found_version = found[member.client.url]
-    if not members:
-        raise EngineError(f"no server answers: {reasons(fleet.members)}")
     for member in fleet.members:
         if member not in members:
             fleet.take_out(member, member.last_failure)

@@ -278,6 +278,7 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
         time.sleep(0.5)
     with SGLangEngine([victim], serving.model) as only_the_victim:
         only_the_victim.update_weights([], 6)  # published by another engine
+        only_the_victim.end_update(6)
         (answer,) = sample(only_the_victim, [[11, 12]], Sampling(30))
     assert gap(model, [11, 12], answer) < TOLERANCE and set(answer.weight_versions) == {6}
 
@@ -297,8 +298,7 @@ def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
         engine.update_weights(weights, 1)
         with pytest.raises(EngineError, match=r"(?s)version 2 was not published.*The end of"):
             engine.update_weights(with_a_death(), 2)
-        with pytest.raises(EngineError, match="no weights"):
-            sample(engine, [[11, 12]], Sampling(5))
+        assert not any(member.ready for member in engine.fleet.members)
         engine.update_weights(weights, 3)  # to the one that is left
         answers = sample(engine, random_prompts(4, 10), Sampling(5))
         assert {v for answer in answers for v in answer.weight_versions} == {3}
