@@ -1,5 +1,6 @@
 # make setup   .venv with everything that needs no GPU
 # make demo    the main job, small: trains, evaluates, reports (two CPU cores, about 12 minutes)
+# make demo-sglang   the same training, with rollouts from two real SGLang servers on the same cores
 # make test    every test that needs no GPU, lint and types first
 # make test-sglang   rollouts against the real SGLang server, in an environment of its own (3.3 GB)
 #
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang demo test lint test-sglang test-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang demo demo-sglang test lint test-sglang test-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -32,6 +33,11 @@ setup-sglang: .venv-sglang/installed
 
 demo: setup
 	"$(BIN)/rlef" demo
+
+demo-sglang: setup setup-sglang
+	"$(BIN)/rlef" sft demo_base
+	"$(BIN)/rlef" train tiny_sglang_cpu --serve
+	"$(BIN)/rlef" view runs/tiny-sglang
 
 lint: setup
 	"$(BIN)/ruff" check .

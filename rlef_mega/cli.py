@@ -4,6 +4,7 @@ elsewhere."""
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,15 +37,26 @@ ProcessCount = Annotated[int, typer.Option(min=1, help="processes that write sid
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None) -> None:
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="start and end the recipe's SGLang servers, too")
+    ] = False,
+) -> None:
     """Train with RLEF, or go on with the run in the recipe's folder."""
-    from rlef_mega.preflight import check_train, claim_run_directory
+    from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
+    from rlef_mega.serve import serving
 
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
     check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
-    claim_run_directory(config, run_dir)
-    finish(launch("rlef_mega.train", run_dir, config.world_size), run_dir)
+    sets = [word for override in overrides or [] for word in ("--set", override)]
+    with serving(config, [recipe, *sets]) if serve else nullcontext():
+        check_rollout_servers(config)
+        claim_run_directory(config, run_dir)
+        code = launch("rlef_mega.train", run_dir, config.world_size)
+    finish(code, run_dir)
     print(f"done; `rlef view {run_dir}` draws it, `rlef export-hf {run_dir} OUT` exports the model")
 
 

@@ -129,6 +129,7 @@ class StreamedRollouts:
         steps: int,
         max_staleness: int,
         open_dialogues: int,
+        max_passed_over: float,
         state: dict[str, Any],
     ) -> None:
         self.dialogues = dialogues
@@ -145,6 +146,7 @@ class StreamedRollouts:
             version=version,
             max_staleness=max_staleness,
             open_dialogues=open_dialogues,
+            max_passed_over=max_passed_over,
         )
 
     def __enter__(self) -> "StreamedRollouts":
@@ -197,6 +199,7 @@ def open_rollouts(
         steps=steps,
         max_staleness=rollout.max_staleness,
         open_dialogues=rollout.open_dialogues or servers.concurrency * len(servers.addresses),
+        max_passed_over=rollout.max_passed_over,
         state=state,
     ) as streamed:
         yield streamed

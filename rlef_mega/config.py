@@ -153,6 +153,13 @@ class RolloutConfig(Section):
     max_staleness: int = Field(
         1, ge=0, description="async: how many versions old what is trained on may be"
     )
+    max_passed_over: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="async: share of its oldest dialogues that a batch closes without, because "
+        "they last long; they are in a later one",
+    )
     open_dialogues: int | None = Field(
         None, gt=0, description="async: at once, of each process; None: as many as the servers take"
     )

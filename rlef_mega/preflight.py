@@ -40,20 +40,20 @@ FREE_TO_CHANGE = {
     "judge.servers",
     "judge.deadline_s",
     "rollout.max_staleness",
+    "rollout.max_passed_over",
     "rollout.open_dialogues",
     *(f"rollout.servers.{key}" for key in ServersConfig.model_fields),
 }
 
 
 def check_train(config: TrainConfig, *, grading_token: str | None = None) -> None:
-    """ConfigError or ValueError where the run could not go, with the remedy."""
+    """ConfigError or ValueError where the run could not go, with the remedy; rollout servers, which
+    may not be started yet, are left to `check_rollout_servers`."""
     refuse_untested_megatron()
     plan_train(config)
     if config.model.weights:
         check_weights(Path(config.model.weights), Path(config.model.path))
     check_servers(config.judge, grading_token)
-    if config.rollout.engine == "sglang":
-        check_rollout_servers(config)
     for source in config.data.model_dump().values():
         if source:
             load_problems(source)
@@ -179,7 +179,10 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
 
 
 def check_rollout_servers(config: TrainConfig) -> None:
-    """ConfigError unless every server is there, has the run's model, and room for its dialogues."""
+    """ConfigError unless every server is there, has the run's model, and room for its dialogues;
+    where rollouts need none, nothing."""
+    if config.rollout.engine != "sglang":
+        return
     servers = config.rollout.servers
     try:
         from rlef_mega.engines.sglang import SGLangEngine
@@ -192,7 +195,8 @@ def check_rollout_servers(config: TrainConfig) -> None:
         ) from None
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"rollout.servers: {error}. `rlef serve RECIPE` starts them on a node"
+            f"rollout.servers: {error}. `rlef serve RECIPE` starts them on a node, `rlef train "
+            "RECIPE --serve` on its own"
         ) from None
     if context < config.rollout.max_context:
         raise ConfigError(

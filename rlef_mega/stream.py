@@ -15,10 +15,12 @@ of version v or before, at most
 
 may be left, for so many are the batches before they would be more than `max_staleness` versions
 old. It can always be had, because before each `take` there is at most one batch more than that.
-What is done is taken in the order of its numbers.
+What is done is taken in the order in which it was started; of the oldest dialogues, a batch long,
+at most `max_passed_over` (a share) may be missing. Without this bound a batch would be those that
+end first, and the next one those that do not.
 
 So every dialogue that was started is taken, exactly once, and none when it is too old; a batch
-closes without the long ones, which are in a later one, neither dropped nor rare. With
+closes without the longest ones, which are in a later one, neither dropped nor rare. With
 `max_staleness` 0 this is synchronous training.
 
 What ends it: `close`, which cancels what runs; what was not taken is `unfinished`, for who goes on
@@ -26,6 +28,7 @@ from there. An error of a dialogue is raised by `take`.
 """
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
@@ -50,13 +53,16 @@ class Stream(Generic[Outcome]):
         version: int,
         max_staleness: int,
         open_dialogues: int,
+        max_passed_over: float = 0.1,
     ) -> None:
         assert batch > 0 and open_dialogues > 0 and max_staleness >= 0
         self.hold, self.numbers, self.batch = hold, numbers, batch
         self.max_staleness, self.open_dialogues = max_staleness, open_dialogues
+        self.max_passed_over = int(max_passed_over * batch)
         self.first_version = self.version = version
         self.started = 0
-        self.versions: dict[int, int] = {}  # of the weights as each started that is not taken
+        # of the weights as each started that is not taken, in the order in which they did
+        self.versions: dict[int, int] = {}
         self.left: Counter[int] = Counter()  # how many of these, by version,
         self.ready: Counter[int] = Counter()  # and how many of them are done
         self.running: dict[int, asyncio.Task[Outcome]] = {}
@@ -102,7 +108,8 @@ class Stream(Generic[Outcome]):
             await self.changed.wait()
         if self.error is not None:
             raise self.error
-        taken = {number: self.done.pop(number) for number in sorted(self.done)[: self.batch]}
+        oldest = itertools.islice((n for n in self.versions if n in self.done), self.batch)
+        taken = {number: self.done.pop(number) for number in list(oldest)}
         for number in taken:
             version = self.versions.pop(number)
             self.left[version] -= 1
@@ -110,7 +117,13 @@ class Stream(Generic[Outcome]):
         return taken
 
     def may_close(self) -> bool:
-        """A batch is done, and what it would leave can be taken before it is too old."""
+        """A batch is done, of the oldest few are missing, and what is left behind can be taken
+        before it is too old."""
+        if len(self.done) < self.batch:
+            return False
+        oldest = itertools.islice(self.versions, self.batch)
+        if sum(number in self.running for number in oldest) > self.max_passed_over:
+            return False
         left = ready = 0
         for version in range(self.version - self.max_staleness, self.version + 1):
             left += self.left[version]
@@ -118,7 +131,7 @@ class Stream(Generic[Outcome]):
             batches_to_come = version + self.max_staleness - self.version
             if left - min(ready, self.batch) > self.batch * batches_to_come:
                 return False
-        return ready >= self.batch
+        return True
 
     def advance(self, version: int) -> None:
         """The trainer's weights have this version from now on."""

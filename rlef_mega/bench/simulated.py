@@ -267,8 +267,12 @@ class SimulatedEngine:
             server.versions.append((server.steps, version))
         self.weight_version = version
 
-    def take_counts(self) -> dict[str, int]:
-        taken, self.counted = dict(self.counted), Counter()
+    def end_update(self, version: int | None) -> None:
+        """Nobody else brings weights here."""
+
+    def take_counts(self) -> dict[str, float]:
+        taken: dict[str, float] = dict(self.counted)
+        self.counted.clear()
         return taken
 
     def busy_share(self) -> float:

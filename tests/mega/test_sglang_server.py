@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlef_mega.config import ConfigError, TrainConfig
+from rlef_mega.config import ConfigError, TrainConfig, dump_toml
 from rlef_mega.engines import EngineError, sglang_server
 from rlef_mega.engines.sglang_server import CPU_LAUNCHER, Servers, ServerSettings
-from rlef_mega.serve import servers_for
+from rlef_mega.serve import servers_for, serving
 
 HEALTHY = """
 import http.server, os, sys
@@ -153,20 +153,76 @@ with Servers({given!r}, count=1, port={free_port()}, logs=logs, ready_s=20) as s
     server = int(process.stdout.readline())
     process.kill()
     process.wait()
+    expect_end_of(server)
+
+
+def expect_end_of(process: int) -> None:
     until = time.monotonic() + 5
-    while psutil.pid_exists(server) and psutil.Process(server).status() != "zombie":
-        assert time.monotonic() < until, "the server outlived its parent"
+    while psutil.pid_exists(process) and psutil.Process(process).status() != "zombie":
+        assert time.monotonic() < until, f"process {process} outlived its parent"
         time.sleep(0.02)
 
 
-def recipe(folder: Path, **servers) -> TrainConfig:
+SERVING = """
+import sys, time
+from pathlib import Path
+import psutil
+from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.serve import serving
+with serving(load_config(Path(sys.argv[1]), [], TrainConfig), [sys.argv[1]]):
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    sys.stdin.readline()
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["its own", "kill -9"])
+def test_servers_live_as_long_as_the_training_that_they_were_started_for(tmp_path, end):
+    given = settings(tmp_path, HEALTHY)
+    config = recipe(tmp_path, python=given.python, port=free_port())
+    path = tmp_path / "recipe.toml"
+    path.write_text(dump_toml(config))
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SERVING, str(path)]
+    training = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=dict(os.environ))
+    said = [training.stdout.readline() for _ in range(3)]
+    assert said[1] == f"ready: {config.rollout.servers.addresses[0]}\n"
+    serve, server = map(int, said[2].split())
+    if end == "kill -9":
+        training.kill()
+    else:
+        assert training.communicate("\n", timeout=20) == ("stopped\nended\n", None)
+    assert training.wait(10) == (-signal.SIGKILL if end == "kill -9" else 0)
+    expect_end_of(serve)
+    expect_end_of(server)
+
+
+def test_training_does_not_begin_without_its_servers(tmp_path, capfd):
+    given = settings(tmp_path, "print('CUDA out of memory')")
+    path = tmp_path / "recipe.toml"
+    path.write_text(dump_toml(config := recipe(tmp_path, python=given.python, port=free_port())))
+    with pytest.raises(EngineError, match="did not start"), serving(config, [str(path)]):
+        pytest.fail("they have ended")
+    assert "CUDA out of memory" in capfd.readouterr().err
+    elsewhere = recipe(tmp_path, urls=["http://node7:30000"])
+    for wrong in (elsewhere, recipe(tmp_path, engine="local")):
+        with pytest.raises(ConfigError, match="--serve starts this node's"), serving(wrong, []):
+            pytest.fail("they are not of this node, or none are asked for")
+
+
+def recipe(folder: Path, engine: str = "sglang", **servers) -> TrainConfig:
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 1002}))
     return TrainConfig.model_validate(
         {
             "run": {"dir": str(folder / "run"), "steps": 1},
             "model": {"path": str(folder)},
             "data": {"train": "curriculum:train"},
-            "rollout": {"max_context": 1000, "max_new_tokens": 100, "servers": servers},
+            "rollout": {
+                "engine": engine,
+                "max_context": 1000,
+                "max_new_tokens": 100,
+                "servers": servers,
+            },
         }
     )
 

@@ -52,6 +52,7 @@ def test_every_dialogue_is_taken_once_and_none_too_old(seed, max_staleness):
     async def run() -> None:
         pace = random.Random(seed)
         batch, open_dialogues = pace.choice([1, 2, 5, 16]), pace.choice([1, 7, 1000])
+        max_passed_over = pace.choice([0, 0.2, 1])
         dialogues = Dialogues(seed)
         stream = Stream(
             dialogues.hold,
@@ -60,6 +61,7 @@ def test_every_dialogue_is_taken_once_and_none_too_old(seed, max_staleness):
             version=3,
             max_staleness=max_staleness,
             open_dialogues=open_dialogues,
+            max_passed_over=max_passed_over,
         )
         steps = 30
         batches = await train(stream, dialogues, steps, pace)
@@ -70,6 +72,8 @@ def test_every_dialogue_is_taken_once_and_none_too_old(seed, max_staleness):
         assert sorted(taken + stream.unfinished()) == list(range(stream.started))  # none left out
         for step, numbers in enumerate(batches):
             assert all(3 + step - version <= max_staleness for version in numbers.values())
+            oldest = [n for n in range(stream.started) if n not in taken[: step * batch]][:batch]
+            assert len(set(oldest) - numbers.keys()) <= max_passed_over * batch
         assert dialogues.most_at_once <= open_dialogues
         assert stream.started <= batch * (steps + 1 + max_staleness)  # back-pressure
         await stream.close()
@@ -122,7 +126,13 @@ def test_long_dialogues_are_passed_over_until_they_would_be_too_old():
     async def run() -> None:
         patient = Patient()
         stream = Stream(
-            patient.hold, itertools.count(), batch=1, version=0, max_staleness=2, open_dialogues=9
+            patient.hold,
+            itertools.count(),
+            batch=1,
+            version=0,
+            max_staleness=2,
+            open_dialogues=9,
+            max_passed_over=1,
         )
         taking = asyncio.ensure_future(stream.take())
         await patient.end(2)
