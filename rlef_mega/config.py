@@ -167,6 +167,11 @@ class RolloutConfig(Section):
         0.05, ge=0, le=1, description="of a batch; above it the run stops"
     )
 
+    @property
+    def staleness(self) -> int:
+        """The bound that is in force."""
+        return self.max_staleness if self.mode == "async" else 0
+
 
 class JudgeConfig(Section):
     """Without servers each process has a sandbox of its own."""
@@ -296,17 +301,11 @@ class TrainConfig(Section):
                     f"an update of {episodes // updates} episodes does not divide over "
                     f"{name}.data_parallel_size = {layout.data_parallel_size}"
                 )
-        if self.rollout.mode == "async":
-            if self.rollout.engine == "local":
-                raise ValueError(
-                    'rollout.mode = "async" needs rollout.engine = "sglang": the local engine '
-                    "computes in the trainer's own processes, so nothing would overlap"
-                )
-            if episodes % self.world_size:
-                raise ValueError(
-                    f'rollout.mode = "async": rollout.episodes_per_batch = {episodes} does not '
-                    f"divide over {self.world_size} processes, each of which holds its share"
-                )
+        if self.rollout.mode == "async" and self.rollout.engine == "local":
+            raise ValueError(
+                'rollout.mode = "async" needs rollout.engine = "sglang": the local engine '
+                "computes in the trainer's own processes, so nothing would overlap"
+            )
         if self.rollout.max_new_tokens >= self.rollout.max_context:
             raise ValueError("rollout.max_new_tokens must be below rollout.max_context")
         return self

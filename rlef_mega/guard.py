@@ -16,9 +16,11 @@ class GuardError(RuntimeError):
 class Guards:
     """Watches the record of each step; all ranks see the same one, and so stop together."""
 
-    def __init__(self, limits: GuardConfig, max_drop_fraction: float) -> None:
+    def __init__(
+        self, limits: GuardConfig, *, max_drop_fraction: float, max_staleness: int
+    ) -> None:
         self.limits = limits
-        self.max_drop_fraction = max_drop_fraction
+        self.max_drop_fraction, self.max_staleness = max_drop_fraction, max_staleness
         self.recent: list[dict[str, Any]] = []  # records of the last guard.window steps
 
     def check_drops(self, held: Rollout) -> None:
@@ -50,6 +52,13 @@ class Guards:
     def check(self, record: dict[str, Any]) -> None:
         """A step's record, before its weights are saved. GuardError where the run must stop."""
         step = record["step"]
+        lags = [int(lag) for lag in record["staleness"]]
+        if min(lags) < 0 or max(lags) > self.max_staleness:
+            raise GuardError(
+                f"step {step}: tokens are {min(lags)} to {max(lags)} versions behind the trainer's "
+                f"weights, which cannot be with rollout.max_staleness = {self.max_staleness}: "
+                "somebody else publishes weights to the same servers. Give each run its own"
+            )
         for name, gap, limit in self.gaps(record):
             if not gap <= limit:  # also true of NaN
                 raise GuardError(

@@ -111,6 +111,12 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
             f"learner.microbatch_tokens = {config.learner.microbatch_tokens}: "
             "the longest dialogue would fit no micro-batch"
         )
+    if config.rollout.mode == "async" and config.rollout.episodes_per_batch % config.world_size:
+        raise ConfigError(
+            f'rollout.mode = "async": rollout.episodes_per_batch = '
+            f"{config.rollout.episodes_per_batch} does not divide over {config.world_size} "
+            "processes, each of which holds its share of the dialogues"
+        )
     parallel, updates = config.parallel, config.ppo.updates_per_batch
     sequences = config.rollout.episodes_per_batch // updates
     return {

@@ -61,7 +61,11 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     learner = make_learner(config, ranks)
     checkpoints = make_checkpoints(config, run, learner)
     first, state = resume(run, checkpoints, writer=ranks.is_writer)
-    guards = Guards(config.guard, config.rollout.max_drop_fraction)
+    guards = Guards(
+        config.guard,
+        max_drop_fraction=config.rollout.max_drop_fraction,
+        max_staleness=config.rollout.staleness,
+    )
     with ExitStack() as stack:
         grader = stack.enter_context(open_grader(**config.judge.model_dump(), token=grading_token))
         engine = stack.enter_context(open_engine(config, ranks, run))
@@ -162,10 +166,12 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 raise
             with clock("checkpoint"):  # what training waits for
                 checkpoints.poll()
+                score, scored = record.get("valid_solved"), record.get("valid_step", step)
                 if due or stopping or lost:
-                    checkpoints.save(step, position(config, step, rollouts))
-                if record.get("valid_solved") is not None:
-                    checkpoints.rate(record["valid_step"], record["valid_solved"])
+                    mine = score if scored == step else None
+                    checkpoints.save(step, position(config, step, rollouts), score=mine)
+                if score is not None and scored != step:
+                    checkpoints.rate(scored, score)
             if lost:
                 checkpoints.require_saved()
                 raise lost

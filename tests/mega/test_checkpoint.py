@@ -20,8 +20,10 @@ from rlef_mega.megatron.checkpoint_files import (
     latest_checkpoint,
     prune,
     read_manifest,
+    read_score,
     remove_leftovers,
     steps_in,
+    write_score,
 )
 from tests.mega.checkpoint_worker import LARGE
 from tests.mega.distributed import ROOT, launch
@@ -58,6 +60,13 @@ def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
     assert best_checkpoint(tmp_path) == tmp_path / "step_000005"  # the newer of equals
     prune(tmp_path, keep=1, keep_best=True)
     assert steps(tmp_path) == [5, 6]
+
+
+def test_a_score_that_comes_late_counts_and_changes_nothing_that_was_sealed(tmp_path: Path) -> None:
+    first, second = checkpoint(tmp_path, 1, 0.2), checkpoint(tmp_path, 2)
+    write_score(second, 0.7)
+    assert best_checkpoint(tmp_path) == second and fault_in(second) is None
+    assert read_score(first) == 0.2 and read_score(second) == 0.7
     prune(tmp_path, keep=1, keep_best=False)
     assert steps(tmp_path) == [6]
 

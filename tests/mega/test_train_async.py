@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from rlef_mega.megatron.checkpoint_files import fault_in, steps_in
+from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.megatron.checkpoint_files import fault_in, read_score, steps_in
+from rlef_mega.preflight import plan_train
 from rlef_mega.problems import load_problems, sample
 from tests.mega.sglang_model_double import ModelDouble
 from tests.mega.test_train import (  # noqa: F401 - the model is a fixture
@@ -88,7 +90,8 @@ def test_training_goes_on_while_dialogues_do(model, servers, tmp_path):  # noqa:
     assert [line["valid_step"] for line in evaluated] == [2, 4, 6]
     assert all(line["valid_versions"][0] >= line["valid_step"] for line in evaluated)
     assert trained_on(run) == drawn()
-    scored = {path.name for path in steps_in(run / "checkpoints") if (path / "score.json").exists()}
+    scores = {path.name: read_score(path) for path in steps_in(run / "checkpoints")}
+    scored = {name for name, score in scores.items() if score is not None}
     assert scored == {"step_000002", "step_000004", "step_000006"}
 
 
@@ -135,6 +138,13 @@ def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  
     assert len(metrics(run)) == STEPS
 
 
-def test_asynchronous_training_needs_servers(model, tmp_path):  # noqa: F811
-    result = run_command(command(tmp_path / "run", model, "rollout.mode=async"))
-    assert result.returncode == 2 and 'needs rollout.engine = "sglang"' in result.stderr
+def test_asynchronous_training_needs_servers_and_equal_shares():
+    def load(*overrides: str) -> TrainConfig:
+        return load_config(find_recipe("demo"), ["rollout.mode=async", *overrides], TrainConfig)
+
+    with pytest.raises(ConfigError, match="needs rollout.engine"):
+        load()
+    uneven = ["rollout.engine=sglang", "rollout.episodes_per_batch=9", "ppo.updates_per_batch=3"]
+    shape = "model.shape={heads=2, key_value_heads=2, layers=2, vocab_size=64, ffn=8}"
+    with pytest.raises(ConfigError, match="9 does not divide over 2 processes"):
+        plan_train(load(*uneven, shape))
