@@ -48,9 +48,10 @@ Points = tuple[list[float], list[float]]
 class Panel:
     title: str
     meaning: str
-    curves: tuple[tuple[str, str], ...]  # label, metric
+    curves: tuple[tuple[str, str], ...]  # label, metric; "a.b" is b of a
     unit: str = ""  # "%" or none
     log: bool = False
+    of_async: bool = False  # says something only where dialogues went on while the trainer trained
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,31 @@ PANELS = (
         log=True,
     ),
     Panel(
+        "Versions behind",
+        "How old the weights are that sampled a token, when it is trained on.",
+        (("mean", "staleness_mean"), ("largest", "staleness_max")),
+        of_async=True,
+    ),
+    Panel(
+        "Effective sample size",
+        "Of the ratios between the policy trained and the one that sampled: 1 is on-policy.",
+        (("effective sample size", "effective_sample_size"),),
+        of_async=True,
+    ),
+    Panel(
+        "Truncated ratios",
+        "Tokens whose ratio min(pi / pi_b, 1) cuts, by more than 1%.",
+        (("truncated", "truncated_fraction"),),
+        unit="%",
+        of_async=True,
+    ),
+    Panel(
+        "Idle",
+        "The trainer waits for episodes; servers have nothing to do.",
+        (("trainer", "idle_time.trainer"), ("servers", "idle_time.engines")),
+        unit="%",
+    ),
+    Panel(
         "Gradient norm",
         "Before clipping.",
         (("policy", "policy_grad_norm"), ("critic", "critic_grad_norm")),
@@ -139,13 +165,14 @@ PHASES = ("rollout", "score", "update", "publish", "checkpoint", "evaluate")
 
 def draw_panels(metrics: tuple[Json, ...]) -> list[Drawing]:
     """One drawing for every panel that has something to show."""
-    drawings = [draw_curves(panel, metrics) for panel in PANELS]
+    stale = any(series(metrics, "staleness_max")[1])
+    drawings = [draw_curves(panel, metrics) for panel in PANELS if stale or not panel.of_async]
     drawings += [draw_phases(metrics), draw_throughput(metrics)]
     return [drawing for drawing in drawings if drawing]
 
 
 def draw_curves(panel: Panel, metrics: tuple[Json, ...]) -> Drawing | None:
-    curves = {label: series(metrics, key) for label, key in panel.curves}
+    curves = {label: series(metrics, *key.split(".")) for label, key in panel.curves}
     return draw_lines(panel, curves)
 
 

@@ -97,6 +97,11 @@ def metrics_of_step(step: int, steps: int, source: random.Random) -> dict[str, A
         "critic_grad_norm": abs(around(2.0, 0.5)) + 0.01,
         "logprob_gap_max": 10 ** around(-4.5, 0.2),
         "logprob_gap_mean": 10 ** around(-6, 0.1),
+        "staleness_mean": around(1.0),
+        "staleness_max": source.choice((1, 2)),
+        "effective_sample_size": around(0.97, 0.01),
+        "truncated_fraction": around(0.05, 0.01),
+        "idle_time": {"trainer": around(0.1), "engines": around(0.2)},
         "time": times_of_step(step, source),
     }
     if step % 10 == 0:

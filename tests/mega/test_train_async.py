@@ -142,7 +142,7 @@ def test_asynchronous_training_needs_servers_and_equal_shares():
     def load(*overrides: str) -> TrainConfig:
         return load_config(find_recipe("demo"), ["rollout.mode=async", *overrides], TrainConfig)
 
-    with pytest.raises(ConfigError, match="needs rollout.engine"):
+    with pytest.raises(ConfigError, match=r"needs rollout\.engine"):
         load()
     uneven = ["rollout.engine=sglang", "rollout.episodes_per_batch=9", "ppo.updates_per_batch=3"]
     shape = "model.shape={heads=2, key_value_heads=2, layers=2, vocab_size=64, ffn=8}"
