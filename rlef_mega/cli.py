@@ -211,6 +211,31 @@ def evaluate(
     )
 
 
+data_commands = typer.Typer(no_args_is_help=True, help="Look at problems.")
+app.add_typer(data_commands, name="data")
+
+
+@data_commands.callback()
+def data() -> None:
+    """Look at problems."""
+
+
+@data_commands.command("inspect")
+def inspect_data(
+    source: Annotated[str, typer.Argument(help="as in data.train: codecontests:FOLDER, a file")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a model's folder, to count tokens; else characters")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="an evaluation source: what of it stands in this one")
+    ] = None,
+) -> None:
+    """What a source holds: counts, limits, lengths, and what was dropped and why."""
+    from rlef_mega.data_command import inspect
+
+    inspect(source, tokenizer=tokenizer, against=against)
+
+
 @app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe's layout and batch arithmetic, and print them; data and weights may be

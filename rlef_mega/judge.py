@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Protocol
 
 from rlef_mega.loop_thread import LoopThread
-from rlef_mega.types import Problem, TestOutcome, Verdict
-from rlef_sandbox import AnyTest, Result, Sandbox, Status
+from rlef_mega.types import AssertTest, Problem, TestOutcome, Verdict
+from rlef_sandbox import AnyTest, CheckTest, Result, Sandbox, Status
 from rlef_sandbox.sandbox import JOBS_A_WORKER
 
 
@@ -180,8 +180,11 @@ class Judge:
 
 
 def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
-    """In the order in which they are run."""
-    return (*problem.public_tests, *problem.private_tests.tests)
+    """In the order in which they are run; an assert is a check to the sandbox."""
+    return tuple(
+        CheckTest(test.entry_point, test.code) if isinstance(test, AssertTest) else test
+        for test in (*problem.public_tests, *problem.private_tests.tests)
+    )
 
 
 def all_passed(results: Sequence[Result]) -> bool:

@@ -11,9 +11,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlef_sandbox import AnyTest, CallTest, CheckerProgram, Limits, Result, Test
+from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Result, Test
 
-PublicTest = Test | CallTest  # what can be shown as an input and an expected output
+
+@dataclass(frozen=True)
+class AssertTest(CheckTest):
+    """A `CheckTest` that can be shown: `statement` is the assert that its code carries out, and the
+    last line which a failing run writes is an error with the values that were compared."""
+
+    __test__ = False
+
+    statement: str = ""
+
+
+PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Problem:
     entry_point: str | None = None  # function-call problems
     family: str = ""  # breakdowns in reports: a curriculum family, a source, a difficulty
     tags: tuple[str, ...] = ()
+    wrong_programs: tuple[str, ...] = ()  # known to fail, for random feedback (RLEF C.2)
 
     def __post_init__(self) -> None:
         if not self.public_tests and not self.private_tests.tests:

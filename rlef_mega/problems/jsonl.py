@@ -10,79 +10,68 @@ public tests decide).
 
 A test is either of a program, {"stdin": TEXT, "expected": TEXT}, or of a function, {"args": "([1,
 2], 0.3)", "expected": "True"}: Python literals as text, because JSON has no tuples or sets. The
-function is the problem's `entry_point`, or the test's own. A private test may also be code in the
+function is the problem's `entry_point`, or the test's own. Or it is an assert statement, {"assert":
+"assert f(2) == 4"}, with code to run before it in `setup`. A private test may also be code in the
 form of HumanEval's, {"check": "def check(candidate): assert candidate(2) == 4"}.
 
 Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes}, `checker` (tokens, exact,
 codecontests, unordered_lines, or {"program": "def check(stdin, expected, actual): ..."}, which
 returns a bool and is given bytes), `language` (python, cpp), `template` (codecontests, humaneval,
-mbpp, curriculum), `entry_point`, `family` (a breakdown in reports), `tags`. Unknown keys are
-refused.
+mbpp, curriculum), `entry_point`, `family` (a breakdown in reports), `tags`, `wrong_programs`
+(known to fail: what random feedback is made from). Unknown keys are refused.
 """
 
 import ast
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from rlef_mega.dialog import INFO_STRINGS, template_named
-from rlef_mega.types import PrivateTests, Problem
+from rlef_mega.problems.asserts import assert_test
+from rlef_mega.problems.rows import FieldError, Read, expect, malformed, read_rows
+from rlef_mega.types import AssertTest, PrivateTests, Problem
 from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Test
 from rlef_sandbox.checkers import checker_named
+from rlef_sandbox.values import encode, matches
 
 KEYS = tuple(field.name for field in fields(Problem))
 LIMIT_KEYS = tuple(field.name for field in fields(Limits))
 DEFAULT_LIMITS = Limits()
 
 
-class FieldError(ValueError):
-    """What is wrong with one field; the reader adds file and line."""
+def read(path: Path) -> Iterator[Read]:
+    """What came of each line."""
+    line_of: dict[str, int] = {}
+    for place, row in read_rows(path):
+        try:
+            if isinstance(row, FieldError):
+                raise row
+            problem = parse_problem(row)
+            if problem.id in line_of:
+                raise FieldError(
+                    f"id: {problem.id!r} is also that of line {line_of[problem.id]}; "
+                    "give each problem an id of its own"
+                )
+        except FieldError as error:
+            yield malformed(place, error)
+            continue
+        line_of[problem.id] = place.number
+        yield Read(problem)
 
 
 def read_jsonl(path: str | Path) -> list[Problem]:
     """All problems of a file. ValueError names file, line, field and remedy."""
     problems: list[Problem] = []
-    line_of: dict[str, int] = {}
-    for number, row in read_rows(Path(path)):
-        try:
-            problem = parse_problem(row)
-        except FieldError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        if problem.id in line_of:
-            raise ValueError(
-                f"{path}, line {number}: id: {problem.id!r} is also that of line "
-                f"{line_of[problem.id]}; give each problem an id of its own"
-            )
-        line_of[problem.id] = number
-        problems.append(problem)
+    for outcome in read(Path(path)):
+        for drop in outcome.drops:
+            raise ValueError(f"{drop.place}: {drop.detail}")
+        if outcome.problem is not None:
+            problems.append(outcome.problem)
     if not problems:
         raise ValueError(f"{path}: holds no problems; write one JSON object a line")
     return problems
-
-
-def read_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Numbered JSON objects; blank lines are passed over."""
-    with path.open(encoding="utf-8") as file:
-        try:
-            lines = list(file)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error}); write it as UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON ({error}); write one whole object a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: a {type(row).__name__} instead of a JSON object"
-            )
-        yield number, row
 
 
 def parse_problem(row: dict[str, Any]) -> Problem:
@@ -91,7 +80,7 @@ def parse_problem(row: dict[str, Any]) -> Problem:
     private = parse_tests(row, "private_tests", entry_point)
     public = []
     for test in parse_tests(row, "public_tests", entry_point):
-        if isinstance(test, CheckTest):
+        if isinstance(test, CheckTest) and not isinstance(test, AssertTest):
             raise FieldError(
                 "public_tests: a check has no input and output to show as feedback; "
                 "move it to private_tests"
@@ -99,9 +88,6 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         public.append(test)
     if not (public or private):
         raise FieldError("public_tests, private_tests: no tests; give the problem at least one")
-    tags = expect(row, "tags", list, [])
-    if not all(isinstance(tag, str) for tag in tags):
-        raise FieldError(f"tags: {tags!r} holds something else than strings")
     return Problem(
         id=expect(row, "id", str),
         statement=expect(row, "statement", str),
@@ -113,25 +99,16 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         template=known(row, "template", "codecontests", template_named),
         entry_point=entry_point,
         family=expect(row, "family", str, ""),
-        tags=tuple(tags),
+        tags=texts(row, "tags"),
+        wrong_programs=texts(row, "wrong_programs"),
     )
 
 
-REQUIRED = object()
-
-
-def expect(row: dict[str, Any], key: str, kind: type, default: Any = REQUIRED) -> Any:
-    """The value of a key, of this JSON type."""
-    if key not in row:
-        if default is REQUIRED:
-            raise FieldError(f"{key}: missing; it is required")
-        return default
-    value = row[key]
-    if not isinstance(value, kind) and not (value is None and default is None):
-        raise FieldError(f"{key}: {value!r} is no {kind.__name__}")
-    if default is REQUIRED and not value:
-        raise FieldError(f"{key}: empty; it is required")
-    return value
+def texts(row: dict[str, Any], key: str) -> tuple[str, ...]:
+    values = expect(row, key, list, [])
+    if not all(isinstance(value, str) for value in values):
+        raise FieldError(f"{key}: {values!r} holds something else than strings")
+    return tuple(values)
 
 
 def known(row: dict[str, Any], key: str, default: str, look_up: Any) -> str:
@@ -192,23 +169,32 @@ def parse_test(test: Any, place: str, entry_point: str | None) -> AnyTest:
             raise FieldError(f"{place}.{key}: {value!r} is no string")
     if set(test) == {"stdin", "expected"}:
         return Test(test["stdin"], test["expected"])
-    if {"check"} <= set(test) <= {"check", "entry_point"}:
-        try:
-            return CheckTest(called(test, place, entry_point), test["check"])
-        except FieldError:
-            raise
-        except ValueError as error:
-            raise FieldError(f"{place}.check: {error}") from None
+    if set(test) - {"entry_point"} in ({"check"}, {"assert"}, {"assert", "setup"}, CARRIED_OUT):
+        return parse_check(test, place, called(test, place, entry_point))
     if not {"args", "expected"} <= set(test) <= {"args", "expected", "entry_point"}:
         raise FieldError(
             f"{place}: has the keys {', '.join(sorted(test)) or 'none'}; "
-            "a test has stdin and expected, args and expected, or check (and entry_point)"
+            "a test has stdin and expected, args and expected, assert, or check (and entry_point)"
         )
     name = called(test, place, entry_point)
     args = literal(test["args"], f"{place}.args")
     if not isinstance(args, tuple):
         raise FieldError(f"{place}.args: {test['args']!r} is no tuple; write one argument as (x,)")
     return CallTest(name, args, literal(test["expected"], f"{place}.expected"))
+
+
+CARRIED_OUT = {"assert", "check"}  # an assert whose code is not to be had from its text
+
+
+def parse_check(test: dict[str, str], place: str, entry_point: str) -> CheckTest:
+    try:
+        if "assert" not in test:
+            return CheckTest(entry_point, test["check"])
+        if "check" in test:
+            return AssertTest(entry_point, test["check"], statement=test["assert"])
+        return assert_test(test["assert"], entry_point, test.get("setup", ""))
+    except ValueError as error:
+        raise FieldError(f"{place}.{'assert' if 'assert' in test else 'check'}: {error}") from None
 
 
 def called(test: dict[str, str], place: str, entry_point: str | None) -> str:
@@ -220,9 +206,23 @@ def called(test: dict[str, str], place: str, entry_point: str | None) -> str:
 
 def literal(text: str, place: str) -> Any:
     try:
-        return ast.literal_eval(text)
+        return python_literal(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise FieldError(f"{place}: {text[:80]!r} is no Python literal") from None
+
+
+def python_literal(text: str) -> Any:
+    """`ast.literal_eval`, with inf and nan as `repr` writes them. ValueError, SyntaxError."""
+    if "inf" not in text and "nan" not in text:
+        return ast.literal_eval(text)
+    return ast.literal_eval(NotFinite().visit(ast.parse(text.strip(), mode="eval")))
+
+
+class NotFinite(ast.NodeTransformer):
+    """The names inf and nan to the floats."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
 
 
 def write_jsonl(problems: Iterable[Problem], path: str | Path) -> None:
@@ -261,12 +261,14 @@ def plain(value: object) -> object:
 def to_test(test: AnyTest) -> dict[str, str]:
     if isinstance(test, Test):
         return {"stdin": test.stdin.decode(), "expected": test.expected.decode()}
+    if isinstance(test, AssertTest):
+        return {"entry_point": test.entry_point, "assert": test.statement, "check": test.code}
     if isinstance(test, CheckTest):
         return {"entry_point": test.entry_point, "check": test.code}
     row = {"args": repr(test.args), "expected": repr(test.expected)}
-    if (ast.literal_eval(row["args"]), ast.literal_eval(row["expected"])) != (
-        test.args,
-        test.expected,
-    ):
-        raise ValueError(f"{test!r} is not a Python literal")
+    for text, value in ((row["args"], test.args), (row["expected"], test.expected)):
+        again = python_literal(text)
+        # NaN equals nothing; `matches` is told that it does
+        if again != value and not matches(value, encode(again)):
+            raise ValueError(f"{test!r} is not a Python literal")
     return {"entry_point": test.entry_point, **row}

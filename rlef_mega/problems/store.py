@@ -1,0 +1,111 @@
+"""Many problems on disk, read one at a time: our own JSONL, each line a Zstandard frame of its own.
+
+CodeContests' training set has gigabytes of tests, of which a step needs those of its own problems.
+A store is written once, from a stream, and is found again by a key made of its source; a `Sequence`
+in memory is then no more than offsets. `zstdcat` shows a store as the JSONL that it is.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import overload
+
+import zstandard
+
+from rlef_mega.problems.jsonl import parse_problem, to_row
+from rlef_mega.problems.rows import Drop, Read
+from rlef_mega.types import Problem
+
+FORMAT = 1  # part of every key: raise it when what readers make of a row changes
+WHOLE_BYTES = 64 << 20  # larger files are known by their ends, size and time of change
+END_BYTES = 1 << 20
+
+
+class ProblemStore(Sequence[Problem]):
+    """The problems of a store, read when asked for, and what was dropped when it was written."""
+
+    def __init__(self, index: Path) -> None:
+        about = json.loads(index.read_text())
+        self.offsets: list[int] = about["offsets"]
+        self.drops = tuple(Drop(**drop) for drop in about["drops"])
+        self.file = index.with_suffix(".jsonl.zst").open("rb")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Problem: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Problem]: ...
+    def __getitem__(self, place: int | slice) -> Problem | list[Problem]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        start, end = self.offsets[number : number + 2]
+        frame = os.pread(self.file.fileno(), end - start, start)  # no position shared by threads
+        return parse_problem(json.loads(zstandard.ZstdDecompressor().decompress(frame)))
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (self[number] for number in range(len(self)))
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "rlef-mega" / "problems"
+
+
+def stored(
+    source: str, files: Sequence[Path], read: Callable[[], Iterable[Read]], folder: Path
+) -> ProblemStore:
+    """The store of this source, written first if there is none for these files as they are."""
+    index = folder / f"{store_key(source, files)}.json"
+    if not index.is_file():
+        write_store(read(), index)
+    return ProblemStore(index)
+
+
+def store_key(source: str, files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(repr((FORMAT, source)).encode(), digest_size=16)
+    for path in files:
+        state = path.stat()
+        with path.open("rb") as file:
+            digest.update(repr((path.name, state.st_size)).encode())
+            if state.st_size <= WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            digest.update(repr(state.st_mtime_ns).encode() + file.read(END_BYTES))
+            file.seek(-END_BYTES, os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def write_store(outcomes: Iterable[Read], index: Path) -> None:
+    """One problem in memory at a time. The index comes last: where it is, the store is whole."""
+    index.parent.mkdir(parents=True, exist_ok=True)
+    offsets, drops = [0], []
+    compressor = zstandard.ZstdCompressor(level=3)
+    with tempfile.NamedTemporaryFile(dir=index.parent, suffix=".part", delete=False) as data:
+        try:
+            for outcome in outcomes:
+                drops += outcome.drops
+                if outcome.problem is not None:
+                    line = json.dumps(to_row(outcome.problem)) + "\n"
+                    offsets.append(offsets[-1] + data.write(compressor.compress(line.encode())))
+            data.flush()
+            os.replace(data.name, index.with_suffix(".jsonl.zst"))
+        except BaseException:
+            os.unlink(data.name)
+            raise
+    about = {"offsets": offsets, "drops": [asdict(drop) for drop in drops]}
+    with tempfile.NamedTemporaryFile("w", dir=index.parent, suffix=".part", delete=False) as file:
+        json.dump(about, file)
+    os.replace(file.name, index)
+
+
+def count_reasons(drops: Iterable[Drop]) -> Counter[str]:
+    return Counter(drop.reason for drop in drops)
