@@ -97,20 +97,21 @@ class ChatFormat:
             stop_token_ids=stops(tokenizer, end, "<|endoftext|>"),
         )
 
-    def open(self, text: str) -> list[int]:
-        """The first user message, with the assistant's turn open after it."""
-        return [*self.begin, *self.ask(text)]
+    def open(self, text: str, begun: str = "") -> list[int]:
+        """The first user message, with the assistant's turn open after it, and `begun`."""
+        return [*self.begin, *self.ask(text, begun)]
 
-    def observe(self, text: str, ended: bool) -> list[int]:
+    def observe(self, text: str, ended: bool, begun: str = "") -> list[int]:
         """What is appended, verbatim, to a response that the model `ended` (else the engine, for
         its length).
         """
         end = () if ended else (self.end_of_turn,)
-        return [*end, *self.between, *self.ask(text)]
+        return [*end, *self.between, *self.ask(text, begun)]
 
-    def ask(self, text: str) -> list[int]:
+    def ask(self, text: str, begun: str = "") -> list[int]:
         message = encode_plain(self.tokenizer, self.user_lead + text.strip())
-        return [*self.user_header, *message, *self.assistant_header]
+        start = encode_plain(self.tokenizer, begun) if begun else []
+        return [*self.user_header, *message, *self.assistant_header, *start]
 
     def respond(self, text: str) -> list[int]:
         """A response as a model would sample it, end of turn included: targets of the supervised

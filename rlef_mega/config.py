@@ -139,7 +139,7 @@ class ServersConfig(Section):
 class RolloutConfig(Section):
     episodes_per_batch: int = Field(1024, gt=0)
     turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
-    feedback: Literal["true", "none", "random"] = "true"
+    feedback: Literal["true", "none", "random", "private"] = "true"
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(1024, gt=0)
     max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlef_mega.types import PublicTest, TestOutcome
+from rlef_mega.types import AssertTest, PublicTest, TestOutcome
 from rlef_sandbox import CallTest, Result, Status, Test
 
 # --- templates
@@ -22,6 +22,7 @@ BACKTICKS = (
     "Use the backticks for your code only."
 )
 RETRY = "Give it another try."
+LEAST_CHARACTERS = 80  # of what is told of the tests, however little room there is
 WITHHELD = "Your code failed some of the tests."  # the ablation without execution feedback
 
 
@@ -34,6 +35,7 @@ class Template:
     reminder: str  # the last sentence of prompt and feedback
     style: Literal["input_output", "assertions"]
     remind_again: bool = True  # the reminder ends every feedback too
+    begun: bool = False  # every response is begun with the problem's own code
     field_chars: int = 1000  # of one input, output or value
     trace_chars: int = 2000
     whole_trace: bool = True  # else its last line only
@@ -50,22 +52,23 @@ TEMPLATES = {
         reminder=BACKTICKS,
         style="input_output",
     ),
-    # RLEF C.4 begins the response with the problem's prompt; ours is sampled whole, like all
-    # others, and so is told about the backticks.
-    "humaneval": Template(
+    "humaneval": Template(  # RLEF C.4
         prompt=(
             "Write a solution to the following problem and make sure that it passes the tests: "
             "{problem}"
         ),
         failed="Your code failed some test cases:",
-        reminder=BACKTICKS,
+        reminder="",
         style="assertions",
+        remind_again=False,
+        begun=True,
     ),
     "mbpp": Template(  # RLEF C.5
         prompt="Provide a Python solution for the following problem: {problem}{tests}",
         failed="Your code failed some test cases:",
         reminder=BACKTICKS,
         style="assertions",
+        remind_again=False,
     ),
     # Ours: codecontests', cut to what a model of a few 100,000 parameters reads in minutes.
     "curriculum": Template(
@@ -96,14 +99,30 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
         quoted = [clip(assertion(test), wording.field_chars) for test in public_tests]
         tests = "\n".join(["\nYour code should pass these tests:", *quoted])
     asked = wording.prompt.format(problem=statement.strip(), tests=tests)
+    if not wording.reminder:
+        return asked
     # C.1 puts a full stop after the problem, whatever it ends with; we leave it out where it would
     # be a second one, and give a problem of many lines a line of its own end.
     separator = "\n" if "\n" in asked else " " if asked.endswith((".", "?", "!")) else ". "
     return f"{asked}{separator}{wording.reminder}"
 
 
-def feedback(outcomes: Sequence[TestOutcome], template: str) -> str:
-    """What the program did on the public tests. No outcomes: the response held no valid code."""
+def response_start(statement: str, template: str) -> str:
+    """What every response is begun with, for the model to go on (RLEF C.4): the problem's code in
+    an open block. Empty for most templates. The paper shows it for the first response only; ours
+    does so for all, so that all are read alike.
+    """
+    return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
+
+
+def feedback(
+    outcomes: Sequence[TestOutcome], template: str, max_characters: int | None = None
+) -> str:
+    """What the program did on the public tests. No outcomes: the response held no valid code.
+
+    Beyond `max_characters` the middle of what is told of the tests is left out; the frame around it
+    always stays.
+    """
     wording = template_named(template)
     describe = input_output_line if wording.style == "input_output" else assertion_line
     if outcomes:
@@ -113,7 +132,11 @@ def feedback(outcomes: Sequence[TestOutcome], template: str) -> str:
         lines = [describe(o, wording) for o in shown[: wording.max_tests]]
     else:
         lines = ["- No valid code."]  # the paper is silent
-    return "\n".join([wording.failed, *lines, closing(wording)])
+    told = "\n".join(lines)
+    if max_characters is not None:
+        frame = len(wording.failed) + len(closing(wording)) + 2
+        told = clip(told, max(LEAST_CHARACTERS, max_characters - frame))
+    return "\n".join([wording.failed, told, closing(wording)])
 
 
 def feedback_withheld(template: str) -> str:
@@ -132,7 +155,7 @@ def passed(result: Result) -> bool:
 
 def input_output_line(outcome: TestOutcome, wording: Template) -> str:
     test, result = outcome.test, outcome.result
-    if isinstance(test, CallTest):
+    if not isinstance(test, Test):
         return assertion_line(outcome, wording)
     lead = f"- input '{readable(test.stdin, wording)}' failed:"
     if result.status is Status.WRONG_ANSWER:
@@ -143,18 +166,27 @@ def input_output_line(outcome: TestOutcome, wording: Template) -> str:
 
 def assertion_line(outcome: TestOutcome, wording: Template) -> str:
     """C.5. The message shows run-time values, as unittest's assertEqual does."""
-    result = outcome.result
-    quoted = clip(assertion(outcome.test), wording.field_chars)
+    test, result = outcome.test, outcome.result
+    quoted = clip(assertion(test), wording.field_chars)
     if passed(result):
         return f"- Success: '{quoted}'"
     if result.status is not Status.WRONG_ANSWER:
         return f"- Failure: '{quoted}': {failure(result, wording)}"
-    if isinstance(outcome.test, CallTest):
-        got, expected = result.returned or "None", repr(outcome.test.expected)
+    if isinstance(test, AssertTest):  # its code has compared, and said what
+        return f"- Failure: '{quoted}': '{clip(error_of(result.stderr), wording.field_chars)}'"
+    if isinstance(test, CallTest):
+        got, expected = result.returned or "None", repr(test.expected)
     else:
-        got, expected = repr(text_of(result.stdout)), repr(text_of(outcome.test.expected))
+        got, expected = repr(text_of(result.stdout)), repr(text_of(test.expected))
     got, expected = clip(got, wording.field_chars), clip(expected, wording.field_chars)
     return f"- Failure: '{quoted}': 'AssertionError: {got} != {expected}'"
+
+
+def error_of(stderr: bytes) -> str:
+    """The error that ended an assert's code, without the frames, which are not the program's."""
+    said = text_of(stderr)
+    start = said.rfind("\nAssertionError")
+    return (said[start + 1 :] if start >= 0 else last_line(said)) or "AssertionError"
 
 
 def failure(result: Result, wording: Template) -> str:
@@ -166,7 +198,7 @@ def failure(result: Result, wording: Template) -> str:
                 if result.signal is None
                 else f"killed by signal {result.signal}"
             )
-            trace = text_of(result.stderr) or end
+            trace = own_frames(text_of(result.stderr)) or end
             return clip(trace if wording.whole_trace else last_line(trace), wording.trace_chars)
         case Status.TIME_LIMIT | Status.IDLE_LIMIT:
             return "Execution took too long."
@@ -179,8 +211,29 @@ def failure(result: Result, wording: Template) -> str:
     raise AssertionError(f"{result.status} is not a failure to run")
 
 
+FRAME = re.compile(r'  File "(?P<file>[^"]*)", line \d+')
+
+
+def own_frames(trace: str) -> str:
+    """A traceback without the frames of other files than the program's: libraries, the interpreter,
+    and whatever ran the program. Lines that are no frames stay."""
+    kept: list[str] = []
+    foreign = False
+    for line in trace.splitlines():
+        frame = FRAME.match(line)
+        if frame:
+            foreign = frame["file"].startswith(("/", "<frozen"))
+        elif not line.startswith("    "):  # what belongs to a frame is indented deeper
+            foreign = False
+        if not foreign:
+            kept.append(line)
+    return "\n".join(kept)
+
+
 def assertion(test: PublicTest) -> str:
     """A test as one line of Python."""
+    if isinstance(test, AssertTest):
+        return test.statement
     if isinstance(test, Test):
         return f"assert run({text_of(test.stdin)!r}) == {text_of(test.expected)!r}"
     return f"assert {test.entry_point}({', '.join(map(repr, test.args))}) == {test.expected!r}"
@@ -215,9 +268,9 @@ INFO_STRINGS = {"python": ("", "python", "python3", "py"), "cpp": ("", "cpp", "c
 FENCED = re.compile(r"[ \t]*([\w+]*)[ \t]*\r?\n(.*)", re.DOTALL)
 
 
-def extract_program(text: str, language: str = "python") -> str | None:
+def extract_program(text: str, language: str = "python", begun: str = "") -> str | None:
     """The program in a response: exactly one fenced block, which for Python parses and is not
-    empty.
+    empty. What a response was `begun` with opened the block; it may be left open then.
 
     RLEF leaves open what valid code is; this is our reading. The parse is `ast.parse`, in this
     process: it runs nothing.
@@ -225,12 +278,15 @@ def extract_program(text: str, language: str = "python") -> str | None:
     if language not in INFO_STRINGS:
         raise ValueError(f"unknown language {language!r}; known: {', '.join(INFO_STRINGS)}")
     parts = text.split("```")
-    if len(parts) != 3:
-        return None
-    block = FENCED.fullmatch(parts[1])
-    if block is None or block[1].lower() not in INFO_STRINGS[language]:
-        return None
-    program = block[2].strip("\r\n")
+    if begun:
+        if len(parts) > 2:
+            return None
+        program = (begun.partition("\n")[2] + parts[0]).strip("\r\n")
+    else:
+        block = FENCED.fullmatch(parts[1]) if len(parts) == 3 else None
+        if block is None or block[1].lower() not in INFO_STRINGS[language]:
+            return None
+        program = block[2].strip("\r\n")
     return program if language != "python" or is_python(program) else None
 
 

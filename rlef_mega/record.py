@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import zstandard
 
 from rlef_mega.chat import ChatFormat
-from rlef_mega.types import Episode, Problem, TestOutcome
+from rlef_mega.types import AssertTest, Episode, Problem, TestOutcome
 from rlef_sandbox import CallTest
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -180,6 +180,8 @@ def outcome_record(outcome: TestOutcome) -> dict[str, str]:
     if isinstance(test, CallTest):
         arguments = ", ".join(map(repr, test.args))
         given, expected = f"{test.entry_point}({arguments})", repr(test.expected)
+    elif isinstance(test, AssertTest):
+        given, expected = test.statement, ""
     else:
         given, expected = (text(part) for part in (test.stdin, test.expected))
     return {

@@ -16,7 +16,7 @@ import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlef_mega import dialog
@@ -24,9 +24,20 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.engines import Engine, EngineError, Session
 from rlef_mega.judge import Judge, JudgeError
 from rlef_mega.shares import gather_unless_lost, interleave, my_share
-from rlef_mega.types import Completion, Episode, Problem, Sampling, TestOutcome, Turn, Verdict
+from rlef_mega.types import (
+    Completion,
+    Episode,
+    PrivateTests,
+    Problem,
+    PublicTest,
+    Sampling,
+    TestOutcome,
+    Turn,
+    Verdict,
+)
 
 TRIES = 2  # a dialogue is started at most this often
+TESTS_WITH_PRIVATE = 20  # RLEF B.3
 START_TOGETHER = 200  # dialogues, before the loop looks after what else is ready
 
 
@@ -46,7 +57,7 @@ class Rules:
     turns: int
     sampling: Sampling
     max_context: int
-    feedback: Literal["true", "none", "random"] = "true"
+    feedback: Literal["true", "none", "random", "private"] = "true"
     distractors: tuple[Distractor, ...] = ()
 
 
@@ -106,10 +117,13 @@ class DialogueLoop:
             question = dialog.first_prompt(
                 problem.statement, problem.template, problem.public_tests
             )
+            begun = dialog.response_start(problem.statement, problem.template)
             # a tuple: a list's thousands of ids would be gone through at each garbage collection
-            token_ids = tuple(chat.open(question))
+            token_ids = tuple(chat.open(question, begun))
         if not has_room(token_ids, rules):
             return "prompt too long"
+        if rules.feedback == "private":
+            problem = show_private_tests(problem)
         turns: list[Turn] = []
         while True:
             completion = await session.generate(
@@ -117,7 +131,7 @@ class DialogueLoop:
             )
             async with self.text():
                 response = chat.decode(completion.token_ids)
-                program = dialog.extract_program(response, problem.language)
+                program = dialog.extract_program(response, problem.language, begun)
             last_turn = len(turns) + 1 == rules.turns
             verdict = await self.judge.judge(problem, program, last_turn=last_turn)
             async with self.text():
@@ -126,13 +140,38 @@ class DialogueLoop:
                 if verdict.public_passed or last_turn:
                     return make_episode(problem, token_ids, turns)
                 feedback_seed = derive_seed(seed, len(turns), "feedback")
-                feedback = choose_feedback(problem, verdict, rules, feedback_seed)
-                observed = chat.observe(feedback, ended=completion.finish_reason == "stop")
-                with_feedback = (*token_ids, *observed)
-                if not has_room(with_feedback, rules):
+                observed = self.observe(
+                    problem, verdict, feedback_seed, completion, begun, len(token_ids)
+                )
+                if observed is None:
                     # no room for another turn: this failed response was the last one
                     return make_episode(problem, token_ids, turns)
-                token_ids = with_feedback
+                token_ids = (*token_ids, *observed)
+
+    def observe(
+        self,
+        problem: Problem,
+        verdict: Verdict,
+        seed: int,
+        completion: Completion,
+        begun: str,
+        context_len: int,
+    ) -> list[int] | None:
+        """The feedback as tokens, shortened until it leaves room for a response of the greatest
+        length; None where even the shortest does not."""
+        room = self.rules.max_context - self.rules.sampling.max_new_tokens - context_len
+        limit: int | None = None
+        while True:
+            told = choose_feedback(problem, verdict, self.rules, seed, limit)
+            ended = completion.finish_reason == "stop"
+            observed = self.chat.observe(told, ended, begun)
+            if len(observed) <= room:
+                return observed
+            # a tenth less than in proportion: the tokens around the text do not shrink with it
+            shorter = len(told) * max(room, 0) * 9 // (len(observed) * 10)
+            if limit is not None and len(told) > limit:
+                return None  # the last try was the shortest already
+            limit = shorter
 
 
 async def rollout(
@@ -218,7 +257,23 @@ def make_turn(
     )
 
 
-def choose_feedback(problem: Problem, verdict: Verdict, rules: Rules, seed: int) -> str:
+def show_private_tests(problem: Problem) -> Problem:
+    """The ablation with feedback from private tests (RLEF B.3): of up to 20 tests in all, public
+    ones first, the dialogue shows what failed, 8 at most (`Template.max_tests`)."""
+    hidden = problem.private_tests.tests
+    showable = [test for test in hidden if isinstance(test, PublicTest)]
+    shown = showable[: max(0, TESTS_WITH_PRIVATE - len(problem.public_tests))]
+    kept = tuple(test for test in hidden if not any(test is one for one in shown))
+    return replace(
+        problem,
+        public_tests=(*problem.public_tests, *shown),
+        private_tests=PrivateTests(kept),
+    )
+
+
+def choose_feedback(
+    problem: Problem, verdict: Verdict, rules: Rules, seed: int, max_characters: int | None = None
+) -> str:
     """What the model is told: the truth, nothing, or what happened to another problem's program."""
     if rules.feedback == "none":
         return dialog.feedback_withheld(problem.template)
@@ -228,7 +283,7 @@ def choose_feedback(problem: Problem, verdict: Verdict, rules: Rules, seed: int)
         if not others:
             raise ValueError("random feedback needs incorrect programs of other problems")
         outcomes = others[seed % len(others)].outcomes
-    return dialog.feedback(outcomes, problem.template)
+    return dialog.feedback(outcomes, problem.template, max_characters)
 
 
 def distractors_of(episodes: Sequence[Episode]) -> tuple[Distractor, ...]:

@@ -102,7 +102,8 @@ def codecontests_files(source: str, place: str, split: str) -> list[Path]:
     if not path.exists():
         raise ValueError(
             f"problem source {source!r}: there is no file or folder {place!r}; give one, or "
-            "codecontests:deepmind/code_contests?split=train to take the hub's copy"
+            "codecontests:deepmind/code_contests?split=train to take the hub's copy; other sources "
+            "are curriculum:SPLIT, humaneval:SPLIT and functions:SPLIT"
         )
     files = data_files(path, split)
     splits = {file.name.partition("-")[0] for file in files if file.name.endswith(".parquet")}

@@ -9,6 +9,7 @@ reward; public ones are shown.
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ def read(files: Sequence[Path], options: Options) -> Iterator[Read]:
     for path in files:  # a file's own names for the numbers come before ours
         names = tuple(name.removesuffix("_source").lower() for name in class_names_of(path))
         names = names or SOURCES[options.enums]
-        yield from read_each([path], columns, lambda row, names=names: parse(row, options, names))
+        yield from read_each(
+            [path], columns, functools.partial(parse, options=options, source_names=names)
+        )
 
 
 def class_names_of(path: Path) -> tuple[str, ...]:

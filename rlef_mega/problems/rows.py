@@ -94,7 +94,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[Place, 
                 yield Place(str(path), number), parse_line(line)
 
 
-def open_text(path: Path) -> IO[bytes]:
+def open_text(path: Path) -> IO[bytes] | io.BufferedIOBase:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.name.endswith(".zst"):

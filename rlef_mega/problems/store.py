@@ -87,7 +87,8 @@ def store_key(source: str, files: Sequence[Path]) -> str:
 def write_store(outcomes: Iterable[Read], index: Path) -> None:
     """One problem in memory at a time. The index comes last: where it is, the store is whole."""
     index.parent.mkdir(parents=True, exist_ok=True)
-    offsets, drops = [0], []
+    offsets: list[int] = [0]
+    drops: list[Drop] = []
     compressor = zstandard.ZstdCompressor(level=3)
     with tempfile.NamedTemporaryFile(dir=index.parent, suffix=".part", delete=False) as data:
         try:

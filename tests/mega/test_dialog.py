@@ -2,8 +2,9 @@
 
 import pytest
 
-from rlef_mega import dialog
-from rlef_mega.types import TestOutcome
+from rlef_mega import dialog, judge
+from rlef_mega.problems.asserts import assert_test
+from rlef_mega.types import PrivateTests, Problem, TestOutcome
 from rlef_sandbox import CallTest, Result, Sandbox, Status, Test
 
 DOUBLE = Test("3\n", "6\n")
@@ -58,7 +59,7 @@ def test_mbpp_shows_tests_successes_and_run_time_values():
         "Your code failed some test cases:",
         "- Failure: 'assert double(3) == 6': 'AssertionError: 9 != 6'",
         "- Success: 'assert double(3) == 6'",
-        f"Give it another try. {dialog.BACKTICKS}",
+        "Give it another try.",
     ]
 
 
@@ -192,3 +193,75 @@ def test_other_languages_are_fenced_but_not_parsed():
     assert dialog.extract_program(f"{FENCE}cpp\nint main() {{}}\n{FENCE}", "cpp") == "int main() {}"
     with pytest.raises(ValueError, match="'perl'"):
         dialog.extract_program("", "perl")
+
+
+STUB = 'def add(a, b):\n    """Add."""'
+
+
+def test_humaneval_responses_are_begun_with_the_problem():
+    begun = dialog.response_start(STUB, "humaneval")
+    assert begun == f"```python\n{STUB}\n"
+    assert dialog.first_prompt(STUB, "humaneval").endswith(f"passes the tests: {STUB}")
+    whole = f"{STUB}\n    return a + b"
+    for response in (
+        f"    return a + b\n{FENCE}",
+        f"    return a + b\n{FENCE}\nDone.",
+        "    return a + b",
+    ):
+        assert dialog.extract_program(response, begun=begun) == whole
+    for response in (f"{FENCE}\nor\n{FENCE}python\npass\n{FENCE}", "return a +", "  x = 1\n y"):
+        assert dialog.extract_program(response, begun=begun) is None
+    assert not dialog.response_start(STUB, "mbpp")
+
+
+def test_a_failed_assert_shows_what_was_compared_at_run_time():
+    tests = [
+        assert_test("assert f(2) == [4]", "f"),
+        assert_test("assert set(f(3)) == {6}, 'why'", "f"),
+        assert_test("assert not f(0)", "f"),
+        assert_test("assert f(K) > [9]", "f", setup="K = 5"),
+        assert_test("assert 7 in f(1)", "f"),
+        assert_test("assert f('a') == 1", "f"),
+        assert_test("assert len(f(2)) == len(None)", "f"),
+    ]
+    problem = Problem("p", "x", tuple(tests), PrivateTests(()))
+    with Sandbox(workers=1) as sandbox:
+        program = "def f(n):\n    return [int(n) * 2]"
+        results = sandbox.grade(program, judge.tests_of(problem), stop_at_first_failure=False)
+    told = dialog.feedback(list(map(TestOutcome, tests, results)), "mbpp").splitlines()
+    assert told[1:8] == [
+        "- Failure: 'assert not f(0)': 'AssertionError: [0] is not false'",
+        "- Failure: 'assert 7 in f(1)': 'AssertionError: 7 not found in [2]'",
+        "- Failure: 'assert f('a') == 1': ValueError: invalid literal for int() with base 10: 'a'",
+        "- Failure: 'assert len(f(2)) == len(None)': "
+        "'TypeError: object of type 'NoneType' has no len()'",
+        "- Success: 'assert f(2) == [4]'",
+        "- Success: 'assert set(f(3)) == {6}, 'why''",
+        "- Success: 'assert f(K) > [9]'",
+    ]
+
+
+@pytest.mark.parametrize("text", ["f(1) == 2", "assert 1; assert 2", "assert (", "x = 1"])
+def test_anything_but_one_assert_is_refused(text):
+    with pytest.raises(ValueError, match="is n"):
+        assert_test(text, "f")
+
+
+def test_a_trace_shows_the_programs_own_frames_alone():
+    program = "import json\n\ndef read(text):\n    return json.loads(text)\n\nread(input())"
+    with Sandbox(workers=1) as sandbox:
+        (result,) = sandbox.grade(program, [Test("x", "")])
+    assert b"json/" in result.stderr.replace(b"\\", b"/")  # else there is nothing to leave out
+    told = dialog.feedback([TestOutcome(Test("x", ""), result)], "codecontests")
+    assert told.count('File "') == told.count('File "solution.py"') == 2
+    assert "return json.loads(text)" in told and "JSONDecodeError: Expecting value" in told
+    assert "rlef_sandbox" not in told and "decoder" not in told.replace("json.decoder.", "")
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1000])
+def test_feedback_within_a_bound_keeps_its_frame_and_both_ends(limit):
+    outcomes = [outcome(Status.WRONG_ANSWER, stdout=b"9" * 900)] * 3
+    told = dialog.feedback(outcomes, "codecontests", limit)
+    assert told.startswith("Your code failed the following tests:\n- input '3'")
+    assert told.endswith(f"9'\nGive it another try. {dialog.BACKTICKS}")
+    assert len(told) <= max(limit, 80 + 300)

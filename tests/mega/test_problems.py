@@ -82,7 +82,7 @@ def test_jsonl_gives_back_what_was_written(tmp_path):
 
 
 def test_what_the_format_cannot_hold_is_not_written(tmp_path):
-    problem = Problem("a", "x", (CallTest("f", (float("inf"),), 1),), PrivateTests(()))
+    problem = Problem("a", "x", (CallTest("f", (frozenset({1}),), 1),), PrivateTests(()))
     with pytest.raises(ValueError, match="'a' cannot be written"):
         write_jsonl([problem], tmp_path / "out.jsonl")
 

@@ -12,7 +12,14 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.engines import EngineError
 from rlef_mega.judge import EmbeddedGrader, Judge
 from rlef_mega.problems.tokenizer import train_tokenizer
-from rlef_mega.rollout import Distractor, Rules, derive_seed, distractors_of, rollout
+from rlef_mega.rollout import (
+    Distractor,
+    Rules,
+    derive_seed,
+    distractors_of,
+    rollout,
+    show_private_tests,
+)
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Sandbox, Test
 
@@ -239,3 +246,52 @@ def test_seeds_are_streams_of_their_own():
     assert len(seeds) == 3 * 9 * 9
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+def test_feedback_from_private_tests_shows_them_and_their_success_ends_the_dialogue(chat, judge):
+    rules = replace(RULES, feedback="private")
+    (episode,) = hold(chat, judge, [HARD_CODED, RIGHT], rules=rules).episodes
+    told = text(chat, episode)
+    assert "Expected output 'Hello Zoe' but got 'Hello Bob'" in told and episode.solved
+    assert "Zoe" not in chat.decode(episode.token_ids[: episode.turns[0].context_len])
+    many = tuple(Test(f"N{n}\n", f"Hello N{n}\n") for n in range(30))
+    shown = show_private_tests(replace(GREET, private_tests=PrivateTests(many)))
+    assert len(shown.public_tests) == 20 and len(shown.private_tests.tests) == 11
+    assert shown.public_tests[1:] + shown.private_tests.tests == many
+
+
+def test_a_response_that_was_begun_counts_what_the_model_said_alone(chat, judge):
+    statement = "def greet():\n    name = input()"
+    problem = replace(GREET, template="humaneval", statement=statement)
+    answer = "    print('Hello', name)\n\ngreet()\n```"
+    (episode,) = hold(chat, judge, ["    pass\n```", answer], problem=problem).episodes
+    assert episode.solved and len(episode.turns) == 2
+    for turn in episode.turns:
+        before = chat.decode(episode.token_ids[: turn.context_len])
+        assert before.endswith(f"```python\n{statement}\n")
+        assert turn.program.startswith(statement)
+    assert chat.decode(episode.turns[1].action_ids) == answer
+
+
+def test_feedback_is_shortened_to_what_the_context_has_room_for(chat, judge):
+    shout = "```python\nprint('Ciao' + 'o' * 999, input())\n```"
+    long = replace(GREET, template="codecontests")
+    lengths = {}
+    for room in (5000, 900):
+        rules = replace(RULES, max_context=room)
+        (episode,) = hold(chat, judge, [shout, RIGHT], problem=long, rules=rules).episodes
+        assert episode.solved and len(episode.turns) == 2
+        assert "left out" in text(chat, episode) or room == 5000
+        lengths[room] = episode.turns[1].context_len
+        assert episode.turns[1].context_len + RULES.sampling.max_new_tokens <= room
+    assert lengths[900] < lengths[5000]
+
+
+def test_a_full_context_makes_the_failed_response_the_last_one(chat, judge):
+    prompt = hold(chat, judge, [RIGHT]).episodes[0].turns[0].context_len
+    rules = replace(RULES, max_context=prompt + 60 + 5)  # a response, and no word more
+    (episode,) = hold(chat, judge, [WRONG, RIGHT], rules=rules).episodes
+    assert len(episode.turns) == 1 and not episode.solved
+    assert hold(chat, judge, [RIGHT], rules=replace(rules, max_context=prompt)).drops == {
+        "prompt too long": 1
+    }
