@@ -17,6 +17,8 @@ BENCHMARKS = (
     "slice",
     "rollout",
     "dialogues",
+    "overlap",
+    "scale",
     "step",
     "checkpoint",
     "sandbox",
@@ -93,6 +95,14 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import dialogues
 
             return dialogues.benchmark()
+        case "overlap":
+            from rlef_mega.bench import overlap
+
+            return overlap.benchmark()
+        case "scale":
+            from rlef_mega.bench import scale
+
+            return scale.benchmark()
         case "step":
             from rlef_mega.bench import step
 

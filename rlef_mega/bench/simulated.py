@@ -99,10 +99,10 @@ class Writer:
     def write(self, length: int, solved: bool) -> tuple[int, ...]:
         """Exactly so many tokens, or the fewest that hold a program; about half are code."""
         opening = self.openings[solved]
-        room = length - len(opening) - len(self.end)
+        room = max(0, length - len(opening) - len(self.end))
         code = room // 2 // self.code_len * self.code_len
         return tuple(
-            itertools.chain(self.prose[: max(0, room - code)], opening, self.code[:code], self.end)
+            itertools.chain(self.prose[: room - code], opening, self.code[:code], self.end)
         )
 
 
@@ -275,12 +275,12 @@ class SimulatedEngine:
         self.counted.clear()
         return taken
 
-    def busy_share(self) -> float:
-        """Of the servers' time so far, how much they had something to run."""
+    def busy_s(self) -> float:
+        """Seconds so far in which servers had something to run, summed over them."""
         now = asyncio.get_running_loop().time()
         for server in self.servers:
             server.catch_up(now)
-        return sum(server.busy_s for server in self.servers) / (now * len(self.servers))
+        return sum(server.busy_s for server in self.servers)
 
 
 class SimulatedGrader:
