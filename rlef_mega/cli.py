@@ -285,8 +285,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="train, slice, rollout, dialogues, overlap, scale, step, checkpoint, sandbox, "
-            "kernels, packing or convert"
+            help="train, slice, rollout, dialogues, leaders, overlap, scale, step, "
+            "checkpoint, sandbox, kernels, packing or convert"
         ),
     ],
     recipe: Annotated[str, typer.Argument(help="recipe whose model and batch are used")] = "demo",

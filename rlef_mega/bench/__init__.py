@@ -17,6 +17,7 @@ BENCHMARKS = (
     "slice",
     "rollout",
     "dialogues",
+    "leaders",
     "overlap",
     "scale",
     "step",
@@ -95,6 +96,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import dialogues
 
             return dialogues.benchmark()
+        case "leaders":
+            from rlef_mega.bench import leaders
+
+            return leaders.benchmark()
         case "overlap":
             from rlef_mega.bench import overlap
 

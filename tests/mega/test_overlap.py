@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlef_mega.bench import virtual_time
+from rlef_mega.bench import leaders, virtual_time
 from rlef_mega.bench.dialogues import curriculum_chat
 from rlef_mega.bench.overlap import GOAL, Workload, alone_s, simulate
 from rlef_mega.bench.simulated import (
@@ -19,7 +19,7 @@ from rlef_mega.bench.simulated import (
 from rlef_mega.dialog import extract_program
 from rlef_mega.types import Sampling
 
-LOAD = Workload(batch=32, servers=1, warmup=4, steps=8)
+LOAD = Workload(batch=32, servers=1, warmup=4, steps=6)
 SPEED = ServerSpeed(step_s=0.1, step_per_request_s=0.01, prefill_token_s=0.001, most_running=2)
 
 
@@ -111,3 +111,10 @@ def test_a_response_has_its_length_and_a_program_that_parses(chat, length, solve
 def test_in_virtual_time_nothing_to_wait_for_is_an_error():
     with pytest.raises(RuntimeError, match="wait for each other"):
         virtual_time.run(asyncio.Event().wait())
+
+
+def test_each_process_drives_its_share_and_all_hold_all_episodes():
+    """The benchmark's own processes; it raises unless all hold the same episodes."""
+    figures = {f.name: f.samples for f in leaders.benchmark(processes=2, episodes=20).figures}
+    assert figures["dialogues a process drove"] == (10, 10)
+    assert figures["episodes a process holds"] == (20, 20)
