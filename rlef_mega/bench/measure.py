@@ -56,7 +56,7 @@ def wall_seconds(function: Callable[[], object], device: torch.device) -> float:
 
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
-        wait(device)
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
