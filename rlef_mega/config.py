@@ -116,6 +116,10 @@ class ServersConfig(Section):
     python: str = Field(
         ".venv-sglang/bin/python", description="the Python that SGLang is installed for"
     )
+    release_memory: bool = Field(
+        False,
+        description="servers on the trainer's own GPUs: they give their memory back while it works",
+    )
     arguments: tuple[str, ...] = Field((), description="more of SGLang's own, for each server")
     ready_s: float = Field(1800.0, gt=0, description="for a server to load the model")
     publish: Literal["disk", "distributed", "tensor"] = Field(
@@ -301,6 +305,12 @@ class TrainConfig(Section):
                     f"an update of {episodes // updates} episodes does not divide over "
                     f"{name}.data_parallel_size = {layout.data_parallel_size}"
                 )
+        servers = self.rollout.servers
+        if servers.release_memory and (servers.device == "cpu" or self.rollout.mode == "async"):
+            raise ValueError(
+                "rollout.servers.release_memory is for servers on the trainer's GPUs, in sync "
+                "mode: a CPU has no memory saver, and in async mode servers never rest"
+            )
         if self.rollout.mode == "async" and self.rollout.engine == "local":
             raise ValueError(
                 'rollout.mode = "async" needs rollout.engine = "sglang": the local engine '

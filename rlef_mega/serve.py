@@ -59,7 +59,7 @@ def servers_for(config: TrainConfig) -> Servers:
         tensor_parallel_size=asked.tensor_parallel_size,
         memory_fraction=asked.memory_fraction,
         host=asked.host,
-        arguments=asked.arguments,
+        arguments=(*asked.arguments, *(("--enable-memory-saver",) * asked.release_memory)),
     )
     return Servers(
         settings,

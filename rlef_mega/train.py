@@ -104,6 +104,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 save_and_end(checkpoints, step - 1, position(config, step - 1, rollouts))
                 raise
             guards.check_drops(held)
+            engine.rest()
             batch = pack(
                 held.episodes,
                 invalid_code_penalty=invalid_code_penalty(config),
@@ -209,6 +210,7 @@ def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -
         deadline_s=servers.deadline_s,
         lost_s=servers.lost_s,
         publish_s=servers.publish_s,
+        release_memory=servers.release_memory,
     ) as engine:
         yield engine
 

@@ -267,6 +267,9 @@ class SimulatedEngine:
             server.versions.append((server.steps, version))
         self.weight_version = version
 
+    def rest(self) -> None:
+        """It has no memory."""
+
     def end_update(self, version: int | None) -> None:
         """Nobody else brings weights here."""
 

@@ -45,6 +45,11 @@ class Engine(Protocol):
         served afterwards is exactly what was sent."""
         ...
 
+    def rest(self) -> None:
+        """No dialogue is under way, and none begins before the next `update_weights`: memory that
+        the trainer can use meanwhile may be given back."""
+        ...
+
     def end_update(self, version: int | None) -> None:
         """Every rank's `update_weights` has ended: what is sampled from now on is of this version
         or a newer one. None: it failed somewhere, and is tried again or the run ends."""

@@ -181,6 +181,9 @@ class LocalEngine:
             )
         self.weight_version = version
 
+    def rest(self) -> None:
+        """Its weights stay; nothing else of it does between batches."""
+
     def end_update(self, version: int | None) -> None:
         """Its own weights are all that it knows of."""
 

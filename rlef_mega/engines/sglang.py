@@ -29,7 +29,7 @@ from rlef_mega.engines import EngineError
 from rlef_mega.engines.local import NO_WEIGHTS
 from rlef_mega.engines.requests import check_ids_and_sampling
 from rlef_mega.engines.sglang_carriers import Broadcasts, SharedTensors, own_address
-from rlef_mega.engines.sglang_fleet import Fleet, Member, Place
+from rlef_mega.engines.sglang_fleet import Fleet, Member, Place, on_each
 from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_session
 from rlef_mega.engines.sglang_publication import BucketPublication, DiskPublication, Publication
 from rlef_mega.engines.sglang_server import log_file
@@ -76,7 +76,8 @@ class SGLangEngine:
     process does. `concurrency` bounds the open requests a server, `deadline_s` a request with all
     its tries, `lost_s` how long there may be no server at all, `publish_s` each step of a
     publication. `heartbeat_s` is how often a server that has not answered yet must say that it is
-    healthy. `logs` is where `rlef serve` writes.
+    healthy. With `release_memory` servers give theirs back while they `rest`. `logs` is where
+    `rlef serve` writes.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class SGLangEngine:
         lost_s: float = 900.0,
         publish_s: float = 600.0,
         heartbeat_s: float = 30.0,
+        release_memory: bool = False,
     ) -> None:
         if not urls:
             raise ValueError("no SGLang servers given; start some with `rlef serve`")
@@ -102,6 +104,8 @@ class SGLangEngine:
         self.way, self.weights_folder, self.logs = way, weights_folder, logs
         self.concurrency, self.deadline_s, self.lost_s = concurrency, deadline_s, lost_s
         self.publish_s, self.heartbeat_s = publish_s, heartbeat_s
+        self.release_memory = release_memory
+        self.resting: list[Member] | None = None  # those that gave their memory back
         self.weight_version = NO_WEIGHTS
         self.publication: Publication | None = None
         self.waits = False  # for the process that publishes
@@ -213,6 +217,8 @@ class SGLangEngine:
             for _ in named_tensors:  # gathered over all ranks
                 pass
         else:
+            if self.resting is not None:
+                self.submit(self.wake()).result()
             weights = SentWeights(
                 named_tensors,
                 self.model,
@@ -226,6 +232,33 @@ class SGLangEngine:
                 self.submit(self.withhold()).result()
                 raise
             self.weight_version = version
+
+    def rest(self) -> None:
+        if self.release_memory and self.publication is not None:
+            self.submit(self.release()).result()
+
+    async def release(self) -> None:
+        """Until `wake`, nobody is judged or brought to weights, for which there is no room."""
+        await self.fleet.control.acquire()
+        ready = [member for member in self.fleet.members if member.ready]
+        self.resting = await on_each(
+            ready, lambda client: client.release_memory(within_s=self.publish_s)
+        )
+
+    async def wake(self) -> None:
+        """Those that still are the processes which gave their memory back, which their version
+        tells, get it again. What fails here is left out of the publication, or fails it."""
+        assert self.resting is not None
+
+        async def resume(client: Client) -> None:
+            if await client.weight_version(within_s=self.publish_s) == str(self.fleet.version):
+                await client.resume_memory(within_s=self.publish_s)
+
+        try:
+            await on_each(self.resting, resume)
+        finally:
+            self.resting = None
+            self.fleet.control.release()
 
     def end_update(self, version: int | None) -> None:
         if self.waits:

@@ -19,6 +19,7 @@ from rlef_mega.engines import EngineError
 from rlef_mega.types import Completion, Sampling
 
 SUPPORTED = ("0.5.23",)
+OCCUPATION = {"tags": ["kv_cache", "weights"]}
 CONNECT_S = 10.0
 # Of idle connections. The server closes them after 5 s; one that it closes as we send looks like a
 # dead server.
@@ -145,6 +146,16 @@ class Client:
         # its only option empties the cache of a CUDA allocator, which a CPU build lacks
         body = {"torch_empty_cache": False}
         await self.call("/continue_generation", body, within_s=within_s)
+
+    async def release_memory(self, *, within_s: float) -> None:
+        """Weights and cache leave the device; it must be idle. Only of servers with the memory
+        saver, on a GPU."""
+        await self.call("/release_memory_occupation", OCCUPATION, within_s=within_s)
+
+    async def resume_memory(self, *, within_s: float) -> None:
+        """Their room is back; what was in it is not. A server that did not release any dies of
+        it."""
+        await self.call("/resume_memory_occupation", OCCUPATION, within_s=within_s)
 
     async def load_from_disk(self, folder: str, version: str, *, within_s: float) -> None:
         body = {"model_path": folder, "weight_version": version, "flush_cache": True}

@@ -24,6 +24,7 @@ class ServerDouble:
         self.end_of_text = None
         self.prompts: list[list[int]] = []
         self.calls: Counter[str] = Counter()
+        self.order: list[str] = []
         self.now, self.most_at_once = 0, 0
         self.next_id = 100 * number
         self.loop = asyncio.new_event_loop()
@@ -55,6 +56,7 @@ class ServerDouble:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
         self.calls[path] += 1
+        self.order.append(path)
         if self.mode == "hang" and path in ("health", "generate", "update_weights_from_disk"):
             while self.mode == "hang":
                 await asyncio.sleep(0.02)
@@ -81,6 +83,12 @@ class ServerDouble:
         return {}
 
     async def pause_generation(self, body):
+        return {}
+
+    async def release_memory_occupation(self, body):
+        return {}
+
+    async def resume_memory_occupation(self, body):
         return {}
 
     async def continue_generation(self, body):

@@ -354,6 +354,24 @@ def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
             hold(engine, 1)
 
 
+def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path):
+    """Before new weights come they have room for them; one that was started again meanwhile is not
+    told to take back what it never gave, which ends a real one."""
+    one, two = servers
+    with publishing(servers, model, tmp_path, release_memory=True, publish_s=5.0) as engine:
+        engine.update_weights(weights_of(model).items(), 1)
+        for server in servers:
+            server.order.clear()
+        engine.rest()
+        two.weight_version = "default"
+        time.sleep(0.5)  # it is not brought to weights while there is no room for them
+        engine.update_weights(weights_of(model).items(), 2)
+        assert all(len(turns) == 1 for turns in hold(engine, 4))
+    memory = ("release_memory_occupation", "resume_memory_occupation", "update_weights_from_disk")
+    assert [path for path in one.order if path in memory] == list(memory)
+    assert [path for path in two.order if path in memory] == [memory[0], memory[2]]
+
+
 def test_servers_that_hold_different_weights_are_an_error(servers, model, tmp_path):
     _one, two = servers
     with publishing(servers, model, tmp_path) as engine:
