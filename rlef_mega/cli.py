@@ -187,6 +187,10 @@ def evaluate(
     server: Annotated[
         list[str] | None, typer.Option(help="a grading server, like http://node7:8765; repeatable")
     ] = None,
+    sglang: Annotated[
+        list[str] | None,
+        typer.Option(help="an SGLang server that samples, like http://node7:30000; repeatable"),
+    ] = None,
 ) -> None:
     """1@k of a model: multi-turn, independent samples, and random feedback, with 95% intervals."""
     from rlef_mega.eval_command import EvalRequest, run_evaluation
@@ -203,6 +207,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             max_context=max_context,
             dtype=dtype,
+            sglang=tuple(sglang or ()),
             seed=seed,
             protocols=tuple(protocols.split(",")),
             servers=tuple(server or ()),

@@ -1,14 +1,18 @@
-"""`rlef eval`: a Hugging Face folder and problems to numbers, in one process with the embedded
-engine."""
+"""`rlef eval`: a Hugging Face folder and problems to numbers, with the embedded engine in this
+process, or on SGLang servers, to which the folder's weights are brought first."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from rlef_mega.chat import ChatFormat
 from rlef_mega.config import ConfigError, JudgeConfig
+from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import evaluate, write_evaluation
 from rlef_mega.judge import Judge, open_grader
@@ -36,6 +40,7 @@ class EvalRequest:
     protocols: tuple[str, ...]
     servers: tuple[str, ...] = ()  # grading servers; without, an embedded sandbox
     grading_token: str | None = None
+    sglang: tuple[str, ...] = ()  # servers of a model of this shape; without, the embedded engine
 
 
 def run_evaluation(request: EvalRequest) -> None:
@@ -56,10 +61,11 @@ def run_evaluation(request: EvalRequest) -> None:
         ),
         max_context=request.max_context,
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = LocalEngine(request.model, dtype=request.dtype, device=device)
     grading = JudgeConfig(workers=len(os.sched_getaffinity(0)), servers=request.servers)
-    with open_grader(**grading.model_dump(), token=request.grading_token) as grader:
+    with (
+        open_engine(request) as engine,
+        open_grader(**grading.model_dump(), token=request.grading_token) as grader,
+    ):
         result = evaluate(
             problems,
             engine,
@@ -84,3 +90,31 @@ def run_evaluation(request: EvalRequest) -> None:
     path = request.out / f"eval/{request.model.name}.json"
     print_comparison(request.out)
     print(f"wrote {path}")
+
+
+@contextmanager
+def open_engine(request: EvalRequest) -> Iterator[Engine]:
+    """With the weights of the folder, verified where servers took them over."""
+    if not request.sglang:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        yield LocalEngine(request.model, dtype=request.dtype, device=device)
+        return
+    try:
+        from rlef_mega.engines.sglang import SGLangEngine
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--sglang needs {error.name}: pip install 'rlef-mega[serve]'") from None
+    weights = request.out / "weights"
+    with SGLangEngine(request.sglang, request.model, way="disk", weights_folder=weights) as engine:
+        engine.update_weights(stored_weights(request.model), version=0)
+        yield engine
+
+
+def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """One after the other, so that none but the one in hand takes memory."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"no *.safetensors in {folder}: give a folder that holds the weights")
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no dictionary
+                yield name, stored.get_tensor(name)

@@ -18,6 +18,7 @@ from rlef_mega.problems import load_problems, sample
 from tests.mega.sglang_model_double import ModelDouble
 from tests.mega.test_train import (  # noqa: F401 - the model is a fixture
     ENVIRONMENT,
+    RLEF,
     alive,
     command,
     metrics,
@@ -148,3 +149,17 @@ def test_asynchronous_training_needs_servers_and_equal_shares():
     shape = "model.shape={heads=2, key_value_heads=2, layers=2, vocab_size=64, ffn=8}"
     with pytest.raises(ConfigError, match="9 does not divide over 2 processes"):
         plan_train(load(*uneven, shape))
+
+
+def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F811
+    """Its weights are brought to them, whatever they had before."""
+    words = ["eval", str(model), "--data", "curriculum:test", "--problems", "6", "--turns", "2"]
+    limits = ["--max-new-tokens", "20", "--max-context", "320", "--protocols", "multi_turn"]
+    urls = [word for server in servers for word in ("--sglang", server.url)]
+    result = run_command([*RLEF, *words, *limits, *urls, "--out", str(tmp_path)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads((tmp_path / "eval/init.json").read_text())["protocols"]["multi_turn"]
+    assert summary["dropped"] == {} and summary["solve_rate"]["value"] == 0.0
+    assert all(server.weight_version == "0" for server in servers)
+    assert sum(server.calls["generate"] for server in servers) == 12
+    assert not (tmp_path / "weights").exists()
