@@ -4,9 +4,13 @@ One start of two servers serves all of it. The truth is transformers' model in t
 """
 
 import asyncio
+import contextlib
+import copy
 import threading
 import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -15,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from rlef_mega.chat import ChatFormat
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang import SGLangEngine
 from rlef_mega.engines.sglang_publication import DiskPublication
 from rlef_mega.judge import Judge
@@ -55,17 +59,23 @@ def disk_engine(serving, tmp_path):
         yield engine
 
 
-def open_engine(serving, folder, way) -> SGLangEngine:
+def open_engine(serving, folder, way, **options) -> SGLangEngine:
     return SGLangEngine(
         serving.urls,
         serving.model,
         way=way,
         weights_folder=folder / "weights",
         logs=serving.run / "servers",
-        publish_s=60,
-        deadline_s=200,
-        heartbeat_s=20,
+        **{"publish_s": 60, "deadline_s": 200, "heartbeat_s": 20, **options},
     )
+
+
+def wait_for(condition, engine: SGLangEngine) -> None:
+    """As long as a server may take to start."""
+    until = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < until, engine.fleet.reasons()
+        time.sleep(0.5)
 
 
 def judge() -> Judge:
@@ -258,6 +268,105 @@ def test_a_server_that_holds_other_weights_than_were_sent_is_found_out(
         disk_engine.update_weights(model.state_dict().items(), 1)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_dialogues_go_on_through_publications(serving, model, tmp_path, way):
+    """Requests never stop coming while weights change three times: none fails, versions never go
+    back in an answer, and each token has the log-prob that the weights of its version give it."""
+    models = {0: copy.deepcopy(model)}
+    done = threading.Event()
+
+    async def talk() -> list[tuple[list[int], Completion]]:
+        held = []
+        while not done.is_set():
+            prompts = random_prompts(6, 12, seed=len(held))
+            answers = await asyncio.gather(*(one(engine, p, Sampling(60)) for p in prompts))
+            held += zip(prompts, answers, strict=True)
+        return held
+
+    with open_engine(serving, tmp_path, way) as engine, ThreadPoolExecutor(1) as thread:
+        engine.update_weights(model.state_dict().items(), 0)
+        talking = thread.submit(lambda: asyncio.run(talk()))
+        for version in (1, 2, 3):
+            time.sleep(0.7)
+            change(model, seed=version)
+            models[version] = copy.deepcopy(model)
+            engine.update_weights(model.state_dict().items(), version)
+        time.sleep(0.7)
+        done.set()
+        held = talking.result(120)
+        assert "failures" not in engine.counts
+    spans = set()
+    for prompt, answer in held:
+        versions = torch.tensor(answer.weight_versions)
+        spans.add(tuple(versions.unique().tolist()))
+        assert bool((versions.diff() >= 0).all())
+        for version in versions.unique().tolist():
+            truth = logprobs(models[version], [*prompt, *answer.token_ids])[len(prompt) - 1 :]
+            wrong = (truth - torch.tensor(answer.logprobs)).abs()[versions == version]
+            assert float(wrong.max()) < TOLERANCE, (version, answer.weight_versions)
+    assert any(len(span) > 1 for span in spans), spans  # some were under way
+    assert {version for span in spans for version in span} == {0, 1, 2, 3}
+
+
+def test_a_server_that_hangs_costs_no_request_and_does_not_come_back_with_old_weights(
+    serving, model, tmp_path
+):
+    """It is stopped in the middle of requests, and goes on after the next weights came without
+    it."""
+    victim = serving.urls[0]
+    process = serving.server_process(victim)
+    everything = [process, *process.children(recursive=True)]
+    with open_engine(serving, tmp_path, "disk", heartbeat_s=3, publish_s=5) as engine:
+        engine.update_weights(model.state_dict().items(), 1)
+
+        def stop() -> None:
+            for part in everything:
+                part.suspend()
+
+        threading.Timer(0.5, stop).start()
+        try:
+            answers = sample(engine, random_prompts(12, 10), Sampling(150))
+            assert len(answers) == 12 and engine.counts["failures"] >= 1
+            change(model, seed=5)
+            engine.update_weights(model.state_dict().items(), 2)
+            assert [m.ready for m in engine.fleet.members] == [False, True]
+        finally:
+            for part in everything:
+                part.resume()
+        wait_for(lambda: engine.fleet.members[0].ready, engine)
+        assert engine.counts["restored"] == 1
+        for prompt in random_prompts(6, 9):
+            (answer,) = sample(engine, [prompt], Sampling(20))
+            assert set(answer.weight_versions) == {2}
+            assert gap(model, prompt, answer) < TOLERANCE
+
+
+def test_a_cancelled_dialogue_ends_its_request_on_the_server(disk_engine, serving, model):
+    """A server empties its cache only when nothing runs."""
+
+    def idle() -> bool:
+        answers = []
+        for url in serving.urls:
+            request = urllib.request.Request(f"{url}/flush_cache", method="POST")
+            with contextlib.suppress(urllib.error.HTTPError):
+                answers.append(urllib.request.urlopen(request, timeout=20).status)
+        return answers == [200, 200]
+
+    async def cancel() -> None:
+        asking = asyncio.create_task(one(disk_engine, [11, 12], Sampling(1900)))
+        await asyncio.sleep(1.0)
+        assert not asking.done() and not await asyncio.to_thread(idle)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    disk_engine.update_weights(model.state_dict().items(), 1)
+    asyncio.run(cancel())
+    until = time.monotonic() + 3
+    while not idle():
+        assert time.monotonic() < until, "the request goes on"
+        time.sleep(0.1)
+
+
 def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     disk_engine, serving, model
 ):
@@ -272,10 +381,7 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     assert disk_engine.counts["failures"] >= 1
     for episode in held.episodes:
         assert all(set(turn.weight_versions) == {6} for turn in episode.turns)
-    waited_until = time.monotonic() + 300
-    while not disk_engine.counts.get("restored"):
-        assert time.monotonic() < waited_until, disk_engine.fleet.reasons()
-        time.sleep(0.5)
+    wait_for(lambda: disk_engine.counts.get("restored"), disk_engine)
     with SGLangEngine([victim], serving.model) as only_the_victim:
         only_the_victim.update_weights([], 6)  # published by another engine
         only_the_victim.end_update(6)
@@ -325,3 +431,18 @@ def wait_until_healthy(url: str) -> None:
                 return
         except OSError:
             time.sleep(0.5)
+
+
+def test_without_any_server_all_are_told_and_who_waits_longer_finds_them_again(
+    serving, model, tmp_path
+):
+    with open_engine(serving, tmp_path, "disk", lost_s=2) as engine:
+        engine.update_weights(model.state_dict().items(), 1)
+        for url in serving.urls:
+            serving.server_process(url).kill()
+        with pytest.raises(EngineLostError, match=r"(?s)no server was ready for 2 s.*The end of"):
+            sample(engine, [[11, 12]] * 3, Sampling(5))
+        engine.fleet.lost_s = 300
+        answers = sample(engine, [[11, 12]] * 3, Sampling(5))  # `rlef serve` starts them again
+        assert {v for answer in answers for v in answer.weight_versions} == {1}
+        wait_for(lambda: all(member.ready for member in engine.fleet.members), engine)
