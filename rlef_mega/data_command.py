@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlef_mega import dialog
-from rlef_mega.problems import contamination, load_problems, read_data_set
+from rlef_mega.problems import contamination, is_data_set, load_problems, read_data_set
 from rlef_mega.problems.rows import Drop
 from rlef_mega.problems.store import ProblemStore
 from rlef_mega.types import Problem
@@ -19,8 +19,7 @@ SHOWN_PLACES = 10
 
 def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None:
     """Print counts, limits, lengths, drops and, `against` another source, what both hold."""
-    is_data_set = source.startswith("codecontests:")
-    problems = read_data_set(source) if is_data_set else load_problems(source)
+    problems = read_data_set(source) if is_data_set(source) else load_problems(source)
     drops = problems.drops if isinstance(problems, ProblemStore) else ()
     console = Console()
     table = Table("what", "found", title=source)

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from rlef_mega.problems import codecontests, curriculum, functions, humaneval, jsonl
+from rlef_mega.problems import codecontests, curriculum, evalplus, functions, humaneval, jsonl
 from rlef_mega.problems.rows import MALFORMED, Drop, Read, data_files
 from rlef_mega.problems.store import ProblemStore, cache_folder, count_reasons, stored
 from rlef_mega.types import Problem
@@ -21,7 +21,8 @@ SHOWN_DROPS = 5
 
 def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
     """Problems of `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, of CodeContests
-    (`codecontests:PLACE?OPTIONS`) or of a file in our own JSONL.
+    (`codecontests:PLACE?OPTIONS`), of HumanEval+ or MBPP+ (`evalplus:FILE`) or of a file in our
+    own JSONL.
 
     SPLIT is train, valid or test; PLACE a file, a folder, or a repository of the Hugging Face hub.
     What is read from data sets is kept in `cache` and read again from there. ValueError, with file,
@@ -35,7 +36,7 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
                 f"take one of {', '.join(curriculum.SPLITS)}"
             )
         return BUNDLED[name](rest)
-    if separator and name == "codecontests":
+    if is_data_set(source):
         store = read_data_set(source, cache)
         for reason, count in count_reasons(store.drops).items():
             logger.warning("%s: %d rows: %s", source, count, reason)
@@ -47,8 +48,15 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
     return jsonl.read_jsonl(existing(source, source))
 
 
+def is_data_set(source: str) -> bool:
+    return source.startswith(("codecontests:", "evalplus:"))
+
+
 def read_data_set(source: str, cache: Path | None = None) -> ProblemStore:
-    """All that a source of CodeContests gives, malformed rows reported beside the others."""
+    """All that a source of a data set gives, malformed rows reported beside the others."""
+    if source.startswith("evalplus:"):
+        file = existing(source.partition(":")[2], source)
+        return stored("evalplus", [file], lambda: evalplus.read([file]), cache or cache_folder())
     place, _, query = source.partition(":")[2].partition("?")
     options = parse_options(source, query)
     files = codecontests_files(source, place, options.split)
@@ -152,7 +160,8 @@ def existing(path: str, source: str) -> Path:
     bundled = ", ".join(f"{name}:SPLIT" for name in BUNDLED)
     raise ValueError(
         f"problem source {source!r}: there is no file {path!r}; "
-        f"give a JSONL file, codecontests:PLACE, or one of {bundled} (SPLIT: train, valid, test)"
+        f"give a JSONL file, codecontests:PLACE, evalplus:FILE, or one of {bundled} "
+        "(SPLIT: train, valid, test)"
     )
 
 
