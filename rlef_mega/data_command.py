@@ -21,7 +21,7 @@ def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None
     """Print counts, limits, lengths, drops and, `against` another source, what both hold."""
     problems = read_data_set(source) if is_data_set(source) else load_problems(source)
     drops = problems.drops if isinstance(problems, ProblemStore) else ()
-    console = Console()
+    console = Console(emoji=False)  # `curriculum:train` is no picture
     table = Table("what", "found", title=source)
     for what, found in summarize(problems, length_of(tokenizer)).items():
         table.add_row(what, str(found))

@@ -73,7 +73,10 @@ def test_overrides_take_toml_values_and_bare_words():
         ("[ppo]\nbetta = 1", r"unknown key 'ppo.betta'; known there: beta"),
         ("[learner.policy]\nlr = -1", r"learner.policy.lr: .* greater than 0"),
         ("[rollout]\nturns = 11", r"rollout.turns: .* less than or equal to 10"),
-        ("[rollout]\nfeedback = 'maybe'", r"rollout.feedback: .*'true', 'none' or 'random'"),
+        (
+            "[rollout]\nfeedback = 'maybe'",
+            r"rollout.feedback: .*'true', 'none', 'random' or 'private'",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name_and_place(tmp_path, text, message):
