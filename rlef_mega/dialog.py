@@ -109,8 +109,8 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
 
 def response_start(statement: str, template: str) -> str:
     """What every response is begun with, for the model to go on (RLEF C.4): the problem's code in
-    an open block. Empty for most templates. The paper shows it for the first response only; ours
-    does so for all, so that all are read alike.
+    an open block. Empty for most templates. That later responses are begun too is our reading: so
+    all are read alike.
     """
     return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
 
