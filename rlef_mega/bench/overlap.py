@@ -203,7 +203,7 @@ def summary(
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Steps an hour as a share of what the trainer could do alone, by ratio, a line a mode."""
+    """Steps an hour and idle trainer by ratio, a line a mode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,9 +220,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
             style = {"color": "#555555", "linestyle": "--"} if mode == "sync" else {}
             label = mode if mode == "sync" else f"{mode} (max_staleness {MODES[mode]})"
             speed.plot(
-                list(RATIOS), [of(r, mode, "of sync") for r in RATIOS], "o-", label=label, **style
+                list(RATIOS),
+                [of(r, mode, "of sync") for r in RATIOS],
+                marker="o",
+                label=label,
+                **style,
             )
-            idle.plot(list(RATIOS), [of(r, mode, "trainer_idle") for r in RATIOS], "o-", **style)
+            idle.plot(
+                list(RATIOS), [of(r, mode, "trainer_idle") for r in RATIOS], marker="o", **style
+            )
         speed.axhline(GOAL, color="black", linewidth=0.8, linestyle=":")
         speed.set_title("steps an hour, to sync's")
         idle.set_title("share of time in which the trainer waits")
