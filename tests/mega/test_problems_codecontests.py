@@ -246,7 +246,7 @@ def test_inspection_prints_counts_drops_with_their_rows_and_what_two_sets_share(
 
 
 def test_a_large_file_streams(tmp_path):
-    """40 MB of tests, a few rows of them at once as Python's objects (Arrow's own are not traced)."""
+    """40 MB of tests, a few rows at once as Python's objects (Arrow's own are not traced)."""
     import tracemalloc
 
     pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
