@@ -3,6 +3,7 @@
 # make demo-sglang   the same training, with rollouts from two real SGLang servers on the same cores
 # make test    every test that needs no GPU, lint and types first
 # make test-sglang   rollouts against the real SGLang server, in an environment of its own (3.3 GB)
+# make test-slurm    runs on a real Slurm of five nodes on this host; installs it where root and Debian are at hand
 #
 # Wheels are kept in $(WHEELS) once fetched, so that a second checkout installs from there without a network.
 
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang demo demo-sglang test lint test-sglang test-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang demo demo-sglang test lint test-sglang test-slurm test-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -49,6 +50,10 @@ test: lint
 
 test-sglang: setup setup-sglang
 	"$(BIN)/python" -m pytest -m sglang --durations=10
+
+test-slurm: setup
+	sh scripts/install_slurm.sh
+	"$(BIN)/python" -m pytest -m slurm tests/slurm -rs --durations=10
 
 # .venv has a CPU build of PyTorch; these need GPU_PYTHON, an environment with a CUDA build and `pip install -e .[dev]`
 test-gpu:

@@ -7,10 +7,12 @@ at the end of their step; a second Ctrl-C does not wait. The agent ignores these
 Slurm sends them to every process of a step, and ranks that get them do as the file asks. If `rlef`
 dies, even by SIGKILL, the kernel kills the agent, and with it the ranks
 (PR_SET_PDEATHSIG), so that no orphan goes on writing. Under Slurm, srun starts the worker modules
-directly and none of this file but `worker_main` and `StopRequest` is used.
+directly and none of this file but `worker_main` and `StopRequest` is used. SIGUSR2 makes a rank
+write the stacks of all its threads, also where it waits in a collective for ever.
 """
 
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -146,6 +148,8 @@ def worker_main(work: Callable[[Path], int]) -> None:
     """The main of a rank: user errors become one message, that of the rank which failed first, and
     the exit code says how it ended."""
     die_with_parent()
+    take_place_in_step()
+    dump_stacks_when_asked()
     launched = psutil.Process(os.getppid()).create_time()  # torchrun's agent, or srun's
     # Megatron's overlapped exchanges want kernels to start in the order in which they are launched;
     # read when CUDA starts, and of no effect without it
@@ -173,6 +177,32 @@ def collect_garbage_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(700, 10, 1000)  # the third is 10 by default
+
+
+def take_place_in_step() -> None:
+    """torch.distributed's variables from Slurm's, for a rank that srun started; MASTER_ADDR and
+    MASTER_PORT come from whoever called srun. torchrun's own are left alone, and so is a process
+    of the batch script, which is not of a step."""
+    names = {
+        "RANK": "SLURM_PROCID",
+        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+        "LOCAL_RANK": "SLURM_LOCALID",
+    }
+    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ |= {ours: os.environ[its] for ours, its in names.items() if its in os.environ}
+
+
+def dump_stacks_when_asked() -> None:
+    """On SIGUSR2, from C, so that it works while Python waits for a library; into a file a rank of
+    the folder RLEF_STACKS, else to stderr."""
+    folder = os.environ.get("RLEF_STACKS")
+    if folder is None:
+        faulthandler.register(signal.SIGUSR2, all_threads=True)
+        return
+    rank = os.environ.get("RANK", "0")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = Path(folder, f"rank_{rank}.txt").open("a")  # noqa: SIM115 - until the process ends
+    faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
 
 
 def fails_first(mark: Path, *, since: float) -> bool:

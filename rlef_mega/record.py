@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,16 +31,20 @@ TEXT_LIMIT = 10_000  # characters of any one text in an episode record
 
 
 class Clock:
-    """Seconds by phase of a step; what no phase claims is the difference to `step`."""
+    """Seconds by phase of a step; what no phase claims is the difference to `step`. `note` is told
+    of each phase as it begins and ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None] | None = None) -> None:
+        self.note = note or (lambda text: None)
         self.times: dict[str, float] = {}
         self.started = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         begun = time.perf_counter()
+        self.note(f"{phase} begins")
         yield
+        self.note(f"{phase} ended")
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - begun
 
     def lap(self) -> dict[str, float]:
@@ -78,6 +82,17 @@ class RunDirectory:
         self.lock_file.truncate(0)
         self.lock_file.write(str(os.getpid()))
         self.lock_file.flush()
+
+    def note_progress(self, text: str) -> None:
+        """What the run does now. The file's age tells a watchdog that it hangs, so a disk without
+        room for the text must not make it look so."""
+        path = self.path / "progress"
+        try:
+            path.write_text(text + "\n")
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            path.touch()
 
     def resume(self, step: int) -> None:
         """Forget what was recorded after this step."""

@@ -95,7 +95,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 dialogues, config.rollout, version=first, steps=config.run.steps, state=state
             )
         )
-        clock = Clock()
+        clock = Clock(run.note_progress if ranks.is_writer else None)
         for step in range(first + 1, config.run.steps + 1):
             try:
                 with clock("rollout"):

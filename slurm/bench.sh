@@ -1,0 +1,20 @@
+#!/bin/bash
+#SBATCH --job-name=rlef-bench
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=1
+#SBATCH --time=01:00:00
+#SBATCH --output=%x-%j.log
+#
+# `rlef bench` on a node of its own; the figures as JSON.
+#
+#   sbatch slurm/bench.sh kernels [RECIPE] [options of rlef bench]
+
+ROOT=${RLEF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+OUT=${OUT:-runs/bench/${1:-none}-${SLURM_JOB_ID:-0}.json}   # the figures
+GPUS_PER_NODE=${GPUS_PER_NODE:-1}
+# shellcheck source=slurm/lib/one_node.sh
+. "$ROOT/slurm/lib/one_node.sh"
+[ $# -gt 0 ] || die "name a benchmark: sbatch slurm/bench.sh kernels"
+mkdir -p "$(dirname "$OUT")"
+on_node -m rlef_mega.cli bench "$@" --json "$OUT"

@@ -1,0 +1,20 @@
+#!/bin/bash
+#SBATCH --job-name=rlef-eval
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --time=04:00:00
+#SBATCH --output=%x-%j.log
+#
+# `rlef eval` of a Hugging Face folder on one node, with the sandbox beside it.
+#
+#   sbatch slurm/eval.sh MODEL [options of rlef eval]
+
+ROOT=${RLEF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+DATA=${DATA:-humaneval:test}   # the problems
+OUT=${OUT:-runs/eval}          # the results' folder
+DTYPE=${DTYPE:-bfloat16}       # of the weights
+GPUS_PER_NODE=${GPUS_PER_NODE:-1}
+# shellcheck source=slurm/lib/one_node.sh
+. "$ROOT/slurm/lib/one_node.sh"
+[ $# -gt 0 ] || die "name a model: sbatch slurm/eval.sh MODEL"
+on_node -m rlef_mega.cli eval --data "$DATA" --out "$OUT" --dtype "$DTYPE" "$@"

@@ -1,0 +1,18 @@
+#!/bin/bash
+#SBATCH --job-name=rlef-export
+#SBATCH --nodes=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --output=%x-%j.log
+#
+# `rlef export-hf` of a run's newest checkpoint on one node, without a GPU; a killed one goes on.
+#
+#   sbatch slurm/export_hf.sh RUN OUT [options of rlef export-hf]
+
+ROOT=${RLEF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+PROCESSES=${PROCESSES:-8}      # that write side by side
+GPUS_PER_NODE=0
+# shellcheck source=slurm/lib/one_node.sh
+. "$ROOT/slurm/lib/one_node.sh"
+[ $# -gt 1 ] || die "name a run and a folder to write: sbatch slurm/export_hf.sh RUN OUT"
+on_node -m rlef_mega.cli export-hf --processes "$PROCESSES" "$@"

@@ -1,0 +1,191 @@
+# shellcheck shell=bash
+# One attempt at a run: checks, services, ranks, and watching over them.
+# Exit codes are the ranks': 0 done, 2 failed, 3 stopped on request and saved.
+
+declare -A PIDS=() # of the sruns of this attempt, by component
+STOPPED=3
+
+open_logs() { # a folder for this attempt, `latest` points to it; with all that tells what was run
+    local n=1
+    while ! mkdir "$STATE/attempt_$(printf %03d $n)" 2>/dev/null; do n=$((n + 1)); done
+    LOGS=$STATE/attempt_$(printf %03d $n)
+    ln -sfn "${LOGS##*/}" "$STATE/latest"
+    {
+        env | grep -v -i -E '^[^=]*(token|key|secret|password)' | sort
+        echo
+        scontrol show job "$SLURM_JOB_ID"
+        git -C "$ROOT" log -1 --format='commit %H' 2>/dev/null && git -C "$ROOT" status --short
+    } >"$LOGS/environment.txt" 2>&1 || true
+    say "attempt $n of job $SLURM_JOB_ID on ${NODES[train]} | ${NODES[rollout]:-} | ${NODES[sandbox]}; logs in $LOGS"
+}
+
+newest_checkpoint() { # its step, or 0
+    local found
+    found=$(find "$RUN/checkpoints" -maxdepth 1 -name 'step_*[0-9]' 2>/dev/null | sort | tail -n 1)
+    found=${found##*step_}
+    echo $((10#${found:-0}))
+}
+
+count_attempt() { # stops the run when MAX_FAILURES attempts began at the same checkpoint
+    local at last=none tries=0
+    at=$(newest_checkpoint)
+    [ ! -f "$STATE/tries" ] || read -r last tries <"$STATE/tries"
+    [ "$last" = "$at" ] || tries=0
+    [ "$tries" -lt "$MAX_FAILURES" ] ||
+        die "$tries attempts have failed at step $at. Mend the cause, remove $STATE/tries, and submit again"
+    echo "$at $((tries + 1))" >"$STATE/tries"
+}
+
+check_nodes() {
+    local role pids=() faulty=0 names
+    declare -A gpus=([train]=$TRAIN_GPUS [rollout]=$((SERVERS_PER_NODE * GPUS_PER_SERVER)) [sandbox]=0)
+    declare -A ports=([train]="$PORT 2" [rollout]="$SERVER_PORT $SERVERS_PER_NODE" [sandbox]="$SANDBOX_PORT 1")
+    declare -A level=([train]="" [rollout]="" [sandbox]=default)
+    names=$(echo "${NODES[@]}" | tr ' ' '\n' | sort -u | paste -sd,)
+    for role in "${!NODES[@]}"; do
+        # shellcheck disable=SC2086 # two words
+        (step "check_$role" "$role" 1 "$PYTHON" -m rlef_mega.node_check "$LOGS/shared" --nodes "$names" \
+            --began "$(date +%s.%N)" --skew-s "$CLOCK_SKEW_S" --wait-s "$SHARED_WAIT_S" --gpus "${gpus[$role]}" \
+            --ports ${ports[$role]} --disk-gib "$DISK_GIB" --tmp-gib "$TMP_GIB" --shm-gib "$SHM_GIB" \
+            --isolation "${level[$role]}") &
+        pids+=($!)
+    done
+    for role in "${pids[@]}"; do await "$role" || faulty=1; done
+    if [ $faulty = 1 ]; then
+        sed 's/^/  /' "$LOGS"/check_*.log
+        say "FAILED: the nodes are not fit for the run"
+        return 2
+    fi
+}
+
+check_network() { # as training has it: a process a rank
+    [ "$ALLREDUCE_GBPS" != 0 ] && [ "$RANKS" -gt 1 ] || return 0
+    (MASTER_PORT=$((PORT + 1)) step check_network train "$RANKS_PER_NODE" \
+        timeout "$NETWORK_S" "$PYTHON" -m rlef_mega.allreduce_check "$ALLREDUCE_GBPS") &
+    await $! || {
+        sed 's/^/  /' "$LOGS/check_network.log"
+        say "FAILED: the training nodes' network"
+        return 2
+    }
+    say "$(sed 's/^[0-9]*: //' "$LOGS/check_network.log" | grep all-reduce)"
+}
+
+start_services() {
+    local deaf=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while ranks still need us
+    (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${deaf[@]}" "$PYTHON" -m rlef_sandbox serve \
+        --host 0.0.0.0 --port "$SANDBOX_PORT") &
+    PIDS[sandbox]=$!
+    [ "$ROLLOUT_NODES" != 0 ] || return 0
+    # shellcheck disable=SC2016 # the node's own name
+    (step rollout rollout 1 "${deaf[@]}" bash -c 'exec "$0" -m rlef_mega.cli serve "$@" --set rollout.servers.host="$SLURMD_NODENAME"' \
+        "$PYTHON" "$RECIPE" "${SET_WORDS[@]}") &
+    PIDS[rollout]=$!
+}
+
+all_running() { # or says who has ended, and how
+    local name code
+    for name in "${!PIDS[@]}"; do
+        if ! kill -0 "${PIDS[$name]}" 2>/dev/null; then
+            code=0
+            wait "${PIDS[$name]}" || code=$?
+            say "FAILED: $name has ended with code $code; the end of $LOGS/$name.log:"
+            tail -n 15 "$LOGS/$name.log" 2>/dev/null | sed 's/^/  /'
+            unset "PIDS[$name]"
+            return 2
+        fi
+    done
+}
+
+wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: until each answers /health with 200
+    local url began=$SECONDS urls
+    urls=$(url_list "$2" "$3" "$4" | tr -d '[]"' | tr ',' ' ')
+    for url in $urls; do
+        until curl -fsS -m 5 --noproxy '*' -H "Authorization: Bearer $RLEF_SANDBOX_TOKEN" -o /dev/null "$url/health" 2>/dev/null; do
+            all_running || return 2
+            if [ -n "$ASKED_TO_STOP" ]; then return "$STOPPED"; fi
+            if [ $((SECONDS - began)) -gt "$5" ]; then
+                say "FAILED: $1 at $url is not ready after $5 s; the end of $LOGS/$1.log:"
+                tail -n 15 "$LOGS/$1.log" | sed 's/^/  /'
+                return 2
+            fi
+            sleep 0.5
+        done
+    done
+    say "$1 ready after $((SECONDS - began)) s: $urls"
+}
+
+prepare() { # what `rlef train` does before it starts ranks
+    # shellcheck disable=SC2016 # each task's own number
+    (step prepare train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
+        "$PYTHON" -m rlef_mega.slurm prepare "$RECIPE" "${SETS[@]}") &
+    await $! || {
+        sed 's/^/  /' "$LOGS/prepare.log"
+        say "FAILED: the run cannot go"
+        return 2
+    }
+}
+
+start_ranks() {
+    rm -f "$RUN/stop"
+    echo starting >"$RUN/progress"
+    (step train train "$RANKS_PER_NODE" "$PYTHON" -m rlef_mega.train "$RUN") &
+    PIDS[train]=$!
+    say "training: $RANKS ranks go on from step $(newest_checkpoint) of $STEPS"
+}
+
+supervise() { # until the ranks end; returns their code, 2 when a service ends or the ranks hang
+    local code silent_s limit_s doing
+    while all_but_train_running; do
+        if ! kill -0 "${PIDS[train]}" 2>/dev/null; then
+            code=0
+            wait "${PIDS[train]}" || code=$?
+            unset 'PIDS[train]'
+            [ $code = 0 ] || [ $code = $STOPPED ] || tail -n 15 "$LOGS/train.log" | sed 's/^/  /'
+            say "training ended with code $code at step $(newest_checkpoint)"
+            return $code
+        fi
+        silent_s=$(($(date +%s) - $(stat -c %Y "$RUN/progress" 2>/dev/null || date +%s)))
+        doing=$(cat "$RUN/progress" 2>/dev/null)
+        limit_s=$HANG_S
+        [ "$doing" != starting ] || limit_s=$START_S
+        if [ "$silent_s" -gt "$limit_s" ]; then
+            say "FAILED: no progress for $silent_s s, since '$doing'; stacks of all ranks in $LOGS/stacks"
+            kill -USR2 "${PIDS[train]}"
+            sleep 3
+            return 2
+        fi
+        sleep 1
+    done
+    return 2
+}
+
+all_but_train_running() {
+    local train=${PIDS[train]} code=0
+    unset 'PIDS[train]'
+    all_running || code=2
+    PIDS[train]=$train
+    return $code
+}
+
+stop_all() { # services are killed: nothing that they hold is needed
+    local name
+    for name in "${!PIDS[@]}"; do kill "${PIDS[$name]}" 2>/dev/null; done
+    sleep 0.2
+    for name in "${!PIDS[@]}"; do kill "${PIDS[$name]}" 2>/dev/null; done # twice: srun does not wait
+    for name in "${!PIDS[@]}"; do wait "${PIDS[$name]}" 2>/dev/null; done
+    PIDS=()
+}
+
+attempt() {
+    check_nodes && say "nodes are fit" || return 2
+    check_network || return 2
+    start_services
+    wait_ready sandbox sandbox "$SANDBOX_PORT" 1 "$SANDBOX_READY_S" || return
+    if [ "$ROLLOUT_NODES" != 0 ]; then
+        wait_ready rollout rollout "$SERVER_PORT" "$SERVERS_PER_NODE" "$SERVERS_READY_S" || return
+    fi
+    prepare || return 2
+    [ -z "$ASKED_TO_STOP" ] || return $STOPPED
+    start_ranks
+    supervise
+}

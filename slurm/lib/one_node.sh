@@ -1,0 +1,19 @@
+# shellcheck shell=bash disable=SC2034
+# A command on one node, in the container or the virtual environment; for the scripts that are not a run.
+set -uo pipefail
+TRAIN_NODES=1 ROLLOUT_NODES=0 SANDBOX_NODES=0
+# shellcheck source=slurm/site.sh
+. "$ROOT/slurm/site.sh"
+# shellcheck source=slurm/lib/steps.sh
+. "$ROOT/slurm/lib/steps.sh"
+cd "$ROOT" || exit 2
+export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+set_software
+
+on_node() { # arguments of Python
+    [ -n "${SLURM_JOB_ID:-}" ] || die "submit it with sbatch"
+    say "on $(hostname): $*"
+    in_software "$PYTHON" "$@" || die "it ended with code $?"
+    say "done"
+}

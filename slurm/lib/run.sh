@@ -1,0 +1,102 @@
+# shellcheck shell=bash
+# The whole of a run, in a job or before it. Sourced at the end of slurm/train_*.sh, whose settings it uses.
+#
+# In a job this script, on the first node, owns all: it starts services and ranks as steps, and whatever
+# ends, fails or hangs ends the attempt. Who starts what again:
+#   a component ended, a hang      this script, on the same nodes
+#   preemption, a dead node        Slurm, which requeues the job (--requeue)
+#   the time limit                 the next job of the chain (--dependency=singleton)
+# Each goes on from the newest good checkpoint; MAX_FAILURES attempts that began at the same one end it.
+set -uo pipefail
+
+# shellcheck source=slurm/site.sh
+. "$ROOT/slurm/site.sh"
+# shellcheck source=slurm/lib/steps.sh
+. "$ROOT/slurm/lib/steps.sh"
+# shellcheck source=slurm/lib/plan.sh
+. "$ROOT/slurm/lib/plan.sh"
+# shellcheck source=slurm/lib/attempt.sh
+. "$ROOT/slurm/lib/attempt.sh"
+
+# shellcheck disable=SC2206 # words
+SETS+=(${MORE_SETS:-}) # more settings from the environment, with spaces between them
+cd "$ROOT" || die "no folder $ROOT"
+export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}" # the checkout's code runs
+set_software
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+
+if [ -z "${SLURM_JOB_ID:-}" ] || [ "${DRY_RUN:-0}" = 1 ]; then
+    read_layout
+    print_plan
+    [ "${DRY_RUN:-0}" = 1 ] || submit
+    exit
+fi
+
+ASKED_TO_STOP=""
+ask_to_stop() { # from Slurm, before the time limit or a preemption: the ranks see the file at the end of their step
+    ASKED_TO_STOP=1
+    say "asked to stop by SIG$1; the current step is finished and saved"
+    [ -z "${RUN:-}" ] || touch "$RUN/stop"
+}
+is_preempted() { # Slurm has sent SIGTERM to the steps alone, and will kill the job when the grace time is over
+    scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
+}
+
+requeue() { # a job that ends within the grace time is over for Slurm, whatever its code
+    say "$1; Slurm is asked to requeue the job"
+    scontrol requeue "$SLURM_JOB_ID" || die "Slurm does not; submit it again"
+    sleep 300 # until Slurm ends this script
+}
+trap 'ask_to_stop USR1' USR1
+trap 'ask_to_stop TERM' TERM
+
+set_binding
+read_layout
+mkdir -p "$RUN/slurm" || die "cannot write $RUN"
+STATE=$RUN/slurm
+if [ -f "$STATE/done" ] && [ "$(<"$STATE/done")" -ge "$STEPS" ]; then
+    say "all $STEPS steps are done already"
+    exit 0
+fi
+deal_nodes
+
+RLEF_SANDBOX_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n') # of this job alone, in no file
+MASTER_ADDR=${NODES[train]%% *} MASTER_PORT=$PORT
+export RLEF_SANDBOX_TOKEN MASTER_ADDR MASTER_PORT
+SETS+=("judge.servers=$(url_list sandbox "$SANDBOX_PORT" 1)")
+if [ "$ROLLOUT_NODES" != 0 ]; then
+    SETS+=("rollout.servers.port=$SERVER_PORT" "rollout.servers.urls=$(url_list rollout "$SERVER_PORT" "$SERVERS_PER_NODE")")
+fi
+SET_WORDS=()
+for setting in "${SETS[@]}"; do SET_WORDS+=(--set "$setting"); done
+
+while :; do
+    count_attempt
+    open_logs
+    export RLEF_STACKS=$LOGS/stacks
+    attempt
+    code=$?
+    stop_all
+    case $code in
+        0)
+            echo "$STEPS" >"$STATE/done"
+            say "done: $STEPS steps in $RUN"
+            exit 0
+            ;;
+        "$STOPPED")
+            echo "stopped 0" >"$STATE/tries"
+            say "stopped and saved; what comes next goes on from step $(newest_checkpoint)"
+            ! is_preempted || requeue "it was preempted"
+            exit $STOPPED
+            ;;
+    esac
+    [ -z "$ASKED_TO_STOP" ] || exit "$code"
+    for role in "${!NODES[@]}"; do
+        (step alive "$role" 1 timeout 30 true) &
+        if ! await $!; then
+            requeue "nodes of $role do not answer"
+        fi
+    done
+    say "next attempt in $RESTART_WAIT_S s"
+    sleep "$RESTART_WAIT_S"
+done

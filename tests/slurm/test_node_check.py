@@ -1,0 +1,118 @@
+"""Each fault of a node is one line with its remedy."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rlef_mega.node_check import (
+    check_gpus,
+    check_leftovers,
+    check_ports,
+    check_room,
+    check_shared_folder,
+)
+
+
+def shared(folder: Path, others: dict[str, float], **bounds: float) -> list[str]:
+    for node, clock_s in others.items():
+        (folder / node).write_text(repr(clock_s))
+    settings = {"began_s": time.time(), "skew_s": 5.0, "wait_s": 0.3} | bounds
+    return list(check_shared_folder(folder, "n0", ["n0", *others], **settings))
+
+
+def test_nodes_that_see_each_other_are_fit(tmp_path):
+    assert shared(tmp_path, {"n1": time.time()}) == []
+
+
+def test_a_folder_that_is_not_shared_names_the_missing(tmp_path):
+    (fault,) = check_shared_folder(
+        tmp_path, "n0", ["n0", "n1", "n2"], began_s=time.time(), skew_s=5, wait_s=0.3
+    )
+    assert "shows nothing from n1, n2" in fault
+
+
+def test_clocks_that_differ_are_named_from_both_sides(tmp_path):
+    assert "n1 is 9" in shared(tmp_path, {"n1": time.time() + 99.5})[0]
+    assert "behind that of the first node" in shared(tmp_path, {}, began_s=time.time() + 60)[0]
+
+
+def test_a_taken_port_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (fault,) = check_ports(port, 1)
+    assert f"port {port} is taken" in fault
+    assert list(check_ports(port, 1)) == []
+
+
+def test_room_is_counted_where_the_folder_will_be(tmp_path):
+    assert list(check_room(tmp_path / "not/yet", 0.001)) == []
+    (fault,) = check_room(tmp_path / "not/yet", 1e6)
+    assert "GiB free, 1e+06 are wanted" in fault
+
+
+def test_gpus_are_counted_as_the_driver_shows_them(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor n in 0 1 2; do echo "GPU $n: NVIDIA H100"; done\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert list(check_gpus(3)) == []
+    (fault,) = check_gpus(8)
+    assert "8 GPUs are wanted, the driver shows 3 and Slurm gave 8" in fault
+
+
+def test_what_a_job_that_is_over_left_behind_is_named(monkeypatch):
+    """Of another job on this node, and of this one before it was requeued; not of this attempt, nor
+    of another node on the same host."""
+    monkeypatch.setenv("SLURMD_NODENAME", "node-of-this-test")
+    words = [sys.executable, "-c", "import time; time.sleep(60)", "rlef_mega.train"]
+
+    def start(job: str, attempt: str, node: str = "node-of-this-test") -> subprocess.Popen:
+        its = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": attempt, "SLURMD_NODENAME": node}
+        return subprocess.Popen(words, env={**os.environ, **its})
+
+    started = [start("71", "0"), start("72", "0"), start("72", "1"), start("71", "0", "elsewhere")]
+    try:
+        time.sleep(0.2)  # until they are what they will be
+        found = "\n".join(check_leftovers("72", attempt=1))
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    named = [str(process.pid) in found for process in started]
+    assert named == [True, True, False, False], found
+    assert "job 71 has left processes behind: kill -9" in found
+
+
+def test_a_rank_takes_its_place_from_slurm_and_dumps_its_stacks(tmp_path):
+    """As srun sets the variables; then SIGUSR2, while the rank sleeps in C."""
+    code = (
+        "import os, sys, time; from rlef_mega import launch\n"
+        "def work(folder):\n"
+        "    print(*(os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')), flush=True)\n"
+        "    time.sleep(60)\n"
+        "sys.argv = ['', '.']; launch.worker_main(work)"
+    )
+    its = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}
+    its |= {"MASTER_ADDR": "n0", "RLEF_STACKS": str(tmp_path / "stacks")}
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | its
+    rank = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert rank.stdout.readline().split() == ["5", "16", "1"]
+        rank.send_signal(12)  # SIGUSR2
+        file = tmp_path / "stacks/rank_5.txt"
+        deadline = time.monotonic() + 20
+        while "in work" not in file.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "in work" in file.read_text()
+        assert rank.poll() is None  # a dump ends nothing
+    finally:
+        rank.kill()
+        rank.wait()

@@ -1,0 +1,44 @@
+"""The scripts of slurm/ without a Slurm."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(map(str, [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm/lib").glob("*.sh")]))
+
+
+def test_scripts_pass_shellcheck():
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck; `make test-slurm` installs it on Debian as root")
+    checked = subprocess.run(
+        ["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("train_8b.sh", ["16 nodes x 8 ranks = 128 ranks", "20 nodes x 8 SGLang servers x 1 GPUs"]),
+        ("train_70b.sh", ["128 nodes x 8 ranks = 1024 ranks", "160 nodes x 1 SGLang servers x 8", "a het job"]),
+    ],
+)
+def test_a_dry_run_prints_the_plan_of_the_nodes_that_sbatch_asks_for(script, expected):
+    environment = {**os.environ, "DRY_RUN": "1", "VENV": sys.prefix, "RLEF_ROOT": str(ROOT)}
+    path = ROOT / "slurm" / script
+    plan = subprocess.run(
+        ["bash", str(path)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    for words in expected:
+        assert words in plan.stdout, plan.stdout
+    asked = [line for line in path.read_text().splitlines() if line.startswith("#SBATCH --nodes=")]
+    nodes = sum(int(line.partition("=")[2]) for line in asked)
+    roles = [line.split() for line in plan.stdout.splitlines() if " nodes " in line]
+    dealt = sum(int(r[1]) for r in roles if r[0] in ("train", "rollout", "sandbox"))
+    assert nodes == dealt
