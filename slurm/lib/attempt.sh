@@ -115,8 +115,9 @@ wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: until each answers 
 }
 
 prepare() { # what `rlef train` does before it starts ranks
+    # the first task alone works, for as long as it takes: without a bound on how far tasks end apart
     # shellcheck disable=SC2016 # each task's own number
-    (step prepare train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
+    (STEP_WAIT_S=0 step prepare train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
         "$PYTHON" -m rlef_mega.slurm prepare "$RECIPE" "${SETS[@]}") &
     await $! || {
         sed 's/^/  /' "$LOGS/prepare.log"

@@ -53,7 +53,7 @@ submit() { # what `bash slurm/train_8b.sh` does: refuses what cannot run, and su
     [ $((SERVERS_PER_NODE * GPUS_PER_SERVER)) -le "$GPUS_PER_NODE" ] || [ "$ROLLOUT_NODES" = 0 ] ||
         die "$SERVERS_PER_NODE servers x $GPUS_PER_SERVER GPUs a node, but GPUS_PER_NODE=$GPUS_PER_NODE"
     local all=(--exclusive --mem=0 "--job-name=$JOB_NAME" "--time=$TIME" "--signal=B:USR1@$GRACE_S" --requeue
-        --open-mode=append "--output=$JOB_NAME-%j.log" --dependency=singleton)
+        --open-mode=append "--output=${JOB_LOG:-$JOB_NAME-%j.log}" --dependency=singleton)
     if [ "$HET" = 1 ]; then # names of their own, or `singleton` makes components wait for each other
         require_nodes "$PARTITION" $((TRAIN_NODES + ROLLOUT_NODES)) "$GPUS_PER_NODE" "training and rollouts"
         parts=("${all[@]}" "${gpu[@]}" --nodes="$TRAIN_NODES")

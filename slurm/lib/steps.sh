@@ -48,7 +48,7 @@ step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: becomes srun; output to LOG
     unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS SLURM_NPROCS
     # no --kill-on-bad-exit: ranks that stop on request must all say so
     exec srun --quiet --job-name="$name" --nodes="$count" --ntasks=$((count * per_node)) --ntasks-per-node="$per_node" \
-        --nodelist="${nodes// /,}" --overlap --mem=0 --kill-on-bad-exit=0 --wait=20 --unbuffered --label \
+        --nodelist="${nodes// /,}" --overlap --mem=0 --kill-on-bad-exit=0 --wait="${STEP_WAIT_S:-20}" --unbuffered --label \
         --open-mode=append --output="$LOGS/$name.log" --error="$LOGS/$name.log" "${flags[@]}" "${RUNNER[@]}" "$@"
 }
 

@@ -48,9 +48,13 @@ class Runs:
 
     def start(self, run: Path, **more: object) -> subprocess.CompletedProcess[str]:
         """`bash slurm/train_tiny.sh`, which checks first."""
+        named = {"JOB_NAME": run.name, "JOB_LOG": self.log(run)}
         return subprocess.run(
             ["bash", str(ROOT / "slurm/train_tiny.sh")],
-            env={**self.cluster.environment, **self.settings(run, JOB_NAME=run.name, **more)},
+            env={
+                **self.cluster.environment,
+                **self.settings(run, JOB_NAME=run.name, JOB_LOG=self.log(run), **more),
+            },
             cwd=run.parent,
             capture_output=True,
             text=True,

@@ -25,7 +25,10 @@ def test_scripts_pass_shellcheck():
     ("script", "expected"),
     [
         ("train_8b.sh", ["16 nodes x 8 ranks = 128 ranks", "20 nodes x 8 SGLang servers x 1 GPUs"]),
-        ("train_70b.sh", ["128 nodes x 8 ranks = 1024 ranks", "160 nodes x 1 SGLang servers x 8", "a het job"]),
+        (
+            "train_70b.sh",
+            ["128 nodes x 8 ranks = 1024 ranks", "160 nodes x 1 SGLang servers x 8", "a het job"],
+        ),
     ],
 )
 def test_a_dry_run_prints_the_plan_of_the_nodes_that_sbatch_asks_for(script, expected):

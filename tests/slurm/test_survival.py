@@ -39,8 +39,8 @@ def test_a_job_that_is_requeued_and_then_preempted_goes_on(runs, undisturbed, tm
     job = runs.submit(run)
     runs.wait_for_step(run, 3)
     runs.cluster.run("scontrol", "requeue", job)
-    runs.cluster.wait_for(lambda: "go on from step 2" in runs.said(run), 200)
-    runs.wait_for_step(run, 6)
+    runs.cluster.wait_for(lambda: "attempt 2 of job" in runs.said(run), 200)
+    runs.wait_for_step(run, 7)
     words = ["sbatch", "--parsable", "--partition=high", "--nodes=5", "--exclusive"]
     other = runs.cluster.run(*words, "--output=/dev/null", "--wrap=sleep 1").strip()
     runs.cluster.wait_for(lambda: runs.cluster.state(other) == "COMPLETED", 200)
