@@ -53,7 +53,7 @@ class Runs:
             ["bash", str(ROOT / "slurm/train_tiny.sh")],
             env={
                 **self.cluster.environment,
-                **self.settings(run, JOB_NAME=run.name, JOB_LOG=self.log(run), **more),
+                **self.settings(run, **named, **more),
             },
             cwd=run.parent,
             capture_output=True,
