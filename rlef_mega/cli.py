@@ -290,7 +290,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="train, slice, rollout, dialogues, leaders, overlap, scale, step, "
+            help="train, slice, rollout, dialogues, leaders, overlap, scale, publish, step, "
             "checkpoint, sandbox, kernels, packing or convert"
         ),
     ],

@@ -20,6 +20,7 @@ BENCHMARKS = (
     "leaders",
     "overlap",
     "scale",
+    "publish",
     "step",
     "checkpoint",
     "sandbox",
@@ -108,6 +109,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import scale
 
             return scale.benchmark()
+        case "publish":
+            from rlef_mega.bench import publish
+
+            return publish.benchmark(recipe)
         case "step":
             from rlef_mega.bench import step
 

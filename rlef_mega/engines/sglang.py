@@ -279,7 +279,8 @@ class SGLangEngine:
         """Since the start: requests answered, failures of servers, how often one returned and how
         often it had to be brought to the current weights for that, tokens sampled, tokens of
         contexts, and of these the ones that came from a server's cache; seconds in which a server
-        had a request of this process (`server_busy_s`, added up over servers)."""
+        had a request of this process (`server_busy_s`, added up over servers), and in which
+        publications of this process held them up (`paused_s`, the longest of a server)."""
         return self.submit(self.fleet.take_stock()).result()
 
     def take_counts(self) -> dict[str, float]:

@@ -152,10 +152,12 @@ class Fleet:
         return answer
 
     async def take_stock(self) -> dict[str, float]:
-        """`counts`, and how long servers have been busy until now."""
+        """`counts`, and how long servers have been busy, and the longest one paused, until now."""
         for member in self.members:
             member.count_busy()
-        return {**self.counts, "server_busy_s": sum(member.busy_s for member in self.members)}
+        busy_s = sum(member.busy_s for member in self.members)
+        paused_s = max(member.client.paused_s for member in self.members)
+        return {**self.counts, "server_busy_s": busy_s, "paused_s": paused_s}
 
     async def require_alive(self, member: Member) -> None:
         """ServerError unless it was heard of lately; one question for all who wait there. While

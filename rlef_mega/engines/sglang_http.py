@@ -7,6 +7,7 @@ do is not seen otherwise before training has gone wrong.
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,6 +59,8 @@ class Client:
 
     def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
         self.url, self.http = url, http
+        self.paused_s = 0.0  # for weights, until now
+        self.paused_at_s: float | None = None
 
     async def call(
         self,
@@ -140,12 +143,16 @@ class Client:
     async def pause(self, *, within_s: float) -> None:
         """Requests under way are taken back; their cached context is computed again when they go
         on, so that what follows is by the new weights alone."""
+        self.paused_at_s = time.monotonic()
         await self.call("/pause_generation", {"mode": "retract"}, within_s=within_s)
 
     async def resume(self, *, within_s: float) -> None:
         # its only option empties the cache of a CUDA allocator, which a CPU build lacks
         body = {"torch_empty_cache": False}
         await self.call("/continue_generation", body, within_s=within_s)
+        if self.paused_at_s is not None:
+            self.paused_s += time.monotonic() - self.paused_at_s
+            self.paused_at_s = None
 
     async def release_memory(self, *, within_s: float) -> None:
         """Weights and cache leave the device; it must be idle. Only of servers with the memory
