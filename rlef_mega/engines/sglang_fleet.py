@@ -72,6 +72,7 @@ class Place:
 
     def __init__(self) -> None:
         self.member: Member | None = None
+        self.version = -1  # the newest weights that sampled in it
 
 
 class Fleet:
@@ -113,7 +114,13 @@ class Fleet:
                     member = await self.take(place)
                     try:
                         answer = await self.ask(member, token_ids, sampling, seed)
-                        place.member = member
+                        versions = answer.completion.weight_versions
+                        if versions[0] < place.version:  # others took new ones before it
+                            raise ServerError(
+                                f"{member.client.url} serves version {versions[0]}, the dialogue "
+                                f"has had {place.version}"
+                            )
+                        place.member, place.version = member, versions[-1]
                         return answer
                     except ServerError as error:
                         failures.append(str(error))
@@ -177,8 +184,9 @@ class Fleet:
         """A place at a server that is ready: the dialogue's own, or the one with the least to do.
         To be given back."""
         while True:
-            await self.settled.wait()
-            await self.wait_for_some()
+            while not (self.settled.is_set() and self.some_ready.is_set()):
+                await self.wait_for_some()
+                await self.settled.wait()
             ready = [member for member in self.members if member.ready]
             if place.member is None or not place.member.ready:
                 # among equals by chance, or all ranks would begin with the first
@@ -254,8 +262,7 @@ class Fleet:
             if member in members:
                 self.bring_back(member)
             else:
-                self.put_aside(member)
-                self.probe(member)
+                self.take_out(member, member.last_failure)
 
     def withhold(self) -> None:
         """A publication failed, and what servers hold is unknown: none serves before the next."""

@@ -28,14 +28,14 @@ from safetensors.torch import save_file
 from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang_carriers import Carrier, Submit
 from rlef_mega.engines.sglang_fleet import FIRST_PROBE_S, PROBE_S, Fleet, Member, on_each, reasons
-from rlef_mega.engines.sglang_http import Client
+from rlef_mega.engines.sglang_http import Client, ServerError
 from rlef_mega.engines.sglang_weights import Checksums, SentWeights, differences
 
 BUCKET_BYTES = 512 * 2**20
 
 
-class WrongWeightsError(EngineError):
-    """A server took the weights and holds others."""
+class WrongWeightsError(ServerError):
+    """A server took the weights and holds others: it is left out, as one that fails."""
 
 
 class Publication(Protocol):
