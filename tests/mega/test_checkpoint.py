@@ -71,7 +71,6 @@ def test_a_score_that_comes_late_counts_and_changes_nothing_that_was_sealed(tmp_
     assert read_score(first) == 0.2 and read_score(second) == 0.7
 
 
-
 def test_a_damaged_checkpoint_costs_no_good_one_its_place(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         checkpoint(tmp_path, step)
