@@ -42,6 +42,7 @@ class Member:
     def __init__(self, client: Client, log: Path | None = None) -> None:
         self.client, self.log = client, log
         self.ready = False
+        self.doubtful = False  # it failed a publication: the version that it reports says nothing
         self.open_requests = 0
         self.waiting: deque[asyncio.Future[bool]] = deque()  # True: a place; False: it is out
         self.heard_at_s = 0.0  # of the loop's clock
@@ -218,7 +219,6 @@ class Fleet:
             rest_s = self.none_since_s + self.lost_s - now
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.some_ready.wait(), min(rest_s, self.heartbeat_s))
-        self.none_since_s = None
 
     def lost_message(self) -> str:
         tails = "".join(member.log_tail() for member in self.members)
@@ -262,6 +262,7 @@ class Fleet:
             if member in members:
                 self.bring_back(member)
             else:
+                member.doubtful = True
                 self.take_out(member, member.last_failure)
 
     def withhold(self) -> None:
@@ -290,7 +291,8 @@ class Fleet:
         self.probe(member)
 
     def bring_back(self, member: Member) -> None:
-        member.ready = True
+        member.ready, member.doubtful = True, False
+        self.none_since_s = None
         self.some_ready.set()
 
     def probe(self, member: Member) -> None:
@@ -316,7 +318,8 @@ class Fleet:
         client = member.client
         found = await client.weight_version(within_s=PROBE_S)
         await client.check_health(within_s=PROBE_S)
-        if found == str(self.version):  # which may have changed while we waited
+        # which may have changed while we waited
+        if found == str(self.version) and not member.doubtful:
             return
         if self.restore is None:
             raise ServerError(f"{client.url} serves weights {found!r}, not {self.version}")
