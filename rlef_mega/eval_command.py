@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from rlef_mega.chat import ChatFormat
 from rlef_mega.config import ConfigError, JudgeConfig
@@ -16,6 +15,7 @@ from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import evaluate, write_evaluation
 from rlef_mega.judge import Judge, open_grader
+from rlef_mega.megatron.hf_weights import open_safetensors
 from rlef_mega.preflight import check_servers
 from rlef_mega.problems import load_problems
 from rlef_mega.record import RunDirectory
@@ -115,6 +115,6 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     if not files:
         raise ConfigError(f"no *.safetensors in {folder}: give a folder that holds the weights")
     for file in files:
-        with safe_open(file, framework="pt") as stored:
+        with open_safetensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - it is no dictionary
                 yield name, stored.get_tensor(name)

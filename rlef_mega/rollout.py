@@ -24,6 +24,7 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.engines import Engine, EngineError, Session
 from rlef_mega.judge import Judge, JudgeError
 from rlef_mega.shares import gather_unless_lost, interleave, my_share
+from rlef_mega.stream import START_TOGETHER
 from rlef_mega.types import (
     Completion,
     Episode,
@@ -38,7 +39,6 @@ from rlef_mega.types import (
 
 TRIES = 2  # a dialogue is started at most this often
 TESTS_WITH_PRIVATE = 20  # RLEF B.3
-START_TOGETHER = 200  # dialogues, before the loop looks after what else is ready
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DialogueLoop:
             begun = dialog.response_start(problem.statement, problem.template)
             # a tuple: a list's thousands of ids would be gone through at each garbage collection
             token_ids = tuple(chat.open(question, begun))
-        if not has_room(token_ids, rules):
+        if self.room(len(token_ids)) < 0:
             return "prompt too long"
         if rules.feedback == "private":
             problem = show_private_tests(problem)
@@ -148,6 +148,10 @@ class DialogueLoop:
                     return make_episode(problem, token_ids, turns)
                 token_ids = (*token_ids, *observed)
 
+    def room(self, context_len: int) -> int:
+        """Tokens that may come before a response of the greatest length."""
+        return self.rules.max_context - self.rules.sampling.max_new_tokens - context_len
+
     def observe(
         self,
         problem: Problem,
@@ -159,7 +163,7 @@ class DialogueLoop:
     ) -> list[int] | None:
         """The feedback as tokens, shortened until it leaves room for a response of the greatest
         length; None where even the shortest does not."""
-        room = self.rules.max_context - self.rules.sampling.max_new_tokens - context_len
+        room = self.room(context_len)
         limit: int | None = None
         while True:
             told = choose_feedback(problem, verdict, self.rules, seed, limit)
@@ -185,9 +189,7 @@ async def rollout(
     """One episode a problem. Every problem ends as exactly one episode or one counted drop."""
     dialogues = DialogueLoop(engine, judge, chat, rules)
     held = []
-    async with (
-        dialogues.text_lock
-    ):  # nobody speaks before all have come: the embedded engine's waves
+    async with dialogues.text_lock:  # nobody speaks before all have come: the local engine's waves
         for number, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
             held.append(asyncio.ensure_future(dialogues.hold(problem, seed)))
             if number % START_TOGETHER == 0:
@@ -227,11 +229,6 @@ def join_shares(held: Callable[[], Rollout]) -> Rollout:
     """All ranks' shares, once this rank's is `held`."""
     shares = gather_unless_lost(held)
     return Rollout(tuple(interleave([share.outcomes for share in shares])))
-
-
-def has_room(token_ids: Sequence[int], rules: Rules) -> bool:
-    """For a response of the greatest length."""
-    return len(token_ids) + rules.sampling.max_new_tokens <= rules.max_context
 
 
 def make_episode(problem: Problem, token_ids: tuple[int, ...], turns: Sequence[Turn]) -> Episode:

@@ -23,8 +23,7 @@ So every dialogue that was started is taken, exactly once, and none when it is t
 closes without the longest ones, which are in a later one, neither dropped nor rare. With
 `max_staleness` 0 this is synchronous training.
 
-What ends it: `close`, which cancels what runs; what was not taken is `unfinished`, for who goes on
-from there. An error of a dialogue is raised by `take`.
+What ends it: `close`, which cancels what runs. An error of a dialogue is raised by `take`.
 """
 
 import asyncio
@@ -34,7 +33,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-START_TOGETHER = 200
+START_TOGETHER = 200  # dialogues, before the loop looks after what else is ready
 
 Outcome = TypeVar("Outcome")
 
@@ -138,10 +137,6 @@ class Stream(Generic[Outcome]):
         assert version == self.version + 1, "a batch is taken for each version"
         self.version = version
         self.fill()
-
-    def unfinished(self) -> list[int]:
-        """What was started and not taken."""
-        return sorted(self.versions)
 
     async def close(self) -> None:
         """Ends what runs, and waits until it has ended."""

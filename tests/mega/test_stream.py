@@ -69,7 +69,7 @@ def test_every_dialogue_is_taken_once_and_none_too_old(seed, max_staleness):
         assert [len(numbers) for numbers in batches] == [batch] * steps
         assert len(set(taken)) == len(taken)
         assert dialogues.started == list(range(len(dialogues.started)))  # in order
-        assert sorted(taken + stream.unfinished()) == list(range(stream.started))  # none left out
+        assert sorted(taken + list(stream.versions)) == list(range(stream.started))  # none left out
         for step, numbers in enumerate(batches):
             assert all(3 + step - version <= max_staleness for version in numbers.values())
             oldest = [n for n in range(stream.started) if n not in taken[: step * batch]][:batch]
@@ -149,7 +149,7 @@ def test_long_dialogues_are_passed_over_until_they_would_be_too_old():
         assert not taking.done()
         await patient.end(0)
         assert list(await taking) == [0]
-        assert stream.unfinished() == [3, 4]
+        assert list(stream.versions) == [3, 4]
         await stream.close()
 
     asyncio.run(run())
