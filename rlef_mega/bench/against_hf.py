@@ -22,8 +22,9 @@ from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack
+from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
-from rlef_mega.train import make_learner, make_targets
+from rlef_mega.train import make_targets
 from rlef_mega.types import Batch, Targets
 
 ROUNDS = 12

@@ -30,8 +30,9 @@ from rlef_mega.megatron.checkpoint import Checkpoints, load_checkpoint
 from rlef_mega.megatron.checkpoint_files import read_manifest, step_folder
 from rlef_mega.megatron.checkpoint_writer import Snapshot, write_share
 from rlef_mega.packing import pack
+from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
-from rlef_mega.train import make_learner, shuffled
+from rlef_mega.train import shuffled
 
 REPEATS = 5
 EPISODES = 4  # of a step, so that a step lasts a few seconds on two cores

@@ -21,7 +21,7 @@ from rlef_mega.flops import LlamaShape
 from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
-from rlef_mega.train import make_learner
+from rlef_mega.parts import make_learner
 
 PACKAGES = ("transformers", "liger-kernel", "flash-attn", "torch", "triton")
 

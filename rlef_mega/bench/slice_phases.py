@@ -27,7 +27,7 @@ from rlef_mega.megatron.accelerations import report
 from rlef_mega.megatron.learner import Learner, ReadFunction
 from rlef_mega.megatron.trained_model import FrozenModel, Residence, TrainedModel
 from rlef_mega.packing import pack
-from rlef_mega.train import make_learner
+from rlef_mega.parts import make_learner
 from rlef_mega.types import Batch, Targets
 
 Phases = dict[str, Callable[[], object]]

@@ -19,10 +19,11 @@ from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.publish import publish
 from rlef_mega.packing import pack
+from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
 from rlef_mega.record import Clock
 from rlef_mega.shares import any_rank
-from rlef_mega.train import make_learner, make_targets, shuffled
+from rlef_mega.train import make_targets, shuffled
 from rlef_mega.types import Batch, Targets
 
 REPEATS = 5
