@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.launch import FAILED, STOPPED, die_with_parent, launch, launch_again, sandbox_token
 
 if TYPE_CHECKING:
@@ -290,11 +290,14 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="train, slice, rollout, dialogues, leaders, overlap, scale, publish, step, "
-            "checkpoint, sandbox, kernels, packing or convert"
+            help="train, slice, rollout, e2e, dialogues, leaders, overlap, modes, scale, publish, "
+            "step, checkpoint, sandbox, kernels, packing, convert; or compare"
         ),
     ],
-    recipe: Annotated[str, typer.Argument(help="recipe whose model and batch are used")] = "demo",
+    recipe: Annotated[
+        str, typer.Argument(help="recipe whose model and batch are used; compare: the older JSON")
+    ] = "demo",
+    newer: Annotated[Path | None, typer.Argument(help="compare: the newer JSON")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
     against_trl: Annotated[bool, typer.Option(help="train: TRL's trainer beside ours")] = False,
     against_hf: Annotated[bool, typer.Option(help="train: a plain loop beside ours")] = False,
@@ -302,11 +305,31 @@ def bench(
     recompute: Annotated[
         str, typer.Option(help="slice: none, selective, full, or a list")
     ] = "none",
+    tolerance: Annotated[
+        float, typer.Option(help="compare: how much worse is worse, as a fraction")
+    ] = 0.05,
 ) -> None:
-    """Measure throughput; a table, and JSON with device, versions and command."""
+    """Measure throughput; a table, and JSON with device, versions and command. `rlef bench compare
+    OLD.json NEW.json` sets two such files beside each other and fails when something became
+    slower."""
+    if what == "compare":
+        compare_benchmarks(Path(recipe), newer, tolerance)
+        return
+    if newer is not None:
+        raise ConfigError(f"`rlef bench {what}` takes one recipe; {newer} is one word too many")
     from rlef_mega.bench import Options, run_benchmark
 
     run_benchmark(what, recipe, out, Options(against_trl, against_hf, layers, recompute))
+
+
+def compare_benchmarks(old: Path, new: Path | None, tolerance: float) -> None:
+    if new is None:
+        raise ConfigError("give two files: rlef bench compare OLD.json NEW.json")
+    from rlef_mega.bench.compare import compare
+
+    if worse := compare(old, new, tolerance=tolerance):
+        print(f"worse by more than {tolerance:.0%}: {', '.join(worse)}")
+        raise typer.Exit(FAILED)
 
 
 @app.command()

@@ -242,6 +242,15 @@ class EvalConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
+class ProfileConfig(Section):
+    """Steps to trace, into the run's folder profile/. A trace is tens of MB a step and rank."""
+
+    steps: tuple[int, ...] = Field((), description="none: nothing is traced")
+    ranks: tuple[int, ...] = (0,)
+    memory: bool = Field(False, description="allocations too; on a GPU with a memory snapshot")
+    stacks: bool = Field(False, description="which line of Python it was; slow")
+
+
 class GuardConfig(Section):
     """When a run stops by itself rather than waste the machine."""
 
@@ -282,6 +291,7 @@ class TrainConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     guard: GuardConfig = GuardConfig()
+    profile: ProfileConfig = ProfileConfig()
     track: TrackConfig = TrackConfig()
 
     @property

@@ -29,6 +29,7 @@ from rlef_mega.megatron.checkpoint import Checkpoints
 from rlef_mega.megatron.publish import publish
 from rlef_mega.packing import pack
 from rlef_mega.parts import Parts, open_parts
+from rlef_mega.profiler import profiled
 from rlef_mega.progress import training_line
 from rlef_mega.record import Clock, episode_record
 from rlef_mega.rollout import derive_seed
@@ -69,7 +70,9 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
         parts.checkpoints,
     )
     clock = Clock(parts.run.note_progress if parts.ranks.is_writer else None)
-    for step in range(parts.done + 1, config.run.steps + 1):
+    steps = range(parts.done + 1, config.run.steps + 1)
+    traces = parts.run.path / "profile"
+    for step in profiled(steps, config.profile, traces, rank=parts.ranks.rank):
         try:
             with clock("rollout"):
                 held = rollouts.batch(step)

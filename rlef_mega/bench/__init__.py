@@ -16,9 +16,11 @@ BENCHMARKS = (
     "train",
     "slice",
     "rollout",
+    "e2e",
     "dialogues",
     "leaders",
     "overlap",
+    "modes",
     "scale",
     "publish",
     "step",
@@ -58,8 +60,8 @@ class Options:
 
 def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) -> None:
     """Measure, print the table, and write the figures to `out` if there is one. `recipe` is a run
-    directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox`, `packing`
-    and `convert`."""
+    directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox`, `packing`,
+    `modes` and `convert`."""
     report = report_of(what, recipe, options)
     show(report)
     if out is not None:
@@ -93,6 +95,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import rollout
 
             return rollout.benchmark(recipe)
+        case "e2e":
+            from rlef_mega.bench import e2e
+
+            return e2e.benchmark(recipe)
         case "dialogues":
             from rlef_mega.bench import dialogues
 
@@ -105,6 +111,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import overlap
 
             return overlap.benchmark()
+        case "modes":
+            from rlef_mega.bench import modes
+
+            return modes.benchmark()
         case "scale":
             from rlef_mega.bench import scale
 

@@ -166,7 +166,7 @@ def test_a_recipe_whose_big_model_is_elsewhere_is_refused_rather_than_measured_o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "phases"), [("train", 5), ("rollout", 3)])
+@pytest.mark.parametrize(("what", "phases"), [("train", 5), ("rollout", 3), ("e2e", 7)])
 def test_a_small_recipe_is_measured_through_the_command(what, phases, tmp_path):
     recipe, out = tmp_path / "small.toml", tmp_path / "figures.json"
     recipe.write_text(SMALL)

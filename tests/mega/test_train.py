@@ -6,6 +6,7 @@ shows only on GPUs or at scale.
 """
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -100,9 +101,15 @@ def undisturbed(tmp_path_factory, model) -> list[dict]:
     return train(tmp_path_factory.mktemp("undisturbed") / "run", model)
 
 
-def test_the_same_seed_gives_the_same_metrics(undisturbed, model, tmp_path):
+def test_the_same_seed_gives_the_same_metrics_profiled_or_not(undisturbed, model, tmp_path):
     assert len(undisturbed) == 4
-    assert train(tmp_path / "again", model) == undisturbed
+    traced = ("profile.steps=[2]", "profile.ranks=[1]", "profile.memory=true")
+    assert train(tmp_path / "again", model, *traced) == undisturbed
+    (trace,) = (tmp_path / "again/profile").iterdir()
+    assert trace.name == "step_000002_rank_1.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert "aten::mm" in names and "[memory]" in names
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path):
