@@ -99,6 +99,7 @@ class Fleet:
         self.settled = asyncio.Event()
         self.settled.set()
         self.settling: asyncio.Task[None] | None = None
+        self.asking: set[asyncio.Task[Answer]] = set()
         self.counts: Counter[str] = Counter()  # see SGLangEngine.counts
 
     # ---------------------------------------------------------------- requests
@@ -140,6 +141,8 @@ class Fleet:
         """One try at one server, as long as it is healthy."""
         version = self.version
         asking = asyncio.create_task(member.client.generate(token_ids, sampling, seed))
+        self.asking.add(asking)
+        asking.add_done_callback(self.asking.discard)
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=self.heartbeat_s)
@@ -148,7 +151,7 @@ class Fleet:
             answer = asking.result()
             member.heard_at_s = asyncio.get_running_loop().time()
         finally:
-            asking.cancel()  # closes the connection, which ends the request there
+            asking.cancel()  # which ends the request there
             await asyncio.gather(asking, return_exceptions=True)
         newest = answer.completion.weight_versions[-1]
         if version is None or newest < version:
@@ -333,12 +336,15 @@ class Fleet:
         return "; ".join(out) or "all servers are busy"
 
     async def close(self) -> None:
+        """Ends what is under way, on the servers too."""
         probes = [member.probing for member in self.members]
         tasks = [self.settling, *probes, *(member.checking for member in self.members)]
         running = [task for task in tasks if task is not None]
-        for task in running:
+        for task in (*running, *self.asking):
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*running, *self.asking, return_exceptions=True)
+        aborts = [task for member in self.members for task in member.client.aborting]
+        await asyncio.gather(*aborts)
 
 
 async def on_each(

@@ -5,9 +5,12 @@ SUPPORTED; another one is refused, because a weight update that a server takes w
 do is not seen otherwise before training has gone wrong.
 """
 
+import asyncio
+import contextlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +25,7 @@ from rlef_mega.types import Completion, Sampling
 SUPPORTED = ("0.5.23",)
 OCCUPATION = {"tags": ["kv_cache", "weights"]}
 CONNECT_S = 10.0
+ABORT_S = 2.0
 # Of idle connections. The server closes them after 5 s; one that it closes as we send looks like a
 # dead server.
 KEEP_ALIVE_S = 2.0
@@ -61,6 +65,7 @@ class Client:
         self.url, self.http = url, http
         self.paused_s = 0.0  # for weights, until now
         self.paused_at_s: float | None = None
+        self.aborting: set[asyncio.Task[None]] = set()
 
     async def call(
         self,
@@ -126,17 +131,34 @@ class Client:
             raise ServerError(f"{self.url}/health: {reason_of(error)}") from None
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Answer:
-        """Waits as long as it takes: whoever calls watches the server's health meanwhile."""
+        """Waits as long as it takes: whoever calls watches the server's health meanwhile. If it is
+        cancelled, it ends the request on the server too, which sees a closed connection after up to
+        4 s only."""
+        request_id = uuid.uuid4().hex
         body = {
+            "rid": request_id,
             "input_ids": list(token_ids),
             "sampling_params": sampling_parameters(sampling, seed),
             "return_logprob": True,
         }
-        said = await self.call("/generate", body, within_s=None)
+        try:
+            said = await self.call("/generate", body, within_s=None)
+        except asyncio.CancelledError:
+            self.begin_abort(request_id)  # beside: nobody waits for a server that hangs
+            raise
         try:
             return read_answer(said, len(token_ids), sampling)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ServerError(f"{self.url}/generate: malformed answer: {error!r}") from None
+
+    def begin_abort(self, request_id: str) -> None:
+        async def abort() -> None:
+            with contextlib.suppress(ServerError):  # it sees the closed connection
+                await self.call("/abort_request", {"rid": request_id}, within_s=ABORT_S)
+
+        task = asyncio.create_task(abort())
+        self.aborting.add(task)
+        task.add_done_callback(self.aborting.discard)
 
     # ----------------------------------------------------------------- weights
 

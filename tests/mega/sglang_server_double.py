@@ -1,6 +1,7 @@
 """A server that speaks SGLang's HTTP as far as the client uses it, and fails as it is told."""
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,8 @@ class ServerDouble:
         self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
         self.end_of_text = None
         self.prompts: list[list[int]] = []
+        self.under_way: dict[str, asyncio.Event] = {}  # by request id; set when it is aborted
+        self.aborted: list[str] = []
         self.calls: Counter[str] = Counter()
         self.order: list[str] = []
         self.now, self.most_at_once = 0, 0
@@ -109,14 +112,21 @@ class ServerDouble:
             (checksums,) = sent.checksums
         return {"ranks": [{"parallelism_info": [{"tp_rank": 0}], "checksums": checksums}]}
 
+    async def abort_request(self, body):
+        self.aborted.append(body["rid"])
+        if body["rid"] in self.under_way:
+            self.under_way[body["rid"]].set()
+        return {}
+
     async def generate(self, body):
         self.prompts.append(body["input_ids"])
         self.now += 1
         self.most_at_once = max(self.most_at_once, self.now)
-        try:
-            await asyncio.sleep(self.delay_s)
-        finally:
-            self.now -= 1
+        aborted = self.under_way[body["rid"]] = asyncio.Event()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(aborted.wait(), self.delay_s)
+        del self.under_way[body["rid"]]
+        self.now -= 1
         count = body["sampling_params"]["max_new_tokens"]
         ids = list(range(self.next_id, self.next_id + count))
         reason = "length"

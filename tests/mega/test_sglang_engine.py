@@ -222,21 +222,39 @@ def test_no_server_serves_before_it_has_the_current_weights(engine, servers):
     assert {a[0].token_ids[0] // 100 for a in hold(engine, 6)} == {1, 2}
 
 
-def test_a_cancelled_dialogue_frees_its_place(servers, model):
+def test_a_cancelled_dialogue_frees_its_place_and_ends_on_the_server(servers, model):
+    """A server does not see at once that nobody waits any more: it is told."""
+    (server, _) = servers
+
     async def cancel_some() -> None:
         tasks = [asyncio.create_task(dialogue(engine)) for _ in range(6)]
-        await asyncio.sleep(0.1)
+        await asyncio.to_thread(wait_until, lambda: len(server.under_way) == 1)
+        (first,) = server.under_way
         for task in tasks[::2]:
             task.cancel()
+        server.delay_s = 0.0  # for those after it
         await asyncio.gather(*tasks, return_exceptions=True)
         assert sum(not task.cancelled() for task in tasks) == 3
+        await asyncio.to_thread(wait_until, lambda: server.aborted == [first])
 
     with open_engine(servers[:1], model, concurrency=1) as engine:
         published_elsewhere(engine, 3)
-        servers[0].delay_s = 0.2
+        server.delay_s = 60.0
         asyncio.run(cancel_some())
         wait_until(lambda: engine.fleet.members[0].load == 0)
         assert len(hold(engine, 2)) == 2
+
+
+def test_what_is_under_way_as_the_engine_closes_ends_on_the_servers(servers, model):
+    with ThreadPoolExecutor(1) as thread:
+        with open_engine(servers, model) as engine:
+            published_elsewhere(engine, 3)
+            for server in servers:
+                server.delay_s = 60.0
+            asking = thread.submit(hold, engine, 4)
+            wait_until(lambda: sum(len(server.under_way) for server in servers) == 4)
+        assert sum(len(server.aborted) for server in servers) == 4
+        assert isinstance(asking.exception(10), asyncio.CancelledError)
 
 
 def test_an_end_of_text_that_was_not_asked_for_is_a_token_like_others(engine, servers):
