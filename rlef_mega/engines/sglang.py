@@ -29,8 +29,9 @@ from rlef_mega.engines import EngineError
 from rlef_mega.engines.local import NO_WEIGHTS
 from rlef_mega.engines.requests import check_ids_and_sampling
 from rlef_mega.engines.sglang_carriers import Broadcasts, SharedTensors, own_address
-from rlef_mega.engines.sglang_fleet import Fleet, Member, Place, on_each
+from rlef_mega.engines.sglang_fleet import Fleet
 from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_session
+from rlef_mega.engines.sglang_members import Member, Place, on_each
 from rlef_mega.engines.sglang_publication import BucketPublication, DiskPublication, Publication
 from rlef_mega.engines.sglang_server import log_file
 from rlef_mega.engines.sglang_weights import SentWeights, ServedModel, check_same_model

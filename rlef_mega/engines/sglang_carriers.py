@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing  # its tensors are pickled as handles
 
 from rlef_mega.engines import EngineError
-from rlef_mega.engines.sglang_fleet import PROBE_S, Member, on_each, reasons
-from rlef_mega.engines.sglang_http import Client
+from rlef_mega.engines.sglang_http import PROBE_S, Client
+from rlef_mega.engines.sglang_members import Member, on_each, reasons
 
 Answer = TypeVar("Answer")
 Submit = Callable[[Coroutine[Any, Any, Answer]], "Future[Answer]"]

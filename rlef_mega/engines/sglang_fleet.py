@@ -18,62 +18,18 @@ before it has the current weights. Publication and restoring exclude each other 
 import asyncio
 import contextlib
 import random
-import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 
 from rlef_mega.engines import EngineError, EngineLostError
-from rlef_mega.engines.sglang_http import Answer, Client, ServerError
-from rlef_mega.engines.sglang_server import log_tail
+from rlef_mega.engines.sglang_http import PROBE_S, Answer, Client, ServerError
+from rlef_mega.engines.sglang_members import Member, Place
 from rlef_mega.types import Sampling
 
 MOST_TRIES = 4  # of a request: one that kills servers must not kill them all for ever
 FIRST_PROBE_S = 0.2
 SLOWEST_PROBE_S = 5.0
-PROBE_S = 10.0  # for an answer
 SETTLE_S = 2.0  # for the other servers, once the first has new weights
-
-
-class Member:
-    """One server, and what is known of it."""
-
-    def __init__(self, client: Client, log: Path | None = None) -> None:
-        self.client, self.log = client, log
-        self.ready = False
-        self.doubtful = False  # it failed a publication: the version that it reports says nothing
-        self.open_requests = 0
-        self.waiting: deque[asyncio.Future[bool]] = deque()  # True: a place; False: it is out
-        self.heard_at_s = 0.0  # of the loop's clock
-        self.checking: asyncio.Task[None] | None = None
-        self.last_failure = "no weights were published to it"
-        self.found_version = ""  # of its weights, as a publication began
-        self.probing: asyncio.Task[None] | None = None
-        self.busy_s = 0.0  # with a request open, until `counted_at_s`
-        self.counted_at_s = time.monotonic()
-
-    def count_busy(self) -> None:
-        """Before the number of open requests changes."""
-        now = time.monotonic()
-        if self.open_requests:
-            self.busy_s += now - self.counted_at_s
-        self.counted_at_s = now
-
-    def log_tail(self) -> str:
-        return log_tail(self.log)
-
-    @property
-    def load(self) -> int:
-        return self.open_requests + len(self.waiting)
-
-
-class Place:
-    """Where a dialogue was last answered."""
-
-    def __init__(self) -> None:
-        self.member: Member | None = None
-        self.version = -1  # the newest weights that sampled in it
 
 
 class Fleet:
@@ -122,6 +78,7 @@ class Fleet:
                                 f"{member.client.url} serves version {versions[0]}, the dialogue "
                                 f"has had {place.version}"
                             )
+                        self.count(answer, follow_up=place.version >= 0)
                         place.member, place.version = member, versions[-1]
                         return answer
                     except ServerError as error:
@@ -156,11 +113,16 @@ class Fleet:
         newest = answer.completion.weight_versions[-1]
         if version is None or newest < version:
             raise ServerError(f"{member.client.url} serves version {newest}, not {version}")
+        return answer
+
+    def count(self, answer: Answer, *, follow_up: bool) -> None:
         self.counts["requests"] += 1
         self.counts["sampled_tokens"] += len(answer.completion.token_ids)
         self.counts["context_tokens"] += answer.context_tokens
         self.counts["cached_tokens"] += answer.cached_tokens
-        return answer
+        if follow_up:
+            self.counts["follow_up_tokens"] += answer.context_tokens
+            self.counts["follow_up_cached_tokens"] += answer.cached_tokens
 
     async def take_stock(self) -> dict[str, float]:
         """`counts`, and how long servers have been busy, and the longest one paused, until now."""
@@ -287,14 +249,14 @@ class Fleet:
                 turn.set_result(False)
 
     def take_out(self, member: Member, reason: str) -> None:
-        member.last_failure = reason
+        member.last_failure, member.failed = reason, True
         if member.ready:
             self.counts["failures"] += 1
         self.put_aside(member)
         self.probe(member)
 
     def bring_back(self, member: Member) -> None:
-        member.ready, member.doubtful = True, False
+        member.ready, member.failed, member.doubtful = True, False, False
         self.none_since_s = None
         self.some_ready.set()
 
@@ -316,11 +278,15 @@ class Fleet:
         member.probing = None
 
     async def require_current(self, member: Member) -> None:
-        """Returns when it is healthy with the current weights, to which it is brought if need be;
-        else ServerError."""
+        """Returns when it has the current weights, to which it is brought if need be, and, after a
+        failure, is healthy; else ServerError."""
         client = member.client
-        found = await client.weight_version(within_s=PROBE_S)
-        await client.check_health(within_s=PROBE_S)
+        if member.doubtful:  # paused perhaps, and then it generates nothing
+            found = await client.weight_version(within_s=PROBE_S)
+        else:
+            if member.failed:  # not always: it takes a server a second to say so
+                await client.check_health(within_s=PROBE_S)
+            found = await client.reported_version(within_s=PROBE_S)
         # which may have changed while we waited
         if found == str(self.version) and not member.doubtful:
             return
@@ -345,24 +311,3 @@ class Fleet:
         await asyncio.gather(*running, *self.asking, return_exceptions=True)
         aborts = [task for member in self.members for task in member.client.aborting]
         await asyncio.gather(*aborts)
-
-
-async def on_each(
-    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
-) -> list[Member]:
-    """Those on which it worked, all at the same time. Wrong weights are raised at the end."""
-    tasks = [work(member.client) for member in members]
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    good = []
-    for member, outcome in zip(members, outcomes, strict=True):
-        if outcome is None:
-            good.append(member)
-        elif isinstance(outcome, ServerError):
-            member.last_failure = f"{outcome}{member.log_tail()}"
-        else:
-            raise outcome
-    return good
-
-
-def reasons(members: Sequence[Member]) -> str:
-    return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)

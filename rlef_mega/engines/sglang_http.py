@@ -26,6 +26,7 @@ SUPPORTED = ("0.5.23",)
 OCCUPATION = {"tags": ["kv_cache", "weights"]}
 CONNECT_S = 10.0
 ABORT_S = 2.0
+PROBE_S = 10.0  # for whoever is idle to say how it is
 # Of idle connections. The server closes them after 5 s; one that it closes as we send looks like a
 # dead server.
 KEEP_ALIVE_S = 2.0
@@ -117,11 +118,22 @@ class Client:
             raise ServerError(f"{self.url} is no SGLang server that we know: {error!r}") from None
 
     async def weight_version(self, *, within_s: float) -> str:
+        """Its scheduler's, which stamps tokens with it. One that hangs does not answer, though the
+        process that speaks HTTP goes on; one that is paused does."""
+        said = await self.call("/server_info", within_s=within_s)
+        try:
+            return str(said["internal_states"][0]["weight_version"])
+        except (KeyError, TypeError, IndexError) as error:
+            raise ServerError(f"{self.url}/server_info: malformed: {error!r}") from None
+
+    async def reported_version(self, *, within_s: float) -> str:
+        """As the process that speaks HTTP knows it, which is cheap to ask."""
         said = await self.call("/model_info", within_s=within_s)
         return str(said.get("weight_version") if isinstance(said, dict) else None)
 
     async def check_health(self, *, within_s: float) -> None:
-        """ServerError unless its scheduler is alive; an idle server generates a token for it."""
+        """ServerError unless its scheduler is alive; an idle server generates a token for it. Takes
+        a second at least."""
         timeout = aiohttp.ClientTimeout(total=within_s, sock_connect=CONNECT_S)
         try:
             async with self.http.get(f"{self.url}/health", timeout=timeout) as response:

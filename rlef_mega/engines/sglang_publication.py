@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 
 from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang_carriers import Carrier, Submit
-from rlef_mega.engines.sglang_fleet import FIRST_PROBE_S, PROBE_S, Fleet, Member, on_each, reasons
+from rlef_mega.engines.sglang_fleet import FIRST_PROBE_S, Fleet
 from rlef_mega.engines.sglang_http import Client, ServerError
+from rlef_mega.engines.sglang_members import Member, on_each, reasons
 from rlef_mega.engines.sglang_weights import Checksums, SentWeights, differences
 
 BUCKET_BYTES = 512 * 2**20
@@ -167,12 +168,12 @@ async def verify(client: Client, version: int, expected: Checksums, within_s: fl
 
 
 async def answering(fleet: Fleet) -> list[Member]:
-    """The servers that are there at all; the others are out. EngineLostError where none is, for as
-    long as one may take to start again."""
+    """The servers whose schedulers answer within a heartbeat; the others are out. EngineLostError
+    where none does, for as long as one may take to start again."""
     found: dict[str, str] = {}
 
     async def ask(client: Client) -> None:
-        found[client.url] = await client.weight_version(within_s=PROBE_S)
+        found[client.url] = await client.weight_version(within_s=fleet.heartbeat_s)
 
     until_s = asyncio.get_running_loop().time() + fleet.lost_s
     while not (members := await on_each(fleet.members, ask)):

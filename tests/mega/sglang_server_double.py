@@ -15,14 +15,14 @@ from rlef_mega.engines.sglang_weights import SentWeights, ServedModel
 
 class ServerDouble:
     """Its token ids count upwards from its number times 100. `mode` is what it does when asked to
-    generate: answer, hang (its health too), drop the connection, or what `spoil` makes of the
-    answer."""
+    generate: answer, hang, drop the connection, or what `spoil` makes of the answer. When it hangs,
+    its scheduler does: what HTTP alone can answer is answered. Paused, it is not healthy."""
 
     def __init__(self, number: int, model: str, version: str = "3", names: frozenset = frozenset()):
         self.number, self.model, self.weight_version, self.names = number, model, version, names
         self.sglang, self.weights = "0.5.23", None
         self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
-        self.end_of_text = None
+        self.end_of_text, self.paused = None, False
         self.prompts: list[list[int]] = []
         self.under_way: dict[str, asyncio.Event] = {}  # by request id; set when it is aborted
         self.aborted: list[str] = []
@@ -60,12 +60,14 @@ class ServerDouble:
         path = request.match_info["path"]
         self.calls[path] += 1
         self.order.append(path)
-        if self.mode == "hang" and path in ("health", "generate", "update_weights_from_disk"):
+        if self.mode == "hang" and path != "model_info":
             while self.mode == "hang":
                 await asyncio.sleep(0.02)
         if self.mode == "drop":
             request.transport.close()
             return web.Response()
+        if path == "health" and self.paused:
+            return web.Response(status=503)
         body = await request.json() if request.can_read_body else {}
         return web.json_response(await getattr(self, path)(body))
 
@@ -77,6 +79,7 @@ class ServerDouble:
             "tp_size": 1,
             "max_req_input_len": 194,
             "model_path": self.model,
+            "internal_states": [{"weight_version": self.weight_version}],
         }
 
     async def model_info(self, body):
@@ -86,6 +89,7 @@ class ServerDouble:
         return {}
 
     async def pause_generation(self, body):
+        self.paused = True
         return {}
 
     async def release_memory_occupation(self, body):
@@ -95,6 +99,7 @@ class ServerDouble:
         return {}
 
     async def continue_generation(self, body):
+        self.paused = False
         return {}
 
     async def update_weights_from_disk(self, body):

@@ -222,6 +222,19 @@ def test_no_server_serves_before_it_has_the_current_weights(engine, servers):
     assert {a[0].token_ids[0] // 100 for a in hold(engine, 6)} == {1, 2}
 
 
+def test_weights_that_another_process_brought_cost_each_server_one_cheap_question(engine, servers):
+    """A server takes a second at least to say that it is healthy; so long nobody stands still."""
+    for server in servers:
+        server.weight_version = "4"
+        server.calls.clear()
+    published_elsewhere(engine, 4)
+    hold(engine, 6)
+    wait_until(lambda: engine.counts["returns"] == 4)
+    for server in servers:
+        assert server.calls.keys() == {"model_info", "generate"}
+        assert server.calls["model_info"] == 1
+
+
 def test_a_cancelled_dialogue_frees_its_place_and_ends_on_the_server(servers, model):
     """A server does not see at once that nobody waits any more: it is told."""
     (server, _) = servers
@@ -360,18 +373,45 @@ def test_dialogues_go_on_while_weights_are_published(servers, model, tmp_path):
 def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
     servers, model, tmp_path
 ):
+    """HTTP answers for it, but not its scheduler; it costs the publication a heartbeat, not the
+    time that weights may take."""
     one, two = servers
-    with publishing(servers, model, tmp_path) as engine:
+    with publishing(servers, model, tmp_path, publish_s=60.0) as engine:
         two.mode = "hang"
         engine.fleet.lost_s = 1.0
         engine.update_weights(weights_of(model).items(), 1)
+        assert two.calls["pause_generation"] == 0
         assert {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
         one.mode = "hang"
         log_file(tmp_path, one.url).write_text("loading\nout of memory, says the log\n")
-        with pytest.raises(EngineError, match=r"(?s)no server took version 2.*says the log"):
+        with pytest.raises(EngineLostError, match=r"(?s)no server was ready.*says the log"):
             engine.update_weights(weights_of(model).items(), 2)
         with pytest.raises(EngineLostError, match=r"(?s)no server was ready.*says the log"):
             hold(engine, 1)
+
+
+def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_later(
+    servers, model, tmp_path
+):
+    """It stays paused, so that it does not say that it is healthy until it is brought up."""
+    one, two = servers
+
+    async def refuse(body):
+        return {"success": False, "message": "disk full"}
+
+    with publishing(servers, model, tmp_path, publish_s=5.0) as engine:
+        engine.update_weights(weights_of(model).items(), 1)
+        two.update_weights_from_disk = refuse
+        engine.update_weights(weights_of(model).items(), 2)
+        assert two.paused and {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        one.update_weights_from_disk = refuse
+        with pytest.raises(EngineError, match=r"no server took version 3.*disk full"):
+            engine.update_weights(weights_of(model).items(), 3)
+        del one.update_weights_from_disk
+        engine.update_weights(weights_of(model).items(), 4)
+        del two.update_weights_from_disk
+        wait_until(lambda: engine.counts.get("restored") == 1)
+        assert two.weight_version == "4" and not two.paused
 
 
 def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path):
