@@ -15,6 +15,10 @@ class EngineError(RuntimeError):
     scored."""
 
 
+class WeightsMismatchError(EngineError):
+    """What was sent are not the weights of the engine's model. Another try would bring the same."""
+
+
 class EngineLostError(RuntimeError):
     """No engine is left that could serve. No dialogue can end, so none is retried or dropped: the
     run saves what it has learned, and stops."""
@@ -42,7 +46,8 @@ class Engine(Protocol):
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
         """Take over the weights, under their Hugging Face names. Raises EngineError unless what is
-        served afterwards is exactly what was sent."""
+        served afterwards is exactly what was sent; WeightsMismatchError where names or shapes are
+        not the model's."""
         ...
 
     def rest(self) -> None:

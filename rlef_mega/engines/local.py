@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, WeightsMismatchError
 from rlef_mega.engines.generation import Request, generate_batch
 from rlef_mega.engines.requests import check_ids_and_sampling
 from rlef_mega.types import Completion, Sampling
@@ -160,7 +160,8 @@ class LocalEngine:
         Names and shapes are checked before anything is touched; if the comparison fails, the engine
         serves nothing until a good update.
 
-        Raises EngineError that lists the names at fault.
+        Raises EngineError that lists the names at fault, WeightsMismatchError where they do not
+        fit the model.
         """
         sent = collect(named_tensors)
         served = self.model.state_dict()
@@ -247,7 +248,7 @@ def collect(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torc
     sent: dict[str, torch.Tensor] = {}
     for name, tensor in named_tensors:
         if name in sent:
-            raise EngineError(f"weights were sent twice under the name {name}")
+            raise WeightsMismatchError(f"weights were sent twice under the name {name}")
         sent[name] = tensor
     return sent
 
@@ -255,8 +256,8 @@ def collect(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torc
 def check_names(
     model: PreTrainedModel, served: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]
 ) -> None:
-    """EngineError unless every weight of the model is there once, in its shape, and nothing
-    else."""
+    """WeightsMismatchError unless every weight of the model is there once, in its shape, and
+    nothing else."""
     unknown = [name for name in sent if name not in served]
     covered = {served[name].data_ptr() for name in sent if name in served}
     missing = [name for name, tensor in served.items() if tensor.data_ptr() not in covered]
@@ -268,7 +269,7 @@ def check_names(
     faults = {"unknown names": unknown, "missing": missing, "wrong shape": misshapen}
     if any(faults.values()):
         what = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
-        raise EngineError(
+        raise WeightsMismatchError(
             f"weights do not fit {type(model).__name__}, the old ones stay: {what}; "
             "the name map and config.json must be of the same model"
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import WeightsMismatchError
 from rlef_mega.engines.local import listed
 
 FUSED = {  # HF's module: (SGLang's module, its place in it)
@@ -96,8 +96,8 @@ class ServedModel:
 class SentWeights:
     """Weights on their way to servers: an iterable, once, of (HF name, whole tensor of `dtype`).
 
-    Iterating raises EngineError before a tensor is passed on whose name or shape is not the
-    model's, or that was sent already, and at the end if one is missing.
+    Iterating raises WeightsMismatchError before a tensor is passed on whose name or shape is not
+    the model's, or that was sent already, and at the end if one is missing.
     """
 
     def __init__(
@@ -126,23 +126,23 @@ class SentWeights:
             yield name, sent
         missing = sorted(self.model.needed - self.seen)
         if missing:
-            raise EngineError(f"weights are missing from the update: {listed(missing)}")
+            raise WeightsMismatchError(f"weights are missing from the update: {listed(missing)}")
         assert not self.parts, "a fused parameter of which a part is missing"
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
         expected = self.model.shapes.get(name)
         if expected is None:
-            raise EngineError(
+            raise WeightsMismatchError(
                 f"the servers' model has no weight {name}; the name map and config.json must be "
                 "of the same model"
             )
         if tuple(tensor.shape) != expected:
-            raise EngineError(
+            raise WeightsMismatchError(
                 f"{name} is {list(tensor.shape)}, the servers' model has {list(expected)}; "
                 "trainer and servers must have the same model"
             )
         if name in self.seen:
-            raise EngineError(f"weights were sent twice under the name {name}")
+            raise WeightsMismatchError(f"weights were sent twice under the name {name}")
         self.seen.add(name)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:

@@ -2,11 +2,12 @@
 
 import sys
 
-from rlef_mega.engines import Engine, EngineError, EngineLostError
+from rlef_mega.engines import Engine, EngineError, EngineLostError, WeightsMismatchError
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.shares import gather
 
 TRIES = 3  # of a publication: a server may die in the middle of one, and the others go on
+FINAL = (EngineLostError, WeightsMismatchError)
 
 
 def publish(learner: Learner, engine: Engine | None, version: int) -> None:
@@ -14,40 +15,45 @@ def publish(learner: Learner, engine: Engine | None, version: int) -> None:
     over all ranks, and all learn how it ended.
 
     The engine itself verifies what it received (Engine.update_weights). A publication that fails is
-    tried again; EngineLostError, on every rank, if no try succeeds or there is no engine left.
+    tried again; EngineLostError, on every rank, if no try succeeds or there is no engine left, and
+    WeightsMismatchError, at once, where the weights are not those of the engine's model.
     """
     failures: list[str] = []
     for _ in range(TRIES):
-        mine, lost = hand_over(learner, engine, version)
-        everyone = gather((mine, lost))
-        failed = [failure for failure, _ in everyone if failure]
+        mine = hand_over(learner, engine, version)
+        failed = [failure for failure in gather(mine) if failure is not None]
         if engine is not None:
             engine.end_update(None if failed else version)
         if not failed:
             break
-        failures.append(failed[0])
-        if any(lost for _, lost in everyone):
-            raise EngineLostError(failed[0])
-        if mine:
+        for failure in failed:
+            if isinstance(failure, FINAL):
+                raise type(failure)(f"version {version} was not published: {failure}")
+        failures.append(str(failed[0]))
+        if mine is not None:
             print(f"WARNING: version {version}: {mine}; trying again", file=sys.stderr, flush=True)
     else:
-        raise EngineLostError(f"version {version} was not published: {'; '.join(failures)}")
+        raise EngineLostError(
+            f"{TRIES} tries to publish version {version} failed: {'; '.join(failures)}"
+        )
     if engine is not None and engine.weight_version != version:
         raise EngineError(
             f"published version {version}, but the engine serves version {engine.weight_version}"
         )
 
 
-def hand_over(learner: Learner, engine: Engine | None, version: int) -> tuple[str, bool]:
-    """One try: why it failed here, if it did, and whether the engine is lost. All weights are drawn
-    in any case, for all ranks gather each of them together."""
+def hand_over(
+    learner: Learner, engine: Engine | None, version: int
+) -> EngineError | EngineLostError | None:
+    """One try: why it failed here, if it did. All weights are drawn in any case, for all ranks
+    gather each of them together."""
     weights = learner.policy_weights()
-    failure, lost = "", False
+    failure: EngineError | EngineLostError | None = None
     try:
         if engine is not None:
             engine.update_weights(weights, version)
     except (EngineError, EngineLostError) as error:
-        failure, lost = str(error) or type(error).__name__, isinstance(error, EngineLostError)
+        failure = error.with_traceback(None)  # which holds on to tensors
     for _ in weights:
         pass
-    return failure, lost
+    return failure

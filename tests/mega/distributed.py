@@ -35,8 +35,9 @@ def next_world() -> None:
     os.environ |= {"MASTER_PORT": first, "WORLD_PORTS": " ".join(others)}
 
 
-def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240) -> None:
-    """Run `python -m module arguments` in so many processes; fail with their output if one does."""
+def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240) -> list[str]:
+    """Run `python -m module arguments` in so many processes; fail with their output if one does.
+    Returns what each said."""
     stores = [keep_store() for _ in range(max(1, len(arguments)))]
     shared = {
         "WORLD_SIZE": str(processes),
@@ -72,3 +73,4 @@ def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240)
     assert codes == [0] * processes, f"exit codes {codes}\n" + "\n".join(
         output[-3000:] for output in outputs
     )
+    return outputs
