@@ -67,6 +67,7 @@ def servers_for(config: TrainConfig) -> Servers:
         port=asked.port,
         logs=server_logs(config),
         ready_s=asked.ready_s,
+        may_rest=asked.release_memory,
     )
 
 

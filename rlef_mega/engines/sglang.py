@@ -247,16 +247,15 @@ class SGLangEngine:
         )
 
     async def wake(self) -> None:
-        """Those that still are the processes which gave their memory back, which their version
-        tells, get it again. What fails here is left out of the publication, or fails it."""
+        """They have room for weights again. What fails here is left out of the publication, or
+        fails it."""
         assert self.resting is not None
-
-        async def resume(client: Client) -> None:
-            if await client.weight_version(within_s=self.publish_s) == str(self.fleet.version):
-                await client.resume_memory(within_s=self.publish_s)
-
+        held = str(self.fleet.version)
         try:
-            await on_each(self.resting, resume)
+            await on_each(
+                self.resting,
+                lambda client: client.make_room_for_weights(held, within_s=self.publish_s),
+            )
         finally:
             self.resting = None
             self.fleet.control.release()

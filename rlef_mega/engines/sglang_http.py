@@ -23,7 +23,7 @@ from rlef_mega.engines import EngineError
 from rlef_mega.types import Completion, Sampling
 
 SUPPORTED = ("0.5.23",)
-OCCUPATION = {"tags": ["kv_cache", "weights"]}
+WEIGHTS, CACHE = "weights", "kv_cache"  # what its memory saver calls the two
 CONNECT_S = 10.0
 ABORT_S = 2.0
 PROBE_S = 10.0  # for whoever is idle to say how it is
@@ -66,6 +66,7 @@ class Client:
         self.url, self.http = url, http
         self.paused_s = 0.0  # for weights, until now
         self.paused_at_s: float | None = None
+        self.released: list[str] = []  # what has no room on its device
         self.aborting: set[asyncio.Task[None]] = set()
 
     async def call(
@@ -181,6 +182,9 @@ class Client:
         await self.call("/pause_generation", {"mode": "retract"}, within_s=within_s)
 
     async def resume(self, *, within_s: float) -> None:
+        """Goes on, with a cache if it has none."""
+        if self.released:
+            await self.occupy(CACHE, within_s=within_s)
         # its only option empties the cache of a CUDA allocator, which a CPU build lacks
         body = {"torch_empty_cache": False}
         await self.call("/continue_generation", body, within_s=within_s)
@@ -189,14 +193,27 @@ class Client:
             self.paused_at_s = None
 
     async def release_memory(self, *, within_s: float) -> None:
-        """Weights and cache leave the device; it must be idle. Only of servers with the memory
+        """Weights and cache leave the device; nothing may be under way. Paused, or whoever asks
+        whether it is healthy would have it generate without them. Only of servers with the memory
         saver, on a GPU."""
-        await self.call("/release_memory_occupation", OCCUPATION, within_s=within_s)
+        await self.pause(within_s=within_s)
+        tags = [CACHE, WEIGHTS]
+        await self.call("/release_memory_occupation", {"tags": tags}, within_s=within_s)
+        self.released = tags
 
-    async def resume_memory(self, *, within_s: float) -> None:
-        """Their room is back; what was in it is not. A server that did not release any dies of
-        it."""
-        await self.call("/resume_memory_occupation", OCCUPATION, within_s=within_s)
+    async def make_room_for_weights(self, version: str, *, within_s: float) -> None:
+        """For those that come; the cache's room, which is large, comes with `resume`, when they
+        have come. A process that released nothing would die of it: `version` is what the one that
+        did holds, and one that was started again does not."""
+        released, self.released = self.released, []
+        if released and await self.weight_version(within_s=within_s) == version:
+            await self.occupy(WEIGHTS, within_s=within_s)
+            self.released = [CACHE]
+
+    async def occupy(self, tag: str, *, within_s: float) -> None:
+        """What was in this memory is not there again."""
+        await self.call("/resume_memory_occupation", {"tags": [tag]}, within_s=within_s)
+        self.released = [other for other in self.released if other != tag]
 
     async def load_from_disk(self, folder: str, version: str, *, within_s: float) -> None:
         body = {"model_path": folder, "weight_version": version, "flush_cache": True}

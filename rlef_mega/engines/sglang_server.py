@@ -119,10 +119,10 @@ class Server:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def answers(self) -> bool:
+    def answers(self, path: str = "/health") -> bool:
         """Whether it says that it is healthy: it has loaded its model and generates."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=HEALTH_S) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=HEALTH_S) as answer:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError):
             return False
@@ -145,7 +145,8 @@ class Servers:
     """Servers on neighbouring ports of this node; a context manager that ends them.
 
     Entering starts them all and waits until all are ready: EngineError with the log's tail where
-    one ends before, or is not ready after `ready_s`.
+    one ends before, or is not ready after `ready_s`. With `may_rest` they may stand still, without
+    memory, for as long as whoever trains likes.
     """
 
     def __init__(
@@ -157,9 +158,12 @@ class Servers:
         logs: Path,
         ready_s: float,
         hang_s: float = HANG_S,
+        may_rest: bool = False,
     ) -> None:
         self.servers = [Server(settings, port + n, logs) for n in range(count)]
         self.ready_s, self.hang_s = ready_s, hang_s
+        # /health has an idle server generate; its scheduler answers this one though it is paused
+        self.sign_of_life = "/server_info" if may_rest else "/health"
         self.restarts = 0
 
     @property
@@ -236,12 +240,12 @@ class Servers:
             time.sleep(POLL_S)
 
     def reason_to_restart(self, server: Server) -> str | None:
-        """Asks a server that was silent for a while whether it is healthy."""
+        """Asks a server that was silent for a while for a sign of life."""
         if not server.running:
             return "has ended"
         silent_s = time.monotonic() - server.heard_at_s
         if silent_s > ASK_EVERY_S or server.starting:
-            if server.answers():
+            if server.answers("/health" if server.starting else self.sign_of_life):
                 server.heard_at_s = time.monotonic()
             elif silent_s > (self.ready_s if server.starting else self.hang_s):
                 return f"did not answer for {silent_s:.0f} s"

@@ -22,7 +22,7 @@ class ServerDouble:
         self.number, self.model, self.weight_version, self.names = number, model, version, names
         self.sglang, self.weights = "0.5.23", None
         self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
-        self.end_of_text, self.paused = None, False
+        self.end_of_text, self.paused, self.released = None, False, set()
         self.prompts: list[list[int]] = []
         self.under_way: dict[str, asyncio.Event] = {}  # by request id; set when it is aborted
         self.aborted: list[str] = []
@@ -93,16 +93,24 @@ class ServerDouble:
         return {}
 
     async def release_memory_occupation(self, body):
+        assert self.paused and not self.released
+        self.released = set(body["tags"])
+        self.order += [f"release {tag}" for tag in body["tags"]]
         return {}
 
     async def resume_memory_occupation(self, body):
+        assert set(body["tags"]) <= self.released  # or a real one dies
+        self.released -= set(body["tags"])
+        self.order += [f"occupy {tag}" for tag in body["tags"]]
         return {}
 
     async def continue_generation(self, body):
+        assert not self.released
         self.paused = False
         return {}
 
     async def update_weights_from_disk(self, body):
+        assert "weights" not in self.released
         self.weight_version, self.weights = body["weight_version"], body["model_path"]
         return {"success": True}
 

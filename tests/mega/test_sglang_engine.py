@@ -415,21 +415,27 @@ def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_
 
 
 def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path):
-    """Before new weights come they have room for them; one that was started again meanwhile is not
-    told to take back what it never gave, which ends a real one."""
+    """Paused, for nothing may be generated without weights. There is room for new weights before
+    they come, for the cache after; one that was started again meanwhile is not told to take back
+    what it never gave, which ends a real one."""
     one, two = servers
     with publishing(servers, model, tmp_path, release_memory=True, publish_s=5.0) as engine:
         engine.update_weights(weights_of(model).items(), 1)
         for server in servers:
             server.order.clear()
         engine.rest()
-        two.weight_version = "default"
+        assert one.released == {"weights", "kv_cache"} and one.paused
+        two.weight_version, two.paused, two.released = "default", False, set()  # as after a start
         time.sleep(0.5)  # it is not brought to weights while there is no room for them
+        assert two.order[-1] == "release weights"
         engine.update_weights(weights_of(model).items(), 2)
         assert all(len(turns) == 1 for turns in hold(engine, 4))
-    memory = ("release_memory_occupation", "resume_memory_occupation", "update_weights_from_disk")
-    assert [path for path in one.order if path in memory] == list(memory)
-    assert [path for path in two.order if path in memory] == [memory[0], memory[2]]
+    steps = (
+        *("pause_generation", "release kv_cache", "release weights", "occupy weights"),
+        *("update_weights_from_disk", "weights_checker", "occupy kv_cache", "continue_generation"),
+    )
+    assert [step for step in one.order if step in steps] == [*steps[:4], steps[0], *steps[4:]]
+    assert not any(step.startswith("occupy") for step in two.order)
 
 
 def test_a_server_that_holds_other_weights_is_left_out_and_if_all_do_it_is_an_error(

@@ -127,6 +127,29 @@ def test_what_hangs_is_ended_and_started_again(tmp_path, monkeypatch):
     assert "did not answer" in said[0] and not psutil.pid_exists(first)
 
 
+RESTING = HEALTHY.replace(
+    "self.send_response(200)",
+    "self.send_response(503 if self.path == '/health' and os.path.exists(RESTS) else 200)",
+)
+
+
+@pytest.mark.parametrize("may_rest", [True, False])
+def test_servers_that_may_rest_are_left_alone_while_they_do(tmp_path, monkeypatch, may_rest):
+    """Without memory a server is not healthy, for longer than one may hang."""
+    monkeypatch.setattr(sglang_server, "ASK_EVERY_S", 0.1)
+    rests = tmp_path / "rests"
+    program = f"RESTS = {str(rests)!r}\n{RESTING}"
+    with servers(tmp_path, program, hang_s=0.5, may_rest=may_rest) as running:
+        (server,) = running.servers
+        server.heard_at_s = time.monotonic()
+        rests.touch()
+        until, reason = time.monotonic() + 1.5, None
+        while not reason and time.monotonic() < until:
+            reason = running.reason_to_restart(server)
+            time.sleep(0.02)
+    assert reason is None if may_rest else "did not answer" in reason
+
+
 def test_a_server_that_never_comes_back_is_an_error_in_the_end(tmp_path):
     program = f"import os\nif os.path.exists({str(tmp_path / 'broken')!r}): os._exit(1)\n{HEALTHY}"
     with servers(tmp_path, program) as running:
@@ -236,6 +259,9 @@ def test_a_recipe_says_which_servers_are_started_how(tmp_path):
     assert options["--dtype"] == "bfloat16" and options["--model-path"] == str(tmp_path)
     assert options["--context-length"] == "1002"
     assert config.rollout.servers.addresses == ("http://127.0.0.1:4000", "http://127.0.0.1:4001")
+    resting = servers_for(recipe(tmp_path, release_memory=True))
+    assert "--enable-memory-saver" in resting.servers[0].settings.command(4000)
+    assert resting.sign_of_life != "/health"
     on_cpu = servers_for(recipe(tmp_path, device="cpu")).servers[0].settings.command(4000)
     assert on_cpu[1:3] == ["-P", str(CPU_LAUNCHER)]
 
