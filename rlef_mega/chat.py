@@ -5,7 +5,7 @@ again. Pure, but for reading a tokenizer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -33,6 +33,7 @@ class ChatFormat:
     end_of_turn: int
     between: tuple[int, ...]  # after the end of a response, before the next header
     stop_token_ids: tuple[int, ...]
+    texts: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # of tokens seen
 
     @classmethod
     def for_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase", name: str = "auto") -> Self:
@@ -129,6 +130,27 @@ class ChatFormat:
         )
         assert isinstance(text, str)
         return text
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """What each token of a response adds to its text, which they are in a row; what ended it
+        adds nothing. Of tokens that share a character, the last one adds it."""
+        whole = self.decode(token_ids)
+        for token in set(token_ids) - self.texts.keys():
+            self.texts[token] = self.decode([token])
+        pieces = [self.texts[token] for token in token_ids]
+        if "".join(pieces) == whole:
+            return pieces
+        pieces, start, read = [], 0, 0
+        for end in range(1, len(token_ids) + 1):
+            text = self.decode(token_ids[start:end])
+            if text.endswith("\ufffd") and end < len(token_ids):
+                pieces.append("")  # the character is not whole yet
+                continue
+            # beside the token before it: some tokenizers drop the blank that begins a text
+            pieces.append(text[len(self.decode(token_ids[start:read])) :])
+            start, read = read, end
+        same = "".join(pieces) == whole
+        return pieces if same else [*[""] * (len(token_ids) - 1), whole]
 
 
 CONTROLS = {

@@ -18,9 +18,10 @@ from rlef_mega.chat import ChatFormat
 from rlef_mega.collect import Rollouts
 from rlef_mega.config import TrainConfig
 from rlef_mega.engines import Engine
+from rlef_mega.episode_records import episode_record
 from rlef_mega.judge import Judge
 from rlef_mega.problems import load_problems
-from rlef_mega.record import RunDirectory, episode_record
+from rlef_mega.record import RunDirectory
 from rlef_mega.rollout import (
     Distractor,
     Rollout,

@@ -1,7 +1,7 @@
 """Code and tests to a verdict.
 
 The public tests are all run and shown to the model; the private tests only when the response is
-final, until the first failure, and of them nothing but pass or fail leaves this file. Both kinds
+final, until the first failure, and of them nothing but how each ended leaves this file. Both kinds
 are one call of the sandbox, which starts and compiles the program once for all of them.
 
 Theory of operation: grading happens in the embedded sandbox's processes, which threads here wait
@@ -163,8 +163,7 @@ class Judge:
             outcomes,
             public_passed=True,
             solved=all_passed(private),
-            private_passed=sum(result.status is Status.OK for result in private),
-            private_run=len(private),
+            private_statuses=tuple(result.status for result in private),
         )
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:

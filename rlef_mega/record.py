@@ -15,19 +15,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import zstandard
 
-from rlef_mega.chat import ChatFormat
-from rlef_mega.types import AssertTest, Episode, Problem, TestOutcome
-from rlef_sandbox import CallTest
-
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TEXT_LIMIT = 10_000  # characters of any one text in an episode record
 
 
 class Clock:
@@ -150,64 +145,3 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
-
-
-def episode_record(
-    episode: Episode,
-    chat: ChatFormat,
-    problem: Problem,
-    numbers: Sequence[Sequence[float]] | None = None,
-) -> dict[str, Any]:
-    """An episode to read: texts in place of token ids; `numbers` are value, return and advantage of
-    each turn."""
-    turns = []
-    end = 0
-    for number, turn in enumerate(episode.turns):
-        observed = episode.token_ids[end : turn.context_len]
-        end = turn.context_len + len(turn.action_ids)
-        value, turn_return, advantage = numbers[number] if numbers else (None, None, None)
-        turns.append(
-            {
-                "observation": chat.decode(observed)[:TEXT_LIMIT],
-                "response": chat.decode(turn.action_ids)[:TEXT_LIMIT],
-                "program": turn.program,
-                "public": [outcome_record(outcome) for outcome in turn.verdict.public],
-                "public_passed": turn.verdict.public_passed,
-                "solved": turn.verdict.solved,
-                "tokens": len(turn.action_ids),
-                "logprob_mean": sum(turn.action_logprobs) / len(turn.action_logprobs),
-                "value": value,
-                "return": turn_return,
-                "advantage": advantage,
-            }
-        )
-    return {
-        "problem_id": episode.problem_id,
-        "family": episode.family,
-        "tags": list(problem.tags),
-        "solved": episode.solved,
-        "turns": turns,
-    }
-
-
-def outcome_record(outcome: TestOutcome) -> dict[str, str]:
-    test, result = outcome.test, outcome.result
-    if isinstance(test, CallTest):
-        arguments = ", ".join(map(repr, test.args))
-        given, expected = f"{test.entry_point}({arguments})", repr(test.expected)
-    elif isinstance(test, AssertTest):
-        given, expected = test.statement, ""
-    else:
-        given, expected = (text(part) for part in (test.stdin, test.expected))
-    return {
-        "input": given[:TEXT_LIMIT],
-        "expected": expected[:TEXT_LIMIT],
-        "observed": text(result.stdout),
-        "status": result.status.name,
-        "stderr": text(result.stderr),
-    }
-
-
-def text(content: bytes | str) -> str:
-    readable = content.decode(errors="replace") if isinstance(content, bytes) else content
-    return readable[:TEXT_LIMIT]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from rlef_mega import metrics, ppo
-from rlef_mega.chat import ChatFormat
 from rlef_mega.collect import Rollouts, open_rollouts
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.engines import Engine, EngineLostError
+from rlef_mega.episode_records import episode_records
 from rlef_mega.guard import GuardError
 from rlef_mega.launch import sandbox_token, worker_main
 from rlef_mega.megatron import parallel
@@ -31,10 +31,10 @@ from rlef_mega.packing import pack
 from rlef_mega.parts import Parts, open_parts
 from rlef_mega.profiler import profiled
 from rlef_mega.progress import training_line
-from rlef_mega.record import Clock, episode_record
+from rlef_mega.record import Clock
 from rlef_mega.rollout import derive_seed
 from rlef_mega.shares import any_rank, gather
-from rlef_mega.types import Batch, Episode, Problem, Scores, Targets
+from rlef_mega.types import Batch, Episode, Scores, Targets
 
 
 def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
@@ -117,7 +117,9 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
         record["alarms"] = guards.alarms(record)
         write_down(config, parts, record, clock)
         if saving and parts.ranks.is_writer:
-            episodes = episode_records(held.episodes, parts.problems, parts.chat, targets, batch)
+            episodes = episode_records(
+                held.episodes, parts.problems, parts.chat, batch, scores, targets
+            )
             parts.run.write_episodes(f"episodes/step_{step:06d}.jsonl.zst", episodes)
         try:
             guards.check(record)
@@ -229,28 +231,6 @@ def save_and_end(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def episode_records(
-    episodes: Sequence[Episode],
-    problems: Sequence[Problem],
-    chat: ChatFormat,
-    targets: Targets,
-    batch: Batch,
-) -> list[dict[str, Any]]:
-    """A step's episodes to read, each turn with its value, return and advantage (its first token's,
-    if by token)."""
-    by_id = {problem.id: problem for problem in problems}
-    of_turn = torch.arange(batch.num_turns)
-    if targets.returns_N.numel() != batch.num_turns:
-        of_turn = torch.searchsorted(batch.turn_index_T[batch.action_mask_T], of_turn)
-    numbers = torch.stack([targets.old_values_N, targets.returns_N, targets.advantages_N])
-    per_turn = numbers[:, of_turn].T.tolist()
-    records = []
-    for episode in episodes:
-        mine, per_turn = per_turn[: len(episode.turns)], per_turn[len(episode.turns) :]
-        records.append(episode_record(episode, chat, by_id[episode.problem_id], mine))
-    return records
 
 
 if __name__ == "__main__":

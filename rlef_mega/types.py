@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Result, Test
+from rlef_sandbox import (
+    AnyTest,
+    CallTest,
+    CheckerProgram,
+    CheckTest,
+    Limits,
+    Result,
+    Status,
+    Test,
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +79,13 @@ class TestOutcome:
 @dataclass(frozen=True)
 class Verdict:
     """Grading of one response. `solved` is None unless the response was final and went to the
-    private tests."""
+    private tests, of which no more is known here than how each ended; the first that fails is the
+    last that is run."""
 
     public: tuple[TestOutcome, ...]
     public_passed: bool
     solved: bool | None
-    private_passed: int = 0
-    private_run: int = 0
+    private_statuses: tuple[Status, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -119,3 +119,19 @@ def test_controls_that_are_not_special_are_refused():
     tokenizer.add_tokens(list(CONTROLS["chatml"]), special_tokens=False)
     with pytest.raises(ValueError, match="not a special token"):
         ChatFormat.for_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("text", ["x = 1\n", "né 😀\u202e好!", "\x00\r\n\ufffd!", ""])
+def test_pieces_of_tokens_are_the_text_in_a_row(chat, text):
+    ids = chat.respond(text)
+    pieces = chat.pieces(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == text == chat.decode(ids)
+    assert pieces[-1] == ""  # the end of the turn
+    if "😀" in text:  # four tokens, of which the last completes it
+        place = pieces.index("😀")
+        assert pieces[place - 3 : place] == [""] * 3
+
+
+def test_pieces_of_bytes_that_are_no_text_are_still_the_text_in_a_row(chat):
+    broken = chat.respond("é好")[1:-2] + chat.respond("a")  # starts and ends within a character
+    assert "".join(chat.pieces(broken)) == chat.decode(broken)
