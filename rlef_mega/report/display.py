@@ -6,6 +6,7 @@ marks that reverse the reading direction, half of a surrogate pair, or ten megab
 """
 
 import math
+import re
 
 DASH = "—"
 
@@ -27,10 +28,13 @@ def unseen_characters() -> dict[int, str]:
 
 
 UNSEEN = unseen_characters()
+ANY_UNSEEN = re.compile(f"[{re.escape(''.join(map(chr, UNSEEN)))}]")
 
 
 def visible(text: str) -> str:
     """`text` with every character seen, and none that changes how its neighbours are seen."""
+    if not ANY_UNSEEN.search(text):  # of nearly all texts, and far quicker than to translate
+        return text
     return text.replace("\r\n", "\n").translate(UNSEEN)
 
 

@@ -8,7 +8,6 @@ away what would not show or would mislead, and the template's autoescape keeps i
 import base64
 import hashlib
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from markupsafe import Markup
 
 from rlef_mega.report import display
 from rlef_mega.report.comparison import Comparison, Row, compare
+from rlef_mega.report.episodes import pack_episodes
 from rlef_mega.report.panels import draw_panels, phase_seconds
-from rlef_mega.report.reader import OUTCOMES, view_stages
 from rlef_mega.report.run_files import (
     Json,
     RunFiles,
@@ -30,16 +29,17 @@ from rlef_mega.report.run_files import (
 )
 
 HERE = Path(__file__).parent
-EPISODES_A_STAGE = 15
+SCRIPTS = ("highlight.js", "diff.js", "store.js", "dialogue.js", "browser.js")
+EPISODES = 10_000  # on a page; it opens in less than two seconds
 
 
-def write_report(run: Path) -> Path:
-    """Write `run/report.html` and return its path.
+def write_report(run: Path, *, episodes: int = EPISODES) -> Path:
+    """Write `run/report.html` and return its path. `episodes` are the most that it holds.
 
     Raises ValueError when `run` is not a directory.
     """
     page = run / "report.html"
-    html = render(read_run(run))
+    html = render(read_run(run), episodes=episodes)
     unfinished = page.with_name(f".{page.name}.{os.getpid()}")
     # `visible` has replaced lone surrogates in all that comes from data
     unfinished.write_text(html, encoding="utf-8")
@@ -47,14 +47,14 @@ def write_report(run: Path) -> Path:
     return page
 
 
-def render(files: RunFiles) -> str:
+def render(files: RunFiles, *, episodes: int) -> str:
     notes = list(files.notes)
     comparison = compare(files.evaluations)
-    episodes = view_stages(
+    index, chunks, counts = pack_episodes(
         {stage: iterate_episodes(path, notes) for stage, path in files.episode_files.items()},
-        EPISODES_A_STAGE,
+        episodes,
     )
-    script = Markup((HERE / "report.js").read_text(encoding="utf-8"))
+    script = page_script()
     return (
         environment()
         .get_template("report.html")
@@ -68,16 +68,25 @@ def render(files: RunFiles) -> str:
             drawings=draw_panels(files.metrics),
             phases=phase_shares(files.metrics),
             progress=progress(files),
-            episodes=episodes,
-            stage_counts=Counter(episode.stage for episode in episodes),
-            outcome_counts=Counter(episode.outcome for episode in episodes),
-            outcomes=OUTCOMES,
+            index=Markup(index),  # base64, as the chunks are
+            chunks=[Markup(chunk) for chunk in chunks],
+            episode_counts=describe_limit(counts, episodes),
             notes=shortened(notes),
             style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
+
+
+def page_script() -> Markup:
+    """All that runs in the page, in one scope of its own."""
+    sources = [(HERE / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    return Markup('"use strict";\n(() => {\n' + "\n".join(sources) + "})();\n")
+
+
+def describe_limit(counts: dict[str, int], limit: int) -> str:
+    return f": no more than {limit:,} episodes" if sum(counts.values()) >= limit else ""
 
 
 def environment() -> Environment:
@@ -101,7 +110,11 @@ def run_facts(files: RunFiles) -> list[tuple[str, str]]:
     """What was run, in a few words each; only what the files say."""
     config, manifest = files.config, files.manifest
     parameters = number(manifest, "model_parameters")
-    layout = ", ".join(f"{name} {value}" for name, value in flatten(table(manifest, "layout")))
+    layout = ", ".join(
+        f"{name.removesuffix('_parallel_size').removesuffix('_model')} {value}"
+        for name, value in flatten(table(manifest, "layout"))
+        if name.endswith("parallel_size")
+    )
     facts = [
         ("recipe", text(manifest, "recipe")),
         ("model", text(config, "model", "path")),

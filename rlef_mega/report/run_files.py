@@ -18,6 +18,7 @@ from typing import Any
 import zstandard
 
 Json = dict[str, Any]
+STEPS_SHOWN = 20  # of the training steps whose episodes were recorded
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RunFiles:
         Json, ...
     ]  # one a step, in order; a step written twice counts once, the later record
     evaluations: dict[str, Json]  # file stem -> content, "before" first and "after" last
-    episode_files: dict[str, Path]  # "before", "after" and the newest "training step N"
+    episode_files: dict[str, Path]  # "before", "after", other evaluations, "step N"
     notes: tuple[str, ...]
 
 
@@ -95,15 +96,28 @@ def read_evaluations(run: Path, notes: list[str]) -> dict[str, Json]:
 
 
 def find_episode_files(run: Path) -> dict[str, Path]:
-    files = {name: run / "eval" / f"{name}_episodes.jsonl.zst" for name in ("before", "after")}
+    """Of evaluations, and of training steps: the newest first, and some over the whole run."""
+    evaluated = {
+        path.name.removesuffix("_episodes.jsonl.zst"): path
+        for path in sorted(run.glob("eval/*_episodes.jsonl.zst"))
+    }
+    order = sorted(evaluated, key=lambda name: (name != "before", name != "after", name))
     recorded = {
         int(match[1]): path
         for path in run.glob("episodes/step_*.jsonl.zst")
         if (match := re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name))
     }
-    if recorded:
-        files[f"training step {max(recorded)}"] = recorded[max(recorded)]
-    return {name: path for name, path in files.items() if path.is_file()}
+    steps = spread(sorted(recorded, reverse=True), STEPS_SHOWN)
+    return {name: evaluated[name] for name in order} | {
+        f"step {step}": recorded[step] for step in steps
+    }
+
+
+def spread(steps: list[int], count: int) -> list[int]:
+    """First, last, and evenly some between."""
+    if len(steps) <= count:
+        return steps
+    return [steps[round(place * (len(steps) - 1) / (count - 1))] for place in range(count)]
 
 
 def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:

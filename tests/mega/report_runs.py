@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ train = "curriculum:train"
 MANIFEST = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "megatron-core": "0.16.1"},
     "device": "CPU, 2 cores",
-    "layout": {"tensor": 2, "pipeline": 1, "data": 1},
+    "layout": {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 1,
+        "data_parallel_size": 1,
+        "sequence_parallel": False,
+    },
     "started": "2026-11-22T10:00:00",
     "accelerations": {"kernels": "PyTorch reference"},
     "isolation": {"seccomp": True, "landlock": False},
@@ -138,7 +144,9 @@ def make_episode(
         turns.append(make_turn(observation, word, wanted, valid=valid, last=len(turns) == 2))
         if values:
             value = source.uniform(-1, 1)
+            references = [logprob - 40 * (n % 9) for n, logprob in enumerate(turns[-1]["logprobs"])]
             turns[-1] |= {"value": value, "return": 1.0, "advantage": 1.0 - value}
+            turns[-1] |= {"ref_logprobs": references}
         observation = (
             f"Your code failed the following tests:\n- input 'Bob' failed:\nExpected output "
             f"'{wanted} Bob' but got '{word} Bob'\nGive it another try."
@@ -164,14 +172,20 @@ def make_turn(
         "status": "OK" if passed else "WRONG_ANSWER",
         "stderr": "",
     }
+    response = f"```python\n{program}```" if valid else "I would greet Bob."
+    pieces = [len(piece) for piece in re.findall(r"\w+|\W", response)]
     return {
         "observation": observation,
-        "response": f"```python\n{program}```" if valid else "I would greet Bob.",
+        "response": response,
         "program": program if valid else None,
         "public": [outcome] if valid else [],
         "public_passed": passed,
+        "private": {"tests": 4, "run": 4, "passed": 4} if passed else None,
         "solved": passed if passed or last else None,
-        "tokens": 21,
+        "tokens": len(pieces) + 1,
+        "pieces": [*pieces, 0],
+        "logprobs": [-(37 * n % 900) - 900 * (n % 7 == 3) for n in range(len(pieces) + 1)],
+        "versions": [[4, 5], [5, len(pieces) - 4]],
         "logprob_mean": -0.31,
         "value": None,
         "return": None,

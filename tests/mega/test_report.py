@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 import zstandard
 
 from rlef_mega.report import write_report
-from rlef_mega.report.reader import OUTCOMES, choose, outcome_of
-from rlef_mega.report.run_files import read_run
+from rlef_mega.report.display import clip
+from rlef_mega.report.episodes import OUTCOMES, share_out
+from rlef_mega.report.run_files import STEPS_SHOWN, read_run
 from tests.mega.report_runs import (
     CONFIG,
     MANIFEST,
@@ -40,6 +42,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
         self.scripts: list[str] = []
+        self.data: dict[str, str] = {}  # elements that hold data, by their id
         self.feed(html)
         self.close()
         assert self.open == [], f"never closed: {self.open}"
@@ -59,7 +62,10 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         inside = self.open[-1] if self.open else ""
-        if inside == "script":
+        attributes = self.elements[-1][1] if self.elements else {}
+        if inside == "script" and attributes.get("type") == "text/plain":
+            self.data[str(attributes["id"])] = data
+        elif inside == "script":
             self.scripts.append(data)
         elif inside != "style":
             self.texts.append(data)
@@ -67,6 +73,19 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join("".join(self.texts).split())
+
+    @property
+    def index(self) -> Any:
+        return unsqueeze(self.data["index"])
+
+    @property
+    def dialogues(self) -> list[Any]:
+        names = [name for name in self.data if name != "index"]
+        return [dialogue for name in names for dialogue in unsqueeze(self.data[name])]
+
+
+def unsqueeze(packed: str) -> Any:
+    return json.loads(zlib.decompress(base64.b64decode(packed)))
 
 
 def report(run: Path) -> tuple[str, Page]:
@@ -115,6 +134,9 @@ def test_the_page_shows_what_was_measured(finished, finished_report):
 
 def test_the_page_needs_nothing_from_outside(finished_report):
     html, page = finished_report
+    html = re.sub(
+        '(<script type="text/plain"[^>]*>)[^<]*', r"\1", html
+    )  # base64 can spell anything
     assert "http" not in html.replace("http-equiv", "")
     assert "url(" not in html.replace("url(#", "") and "@import" not in html
     for tag, attributes in page.elements:
@@ -152,16 +174,27 @@ def test_the_same_run_gives_the_same_page(finished, finished_report):
     assert report(finished)[0] == finished_report[0]
 
 
-def test_every_outcome_of_both_stages_can_be_read(finished_report):
+def test_every_recorded_episode_can_be_read(finished, finished_report):
     _, page = finished_report
-    shown = [a for _, a in page.elements if a.get("class") == "episode"]
-    for stage in ("before", "after"):
-        of_stage = [a for a in shown if a["data-stage"] == stage]
-        assert len(of_stage) >= 12
-        assert {a["data-outcome"] for a in of_stage} == set(OUTCOMES)
-    assert "print('Hello', name)" in page.text
-    assert re.search(r"Expected output '(\w+) Bob' but got '(?!\1)\w+ Bob'", page.text)
-    assert re.search(r"value −?\d", page.text) and re.search(r"advantage −?\d", page.text)
+    index, dialogues = page.index, page.dialogues
+    assert index["stages"] == ["before", "after", "step 40"] and len(index["rows"]) == 270
+    for stage in (0, 1):
+        assert {row[3] for row in index["rows"] if row[0] == stage} == set(range(len(OUTCOMES)))
+    recorded = [
+        json.loads(line)
+        for path in read_run(finished).episode_files.values()
+        for line in zstandard.decompress(path.read_bytes()).splitlines()
+    ]
+    assert [d["problem"] for d in dialogues] == [r["problem_id"] for r in recorded]
+    for dialogue, record in zip(dialogues, recorded, strict=True):
+        for shown, turn in zip(dialogue["turns"], record["turns"], strict=True):
+            assert (shown["response"], shown["program"]) == (turn["response"], turn["program"])
+            assert [test["observed"] for test in shown["tests"]] == [
+                test["observed"] for test in turn["public"]
+            ]
+            assert shown["facts"].get("value") == (turn["value"] and round(turn["value"], 4))
+            assert sum(shown["pieces"]) == len(shown["response"])
+            assert shown["logprobs"] == [round(value / 10) for value in turn["logprobs"]]
 
 
 def hostile_run(run: Path, text: str) -> Path:
@@ -194,15 +227,20 @@ def test_injected_markup_stays_text(tmp_path):
     for tag, attributes in page.elements:
         assert tag not in {"img", "iframe"}
         assert not any(name.startswith("on") for name in attributes)
-    assert page.text.count(INJECTION) > 200
+    assert page.text.count(INJECTION) > 20
     assert "<b>run<script>" in page.text
+    assert page.index["problems"] == [clip(INJECTION, 80)]
+    assert all(turn["program"] == INJECTION for d in page.dialogues for turn in d["turns"])
 
 
 def test_text_that_does_not_show_or_misleads_is_shown_by_name(tmp_path):
     deceit = "a\x00b\x1b[31m\u202egnp.exe\u2066\u200b\ud800\x85 שלום 😀"
     html, page = report(hostile_run(tmp_path / "run", deceit))
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]", html)
-    assert "a␀b␛[31m⟨U+202E⟩gnp.exe⟨U+2066⟩⟨U+200B⟩\ufffd⟨U+0085⟩ שלום 😀" in page.text
+    unseen = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ud800]"
+    plain = "a␀b␛[31m⟨U+202E⟩gnp.exe⟨U+2066⟩⟨U+200B⟩\ufffd⟨U+0085⟩ שלום 😀"
+    assert not re.search(unseen, html) and plain in page.text
+    data = json.dumps([page.index, page.dialogues], ensure_ascii=False)
+    assert not re.search(unseen, data) and plain in data
 
 
 def test_ten_megabytes_of_output_are_cut_to_head_and_tail(tmp_path):
@@ -214,7 +252,11 @@ def test_ten_megabytes_of_output_are_cut_to_head_and_tail(tmp_path):
     write_episodes(run / "eval" / "after_episodes.jsonl.zst", [episode] * 2)
     html, page = report(run)
     assert len(html.encode()) < 500_000
-    assert "9,999,608 characters left out" in page.text and "xtail" in page.text
+    for dialogue in page.dialogues:
+        for shown in dialogue["turns"]:
+            observed = shown["tests"][0]["observed"]
+            assert "9,999,008 characters left out" in observed and observed.endswith("xtail")
+            assert "characters left out" in shown["response"] and "pieces" not in shown
 
 
 @pytest.mark.parametrize(
@@ -289,27 +331,53 @@ def test_episodes_in_several_frames_are_all_read(run):
     lines = [json.dumps({"problem_id": f"frame {i}", "turns": []}) + "\n" for i in range(3)]
     path.write_bytes(b"".join(zstandard.compress(line.encode()) for line in lines))
     _, page = report(run)
-    assert all(f"frame {i}" in page.text for i in range(3))
+    assert all(f"frame {i}" in page.index["problems"] for i in range(3))
 
 
-def test_the_choice_has_every_outcome_and_spreads_over_families():
-    def episode(number: int, family: str, turns: int, solved: bool) -> dict:
-        return {
-            "problem_id": str(number),
-            "family": family,
-            "solved": solved,
-            "turns": [{}] * turns,
-        }
+def test_stages_share_the_limit_and_a_short_one_leaves_its_share_to_the_rest():
+    stages = {"short": [{"n": 0}], "long": [{"n": n} for n in range(50)]}
+    taken = [(stage, episode["n"]) for stage, episode in share_out(stages, 10)]
+    assert taken == [("short", 0), *(("long", n) for n in range(9))]
+    reverse = share_out(dict(reversed(stages.items())), 10)
+    assert [stage for stage, _ in reverse] == ["long"] * 5 + ["short"]
 
-    # one outcome and one family outnumber the rest a hundred to one
-    crowd = [episode(i, "crowd", 3, False) for i in range(300)]
-    rare = [episode(1000 + i, f"rare {i}", 1 + i % 2, True) for i in range(6)]
-    lone = [episode(2000, "lone", 3, False)]
-    chosen, outcomes = choose([*crowd, *rare, *lone], 12)
-    kinds = [outcome_of(e) for e in chosen]
-    assert (kinds.count("at_once"), kinds.count("repair"), kinds.count("failed")) == (3, 3, 6)
-    assert "lone" in {e["family"] for e in chosen}
-    assert len(outcomes) == 307
+
+def test_of_many_recorded_steps_some_are_shown_over_the_whole_run(run):
+    packed = (run / "episodes/step_000040.jsonl.zst").read_bytes()
+    for step in range(1, 100):
+        (run / f"episodes/step_{step:06d}.jsonl.zst").write_bytes(packed)
+    stages = [stage for stage in read_run(run).episode_files if stage.startswith("step")]
+    assert len(stages) == STEPS_SHOWN and (stages[0], stages[-1]) == ("step 99", "step 1")
+
+
+def test_the_page_says_when_it_holds_no_more_episodes(run):
+    page = Page(write_report(run, episodes=60).read_text(encoding="utf-8"))
+    assert len(page.dialogues) == 60 and "no more than 60 episodes" in page.text
+    assert Page(write_report(run).read_text(encoding="utf-8")).text.count("no more than") == 0
+
+
+def token_turn(response: str, pieces: list[Any]) -> Any:
+    turn = make_turn("prompt", "Hi", "Hello", valid=True, last=False)
+    turn |= {"response": response, "pieces": pieces, "logprobs": [-10] * len(pieces)}
+    return turn
+
+
+def shown_turn(run: Path, turn: Any) -> Any:
+    episode = {"problem_id": "p", "family": "f", "tags": [], "solved": False, "turns": [turn]}
+    write_episodes(run / "eval" / "after_episodes.jsonl.zst", [episode])
+    return Page(write_report(run).read_text(encoding="utf-8")).dialogues[0]["turns"][0]
+
+
+def test_pieces_fit_the_text_that_is_shown_as_javascript_counts(tmp_path):
+    shown = shown_turn(tmp_path, token_turn("a\x00\u202e😀 end", [2, 1, 1]))
+    assert shown["response"] == "a␀⟨U+202E⟩😀 end"
+    assert shown["pieces"] == [2, 8, 2]  # a character beyond U+FFFF is two to JavaScript
+
+
+@pytest.mark.parametrize("pieces", [[1, 9], [-1, 3], [1.5], ["1"], "11", None, {}])
+def test_pieces_that_do_not_fit_are_left_out(tmp_path, pieces):
+    turn = token_turn("abc", [1]) | {"pieces": pieces}
+    assert "pieces" not in shown_turn(tmp_path, turn)
 
 
 def test_not_a_run_directory_is_said_plainly(tmp_path):
@@ -321,4 +389,4 @@ def test_the_test_data_is_what_the_reader_expects(finished):
     files = read_run(finished)
     assert files.config_text == CONFIG and files.manifest == MANIFEST and not files.notes
     assert list(files.evaluations) == ["before", "after"] and len(files.metrics) == 40
-    assert list(files.episode_files) == ["before", "after", "training step 40"]
+    assert list(files.episode_files) == ["before", "after", "step 40"]

@@ -1,10 +1,7 @@
 """The numbers between the files and the reader: intervals of changes, tables, curves, text."""
 
-import html
 import io
 import random
-import re
-import time
 
 import numpy as np
 import pytest
@@ -14,8 +11,7 @@ from rich.console import Console
 
 from rlef_mega.report import print_comparison, save_learning_curves
 from rlef_mega.report.comparison import compare, paired_interval
-from rlef_mega.report.display import clip, duration, significant, visible
-from rlef_mega.report.highlight import highlight_response
+from rlef_mega.report.display import clip, duration, significant
 from rlef_mega.report.panels import MAX_POINTS, binned, phase_seconds
 from rlef_mega.report.plots import draw_summary
 from rlef_mega.report.run_files import read_run
@@ -126,34 +122,6 @@ def test_phases_add_up_to_the_step_and_grading_is_not_counted_twice():
     times = {"rollout": 2.0, "grade_cpu": 1.5, "score": 1.0, "update": 4.0, "step": 7.5}
     stack = phase_seconds([{"step": 1, "time": times}])
     assert stack == {"rollout": [2.0], "score": [1.0], "update": [4.0], "other": [0.5]}
-
-
-@given(st.text(alphabet=st.sampled_from("`'\"#\\ab1 \n<&\x00def"), max_size=80), st.booleans())
-def test_highlighting_changes_no_character(text, starts_in_code):
-    marked = highlight_response(text, starts_in_code=starts_in_code)
-    plain = html.unescape(re.sub(r"</?span[^<>]*>", "", marked))
-    assert plain == visible(text)
-
-
-def test_code_is_told_from_prose():
-    marked = highlight_response("for you:\n```python\nfor x in '<b>':  # if\n    print(2)\n```")
-    assert marked.startswith("for you:")
-    assert '<span class="keyword">for</span> x' in marked
-    assert '<span class="string">&#39;&lt;b&gt;&#39;</span>' in marked
-    assert '<span class="comment"># if</span>' in marked
-    assert '<span class="builtin">print</span>(<span class="number">2</span>)' in marked
-
-
-def test_code_that_the_prompt_had_begun_is_highlighted_up_to_its_fence():
-    marked = highlight_response("return 1\n```\nfor you", starts_in_code=True)
-    assert '<span class="keyword">return</span>' in marked and marked.endswith("\nfor you")
-
-
-@pytest.mark.parametrize("piece", ["'", '"""', "'''\\", "`", "```", "a'", "#\n", "\\", "1."])
-def test_highlighting_takes_time_in_proportion_to_the_text(piece):
-    started = time.perf_counter()
-    highlight_response("```python\n" + piece * 30_000)
-    assert time.perf_counter() - started < 5  # quadratic: minutes
 
 
 def test_a_clipped_text_keeps_head_and_tail_and_says_how_much_is_gone():
