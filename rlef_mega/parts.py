@@ -7,7 +7,7 @@ networks go with the process.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from rlef_mega.chat import ChatFormat
 from rlef_mega.collect import Dialogues
 from rlef_mega.config import TrainConfig
+from rlef_mega.distractors import collect_distractors
 from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluate import Evaluator
@@ -79,6 +80,9 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
             StepProgress("RLEF", done=done, total=config.run.steps, shown=ranks.is_writer)
         )
         judge = Judge(grader)
+        if rules.feedback == "random":
+            found = collect_distractors(problems, config.data.train, judge, seed=config.run.seed)
+            rules = replace(rules, distractors=found)
         if ranks.is_writer:
             run.write_json("manifest.json", run_manifest(config, grader, ranks.device))
         yield Parts(

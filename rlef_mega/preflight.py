@@ -17,6 +17,7 @@ from rlef_mega.config import (
     dump_toml,
     load_config,
 )
+from rlef_mega.distractors import with_wrong_programs
 from rlef_mega.judge import RemoteGrader
 from rlef_mega.megatron.checkpoint_files import NETWORKS
 from rlef_mega.megatron.convert.places import find_checkpoint
@@ -54,7 +55,10 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
     if config.model.weights:
         check_weights(Path(config.model.weights), Path(config.model.path))
     check_servers(config.judge, grading_token)
-    for source in config.data.model_dump().values():
+    problems = load_problems(config.data.train)
+    if config.rollout.feedback == "random":
+        with_wrong_programs(problems, config.data.train, config.run.seed)
+    for source in (config.data.valid, config.data.test):
         if source:
             load_problems(source)
 

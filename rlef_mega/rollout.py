@@ -277,17 +277,18 @@ def choose_feedback(
     outcomes = verdict.public
     if rules.feedback == "random":
         others = [d for d in rules.distractors if d.problem_id != problem.id]
-        if not others:
-            raise ValueError("random feedback needs incorrect programs of other problems")
+        assert others, "at least two problems give distractors"
         outcomes = others[seed % len(others)].outcomes
     return dialog.feedback(outcomes, problem.template, max_characters)
 
 
 def distractors_of(episodes: Sequence[Episode]) -> tuple[Distractor, ...]:
-    """The failed first responses among these episodes, as feedback for others."""
+    """The failed first responses among these episodes, as feedback for others; none where all are
+    of one problem, which then has no others."""
     first_turns = ((episode.problem_id, episode.turns[0].verdict) for episode in episodes)
-    return tuple(
+    failed = tuple(
         Distractor(problem_id, verdict.public)
         for problem_id, verdict in first_turns
         if not verdict.public_passed
     )
+    return failed if len({distractor.problem_id for distractor in failed}) > 1 else ()

@@ -394,6 +394,7 @@ def to_problem(function: Function) -> Problem:
         template="mbpp",
         entry_point=function.name,
         family=function.kind or function.name,
+        wrong_programs=(f"def {signature}:\n    return {function.parameters.partition(',')[0]}\n",),
     )
 
 

@@ -13,7 +13,6 @@ from rlef_mega.engines import EngineError
 from rlef_mega.judge import EmbeddedGrader, Judge
 from rlef_mega.problems.tokenizer import train_tokenizer
 from rlef_mega.rollout import (
-    Distractor,
     Rules,
     derive_seed,
     distractors_of,
@@ -138,7 +137,10 @@ def test_withheld_feedback_tells_nothing(chat, judge):
 def test_random_feedback_is_another_problems_but_the_real_tests_end_the_dialogue(chat, judge):
     other = replace(GREET, id="other", public_tests=(Test("Kim\n", "Dear Kim\n"),))
     (failed,) = hold(chat, judge, [WRONG] * 3, problem=other).episodes
-    pool = (*distractors_of([failed]), Distractor("greet", ()))
+    assert not distractors_of([failed])  # the other problem would have none
+    (own,) = hold(chat, judge, [WRONG] * 3).episodes
+    pool = distractors_of([failed, own])
+    assert [d.problem_id for d in pool] == ["other", "greet"]
     rules = replace(RULES, feedback="random", distractors=pool)
     (episode,) = hold(chat, judge, [WRONG, RIGHT], rules=rules).episodes
     assert "Expected output 'Dear Kim'" in text(chat, episode)

@@ -199,12 +199,17 @@ def test_every_layout_gives_the_numbers_of_tensor_parallel_2(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["ppo.token_level_value=true"], {}),
+        (["ppo.token_level_value=true", "rollout.feedback=random"], {}),
         (["ppo.beta=0.0"], {"kl": 0.0}),
         (["rollout.turns=1"], {"turns_mean": 1.0}),
         (["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}),
     ],
-    ids=["token-level value", "no KL", "single-turn", "no feedback, critic warm-up"],
+    ids=[
+        "token-level value, random feedback",
+        "no KL",
+        "single-turn",
+        "no feedback, critic warm-up",
+    ],
 )
 def test_each_ablation_is_a_switch_of_the_whole_loop(model, tmp_path, overrides, expected):
     lines = train(tmp_path / "ablation", model, ALONE, "run.steps=2", *overrides)
