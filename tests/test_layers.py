@@ -22,6 +22,8 @@ LEVELS = {
     "packing": 2,
     "ppo": 2,
     "metrics": 2,
+    "estimators": 2,
+    "behaviour": 2,
     "judge": 3,
     "engines": 3,
     "megatron": 3,
