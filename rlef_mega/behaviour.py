@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from rlef_mega.types import Episode, Turn
+from rlef_mega.types import Episode, Verdict
 
 SOLVED = "OK"
 PRIVATE_TEST = "PRIVATE_TEST"  # passes the public tests, and fails a private one
 NO_VALID_CODE = "NO_VALID_CODE"
 PASSED = (SOLVED, PRIVATE_TEST)  # the public tests, so the dialogue ended
-CHRF_PAIRS = 500  # of programs, for each turn: a pair of 1,500 characters takes 14 ms
+CHRF_PAIRS = 300  # of programs, for each turn: a pair of 1,500 characters takes 14 ms
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Dialogue:
     def of(cls, episode: Episode) -> Self:
         return cls(
             episode.problem_id,
-            tuple(map(outcome_of, episode.turns)),
+            tuple(outcome_of(turn.program, turn.verdict) for turn in episode.turns),
             tuple(turn.program for turn in episode.turns),
         )
 
@@ -45,14 +45,14 @@ class Dialogue:
         return Dialogue(self.problem_id, self.outcomes[:turns], self.programs[:turns])
 
 
-def outcome_of(turn: Turn) -> str:
+def outcome_of(program: str | None, verdict: Verdict) -> str:
     """SOLVED, NO_VALID_CODE, PRIVATE_TEST, or the first status of a public test that is not OK."""
-    if turn.program is None:
+    if program is None:
         return NO_VALID_CODE
-    if not turn.verdict.public_passed:
-        statuses = (outcome.result.status.name for outcome in turn.verdict.public)
+    if not verdict.public_passed:
+        statuses = (outcome.result.status.name for outcome in verdict.public)
         return next(status for status in statuses if status != SOLVED)
-    return SOLVED if turn.verdict.solved else PRIVATE_TEST
+    return SOLVED if verdict.solved else PRIVATE_TEST
 
 
 def tally(dialogues: Iterable[Dialogue], turns: int) -> dict[str, tuple[int, int, int]]:

@@ -172,18 +172,35 @@ def serve(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a Hugging Face folder")],
+    model: Annotated[
+        str,
+        typer.Argument(help="a Hugging Face folder, a checkpoint, a run, or a file of responses"),
+    ],
     data: Annotated[str, typer.Option(help="problems: curriculum:test, humaneval:test, a file")],
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/eval"),
+    name: Annotated[str | None, typer.Option(help="of the results; else the model's")] = None,
+    step: Annotated[int | None, typer.Option(help="of a run; else its newest checkpoint")] = None,
     problems: Annotated[int, typer.Option(help="how many; 0 for all")] = 0,
-    turns: int = 3,
+    n_at_k: Annotated[
+        str | None, typer.Option(help="like 1@3,10@100; else 1@TURNS. Each turn is a sample")
+    ] = None,
+    rollouts: Annotated[
+        int | None, typer.Option(min=1, help="dialogues a problem; else as many as n@k draws")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1)] = 3,
+    feedback: Annotated[
+        str, typer.Option(help="what dialogues are told, a list of true, random, private, none")
+    ] = "true,random",
+    single_turn: Annotated[
+        bool, typer.Option(help="and independent responses, with the same number of samples")
+    ] = True,
     temperature: float = 0.2,
     top_p: float = 0.95,
     max_new_tokens: int = 512,
     max_context: int = 2048,
     dtype: str = "float32",
     seed: int = 0,
-    protocols: str = "multi_turn,independent,random_feedback",
+    at_once: Annotated[int | None, typer.Option(min=1, help="dialogues held together")] = None,
     server: Annotated[
         list[str] | None, typer.Option(help="a grading server, like http://node7:8765; repeatable")
     ] = None,
@@ -191,8 +208,19 @@ def evaluate(
         list[str] | None,
         typer.Option(help="an SGLang server that samples, like http://node7:30000; repeatable"),
     ] = None,
+    openai: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a server of OpenAI's completions that samples; its key is in OPENAI_API_KEY; "
+            "repeatable"
+        ),
+    ] = None,
+    served_model: Annotated[
+        str | None, typer.Option(help="the model's name there; else the first that it lists")
+    ] = None,
 ) -> None:
-    """1@k of a model: multi-turn, independent samples, and random feedback, with 95% intervals."""
+    """n@k of a model: dialogues, independent samples, false feedback, with 95% intervals; goes on
+    where it was."""
     from rlef_mega.eval_command import EvalRequest, run_evaluation
 
     run_evaluation(
@@ -200,18 +228,27 @@ def evaluate(
             model=Path(model),
             data=data,
             out=out,
+            name=name,
+            step=step,
             problems=problems,
+            n_at_k=n_at_k,
+            rollouts=rollouts,
             turns=turns,
+            feedback=tuple(part.strip() for part in feedback.split(",") if part.strip()),
+            single_turn=single_turn,
             temperature=temperature,
             top_p=top_p,
             max_new_tokens=max_new_tokens,
             max_context=max_context,
             dtype=dtype,
-            sglang=tuple(sglang or ()),
             seed=seed,
-            protocols=tuple(protocols.split(",")),
+            at_once=at_once,
             servers=tuple(server or ()),
             grading_token=sandbox_token(),
+            sglang=tuple(sglang or ()),
+            openai=tuple(openai or ()),
+            served_model=served_model,
+            api_key=os.environ.get("OPENAI_API_KEY"),
         )
     )
 

@@ -99,23 +99,32 @@ def episode_record(
         turns.append(
             {
                 "observation": chat.decode(observed)[:TEXT_LIMIT],
-                "program": turn.program,
-                "public": [outcome_record(outcome) for outcome in turn.verdict.public],
-                "public_passed": turn.verdict.public_passed,
-                "private": private_record(turn.verdict, problem),
-                "solved": turn.verdict.solved,
+                **judged_record(turn.program, turn.verdict, problem),
                 "tokens": len(turn.action_ids),
                 "logprob_mean": sum(turn.action_logprobs) / len(turn.action_logprobs),
                 **token_records(turn, chat, numbers[place] if numbers else None),
             }
         )
+    return {**problem_record(problem), "solved": episode.solved, "turns": turns}
+
+
+def problem_record(problem: Problem) -> dict[str, Any]:
     return {
-        "problem_id": episode.problem_id,
-        "family": episode.family,
+        "problem_id": problem.id,
+        "family": problem.family,
         "language": problem.language,
         "tags": list(problem.tags),
-        "solved": episode.solved,
-        "turns": turns,
+    }
+
+
+def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> dict[str, Any]:
+    """A response's program, and what became of it."""
+    return {
+        "program": program,
+        "public": [outcome_record(outcome) for outcome in verdict.public],
+        "public_passed": verdict.public_passed,
+        "private": private_record(verdict, problem),
+        "solved": verdict.solved,
     }
 
 

@@ -1,5 +1,5 @@
-"""Evaluation: the paper's protocols on a set of problems, with 95% bootstrap intervals (RLEF 3.1 to
-3.3, B.1).
+"""Evaluations of a training run: the paper's protocols on a set of problems, on all ranks (RLEF 3.1
+to 3.3). `rlef eval` (eval_command.py) goes further; the numbers of both are from summary.py.
 
 Every turn counts as one sample: `1@3` is one dialogue of up to three turns, or one of three
 independent responses, picked among those that pass the public tests. Random feedback answers each
@@ -10,10 +10,10 @@ reading its feedback.
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from math import comb
 from typing import Any
 
 from rlef_mega import metrics
+from rlef_mega.behaviour import Dialogue
 from rlef_mega.chat import ChatFormat
 from rlef_mega.collect import Rollouts
 from rlef_mega.config import TrainConfig
@@ -32,6 +32,7 @@ from rlef_mega.rollout import (
     roll_out_on_all_ranks,
 )
 from rlef_mega.shares import any_rank
+from rlef_mega.summary import About, Held, summarize
 from rlef_mega.types import Episode, Problem
 
 PROTOCOLS = ("multi_turn", "independent", "random_feedback")
@@ -67,20 +68,25 @@ def evaluate(
     summary: dict[str, Any] = {}
     episodes: tuple[Episode, ...] = ()
     distractors: tuple[Distractor, ...] = ()
+    about = [About.of(problem) for problem in problems]
+
+    def numbers(rollout: Rollout, turns: int) -> dict[str, Any]:
+        held = Held(turns, [Dialogue.of(e) for e in rollout.episodes], rollout.drops)
+        return summarize(about, held, samples=rules.turns)
+
     if "multi_turn" in protocols:
         held = roll_out(problems, rules, "multi_turn")
         episodes = held.episodes
-        summary["multi_turn"] = dialogue_summary(problems, held)
+        summary["multi_turn"] = numbers(held, rules.turns)
     if "independent" in protocols or "random_feedback" in protocols:
         budget = [problem for problem in problems for _ in range(rules.turns)]
         held = roll_out(budget, replace(rules, turns=1, feedback="true"), "independent")
-        summary["independent"] = independent_summary(problems, held)
+        summary["independent"] = numbers(held, 1)
         distractors = distractors_of(held.episodes)
     if "random_feedback" in protocols and distractors:
         misled = replace(rules, feedback="random", distractors=distractors)
-        summary["random_feedback"] = dialogue_summary(
-            problems, roll_out(problems, misled, "random_feedback")
-        )
+        held = roll_out(problems, misled, "random_feedback")
+        summary["random_feedback"] = numbers(held, rules.turns)
     return Evaluation(summary, episodes)
 
 
@@ -196,79 +202,3 @@ def write_evaluation(
         "seed": seed,
     }
     run.write_json(f"eval/{name}.json", {**about, "protocols": result.summary})
-
-
-def dialogue_summary(problems: Sequence[Problem], held: Rollout) -> dict[str, Any]:
-    """1@k of one dialogue of k turns a problem, and what its turns did."""
-    rates = metrics.episode_metrics(held.episodes)
-    solved = {episode.problem_id: float(episode.solved) for episode in held.episodes}
-    first = [metrics.solved_at(episode, 0) for episode in held.episodes]
-    return {
-        **breakdown(problems, solved),
-        "turn1": metrics.bootstrap_interval(first),
-        "repaired_turn2": rates["repaired_turn2"],
-        "repaired_turn3": rates["repaired_turn3"],
-        "invalid_fraction": rates["invalid_fraction"],
-        "error_kinds": {
-            f"turn{turn + 1}": metrics.error_kinds(held.episodes, turn) for turn in range(3)
-        },
-        "dropped": dict(held.drops),
-    }
-
-
-def independent_summary(problems: Sequence[Problem], held: Rollout) -> dict[str, Any]:
-    """1@k of k independent responses a problem, one of them picked."""
-    samples: dict[str, list[tuple[bool, bool]]] = {}
-    for episode in held.episodes:
-        passed = episode.turns[0].verdict.public_passed
-        samples.setdefault(episode.problem_id, []).append((passed, episode.solved))
-    picked = {name: n_at_k(drawn, 1) for name, drawn in samples.items()}
-    first = [episode.solved for episode in held.episodes]
-    return {
-        **breakdown(problems, picked),
-        "turn1": metrics.bootstrap_interval(first),
-        "invalid_fraction": metrics.episode_metrics(held.episodes)["invalid_fraction"],
-        "dropped": dict(held.drops),
-    }
-
-
-def n_at_k(samples: Sequence[tuple[bool, bool]], n: int) -> float:
-    """Probability that one of n selected samples is correct; `samples` are (public passed,
-    correct).
-
-    Selection is uniform without replacement among samples that pass the public tests, and goes on
-    to the others only when there are fewer than n of those (AlphaCode's filtering; RLEF 3.1). A
-    sample that fails a public test is not correct, so the others add nothing.
-    """
-    passing = [correct for passed, correct in samples if passed]
-    chosen = min(n, len(passing))
-    wrong = passing.count(False)
-    return 1 - comb(wrong, chosen) / comb(len(passing), chosen) if chosen else 0.0
-
-
-def breakdown(problems: Sequence[Problem], solved: dict[str, float]) -> dict[str, Any]:
-    """Solve rate over all problems, by family and by tag. Problems whose dialogue was dropped are
-    left out."""
-    groups: dict[str, dict[str, list[float]]] = {"by_family": {}, "by_kind": {}}
-    outcomes = []
-    for problem in problems:
-        if problem.id not in solved:
-            continue
-        outcome = solved[problem.id]
-        outcomes.append(outcome)
-        groups["by_family"].setdefault(problem.family or "all", []).append(outcome)
-        for tag in problem.tags:
-            groups["by_kind"].setdefault(tag, []).append(outcome)
-    if not outcomes:
-        raise RuntimeError("every dialogue of the evaluation was dropped; see the engine's log")
-    return {
-        "solve_rate": metrics.bootstrap_interval(outcomes),
-        "outcomes": outcomes,
-        **{
-            name: {
-                member: {**metrics.bootstrap_interval(values), "problems": len(values)}
-                for member, values in sorted(group.items())
-            }
-            for name, group in groups.items()
-        },
-    }

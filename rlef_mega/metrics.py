@@ -1,6 +1,5 @@
 """The numbers of a step, from what flowed through it. Pure."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,27 +38,6 @@ def solved_at(episode: Episode, turn: int) -> bool:
 def repair_rate(episodes: Sequence[Episode], turn: int) -> float | None:
     """Of the dialogues that came to this turn, the fraction which it solved."""
     return mean([solved_at(episode, turn) for episode in episodes if len(episode.turns) > turn])
-
-
-def error_kinds(episodes: Sequence[Episode], turn: int) -> dict[str, int]:
-    """How the responses of one turn failed: no valid code, or the first status of a public test
-    that is not OK.
-
-    A response that passes the public tests and fails the private ones counts as PRIVATE_TEST.
-    """
-    counts: Counter[str] = Counter()
-    for episode in episodes:
-        if len(episode.turns) <= turn or solved_at(episode, turn):
-            continue
-        response = episode.turns[turn]
-        failed = [
-            o.result.status.name for o in response.verdict.public if o.result.status.name != "OK"
-        ]
-        if response.program is None:
-            counts["NO_VALID_CODE"] += 1
-        else:
-            counts[failed[0] if failed else "PRIVATE_TEST"] += 1
-    return dict(sorted(counts.items()))
 
 
 def logprob_gap(batch: Batch, scores: Scores, version: int) -> dict[str, float | None]:

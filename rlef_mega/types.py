@@ -57,7 +57,8 @@ class Problem:
     language: str = "python"
     template: str = "codecontests"  # which prompt and feedback templates of RLEF C.1, C.4, C.5
     entry_point: str | None = None  # function-call problems
-    family: str = ""  # breakdowns in reports: a curriculum family, a source, a difficulty
+    family: str = ""  # breakdowns in reports: a curriculum family, a source
+    difficulty: str = ""  # another breakdown, in the words of its source
     tags: tuple[str, ...] = ()
     wrong_programs: tuple[str, ...] = ()  # known to fail, for random feedback (RLEF C.2)
 

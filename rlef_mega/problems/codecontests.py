@@ -45,6 +45,7 @@ SOURCES = {
 }
 PYTHON3 = 3  # of `language`, in both
 WRONG_PROGRAM_CHARACTERS = 4000
+RATING_CLASS = 400
 
 # Words by which statements say that several outputs are right; then one expected output is too few.
 MULTIPLE_ANSWERS = re.compile(
@@ -118,10 +119,19 @@ def parse(row: dict[str, Any], options: Options, source_names: Sequence[str]) ->
         checker="codecontests",  # its own rule: reference outputs differ in case, or as 20.0
         template="codecontests",
         family="codecontests" if source == "unknown" else source,
+        difficulty=rated(expect(row, "cf_rating", int, None) or 0),
         tags=tags,
         wrong_programs=wrong_programs(row, options.wrong_programs),
     )
     return problem, lost
+
+
+def rated(rating: int) -> str:
+    """Codeforces' ratings in classes; a name sorts as its class does."""
+    if not rating:
+        return "unrated"
+    low = rating // RATING_CLASS * RATING_CLASS
+    return f"{low:04d} to {low + RATING_CLASS - 1:04d}"
 
 
 def parse_source(row: dict[str, Any], names: Sequence[str], options: Options) -> str:

@@ -17,8 +17,8 @@ form of HumanEval's, {"check": "def check(candidate): assert candidate(2) == 4"}
 Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes}, `checker` (tokens, exact,
 codecontests, unordered_lines, or {"program": "def check(stdin, expected, actual): ..."}, which
 returns a bool and is given bytes), `language` (python, cpp), `template` (codecontests, humaneval,
-mbpp, curriculum), `entry_point`, `family` (a breakdown in reports), `tags`, `wrong_programs`
-(known to fail: what random feedback is made from). Unknown keys are refused.
+mbpp, curriculum), `entry_point`, `family`, `difficulty` and `tags` (breakdowns in reports),
+`wrong_programs` (known to fail: what random feedback is made from). Unknown keys are refused.
 """
 
 import ast
@@ -99,6 +99,7 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         template=known(row, "template", "codecontests", template_named),
         entry_point=entry_point,
         family=expect(row, "family", str, ""),
+        difficulty=expect(row, "difficulty", str, ""),
         tags=texts(row, "tags"),
         wrong_programs=texts(row, "wrong_programs"),
     )

@@ -8,7 +8,6 @@ import torch
 
 from rlef_mega import metrics
 from rlef_mega.config import GuardConfig
-from rlef_mega.evaluate import n_at_k
 from rlef_mega.guard import GuardError, Guards
 from rlef_mega.packing import pack
 from rlef_mega.types import Scores
@@ -37,21 +36,6 @@ def test_solve_and_repair_rates_by_hand():
 def test_rates_of_nothing_are_none_not_zero():
     rates = metrics.episode_metrics([episode(ONE_TURN, solved=True)])
     assert rates["repaired_turn2"] is None
-
-
-@pytest.mark.parametrize(
-    ("samples", "n", "expected"),
-    [
-        # (public passed, correct)
-        ([(False, False)] * 3, 1, 0.0),
-        ([(True, True), (False, False), (False, False)], 1, 1.0),
-        ([(True, True), (True, False), (False, False)], 1, 0.5),
-        ([(True, True), (True, False), (True, False)], 2, 2 / 3),
-        ([(True, True), (False, False)], 5, 1.0),
-    ],
-)
-def test_one_of_n_selected_among_those_that_pass_the_public_tests(samples, n, expected):
-    assert n_at_k(samples, n) == pytest.approx(expected)
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_the_sample():

@@ -154,9 +154,10 @@ def test_asynchronous_training_needs_servers_and_equal_shares():
 def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F811
     """Its weights are brought to them, whatever they had before."""
     words = ["eval", str(model), "--data", "curriculum:test", "--problems", "6", "--turns", "2"]
-    limits = ["--max-new-tokens", "20", "--max-context", "320", "--protocols", "multi_turn"]
+    limits = ["--max-new-tokens", "20", "--max-context", "320"]
+    only = ["--feedback", "true", "--no-single-turn"]
     urls = [word for server in servers for word in ("--sglang", server.url)]
-    result = run_command([*RLEF, *words, *limits, *urls, "--out", str(tmp_path)])
+    result = run_command([*RLEF, *words, *limits, *only, *urls, "--out", str(tmp_path)])
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((tmp_path / "eval/init.json").read_text())["protocols"]["multi_turn"]
     assert summary["dropped"] == {} and summary["solve_rate"]["value"] == 0.0
