@@ -301,6 +301,21 @@ def view(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
 
 
 @app.command()
+def track(
+    run: Annotated[Path, typer.Argument(help="a run directory")], overrides: Overrides = None
+) -> None:
+    """Send all recorded steps to the trackers of the run's recipe, or of --set track.…"""
+    from rlef_mega.record import RunDirectory
+    from rlef_mega.trackers import asked_for, check_trackers, send_recorded
+
+    config = load_config(run / "config.toml", [*(overrides or []), f"run.dir={run}"], TrainConfig)
+    check_trackers(config.track)
+    records = RunDirectory(run).read_metrics()
+    send_recorded(config, records)
+    print(f"{len(records)} steps to {', '.join(asked_for(config.track)) or 'no tracker'}")
+
+
+@app.command()
 def doctor() -> None:
     """What this machine gives: accelerations, the sandbox's layers, versions."""
     import torch

@@ -271,10 +271,17 @@ class GuardConfig(Section):
 
 
 class TrackConfig(Section):
-    """metrics.jsonl is always written; these are switches on top."""
+    """metrics.jsonl is always written; trackers get its numbers as well."""
 
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="event files in the run's folder tensorboard/")
     wandb_project: str | None = None
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline: in the run's folder wandb/, for `wandb sync`"
+    )
+    mlflow_experiment: str | None = None
+    mlflow_uri: str | None = Field(None, description="None: what MLFLOW_TRACKING_URI says")
+    trackio_project: str | None = None
+    trackio_space: str | None = Field(None, description="a Space of the Hub; None: on this machine")
 
 
 class TrainConfig(Section):

@@ -32,6 +32,7 @@ from rlef_mega.progress import StepProgress
 from rlef_mega.record import RunDirectory
 from rlef_mega.rollout import Rules
 from rlef_mega.serve import server_logs
+from rlef_mega.trackers import Trackers
 from rlef_mega.types import Problem, Sampling
 
 
@@ -54,6 +55,7 @@ class Parts:
     dialogues: Dialogues
     evaluator: Evaluator
     progress: StepProgress
+    trackers: Trackers
 
 
 @contextmanager
@@ -79,6 +81,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
         progress = stack.enter_context(
             StepProgress("RLEF", done=done, total=config.run.steps, shown=ranks.is_writer)
         )
+        trackers = stack.enter_context(Trackers(config, done=done, writer=ranks.is_writer))
         judge = Judge(grader)
         if rules.feedback == "random":
             found = collect_distractors(problems, config.data.train, judge, seed=config.run.seed)
@@ -114,6 +117,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
                 config, run, engine, judge, chat, rules, writer=ranks.is_writer, say=progress.say
             ),
             progress=progress,
+            trackers=trackers,
         )
 
 

@@ -12,6 +12,7 @@ from rlef_mega.config import (
     Section,
     ServersConfig,
     SFTConfig,
+    TrackConfig,
     TrainConfig,
     check_layout,
     dump_toml,
@@ -25,6 +26,7 @@ from rlef_mega.megatron.convert.weights import CheckpointWeights, tensors_of
 from rlef_mega.megatron.families import read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.record import write_atomically
+from rlef_mega.trackers import check_trackers
 from rlef_mega.versions import refuse_untested_megatron
 
 # Where a run is graded and generated changes from one job of a cluster to the next; what is asked
@@ -44,6 +46,7 @@ FREE_TO_CHANGE = {
     "rollout.max_passed_over",
     "rollout.open_dialogues",
     *(f"rollout.servers.{key}" for key in ServersConfig.model_fields),
+    *(f"track.{key}" for key in TrackConfig.model_fields),
 }
 
 
@@ -54,6 +57,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
     plan_train(config)
     if config.model.weights:
         check_weights(Path(config.model.weights), Path(config.model.path))
+    check_trackers(config.track)
     check_servers(config.judge, grading_token)
     problems = load_problems(config.data.train)
     if config.rollout.feedback == "random":

@@ -160,15 +160,15 @@ def write_down(config: TrainConfig, parts: Parts, record: dict[str, Any], clock:
     counts = total_counts(parts.engine)
     times = clock.lap()
     if parts.ranks.is_writer:
-        parts.run.append_metrics(
-            {
-                **record,
-                **({"servers": counts} if counts else {}),
-                "time": times,
-                "learner_time": learner_times,
-                "idle_time": idle_shares(config, times, counts),
-            }
-        )
+        line = {
+            **record,
+            **({"servers": counts} if counts else {}),
+            "time": times,
+            "learner_time": learner_times,
+            "idle_time": idle_shares(config, times, counts),
+        }
+        parts.run.append_metrics(line)
+        parts.trackers.log(line)
     parts.progress.step(training_line(record, times))
     for alarm in record["alarms"]:
         parts.progress.say(f"ALARM at step {record['step']}: {alarm}")
