@@ -57,6 +57,12 @@ class Parts:
     progress: StepProgress
     trackers: Trackers
 
+    def note_phase(self, text: str) -> None:
+        """What the run does now, for a watchdog and for a person."""
+        if self.ranks.is_writer:
+            self.run.note_progress(text)
+            self.progress.phase(text.removesuffix(" begins").replace(" ended", " done"))
+
 
 @contextmanager
 def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Parts]:

@@ -3,6 +3,7 @@ elsewhere."""
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -23,18 +24,20 @@ class StepProgress:
     def __init__(self, label: str, *, done: int, total: int, shown: bool, every: int = 1) -> None:
         self.label, self.total, self.shown = label, total, shown
         self.every = every  # without a terminal, a line for every so many steps
-        self.done = done
+        self.first = self.done = done
+        self.started = time.monotonic()
         self.bar: Progress | None = None
         if shown and sys.stdout.isatty():
             self.bar = Progress(
                 TextColumn(f"[bold]{label}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.fields[eta]}"),
+                TextColumn("[cyan]{task.fields[phase]:<12}", markup=True),
+                TextColumn("{task.description}", markup=False),
                 console=Console(soft_wrap=True),
             )
-            self.task = self.bar.add_task("starting", total=total, completed=done)
+            self.task = self.bar.add_task("", total=total, completed=done, eta="", phase="starting")
 
     def __enter__(self) -> "StepProgress":
         if self.bar:
@@ -45,18 +48,30 @@ class StepProgress:
         if self.bar:
             self.bar.stop()
 
+    def phase(self, name: str) -> None:
+        """What is done now, on a terminal."""
+        if self.bar:
+            self.bar.update(self.task, phase=name)
+
     def step(self, message: str) -> None:
         """One step more is done; `message` says how it went."""
         self.done += 1
+        eta = self.eta(time.monotonic())
         if self.bar:
-            self.bar.update(self.task, completed=self.done, description=message)
+            self.bar.update(self.task, completed=self.done, description=message, eta=eta)
         elif self.shown and self.done % self.every == 0:
-            print(f"{self.label} {self.done}/{self.total}  {message}", flush=True)
+            line = f"{self.label} {self.done}/{self.total}  {message}"
+            print(f"{line}  {eta}" if eta else line, flush=True)
+
+    def eta(self, now: float) -> str:
+        """At the pace of this process so far; rich's own estimate forgets after 30 s."""
+        left = (self.total - self.done) * (now - self.started) / (self.done - self.first)
+        return f"ETA {timedelta(seconds=round(left))}" if left > 0 else ""
 
     def say(self, message: str) -> None:
         """A line that stays."""
         if self.bar:
-            self.bar.console.print(message)
+            self.bar.console.print(message, markup=False)
         elif self.shown:
             print(message, flush=True)
 

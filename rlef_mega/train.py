@@ -69,7 +69,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
         parts.guards,
         parts.checkpoints,
     )
-    clock = Clock(parts.run.note_progress if parts.ranks.is_writer else None)
+    clock = Clock(parts.note_phase)
     steps = range(parts.done + 1, config.run.steps + 1)
     traces = parts.run.path / "profile"
     for step in profiled(steps, config.profile, traces, rank=parts.ranks.rank):
