@@ -4,7 +4,7 @@ elsewhere."""
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -292,12 +292,24 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def view(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
-    """Write the run's report.html and print its before/after table."""
-    from rlef_mega.report import print_comparison, write_report
+def view(
+    runs: Annotated[list[Path], typer.Argument(help="a run directory, or several side by side")],
+    live: Annotated[
+        bool, typer.Option("--live", help="serve the page and keep it new, until Ctrl-C")
+    ] = False,
+    port: Annotated[int, typer.Option(help="of --live, on this machine")] = 8321,
+    episodes: Annotated[int, typer.Option(min=0, help="on the page, at most")] = 10_000,
+) -> None:
+    """Write the run's report.html and print its before/after table; or show it while it goes on."""
+    from rlef_mega.report import LiveServer, print_comparison, write_report
 
-    print_comparison(run)
-    print(f"report: {write_report(run)}")
+    if live:
+        with LiveServer(runs, port=port, episodes=episodes) as server, suppress(KeyboardInterrupt):
+            print(f"{server.address}  (Ctrl-C ends it)", flush=True)
+            server.serve_forever()
+        return
+    print_comparison(*runs)
+    print(f"report: {write_report(*runs, episodes=episodes)}")
 
 
 @app.command()

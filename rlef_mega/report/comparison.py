@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlef_mega.report.run_files import Json, lookup, number, table, text
+from rlef_mega.report.run_files import Json, RunFiles, lookup, named, number, table, text
 
 RESAMPLES = 2000  # of the paired bootstrap; the paper resamples 200 times (RLEF B.1)
 
@@ -69,25 +69,43 @@ KNOWN_PROTOCOLS = {protocol for _, protocol, _, _ in MEASURES}
 SAME_SETTING = ("data", "problems", "seed", "temperature", "top_p", "turns")
 
 
-def compare(evaluations: Mapping[str, Json]) -> Comparison:
-    """`evaluations` by name; "before" and "after" give the changes."""
+Pair = tuple[str, str]
+BEFORE_AFTER: Pair = ("before", "after")
+
+
+def compare(evaluations: Mapping[str, Json], pair: Pair = BEFORE_AFTER) -> Comparison:
+    """`evaluations` by name; the second of the pair minus the first is the change."""
     contents = tuple(evaluations.values())
-    newest = evaluations.get("after") or (contents[-1] if contents else {})
+    newest = evaluations.get(pair[1]) or (contents[-1] if contents else {})
     return Comparison(
         columns=tuple(evaluations),
-        rows=tuple(measure_rows(evaluations, text(newest, "turns") or "3")),
+        rows=tuple(measure_rows(evaluations, pair, text(newest, "turns") or "3")),
         breakdowns=tuple(
-            Breakdown(title, breakdown_rows(evaluations, key))
+            Breakdown(title, breakdown_rows(evaluations, pair, key))
             for title, key in (("family", "by_family"), ("kind of statement", "by_kind"))
             if any(table(content, "protocols", "multi_turn", key) for content in contents)
         ),
         errors=tuple(error_rows(contents)),
         setting=describe_setting(newest),
-        warnings=tuple(warn_of_differences(evaluations)),
+        warnings=tuple(warn_of_differences(evaluations, pair)),
     )
 
 
-def measure_rows(evaluations: Mapping[str, Json], turns: str) -> list[Row]:
+def evaluations_of(runs: Mapping[str, RunFiles]) -> tuple[dict[str, Json], Pair]:
+    """All of them, and the two whose difference is the change: before and after of one run, or the
+    last of the first run and of the last."""
+    found = {
+        named(label, name): evaluation
+        for label, files in runs.items()
+        for name, evaluation in files.evaluations.items()
+    }
+    if len(runs) == 1:
+        return found, BEFORE_AFTER
+    first, *_, last = [named(label, "after") for label in runs]
+    return found, (first, last)
+
+
+def measure_rows(evaluations: Mapping[str, Json], pair: Pair, turns: str) -> list[Row]:
     others = {name for content in evaluations.values() for name in table(content, "protocols")}
     measures = MEASURES + tuple(
         ("1@{turns} " + name.replace("_", " "), name, "solve_rate", "")
@@ -102,13 +120,13 @@ def measure_rows(evaluations: Mapping[str, Json], turns: str) -> list[Row]:
                 rate(lookup(content, "protocols", protocol, key))
                 for content in evaluations.values()
             ),
-            change(evaluations, protocol, key),
+            change(evaluations, pair, protocol, key),
         )
         for label, protocol, key, meaning in measures
     ]
 
 
-def breakdown_rows(evaluations: Mapping[str, Json], key: str) -> tuple[Row, ...]:
+def breakdown_rows(evaluations: Mapping[str, Json], pair: Pair, key: str) -> tuple[Row, ...]:
     tables = {
         name: table(content, "protocols", "multi_turn", key)
         for name, content in evaluations.items()
@@ -119,7 +137,7 @@ def breakdown_rows(evaluations: Mapping[str, Json], key: str) -> tuple[Row, ...]
             member,
             "",
             cells := tuple(rate(found.get(member)) for found in tables.values()),
-            difference(*pick(dict(zip(tables, cells, strict=True)))),
+            difference(*pick(dict(zip(tables, cells, strict=True)), pair)),
         )
         for member in members
     )
@@ -148,23 +166,24 @@ def rate(record: Any) -> Rate | None:
     return Rate(value, number(record, "low"), number(record, "high"), count)
 
 
-def pick(cells: Mapping[str, Rate | None]) -> tuple[Rate | None, Rate | None]:
-    return cells.get("before"), cells.get("after")
+def pick(cells: Mapping[str, Rate | None], pair: Pair) -> tuple[Rate | None, Rate | None]:
+    return cells.get(pair[0]), cells.get(pair[1])
 
 
 def difference(before: Rate | None, after: Rate | None) -> Rate | None:
     return None if before is None or after is None else Rate(after.value - before.value)
 
 
-def change(evaluations: Mapping[str, Json], protocol: str, key: str) -> Rate | None:
-    """After minus before; with a paired interval where both tell the outcome of each problem."""
-    contents = {name: table(evaluations.get(name), "protocols") for name in ("before", "after")}
+def change(evaluations: Mapping[str, Json], pair: Pair, protocol: str, key: str) -> Rate | None:
+    """The second minus the first; with a paired interval where both tell the outcome of each
+    problem."""
+    contents = {name: table(evaluations.get(name), "protocols") for name in pair}
     found = difference(
-        *pick({name: rate(lookup(c, protocol, key)) for name, c in contents.items()})
+        *pick({name: rate(lookup(c, protocol, key)) for name, c in contents.items()}, pair)
     )
-    outcomes = [outcome_list(contents[name], protocol) for name in ("before", "after")]
+    outcomes = [outcome_list(contents[name], protocol) for name in pair]
     same = all(
-        lookup(evaluations.get("before"), setting) == lookup(evaluations.get("after"), setting)
+        lookup(evaluations.get(pair[0]), setting) == lookup(evaluations.get(pair[1]), setting)
         for setting in ("data", "problems", "seed")
     )
     if found is None or key != "solve_rate" or not same:
@@ -205,13 +224,13 @@ def describe_setting(evaluation: Json) -> str:
     return ", ".join(form.replace("{}", value) for value, form in parts if value)
 
 
-def warn_of_differences(evaluations: Mapping[str, Json]) -> list[str]:
-    before, after = evaluations.get("before", {}), evaluations.get("after", {})
+def warn_of_differences(evaluations: Mapping[str, Json], pair: Pair) -> list[str]:
+    before, after = (evaluations.get(name, {}) for name in pair)
     if not before or not after:
         return []
     return [
-        f"Not like with like: {name} is {text(before, name) or 'not given'} before "
-        f"and {text(after, name) or 'not given'} after."
+        f"Not like with like: {name} is {text(before, name) or 'not given'} {pair[0]} "
+        f"and {text(after, name) or 'not given'} {pair[1]}."
         for name in SAME_SETTING
         if lookup(before, name) != lookup(after, name)
     ]

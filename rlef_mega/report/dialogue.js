@@ -138,7 +138,7 @@ function turnsTable(turns) {
   return h("div", { class: "scroll" }, h("table", { class: "plain glance" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "turn"), present.map(([head]) => h("th", { scope: "col" }, head)), versions ? h("th", { scope: "col" }, "weights") : null)),
     h("tbody", {}, turns.map((turn, place) => h("tr", {},
-      h("th", { scope: "row" }, h("button", { type: "button", onclick: () => document.getElementById(`turn-${place + 1}`).scrollIntoView() }, String(place + 1)), " ", badge(!turn.error, turn.verdict)),
+      h("th", { scope: "row" }, h("button", { type: "button", onclick: () => document.getElementById(`turn-${place + 1}`).scrollIntoView({ container: "nearest" }) }, String(place + 1)), " ", badge(!turn.error, turn.verdict)),
       present.map(([, key, format]) => h("td", {}, turn.facts[key] === undefined ? "—" : format(turn.facts[key]))),
       versions ? h("td", {}, versionText(turn.versions)) : null)))));
 }

@@ -72,27 +72,30 @@ def worst(numbers: Iterable[float | None]) -> float | None:
     return max((number for number in numbers if number is not None), default=None)
 
 
-def pack_episodes(
-    stages: Mapping[str, Iterable[Json]], limit: int
-) -> tuple[str, list[str], dict[str, int]]:
-    """Index and chunks for the page, and how many episodes each stage has there.
+@dataclass(frozen=True)
+class PackedEpisodes:
+    index: str
+    chunks: tuple[str, ...]
+    count: int
+
+
+def pack_episodes(stages: Mapping[str, Iterable[Json]], limit: int) -> PackedEpisodes:
+    """For the page, no more than `limit` of them.
 
     Stages share the limit evenly; of each it is the first in file order: nobody picks the pretty
     ones.
     """
     index, chunks, waiting = Index(), [], []
-    counts: dict[str, int] = {}
     for stage, episode in share_out(stages, limit):
         shown = view_episode(episode)
         index.add(visible(clip(stage, 80)), episode, shown)
-        counts[stage] = counts.get(stage, 0) + 1
         waiting.append(shown)
         if len(waiting) == CHUNK:
             chunks.append(squeeze(waiting))
             waiting = []
     if waiting:
         chunks.append(squeeze(waiting))
-    return squeeze(index.content()), chunks, counts
+    return PackedEpisodes(squeeze(index.content()), tuple(chunks), len(index.rows))
 
 
 def share_out(stages: Mapping[str, Iterable[Json]], limit: int) -> Iterator[tuple[str, Json]]:

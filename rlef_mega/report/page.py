@@ -8,6 +8,8 @@ away what would not show or would mislead, and the template's autoescape keeps i
 import base64
 import hashlib
 import os
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,78 +17,115 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlef_mega.report import display
-from rlef_mega.report.comparison import Comparison, Row, compare
-from rlef_mega.report.episodes import pack_episodes
+from rlef_mega.report.comparison import Comparison, Row, compare, evaluations_of
+from rlef_mega.report.episodes import PackedEpisodes, pack_episodes
 from rlef_mega.report.panels import draw_panels, phase_seconds
 from rlef_mega.report.run_files import (
     Json,
     RunFiles,
     iterate_episodes,
+    named,
     number,
-    read_run,
+    read_runs,
     table,
     text,
 )
 
 HERE = Path(__file__).parent
 SCRIPTS = ("highlight.js", "diff.js", "store.js", "dialogue.js", "browser.js")
+OWN_KEYS = ("run.dir", "started")
 EPISODES = 10_000  # on a page; it opens in less than two seconds
 
 
-def write_report(run: Path, *, episodes: int = EPISODES) -> Path:
-    """Write `run/report.html` and return its path. `episodes` are the most that it holds.
+def write_report(*runs: Path, episodes: int = EPISODES) -> Path:
+    """Write `report.html`, or `against_OTHER.html` for several, into the first run's folder, and
+    return its path. `episodes` are the most that it holds.
 
-    Raises ValueError when `run` is not a directory.
+    Raises ValueError when a run is not a directory.
     """
-    page = run / "report.html"
-    html = render(read_run(run), episodes=episodes)
+    files = read_runs(runs)
+    name = "_".join(["against", *list(files)[1:]]) + ".html" if len(runs) > 1 else "report.html"
+    page = runs[0] / name.replace("/", "_")
     unfinished = page.with_name(f".{page.name}.{os.getpid()}")
     # `visible` has replaced lone surrogates in all that comes from data
+    html = render(files, episodes=episodes)
     unfinished.write_text(html, encoding="utf-8")
     unfinished.replace(page)
     return page
 
 
-def render(files: RunFiles, *, episodes: int) -> str:
-    notes = list(files.notes)
-    comparison = compare(files.evaluations)
-    index, chunks, counts = pack_episodes(
-        {stage: iterate_episodes(path, notes) for stage, path in files.episode_files.items()},
-        episodes,
+def render(runs: Mapping[str, RunFiles], *, episodes: int, stamp: str = "") -> str:
+    """One page for runs by their labels. With a stamp it is live: it asks the server that it comes
+    from for a newer one."""
+    notes = [named(label, note) for label, files in runs.items() for note in files.notes]
+    comparison = compare(*evaluations_of(runs))
+    sources = tuple(
+        (named(label, stage), path, path.stat().st_mtime_ns)
+        for label, files in runs.items()
+        for stage, path in files.episode_files.items()
     )
-    script = page_script()
+    packed, more_notes = pack_files(sources, episodes)
+    notes += more_notes
+    script = page_script(bool(stamp))
     return (
         environment()
         .get_template("report.html")
         .render(
-            title=files.path.resolve().name,
-            facts=run_facts(files),
-            manifest=flatten(files.manifest),
-            config_text=files.config_text,
+            title=" and ".join(label or files.path.resolve().name for label, files in runs.items()),
+            runs=[view_run(label, files) for label, files in runs.items()],
+            differences=differences(runs),
             comparison=comparison,
+            heading="Before and after" if len(runs) == 1 else "Side by side",
             headline=headline_rows(comparison),
-            drawings=draw_panels(files.metrics),
-            phases=phase_shares(files.metrics),
-            progress=progress(files),
-            index=Markup(index),  # base64, as the chunks are
-            chunks=[Markup(chunk) for chunk in chunks],
-            episode_counts=describe_limit(counts, episodes),
+            drawings=draw_panels({label: files.metrics for label, files in runs.items()}),
+            index=Markup(packed.index),  # base64, as the chunks are
+            chunks=[Markup(chunk) for chunk in packed.chunks],
+            limit=episodes if packed.count >= episodes else None,
             notes=shortened(notes),
             style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            stamp=stamp,
         )
     )
 
 
-def page_script() -> Markup:
+@lru_cache(maxsize=1)  # a live page is made again for each step, most of them without new episodes
+def pack_files(
+    sources: tuple[tuple[str, Path, int], ...], limit: int
+) -> tuple[PackedEpisodes, list[str]]:
+    """Of stages, by their files and when those were written; and notes on what is damaged."""
+    notes: list[str] = []
+    stages = {stage: iterate_episodes(path, notes) for stage, path, _ in sources}
+    return pack_episodes(stages, limit), notes
+
+
+def view_run(label: str, files: RunFiles) -> dict[str, Any]:
+    return {
+        "label": label,
+        "facts": run_facts(files),
+        "phases": phase_shares(files.metrics),
+        "manifest": flatten(files.manifest),
+        "config_text": files.config_text,
+    }
+
+
+def differences(runs: Mapping[str, RunFiles]) -> list[tuple[str, list[str]]]:
+    """Keys of the recipes and manifests that are not the same in all runs, with their values; of
+    course each run has its folder and its time."""
+    if len(runs) == 1:
+        return []
+    trees = [dict(flatten(files.config) + flatten(files.manifest)) for files in runs.values()]
+    keys = dict.fromkeys(key for tree in trees for key in tree if key not in OWN_KEYS)
+    rows = [(key, [tree.get(key, display.DASH) for tree in trees]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def page_script(live: bool) -> Markup:
     """All that runs in the page, in one scope of its own."""
-    sources = [(HERE / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    names = (*SCRIPTS, "live.js") if live else SCRIPTS
+    sources = [(HERE / name).read_text(encoding="utf-8") for name in names]
     return Markup('"use strict";\n(() => {\n' + "\n".join(sources) + "})();\n")
-
-
-def describe_limit(counts: dict[str, int], limit: int) -> str:
-    return f": no more than {limit:,} episodes" if sum(counts.values()) >= limit else ""
 
 
 def environment() -> Environment:

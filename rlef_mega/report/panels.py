@@ -6,8 +6,9 @@ tell apart, and the lines of one panel also differ in their dashes.
 """
 
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from rlef_mega.report.display import percent, significant
-from rlef_mega.report.run_files import Json, number, series
+from rlef_mega.report.run_files import Json, named, number, series
 
 INK, GRID = "#010203", "#040506"  # stand-ins, in no drawing by chance
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
@@ -40,8 +41,10 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
 }
 MAX_POINTS = 200  # a panel is about 300 pixels wide
+Z = 1.96  # of a 95% interval
 
 Points = tuple[list[float], list[float]]
+Runs = Mapping[str, tuple[Json, ...]]  # a label, empty where there is one run only, and its metrics
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,24 @@ class Panel:
     unit: str = ""  # "%" or none
     log: bool = False
     of_async: bool = False  # says something only where dialogues went on while the trainer trained
+    trials: str = ""  # the metric that says of how many a curve without "validation" is a fraction
 
 
 @dataclass(frozen=True)
 class LegendEntry:
     label: str
     place: int  # in the palette
+    dash: int  # in the dashes
     summary: str  # first and last value
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    place: int
+    dash: int
+    points: Points
+    trials: Points  # how many each point is a fraction of, where it is one with an interval
 
 
 @dataclass(frozen=True)
@@ -73,13 +87,15 @@ class Drawing:
 PANELS = (
     Panel(
         "Solved",
-        "Episodes whose last program passes every test. Training batches, and held-out problems.",
+        "Episodes whose last program passes every test. Training batches with 95% intervals, and "
+        "held-out problems.",
         (
             ("multi-turn", "solved"),
             ("at turn 1", "solved_turn1"),
             ("multi-turn, validation", "valid_solved"),
         ),
         unit="%",
+        trials="episodes",
     ),
     Panel(
         "Repaired",
@@ -163,53 +179,80 @@ PANELS = (
 PHASES = ("rollout", "score", "update", "publish", "checkpoint", "evaluate")
 
 
-def draw_panels(metrics: tuple[Json, ...]) -> list[Drawing]:
-    """One drawing for every panel that has something to show."""
-    stale = any(series(metrics, "staleness_max")[1])
-    drawings = [draw_curves(panel, metrics) for panel in PANELS if stale or not panel.of_async]
-    drawings += [draw_phases(metrics), draw_throughput(metrics)]
+def draw_panels(runs: Runs) -> list[Drawing]:
+    """One drawing for every panel that has something to show. Several runs differ in colour, the
+    curves of one panel in their dashes."""
+    stale = any(any(series(metrics, "staleness_max")[1]) for metrics in runs.values())
+    drawings = [draw_curves(panel, runs) for panel in PANELS if stale or not panel.of_async]
+    drawings += [draw_phases(label, metrics) for label, metrics in runs.items()]
+    drawings.append(draw_throughput(runs))
     return [drawing for drawing in drawings if drawing]
 
 
-def draw_curves(panel: Panel, metrics: tuple[Json, ...]) -> Drawing | None:
-    curves = {label: series(metrics, *key.split(".")) for label, key in panel.curves}
-    return draw_lines(panel, curves)
+def draw_curves(panel: Panel, runs: Runs) -> Drawing | None:
+    lines = []
+    for place, (run, metrics) in enumerate(runs.items()):
+        for dash, (label, key) in enumerate(panel.curves):
+            points = series(metrics, *key.split("."))
+            counted = bool(panel.trials) and not key.startswith("valid")
+            trials = series(metrics, panel.trials) if counted else ([], [])
+            colour = place if len(runs) > 1 else dash
+            lines.append(Line(named(run, label), colour, dash, points, trials))
+    return draw_lines(panel, lines)
 
 
-def draw_lines(panel: Panel, curves: dict[str, Points]) -> Drawing | None:
-    present = {label: points for label, points in curves.items() if points[0]}
+def draw_lines(panel: Panel, lines: list[Line]) -> Drawing | None:
+    present = [line for line in lines if line.points[0]]
     if not present:
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = new_panel(panel)
         legend = []
-        for place, (label, points) in enumerate(present.items()):
-            draw_line(axes, points, place)
-            legend.append(LegendEntry(label, place, summarise(points[1], panel.unit)))
-        settle_limits(axes, panel, present)
+        for line in present:
+            draw_line(axes, line)
+            summary = summarise(line.points[1], panel.unit)
+            legend.append(LegendEntry(line.label, line.place, line.dash, summary))
+        settle_limits(axes, panel, [line.points for line in present])
         return Drawing(panel.title, panel.meaning, tuple(legend), to_svg(figure, panel.title))
 
 
-def draw_line(axes: Axes, points: Points, place: int) -> None:
-    steps, values = binned(points)
+def draw_line(axes: Axes, line: Line) -> None:
+    steps, values = binned(line.points)
+    if line.trials[0] == line.points[0]:
+        counts = [count * len(line.points[0]) / len(steps) for count in binned(line.trials)[1]]
+        low, high = wilson(values, counts)
+        axes.fill_between(steps, low, high, color=PALETTE[line.place], alpha=0.18, linewidth=0)
     axes.plot(
         steps,
         values,
-        color=PALETTE[place],
-        linestyle=DASHES[place % len(DASHES)],
+        color=PALETTE[line.place],
+        linestyle=DASHES[line.dash % len(DASHES)],
         linewidth=1.6,
         marker="o" if len(steps) <= 12 else None,
         markersize=3.5,
     )
 
 
-def settle_limits(axes: Axes, panel: Panel, curves: dict[str, Points]) -> None:
+def wilson(rates: Sequence[float], counts: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The 95% interval of a rate among so many (Wilson 1927): it stays within 0 and 1."""
+    low, high = [], []
+    for rate, count in zip(rates, counts, strict=True):
+        rate = min(1.0, max(0.0, rate))
+        middle = (rate + Z**2 / (2 * count)) / (1 + Z**2 / count) if count else 0.5
+        half = Z * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2)) if count else 0.5
+        half = half / (1 + Z**2 / count) if count else half
+        low.append(middle - half)
+        high.append(middle + half)
+    return low, high
+
+
+def settle_limits(axes: Axes, panel: Panel, curves: Sequence[Points]) -> None:
     """From zero where nothing is below it, so that noise does not look like a trend."""
-    steps = {step for found, _ in curves.values() for step in found}
+    steps = {step for found, _ in curves for step in found}
     if len(steps) == 1:
         axes.set_xlim(min(steps) - 1, max(steps) + 1)
-    values = [value for _, found in curves.values() for value in found]
-    low, high = min(values), max(values)
+    values = [value for _, found in curves for value in found]
+    low, high = min(values), max(*values, axes.dataLim.y1)  # with the intervals
     if panel.log and low > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
@@ -225,14 +268,15 @@ def settle_limits(axes: Axes, panel: Panel, curves: dict[str, Points]) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
 
 
-def draw_phases(metrics: tuple[Json, ...]) -> Drawing | None:
+def draw_phases(label: str, metrics: tuple[Json, ...]) -> Drawing | None:
     """Where the seconds of each step went, stacked; what no phase accounts for is `other`."""
     whole = [record for record in metrics if number(record, "time", "step") is not None]
     if not whole:
         return None
     steps = [number(record, "step") or 0.0 for record in whole]
     stack = phase_seconds(whole)
-    panel = Panel("Seconds of a step", "By phase; grading runs inside the rollout.", ())
+    title = f"Seconds of a step, {label}" if label else "Seconds of a step"
+    panel = Panel(title, "By phase; grading runs inside the rollout.", ())
     with matplotlib.rc_context(STYLE):
         figure, axes = new_panel(panel)
         layers = [binned((steps, seconds)) for seconds in stack.values()]
@@ -247,7 +291,7 @@ def draw_phases(metrics: tuple[Json, ...]) -> Drawing | None:
         )
         axes.set_ylim(bottom=0)
         legend = tuple(
-            LegendEntry(name, place, f"{sum(seconds) / len(seconds):.2f} s")
+            LegendEntry(name, place, 0, f"{sum(seconds) / len(seconds):.2f} s")
             for place, (name, seconds) in enumerate(stack.items())
         )
         svg = to_svg(figure, panel.title)
@@ -266,12 +310,20 @@ def phase_seconds(metrics: Sequence[Json]) -> dict[str, list[float]]:
     return stack
 
 
-def draw_throughput(metrics: tuple[Json, ...]) -> Drawing | None:
+def draw_throughput(runs: Runs) -> Drawing | None:
     panel = Panel(
         "Tokens a second",
         "Tokens of the batch over the time of the step, evaluation left out.",
         (),
     )
+    lines = [
+        Line(label or "tokens/s", place, 0, throughput(metrics), ([], []))
+        for place, (label, metrics) in enumerate(runs.items())
+    ]
+    return draw_lines(panel, lines)
+
+
+def throughput(metrics: tuple[Json, ...]) -> Points:
     points: Points = ([], [])
     for record in metrics:
         step, tokens = number(record, "step"), number(record, "tokens")
@@ -279,7 +331,7 @@ def draw_throughput(metrics: tuple[Json, ...]) -> Drawing | None:
         if step is not None and tokens is not None and seconds > 0:
             points[0].append(step)
             points[1].append(tokens / seconds)
-    return draw_lines(panel, {"tokens/s": points})
+    return points
 
 
 def new_panel(panel: Panel) -> tuple[Figure, Axes]:

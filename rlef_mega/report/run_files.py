@@ -10,8 +10,9 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,26 @@ def read_run(run: Path) -> RunFiles:
         episode_files=find_episode_files(run),
         notes=tuple(notes),
     )
+
+
+def read_runs(runs: Sequence[Path]) -> dict[str, RunFiles]:
+    """By their labels. Raises ValueError when a run is not a directory, or given twice."""
+    return dict(zip(label_runs(runs), map(read_run, runs), strict=True))
+
+
+def label_runs(runs: Sequence[Path]) -> list[str]:
+    """Nothing for a run alone; else what tells their paths apart, from the end."""
+    if len(runs) == 1:
+        return [""]
+    parts = [run.resolve().parts for run in runs]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{runs[0]} beside itself: give different run directories")
+    depth = next(d for d in count(1) if len({part[-d:] for part in parts}) == len(parts))
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def named(label: str, name: str) -> str:
+    return f"{label}: {name}" if label else name
 
 
 def read_config(path: Path, notes: list[str]) -> tuple[str, Json]:

@@ -7,23 +7,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlef_mega.report.comparison import Comparison, Rate, Row, compare
+from rlef_mega.report.comparison import Comparison, Rate, Row, compare, evaluations_of
 from rlef_mega.report.display import percent, points, visible
-from rlef_mega.report.run_files import read_run
+from rlef_mega.report.run_files import named, read_runs
 
 
-def print_comparison(run: Path, console: Console | None = None) -> None:
-    """Print what the evaluations under `run/eval` say.
+def print_comparison(*runs: Path, console: Console | None = None) -> None:
+    """Print what the evaluations under `eval` of each run say.
 
-    Raises ValueError when `run` is not a directory.
+    Raises ValueError when a run is not a directory.
     """
     console = console or Console()
-    files = read_run(run)
-    comparison = compare(files.evaluations)
-    for note in (*files.notes, *comparison.warnings):
+    files = read_runs(runs)
+    comparison = compare(*evaluations_of(files))
+    notes = [named(label, note) for label, run in files.items() for note in run.notes]
+    for note in (*notes, *comparison.warnings):
         console.print(Text(visible(note), style="yellow"))
     if not comparison.columns:
-        console.print(Text(f"No evaluation in {run / 'eval'} yet."))
+        console.print(Text(f"No evaluation in {runs[0] / 'eval'} yet."))
         return
     table = comparison_table(comparison.rows, comparison, first_column="")
     table.title = Text(visible(comparison.setting), style="bold")

@@ -15,9 +15,10 @@ import pytest
 import zstandard
 
 from rlef_mega.report import write_report
+from rlef_mega.report.comparison import compare, evaluations_of
 from rlef_mega.report.display import clip
 from rlef_mega.report.episodes import OUTCOMES, share_out
-from rlef_mega.report.run_files import STEPS_SHOWN, read_run
+from rlef_mega.report.run_files import STEPS_SHOWN, read_run, read_runs
 from tests.mega.report_runs import (
     CONFIG,
     MANIFEST,
@@ -352,8 +353,8 @@ def test_of_many_recorded_steps_some_are_shown_over_the_whole_run(run):
 
 def test_the_page_says_when_it_holds_no_more_episodes(run):
     page = Page(write_report(run, episodes=60).read_text(encoding="utf-8"))
-    assert len(page.dialogues) == 60 and "no more than 60 episodes" in page.text
-    assert Page(write_report(run).read_text(encoding="utf-8")).text.count("no more than") == 0
+    assert len(page.dialogues) == 60 and "recorded, 60 at most." in page.text
+    assert Page(write_report(run).read_text(encoding="utf-8")).text.count("at most") == 0
 
 
 def token_turn(response: str, pieces: list[Any]) -> Any:
@@ -378,6 +379,51 @@ def test_pieces_fit_the_text_that_is_shown_as_javascript_counts(tmp_path):
 def test_pieces_that_do_not_fit_are_left_out(tmp_path, pieces):
     turn = token_turn("abc", [1]) | {"pieces": pieces}
     assert "pieces" not in shown_turn(tmp_path, turn)
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory) -> tuple[list[Path], Page]:
+    folder = tmp_path_factory.mktemp("two")
+    runs = [write_run(folder / name, seed=seed, steps=5) for seed, name in enumerate("ab")]
+    config = (runs[1] / "config.toml").read_text()
+    (runs[1] / "config.toml").write_text(config.replace("seed = 7", "seed = 8"))
+    path = write_report(*runs)
+    assert path == runs[0] / "against_b.html"
+    return runs, Page(path.read_text(encoding="utf-8"))
+
+
+def test_two_runs_side_by_side_tell_in_what_they_differ(side_by_side):
+    _, page = side_by_side
+    assert re.search(r"In what the runs differ settingab run\.seed78 Result", page.text)
+    assert "a: multi-turn" in page.text and "b: multi-turn" in page.text
+    assert page.text.count("Seconds of a step, ") == 2
+    assert set(page.index["stages"]) == {
+        f"{run}: {stage}" for run in "ab" for stage in ("before", "after", "step 5")
+    }
+
+
+def test_the_change_between_two_runs_is_that_of_their_last_evaluations(side_by_side):
+    runs, page = side_by_side
+    files = read_runs(runs)
+    evaluations, pair = evaluations_of(files)
+    assert pair == ("a: after", "b: after")
+    (change,) = (row.change for row in compare(evaluations, pair).rows[:1])
+    a, b = (
+        run.evaluations["after"]["protocols"]["multi_turn"]["solve_rate"]["value"]
+        for run in files.values()
+    )
+    assert change is not None and change.value == pytest.approx(b - a) and change.low is not None
+    assert f"{100 * (b - a):+.1f}".replace("-", "−") in page.text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for place in ("x", "y"):
+        (tmp_path / place / "run").mkdir(parents=True)
+    runs = [tmp_path / place / "run" for place in ("x", "y")]
+    assert list(read_runs(runs)) == ["x/run", "y/run"]
+    assert write_report(*runs).name == "against_y_run.html"
+    with pytest.raises(ValueError, match="beside itself"):
+        write_report(runs[0], runs[0])
 
 
 def test_not_a_run_directory_is_said_plainly(tmp_path):

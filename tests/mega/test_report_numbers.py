@@ -12,7 +12,7 @@ from rich.console import Console
 from rlef_mega.report import print_comparison, save_learning_curves
 from rlef_mega.report.comparison import compare, paired_interval
 from rlef_mega.report.display import clip, duration, significant
-from rlef_mega.report.panels import MAX_POINTS, binned, phase_seconds
+from rlef_mega.report.panels import MAX_POINTS, binned, phase_seconds, wilson
 from rlef_mega.report.plots import draw_summary
 from rlef_mega.report.run_files import read_run
 from tests.mega.report_runs import write_evaluation, write_metrics, write_run
@@ -20,7 +20,7 @@ from tests.mega.report_runs import write_evaluation, write_metrics, write_run
 
 def printed(run, width=80):
     output = io.StringIO()
-    print_comparison(run, Console(file=output, width=width))
+    print_comparison(run, console=Console(file=output, width=width))
     return output.getvalue()
 
 
@@ -116,6 +116,14 @@ def test_binning_bounds_the_points_and_keeps_the_mean(values):
     size = -(-len(values) // MAX_POINTS)
     sizes = [size] * (len(means) - 1) + [len(values) - size * (len(means) - 1)]
     assert np.dot(means, sizes) == pytest.approx(sum(values), abs=1e-6)
+
+
+def test_the_interval_of_a_rate_is_wilsons():
+    # 5 of 10: 0.5 -+ 1.96 sqrt(0.025 + 1.96^2 / 400) / (1 + 1.96^2 / 10)
+    low, high = wilson([0.5, 0.0, 1.0], [10, 10, 10])
+    assert (low[0], high[0]) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert (low[1], high[1]) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert (low[2], high[2]) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
 def test_phases_add_up_to_the_step_and_grading_is_not_counted_twice():

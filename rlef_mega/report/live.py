@@ -1,0 +1,92 @@
+"""The page of a run that goes on, from a server on this machine.
+
+Theory of operation: a thread a request, of which one at a time makes the page, and only when a file
+of the run has changed since the last one. The page asks for `state` every few seconds and loads
+itself again when the stamp there is not its own. Nothing is written. The server listens on the
+loopback address, and answers no request that came by another name: a page of somebody else's, whose
+name was made to lead here, reads nothing.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from hashlib import blake2b
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+
+from rlef_mega.report.page import render
+from rlef_mega.report.run_files import Json, read_runs
+
+FILES = ("config.toml", "manifest.json", "metrics.jsonl", "eval/*", "episodes/*.zst")
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Of the page of these runs. Serve with `serve_forever`. ValueError where a run is not a
+    directory, OSError where the port is taken."""
+
+    daemon_threads = True
+
+    def __init__(self, runs: Sequence[Path], *, port: int, episodes: int) -> None:
+        read_runs(runs)  # what is wrong is said at once
+        self.runs, self.episodes = runs, episodes
+        self.making, self.made = Lock(), ("", "")
+        super().__init__(("127.0.0.1", port), Handler)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/"
+
+    def page(self) -> str:
+        with self.making:
+            stamp = stamp_of(self.runs)  # before the files are read, which may change meanwhile
+            if self.made[0] != stamp:
+                html = render(read_runs(self.runs), episodes=self.episodes, stamp=stamp)
+                self.made = stamp, html
+            return self.made[1]
+
+    def state(self) -> Json:
+        """The stamp of the files as they are, and what the run said last that it does."""
+        state: Json = {"stamp": stamp_of(self.runs), "doing": "nothing said yet", "seconds": None}
+        for run in self.runs:
+            try:
+                state["doing"] = (run / "progress").read_text(errors="replace").strip()[:100]
+                state["seconds"] = max(0.0, time.time() - (run / "progress").stat().st_mtime)
+            except FileNotFoundError:
+                continue
+        return state
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: LiveServer
+
+    def do_GET(self) -> None:
+        port = self.server.server_port
+        if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            self.send_error(403, "ask for 127.0.0.1 or localhost")
+        elif self.path == "/":
+            self.answer("text/html; charset=utf-8", self.server.page())
+        elif self.path == "/state":
+            self.answer("application/json", json.dumps(self.server.state()))
+        else:
+            self.send_error(404)
+
+    def answer(self, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing: there is a request every few seconds."""
+
+
+def stamp_of(runs: Sequence[Path]) -> str:
+    """Changes when a file does that the page is made of."""
+    found = [path for run in runs for pattern in FILES for path in sorted(run.glob(pattern))]
+    facts = [(str(path), (stat := path.stat()).st_mtime_ns, stat.st_size) for path in found]
+    return blake2b(repr(facts).encode(), digest_size=8).hexdigest()
