@@ -12,8 +12,10 @@ engine keeps the rollout's loop from running.
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
@@ -169,7 +171,9 @@ class Judge:
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         """The results of all public tests and, if they pass, of the private ones until the first
         that fails."""
-        results = await self.grader.grade(problem, program)
+        results = await self.grader.grade(problem, problem.prelude + program)
+        if problem.prelude:
+            results = [own_lines(result, problem.prelude.count("\n")) for result in results]
         self.runs += len(results)
         self.run_s += sum(result.wall_s for result in results)
         for result in results:
@@ -184,6 +188,17 @@ def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
         CheckTest(test.entry_point, test.code) if isinstance(test, AssertTest) else test
         for test in (*problem.public_tests, *problem.private_tests.tests)
     )
+
+
+FRAME_LINE = re.compile(rb'(  File "solution\.py", line )(\d+)')
+
+
+def own_lines(result: Result, before: int) -> Result:
+    """Tracebacks count the program's lines from its own first one, `before` lines further down."""
+    stderr = FRAME_LINE.sub(
+        lambda frame: frame[1] + b"%d" % max(1, int(frame[2]) - before), result.stderr
+    )
+    return replace(result, stderr=stderr)
 
 
 def all_passed(results: Sequence[Result]) -> bool:

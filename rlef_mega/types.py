@@ -57,6 +57,7 @@ class Problem:
     language: str = "python"
     template: str = "codecontests"  # which prompt and feedback templates of RLEF C.1, C.4, C.5
     entry_point: str | None = None  # function-call problems
+    prelude: str = ""  # whole lines before every program: what a benchmark's grader imports
     family: str = ""  # breakdowns in reports: a curriculum family, a source
     difficulty: str = ""  # another breakdown, in the words of its source
     tags: tuple[str, ...] = ()

@@ -6,11 +6,21 @@ import logging
 import random
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from rlef_mega.problems import codecontests, curriculum, evalplus, functions, humaneval, jsonl
+from rlef_mega.problems import (
+    codecontests,
+    curriculum,
+    evalplus,
+    functions,
+    humaneval,
+    jsonl,
+    livecodebench,
+    mbpp,
+)
 from rlef_mega.problems.rows import MALFORMED, Drop, Read, data_files
 from rlef_mega.problems.store import ProblemStore, cache_folder, count_reasons, stored
 from rlef_mega.types import Problem
@@ -21,12 +31,13 @@ SHOWN_DROPS = 5
 
 def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
     """Problems of `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, of CodeContests
-    (`codecontests:PLACE?OPTIONS`), of HumanEval+ or MBPP+ (`evalplus:FILE`) or of a file in our
-    own JSONL.
+    (`codecontests:PLACE?OPTIONS`), of HumanEval+ or MBPP+ (`evalplus:FILE`), of MBPP
+    (`mbpp:FILE?OPTIONS`), of LiveCodeBench (`livecodebench:PLACE?OPTIONS`) or of a file in our own
+    JSONL.
 
-    SPLIT is train, valid or test; PLACE a file, a folder, or a repository of the Hugging Face hub.
-    What is read from data sets is kept in `cache` and read again from there. ValueError, with file,
-    row, field and remedy, for whatever is wrong.
+    SPLIT is train, valid or test; PLACE a file, a folder or, for CodeContests, a repository of the
+    Hugging Face hub. What is read from data sets is kept in `cache` and read again from there.
+    ValueError, with file, row, field and remedy, for whatever is wrong.
     """
     name, separator, rest = source.partition(":")
     if separator and name in BUNDLED:
@@ -48,24 +59,33 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
     return jsonl.read_jsonl(existing(source, source))
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """How rows that others published become problems: by options, out of files."""
+
+    options: type
+    files: Callable[[str, str, typing.Any], list[Path]]  # of source, place and options
+    read: Callable[[Sequence[Path], typing.Any], Iterator[Read]]
+
+
 def is_data_set(source: str) -> bool:
-    return source.startswith(("codecontests:", "evalplus:"))
+    name, separator, _ = source.partition(":")
+    return bool(separator) and name in DATA_SETS
 
 
 def read_data_set(source: str, cache: Path | None = None) -> ProblemStore:
     """All that a source of a data set gives, malformed rows reported beside the others."""
-    if source.startswith("evalplus:"):
-        file = existing(source.partition(":")[2], source)
-        return stored("evalplus", [file], lambda: evalplus.read([file]), cache or cache_folder())
-    place, _, query = source.partition(":")[2].partition("?")
-    options = parse_options(source, query)
-    files = codecontests_files(source, place, options.split)
-
-    def read() -> Iterator[Read]:
-        return codecontests.read(files, options)
-
-    key = f"codecontests {options}"
-    return stored(key, files, read, cache or cache_folder())
+    name, _, rest = source.partition(":")
+    place, _, query = rest.partition("?")
+    data_set = DATA_SETS[name]
+    options = parse_options(source, query, data_set.options)
+    files = data_set.files(source, place, options)
+    return stored(
+        f"{name} {options}",
+        files,
+        lambda: data_set.read(files, options),
+        cache or cache_folder(),
+    )
 
 
 def refuse_malformed(source: str, drops: Sequence[Drop]) -> None:
@@ -79,32 +99,58 @@ def refuse_malformed(source: str, drops: Sequence[Drop]) -> None:
     )
 
 
-def parse_options(source: str, query: str) -> codecontests.Options:
+def parse_options(source: str, query: str, options: type) -> typing.Any:
     """`split=train&max_tests=50`: what the words say, in the types of the options."""
-    known = {field.name: field.type for field in fields(codecontests.Options)}
-    types = typing.get_type_hints(codecontests.Options)
+    types = typing.get_type_hints(options)
     given: dict[str, typing.Any] = {}
     for key, text in parse_qsl(query, keep_blank_values=True):
-        if key not in known:
-            raise ValueError(f"problem source {source!r}: no option {key!r}; {', '.join(known)}")
-        if types[key] is int:
-            if not text.isdigit():
-                raise ValueError(f"problem source {source!r}: {key}={text!r} is no count")
-            given[key] = int(text)
-        elif types[key] is str:
-            given[key] = text
-        elif key == "enums":
-            if text not in codecontests.SOURCES:
-                raise ValueError(f"problem source {source!r}: enums is hub or proto, not {text!r}")
-            given[key] = text
-        else:
-            given[key] = tuple(part for part in text.split(",") if part)
-    return codecontests.Options(**given)
+        if key not in types:
+            known = ", ".join(types) or "it takes none"
+            raise ValueError(f"problem source {source!r}: no option {key!r}; {known}")
+        try:
+            given[key] = parse_option(text, types[key])
+        except ValueError as error:
+            raise ValueError(f"problem source {source!r}: {key}={text!r} is {error}") from None
+    return options(**given)
 
 
-def codecontests_files(source: str, place: str, split: str) -> list[Path]:
-    """Of a file, of a folder as published, or of the hub's copy, which is downloaded first."""
+def parse_option(text: str, kind: typing.Any) -> typing.Any:
+    if kind is str:
+        return text
+    if kind is int:
+        if not text.isdigit():
+            raise ValueError("no count")
+        return int(text)
+    if kind is date:
+        try:
+            return date.fromisoformat(text)
+        except ValueError:
+            raise ValueError("no date like 2024-08-01") from None
+    if typing.get_origin(kind) is typing.Literal:
+        allowed = [value for value in typing.get_args(kind) if value]
+        if text not in allowed:
+            raise ValueError(f"none of {', '.join(allowed)}")
+        return text
+    return tuple(part for part in text.split(",") if part)
+
+
+def one_file(source: str, place: str, _: object) -> list[Path]:
+    return [existing(place, source)]
+
+
+def livecodebench_files(source: str, place: str, options: livecodebench.Options) -> list[Path]:
     path = Path(place)
+    if not path.exists():
+        raise ValueError(
+            f"problem source {source!r}: there is no file or folder {place!r}; download "
+            "test*.jsonl of livecodebench/code_generation_lite and name one, or their folder"
+        )
+    return data_files(path, options.split)
+
+
+def codecontests_files(source: str, place: str, options: codecontests.Options) -> list[Path]:
+    """Of a file, of a folder as published, or of the hub's copy, which is downloaded first."""
+    path, split = Path(place), options.split
     if not path.exists() and len(path.parts) == 2 and not path.suffix:
         path = download(source, place, split)
     if not path.exists():
@@ -147,6 +193,12 @@ def load_humaneval(split: curriculum.Split) -> list[Problem]:
     return problems
 
 
+DATA_SETS = {
+    "codecontests": DataSet(codecontests.Options, codecontests_files, codecontests.read),
+    "evalplus": DataSet(evalplus.Options, one_file, evalplus.read),
+    "mbpp": DataSet(mbpp.Options, one_file, mbpp.read),
+    "livecodebench": DataSet(livecodebench.Options, livecodebench_files, livecodebench.read),
+}
 BUNDLED: dict[str, Callable[[curriculum.Split], list[Problem]]] = {
     "curriculum": curriculum.problems,
     "humaneval": load_humaneval,
@@ -160,7 +212,8 @@ def existing(path: str, source: str) -> Path:
     bundled = ", ".join(f"{name}:SPLIT" for name in BUNDLED)
     raise ValueError(
         f"problem source {source!r}: there is no file {path!r}; "
-        f"give a JSONL file, codecontests:PLACE, evalplus:FILE, or one of {bundled} "
+        f"give a JSONL file, codecontests:PLACE, evalplus:FILE, mbpp:FILE, livecodebench:PLACE, "
+        f"or one of {bundled} "
         "(SPLIT: train, valid, test)"
     )
 

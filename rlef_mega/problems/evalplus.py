@@ -9,6 +9,7 @@ checks of a hundred inputs each, so that one start of the program serves them al
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,12 @@ def expected_outputs(
 # --- rows
 
 
-def read(files: Sequence[Path]) -> Iterator[Read]:
+@dataclass(frozen=True)
+class Options:
+    """There are none."""
+
+
+def read(files: Sequence[Path], _: Options) -> Iterator[Read]:
     """What came of each task, in order; the canonical solutions are run on the way."""
     with Sandbox(workers=1) as sandbox:
         yield from read_each(files, COLUMNS, lambda row: parse(row, sandbox))

@@ -15,10 +15,11 @@ function is the problem's `entry_point`, or the test's own. Or it is an assert s
 form of HumanEval's, {"check": "def check(candidate): assert candidate(2) == 4"}.
 
 Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes}, `checker` (tokens, exact,
-codecontests, unordered_lines, or {"program": "def check(stdin, expected, actual): ..."}, which
-returns a bool and is given bytes), `language` (python, cpp), `template` (codecontests, humaneval,
-mbpp, curriculum), `entry_point`, `family`, `difficulty` and `tags` (breakdowns in reports),
-`wrong_programs` (known to fail: what random feedback is made from). Unknown keys are refused.
+codecontests, livecodebench, unordered_lines, or {"program": "def check(stdin, expected, actual):
+..."}, which returns a bool and is given bytes), `language` (python, cpp), `template` (codecontests,
+humaneval, mbpp, curriculum), `entry_point`, `prelude` (code that stands before every program),
+`family`, `difficulty` and `tags` (breakdowns in reports), `wrong_programs` (known to fail: what
+random feedback is made from). Unknown keys are refused.
 """
 
 import ast
@@ -98,6 +99,7 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         language=known(row, "language", "python", language_named),
         template=known(row, "template", "codecontests", template_named),
         entry_point=entry_point,
+        prelude=expect(row, "prelude", str, ""),
         family=expect(row, "family", str, ""),
         difficulty=expect(row, "difficulty", str, ""),
         tags=texts(row, "tags"),

@@ -1,8 +1,9 @@
-"""Rows of data set files, one after the other: JSON Lines (also .gz and .zst) and Parquet.
+"""Rows of data set files, one after the other: JSON Lines (also .gz and .zst), Parquet, and a JSON
+array in a file of its own (.json).
 
 A row comes with its place (file and number), so that whatever is wrong with it can be named. Files
-are streamed: of a Parquet file one batch of some rows is in memory, and only the columns asked for
-are read.
+are streamed, but for the array: of a Parquet file one batch of some rows is in memory, and only the
+columns asked for are read.
 """
 
 import gzip
@@ -28,11 +29,12 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands. Numbers count from 1, lines of a text file and rows of a Parquet file."""
+    """Where a row stands. Numbers count from 1: lines of a text file, rows of a Parquet file,
+    entries of an array."""
 
     file: str
     number: int
-    unit: Literal["line", "row"] = "line"
+    unit: Literal["line", "row", "entry"] = "line"
 
     def __str__(self) -> str:
         return f"{self.file}, {self.unit} {self.number}"
@@ -88,10 +90,24 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[Place, 
     if path.name.endswith(".parquet"):
         yield from read_parquet(path, columns)
         return
+    if path.name.endswith(".json"):
+        yield from read_array(path)
+        return
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield Place(str(path), number), parse_line(line)
+
+
+def read_array(path: Path) -> Iterator[tuple[Place, Row | FieldError]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: a {type(entries).__name__} instead of an array of problems")
+    for number, entry in enumerate(entries, start=1):
+        yield Place(str(path), number, "entry"), row_of(entry)
 
 
 def open_text(path: Path) -> IO[bytes] | io.BufferedIOBase:
@@ -114,9 +130,13 @@ def parse_line(line: bytes) -> Row | FieldError:
         return FieldError(f"not UTF-8 text ({error}); write it as UTF-8")
     except (ValueError, RecursionError) as error:
         return FieldError(f"not valid JSON ({error}); write one whole object a line")
-    if not isinstance(row, dict):
-        return FieldError(f"a {type(row).__name__} instead of a JSON object")
-    return row
+    return row_of(row)
+
+
+def row_of(value: Any) -> Row | FieldError:
+    if not isinstance(value, dict):
+        return FieldError(f"a {type(value).__name__} instead of a JSON object")
+    return value
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, Row | FieldError]]:

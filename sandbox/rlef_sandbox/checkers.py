@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 
 Checker = Callable[[bytes, bytes], bool]
 
@@ -87,11 +88,34 @@ def _lines(text: bytes) -> Iterator[bytes]:
     return (line for line in map(bytes.strip, io.BytesIO(text)) if line)
 
 
+def livecodebench(expected: bytes, actual: bytes) -> bool:
+    """LiveCodeBench's rule: as many lines, each, without the space around it, the same text or the
+    same numbers, exactly: 1.0 is 1, and 0.333 is not 0.3333.
+    """
+    wanted = expected.strip().split(b"\n")
+    got = actual.strip().split(b"\n", len(wanted))  # one more at most, which is all the rest
+    return len(wanted) == len(got) and all(map(_number_lines_match, wanted, got))
+
+
+def _number_lines_match(expected: bytes, actual: bytes) -> bool:
+    return expected.strip() == actual.strip() or _all_match(_numbers_equal, expected, actual)
+
+
+def _numbers_equal(expected: bytes, actual: bytes) -> bool:
+    if not (NUMBER.fullmatch(expected) and NUMBER.fullmatch(actual)):
+        return False
+    try:
+        return Decimal(expected.decode()) == Decimal(actual.decode())
+    except ArithmeticError:  # an exponent of more than 18 digits
+        return False
+
+
 CHECKERS: dict[str, Checker] = {
     "tokens": tokens,
     "exact": exact,
     "codecontests": codecontests,
     "unordered_lines": unordered_lines,
+    "livecodebench": livecodebench,
 }
 
 

@@ -49,7 +49,9 @@ CODE = st.sampled_from(
     ["", "def check(f):\n    assert f('é') == 1\n", "check = print  # \U0001f600"]
 )
 CHECK_TESTS = st.builds(CheckTest, st.text(), CODE, st.text())
-NAMED_CHECKERS = st.sampled_from(["tokens", "exact", "codecontests", "unordered_lines"])
+NAMED_CHECKERS = st.sampled_from(
+    ["tokens", "exact", "codecontests", "unordered_lines", "livecodebench"]
+)
 REQUESTS = st.builds(
     wire.GradeRequest,
     st.binary(),
