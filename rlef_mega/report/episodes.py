@@ -88,7 +88,9 @@ def pack_episodes(stages: Mapping[str, Iterable[Json]], limit: int) -> PackedEpi
     index, chunks, waiting = Index(), [], []
     for stage, episode in share_out(stages, limit):
         shown = view_episode(episode)
-        index.add(visible(clip(stage, 80)), episode, shown)
+        protocol = text(episode, "protocol").replace("_", " ")  # of an evaluation that has several
+        full_stage = f"{stage}, {protocol}" if protocol else stage
+        index.add(visible(clip(full_stage, 120)), episode, shown)
         waiting.append(shown)
         if len(waiting) == CHUNK:
             chunks.append(squeeze(waiting))

@@ -19,6 +19,7 @@ from typing import Any
 import zstandard
 
 Json = dict[str, Any]
+NO_DIALOGUE = {"rlef_eval", "session", "dropped"}  # in a file of rlef_mega/dialogue_file.py
 STEPS_SHOWN = 20  # of the training steps whose episodes were recorded
 
 
@@ -119,8 +120,9 @@ def read_evaluations(run: Path, notes: list[str]) -> dict[str, Json]:
 def find_episode_files(run: Path) -> dict[str, Path]:
     """Of evaluations, and of training steps: the newest first, and some over the whole run."""
     evaluated = {
-        path.name.removesuffix("_episodes.jsonl.zst"): path
-        for path in sorted(run.glob("eval/*_episodes.jsonl.zst"))
+        path.name.removesuffix(ending): path
+        for ending in ("_episodes.jsonl.zst", ".dialogues.jsonl")
+        for path in sorted(run.glob(f"eval/*{ending}"))
     }
     order = sorted(evaluated, key=lambda name: (name != "before", name != "after", name))
     recorded = {
@@ -142,12 +144,17 @@ def spread(steps: list[int], count: int) -> list[int]:
 
 
 def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:
-    """Episodes one at a time: a file of a long run need not fit in memory."""
-    with path.open("rb") as compressed:
-        reader = zstandard.ZstdDecompressor().stream_reader(compressed, read_across_frames=True)
-        lines = io.TextIOWrapper(reader, encoding="utf-8", errors="replace", newline="\n")
+    """Episodes one at a time: a file of a long run need not fit in memory. Lines that are none, as
+    an evaluation's file has, are left out."""
+    with path.open("rb") as file:
+        if path.suffix == ".zst":
+            plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            lines = io.TextIOWrapper(plain, encoding="utf-8", errors="replace", newline="\n")
+        else:
+            lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n")
         try:
-            yield from json_lines(lines, path.name, notes)
+            records = json_lines(lines, path.name, notes)
+            yield from (record for record in records if not record.keys() & NO_DIALOGUE)
         except zstandard.ZstdError as error:
             notes.append(f"{path.name}: read up to a damaged place ({error})")
 

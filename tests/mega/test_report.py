@@ -343,6 +343,20 @@ def test_stages_share_the_limit_and_a_short_one_leaves_its_share_to_the_rest():
     assert [stage for stage, _ in reverse] == ["long"] * 5 + ["short"]
 
 
+def test_the_dialogues_of_an_evaluation_are_shown_by_protocol(tmp_path):
+    turn = make_turn("prompt", "Hi", "Hello", valid=True, last=True)
+    held = {"problem_id": "p", "family": "f", "tags": [], "solved": False, "turns": [turn]}
+    lines = [{"rlef_eval": 1}, {"session": {}}]
+    lines += [{"protocol": name, "number": 0, **held} for name in ("multi_turn", "independent")]
+    lines += [{"protocol": "multi_turn", "problem_id": "q", "number": 0, "dropped": "why"}]
+    (tmp_path / "eval").mkdir()
+    path = tmp_path / "eval" / "model.dialogues.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"protocol": "mul')
+    _, page = report(tmp_path)
+    assert page.index["stages"] == ["model, multi turn", "model, independent"]
+    assert len(page.dialogues) == 2
+
+
 def test_of_many_recorded_steps_some_are_shown_over_the_whole_run(run):
     packed = (run / "episodes/step_000040.jsonl.zst").read_bytes()
     for step in range(1, 100):
