@@ -152,6 +152,7 @@ def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -
         lost_s=servers.lost_s,
         publish_s=servers.publish_s,
         release_memory=servers.release_memory,
+        take_over=True,  # what this run held when it was killed
     ) as engine:
         yield engine
 

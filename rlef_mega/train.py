@@ -181,6 +181,9 @@ def total_counts(engine: Engine) -> dict[str, float]:
     total: dict[str, float] = dict(sum(map(Counter, everyone), Counter()))
     if "server_busy_s" in total:
         total["server_busy_s"] = max(mine.get("server_busy_s", 0.0) for mine in everyone)
+    if "follow_up_tokens" in total:
+        cached = total.get("follow_up_cached_tokens", 0.0)
+        total["follow_up_cached_share"] = cached / total["follow_up_tokens"]
     return total
 
 

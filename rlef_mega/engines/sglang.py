@@ -13,6 +13,9 @@ verified. The others wait, and judge no server's silence meanwhile. When all hav
 (`end_update`), they note the new version and send nothing to a server before it says that it has
 it. Dialogues may go on all the while: servers pause, requests wait there, and what is sampled after
 the pause is by the new weights.
+
+Who publishes to servers holds them until it ends: their version is a number meanwhile. Others do
+not take them away, but a run that goes on takes what it held when it was killed (`take_over`).
 """
 
 import asyncio
@@ -25,12 +28,20 @@ from types import TracebackType
 import aiohttp
 import torch
 
+from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.local import NO_WEIGHTS
 from rlef_mega.engines.requests import check_ids_and_sampling
 from rlef_mega.engines.sglang_carriers import Broadcasts, SharedTensors, own_address
 from rlef_mega.engines.sglang_fleet import Fleet
-from rlef_mega.engines.sglang_http import SUPPORTED, About, Client, new_http_session
+from rlef_mega.engines.sglang_http import (
+    FREE,
+    PROBE_S,
+    SUPPORTED,
+    About,
+    Client,
+    new_http_session,
+)
 from rlef_mega.engines.sglang_members import Member, Place, on_each
 from rlef_mega.engines.sglang_publication import BucketPublication, DiskPublication, Publication
 from rlef_mega.engines.sglang_server import log_file
@@ -77,8 +88,9 @@ class SGLangEngine:
     process does. `concurrency` bounds the open requests a server, `deadline_s` a request with all
     its tries, `lost_s` how long there may be no server at all, `publish_s` each step of a
     publication. `heartbeat_s` is how often a server that has not answered yet must say that it is
-    healthy. With `release_memory` servers give theirs back while they `rest`. `logs` is where
-    `rlef serve` writes.
+    healthy. With `release_memory` servers give theirs back while they `rest`. Whoever publishes
+    with `take_over` does so to servers that somebody else holds. `logs` is where `rlef serve`
+    writes.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class SGLangEngine:
         publish_s: float = 600.0,
         heartbeat_s: float = 30.0,
         release_memory: bool = False,
+        take_over: bool = False,
     ) -> None:
         if not urls:
             raise ValueError("no SGLang servers given; start some with `rlef serve`")
@@ -105,7 +118,8 @@ class SGLangEngine:
         self.way, self.weights_folder, self.logs = way, weights_folder, logs
         self.concurrency, self.deadline_s, self.lost_s = concurrency, deadline_s, lost_s
         self.publish_s, self.heartbeat_s = publish_s, heartbeat_s
-        self.release_memory = release_memory
+        self.release_memory, self.take_over = release_memory, take_over
+        self.holds = False  # servers whose weights are ours
         self.resting: list[Member] | None = None  # those that gave their memory back
         self.weight_version = NO_WEIGHTS
         self.publication: Publication | None = None
@@ -164,6 +178,13 @@ class SGLangEngine:
         check_same_model(self.folder, Path(about.model_path))
         if not self.way:
             return
+        if about.weight_version != FREE and not self.take_over:
+            raise ConfigError(
+                f"{client.url} has weights of version {about.weight_version}: a training run or "
+                "another evaluation uses it, and would go on with ours; give servers of its own "
+                "(`rlef serve` with another rollout.servers.port), or, where nobody uses it any "
+                "more, start it again"
+            )
         expected = self.model.served_names()
         for rank in await client.checksums(within_s=self.publish_s):
             if rank.keys() != expected:
@@ -195,6 +216,10 @@ class SGLangEngine:
 
     async def shut(self) -> None:
         await self.fleet.close()
+        if self.holds:
+            await on_each(
+                self.fleet.members, lambda client: client.set_version(FREE, within_s=PROBE_S)
+            )
         await self.http.close()
 
     # ---------------------------------------------------------------- protocol
@@ -218,6 +243,7 @@ class SGLangEngine:
             for _ in named_tensors:  # gathered over all ranks
                 pass
         else:
+            self.holds = True
             if self.resting is not None:
                 self.submit(self.wake()).result()
             weights = SentWeights(
@@ -278,7 +304,8 @@ class SGLangEngine:
     def counts(self) -> dict[str, float]:
         """Since the start: requests answered, failures of servers, how often one returned and how
         often it had to be brought to the current weights for that, tokens sampled, tokens of
-        contexts, and of these the ones that came from a server's cache; seconds in which a server
+        contexts, and of these the ones that came from a server's cache, all of them and those of
+        requests after a dialogue's first (`follow_up_`); seconds in which a server
         had a request of this process (`server_busy_s`, added up over servers), and in which
         publications of this process held them up (`paused_s`, the longest of a server)."""
         return self.submit(self.fleet.take_stock()).result()

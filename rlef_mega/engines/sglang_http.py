@@ -23,6 +23,7 @@ from rlef_mega.engines import EngineError
 from rlef_mega.types import Completion, Sampling
 
 SUPPORTED = ("0.5.23",)
+FREE = "default"  # the version of a server that nobody has published to since it started
 WEIGHTS, CACHE = "weights", "kv_cache"  # what its memory saver calls the two
 CONNECT_S = 10.0
 ABORT_S = 2.0
@@ -275,10 +276,13 @@ class Client:
 
     async def end_update(self, version: str, *, within_s: float) -> None:
         """The new version, the end, and an empty cache: what it holds is of the old weights."""
-        body = {"new_version": version, "abort_all_requests": False}
-        await self.succeed("/update_weight_version", body, within_s=within_s)
+        await self.set_version(version, within_s=within_s)
         await self.succeed("/end_weight_update", {}, within_s=within_s)
         await self.call("/flush_cache", {}, within_s=within_s, json_answer=False)
+
+    async def set_version(self, version: str, *, within_s: float) -> None:
+        body = {"new_version": version, "abort_all_requests": False}
+        await self.succeed("/update_weight_version", body, within_s=within_s)
 
     async def checksums(self, *, within_s: float) -> list[dict[str, str]]:
         """Of each tensor-parallel rank: its parameters' names and hashes."""

@@ -162,6 +162,12 @@ PANELS = (
         unit="%",
     ),
     Panel(
+        "Follow-up turns out of the cache",
+        "Tokens of their contexts that the server had, and did not compute again.",
+        (("cached", "servers.follow_up_cached_share"),),
+        unit="%",
+    ),
+    Panel(
         "Gradient norm",
         "Before clipping.",
         (("policy", "policy_grad_norm"), ("critic", "critic_grad_norm")),

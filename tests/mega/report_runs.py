@@ -107,6 +107,7 @@ def metrics_of_step(step: int, steps: int, source: random.Random) -> dict[str, A
         "staleness_max": source.choice((1, 2)),
         "effective_sample_size": around(0.97, 0.01),
         "truncated_fraction": around(0.05, 0.01),
+        "servers": {"requests": 40, "follow_up_cached_share": around(0.94, 0.01)},
         "idle_time": {"trainer": around(0.1), "engines": around(0.2)},
         "time": times_of_step(step, source),
     }

@@ -20,7 +20,7 @@ class ServerDouble:
 
     def __init__(self, number: int, model: str, version: str = "3", names: frozenset = frozenset()):
         self.number, self.model, self.weight_version, self.names = number, model, version, names
-        self.sglang, self.weights = "0.5.23", None
+        self.sglang, self.checksums = "0.5.23", {}
         self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
         self.end_of_text, self.paused, self.released = None, False, set()
         self.prompts: list[list[int]] = []
@@ -111,19 +111,22 @@ class ServerDouble:
 
     async def update_weights_from_disk(self, body):
         assert "weights" not in self.released
-        self.weight_version, self.weights = body["weight_version"], body["model_path"]
+        self.weight_version = body["weight_version"]
+        (file,) = Path(body["model_path"]).glob("*.safetensors")
+        model = ServedModel(Path(body["model_path"]))
+        sent = SentWeights(load_file(file).items(), model, torch.float32, ranks=1)
+        list(sent)
+        (self.checksums,) = sent.checksums
+        return {"success": True}
+
+    async def update_weight_version(self, body):
+        self.weight_version = body["new_version"]
         return {"success": True}
 
     async def weights_checker(self, body):
         """Of what it was told to load; before, of nothing."""
-        checksums = dict.fromkeys(self.names, "")
-        if self.weights:
-            (file,) = Path(self.weights).glob("*.safetensors")
-            model = ServedModel(Path(self.weights))
-            sent = SentWeights(load_file(file).items(), model, torch.float32, ranks=1)
-            list(sent)
-            (checksums,) = sent.checksums
-        return {"ranks": [{"parallelism_info": [{"tp_rank": 0}], "checksums": checksums}]}
+        checksums = self.checksums or dict.fromkeys(self.names, "")
+        return {"ranks": [{"parallelism_info": [{"tp_rank": 0}], "checksums": dict(checksums)}]}
 
     async def abort_request(self, body):
         self.aborted.append(body["rid"])

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang import SGLangEngine
 from rlef_mega.engines.sglang_fleet import MOST_TRIES
@@ -97,6 +98,7 @@ def test_dialogues_are_spread_evenly_and_stay_where_their_context_is(engine, ser
     assert all(taken[name] == count for name, count in counts.items() if count)
     assert engine.take_counts() == {}
     assert counts["cached_tokens"] == 48 and counts["context_tokens"] == 8 * (2 + 6 + 10)
+    assert counts["follow_up_cached_tokens"] == 32 and counts["follow_up_tokens"] == 8 * (6 + 10)
 
 
 def test_a_server_gets_no_more_requests_at_once_than_it_may(servers, model):
@@ -460,6 +462,25 @@ def test_a_server_that_holds_other_weights_is_left_out_and_if_all_do_it_is_an_er
         spoil(one)
         with pytest.raises(EngineError, match=r"other weights than were sent: model\.norm"):
             engine.update_weights(weights_of(model).items(), 3)
+
+
+def test_servers_that_somebody_holds_are_not_taken_away(servers, model, tmp_path):
+    """Whoever publishes holds them until it ends; a run that goes on takes back what it held."""
+    one, two = servers
+    with publishing(servers, model, tmp_path) as engine:
+        engine.update_weights(weights_of(model).items(), 7)
+        with (
+            pytest.raises(ConfigError, match=rf"{one.url} has weights of version 7.*rlef serve"),
+            open_engine(servers, model, way="disk", weights_folder=tmp_path / "other"),
+        ):
+            pass
+        assert one.weight_version == two.weight_version == "7"
+    assert one.weight_version == two.weight_version == "default"
+    two.weight_version = "12"  # of a run that was killed
+    options = {"way": "disk", "weights_folder": tmp_path / "weights"}
+    with open_engine(servers, model, take_over=True, **options) as engine:
+        engine.update_weights(weights_of(model).items(), 9)
+        assert two.weight_version == "9"
 
 
 def test_versions_never_go_back_in_a_dialogue(engine, servers):

@@ -152,7 +152,7 @@ def test_asynchronous_training_needs_servers_and_equal_shares():
 
 
 def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F811
-    """Its weights are brought to them, whatever they had before."""
+    """Its weights are brought to them, which nobody else may hold, and they are free again."""
     words = ["eval", str(model), "--data", "curriculum:test", "--problems", "6", "--turns", "2"]
     limits = ["--max-new-tokens", "20", "--max-context", "320"]
     only = ["--feedback", "true", "--no-single-turn"]
@@ -161,6 +161,12 @@ def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F8
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((tmp_path / "eval/init.json").read_text())["protocols"]["multi_turn"]
     assert summary["dropped"] == {} and summary["solve_rate"]["value"] == 0.0
-    assert all(server.weight_version == "0" for server in servers)
+    for server in servers:
+        assert server.calls["update_weights_from_disk"] == 1 and server.weight_version == "default"
     assert sum(server.calls["generate"] for server in servers) == 12
     assert not (tmp_path / "weights").exists()
+    servers[1].weight_version = "3"  # in training
+    refused = run_command([*RLEF, *words, *limits, *urls, "--out", str(tmp_path / "other")])
+    assert (
+        refused.returncode != 0 and f"{servers[1].url} has weights of version 3" in refused.stderr
+    )

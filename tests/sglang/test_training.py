@@ -59,5 +59,6 @@ def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way, mod
         counts = step["servers"]  # of both ranks
         assert counts["requests"] > 0 and "failures" not in counts, counts
         assert 0 < counts["cached_tokens"] < counts["context_tokens"], counts
+        assert 0 < counts["follow_up_cached_share"] < 1, counts
     assert sum(step["servers"]["requests"] for step in steps) >= 4 * 8
     assert [step["valid_step"] for step in steps if "valid_step" in step] == [2, 4]
