@@ -79,7 +79,11 @@ class Broadcasts:
             if receiving.done():
                 receiving.result()  # a server that refused will not take part: do not wait for it
             time.sleep(0.001)
-        sending.wait()
+        try:
+            sending.wait()
+        except RuntimeError as error:  # torch's: a server takes nothing, and HTTP says which
+            receiving.result()
+            raise EngineError(f"a broadcast to the servers failed: {error}") from None
         receiving.result()
 
     def leave(self, submit: Submit[Any]) -> None:
@@ -99,7 +103,9 @@ class Broadcasts:
         self.group_name = f"rlef_{time.time_ns()}"
         self.members = members
         world_size = 1 + ranks * len(members)
-        deadline = timedelta(seconds=self.deadline_s)
+        # NCCL's watchdog ends this process after it, so HTTP's deadline must come before
+        longer = 2 if self.backend == "nccl" else 1
+        deadline = timedelta(seconds=longer * self.deadline_s)
         # port 0: any free one; the servers join as its clients
         store = dist.TCPStore(
             self.host, 0, world_size, is_master=True, timeout=deadline, wait_for_workers=False
@@ -119,12 +125,20 @@ class Broadcasts:
 
         joining = submit(on_each(members, join))
         self.store = store
-        self.group = make_group(self.group_name, store, world_size, self.backend, deadline)
+        why = ""
+        try:
+            self.group = make_group(self.group_name, store, world_size, self.backend, deadline)
+        except RuntimeError as error:  # torch's: a server does not come, and HTTP says which
+            why = str(error)
         joined = joining.result()
         if failed := [member for member in members if member not in joined]:
             raise EngineError(f"not all servers joined: {reasons(failed)}")
+        if why:
+            raise EngineError(f"the servers were not joined: {why}")
 
     def close(self) -> None:
+        if self.group is not None and self.backend == "nccl":
+            self.group.abort()  # what a server did not take would end this process later
         self.group = self.store = None
 
 

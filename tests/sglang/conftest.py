@@ -35,6 +35,12 @@ class Serving:
         (found,) = [p for p in psutil.Process(self.process.pid).children() if port in p.cmdline()]
         return found
 
+    def scheduler_process(self, url: str) -> psutil.Process:
+        """What samples, beside the process that speaks HTTP."""
+        started = self.server_process(url).children()
+        (found,) = [p for p in started if p.name().startswith("sglang::schedul")]
+        return found
+
 
 def save_tiny_model(folder: Path) -> Path:
     """Two layers, with the control tokens of both chat formats."""

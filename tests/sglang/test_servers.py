@@ -23,6 +23,7 @@ from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang import SGLangEngine
 from rlef_mega.engines.sglang_publication import DiskPublication
 from rlef_mega.judge import Judge
+from rlef_mega.megatron.publish import publish
 from rlef_mega.rollout import Rules, rollout
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Test
@@ -418,6 +419,49 @@ def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
         for prompt, answer in zip(prompts, sample(engine, prompts, Sampling(9)), strict=True):
             assert gap(model, prompt, answer) < TOLERANCE
             assert set(answer.weight_versions) == {5}
+
+
+class PolicyOnTheWay:
+    """Weights in the middle of whose first publication something happens."""
+
+    def __init__(self, model: PreTrainedModel, happens) -> None:
+        self.model, self.happens, self.tries = model, happens, 0
+
+    def policy_weights(self):
+        self.tries += 1
+        *most, last = self.model.state_dict().items()
+        yield from most
+        if self.tries == 1:
+            self.happens()  # the servers are paused by now and wait for the bucket
+        yield last
+
+
+def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
+    serving, model, tmp_path
+):
+    """What speaks HTTP for it goes on, and answers whom it can answer by itself."""
+    scheduler = serving.scheduler_process(serving.urls[0])
+    policy = PolicyOnTheWay(model, scheduler.suspend)
+    with open_engine(serving, tmp_path, "distributed", publish_s=8, heartbeat_s=4) as engine:
+        engine.update_weights(model.state_dict().items(), 1)
+        change(model, seed=1)
+        try:
+            publish(policy, engine, 2)
+            assert policy.tries == 2
+            assert [member.ready for member in engine.fleet.members] == [False, True]
+            answers = sample(engine, random_prompts(4, 10), Sampling(5))
+            assert {v for answer in answers for v in answer.weight_versions} == {2}
+        finally:
+            scheduler.resume()
+        change(model, seed=2)
+        engine.publication.deadline_s = engine.publication.carrier.deadline_s = 60
+        engine.fleet.heartbeat_s = 20
+        publish(policy, engine, 3)
+        assert policy.tries == 3 and all(member.ready for member in engine.fleet.members)
+        prompts = random_prompts(8, 10)
+        for prompt, answer in zip(prompts, sample(engine, prompts, Sampling(9)), strict=True):
+            assert gap(model, prompt, answer) < TOLERANCE
+            assert set(answer.weight_versions) == {3}
 
 
 def wait_until_healthy(url: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -62,3 +63,16 @@ def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way, mod
         assert 0 < counts["follow_up_cached_share"] < 1, counts
     assert sum(step["servers"]["requests"] for step in steps) >= 4 * 8
     assert [step["valid_step"] for step in steps if "valid_step" in step] == [2, 4]
+
+
+def test_a_folder_is_evaluated_on_servers_that_nobody_holds(serving, tmp_path):
+    words = [sys.executable, "-m", "rlef_mega.cli", "eval", str(serving.model)]
+    words += ["--data", "curriculum:test", "--problems", "4", "--turns", "2"]
+    words += ["--max-new-tokens", "20", "--max-context", "1500", "--out", str(tmp_path)]
+    words += [word for url in serving.urls for word in ("--sglang", url)]
+    result = subprocess.run(words, timeout=300, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "eval/model.json").exists()
+    for url in serving.urls:
+        with urllib.request.urlopen(f"{url}/model_info", timeout=20) as said:
+            assert json.load(said)["weight_version"] == "default"
