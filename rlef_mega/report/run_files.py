@@ -147,11 +147,10 @@ def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:
     """Episodes one at a time: a file of a long run need not fit in memory. Lines that are none, as
     an evaluation's file has, are left out."""
     with path.open("rb") as file:
+        plain: Any = file
         if path.suffix == ".zst":
             plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            lines = io.TextIOWrapper(plain, encoding="utf-8", errors="replace", newline="\n")
-        else:
-            lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n")
+        lines = io.TextIOWrapper(plain, encoding="utf-8", errors="replace", newline="\n")
         try:
             records = json_lines(lines, path.name, notes)
             yield from (record for record in records if not record.keys() & NO_DIALOGUE)
