@@ -227,19 +227,27 @@ def test_inspection_prints_counts_drops_with_their_rows_and_what_two_sets_share(
     )
     held_out = tmp_path / "held_out.jsonl"
     tests = [{"stdin": "1", "expected": "2"}]
+    seventh = {"stdin": "7\n", "expected": "14\n"}
     held_out.write_text(
         "".join(
             json.dumps({"id": f"e{n}", "statement": text, "public_tests": tests}) + "\n"
             for n, text in enumerate(("PRINT  2n", long + " and one more word", "Something else."))
         )
+        + json.dumps({"id": "half", "statement": "Print 2n", "private_tests": [seventh, *tests]})
+        + "\n"
+        + json.dumps({"id": "twin", "statement": "print 2n.", "private_tests": [seventh]})
     )
     inspect(f"codecontests:{path}", tokenizer=None, against=str(held_out))
     told = capsys.readouterr().out
     assert "problems" in told and "dropped: malformed" in told
     assert f"{path}, line 2 'bad': malformed time_limit: 3 is no dict" in told.replace("\n", "")
-    assert "of 3 problems 1 have a statement of these, and 1 more share 50%" in told.replace(
-        "\n", " "
+    told = " ".join(told.split())
+    assert "of 5 problems 1 have a statement of these and all its tests, 1 a statement and" in told
+    assert "some of its tests, 1 a statement but other tests, and 1 more share 50%" in told
+    twin, half, other = (
+        told.index(f"- {name!r}: the statement of") for name in ("twin", "half", "e0")
     )
+    assert twin < half < other and "'1_A. Double', and 50% of its tests" in told
     with pytest.raises(ValueError, match=r"line 2: time_limit: .*1 malformed rows in all"):
         load_problems(f"codecontests:{path}")
     assert len(read_data_set(f"codecontests:{path}")) == 2
