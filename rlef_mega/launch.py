@@ -30,6 +30,7 @@ import psutil
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3  # exit code of a run that was asked to stop; the same command goes on with it
 FAILED = 2  # exit code of a run that ended with a message
+STEPS_A_COLLECTION = 50
 PR_SET_PDEATHSIG = 1
 
 
@@ -154,7 +155,7 @@ def worker_main(work: Callable[[Path], int]) -> None:
     # Megatron's overlapped exchanges want kernels to start in the order in which they are launched;
     # read when CUDA starts, and of no effect without it
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    collect_garbage_rarely()
+    collect_garbage_by_hand()
     try:
         code = work(Path(sys.argv[1]))
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
@@ -170,13 +171,19 @@ def worker_main(work: Callable[[Path], int]) -> None:
     os._exit(code)  # not through destructors of process groups whose peers may be gone
 
 
-def collect_garbage_rarely() -> None:
-    """A full collection goes through all that lives and stops every thread, so also the rollouts,
-    for a tenth of a second. What imports made is left out of it, and it comes once in some minutes:
-    hardly anything of ours is in a circle."""
+def collect_garbage_by_hand() -> None:
+    """A collection stops every thread, so also the rollouts: the youngest objects alone, with their
+    tens of thousands of log-probs, take it a tenth of a second. Hardly anything of ours is in a
+    circle, so none comes by itself; `collect_garbage` has its place at the end of a step."""
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(700, 10, 1000)  # the third is 10 by default
+    gc.freeze()  # what imports made is left out of those to come
+    gc.disable()
+
+
+def collect_garbage(step: int) -> None:
+    """Every so many steps."""
+    if step % STEPS_A_COLLECTION == 0:
+        gc.collect()
 
 
 def take_place_in_step() -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.chat import ChatFormat
 from rlef_mega.config import SFTConfig, load_config
-from rlef_mega.launch import StopRequest, worker_main
+from rlef_mega.launch import StopRequest, collect_garbage, worker_main
 from rlef_mega.manifest import versions
 from rlef_mega.megatron import accelerations, parallel
 from rlef_mega.megatron.checkpoint import Checkpoints
@@ -83,6 +83,7 @@ def supervise(config: SFTConfig) -> int:
                 checkpoints.poll()
                 if due or stopping:
                     checkpoints.save(step, {"seed": config.seed, "metrics_lines": step})
+            collect_garbage(step)
             if stopping:
                 checkpoints.require_saved()
                 return stop.obeyed(writer=ranks.is_writer)

@@ -23,7 +23,7 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.engines import Engine, EngineLostError
 from rlef_mega.episode_records import episode_records
 from rlef_mega.guard import GuardError
-from rlef_mega.launch import sandbox_token, worker_main
+from rlef_mega.launch import collect_garbage, sandbox_token, worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.checkpoint import Checkpoints
 from rlef_mega.megatron.publish import publish
@@ -134,6 +134,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
                 checkpoints.save(step, position(config, step, rollouts), score=mine)
             if score is not None and scored != step:
                 checkpoints.rate(scored, score)
+        collect_garbage(step)
         if stopping or lost:
             checkpoints.require_saved()
         if lost:

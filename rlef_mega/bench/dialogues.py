@@ -29,7 +29,7 @@ from rlef_mega.bench.simulated import (
 )
 from rlef_mega.chat import ChatFormat
 from rlef_mega.judge import Judge
-from rlef_mega.launch import collect_garbage_rarely
+from rlef_mega.launch import collect_garbage_by_hand
 from rlef_mega.problems.tokenizer import train_tokenizer
 from rlef_mega.rollout import DialogueLoop, Rules, rollout
 from rlef_mega.stream import Stream
@@ -158,7 +158,7 @@ async def probed(work: Callable[[], Awaitable[int]]) -> Drive:
             delays_ms.append(1e3 * (time.perf_counter() - begun - 1e-3))
             computing_ms.append(1e3 * (time.thread_time() - computed))
 
-    collect_garbage_rarely()  # as in training
+    collect_garbage_by_hand()  # as in training
     probing = asyncio.ensure_future(probe())
     begun, cpu = time.perf_counter(), time.process_time()
     dialogues = await work()
