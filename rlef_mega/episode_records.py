@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlef_mega.chat import ChatFormat
+from rlef_mega.problems import named
 from rlef_mega.types import (
     AssertTest,
     Batch,
@@ -52,7 +53,7 @@ def episode_records(
 ) -> list[dict[str, Any]]:
     """A step's episodes, each turn with its value, return and advantage (its first token's, where
     every token has its own)."""
-    by_id = {problem.id: problem for problem in problems}
+    by_id = named(problems, {episode.problem_id for episode in episodes})
     numbers = turn_numbers(batch, scores, targets)
     records = []
     for episode in episodes:

@@ -5,7 +5,7 @@
 import logging
 import random
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -216,6 +216,13 @@ def existing(path: str, source: str) -> Path:
         f"or one of {bundled} "
         "(SPLIT: train, valid, test)"
     )
+
+
+def named(problems: Sequence[Problem], ids: Collection[str]) -> dict[str, Problem]:
+    """The problems of these ids; of a store no others are read."""
+    if isinstance(problems, ProblemStore):
+        return {name: problems[problems.number_of[name]] for name in set(ids)}
+    return {problem.id: problem for problem in problems if problem.id in ids}
 
 
 def sample(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:

@@ -77,11 +77,12 @@ class Options:
 def read(files: Sequence[Path], options: Options) -> Iterator[Read]:
     """What came of each row, in order."""
     columns = (*COLUMNS, *(("incorrect_solutions",) if options.wrong_programs else ()))
+    seen: dict[str, set[bytes]] = {}
     for path in files:  # a file's own names for the numbers come before ours
         names = tuple(name.removesuffix("_source").lower() for name in class_names_of(path))
         names = names or SOURCES[options.enums]
         yield from read_each(
-            [path], columns, functools.partial(parse, options=options, source_names=names)
+            [path], columns, functools.partial(parse, options=options, source_names=names), seen
         )
 
 

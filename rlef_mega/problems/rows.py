@@ -203,14 +203,18 @@ Parsed = tuple[Problem | None, list[Lost]]
 
 
 def read_each(
-    files: Iterable[Path], columns: Sequence[str], parse: Callable[[Row], Parsed]
+    files: Iterable[Path],
+    columns: Sequence[str],
+    parse: Callable[[Row], Parsed],
+    seen: dict[str, set[bytes]] | None = None,
 ) -> Iterator[Read]:
     """What `parse` makes of each row of the files, with its place.
 
     A row that repeats another's id is dropped where the statement is the same too; else its id gets
-    a number (CodeContests: "names could agree between different sources").
+    a number (CodeContests: "names could agree between different sources"). `seen` is what was read
+    before: ids, and digests of their statements.
     """
-    seen: dict[str, set[bytes]] = {}
+    seen = {} if seen is None else seen
     for path in files:
         for place, row in read_rows(path, columns):
             name = "" if isinstance(row, FieldError) else str(row.get(columns[0], ""))

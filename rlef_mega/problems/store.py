@@ -21,7 +21,7 @@ from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_mega.problems.rows import Drop, Read
 from rlef_mega.types import Problem
 
-FORMAT = 3  # part of every key: raise it when what readers make of a row changes
+FORMAT = 4  # part of every key: raise it when what readers make of a row changes
 WHOLE_BYTES = 64 << 20  # larger files are known by their ends, size and time of change
 END_BYTES = 1 << 20
 
@@ -32,6 +32,7 @@ class ProblemStore(Sequence[Problem]):
     def __init__(self, index: Path) -> None:
         about = json.loads(index.read_text())
         self.offsets: list[int] = about["offsets"]
+        self.number_of = {name: number for number, name in enumerate(about["ids"])}
         self.drops = tuple(Drop(**drop) for drop in about["drops"])
         self.file = index.with_suffix(".jsonl.zst").open("rb")
 
@@ -87,6 +88,7 @@ def store_key(source: str, files: Sequence[Path]) -> str:
 def write_store(outcomes: Iterable[Read], index: Path) -> None:
     """One problem in memory at a time. The index comes last: where it is, the store is whole."""
     index.parent.mkdir(parents=True, exist_ok=True)
+    ids: list[str] = []
     offsets: list[int] = [0]
     drops: list[Drop] = []
     compressor = zstandard.ZstdCompressor(level=3)
@@ -95,6 +97,7 @@ def write_store(outcomes: Iterable[Read], index: Path) -> None:
             for outcome in outcomes:
                 drops += outcome.drops
                 if outcome.problem is not None:
+                    ids.append(outcome.problem.id)
                     line = json.dumps(to_row(outcome.problem)) + "\n"
                     offsets.append(offsets[-1] + data.write(compressor.compress(line.encode())))
             data.flush()
@@ -102,7 +105,7 @@ def write_store(outcomes: Iterable[Read], index: Path) -> None:
         except BaseException:
             os.unlink(data.name)
             raise
-    about = {"offsets": offsets, "drops": [asdict(drop) for drop in drops]}
+    about = {"ids": ids, "offsets": offsets, "drops": [asdict(drop) for drop in drops]}
     with tempfile.NamedTemporaryFile("w", dir=index.parent, suffix=".part", delete=False) as file:
         json.dump(about, file)
     os.replace(file.name, index)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlef_mega.data_command import inspect
-from rlef_mega.problems import load_problems, read_data_set
+from rlef_mega.problems import load_problems, named, read_data_set
 from rlef_mega.problems.store import count_reasons
 from rlef_sandbox import Limits, Test
 
@@ -215,6 +215,21 @@ def test_names_that_agree_between_sources_stay_two_problems(tmp_path):
     store = load_problems("codecontests:" + write(tmp_path, *rows))
     assert [p.id for p in store] == ["1_A. Double", "1_A. Double (2)"]
     assert store.drops[0].reason == "repeats another row"
+
+
+def test_problems_are_found_by_id_and_ids_are_unique_over_all_files(tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    for number, words in enumerate(("Print 2n.", "Another.", "Print 2n.")):
+        row = json.dumps({**ROW, "description": words})
+        (tmp_path / f"shards/train-{number}.jsonl").write_text(row)
+    store = load_problems(f"codecontests:{tmp_path}/shards")
+    assert [p.id for p in store] == ["1_A. Double", "1_A. Double (2)"]
+    read = []
+    monkeypatch.setattr(type(store), "__iter__", lambda self: read.append(self))
+    assert named(store, ["1_A. Double (2)"]) == {"1_A. Double (2)": store[1]}
+    assert not read and named(list(map(store.__getitem__, (0, 1))), {"1_A. Double"}) == {
+        "1_A. Double": store[0]
+    }
 
 
 def test_inspection_prints_counts_drops_with_their_rows_and_what_two_sets_share(tmp_path, capsys):
