@@ -279,16 +279,38 @@ def inspect_data(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Check a recipe's layout and batch arithmetic, and print them; data and weights may be
-    elsewhere."""
-    from rlef_mega.preflight import plan_train
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="in all: search the best layout and split of them")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="a100-80gb, h100-80gb, h200, b200 or cpu; by default the recipe's kind"),
+    ] = None,
+    sampling_gpus: Annotated[
+        int | None, typer.Option(min=1, help="of the servers; by default as many as keep up")
+    ] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="time and cost as GPUs grow to 10,000")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
+) -> None:
+    """Check a recipe's layout and batch arithmetic, and what it takes: memory by rank, time by
+    phase, cost; data and weights may be elsewhere. Refuses what does not fit."""
+    from rlef_mega.plan.command import run_plan
 
     path = find_recipe(recipe)
-    table = Table("fact", "value", title=str(path))
-    for fact, value in plan_train(load_config(path, overrides or [], TrainConfig)).items():
-        table.add_row(fact, str(value))
-    Console().print(table)
+    run_plan(
+        str(path),
+        load_config(path, overrides or [], TrainConfig),
+        gpus=gpus,
+        gpu=gpu,
+        sampling_gpus=sampling_gpus,
+        with_scaling=scaling,
+        out=out,
+    )
 
 
 @app.command()
@@ -355,7 +377,7 @@ def bench(
         str,
         typer.Argument(
             help="train, slice, rollout, e2e, dialogues, leaders, overlap, modes, scale, publish, "
-            "step, checkpoint, sandbox, kernels, packing, convert; or compare"
+            "step, checkpoint, sandbox, kernels, packing, plan, convert; or compare"
         ),
     ],
     recipe: Annotated[

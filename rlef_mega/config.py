@@ -46,6 +46,8 @@ class ModelShape(Section):
     layers: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     ffn: int = Field(gt=0)
+    hidden: int | None = Field(None, gt=0, description="for memory and time; `rlef plan`")
+    head_dim: int | None = Field(None, gt=0, description="if it is not hidden / heads")
 
 
 class ModelConfig(Section):

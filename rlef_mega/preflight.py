@@ -166,7 +166,8 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
     """From the model's config.json; from the recipe's [model.shape] where the weights are not on
     this machine."""
     path = Path(config.model.path) / "config.json"
-    stated = config.model.shape.model_dump() if config.model.shape else None
+    given = config.model.shape
+    stated = given.model_dump(exclude={"hidden", "head_dim"}) if given else None
     if not path.is_file():
         if stated:
             return stated

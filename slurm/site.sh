@@ -5,6 +5,8 @@ PARTITION=${PARTITION:-}          # of the nodes that train and generate; empty:
 CPU_PARTITION=${CPU_PARTITION:-}  # of the nodes that grade, in a het job; empty: Slurm's default
 ACCOUNT=${ACCOUNT:-}              # whom the hours are counted for; empty: Slurm's default
 
+GPU_MODEL=${GPU_MODEL:-}          # whose memory the plan counts with: h100-80gb, h200, b200, a100-80gb; empty: h100-80gb
+
 VENV=${VENV:-$ROOT/.venv}         # where rlef-mega is installed, on a file system that all nodes share
 CONTAINER=${CONTAINER:-}          # an image that has it, instead of VENV; empty: no container
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis} # what runs the image: pyxis (srun's plugin) or apptainer

@@ -28,6 +28,7 @@ BENCHMARKS = (
     "sandbox",
     "kernels",
     "packing",
+    "plan",
     "convert",
 )
 
@@ -143,6 +144,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import kernels
 
             return kernels.benchmark(recipe)
+        case "plan":
+            from rlef_mega.bench import plan
+
+            return plan.benchmark()
         case "packing":
             from rlef_mega.bench import packing
 

@@ -25,6 +25,9 @@ software   ${CONTAINER:-$VENV}${CONTAINER:+ ($CONTAINER_RUNTIME)}
 END
     local words=() setting
     for setting in "${SETS[@]}"; do words+=(--set "$setting"); done
+    [ -z "$GPU_MODEL" ] || words+=(--gpu "$GPU_MODEL")
+    local sampling=$((ROLLOUT_NODES * SERVERS_PER_NODE * GPUS_PER_SERVER))
+    [ "$sampling" = 0 ] || words+=(--sampling-gpus "$sampling")
     in_software "$PYTHON" -m rlef_mega.cli plan "$RECIPE" "${words[@]}" || die "rlef plan refuses the recipe"
 }
 

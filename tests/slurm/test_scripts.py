@@ -24,10 +24,24 @@ def test_scripts_pass_shellcheck():
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ("train_8b.sh", ["16 nodes x 8 ranks = 128 ranks", "20 nodes x 8 SGLang servers x 1 GPUs"]),
+        (
+            "train_8b.sh",
+            [
+                "16 nodes x 8 ranks = 128 ranks",
+                "20 nodes x 8 SGLang servers x 1 GPUs",
+                "GiB a GPU",
+                "160 servers of 1 GPUs",
+            ],
+        ),
         (
             "train_70b.sh",
-            ["128 nodes x 8 ranks = 1024 ranks", "160 nodes x 1 SGLang servers x 8", "a het job"],
+            [
+                "128 nodes x 8 ranks = 1024 ranks",
+                "160 nodes x 1 SGLang servers x 8",
+                "a het job",
+                "GiB a GPU",
+                "160 servers of 8 GPUs",
+            ],
         ),
     ],
 )

@@ -1,0 +1,239 @@
+"""`rlef plan`: the facts of a recipe, then what it takes on a device; tables, or JSON."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlef_mega.config import TrainConfig
+from rlef_mega.plan.hardware import CPU, GIB, Device, find_device
+from rlef_mega.plan.job import Job, RankMemory, Step, gib, refuse_without_room, shape_of
+from rlef_mega.plan.published import SHAPES, rows
+from rlef_mega.plan.search import Split, balanced_sampling, scaling, splits
+from rlef_mega.preflight import plan_train
+from rlef_mega.record import write_atomically
+
+SCALES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10240)
+SHOWN = 5
+SHORT = {
+    "gradients": "grads",
+    "optimizer": "optim",
+    "reference": "refer",
+    "activations": "activ",
+}
+ASSUMED = (
+    "Computed, not measured; lengths of dialogues are assumed (docs/scaling.md says what else)."
+)
+
+
+def run_plan(
+    title: str,
+    config: TrainConfig,
+    *,
+    gpus: int | None,
+    gpu: str | None,
+    sampling_gpus: int | None,
+    with_scaling: bool,
+    out: Path | None,
+) -> None:
+    """ConfigError where the recipe's layout, or with `gpus` every layout, has no room."""
+    console = Console()
+    facts = plan_train(config)
+    table = Table("fact", "value", title=title)
+    for fact, value in facts.items():
+        table.add_row(fact, str(value))
+    console.print(table)
+    content: dict[str, Any] = {"recipe": title, "facts": facts}
+    shape = shape_of(config)
+    if shape is None:
+        console.print("no [model.shape] with `hidden`: memory and time are not planned")
+    else:
+        device = find_device(gpu or (CPU if config.model.dtype == "float32" else "h100-80gb"))
+        job = Job.of(config, shape, on_cpu=device.name == CPU)
+        content["device"] = device.name
+        if gpus is None:
+            content |= show_recipe(console, job, device, sampling_gpus)
+        else:
+            content |= show_search(console, job, device, gpus)
+        if with_scaling:
+            content["scaling"] = show_scaling(console, job, device)
+        console.print(ASSUMED)
+    if out is not None:
+        write_atomically(out, json.dumps(content, indent=1) + "\n")
+        console.print(f"wrote {out}")
+
+
+def show_recipe(
+    console: Console, job: Job, device: Device, sampling_gpus: int | None
+) -> dict[str, Any]:
+    """The recipe as it is."""
+    console.print(memory_table(job.memory(), job, device))
+    refuse_without_room(job, device)
+    sampling = 0
+    if job.engine == "sglang":
+        sampling = sampling_gpus or balanced_sampling(job, device)
+    step = job.step(device, sampling)
+    show_step(console, job, device, step, sampling)
+    return describe(Split(job, sampling, step), device)
+
+
+def show_search(console: Console, job: Job, device: Device, gpus: int) -> dict[str, Any]:
+    """The best layouts on so many GPUs, and the first one in full."""
+    found = splits(job, device, gpus)
+    table = Table(
+        "layout", "recompute", "idle", "train", "sample", "GiB", "s/step", "stopped by",
+        title=f"{len(found)} layouts fit {gpus:,} x {device.name}; the quickest",
+    )  # fmt: skip
+    for each in found[:SHOWN]:
+        fullest = max(rank.total for rank in each.job.memory()) / GIB
+        table.add_row(
+            short_layout(each.job),
+            each.job.recompute,
+            "host" if each.job.offloads else "stays",
+            f"{each.job.training_gpus:,}",
+            sampling_words(each),
+            f"{fullest:.1f}",
+            f"{each.step.seconds:.1f}",
+            each.step.stopped_by,
+        )
+    console.print(table)
+    best = found[0]
+    console.print(memory_table(best.job.memory(), best.job, device))
+    show_step(console, best.job, device, best.step, best.sampling)
+    return describe(best, device) | {"ranked": [summary(each) for each in found[:SHOWN]]}
+
+
+def show_scaling(console: Console, job: Job, device: Device) -> list[dict[str, Any]]:
+    found = scaling(job, device, SCALES)
+    table = Table(
+        "GPUs", "layout", "train", "sample", "s/step", "hours", "GPU hours", "stopped by",
+        title="the quickest step as GPUs grow",
+    )  # fmt: skip
+    for gpus, each in found:
+        hours = job.steps * each.step.seconds / 3600
+        table.add_row(
+            f"{gpus:,}",
+            short_layout(each.job),
+            f"{each.job.training_gpus:,}",
+            sampling_words(each),
+            f"{each.step.seconds:.1f}",
+            f"{hours:.1f}",
+            f"{hours * each.gpus:,.0f}",
+            each.step.stopped_by,
+        )
+    console.print(table)
+    return [{"gpus": gpus} | summary(each) for gpus, each in found]
+
+
+def memory_table(ranks: Sequence[RankMemory], job: Job, device: Device) -> Table:
+    parts = [SHORT.get(part, part) for part in ranks[0].parts]
+    at = ", ".join(sorted({rank.phase for rank in ranks}))
+    table = Table(
+        "rank", *parts, "in all", "host",
+        title=f"GiB a GPU, fullest moment: {at}; there are {device.usable / GIB:.1f}",
+    )  # fmt: skip
+    for rank in ranks:
+        sizes = [*rank.parts.values(), rank.total, rank.parked]
+        table.add_row(rank.name, *(f"{size / GIB:.1f}" for size in sizes))
+    modes = job.activations_by_mode()
+    table.caption = "activations with recomputation: " + ", ".join(
+        f"{mode} {gib(size)}" for mode, size in modes.items()
+    )
+    return table
+
+
+def show_step(console: Console, job: Job, device: Device, step: Step, sampling: int) -> None:
+    table = Table("phase", "seconds", title="a step")
+    for phase, value in phases(step).items():
+        table.add_row(phase, f"{value:.1f}" if value >= 1 else f"{value:.3f}")
+    table.add_section()
+    table.add_row("step, " + ("async" if step.is_async else "sync"), f"{step.seconds:.1f}")
+    table.caption = f"stopped by {step.stopped_by}"
+    console.print(table)
+    if job.engine == "sglang":
+        server = job.server(device)
+        console.print(
+            f"{sampling // server.gpus:,} servers of {server.gpus} GPUs: weights "
+            f"{gib(server.weights)}, contexts {gib(server.cache)} a GPU, room for "
+            f"{server.cached_tokens:,} tokens ({server.cached_tokens / job.dialogues.tokens:,.0f} "
+            "dialogues of average length)"
+        )
+    hours = job.steps * step.seconds / 3600
+    console.print(
+        f"{job.steps:,} steps: {hours:.1f} hours on {job.training_gpus:,} + {sampling:,} = "
+        f"{job.gpu_hours(step, sampling):,.0f} GPU hours, without evaluations and checkpoints"
+    )
+    for paper in papers_run(job):
+        cost = (paper["training"] + paper["sampling"]) * paper["hours"]
+        console.print(
+            f"the paper's run: {paper['training']:,} + {paper['sampling']:,} H100s, about "
+            f"{paper['hours']} hours = {cost:,} GPU hours, for {paper['updates']:,} updates (here "
+            f"{job.steps * job.updates:,})"
+        )
+
+
+def papers_run(job: Job) -> list[dict[str, Any]]:
+    return [row for row in rows("paper") if SHAPES[row["model"]] == job.shape]
+
+
+def phases(step: Step) -> dict[str, float]:
+    found = {"score": step.score, "update": step.update}
+    found |= {f"  {term}": value for term, value in step.terms.items() if value}
+    found |= {"move idle state": step.move, "publish": step.publish}
+    if step.generation:
+        found["servers' work on a batch"] = step.generation.work
+        found["its longest dialogue, of this step"] = step.generation.longest
+    return found
+
+
+def short_layout(job: Job) -> str:
+    chunks = job.parallel.virtual_pipeline_model_parallel_size
+    pipeline = f"{job.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
+    return f"TP{job.policy.tensor} PP{pipeline} DP{job.policy.data}"
+
+
+def sampling_words(split: Split) -> str:
+    if split.job.engine == "local":
+        return "the same"
+    return f"{split.sampling:,}/{split.job.server_gpus}"
+
+
+def summary(split: Split) -> dict[str, Any]:
+    return {
+        "layout": split.job.parallel.model_dump(exclude={"processes_per_node", "pipeline_layers"}),
+        "recompute": split.job.recompute,
+        "offload": "idle" if split.job.offloads else "none",
+        "training_gpus": split.job.training_gpus,
+        "sampling_gpus": split.sampling,
+        "server_gpus": split.job.server_gpus,
+        "step_s": split.step.seconds,
+        "bounds_s": split.step.bounds,
+        "stopped_by": split.step.stopped_by,
+        "gpu_hours": split.job.gpu_hours(split.step, split.sampling),
+    }
+
+
+def describe(split: Split, device: Device) -> dict[str, Any]:
+    job, step = split.job, split.step
+    found = summary(split) | {
+        "usable_bytes": device.usable,
+        "memory": [
+            {"rank": rank.name, "phase": rank.phase, "parked_bytes": rank.parked}
+            | {f"{part}_bytes": size for part, size in rank.parts.items()}
+            for rank in job.memory()
+        ],
+        "activation_bytes": job.activations_by_mode(),
+        "seconds": {name.strip(): value for name, value in phases(step).items()},
+        "paper": papers_run(job),
+    }
+    if job.engine == "sglang":
+        server = job.server(device)
+        found["server"] = {
+            "weights_bytes": server.weights,
+            "cache_bytes": server.cache,
+            "cached_tokens": server.cached_tokens,
+        }
+    return found

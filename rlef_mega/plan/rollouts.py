@@ -1,0 +1,174 @@
+"""Dialogues, and the servers that hold them: memory for contexts, and seconds of a batch.
+
+A server decodes a token for each of its c requests in
+
+    pace(c) = bytes of its weights / rate + c x bytes of a context / rate + 2 L all-reduces
+
+and computes prompts at a part of its FLOP/s; `bench/scale.py` simulates the same servers one
+request at a time, and a test holds this arithmetic against it. A batch takes as long as the
+servers' work on it (`work`), but no less than its longest dialogue, whose tokens come one after
+another; a dialogue may go on while max_staleness + 1 steps pass (`longest`).
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+from rlef_mega.config import RolloutConfig
+from rlef_mega.flops import LlamaShape
+from rlef_mega.plan.hardware import (
+    ALL_REDUCE_S,
+    CONTEXT_GIB,
+    DECODE_MEMORY,
+    GIB,
+    PREFILL_PRODUCTS,
+    Device,
+)
+
+# Assumed, and the same as the benchmarks' (bench/simulated.py): medians in tokens of the paper's
+# limits (a context of 8,192, responses up to 2,048), and spreads of the logarithm. Other recipes
+# get theirs in proportion to their limits.
+PROMPT, FEEDBACK, RESPONSE = (700, 0.5), (250, 0.0), (500, 0.8)
+SOLVED = 0.25  # of the programs
+MOST_RUNNING = 256  # requests of a server at once
+DRAWN = 4096
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    tokens: int
+    sampled: int
+    turns: int
+
+
+def draw_dialogues(rollout: RolloutConfig, count: int = DRAWN, seed: int = 0) -> list[Dialogue]:
+    """Made up, within the recipe's limits; the same for the same seed."""
+    generator = random.Random(seed)
+    context, response = rollout.max_context / 8192, rollout.max_new_tokens / 2048
+
+    def length(what: tuple[int, float], scale: float) -> int:
+        median, spread = what
+        return max(1, round(scale * generator.lognormvariate(math.log(median), spread)))
+
+    def dialogue() -> Dialogue:
+        tokens = sampled = turns = 0
+        while turns < rollout.turns:
+            observed = length(FEEDBACK if turns else PROMPT, context)
+            answer = min(length(RESPONSE, response), rollout.max_new_tokens)
+            if tokens + observed + answer > rollout.max_context:
+                break
+            tokens, sampled, turns = tokens + observed + answer, sampled + answer, turns + 1
+            if generator.random() < SOLVED:
+                break
+        return Dialogue(tokens, sampled, turns)
+
+    drawn = [dialogue() for _ in range(count)]
+    return [each for each in drawn if each.turns] or [Dialogue(rollout.max_context, 1, 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Dialogues:
+    """What a batch is made of. Equal to itself alone, so that results are cached by it."""
+
+    drawn: tuple[Dialogue, ...]
+
+    @cached_property
+    def tokens(self) -> float:
+        return fmean(each.tokens for each in self.drawn)
+
+    @cached_property
+    def sampled(self) -> float:
+        return fmean(each.sampled for each in self.drawn)
+
+    @cached_property
+    def by_length(self) -> list[int]:
+        return sorted(each.sampled for each in self.drawn)
+
+    def longest(self, batch: int) -> int:
+        """Tokens sampled in the longest of a batch: the median of that, of batches drawn anew."""
+        place = round(len(self.drawn) * 0.5 ** (1 / batch))
+        return self.by_length[min(place, len(self.drawn) - 1)]
+
+    def batch(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(lengths, tokens that the head reads) of the sequences of one batch."""
+        chosen = [self.drawn[n % len(self.drawn)] for n in range(size)]
+        return tuple(d.tokens for d in chosen), tuple(d.sampled for d in chosen)
+
+
+@dataclass(frozen=True)
+class Server:
+    """SGLang with the model in bfloat16 on so many GPUs."""
+
+    shape: LlamaShape
+    device: Device
+    gpus: int
+    memory_fraction: float = 0.8
+
+    @property
+    def weights(self) -> float:
+        """Bytes of each GPU."""
+        return 2 * self.shape.parameters / self.gpus
+
+    @property
+    def cache(self) -> float:
+        """Bytes of each GPU for contexts: what SGLang's share of the memory leaves."""
+        share = self.memory_fraction * (self.device.memory_gib - CONTEXT_GIB) * GIB
+        return share - self.weights
+
+    @property
+    def token_bytes(self) -> float:
+        """Keys and values of a token, over all GPUs."""
+        return 4 * self.shape.layers * self.shape.key_value_heads * self.shape.head_dim
+
+    @property
+    def cached_tokens(self) -> int:
+        return int(self.cache * self.gpus / self.token_bytes)
+
+    @property
+    def bandwidth(self) -> float:
+        return self.gpus * self.device.bandwidth * DECODE_MEMORY
+
+    @property
+    def step_s(self) -> float:
+        """A decoding step without the contexts."""
+        all_reduces = 2 * self.shape.layers * ALL_REDUCE_S if self.gpus > 1 else 0.0
+        return 2 * self.shape.parameters / self.bandwidth + all_reduces
+
+    def pace(self, running: float, context: float) -> float:
+        return self.step_s + running * context * self.token_bytes / self.bandwidth
+
+    @property
+    def prefill_token_s(self) -> float:
+        flops = self.gpus * self.device.flops * PREFILL_PRODUCTS
+        return 2 * self.shape.parameters / flops
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Seconds of a batch, by what bounds it."""
+
+    work: float
+    longest: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.work, self.longest)
+
+
+def generation(
+    dialogues: Dialogues, server: Server, servers: int, batch: int, max_staleness: int
+) -> Generation:
+    """With `batch` x (max_staleness + 1) dialogues open, as many as the servers have room for."""
+    context = dialogues.tokens - dialogues.sampled / 2
+    room = min(MOST_RUNNING, server.cached_tokens / dialogues.tokens)
+    running = max(1.0, min(room, batch * (max_staleness + 1) / servers))
+    each = batch / servers
+    observed = dialogues.tokens - dialogues.sampled
+    steps = each * dialogues.sampled / running
+    work = steps * server.pace(running, context) + each * observed * server.prefill_token_s
+    if max_staleness == 0:
+        running /= 2  # they end one after another
+    longest = dialogues.longest(batch) * server.pace(running, context)
+    return Generation(work, longest / (max_staleness + 1))

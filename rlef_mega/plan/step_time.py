@@ -1,0 +1,195 @@
+"""Seconds of one network's passes, as a roofline: each term is work over a rate, and they add up
+but where the trainer runs them side by side.
+
+On the slowest stage of the pipeline, of the fullest data-parallel rank:
+
+    products     FLOPs (flops.py) / t / (flops x products); backward is two forwards,
+                 recomputation a part of one more
+    head         its products, for the tokens that it reads
+    memory       what norms, rotations, activations and residuals read and write, about 20 h +
+                 4 (a + k) + 6 f bytes a token and layer forward, twice that backward; each
+                 micro-batch also reads and writes the fp32 gradients, 8 bytes a parameter
+    tensor       tensor-parallel exchange: with sequence parallelism 4 collectives of [T, h] a layer
+                 forward and 6 backward, each moving (t - 1) / t of it; nothing is hidden
+    bubble       (P - 1) / V of a micro-batch's time; and, without chunks, 2 exchanges of [T, h]
+    data         what the last micro-batch's backward does not hide of reducing the gradients (4
+                 bytes), nor the first forward of gathering new weights
+    optimizer    38 bytes a parameter of this rank's share: gradient norm, clipping, Adam
+
+Latencies of kernels and collectives, and their launching by the host, are left out: a pass of many
+small pieces takes longer than this.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from rlef_mega.flops import LlamaShape
+from rlef_mega.packing import microbatches
+from rlef_mega.plan.hardware import LINK, MEMORY, NETWORK, Device
+from rlef_mega.plan.memory import Network
+from rlef_mega.plan.rollouts import Dialogues
+
+Terms = dict[str, float]
+FORWARD, TRAINING = "forward", "training"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the fullest data-parallel rank computes between two waits: sums over its sequences."""
+
+    tokens: float
+    squares: float  # of the sequences' lengths
+    read: float  # tokens that the head reads
+    microbatches: int
+
+    def times(self, factor: float) -> "Load":
+        return Load(
+            self.tokens * factor, self.squares * factor, self.read * factor, self.microbatches
+        )
+
+
+def even_load(sequences: int, length: int, microbatches: int) -> Load:
+    """Of sequences of one length, all of whose tokens the head reads."""
+    tokens = sequences * length
+    return Load(tokens, tokens * length, tokens, microbatches)
+
+
+@cache
+def divided(
+    shape: LlamaShape,
+    dialogues: Dialogues,
+    sequences: int,
+    budget: int,
+    ranks: int,
+    multiple: int,
+) -> Load:
+    """The trainer's own micro-batches of so many dialogues; the load of the fullest rank."""
+    lengths, reads = dialogues.batch(sequences)
+    costs = list(map(shape.flops, lengths, reads))
+    plan = microbatches(lengths, budget, ranks, costs=costs, multiple=multiple)
+
+    def load(rank: Sequence[Sequence[int]]) -> tuple[int, Load]:
+        members = [i for part in rank for i in part]
+        tokens, squares = sum(lengths[i] for i in members), sum(lengths[i] ** 2 for i in members)
+        read = sum(reads[i] for i in members)
+        return sum(costs[i] for i in members), Load(tokens, squares, read, len(rank))
+
+    return max((load(rank) for rank in plan), key=lambda pair: pair[0])[1]
+
+
+def seconds(
+    network: Network, device: Device, load: Load, passes: str, *, context_parallel: int = 1
+) -> Terms:
+    """By term. `passes`: FORWARD, or TRAINING, which is forward, backward and the optimizer's step.
+    `context_parallel` is of published runs alone, whose load is then that of one of its ranks."""
+    forwards = [stage_seconds(network, device, load, rank) for rank in range(network.pipeline)]
+    if passes == FORWARD:
+        stages = forwards
+    else:
+        stages = [
+            plus(*training_stage(network, device, load, rank, forward))
+            for rank, forward in enumerate(forwards)
+        ]
+    slowest = max(range(network.pipeline), key=lambda rank: sum(stages[rank].values()))
+    terms = dict(stages[slowest])
+    body = sum(terms.values()) / load.microbatches
+    terms["bubble"] = (network.pipeline - 1) / network.stages.chunks * body
+    terms["bubble"] += load.microbatches * boundary(network, device, load, passes)
+    if passes == TRAINING:
+        backward = sum(stages[slowest].values()) - sum(forwards[slowest].values())
+        terms |= after_update(
+            network,
+            device,
+            slowest,
+            network.data * context_parallel,
+            forward_s=sum(forwards[slowest].values()) / load.microbatches,
+            backward_s=backward / load.microbatches,
+        )
+    return terms
+
+
+def stage_seconds(network: Network, device: Device, load: Load, rank: int) -> Terms:
+    """A forward pass over the load on one stage."""
+    shape, t, layers = network.shape, network.tensor, network.layers(rank)
+    part = shape.flops
+    flops = 2 * layers / shape.layers * (part.layers * load.tokens + part.attention * load.squares)
+    has_head = network.is_last(rank) and network.head != "value"
+    rate = t * device.flops * device.products
+    return {
+        "products": flops / rate,
+        "head": 2 * part.head * load.read / rate if has_head else 0.0,
+        "memory": load.tokens * layers * elementwise_bytes(network) / (device.bandwidth * MEMORY),
+        "tensor": 4 * layers * exchange(network, device, load.tokens),
+    }
+
+
+def elementwise_bytes(network: Network) -> float:
+    """Read and written between products, for a token and a layer, forward."""
+    shape, t = network.shape, network.tensor
+    rotated = (shape.heads + shape.key_value_heads) * shape.head_dim / t
+    numbers = 10 * shape.hidden / network.sequence_shards + 2 * rotated + 3 * shape.ffn / t
+    return network.weight_bytes * numbers
+
+
+def exchange(network: Network, device: Device, tokens: float) -> float:
+    """One collective of [T, h] over the tensor-parallel ranks."""
+    t = network.tensor
+    moved = network.weight_bytes * network.shape.hidden * tokens * (t - 1) / t
+    return moved / device.group_bandwidth(t, 1)
+
+
+def boundary(network: Network, device: Device, load: Load, passes: str) -> float:
+    """Between neighbouring stages, a micro-batch: hidden behind computation where chunks are
+    interleaved."""
+    if network.pipeline == 1 or network.stages.chunks > 1:
+        return 0.0
+    moved = network.weight_bytes * network.shape.hidden * load.tokens / load.microbatches
+    inside = network.parallel.world_size <= device.per_node
+    rate = device.link * LINK if inside else device.network * NETWORK
+    return (2 if passes == TRAINING else 1) * moved / network.sequence_shards / rate
+
+
+def training_stage(
+    network: Network, device: Device, load: Load, rank: int, forward: Terms
+) -> tuple[Terms, Terms]:
+    """(forward, backward)."""
+    again = {"none": 0.0, "selective": 0.0, "full": 1.0}[network.recompute]
+    backward = {
+        "products": (2 + again) * forward["products"],
+        "head": 2 * forward["head"],
+        "memory": (2 + again) * forward["memory"],
+        "tensor": (1.5 + again) * forward["tensor"],
+    }
+    if network.recompute == "selective":  # the feed-forward block
+        shape = network.shape
+        block = 2 * network.layers(rank) * 3 * shape.hidden * shape.ffn * load.tokens
+        backward["products"] += block / network.tensor / (device.flops * device.products)
+        backward["tensor"] += 0.25 * forward["tensor"]  # its input, gathered once more
+    summed = 8 * load.microbatches * network.parameters(rank)
+    backward["memory"] += summed / (device.bandwidth * MEMORY)
+    return forward, backward
+
+
+def after_update(
+    network: Network,
+    device: Device,
+    rank: int,
+    replicas: int,
+    *,
+    forward_s: float,
+    backward_s: float,
+) -> Terms:
+    """What an update takes besides its micro-batches."""
+    parameters = network.parameters(rank)
+    share = (replicas - 1) / replicas / device.group_bandwidth(replicas, network.tensor)
+    reduce_s, gather_s = 4 * parameters * share, network.weights(rank) * share
+    if network.parallel.overlap:
+        reduce_s, gather_s = max(0.0, reduce_s - backward_s), max(0.0, gather_s - forward_s)
+    optimizer = 38 * parameters / replicas / (device.bandwidth * MEMORY)
+    return {"data": reduce_s + gather_s, "optimizer": optimizer}
+
+
+def plus(*parts: Terms) -> Terms:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
