@@ -195,21 +195,22 @@ def change(evaluations: Mapping[str, Json], pair: Pair, protocol: str, key: str)
     return Rate(found.value, low, high) if abs(mean - found.value) < 1e-6 else found
 
 
-def outcome_list(protocols: Json, protocol: str) -> list[bool]:
+def outcome_list(protocols: Json, protocol: str) -> list[float]:
     outcomes = lookup(protocols, protocol, "outcomes")
-    return [bool(outcome) for outcome in outcomes] if isinstance(outcomes, list) else []
+    return [float(outcome) for outcome in outcomes] if isinstance(outcomes, list) else []
 
 
-def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
-    """Mean difference and its 95% percentile bootstrap interval over problems.
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference and its 95% percentile bootstrap interval over problems, whose outcomes are
+    rates.
 
-    A difference is -1, 0 or 1, so to resample N of them is to draw their counts from a multinomial.
+    Few differences are different, so to resample N of them is to draw their counts from a
+    multinomial.
     """
-    differences_N = np.asarray(after, dtype=int) - np.asarray(before, dtype=int)
-    fractions = [float(np.mean(differences_N == step)) for step in (-1, 0, 1)]
-    counts = np.random.default_rng(0).multinomial(len(before), fractions, size=RESAMPLES)
-    means = (counts[:, 2] - counts[:, 0]) / len(before)
-    low, high = np.percentile(means, [2.5, 97.5])
+    differences_N = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    different, counts = np.unique(differences_N, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(before), counts / len(before), size=RESAMPLES)
+    low, high = np.percentile(drawn @ different / len(before), [2.5, 97.5])
     return float(differences_N.mean()), float(low), float(high)
 
 

@@ -39,10 +39,12 @@ def test_a_paired_change_is_known_better_than_two_separate_rates():
     assert (change.low, change.high) == pytest.approx((0.05, 0.16), abs=0.011)
 
 
-def test_the_paired_interval_agrees_with_resampling_problems_one_by_one():
+@pytest.mark.parametrize("dialogues", [1, 10])
+def test_the_paired_interval_agrees_with_resampling_problems_one_by_one(dialogues):
+    """Of one dialogue a problem, or rates of several."""
     source = np.random.default_rng(1)
-    before, after = source.random(150) < 0.4, source.random(150) < 0.7
-    differences = after.astype(int) - before.astype(int)
+    before, after = (source.binomial(dialogues, p, 150) / dialogues for p in (0.4, 0.7))
+    differences = after - before
     means = differences[source.integers(0, 150, (4000, 150))].mean(axis=1)
     mean, low, high = paired_interval(before.tolist(), after.tolist())
     assert mean == pytest.approx(differences.mean())
