@@ -36,14 +36,6 @@ class Dialogue:
             tuple(turn.program for turn in episode.turns),
         )
 
-    @property
-    def solved(self) -> bool:
-        return self.outcomes[-1] == SOLVED
-
-    def cut(self, turns: int) -> "Dialogue":
-        """As if no more turns had been allowed."""
-        return Dialogue(self.problem_id, self.outcomes[:turns], self.programs[:turns])
-
 
 def outcome_of(program: str | None, verdict: Verdict) -> str:
     """SOLVED, NO_VALID_CODE, PRIVATE_TEST, or the first status of a public test that is not OK."""
@@ -61,7 +53,7 @@ def tally(dialogues: Iterable[Dialogue], turns: int) -> dict[str, tuple[int, int
     found: dict[str, list[int]] = {}
     for dialogue in dialogues:
         counts = found.setdefault(dialogue.problem_id, [0, 0, 0])
-        last = dialogue.cut(turns).outcomes[-1]
+        last = dialogue.outcomes[:turns][-1]
         counts[0] += 1
         counts[1] += last in PASSED
         counts[2] += last == SOLVED

@@ -32,6 +32,8 @@ def print_evaluation(evaluation: Json, console: Console | None = None) -> None:
         shown = protocol_table(protocols, key, label)
         if len(shown.columns) > 1:
             console.print(shown)
+    if any(table(numbers, "turn_budget") for numbers in protocols.values()):
+        console.print(budget_table(protocols))
     for name, numbers in protocols.items():
         if table(numbers, "became"):
             console.print(repair_table(name, numbers))
@@ -54,6 +56,23 @@ def protocol_table(protocols: Json, key: str, label: str) -> Table:
 def plain_table(title: str) -> Table:
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column(Text(visible(title)), overflow="fold")
+    return shown
+
+
+def budget_table(protocols: Json) -> Table:
+    """n@k by the turns that dialogues may have."""
+    budgets = {
+        f"{pair} {name.replace('_', ' ')}": points
+        for name, numbers in protocols.items()
+        for pair, points in table(numbers, "turn_budget").items()
+    }
+    shown = plain_table("turns at equal samples")
+    turns = list(dict.fromkeys(turn for points in budgets.values() for turn in points))
+    for turn in turns:
+        shown.add_column(turn, justify="right")
+    for label, points in budgets.items():
+        values = (number(points, turn, "value") for turn in turns)
+        shown.add_row(Text(visible(label)), *(percent(value, "") for value in values))
     return shown
 
 
@@ -151,9 +170,11 @@ def draw_turn_budget(axes: Axes, protocols: Json) -> None:
     for place, (name, pairs) in enumerate(told.items()):
         for dash, (pair, points) in zip(cycle(("-", "--", ":", "-.")), pairs.items(), strict=False):
             label = f"{pair} {name.replace('_', ' ')}"
-            values = [found["value"] for found in points.values()]
-            (line,) = axes.plot(list(map(int, points)), values, marker="o", ms=3, label=label)
+            turns, values = list(map(int, points)), [found["value"] for found in points.values()]
+            (line,) = axes.plot(turns, values, marker="o", ms=3, label=label)
             line.set(color=PALETTE[place], linestyle=dash)
+            enough = [at for at, found in enumerate(points.values()) if not found["bootstrapped"]]
+            line.set(markevery=enough)
     axes.set_title("Turns, at equal samples")
     axes.set_xlabel("turns a dialogue may have")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
