@@ -177,12 +177,14 @@ def test_a_killed_evaluation_goes_on_and_comes_to_the_same(
     server.requests.clear()
     server.delay_s = 0.05
     child = subprocess.Popen(words(request), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not path.exists() or path.read_text().count('"multi_turn"') < 3:
-        assert child.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
-    child.kill()
-    child.wait()
+    try:
+        until = time.monotonic() + 400
+        while not path.exists() or path.read_text().count('"multi_turn"') < 3:
+            assert child.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
     server.delay_s = 0.0
     whole = sum(1 for _ in read_dialogues(path))
     assert 45 < whole < 90
