@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlef_mega.report.comparison import rate
-from rlef_mega.report.display import DASH, percent, visible
+from rlef_mega.report.display import percent, visible
 from rlef_mega.report.panels import PALETTE
 from rlef_mega.report.plots import STYLE
 from rlef_mega.report.run_files import Json, lookup, number, table
@@ -77,27 +77,24 @@ def budget_table(protocols: Json) -> Table:
 
 
 def repair_table(name: str, numbers: Json) -> Table:
-    """How responses failed, and how many of those that were answered the next turn solved."""
-    turns = list(table(numbers, "became"))
-    shown = plain_table(name.replace("_", " "))
+    """How responses failed, and the share of those that were answered which the next turn
+    solved."""
+    turns = list(table(numbers, "error_kinds"))
+    shown = plain_table(f"{name.replace('_', ' ')}: failures, repaired next")
     for turn in turns:
-        number_ = turn.removeprefix("turn")
-        shown.add_column(f"turn {number_}", justify="right")
-        shown.add_column(f"repaired at {int(number_) + 1}", justify="right")
-    kinds = sorted({kind for turn in turns for kind in table(numbers, "error_kinds", turn)})
-    for kind in kinds:
+        shown.add_column(turn.replace("turn", "turn "), justify="right")
+    for kind in sorted({kind for turn in turns for kind in table(numbers, "error_kinds", turn)}):
         cells = []
         for turn in turns:
             failed = number(numbers, "error_kinds", turn, kind) or 0
             after = table(numbers, "became", turn, kind)
-            answered = sum(after.values())
-            share = percent(after.get("OK", 0) / answered) if answered else DASH
-            cells += [f"{failed:,.0f}", share]
+            share = after.get("OK", 0) / sum(after.values()) if after else None
+            cells.append(f"{failed:,.0f}" + ("" if share is None else f"  {share:4.0%}"))
         shown.add_row(Text(visible(kind)), *cells)
-    similar = [number(numbers, "chrf", f"turn{i + 2}", "mean") for i in range(len(turns))]
+    similar = [number(numbers, "chrf", turn, "mean") for turn in turns]
     if any(mean is not None for mean in similar):
-        cells = [part for m in similar for part in ("", DASH if m is None else f"{m:.0f}")]
-        shown.add_row("chrF with the next program", *cells, style="dim")
+        cells = ["" if mean is None else f"{mean:.0f}" for mean in similar]
+        shown.add_row("chrF, with the program before", *cells, style="dim")
     return shown
 
 
