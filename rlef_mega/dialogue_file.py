@@ -55,6 +55,10 @@ class DialogueFile:
     def __exit__(self, *_: object) -> None:
         os.close(self.file)  # and with it the lock
 
+    def engines(self) -> list[Record]:
+        """What earlier sessions sampled with."""
+        return [line["session"]["engine"] for line in read_lines(self.path) if "session" in line]
+
     def append(self, record: Record) -> None:
         """Whole or not at all, also where the disk is full (OSError)."""
         line = (json.dumps(record) + "\n").encode()

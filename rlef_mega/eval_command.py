@@ -254,7 +254,7 @@ def hold_parts(
         facts: dict[str, Any] = {}
         if source.folder:
             chat = ChatFormat.from_folder(source.folder)
-            engine, facts = stack.enter_context(open_engine(request, source.folder, chat))
+            engine, facts = stack.enter_context(open_engine(request, source.folder, chat, file))
         file.append({"session": describe(engine=facts, isolation=grader.isolation)})
         servers = len(request.sglang or request.openai)
         at_once = request.at_once or (SERVER_AT_ONCE * servers or LOCAL_AT_ONCE)
@@ -297,7 +297,7 @@ def rules_of(
 
 @contextmanager
 def open_engine(
-    request: EvalRequest, folder: Path, chat: ChatFormat
+    request: EvalRequest, folder: Path, chat: ChatFormat, file: DialogueFile
 ) -> Iterator[tuple[Engine, dict[str, Any]]]:
     """The engine, and what is known of how it samples. SGLang's servers get the folder's weights,
     verified; those of completion servers are not known to be the folder's."""
@@ -311,12 +311,16 @@ def open_engine(
             yield engine, engine.facts
     elif request.sglang:
         sglang = needs_aiohttp("--sglang", "sglang")
-        weights = request.out / "weights"
+        facts = {"kind": "sglang", "servers": list(request.sglang), "weights": "verified"}
         with sglang.SGLangEngine(
-            request.sglang, folder, way="disk", weights_folder=weights
+            request.sglang,
+            folder,
+            way="disk",
+            weights_folder=request.out / "weights",
+            take_over=facts in file.engines(),  # what this evaluation held when it was killed
         ) as engine:
             engine.update_weights(stored_weights(folder), version=0)
-            yield engine, {"kind": "sglang", "weights": "the folder's, verified"}
+            yield engine, facts
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         local = LocalEngine(folder, dtype=request.dtype, device=device)

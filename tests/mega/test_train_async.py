@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from typer.testing import CliRunner
 
+from rlef_mega.cli import app
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.checkpoint_files import fault_in, read_score, steps_in
 from rlef_mega.preflight import plan_train
@@ -165,6 +167,13 @@ def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F8
         assert server.calls["update_weights_from_disk"] == 1 and server.weight_version == "default"
     assert sum(server.calls["generate"] for server in servers) == 12
     assert not (tmp_path / "weights").exists()
+    path = tmp_path / "eval/init.dialogues.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    for server in servers:
+        server.weight_version = "0"  # as SIGKILL leaves those that this evaluation held
+    again = CliRunner().invoke(app, [*words, *limits, *only, *urls, "--out", str(tmp_path)])
+    assert again.exit_code == 0, again.output
+    assert sum(server.calls["generate"] for server in servers) == 14
     servers[1].weight_version = "3"  # in training
     refused = run_command([*RLEF, *words, *limits, *urls, "--out", str(tmp_path / "other")])
     assert (
