@@ -377,7 +377,7 @@ def bench(
         str,
         typer.Argument(
             help="train, slice, rollout, e2e, dialogues, leaders, overlap, modes, scale, publish, "
-            "step, checkpoint, sandbox, kernels, packing, plan, convert; or compare"
+            "step, checkpoint, sandbox, kernels, packing, plan, convert, data; or compare"
         ),
     ],
     recipe: Annotated[

@@ -30,6 +30,7 @@ BENCHMARKS = (
     "packing",
     "plan",
     "convert",
+    "data",
 )
 
 
@@ -62,7 +63,7 @@ class Options:
 def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) -> None:
     """Measure, print the table, and write the figures to `out` if there is one. `recipe` is a run
     directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox`, `packing`,
-    `modes` and `convert`."""
+    `modes`, `convert` and `data`."""
     report = report_of(what, recipe, options)
     show(report)
     if out is not None:
@@ -148,6 +149,10 @@ def report_of(what: str, recipe: str, options: Options) -> Report:
             from rlef_mega.bench import plan
 
             return plan.benchmark()
+        case "data":
+            from rlef_mega.bench import data
+
+            return data.benchmark()
         case "packing":
             from rlef_mega.bench import packing
 

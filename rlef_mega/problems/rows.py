@@ -19,7 +19,8 @@ from rlef_mega.types import Problem
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-BATCH_ROWS = 16  # CodeContests has rows of some megabytes
+BATCH_ROWS = 1  # a row may have a hundred megabytes
+BUFFER_BYTES = 1 << 20
 REQUIRED = object()
 
 
@@ -160,8 +161,12 @@ def parquet_file(path: Path) -> Any:
     except ModuleNotFoundError:
         raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'rlef-mega[data]'") from None
     try:
-        # pre_buffer would hold the column chunks of whole row groups
-        return pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+        # Without a buffer, or with pre_buffer, whole columns of a row group would be held; and the
+        # default pool keeps what was freed.
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+        return pyarrow.parquet.ParquetFile(
+            path, memory_map=False, pre_buffer=False, buffer_size=BUFFER_BYTES
+        )
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: no Parquet file, or a damaged one ({error})") from None
 
