@@ -48,8 +48,10 @@ lint: setup
 test: lint
 	"$(BIN)/python" -m pytest -m "not gpu and not sglang and not slurm" --durations=10
 
+# All of them, or with SGLANG_TESTS="sglang and not slow" those that start the servers only once
+SGLANG_TESTS ?= sglang
 test-sglang: setup setup-sglang
-	"$(BIN)/python" -m pytest -m sglang --durations=10
+	"$(BIN)/python" -m pytest -m "$(SGLANG_TESTS)" tests/sglang -rs --durations=10
 
 test-slurm: setup
 	sh scripts/install_slurm.sh

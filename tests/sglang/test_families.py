@@ -22,7 +22,7 @@ from tests.mega.test_chat import byte_tokenizer
 from tests.sglang.conftest import PYTHON, VOCABULARY, free_ports
 from tests.sglang.test_servers import TOLERANCE, WAYS, change, gap
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]  # each starts a server
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

@@ -368,6 +368,7 @@ def test_a_cancelled_dialogue_ends_its_request_on_the_server(disk_engine, servin
         time.sleep(0.1)
 
 
+@pytest.mark.slow  # servers start again
 def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     disk_engine, serving, model
 ):
@@ -390,6 +391,7 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     assert gap(model, [11, 12], answer) < TOLERANCE and set(answer.weight_versions) == {6}
 
 
+@pytest.mark.slow  # servers start again
 def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
     serving, model, tmp_path
 ):
@@ -477,6 +479,7 @@ def wait_until_healthy(url: str) -> None:
             time.sleep(0.5)
 
 
+@pytest.mark.slow  # servers start again
 def test_without_any_server_all_are_told_and_who_waits_longer_finds_them_again(
     serving, model, tmp_path
 ):

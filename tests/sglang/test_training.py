@@ -11,8 +11,15 @@ import pytest
 pytestmark = pytest.mark.sglang
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("way", ["disk", "distributed"])
+@pytest.mark.parametrize(
+    ("way", "mode"),
+    [
+        ("distributed", "async"),
+        pytest.param("distributed", "sync", marks=pytest.mark.slow),
+        pytest.param("disk", "async", marks=pytest.mark.slow),
+        pytest.param("disk", "sync", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way, mode):
     """The gap between the servers' log-probs and the trainer's says that ids, weights and
     temperature are the same on both sides; in async mode, of the tokens with the same weights."""
