@@ -43,7 +43,9 @@ def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way, mod
         "rollout.max_new_tokens": 40,
         "rollout.temperature": 0.9,
         "learner.microbatch_tokens": 3000,
-        "learner.policy.lr": 1e-2,
+        # a version's log-probs differ from the last one's by far more than the gap that is allowed
+        # below, and by less than the guard allows to what is trained on one version late
+        "learner.policy.lr": 3e-3,
         "ppo.updates_per_batch": 2,
         "eval.every": 2,
         "eval.problems": 4,
