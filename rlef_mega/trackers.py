@@ -26,6 +26,7 @@ from typing import Any
 from rlef_mega.config import ConfigError, TrackConfig, TrainConfig
 
 CLOSE_S = 60.0
+SEND_S = 3600.0  # for all steps of a run at once
 MLFLOW_PARAMETERS = 100  # of one request
 MLFLOW_CHARACTERS = 500  # of one parameter
 
@@ -179,8 +180,10 @@ class Trackers:
         *,
         done: int,
         writer: bool = True,
+        close_s: float = CLOSE_S,
         openers: Mapping[str, Opener] = OPENERS,
     ) -> None:
+        self.close_s = close_s
         path = Path(config.run.dir)
         names = asked_for(config.track) if writer else []
         self.followers: list[Follower] = []
@@ -204,13 +207,13 @@ class Trackers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        end = monotonic() + CLOSE_S
+        end = monotonic() + self.close_s
         for follower in self.followers:
             follower.waiting.put(None)
         for follower in self.followers:
             follower.thread.join(max(0.0, end - monotonic()))
             if follower.thread.is_alive():
-                warn(follower.name, f"has not taken all numbers within {CLOSE_S:.0f} s")
+                warn(follower.name, f"has not taken all numbers within {self.close_s:.0f} s")
 
 
 class Follower:
@@ -220,12 +223,14 @@ class Follower:
         self.name, self.opener, self.run, self.asked = name, opener, run, asked
         self.waiting: queue.SimpleQueue[tuple[int, Numbers] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.follow, name=f"tracker {name}", daemon=True)
+        self.done = False  # has taken all numbers
 
     def follow(self) -> None:
         try:
             with self.opener(self.run, self.asked) as log:
                 while (numbers := self.waiting.get()) is not None:
                     log(*numbers)
+            self.done = True
         except Exception as error:  # of somebody else's package and service: whatever it may be
             warn(self.name, f"is left out from here on: {type(error).__name__}: {error}")
 
@@ -273,8 +278,11 @@ def flatten(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
     return flat
 
 
-def send_recorded(config: TrainConfig, records: list[dict[str, Any]]) -> None:
-    """Send all steps of a run to its trackers, again or for the first time."""
-    with Trackers(config, done=0) as trackers:
+def send_recorded(config: TrainConfig, records: list[dict[str, Any]], **options: Any) -> None:
+    """Send all steps of a run to its trackers, again or for the first time; `options` are those of
+    `Trackers`. RuntimeError where one has not taken them."""
+    with Trackers(config, done=0, **{"close_s": SEND_S, **options}) as trackers:
         for record in records:
             trackers.log(record)
+    if missed := [follower.name for follower in trackers.followers if not follower.done]:
+        raise RuntimeError(f"not all steps have come to {', '.join(missed)}")

@@ -132,7 +132,7 @@ class Browser {
         h("button", { type: "button", onclick: () => this.choose(other) }, h("span", { class: `mark ${other.outcome}` }), `${other.stage}, ${outcomes[other.outcome]}`))) : "",
       ...dialogueView(dialogue, { colour: this.state.colour, diff: Boolean(this.state.diff) }).filter(Boolean),
     );
-    if (moved) pane.scrollTop = 0;
+    if (moved) pane.scrollTop = turn === 1 ? Store.placeKept() : 0;
   }
 
   move(by) {

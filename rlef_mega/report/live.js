@@ -9,8 +9,10 @@ async function ask(known) {
     line.textContent = `live: ${doing}${seconds === null ? "" : `, ${Math.round(seconds)} s ago`}`;
     line.className = "";
     const busy = document.activeElement.matches("input, select") || !getSelection().isCollapsed;
-    if (stamp !== known && !busy) location.reload();
-    else setTimeout(ask, ASK_MS, known);
+    if (stamp !== known && !busy) {
+      sessionStorage.setItem("dialogue-top", document.getElementById("dialogue")?.scrollTop ?? 0);
+      location.reload();
+    } else setTimeout(ask, ASK_MS, known);
   } catch {
     line.textContent = "the server of this page does not answer";
     line.className = "lost";

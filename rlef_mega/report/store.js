@@ -29,6 +29,13 @@ class Store {
     });
   }
 
+  // Where the dialogue was scrolled to when a live page loaded itself again.
+  static placeKept() {
+    const top = sessionStorage.getItem("dialogue-top") ?? 0;
+    sessionStorage.removeItem("dialogue-top");
+    return Number(top);
+  }
+
   async dialogue({ place }) {
     return (await this.chunk(Math.floor(place / this.index.chunk)))[place % this.index.chunk];
   }

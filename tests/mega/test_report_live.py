@@ -76,8 +76,12 @@ def test_an_open_page_takes_up_a_new_step_and_keeps_what_was_chosen(server, run)
         browser.press("j", "j")
         chosen = "document.querySelector('[aria-selected=true] b')?.textContent"
         assert browser.wait_for(chosen) == "greet-0002"
+        browser.resize(1440, 500)
+        browser.wait_for("document.getElementById('turn-1') !== null")
+        browser.evaluate("document.getElementById('dialogue').scrollTop = 60")
         add_a_step(run, 4)
         browser.wait_for("document.body?.textContent.includes('step 4 of 40')")
         assert browser.wait_for(chosen) == "greet-0002"
+        browser.wait_for("document.getElementById('dialogue').scrollTop === 60")
         assert browser.faults() == []
         assert {url.rsplit("/", 1)[1] for url in browser.requests()} <= {"", "state", "favicon.ico"}

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from rlef_mega import trackers
+from rlef_mega.cli import app
 from rlef_mega.config import ConfigError, TrackConfig, TrainConfig, load_config
 from rlef_mega.trackers import Trackers, asked_for, check_trackers, numbers_of, send_recorded
 
@@ -63,8 +65,7 @@ def test_a_tracker_that_fails_is_named_and_left_out_and_the_others_go_on(tmp_pat
     assert "OSError: no network at step 1" in said and "RuntimeError: not logged in" in said
 
 
-def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trackers, "CLOSE_S", 0.1)
+def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys):
     free = threading.Event()
 
     @contextmanager
@@ -73,11 +74,39 @@ def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys
         yield lambda step, numbers: None
 
     asked = config(tmp_path, "track.tensorboard=true")
-    with Trackers(asked, done=0, openers={"tensorboard": hanging}) as following:
+    openers = {"tensorboard": hanging}
+    with Trackers(asked, done=0, close_s=0.1, openers=openers) as following:
         for record in RECORDS:
             following.log(record)  # returns at once
-    assert "tensorboard has not taken all numbers" in capsys.readouterr().err
+    assert "tensorboard has not taken all numbers within 0 s" in capsys.readouterr().err
     free.set()
+
+
+def test_sending_again_says_which_tracker_has_not_got_it_all(tmp_path):
+    got = []
+
+    @contextmanager
+    def good(run, asked):
+        yield lambda step, numbers: got.append(step)
+
+    @contextmanager
+    def failing(run, asked):
+        yield lambda step, numbers: 1 / 0
+
+    asked = config(tmp_path, "track.tensorboard=true", "track.wandb_project=p")
+    with pytest.raises(RuntimeError, match="have come to wandb"):
+        send_recorded(asked, RECORDS, openers={"tensorboard": good, "wandb": failing})
+    assert got == [1, 2, 3]
+
+
+def test_the_command_sends_what_the_run_directory_has(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "config.toml").write_text(RECIPE.read_text())
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    done = CliRunner().invoke(app, ["track", str(tmp_path), "--set", "track.tensorboard=true"])
+    assert done.exit_code == 0 and "3 steps to tensorboard" in done.output
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_only_the_process_that_writes_the_run_directory_has_trackers(tmp_path):
