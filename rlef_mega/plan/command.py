@@ -20,13 +20,14 @@ SCALES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10240)
 SHOWN = 5
 SHORT = {
     "gradients": "grads",
-    "optimizer": "optim",
+    "optimizer": "adam",
     "reference": "refer",
     "activations": "activ",
 }
 ASSUMED = (
     "Computed, not measured; lengths of dialogues are assumed (docs/scaling.md says what else)."
 )
+FLOOR = " On a CPU the time is a floor: of a small model most goes to calls, which are not counted."
 
 
 def run_plan(
@@ -60,7 +61,7 @@ def run_plan(
             content |= show_search(console, job, device, gpus)
         if with_scaling:
             content["scaling"] = show_scaling(console, job, device)
-        console.print(ASSUMED)
+        console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
     if out is not None:
         write_atomically(out, json.dumps(content, indent=1) + "\n")
         console.print(f"wrote {out}")
@@ -131,17 +132,20 @@ def show_scaling(console: Console, job: Job, device: Device) -> list[dict[str, A
 def memory_table(ranks: Sequence[RankMemory], job: Job, device: Device) -> Table:
     parts = [SHORT.get(part, part) for part in ranks[0].parts]
     at = ", ".join(sorted({rank.phase for rank in ranks}))
+    unit, name = (2**20, "MiB a process") if device.name == CPU else (GIB, "GiB a GPU")
     table = Table(
-        "rank", *parts, "in all", "host",
-        title=f"GiB a GPU, fullest moment: {at}; there are {device.usable / GIB:.1f}",
+        "rank", *parts, "all", "host",
+        title=f"{name}, fullest moment: {at}; there are {device.usable / unit:,.1f}",
     )  # fmt: skip
     for rank in ranks:
         sizes = [*rank.parts.values(), rank.total, rank.parked]
-        table.add_row(rank.name, *(f"{size / GIB:.1f}" for size in sizes))
+        table.add_row(rank.name, *(f"{size / unit:.1f}" for size in sizes))
     modes = job.activations_by_mode()
     table.caption = "activations with recomputation: " + ", ".join(
-        f"{mode} {gib(size)}" for mode, size in modes.items()
+        f"{mode} {size / unit:.1f}" for mode, size in modes.items()
     )
+    if device.context_gib:
+        table.caption += f"; beside all this {device.context_gib} GiB that are no tensors"
     return table
 
 
@@ -163,8 +167,9 @@ def show_step(console: Console, job: Job, device: Device, step: Step, sampling: 
         )
     hours = job.steps * step.seconds / 3600
     console.print(
-        f"{job.steps:,} steps: {hours:.1f} hours on {job.training_gpus:,} + {sampling:,} = "
-        f"{job.gpu_hours(step, sampling):,.0f} GPU hours, without evaluations and checkpoints"
+        f"{job.steps:,} steps: {hours:.3g} hours on {job.training_gpus:,} + {sampling:,} = "
+        f"{job.gpu_hours(step, sampling):,.{0 if hours > 1 else 3}f} GPU hours, without evaluations"
+        " and checkpoints"
     )
     for paper in papers_run(job):
         cost = (paper["training"] + paper["sampling"]) * paper["hours"]

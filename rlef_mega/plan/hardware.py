@@ -75,7 +75,7 @@ def find_device(name: str) -> Device:
 def this_cpu() -> Device:
     """A core of the machine at hand, with one thread, in fp32: the rate of products and what Python
     and its packages take as `rlef bench plan` measured them (benchmarks/results/plan_cpu.json),
-    `products` fitted there; the machine's memory is divided among its cores."""
+    `products` chosen between its models; the machine's memory is divided among its cores."""
     import psutil
 
     total = psutil.virtual_memory().total / GIB

@@ -246,9 +246,14 @@ class Job:
     def load(self, network: Network, passes: str) -> Load:
         """Of an update, or of scoring the batch."""
         size = self.batch // self.updates if passes == TRAINING else self.batch
-        multiple = network.pipeline if network.stages.chunks > 1 else 1
+        # micro-batches are a multiple of the stages (`Ranks.microbatch_multiple`)
         return divided(
-            self.shape, self.dialogues, size, self.microbatch_tokens, network.data, multiple
+            self.shape,
+            self.dialogues,
+            size,
+            self.microbatch_tokens,
+            network.data,
+            network.pipeline,
         )
 
     def step(self, device: Device, sampling_gpus: int) -> Step:
