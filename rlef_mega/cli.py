@@ -61,6 +61,40 @@ def train(
 
 
 @app.command()
+def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
+    """The paper's few-shot and supervised ablations: imitation of the dialogues that a recipe's
+    base model solves, with RLEF's budget."""
+    from rlef_mega.preflight import check_train, claim_run_directory
+
+    config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
+    if config.rollout.engine != "local" or config.critic_parallel:
+        raise ConfigError(
+            "rlef imitate holds its dialogues with the embedded engine, and has no critic: "
+            "set rollout.engine=local, and leave critic_parallel out"
+        )
+    check_train(config, grading_token=sandbox_token())
+    run_dir = Path(config.run.dir)
+    claim_run_directory(config, run_dir)
+    finish(launch("rlef_mega.imitate", run_dir, config.parallel.world_size), run_dir)
+
+
+@app.command()
+def reproduce(
+    recipe: Recipe = "demo",
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="folder of the runs and the tables")] = Path(
+        "runs/reproduce"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each kind")] = 3,
+) -> None:
+    """The paper's comparison on a recipe's base model and budget: RLEF, its ablations, imitation,
+    turn budgets; our table beside the paper's."""
+    from rlef_mega.reproduce import reproduce as run_all
+
+    run_all(recipe, out, seeds=range(1, seeds + 1), overrides=overrides or [])
+
+
+@app.command()
 def sft(recipe: Recipe, overrides: Overrides = None) -> None:
     """The supervised stage that makes the demo's base model from generated dialogues."""
     from rlef_mega.preflight import check_sft, claim_run_directory

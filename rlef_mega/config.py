@@ -234,12 +234,13 @@ class LearnerConfig(Section):
 
 
 class EvalConfig(Section):
-    """Test problems are evaluated before and after training, with multi-turn dialogues whatever
-    training used."""
+    """Test problems are evaluated before and after training, with multi-turn dialogues and true
+    feedback whatever training used, unless `feedback` says otherwise."""
 
     every: int = Field(0, ge=0, description="steps between evaluations on data.valid; 0: never")
     problems: int = Field(100, gt=0, description="how many of data.valid")
     turns: int = Field(3, ge=1, le=10)
+    feedback: Literal["true", "none"] = "true"
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
 

@@ -111,7 +111,9 @@ class Evaluator:
         sampling = replace(
             rules.sampling, temperature=config.eval.temperature, top_p=config.eval.top_p
         )
-        self.rules = replace(rules, sampling=sampling, turns=config.eval.turns, feedback="true")
+        self.rules = replace(
+            rules, sampling=sampling, turns=config.eval.turns, feedback=config.eval.feedback
+        )
         self.under_way: tuple[int, Future[Rollout]] | None = None
         self.valid = (
             load_problems(config.data.valid)[: config.eval.problems] if config.data.valid else []

@@ -59,6 +59,7 @@ class Rules:
     max_context: int
     feedback: Literal["true", "none", "random", "private"] = "true"
     distractors: tuple[Distractor, ...] = ()
+    example: tuple[int, ...] = ()  # few-shot: a whole dialogue that stands before each question
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,14 @@ class DialogueLoop:
                 reason = type(fault).__name__
         return reason
 
+    def open(self, question: str, begun: str) -> tuple[int, ...]:
+        """The first prompt, after an example if there is one."""
+        example = self.rules.example
+        if not example:
+            return tuple(self.chat.open(question, begun))
+        ended = example[-1] in self.chat.stop_token_ids
+        return (*example, *self.chat.observe(question, ended, begun))
+
     async def hold_once(self, problem: Problem, session: Session, seed: int) -> Episode | str:
         """The dialogue as token ids: what the engine sampled is appended as it is and never encoded
         again."""
@@ -119,7 +128,7 @@ class DialogueLoop:
             )
             begun = dialog.response_start(problem.statement, problem.template)
             # a tuple: a list's thousands of ids would be gone through at each garbage collection
-            token_ids = tuple(chat.open(question, begun))
+            token_ids = self.open(question, begun)
         if self.room(len(token_ids)) < 0:
             return "prompt too long"
         if rules.feedback == "private":

@@ -4,13 +4,14 @@ import sys
 
 from rlef_mega.engines import Engine, EngineError, EngineLostError, WeightsMismatchError
 from rlef_mega.megatron.learner import Learner
+from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.shares import gather
 
 TRIES = 3  # of a publication: a server may die in the middle of one, and the others go on
 FINAL = (EngineLostError, WeightsMismatchError)
 
 
-def publish(learner: Learner, engine: Engine | None, version: int) -> None:
+def publish(learner: Learner | SupervisedLearner, engine: Engine | None, version: int) -> None:
     """Hand the policy to this rank's engine, if it has one. Collective: the weights are gathered
     over all ranks, and all learn how it ended.
 
@@ -43,7 +44,7 @@ def publish(learner: Learner, engine: Engine | None, version: int) -> None:
 
 
 def hand_over(
-    learner: Learner, engine: Engine | None, version: int
+    learner: Learner | SupervisedLearner, engine: Engine | None, version: int
 ) -> EngineError | EngineLostError | None:
     """One try: why it failed here, if it did. All weights are drawn in any case, for all ranks
     gather each of them together."""
