@@ -485,8 +485,9 @@ def test_without_any_server_all_are_told_and_who_waits_longer_finds_them_again(
 ):
     with open_engine(serving, tmp_path, "disk", lost_s=2) as engine:
         engine.update_weights(model.state_dict().items(), 1)
-        for url in serving.urls:
-            serving.server_process(url).kill()
+        # found before any is killed: a zombie has no command line to be found by
+        for process in [serving.server_process(url) for url in serving.urls]:
+            process.kill()
         with pytest.raises(EngineLostError, match=r"(?s)no server was ready for 2 s.*The end of"):
             sample(engine, [[11, 12]] * 3, Sampling(5))
         engine.fleet.lost_s = 300
