@@ -78,19 +78,11 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             batch=config.rollout.episodes_per_batch,
             seed=config.run.seed,
         )
-        rollouts = RolloutsOnDemand(dialogues)
-        mined: list[Episode] = []
-        for step in range(1, config.run.steps + 1):
-            mined += [e for e in rollouts.batch(step).episodes if e.solved]
-            if any_rank(stop.requested()):
-                return stop.obeyed(writer=ranks.is_writer)
-        held = config.run.steps * config.rollout.episodes_per_batch
+        mined = mine(config, RolloutsOnDemand(dialogues), run, stop, writer=ranks.is_writer)
+        if mined is None:
+            return stop.obeyed(writer=ranks.is_writer)
         turns = Counter(len(episode.turns) for episode in mined)
-        progress.say(f"{len(mined)} of {held} dialogues are solved, by turns: {dict(turns)}")
-        if not mined:
-            raise RuntimeError(f"the base model solved none of {held} problems: nothing to imitate")
-        if ranks.is_writer:
-            run.write_json("mined.json", {"held": held, "solved_in_turns": turns})
+        progress.say(f"{len(mined)} dialogues are solved, by turns: {dict(turns)}")
         evaluate("few_shot", with_example(rules, mined))
         batches = batches_of_last_responses(mined, config)
         for step in range(1, config.run.steps + 1):
@@ -114,6 +106,30 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         evaluate("after", rules)
     parallel.shutdown(ranks)
     return 0
+
+
+def mine(
+    config: TrainConfig,
+    rollouts: RolloutsOnDemand,
+    run: RunDirectory,
+    stop: StopRequest,
+    *,
+    writer: bool,
+) -> list[Episode] | None:
+    """The solved ones of a whole run's dialogues, written down in mined.json; None when asked to
+    stop before. RuntimeError where there is none."""
+    mined: list[Episode] = []
+    for step in range(1, config.run.steps + 1):
+        mined += [e for e in rollouts.batch(step).episodes if e.solved]
+        if any_rank(stop.requested()):
+            return None
+    held = config.run.steps * config.rollout.episodes_per_batch
+    if not mined:
+        raise RuntimeError(f"the base model solved none of {held} problems: nothing to imitate")
+    if writer:
+        turns = Counter(len(episode.turns) for episode in mined)
+        run.write_json("mined.json", {"held": held, "solved_in_turns": turns})
+    return mined
 
 
 def with_example(rules: Rules, mined: Sequence[Episode]) -> Rules:

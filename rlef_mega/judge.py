@@ -16,10 +16,9 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import TracebackType
 from typing import Protocol
 
-from rlef_mega.loop_thread import LoopThread
+from rlef_mega.loop_thread import LivesInLoop
 from rlef_mega.types import AssertTest, Problem, TestOutcome, Verdict
 from rlef_sandbox import AnyTest, CheckTest, Result, Sandbox, Status
 from rlef_sandbox.sandbox import JOBS_A_WORKER
@@ -68,7 +67,7 @@ class EmbeddedGrader:
         )
 
 
-class RemoteGrader:
+class RemoteGrader(LivesInLoop):
     """Grades on servers (`python -m rlef_sandbox serve`); a context manager.
 
     Opening asks every server for its health: ServiceError where one is not ready or refuses the
@@ -79,29 +78,14 @@ class RemoteGrader:
         from rlef_sandbox.service.client import SandboxClient  # an extra: it needs aiohttp
 
         self.client = SandboxClient(servers, token, deadline_s=deadline_s)
-        self.thread = LoopThread("grader")
+        super().__init__("grader")
 
-    def __enter__(self) -> "RemoteGrader":
-        self.thread.start()
-        self.thread.wait_for(self.client.__aenter__())
-        try:
-            self.health = self.thread.wait_for(self.client.health())
-        except BaseException:
-            self.close()
-            raise
-        return self
+    async def open(self) -> None:
+        await self.client.__aenter__()
+        self.health = await self.client.health()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.thread.wait_for(self.client.__aexit__(None, None, None))
-        self.thread.close()
+    async def shut(self) -> None:
+        await self.client.__aexit__(None, None, None)
 
     @property
     def isolation(self) -> dict[str, object]:

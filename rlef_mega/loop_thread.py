@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 Answer = TypeVar("Answer")
 
@@ -31,3 +31,35 @@ class LoopThread:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
+
+
+class LivesInLoop:
+    """What lives in an event loop of its own, beside its caller's thread: a context manager.
+    Leaving it closes it, and so does an opening that fails."""
+
+    def __init__(self, name: str) -> None:
+        self.thread = LoopThread(name)
+
+    async def open(self) -> None:
+        """In the loop, first. What it raises, entering raises."""
+        raise NotImplementedError
+
+    async def shut(self) -> None:
+        """In the loop, last."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        try:
+            self.thread.wait_for(self.open())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.thread.wait_for(self.shut())
+        self.thread.close()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -41,6 +42,7 @@ RUNS: dict[str, tuple[str, ...]] = {  # by `rlef train`, with these settings
     "single_turn": ("rollout.turns=1",),
 }
 IMITATION = "imitation"  # by `rlef imitate`
+BUDGETS = ("base", "rlef")  # whose turn budgets are drawn
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
     for seed in seeds:
         for name in (*RUNS, IMITATION):
             run_once(recipe, out / f"{name}-{seed}", name, seed, sets)
-        for name in ("before", "after"):
-            hold_long_dialogues(config, out, name, seed)
+        for name in BUDGETS:
+            model = config.model.path if name == "base" else str(out / f"rlef-{seed}")
+            hold_long_dialogues(config, model, out, f"{name}-{seed}", seed)
     results = collect(out, seeds)
     about = describe(recipe=recipe, overrides=list(overrides), seeds=list(seeds), **size(config))
     write_atomically(out / "reproduce.json", json.dumps({**about, **results}, indent=1) + "\n")
@@ -103,12 +106,8 @@ def run_once(recipe: str, run: Path, name: str, seed: int, sets: Sequence[str]) 
     stage(f"{name}, seed {seed}", command, recipe, *sets, *words)
 
 
-def hold_long_dialogues(config: TrainConfig, out: Path, name: str, seed: int) -> None:
-    """Of the base or of RLEF's model, for the turn budgets: all have the same number of samples."""
-    if name == "before":
-        model, name = str(config.model.path), f"base-{seed}"
-    else:
-        model, name = str(out / f"rlef-{seed}"), f"rlef-{seed}"
+def hold_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, seed: int) -> None:
+    """For the turn budgets: all have the same number of samples."""
     if (out / f"eval/{name}.json").is_file():
         return
     rollout, evaluation = config.rollout, config.eval
@@ -142,9 +141,6 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
             },
         }
     return {"rows": rows, "turn_budget": {name: budgets(out, name, seeds) for name in BUDGETS}}
-
-
-BUDGETS = ("base", "rlef")
 
 
 def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:
@@ -205,8 +201,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def save_turn_budgets(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    import matplotlib
-
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         axes = figure.subplots()

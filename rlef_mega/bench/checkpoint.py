@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega import ppo
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark
+from rlef_mega.bench.figures import Figure, Report
 from rlef_mega.bench.workload import RESULT, Workload, random_episodes, workload
 from rlef_mega.config import TrainConfig, dump_toml, load_config
 from rlef_mega.launch import worker_main
@@ -54,10 +54,7 @@ def benchmark(recipe: str) -> Report:
     with workload(recipe) as work:
         work = enlarged(work)
         measured = work.run("rlef_mega.bench.checkpoint")
-    about = describe_benchmark(
-        layout=work.config.parallel.model_dump(),
-        dtype=work.config.model.dtype,
-        model=work.model,
+    about = work.about(
         tokens_a_step=measured["tokens"],
         checkpoint_MiB=round(measured["bytes"] / 2**20),
     )

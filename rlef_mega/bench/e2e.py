@@ -9,7 +9,7 @@ model it was). With servers in the recipe they are started, too, by `--serve`.
 from typing import Any
 
 from rlef_mega.bench.commands import rlef
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark, shares
+from rlef_mega.bench.figures import Figure, Report, shares
 from rlef_mega.bench.step import with_outside
 from rlef_mega.bench.workload import Workload, workload
 from rlef_mega.record import RunDirectory
@@ -21,10 +21,7 @@ def benchmark(recipe: str) -> Report:
     with workload(recipe) as work:
         records = train(work)[1:]
         config = work.config
-        about = describe_benchmark(
-            layout=config.parallel.model_dump(),
-            dtype=config.model.dtype,
-            model=work.model,
+        about = work.about(
             problems=config.data.train,
             dialogues=config.rollout.episodes_per_batch,
             engine=config.rollout.engine,

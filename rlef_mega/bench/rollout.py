@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark, shares
+from rlef_mega.bench.figures import Figure, Report, shares
 from rlef_mega.bench.workload import RESULT, workload
 from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig, load_config
@@ -35,10 +35,7 @@ def benchmark(recipe: str) -> Report:
     with workload(recipe) as work:
         measured = work.run("rlef_mega.bench.rollout")
         config = work.config
-        about = describe_benchmark(
-            layout=config.parallel.model_dump(),
-            dtype=config.model.dtype,
-            model=work.model,
+        about = work.about(
             problems=config.data.train,
             dialogues=config.rollout.episodes_per_batch,
             judge_workers=config.judge.workers,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark, shares
+from rlef_mega.bench.figures import Figure, Report, shares
 from rlef_mega.bench.workload import RESULT, Workload, random_episodes, workload
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.launch import STOPPED, StopRequest, worker_main
@@ -39,10 +39,7 @@ def benchmark(recipe: str) -> Report:
 
 def describe_work(work: Workload, measured: dict) -> dict:
     config = work.config
-    return describe_benchmark(
-        layout=config.parallel.model_dump(),
-        dtype=config.model.dtype,
-        model=work.model,
+    return work.about(
         batch={name: measured[name] for name in ("sequences", "tokens", "response_tokens")},
         updates_per_batch=config.ppo.updates_per_batch,
         threads_per_process=measured["threads"],

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rlef_mega.bench.figures import describe_benchmark
 from rlef_mega.config import (
     ConfigError,
     ParallelConfig,
@@ -53,6 +55,15 @@ class Workload:
         if code or not result.is_file():
             raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
         return json.loads(result.read_text())
+
+    def about(self, **more: Any) -> dict[str, Any]:
+        """What it was measured on, and what the benchmark adds."""
+        return describe_benchmark(
+            layout=self.config.parallel.model_dump(),
+            dtype=self.config.model.dtype,
+            model=self.model,
+            **more,
+        )
 
     def in_data_parallel(self) -> "Workload":
         """The same on as many ranks, each with a whole model: no layer is split."""

@@ -23,7 +23,6 @@ import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
-from types import TracebackType
 from typing import Any
 
 import aiohttp
@@ -32,7 +31,7 @@ import torch
 from rlef_mega.chat import ChatFormat, encode_plain
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang_http import CONNECT_S, new_http_session, reason_of
-from rlef_mega.loop_thread import LoopThread
+from rlef_mega.loop_thread import LivesInLoop
 from rlef_mega.types import Completion, Sampling
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
@@ -59,7 +58,7 @@ class OpenAISession:
         return await asyncio.wrap_future(self.engine.thread.submit(asked))
 
 
-class OpenAIEngine:
+class OpenAIEngine(LivesInLoop):
     """Samples on the servers at `urls` (without `/v1`); a context manager, which checks them as it
     opens.
 
@@ -87,28 +86,7 @@ class OpenAIEngine:
         self.extended = True
         self.facts: dict[str, Any] = {}
         self.opened = count()
-        self.thread = LoopThread("openai-client")
-
-    def __enter__(self) -> "OpenAIEngine":
-        self.thread.start()
-        try:
-            self.thread.wait_for(self.open())
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.thread.wait_for(self.shut())
-        self.thread.close()
+        super().__init__("openai-client")
 
     async def shut(self) -> None:
         await self.http.close()

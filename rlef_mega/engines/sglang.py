@@ -23,7 +23,6 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import aiohttp
 import torch
@@ -46,7 +45,7 @@ from rlef_mega.engines.sglang_members import Member, Place, on_each
 from rlef_mega.engines.sglang_publication import BucketPublication, DiskPublication, Publication
 from rlef_mega.engines.sglang_server import log_file
 from rlef_mega.engines.sglang_weights import SentWeights, ServedModel, check_same_model
-from rlef_mega.loop_thread import LoopThread
+from rlef_mega.loop_thread import LivesInLoop
 from rlef_mega.types import Completion, Sampling
 
 WAYS = ("disk", "distributed", "tensor")
@@ -80,7 +79,7 @@ class SGLangSession:
                 return replace(so_far, finish_reason="length")
 
 
-class SGLangEngine:
+class SGLangEngine(LivesInLoop):
     """Samples on the servers at `urls`; a context manager, which checks them as it opens.
 
     `model` is the Hugging Face folder that the servers were started with. With `way` (of WAYS)
@@ -125,25 +124,8 @@ class SGLangEngine:
         self.publication: Publication | None = None
         self.waits = False  # for the process that publishes
         self.counted: dict[str, float] = {}  # what `take_counts` has told
-        self.thread = LoopThread("sglang-client")
+        super().__init__("sglang-client")
         self.submit = self.thread.submit
-
-    def __enter__(self) -> "SGLangEngine":
-        self.thread.start()
-        try:
-            self.submit(self.open()).result()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     async def open(self) -> None:
         """Every server must be there, of a known version, and of this model."""
@@ -211,8 +193,7 @@ class SGLangEngine:
     def close(self) -> None:
         if self.publication is not None:
             self.publication.close()
-        self.submit(self.shut()).result()
-        self.thread.close()
+        super().close()
 
     async def shut(self) -> None:
         await self.fleet.close()

@@ -9,49 +9,31 @@ responses by the request's seed. `mode` is what it is like:
 """
 
 import asyncio
-import threading
 from collections.abc import Sequence
 
 from aiohttp import web
 
 from rlef_mega.chat import ChatFormat
+from tests.mega.server_in_thread import ServerInThread
 
 OWN_FIELDS = {"stop_token_ids", "return_token_ids", "skip_special_tokens"}
 
 
-class CompletionServer:
+class CompletionServer(ServerInThread):
     def __init__(self, chat: ChatFormat, responses: Sequence[str], mode: str = "ids") -> None:
+        super().__init__()
         self.chat, self.responses, self.mode = chat, responses, mode
         self.delay_s = 0.0
         self.requests: list[dict] = []
         self.most_tokens = 4096
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-
-    def __enter__(self) -> "CompletionServer":
-        self.thread.start()
-        self.wait(self.start())
-        return self
 
     def __exit__(self, *error) -> None:
         self.mode = "gone"
-        self.wait(self.runner.cleanup())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+        super().__exit__(*error)
 
-    def wait(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
-
-    async def start(self) -> None:
-        app = web.Application()
+    def routes(self, app: web.Application) -> None:
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/completions", self.completions)
-        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
 
     @property
     def sampled(self) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -11,14 +10,16 @@ from aiohttp import web
 from safetensors.torch import load_file
 
 from rlef_mega.engines.sglang_weights import SentWeights, ServedModel
+from tests.mega.server_in_thread import ServerInThread
 
 
-class ServerDouble:
+class ServerDouble(ServerInThread):
     """Its token ids count upwards from its number times 100. `mode` is what it does when asked to
     generate: answer, hang, drop the connection, or what `spoil` makes of the answer. When it hangs,
     its scheduler does: what HTTP alone can answer is answered. Paused, it is not healthy."""
 
     def __init__(self, number: int, model: str, version: str = "3", names: frozenset = frozenset()):
+        super().__init__()
         self.number, self.model, self.weight_version, self.names = number, model, version, names
         self.sglang, self.checksums = "0.5.23", {}
         self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
@@ -30,31 +31,9 @@ class ServerDouble:
         self.order: list[str] = []
         self.now, self.most_at_once = 0, 0
         self.next_id = 100 * number
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
 
-    def __enter__(self) -> "ServerDouble":
-        self.thread.start()
-        self.wait(self.start())
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.wait(self.runner.cleanup())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
-
-    def wait(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
-
-    async def start(self) -> None:
-        app = web.Application()
+    def routes(self, app: web.Application) -> None:
         app.router.add_route("*", "/{path}", self.handle)
-        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
