@@ -6,7 +6,9 @@ of one run share a machine and a minute; compare those, and figures of different
 machine was quiet in both. docs/benchmarks.md says what each one means.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from rlef_mega.bench.figures import Report, show, write
@@ -32,6 +34,9 @@ BENCHMARKS = (
     "convert",
     "data",
 )
+# what the second word of the command is to them; the others take none
+OF_A_RECIPE = {"train", "slice", "rollout", "e2e", "publish", "checkpoint", "kernels"}
+OF_A_RUN = {"step"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ class Options:
 
 def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) -> None:
     """Measure, print the table, and write the figures to `out` if there is one. `recipe` is a run
-    directory for `step`, "cpu" or unused for `kernels`, and unused for `sandbox`, `packing`,
-    `modes`, `convert` and `data`."""
+    directory for `step`, "cpu" or unused for `kernels`, and unused for what is in neither
+    `OF_A_RECIPE` nor `OF_A_RUN`."""
     report = report_of(what, recipe, options)
     show(report)
     if out is not None:
@@ -73,88 +78,13 @@ def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) ->
 
 def report_of(what: str, recipe: str, options: Options) -> Report:
     options.check(what)
+    if what not in BENCHMARKS:
+        raise ConfigError(f"no benchmark {what!r}; known: {', '.join(BENCHMARKS)}")
+    name = "against_trl" if options.against_trl else "against_hf" if options.against_hf else what
     # imported where needed: each brings its part of the trainer, and the workers run as modules
-    match what:
-        case "train" if options.against_trl:
-            from rlef_mega.bench import against_trl
-
-            return against_trl.benchmark(recipe)
-        case "train" if options.against_hf:
-            from rlef_mega.bench import against_hf
-
-            return against_hf.benchmark(recipe)
-        case "train":
-            from rlef_mega.bench import train
-
-            return train.benchmark(recipe)
-        case "slice":
-            from rlef_mega.bench import slice as slice_of_model
-
-            return slice_of_model.benchmark(
-                recipe, layers=options.layers, recompute=options.recompute
-            )
-        case "rollout":
-            from rlef_mega.bench import rollout
-
-            return rollout.benchmark(recipe)
-        case "e2e":
-            from rlef_mega.bench import e2e
-
-            return e2e.benchmark(recipe)
-        case "dialogues":
-            from rlef_mega.bench import dialogues
-
-            return dialogues.benchmark()
-        case "leaders":
-            from rlef_mega.bench import leaders
-
-            return leaders.benchmark()
-        case "overlap":
-            from rlef_mega.bench import overlap
-
-            return overlap.benchmark()
-        case "modes":
-            from rlef_mega.bench import modes
-
-            return modes.benchmark()
-        case "scale":
-            from rlef_mega.bench import scale
-
-            return scale.benchmark()
-        case "publish":
-            from rlef_mega.bench import publish
-
-            return publish.benchmark(recipe)
-        case "step":
-            from rlef_mega.bench import step
-
-            return step.benchmark(Path(recipe))
-        case "sandbox":
-            from rlef_mega.bench import sandbox
-
-            return sandbox.benchmark()
-        case "convert":
-            from rlef_mega.bench import convert
-
-            return convert.benchmark()
-        case "checkpoint":
-            from rlef_mega.bench import checkpoint
-
-            return checkpoint.benchmark(recipe)
-        case "kernels":
-            from rlef_mega.bench import kernels
-
-            return kernels.benchmark(recipe)
-        case "plan":
-            from rlef_mega.bench import plan
-
-            return plan.benchmark()
-        case "data":
-            from rlef_mega.bench import data
-
-            return data.benchmark()
-        case "packing":
-            from rlef_mega.bench import packing
-
-            return packing.benchmark()
-    raise ConfigError(f"no benchmark {what!r}; known: {', '.join(BENCHMARKS)}")
+    benchmark: Callable[..., Report] = import_module(f"rlef_mega.bench.{name}").benchmark
+    if what == "slice":
+        return benchmark(recipe, layers=options.layers, recompute=options.recompute)
+    if what in OF_A_RECIPE:
+        return benchmark(recipe)
+    return benchmark(Path(recipe)) if what in OF_A_RUN else benchmark()

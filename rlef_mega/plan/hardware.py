@@ -5,7 +5,7 @@ run of each kind of GPU where there is one (`published.toml`, fitted = true), an
 checks it. The others are round numbers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rlef_mega.config import ConfigError
 
@@ -83,8 +83,3 @@ def this_cpu() -> Device:
     return Device(
         CPU, 135e9, 0.9, total / processes, 8e9, 2e9, 1e9, 2e9, per_node=processes, context_gib=0.7
     )
-
-
-def with_products(device: Device, flops: float) -> Device:
-    """The device with a measured rate of products in place of the data sheet's."""
-    return replace(device, flops=flops)

@@ -199,10 +199,6 @@ def expect(row: Row, key: str, kind: type, default: Any = REQUIRED) -> Any:
     return value
 
 
-def problems_of(outcomes: Iterable[Read]) -> list[Problem]:
-    return [outcome.problem for outcome in outcomes if outcome.problem is not None]
-
-
 Lost = tuple[str, str]  # reason and detail
 Parsed = tuple[Problem | None, list[Lost]]
 
