@@ -8,7 +8,8 @@ paper's (RLEF A.1, 3.1) where it names one.
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from types import NoneType
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -468,7 +469,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         if fault["type"] == "extra_forbidden":
             section = model
             for part in fault["loc"][:-1]:
-                section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+                annotation = section.model_fields[str(part)].annotation
+                choices = get_args(annotation) or (annotation,)  # of an optional section: and None
+                section = next(choice for choice in choices if choice is not NoneType)
             lines.append(f"  unknown key {where!r}; known there: {', '.join(section.model_fields)}")
         else:
             lines.append(f"  {where or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}")

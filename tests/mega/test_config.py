@@ -71,6 +71,10 @@ def test_overrides_take_toml_values_and_bare_words():
     [
         ("run = [", "not valid TOML"),
         ("[ppo]\nbetta = 1", r"unknown key 'ppo.betta'; known there: beta"),
+        (
+            "[critic_parallel]\ntensor = 2",
+            r"unknown key 'critic_parallel.tensor'; known there: tens",
+        ),
         ("[learner.policy]\nlr = -1", r"learner.policy.lr: .* greater than 0"),
         ("[rollout]\nturns = 11", r"rollout.turns: .* less than or equal to 10"),
         (
