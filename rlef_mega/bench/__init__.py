@@ -70,10 +70,10 @@ def run_benchmark(what: str, recipe: str, out: Path | None, options: Options) ->
     directory for `step`, "cpu" or unused for `kernels`, and unused for what is in neither
     `OF_A_RECIPE` nor `OF_A_RUN`."""
     report = report_of(what, recipe, options)
-    show(report)
     if out is not None:
         write(report, out)
         print(f"wrote {out}")
+    show(report)
 
 
 def report_of(what: str, recipe: str, options: Options) -> Report:

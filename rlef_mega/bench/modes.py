@@ -27,6 +27,11 @@ WAYS = {  # what comes after `rlef train`
     "sync": SERVED,
     "async, staleness 1": f"{SERVED} --set rollout.mode=async --set rollout.max_staleness=1",
     "async, staleness 2": f"{SERVED} --set rollout.mode=async --set rollout.max_staleness=2",
+    # as many dialogues and updates, in steps half as large: a version behind is half as far behind
+    "async, staleness 1, half batches": f"{SERVED} --set rollout.mode=async"
+    " --set rollout.max_staleness=1 --set rollout.episodes_per_batch=128"
+    " --set ppo.updates_per_batch=2 --set run.steps=60 --set run.checkpoint_every=10"
+    " --set eval.every=20",
 }
 RESAMPLES = 4000
 
@@ -57,7 +62,7 @@ def benchmark() -> Report:
 
 
 def trained(way: str, seed: int) -> RunDirectory:
-    name = way.replace(", staleness ", "")
+    name = way.replace(", staleness ", "").replace(", ", "-").replace(" ", "-")
     run = RunDirectory(RUNS / f"{name}-{seed}")
     if not (run.path / "eval/after.json").is_file():
         words = [*WAYS[way].split(), "--set", f"run.dir={run.path}", "--set", f"run.seed={seed}"]

@@ -17,6 +17,7 @@ from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.engines.sglang import WAYS, SGLangEngine
 from rlef_mega.engines.sglang_server import SPARE_TOKENS, Servers, ServerSettings
+from rlef_mega.problems.tokenizer import train_tokenizer
 
 REPEATS = 5
 CONTEXT = 512
@@ -43,6 +44,7 @@ def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
             LlamaConfig(**shape, max_position_embeddings=CONTEXT + SPARE_TOKENS)
         ).to(getattr(torch, config.model.dtype))
         model.save_pretrained(folder / "model")
+        train_tokenizer(folder / "model", shape["vocab_size"])  # a server will not start without one
         weights = model.state_dict()
         settings = ServerSettings(
             model=folder / "model",
@@ -73,7 +75,7 @@ def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
         servers=len(servers.urls),
         server_settings=asked.model_dump(include={"device", "tensor_parallel_size", "arguments"}),
         dtype=config.model.dtype,
-        model=shape,
+        shape=shape,
         weights_bytes=size,
     )
     notes = ("hashing what is sent, and on the servers what arrived, is part of each publication",)

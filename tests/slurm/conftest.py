@@ -100,11 +100,17 @@ def runs(tmp_path_factory) -> Iterator[Runs]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(runs, tmp_path_factory) -> list[dict]:
-    """The metrics, from a run by sbatch in one allocation of 2 nodes to train and 1 to grade."""
+def undisturbed_run(runs, tmp_path_factory) -> Path:
+    """By sbatch in one allocation of 2 nodes to train and 1 to grade."""
     run = tmp_path_factory.mktemp("whole") / "undisturbed"
     said = runs.wait(run, runs.submit(run, ALLREDUCE_GBPS=0.001))
     assert "all-reduce over 2 ranks" in said and "done: 12 steps" in said, said
-    found = metrics(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run) -> list[dict]:
+    """The metrics, from a run that nothing happened to."""
+    found = metrics(undisturbed_run)
     assert len(found) == STEPS
     return found

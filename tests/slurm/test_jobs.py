@@ -1,0 +1,59 @@
+"""The jobs beside training, by sbatch: export of a run, evaluation of the exported model, a
+benchmark."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.slurm.conftest import ROOT
+
+pytestmark = pytest.mark.slurm
+
+
+def submit(runs, folder: Path, script: str, *arguments: object, **settings: object) -> str:
+    """What the job said."""
+    log = folder / f"{script}.log"
+    words = ["sbatch", "--parsable", f"--output={log}", "--gpus-per-node=0"]
+    script_path = str(ROOT / "slurm" / script)
+    ours = {"RLEF_ROOT": ROOT, "VENV": sys.prefix, "GPUS_PER_NODE": 0, "OMP_NUM_THREADS": 1}
+    settings = {name: str(value) for name, value in (ours | settings).items()}
+    job = runs.cluster.run(*words, script_path, *map(str, arguments), **settings).strip()
+    runs.cluster.wait_for(lambda: runs.cluster.state(job) in ("COMPLETED", "FAILED"), 300)
+    said = log.read_text()
+    assert runs.cluster.state(job) == "COMPLETED", said
+    return said
+
+
+def test_a_run_is_exported_and_evaluated(runs, undisturbed_run, tmp_path):
+    submit(runs, tmp_path, "export_hf.sh", undisturbed_run, tmp_path / "hf", PROCESSES=2)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").num_parameters() > 0
+    words = ["--problems", 4, "--n-at-k", "1@3", "--max-new-tokens", 40, "--max-context", 320]
+    submit(
+        runs,
+        tmp_path,
+        "eval.sh",
+        tmp_path / "hf",
+        *words,
+        DATA="curriculum:test",
+        OUT=tmp_path / "eval",
+        DTYPE="float32",
+    )
+    (found,) = (tmp_path / "eval").rglob("*.json")
+    assert len(json.loads(found.read_text())["protocols"]["multi_turn"]["outcomes"]) == 4
+
+
+def test_a_benchmark_writes_its_figures(runs, tmp_path):
+    submit(runs, tmp_path, "bench.sh", "packing", OUT=tmp_path / "figures/packing.json")
+    assert json.loads((tmp_path / "figures/packing.json").read_text())["figures"]
+
+
+def test_a_job_without_arguments_says_what_it_wants(runs, tmp_path):
+    log = tmp_path / "eval.log"
+    words = ["sbatch", "--parsable", f"--output={log}", "--gpus-per-node=0"]
+    settings = {"RLEF_ROOT": str(ROOT), "VENV": sys.prefix, "GPUS_PER_NODE": "0"}
+    job = runs.cluster.run(*words, str(ROOT / "slurm/eval.sh"), **settings).strip()
+    runs.cluster.wait_for(lambda: runs.cluster.state(job) == "FAILED", 60)
+    assert "name a model: sbatch slurm/eval.sh MODEL" in log.read_text()
