@@ -28,7 +28,7 @@ from rich.table import Table
 from rlef_mega.config import TrainConfig, find_recipe, load_config
 from rlef_mega.demo import stage
 from rlef_mega.manifest import describe
-from rlef_mega.record import write_atomically
+from rlef_mega.record import RunDirectory, write_atomically
 from rlef_mega.report.panels import PALETTE
 from rlef_mega.report.plots import STYLE
 
@@ -140,7 +140,17 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
                 if all(protocol in one["protocols"] for one in of_seeds)
             },
         }
-    return {"rows": rows, "turn_budget": {name: budgets(out, name, seeds) for name in BUDGETS}}
+    return {
+        "rows": rows,
+        "turn_budget": {name: budgets(out, name, seeds) for name in BUDGETS},
+        "training_minutes": {name: minutes(out, name, seeds) for name in RUNS},
+    }
+
+
+def minutes(out: Path, name: str, seeds: Sequence[int]) -> list[float]:
+    """That the steps of a run took, a number a seed; without start, first and last evaluation."""
+    of_seeds = [RunDirectory(out / f"{name}-{seed}").read_metrics() for seed in seeds]
+    return [round(sum(s["time"]["step"] for s in steps) / 60, 2) for steps in of_seeds]
 
 
 def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:

@@ -21,7 +21,7 @@ from rlef_mega.problems.tokenizer import train_tokenizer
 
 REPEATS = 5
 CONTEXT = 512
-SHAPE: dict[str, Any] = {  # 87M parameters, 350 MB in fp32
+SHAPE: dict[str, Any] = {  # 82M parameters, 327 MB in fp32
     "vocab_size": 16384,
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -44,7 +44,9 @@ def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
             LlamaConfig(**shape, max_position_embeddings=CONTEXT + SPARE_TOKENS)
         ).to(getattr(torch, config.model.dtype))
         model.save_pretrained(folder / "model")
-        train_tokenizer(folder / "model", shape["vocab_size"])  # a server will not start without one
+        train_tokenizer(
+            folder / "model", shape["vocab_size"]
+        )  # a server will not start without one
         weights = model.state_dict()
         settings = ServerSettings(
             model=folder / "model",
