@@ -145,6 +145,17 @@ class Browser {
     this.choose(this.found[next]);
   }
 
+  // What the tooltip says, for who has no pointer.
+  walkTokens(by) {
+    const tokens = [...byId("dialogue").querySelectorAll(".response .token")];
+    const place = tokens.findIndex((token) => token.classList.contains("current"));
+    const token = tokens[Math.min(tokens.length - 1, Math.max(0, place + by))];
+    tokens[place]?.classList.remove("current");
+    token.classList.add("current");
+    token.scrollIntoView({ block: "nearest" });
+    byId("token").textContent = `“${token.textContent.replaceAll("\n", "⏎")}”  ${token.title.replaceAll("\n", " · ")}`;
+  }
+
   listKey(event) {
     const page = Math.floor(this.list.clientHeight / ROW);
     const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
@@ -170,8 +181,9 @@ class Browser {
       d: () => press("diff", (box) => (box.checked = !box.checked)),
       "?": () => (byId("keys").open = !byId("keys").open),
     };
+    if (byId("token")) Object.assign(keys, { ArrowRight: () => this.walkTokens(1), ArrowLeft: () => this.walkTokens(-1) });
     if (!(event.key in keys)) return;
-    byId("episodes").scrollIntoView({ block: "start" });
+    if (!event.key.startsWith("Arrow")) byId("episodes").scrollIntoView({ block: "start" });
     keys[event.key]();
     event.preventDefault();
   }

@@ -179,5 +179,6 @@ function dialogueView(dialogue, options) {
     turnsTable(turns),
     coloured ? h("p", { class: "caption legend-line" }, known ? scaleView(options.colour, versionPlace) : `No ${COLOURS[options.colour]} was recorded of these tokens.`) : null,
     h("ol", { class: "turns" }, turns.map((turn, place) => turnView(turn, place, turns, { ...options, language }, versionPlace))),
+    coloured && known ? h("p", { id: "token", class: "readout", role: "status" }, "← → read a token's numbers") : null,
   ];
 }

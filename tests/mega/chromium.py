@@ -27,6 +27,8 @@ KEYS = {
     "Escape": ("", 27),
     "ArrowDown": ("", 40),
     "ArrowUp": ("", 38),
+    "ArrowLeft": ("", 37),
+    "ArrowRight": ("", 39),
     "End": ("", 35),
     "Home": ("", 36),
     "Tab": ("", 9),

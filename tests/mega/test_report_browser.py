@@ -154,6 +154,10 @@ def test_coloured_tokens_are_the_response_with_the_recorded_numbers(page, finish
     place = next(n for n, logprob in enumerate(turn["logprobs"]) if logprob < -900)
     assert tips[place].startswith(f"log-prob −{-turn['logprobs'][place] / 1000:.2f} ")
     assert "weights of version 4" in tips[0] and "weights of version 5" in tips[-1]
+    page.press("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft")  # the second one
+    said = page.evaluate("document.getElementById('token').textContent")
+    assert tokens[1].replace("\n", "⏎") in said and tips[1].replace("\n", " · ") in said
+    assert page.evaluate(PARTS.format(".token.current")) == [tokens[1]]
     for colour in ("kl", "advantages", "versions"):
         choose(page, colour=colour)
         assert "".join(page.evaluate(PARTS.format("#turn-1 .token"))) == turn["response"]
