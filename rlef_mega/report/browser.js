@@ -153,6 +153,7 @@ class Browser {
     tokens[place]?.classList.remove("current");
     token.classList.add("current");
     token.scrollIntoView({ block: "nearest" });
+    byId("token").hidden = false;
     byId("token").textContent = `“${token.textContent.replaceAll("\n", "⏎")}”  ${token.title.replaceAll("\n", " · ")}`;
   }
 

@@ -24,7 +24,9 @@ const SCALES = {
 const LEVELS = 8; // of a scale, on each side
 
 function signed(value, digits = 2) {
-  return (value > 0 ? "+" : "") + value.toFixed(digits).replace("-", "−");
+  const shown = value.toFixed(digits);
+  if (Number(shown) === 0) return shown.replace("-", ""); // neither sign
+  return (value > 0 ? "+" : "") + shown.replace("-", "−");
 }
 
 const plain = (value) => signed(value).replace("+", "");
@@ -179,6 +181,6 @@ function dialogueView(dialogue, options) {
     turnsTable(turns),
     coloured ? h("p", { class: "caption legend-line" }, known ? scaleView(options.colour, versionPlace) : `No ${COLOURS[options.colour]} was recorded of these tokens.`) : null,
     h("ol", { class: "turns" }, turns.map((turn, place) => turnView(turn, place, turns, { ...options, language }, versionPlace))),
-    coloured && known ? h("p", { id: "token", class: "readout", role: "status" }, "← → read a token's numbers") : null,
+    coloured && known ? h("p", { id: "token", class: "readout", role: "status", hidden: true }) : null,
   ];
 }
