@@ -138,9 +138,11 @@ class Cluster:
             timeout=60,
         )
         if done.returncode:
-            raise subprocess.CalledProcessError(
+            error = subprocess.CalledProcessError(
                 done.returncode, list(words), done.stdout, done.stderr
             )
+            error.add_note(done.stderr)
+            raise error
         return done.stdout
 
     def start(self, name: str, *words: str) -> None:

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 from tests.slurm.conftest import ROOT
 
 pytestmark = pytest.mark.slurm
+OPTIONS = ("--gpus-per-node=0", "--cpus-per-task=2")  # over the scripts' own: small nodes
 
 
 def submit(runs, folder: Path, script: str, *arguments: object, **settings: object) -> str:
     """What the job said."""
     log = folder / f"{script}.log"
-    words = ["sbatch", "--parsable", f"--output={log}", "--gpus-per-node=0"]
+    words = ["sbatch", "--parsable", f"--output={log}", *OPTIONS]
     script_path = str(ROOT / "slurm" / script)
     ours = {"RLEF_ROOT": ROOT, "VENV": sys.prefix, "GPUS_PER_NODE": 0, "OMP_NUM_THREADS": 1}
     settings = {name: str(value) for name, value in (ours | settings).items()}
@@ -52,7 +53,7 @@ def test_a_benchmark_writes_its_figures(runs, tmp_path):
 
 def test_a_job_without_arguments_says_what_it_wants(runs, tmp_path):
     log = tmp_path / "eval.log"
-    words = ["sbatch", "--parsable", f"--output={log}", "--gpus-per-node=0"]
+    words = ["sbatch", "--parsable", f"--output={log}", *OPTIONS]
     settings = {"RLEF_ROOT": str(ROOT), "VENV": sys.prefix, "GPUS_PER_NODE": "0"}
     job = runs.cluster.run(*words, str(ROOT / "slurm/eval.sh"), **settings).strip()
     runs.cluster.wait_for(lambda: runs.cluster.state(job) == "FAILED", 60)

@@ -1,7 +1,6 @@
 """What slurm/ refuses, on a real Slurm."""
 
 import socket
-import subprocess
 
 import pytest
 
@@ -54,12 +53,3 @@ def test_unfit_nodes_are_named_before_anything_starts(runs, tmp_path):
         said = runs.wait(run, job, "FAILED")
     assert f"port {port} is taken" in said and "GiB free, 1e+06 are wanted" in said, said
     assert "the nodes are not fit" in said and not (run / "config.toml").exists()
-
-
-@pytest.mark.parametrize("options", [["--nodes=9"], ["--nodes=3", "--gpus-per-node=8"]])
-def test_sbatch_alone_does_not_queue_what_the_cluster_cannot_run(runs, tmp_path, options):
-    """Slurm's own refusal; with the default EnforcePartLimits=NO."""
-    with pytest.raises(subprocess.CalledProcessError) as refused:
-        runs.submit(tmp_path / "oversized", *options)
-    assert "Batch job submission failed" in refused.value.stderr
-    assert runs.cluster.run("squeue", "-h", "--name=oversized") == ""
