@@ -96,3 +96,30 @@ def bootstrap_interval(
     means = sample[generator.integers(0, len(sample), (resamples, len(sample)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return {"value": float(sample.mean()), "low": float(low), "high": float(high)}
+
+
+def interval_over_seeds(
+    outcomes: Sequence[Sequence[float]],
+    beside: Sequence[Sequence[float]] | None = None,
+    *,
+    resamples: int = 2000,
+) -> dict[str, float]:
+    """Mean over seeds (a list each) and problems, with its 95% interval: both are resampled. With
+    `beside`, that of `outcomes` less that of `beside`; problems are paired, seeds are not. All
+    lists have the same problems in the same order."""
+    rng = np.random.default_rng(0)
+    problems = rng.integers(len(outcomes[0]), size=(resamples, len(outcomes[0])))
+
+    def means(by_seed: Any) -> Any:  # resamples
+        seeds = rng.integers(len(by_seed), size=(resamples, len(by_seed)))
+        return np.array(
+            [by_seed[s].mean(0)[p].mean() for s, p in zip(seeds, problems, strict=True)]
+        )
+
+    ours = np.asarray(outcomes, dtype=float)
+    value, drawn = ours.mean(), means(ours)
+    if beside is not None:
+        other = np.asarray(beside, dtype=float)
+        value, drawn = value - other.mean(), drawn - means(other)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"value": float(value), "low": float(low), "high": float(high)}

@@ -9,7 +9,7 @@ the number of updates. Seeds differ in problems drawn, sampling and the critic's
     OUT/reproduce.json       rates of every seed, and the table's means with their intervals
     OUT/reproduce.md, .png   the table, the turn budgets
 
-Intervals resample seeds and problems together; with one seed they say what other problems would
+Intervals resample seeds and problems; with one seed they say what other problems would
 give, not what another run would.
 """
 
@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -28,11 +29,11 @@ from rich.table import Table
 from rlef_mega.config import TrainConfig, find_recipe, load_config
 from rlef_mega.demo import stage
 from rlef_mega.manifest import describe
+from rlef_mega.metrics import interval_over_seeds
 from rlef_mega.record import RunDirectory, write_atomically
 from rlef_mega.report.panels import PALETTE
 from rlef_mega.report.plots import STYLE
 
-RESAMPLES = 2000
 TURNS = 5  # of the dialogues whose beginnings are the turn budgets
 PROTOCOLS = ("multi_turn", "independent", "random_feedback")
 RUNS: dict[str, tuple[str, ...]] = {  # by `rlef train`, with these settings
@@ -165,21 +166,8 @@ def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]
 
 
 def interval(outcomes: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean over seeds and problems with its 95% interval; a list a seed."""
-    rng = np.random.default_rng(0)
-    by_seed = [np.asarray(of_seed, dtype=float) for of_seed in outcomes]
-    means = [
-        np.mean([rng.choice(by_seed[i], size=len(by_seed[i])).mean() for i in drawn])
-        for drawn in rng.integers(len(by_seed), size=(RESAMPLES, len(by_seed)))
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    each = [float(of_seed.mean()) for of_seed in by_seed]
-    return {
-        "value": float(np.mean(each)),
-        "low": float(low),
-        "high": float(high),
-        "seeds": [round(value, 4) for value in each],
-    }
+    """Of a list a seed; and each seed's mean."""
+    return interval_over_seeds(outcomes) | {"seeds": [round(mean(one), 4) for one in outcomes]}
 
 
 HEADINGS = ("", "1@3 dialogues", "1@3 independent", "random feedback", "paper, 8B: valid / test")

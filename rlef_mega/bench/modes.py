@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
-
 from rlef_mega.bench.commands import rlef
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.metrics import interval_over_seeds
 from rlef_mega.record import RunDirectory
 
 RUNS = Path("runs/modes")
@@ -33,7 +32,6 @@ WAYS = {  # what comes after `rlef train`
     " --set ppo.updates_per_batch=2 --set run.steps=60 --set run.checkpoint_every=10"
     " --set eval.every=20",
 }
-RESAMPLES = 4000
 
 
 def benchmark() -> Report:
@@ -44,6 +42,7 @@ def benchmark() -> Report:
     if not (base / "config.json").is_file():
         raise ConfigError(f"no model in {base}: `rlef sft demo_base` makes it")
     runs = {way: [trained(way, seed) for seed in SEEDS] for way in WAYS}
+    embedded = [outcomes(run) for run in runs["embedded"]]
     notes = (
         "solved: 1@3 on the demo's test problems, T = 1, after the same number of updates",
         "runs with servers do not repeat bit for bit; all ways share the machine's cores",
@@ -52,7 +51,7 @@ def benchmark() -> Report:
         seeds=list(SEEDS),
         commands={way: f"rlef train {words}" for way, words in WAYS.items()},
         difference_to_embedded={
-            way: difference([outcomes(r) for r in runs["embedded"]], [outcomes(r) for r in them])
+            way: interval_over_seeds([outcomes(run) for run in them], beside=embedded)
             for way, them in runs.items()
             if way != "embedded"
         },
@@ -76,21 +75,6 @@ def outcomes(run: RunDirectory) -> list[float]:
     return json.loads((run.path / "eval/after.json").read_text())["protocols"]["multi_turn"][
         "outcomes"
     ]
-
-
-def difference(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Of mean solve rates, `other` less `ours`, with its 95% interval; a list a seed, problems in
-    the same order."""
-    rng = np.random.default_rng(0)
-    first, second = np.asarray(ours), np.asarray(other)  # seeds x problems
-    count = first.shape[1]
-    drawn = [
-        (second[rng.integers(len(second), size=len(second))].mean(0) - mine)[problems].mean()
-        for problems in rng.integers(count, size=(RESAMPLES, count))
-        for mine in [first[rng.integers(len(first), size=len(first))].mean(0)]
-    ]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": float(second.mean() - first.mean()), "low": float(low), "high": float(high)}
 
 
 def figures_of(way: str, runs: Sequence[RunDirectory]) -> list[Figure]:

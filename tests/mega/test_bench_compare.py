@@ -1,14 +1,11 @@
-"""`rlef bench compare`, and the interval of `rlef bench modes`, by hand."""
+"""`rlef bench compare`, by hand."""
 
 import json
-import random
-from statistics import mean
 
 import pytest
 from typer.testing import CliRunner
 
 from rlef_mega.bench.compare import compare
-from rlef_mega.bench.modes import difference
 from rlef_mega.cli import app
 from rlef_mega.config import ConfigError
 from rlef_mega.launch import FAILED
@@ -73,19 +70,3 @@ def test_what_is_no_pair_of_figures_is_refused(tmp_path):
     for bad in ("text", "missing"):
         with pytest.raises(ConfigError, match="no file of figures"):
             compare(old, tmp_path / bad, tolerance=0.05)
-
-
-def test_the_difference_of_two_ways_has_an_interval_over_problems_and_seeds():
-    rng = random.Random(1)
-
-    def runs(*rates):
-        return [[float(rng.random() < rate) for _ in range(300)] for rate in rates]
-
-    same, better = runs(0.6, 0.6), runs(0.8, 0.8)
-    found = difference(same, better)
-    assert found["value"] == pytest.approx(mean(map(mean, better)) - mean(map(mean, same)))
-    assert 0 < found["low"] < found["value"] < found["high"]
-    assert difference(same, same)["low"] < 0 < difference(same, same)["high"]
-    # seeds that differ among themselves widen it
-    wide = difference(same, runs(0.6, 1.0))
-    assert wide["high"] - wide["low"] > 1.5 * (found["high"] - found["low"])

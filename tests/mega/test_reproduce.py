@@ -2,29 +2,14 @@
 run is left alone."""
 
 import json
-import random
 
 import pytest
 
 from rlef_mega import reproduce
-from rlef_mega.reproduce import BUDGETS, IMITATION, ROWS, RUNS, collect, interval, save_turn_budgets
+from rlef_mega.reproduce import BUDGETS, IMITATION, ROWS, RUNS, collect, save_turn_budgets
 from rlef_mega.reproduce import markdown as table
 
 SEEDS = (3, 4)
-
-
-def test_an_interval_is_over_seeds_and_problems():
-    """Two seeds that agree: no narrower than that of all their problems, and no wider than twice
-    that, for chance differences between seeds count as well. Two that differ: what is between."""
-    rng = random.Random(0)
-    alike = [[float(rng.random() < 0.5) for _ in range(400)] for _ in range(2)]
-    found = interval(alike)
-    assert found["value"] == pytest.approx(sum(map(sum, alike)) / 800)
-    of_problems = 2 * 1.96 * 0.5 / 800**0.5
-    assert of_problems < found["high"] - found["low"] < 2 * of_problems
-    assert interval(alike[:1])["seeds"] == [pytest.approx(sum(alike[0]) / 400)]
-    apart = interval([[0.0] * 400, [1.0] * 400])
-    assert (apart["low"], apart["value"], apart["high"]) == (0.0, 0.5, 1.0)
 
 
 def write(path, content):
