@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.chat import CONTROLS, ChatFormat
 from rlef_mega.config import ConfigError
@@ -23,6 +22,7 @@ from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Test
 from tests.mega.completion_server_double import CompletionServer
 from tests.mega.test_chat import byte_tokenizer
+from tests.mega.tiny_llama import tiny_llama
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 NAMES = ("Bob", "Kim", "Ida", "Max", "Zoe")
@@ -37,15 +37,7 @@ RESPONSES = [RIGHT, WRONG, ONLY_PUBLIC, NO_CODE, WRONG]
 def folder(tmp_path_factory) -> Path:
     """A model's folder, of which a completion server's evaluation reads the tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
-        vocab_size=262,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(262).save_pretrained(folder)
     byte_tokenizer(CONTROLS["llama3"]).save_pretrained(folder)
     return folder
 

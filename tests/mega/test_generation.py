@@ -3,31 +3,20 @@ Llama."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.generation import CPU_PREFILL_TOKENS, Request, generate_batch
 from rlef_mega.engines.sampling import request_uniforms, sample
 from rlef_mega.types import Sampling
+from tests.mega.tiny_llama import tiny_llama
 
 VOCABULARY, POSITIONS = 61, 96
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        initializer_range=0.2,  # far from uniform, so that a mistake shows
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(VOCABULARY, max_position_embeddings=POSITIONS, attn_implementation="sdpa")
 
 
 def prompts(count, shortest=1, longest=40):

@@ -5,35 +5,24 @@ import asyncio
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import LlamaForCausalLM, MistralConfig
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.types import Sampling
+from tests.mega.tiny_llama import tiny_llama
 
 SAMPLING = Sampling(max_new_tokens=8, stop_token_ids=(0, 1, 2, 3))
 
 
-def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
+def small_llama(tied: bool = False, seed: int = 1) -> LlamaForCausalLM:
+    return tiny_llama(61, seed=seed, max_position_embeddings=64, tie_word_embeddings=tied)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "tiny llama"
-    tiny_llama().save_pretrained(path)
+    small_llama(seed=0).save_pretrained(path)
     return path
 
 
@@ -198,7 +187,7 @@ def weights(model):
 
 def test_after_an_update_the_engine_samples_as_the_new_model_does(engine, tmp_path):
     torch.manual_seed(5)
-    new = tiny_llama()
+    new = small_llama()
     new.save_pretrained(tmp_path)
     before = run(dialogue(engine, 1, 2))
     engine.update_weights(weights(new).items(), version=3)
@@ -215,7 +204,7 @@ def test_after_an_update_the_engine_samples_as_the_new_model_does(engine, tmp_pa
 def test_weights_are_compared_after_the_cast_to_the_engines_type(folder, dtype, from_folder):
     engine = LocalEngine(folder, dtype=dtype, weights_from_folder=from_folder)
     torch.manual_seed(6)
-    sent = weights(tiny_llama())
+    sent = weights(small_llama())
     engine.update_weights(sent.items(), version=1)
     served = engine.model.state_dict()["lm_head.weight"]
     assert served.dtype == torch.bfloat16
@@ -235,7 +224,7 @@ def test_weights_are_compared_after_the_cast_to_the_engines_type(folder, dtype, 
 )
 def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(engine, change, message):
     torch.manual_seed(7)
-    sent = weights(tiny_llama())
+    sent = weights(small_llama())
     change(sent)
     before = weights(engine.model)
     with pytest.raises(EngineError, match=message):
@@ -262,10 +251,10 @@ def test_nothing_is_served_after_an_update_that_does_not_verify(engine):
 
 
 def test_tied_weights_may_be_sent_under_one_name_or_both_but_not_unequal(tmp_path):
-    tiny_llama(tied=True).save_pretrained(tmp_path)
+    small_llama(tied=True).save_pretrained(tmp_path)
     engine = LocalEngine(tmp_path)
     torch.manual_seed(8)
-    sent = weights(tiny_llama(tied=True))
+    sent = weights(small_llama(tied=True))
     assert torch.equal(sent["lm_head.weight"], sent["model.embed_tokens.weight"])
     engine.update_weights(sent.items(), version=1)
     without_head = {name: tensor for name, tensor in sent.items() if name != "lm_head.weight"}
@@ -298,7 +287,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, folder):
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused_instead_of_made_up(tmp_path):
-    model = tiny_llama()
+    model = small_llama()
     kept = {k: v for k, v in weights(model).items() if k != "model.norm.weight"}
     model.save_pretrained(tmp_path, state_dict=kept)
     with pytest.raises(ValueError, match=r"weights are missing: model\.norm\.weight"):

@@ -8,7 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError, EngineLostError
@@ -18,6 +18,7 @@ from rlef_mega.engines.sglang_server import log_file
 from rlef_mega.engines.sglang_weights import ServedModel
 from rlef_mega.types import Completion, Sampling
 from tests.mega.sglang_server_double import ServerDouble
+from tests.mega.tiny_llama import tiny_llama
 
 SAMPLING = Sampling(3, stop_token_ids=(999,))
 
@@ -25,15 +26,7 @@ SAMPLING = Sampling(3, stop_token_ids=(999,))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(1000).save_pretrained(folder)
     return folder
 
 
@@ -508,9 +501,9 @@ def test_a_server_with_unknown_parameters_is_refused_before_anything_is_sent(
 ):
     with publishing(servers, model, tmp_path):
         pass
-    servers[0].names = servers[0].names | {"model.layers.1.mlp.down_proj.weight"}
+    servers[0].names = servers[0].names | {"model.layers.2.mlp.down_proj.weight"}
     with (
-        pytest.raises(ValueError, match=r"not know how to verify.*layers\.1"),
+        pytest.raises(ValueError, match=r"not know how to verify.*layers\.2"),
         open_engine(servers, model, way="disk", weights_folder=tmp_path),
     ):
         pass

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.chat import CONTROLS
 from rlef_mega.conversion import export_checkpoint, import_folder
 from tests.mega.test_chat import byte_tokenizer
+from tests.mega.tiny_llama import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sglang/bin/python"
@@ -44,20 +43,15 @@ class Serving:
 
 def save_tiny_model(folder: Path) -> Path:
     """Two layers, with the control tokens of both chat formats."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
+    model = tiny_llama(
+        VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=CONTEXT + 2,
-        initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=END_OF_TEXT,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     byte_tokenizer(CONTROLS["llama3"] + CONTROLS["chatml"]).save_pretrained(folder)
     return folder
 
