@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.checkpoint_files import fault_in, steps_in
 from rlef_mega.preflight import claim_run_directory
+from rlef_mega.problems import load_problems
+from rlef_mega.problems.jsonl import write_jsonl
 from rlef_mega.sft import make_initial_model
 from tests.mega.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
@@ -110,6 +113,27 @@ def test_the_same_seed_gives_the_same_metrics_profiled_or_not(undisturbed, model
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     names = {event.get("name", "") for event in events}
     assert "aten::mm" in names and "[memory]" in names
+
+
+def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_path):
+    """By all protocols but that of false feedback, which needs a wrong program: an untrained model
+    writes none."""
+    problems = list(load_problems("curriculum:test"))[:3]
+    write_jsonl(problems, tmp_path / "three.jsonl")
+    run = tmp_path / "run"
+    settings = ("run.steps=1", f"data.test={json.dumps(str(tmp_path / 'three.jsonl'))}")
+    train(run, model, *settings)
+    written = {name: (run / f"eval/{name}.json").read_text() for name in ("before", "after")}
+    for version, name in enumerate(written):
+        about = json.loads(written[name])
+        assert about["problems"] == 3 and about["model"].endswith(f"version {version}")
+        assert set(about["protocols"]) == {"multi_turn", "independent"}
+        for protocol in about["protocols"].values():
+            assert len(protocol["outcomes"]) == 3 and protocol["solve_rate"]["value"] == 0
+        with zstandard.open(run / f"eval/{name}_episodes.jsonl.zst", "rt") as lines:
+            assert [json.loads(line)["problem_id"] for line in lines] == [p.id for p in problems]
+    train(run, model, *settings)  # all of it is done
+    assert written == {name: (run / f"eval/{name}.json").read_text() for name in written}
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path):
