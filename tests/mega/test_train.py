@@ -19,6 +19,7 @@ import pytest
 import zstandard
 
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.evaluate import PROTOCOLS
 from rlef_mega.megatron.checkpoint_files import fault_in, steps_in
 from rlef_mega.preflight import claim_run_directory
 from rlef_mega.problems import load_problems
@@ -116,8 +117,7 @@ def test_the_same_seed_gives_the_same_metrics_profiled_or_not(undisturbed, model
 
 
 def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_path):
-    """By all protocols but that of false feedback, which needs a wrong program: an untrained model
-    writes none."""
+    """By all protocols; a command that finds both evaluations leaves them."""
     problems = list(load_problems("curriculum:test"))[:3]
     write_jsonl(problems, tmp_path / "three.jsonl")
     run = tmp_path / "run"
@@ -127,7 +127,7 @@ def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_p
     for version, name in enumerate(written):
         about = json.loads(written[name])
         assert about["problems"] == 3 and about["model"].endswith(f"version {version}")
-        assert set(about["protocols"]) == {"multi_turn", "independent"}
+        assert set(about["protocols"]) == set(PROTOCOLS)
         for protocol in about["protocols"].values():
             assert len(protocol["outcomes"]) == 3 and protocol["solve_rate"]["value"] == 0
         with zstandard.open(run / f"eval/{name}_episodes.jsonl.zst", "rt") as lines:
