@@ -63,12 +63,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
 def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
     """Whether all were done; else the run was asked to stop, and is saved. EngineLostError, once
     what was learned is saved, when no engine is left; GuardError when going on would be a waste."""
-    learner, engine, guards, checkpoints = (
-        parts.learner,
-        parts.engine,
-        parts.guards,
-        parts.checkpoints,
-    )
+    learner, guards, checkpoints = parts.learner, parts.guards, parts.checkpoints
     clock = Clock(parts.note_phase)
     steps = range(parts.done + 1, config.run.steps + 1)
     traces = parts.run.path / "profile"
@@ -80,7 +75,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
             save_and_end(checkpoints, step - 1, position(config, step - 1, rollouts))
             raise
         guards.check_drops(held)
-        engine.rest()
+        parts.engine.rest()
         batch = pack_episodes(config, held.episodes)
         with clock("score"):
             scores = learner.score(batch)
@@ -89,16 +84,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
             order = shuffled(batch.num_sequences, derive_seed(config.run.seed, step))
             train_policy = step > config.ppo.critic_warmup_steps
             update_metrics = learner.update(batch, targets, order, train_policy=train_policy)
-        validation: dict[str, Any] = {}
-        lost: EngineLostError | None = None
-        try:
-            with clock("publish"):
-                publish(learner, engine, version=step)
-                rollouts.published(step)
-            with clock("evaluate"):
-                validation = parts.evaluator.quick(step, rollouts)
-        except EngineLostError as error:  # on all ranks
-            lost = error
+        validation, lost = bring_weights_back(parts, rollouts, clock, step)
         stopping = any_rank(parts.stop.requested())
         saving = step % config.run.checkpoint_every == 0 or step == config.run.steps
         record = {
@@ -117,23 +103,15 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
         record["alarms"] = guards.alarms(record)
         write_down(config, parts, record, clock)
         if saving and parts.ranks.is_writer:
-            episodes = episode_records(
-                held.episodes, parts.problems, parts.chat, batch, scores, targets
-            )
-            parts.run.write_episodes(f"episodes/step_{step:06d}.jsonl.zst", episodes)
+            write_episodes(parts, step, held.episodes, batch, scores, targets)
         try:
             guards.check(record)
         except GuardError:
             checkpoints.finish()  # of steps before the fault
             raise
         with clock("checkpoint"):  # what training waits for
-            checkpoints.poll()
-            score, scored = record.get("valid_solved"), record.get("valid_step", step)
-            if saving or stopping or lost:
-                mine = score if scored == step else None
-                checkpoints.save(step, position(config, step, rollouts), score=mine)
-            if score is not None and scored != step:
-                checkpoints.rate(scored, score)
+            wanted = position(config, step, rollouts) if saving or stopping or lost else None
+            save(checkpoints, step, record, wanted)
         collect_garbage(step)
         if stopping or lost:
             checkpoints.require_saved()
@@ -142,6 +120,21 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
         if stopping:
             return False
     return True
+
+
+def bring_weights_back(
+    parts: Parts, rollouts: Rollouts, clock: Clock, step: int
+) -> tuple[dict[str, Any], EngineLostError | None]:
+    """Publish the step's weights to the engine and evaluate it where that is due: the evaluation's
+    numbers. When no engine is left that is returned, on all ranks, for the step is not lost."""
+    try:
+        with clock("publish"):
+            publish(parts.learner, parts.engine, version=step)
+            rollouts.published(step)
+        with clock("evaluate"):
+            return parts.evaluator.quick(step, rollouts), None
+    except EngineLostError as error:
+        return {}, error
 
 
 def pack_episodes(config: TrainConfig, episodes: Sequence[Episode]) -> Batch:
@@ -173,6 +166,19 @@ def write_down(config: TrainConfig, parts: Parts, record: dict[str, Any], clock:
     parts.progress.step(training_line(record, times))
     for alarm in record["alarms"]:
         parts.progress.say(f"ALARM at step {record['step']}: {alarm}")
+
+
+def write_episodes(
+    parts: Parts,
+    step: int,
+    episodes: Sequence[Episode],
+    batch: Batch,
+    scores: Scores,
+    targets: Targets,
+) -> None:
+    """The step's dialogues with what was made of them, for `rlef view`."""
+    records = episode_records(episodes, parts.problems, parts.chat, batch, scores, targets)
+    parts.run.write_episodes(f"episodes/step_{step:06d}.jsonl.zst", records)
 
 
 def total_counts(engine: Engine) -> dict[str, float]:
@@ -223,6 +229,19 @@ def position(config: TrainConfig, step: int, rollouts: Rollouts) -> dict[str, An
         "metrics_lines": step,
         **rollouts.state(),
     }
+
+
+def save(
+    checkpoints: Checkpoints, step: int, record: dict[str, Any], state: dict[str, Any] | None
+) -> None:
+    """Begin a checkpoint of this step if there is a `state` to keep with it, and give a checkpoint
+    the score that its validation has come to, which may be an earlier one's. Collective."""
+    checkpoints.poll()
+    score, scored = record.get("valid_solved"), record.get("valid_step", step)
+    if state is not None:
+        checkpoints.save(step, state, score=score if scored == step else None)
+    if score is not None and scored != step:
+        checkpoints.rate(scored, score)
 
 
 def save_and_end(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> None:
