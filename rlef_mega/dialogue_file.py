@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlef_mega.config import ConfigError
-from rlef_mega.record import write_atomically
 
 FORMAT = 1
 HOPELESS = "prompt too long"  # a drop that another try would not change
@@ -38,7 +37,7 @@ class DialogueFile:
         self.path = path
         if not path.exists():
             header = {"rlef_eval": FORMAT, "asked": asked, "problems": problems}
-            write_atomically(path, json.dumps(header) + "\n")
+            create(path, json.dumps(header) + "\n")
         self.file = os.open(path, os.O_RDWR | os.O_APPEND)
         try:
             lock(self.file, path)
@@ -73,6 +72,16 @@ class DialogueFile:
             raise
         if "protocol" in record and is_settled(record):
             self.settled.add(key_of(record))
+
+
+def create(path: Path, content: str) -> None:
+    """Whole, unless another process has made it meanwhile, which may be writing to it already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(content)
+    with suppress(FileExistsError):
+        os.link(partial, path)
+    partial.unlink()
 
 
 def lock(file: int, path: Path) -> None:

@@ -207,7 +207,9 @@ def find_source(request: EvalRequest) -> Source:
     checkpoint = find_checkpoint(path, request.step).folder
     is_of_run = (path / "config.toml").is_file()
     name = f"{path.name}-{checkpoint.name}" if is_of_run else path.name
-    folder = request.out / "models" / name
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    # of this checkpoint, whatever else had its name
+    folder = request.out / "models" / f"{name}-{store_key('export', files)[:8]}"
     if not (folder / "config.json").is_file():
         export_checkpoint(checkpoint, folder)
     return Source(name, weights_key(folder), folder=folder)
@@ -219,8 +221,8 @@ def weights_key(folder: Path) -> str:
 
 
 def plan(request: EvalRequest, source: Source, problems: Sequence[Problem]) -> list[Part]:
-    """Single turns have the samples that the dialogues may have; what random feedback is made of
-    comes before it."""
+    """Single turns have the samples that the dialogues may have, and where their number was not
+    asked for, as many as the greatest k; what random feedback is made of comes before it."""
     if source.recorded:
         parts = source.recorded.parts(request.turns)
         known = {problem.id: problem for problem in problems}
@@ -228,7 +230,8 @@ def plan(request: EvalRequest, source: Source, problems: Sequence[Problem]) -> l
         return parts
     each, parts = request.dialogues_each, []
     if request.single_turn:
-        parts.append(plan_part(SINGLE, 1, "true", problems, each * request.turns))
+        least = 0 if request.rollouts else max(k for _, k in request.pairs)
+        parts.append(plan_part(SINGLE, 1, "true", problems, max(each * request.turns, least)))
     for feedback, protocol in PROTOCOLS.items():
         if feedback in request.feedback:
             parts.append(plan_part(protocol, request.turns, feedback, problems, each))

@@ -156,7 +156,9 @@ def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distrac
             shown = record["turns"][0]["public"]
             outcomes = tuple(map(shown_again, shown, tests[: len(shown)]))
             pools[key.protocol][key] = Distractor(key.problem_id, outcomes)
-    chosen = next((pool for pool in pools.values() if pool), {})
+    # of one problem alone they would be no other problem's
+    wide = (pool for pool in pools.values() if len({key.problem_id for key in pool}) > 1)
+    chosen: dict[Key, Distractor] = next(wide, {})
     return tuple(chosen[key] for key in sorted(chosen))  # whatever order they ended in
 
 
@@ -194,10 +196,10 @@ def read_recorded(path: Path) -> Recorded:
         if isinstance(row, FieldError):
             raise ConfigError(f"{place}: {row}")
         if "rlef_eval" in row:
-            turns = row["asked"]["turns"]
+            turns = turns_asked(row, str(place))
         elif "protocol" in row:
-            said = row.get("dropped") or tuple(turn["response"] for turn in row["turns"])
-            responses[key_of(row)] = said
+            key, said = own_responses(row, str(place))
+            responses[key] = said
         elif "session" not in row:
             protocol, name, texts = foreign_responses(row, str(place))
             responses[Key(protocol, name, count[protocol, name])] = texts
@@ -205,6 +207,31 @@ def read_recorded(path: Path) -> Recorded:
     if not responses:
         raise ConfigError(f"{path}: holds no responses")
     return Recorded(responses, turns)
+
+
+def turns_asked(header: Record, place: str) -> int:
+    asked = header.get("asked")
+    turns = asked.get("turns") if isinstance(asked, dict) else None
+    if not isinstance(turns, int):
+        raise ConfigError(f"{place}: says of no number of turns what was asked; it is damaged")
+    return turns
+
+
+def own_responses(row: Record, place: str) -> tuple[Key, tuple[str, ...] | str]:
+    known = (*PROTOCOLS.values(), SINGLE)
+    if row["protocol"] not in known:
+        raise ConfigError(f"{place}: protocol {row['protocol']!r}; known: {', '.join(known)}")
+    dropped, turns = row.get("dropped"), row.get("turns")
+    if not (isinstance(row.get("problem_id"), str) and isinstance(row.get("number"), int)):
+        raise ConfigError(f"{place}: a dialogue has problem_id and number; this one has not")
+    if isinstance(dropped, str) and dropped:
+        return key_of(row), dropped
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        turns = []
+    texts = [turn.get("response") for turn in turns]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{place}: a dialogue has turns, each with a response; this one has not")
+    return key_of(row), tuple(texts)
 
 
 def foreign_responses(row: Record, place: str) -> tuple[str, str, tuple[str, ...]]:

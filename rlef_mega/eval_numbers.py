@@ -17,14 +17,20 @@ def numbers_of(
     path: Path, parts: Sequence[Part], *, turns: int, n_at_k: Sequence[NAtK]
 ) -> dict[str, Any]:
     """What is written as JSON, of the parts that were held. Of those, every dialogue that was
-    asked for has ended or was dropped: `asked` = `dialogues` + the sum of `dropped`."""
+    asked for has ended or was dropped: `asked` = `dialogues` + the sum of `dropped`. A part of
+    which faults have dropped all is in `all_dropped` alone; RuntimeError if that are all parts."""
     problems = [
         About(**{**about, "tags": tuple(about["tags"])}) for about in read_header(path)["problems"]
     ]
     ended: Ended = {key_of(record): brief(record) for record in read_dialogues(path)}  # the later
     parts = [part for part in parts if any(key in ended for key in part.keys)]
     held = {part.protocol: gather(part, ended) for part in parts}
-    single = held.get(SINGLE)
+    lost = {name: dict(one.drops) for name, one in held.items() if not one.dialogues}
+    if len(lost) == len(held):
+        raise RuntimeError(
+            f"every dialogue of the evaluation was dropped: {lost or 'none was held'}"
+        )
+    single = None if SINGLE in lost else held.get(SINGLE)
     return {
         "n_at_k": [f"{n}@{k}" for n, k in n_at_k],
         "protocols": {
@@ -42,7 +48,9 @@ def numbers_of(
                 ),
             }
             for part in parts
+            if part.protocol not in lost
         },
+        "all_dropped": lost,
         "sessions": [line["session"] for line in read_lines(path) if "session" in line],
     }
 

@@ -99,16 +99,19 @@ def bootstrap_interval(
 
 
 def interval_over_seeds(
-    outcomes: Sequence[Sequence[float]],
-    beside: Sequence[Sequence[float]] | None = None,
+    outcomes: Sequence[Sequence[float | None]],
+    beside: Sequence[Sequence[float | None]] | None = None,
     *,
     resamples: int = 2000,
 ) -> dict[str, float]:
     """Mean over seeds (a list each) and problems, with its 95% interval: both are resampled. With
     `beside`, that of `outcomes` less that of `beside`; problems are paired, seeds are not. All
-    lists have the same problems in the same order."""
+    lists have the same problems in the same order; one that is None in any of them is left out."""
+    everyone = np.array([*outcomes, *(beside or ())], dtype=float)
+    known = everyone[:, ~np.isnan(everyone).any(axis=0)]  # seeds x problems
+    ours, other = known[: len(outcomes)], known[len(outcomes) :]
     rng = np.random.default_rng(0)
-    problems = rng.integers(len(outcomes[0]), size=(resamples, len(outcomes[0])))
+    problems = rng.integers(known.shape[1], size=(resamples, known.shape[1]))
 
     def means(by_seed: Any) -> Any:  # resamples
         seeds = rng.integers(len(by_seed), size=(resamples, len(by_seed)))
@@ -116,10 +119,8 @@ def interval_over_seeds(
             [by_seed[s].mean(0)[p].mean() for s, p in zip(seeds, problems, strict=True)]
         )
 
-    ours = np.asarray(outcomes, dtype=float)
     value, drawn = ours.mean(), means(ours)
     if beside is not None:
-        other = np.asarray(beside, dtype=float)
         value, drawn = value - other.mean(), drawn - means(other)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return {"value": float(value), "low": float(low), "high": float(high)}

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import TrainConfig, find_recipe, load_config
+from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.demo import stage
 from rlef_mega.manifest import describe
 from rlef_mega.metrics import interval_over_seeds
@@ -72,6 +72,7 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
     """Run what is missing, write and print the tables. A command that fails ends this one with its
     exit code, after its own message."""
     config = load_config(find_recipe(recipe), overrides, TrainConfig)
+    refuse_another(out / "asked.json", config)
     if recipe == "demo" and not (Path(config.model.path) / "config.json").is_file():
         stage("base model", "sft", "demo_base")
     sets = [word for override in overrides for word in ("--set", override)]
@@ -90,11 +91,33 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
     print(f"wrote {out / 'reproduce.json'}, .md and .png")
 
 
+def refuse_another(path: Path, config: TrainConfig) -> None:
+    """ConfigError where OUT holds runs of other settings: their results would pass for these."""
+    asked = config.model_dump(mode="json", exclude={"run": {"dir", "seed"}})
+    if not path.exists():
+        write_atomically(path, json.dumps(asked, indent=1) + "\n")
+        return
+    there = json.loads(path.read_text())
+    differing = [
+        f"{section}.{key} = {there.get(section, {}).get(key)!r} there, {value!r} here"
+        for section, values in asked.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if (there.get(section) or {}).get(key) != value
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} holds runs of other settings ({'; '.join(differing)}); choose another "
+            "--out, or remove it"
+        )
+
+
 def size(config: TrainConfig) -> dict[str, Any]:
     return {
         "updates": config.run.steps * config.ppo.updates_per_batch,
         "dialogues": config.run.steps * config.rollout.episodes_per_batch,
         "test": config.data.test,
+        "turn_budget_problems": config.eval.problems,
     }
 
 
@@ -108,7 +131,8 @@ def run_once(recipe: str, run: Path, name: str, seed: int, sets: Sequence[str]) 
 
 
 def hold_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, seed: int) -> None:
-    """For the turn budgets: all have the same number of samples."""
+    """For the turn budgets, on as many test problems as `eval.problems`: all have the same number
+    of samples."""
     if (out / f"eval/{name}.json").is_file():
         return
     rollout, evaluation = config.rollout, config.eval
@@ -165,9 +189,10 @@ def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]
     return found
 
 
-def interval(outcomes: Sequence[Sequence[float]]) -> dict[str, Any]:
+def interval(outcomes: Sequence[Sequence[float | None]]) -> dict[str, Any]:
     """Of a list a seed; and each seed's mean."""
-    return interval_over_seeds(outcomes) | {"seeds": [round(mean(one), 4) for one in outcomes]}
+    known = [[outcome for outcome in one if outcome is not None] for one in outcomes]
+    return interval_over_seeds(outcomes) | {"seeds": [round(mean(one), 4) for one in known]}
 
 
 HEADINGS = ("", "1@3 dialogues", "1@3 independent", "random feedback", "paper, 8B: valid / test")

@@ -59,7 +59,7 @@ def summarize(
 ) -> dict[str, Any]:
     """All numbers of a protocol. Its solve rate is 1@`samples`. `single` are single-turn dialogues,
     for the first point of the curves over turns. Problems all of whose dialogues were dropped are
-    left out. RuntimeError where that are all of them."""
+    left out; their outcome is None. RuntimeError where that are all of them."""
     counts = tally(held.dialogues, held.turns)
     known = [problem for problem in problems if problem.id in counts]
     if not known:
@@ -67,12 +67,14 @@ def summarize(
             f"every dialogue of the evaluation was dropped: {dict(held.drops) or 'none was held'}"
         )
     solved = rates(known, counts, (1, samples), held.turns)
+    rate_of = {problem.id: rate for problem, rate in zip(known, solved, strict=True)}
     first = rates(known, tally(held.dialogues, 1), (1, 1), 1)
     responses = [outcome for dialogue in held.dialogues for outcome in dialogue.outcomes]
     pairs = {pair: f"{pair[0]}@{pair[1]}" for pair in ((1, samples), *n_at_k)}
     return {
         "solve_rate": metrics.bootstrap_interval(solved),
-        "outcomes": solved,
+        # a place for each problem, so that those of two evaluations can be paired
+        "outcomes": [rate_of.get(problem.id) for problem in problems],
         **breakdowns(known, solved),
         "n_at_k": {name: measure(known, held, pair) for pair, name in pairs.items()},
         "pass_at_k": {str(k): measure(known, held, (k, k)) for k in sorted({k for _, k in pairs})},

@@ -160,7 +160,7 @@ def codecontests_files(source: str, place: str, options: codecontests.Options) -
             "are curriculum:SPLIT, humaneval:SPLIT and functions:SPLIT"
         )
     files = data_files(path, split)
-    splits = {file.name.partition("-")[0] for file in files if file.name.endswith(".parquet")}
+    splits = {name for name in curriculum.SPLITS for file in files if file.name.startswith(name)}
     if path.is_dir() and len(splits) > 1:
         raise ValueError(
             f"problem source {source!r}: {place} holds {', '.join(sorted(splits))}; "

@@ -190,9 +190,9 @@ def wrong_programs(row: dict[str, Any], count: int) -> tuple[str, ...]:
     if not count:
         return ()
     stored = expect(row, "incorrect_solutions", dict, None) or {}
-    pairs = zip(stored.get("language", []), stored.get("solution", []), strict=False)
+    pairs = zip(stored.get("language") or [], stored.get("solution") or [], strict=False)
     sources = sorted(
-        {source for language, source in pairs if language in (PYTHON3, "PYTHON3")},
+        {str(source) for language, source in pairs if language in (PYTHON3, "PYTHON3")},
         key=lambda source: (len(source), source),
     )
     usable = (s for s in sources if len(s) <= WRONG_PROGRAM_CHARACTERS and parses(s))

@@ -246,7 +246,10 @@ def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
     base = expect(row, "base_input", list)
     plus = row.get("plus_input") or []  # one task of MBPP+ has an empty object
     convert = CONVERSION_OF.get(int(number)) if is_mbpp else None
-    inputs = [convert(given) if convert else given for given in (*base, *plus)]
+    try:
+        inputs = [(convert or list)(arguments(given)) for given in (*base, *plus)]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FieldError(f"base_input, plus_input: no arguments of this task ({error})") from None
     head = "" if is_mbpp else prompt
     solution = head + expect(row, "canonical_solution", str)
     outputs = expected_outputs(sandbox, solution, entry_point, inputs)
@@ -258,7 +261,8 @@ def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
         id=f"{task}+",
         statement=mbpp_statement(prompt) if is_mbpp else prompt.strip(),
         public_tests=tuple(
-            shown_test(entry_point, atol, c) for c in cases[: min(len(base), SHOWN)]
+            shown_test(entry_point, atol, c)
+            for c in [c for c in every[: len(base)] if c[1] is not ...][:SHOWN]
         ),
         private_tests=PrivateTests(
             tuple(
@@ -276,6 +280,12 @@ def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
         return problem, []
     detail = f"{len(every) - len(cases)} of {len(every)} tests"
     return problem, [("expected outputs too large to write down (the problem is kept)", detail)]
+
+
+def arguments(given: Any) -> list[Any]:
+    if not isinstance(given, list):
+        raise TypeError(f"{repr(given)[:80]} is no list")
+    return given
 
 
 def shown_test(entry_point: str, atol: float, case: tuple[list[Any], Any]) -> AssertTest:

@@ -31,7 +31,14 @@ from typing import Any
 
 from rlef_mega.dialog import INFO_STRINGS, template_named
 from rlef_mega.problems.asserts import assert_test
-from rlef_mega.problems.rows import FieldError, Read, expect, malformed, read_rows
+from rlef_mega.problems.rows import (
+    FieldError,
+    Read,
+    expect,
+    malformed,
+    read_rows,
+    refuse_broken_text,
+)
 from rlef_mega.types import AssertTest, PrivateTests, Problem
 from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Test
 from rlef_sandbox.checkers import checker_named
@@ -89,6 +96,7 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         public.append(test)
     if not (public or private):
         raise FieldError("public_tests, private_tests: no tests; give the problem at least one")
+    language = known(row, "language", "python", language_named)
     return Problem(
         id=expect(row, "id", str),
         statement=expect(row, "statement", str),
@@ -96,15 +104,25 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         private_tests=PrivateTests(private),
         limits=parse_limits(expect(row, "limits", dict, {})),
         checker=parse_checker(row),
-        language=known(row, "language", "python", language_named),
+        language=language,
         template=known(row, "template", "codecontests", template_named),
         entry_point=entry_point,
-        prelude=expect(row, "prelude", str, ""),
+        prelude=parse_prelude(expect(row, "prelude", str, ""), language),
         family=expect(row, "family", str, ""),
         difficulty=expect(row, "difficulty", str, ""),
         tags=texts(row, "tags"),
         wrong_programs=texts(row, "wrong_programs"),
     )
+
+
+def parse_prelude(prelude: str, language: str) -> str:
+    """It stands right before the program, so it ends its last line."""
+    if language == "python":
+        try:
+            ast.parse(prelude)
+        except (SyntaxError, ValueError) as error:
+            raise FieldError(f"prelude: no Python ({error})") from None
+    return prelude + "\n" if prelude and not prelude.endswith("\n") else prelude
 
 
 def texts(row: dict[str, Any], key: str) -> tuple[str, ...]:
@@ -151,6 +169,8 @@ def parse_limits(row: dict[str, Any]) -> Limits:
     for key, value in row.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise FieldError(f"limits.{key}: {value!r} is no number")
+        if not key.endswith("_s") and not isinstance(value, int):
+            raise FieldError(f"limits.{key}: {value!r} is no whole number")
     try:
         return Limits(**row)
     except ValueError as error:
@@ -170,6 +190,7 @@ def parse_test(test: Any, place: str, entry_point: str | None) -> AnyTest:
     for key, value in test.items():
         if not isinstance(value, str):
             raise FieldError(f"{place}.{key}: {value!r} is no string")
+        refuse_broken_text(value, f"{place}.{key}")
     if set(test) == {"stdin", "expected"}:
         return Test(test["stdin"], test["expected"])
     if set(test) - {"entry_point"} in ({"check"}, {"assert"}, {"assert", "setup"}, CARRIED_OUT):
@@ -183,7 +204,13 @@ def parse_test(test: Any, place: str, entry_point: str | None) -> AnyTest:
     args = literal(test["args"], f"{place}.args")
     if not isinstance(args, tuple):
         raise FieldError(f"{place}.args: {test['args']!r} is no tuple; write one argument as (x,)")
-    return CallTest(name, args, literal(test["expected"], f"{place}.expected"))
+    expected = literal(test["expected"], f"{place}.expected")
+    for key, value in (("args", args), ("expected", expected)):
+        try:
+            encode(value)
+        except (TypeError, ValueError) as error:
+            raise FieldError(f"{place}.{key}: {error}") from None
+    return CallTest(name, args, expected)
 
 
 CARRIED_OUT = {"assert", "check"}  # an assert whose code is not to be had from its text

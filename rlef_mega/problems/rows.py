@@ -193,10 +193,20 @@ def expect(row: Row, key: str, kind: type, default: Any = REQUIRED) -> Any:
         return default
     value = row[key]
     if not isinstance(value, kind) and not (value is None and default is None):
-        raise FieldError(f"{key}: {repr(value)[:80]} is no {kind.__name__}")
+        raise FieldError(f"{key}: {repr(value)[:80]} is no {getattr(kind, '__name__', kind)}")
+    if isinstance(value, str):
+        refuse_broken_text(value, key)
     if default is REQUIRED and not value:
         raise FieldError(f"{key}: empty; it is required")
     return value
+
+
+def refuse_broken_text(text: str, key: str) -> None:
+    """Half of a surrogate pair, which JSON may hold, is no text: nothing can encode it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FieldError(f"{key}: no valid text ({error})") from None
 
 
 Lost = tuple[str, str]  # reason and detail

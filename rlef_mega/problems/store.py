@@ -21,7 +21,7 @@ from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_mega.problems.rows import Drop, Read
 from rlef_mega.types import Problem
 
-FORMAT = 4  # part of every key: raise it when what readers make of a row changes
+FORMAT = 5  # part of every key: raise it when what readers make of a row changes
 WHOLE_BYTES = 64 << 20  # larger files are known by their ends, size and time of change
 END_BYTES = 1 << 20
 

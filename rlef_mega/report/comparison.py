@@ -190,14 +190,20 @@ def change(evaluations: Mapping[str, Json], pair: Pair, protocol: str, key: str)
         return found
     if not outcomes[0] or len(outcomes[0]) != len(outcomes[1]):
         return found
-    mean, low, high = paired_interval(*outcomes)
+    both = [pair for pair in zip(*outcomes, strict=True) if None not in pair]
+    if not both:
+        return found
+    mean, low, high = paired_interval(*zip(*both, strict=True))
     # several rollouts a problem: the outcomes are not what the rates were computed from
     return Rate(found.value, low, high) if abs(mean - found.value) < 1e-6 else found
 
 
-def outcome_list(protocols: Json, protocol: str) -> list[float]:
+def outcome_list(protocols: Json, protocol: str) -> list[float | None]:
+    """A place for each problem; None where all its dialogues were dropped."""
     outcomes = lookup(protocols, protocol, "outcomes")
-    return [float(outcome) for outcome in outcomes] if isinstance(outcomes, list) else []
+    if not isinstance(outcomes, list):
+        return []
+    return [None if outcome is None else float(outcome) for outcome in outcomes]
 
 
 def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:

@@ -15,8 +15,10 @@ import pytest
 from rlef_mega.chat import CONTROLS, ChatFormat
 from rlef_mega.config import ConfigError
 from rlef_mega.conversion import import_folder
-from rlef_mega.dialogue_file import DialogueFile, key_of, read_dialogues
+from rlef_mega.dialogue_file import DialogueFile, Key, create, key_of, read_dialogues
 from rlef_mega.eval_command import EvalRequest, run_evaluation
+from rlef_mega.eval_dialogues import SINGLE, Part
+from rlef_mega.eval_numbers import numbers_of
 from rlef_mega.problems.jsonl import write_jsonl
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Test
@@ -240,6 +242,41 @@ def test_two_processes_cannot_write_one_evaluation(undisturbed):
         DialogueFile(path, asked, [])
 
 
+def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path):
+    """Both saw none; the second must not put its own in the place of that which the first holds."""
+    create(tmp_path / "one.jsonl", "first\n")
+    create(tmp_path / "one.jsonl", "second\n")
+    assert (tmp_path / "one.jsonl").read_text() == "first\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbed, tmp_path):
+    lines = (undisturbed / "eval/tiny.dialogues.jsonl").read_text().splitlines()
+    path = tmp_path / "one.dialogues.jsonl"
+    with path.open("w") as file:
+        for line in lines:
+            record = json.loads(line)
+            if record.get("protocol") == "random_feedback":
+                record = {key: record[key] for key in ("protocol", "problem_id", "number")}
+                record["dropped"] = "JudgeError"
+            file.write(json.dumps(record) + "\n")
+    before = result(undisturbed)["protocols"]
+    keys: dict[str, list[Key]] = {}
+    for key in map(key_of, read_dialogues(path)):
+        keys.setdefault(key.protocol, []).append(key)
+    parts = [
+        Part(name, 1 if name == SINGLE else 3, "true", tuple(dict.fromkeys(mine)))
+        for name, mine in keys.items()
+    ]
+    found = numbers_of(path, parts, turns=3, n_at_k=[(1, 3)])
+    count = len(keys["random_feedback"])
+    assert found["all_dropped"] == {"random_feedback": {"JudgeError": count}}
+    assert set(found["protocols"]) == set(before) - {"random_feedback"}
+    assert found["protocols"]["multi_turn"]["outcomes"] == before["multi_turn"]["outcomes"]
+    with pytest.raises(RuntimeError, match="every dialogue"):
+        numbers_of(path, [p for p in parts if p.protocol == "random_feedback"], turns=3, n_at_k=[])
+
+
 # -------------------------------------------------------------------------------- graded again
 
 
@@ -282,6 +319,11 @@ def test_foreign_responses_are_graded_as_far_as_their_dialogue_would_have_gone(d
         ({"problem_id": "greet-Ann", "response": RIGHT}, "greet-Ann"),
         ({"problem_id": "greet-Bob", "responses": []}, "a line has problem_id"),
         ({"problem_id": "greet-Bob", "responses": [3]}, "no text"),
+        ({"protocol": "greedy", "problem_id": "a", "number": 0}, "protocol 'greedy'; known"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "a dialogue has turns"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "has turns"),
+        ({"protocol": "multi_turn", "turns": []}, "has problem_id and number"),
+        ({"rlef_eval": 1}, "it is damaged"),
     ):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(ConfigError, match=message):
@@ -303,12 +345,21 @@ def test_a_checkpoint_is_exported_once_and_sampled_by_the_embedded_engine(folder
         max_new_tokens=4,
     )
     run_evaluation(request)
-    assert (tmp_path / "models/checkpoint/config.json").is_file()
+    (model,) = (tmp_path / "models").iterdir()
+    assert model.name.startswith("checkpoint-") and (model / "config.json").is_file()
     found = result(tmp_path, "checkpoint")
     assert found["protocols"]["multi_turn"]["error_kinds"]["turn1"] == {"NO_VALID_CODE": 5}
     assert found["protocols"]["multi_turn"]["response_tokens"] == 5 * 2 * 4
     assert found["sessions"][0]["engine"] == {"kind": "local", "dtype": "float32"}
+    # another checkpoint of that name is another model
     os.rename(checkpoint, tmp_path / "moved")
+    tiny_llama(262, seed=1).save_pretrained(tmp_path / "other")
+    byte_tokenizer(CONTROLS["llama3"]).save_pretrained(tmp_path / "other")
+    import_folder(tmp_path / "other", checkpoint)
+    run_evaluation(replace(request, name="other"))
+    identities = {result(tmp_path, name)["weights"] for name in ("checkpoint", "other")}
+    assert len(identities) == 2
+    os.rename(checkpoint, tmp_path / "moved too")
     with pytest.raises(ConfigError, match="no such folder"):
         run_evaluation(request)
 

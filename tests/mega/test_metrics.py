@@ -91,6 +91,8 @@ def test_a_difference_over_seeds_pairs_problems():
     assert none["low"] < none["value"] == 0 < none["high"]
     wide = metrics.interval_over_seeds(outcomes(rng, 0.6, 1.0), beside=same)
     assert wide["high"] - wide["low"] > 1.5 * (found["high"] - found["low"])
+    # a problem that one seed's faults have dropped is left out of all
+    assert metrics.interval_over_seeds([[1.0, 0.0, None], [1.0, 0.0, 1.0]])["value"] == 0.5
     # one seed, of which each problem solves the same: the difference of no problem is in doubt
     solved = outcomes(rng, 0.5)
     paired = metrics.interval_over_seeds(solved, beside=solved)

@@ -140,6 +140,17 @@ WRONG = {
     "unknown limit": ({**GOOD, "limits": {"cpu": 1}}, "limits.cpu: unknown key; known: cpu_s"),
     "text as a limit": ({**GOOD, "limits": {"cpu_s": "1"}}, "limits.cpu_s: '1' is no number"),
     "a limit out of bounds": ({**GOOD, "limits": {"cpu_s": 0}}, "limits: .*cpu_s"),
+    "half a letter": ({**GOOD, "statement": "x \ud83d"}, "statement: no valid text"),
+    "half a letter in a test": (
+        {**GOOD, "public_tests": [{"stdin": "\ud83d", "expected": ""}]},
+        r"public_tests\[0\].stdin: no valid text",
+    ),
+    "bytes by halves": ({**GOOD, "limits": {"memory_bytes": 1.5e9}}, "memory_bytes: .*whole"),
+    "a complex argument": (
+        {**GOOD, "entry_point": "f", "public_tests": [{**CALL, "args": "(1j,)"}]},
+        "args: a value of type complex cannot be judged",
+    ),
+    "a prelude that is no program": ({**GOOD, "prelude": "def ("}, "prelude: no Python"),
     "tags of numbers": ({**GOOD, "tags": [1]}, "tags: .*strings"),
 }
 
@@ -150,6 +161,12 @@ def test_a_wrong_line_is_named_with_file_line_and_field(tmp_path, row, message):
     path = write(tmp_path, first, "", row)
     with pytest.raises(ValueError, match=rf"problems\.jsonl, line 3: .*{message}"):
         load_problems(path)
+
+
+def test_a_prelude_ends_its_last_line(tmp_path):
+    """The program stands right behind it."""
+    (problem,) = read_jsonl(write(tmp_path, {**GOOD, "prelude": "import math"}))
+    assert problem.prelude == "import math\n"
 
 
 def test_duplicate_ids_name_both_lines(tmp_path):

@@ -148,6 +148,11 @@ def test_parquet_as_published_gives_the_same_problems_as_its_rows_in_jsonl(tmp_p
     assert from_parquet[-1] == from_parquet[1:][1]
     with pytest.raises(ValueError, match="train, valid; say which"):
         load_problems(f"codecontests:{tmp_path}/cc")
+    for split in ("train", "test"):
+        (tmp_path / f"lines/{split}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / f"lines/{split}.jsonl").write_text(json.dumps(ROW) + "\n")
+    with pytest.raises(ValueError, match="test, train; say which"):
+        load_problems(f"codecontests:{tmp_path}/lines")
     with pytest.raises(ValueError, match=r"no data files test\*.*train-00000"):
         load_problems(f"codecontests:{tmp_path}/cc?split=test")
 

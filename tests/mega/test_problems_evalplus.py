@@ -54,6 +54,27 @@ def problems(tmp_path_factory) -> list[Problem]:
     return list(store)
 
 
+def test_the_tests_that_only_decide_are_never_shown(tmp_path):
+    """The first base output is too large to write down: the second is shown, and not the first of
+    the plus tests in its place."""
+    row = {**LARGE, "base_input": [[5000], [3]], "plus_input": [[7]]}
+    file = tmp_path / "large.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    (problem,) = load_problems(f"evalplus:{file}", tmp_path / "cache")
+    assert [test.statement for test in problem.public_tests] == ["assert power(3) == 1000"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"atol": "x"}, "atol: 'x' is no int"), ({"base_input": [1, 2]}, "base_input.*1 is no list")],
+)
+def test_a_malformed_task_is_named(tmp_path, change, message):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps({**HALVES, **change}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_problems(f"evalplus:{file}", tmp_path / "cache")
+
+
 def statuses(problem: Problem, program: str) -> list[Status]:
     with Sandbox(workers=1) as sandbox:
         results = sandbox.grade(

@@ -51,6 +51,15 @@ def test_the_paired_interval_agrees_with_resampling_problems_one_by_one(dialogue
     assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.012)
 
 
+def test_problems_that_one_side_lost_are_paired_with_no_other():
+    """Where both know the outcome nothing has changed."""
+    sides = {name: {**evaluation([True, False]), "problems": 3} for name in ("before", "after")}
+    for name, outcomes in (("before", [None, True, False]), ("after", [True, None, False])):
+        sides[name]["protocols"]["multi_turn"]["outcomes"] = outcomes
+    change = compare(sides).rows[0].change
+    assert change is not None and (change.value, change.low, change.high) == (0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("setting", ["seed", "data", "problems"])
 def test_a_change_over_other_problems_has_no_paired_interval_and_a_warning(setting):
     before, after = evaluation([True, False]), evaluation([True, True], **{setting: 9})

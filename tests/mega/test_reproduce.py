@@ -6,6 +6,7 @@ import json
 import pytest
 
 from rlef_mega import reproduce
+from rlef_mega.config import ConfigError
 from rlef_mega.reproduce import BUDGETS, IMITATION, ROWS, RUNS, collect, save_turn_budgets
 from rlef_mega.reproduce import markdown as table
 
@@ -76,5 +77,9 @@ def test_what_is_finished_is_not_run_again(finished, monkeypatch):
     with pytest.raises(SystemExit):
         reproduce.reproduce("demo", finished, seeds=SEEDS, overrides=[f"model.path={model}"])
     (words,) = commands
+    asked = [f"model.path={model}", "run.steps=3"]
+    with pytest.raises(ConfigError, match=r"run.steps = 30 there, 3 here.*choose another --out"):
+        reproduce.reproduce("demo", finished, seeds=SEEDS, overrides=asked)
+    assert len(commands) == 1
     assert words[0] == "imitate" and "run.seed=4" in words
     assert f'run.dir="{finished / "imitation-4"}"' in words
