@@ -55,14 +55,16 @@ def evaluate(
     *,
     seed: int,
     protocols: Sequence[str] = PROTOCOLS,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Run the protocols. `rules` are those of the multi-turn dialogues; the others follow from
-    them."""
+    them. `note` is told what begins."""
     unknown = set(protocols) - set(PROTOCOLS)
     if unknown:
         raise ValueError(f"unknown protocols {sorted(unknown)}; known: {', '.join(PROTOCOLS)}")
 
     def roll_out(problems: Sequence[Problem], rules: Rules, name: str) -> Rollout:
+        note(f"evaluate {name} begins")
         return roll_out_on_all_ranks(problems, engine, judge, chat, rules, derive_seed(seed, name))
 
     summary: dict[str, Any] = {}
@@ -158,7 +160,15 @@ class Evaluator:
             f"evaluating {name} training, on {len(self.test)} problems of {self.config.data.test}"
         )
         seed = derive_seed(self.config.run.seed, "test")
-        result = evaluate(self.test, self.engine, self.judge, self.chat, self.rules, seed=seed)
+        result = evaluate(
+            self.test,
+            self.engine,
+            self.judge,
+            self.chat,
+            self.rules,
+            seed=seed,
+            note=self.run.note_progress if self.writer else lambda _: None,
+        )
         if self.writer:
             write_evaluation(
                 self.run,

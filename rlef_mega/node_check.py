@@ -30,7 +30,7 @@ def check_shared_folder(
 ) -> Iterator[str]:
     """`began_s`: when the node that started all this did so, by its clock."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{node}.partial"
+    partial = folder / f".{node}.{os.getpid()}.partial"  # a node may have two roles
     partial.write_text(repr(time.time()))
     partial.rename(folder / node)
     deadline = time.monotonic() + wait_s

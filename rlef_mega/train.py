@@ -20,7 +20,7 @@ import torch
 from rlef_mega import metrics, ppo
 from rlef_mega.collect import Rollouts, open_rollouts
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.engines import Engine, EngineLostError
+from rlef_mega.engines import BUSY, Engine, EngineLostError
 from rlef_mega.episode_records import episode_records
 from rlef_mega.guard import GuardError
 from rlef_mega.launch import collect_garbage, sandbox_token, worker_main
@@ -51,13 +51,19 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
             steps=config.run.steps,
             state=parts.position,
         ) as rollouts:
-            if not all_steps(config, parts, rollouts):
-                return parts.stop.obeyed(writer=parts.ranks.is_writer)
-            parts.checkpoints.finish()
-            parts.evaluator.full("after")
-            parts.checkpoints.require_saved()
+            try:
+                done = all_steps(config, parts, rollouts)
+            except (GuardError, FloatingPointError):  # on all ranks
+                parts.checkpoints.finish()  # of steps before the fault
+                raise
+            if done:
+                parts.checkpoints.finish()
+                parts.evaluator.full("after")
+                parts.checkpoints.require_saved()
+    # all of them together, after the writer has closed what it has: Slurm and torchrun kill who is
+    # left when others have been gone for a while
     parallel.shutdown(parts.ranks)
-    return 0
+    return 0 if done else parts.stop.obeyed(writer=parts.ranks.is_writer)
 
 
 def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
@@ -104,11 +110,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
         write_down(config, parts, record, clock)
         if saving and parts.ranks.is_writer:
             write_episodes(parts, step, held.episodes, batch, scores, targets)
-        try:
-            guards.check(record)
-        except GuardError:
-            checkpoints.finish()  # of steps before the fault
-            raise
+        guards.check(record)
         with clock("checkpoint"):  # what training waits for
             wanted = position(config, step, rollouts) if saving or stopping or lost else None
             save(checkpoints, step, record, wanted)
@@ -182,12 +184,20 @@ def write_episodes(
 
 
 def total_counts(engine: Engine) -> dict[str, float]:
-    """Of all ranks, since the last step: what the servers answered, cached and failed. How long
-    they were busy is what the rank says that kept them so the longest."""
-    everyone = gather(engine.take_counts())
+    """Of all ranks, since the last step: what the servers answered, cached and failed. A server was
+    busy (`server_busy_s`, added up over them) for at least as long as the rank says that kept it so
+    the longest."""
+    return add_up(gather(engine.take_counts()))
+
+
+def add_up(everyone: Sequence[dict[str, float]]) -> dict[str, float]:
     total: dict[str, float] = dict(sum(map(Counter, everyone), Counter()))
-    if "server_busy_s" in total:
-        total["server_busy_s"] = max(mine.get("server_busy_s", 0.0) for mine in everyone)
+    servers = [name for name in total if name.startswith(BUSY)]
+    for name in servers:
+        del total[name]
+    if servers:
+        busiest = (max(mine.get(name, 0.0) for mine in everyone) for name in servers)
+        total["server_busy_s"] = sum(busiest)
     if "follow_up_tokens" in total:
         cached = total.get("follow_up_cached_tokens", 0.0)
         total["follow_up_cached_share"] = cached / total["follow_up_tokens"]
@@ -197,7 +207,8 @@ def total_counts(engine: Engine) -> dict[str, float]:
 def idle_shares(
     config: TrainConfig, times: dict[str, float], counts: dict[str, float]
 ) -> dict[str, float]:
-    """Of a step's time: the trainer waits for episodes; a server has no request of ours."""
+    """Of a step's time: the trainer waits for episodes; a server has, at most, no request of
+    ours."""
     shares = {"trainer": times["rollout"] / times["step"]}
     if "server_busy_s" in counts:
         servers_s = len(config.rollout.servers.addresses) * times["step"]

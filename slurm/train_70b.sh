@@ -44,7 +44,7 @@ CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, one after an
 
 MAX_FAILURES=${MAX_FAILURES:-3}         # attempts that begin at the same checkpoint
 RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # between attempts of a job
-HANG_S=${HANG_S:-5400}                  # without a phase that begins or ends (rollout, score, update, ...): the ranks hang
+HANG_S=${HANG_S:-5400}                  # without a phase that begins or ends (rollout, update, a protocol of an evaluation): they hang
 START_S=${START_S:-3600}               # for the ranks to load the model or a checkpoint, and to begin the first phase
 SANDBOX_READY_S=${SANDBOX_READY_S:-120} # for the grading servers to start
 SERVERS_READY_S=${SERVERS_READY_S:-1800} # for the SGLang servers to load the model

@@ -9,6 +9,8 @@ import torch
 
 from rlef_mega.types import Completion, Sampling
 
+BUSY = "server_busy_s "  # of `take_counts`, before a server's address
+
 
 class EngineError(RuntimeError):
     """The engine failed, not the model: the episode is retried, then dropped and counted, never

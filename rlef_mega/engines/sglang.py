@@ -286,9 +286,9 @@ class SGLangEngine(LivesInLoop):
         """Since the start: requests answered, failures of servers, how often one returned and how
         often it had to be brought to the current weights for that, tokens sampled, tokens of
         contexts, and of these the ones that came from a server's cache, all of them and those of
-        requests after a dialogue's first (`follow_up_`); seconds in which a server
-        had a request of this process (`server_busy_s`, added up over servers), and in which
-        publications of this process held them up (`paused_s`, the longest of a server)."""
+        requests after a dialogue's first (`follow_up_`); seconds in which each
+        server had a request of this process (`BUSY` and its address), and in which publications of
+        this process held them up (`paused_s`, the longest of a server)."""
         return self.submit(self.fleet.take_stock()).result()
 
     def take_counts(self) -> dict[str, float]:

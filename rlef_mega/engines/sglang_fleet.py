@@ -21,7 +21,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
-from rlef_mega.engines import EngineError, EngineLostError
+from rlef_mega.engines import BUSY, EngineError, EngineLostError
 from rlef_mega.engines.sglang_http import PROBE_S, Answer, Client, ServerError
 from rlef_mega.engines.sglang_members import Member, Place
 from rlef_mega.types import Sampling
@@ -125,12 +125,12 @@ class Fleet:
             self.counts["follow_up_cached_tokens"] += answer.cached_tokens
 
     async def take_stock(self) -> dict[str, float]:
-        """`counts`, and how long servers have been busy, and the longest one paused, until now."""
+        """`counts`, how long each server has been busy, and the longest one paused, until now."""
         for member in self.members:
             member.count_busy()
-        busy_s = sum(member.busy_s for member in self.members)
+        busy = {f"{BUSY}{member.client.url}": member.busy_s for member in self.members}
         paused_s = max(member.client.paused_s for member in self.members)
-        return {**self.counts, "server_busy_s": busy_s, "paused_s": paused_s}
+        return {**self.counts, **busy, "paused_s": paused_s}
 
     async def require_alive(self, member: Member) -> None:
         """ServerError unless it was heard of lately; one question for all who wait there. While
@@ -266,16 +266,18 @@ class Fleet:
 
     async def probe_until_ready(self, member: Member) -> None:
         pause_s = FIRST_PROBE_S
-        while not member.ready:
-            try:
-                await self.require_current(member)
-                self.bring_back(member)
-                self.counts["returns"] += 1
-            except EngineError as error:
-                member.last_failure = str(error)
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(SLOWEST_PROBE_S, 2 * pause_s)
-        member.probing = None
+        try:
+            while not member.ready:
+                try:
+                    await self.require_current(member)
+                    self.bring_back(member)
+                    self.counts["returns"] += 1
+                except EngineError as error:
+                    member.last_failure = str(error)
+                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+                    pause_s = min(SLOWEST_PROBE_S, 2 * pause_s)
+        finally:
+            member.probing = None
 
     async def require_current(self, member: Member) -> None:
         """Returns when it has the current weights, to which it is brought if need be, and, after a
@@ -292,8 +294,15 @@ class Fleet:
             return
         if self.restore is None:
             raise ServerError(f"{client.url} serves weights {found!r}, not {self.version}")
-        async with self.control:
-            await self.restore(client)
+        async with self.control:  # a publication may have come and gone while we waited
+            restore, version = self.restore, self.version
+            if member.ready:
+                return
+            if restore is None:
+                raise ServerError(f"{client.url}: the last publication failed")
+            await restore(client)
+            if self.version != version:
+                raise ServerError(f"{client.url} has weights {version}, not {self.version}")
         self.counts["restored"] += 1
 
     def reasons(self) -> str:

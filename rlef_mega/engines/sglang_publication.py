@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rlef_mega.engines import EngineError, EngineLostError
@@ -61,7 +62,10 @@ class DiskPublication:
         self, fleet: Fleet, submit: Submit[Any], weights: SentWeights, version: int
     ) -> None:
         folder = self.folder / f"version_{version:06d}"
-        self.write(folder, weights)
+        try:
+            self.write(folder, weights)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"cannot write {folder}: {error}; make room there") from None
         submit(self.load_everywhere(fleet, folder, version, weights.checksums)).result()
         for old in self.folder.glob("version_*"):
             if old != folder:

@@ -61,8 +61,8 @@ class ServerSettings:
     host: str = "127.0.0.1"
     arguments: tuple[str, ...] = ()
 
-    def command(self, port: int) -> list[str]:
-        """How to start the server of this port."""
+    def command(self, port: int, first_gpu: int = 0) -> list[str]:
+        """How to start the server of this port, on `tensor_parallel_size` GPUs from this one on."""
         if self.device == "cpu":
             start = [self.python, "-P", str(CPU_LAUNCHER), *CPU_ARGUMENTS]
         else:
@@ -77,6 +77,8 @@ class ServerSettings:
             "mem-fraction-static": self.memory_fraction,
             "context-length": self.context_length + SPARE_TOKENS,
         }
+        if self.device == "cuda":
+            options["base-gpu-id"] = first_gpu
         given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [*start, *given, *self.arguments]
 
@@ -84,8 +86,8 @@ class ServerSettings:
 class Server:
     """One server of this node, which may be started more than once."""
 
-    def __init__(self, settings: ServerSettings, port: int, logs: Path) -> None:
-        self.settings, self.port = settings, port
+    def __init__(self, settings: ServerSettings, port: int, logs: Path, first_gpu: int = 0) -> None:
+        self.settings, self.port, self.first_gpu = settings, port, first_gpu
         self.url = f"http://{settings.host}:{port}"
         self.log = log_file(logs, self.url)
         self.process: subprocess.Popen[bytes] | None = None
@@ -101,7 +103,7 @@ class Server:
         with self.log.open("ab") as log:
             try:
                 self.process = subprocess.Popen(
-                    self.settings.command(self.port),
+                    self.settings.command(self.port, self.first_gpu),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -160,7 +162,8 @@ class Servers:
         hang_s: float = HANG_S,
         may_rest: bool = False,
     ) -> None:
-        self.servers = [Server(settings, port + n, logs) for n in range(count)]
+        width = settings.tensor_parallel_size
+        self.servers = [Server(settings, port + n, logs, n * width) for n in range(count)]
         self.ready_s, self.hang_s = ready_s, hang_s
         # /health has an idle server generate; its scheduler answers this one though it is paused
         self.sign_of_life = "/server_info" if may_rest else "/health"

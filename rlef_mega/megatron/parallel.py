@@ -264,8 +264,9 @@ def join_world(world_size: int) -> torch.device:
 
 
 def shutdown(ranks: Ranks) -> None:
-    """Leave the world; every rank calls it, once all its work is done."""
+    """Leave the world, when the last rank has come here: each does, once all its work is done."""
     from megatron.core import parallel_state
 
+    dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import TrainConfig
+from rlef_mega.config import ConfigError, TrainConfig
 from rlef_mega.plan.hardware import CPU, GIB, Device, find_device
 from rlef_mega.plan.job import Job, RankMemory, Step, gib, refuse_without_room, shape_of
 from rlef_mega.plan.published import SHAPES, rows
@@ -74,6 +74,11 @@ def show_recipe(
     console.print(memory_table(job.memory(), job, device))
     refuse_without_room(job, device)
     sampling = 0
+    if sampling_gpus and sampling_gpus % job.server_gpus:
+        raise ConfigError(
+            f"--sampling-gpus {sampling_gpus}: a server takes {job.server_gpus} "
+            "(rollout.servers.tensor_parallel_size); give a multiple of that"
+        )
     if job.engine == "sglang":
         sampling = sampling_gpus or balanced_sampling(job, device)
     step = job.step(device, sampling)

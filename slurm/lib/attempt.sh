@@ -21,7 +21,7 @@ open_logs() { # a folder for this attempt, `latest` points to it; with all that 
 
 newest_checkpoint() { # its step, or 0
     local found
-    found=$(find "$RUN/checkpoints" -maxdepth 1 -name 'step_*[0-9]' 2>/dev/null | sort | tail -n 1)
+    found=$(find "$RUN/checkpoints" -maxdepth 1 -regex '.*/step_[0-9]+' 2>/dev/null | sort | tail -n 1)
     found=${found##*step_}
     echo $((10#${found:-0}))
 }

@@ -347,6 +347,12 @@ def test_splits_use_no_more_gpus_than_there_are_and_more_never_hurt(candidates):
 # ---------------------------------------------------------------------- the command
 
 
+def test_gpus_that_make_no_whole_server_are_refused():
+    words = ["plan", "llama31_70b", "--sampling-gpus", "4"]
+    with pytest.raises(ConfigError, match=r"a server takes 8 .*give a multiple"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+
 def test_the_command_writes_what_it_prints(tmp_path):
     out = tmp_path / "plan.json"
     words = ["plan", "llama31_70b", "--sampling-gpus", "1280", "--json", str(out)]

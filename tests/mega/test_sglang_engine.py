@@ -13,7 +13,9 @@ from transformers import LlamaForCausalLM
 from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.sglang import SGLangEngine
-from rlef_mega.engines.sglang_fleet import MOST_TRIES
+from rlef_mega.engines.sglang_fleet import MOST_TRIES, Fleet
+from rlef_mega.engines.sglang_http import ServerError
+from rlef_mega.engines.sglang_members import Member
 from rlef_mega.engines.sglang_server import log_file
 from rlef_mega.engines.sglang_weights import ServedModel
 from rlef_mega.types import Completion, Sampling
@@ -338,6 +340,67 @@ def test_a_publication_reaches_all_servers_and_later_those_that_were_started_aga
         wait_until(lambda: engine.counts.get("restored") == 1)
         assert one.weight_version == "7"
         assert [p.name for p in (tmp_path / "weights").iterdir()] == ["version_000007"]
+
+
+def test_a_folder_that_cannot_be_written_fails_the_publication(servers, model, tmp_path):
+    """As a full disk does; all ranks learn of it, and it is tried again."""
+    (tmp_path / "file").touch()
+    with (
+        publishing(servers, model, tmp_path, weights_folder=tmp_path / "file/weights") as engine,
+        pytest.raises(EngineError, match=r"cannot write .*make room"),
+    ):
+        engine.update_weights(weights_of(model).items(), 7)
+
+
+class RestoredClient:
+    """What a probe asks of a server that was started again."""
+
+    url = "http://restored"
+
+    async def check_health(self, *, within_s):
+        pass
+
+    async def reported_version(self, *, within_s):
+        return "default"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "failed later", "brought it", "another"])
+def test_a_probe_that_a_publication_overtook_brings_no_old_weights(outcome):
+    """It waited for the publication, which failed, or brought the server along; or the next one
+    came while it loaded."""
+
+    async def run():
+        client = RestoredClient()
+        member = Member(client)
+        fleet = Fleet([member], concurrency=1, deadline_s=1, lost_s=1, heartbeat_s=1)
+        loads = []
+
+        async def restore(one):
+            loads.append(fleet.version)
+            if outcome == "failed later":
+                fleet.withhold()
+            if outcome == "another":
+                fleet.version = 8
+
+        fleet.version, fleet.restore = 7, restore
+        await fleet.control.acquire()
+        probe = asyncio.create_task(fleet.require_current(member))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if outcome == "failed":
+            fleet.withhold()
+        if outcome == "brought it":
+            fleet.bring_back(member)
+        fleet.control.release()
+        (ended,) = await asyncio.gather(probe, return_exceptions=True)
+        return ended, loads
+
+    ended, loads = asyncio.run(run())
+    if outcome == "brought it":
+        assert ended is None and loads == []
+    else:
+        assert isinstance(ended, ServerError)
+        assert loads == ([] if outcome == "failed" else [7])
 
 
 def test_dialogues_go_on_while_weights_are_published(servers, model, tmp_path):

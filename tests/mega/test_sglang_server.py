@@ -262,8 +262,12 @@ def test_a_recipe_says_which_servers_are_started_how(tmp_path):
     resting = servers_for(recipe(tmp_path, release_memory=True))
     assert "--enable-memory-saver" in resting.servers[0].settings.command(4000)
     assert resting.sign_of_life != "/health"
+    for count, width, gpus in ((8, 1, list(range(8))), (2, 4, [0, 4])):  # no two on one GPU
+        several = servers_for(recipe(tmp_path, count=count, tensor_parallel_size=width))
+        first = [s.settings.command(s.port, s.first_gpu) for s in several.servers]
+        assert [int(c[c.index("--base-gpu-id") + 1]) for c in first] == gpus
     on_cpu = servers_for(recipe(tmp_path, device="cpu")).servers[0].settings.command(4000)
-    assert on_cpu[1:3] == ["-P", str(CPU_LAUNCHER)]
+    assert on_cpu[1:3] == ["-P", str(CPU_LAUNCHER)] and "--base-gpu-id" not in on_cpu
 
 
 def test_a_context_that_the_model_cannot_hold_is_refused(tmp_path):

@@ -27,6 +27,25 @@ def test_nodes_that_see_each_other_are_fit(tmp_path):
     assert shared(tmp_path, {"n1": time.time()}) == []
 
 
+def test_a_node_of_two_roles_is_checked_twice_at_once(tmp_path):
+    """As where nodes that generate grade, too."""
+    words = [sys.executable, "-c", CHECK_AGAIN, str(tmp_path)]
+    both = [subprocess.Popen(words) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+
+
+CHECK_AGAIN = """
+import sys, time
+from pathlib import Path
+from rlef_mega.node_check import check_shared_folder
+for _ in range(300):
+    found = check_shared_folder(
+        Path(sys.argv[1]), "n0", ["n0"], began_s=time.time(), skew_s=5, wait_s=0
+    )
+    assert list(found) == []
+"""
+
+
 def test_a_folder_that_is_not_shared_names_the_missing(tmp_path):
     (fault,) = check_shared_folder(
         tmp_path, "n0", ["n0", "n1", "n2"], began_s=time.time(), skew_s=5, wait_s=0.3
