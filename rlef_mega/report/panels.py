@@ -157,7 +157,7 @@ PANELS = (
     ),
     Panel(
         "Idle",
-        "The trainer waits for episodes; servers have nothing to do.",
+        "The trainer waits for episodes; servers have nothing to do, at most.",
         (("trainer", "idle_time.trainer"), ("servers", "idle_time.engines")),
         unit="%",
     ),
