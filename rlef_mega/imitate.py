@@ -54,6 +54,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         dtype=config.model.dtype,
         recompute=config.model.recompute,
         layers=config.model.layers,
+        weights=Path(config.model.weights) if config.model.weights else None,
     )
     with ExitStack() as stack:
         grader = stack.enter_context(open_grader(**config.judge.model_dump(), token=grading_token))

@@ -5,7 +5,7 @@
 `step_S_rank_R.pickle`, for pytorch.org/memory_viz. A profiled step is slower than the others.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ SNAPSHOT_EVENTS = 200_000  # allocations and frees that a memory snapshot keeps
 
 def profiled(
     steps: Iterable[int], asked: ProfileConfig, folder: Path, *, rank: int
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """The steps, one after the other; what is done until the next is asked for is traced, where the
-    recipe says so."""
+    recipe says so. Close it: the trace of a step that was left is written then."""
     for step in steps:
         if step not in asked.steps or rank not in asked.ranks:
             yield step
@@ -33,11 +33,12 @@ def profiled(
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        with profile(
-            activities=activities, profile_memory=asked.memory, with_stack=asked.stacks
-        ) as trace:
-            yield step
-        trace.export_chrome_trace(str(folder / f"{name}.json.gz"))
-        if snapshot:
-            torch.cuda.memory._dump_snapshot(str(folder / f"{name}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+        trace = profile(activities=activities, profile_memory=asked.memory, with_stack=asked.stacks)
+        try:
+            with trace:
+                yield step
+        finally:  # also of a step in which the run stops, or has no memory left
+            trace.export_chrome_trace(str(folder / f"{name}.json.gz"))
+            if snapshot:
+                torch.cuda.memory._dump_snapshot(str(folder / f"{name}.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)

@@ -12,7 +12,8 @@ and in sync mode ends with the numbers of an undisturbed one.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     """Run or resume. Returns 0 when all steps are done and STOPPED when asked to stop before.
     `grading_token` is what `judge.servers` are shown."""
     with open_parts(config, grading_token=grading_token) as parts:
-        publish(parts.learner, parts.engine, version=parts.done)
+        give_weights(config, parts, parts.done)
         if parts.done == 0:
             parts.evaluator.full("before")
         with open_rollouts(
@@ -51,8 +52,11 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
             steps=config.run.steps,
             state=parts.position,
         ) as rollouts:
+            steps = range(parts.done + 1, config.run.steps + 1)
+            traces, rank = parts.run.path / "profile", parts.ranks.rank
             try:
-                done = all_steps(config, parts, rollouts)
+                with closing(profiled(steps, config.profile, traces, rank=rank)) as profiled_steps:
+                    done = all_steps(config, parts, rollouts, profiled_steps)
             except (GuardError, FloatingPointError):  # on all ranks
                 parts.checkpoints.finish()  # of steps before the fault
                 raise
@@ -66,14 +70,12 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
     return 0 if done else parts.stop.obeyed(writer=parts.ranks.is_writer)
 
 
-def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
+def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iterable[int]) -> bool:
     """Whether all were done; else the run was asked to stop, and is saved. EngineLostError, once
     what was learned is saved, when no engine is left; GuardError when going on would be a waste."""
     learner, guards, checkpoints = parts.learner, parts.guards, parts.checkpoints
     clock = Clock(parts.note_phase)
-    steps = range(parts.done + 1, config.run.steps + 1)
-    traces = parts.run.path / "profile"
-    for step in profiled(steps, config.profile, traces, rank=parts.ranks.rank):
+    for step in steps:
         try:
             with clock("rollout"):
                 held = rollouts.batch(step)
@@ -90,7 +92,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
             order = shuffled(batch.num_sequences, derive_seed(config.run.seed, step))
             train_policy = step > config.ppo.critic_warmup_steps
             update_metrics = learner.update(batch, targets, order, train_policy=train_policy)
-        validation, lost = bring_weights_back(parts, rollouts, clock, step)
+        validation, lost = bring_weights_back(config, parts, rollouts, clock, step)
         stopping = any_rank(parts.stop.requested())
         saving = step % config.run.checkpoint_every == 0 or step == config.run.steps
         record = {
@@ -113,7 +115,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
         guards.check(record)
         with clock("checkpoint"):  # what training waits for
             wanted = position(config, step, rollouts) if saving or stopping or lost else None
-            save(checkpoints, step, record, wanted)
+            save(config, parts, step, record, wanted, again=not (stopping or lost))
         collect_garbage(step)
         if stopping or lost:
             checkpoints.require_saved()
@@ -124,14 +126,21 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts) -> bool:
     return True
 
 
+def give_weights(config: TrainConfig, parts: Parts, step: int) -> None:
+    """The weights after this step to the engine, whose servers may wait on our devices for room."""
+    if config.rollout.servers.release_memory:
+        parts.learner.make_room()
+    publish(parts.learner, parts.engine, version=step)
+
+
 def bring_weights_back(
-    parts: Parts, rollouts: Rollouts, clock: Clock, step: int
+    config: TrainConfig, parts: Parts, rollouts: Rollouts, clock: Clock, step: int
 ) -> tuple[dict[str, Any], EngineLostError | None]:
     """Publish the step's weights to the engine and evaluate it where that is due: the evaluation's
     numbers. When no engine is left that is returned, on all ranks, for the step is not lost."""
     try:
         with clock("publish"):
-            publish(parts.learner, parts.engine, version=step)
+            give_weights(config, parts, step)
             rollouts.published(step)
         with clock("evaluate"):
             return parts.evaluator.quick(step, rollouts), None
@@ -243,14 +252,30 @@ def position(config: TrainConfig, step: int, rollouts: Rollouts) -> dict[str, An
 
 
 def save(
-    checkpoints: Checkpoints, step: int, record: dict[str, Any], state: dict[str, Any] | None
+    config: TrainConfig,
+    parts: Parts,
+    step: int,
+    record: dict[str, Any],
+    state: dict[str, Any] | None,
+    *,
+    again: bool,
 ) -> None:
     """Begin a checkpoint of this step if there is a `state` to keep with it, and give a checkpoint
-    the score that its validation has come to, which may be an earlier one's. Collective."""
+    the score that its validation has come to, which may be an earlier one's. Collective.
+
+    Optimizer states come to the device for it: servers on the same one make room, and get their
+    weights `again` where the run goes on.
+    """
+    checkpoints = parts.checkpoints
     checkpoints.poll()
     score, scored = record.get("valid_solved"), record.get("valid_step", step)
     if state is not None:
+        shared = config.rollout.servers.release_memory
+        if shared:
+            parts.engine.rest()
         checkpoints.save(step, state, score=score if scored == step else None)
+        if shared and again:
+            give_weights(config, parts, step)
     if score is not None and scored != step:
         checkpoints.rate(scored, score)
 

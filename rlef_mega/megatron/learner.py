@@ -142,6 +142,15 @@ class Learner:
         for model, residence in sorted(wanted.items(), key=lambda item: item[1]):
             model.reside(residence)
 
+    def make_room(self) -> None:
+        """For servers on these devices: only the policy's weights stay, and what the allocator
+        keeps for later goes back. Collective: afterwards all ranks' devices have room."""
+        self.settle(policy=Residence.WEIGHTS)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        dist.barrier()
+
     def count(self, name: str, begun: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 

@@ -130,7 +130,8 @@ def transformer_config(
         use_cpu_initialization=on_cpu,
         gradient_accumulation_fusion=choose(device.type, dtype).fused_weight_gradients,
         masked_softmax_fusion=False,
-        bias_activation_fusion=not on_cpu,
+        # Megatron's fused form is compiled, by Triton
+        bias_activation_fusion=choose(device.type, dtype).triton_head,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

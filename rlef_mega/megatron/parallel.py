@@ -242,24 +242,29 @@ def enter(
 
 
 def join_world(world_size: int) -> torch.device:
-    """NCCL where there is CUDA, else gloo; a world of one needs no launcher."""
+    """NCCL where there is CUDA, else gloo; a world of one needs no launcher.
+
+    The world gets no `device_id`. With one, torch makes every later NCCL group by splitting the
+    world's communicator, one after another with all ranks: hundreds of them, most of one rank. And
+    the group for publications, which has foreign processes in it, cannot be split off the world:
+    rank 0 would wait in it for ever. Without, a group connects its members when it is first used.
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        backend, device_id = "nccl", device
+        backend = "nccl"
     else:
-        device, backend, device_id = torch.device("cpu"), "gloo", None
+        device, backend = torch.device("cpu"), "gloo"
     if world_size == 1:
         dist.init_process_group(
             backend,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=device_id,
             store=dist.HashStore(),
             rank=0,
             world_size=1,
         )
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return device
 
 

@@ -30,9 +30,13 @@ class SupervisedLearner:
         dtype: str,
         recompute: str = "none",
         layers: Layers = "auto",
+        weights: Path | None = None,
     ) -> None:
+        """`weights`: a checkpoint, where those of the folder are not what training starts from."""
         self.ranks = ranks
-        start = StartingPoint(ranks, model_folder, getattr(torch, dtype), recompute, layers)
+        start = StartingPoint(
+            ranks, model_folder, getattr(torch, dtype), recompute, layers, weights
+        )
         self.cutting = Cutting(
             ranks,
             getattr(torch, dtype),

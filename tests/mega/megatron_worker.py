@@ -180,6 +180,7 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
         }
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
         results["first"] = one_batch(learner, batch, seed=1)
+        learner.make_room()  # whatever was parked comes back as it was
         checkpoints = Checkpoints(folder / layout, learner, keep=1)
         checkpoints.save(1, {"note": layout})
         # trains on while it is written: the checkpoint must be of the moment of the call
