@@ -13,6 +13,7 @@ engine keeps the rollout's loop from running.
 import asyncio
 import contextlib
 import re
+import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,7 @@ from rlef_mega.loop_thread import LivesInLoop
 from rlef_mega.types import AssertTest, Problem, TestOutcome, Verdict
 from rlef_sandbox import AnyTest, CheckTest, Result, Sandbox, Status
 from rlef_sandbox.sandbox import JOBS_A_WORKER
+from rlef_sandbox.worker import ZygoteLostError
 
 
 class JudgeError(RuntimeError):
@@ -54,7 +56,7 @@ class EmbeddedGrader:
         return self.sandbox.isolation
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
-        return await asyncio.get_running_loop().run_in_executor(
+        grading = asyncio.get_running_loop().run_in_executor(
             self.threads,
             lambda: self.sandbox.grade(
                 program,
@@ -65,6 +67,10 @@ class EmbeddedGrader:
                 run_at_least=len(problem.public_tests),
             ),
         )
+        try:
+            return await grading
+        except (OSError, ZygoteLostError) as error:  # of this machine: no descriptors, no memory
+            raise JudgeError(f"the sandbox failed: {error}") from None
 
 
 class RemoteGrader(LivesInLoop):
@@ -122,6 +128,8 @@ def open_grader(
         with RemoteGrader(servers, token, deadline_s=deadline_s) as remote:
             yield remote
     else:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a check under way holds a dozen
         with Sandbox(workers=workers, isolation=isolation) as sandbox:
             yield EmbeddedGrader(sandbox, workers=workers)
 

@@ -234,7 +234,8 @@ def save_turn_budgets(curves: dict[str, dict[str, list[float]]], path: Path) -> 
             axes.fill_between(
                 turns, 100 * values.min(1), 100 * values.max(1), color=color, alpha=0.2, lw=0
             )
-        axes.set_xlabel(f"turns a dialogue may have, {TURNS} samples in all")
+        axes.set_xlabel(f"turns a dialogue may have, at most {TURNS} samples in all")
+        axes.set_xticks(range(1, TURNS + 1))
         axes.set_ylabel(f"1@{TURNS}, % solved")
         axes.set_ylim(0, 100)
         axes.legend(frameon=False)

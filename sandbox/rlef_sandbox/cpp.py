@@ -50,6 +50,14 @@ class CompileFailedError(Exception):
         self.result = result
 
 
+class SaysItWasKilledError(Exception):
+    """So its messages say, in which a source may write what it likes; `result` if that is so."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.status)
+        self.result = result
+
+
 class Cpp:
     """The C++ compilers of a sandbox, and the executables they made."""
 
@@ -123,9 +131,13 @@ class Cpp:
         headers = precompiled_headers()
         worker.arguments = [*STANDARD, *([f"-I{headers}"] if headers else [])]
         fault = ""
-        for _ in range(1 + RETRIES):
+        for attempt in range(1 + RETRIES):
             try:
                 return self._attempt(worker, source)
+            except SaysItWasKilledError as error:
+                fault = "the compiler was killed from outside"
+                if attempt == RETRIES:  # each time, and the kernel knows nothing of it
+                    raise CompileFailedError(error.result) from None
             except (ZygoteLostError, TimeoutError) as error:
                 fault = str(error) or "the compiler fell silent"
                 worker.lose()
@@ -134,11 +146,15 @@ class Cpp:
     def _attempt(self, worker: Worker, source: bytes) -> int:
         files = memory_files(source, b"", b"")
         session = None
+        kills_before = out_of_memory_kills()
         try:
             session = worker.start(COMPILE, files)
             deadline = time.monotonic() + COMPILE.wall_s + ANSWER_GRACE_S
             message, made = session.receive_file(deadline)
             errors = os.pread(files[2], STDERR_BYTES, 0)
+            end = os.pread(
+                files[2], STDERR_BYTES, max(0, os.fstat(files[2]).st_size - STDERR_BYTES)
+            )
         finally:
             if session is not None:
                 session.close()
@@ -153,7 +169,8 @@ class Cpp:
         finally:
             for descriptor in made:
                 os.close(descriptor)
-        raise CompileFailedError(compile_error(outcome, errors))
+        starved = out_of_memory_kills() > kills_before
+        raise CompileFailedError(compile_error(outcome, errors, end, starved=starved))
 
     def close(self) -> None:
         for worker in self._all:
@@ -164,15 +181,27 @@ class Cpp:
             self._kept.clear()
 
 
-def compile_error(outcome: Outcome, errors: bytes) -> Result:
-    """What a compilation without an executable means. ZygoteLostError for a fault."""
+def out_of_memory_kills() -> int:
+    """By the kernel, of any process, since the machine started."""
+    try:
+        fields = Path("/proc/vmstat").read_bytes().split()
+        return int(fields[fields.index(b"oom_kill") + 1])
+    except (OSError, ValueError):
+        return 0
+
+
+def compile_error(outcome: Outcome, errors: bytes, end: bytes, *, starved: bool) -> Result:
+    """What a compilation without an executable means, from the beginning and the `end` of its
+    messages. ZygoteLostError for a fault; SaysItWasKilledError where only words tell of one. It is
+    `starved` if the kernel has killed something meanwhile, for want of memory."""
     if outcome.phase is Phase.SETUP:
         raise ZygoteLostError(outcome.fault)
     if outcome.ending is not Ending.ITSELF or TOO_LONG in errors:
         errors += b"compilation took too long\n"
-    elif outcome.wait_status == signal.SIGKILL or any(words in errors for words in KILLED):
+    said = any(words in errors or words in end for words in KILLED)
+    if outcome.wait_status == signal.SIGKILL or (said and starved):
         raise ZygoteLostError("the compiler was killed from outside; is memory short?")
-    return Result(
+    result = Result(
         Status.COMPILE_ERROR,
         stderr=errors,
         exit_code=1,
@@ -180,6 +209,9 @@ def compile_error(outcome: Outcome, errors: bytes) -> Result:
         wall_s=outcome.wall_s,
         max_rss_bytes=outcome.max_rss_bytes,
     )
+    if said:
+        raise SaysItWasKilledError(result)
+    return result
 
 
 def sealed_copy(source: int) -> int:

@@ -91,6 +91,10 @@ def check(check_function: Callable[..., object], descriptor: int) -> None:
     except BaseException as error:
         if any(error is one for one in raised):
             _leave(CANDIDATE_RAISED, error)
+        if not replies:
+            _leave(CHECK_BROKEN, error)  # the program had no part in it
+        for one in raised:
+            one.__traceback__ = None  # frames of this file, which are nobody's business
         raise
 
 

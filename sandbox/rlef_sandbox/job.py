@@ -39,7 +39,7 @@ class Job:
     """A program to be run, once or often, with the zygote of `worker`.
 
     `executable` says that the program is a file to be executed, not Python. `on_sleep` is called
-    when a run waits instead of working.
+    when a run waits instead of working, `on_test` before each test.
     """
 
     def __init__(
@@ -50,11 +50,12 @@ class Job:
         on_sleep: Callable[[], None],
         *,
         executable: bool = False,
+        on_test: Callable[[], None] = lambda: None,
     ) -> None:
         self._worker = worker
         self._program = program  # a descriptor of its file, somebody else's to close
         self._limits = limits
-        self._on_sleep = on_sleep
+        self._on_sleep, self._on_test = on_sleep, on_test
         self._executable = executable
         self._session: Session | None = None
         self._server_runs = False
@@ -75,6 +76,7 @@ class Job:
         """Run the program on a test. `again` says that more tests follow or came before: then a
         program server, which compiles once, is the cheaper way.
         """
+        self._on_test()
         if isinstance(test, CheckTest):
             return self._with_retries(lambda: self._attempt_check(test))
         if again and not self._executable:
@@ -309,7 +311,7 @@ def verdict_of_check(candidate: Result, checker: Result) -> Run:
     if checker.exit_code == CHECK_BROKEN:
         said = checker.stderr.decode(errors="replace")
         raise FaultError(f"the code of a CheckTest is broken: {said}")
-    # However else it ended, it was after it called the program, whose values it met.
+    # However else it ended, it was after the program had answered, whose values it met.
     return Run(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))
 
 

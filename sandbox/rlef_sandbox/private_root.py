@@ -7,6 +7,7 @@ the right to chroot only, the root becomes a directory that no longer exists.
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 
@@ -54,10 +55,15 @@ def _bind(source: int, target: str) -> None:
     flags = kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY
     flags |= kernel.MS_NOSUID | kernel.MS_NODEV | os.statvfs(target).f_flag & LOCKED_FLAGS
     kernel.mount("none", target, "", flags)
-    for name in THIRD_PARTY:
-        packages = os.path.join(target, name)
-        if os.path.isdir(packages):
-            kernel.mount("tmpfs", packages, "tmpfs", kernel.MS_RDONLY, "mode=755")
+    for packages in filter(os.path.isdir, third_party_in(target)):
+        kernel.mount("tmpfs", packages, "tmpfs", kernel.MS_RDONLY, "mode=755")
+
+
+def third_party_in(directory: str) -> list[str]:
+    """Where a directory that is a Python's library, or holds some (/usr), has others' packages."""
+    places = ("", "python3*", "lib*/python3*", "local/lib*/python3*")
+    patterns = [os.path.join(directory, place, name) for place in places for name in THIRD_PARTY]
+    return [found for pattern in patterns for found in glob.glob(pattern)]
 
 
 def enter_nothing() -> None:

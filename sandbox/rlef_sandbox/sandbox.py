@@ -205,7 +205,14 @@ class Sandbox:
             self._turns.take() as turn,
             self._languages.prepared(as_bytes(source), language) as program,
             self._placed() as worker,
-            Job(worker, program.file, limits, turn.sleep, executable=program.executable) as job,
+            Job(
+                worker,
+                program.file,
+                limits,
+                turn.sleep,
+                executable=program.executable,
+                on_test=turn.wake,
+            ) as job,
         ):
             yield job
 

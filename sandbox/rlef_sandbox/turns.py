@@ -18,6 +18,11 @@ class Turn:
         """A run of the job waits instead of working: another job may start beside it."""
         self._turns.sleep(self)
 
+    def wake(self) -> None:
+        """Its next run works until it is seen to sleep. It goes on at once: until others end, as
+        many more are at work, and none starts."""
+        self._turns.wake(self)
+
 
 class Turns:
     """At most `working` jobs at work and `open_jobs` under way, first come, first served or not:
@@ -52,6 +57,12 @@ class Turns:
                 turn.asleep = True
                 self._working += 1
                 self._condition.notify()
+
+    def wake(self, turn: Turn) -> None:
+        with self._condition:
+            if turn.asleep:
+                turn.asleep = False
+                self._working -= 1
 
     def close(self) -> None:
         """Whoever waits for a turn is told that there will be none."""

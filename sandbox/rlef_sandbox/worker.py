@@ -167,7 +167,11 @@ class Worker:
         for _ in range(2):
             if self._control is None:
                 self.launch()
-                self.greet()
+                try:
+                    self.greet()
+                except BaseException:
+                    self._dispose()  # unproved: nothing may run in it
+                    raise
             assert self._control is not None
             try:
                 send(self._control, request, descriptors)

@@ -100,7 +100,8 @@ wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: until each answers 
     local url began=$SECONDS urls
     urls=$(url_list "$2" "$3" "$4" | tr -d '[]"' | tr ',' ' ')
     for url in $urls; do
-        until curl -fsS -m 5 --noproxy '*' -H "Authorization: Bearer $RLEF_SANDBOX_TOKEN" -o /dev/null "$url/health" 2>/dev/null; do
+        until curl -fsS -m 5 --noproxy '*' -H @- -o /dev/null "$url/health" 2>/dev/null \
+            <<<"Authorization: Bearer $RLEF_SANDBOX_TOKEN"; do # by a pipe: command lines are seen by all
             all_running || return 2
             if [ -n "$ASKED_TO_STOP" ]; then return "$STOPPED"; fi
             if [ $((SECONDS - began)) -gt "$5" ]; then

@@ -122,13 +122,35 @@ def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> No
 
 @pytest.mark.parametrize(
     "code",
-    ["x = 1 / 0", "def other(candidate): pass", "def check(candidate): candidate(object())"],
-    ids=["fails_on_its_own", "defines_no_check", "calls_with_no_plain_data"],
+    [
+        "x = 1 / 0",
+        "def other(candidate): pass",
+        "def check(candidate): candidate(object())",
+        "def check(candidate):\n    import numpy\n    assert candidate(1) == 2",
+        "def check(candidate):\n    x = helper(3)\n    assert candidate(1) == 2",
+    ],
+    ids=[
+        "fails_on_its_own",
+        "defines_no_check",
+        "calls_with_no_plain_data",
+        "imports_what_is_not_there",
+        "fails_before_it_calls",
+    ],
 )
 def test_a_broken_check_is_no_verdict(sandbox: Sandbox, code: str) -> None:
     (result,) = sandbox.grade(RIGHT, [CheckTest("f", code)])
     assert result.status is Status.SANDBOX_ERROR
     assert b"CheckTest is broken" in result.stderr
+
+
+def test_a_checks_traceback_shows_no_frame_of_ours(sandbox: Sandbox) -> None:
+    code = (
+        "def check(candidate):\n    try: candidate(1)\n"
+        "    except KeyError: assert False, 'it should not raise'"
+    )
+    (result,) = sandbox.grade("def f(n): raise KeyError(n)", [CheckTest("f", code)])
+    assert result.status is Status.WRONG_ANSWER and b"should not raise" in result.stderr
+    assert b"exchange.py" not in result.stderr and b"rlef_sandbox" not in result.stderr
 
 
 def test_code_that_does_not_parse_is_refused_when_made() -> None:

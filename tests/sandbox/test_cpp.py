@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import signal
@@ -190,6 +191,42 @@ def test_a_compiler_killed_by_the_machine_is_no_compile_error(victim: str) -> No
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         assert job.result().stdout == b"196418"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "#error Killed signal terminated program\nint main() {}",
+        '# 1 "x"\nstatic_assert(false, "\\ng++: fatal error: Killed signal terminated program '
+        'cc1plus\\ncompilation terminated.");\nint main() {}',
+    ],
+)
+def test_a_source_cannot_say_that_its_compiler_was_killed(cpp: Sandbox, source: str) -> None:
+    assert cpp.run(source, language="cpp").status is Status.COMPILE_ERROR
+
+
+def test_an_executable_that_the_kernel_refuses_is_the_programs_failure(cpp: Sandbox) -> None:
+    source = HEADER + (
+        'extern const char interp[] __attribute__((section(".interp"), used)) = "/nonexistent";\n'
+        'int main() { puts("no"); }'
+    )
+    result = cpp.run(source, b"", LIMITS, language="cpp")
+    assert result.status is Status.RUNTIME_ERROR and not result.stdout, result
+
+
+def test_the_compiler_sees_no_packages_of_others(cpp: Sandbox) -> None:
+    """Those of the system's Pythons, where tests of data sets may lie."""
+    places = ("/usr/lib/python3*", "/usr/local/lib/python3*")
+    found = [
+        file
+        for place in places
+        for kind in ("dist-packages", "site-packages")
+        for file in glob.glob(f"{place}/{kind}/*.py")
+    ]
+    if not found:
+        pytest.skip("no packages below /usr")
+    source = f'asm(".incbin \\"{found[0]}\\""); int main() {{}}'
+    assert cpp.run(source, language="cpp").status is Status.COMPILE_ERROR
 
 
 def descendants_named(name: str) -> list[int]:

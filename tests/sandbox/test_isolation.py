@@ -74,6 +74,18 @@ def test_a_machine_below_the_floor_is_refused_unless_asked_for(
         assert sandbox.run("print(1)").status is Status.OK
 
 
+def test_a_zygote_that_comes_back_below_the_floor_runs_nothing(machine_without) -> None:
+    """The machine lost a layer between two zygotes, of which the second is refused each time."""
+    socket_made = "import socket; socket.socket(); print('made')"
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.run(socket_made).status is not Status.OK
+        sandbox._workers[0].lose()
+        machine_without(NO_SECCOMP)
+        for _ in range(3):
+            with pytest.raises(IsolationError, match="seccomp"):
+                sandbox.run(socket_made)
+
+
 def test_root_is_left_for_good(sandbox: Sandbox) -> None:
     result = sandbox.run("import os; print(os.getuid(), os.getgid(), os.geteuid())")
     assert sandbox.isolation["unprivileged_user"]

@@ -37,6 +37,21 @@ def test_a_sleeper_among_the_tests_of_a_program_holds_up_nobody(sandbox: Sandbox
         assert [result.status for result in slow.result()] == [Status.OK] * 2
 
 
+def test_who_has_slept_is_at_work_again_in_its_next_test() -> None:
+    turns = Turns(1, 4)
+    with turns.take() as slept:
+        slept.sleep()
+        with turns.take() as other:
+            slept.wake()  # two at work
+            other.sleep()  # one, and as many are allowed
+            with ThreadPoolExecutor(1) as pool:
+                third = pool.submit(lambda: turns.take().__enter__())
+                time.sleep(0.1)
+                assert not third.done()
+                slept.sleep()
+                third.result(timeout=5)
+
+
 def test_programs_that_work_take_turns(sandbox: Sandbox) -> None:
     limits = Limits(cpu_s=0.4, wall_s=30.0)
     with ThreadPoolExecutor(4) as pool:

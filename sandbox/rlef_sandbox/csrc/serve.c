@@ -254,7 +254,11 @@ static void finish(struct server *server, int place)
         static const char *const names[] = {"", "PARENT", "NAMESPACE", "LIMITS",
                                             "FILES", "FILTER", "EXEC"};
         char fault[FAULT_BYTES] = "";
-        if (cell->step != STEP_NONE && cell->step <= STEP_EXEC)
+        /* an executable that the kernel refuses is the program's own doing: it leaves 1 */
+        int shortage = cell->error == EAGAIN || cell->error == ENOMEM || cell->error == EMFILE ||
+                       cell->error == ENFILE || cell->error == EPERM;
+        if (cell->step != STEP_NONE && (cell->step < STEP_EXEC ||
+                                        (cell->step == STEP_EXEC && shortage)))
             snprintf(fault, sizeof fault, "child set-up: %s: %s", names[cell->step],
                      strerror(cell->error));
         double cpu_s = (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
