@@ -19,9 +19,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from rlef_mega.engines import EngineError
 
@@ -41,6 +44,7 @@ HEALTH_S = 5.0  # for an answer
 # Without a sign of health, before a server is ended. Longer than weights take: while they are
 # received, and while servers are paused, none answers.
 HANG_S = 600.0
+MARK = "RLEF_SERVER"  # in the environment of a server and of what it starts
 STOP_S = 15.0  # that a server has to end by itself
 MOST_FAILED_STARTS = 3  # in a row
 TAIL_LINES = 15
@@ -91,6 +95,7 @@ class Server:
         self.url = f"http://{settings.host}:{port}"
         self.log = log_file(logs, self.url)
         self.process: subprocess.Popen[bytes] | None = None
+        self.mark = ""
         self.starting = False  # again; not healthy yet
         self.failed_starts = 0
         self.started_at_s = self.heard_at_s = 0.0
@@ -100,6 +105,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)  # our packages are not the server's
+        environment[MARK] = self.mark = uuid.uuid4().hex  # of all that it will start
         with self.log.open("ab") as log:
             try:
                 self.process = subprocess.Popen(
@@ -140,6 +146,11 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own
         self.process.wait()
+        # who has left that session, and was just starting as its parent died
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark:
+                    process.kill()
         self.process = None
 
 
