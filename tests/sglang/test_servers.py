@@ -6,6 +6,7 @@ One start of two servers serves all of it. The truth is transformers' model in t
 import asyncio
 import contextlib
 import copy
+import json
 import threading
 import time
 import urllib.error
@@ -214,6 +215,47 @@ def test_a_request_under_way_goes_on_with_the_new_weights(serving, model, tmp_pa
     assert (by_old - found)[:switched].abs().max() < TOLERANCE
     assert (by_new - found)[switched:].abs().max() < TOLERANCE
     assert (by_old - by_new).abs().max() > 100 * TOLERANCE
+
+
+def call(url: str, path: str, body: dict) -> dict:
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        content = answer.read()
+    return json.loads(content) if content.startswith(b"{") else {}
+
+
+@pytest.mark.parametrize("mode", ["abort", "in_place"])
+def test_other_ways_to_pause_a_server_would_not_do(disk_engine, serving, model, tmp_path, mode):
+    """Why a publication takes requests back: `abort` ends them where they are, and in place the new
+    weights go on with what the old ones have cached, which is neither's log-probs."""
+    disk_engine.update_weights(model.state_dict().items(), 1)
+    old = LlamaForCausalLM.from_pretrained(serving.model, dtype=torch.float32)
+    (prompt,) = random_prompts(1, 20)
+    sampling = {"temperature": 1.0, "max_new_tokens": 1500, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+    url = serving.urls[0]
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(call, url, "/generate", body)
+        time.sleep(1.0)
+        call(url, "/pause_generation", {"mode": mode})
+        change(model, seed=3)
+        model.save_pretrained(tmp_path / "new")
+        load = {"model_path": str(tmp_path / "new"), "flush_cache": False}
+        call(url, "/update_weights_from_disk", load)
+        call(url, "/continue_generation", {"torch_empty_cache": False})
+        about = asking.result(timeout=120)["meta_info"]
+    sampled = [(logprob, token) for logprob, token, *_ in about["output_token_logprobs"]]
+    if mode == "abort":
+        assert about["finish_reason"]["type"] == "abort" and 0 < len(sampled) < 1500
+        return
+    assert len(sampled) == 1500
+    ids = [*prompt, *(token for _, token in sampled)]
+    found = torch.tensor([logprob for logprob, _ in sampled])
+    for weights in (old, model):
+        truth = logprobs(weights, ids)[len(prompt) - 1 :]
+        assert (truth - found)[-100:].abs().max() > 100 * TOLERANCE
 
 
 def test_requests_that_would_end_a_server_are_refused_here(disk_engine, model):
