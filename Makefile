@@ -1,7 +1,7 @@
 # make setup   .venv with everything that needs no GPU
 # make demo    the main job, small: trains, evaluates, reports (two CPU cores, about 12 minutes)
 # make demo-sglang   the same training, with rollouts from two real SGLang servers on the same cores
-# make test    every test that needs no GPU, lint and types first
+# make test    every test that needs no GPU, SGLang server or Slurm, lint and types first
 # make test-sglang   rollouts against the real SGLang server, in an environment of its own (3.3 GB)
 # make test-slurm    runs on a real Slurm of five nodes on this host; installs it where root and Debian are at hand
 #

@@ -83,7 +83,10 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
             model = config.model.path if name == "base" else str(out / f"rlef-{seed}")
             hold_long_dialogues(config, model, out, f"{name}-{seed}", seed)
     results = collect(out, seeds)
-    about = describe(recipe=recipe, overrides=list(overrides), seeds=list(seeds), **size(config))
+    command = " ".join(["rlef reproduce", recipe, f"--seeds {len(seeds)}", *sets])
+    about = describe(
+        command=command, recipe=recipe, overrides=list(overrides), seeds=list(seeds), **size(config)
+    )
     write_atomically(out / "reproduce.json", json.dumps({**about, **results}, indent=1) + "\n")
     write_atomically(out / "reproduce.md", markdown(results))
     save_turn_budgets(results["turn_budget"], out / "reproduce.png")
