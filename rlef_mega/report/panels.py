@@ -157,7 +157,7 @@ PANELS = (
     ),
     Panel(
         "Idle",
-        "The trainer waits for episodes; servers have nothing to do, at most.",
+        "The trainer waits for episodes; servers have nothing to do (an upper bound).",
         (("trainer", "idle_time.trainer"), ("servers", "idle_time.engines")),
         unit="%",
     ),

@@ -42,7 +42,7 @@ def numbers():
 
 
 def test_rates_by_hand(numbers):
-    assert numbers["outcomes"] == pytest.approx([1, 0.5, 0])  # one dialogue of two
+    assert numbers["outcomes"] == [1, 0.5, 0, None]  # one dialogue of two
     assert numbers["solve_rate"]["value"] == pytest.approx(0.5)
     assert numbers["turn1"]["value"] == pytest.approx((0.5 + 0 + 0) / 3)
     # both dialogues: of b's, both pass the public tests, so one selected is right half of the time

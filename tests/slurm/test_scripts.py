@@ -24,7 +24,7 @@ def test_scripts_pass_shellcheck():
 def test_the_newest_checkpoint_is_none_that_was_refused(tmp_path):
     for name in ("step_000010", "step_000020.refused", "step_000020.refused2", "step_000015.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    script = f"RUN={tmp_path}; . {ROOT}/slurm/lib/attempt.sh; newest_checkpoint"
+    script = f"RUN='{tmp_path}'; . '{ROOT}/slurm/lib/attempt.sh'; newest_checkpoint"
     said = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True)
     assert said.stdout == "10\n"
 
