@@ -216,8 +216,8 @@ def add_up(everyone: Sequence[dict[str, float]]) -> dict[str, float]:
 def idle_shares(
     config: TrainConfig, times: dict[str, float], counts: dict[str, float]
 ) -> dict[str, float]:
-    """Of a step's time: the trainer waits for episodes; a server has, at most, no request of
-    ours."""
+    """Of a step's time: how long the trainer waits for episodes; and servers, at most, for a
+    request of ours."""
     shares = {"trainer": times["rollout"] / times["step"]}
     if "server_busy_s" in counts:
         servers_s = len(config.rollout.servers.addresses) * times["step"]

@@ -44,9 +44,8 @@ def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
             LlamaConfig(**shape, max_position_embeddings=CONTEXT + SPARE_TOKENS)
         ).to(getattr(torch, config.model.dtype))
         model.save_pretrained(folder / "model")
-        train_tokenizer(
-            folder / "model", shape["vocab_size"]
-        )  # a server will not start without one
+        # a server does not start without one
+        train_tokenizer(folder / "model", shape["vocab_size"])
         weights = model.state_dict()
         settings = ServerSettings(
             model=folder / "model",

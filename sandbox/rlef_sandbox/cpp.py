@@ -196,10 +196,11 @@ def compile_error(outcome: Outcome, errors: bytes, end: bytes, *, starved: bool)
     `starved` if the kernel has killed something meanwhile, for want of memory."""
     if outcome.phase is Phase.SETUP:
         raise ZygoteLostError(outcome.fault)
-    if outcome.ending is not Ending.ITSELF or TOO_LONG in errors:
+    too_long = outcome.ending is not Ending.ITSELF or TOO_LONG in errors
+    said = not too_long and any(words in errors or words in end for words in KILLED)
+    if too_long:
         errors += b"compilation took too long\n"
-    said = any(words in errors or words in end for words in KILLED)
-    if outcome.wait_status == signal.SIGKILL or (said and starved):
+    elif outcome.wait_status == signal.SIGKILL or (said and starved):
         raise ZygoteLostError("the compiler was killed from outside; is memory short?")
     result = Result(
         Status.COMPILE_ERROR,

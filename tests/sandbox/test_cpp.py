@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from rlef_sandbox import CallTest, CheckerProgram, Limits, Sandbox, Status, Test, native, worker
-from rlef_sandbox.cpp import COMPILE, Cpp
+from rlef_sandbox.cpp import COMPILE, Cpp, compile_error
+from rlef_sandbox.protocol import Ending, Outcome, Phase
+from rlef_sandbox.worker import ZygoteLostError
 from tests.sandbox.test_lifetime import descendants
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
@@ -174,6 +176,18 @@ def test_a_source_that_takes_the_compiler_too_long_is_the_programs_failure(
         result = sandbox.run(source, language="cpp")
     assert result.status is Status.COMPILE_ERROR
     assert b"took too long" in result.stderr
+
+
+@pytest.mark.parametrize("ending", [Ending.WALL_LIMIT, Ending.ITSELF])
+def test_only_a_compiler_that_we_did_not_end_was_killed_by_the_machine(ending: Ending) -> None:
+    """At its limit of time we kill it, and that is the program's failure."""
+    outcome = Outcome(Phase.COMPILING, ending, signal.SIGKILL, 1.0, 60.0, 1 << 20)
+    if ending is Ending.WALL_LIMIT:
+        result = compile_error(outcome, b"", b"", starved=True)
+        assert result.status is Status.COMPILE_ERROR and b"took too long" in result.stderr
+    else:
+        with pytest.raises(ZygoteLostError, match="killed from outside"):
+            compile_error(outcome, b"", b"", starved=False)
 
 
 @pytest.mark.parametrize("victim", ["g++", "cc1plus"])
