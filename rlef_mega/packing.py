@@ -169,3 +169,7 @@ def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> lis
         heapq.heappush(divisions, (lightest - parts[0][0], number, parts))
     found = [list(part) for _, part in divisions[0][2]] if divisions else []
     return found + [[] for _ in range(count - len(found))]
+
+
+def shuffled(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -13,27 +13,30 @@ from typing import Any
 
 import torch
 
-from rlef_mega.chat import ChatFormat
-from rlef_mega.collect import Dialogues
+from rlef_mega import ppo
 from rlef_mega.config import TrainConfig
-from rlef_mega.distractors import collect_distractors
+from rlef_mega.dialogues.batches import Dialogues
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.distractors import collect_distractors
+from rlef_mega.dialogues.judge import Grader, Judge, open_grader
+from rlef_mega.dialogues.rollout import Rules
 from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
-from rlef_mega.evaluate import Evaluator
-from rlef_mega.guard import Guards
-from rlef_mega.judge import Grader, Judge, open_grader
-from rlef_mega.launch import StopRequest
-from rlef_mega.manifest import describe, versions
-from rlef_mega.megatron import accelerations, parallel
-from rlef_mega.megatron.checkpoint import Checkpoints
+from rlef_mega.engines.sglang.serve import server_logs
+from rlef_mega.evaluation.during_training import Evaluator
+from rlef_mega.megatron import parallel
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.learner import Learner
+from rlef_mega.megatron.network import accelerations
+from rlef_mega.packing import pack
 from rlef_mega.problems import load_problems
-from rlef_mega.progress import StepProgress
-from rlef_mega.record import RunDirectory
-from rlef_mega.rollout import Rules
-from rlef_mega.serve import server_logs
-from rlef_mega.trackers import Trackers
-from rlef_mega.types import Problem, Sampling
+from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.guards import Guards
+from rlef_mega.run.launch import StopRequest
+from rlef_mega.run.manifest import describe, versions
+from rlef_mega.run.progress import StepProgress
+from rlef_mega.run.trackers import Trackers
+from rlef_mega.types import Batch, Episode, Problem, Sampling, Scores, Targets
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -
             weights_from_folder=config.model.weights is None,  # else they come when published
         )
         return
-    from rlef_mega.engines.sglang import SGLangEngine  # an extra: it needs aiohttp
+    from rlef_mega.engines.sglang.engine import SGLangEngine  # an extra: it needs aiohttp
 
     servers = config.rollout.servers
     with SGLangEngine(
@@ -221,4 +224,28 @@ def dialogue_rules(config: TrainConfig, chat: ChatFormat) -> Rules:
         ),
         max_context=config.rollout.max_context,
         feedback=config.rollout.feedback,
+    )
+
+
+def pack_episodes(config: TrainConfig, episodes: Sequence[Episode]) -> Batch:
+    """With the paper's penalty for invalid code, which its single-turn training leaves out (RLEF
+    2.2)."""
+    return pack(
+        episodes,
+        invalid_code_penalty=config.ppo.invalid_code_penalty if config.rollout.turns > 1 else 0.0,
+        penalize_invalid_last_turn=config.ppo.penalize_invalid_last_turn,
+    )
+
+
+def make_targets(
+    config: TrainConfig, batch: Batch, scores: Scores
+) -> tuple[Targets, dict[str, float]]:
+    """`ppo.targets` with the recipe's settings."""
+    return ppo.targets(
+        batch,
+        scores,
+        beta=config.ppo.beta,
+        gamma=config.ppo.gamma,
+        normalize=config.ppo.normalize_advantages,
+        token_level_value=config.ppo.token_level_value,
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 from rlef_mega.config import (
     ConfigError,
-    JudgeConfig,
     ParallelConfig,
     Section,
     ServersConfig,
@@ -18,16 +17,16 @@ from rlef_mega.config import (
     dump_toml,
     load_config,
 )
-from rlef_mega.distractors import with_wrong_programs
-from rlef_mega.judge import RemoteGrader
-from rlef_mega.megatron.checkpoint_files import NETWORKS
-from rlef_mega.megatron.convert.places import find_checkpoint
+from rlef_mega.dialogues.distractors import with_wrong_programs
+from rlef_mega.dialogues.judge import check_servers
+from rlef_mega.megatron.checkpoints.files import NETWORKS
+from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.convert.weights import CheckpointWeights, tensors_of
-from rlef_mega.megatron.families import read_config
+from rlef_mega.megatron.network.families import read_config
 from rlef_mega.problems import load_problems
-from rlef_mega.record import write_atomically
-from rlef_mega.trackers import check_trackers
-from rlef_mega.versions import refuse_untested_megatron
+from rlef_mega.run.directory import write_atomically
+from rlef_mega.run.manifest import refuse_untested_megatron
+from rlef_mega.run.trackers import check_trackers
 
 # Where a run is graded and generated changes from one job of a cluster to the next; what is asked
 # for does not.
@@ -76,32 +75,6 @@ def check_weights(checkpoint: Path, model: Path) -> None:
             f"writes it or as RUN/checkpoints/step_000100"
         )
     CheckpointWeights(found.network("policy"), tensors_of("policy", read_config(model)))
-
-
-def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:
-    """ConfigError unless every grading server is ready, takes the token, and confines programs as
-    well as is asked for."""
-    if not judge.servers:
-        return
-    try:
-        with RemoteGrader(judge.servers, grading_token, deadline_s=judge.deadline_s) as grader:
-            health = grader.health
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"judge.servers needs {error.name}: pip install 'rlef-mega[serve]'"
-        ) from None
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"judge.servers: {error}. Start each with `python -m rlef_sandbox serve`, and give "
-            "their token in RLEF_SANDBOX_TOKEN"
-        ) from None
-    for url, about in health.items():
-        level = about["isolation"]["level"]
-        if judge.isolation == "default" and level != "default":
-            raise ConfigError(
-                f"judge.servers: {url} runs with isolation {level!r}; start it without "
-                "--isolation, or set judge.isolation to the same"
-            )
 
 
 def plan_train(config: TrainConfig) -> dict[str, Any]:
@@ -185,7 +158,9 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
         raise ConfigError(
             f"{path}: not a model's config.json ({error!r}); export it anew"
         ) from None
-    from rlef_mega.megatron.families import read_config  # transformers takes a second to import
+    from rlef_mega.megatron.network.families import (
+        read_config,  # transformers takes a second to import
+    )
 
     read_config(path.parent)
     if stated and stated != shape:
@@ -200,7 +175,7 @@ def check_rollout_servers(config: TrainConfig) -> None:
         return
     servers = config.rollout.servers
     try:
-        from rlef_mega.engines.sglang import SGLangEngine
+        from rlef_mega.engines.sglang.engine import SGLangEngine
 
         with SGLangEngine(servers.addresses, config.model.path) as engine:
             context = engine.context_length

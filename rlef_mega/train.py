@@ -16,25 +16,23 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
-import torch
-
-from rlef_mega import metrics, ppo
-from rlef_mega.collect import Rollouts, open_rollouts
+from rlef_mega import metrics
 from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.dialogues.batches import Rollouts, open_rollouts
+from rlef_mega.dialogues.records import episode_records
+from rlef_mega.dialogues.rollout import derive_seed
 from rlef_mega.engines import BUSY, Engine, EngineLostError
-from rlef_mega.episode_records import episode_records
-from rlef_mega.guard import GuardError
-from rlef_mega.launch import collect_garbage, sandbox_token, worker_main
+from rlef_mega.engines.publish import publish
 from rlef_mega.megatron import parallel
-from rlef_mega.megatron.checkpoint import Checkpoints
-from rlef_mega.megatron.publish import publish
-from rlef_mega.packing import pack
-from rlef_mega.parts import Parts, open_parts
-from rlef_mega.profiler import profiled
-from rlef_mega.progress import training_line
-from rlef_mega.record import Clock
-from rlef_mega.rollout import derive_seed
-from rlef_mega.shares import any_rank, gather
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
+from rlef_mega.packing import shuffled
+from rlef_mega.parts import Parts, make_targets, open_parts, pack_episodes
+from rlef_mega.run.directory import Clock
+from rlef_mega.run.guards import GuardError
+from rlef_mega.run.launch import collect_garbage, sandbox_token, worker_main
+from rlef_mega.run.profiler import profiled
+from rlef_mega.run.progress import training_line
+from rlef_mega.run.ranks import any_rank, gather
 from rlef_mega.types import Batch, Episode, Scores, Targets
 
 
@@ -82,7 +80,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
         except EngineLostError:
             save_and_end(checkpoints, step - 1, position(config, step - 1, rollouts))
             raise
-        guards.check_drops(held)
+        guards.check_drops(held.drops, len(held.outcomes))
         parts.engine.rest()
         batch = pack_episodes(config, held.episodes)
         with clock("score"):
@@ -130,7 +128,7 @@ def give_weights(config: TrainConfig, parts: Parts, step: int) -> None:
     """The weights after this step to the engine, whose servers may wait on our devices for room."""
     if config.rollout.servers.release_memory:
         parts.learner.make_room()
-    publish(parts.learner, parts.engine, version=step)
+    publish(parts.learner.policy_weights, parts.engine, version=step)
 
 
 def bring_weights_back(
@@ -146,16 +144,6 @@ def bring_weights_back(
             return parts.evaluator.quick(step, rollouts), None
     except EngineLostError as error:
         return {}, error
-
-
-def pack_episodes(config: TrainConfig, episodes: Sequence[Episode]) -> Batch:
-    """With the paper's penalty for invalid code, which its single-turn training leaves out (RLEF
-    2.2)."""
-    return pack(
-        episodes,
-        invalid_code_penalty=config.ppo.invalid_code_penalty if config.rollout.turns > 1 else 0.0,
-        penalize_invalid_last_turn=config.ppo.penalize_invalid_last_turn,
-    )
 
 
 def write_down(config: TrainConfig, parts: Parts, record: dict[str, Any], clock: Clock) -> None:
@@ -225,20 +213,6 @@ def idle_shares(
     return shares
 
 
-def make_targets(
-    config: TrainConfig, batch: Batch, scores: Scores
-) -> tuple[Targets, dict[str, float]]:
-    """`ppo.targets` with the recipe's settings."""
-    return ppo.targets(
-        batch,
-        scores,
-        beta=config.ppo.beta,
-        gamma=config.ppo.gamma,
-        normalize=config.ppo.normalize_advantages,
-        token_level_value=config.ppo.token_level_value,
-    )
-
-
 def position(config: TrainConfig, step: int, rollouts: Rollouts) -> dict[str, Any]:
     """Where a run stands after a step, beside its networks: the engine's weights carry the step as
     their version, metrics.jsonl has a line a step, and dialogues have numbers."""
@@ -286,10 +260,6 @@ def save_and_end(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> 
     if checkpoints.saved_last != step:
         checkpoints.save(step, state)
     checkpoints.require_saved()
-
-
-def shuffled(count: int, seed: int) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class AssertTest(CheckTest):
     statement: str = ""
 
 
+LANGUAGES = ("python", "cpp")
+TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp")  # of RLEF C.1, C.4, C.5
 PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 
 

@@ -1,6 +1,8 @@
 """Imports go one way: a package imports only from levels below its own (docs/design.md)."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,29 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Level of each module of rlef_mega; a folder stands for all in it.
-LEVELS = {
-    "types": 1,
-    "config": 1,
-    "flops": 1,
-    "loop_thread": 1,
-    "problems": 2,
-    "versions": 2,
-    "dialog": 2,
-    "chat": 2,
-    "packing": 2,
-    "ppo": 2,
-    "metrics": 2,
-    "estimators": 2,
-    "behaviour": 2,
-    "judge": 3,
-    "engines": 3,
-    "megatron": 3,
-    "shares": 3,
-    "rollout": 4,
-    "stream": 4,
-}
-TOP = 5  # everything else: the loop, commands, reports
 # Packages that only one place may import.
 ONLY_IN = {"megatron": "rlef_mega/megatron", "rlef_kernels": "rlef_mega/megatron"}
 ALONE = {  # a package at level 0, and all that it may import beside the standard library
@@ -47,6 +26,12 @@ def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
+def is_module(name: str) -> bool:
+    path = name.replace(".", "/")
+    bases = (ROOT, ROOT / "kernels", ROOT / "sandbox")
+    return any((base / f"{path}.py").exists() or (base / path).is_dir() for base in bases)
+
+
 def imported_modules(path: Path) -> set[str]:
     """Absolute imports; a relative one stays within its package."""
     found = set()
@@ -54,36 +39,61 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"  # a module of that package, or a name in it
+                found.add(inner if is_module(inner) else node.module)
     return found
 
 
-def room(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "rlef_mega" and len(parts) > 1 else None
+ROW = re.compile(r"\| (\d+) \| `(?:sandbox/|kernels/)?([\w/]+?)(?:\.py|/)` \|")
+# The dotted name of each room in the design's table, and its level.
+LEVELS = {
+    name.replace("/", "."): int(level)
+    for level, name in ROW.findall((ROOT / "docs/design.md").read_text())
+}
+FILES = {
+    ".".join(path.relative_to(ROOT / base).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder, base in (
+        ("rlef_mega", "."),
+        ("kernels/rlef_kernels", "kernels"),
+        ("sandbox/rlef_sandbox", "sandbox"),
+    )
+    for path in sources(folder)
+}
 
 
-def level(name: str) -> int:
-    return LEVELS.get(name, TOP)
+EDGES = {name: (imported_modules(path) & FILES.keys()) - {name} for name, path in FILES.items()}
 
 
-@pytest.mark.parametrize("path", sources("rlef_mega"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_come_from_levels_below(path):
-    parts = path.relative_to(ROOT / "rlef_mega").with_suffix("").parts
-    own = parts[0]
-    rooms = {p.stem for p in (ROOT / "rlef_mega").iterdir()}
-    for module in imported_modules(path):
+def room(module: str) -> str:
+    """The longest name of a room that the module's name begins with."""
+    found = [name for name in LEVELS if f"{module}.".startswith(f"{name}.")]
+    return max(found, key=len, default=module)
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"rlef_mega"}))
+def test_imports_come_from_rooms_below(name):
+    own = room(name)
+    assert own in LEVELS, f"{name}: docs/design.md has no row for it"
+    for module in EDGES[name] - {"rlef_mega"}:
         other = room(module)
-        if other is None or other == own or other not in rooms:
-            continue
-        # within a level modules may know each other, but not in a circle (Python would refuse that)
-        assert level(other) <= level(own), f"{path.name} (level {level(own)}) imports {module}"
+        assert other == own or LEVELS[other] < LEVELS[own], (
+            f"{name} (level {LEVELS[own]}) imports {module} (level {LEVELS[other]})"
+        )
+
+
+def test_no_file_takes_part_in_an_import_cycle():
+    graphlib.TopologicalSorter(EDGES).prepare()  # raises CycleError, which names the files
+
+
+def test_the_top_of_the_package_is_a_page():
+    assert len(list((ROOT / "rlef_mega").glob("*.py"))) <= 12
 
 
 def test_rollout_and_megatron_meet_only_in_types():
     for path in sources("rlef_mega/megatron"):
         assert not any("rollout" in module for module in imported_modules(path)), path
-    for module in imported_modules(ROOT / "rlef_mega/rollout.py"):
+    for module in imported_modules(ROOT / "rlef_mega/dialogues/rollout.py"):
         assert not module.startswith(("megatron", "rlef_mega.megatron"))
 
 
@@ -117,8 +127,8 @@ def test_the_sandbox_and_its_command_line_need_no_aiohttp():
     assert done.returncode == 2 and "serve needs aiohttp" in done.stderr, done.stderr
 
 
-def test_dialog_never_sees_private_tests():
-    tree = ast.parse((ROOT / "rlef_mega/dialog.py").read_text())
+def test_templates_never_sees_private_tests():
+    tree = ast.parse((ROOT / "rlef_mega/dialogues/templates.py").read_text())
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert "PrivateTests" not in names and "Problem" not in names

@@ -31,6 +31,7 @@ from rlef_kernels.vocab_parallel import (
     check_temperature,
     chunk_logits,
     chunk_size,
+    combine_two_shards,
     compute_dtype,
     gather_partials,
     sum_over_shards_,
@@ -115,22 +116,6 @@ def reduce_two_logits_(
     partials_CP[:, 2] = exp_CV.mul_(logits_CV.sub_(ref_CV)).sum(-1)
     partials_CP[:, 3] = ref_max_C
     partials_CP[:, 4] = ref_CV.exp_().sum(-1)
-
-
-def combine_two_shards(
-    partials_RTP: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(max z, log sum e^a, max y, log sum e^b, KL) over the whole vocabulary."""
-    max_RT, sum_RT, weighted_RT, ref_max_RT, ref_sum_RT = partials_RTP.unbind(-1)
-    row_max_T, ref_max_T = max_RT.amax(0), ref_max_RT.amax(0)
-    shift_RT, ref_shift_RT = max_RT - row_max_T, ref_max_RT - ref_max_T
-    scale_RT = shift_RT.exp()
-    sum_T = (scale_RT * sum_RT).sum(0)
-    weighted_T = (scale_RT * (weighted_RT + sum_RT * (shift_RT - ref_shift_RT))).sum(0)
-    log_sum_T = sum_T.log()
-    ref_log_sum_T = (ref_shift_RT.exp() * ref_sum_RT).sum(0).log()
-    kl_T = weighted_T / sum_T - log_sum_T + ref_log_sum_T
-    return row_max_T, log_sum_T, ref_max_T, ref_log_sum_T, kl_T
 
 
 def kl_gradient_(

@@ -23,11 +23,17 @@ from torch.distributed import ProcessGroup
 from rlef_kernels.dispatch import uses_kernels
 from rlef_kernels.main_grad import (
     check_main_grad,
-    check_upstream_is_one,
-    stand_in_gradient,
     weight_gradient_sum,
 )
-from rlef_kernels.ppo_policy_loss import Metrics, check_same_shape, ppo_policy_loss_reference
+from rlef_kernels.ppo_policy_loss import (
+    METRICS,
+    Metrics,
+    PolicyInputs,
+    check_same_shape,
+    ppo_policy_loss_reference,
+    save_gradients,
+    scaled_gradients,
+)
 from rlef_kernels.rows import check_mask
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
@@ -47,18 +53,6 @@ from rlef_kernels.vocab_parallel import (
     shard_start,
     sum_over_shards_,
 )
-
-METRICS = (
-    "policy_loss",
-    "ratio",
-    "clip_fraction",
-    "behaviour_factor",
-    "approx_kl_k1",
-    "approx_kl",
-    "entropy",
-)
-# old log-probs, behaviour log-probs, advantages
-PolicyInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class ChunkedLinearPpoLoss(torch.autograd.Function):
@@ -147,36 +141,6 @@ def loss_and_gradient(
         )
         (grad_C,) = torch.autograd.grad(loss, logprob_C)
     return torch.stack([metrics[name] for name in METRICS]), grad_C
-
-
-def save_gradients(
-    ctx: SavedForBackward,
-    weight_VD: torch.Tensor,
-    grad_hidden_TD: torch.Tensor | None,
-    grad_weight_VD: torch.Tensor | None,
-    into_main_grad: bool,
-) -> None:
-    ctx.accumulate_main_grad = into_main_grad
-    ctx.save_for_backward(
-        grad_hidden_TD,  # type: ignore[arg-type]  # None is allowed
-        weight_VD if into_main_grad else grad_weight_VD,  # type: ignore[arg-type]
-    )
-
-
-def scaled_gradients(
-    ctx: SavedForBackward, grad_loss: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dhidden, dweight) times the upstream gradient of the loss, which must be 1 where main_grad
-    already holds the weight's."""
-    grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-    if ctx.accumulate_main_grad:
-        check_upstream_is_one(grad_loss)
-        return grad_hidden_TD, stand_in_gradient(grad_weight_VD)
-    grads = (
-        None if grad is None else grad * grad_loss.to(grad.dtype)
-        for grad in (grad_hidden_TD, grad_weight_VD)
-    )
-    return next(grads), next(grads)
 
 
 def linear_ppo_loss_reference(

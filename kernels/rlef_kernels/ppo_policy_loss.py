@@ -13,7 +13,8 @@ Shape suffixes: T tokens of a packed batch.
 import torch
 
 from rlef_kernels.dispatch import uses_kernels
-from rlef_kernels.vocab_parallel import compute_dtype
+from rlef_kernels.main_grad import check_upstream_is_one, stand_in_gradient
+from rlef_kernels.vocab_parallel import SavedForBackward, compute_dtype
 
 Metrics = dict[str, torch.Tensor]
 
@@ -117,3 +118,48 @@ def check_same_shape(
             )
         if other_name.startswith("mask") and other.dtype != torch.bool:
             raise ValueError(f"{other_name} is {other.dtype}; convert it to torch.bool")
+
+
+METRICS = (
+    "policy_loss",
+    "ratio",
+    "clip_fraction",
+    "behaviour_factor",
+    "approx_kl_k1",
+    "approx_kl",
+    "entropy",
+)
+
+
+# old log-probs, behaviour log-probs, advantages
+PolicyInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def save_gradients(
+    ctx: SavedForBackward,
+    weight_VD: torch.Tensor,
+    grad_hidden_TD: torch.Tensor | None,
+    grad_weight_VD: torch.Tensor | None,
+    into_main_grad: bool,
+) -> None:
+    ctx.accumulate_main_grad = into_main_grad
+    ctx.save_for_backward(
+        grad_hidden_TD,  # type: ignore[arg-type]  # None is allowed
+        weight_VD if into_main_grad else grad_weight_VD,  # type: ignore[arg-type]
+    )
+
+
+def scaled_gradients(
+    ctx: SavedForBackward, grad_loss: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dhidden, dweight) times the upstream gradient of the loss, which must be 1 where main_grad
+    already holds the weight's."""
+    grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+    if ctx.accumulate_main_grad:
+        check_upstream_is_one(grad_loss)
+        return grad_hidden_TD, stand_in_gradient(grad_weight_VD)
+    grads = (
+        None if grad is None else grad * grad_loss.to(grad.dtype)
+        for grad in (grad_hidden_TD, grad_weight_VD)
+    )
+    return next(grads), next(grads)

@@ -231,3 +231,19 @@ def logits_gradient_(
         at_target_C = grad_logprob_C.masked_fill(~owned_C, 0)
         grad_CV.scatter_add_(1, column_C[:, None], at_target_C[:, None])
     return grad_CV
+
+
+def combine_two_shards(
+    partials_RTP: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(max z, log sum e^a, max y, log sum e^b, KL) over the whole vocabulary."""
+    max_RT, sum_RT, weighted_RT, ref_max_RT, ref_sum_RT = partials_RTP.unbind(-1)
+    row_max_T, ref_max_T = max_RT.amax(0), ref_max_RT.amax(0)
+    shift_RT, ref_shift_RT = max_RT - row_max_T, ref_max_RT - ref_max_T
+    scale_RT = shift_RT.exp()
+    sum_T = (scale_RT * sum_RT).sum(0)
+    weighted_T = (scale_RT * (weighted_RT + sum_RT * (shift_RT - ref_shift_RT))).sum(0)
+    log_sum_T = sum_T.log()
+    ref_log_sum_T = (ref_shift_RT.exp() * ref_sum_RT).sum(0).log()
+    kl_T = weighted_T / sum_T - log_sum_T + ref_log_sum_T
+    return row_max_T, log_sum_T, ref_max_T, ref_log_sum_T, kl_T

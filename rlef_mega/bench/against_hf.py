@@ -18,13 +18,12 @@ from rlef_mega.bench.figures import Report, describe_benchmark
 from rlef_mega.bench.hf_policy import HuggingFacePolicy
 from rlef_mega.bench.workload import RESULT, random_episodes, workload
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack
-from rlef_mega.parts import make_learner
+from rlef_mega.parts import make_learner, make_targets
 from rlef_mega.preflight import model_shape
-from rlef_mega.train import make_targets
+from rlef_mega.run.launch import worker_main
 from rlef_mega.types import Batch, Targets
 
 ROUNDS = 12

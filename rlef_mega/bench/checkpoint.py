@@ -24,15 +24,14 @@ from rlef_mega import ppo
 from rlef_mega.bench.figures import Figure, Report
 from rlef_mega.bench.workload import RESULT, Workload, random_episodes, workload
 from rlef_mega.config import TrainConfig, dump_toml, load_config
-from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
-from rlef_mega.megatron.checkpoint import Checkpoints, load_checkpoint
-from rlef_mega.megatron.checkpoint_files import read_manifest, step_folder
-from rlef_mega.megatron.checkpoint_writer import Snapshot, write_share
-from rlef_mega.packing import pack
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
+from rlef_mega.megatron.checkpoints.files import read_manifest, step_folder
+from rlef_mega.megatron.checkpoints.writer import Snapshot, write_share
+from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
-from rlef_mega.train import shuffled
+from rlef_mega.run.launch import worker_main
 
 REPEATS = 5
 EPISODES = 4  # of a step, so that a step lasts a few seconds on two cores

@@ -27,12 +27,12 @@ from rlef_mega.bench.simulated import (
     SimulatedGrader,
     made_up_problems,
 )
-from rlef_mega.chat import ChatFormat
-from rlef_mega.judge import Judge
-from rlef_mega.launch import collect_garbage_by_hand
-from rlef_mega.problems.tokenizer import train_tokenizer
-from rlef_mega.rollout import DialogueLoop, Rules, rollout
-from rlef_mega.stream import Stream
+from rlef_mega.demo.tokenizer import train_tokenizer
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.judge import Judge
+from rlef_mega.dialogues.rollout import DialogueLoop, Rules, rollout
+from rlef_mega.dialogues.stream import Stream
+from rlef_mega.run.launch import collect_garbage_by_hand
 from rlef_mega.types import Episode, Sampling
 
 RULES = Rules(turns=3, sampling=Sampling(max_new_tokens=2048), max_context=8192)

@@ -8,11 +8,11 @@ model it was). With servers in the recipe they are started, too, by `--serve`.
 
 from typing import Any
 
-from rlef_mega.bench.commands import rlef
 from rlef_mega.bench.figures import Figure, Report, shares
 from rlef_mega.bench.step import with_outside
 from rlef_mega.bench.workload import Workload, workload
-from rlef_mega.record import RunDirectory
+from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.launch import rlef
 
 STEPS = 6  # the first is the warm-up
 

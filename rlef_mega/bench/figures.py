@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.manifest import describe
-from rlef_mega.record import write_atomically
+from rlef_mega.run.directory import write_atomically
+from rlef_mega.run.manifest import describe
 
 
 @dataclass(frozen=True)

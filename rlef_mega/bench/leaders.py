@@ -20,10 +20,10 @@ from rlef_mega.bench.dialogues import RULES, curriculum_chat, fast_servers
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.bench.simulated import made_up_problems
 from rlef_mega.bench.workload import RESULT
-from rlef_mega.chat import ChatFormat
-from rlef_mega.launch import launch, worker_main
-from rlef_mega.rollout import join_shares, roll_out_my_share
-from rlef_mega.shares import gather, my_share
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.rollout import join_shares, roll_out_my_share
+from rlef_mega.run.launch import launch, worker_main
+from rlef_mega.run.ranks import gather, my_share
 
 PROCESSES, EPISODES = 8, 1024
 REPEATS = 5

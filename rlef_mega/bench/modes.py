@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rlef_mega.bench.commands import rlef
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.metrics import interval_over_seeds
-from rlef_mega.record import RunDirectory
+from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.launch import rlef
 
 RUNS = Path("runs/modes")
 SEEDS = (1, 2)

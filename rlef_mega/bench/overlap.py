@@ -33,11 +33,11 @@ from rlef_mega.bench.simulated import (
     SimulatedGrader,
     made_up_problems,
 )
-from rlef_mega.chat import ChatFormat
-from rlef_mega.judge import Judge
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.judge import Judge
+from rlef_mega.dialogues.rollout import DialogueLoop, Rules
+from rlef_mega.dialogues.stream import Stream
 from rlef_mega.report.plots import STYLE
-from rlef_mega.rollout import DialogueLoop, Rules
-from rlef_mega.stream import Stream
 from rlef_mega.types import Episode, Sampling
 
 MODES = {"sync": 0, "one step off": 1, "async, 2": 2, "async, 4": 4}  # max_staleness

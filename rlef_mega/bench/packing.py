@@ -40,7 +40,7 @@ from rlef_mega.bench.slice_model import demo_shape
 from rlef_mega.bench.workload import random_episodes
 from rlef_mega.config import TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, SequenceFlops
-from rlef_mega.megatron.attention import padded_blocks
+from rlef_mega.megatron.network.attention import padded_blocks
 from rlef_mega.packing import microbatches
 from rlef_mega.report.plots import STYLE
 

@@ -29,15 +29,14 @@ from rlef_mega.bench.slice_model import REQUEST, demo_shape, write_model
 from rlef_mega.bench.workload import RESULT, random_episodes
 from rlef_mega.config import TrainConfig, dump_toml, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
-from rlef_mega.launch import launch, worker_main
 from rlef_mega.megatron import parallel
-from rlef_mega.packing import pack
-from rlef_mega.parts import make_learner
+from rlef_mega.packing import pack, shuffled
+from rlef_mega.parts import make_learner, make_targets
 from rlef_mega.plan.hardware import this_cpu
 from rlef_mega.plan.job import Job
 from rlef_mega.plan.rollouts import Dialogue, Dialogues
 from rlef_mega.plan.step_time import TRAINING
-from rlef_mega.train import make_targets, shuffled
+from rlef_mega.run.launch import launch, worker_main
 
 SHAPES = {
     "demo": demo_shape(),

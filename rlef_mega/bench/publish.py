@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
-from rlef_mega.engines.sglang import WAYS, SGLangEngine
-from rlef_mega.engines.sglang_server import SPARE_TOKENS, Servers, ServerSettings
-from rlef_mega.problems.tokenizer import train_tokenizer
+from rlef_mega.demo.tokenizer import train_tokenizer
+from rlef_mega.engines.sglang.engine import WAYS, SGLangEngine
+from rlef_mega.engines.sglang.server import SPARE_TOKENS, Servers, ServerSettings
 
 REPEATS = 5
 CONTEXT = 512

@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from rlef_mega.bench.figures import Figure, Report, shares
 from rlef_mega.bench.workload import RESULT, workload
-from rlef_mega.chat import ChatFormat
 from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.judge import Judge, open_grader
+from rlef_mega.dialogues.rollout import derive_seed, roll_out_on_all_ranks
 from rlef_mega.engines.generation import Request
 from rlef_mega.engines.local import LocalEngine
-from rlef_mega.judge import Judge, open_grader
-from rlef_mega.launch import STOPPED, StopRequest, sandbox_token, worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.parts import dialogue_rules
 from rlef_mega.problems import load_problems, sample
-from rlef_mega.rollout import derive_seed, roll_out_on_all_ranks
-from rlef_mega.shares import any_rank, gather
+from rlef_mega.run.launch import STOPPED, StopRequest, sandbox_token, worker_main
+from rlef_mega.run.ranks import any_rank, gather
 from rlef_mega.types import Completion, Problem, Verdict
 
 REPEATS = 5

@@ -20,7 +20,7 @@ from rlef_mega.bench.dialogues import curriculum_chat
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.bench.overlap import Workload, simulate
 from rlef_mega.bench.simulated import ServerSpeed
-from rlef_mega.chat import ChatFormat
+from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape, ppo_flops
 
 BANDWIDTH, FLOPS = 3.35e12, 989e12  # of an H100 SXM by its data sheet, dense bfloat16

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlef_mega.chat import ChatFormat, encode_plain
+from rlef_mega.dialogues.chat import ChatFormat, encode_plain
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Result, Status, Test
 

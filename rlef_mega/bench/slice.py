@@ -42,7 +42,7 @@ from rlef_mega.flops import (
     recomputed_flops,
     training_flops,
 )
-from rlef_mega.launch import launch
+from rlef_mega.run.launch import launch
 
 TIME_LIMIT_S = 390.0  # of the 7 minutes that the command may take: the last measurement ends too
 REPEATS = 7

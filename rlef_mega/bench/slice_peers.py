@@ -18,10 +18,10 @@ from rlef_mega.bench.slice_phases import slice_batch
 from rlef_mega.bench.workload import RESULT
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.flops import LlamaShape
-from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.parts import make_learner
+from rlef_mega.run.launch import worker_main
 
 PACKAGES = ("transformers", "liger-kernel", "flash-attn", "torch", "triton")
 

@@ -21,13 +21,13 @@ from rlef_mega.bench.slice_model import REQUEST, slice_episodes
 from rlef_mega.bench.workload import RESULT
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.flops import LlamaShape
-from rlef_mega.launch import worker_main
 from rlef_mega.megatron import parallel
-from rlef_mega.megatron.accelerations import report
 from rlef_mega.megatron.learner import Learner, ReadFunction
+from rlef_mega.megatron.network.accelerations import report
 from rlef_mega.megatron.trained_model import FrozenModel, Residence, TrainedModel
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
+from rlef_mega.run.launch import worker_main
 from rlef_mega.types import Batch, Targets
 
 Phases = dict[str, Callable[[], object]]

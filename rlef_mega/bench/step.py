@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark, shares
 from rlef_mega.config import ConfigError
-from rlef_mega.record import RunDirectory
+from rlef_mega.run.directory import RunDirectory
 
 OUTSIDE_GOAL = 0.05  # of a step's wall time, in none of its phases
 

@@ -14,16 +14,15 @@ import torch.distributed as dist
 from rlef_mega.bench.figures import Figure, Report, shares
 from rlef_mega.bench.workload import RESULT, Workload, random_episodes, workload
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.launch import STOPPED, StopRequest, worker_main
+from rlef_mega.engines.publish import publish
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
-from rlef_mega.megatron.publish import publish
-from rlef_mega.packing import pack
-from rlef_mega.parts import make_learner
+from rlef_mega.packing import pack, shuffled
+from rlef_mega.parts import make_learner, make_targets
 from rlef_mega.preflight import model_shape
-from rlef_mega.record import Clock
-from rlef_mega.shares import any_rank
-from rlef_mega.train import make_targets, shuffled
+from rlef_mega.run.directory import Clock
+from rlef_mega.run.launch import STOPPED, StopRequest, worker_main
+from rlef_mega.run.ranks import any_rank
 from rlef_mega.types import Batch, Targets
 
 REPEATS = 5
@@ -85,7 +84,7 @@ def work(folder: Path) -> int:
         with clock("update"):
             learner.update(batch, targets, order)
         with clock("publish"):
-            publish(learner, None, version=0)
+            publish(learner.policy_weights, None, version=0)
         phases.append(clock.lap())
         dist.barrier()  # all ranks begin together
         clock = Clock()

@@ -27,9 +27,9 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.launch import launch
+from rlef_mega.demo.base_model import make_initial_model
 from rlef_mega.preflight import model_shape
-from rlef_mega.sft import make_initial_model
+from rlef_mega.run.launch import launch
 from rlef_mega.types import Episode, Turn, Verdict
 
 OBSERVED = (1 / 10, 1 / 6)  # of rollout.max_context: a prompt, or one turn's feedback

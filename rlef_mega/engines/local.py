@@ -31,10 +31,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlef_mega.engines import EngineError, WeightsMismatchError
 from rlef_mega.engines.generation import Request, generate_batch
-from rlef_mega.engines.requests import check_ids_and_sampling
+from rlef_mega.engines.requests import NO_WEIGHTS, check_ids_and_sampling, listed
 from rlef_mega.types import Completion, Sampling
-
-NO_WEIGHTS = -1
 
 
 class LocalSession:
@@ -273,8 +271,3 @@ def check_names(
             f"weights do not fit {type(model).__name__}, the old ones stay: {what}; "
             "the name map and config.json must be of the same model"
         )
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

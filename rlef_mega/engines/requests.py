@@ -21,3 +21,11 @@ def check_ids_and_sampling(token_ids: Sequence[int], words: int, sampling: Sampl
         raise ValueError(f"temperature is {sampling.temperature}, must be 0 (greedy) or above")
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p is {sampling.top_p}, must be in (0, 1]")
+
+
+NO_WEIGHTS = -1
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -9,7 +9,7 @@ silenced here.
 
 import warnings
 
-from rlef_mega.megatron.accelerations import hide_unusable
+from rlef_mega.megatron.network.accelerations import hide_unusable
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 warnings.filterwarnings(

@@ -16,18 +16,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlef_mega.megatron.families import DenseConfig, family_of, head_dim
-from rlef_mega.megatron.stages import Place, Stages
+from rlef_mega.megatron.network.families import FUSED_NORMS, DenseConfig, family_of, head_dim
+from rlef_mega.megatron.network.stages import Place, Stages
 
 if TYPE_CHECKING:  # converting files needs the names, not Megatron
-    from rlef_mega.megatron.model import PackedLlama
+    from rlef_mega.megatron.network.packed_llama import PackedLlama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Where Transformer Engine's modules keep a layer's norms; checkpoints keep the names on the left.
-FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.convert.companions import copy_companions
-from rlef_mega.megatron.convert.job import put_in_place
+from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
+from rlef_mega.megatron.convert.resumable_folder import put_in_place
 from rlef_mega.megatron.convert.safetensors_files import (
     MAX_SHARD_SIZE,
     Stored,
@@ -24,11 +24,11 @@ from rlef_mega.megatron.convert.safetensors_files import (
     write_index,
     write_tensors,
 )
-from rlef_mega.megatron.families import DenseConfig, read_config
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, place_of
-from rlef_mega.megatron.model import PackedLlama
+from rlef_mega.megatron.network.families import DenseConfig, read_config
+from rlef_mega.megatron.network.packed_llama import PackedLlama
+from rlef_mega.megatron.network.stages import Place, Stages
 from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.megatron.stages import Place, Stages
 
 BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
 

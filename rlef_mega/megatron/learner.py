@@ -27,10 +27,10 @@ from rlef_mega.config import (
     PPOConfig,
 )
 from rlef_mega.flops import SequenceFlops
-from rlef_mega.megatron.accelerations import Layers
 from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
-from rlef_mega.megatron.model import CriticModel, PackedLlama, PolicyModel
+from rlef_mega.megatron.network.accelerations import Layers
+from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
 from rlef_mega.megatron.starting_point import StartingPoint
 from rlef_mega.megatron.trained_model import (
@@ -42,7 +42,7 @@ from rlef_mega.megatron.trained_model import (
     forward,
     train_step,
 )
-from rlef_mega.shares import gather
+from rlef_mega.run.ranks import gather
 from rlef_mega.types import Batch, Scores, Targets
 
 POLICY_METRICS = (

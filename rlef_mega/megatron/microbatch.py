@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from rlef_mega.flops import SequenceFlops
-from rlef_mega.megatron.attention import PackedSequences, packed_sequences
+from rlef_mega.megatron.network.attention import PackedSequences, packed_sequences
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import microbatches, token_positions, turns_of
 from rlef_mega.types import Batch

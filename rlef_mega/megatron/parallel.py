@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
-from rlef_mega.megatron.accelerations import refuse_foreign_apex
-from rlef_mega.versions import refuse_untested_megatron
+from rlef_mega.megatron.network.accelerations import refuse_foreign_apex
+from rlef_mega.run.manifest import refuse_untested_megatron
 
 # ranks wait in a collective while one of them rolls out or grades: longer than any step, shorter
 # than a lost night

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from rlef_mega.megatron.accelerations import Layers
-from rlef_mega.megatron.checkpoint import load_weights
-from rlef_mega.megatron.checkpoint_files import networks_in
+from rlef_mega.megatron.checkpoints.checkpoints import load_weights
+from rlef_mega.megatron.checkpoints.files import networks_in
 from rlef_mega.megatron.cpu_shim import calls_megatron
-from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_weights import load_hf
-from rlef_mega.megatron.model import CriticModel, PackedLlama, PolicyModel
+from rlef_mega.megatron.network.accelerations import Layers
+from rlef_mega.megatron.network.families import read_config
+from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
 
 

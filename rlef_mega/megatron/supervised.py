@@ -8,9 +8,9 @@ import torch
 
 from rlef_mega.config import OptimizerConfig
 from rlef_mega.flops import SequenceFlops
-from rlef_mega.megatron.accelerations import Layers
 from rlef_mega.megatron.hf_weights import iter_hf_weights
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
+from rlef_mega.megatron.network.accelerations import Layers
 from rlef_mega.megatron.parallel import POLICY, Ranks
 from rlef_mega.megatron.starting_point import StartingPoint
 from rlef_mega.megatron.trained_model import Metrics, TrainedModel, count_actions, train_step

@@ -39,7 +39,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from rlef_mega.config import OptimizerConfig
 from rlef_mega.megatron.cpu_shim import calls_megatron, without_mode
 from rlef_mega.megatron.microbatch import Microbatch
-from rlef_mega.megatron.model import PackedLlama
+from rlef_mega.megatron.network.packed_llama import PackedLlama
 from rlef_mega.megatron.offload import HostMemory
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.types import Batch

@@ -14,7 +14,7 @@ from rlef_mega.plan.job import Job, RankMemory, Step, gib, refuse_without_room, 
 from rlef_mega.plan.published import SHAPES, rows
 from rlef_mega.plan.search import Split, balanced_sampling, scaling, splits
 from rlef_mega.preflight import plan_train
-from rlef_mega.record import write_atomically
+from rlef_mega.run.directory import write_atomically
 
 SCALES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10240)
 SHOWN = 5

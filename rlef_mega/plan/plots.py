@@ -28,8 +28,8 @@ from rlef_mega.plan.hardware import DEVICES, GIB, Device
 from rlef_mega.plan.job import RECOMPUTE, Job, shape_of
 from rlef_mega.plan.published import Comparison
 from rlef_mega.plan.search import Split, scaling
-from rlef_mega.record import write_atomically
 from rlef_mega.report.plots import STYLE
+from rlef_mega.run.directory import write_atomically
 
 H100 = DEVICES["h100-80gb"]
 RECIPES = {"8B": "llama31_8b", "70B": "llama31_70b"}

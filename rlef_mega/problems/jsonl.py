@@ -29,7 +29,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from rlef_mega.dialog import INFO_STRINGS, template_named
 from rlef_mega.problems.asserts import assert_test
 from rlef_mega.problems.rows import (
     FieldError,
@@ -39,7 +38,7 @@ from rlef_mega.problems.rows import (
     read_rows,
     refuse_broken_text,
 )
-from rlef_mega.types import AssertTest, PrivateTests, Problem
+from rlef_mega.types import LANGUAGES, TEMPLATE_NAMES, AssertTest, PrivateTests, Problem
 from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Test
 from rlef_sandbox.checkers import checker_named
 from rlef_sandbox.values import encode, matches
@@ -96,7 +95,7 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         public.append(test)
     if not (public or private):
         raise FieldError("public_tests, private_tests: no tests; give the problem at least one")
-    language = known(row, "language", "python", language_named)
+    language = one_of(row, "language", LANGUAGES)
     return Problem(
         id=expect(row, "id", str),
         statement=expect(row, "statement", str),
@@ -105,7 +104,7 @@ def parse_problem(row: dict[str, Any]) -> Problem:
         limits=parse_limits(expect(row, "limits", dict, {})),
         checker=parse_checker(row),
         language=language,
-        template=known(row, "template", "codecontests", template_named),
+        template=one_of(row, "template", TEMPLATE_NAMES),
         entry_point=entry_point,
         prelude=parse_prelude(expect(row, "prelude", str, ""), language),
         family=expect(row, "family", str, ""),
@@ -153,9 +152,12 @@ def parse_checker(row: dict[str, Any]) -> str | CheckerProgram:
         raise FieldError(f"checker.program: {error}") from None
 
 
-def language_named(name: str) -> None:
-    if name not in INFO_STRINGS:
-        raise ValueError(f"unknown language {name!r}; known: {', '.join(INFO_STRINGS)}")
+def one_of(row: dict[str, Any], key: str, names: tuple[str, ...]) -> str:
+    """Return the row's name, by default the first known one."""
+    name = expect(row, key, str, names[0])
+    if name not in names:
+        raise FieldError(f"{key}: unknown {key} {name!r}; known: {', '.join(names)}")
+    return name
 
 
 def refuse_unknown(row: dict[str, Any], keys: Iterable[str], place: str) -> None:

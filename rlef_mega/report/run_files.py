@@ -19,7 +19,11 @@ from typing import Any
 import zstandard
 
 Json = dict[str, Any]
-NO_DIALOGUE = {"rlef_eval", "session", "dropped"}  # in a file of rlef_mega/dialogue_file.py
+NO_DIALOGUE = {
+    "rlef_eval",
+    "session",
+    "dropped",
+}  # in a file of rlef_mega/evaluation/dialogue_file.py
 STEPS_SHOWN = 20  # of the training steps whose episodes were recorded
 
 

@@ -44,7 +44,7 @@ check_nodes() {
     names=$(echo "${NODES[@]}" | tr ' ' '\n' | sort -u | paste -sd,)
     for role in "${!NODES[@]}"; do
         # shellcheck disable=SC2086 # two words
-        (step "check_$role" "$role" 1 "$PYTHON" -m rlef_mega.node_check "$LOGS/shared" --nodes "$names" \
+        (step "check_$role" "$role" 1 "$PYTHON" -m rlef_mega.cluster.node_check "$LOGS/shared" --nodes "$names" \
             --began "$(date +%s.%N)" --skew-s "$CLOCK_SKEW_S" --wait-s "$SHARED_WAIT_S" --gpus "${gpus[$role]}" \
             --ports ${ports[$role]} --disk-gib "$DISK_GIB" --tmp-gib "$TMP_GIB" --shm-gib "$SHM_GIB" \
             --isolation "${level[$role]}") &
@@ -61,7 +61,7 @@ check_nodes() {
 check_network() { # as training has it: a process a rank
     [ "$ALLREDUCE_GBPS" != 0 ] && [ "$RANKS" -gt 1 ] || return 0
     (MASTER_PORT=$((PORT + 1)) step check_network train "$RANKS_PER_NODE" \
-        timeout "$NETWORK_S" "$PYTHON" -m rlef_mega.allreduce_check "$ALLREDUCE_GBPS") &
+        timeout "$NETWORK_S" "$PYTHON" -m rlef_mega.cluster.allreduce_check "$ALLREDUCE_GBPS") &
     await $! || {
         sed 's/^/  /' "$LOGS/check_network.log"
         say "FAILED: the training nodes' network"
@@ -119,7 +119,7 @@ prepare() { # what `rlef train` does before it starts ranks
     # the first task alone works, for as long as it takes: without a bound on how far tasks end apart
     # shellcheck disable=SC2016 # each task's own number
     (STEP_WAIT_S=0 step prepare train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
-        "$PYTHON" -m rlef_mega.slurm prepare "$RECIPE" "${SETS[@]}") &
+        "$PYTHON" -m rlef_mega.cluster.slurm prepare "$RECIPE" "${SETS[@]}") &
     await $! || {
         sed 's/^/  /' "$LOGS/prepare.log"
         say "FAILED: the run cannot go"

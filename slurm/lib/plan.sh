@@ -3,7 +3,7 @@
 
 read_layout() { # RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
     local found
-    found=$(in_software "$PYTHON" -m rlef_mega.slurm layout "$RECIPE" "${SETS[@]}" 2>&1) || die "the recipe: $found"
+    found=$(in_software "$PYTHON" -m rlef_mega.cluster.slurm layout "$RECIPE" "${SETS[@]}" 2>&1) || die "the recipe: $found"
     eval "$found"
     TRAIN_NODES=$((RANKS / RANKS_PER_NODE))
     [ "$ROLLOUT_NODES" = 0 ] || [ "$ENGINE" = sglang ] || die "rollout.engine is $ENGINE; ROLLOUT_NODES must be 0"

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlef_mega.chat import CONTROLS
-from rlef_mega.conversion import export_checkpoint, import_folder
-from tests.mega.test_chat import byte_tokenizer
-from tests.mega.tiny_llama import tiny_llama
+from rlef_mega.dialogues.chat import CONTROLS
+from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
+from tests.rlef_mega.dialogues.test_chat import byte_tokenizer
+from tests.rlef_mega.tiny_llama import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sglang/bin/python"

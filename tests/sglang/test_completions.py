@@ -5,8 +5,8 @@ import math
 import pytest
 from transformers import LlamaForCausalLM
 
-from rlef_mega.chat import ChatFormat
-from rlef_mega.engines.openai import OpenAIEngine
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.evaluation.completion_servers import OpenAIEngine
 from rlef_mega.types import Sampling
 from tests.sglang.conftest import CONTEXT, END_OF_TEXT
 from tests.sglang.test_servers import TOLERANCE, gap, open_engine, random_prompts, sample

@@ -14,11 +14,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlef_mega.chat import CONTROLS
-from rlef_mega.engines.sglang import SGLangEngine
-from rlef_mega.engines.sglang_server import Servers, ServerSettings
+from rlef_mega.dialogues.chat import CONTROLS
+from rlef_mega.engines.sglang.engine import SGLangEngine
+from rlef_mega.engines.sglang.server import Servers, ServerSettings
 from rlef_mega.types import Sampling
-from tests.mega.test_chat import byte_tokenizer
+from tests.rlef_mega.dialogues.test_chat import byte_tokenizer
 from tests.sglang.conftest import PYTHON, VOCABULARY, free_ports
 from tests.sglang.test_servers import TOLERANCE, WAYS, change, gap
 

@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from rlef_mega.chat import ChatFormat
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.judge import Judge
+from rlef_mega.dialogues.rollout import Rules, rollout
 from rlef_mega.engines import EngineError, EngineLostError
-from rlef_mega.engines.sglang import SGLangEngine
-from rlef_mega.engines.sglang_publication import DiskPublication
-from rlef_mega.judge import Judge
-from rlef_mega.megatron.publish import publish
-from rlef_mega.rollout import Rules, rollout
+from rlef_mega.engines.publish import publish
+from rlef_mega.engines.sglang.engine import SGLangEngine
+from rlef_mega.engines.sglang.publication import DiskPublication
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Test
 from tests.sglang.conftest import CONTEXT, END_OF_TEXT, VOCABULARY
@@ -490,7 +490,7 @@ def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
         engine.update_weights(model.state_dict().items(), 1)
         change(model, seed=1)
         try:
-            publish(policy, engine, 2)
+            publish(policy.policy_weights, engine, 2)
             assert policy.tries == 2
             assert [member.ready for member in engine.fleet.members] == [False, True]
             answers = sample(engine, random_prompts(4, 10), Sampling(5))
@@ -500,7 +500,7 @@ def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
         change(model, seed=2)
         engine.publication.deadline_s = engine.publication.carrier.deadline_s = 60
         engine.fleet.heartbeat_s = 20
-        publish(policy, engine, 3)
+        publish(policy.policy_weights, engine, 3)
         assert policy.tries == 3 and all(member.ready for member in engine.fleet.members)
         prompts = random_prompts(8, 10)
         for prompt, answer in zip(prompts, sample(engine, prompts, Sampling(9)), strict=True):

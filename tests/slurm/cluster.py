@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from rlef_mega.launch import die_with_parent
+from rlef_mega.run.launch import die_with_parent
 
 NODES = [f"rlef-n{number}" for number in range(5)]
 CONTROLLER_PORT, FIRST_NODE_PORT = 16717, 16720

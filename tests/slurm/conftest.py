@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlef_mega.config import SFTConfig, find_recipe, load_config
-from rlef_mega.sft import make_initial_model
+from rlef_mega.demo.base_model import make_initial_model
 from tests.slurm.cluster import Cluster, why_not
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlef_mega.node_check import (
+from rlef_mega.cluster.node_check import (
     check_gpus,
     check_leftovers,
     check_ports,
@@ -37,7 +37,7 @@ def test_a_node_of_two_roles_is_checked_twice_at_once(tmp_path):
 CHECK_AGAIN = """
 import sys, time
 from pathlib import Path
-from rlef_mega.node_check import check_shared_folder
+from rlef_mega.cluster.node_check import check_shared_folder
 for _ in range(300):
     found = check_shared_folder(
         Path(sys.argv[1]), "n0", ["n0"], began_s=time.time(), skew_s=5, wait_s=0

@@ -31,9 +31,8 @@ from rlef_kernels.gpu.linear_logprob import KernelContext
 from rlef_kernels.gpu.plan import Plan, can_fuse, choose_plan, scratch_columns
 from rlef_kernels.gpu.products import multiply_blocks, write_product_
 from rlef_kernels.gpu.tiles import descriptor
-from rlef_kernels.linear_kl import combine_two_shards
 from rlef_kernels.rows import rows_with_gradient, scatter_rows, select_rows
-from rlef_kernels.vocab_parallel import gather_partials
+from rlef_kernels.vocab_parallel import combine_two_shards, gather_partials
 
 NUM_SUMS = 5
 FUSED_COLUMNS = 128

@@ -26,7 +26,7 @@ from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
 from rlef_kernels.gpu.plan import Plan, choose_plan
 from rlef_kernels.gpu.ppo_policy_loss import launch_policy_loss, ppo_policy_loss_kernels
 from rlef_kernels.gpu.products import add_product_, write_product_
-from rlef_kernels.linear_ppo_loss import METRICS, PolicyInputs, save_gradients, scaled_gradients
+from rlef_kernels.ppo_policy_loss import METRICS, PolicyInputs, save_gradients, scaled_gradients
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
     SavedForBackward,

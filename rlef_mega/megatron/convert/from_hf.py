@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron import checkpoint_files
-from rlef_mega.megatron.convert.companions import Role, copy_companions
-from rlef_mega.megatron.convert.job import DONE, Job, Mark, Part, PartFile, fingerprint
+from rlef_mega.megatron.checkpoints import files
+from rlef_mega.megatron.convert.checkpoint_folder import MODEL, NETWORKS, prefix
+from rlef_mega.megatron.convert.config_and_tokenizer import Role, copy_companions
 from rlef_mega.megatron.convert.network_file import (
     MetadataOfFiles,
     Parameter,
@@ -26,7 +26,7 @@ from rlef_mega.megatron.convert.network_file import (
     append,
     cut,
 )
-from rlef_mega.megatron.convert.places import MODEL, NETWORKS, prefix
+from rlef_mega.megatron.convert.resumable_folder import DONE, Job, Mark, Part, PartFile, fingerprint
 from rlef_mega.megatron.convert.weights import (
     Weights,
     layer_of,
@@ -34,8 +34,8 @@ from rlef_mega.megatron.convert.weights import (
     runs,
     tensors_of,
 )
-from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor
+from rlef_mega.megatron.network.families import read_config
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,12 @@ def write_metadata(
 def write_manifest(folder: Path, marks: dict[str, Mark]) -> None:
     """Checksums of the large files are in their marks already."""
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    checkpoint_files.write_manifest(
+    files.write_manifest(
         folder,
         {
             name: {"bytes": marks[name]["bytes"], "sha256": marks[name]["sha256"]}
             if name in marks
-            else checkpoint_files.describe_file(folder / name)
+            else files.describe_file(folder / name)
             for name in names
             if not name.startswith(DONE)
         },

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from rlef_mega.megatron.convert.job import PartFile
+from rlef_mega.megatron.convert.resumable_folder import PartFile
 from rlef_mega.megatron.convert.stored_network import METADATA
 
 CHUNK_BYTES = 16 * 2**20  # glibc's limit, as in `weights`

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.byte_ranges import ByteRanges
-from rlef_mega.megatron.hf_names import FUSED_NORMS
+from rlef_mega.megatron.network.families import FUSED_NORMS
 
 METADATA = ".metadata"
 LAYERS = "decoder.layers."

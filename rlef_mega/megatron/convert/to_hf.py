@@ -9,9 +9,9 @@ import torch
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.byte_ranges import bytes_of
-from rlef_mega.megatron.convert.companions import Role, copy_companions
-from rlef_mega.megatron.convert.job import Job, Mark, Part, PartFile, fingerprint
-from rlef_mega.megatron.convert.places import Checkpoint
+from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint
+from rlef_mega.megatron.convert.config_and_tokenizer import Role, copy_companions
+from rlef_mega.megatron.convert.resumable_folder import Job, Mark, Part, PartFile, fingerprint
 from rlef_mega.megatron.convert.safetensors_files import (
     MAX_SHARD_SIZE,
     Shard,
@@ -26,8 +26,8 @@ from rlef_mega.megatron.convert.weights import (
     blocks,
     tensors_of,
 )
-from rlef_mega.megatron.families import read_config
 from rlef_mega.megatron.hf_names import HFTensor
+from rlef_mega.megatron.network.families import read_config
 
 
 @dataclass(frozen=True)

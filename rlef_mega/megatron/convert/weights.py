@@ -13,10 +13,9 @@ from typing import Protocol
 import torch
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.convert.companions import Role
+from rlef_mega.megatron.convert.config_and_tokenizer import Role
 from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
 from rlef_mega.megatron.convert.stored_network import StoredNetwork
-from rlef_mega.megatron.families import DenseConfig
 from rlef_mega.megatron.hf_names import (
     EMBEDDING,
     HEAD,
@@ -25,6 +24,7 @@ from rlef_mega.megatron.hf_names import (
     critic_map,
     name_map,
 )
+from rlef_mega.megatron.network.families import DenseConfig
 
 # Read at once. Below 32 MiB glibc keeps freed memory for the next block; above, every block would
 # be pages that the kernel clears anew.
@@ -192,7 +192,7 @@ def open_folder(role: Role, folder: Path, tensors: Sequence[HFTensor], seed: int
     found = SafetensorsFolder(folder)
     has_value_head = f"{VALUE_HEAD}.weight" in found.tensors
     if role == "critic" and not has_value_head:
-        from rlef_mega.megatron.model import draw_value_head
+        from rlef_mega.megatron.network.packed_llama import draw_value_head
 
         trunk = [tensor for tensor in tensors if not tensor.name.startswith(VALUE_HEAD)]
         weight, bias = draw_value_head(trunk[0].shape[1], seed)

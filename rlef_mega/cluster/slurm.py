@@ -1,0 +1,67 @@
+"""Answer what the scripts in slurm/ ask: `python -m rlef_mega.cluster.slurm layout|prepare RECIPE`.
+
+`layout` needs the recipe alone and says, as shell assignments, how many ranks a run has and where
+it is kept. `prepare` does what `rlef train` does before it starts ranks: it checks everything, the
+servers included, and writes the run's folder; srun then starts `rlef_mega.train` on it.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.run.launch import FAILED, sandbox_token
+
+
+def layout(config: TrainConfig) -> dict[str, str | int]:
+    """Shell variables of a run. ConfigError where its ranks do not fill their nodes evenly."""
+    ranks = config.world_size
+    a_node = min(config.parallel.processes_per_node, ranks)
+    if ranks % a_node:
+        raise ConfigError(
+            f"{ranks} ranks do not fill nodes of parallel.processes_per_node = {a_node}; "
+            "change the layout, or the processes of a node"
+        )
+    servers = config.rollout.servers
+    return {
+        "RANKS": ranks,
+        "RANKS_PER_NODE": a_node,
+        "RUN": config.run.dir,
+        "STEPS": config.run.steps,
+        "ENGINE": config.rollout.engine,
+        "SERVERS_PER_NODE": servers.count,
+        "GPUS_PER_SERVER": servers.tensor_parallel_size if servers.device == "cuda" else 0,
+    }
+
+
+def prepare(config: TrainConfig) -> None:
+    """ConfigError, ValueError or RuntimeError where the run could not go."""
+    from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
+
+    check_train(config, grading_token=sandbox_token())
+    check_rollout_servers(config)
+    claim_run_directory(config, Path(config.run.dir))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rlef_mega.cluster.slurm", description=__doc__)
+    parser.add_argument("what", choices=("layout", "prepare"))
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    asked = parser.parse_args()
+    try:
+        config = load_config(find_recipe(asked.recipe), asked.overrides, TrainConfig)
+        if asked.what == "prepare":
+            prepare(config)
+        else:
+            for name, value in layout(config).items():
+                print(f"{name}={shlex.quote(str(value))}")
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Dialogues for the supervised stage: what makes a base model that knows the formats and families,
+and guesses.
+
+What it teaches: to name the variant when the statement names it or quotes the public test; to
+answer with one fenced program. What it does not teach: to use feedback. After feedback these
+dialogues repeat or guess, and are right no more often than `Habits.corrected`. RLEF has to connect
+the feedback with the inference from an example.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from rlef_mega.dialogues import templates
+from rlef_mega.problems.curriculum import Exercise, Wording, exercises
+from rlef_mega.types import TestOutcome
+from rlef_sandbox import Result, Status
+
+TURNS = 3
+WORDINGS: tuple[Wording, ...] = ("vague", "word", "example")
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How the author of these dialogues behaves: probabilities of a response."""
+
+    wordings: tuple[float, float, float] = (0.3, 0.25, 0.45)  # vague, word, example
+    informed: float = 0.95  # right at once where the statement tells
+    corrected: float = 0.15  # right after feedback
+    repeated: float = 0.4  # the same again after feedback; else a uniform guess
+    corrupted: float = 0.04  # no valid code
+
+
+HABITS = Habits()
+
+
+def sft_dialogues(start: int, count: int, seed: int = 0) -> list[list[str]]:
+    """Dialogues number `start` to `start + count` of an endless series, each as user and assistant
+    in turn.
+
+    A dialogue depends on its number and the seed alone, so a stage can be resumed at any step.
+    """
+    return [sft_dialogue(number, seed) for number in range(start, start + count)]
+
+
+def sft_dialogue(number: int, seed: int, habits: Habits = HABITS) -> list[str]:
+    generator = dialogue_generator(number, seed)
+    exercise = draw_exercise(generator, habits)
+    messages = [templates.first_prompt(exercise.statement, "curriculum")]
+    guess: int | None = None
+    for turn in range(TURNS):
+        guess = next_guess(exercise, guess, habits, generator)
+        response = respond(exercise, guess, habits, generator)
+        messages.append(response)
+        outcomes = try_out(exercise, guess, response)
+        if turn == TURNS - 1 or (outcomes and outcomes[0].result.status is Status.OK):
+            break
+        messages.append(templates.feedback(outcomes, "curriculum"))
+    return messages
+
+
+def dialogue_generator(number: int, seed: int) -> random.Random:
+    return random.Random(f"supervised {seed} {number}")
+
+
+def draw_exercise(generator: random.Random, habits: Habits) -> Exercise:
+    wording = generator.choices(WORDINGS, habits.wordings)[0]
+    return generator.choice(training_exercises()[wording])
+
+
+@cache
+def training_exercises() -> dict[Wording, list[Exercise]]:
+    every = exercises("train")
+    return {wording: [e for e in every if e.wording == wording] for wording in WORDINGS}
+
+
+def next_guess(
+    exercise: Exercise, previous: int | None, habits: Habits, generator: random.Random
+) -> int:
+    """The variant of the next response."""
+    chance = generator.random()
+    any_variant = generator.randrange(len(exercise.family.variants))
+    if previous is None:
+        told = exercise.wording != "vague" and chance < habits.informed
+        return exercise.variant if told else any_variant
+    if chance < habits.corrected:
+        return exercise.variant
+    return previous if chance < habits.corrected + habits.repeated else any_variant
+
+
+def respond(exercise: Exercise, variant: int, habits: Habits, generator: random.Random) -> str:
+    source = exercise.family.source(exercise.family.variants[variant])
+    if generator.random() >= habits.corrupted:
+        return f"```python\n{source}\n```"
+    return generator.choice(
+        (
+            "I am not sure.",
+            f"```python\n{source[:-1]}\n```",  # a lost parenthesis
+            f"```python\n{source}",  # a fence left open
+        )
+    )
+
+
+def try_out(exercise: Exercise, variant: int, response: str) -> Sequence[TestOutcome]:
+    """What the public test says, by the families' own outputs: nothing is run."""
+    if templates.extract_program(response) is None:
+        return ()
+    test = exercise.test(exercise.public_input)
+    printed = f"{exercise.output(exercise.public_input, variant)}\n".encode()
+    status = Status.OK if printed == test.expected else Status.WRONG_ANSWER
+    return (TestOutcome(test, Result(status, stdout=printed)),)

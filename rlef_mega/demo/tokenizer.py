@@ -1,0 +1,82 @@
+"""The tokenizer of our own small models: byte-level BPE learnt from curriculum dialogues.
+
+Digits, spaces, quotes and the opening fence are tokens of their own, so that a word is the same
+token in feedback (`'Hello Bob'`) and in code (`print('Hello',input())`): copying it is then one
+step of attention. Control tokens have Llama 3's names, so the chat format is Llama 3.1's
+(`dialog.ChatFormat`).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from rlef_mega.demo.taught_dialogues import sft_dialogues
+
+CONTROL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|finetune_right_pad_id|>",
+)
+DIALOGUES = 4000  # enough that all words of the curriculum are tokens
+PIECES = r"```python\n|```| ?\p{L}+|\d| ?['\"]|[^\s\p{L}\d'\"]+|\n+|\s"
+CHAT_TEMPLATE = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train, and save as a folder that `AutoTokenizer.from_pretrained` loads.
+
+    The vocabulary has exactly `vocab_size` entries, the last ones reserved if the dialogues do not
+    fill it.
+    """
+    least = len(CONTROL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size = {vocab_size} does not hold bytes and control tokens; "
+            f"take at least {least}"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus(), trainer)
+    missing = vocab_size - bpe.get_vocab_size()
+    bpe.add_special_tokens([f"<|reserved_special_token_{n}|>" for n in range(missing)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        additional_special_tokens=["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def corpus() -> Iterator[str]:
+    """Messages, and the plain parts of headers as often, which makes each of these one token."""
+    for dialogue in sft_dialogues(0, DIALOGUES):
+        for message in dialogue:
+            yield from ("user", "assistant", "\n\n", message)

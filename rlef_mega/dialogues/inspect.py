@@ -1,0 +1,107 @@
+"""`rlef data inspect`: what a source of problems holds, and what was dropped and why."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlef_mega.dialogues import templates
+from rlef_mega.problems import contamination, is_data_set, load_problems, read_data_set
+from rlef_mega.problems.rows import Drop
+from rlef_mega.problems.store import ProblemStore
+from rlef_mega.types import Problem
+
+SHOWN_PLACES = 10
+
+
+def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None:
+    """Print counts, limits, lengths, drops and, `against` another source, what both hold."""
+    problems = read_data_set(source) if is_data_set(source) else load_problems(source)
+    drops = problems.drops if isinstance(problems, ProblemStore) else ()
+    console = Console(emoji=False)  # `curriculum:train` is no picture
+    table = Table("what", "found", title=source)
+    for what, found in summarize(problems, length_of(tokenizer)).items():
+        table.add_row(what, str(found))
+    for reason, count in Counter(drop.reason for drop in drops).most_common():
+        table.add_row(f"dropped: {reason}", str(count))
+    console.print(table)
+    print_places(console, drops)
+    if against is not None:
+        report = contamination.compare(problems, load_problems(against))
+        console.print(f"against {against}: {report.summary()}", markup=False)
+        for line in report.lines()[:SHOWN_PLACES]:
+            console.print(line, markup=False)
+
+
+def print_places(console: Console, drops: Sequence[Drop]) -> None:
+    """Where, some of each reason."""
+    shown: Counter[str] = Counter()
+    for drop in drops:
+        shown[drop.reason] += 1
+        if shown[drop.reason] <= SHOWN_PLACES:
+            words = f"{drop.place} {drop.id!r}: {drop.reason} {drop.detail}".rstrip()
+            console.print(words, markup=False, soft_wrap=True)
+    for reason, count in shown.items():
+        if count > SHOWN_PLACES:
+            console.print(f"... and {count - SHOWN_PLACES} more: {reason}", markup=False)
+
+
+def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str], int]]:
+    """The unit of a prompt's length, and how to count it."""
+    if tokenizer is None:
+        return "characters", len
+    from rlef_mega.dialogues.chat import ChatFormat
+
+    chat = ChatFormat.from_folder(tokenizer)
+    return "tokens", lambda text: len(chat.open(text))
+
+
+def summarize(
+    problems: Sequence[Problem], unit: tuple[str, Callable[[str], int]]
+) -> dict[str, Any]:
+    """One problem in memory at a time."""
+    lengths, times, memories, tests = [], Counter[float](), Counter[int](), []
+    families, tags = Counter[str](), Counter[str]()
+    kinds = Counter[str]()
+    for problem in problems:
+        prompt = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
+        lengths.append(unit[1](prompt))
+        times[problem.limits.cpu_s] += 1
+        memories[problem.limits.memory_bytes >> 20] += 1
+        tests.append(len(problem.public_tests) + len(problem.private_tests.tests))
+        kinds["public"] += len(problem.public_tests)
+        kinds["private"] += len(problem.private_tests.tests)
+        kinds["without public"] += not problem.public_tests
+        kinds["without private"] += not problem.private_tests.tests
+        families[problem.family or "none"] += 1
+        tags.update(problem.tags)
+    return {
+        "problems": len(lengths),
+        "families": words(families),
+        "tests, public and private": f"{kinds['public']:,} and {kinds['private']:,}",
+        "problems without public tests": kinds["without public"],
+        "problems without private tests": kinds["without private"],
+        "tests of a problem": quantiles(tests),
+        "time limits in s": words(times),
+        "memory limits in MiB": words(memories),
+        f"prompt in {unit[0]}": quantiles(lengths),
+        "with an image": tags["image"],
+        "with multiple answers": tags["multiple answers"],
+    }
+
+
+def words(counts: Counter[Any]) -> str:
+    return ", ".join(f"{value}: {count}" for value, count in counts.most_common(8))
+
+
+def quantiles(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "none"
+    ordered = sorted(numbers)
+    parts = {"least": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "most": 1.0}
+    return ", ".join(
+        f"{name} {ordered[round(part * (len(ordered) - 1))]:,}" for name, part in parts.items()
+    )

@@ -1,0 +1,225 @@
+"""Code and tests to a verdict.
+
+The public tests are all run and shown to the model; the private tests only when the response is
+final, until the first failure, and of them nothing but how each ended leaves this file. Both kinds
+are one call of the sandbox, which starts and compiles the program once for all of them.
+
+Theory of operation: grading happens in the embedded sandbox's processes, which threads here wait
+for, or on grading servers, which a client in a thread and event loop of its own speaks to. The
+client outlives the event loops of the rollouts, one a step, and goes on with its retries while the
+engine keeps the rollout's loop from running.
+"""
+
+import asyncio
+import contextlib
+import re
+import resource
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol
+
+from rlef_mega.config import ConfigError, JudgeConfig
+from rlef_mega.run.event_loop import LivesInLoop
+from rlef_mega.types import AssertTest, Problem, TestOutcome, Verdict
+from rlef_sandbox import AnyTest, CheckTest, Result, Sandbox, Status
+from rlef_sandbox.sandbox import JOBS_A_WORKER
+from rlef_sandbox.worker import ZygoteLostError
+
+
+class JudgeError(RuntimeError):
+    """The sandbox failed, not the program: the episode is retried, then dropped and counted, never
+    scored."""
+
+
+class Grader(Protocol):
+    """Where programs are graded: `EmbeddedGrader` or `RemoteGrader`."""
+
+    @property
+    def isolation(self) -> dict[str, object]:
+        """The layers that confine programs there, for the run's manifest."""
+
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
+        """A result for each public test and, if they pass, for the private ones until the first
+        that fails. JudgeError where no sandbox did it."""
+
+
+class EmbeddedGrader:
+    """Grades in a sandbox of this process. Closing is up to the sandbox's owner."""
+
+    def __init__(self, sandbox: Sandbox, *, workers: int) -> None:
+        self.sandbox = sandbox
+        # more threads than workers: a program that sleeps keeps its thread and frees its worker
+        self.threads = ThreadPoolExecutor(workers * JOBS_A_WORKER, thread_name_prefix="judge")
+
+    @property
+    def isolation(self) -> dict[str, object]:
+        return self.sandbox.isolation
+
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
+        grading = asyncio.get_running_loop().run_in_executor(
+            self.threads,
+            lambda: self.sandbox.grade(
+                program,
+                tests_of(problem),
+                limits=problem.limits,
+                checker=problem.checker,
+                language=problem.language,
+                run_at_least=len(problem.public_tests),
+            ),
+        )
+        try:
+            return await grading
+        except (OSError, ZygoteLostError) as error:  # of this machine: no descriptors, no memory
+            raise JudgeError(f"the sandbox failed: {error}") from None
+
+
+class RemoteGrader(LivesInLoop):
+    """Grades on servers (`python -m rlef_sandbox serve`); a context manager.
+
+    Opening asks every server for its health: ServiceError where one is not ready or refuses the
+    token, ValueError where an address is none.
+    """
+
+    def __init__(self, servers: Sequence[str], token: str | None, *, deadline_s: float) -> None:
+        from rlef_sandbox.service.client import SandboxClient  # an extra: it needs aiohttp
+
+        self.client = SandboxClient(servers, token, deadline_s=deadline_s)
+        super().__init__("grader")
+
+    async def open(self) -> None:
+        await self.client.__aenter__()
+        self.health = await self.client.health()
+
+    async def shut(self) -> None:
+        await self.client.__aexit__(None, None, None)
+
+    @property
+    def isolation(self) -> dict[str, object]:
+        return {"servers": {url: about["isolation"] for url, about in self.health.items()}}
+
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
+        from rlef_sandbox.service.client import ServiceError
+
+        grading = self.client.grade(
+            program,
+            tests_of(problem),
+            limits=problem.limits,
+            checker=problem.checker,
+            language=problem.language,
+            run_at_least=len(problem.public_tests),
+        )
+        try:
+            return await asyncio.wrap_future(self.thread.submit(grading))
+        except ServiceError as error:
+            raise JudgeError(str(error)) from None
+
+
+@contextlib.contextmanager
+def open_grader(
+    *,
+    servers: Sequence[str],
+    token: str | None,
+    deadline_s: float,
+    workers: int,
+    isolation: str,
+) -> Iterator[Grader]:
+    """Grading servers where some are named, else an embedded sandbox with `workers`."""
+    if servers:
+        with RemoteGrader(servers, token, deadline_s=deadline_s) as remote:
+            yield remote
+    else:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a check under way holds a dozen
+        with Sandbox(workers=workers, isolation=isolation) as sandbox:
+            yield EmbeddedGrader(sandbox, workers=workers)
+
+
+class Judge:
+    """Judges responses. Closing the grader is up to its owner."""
+
+    def __init__(self, grader: Grader) -> None:
+        self.grader = grader
+        self.runs = 0  # programs x tests run so far
+        self.run_s = 0.0  # wall time inside the sandbox, summed over runs
+
+    async def judge(self, problem: Problem, program: str | None, *, last_turn: bool) -> Verdict:
+        """Public tests first; private ones if all of them pass. A final response that fails is not
+        solved."""
+        if program is None:
+            return Verdict((), public_passed=False, solved=False if last_turn else None)
+        results = await self.grade(problem, program)
+        public = results[: len(problem.public_tests)]
+        private = results[len(problem.public_tests) :]
+        outcomes = tuple(map(TestOutcome, problem.public_tests, public))
+        if not all_passed(public):
+            return Verdict(outcomes, public_passed=False, solved=False if last_turn else None)
+        return Verdict(
+            outcomes,
+            public_passed=True,
+            solved=all_passed(private),
+            private_statuses=tuple(result.status for result in private),
+        )
+
+    async def grade(self, problem: Problem, program: str) -> list[Result]:
+        """The results of all public tests and, if they pass, of the private ones until the first
+        that fails."""
+        results = await self.grader.grade(problem, problem.prelude + program)
+        if problem.prelude:
+            results = [own_lines(result, problem.prelude.count("\n")) for result in results]
+        self.runs += len(results)
+        self.run_s += sum(result.wall_s for result in results)
+        for result in results:
+            if result.status is Status.SANDBOX_ERROR:
+                raise JudgeError(f"sandbox failed on {problem.id}: {result.stderr!r}")
+        return results
+
+
+def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
+    """In the order in which they are run; an assert is a check to the sandbox."""
+    return tuple(
+        CheckTest(test.entry_point, test.code) if isinstance(test, AssertTest) else test
+        for test in (*problem.public_tests, *problem.private_tests.tests)
+    )
+
+
+FRAME_LINE = re.compile(rb'(  File "solution\.py", line )(\d+)')
+
+
+def own_lines(result: Result, before: int) -> Result:
+    """Tracebacks count the program's lines from its own first one, `before` lines further down."""
+    stderr = FRAME_LINE.sub(
+        lambda frame: frame[1] + b"%d" % max(1, int(frame[2]) - before), result.stderr
+    )
+    return replace(result, stderr=stderr)
+
+
+def all_passed(results: Sequence[Result]) -> bool:
+    """Every test that was asked for passed (grading stops at the first that does not)."""
+    return all(result.status is Status.OK for result in results)
+
+
+def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:
+    """ConfigError unless every grading server is ready, takes the token, and confines programs as
+    well as is asked for."""
+    if not judge.servers:
+        return
+    try:
+        with RemoteGrader(judge.servers, grading_token, deadline_s=judge.deadline_s) as grader:
+            health = grader.health
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"judge.servers needs {error.name}: pip install 'rlef-mega[serve]'"
+        ) from None
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"judge.servers: {error}. Start each with `python -m rlef_sandbox serve`, and give "
+            "their token in RLEF_SANDBOX_TOKEN"
+        ) from None
+    for url, about in health.items():
+        level = about["isolation"]["level"]
+        if judge.isolation == "default" and level != "default":
+            raise ConfigError(
+                f"judge.servers: {url} runs with isolation {level!r}; start it without "
+                "--isolation, or set judge.isolation to the same"
+            )

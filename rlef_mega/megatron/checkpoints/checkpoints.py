@@ -1,0 +1,388 @@
+"""Checkpoints: a run can be killed at any moment and goes on where it was, with the same numbers.
+
+Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` together, between steps.
+
+- `save` copies every rank's share to its host memory (checkpoint_writer), starts the rank's thread,
+  and returns; training goes on. At most one save is in flight: another one waits for it.
+- `poll`, called at each step's end, asks whether all ranks' threads are done (one flag is reduced,
+  and only while a save is in flight). Then rank 0 learns what each wrote, and its own thread writes
+  index, generators, meta and, last, the manifest, renames the folder, and deletes what retention
+  has no room for. A later `poll` tells all ranks how that ended.
+- `finish` is `poll` until nothing is in flight: at a stop, and at the end of the run.
+- A save that fails on any rank (disk full, no permission) is given up on all: its folder is
+  removed, nothing older is deleted, the failure is counted and said loudly, and training goes on.
+
+Nothing is in flight that a kill could leave half: see checkpoint_files for what it may leave.
+
+    step_000010/manifest.json  meta.json  rng.pt  networks/
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+from rlef_mega.config import ConfigError
+from rlef_mega.megatron.checkpoints import files as files
+from rlef_mega.megatron.checkpoints import state as state_of
+from rlef_mega.megatron.checkpoints.files import GENERATORS, META, NETWORKS
+from rlef_mega.megatron.checkpoints.writer import (
+    HostBuffer,
+    Share,
+    take_snapshot,
+    write_index,
+    write_share,
+)
+from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.network.packed_llama import PackedLlama
+from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.megatron.trained_model import TrainedModel
+from rlef_mega.run.ranks import any_rank, gather
+
+latest_checkpoint, best_checkpoint = files.latest_checkpoint, files.best_checkpoint
+
+
+class Checkpointable(Protocol):
+    """A learner: networks under their names, on these ranks."""
+
+    ranks: Ranks
+
+    @property
+    def trained(self) -> dict[str, TrainedModel]: ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Brings to the device what waits on the host."""
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank adds to meta.json and rng.pt; as it was at the step."""
+
+    updates: dict[str, int]
+    models: dict[str, dict[str, Any]]
+    places: dict[str, list[int]]
+    generators: dict[str, Any]
+
+
+@dataclass
+class Saving:
+    """A save in flight. `work` is what this rank's thread does now."""
+
+    folder: Path  # with its suffix
+    meta: dict[str, Any]
+    metadata: Any  # of all ranks' boxes; rank 0
+    rank_state: RankState
+    work: Future
+    publishing: bool = False  # all ranks have written, rank 0 finishes
+
+
+class Checkpoints:
+    """A run's checkpoints: saving, resuming, retention. `about` goes into each one's meta.json."""
+
+    def __init__(
+        self,
+        folder: Path,
+        learner: Checkpointable,
+        *,
+        keep: int,
+        keep_best: bool = True,
+        asynchronous: bool = True,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.learner, self.about = folder, learner, about or {}
+        self.keep, self.keep_best, self.asynchronous = keep, keep_best, asynchronous
+        self.buffer = HostBuffer()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.saving: Saving | None = None
+        self.failures = 0  # saves that were given up
+        self.waits = 0  # saves that had to wait for the one before
+        self.fault: str | None = None  # why the last save was given up
+        self.saved_last: int | None = None  # the step of the last one that was not, or resumed from
+
+    def save(self, step: int, state: dict[str, Any], *, score: float | None = None) -> None:
+        """Begin to write `step_000010`. `state` is small and JSON: data order, weight version;
+        `score` says how good the policy is. Collective.
+        """
+        if self.saving is not None:
+            self.waits += 1
+            self.finish()
+        learner = self.learner
+        with learner.whole():
+            trained = learner.trained.items()
+            parts = [part for name, model in trained for part in state_of.owned_state(name, model)]
+            snapshot = take_snapshot(parts, self.buffer)
+        folder = files.step_folder(self.folder, step).with_suffix(".tmp")
+        self.saving = Saving(
+            folder,
+            {"step": step, "score": score, "state": state, **self.about},
+            snapshot.metadata,
+            rank_state(learner),
+            self.start(write_share, folder, learner.ranks.rank, snapshot),
+        )
+        if not self.asynchronous:
+            self.finish()
+
+    def rate(self, step: int, score: float) -> None:
+        """Says how good the policy of a step is, once that is known; of no effect where the step
+        has no checkpoint. Collective.
+        """
+        if self.saving is not None and self.saving.meta["step"] == step:
+            self.finish()
+        folder = files.step_folder(self.folder, step)
+        if self.leads and folder.is_dir():
+            files.write_score(folder, score)
+
+    def poll(self) -> None:
+        """At a step's end: go on with what is in flight, without waiting. Collective."""
+        while self.saving is not None and not any_rank(not self.saving.work.done()):
+            self.advance(self.saving)
+
+    def finish(self) -> bool:
+        """Wait for what is in flight; whether the last save is on the disk. Collective."""
+        while self.saving is not None:
+            wait_for([self.saving.work])
+            self.advance(self.saving)
+        return self.fault is None
+
+    def require_saved(self) -> None:
+        """Before the process ends: RuntimeError, on every rank, unless the last save is on the
+        disk. Collective.
+        """
+        if not self.finish():
+            newest = latest_checkpoint(self.folder)
+            raise RuntimeError(
+                f"the last step could not be saved ({self.fault}); the newest checkpoint is "
+                f"{newest.name if newest else 'none'}. Make room, then go on from there"
+            )
+
+    def advance(self, saving: Saving) -> None:
+        """All ranks' work is done: the next part. Collective."""
+        if saving.publishing:
+            self.conclude(saving)
+            return
+        report = fault_of(saving.work, self.folder) or saving.work.result()
+        reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
+        dist.gather_object((report, saving.rank_state), reports)  # world, to rank 0
+        saving.publishing = True
+        saving.work = self.start(self.publish, saving, reports)
+
+    def conclude(self, saving: Saving) -> None:
+        """What rank 0's thread came to, on all ranks."""
+        outcome = [fault_of(saving.work, self.folder) or saving.work.result()]
+        dist.broadcast_object_list(outcome)  # world, from rank 0
+        self.saving, self.fault = None, outcome[0]
+        if self.fault is None:
+            self.saved_last = saving.meta["step"]
+        else:
+            self.failures += 1
+            if self.leads:
+                name = saving.folder.with_suffix("").name
+                warn(
+                    f"checkpoint {name} was NOT saved: {self.fault}. What was saved before is kept"
+                )
+
+    @property
+    def leads(self) -> bool:
+        return self.learner.ranks.is_writer
+
+    def start(self, work: Callable[..., Any], *arguments: Any) -> Future:
+        return self.thread.submit(work, *arguments)
+
+    def publish(
+        self, saving: Saving, reports: list[tuple[Share | str, RankState]] | None
+    ) -> str | None:
+        """Rank 0's thread: make the shares a checkpoint, or remove them. The fault, if any."""
+        if reports is None:  # another rank
+            return None
+        faults = [report for report, _ in reports if isinstance(report, str)]
+        try:
+            if not faults:
+                shares = [share for share, _ in reports if isinstance(share, Share)]
+                write_checkpoint(saving, shares, [rank_state for _, rank_state in reports])
+        except OSError as error:
+            faults = [describe(error, self.folder)]
+        if faults:
+            shutil.rmtree(saving.folder, ignore_errors=True)
+            return faults[0]
+        try:
+            files.prune(self.folder, keep=self.keep, keep_best=self.keep_best)
+        except (OSError, ConfigError) as error:
+            warn(f"old checkpoints in {self.folder} could not be deleted: {error}")
+        return None
+
+    def resume(self) -> tuple[int, dict[str, Any]] | None:
+        """Bring the learner to the newest good checkpoint: (step, state), or None if there is none
+        at all. Those that are refused on the way are said loudly and moved aside. Collective.
+
+        Raises ConfigError, on every rank, when there are checkpoints but no good one.
+        """
+        if self.leads:
+            files.remove_leftovers(self.folder)
+        candidates = [files.steps_in(self.folder)]
+        dist.broadcast_object_list(candidates)  # world, from rank 0: one listing for all
+        refused: list[Path] = []
+        faults: list[str] = []
+        for path in reversed(candidates[0]):
+            fault = fault_for(path, self.learner)
+            if fault is None:
+                resumed = read_checkpoint(path, self.learner)
+                self.saved_last = resumed[0]
+                if self.leads:
+                    for old, why in zip(refused, faults, strict=True):
+                        warn(f"{why}. It is now {files.set_aside(old)}; falling back to {path}")
+                return resumed
+            refused.append(path)
+            faults.append(fault)
+        if faults:
+            raise ConfigError(
+                f"no checkpoint in {self.folder} can be resumed from: {'; '.join(faults)}. "
+                "Mend or remove them; without any, the run starts anew"
+            )
+        return None
+
+
+def warn(message: str) -> None:
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
+def fault_of(work: Future, folder: Path) -> str | None:
+    """Why finished work failed, in words; what is not the disk's fault is raised."""
+    error = work.exception()
+    if isinstance(error, OSError):
+        return describe(error, folder)
+    if error is not None:
+        raise error
+    return None
+
+
+def describe(error: OSError, folder: Path) -> str:
+    free = shutil.disk_usage(existing(folder)).free
+    return f"{error} ({folder} has {free / 2**20:,.0f} MiB free)"
+
+
+def existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+# ------------------------------------------------------------------------------------ one folder
+
+
+def rank_state(learner: Checkpointable) -> RankState:
+    trained = learner.trained
+    return RankState(
+        {name: model.updates for name, model in trained.items()},
+        {name: state_of.fingerprint(model) for name, model in trained.items()},
+        {name: state_of.place(model) for name, model in trained.items()},
+        state_of.random_state(),
+    )
+
+
+def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]) -> None:
+    """All files but the shares, and the folder's name."""
+    folder = saving.folder
+    names = write_index(folder, saving.metadata, shares)
+    torch.save([rank.generators for rank in ranks], folder / GENERATORS)
+    meta = saving.meta | {
+        "updates": {name: n for rank in ranks for name, n in rank.updates.items()},
+        "models": {name: model for rank in ranks for name, model in rank.models.items()},
+        "places": [rank.places for rank in ranks],
+    }
+    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+    manifest = {name: entry for share in shares for name, entry in share.files.items()}
+    for name in (*names, GENERATORS, META):
+        files.flush_to_disk(folder / name)
+        manifest[name] = files.describe_file(folder / name)
+    files.seal(folder, manifest)
+
+
+def load_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
+    """Bring the learner to this checkpoint: (step, state). Collective.
+
+    Raises ConfigError, on every rank, if it is missing, damaged, or of another model; the learner
+    is then as it was.
+    """
+    fault = fault_for(path, learner)
+    if fault is not None:
+        raise ConfigError(f"{fault}; name another one")
+    return read_checkpoint(path, learner)
+
+
+def fault_for(path: Path, learner: Checkpointable) -> str | None:
+    """Why this learner cannot go on from there, the same on every rank; None if it can. Sizes and
+    model first, then all files are read, each rank its share. Collective.
+    """
+    models = {name: state_of.fingerprint(model) for name, model in learner.trained.items()}
+    ours = {name: model for share in gather(models) for name, model in share.items()}
+    found = [(files.fault_in(path) or misfit(path, ours), None)]
+    dist.broadcast_object_list(found)  # world, from rank 0
+    if found[0][0] is not None:
+        return found[0][0]
+    try:
+        manifest = files.read_manifest(path)
+        mine = sorted(manifest)[learner.ranks.rank :: learner.ranks.world_size]
+        fault = files.wrong_checksum(path, manifest, mine)
+    except ConfigError as error:
+        fault = str(error)
+    return next((fault for fault in gather(fault) if fault is not None), None)
+
+
+def misfit(path: Path, ours: dict[str, dict[str, Any]]) -> str | None:
+    """What tells the checkpoint's networks from this run's."""
+    theirs = files.read_meta(path).get("models", {})
+    if theirs.keys() != ours.keys():
+        return f"checkpoint {path} holds {sorted(theirs)}, this run trains {sorted(ours)}"
+    for name, model in ours.items():
+        found = ", ".join(state_of.differences(theirs[name], model))
+        if found:
+            return f"checkpoint {path} is of another model: its {name} has {found}"
+    return None
+
+
+def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
+    """Of a checkpoint that `fault_for` has nothing against."""
+    meta = files.read_meta(path)
+    with learner.whole():
+        parts: list[ShardedTensor] = []
+        for name, model in learner.trained.items():
+            parts += state_of.held_state(name, model)
+        fill(path, parts)
+        for name, model in learner.trained.items():
+            state_of.set_updates(model, meta["updates"][name])
+    places = gather({name: state_of.place(model) for name, model in learner.trained.items()})
+    if places == meta["places"]:  # in another layout ranks keep the seed's generators
+        generators = torch.load(path / GENERATORS, weights_only=True)
+        state_of.restore_random_state(generators[learner.ranks.rank])
+    return meta["step"], meta["state"]
+
+
+def load_weights(
+    path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
+) -> None:
+    """One network's weights alone, saved in any layout or imported, into chunks of this one, which
+    may be of another dtype. Without what follows the last norm if `trunk_only`. Collective.
+    """
+    parts = state_of.weights(name, chunks, ranks)
+    head = f"{name}.output_layer."
+    fill(path, [part for part in parts if not (trunk_only and part.key.startswith(head))])
+
+
+@calls_megatron
+def fill(path: Path, parts: list[ShardedTensor]) -> None:
+    """Read these boxes into the memory that they view. Collective."""
+    wanted = {str(number): part for number, part in enumerate(parts)}
+    folder = str(path / NETWORKS)
+    dist_checkpointing.load(
+        wanted, folder, TorchDistLoadShardedStrategy(), validate_access_integrity=False
+    )

@@ -1,0 +1,265 @@
+"""What of a network goes into a checkpoint, in a form that shows no layout.
+
+A tensor of the network is cut by tensor and pipeline parallelism, and the flat values of each
+rank's part are cut again by the distributed optimizer: a data-parallel rank owns a range of them,
+with their fp32 main copy and moments. This module writes such a range as at most three boxes (the
+end of a row, whole rows, the start of a row) of the global tensor. So every rank saves what it owns
+and nothing twice, without gathering anything; and any layout loads the boxes that it needs,
+straight into its own memory. (Megatron's layout-free form, "fully_reshardable", gathers the
+optimizer of all data-parallel ranks on each of them, on host and device.) Weights are saved by
+their owners too, which is right even while an overlapped parameter gather has not reached the other
+ranks. The keys and global shapes are Megatron's own, behind the network's name:
+
+    policy.decoder.layers.mlp.linear_fc1.weight
+    policy.optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight
+
+What else an optimizer holds, its step and groups, follows from the recipe and `updates`. Shape
+suffix: F flat values.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.network.packed_llama import PackedLlama
+from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.megatron.trained_model import TrainedModel
+
+Ranges = dict[torch.Tensor, tuple[int, int]]  # of a weight's flat values
+# of Hugging Face's config: what decides whether weights fit
+SHAPE_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+
+
+def fingerprint(model: TrainedModel) -> dict[str, Any]:
+    """What a checkpoint's model must agree in with the run's."""
+    module = model.chunks[0]
+    config = module.hf_config.to_dict()
+    found = {key: config[key] for key in SHAPE_KEYS if config.get(key) is not None}
+    return found | {"dtype": str(module.config.params_dtype).removeprefix("torch.")}
+
+
+def place(model: TrainedModel) -> list[int]:
+    """Where this rank stands in the network's layout: rank and size by tensor, pipeline, data."""
+    groups = model.ranks.groups
+    return [number for g in (groups.tp, groups.pp, groups.dp_cp) for number in (g.rank(), g.size())]
+
+
+@calls_megatron
+def owned_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
+    """Views of all that this rank owns, which is what it saves."""
+    ranges = owned_ranges(spread_optimizer(model))
+    return weights(name, model.chunks, model.ranks, ranges) + optimizer_state(name, model)
+
+
+@calls_megatron
+def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
+    """Views of all that this rank holds, weights of other owners too: what loading fills."""
+    return weights(name, model.chunks, model.ranks) + optimizer_state(name, model)
+
+
+@calls_megatron
+def weights(
+    name: str,
+    chunks: Sequence[PackedLlama],
+    ranks: Ranks,
+    ranges: Ranges | None = None,
+) -> list[ShardedTensor]:
+    """Views of the weights that this rank holds, or of these ranges of them."""
+    parts: list[ShardedTensor] = []
+    for weight, first, piece in pieces(chunks, ranks):
+        low, high = overlap(piece, first, ranges.get(weight, (0, 0)) if ranges else None)
+        if low < high:
+            flat_F = weight.detach().view(-1)[low:high]
+            parts += boxes(piece, f"{name}.{piece.key}", flat_F, low - first)
+    return parts
+
+
+def optimizer_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
+    """Views of this rank's moments and main copies. A fp32 weight is its own main copy."""
+    parts: list[ShardedTensor] = []
+    optimizer = spread_optimizer(model)
+    ranges = owned_ranges(optimizer)
+    for weight, first, piece in pieces(model.chunks, model.ranks):
+        start, end = ranges.get(weight, (0, 0))
+        low, high = overlap(piece, first, (start, end))
+        if low >= high:
+            continue
+        state = optimizer._get_main_param_and_optimizer_states(weight)
+        found = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        if state["param"].untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+            found["param"] = state["param"]
+        for kind, values in found.items():
+            flat_F = values.detach().view(-1)[low - start : high - start]
+            key = f"{name}.optimizer.state.{kind}.{piece.key}"
+            parts += boxes(piece, key, flat_F, low - first)
+    return parts
+
+
+def overlap(piece: ShardedTensor, first: int, owned: tuple[int, int] | None) -> tuple[int, int]:
+    """What a piece and an owned range share of a weight's flat values."""
+    end = first + piece.data.numel()
+    return (max(owned[0], first), min(owned[1], end)) if owned else (first, end)
+
+
+def pieces(
+    chunks: Sequence[PackedLlama], ranks: Ranks
+) -> Iterator[tuple[torch.Tensor, int, ShardedTensor]]:
+    """(weight, first, piece): Megatron's description of each weight on this rank. One that lies in
+    several places of the global tensor (gate and up) has several pieces, and `first` is where a
+    piece begins among the weight's flat values.
+    """
+    metadata = {"dp_cp_group": ranks.groups.dp_cp}
+    for chunk in chunks:
+        for described in nested_values(chunk.sharded_state_dict(metadata=metadata)):
+            if isinstance(described, ShardedTensor | ShardedTensorFactory):
+                weight = described.data
+                whole = isinstance(described, ShardedTensor)
+                for piece in [described] if whole else described.build():
+                    yield weight, piece.data.storage_offset() - weight.storage_offset(), piece
+
+
+def boxes(
+    piece: ShardedTensor, key: str, flat_F: torch.Tensor, start: int
+) -> Iterator[ShardedTensor]:
+    """The values from `start` on of a piece's flat values, as views of `flat_F`."""
+    layers = piece.prepend_axis_num  # a leading axis of the global tensor that the piece lacks
+    *replica, _ = piece.replica_id  # Megatron's last entry is the data-parallel rank: we cut by it
+    for offset, size in box_corners(piece.local_shape, start, start + flat_F.numel()):
+        values_F, flat_F = flat_F.split([prod(size), flat_F.numel() - prod(size)])
+        data = values_F.view((1,) * layers + size)
+        within = zip(piece.global_offset[layers:], offset, strict=True)
+        yield ShardedTensor(
+            key,
+            data,
+            data.dtype,
+            tuple(data.shape),
+            piece.global_shape,
+            piece.global_offset[:layers] + tuple(a + b for a, b in within),
+            None,  # no regular grid
+            replica_id=(*replica, 0),
+            allow_shape_mismatch=piece.allow_shape_mismatch,
+        )
+
+
+def box_corners(
+    shape: tuple[int, ...], start: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, size) of the boxes that hold the row-major values [start, end) of a vector or
+    matrix, in order; at most three.
+    """
+    *rows, columns = shape
+    assert len(rows) <= 1, shape
+    if not rows:
+        yield (start,), (end - start,)
+        return
+    while start < end:
+        row, column = divmod(start, columns)
+        if column or end - start < columns:
+            size = (1, min(end - start, columns - column))
+        else:
+            size = ((end - start) // columns, columns)
+        yield (row, column), size
+        start += prod(size)
+
+
+# ------------------------------------------------------------------------------------ optimizer
+
+
+def spread_optimizer(model: TrainedModel) -> DistributedOptimizer:
+    (optimizer,) = model.optimizer.chained_optimizers  # a dense model has one
+    make_adam_state(optimizer.optimizer)
+    return optimizer
+
+
+def owned_ranges(optimizer: DistributedOptimizer) -> Ranges:
+    """Of each weight that this data-parallel rank owns a part of: which of its flat values."""
+    return {
+        weight: (ranges["param"].start, ranges["param"].end)
+        for buffer in optimizer.gbuf_ranges
+        for buckets in buffer.values()
+        for bucket in buckets
+        for weight, ranges in bucket["param_map"].items()
+    }
+
+
+def make_adam_state(inner: torch.optim.Optimizer) -> None:
+    """Adam makes its state at its first step. A policy that has waited for its critic has made no
+    step yet.
+    """
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if inner.state[parameter]:
+                continue
+            for moment in ("exp_avg", "exp_avg_sq"):
+                inner.state[parameter][moment] = torch.zeros_like(parameter)
+            if isinstance(inner, torch.optim.AdamW):  # fused optimizers count in their groups
+                inner.state[parameter]["step"] = torch.tensor(0.0)
+
+
+def set_updates(model: TrainedModel, updates: int) -> None:
+    """Where schedule and optimizer stand; one optimizer step is one update."""
+    model.updates = updates
+    inner = spread_optimizer(model).optimizer
+    for group in inner.param_groups:
+        if not isinstance(inner, torch.optim.AdamW):
+            group["step"] = updates
+            continue
+        for parameter in group["params"]:
+            inner.state[parameter]["step"].fill_(updates)
+
+
+# ------------------------------------------------------------------------------------ generators
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator of this process, in types that torch.load takes without running code."""
+    algorithm, keys, *rest = numpy.random.get_state(legacy=True)
+    assert isinstance(keys, numpy.ndarray)
+    state = {
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.from_numpy(keys.astype("int64")), *rest),
+        "torch": torch.get_rng_state(),
+        "megatron": dict(get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    algorithm, keys, *rest = state["numpy"]
+    numpy.random.set_state((algorithm, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterable[str]:
+    """In words: "hidden_size 4096, this run has 2048"."""
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            yield f"{key} {theirs.get(key)}, this run has {ours.get(key)}"

@@ -1,0 +1,98 @@
+"""The model families that are built, from a Hugging Face config: Llama, and the dense Qwen2 and
+Qwen3.
+
+All three are the same decoder: RMSNorm before each block, rotary positions, grouped queries, a
+gated feed-forward block, no biases. Qwen2 adds biases to queries, keys and values; Qwen3
+normalises each query and key head over its own dimension. What is not of this shape is refused by
+name, because it would load or run, and be another model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from rlef_mega.config import ConfigError
+
+DenseConfig = LlamaConfig | Qwen2Config | Qwen3Config
+
+
+@dataclass(frozen=True)
+class Family:
+    """In what a model type differs from the others."""
+
+    config: type[DenseConfig]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "llama": Family(LlamaConfig),
+    "qwen2": Family(Qwen2Config, qkv_bias=True),
+    "qwen3": Family(Qwen3Config, qk_norm=True),
+}
+ROPE_TYPES = ("default", "llama3")
+SUPPORTED = "supported are Llama, Qwen2 and Qwen3, dense"
+
+
+def read_config(folder: Path) -> DenseConfig:
+    """The config of a Hugging Face folder. Raises ConfigError for a model that is not built."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
+    model_type = json.loads(path.read_text()).get("model_type")
+    if model_type not in FAMILIES:
+        raise ConfigError(f"{path}: model_type {model_type!r} is not supported; {SUPPORTED}")
+    config = FAMILIES[model_type].config.from_pretrained(folder)
+    try:
+        check_family(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def family_of(config: DenseConfig) -> Family:
+    return FAMILIES[config.model_type]
+
+
+def check_family(config: DenseConfig) -> None:
+    """Refuse what would be built wrongly, by name."""
+    if config.model_type not in FAMILIES:
+        raise ConfigError(f"model_type {config.model_type!r} is not supported; {SUPPORTED}")
+    rope = rope_parameters(config)
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ConfigError(f"rope_type {rope['rope_type']!r} is not supported; known: {ROPE_TYPES}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"partial_rotary_factor = {rope['partial_rotary_factor']} is not supported; "
+            f"whole heads are rotated"
+        )
+    for option in ("attention_bias", "mlp_bias"):
+        if getattr(config, option, False):
+            raise ConfigError(f"{option} = true is not supported; {SUPPORTED}, without it")
+    if config.hidden_act != "silu":
+        raise ConfigError(f"hidden_act {config.hidden_act!r} is not supported; it must be 'silu'")
+    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        raise ConfigError(
+            f"layers with {', '.join(sorted(other))} are not supported; every layer must attend to "
+            f"the whole context (use_sliding_window = false)"
+        )
+
+
+def rope_parameters(config: DenseConfig) -> dict[str, Any]:
+    assert config.rope_parameters is not None, "the config fills them in"
+    return dict(config.rope_parameters)
+
+
+def head_dim(config: DenseConfig) -> int:
+    """As transformers' attention reads it: Qwen2 has none of its own."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+# Where Transformer Engine's modules keep a layer's norms; checkpoints keep the names on the left.
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}

@@ -1,0 +1,406 @@
+"""Llama and its relatives (`families`) as a Megatron-core GPTModel, in two forms: a policy that
+ends in hidden states and a critic with a scalar head.
+
+The policy's last stage returns hidden states after the final norm, not logits: scores and losses
+read the rows that they need and call the fused head (`rlef_kernels`) on them, so that logits are
+never stored. The critic reads its value at a few positions in the same way. Both are built from a
+Hugging Face config; weights come from `hf_weights`.
+
+Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each
+tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D
+hidden size, V vocabulary shard.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from rlef_kernels import linear_logprob, linear_ppo_loss
+from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.flops import SequenceFlops
+from rlef_mega.megatron.network.accelerations import Layers, choose
+from rlef_mega.megatron.network.attention import PackedAttention
+from rlef_mega.megatron.network.families import (
+    DenseConfig,
+    check_family,
+    family_of,
+    head_dim,
+)
+from rlef_mega.megatron.network.feed_forward import GatedMLP
+from rlef_mega.megatron.network.stages import Place, Stages, split_layers
+from rlef_mega.megatron.parallel import Ranks
+
+# What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer.
+# The attention kernels already store nothing of size s x s.
+SELECTIVE_MODULES = ["mlp"]
+
+
+def check_model(config: DenseConfig, parallel: ParallelConfig) -> None:
+    """Refuse what would be built or split wrongly, by name."""
+    check_family(config)
+    check_layout(
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        ffn=config.intermediate_size,
+        parallel=parallel,
+    )
+
+
+def transformer_config(
+    config: DenseConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    recompute: str,
+    stages: Stages,
+) -> TransformerConfig:
+    on_cpu = device.type == "cpu"
+    pipelined = parallel.pipeline_model_parallel_size > 1
+    interleaved = stages.chunks > 1
+    recomputations: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {
+            "recompute_granularity": "selective",
+            "recompute_modules": SELECTIVE_MODULES,
+        },
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=head_dim(config),
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=family_of(config).qkv_bias,
+        qk_layernorm=family_of(config).qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        # Megatron takes the number of chunks from it, too
+        pipeline_model_parallel_layout=stages.megatron_layout() if pipelined else None,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # losses carry their global denominators; Megatron must not average over micro-batches or
+        # ranks
+        calculate_per_token_loss=True,
+        # packed micro-batches differ in length; Megatron ties that option to this dispatcher
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # weights are loaded, never drawn
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=choose(device.type, dtype).fused_weight_gradients,
+        masked_softmax_fusion=False,
+        # Megatron's fused form is compiled, by Triton
+        bias_activation_fusion=choose(device.type, dtype).triton_head,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_sync=not on_cpu,
+        # Between interleaved stages sends are batched by no one: with two ranks, where the next one
+        # is also the one before, Megatron's batched exchange gives silently wrong gradients.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=pipelined,
+        **recomputations[recompute],
+    )
+
+
+def refuse_batched_interleaving(config: TransformerConfig) -> None:
+    """Megatron 0.16 computes wrong gradients there without a word (measured: a gradient norm of
+    13951 in place of 2.88).
+    """
+    virtual = config.virtual_pipeline_model_parallel_size or 1
+    if virtual > 1 and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm:
+        raise ConfigError(
+            "two pipeline stages with virtual stages and batched point-to-point exchange compute "
+            "wrong gradients; set overlap_p2p_comm = True and batch_p2p_comm = False"
+        )
+
+
+def stages_of(config: DenseConfig, parallel: ParallelConfig, *, with_head: bool) -> Stages:
+    """How this network is cut; a critic's value head is too small to count."""
+    work = SequenceFlops.of(config)
+    head_cost = work.head * config.num_hidden_layers / work.layers if with_head else 0.0
+    return split_layers(config.num_hidden_layers, parallel, head_cost=head_cost)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Megatron's local norm refuses sequence parallelism; this one marks its weight for the
+    gradient all-reduce.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def layer_spec(config: DenseConfig) -> ModuleSpec:
+    # each tensor-parallel rank normalises its own heads; Megatron sums these weights' gradients
+    # over the ranks because of `qk_layernorm`
+    qk_norm = RMSNorm if family_of(config).qk_norm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=PackedAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=feed_forward),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class PackedLlama(GPTModel):
+    """The trunk: one chunk of it, at its place in the pipeline. On the last stage, forward returns
+    hidden states after the final norm.
+    """
+
+    has_language_head: ClassVar[bool]
+
+    def __init__(
+        self,
+        hf_config: DenseConfig,
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype,
+        recompute: str = "none",
+        layers: Layers = "auto",
+        chunk: int = 0,
+    ) -> None:
+        parallel = ranks.layout
+        check_model(hf_config, parallel)
+        stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
+        place = Place(ranks.pipeline_parallel_rank, chunk)
+        config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
+        refuse_batched_interleaving(config)
+        spec, norm = layer_spec(hf_config), RMSNorm
+        if choose(ranks.device.type, dtype, layers).layers == "transformer_engine":
+            from rlef_mega.megatron.network.transformer_engine import (
+                TENorm,
+                with_transformer_engine,
+            )
+
+            spec, norm = with_transformer_engine(spec), TENorm
+        super().__init__(
+            config,
+            TransformerBlockSubmodules([spec] * len(stages.layers_at(place)), layer_norm=norm),
+            vocab_size=hf_config.vocab_size,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=place == stages.first,
+            post_process=place == stages.last,
+            share_embeddings_and_output_weights=(
+                self.has_language_head and hf_config.tie_word_embeddings
+            ),
+            position_embedding_type="none",  # the attention turns queries and keys itself
+            pg_collection=ranks.groups,
+            vp_stage=chunk if stages.chunks > 1 else None,
+        )
+        self.hf_config, self.stages, self.place = hf_config, stages, place
+        mark_shards(self)
+        for module in self.modules():  # who has none would ask Megatron's globals for it
+            if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
+                module.tp_group = ranks.groups.tp
+        # Hugging Face's own frequencies, one formula for all families, with Llama 3.1's scaling
+        with torch.device("cpu"):  # real numbers, also where weights are made on the meta device
+            frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
+        frequencies_E = frequencies.to(ranks.device, torch.float32)
+        for layer in self.decoder.layers:
+            if type(layer.mlp) is MLP:  # Megatron's specs know its own class only
+                layer.mlp.__class__ = GatedMLP
+            layer.self_attention.core_attention.frequencies_E = frequencies_E
+
+    def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):
+        """In place of Megatron's logits."""
+        return hidden_states
+
+    def rows(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """[T, 1, D], or this rank's part of it under sequence parallelism, to [R, D] on every
+        tensor-parallel rank.
+
+        What follows is the same on all of them, and so is its gradient: backward keeps this rank's
+        part, unsummed.
+        """
+        if self.config.sequence_parallel:
+            # tensor-parallel group: gathers the tokens
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden.squeeze(1).index_select(0, rows_R)
+
+
+def mark_shards(model: torch.nn.Module) -> None:
+    """megatron-core before 0.18 marks split weights only as it initialises them; unmarked, the
+    gradient norm leaves them out on all but the first tensor-parallel rank.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dimension = 0
+        elif isinstance(module, RowParallelLinear):
+            dimension = 1
+        else:
+            continue
+        marked = getattr(module.weight, "tensor_model_parallel", False)
+        if module.weight is not None and not marked:
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+
+
+class PolicyModel(PackedLlama):
+    """A language model: log-probs of chosen tokens."""
+
+    has_language_head = True
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows of the head; with tied embeddings, of the embedding."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def logprobs(
+        self,
+        hidden: torch.Tensor,
+        rows_R: torch.Tensor,
+        targets_R: torch.Tensor,
+        *,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-prob of the target, entropy), fp32, at these rows of the last stage's output."""
+        return linear_logprob(
+            self.rows(hidden, rows_R),
+            self.output_weight,
+            targets_R,
+            temperature=temperature,
+            group=self.pg_collection.tp,
+            accumulate_main_grad=self.has_main_grad,
+        )
+
+    def policy_loss(
+        self,
+        hidden: torch.Tensor,
+        rows_R: torch.Tensor,
+        targets_R: torch.Tensor,
+        old_logprobs_R: torch.Tensor,
+        behaviour_logprobs_R: torch.Tensor,
+        advantages_R: torch.Tensor,
+        *,
+        clip_eps: float,
+        temperature: float,
+        denominator: float,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`ppo.policy_loss` of the log-probs at these rows, and their mean entropy among its
+        metrics; computed inside the head, which saves a quarter of its matrix products.
+        """
+        return linear_ppo_loss(
+            self.rows(hidden, rows_R),
+            self.output_weight,
+            targets_R,
+            old_logprobs_R,
+            behaviour_logprobs_R,
+            advantages_R,
+            clip_eps=clip_eps,
+            temperature=temperature,
+            group=self.pg_collection.tp,
+            denominator=denominator,
+            accumulate_main_grad=self.has_main_grad,
+        )
+
+    @property
+    def has_main_grad(self) -> bool:
+        """Whether the head's gradient has a buffer of Megatron's to go to."""
+        return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
+
+
+def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [1, D] and bias [1] of a new value head, drawn on the CPU, hence equal in every
+    layout.
+
+    Hidden states come out of a norm with entries of about 1, so this spread makes the first values
+    a tenth of a reward's size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1, hidden_size, generator=generator, device="cpu") * 0.1 / hidden_size**0.5
+    return weight, torch.zeros(1, device="cpu")
+
+
+class ValueHead(torch.nn.Linear):
+    """A fp32 projection to one number, the same on every tensor-parallel rank."""
+
+    def __init__(self, hidden_size: int, ranks: Ranks) -> None:
+        super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)
+        weight, bias = draw_value_head(hidden_size, ranks.seed)
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
+        for parameter in self.parameters():
+            # read where the optimizer's groups are made
+            parameter.is_value_head = True  # type: ignore[attr-defined]
+
+
+class CriticModel(PackedLlama):
+    """The same trunk with a scalar head; a network of its own (RLEF A.1)."""
+
+    has_language_head = False
+
+    def __init__(self, hf_config: DenseConfig, ranks: Ranks, **options: Any) -> None:
+        super().__init__(hf_config, ranks, **options)
+        if self.post_process:
+            self.output_layer = ValueHead(hf_config.hidden_size, ranks)
+
+    def values(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """V, fp32, at these rows of the last stage's output."""
+        return self.output_layer(self.rows(hidden, rows_R).float()).squeeze(-1)

@@ -1,0 +1,245 @@
+"""`rlef reproduce`: the paper's comparison on one base model and budget, as a table beside the
+paper's.
+
+Every run is a command of ours in a folder of its own under OUT; one that is finished is not run
+again, so that the same command goes on where it was. All share the base model, the problems and
+the number of updates. Seeds differ in problems drawn, sampling and the critic's head.
+
+    OUT/RUN-SEED/            the runs
+    OUT/reproduce.json       rates of every seed, and the table's means with their intervals
+    OUT/reproduce.md, .png   the table, the turn budgets
+
+Intervals resample seeds and problems; with one seed they say what other problems would
+give, not what another run would.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.metrics import interval_over_seeds
+from rlef_mega.report.panels import PALETTE
+from rlef_mega.report.plots import STYLE
+from rlef_mega.run.directory import RunDirectory, write_atomically
+from rlef_mega.run.launch import stage
+from rlef_mega.run.manifest import describe
+
+TURNS = 5  # of the dialogues whose beginnings are the turn budgets
+PROTOCOLS = ("multi_turn", "independent", "random_feedback")
+RUNS: dict[str, tuple[str, ...]] = {  # by `rlef train`, with these settings
+    "rlef": (),
+    "no_feedback": ("rollout.feedback=none", "eval.feedback=none"),
+    "token_value": ("ppo.token_level_value=true",),
+    "single_turn": ("rollout.turns=1",),
+}
+IMITATION = "imitation"  # by `rlef imitate`
+BUDGETS = ("base", "rlef")  # whose turn budgets are drawn
+
+
+@dataclass(frozen=True)
+class Row:
+    """An evaluation of a run, and the paper's 1@3 of the 8B model on valid and test (RLEF tables
+    1 and 2)."""
+
+    name: str
+    run: str
+    evaluation: str
+    paper: str = ""
+
+
+ROWS = (
+    Row("base", "rlef", "before", "8.9 / 10.5"),
+    Row("few-shot", IMITATION, "few_shot"),
+    Row("SFT on solved dialogues", IMITATION, "after", "10.3 / 10.0"),
+    Row("single-turn RL", "single_turn", "after", "10.2 / 10.9"),
+    Row("RLEF", "rlef", "after", "17.2 / 16.1"),
+    Row("RLEF, no feedback", "no_feedback", "after", "12.2 / 10.9"),
+    Row("RLEF, a value a token", "token_value", "after", "13.1 / 13.7"),
+)
+
+
+def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequence[str]) -> None:
+    """Run what is missing, write and print the tables. A command that fails ends this one with its
+    exit code, after its own message."""
+    config = load_config(find_recipe(recipe), overrides, TrainConfig)
+    refuse_another(out / "asked.json", config)
+    if recipe == "demo" and not (Path(config.model.path) / "config.json").is_file():
+        stage("base model", "sft", "demo_base")
+    sets = [word for override in overrides for word in ("--set", override)]
+    for seed in seeds:
+        for name in (*RUNS, IMITATION):
+            run_once(recipe, out / f"{name}-{seed}", name, seed, sets)
+        for name in BUDGETS:
+            model = config.model.path if name == "base" else str(out / f"rlef-{seed}")
+            hold_long_dialogues(config, model, out, f"{name}-{seed}", seed)
+    results = collect(out, seeds)
+    command = " ".join(["rlef reproduce", recipe, f"--seeds {len(seeds)}", *sets])
+    about = describe(
+        command=command, recipe=recipe, overrides=list(overrides), seeds=list(seeds), **size(config)
+    )
+    write_atomically(out / "reproduce.json", json.dumps({**about, **results}, indent=1) + "\n")
+    write_atomically(out / "reproduce.md", markdown(results))
+    save_turn_budgets(results["turn_budget"], out / "reproduce.png")
+    show(results)
+    print(f"wrote {out / 'reproduce.json'}, .md and .png")
+
+
+def refuse_another(path: Path, config: TrainConfig) -> None:
+    """ConfigError where OUT holds runs of other settings: their results would pass for these."""
+    asked = config.model_dump(mode="json", exclude={"run": {"dir", "seed"}})
+    if not path.exists():
+        write_atomically(path, json.dumps(asked, indent=1) + "\n")
+        return
+    there = json.loads(path.read_text())
+    differing = [
+        f"{section}.{key} = {there.get(section, {}).get(key)!r} there, {value!r} here"
+        for section, values in asked.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if (there.get(section) or {}).get(key) != value
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} holds runs of other settings ({'; '.join(differing)}); choose another "
+            "--out, or remove it"
+        )
+
+
+def size(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "updates": config.run.steps * config.ppo.updates_per_batch,
+        "dialogues": config.run.steps * config.rollout.episodes_per_batch,
+        "test": config.data.test,
+        "turn_budget_problems": config.eval.problems,
+    }
+
+
+def run_once(recipe: str, run: Path, name: str, seed: int, sets: Sequence[str]) -> None:
+    if (run / "eval/after.json").is_file():
+        return
+    command = "imitate" if name == IMITATION else "train"
+    own = (f"run.dir={json.dumps(str(run))}", f"run.seed={seed}", *RUNS.get(name, ()))
+    words = [word for setting in own for word in ("--set", setting)]
+    stage(f"{name}, seed {seed}", command, recipe, *sets, *words)
+
+
+def hold_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, seed: int) -> None:
+    """For the turn budgets, on as many test problems as `eval.problems`: all have the same number
+    of samples."""
+    if (out / f"eval/{name}.json").is_file():
+        return
+    rollout, evaluation = config.rollout, config.eval
+    stage(
+        f"turn budgets, {name}",
+        *("eval", model, "--data", str(config.data.test), "--out", str(out), "--name", name),
+        # so many dialogues that one turn each is as many samples as one of all turns
+        *("--turns", str(TURNS), "--n-at-k", f"1@{TURNS}", "--rollouts", str(TURNS)),
+        *("--problems", str(evaluation.problems)),
+        *("--feedback", "true", "--temperature", str(evaluation.temperature)),
+        *("--top-p", str(evaluation.top_p), "--max-new-tokens", str(rollout.max_new_tokens)),
+        *("--max-context", str(rollout.max_context), "--dtype", config.model.dtype),
+        *("--seed", str(seed)),
+    )
+
+
+def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Rates of every row, from the evaluations that the runs wrote."""
+    rows = {}
+    for row in ROWS:
+        of_seeds = [
+            json.loads((out / f"{row.run}-{seed}/eval/{row.evaluation}.json").read_text())
+            for seed in seeds
+        ]
+        rows[row.name] = {
+            "paper": row.paper,
+            **{
+                protocol: interval([one["protocols"][protocol]["outcomes"] for one in of_seeds])
+                for protocol in PROTOCOLS
+                if all(protocol in one["protocols"] for one in of_seeds)
+            },
+        }
+    return {
+        "rows": rows,
+        "turn_budget": {name: budgets(out, name, seeds) for name in BUDGETS},
+        "training_minutes": {name: minutes(out, name, seeds) for name in RUNS},
+    }
+
+
+def minutes(out: Path, name: str, seeds: Sequence[int]) -> list[float]:
+    """That the steps of a run took, a number a seed; without start, first and last evaluation."""
+    of_seeds = [RunDirectory(out / f"{name}-{seed}").read_metrics() for seed in seeds]
+    return [round(sum(s["time"]["step"] for s in steps) / 60, 2) for steps in of_seeds]
+
+
+def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:
+    """By number of turns: n@k at the same k, a number a seed."""
+    found: dict[str, list[float]] = {}
+    for seed in seeds:
+        content = json.loads((out / f"eval/{name}-{seed}.json").read_text())
+        curve = content["protocols"]["multi_turn"]["turn_budget"][f"1@{TURNS}"]
+        for turns, rate in curve.items():
+            found.setdefault(turns, []).append(rate["value"])
+    return found
+
+
+def interval(outcomes: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    """Of a list a seed; and each seed's mean."""
+    known = [[outcome for outcome in one if outcome is not None] for one in outcomes]
+    return interval_over_seeds(outcomes) | {"seeds": [round(mean(one), 4) for one in known]}
+
+
+HEADINGS = ("", "1@3 dialogues", "1@3 independent", "random feedback", "paper, 8B: valid / test")
+
+
+def cells(name: str, row: dict[str, Any]) -> list[str]:
+    rates = (row.get(protocol) for protocol in PROTOCOLS)
+    return [
+        name,
+        *(
+            f"{100 * r['value']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if r else ""
+            for r in rates
+        ),
+        row["paper"] or "-",
+    ]
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table(*HEADINGS, title="solved, % [95%]")
+    for name, row in results["rows"].items():
+        table.add_row(*cells(name, row))
+    Console().print(table)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
+    lines += [f"| {' | '.join(cells(name, row))} |" for name, row in results["rows"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def save_turn_budgets(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for (name, curve), color in zip(curves.items(), PALETTE, strict=False):
+            turns = [int(count) for count in curve]
+            values = np.asarray(list(curve.values()))  # turns x seeds
+            axes.plot(turns, 100 * values.mean(1), "o-", color=color, label=name)
+            axes.fill_between(
+                turns, 100 * values.min(1), 100 * values.max(1), color=color, alpha=0.2, lw=0
+            )
+        axes.set_xlabel(f"turns a dialogue may have, at most {TURNS} samples in all")
+        axes.set_xticks(range(1, TURNS + 1))
+        axes.set_ylabel(f"1@{TURNS}, % solved")
+        axes.set_ylim(0, 100)
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=150)

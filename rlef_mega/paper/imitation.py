@@ -1,0 +1,170 @@
+"""What imitation alone makes of the same rollouts: the paper's few-shot and supervised ablations.
+
+`rlef imitate RECIPE` holds the dialogues of an RLEF run with the base model, as many and of the
+same problems, and keeps those that were solved. One of them before each question is few-shot
+prompting: `eval/few_shot.json`. The base fine-tuned on them, with the loss on the last response
+alone, in as many updates of as many sequences as RLEF makes, is the supervised ablation:
+`eval/after.json` and `model/`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.dialogues.batches import Dialogues, RolloutsOnDemand
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.judge import Judge, open_grader
+from rlef_mega.dialogues.rollout import Rules, derive_seed
+from rlef_mega.engines.publish import publish
+from rlef_mega.evaluation.during_training import Evaluator
+from rlef_mega.megatron import parallel
+from rlef_mega.megatron.hf_weights import export_hf
+from rlef_mega.megatron.supervised import SupervisedLearner
+from rlef_mega.packing import pack
+from rlef_mega.parts import dialogue_rules, open_engine
+from rlef_mega.problems import load_problems
+from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.launch import StopRequest, sandbox_token, worker_main
+from rlef_mega.run.progress import StepProgress
+from rlef_mega.run.ranks import any_rank
+from rlef_mega.types import Episode
+
+
+def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
+    """0 when all is written, STOPPED when asked to stop before; it then begins anew the next time.
+    RuntimeError where the base solved nothing."""
+    run = RunDirectory(Path(config.run.dir))
+    stop = StopRequest(run.stop_request)
+    ranks = parallel.initialize(config.parallel, seed=config.run.seed)
+    if ranks.is_writer:
+        run.lock()
+        run.resume(0)
+    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    rules = dialogue_rules(config, chat)
+    learner = SupervisedLearner(
+        ranks,
+        Path(config.model.path),
+        optimizer=config.learner.policy,
+        microbatch_tokens=config.learner.microbatch_tokens,
+        dtype=config.model.dtype,
+        recompute=config.model.recompute,
+        layers=config.model.layers,
+        weights=Path(config.model.weights) if config.model.weights else None,
+    )
+    with ExitStack() as stack:
+        grader = stack.enter_context(open_grader(**config.judge.model_dump(), token=grading_token))
+        engine = stack.enter_context(open_engine(config, ranks, run))
+        progress = stack.enter_context(
+            StepProgress("imitation", done=0, total=config.run.steps, shown=ranks.is_writer)
+        )
+        judge = Judge(grader)
+
+        def evaluate(name: str, rules: Rules) -> None:
+            Evaluator(
+                config, run, engine, judge, chat, rules, writer=ranks.is_writer, say=progress.say
+            ).full(name)
+
+        publish(learner.policy_weights, engine, version=0)
+        dialogues = Dialogues(
+            load_problems(config.data.train),
+            engine,
+            judge,
+            chat,
+            rules,
+            batch=config.rollout.episodes_per_batch,
+            seed=config.run.seed,
+        )
+        mined = mine(config, RolloutsOnDemand(dialogues), run, stop, writer=ranks.is_writer)
+        if mined is None:
+            return stop.obeyed(writer=ranks.is_writer)
+        turns = Counter(len(episode.turns) for episode in mined)
+        progress.say(f"{len(mined)} dialogues are solved, by turns: {dict(turns)}")
+        evaluate("few_shot", with_example(rules, mined))
+        batches = batches_of_last_responses(mined, config)
+        for step in range(1, config.run.steps + 1):
+            losses = [
+                learner.supervised_update(pack(next(batches), invalid_code_penalty=0.0))["loss"]
+                for _ in range(config.ppo.updates_per_batch)
+            ]
+            if ranks.is_writer:
+                run.append_metrics({"step": step, "loss": sum(losses) / len(losses)})
+            progress.step(f"loss {losses[-1]:.3f}")
+            if any_rank(stop.requested()):
+                return stop.obeyed(writer=ranks.is_writer)
+        publish(learner.policy_weights, engine, version=1)
+        export_hf(
+            learner.policy_weights(),
+            Path(config.model.path),
+            run.path / "model",
+            getattr(torch, config.model.dtype),
+            is_writer=ranks.is_writer,
+        )
+        evaluate("after", rules)
+    parallel.shutdown(ranks)
+    return 0
+
+
+def mine(
+    config: TrainConfig,
+    rollouts: RolloutsOnDemand,
+    run: RunDirectory,
+    stop: StopRequest,
+    *,
+    writer: bool,
+) -> list[Episode] | None:
+    """The solved ones of a whole run's dialogues, written down in mined.json; None when asked to
+    stop before. RuntimeError where there is none."""
+    mined: list[Episode] = []
+    for step in range(1, config.run.steps + 1):
+        mined += [e for e in rollouts.batch(step).episodes if e.solved]
+        if any_rank(stop.requested()):
+            return None
+    held = config.run.steps * config.rollout.episodes_per_batch
+    if not mined:
+        raise RuntimeError(f"the base model solved none of {held} problems: nothing to imitate")
+    if writer:
+        turns = Counter(len(episode.turns) for episode in mined)
+        run.write_json("mined.json", {"held": held, "solved_in_turns": turns})
+    return mined
+
+
+def with_example(rules: Rules, mined: Sequence[Episode]) -> Rules:
+    """The shortest solved dialogue that repairs something stands before each question; the context
+    grows by as much."""
+    repairing = [episode for episode in mined if len(episode.turns) > 1]
+    chosen = min(repairing or mined, key=lambda e: (len(e.token_ids), e.problem_id, e.token_ids))
+    return replace(
+        rules, example=chosen.token_ids, max_context=rules.max_context + len(chosen.token_ids)
+    )
+
+
+def batches_of_last_responses(
+    mined: Sequence[Episode], config: TrainConfig
+) -> Iterator[list[Episode]]:
+    """Updates' worth of sequences, epoch after epoch in another order; actions are the tokens of
+    the last response."""
+    size = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
+    last = [replace(episode, turns=episode.turns[-1:]) for episode in mined]
+    waiting: list[Episode] = []
+    epoch = 0
+    while True:
+        while len(waiting) < size:
+            seed = derive_seed(config.run.seed, "imitation", epoch)
+            order = torch.randperm(len(last), generator=torch.Generator().manual_seed(seed))
+            waiting += [last[i] for i in order.tolist()]
+            epoch += 1
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+if __name__ == "__main__":
+    worker_main(
+        lambda run_dir: imitate(
+            load_config(run_dir / "config.toml", [], TrainConfig), grading_token=sandbox_token()
+        )
+    )

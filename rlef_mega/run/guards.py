@@ -1,0 +1,104 @@
+"""When a run says that something is wrong, and when it stops by itself, because going on would
+waste the machine. Each message says what was seen."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from rlef_mega.config import GuardConfig
+
+
+class GuardError(RuntimeError):
+    """A run that stopped itself. What was recorded stays; checkpoints from before the fault can be
+    resumed."""
+
+
+class Guards:
+    """Watches the record of each step; all ranks see the same one, and so stop together."""
+
+    def __init__(
+        self, limits: GuardConfig, *, max_drop_fraction: float, max_staleness: int
+    ) -> None:
+        self.limits = limits
+        self.max_drop_fraction, self.max_staleness = max_drop_fraction, max_staleness
+        self.recent: list[dict[str, Any]] = []  # records of the last guard.window steps
+
+    def check_drops(self, drops: Counter[str], dialogues: int) -> None:
+        """Few drops are the price of faults; many mean that engine or sandbox is broken."""
+        dropped, allowed = drops.total(), self.max_drop_fraction
+        if dropped > allowed * dialogues:
+            raise GuardError(
+                f"{dropped} of {dialogues} dialogues were dropped: {dict(drops)}; "
+                f"rollout.max_drop_fraction = {allowed}"
+            )
+
+    def alarms(self, record: dict[str, Any]) -> list[str]:
+        """What is near its limit in a step's record, or beyond one that `check` allows for a
+        while."""
+        gaps = self.gaps(record)
+        said = [
+            f"{name} = {gap:.3g} is over half of what is allowed, {limit}"
+            for name, gap, limit in gaps
+            if limit / 2 < gap <= limit
+        ]
+        size, least = record["effective_sample_size"], self.limits.min_effective_sample_size
+        if not size >= least:
+            said.append(f"effective_sample_size = {size:.2f}, wanted {least}")
+        k3, most = record["behaviour_k3"], self.limits.max_behaviour_k3
+        if not k3 <= most:
+            said.append(f"behaviour_k3 = {k3:.3g}, allowed {most}")
+        return said
+
+    def check(self, record: dict[str, Any]) -> None:
+        """A step's record, before its weights are saved. GuardError where the run must stop."""
+        step = record["step"]
+        lags = [int(lag) for lag in record["staleness"]]
+        if min(lags) < 0 or max(lags) > self.max_staleness:
+            raise GuardError(
+                f"step {step}: tokens are {min(lags)} to {max(lags)} versions behind the trainer's "
+                f"weights, which cannot be with rollout.max_staleness = {self.max_staleness}: "
+                "somebody else publishes weights to the same servers. Give each run its own"
+            )
+        for name, gap, limit in self.gaps(record):
+            if not gap <= limit:  # also true of NaN
+                raise GuardError(
+                    f"step {step}: {name} = {gap:.3g}, allowed {limit}: engine and "
+                    "trainer disagree on the log-probs of the same tokens. They do not hold the "
+                    "same weights, or compute at another precision or temperature, and the "
+                    "policy gradient would be wrong. Check model.dtype; bfloat16 needs wider "
+                    "guards than float32"
+                )
+        self.recent = [*self.recent, record][-self.limits.window :]
+        if len(self.recent) < self.limits.window:
+            return
+        invalid, allowed = self.mean("invalid_fraction"), self.limits.max_invalid_fraction
+        if invalid > allowed:
+            raise GuardError(
+                f"step {step}: {invalid:.0%} of the responses of the last "
+                f"{self.limits.window} steps hold no valid code; guard.max_invalid_fraction = "
+                f"{allowed}. The policy has broken, and does not mend by itself: go on from an "
+                "earlier checkpoint with a lower learner.policy.lr"
+            )
+        size, k3 = self.mean("effective_sample_size"), self.mean("behaviour_k3")
+        least, most = self.limits.min_effective_sample_size, self.limits.max_behaviour_k3
+        if not (size >= least and k3 <= most):
+            raise GuardError(
+                f"step {step}: over the last {self.limits.window} steps what sampled the episodes "
+                f"was too far from what is trained: effective_sample_size = {size:.2f} "
+                f"(guard.min_effective_sample_size = {least}), behaviour_k3 = {k3:.3g} "
+                f"(guard.max_behaviour_k3 = {most}). Lower rollout.max_staleness or "
+                "learner.policy.lr"
+            )
+
+    def gaps(self, record: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+        """Name, value and limit of each log-prob gap; none when no token was sampled with the
+        trainer's weights."""
+        for name, limit in (
+            ("logprob_gap_max", self.limits.max_logprob_gap),
+            ("logprob_gap_mean", self.limits.mean_logprob_gap),
+        ):
+            if record[name] is not None:
+                yield name, record[name], limit
+
+    def mean(self, name: str) -> float:
+        return sum(record[name] for record in self.recent) / len(self.recent)

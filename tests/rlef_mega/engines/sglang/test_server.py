@@ -1,0 +1,278 @@
+"""Starting servers, with a stand-in for the server's Python that ends, sleeps or serves as told.
+
+The real one: tests/sglang."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlef_mega.config import ConfigError, TrainConfig, dump_toml
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang import server as sglang_server
+from rlef_mega.engines.sglang.serve import servers_for, serving
+from rlef_mega.engines.sglang.server import CPU_LAUNCHER, Servers, ServerSettings
+
+HEALTHY = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *words): pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+print("serving", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def settings(folder: Path, program: str, **options) -> ServerSettings:
+    """What is started is this program in place of the server's Python."""
+    python, script = folder / "python", folder / "program.py"
+    script.write_text(program)
+    # not named in the first line itself, where no path may hold a space
+    python.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n'
+    )
+    python.chmod(0o755)
+    given = {"device": "cuda", "dtype": "bfloat16", "context_length": 100, **options}
+    return ServerSettings(model=folder, python=str(python), **given)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def servers(folder: Path, program: str, **options) -> Servers:
+    options = {"ready_s": 20.0, "logs": folder / "logs", **options}
+    return Servers(settings(folder, program), count=1, port=free_port(), **options)
+
+
+def test_a_server_that_ends_as_it_starts_is_an_error_with_its_last_words(tmp_path):
+    program = "import sys; print('CUDA out of memory'); sys.exit(1)"
+    with pytest.raises(EngineError, match=r"(?s)ended as it started.*CUDA out of memory"):
+        servers(tmp_path, program).__enter__()
+
+
+def test_a_server_that_is_not_ready_in_time_is_an_error_and_ends(tmp_path):
+    program = "import os, time; print('loading', os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(EngineError, match=r"(?s)not ready after 1 s.*loading"):
+        servers(tmp_path, program, ready_s=1.0).__enter__()
+    (log,) = (tmp_path / "logs").iterdir()
+    assert not psutil.pid_exists(int(log.read_text().split()[-1]))
+
+
+def test_a_port_that_is_taken_is_not_mistaken_for_the_server(tmp_path):
+    running = servers(tmp_path, HEALTHY)
+    with running, pytest.raises(EngineError, match=r"answers at http://127.0.0.1:.* already"):
+        second = servers(tmp_path, HEALTHY)
+        second.servers[0].url = running.urls[0]
+        second.__enter__()
+
+
+def test_there_is_no_python(tmp_path):
+    given = settings(tmp_path, "")
+    os.remove(given.python)
+    with pytest.raises(EngineError, match="make setup-sglang"):
+        Servers(given, count=1, port=free_port(), logs=tmp_path, ready_s=1).__enter__()
+
+
+class EnoughError(Exception):
+    pass
+
+
+def test_what_ends_is_started_again(tmp_path):
+    said = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "ready again" in text:
+            raise EnoughError
+
+    with servers(tmp_path, HEALTHY) as running:
+        first = running.servers[0].process.pid
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(EnoughError):
+            running.supervise(say)
+        assert running.restarts == 1 and running.servers[0].process.pid != first
+        assert urllib.request.urlopen(running.urls[0], timeout=5).status == 200
+    assert "has ended" in said[0]
+
+
+def test_what_hangs_is_ended_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang_server, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(sglang_server, "HEALTH_S", 0.3)
+    said = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "ready again" in text:
+            raise EnoughError
+
+    with servers(tmp_path, HEALTHY, hang_s=1.0) as running:
+        first = running.servers[0].process.pid
+        os.kill(first, signal.SIGSTOP)
+        with pytest.raises(EnoughError):
+            running.supervise(say)
+    assert "did not answer" in said[0] and not psutil.pid_exists(first)
+
+
+RESTING = HEALTHY.replace(
+    "self.send_response(200)",
+    "self.send_response(503 if self.path == '/health' and os.path.exists(RESTS) else 200)",
+)
+
+
+@pytest.mark.parametrize("may_rest", [True, False])
+def test_servers_that_may_rest_are_left_alone_while_they_do(tmp_path, monkeypatch, may_rest):
+    """Without memory a server is not healthy, for longer than one may hang."""
+    monkeypatch.setattr(sglang_server, "ASK_EVERY_S", 0.1)
+    rests = tmp_path / "rests"
+    program = f"RESTS = {str(rests)!r}\n{RESTING}"
+    with servers(tmp_path, program, hang_s=0.5, may_rest=may_rest) as running:
+        (server,) = running.servers
+        server.heard_at_s = time.monotonic()
+        rests.touch()
+        until, reason = time.monotonic() + 1.5, None
+        while not reason and time.monotonic() < until:
+            reason = running.reason_to_restart(server)
+            time.sleep(0.02)
+    assert reason is None if may_rest else "did not answer" in reason
+
+
+def test_a_server_that_never_comes_back_is_an_error_in_the_end(tmp_path):
+    program = f"import os\nif os.path.exists({str(tmp_path / 'broken')!r}): os._exit(1)\n{HEALTHY}"
+    with servers(tmp_path, program) as running:
+        (tmp_path / "broken").touch()
+        os.kill(running.servers[0].process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"ended 3 times before it was ready"):
+            running.supervise(lambda text: None)
+
+
+def test_servers_die_with_their_parent(tmp_path):
+    given = settings(tmp_path, HEALTHY)
+    owner = f"""
+import sys, time
+from pathlib import Path, PosixPath
+from rlef_mega.engines.sglang.server import Servers, ServerSettings
+logs = Path({str(tmp_path)!r})
+with Servers({given!r}, count=1, port={free_port()}, logs=logs, ready_s=20) as servers:
+    print(servers.servers[0].process.pid, flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    server = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    expect_end_of(server)
+
+
+def expect_end_of(process: int) -> None:
+    until = time.monotonic() + 5
+    while psutil.pid_exists(process) and psutil.Process(process).status() != "zombie":
+        assert time.monotonic() < until, f"process {process} outlived its parent"
+        time.sleep(0.02)
+
+
+SERVING = """
+import sys, time
+from pathlib import Path
+import psutil
+from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.engines.sglang.serve import serving
+with serving(load_config(Path(sys.argv[1]), [], TrainConfig), [sys.argv[1]]):
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    sys.stdin.readline()
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["its own", "kill -9"])
+def test_servers_live_as_long_as_the_training_that_they_were_started_for(tmp_path, end):
+    given = settings(tmp_path, HEALTHY)
+    config = recipe(tmp_path, python=given.python, port=free_port())
+    path = tmp_path / "recipe.toml"
+    path.write_text(dump_toml(config))
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SERVING, str(path)]
+    training = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=dict(os.environ))
+    said = [training.stdout.readline() for _ in range(3)]
+    assert said[1] == f"ready: {config.rollout.servers.addresses[0]}\n"
+    serve, server = map(int, said[2].split())
+    if end == "kill -9":
+        training.kill()
+    else:
+        assert training.communicate("\n", timeout=20) == ("stopped\nended\n", None)
+    assert training.wait(10) == (-signal.SIGKILL if end == "kill -9" else 0)
+    expect_end_of(serve)
+    expect_end_of(server)
+
+
+def test_training_does_not_begin_without_its_servers(tmp_path, capfd):
+    given = settings(tmp_path, "print('CUDA out of memory')")
+    path = tmp_path / "recipe.toml"
+    path.write_text(dump_toml(config := recipe(tmp_path, python=given.python, port=free_port())))
+    with pytest.raises(EngineError, match="did not start"), serving(config, [str(path)]):
+        pytest.fail("they have ended")
+    assert "CUDA out of memory" in capfd.readouterr().err
+    elsewhere = recipe(tmp_path, urls=["http://node7:30000"])
+    for wrong in (elsewhere, recipe(tmp_path, engine="local")):
+        with pytest.raises(ConfigError, match="--serve starts this node's"), serving(wrong, []):
+            pytest.fail("they are not of this node, or none are asked for")
+
+
+def recipe(folder: Path, engine: str = "sglang", **servers) -> TrainConfig:
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 1002}))
+    return TrainConfig.model_validate(
+        {
+            "run": {"dir": str(folder / "run"), "steps": 1},
+            "model": {"path": str(folder)},
+            "data": {"train": "curriculum:train"},
+            "rollout": {
+                "engine": engine,
+                "max_context": 1000,
+                "max_new_tokens": 100,
+                "servers": servers,
+            },
+        }
+    )
+
+
+def test_a_recipe_says_which_servers_are_started_how(tmp_path):
+    config = recipe(tmp_path, count=2, port=4000, tensor_parallel_size=4, arguments=["--x", "y"])
+    command = servers_for(config).servers[1].settings.command(4001)
+    assert command[1:3] == ["-m", "sglang.launch_server"] and command[-2:] == ["--x", "y"]
+    options = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
+    assert options["--tp-size"] == "4" and options["--port"] == "4001"
+    assert options["--dtype"] == "bfloat16" and options["--model-path"] == str(tmp_path)
+    assert options["--context-length"] == "1002"
+    assert config.rollout.servers.addresses == ("http://127.0.0.1:4000", "http://127.0.0.1:4001")
+    resting = servers_for(recipe(tmp_path, release_memory=True))
+    assert "--enable-memory-saver" in resting.servers[0].settings.command(4000)
+    assert resting.sign_of_life != "/health"
+    for count, width, gpus in ((8, 1, list(range(8))), (2, 4, [0, 4])):  # no two on one GPU
+        several = servers_for(recipe(tmp_path, count=count, tensor_parallel_size=width))
+        first = [s.settings.command(s.port, s.first_gpu) for s in several.servers]
+        assert [int(c[c.index("--base-gpu-id") + 1]) for c in first] == gpus
+    on_cpu = servers_for(recipe(tmp_path, device="cpu")).servers[0].settings.command(4000)
+    assert on_cpu[1:3] == ["-P", str(CPU_LAUNCHER)] and "--base-gpu-id" not in on_cpu
+
+
+def test_a_context_that_the_model_cannot_hold_is_refused(tmp_path):
+    config = recipe(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 1000}))
+    with pytest.raises(ConfigError, match="at most 998"):
+        servers_for(config)

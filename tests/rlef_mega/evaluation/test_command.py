@@ -1,0 +1,383 @@
+"""`rlef eval` from end to end: killed and gone on with, graded again, refused. Responses come from
+a completion server that samples one of some by the request's seed; grading is real."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlef_mega.config import ConfigError
+from rlef_mega.dialogues.chat import CONTROLS, ChatFormat
+from rlef_mega.evaluation.command import EvalRequest, run_evaluation
+from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, create, key_of, read_dialogues
+from rlef_mega.evaluation.held import SINGLE, Part
+from rlef_mega.evaluation.numbers import numbers_of
+from rlef_mega.megatron.convert.command import import_folder
+from rlef_mega.problems.jsonl import write_jsonl
+from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import Test
+from tests.rlef_mega.dialogues.test_chat import byte_tokenizer
+from tests.rlef_mega.evaluation.completion_server_double import CompletionServer
+from tests.rlef_mega.tiny_llama import tiny_llama
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+NAMES = ("Bob", "Kim", "Ida", "Max", "Zoe")
+RIGHT = "```python\nprint('Hello',input())\n```"
+WRONG = "```python\nprint('Ciao',input())\n```"
+ONLY_PUBLIC = "```python\nname=input()\nprint('Hello' if len(name)==3 else 'Bye',name)\n```"
+NO_CODE = "I do not know."
+RESPONSES = [RIGHT, WRONG, ONLY_PUBLIC, NO_CODE, WRONG]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model's folder, of which a completion server's evaluation reads the tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(262).save_pretrained(folder)
+    byte_tokenizer(CONTROLS["llama3"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "greet.jsonl"
+    write_jsonl(
+        [
+            Problem(
+                id=f"greet-{name}",
+                statement="Greet the person whose name is given.",
+                public_tests=(Test(f"{name}\n", f"Hello {name}\n"),),
+                private_tests=PrivateTests((Test("Julia\n", "Hello Julia\n"),)),
+                template="curriculum",
+                family="greet",
+                difficulty="easy" if name < "K" else "hard",
+            )
+            for name in NAMES
+        ],
+        path,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with CompletionServer(ChatFormat.from_folder(folder), RESPONSES) as server:
+        yield server
+
+
+def request_of(folder: Path, data: Path, out: Path, server: CompletionServer) -> EvalRequest:
+    return EvalRequest(
+        model=folder,
+        data=str(data),
+        out=out,
+        name=None,
+        step=None,
+        problems=0,
+        n_at_k="1@3,2@6",
+        rollouts=3,
+        turns=3,
+        feedback=("true", "random", "private"),
+        single_turn=True,
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=120,
+        max_context=2000,
+        dtype="float32",
+        seed=0,
+        at_once=4,
+        openai=(server.url,) if server else (),
+    )
+
+
+def words(request: EvalRequest) -> list[str]:
+    """As the command takes it."""
+    return [
+        *(sys.executable, "-m", "rlef_mega.cli", "eval", str(request.model)),
+        *("--data", request.data, "--out", str(request.out), "--n-at-k", str(request.n_at_k)),
+        *("--rollouts", "3", "--feedback", "true,random,private", "--temperature", "1"),
+        *("--top-p", "1", "--max-new-tokens", "120", "--max-context", "2000", "--at-once", "4"),
+        *("--openai", request.openai[0]),
+    ]
+
+
+def result(out: Path, name: str = "tiny") -> dict:
+    return json.loads((out / f"eval/{name}.json").read_text())
+
+
+def dialogues(out: Path, name: str = "tiny") -> dict:
+    """Without what a try may add beside them."""
+    records = read_dialogues(out / f"eval/{name}.dialogues.jsonl")
+    return {key_of(record): record for record in records}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, data, server, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    server.requests.clear()
+    run_evaluation(request_of(folder, data, out, server))
+    return out
+
+
+def test_every_dialogue_is_held_once_and_all_numbers_are_there(undisturbed, server):
+    held = dialogues(undisturbed)
+    assert len(held) == sum(1 for _ in read_dialogues(undisturbed / "eval/tiny.dialogues.jsonl"))
+    assert Counter(key.protocol for key in held) == {
+        "independent": 45,
+        "multi_turn": 15,
+        "random_feedback": 15,
+        "private_feedback": 15,
+    }
+    assert sum(len(record["turns"]) for record in held.values()) == len(server.sampled)
+    found = result(undisturbed)
+    for protocol, numbers in found["protocols"].items():
+        assert numbers["asked"] == numbers["dialogues"] and not numbers["dropped"]
+        assert set(numbers["n_at_k"]) == {"1@3", "2@6"} and numbers["by_difficulty"].keys() == {
+            "easy",
+            "hard",
+        }
+        assert ("turn_budget" in numbers) == (protocol != "independent")
+    outcomes = {t["outcome"] for record in held.values() for t in record["turns"]}
+    assert outcomes == {"OK", "WRONG_ANSWER", "PRIVATE_TEST", "NO_VALID_CODE"}
+    assert found["sessions"][0]["engine"]["token_ids"] == "as sampled"
+    assert (undisturbed / "eval/tiny.png").stat().st_size > 10_000
+
+
+def test_feedback_is_what_was_asked_for(undisturbed):
+    told = {"multi_turn": [], "random_feedback": [], "private_feedback": []}
+    for key, record in dialogues(undisturbed).items():
+        if key.protocol in told:
+            own = key.problem_id.removeprefix("greet-")
+            told[key.protocol] += [(own, turn["observation"]) for turn in record["turns"][1:]]
+    assert all(told.values())
+    assert all(own in text or "No valid" in text for own, text in told["multi_turn"])
+    assert not any("Julia" in text for _, text in told["multi_turn"])
+    assert not any(own in text for own, text in told["random_feedback"])
+    assert any("Expected" in text for _, text in told["random_feedback"])
+    assert any("Julia" in text for _, text in told["private_feedback"])
+
+
+def test_a_killed_evaluation_goes_on_and_comes_to_the_same(
+    undisturbed, folder, data, server, tmp_path
+):
+    """SIGKILL while dialogues are held, and the last line cut as a kill may cut it."""
+    request = request_of(folder, data, tmp_path, server)
+    path = tmp_path / "eval/tiny.dialogues.jsonl"
+    server.requests.clear()
+    server.delay_s = 0.05
+    child = subprocess.Popen(words(request), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 400
+        while not path.exists() or path.read_text().count('"multi_turn"') < 3:
+            assert child.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
+    server.delay_s = 0.0
+    whole = sum(1 for _ in read_dialogues(path))
+    assert 45 < whole < 90
+    with path.open("a") as file:
+        file.write('{"protocol": "multi_turn", "problem')
+    run_evaluation(request)
+    assert dialogues(tmp_path) == dialogues(undisturbed)
+    assert sum(1 for _ in read_dialogues(path)) == 90, "a dialogue was written twice"
+    again, before = result(tmp_path), result(undisturbed)
+    assert again["protocols"] == before["protocols"] and len(again["sessions"]) == 2
+    asked = len(server.sampled)
+    run_evaluation(request)  # there is nothing left to do
+    assert len(server.sampled) == asked and result(tmp_path)["protocols"] == before["protocols"]
+
+
+def test_more_may_be_asked_for_later_but_nothing_else(undisturbed, folder, data, server, tmp_path):
+    small = replace(
+        request_of(folder, data, tmp_path, server),
+        feedback=("true",),
+        single_turn=False,
+        rollouts=1,
+    )
+    run_evaluation(small)
+    assert Counter(key.protocol for key in dialogues(tmp_path)) == {"multi_turn": 5}
+    run_evaluation(replace(small, rollouts=3, single_turn=True, n_at_k="3@9"))
+    later, whole = dialogues(tmp_path), dialogues(undisturbed)
+    assert later == {key: whole[key] for key in later} and len(later) == 60
+    assert result(tmp_path)["protocols"]["multi_turn"]["n_at_k"].keys() == {"1@3", "3@9"}
+    for change in ({"temperature": 0.5}, {"turns": 2}, {"seed": 1}, {"problems": 3}):
+        with pytest.raises(ConfigError, match=r"another evaluation .* here.*--name"):
+            run_evaluation(replace(small, **change))
+
+
+def test_what_a_fault_dropped_is_counted_and_tried_again(folder, data, server, tmp_path):
+    request = replace(request_of(folder, data, tmp_path, server), feedback=("true",))
+    run_evaluation(request)
+    path = tmp_path / "eval/tiny.dialogues.jsonl"
+    before, keys = result(tmp_path), list(dialogues(tmp_path))
+    faulty = [{**keys[0]._asdict(), "dropped": "EngineError"}]
+    faulty.append({**keys[1]._asdict(), "dropped": "prompt too long"})
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if "protocol" not in json.loads(line)]
+    kept += [line for line in lines if "protocol" in json.loads(line)][2:]
+    path.write_text("\n".join(kept + [json.dumps(record) for record in faulty]) + "\n")
+    run_evaluation(request)
+    numbers = result(tmp_path)["protocols"][keys[0].protocol]
+    assert numbers["dropped"] == {"prompt too long": 1}
+    assert numbers["dialogues"] + 1 == numbers["asked"] == 45
+    assert dialogues(tmp_path)[keys[0]]["solved"] in (True, False)
+    same = (found["protocols"]["multi_turn"]["n_at_k"] for found in (before, result(tmp_path)))
+    assert next(same) == next(same)
+
+
+def test_two_processes_cannot_write_one_evaluation(undisturbed):
+    path = undisturbed / "eval/tiny.dialogues.jsonl"
+    asked = json.loads(path.open().readline())["asked"]
+    with (
+        DialogueFile(path, asked, []),
+        pytest.raises(ConfigError, match="another process"),
+    ):
+        DialogueFile(path, asked, [])
+
+
+def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path):
+    """Both saw none; the second must not put its own in the place of that which the first holds."""
+    create(tmp_path / "one.jsonl", "first\n")
+    create(tmp_path / "one.jsonl", "second\n")
+    assert (tmp_path / "one.jsonl").read_text() == "first\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbed, tmp_path):
+    lines = (undisturbed / "eval/tiny.dialogues.jsonl").read_text().splitlines()
+    path = tmp_path / "one.dialogues.jsonl"
+    with path.open("w") as file:
+        for line in lines:
+            record = json.loads(line)
+            if record.get("protocol") == "random_feedback":
+                record = {key: record[key] for key in ("protocol", "problem_id", "number")}
+                record["dropped"] = "JudgeError"
+            file.write(json.dumps(record) + "\n")
+    before = result(undisturbed)["protocols"]
+    keys: dict[str, list[Key]] = {}
+    for key in map(key_of, read_dialogues(path)):
+        keys.setdefault(key.protocol, []).append(key)
+    parts = [
+        Part(name, 1 if name == SINGLE else 3, "true", tuple(dict.fromkeys(mine)))
+        for name, mine in keys.items()
+    ]
+    found = numbers_of(path, parts, turns=3, n_at_k=[(1, 3)])
+    count = len(keys["random_feedback"])
+    assert found["all_dropped"] == {"random_feedback": {"JudgeError": count}}
+    assert set(found["protocols"]) == set(before) - {"random_feedback"}
+    assert found["protocols"]["multi_turn"]["outcomes"] == before["multi_turn"]["outcomes"]
+    with pytest.raises(RuntimeError, match="every dialogue"):
+        numbers_of(path, [p for p in parts if p.protocol == "random_feedback"], turns=3, n_at_k=[])
+
+
+# -------------------------------------------------------------------------------- graded again
+
+
+def test_recorded_responses_come_to_the_same_numbers(undisturbed, folder, data, tmp_path):
+    file = undisturbed / "eval/tiny.dialogues.jsonl"
+    run_evaluation(replace(request_of(file, data, tmp_path, None), openai=()))
+    again, before = result(tmp_path, "tiny-regraded"), result(undisturbed)
+    for protocol, numbers in before["protocols"].items():
+        found = again["protocols"][protocol]
+        assert {k: found[k] for k in numbers if k != "response_tokens"} == {
+            k: v for k, v in numbers.items() if k != "response_tokens"
+        }
+    with pytest.raises(ConfigError, match="at most 3 turns"):
+        run_evaluation(replace(request_of(file, data, tmp_path, None), turns=4, n_at_k=None))
+
+
+def test_foreign_responses_are_graded_as_far_as_their_dialogue_would_have_gone(data, tmp_path):
+    file = tmp_path / "said.jsonl"
+    rows = [
+        {"problem_id": "greet-Bob", "responses": [WRONG, RIGHT, WRONG]},
+        {"problem_id": "greet-Kim", "responses": [WRONG, NO_CODE]},
+        {"task_id": "greet-Bob", "response": ONLY_PUBLIC},
+        {"task_id": "greet-Bob", "response": RIGHT},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_evaluation(replace(request_of(file, data, tmp_path, None), n_at_k="1@3"))
+    held = dialogues(tmp_path, "said-regraded")
+    kinds = [[turn["outcome"] for turn in record["turns"]] for record in held.values()]
+    assert sorted(kinds) == [
+        ["OK"],
+        ["PRIVATE_TEST"],
+        ["WRONG_ANSWER", "NO_VALID_CODE"],
+        ["WRONG_ANSWER", "OK"],
+    ]
+    found = result(tmp_path, "said-regraded")["protocols"]
+    assert found["multi_turn"]["solve_rate"]["value"] == 0.5
+    assert found["multi_turn"]["problems_left_out"] == ["greet-Ida", "greet-Max", "greet-Zoe"]
+    assert found["independent"]["n_at_k"]["1@3"]["bootstrapped"] == 1
+    for row, message in (
+        ({"problem_id": "greet-Ann", "response": RIGHT}, "greet-Ann"),
+        ({"problem_id": "greet-Bob", "responses": []}, "a line has problem_id"),
+        ({"problem_id": "greet-Bob", "responses": [3]}, "no text"),
+        ({"protocol": "greedy", "problem_id": "a", "number": 0}, "protocol 'greedy'; known"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "a dialogue has turns"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "has turns"),
+        ({"protocol": "multi_turn", "turns": []}, "has problem_id and number"),
+        ({"rlef_eval": 1}, "it is damaged"),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ConfigError, match=message):
+            run_evaluation(request_of(file, data, tmp_path, None))
+
+
+# ------------------------------------------------------------------------------------- a model
+
+
+def test_a_checkpoint_is_exported_once_and_sampled_by_the_embedded_engine(folder, data, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    import_folder(folder, checkpoint)
+    request = replace(
+        request_of(checkpoint, data, tmp_path, None),
+        feedback=("true",),
+        n_at_k=None,
+        rollouts=1,
+        turns=2,
+        max_new_tokens=4,
+    )
+    run_evaluation(request)
+    (model,) = (tmp_path / "models").iterdir()
+    assert model.name.startswith("checkpoint-") and (model / "config.json").is_file()
+    found = result(tmp_path, "checkpoint")
+    assert found["protocols"]["multi_turn"]["error_kinds"]["turn1"] == {"NO_VALID_CODE": 5}
+    assert found["protocols"]["multi_turn"]["response_tokens"] == 5 * 2 * 4
+    assert found["sessions"][0]["engine"] == {"kind": "local", "dtype": "float32"}
+    # another checkpoint of that name is another model
+    os.rename(checkpoint, tmp_path / "moved")
+    tiny_llama(262, seed=1).save_pretrained(tmp_path / "other")
+    byte_tokenizer(CONTROLS["llama3"]).save_pretrained(tmp_path / "other")
+    import_folder(tmp_path / "other", checkpoint)
+    run_evaluation(replace(request, name="other"))
+    identities = {result(tmp_path, name)["weights"] for name in ("checkpoint", "other")}
+    assert len(identities) == 2
+    os.rename(checkpoint, tmp_path / "moved too")
+    with pytest.raises(ConfigError, match="no such folder"):
+        run_evaluation(request)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_at_k": "1@2"}, "3 samples already"),
+        ({"n_at_k": "3"}, "no n@k"),
+        ({"feedback": ("maybe",)}, "known are true, none, random, private"),
+        ({"feedback": ("random",), "single_turn": False}, "leave --single-turn on"),
+        ({"feedback": (), "single_turn": False}, "nothing to evaluate"),
+        ({"sglang": ("http://a",), "openai": ("http://b",)}, "give one of them"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused_before_work(
+    folder, data, tmp_path, change, message
+):
+    with pytest.raises(ValueError, match=message):
+        run_evaluation(replace(request_of(folder, data, tmp_path, None), **change))
+    assert not (tmp_path / "eval").exists()

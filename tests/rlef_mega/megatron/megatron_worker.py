@@ -1,0 +1,217 @@
+"""What the Megatron tests share, and the worker that runs the same updates in one layout after
+another.
+
+`python -m tests.rlef_mega.megatron.megatron_worker FOLDER START:LAYOUT...`: START is `model`, or a
+layout whose checkpoint is resumed. The writer of each leaves its results in FOLDER/START_LAYOUT.pt.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlef_mega import ppo
+from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
+from rlef_mega.types import Batch
+from tests.rlef_mega.distributed import next_world
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The policy's, the critic's if it has ranks of its own, and how the learner runs there."""
+
+    parallel: ParallelConfig
+    critic: ParallelConfig | None = None
+    offload: str = "none"
+
+    @property
+    def processes(self) -> int:
+        return self.parallel.world_size + (self.critic.world_size if self.critic else 0)
+
+
+def layout(
+    tp: int = 1, pp: int = 1, dp: int = 1, vpp: int = 1, sp: bool = False, **options: Any
+) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        data_parallel_size=dp,
+        sequence_parallel=sp,
+        **options,
+    )
+
+
+LAYOUTS = {
+    "one": Layout(layout()),
+    "tp2": Layout(layout(tp=2)),
+    "tp2_sp": Layout(layout(tp=2, sp=True)),
+    "pp2": Layout(layout(pp=2)),
+    "pp2_uneven": Layout(layout(pp=2, pipeline_layers=(3, 1))),
+    "pp2_vpp2": Layout(layout(pp=2, vpp=2)),
+    "dp2": Layout(layout(dp=2)),
+    "dp2_without_overlap": Layout(layout(dp=2, overlap=False)),
+    "dp2_offload": Layout(layout(dp=2), offload="idle"),
+    "tp2_pp2_sp": Layout(layout(tp=2, pp=2, sp=True)),
+    "pp2_vpp2_dp2": Layout(layout(pp=2, vpp=2, dp=2)),
+    "split": Layout(layout(tp=2), layout()),
+    "split_wide": Layout(layout(pp=2), layout(dp=2), offload="idle"),
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VOCABULARY = 64
+
+
+def make_model(folder: Path, *, seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    """A small Llama with weights large enough that every part of it shows in the log-probs."""
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(shape | options)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1, 0.1)
+            else:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def make_batch(sequences: int, *, seed: int = 0) -> Batch:
+    """Dialogues of one to three turns with prompts and responses of random lengths and tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    lengths, turn_index, value_positions, episode_of_turn = [], [], [], []
+    for sequence in range(sequences):
+        start = len(turn_index)
+        for _ in range(draw(1, 4)):
+            turn_index += [-1] * draw(2, 20)
+            value_positions.append(len(turn_index) - 1)
+            turn_index += [len(episode_of_turn)] * draw(1, 8)
+            episode_of_turn.append(sequence)
+        lengths.append(len(turn_index) - start)
+    turn_index_T = torch.tensor(turn_index)
+    noise_T = torch.randn(len(turn_index), generator=generator)
+    return Batch(
+        token_ids_T=torch.randint(0, VOCABULARY, (len(turn_index),), generator=generator),
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        action_mask_T=turn_index_T >= 0,
+        turn_index_T=turn_index_T,
+        behaviour_logprobs_T=torch.where(turn_index_T >= 0, noise_T * 0.3 - 4.2, 0.0),
+        weight_versions_T=torch.where(turn_index_T >= 0, 0, -1),
+        value_positions_N=torch.tensor(value_positions),
+        episode_of_turn_N=torch.tensor(episode_of_turn),
+        rewards_N=torch.randn(len(episode_of_turn), generator=generator),
+    )
+
+
+def make_learner(ranks, folder: Path, *, offload: str = "none", **options: Any):
+    from rlef_mega.megatron.learner import Learner
+
+    optimizer = OptimizerConfig(lr=3e-3, warmup_updates=2)
+    settings: dict[str, Any] = {
+        # a budget of about a third of the batch: several micro-batches an update
+        "learner": LearnerConfig(
+            microbatch_tokens=120, policy=optimizer, critic=optimizer, offload=offload
+        ),
+        "ppo": PPOConfig(updates_per_batch=2),
+        "dtype": "float32",
+        "temperature": 0.9,
+    }
+    return Learner(ranks, folder, **(settings | options))
+
+
+def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
+    """Score, update, and what the learner is afterwards."""
+    scores = learner.score(batch)
+    settings = learner.ppo
+    targets, _ = ppo.targets(
+        batch,
+        scores,
+        beta=settings.beta,
+        gamma=settings.gamma,
+        normalize=True,
+        token_level_value=settings.token_level_value,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(batch.num_sequences, generator=generator)
+    stats = learner.update(batch, targets, order)
+    weights = {name: tensor.clone() for name, tensor in learner.policy_weights()}
+    return {"scores": vars(scores), "stats": stats, "weights": weights}
+
+
+def run_layout(folder: Path, start: str, layout: str) -> None:
+    """From the model: a batch, a checkpoint, another batch. From a checkpoint: the other batch."""
+    from rlef_mega.megatron.checkpoints.checkpoints import (
+        Checkpoints,
+        latest_checkpoint,
+        load_checkpoint,
+    )
+    from rlef_mega.megatron.parallel import initialize, shutdown
+
+    chosen = LAYOUTS[layout]
+    ranks = initialize(chosen.parallel, critic=chosen.critic, seed=7)
+    batch = make_batch(12)
+    learner = make_learner(ranks, folder / "model", offload=chosen.offload)
+    results: dict[str, Any] = {}
+    if start == "model":
+        imported = make_learner(ranks, folder / "model", weights=folder / "imported")
+        results["imported"] = {
+            "weights": {name: tensor.clone() for name, tensor in imported.policy_weights()},
+            "values": imported.score(batch).values_N,
+        }
+        results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
+        results["first"] = one_batch(learner, batch, seed=1)
+        learner.make_room()  # whatever was parked comes back as it was
+        checkpoints = Checkpoints(folder / layout, learner, keep=1)
+        checkpoints.save(1, {"note": layout})
+        # trains on while it is written: the checkpoint must be of the moment of the call
+        results["second"] = one_batch(learner, batch, seed=2)
+        checkpoints.require_saved()
+    else:
+        newest = latest_checkpoint(folder / start)
+        assert newest is not None
+        results["loaded"] = load_checkpoint(newest, learner)
+        # what was loaded, saved again from this layout
+        checkpoints = Checkpoints(folder / f"{start}_{layout}", learner, keep=1)
+        checkpoints.save(1, {"note": start})
+        checkpoints.require_saved()
+        results["second"] = one_batch(learner, batch, seed=2)
+    if ranks.is_writer:
+        torch.save(results, folder / f"{start}_{layout}.pt")
+    shutdown(ranks)
+
+
+def main() -> None:
+    folder, *jobs = sys.argv[1:]
+    torch.set_num_threads(1)
+    for job in jobs:
+        start, layout = job.split(":")
+        next_world()
+        run_layout(Path(folder), start, layout)
+
+
+if __name__ == "__main__":
+    main()

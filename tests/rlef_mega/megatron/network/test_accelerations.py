@@ -1,0 +1,243 @@
+"""What is installed, what is used of it, and that whatever is broken is told and passed over.
+
+No GPU is needed: where one matters, `torch.cuda.is_available` is told to say yes while packages are
+probed, and nothing is computed there.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlef_mega.config import ConfigError
+from rlef_mega.megatron.network import accelerations
+from rlef_mega.megatron.network.accelerations import (
+    NOT_INSTALLED,
+    attention_kernel,
+    choices,
+    choose,
+    fault,
+    hide_unusable,
+)
+from rlef_mega.megatron.network.attention import PackedAttention, packed_sequences
+
+ROOT = Path(__file__).parents[4]
+CACHED = (choose, attention_kernel, fault)
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A folder for packages of our own, and decisions made anew."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for function in CACHED:
+        function.cache_clear()
+    yield tmp_path
+    for function in CACHED:
+        function.cache_clear()
+
+
+def package(folder: Path, name: str, source: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(source)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What happens to sys.modules[name] from here on is undone after the test."""
+    monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    del sys.modules[name]
+
+
+def test_a_package_that_cannot_be_imported_is_told_and_passed_over(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(fresh, "flash_attn", "raise OSError('undefined symbol: _ZN3c105ErrorC2E')")
+    forget(monkeypatch, "flash_attn")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert attention_kernel("cuda", torch.bfloat16) == "torch-varlen"
+    (attention, *_) = choices(CUDA, torch.bfloat16)
+    assert "cannot be imported: OSError: undefined symbol" in attention.lacking
+    assert attention.remedy == "pip install 'rlef-mega[gpu]'"
+    hide_unusable()
+    with pytest.raises(ImportError):  # what megatron-core and transformers are ready for
+        import flash_attn  # noqa: F401
+
+
+def test_a_package_that_works_is_used(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(fresh, "flash_attn", "")
+    package(fresh, "fused_weight_gradient_mlp_cuda", "")
+    for name in ("flash_attn", "fused_weight_gradient_mlp_cuda"):
+        forget(monkeypatch, name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = choose("cuda", torch.bfloat16)
+    assert chosen.attention == "flash-attn" and chosen.fused_weight_gradients
+    assert choose("cuda", torch.float32).attention == "sdpa"  # the kernels are for half precision
+    hide_unusable()
+    assert "flash_attn" in sys.modules
+
+
+def test_an_apex_without_its_extensions_is_passed_over(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its FusedAdam imports, and raises only when it is made."""
+    package(fresh, "apex", "")
+    (fresh / "apex" / "optimizers").mkdir()
+    forget(monkeypatch, "apex")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert fault("apex") == "installed, but built without its CUDA extensions"
+
+
+def test_whatever_needs_a_gpu_is_left_alone_without_one(tmp_path: Path) -> None:
+    """In a process of its own: megatron-core imports these as it is imported itself, and expects
+    nothing worse than an ImportError."""
+    for name in ("transformer_engine", "flash_attn"):
+        package(tmp_path, name, "raise RuntimeError('no CUDA driver')")
+    script = (
+        "import torch; from rlef_mega.megatron.network.accelerations import announce\n"
+        "import rlef_mega.megatron.network.packed_llama\n"
+        "announce(torch.device('cpu'), torch.float32)"
+    )
+    paths = [str(tmp_path), str(ROOT), str(ROOT / "kernels"), str(ROOT / "sandbox")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "transformer_engine not used: installed, but there is no NVIDIA GPU" in done.stdout
+    assert "PyTorch AdamW" in done.stdout
+
+
+def test_transformer_engine_is_refused_by_name_where_it_cannot_be_had(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerations, "fault", lambda package: NOT_INSTALLED)
+    assert choose("cpu", torch.bfloat16).layers == "local"
+    with pytest.raises(ConfigError, match=r"model\.layers .* Transformer Engine: not installed"):
+        choose("cuda", torch.bfloat16, "transformer_engine")
+
+
+def test_transformer_engine_is_used_on_a_gpu_in_half_precision_unless_local_is_asked_for(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(fresh, "transformer_engine", "")
+    (fresh / "transformer_engine" / "pytorch.py").write_text("")
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        forget(monkeypatch, name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = choose("cuda", torch.bfloat16)
+    assert (chosen.layers, chosen.attention) == ("transformer_engine", "transformer-engine")
+    assert choose("cuda", torch.bfloat16, "local").layers == "local"
+    assert choose("cuda", torch.float32).layers == "local"
+    with pytest.raises(ConfigError, match="its attention takes bfloat16"):
+        choose("cuda", torch.float32, "transformer_engine")
+
+
+def test_everything_that_is_missing_on_a_gpu_has_a_cost_and_a_remedy(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerations, "fault", lambda package: NOT_INSTALLED)
+    monkeypatch.setattr(accelerations, "optimizer", lambda: "PyTorch AdamW")
+    found = {choice.part: choice for choice in choices(CUDA, torch.bfloat16)}
+    assert set(found) == {"attention", "layers", "optimizer", "weight gradients", "head"}
+    assert found["attention"].used == "torch.nn.attention.varlen"
+    assert all(choice.lacking and choice.cost and choice.remedy for choice in found.values())
+
+
+def test_the_optimizer_that_is_told_is_the_one_that_megatron_core_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import megatron.core.optimizer
+
+    monkeypatch.setattr(megatron.core.optimizer, "Adam", torch.optim.AdamW)
+    assert accelerations.optimizer() == "PyTorch AdamW"
+    fused = type("FusedAdam", (), {"__module__": "apex.optimizers.fused_adam"})
+    monkeypatch.setattr(megatron.core.optimizer, "Adam", fused)
+    assert accelerations.optimizer() == "apex FusedAdam"
+
+
+def sequence_by_sequence(query, key, value, bounds, *, causal: bool) -> torch.Tensor:
+    parts = []
+    for start, end in pairwise(bounds.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, enable_gqa=q.shape[0] != k.shape[0]
+            ).transpose(0, 1)
+        )
+    return torch.cat(parts)
+
+
+def torch_2_10(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+):
+    assert query.shape[1] == key.shape[1], "knows no grouped heads"
+    return sequence_by_sequence(query, key, value, cu_seq_q, causal=is_causal)
+
+
+def torch_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    causal = window_size == (-1, 0)
+    return torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=causal)
+
+
+def torch_2_12(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    assert enable_gqa
+    return sequence_by_sequence(query, key, value, cu_seq_q, causal=window_size == (-1, 0))
+
+
+def test_the_newest_signature_below_is_the_installed_one() -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    installed = inspect.signature(varlen.varlen_attn).parameters
+    if "enable_gqa" in installed:
+        assert list(inspect.signature(torch_2_12).parameters) == list(installed)
+
+
+@pytest.mark.parametrize("varlen_attn", [torch_2_10, torch_2_11, torch_2_12])
+def test_pytorchs_varlen_attention_is_called_by_its_signature(
+    varlen_attn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins with the signatures of PyTorch 2.10 to 2.13, whose kernel needs a GPU, against
+    SDPA sequence by sequence; two query heads a key head."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(17, 4, 8, generator=generator)
+    key, value = (torch.randn(17, 2, 8, generator=generator) for _ in range(2))
+    packed = packed_sequences([9, 5, 3], torch.device("cpu"), torch.float32)
+    attention = PackedAttention.__new__(PackedAttention)
+    attention.scale = None
+    expected = PackedAttention.attention_by_sequence(attention, query, key, value, packed)
+    found = PackedAttention.torch_varlen(attention, query, key, value, packed)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -1,0 +1,125 @@
+"""One layer of Llama 3.1 70B's shape, forward and backward on the CPU, is transformers': the real
+model's widths, head counts and rotary frequencies, in fp32.
+
+Memory is held down: transformers' model looks at our weights where it can, and its gradients are
+compared and dropped as they appear. What this cannot catch: depth, and bfloat16.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from rlef_mega.config import ParallelConfig
+from rlef_mega.flops import LLAMA_31_70B
+from rlef_mega.megatron.hf_names import HFTensor, trunk_map
+from rlef_mega.megatron.network.attention import packed_sequences
+from rlef_mega.megatron.network.packed_llama import CriticModel
+from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+
+NEEDED_GB = 14  # it peaks at 8.3, and other tests may run beside it
+LENGTHS = [29, 19]
+TOLERANCE = 1e-5
+# https://huggingface.co/meta-llama/Llama-3.1-70B-Instruct/blob/main/config.json
+ROPE_31 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CONFIG = LlamaConfig(
+    hidden_size=LLAMA_31_70B.hidden,
+    intermediate_size=LLAMA_31_70B.ffn,
+    num_hidden_layers=1,
+    num_attention_heads=LLAMA_31_70B.heads,
+    num_key_value_heads=LLAMA_31_70B.key_value_heads,
+    vocab_size=64,
+    max_position_embeddings=131072,
+    rope_parameters=ROPE_31,
+    rms_norm_eps=1e-5,
+)
+
+
+def available_gb() -> float:
+    with open("/proc/meminfo") as lines:
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return kib["MemAvailable"] / 1e6
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    world = initialize(ParallelConfig(), seed=7)
+    yield world
+    shutdown(world)
+
+
+@pytest.mark.skipif(available_gb() < NEEDED_GB, reason=f"needs {NEEDED_GB} GB of free memory")
+def test_a_layer_of_70b_is_transformers(ranks: Ranks) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = random_model(ranks, generator)
+    token_ids_T = torch.randint(CONFIG.vocab_size, (sum(LENGTHS),), generator=generator)
+    gradient_TD = torch.randn(sum(LENGTHS), CONFIG.hidden_size, generator=generator)
+    theirs = transformers_model(ours)
+
+    packed = packed_sequences(LENGTHS, ranks.device, torch.float32)
+    hidden_TD = ours(token_ids_T[None], None, None, packed_seq_params=packed).squeeze(1)
+    hidden_TD.backward(gradient_TD)
+    for parameter in ours.parameters():  # the name map views parameters: here, their gradients
+        if parameter.grad is not None:
+            parameter.data, parameter.grad = parameter.grad, None
+
+    errors: dict[str, float] = {}
+    for tensor in trunk_map(CONFIG):
+
+        def compare(parameter: torch.Tensor, tensor: HFTensor = tensor) -> None:
+            ours_gradient = tensor.view(ours).detach().reshape(parameter.shape)
+            errors[tensor.name] = error(ours_gradient, parameter.grad)
+            parameter.grad = None
+
+        parameter = theirs.get_parameter(tensor.name.removeprefix("model."))
+        parameter.register_post_accumulate_grad_hook(compare)
+    # the two sequences as a batch, the shorter one padded at its end, which nothing attends to
+    mask_SL = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    ids_SL = torch.zeros(mask_SL.shape, dtype=torch.long).masked_scatter(mask_SL, token_ids_T)
+    truth_TD = theirs(ids_SL).last_hidden_state[mask_SL]
+    assert error(hidden_TD.detach(), truth_TD.detach().clone()) < TOLERANCE
+    truth_TD.backward(gradient_TD)
+    assert errors.keys() == {tensor.name for tensor in trunk_map(CONFIG)}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def random_model(ranks: Ranks, generator: torch.Generator) -> CriticModel:
+    """The trunk of one layer; the head is not called."""
+    model = CriticModel(CONFIG, ranks, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1, 0.2, generator=generator)
+            else:  # the spread that keeps activations' size
+                bound = (3 / parameter.shape[1]) ** 0.5
+                parameter.uniform_(-bound, bound, generator=generator)
+        model.embedding.word_embeddings.weight.normal_(generator=generator)
+    return model
+
+
+def transformers_model(ours: CriticModel) -> LlamaModel:
+    """Transformers' with the same weights: the same memory, but for queries, keys and values."""
+    with torch.device("meta"):
+        model = LlamaModel(CONFIG)
+    model.rotary_emb = LlamaRotaryEmbedding(CONFIG)
+    weights = {
+        tensor.name.removeprefix("model."): tensor.view(ours).detach().reshape(tensor.shape)
+        for tensor in trunk_map(CONFIG)
+    }
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_()
+
+
+def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest entry; overwrites the truth."""
+    size = max(truth.max().item(), -truth.min().item())
+    return truth.sub_(ours).abs_().max().item() / size

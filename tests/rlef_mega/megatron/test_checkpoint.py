@@ -1,0 +1,258 @@
+"""Checkpoints survive: kill -9 at any moment of a save, faults of the disk on one rank, damaged and
+foreign folders. That they are exact, in the same layout and in others, is held by
+test_megatron_layouts.py and, for the whole loop, by test_train.py.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlef_mega.megatron.checkpoints.files import (
+    best_checkpoint,
+    describe_file,
+    fault_in,
+    latest_checkpoint,
+    prune,
+    read_manifest,
+    read_score,
+    remove_leftovers,
+    steps_in,
+    write_score,
+)
+from tests.rlef_mega.distributed import ROOT, launch
+from tests.rlef_mega.megatron.checkpoint_worker import LARGE
+from tests.rlef_mega.megatron.megatron_worker import make_model
+from tests.rlef_mega.megatron.small_disk import small_disk
+
+WORKER = "tests.rlef_mega.megatron.checkpoint_worker"
+STEPS = 14
+
+
+# ------------------------------------------------------------------------------------ folders
+
+
+def checkpoint(folder: Path, step: int, score: float | None = None) -> Path:
+    """A folder that is a checkpoint as far as its manifest tells."""
+    path = folder / f"step_{step:06d}"
+    (path / "networks").mkdir(parents=True)
+    (path / "networks/.metadata").write_text("index")
+    (path / "networks/__0_0.distcp").write_bytes(bytes(1000))
+    (path / "meta.json").write_text(json.dumps({"step": step, "score": score}))
+    files = ("networks/.metadata", "networks/__0_0.distcp", "meta.json")
+    manifest = {name: describe_file(path / name) for name in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in steps_in(folder)]
+
+
+def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, score in ((1, 0.2), (2, 0.9), (3, 0.4), (4, None), (5, 0.9), (6, 0.1)):
+        checkpoint(tmp_path, step, score)
+    assert best_checkpoint(tmp_path) == tmp_path / "step_000005"  # the newer of equals
+    prune(tmp_path, keep=1, keep_best=True)
+    assert steps(tmp_path) == [5, 6]
+    prune(tmp_path, keep=1, keep_best=False)
+    assert steps(tmp_path) == [6]
+
+
+def test_a_score_that_comes_late_counts_and_changes_nothing_that_was_sealed(tmp_path: Path) -> None:
+    first, second = checkpoint(tmp_path, 1, 0.2), checkpoint(tmp_path, 2)
+    write_score(second, 0.7)
+    assert best_checkpoint(tmp_path) == second and fault_in(second) is None
+    assert read_score(first) == 0.2 and read_score(second) == 0.7
+
+
+def test_a_damaged_checkpoint_costs_no_good_one_its_place(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint(tmp_path, step)
+    with (tmp_path / "step_000003/networks/__0_0.distcp").open("r+b") as file:
+        file.truncate(999)
+    prune(tmp_path, keep=2, keep_best=True)
+    assert steps(tmp_path) == [2, 3, 4]  # 2 and 4 are the newest whole ones; 3 is left alone
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000004"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "networks/__0_0.distcp").unlink(), "__0_0.distcp: it is missing"),
+        (lambda path: os.truncate(path / "networks/.metadata", 2), "2 bytes, not 5"),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json: it is missing"),
+        (
+            lambda path: os.truncate(path / "manifest.json", 30),
+            "manifest.json: it is missing, trun",
+        ),
+        (
+            lambda path: (path / "manifest.json").write_text("[]"),
+            "manifest.json: it is missing, tr",
+        ),
+        (lambda path: (path / "meta.json").write_text("{"), "meta.json: it is missing, truncated"),
+    ],
+)
+def test_what_is_damaged_is_named_and_passed_over(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    good, bad = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    assert fault_in(bad) is None
+    damage(bad)
+    assert message in (fault_in(bad) or "")
+    assert latest_checkpoint(tmp_path) == good
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    good = checkpoint(tmp_path, 2)
+    checkpoint(tmp_path, 3).rename(tmp_path / "step_000003.tmp")  # just before it got its name
+    checkpoint(tmp_path, 1).rename(tmp_path / "step_000001.deleted")  # in the middle of pruning
+    aside = checkpoint(tmp_path, 4).rename(tmp_path / "step_000004.refused")
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [good, aside]
+
+
+def test_the_form_of_an_older_version_is_refused_by_name(tmp_path: Path) -> None:
+    old = tmp_path / "step_000001"
+    for name in ("policy", "critic"):
+        (old / name).mkdir(parents=True)
+        (old / name / ".metadata").write_text("index")
+    files = ("policy/.metadata", "critic/.metadata")
+    manifest = {name: describe_file(old / name) for name in files}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert "the form of an older version" in (fault_in(old) or "")
+
+
+# ------------------------------------------------------------------------------------ kill -9
+
+
+def start(run: Path) -> subprocess.Popen:
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "sandbox"), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", WORKER, "run", str(run), str(STEPS)]
+    return subprocess.Popen(words, env=environment, cwd=ROOT)
+
+
+def killed(run: Path, moment: Callable[[Path], bool]) -> bool:
+    """Go on with the run and kill it as soon as its checkpoints look so; whether they did."""
+    process, before = start(run), {p.name for p in names_in(run)}
+    while process.poll() is None:
+        new = {p.name for p in names_in(run)} - before
+        if new and moment(run / "checkpoints"):
+            process.kill()
+            process.wait()
+            return True
+    return False
+
+
+def names_in(run: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return list((run / "checkpoints").iterdir())
+    return []
+
+
+def being_written(checkpoints: Path) -> bool:
+    """A share has grown beyond its first megabyte."""
+    for file in checkpoints.glob("*.tmp/networks/__0_0.distcp"):
+        with contextlib.suppress(OSError):
+            return file.stat().st_size > 1 << 20
+    return False
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "a share is being written": being_written,
+    "the index is there, the manifest is not": lambda c: any(c.glob("*.tmp/networks/.metadata")),
+    "it has its name, the older one is not deleted yet": lambda c: len(steps_in(c)) > 1,
+    "the folder is new and empty": lambda c: any(c.glob("*.tmp")),
+}
+
+
+def test_a_run_killed_at_any_moment_of_a_save_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """One run, killed again and again; bit for bit in its metrics, generators, and final state."""
+    make_model(tmp_path / "large", **LARGE)
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    alone = start(undisturbed)
+    hits = [name for name, moment in MOMENTS.items() if killed(disturbed, moment)]
+    # the others last for less than a millisecond now and then; the folders that they leave are
+    # made by hand above
+    assert "a share is being written" in hits and len(hits) >= 3, hits
+    assert start(disturbed).wait(timeout=200) == 0
+    assert alone.wait(timeout=200) == 0
+    lines = [(run / "metrics.jsonl").read_text() for run in (undisturbed, disturbed)]
+    assert lines[0] == lines[1] and lines[0].count("\n") == STEPS
+    manifests = [
+        read_manifest(run / "checkpoints" / f"step_{STEPS:06d}") for run in (undisturbed, disturbed)
+    ]
+    for name in ("networks/__0_0.distcp", "rng.pt"):
+        assert manifests[0][name] == manifests[1][name], name
+    assert steps(disturbed / "checkpoints") == [STEPS]
+    assert len(names_in(disturbed)) == 1  # nothing is left over
+
+
+# ------------------------------------------------------------------------------------ faults
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What two ranks saw."""
+    folder = tmp_path_factory.mktemp("faults")
+    make_model(folder / "model")
+    make_model(folder / "wide", hidden_size=64)
+    with small_disk(folder / "disk", "4M") as disk:
+        launch(WORKER, "faults", str(folder), str(disk or ""), processes=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_a_second_save_waits_for_the_first_and_retention_follows(found: list[dict]) -> None:
+    for rank in found:
+        assert rank["saved"] and rank["waits"] == 2
+        assert rank["kept"] == ["step_000002", "step_000003"]
+        assert rank["kept_best"] == ["step_000002", "step_000003", "step_000004"]
+
+
+def test_a_fault_on_one_rank_gives_the_save_up_on_all_and_keeps_what_is_old(
+    found: list[dict],
+) -> None:
+    for rank in found:
+        assert not rank["saved_without_room"] and rank["failures"] == 1
+        assert "File too large" in rank["fault"] and "MiB free" in rank["fault"]
+        assert rank["after_fault"] == rank["kept_best"]
+        assert rank["saved_with_room"] and "step_000006" in rank["after_room"]
+        assert rank["blocked"][0] is False and "blocked" in rank["blocked"][1]
+
+
+def test_a_full_disk_deletes_nothing_and_is_tried_again(found: list[dict]) -> None:
+    if "disk" not in found[0]:
+        pytest.skip("mounting a small tmpfs needs root; the fault above stands in for it")
+    for rank in found:
+        assert rank["disk"]["saved"] == [True, False, True]
+        assert "No space left on device" in rank["disk"]["fault"]
+        assert rank["disk"]["full"] == ["step_000001"]
+        assert rank["disk"]["emptied"] == ["step_000003"]
+
+
+def test_a_wrong_checksum_alone_falls_back_on_all_ranks_together(found: list[dict]) -> None:
+    for rank in found:
+        assert "__1_0.distcp: its checksum differs" in rank["refusal"]
+        assert rank["resumed"] == [1, {"at": 1}]
+        before, saved, loaded = rank["moments"]
+        assert loaded == saved != before
+        assert rank["set_aside"] == ["step_000001", "step_000002.refused"]
+        assert "rng.pt: it is missing" in rank["none"] and "starts anew" in rank["none"]
+
+
+def test_every_rank_gets_its_generators_back(found: list[dict]) -> None:
+    for rank in found:
+        saved, restored = rank["draws"]
+        assert restored == saved
+
+
+def test_another_model_is_refused_with_what_differs(found: list[dict]) -> None:
+    for rank in found:
+        assert "of another model" in rank["other_model"]
+        assert "hidden_size 32, this run has 64" in rank["other_model"]

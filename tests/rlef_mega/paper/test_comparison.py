@@ -1,0 +1,85 @@
+"""`rlef reproduce`: what it makes of finished runs, from files written by hand; and that a finished
+run is left alone."""
+
+import json
+
+import pytest
+
+from rlef_mega.config import ConfigError
+from rlef_mega.paper import comparison
+from rlef_mega.paper.comparison import BUDGETS, IMITATION, ROWS, RUNS, collect, save_turn_budgets
+from rlef_mega.paper.comparison import markdown as table
+
+SEEDS = (3, 4)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Every run of both seeds; the n-th row's dialogues solve n of 10 problems."""
+    for seed in SEEDS:
+        for name in RUNS:
+            write(tmp_path / f"{name}-{seed}/metrics.jsonl", {"step": 1, "time": {"step": 90.0}})
+        for number, row in enumerate(ROWS):
+            outcomes = [float(n < number) for n in range(10)]
+            protocols = {"multi_turn": {"outcomes": outcomes}}
+            if row.name != "few-shot":
+                protocols["independent"] = {"outcomes": outcomes}
+            write(
+                tmp_path / f"{row.run}-{seed}/eval/{row.evaluation}.json", {"protocols": protocols}
+            )
+        for name in BUDGETS:
+            curve = {"1": {"value": 0.1 * seed}, "5": {"value": 0.9}}
+            content = {"protocols": {"multi_turn": {"turn_budget": {"1@5": curve}}}}
+            write(tmp_path / f"eval/{name}-{seed}.json", content)
+    return tmp_path
+
+
+def test_the_table_has_a_row_of_the_paper_beside_each_of_ours(finished):
+    results = collect(finished, SEEDS)
+    assert [row["multi_turn"]["value"] for row in results["rows"].values()] == [
+        pytest.approx(number / 10) for number in range(len(ROWS))
+    ]
+    assert set(results["rows"]["few-shot"]) == {"paper", "multi_turn"}
+    assert results["turn_budget"]["rlef"] == {"1": [pytest.approx(0.3), 0.4], "5": [0.9, 0.9]}
+    assert results["training_minutes"]["single_turn"] == [1.5, 1.5]
+    lines = table(results).splitlines()
+    assert len(lines) == len(ROWS) + 2
+    assert len({line.count("|") for line in lines}) == 1
+    rlef = next(line for line in lines if line.startswith("| RLEF |"))
+    assert "40.0 [" in rlef and rlef.endswith("17.2 / 16.1 |")
+
+
+def test_turn_budgets_are_drawn(finished):
+    save_turn_budgets(collect(finished, SEEDS)["turn_budget"], finished / "budgets.png")
+    assert (finished / "budgets.png").stat().st_size > 5000
+
+
+def test_what_is_finished_is_not_run_again(finished, monkeypatch):
+    """Only imitation of the second seed is missing: it alone is run, with its seed and folder."""
+    (finished / f"{IMITATION}-4/eval/after.json").unlink()
+    for seed in SEEDS:
+        for name in RUNS:
+            write(finished / f"{name}-{seed}/eval/after.json", {"protocols": {}})
+    commands = []
+
+    def record(title, *words):
+        commands.append(words)
+        raise SystemExit
+
+    monkeypatch.setattr(comparison, "stage", record)
+    model = finished / "base"
+    write(model / "config.json", {})
+    with pytest.raises(SystemExit):
+        comparison.reproduce("demo", finished, seeds=SEEDS, overrides=[f"model.path={model}"])
+    (words,) = commands
+    asked = [f"model.path={model}", "run.steps=3"]
+    with pytest.raises(ConfigError, match=r"run.steps = 30 there, 3 here.*choose another --out"):
+        comparison.reproduce("demo", finished, seeds=SEEDS, overrides=asked)
+    assert len(commands) == 1
+    assert words[0] == "imitate" and "run.seed=4" in words
+    assert f'run.dir="{finished / "imitation-4"}"' in words

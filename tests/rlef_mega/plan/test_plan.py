@@ -1,0 +1,383 @@
+"""The planner against what others published, against Megatron's own counts and schedule, against a
+real learner's bytes, and against the simulated servers.
+
+What this cannot catch: whether the plan of a recipe for GPUs is right on GPUs of ours; none was at
+hand.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+from typer.testing import CliRunner
+
+from rlef_mega.bench import plan as bench_plan
+from rlef_mega.bench import scale
+from rlef_mega.bench.against_hf import critic_update, on_policy_targets, policy_update
+from rlef_mega.bench.memory import AllocatedBytes
+from rlef_mega.bench.slice_model import slice_episodes, write_model
+from rlef_mega.cli import app
+from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
+from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.packing import pack
+from rlef_mega.parts import make_learner
+from rlef_mega.plan import published, search
+from rlef_mega.plan.hardware import DEVICES, GIB
+from rlef_mega.plan.job import Job, refuse_small_servers, refuse_without_room, shape_of
+from rlef_mega.plan.memory import Network
+from rlef_mega.plan.rollouts import Dialogue, Dialogues, generation
+from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, even_load, seconds
+from tests.rlef_mega.megatron.network.test_meta_shapes import LAYOUTS, NETWORKS, build, standing_at
+
+H100 = DEVICES["h100-80gb"]
+RESULTS = Path(__file__).parents[3] / "benchmarks/results"
+SMALL = LlamaShape(
+    layers=3, hidden=128, ffn=352, heads=8, key_value_heads=4, head_dim=16, vocabulary=512
+)
+
+
+def job_of(recipe: str, *overrides: str) -> Job:
+    config = load_config(find_recipe(recipe), list(overrides), TrainConfig)
+    shape = shape_of(config)
+    assert shape is not None
+    return Job.of(config, shape)
+
+
+# ---------------------------------------------------------------------- against what is published
+
+
+def test_memory_is_that_of_published_slices():
+    """The issue's bound is 3%; what is reached is 0.7%."""
+    for row in published.memory():
+        assert abs(row.error) < 0.007, row
+
+
+def test_flops_a_token_are_nvidias():
+    for row in published.flops_a_token():
+        assert abs(row.error) < 0.002, row
+
+
+def test_training_takes_as_long_as_nvidia_publishes():
+    """Llama 3 8B, 70B and 405B on 8 to 2,304 H100s. The issue's bound is 20%; what is reached is
+    12%. One row is fitted."""
+    rows = published.training_seconds()
+    assert [abs(row.error) < 0.005 for row in rows if row.fitted] == [True]
+    for row in rows:
+        assert abs(row.error) < 0.12, row
+
+
+def test_slices_on_another_gpu_take_as_long_as_published_but_where_they_are_cut_smallest():
+    """SimuMax's, with one row fitted. For TP 8 of the 70B's layers with 4,096 tokens the plan,
+    which leaves out latencies, is a quarter too short; three quarters are within 12%."""
+    rows = published.slice_seconds()
+    assert sum(row.fitted for row in rows) == 1
+    errors = sorted(abs(row.error) for row in rows)
+    assert errors[-1] < 0.28 and errors[len(errors) * 3 // 4] < 0.12, errors
+
+
+# ---------------------------------------------------------------------- against the trainer
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("case", ["8B", "70B", "70B-virtual"])
+def test_parameters_of_every_stage_are_megatrons(case, network):
+    parallel = LAYOUTS[case]
+    shape = LLAMA_31_8B if case == "8B" else LLAMA_31_70B
+    planned = Network(shape, parallel, "value" if network == "critic" else "fused")
+    for stage in range(parallel.pipeline_model_parallel_size):
+        with standing_at(stage * parallel.tensor_model_parallel_size, parallel) as ranks:
+            chunks = build(network, case, ranks)
+        held = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        assert held == planned.parameters(stage)
+
+
+def test_a_tied_head_is_held_once_on_one_stage_and_twice_on_two():
+    tied = replace(SMALL, tied=True)
+    assert Network(tied, ParallelConfig()).parameters(0) == tied.parameters
+    two = Network(tied, ParallelConfig(pipeline_model_parallel_size=2))
+    copy = tied.table_parameters
+    assert two.parameters(0) + two.parameters(1) == tied.parameters + copy
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4, 8, 64])
+@pytest.mark.parametrize(("pipeline", "chunks"), [(1, 1), (2, 1), (4, 1), (4, 5), (8, 2)])
+def test_micro_batches_in_flight_are_those_of_megatrons_schedule(pipeline, chunks, microbatches):
+    """After its warm-up a rank has one more, while any remain."""
+    layout = ParallelConfig(
+        pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=chunks
+    )
+    network = Network(LLAMA_31_70B, layout)
+    for rank in range(pipeline):
+        group = SimpleNamespace(size=lambda: pipeline, rank=lambda rank=rank: rank)
+        virtual = chunks if chunks > 1 else None
+        at = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        _, _, warmup, remaining = get_pp_rank_microbatches(
+            microbatches, chunks, pipeline, p2p_communicator=at
+        )
+        in_flight = warmup + (remaining > 0)
+        assert network.in_flight(rank, microbatches) == pytest.approx(in_flight / chunks)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    world = initialize(ParallelConfig(), seed=0)
+    yield world
+    shutdown(world)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    [("float32", "none"), ("float32", "selective"), ("float32", "full"), ("bfloat16", "full")],
+)
+def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, recompute):
+    """Weights, gradients and optimizer state exactly, but for Adam's step counters; in fp32 what an
+    update allocates besides, at its peak, within 6%. bfloat16 on a CPU converts to fp32 in places,
+    which is no GPU's way, so there only the state is compared."""
+    write_model(tmp_path / "model", SMALL, torch.float32, torch.device("cpu"))
+    overrides = (
+        f'model.path="{tmp_path / "model"}"',
+        f"model.dtype={dtype}",
+        f"model.recompute={recompute}",
+        "parallel.tensor_model_parallel_size=1",
+        "learner.microbatch_tokens=512",
+        "rollout.episodes_per_batch=4",
+    )
+    config = load_config(find_recipe("demo"), list(overrides), TrainConfig)
+    learner = make_learner(config, ranks)
+    episodes = slice_episodes(config.rollout, SMALL.vocabulary, 512, 2, seed=0)
+    batch, targets = on_policy_targets(learner, config, pack(episodes, invalid_code_penalty=-0.2))
+    job = Job.of(config, SMALL, on_cpu=True)
+    cut = learner.cutting.cut(batch, range(batch.num_sequences))
+    tokens = max(part.token_ids_T.numel() for part in cut)
+    read = max(part.action_ids_R.numel() for part in cut)
+    for trained, planned, update in (
+        (learner.policy, job.policy, policy_update),
+        (learner.critic, job.critic, critic_update),
+    ):
+        update(learner, batch, targets)  # makes the optimizer's state
+        weights = sum(bytes_of(p) for chunk in trained.chunks for p in chunk.parameters())
+        head = 2 * (SMALL.hidden + 1) if planned.head == "value" and dtype == "bfloat16" else 0
+        assert weights == planned.weights(0) + head  # a value head is fp32
+        buffers = [buffer for wrapped in trained.wrapped for buffer in wrapped.buffers]
+        assert sum(bytes_of(buffer.grad_data) for buffer in buffers) == pytest.approx(
+            planned.gradients(0), rel=1e-3
+        )  # padded
+        state = sum(map(bytes_of, trained.optimizer_tensors()))
+        assert state == pytest.approx(planned.optimizer(0), rel=1e-3)
+        if dtype == "float32":
+            with AllocatedBytes() as memory:
+                update(learner, batch, targets)
+            kept = planned.activations(0, tokens, len(cut)) + planned.scratch(0, tokens, read)
+            assert kept == pytest.approx(memory.peak, rel=0.06)
+
+
+def test_a_learners_process_takes_the_planned_memory():
+    """`rlef bench plan` on the smallest model, whose process is mostly Python; no speed."""
+    figures = {figure.name: figure for figure in bench_plan.compare("small", SMALL, 16, 1)}
+    assert 0.75 < figures["small, peak memory | planned / measured"].median < 1.1
+    assert figures["small, update | measured"].median > 0
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def test_activations_worked_by_hand():
+    """h = 128, a = 128, k = 64, f = 352, bfloat16."""
+    whole = Network(SMALL, ParallelConfig())
+    halved = Network(SMALL, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True))
+    without = Network(SMALL, ParallelConfig(tensor_model_parallel_size=2))
+    assert whole.layer_bytes("none") == 2 * (4 * 128 + 2 * 128 + 2 * 64 + 3 * 352)
+    assert whole.layer_bytes("selective") == 2 * (4 * 128 + 2 * 128 + 2 * 64)
+    assert whole.layer_bytes("full") == 2 * 128
+    for mode in ("none", "selective", "full"):
+        assert halved.layer_bytes(mode) == whole.layer_bytes(mode) / 2
+    assert without.layer_bytes("none") == 2 * 4 * 128 + 2 * (2 * 128 + 2 * 64 + 3 * 352) / 2
+    assert without.layer_bytes("full") == 2 * 128
+    # three layers and the final norm's input and output, of 10 tokens
+    assert whole.activations(0, 10, 3) == 10 * (3 * whole.layer_bytes("none") + 2 * 2 * 128)
+
+
+# ---------------------------------------------------------------------- time
+
+
+def test_a_pass_worked_by_hand():
+    """One layer of one head, one token, no head: products alone have a closed form."""
+    shape = LlamaShape(1, 2, 3, 1, 1, 2, vocabulary=8)
+    network = Network(shape, ParallelConfig(), "value")
+    device = replace(H100, flops=100.0, products=0.5, bandwidth=1e30)
+    terms = seconds(network, device, Load(1, 1, 0, 1), FORWARD)
+    flops = 2 * (2 * (2 * 2 + 2 * 2 + 3 * 3) + 1 * 2)  # weights h (2 a + 2 k + 3 f), and a s^2
+    assert terms["products"] == pytest.approx(flops / 50)
+    assert terms["head"] == terms["tensor"] == terms["bubble"] == 0
+    training = seconds(network, device, Load(1, 1, 0, 1), TRAINING)
+    assert training["products"] == pytest.approx(3 * flops / 50)
+
+
+def test_a_pipelines_bubble_shrinks_with_chunks_and_micro_batches():
+    def bubble(chunks: int, microbatches: int) -> float:
+        layout = ParallelConfig(
+            pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=chunks
+        )
+        network = Network(LLAMA_31_70B, layout, "value")
+        terms = seconds(network, H100, even_load(microbatches, 4096, microbatches), TRAINING)
+        work = sum(terms[name] for name in ("products", "head", "memory", "tensor"))
+        return terms["bubble"] / work
+
+    assert bubble(5, 4) == pytest.approx(3 / (5 * 4))
+    assert bubble(5, 8) == pytest.approx(3 / (5 * 8))
+    # without chunks there are exchanges that nothing hides, too
+    assert 3 / 4 < bubble(1, 4) < 0.8
+
+
+def test_less_memory_costs_time():
+    job = job_of("llama31_8b")
+    kept, time = [], []
+    for mode in ("none", "selective", "full"):
+        tried = replace(job, recompute=mode)
+        kept.append(max(rank.total for rank in tried.memory()))
+        time.append(tried.step(H100, 0).training)
+    assert kept == sorted(kept, reverse=True) and time == sorted(time)
+    offloaded = replace(job, offloads=True)
+    (here,), (there,) = job.memory(), offloaded.memory()
+    assert there.total < here.total
+    assert offloaded.step(H100, 0).training > job.step(H100, 0).training
+    # what is parked are critic and reference, without the critic's gradients
+    assert there.parked == pytest.approx(
+        job.critic.weights(0) + job.critic.optimizer(0) + job.policy.weights(0)
+    )
+
+
+# ---------------------------------------------------------------------- rollouts
+
+
+def test_servers_are_those_of_the_simulation():
+    for name, cluster in scale.PAPER.items():
+        job = job_of(f"llama31_{name.lower()}")
+        server, speed = job.server(H100), cluster.speed()
+        assert server.step_s == pytest.approx(speed.step_s)
+        assert server.prefill_token_s == pytest.approx(speed.prefill_token_s)
+        one_more = server.pace(1, scale.MEAN_CONTEXT) - server.step_s
+        assert one_more == pytest.approx(speed.step_per_request_s)
+
+
+def test_steps_take_as_long_as_simulated_ones():
+    """`rlef bench scale` plays the same dialogues request by request: each of its rows within a
+    quarter, their mean error within a tenth."""
+    figures = json.loads((RESULTS / "scale.json").read_text())["figures"]
+    errors = []
+    for name, cluster in scale.PAPER.items():
+        job = job_of(f"llama31_{name.lower()}")
+        for row in {key.split(" | ")[0] for key in figures if key.startswith(f"{name}, ")}:
+            _, gpus, mode = row.split(", ")
+            sampling = int(gpus.split(" + ")[1])
+            staleness = 2 if mode == "async" else 0
+            servers = sampling // job.server_gpus
+            made = generation(job.dialogues, job.server(H100), servers, 1024, staleness).seconds
+            train_s = figures[f"{row} | training"]["median"]
+            step_s = max(made, train_s) if staleness else made + train_s
+            step_s += cluster.publish_s
+            errors.append(step_s * figures[f"{row} | steps an hour"]["median"] / 3600 - 1)
+    assert len(errors) == 10
+    assert max(map(abs, errors)) < 0.3 and sum(map(abs, errors)) / len(errors) < 0.1, errors
+
+
+def test_the_longest_dialogue_is_for_staleness_to_hide_not_for_more_servers():
+    job = job_of("llama31_70b")
+    server = job.server(H100)
+    few, many = (generation(job.dialogues, server, count, 1024, 2) for count in (80, 640))
+    assert many.longest > 0.9 * few.longest
+    later = generation(job.dialogues, server, 80, 1024, 5)
+    assert later.longest < 0.7 * few.longest
+
+
+def test_longest_of_equal_dialogues():
+    dialogues = Dialogues((Dialogue(10, 4, 1),) * 8)
+    assert (dialogues.tokens, dialogues.sampled, dialogues.longest(3)) == (10, 4, 4)
+
+
+# ---------------------------------------------------------------------- searching and refusing
+
+
+def test_what_does_not_fit_is_refused_with_what_is_missing():
+    job = job_of("llama31_70b", "parallel.data_parallel_size=1")
+    flat = replace(job, parallel=ParallelConfig(tensor_model_parallel_size=8))
+    needed = max(rank.total for rank in flat.memory())
+    missing = (needed - H100.usable) / GIB
+    with pytest.raises(ConfigError, match=rf"{missing:.1f} GiB too much.*optimizer"):
+        refuse_without_room(flat, H100)
+    with pytest.raises(ConfigError, match="tensor_parallel_size = 1: a server's weights take"):
+        refuse_small_servers(replace(job, server_gpus=1), H100)
+    with pytest.raises(ConfigError, match="no layout fits; the roomiest has TP 8 x PP 1"):
+        search.splits(job, H100, 8)
+
+
+@pytest.fixture(scope="module")
+def candidates() -> list[search.Candidate]:
+    return search.candidates(job_of("llama31_8b"), H100, 512)
+
+
+def test_every_layout_found_fits_and_the_recipes_is_no_better_than_the_best(candidates):
+    job = job_of("llama31_8b")
+    assert all(each.memory <= H100.usable for each in candidates)
+    own = job.step(H100, 0).training
+    as_many = [each for each in candidates if each.gpus == job.training_gpus]
+    assert 0 < min(each.step.training for each in as_many) <= own
+    for each in candidates[::50]:
+        refuse_without_room(each.job, H100)
+
+
+def test_splits_use_no_more_gpus_than_there_are_and_more_never_hurt(candidates):
+    job = job_of("llama31_8b")
+    best = []
+    for gpus in (16, 64, 288, 512):
+        found = search.splits(job, H100, gpus, candidates)
+        assert all(each.gpus <= gpus and each.sampling for each in found)
+        best.append(min(each.step.seconds for each in found))
+        assert found[0].step.seconds <= search.EQUAL * best[-1]
+    assert best == sorted(best, reverse=True)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_gpus_that_make_no_whole_server_are_refused():
+    words = ["plan", "llama31_70b", "--sampling-gpus", "4"]
+    with pytest.raises(ConfigError, match=r"a server takes 8 .*give a multiple"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def test_the_command_writes_what_it_prints(tmp_path):
+    out = tmp_path / "plan.json"
+    words = ["plan", "llama31_70b", "--sampling-gpus", "1280", "--json", str(out)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "1,024 + 1,280 H100s, about 20 hours" in result.output
+    content = json.loads(out.read_text())
+    assert content["training_gpus"] == 1024 and content["sampling_gpus"] == 1280
+    assert [rank["rank"] for rank in content["memory"]] == ["PP 0", "PP 1", "PP 2", "PP 3"]
+    hours = content["step_s"] * 2000 / 3600
+    assert content["gpu_hours"] == pytest.approx(hours * 2304)
+    # all that a step waits for is among the phases
+    assert content["step_s"] == max(content["bounds_s"].values())
+
+
+def test_a_recipe_for_a_cpu_is_planned_for_one(tmp_path):
+    write_model(tmp_path / "model", SMALL, torch.float32, torch.device("cpu"))
+    words = ["plan", "demo", "--set", f'model.path="{tmp_path / "model"}"']
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "MiB a process" in result.output and "a floor" in result.output
+
+
+def test_hopeless_requests_are_refused():
+    result = CliRunner().invoke(app, ["plan", "llama31_70b", "--gpus", "16"])
+    assert isinstance(result.exception, ConfigError) and "too much" in str(result.exception)
+    result = CliRunner().invoke(app, ["plan", "llama31_8b", "--gpu", "abacus"])
+    assert isinstance(result.exception, ConfigError) and "known are" in str(result.exception)

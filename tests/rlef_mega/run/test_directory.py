@@ -1,0 +1,100 @@
+"""The run directory reads as if the run had never stopped, and belongs to one run at a time."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rlef_mega.run.directory import Clock, RunDirectory
+from rlef_mega.run.launch import STOP_SIGNALS, StopRequest
+from tests.rlef_mega.megatron.small_disk import small_disk
+
+HOLD_THE_LOCK = """
+import sys, time
+from pathlib import Path
+from rlef_mega.run.directory import RunDirectory
+run = RunDirectory(Path(sys.argv[1]))
+run.lock()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_resuming_forgets_what_came_after_the_checkpoint_and_a_line_cut_by_a_kill(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step, "solved": step / 4})
+    with open(run.metrics_path, "a") as file:
+        file.write('{"step": 4, "sol')
+    run.resume(2)
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+    run.append_metrics({"step": 3, "solved": 1.0})
+    lines = run.metrics_path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_directory_has_one_owner_and_a_killed_owner_leaves_it_free(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD_THE_LOCK, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+    with pytest.raises(RuntimeError, match=f"in use by process {holder.pid}"):
+        RunDirectory(tmp_path).lock()
+    holder.kill()
+    holder.wait()
+    RunDirectory(tmp_path).lock()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_or_a_file_asks_a_rank_to_stop_once(tmp_path, number):
+    """As srun starts ranks: no command in between. A file that was obeyed stops no later run."""
+    before = [signal.getsignal(each) for each in STOP_SIGNALS]
+    try:
+        stop = StopRequest(tmp_path / "stop")
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested()
+    finally:
+        for each, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(each, handler)
+    (tmp_path / "stop").touch()
+    assert stop.obeyed(writer=True) == 3
+    assert not (tmp_path / "stop").exists()
+
+
+def test_lines_wait_for_room_on_a_full_disk(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        if disk is None:
+            pytest.skip("mounting a small tmpfs needs root")
+        run = RunDirectory(disk)
+        run.append_metrics({"step": 1})
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        run.append_metrics({"step": 2, "long": "x" * 8192})
+        run.write_episodes("episodes/step_000002.jsonl.zst", [{"text": os.urandom(9999).hex()}])
+        assert capsys.readouterr().err.count("No space left on device") == 2
+        assert [line["step"] for line in run.read_metrics()] == [1]
+        filler.unlink()
+        run.append_metrics({"step": 3})
+        assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
+
+
+def test_a_step_is_its_phases_and_what_none_of_them_claims():
+    clock = Clock()
+    with clock("rollout"):
+        time.sleep(0.02)
+    time.sleep(0.02)
+    with clock("rollout"):
+        time.sleep(0.02)
+    times = clock.lap()
+    assert 0.04 <= times["rollout"] <= times["step"] - 0.015
+    assert clock.lap().keys() == {"step"}

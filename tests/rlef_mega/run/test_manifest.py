@@ -1,0 +1,29 @@
+"""Which megatron-core a run starts with."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rlef_mega.config import ConfigError
+from rlef_mega.run import manifest
+
+
+@pytest.mark.parametrize("found", ["0.16.1", "0.17.1", "0.19.2", "0.19.2+local"])
+def test_a_tested_megatron_core_is_accepted(found, monkeypatch):
+    monkeypatch.setattr(manifest, "version", lambda package: found)
+    manifest.refuse_untested_megatron()
+
+
+@pytest.mark.parametrize("found", ["0.15.3", "0.16.0", "0.20.0rc1", "0.20.0", "1.0"])
+def test_an_untested_megatron_core_is_refused_by_name(found, monkeypatch):
+    monkeypatch.setattr(manifest, "version", lambda package: found)
+    with pytest.raises(ConfigError, match=rf"megatron-core {found} .* 'megatron-core>=0\.16\.1,<"):
+        manifest.refuse_untested_megatron()
+
+
+def test_the_package_asks_for_what_was_tested():
+    first, before = manifest.MEGATRON_CORE
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert f"megatron-core>={first},<{before}" in project["dependencies"]
+    manifest.refuse_untested_megatron()  # the installed one, too

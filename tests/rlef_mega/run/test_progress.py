@@ -1,0 +1,58 @@
+"""What a person sees of a run in the terminal."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+from rlef_mega.run.progress import StepProgress
+
+STEPS = """
+import time
+from rlef_mega.run.progress import StepProgress
+with StepProgress("RLEF", done=2, total=5, shown=True) as progress:
+    for _ in range(3):
+        progress.phase("update")
+        time.sleep(0.2)
+        progress.step("solved 53%  [red]not markup[/red]")
+    progress.say("[bold]a line[/bold]")
+"""
+
+
+def test_without_a_terminal_each_step_is_a_line_with_the_time_that_is_left(capsys):
+    progress = StepProgress("RLEF", done=2, total=5, shown=True)
+    progress.started -= 90
+    for _ in range(3):
+        progress.step("solved 53%")
+    lines = capsys.readouterr().out.splitlines()
+    # 90 s for one step of three; then two of three; then no more
+    assert lines == [
+        "RLEF 3/5  solved 53%  ETA 0:03:00",
+        "RLEF 4/5  solved 53%  ETA 0:00:45",
+        "RLEF 5/5  solved 53%",
+    ]
+
+
+def test_a_terminal_shows_phase_and_message_as_text():
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", STEPS]
+    child = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            read = os.read(ours, 65536)
+        except OSError:  # its end, on a terminal
+            break
+        if not read:
+            break
+        shown += read
+    child.wait(10)
+    os.close(ours)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    assert "update" in text and "solved 53%  [red]not markup[/red]" in text
+    assert re.search(r"4/5 ETA 0:00:0\d", text) and "5/5" in text
+    assert "[bold]a line[/bold]" in text

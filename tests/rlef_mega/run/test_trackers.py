@@ -1,0 +1,223 @@
+"""Trackers get what metrics.jsonl gets, and a run goes on whatever becomes of them."""
+
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlef_mega.cli import app
+from rlef_mega.config import ConfigError, TrackConfig, TrainConfig, load_config
+from rlef_mega.run import trackers
+from rlef_mega.run.trackers import Trackers, asked_for, check_trackers, numbers_of, send_recorded
+
+RECIPE = Path(trackers.__file__).parents[1] / "recipes" / "demo.toml"
+RECORDS: list[dict[str, Any]] = [
+    {"step": step, "solved": step / 4, "time": {"step": 2.0 + step}, "alarms": [], "kl": None}
+    for step in (1, 2, 3)
+]
+
+
+def config(run: Path, *overrides: str) -> TrainConfig:
+    return load_config(RECIPE, [f"run.dir={run}", *overrides], TrainConfig)
+
+
+def test_what_can_be_drawn_is_sent_and_the_rest_is_not():
+    record = {"step": 3, "time": {"step": 1, "a": {"b": 2.5}}, "nan": float("nan"), "flag": True}
+    record |= {"alarms": ["x"], "text": "y", "none": None}
+    assert numbers_of(record) == {"time/step": 1.0, "time/a/b": 2.5}
+
+
+def test_a_tracker_that_fails_is_named_and_left_out_and_the_others_go_on(tmp_path, capsys):
+    got = []
+
+    @contextmanager
+    def good(run, asked):
+        yield lambda step, numbers: got.append((step, numbers["solved"]))
+
+    @contextmanager
+    def failing(run, asked):
+        def log(step, numbers):
+            raise OSError(f"no network at step {step}")
+
+        yield log
+
+    @contextmanager
+    def closed(run, asked):
+        raise RuntimeError("not logged in")
+        yield
+
+    asked = config(
+        tmp_path, "track.tensorboard=true", "track.wandb_project=p", "track.mlflow_experiment=e"
+    )
+    openers = {"tensorboard": good, "wandb": failing, "mlflow": closed}
+    with Trackers(asked, done=0, openers=openers) as following:
+        for record in RECORDS:
+            following.log(record)
+    assert got == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    said = capsys.readouterr().err
+    assert said.count("WARNING") == 2 and "wandb is left out" in said
+    assert "OSError: no network at step 1" in said and "RuntimeError: not logged in" in said
+
+
+def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys):
+    free = threading.Event()
+
+    @contextmanager
+    def hanging(run, asked):
+        free.wait(30)
+        yield lambda step, numbers: None
+
+    asked = config(tmp_path, "track.tensorboard=true")
+    openers = {"tensorboard": hanging}
+    with Trackers(asked, done=0, close_s=0.1, openers=openers) as following:
+        for record in RECORDS:
+            following.log(record)  # returns at once
+    assert "tensorboard has not taken all numbers within 0 s" in capsys.readouterr().err
+    free.set()
+
+
+def test_sending_again_says_which_tracker_has_not_got_it_all(tmp_path):
+    got = []
+
+    @contextmanager
+    def good(run, asked):
+        yield lambda step, numbers: got.append(step)
+
+    @contextmanager
+    def failing(run, asked):
+        yield lambda step, numbers: 1 / 0
+
+    asked = config(tmp_path, "track.tensorboard=true", "track.wandb_project=p")
+    with pytest.raises(RuntimeError, match="have come to wandb"):
+        send_recorded(asked, RECORDS, openers={"tensorboard": good, "wandb": failing})
+    assert got == [1, 2, 3]
+
+
+def test_the_command_sends_what_the_run_directory_has(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "config.toml").write_text(RECIPE.read_text())
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    done = CliRunner().invoke(app, ["track", str(tmp_path), "--set", "track.tensorboard=true"])
+    assert done.exit_code == 0 and "3 steps to tensorboard" in done.output
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_only_the_process_that_writes_the_run_directory_has_trackers(tmp_path):
+    asked = config(tmp_path, "track.tensorboard=true")
+    assert Trackers(asked, done=0, writer=False).followers == []
+    assert Trackers(config(tmp_path), done=0).followers == []
+    assert not (tmp_path / "tracked_as").exists()
+
+
+def test_a_run_keeps_its_name_and_another_has_its_own(tmp_path):
+    asked = "track.tensorboard=true"
+    first = Trackers(config(tmp_path / "run", asked), done=0).followers[0].run.name
+    assert Trackers(config(tmp_path / "run", asked), done=5).followers[0].run.name == first
+    (tmp_path / "other").mkdir()
+    other = Trackers(config(tmp_path / "other" / "run", asked), done=0).followers[0].run.name
+    assert first.startswith("run-") and other.startswith("run-") and other != first
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'rlef-mega\[mlflow\]'"):
+        check_trackers(TrackConfig(mlflow_experiment="e"))
+    check_trackers(TrackConfig())
+
+
+def test_an_unknown_switch_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"'track.wandb'; known there: tensorboard, wandb_proj"):
+        config(tmp_path, "track.wandb=true")
+    assert asked_for(config(tmp_path, "track.wandb_project=p").track) == ["wandb"]
+
+
+def test_tensorboard_has_the_numbers_and_forgets_what_came_after_the_checkpoint(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    asked = config(tmp_path, "track.tensorboard=true")
+    send_recorded(asked, RECORDS)
+    with Trackers(asked, done=2) as following:
+        following.log({**RECORDS[2], "solved": 0.875})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("solved")]
+    assert found == [(1, 0.25), (2, 0.5), (3, 0.875)]
+    assert [event.value for event in events.Scalars("time/step")][:2] == [3.0, 4.0]
+    assert "curriculum:train" in str(events.Tensors("recipe/text_summary"))
+
+
+def leveldb_records(log: bytes) -> Iterator[bytes]:
+    """Of W&B's file, after its own header: LevelDB's log, of blocks of 32 KiB that count from the
+    file's start. A record is a checksum, a length, a kind (whole, first, middle, last) and data."""
+    at, whole = 7, b""
+    log = bytes(7) + log
+    while at + 7 <= len(log):
+        if 0x8000 - at % 0x8000 < 7:
+            at += 0x8000 - at % 0x8000
+            continue
+        length, kind = struct.unpack_from("<HB", log, at + 4)
+        whole += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+def test_wandb_offline_has_the_numbers_in_the_run_directory(tmp_path, capsys):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    send_recorded(config(tmp_path, "track.wandb_project=p", "track.wandb_mode=offline"), RECORDS)
+    assert capsys.readouterr().err == ""
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    history, runs = [], []
+    for data in leveldb_records(path.read_bytes()[7:]):
+        record = Record.FromString(data)
+        if record.HasField("run"):
+            runs.append(record.run)
+        if record.HasField("history"):
+            items = record.history.item
+            history.append({i.key or i.nested_key[0]: json.loads(i.value_json) for i in items})
+    assert runs[0].run_id == (tmp_path / "tracked_as").read_text().strip()
+    assert [(row["step"], row["solved"]) for row in history] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert [row["time/step"] for row in history] == [3.0, 4.0, 5.0]
+
+
+def test_mlflow_has_the_numbers_and_a_resumed_run_is_the_same_one(tmp_path, monkeypatch, capsys):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    address = (tmp_path / "mlruns").as_uri()
+    asked = config(tmp_path, "track.mlflow_experiment=rlef", f"track.mlflow_uri={address}")
+    with Trackers(asked, done=0) as following:
+        for record in RECORDS[:2]:
+            following.log(record)
+    with Trackers(asked, done=2) as following:
+        following.log(RECORDS[2])
+    assert capsys.readouterr().err == ""
+    client = mlflow.MlflowClient(tracking_uri=address)
+    experiment = client.get_experiment_by_name("rlef").experiment_id
+    (run,) = client.search_runs([experiment])
+    history = client.get_metric_history(run.info.run_id, "solved")
+    assert [(m.step, m.value) for m in history] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert run.data.params["ppo.beta"] == "0.05" and run.info.status == "FINISHED"
+
+
+def test_trackio_has_the_numbers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    send_recorded(config(tmp_path, "track.trackio_project=rlef"), RECORDS)
+    assert "WARNING" not in capsys.readouterr().err
+    (run,) = trackio.Api().runs("rlef")
+    assert run.name == (tmp_path / "tracked_as").read_text().strip()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    rows = SQLiteStorage.get_logs("rlef", run.name)
+    assert [(row["step"], row["solved"]) for row in rows] == [(1, 0.25), (2, 0.5), (3, 0.75)]

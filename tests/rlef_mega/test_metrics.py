@@ -1,0 +1,174 @@
+"""Rates and intervals by hand."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlef_mega import metrics
+from rlef_mega.config import GuardConfig
+from rlef_mega.packing import pack
+from rlef_mega.run.guards import GuardError, Guards
+from rlef_mega.types import Scores
+from tests.rlef_mega.episodes import episode
+
+ONE_TURN, TWO_TURNS, THREE_TURNS = ([(2, 1)] * turns for turns in (1, 2, 3))
+
+
+def test_solve_and_repair_rates_by_hand():
+    episodes = [
+        episode(ONE_TURN, solved=True),
+        episode(TWO_TURNS, solved=True),
+        episode(TWO_TURNS, solved=True),
+        episode(THREE_TURNS, solved=True),
+        episode(THREE_TURNS, solved=False),
+    ]
+    rates = metrics.episode_metrics(episodes)
+    assert rates["solved"] == pytest.approx(4 / 5)
+    assert rates["solved_turn1"] == pytest.approx(1 / 5)
+    assert rates["repaired_turn2"] == pytest.approx(2 / 4)  # four came to turn 2
+    assert rates["repaired_turn3"] == pytest.approx(1 / 2)
+    assert rates["turns_mean"] == pytest.approx(11 / 5)
+    assert rates["tokens"] == 3 * 11
+
+
+def test_rates_of_nothing_are_none_not_zero():
+    rates = metrics.episode_metrics([episode(ONE_TURN, solved=True)])
+    assert rates["repaired_turn2"] is None
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_the_sample():
+    few, many = ([0.0, 1.0] * size for size in (10, 1000))
+    narrow, wide = metrics.bootstrap_interval(many), metrics.bootstrap_interval(few)
+    for interval in (narrow, wide):
+        assert interval["low"] < interval["value"] == 0.5 < interval["high"]
+    assert narrow["high"] - narrow["low"] < (wide["high"] - wide["low"]) / 5
+    assert metrics.bootstrap_interval(few) == wide  # the same every time
+
+
+# ------------------------------------------------------------------------- what is off-policy
+
+
+def stale_batch():
+    """Two episodes, of one turn of two tokens each; versions 3, 3 and 2, 3; the trainer has 3.
+    log pi_old - log pi_b is 0, log 2, log 3, 0."""
+    batch = pack(
+        [episode([(1, 2)], solved=True), episode([(2, 2)], solved=False)], invalid_code_penalty=-0.2
+    )
+    versions_T = torch.tensor([-1, 3, 3, -1, -1, 2, 3])
+    difference_T = torch.tensor([0.0, 0.0, math.log(2), 0.0, 0.0, math.log(3), 0.0])
+    behaviour_T = batch.behaviour_logprobs_T
+    scores = Scores(behaviour_T + difference_T, behaviour_T, torch.zeros(2))
+    return replace(batch, weight_versions_T=versions_T), scores
+
+
+def outcomes(rng, *rates, problems=400):
+    """Of each seed's rate: a list of that many problems, solved or not."""
+    return [[float(rng.random() < rate) for _ in range(problems)] for rate in rates]
+
+
+def test_an_interval_over_seeds_counts_problems_and_what_differs_between_seeds():
+    """Seeds that agree: no narrower than that of all their problems, and no wider than twice that,
+    for chance differences between seeds count as well. Seeds that differ: what is between."""
+    alike = outcomes(random.Random(0), 0.5, 0.5)
+    found = metrics.interval_over_seeds(alike)
+    assert found["value"] == pytest.approx(sum(map(sum, alike)) / 800)
+    of_problems = 2 * 1.96 * 0.5 / 800**0.5
+    assert of_problems < found["high"] - found["low"] < 2 * of_problems
+    apart = metrics.interval_over_seeds([[0.0] * 400, [1.0] * 400])
+    assert (apart["low"], apart["value"], apart["high"]) == (0.0, 0.5, 1.0)
+
+
+def test_a_difference_over_seeds_pairs_problems():
+    rng = random.Random(1)
+    same, better = outcomes(rng, 0.6, 0.6), outcomes(rng, 0.8, 0.8)
+    found = metrics.interval_over_seeds(better, beside=same)
+    assert found["value"] == pytest.approx(0.2, abs=0.05)
+    assert 0 < found["low"] < found["value"] < found["high"]
+    none = metrics.interval_over_seeds(same, beside=same)
+    assert none["low"] < none["value"] == 0 < none["high"]
+    wide = metrics.interval_over_seeds(outcomes(rng, 0.6, 1.0), beside=same)
+    assert wide["high"] - wide["low"] > 1.5 * (found["high"] - found["low"])
+    # a problem that one seed's faults have dropped is left out of all
+    assert metrics.interval_over_seeds([[1.0, 0.0, None], [1.0, 0.0, 1.0]])["value"] == 0.5
+    # one seed, of which each problem solves the same: the difference of no problem is in doubt
+    solved = outcomes(rng, 0.5)
+    paired = metrics.interval_over_seeds(solved, beside=solved)
+    assert paired == {"value": 0, "low": 0, "high": 0}
+
+
+def test_versions_of_tokens_are_packed_where_the_tokens_are():
+    turns = [replace(turn, weight_versions=(7, 8)) for turn in episode([(1, 2)], solved=True).turns]
+    mixed = replace(episode([(1, 2)], solved=True), turns=tuple(turns))
+    batch = pack([mixed, mixed], invalid_code_penalty=-0.2)
+    assert batch.weight_versions_T.tolist() == [-1, 7, 8, -1, 7, 8]
+
+
+def test_staleness_and_ratios_by_hand():
+    numbers = metrics.off_policy(*stale_batch(), version=3)
+    assert numbers["staleness"] == {"0": 3, "1": 1}
+    assert numbers["staleness_mean"] == 0.25 and numbers["staleness_max"] == 1
+    assert numbers["mixed_fraction"] == 0.5
+    assert numbers["effective_sample_size"] == pytest.approx(7**2 / (4 * 15))  # w = 1, 2, 3, 1
+    assert numbers["truncated_fraction"] == 0.5
+    k3 = ((2 - 1 - math.log(2)) + (3 - 1 - math.log(3))) / 4
+    assert numbers["behaviour_k3"] == pytest.approx(k3, rel=1e-6)
+
+
+def test_the_gap_is_of_tokens_sampled_with_the_trainers_weights():
+    batch, scores = stale_batch()
+    gap = metrics.logprob_gap(batch, scores, version=3)  # 0, log 2 and 0
+    assert gap["logprob_gap_max"] == pytest.approx(math.log(2), rel=1e-6)
+    assert gap["logprob_gap_mean"] == pytest.approx(math.log(2) / 3, rel=1e-6)
+    assert gap["logprob_gap_k3"] == pytest.approx((1 - math.log(2)) / 3, rel=1e-6)
+    assert set(metrics.logprob_gap(batch, scores, version=4).values()) == {None}
+
+
+HEALTHY = {
+    "logprob_gap_max": 0.0,
+    "logprob_gap_mean": 0.0,
+    "invalid_fraction": 0.0,
+    "effective_sample_size": 1.0,
+    "behaviour_k3": 0.0,
+    "staleness": {"0": 10},
+}
+
+
+def watch(*records: dict) -> list[list[str]]:
+    guards = Guards(GuardConfig(window=2), max_drop_fraction=0.05, max_staleness=1)
+    alarms = []
+    for step, record in enumerate(records, 1):
+        record = {**HEALTHY, **record, "step": step}
+        alarms.append(guards.alarms(record))
+        guards.check(record)
+    return alarms
+
+
+@pytest.mark.parametrize(
+    "fault", [{"effective_sample_size": 0.3}, {"behaviour_k3": 0.5}, {"behaviour_k3": math.nan}]
+)
+def test_what_is_too_far_off_policy_is_an_alarm_and_then_the_end(fault):
+    (name,) = fault
+    assert watch({}, {}) == [[], []]
+    (alarm,) = watch(fault)[0]
+    assert name in alarm
+    assert watch({}, {"effective_sample_size": 0.45}, {})[1]  # the mean of two steps is within
+    with pytest.raises(GuardError, match=f"(?s)last 2 steps.*{name}"):
+        watch(fault, fault)
+
+
+def test_a_gap_between_engine_and_trainer_is_an_alarm_at_half_and_the_end_at_once():
+    assert watch({"logprob_gap_mean": 0.02}) == [[]]
+    assert "half" in watch({"logprob_gap_mean": 0.03})[0][0]
+    with pytest.raises(GuardError, match="do not hold the same weights"):
+        watch({"logprob_gap_max": 1.5})
+    assert watch({"logprob_gap_max": None, "logprob_gap_mean": None}) == [[]]
+
+
+@pytest.mark.parametrize("lag", ["-1", "2"])
+def test_tokens_of_versions_that_this_run_cannot_have_published_end_it(lag):
+    assert watch({"staleness": {"0": 3, "1": 5}}) == [[]]
+    with pytest.raises(GuardError, match="somebody else publishes"):
+        watch({"staleness": {"0": 3, lag: 1}})

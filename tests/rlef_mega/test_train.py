@@ -1,0 +1,318 @@
+"""The whole loop through the command a user gives, on a model that trains in seconds.
+
+Each run below starts its own ranks, engine and sandbox, as `rlef train` does; so these tests also
+hold the promises about killed runs, layouts and bad input. What they cannot catch: a fault that
+shows only on GPUs or at scale.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.demo.base_model import make_initial_model
+from rlef_mega.evaluation.during_training import PROTOCOLS
+from rlef_mega.megatron.checkpoints.files import fault_in, steps_in
+from rlef_mega.preflight import claim_run_directory
+from rlef_mega.problems import load_problems
+from rlef_mega.problems.jsonl import write_jsonl
+from rlef_mega.train import add_up
+from tests.rlef_mega.megatron.small_disk import small_disk
+from tests.sandbox.service_process import TOKEN, ServerProcess
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+RLEF = [sys.executable, "-m", "rlef_mega.cli"]
+TINY_RUN = [
+    "run.steps=4",
+    "run.checkpoint_every=2",
+    "rollout.episodes_per_batch=8",
+    "ppo.updates_per_batch=2",
+    "eval.every=2",
+    "eval.problems=4",
+    "guard.max_invalid_fraction=1.0",  # an untrained model writes no code at all
+    "learner.policy.lr=1e-3",
+]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """Tokenizer and random weights, as the demo's supervised stage starts with."""
+    folder = tmp_path_factory.mktemp("with a space") / "base"
+    overrides = [f"dir={json.dumps(str(folder))}", "hidden_size=32", "num_layers=2"]
+    make_initial_model(
+        load_config(find_recipe("demo_base"), [*overrides, "ffn_hidden_size=64"], SFTConfig)
+    )
+    return folder / "init"
+
+
+def command(run: Path, model: Path, *overrides: str) -> list[str]:
+    settings = [
+        f"run.dir={json.dumps(str(run))}",
+        f"model.path={json.dumps(str(model))}",
+        "data.test=''",
+        *TINY_RUN,
+        *overrides,
+    ]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return [*RLEF, "train", "demo", *sets]
+
+
+def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=ENVIRONMENT, timeout=300, capture_output=True, text=True)
+
+
+def train(run: Path, model: Path, *overrides: str) -> list[dict]:
+    """Run to the end; the metrics without times."""
+    result = subprocess.run(
+        command(run, model, *overrides),
+        env=ENVIRONMENT,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return metrics(run)
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in lines]
+
+
+def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
+    assert [line.keys() for line in one] == [line.keys() for line in other]
+    for a, b in zip(one, other, strict=True):
+        for name, value in a.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(b[name], rel=tolerance, abs=tolerance), (
+                    a["step"],
+                    name,
+                )
+            else:
+                assert value == b[name], (a["step"], name)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, model) -> list[dict]:
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", model)
+
+
+def test_the_same_seed_gives_the_same_metrics_profiled_or_not(undisturbed, model, tmp_path):
+    assert len(undisturbed) == 4
+    traced = ("profile.steps=[2]", "profile.ranks=[1]", "profile.memory=true")
+    assert train(tmp_path / "again", model, *traced) == undisturbed
+    (trace,) = (tmp_path / "again/profile").iterdir()
+    assert trace.name == "step_000002_rank_1.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert "aten::mm" in names and "[memory]" in names
+
+
+def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_path):
+    """By all protocols; a command that finds both evaluations leaves them."""
+    problems = list(load_problems("curriculum:test"))[:3]
+    write_jsonl(problems, tmp_path / "three.jsonl")
+    run = tmp_path / "run"
+    settings = ("run.steps=1", f"data.test={json.dumps(str(tmp_path / 'three.jsonl'))}")
+    train(run, model, *settings)
+    written = {name: (run / f"eval/{name}.json").read_text() for name in ("before", "after")}
+    for version, name in enumerate(written):
+        about = json.loads(written[name])
+        assert about["problems"] == 3 and about["model"].endswith(f"version {version}")
+        assert set(about["protocols"]) == set(PROTOCOLS)
+        for protocol in about["protocols"].values():
+            assert len(protocol["outcomes"]) == 3 and protocol["solve_rate"]["value"] == 0
+        with zstandard.open(run / f"eval/{name}_episodes.jsonl.zst", "rt") as lines:
+            assert [json.loads(line)["problem_id"] for line in lines] == [p.id for p in problems]
+    train(run, model, *settings)  # all of it is done
+    assert written == {name: (run / f"eval/{name}.json").read_text() for name in written}
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path):
+    """SIGKILL to the command while the third step runs: two steps are in the checkpoint, the file
+    may hold three."""
+    run = tmp_path / "killed"
+    child = subprocess.Popen(command(run, model), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3, child)
+    child.kill()
+    child.wait()
+    wait_for(lambda: not alive(run))  # the ranks die with it, or they would go on writing
+    assert train(run, model) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(undisturbed, model, tmp_path, number):
+    """Ctrl-C to the command, and what Slurm sends to every process of a job before its time is up;
+    the save is whole when the command ends."""
+    run = tmp_path / "stopped"
+    child = subprocess.Popen(
+        command(run, model), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, child)
+    everyone = [child.pid] if number == signal.SIGINT else processes_of(run)
+    for process in everyone:
+        os.kill(process, number)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == 3, output
+    assert "same command goes on" in output
+    newest = steps_in(run / "checkpoints")[-1]
+    assert fault_in(newest) is None and newest.name == f"step_{len(metrics(run)):06d}"
+    assert train(run, model) == undisturbed
+
+
+def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
+    """Room for metrics, but for no checkpoint; then there is room, and the same command goes on."""
+    with small_disk(tmp_path / "disk", "1M") as disk:
+        if disk is None:
+            pytest.skip("mounting a small tmpfs needs root; test_checkpoint.py has a stand-in")
+        run = disk / "run"
+        result = run_command(command(run, model, "run.checkpoint_async=false"))
+        assert result.returncode == 2
+        assert "step_000002 was NOT saved: [Errno 28] No space left on device" in result.stderr
+        assert "the last step could not be saved" in result.stderr
+        assert [line["checkpoint_failures"] for line in metrics(run)] == [0, 0, 1, 1]
+        assert list((run / "checkpoints").iterdir()) == []
+        subprocess.run(["mount", "-o", "remount,size=64M", str(disk)], check=True)
+        assert train(run, model) == undisturbed
+
+
+def test_grading_on_servers_changes_no_number(undisturbed, model, tmp_path, monkeypatch):
+    """Both ranks reach both servers with the token of the environment, which no file of the run
+    holds. This model writes no code yet, so nothing is graded: test_judge.py holds the verdicts."""
+    with ServerProcess(token=TOKEN) as one, ServerProcess(token=TOKEN) as two:
+        monkeypatch.setitem(ENVIRONMENT, "RLEF_SANDBOX_TOKEN", TOKEN)
+        run = tmp_path / "served"
+        assert train(run, model, f"judge.servers=['{one.url}', '{two.url}']") == undisturbed
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["isolation"]["servers"].keys() == {one.url, two.url}
+    assert not any(TOKEN.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+ALONE = "parallel.tensor_model_parallel_size=1"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [ALONE],
+        [ALONE, "parallel.pipeline_model_parallel_size=2"],
+        [ALONE, "parallel.data_parallel_size=2", "learner.offload=idle"],
+        [ALONE, "critic_parallel.tensor_model_parallel_size=1"],
+    ],
+    ids=["one process", "pipeline 2", "data 2, idle state on the host", "critic on its own rank"],
+)
+def test_every_layout_gives_the_numbers_of_tensor_parallel_2(
+    undisturbed, model, tmp_path, overrides
+):
+    """The whole loop in fp32: sums in another order differ by rounding, which a few updates enlarge
+    a little."""
+    other = train(tmp_path / "layout", model, *overrides)
+    gaps = ("logprob_gap_max", "logprob_gap_mean")  # rounding itself
+    assert_close(without(other, gaps), without(undisturbed, gaps), tolerance=2e-4)
+    assert all(line["logprob_gap_max"] < 1e-4 for line in other + undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["ppo.token_level_value=true", "rollout.feedback=random"], {}),
+        (["ppo.beta=0.0"], {"kl": 0.0}),
+        (["rollout.turns=1"], {"turns_mean": 1.0}),
+        (["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}),
+    ],
+    ids=[
+        "token-level value, random feedback",
+        "no KL",
+        "single-turn",
+        "no feedback, critic warm-up",
+    ],
+)
+def test_each_ablation_is_a_switch_of_the_whole_loop(model, tmp_path, overrides, expected):
+    lines = train(tmp_path / "ablation", model, ALONE, "run.steps=2", *overrides)
+    assert len(lines) == 2
+    for line in lines:
+        assert line | expected == line
+        assert line["value_loss"] > 0 and line["logprob_gap_max"] < 1e-4
+
+
+def without(lines: list[dict], names: tuple[str, ...]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in names} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.betta=1", "unknown key 'ppo.betta'; known there: beta"),
+        ("parallel.tensor_model_parallel_size=3", "do not divide by"),
+        ("parallel.pipeline_model_parallel_size=5", "cannot be split into 5 stages"),
+        (
+            "critic_parallel.tensor_model_parallel_size=3",
+            "critic_parallel: 4 attention heads do not divide by",
+        ),
+        ("parallel.data_parallel_size=3", "does not divide over"),
+        ("ppo.updates_per_batch=3", "does not divide into"),
+        ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("model.path=nowhere", "nowhere/config.json"),
+        ("judge.servers=['http://127.0.0.1:9']", "judge.servers: grading servers are not ready"),
+    ],
+)
+def test_bad_input_is_one_message_before_anything_starts(model, tmp_path, override, message):
+    result = run_command(command(tmp_path / "bad", model, override))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_run_directory_with_other_settings_is_refused(model, tmp_path):
+    run = tmp_path / "claimed"
+    claim = load_config(find_recipe("demo"), [f"run.dir={json.dumps(str(run))}"], TrainConfig)
+    claim_run_directory(claim, run)
+    before = (run / "config.toml").read_text()
+    result = run_command(command(run, model))
+    assert result.returncode == 2
+    assert "rollout.episodes_per_batch = 256 there, 8 here" in result.stderr
+    assert (run / "config.toml").read_text() == before
+
+
+def wait_for(condition, child: subprocess.Popen | None = None, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert child is None or child.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(run: Path) -> bool:
+    return bool(processes_of(run))
+
+
+def processes_of(run: Path) -> list[int]:
+    """Those with this run directory in their command lines: the command, the agent, the ranks."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(run).encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
+def test_a_server_is_busy_for_as_long_as_the_rank_says_that_kept_it_so_the_longest():
+    """Two ranks, two servers; their own counts are added up."""
+    one = {"requests": 3, "server_busy_s a": 2.0, "server_busy_s b": 1.0}
+    other = {"requests": 4, "server_busy_s b": 1.5, "follow_up_tokens": 8}
+    assert add_up([one, other, {}]) == {
+        "requests": 7,
+        "server_busy_s": 3.5,
+        "follow_up_tokens": 8,
+        "follow_up_cached_share": 0.0,
+    }

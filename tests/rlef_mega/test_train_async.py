@@ -1,0 +1,181 @@
+"""Asynchronous training through the command a user gives, on servers that sample from a real model.
+
+They speak SGLang's HTTP (tests/sglang has the real ones) in this test's process.
+"""
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import zstandard
+from typer.testing import CliRunner
+
+from rlef_mega.cli import app
+from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.megatron.checkpoints.files import fault_in, read_score, steps_in
+from rlef_mega.preflight import plan_train
+from rlef_mega.problems import load_problems, sample
+from tests.rlef_mega.engines.sglang.model_double import ModelDouble
+from tests.rlef_mega.test_train import (  # noqa: F401 - the model is a fixture
+    ENVIRONMENT,
+    RLEF,
+    alive,
+    command,
+    metrics,
+    model,
+    run_command,
+    wait_for,
+)
+
+STEPS, BATCH = 6, 8
+
+
+@pytest.fixture
+def servers(model):  # noqa: F811
+    with ModelDouble(1, model) as one, ModelDouble(2, model) as two:
+        yield one, two
+
+
+def asynchronous(run: Path, model: Path, servers, *overrides: str) -> list[str]:  # noqa: F811
+    urls = json.dumps([server.url for server in servers])
+    return command(
+        run,
+        model,
+        "rollout.engine=sglang",
+        f"rollout.servers.urls={urls}",
+        "rollout.mode=async",
+        "rollout.max_staleness=2",
+        f"run.steps={STEPS}",
+        "run.checkpoint_every=1",
+        "run.keep_checkpoints=99",
+        *overrides,
+    )
+
+
+def trained_on(run: Path) -> Counter[str]:
+    """The problems of all episodes of all steps."""
+    counts: Counter[str] = Counter()
+    for file in (run / "episodes").glob("step_*.jsonl.zst"):
+        lines = zstandard.decompress(file.read_bytes()).decode().splitlines()
+        counts.update(json.loads(line)["problem_id"] for line in lines)
+    return counts
+
+
+def drawn() -> Counter[str]:
+    """What synchronous training draws in as many steps."""
+    problems = load_problems("curriculum:train")
+    return Counter(
+        problem.id for step in range(1, STEPS + 1) for problem in sample(problems, step, BATCH, 0)
+    )
+
+
+def test_training_goes_on_while_dialogues_do(model, servers, tmp_path):  # noqa: F811
+    """Two ranks, each with its share. The first batch has the trainer's own weights, so the gap is
+    that of two implementations; later ones are stale, and within the bound."""
+    run = tmp_path / "run"
+    result = run_command(asynchronous(run, model, servers))
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = metrics(run)
+    assert len(lines) == STEPS
+    for line in lines:
+        assert line["dropped"] == {} and line["episodes"] == BATCH
+        assert 0 <= line["staleness_max"] <= 2
+        assert sum(line["staleness"].values()) > 0
+        assert 0 < line["effective_sample_size"] <= 1 + 1e-9
+        if line["logprob_gap_max"] is not None:
+            assert line["logprob_gap_max"] < 1e-4
+            assert line["logprob_gap_k3"] < 1e-6
+    assert lines[0]["staleness"].keys() == {"0"} and lines[0]["logprob_gap_max"] is not None
+    assert any(line["staleness_max"] > 0 for line in lines), "nothing went on while it trained"
+    evaluated = [line for line in lines if "valid_solved" in line]
+    assert [line["valid_step"] for line in evaluated] == [2, 4, 6]
+    assert all(line["valid_versions"][0] >= line["valid_step"] for line in evaluated)
+    assert trained_on(run) == drawn()
+    scores = {path.name: read_score(path) for path in steps_in(run / "checkpoints")}
+    scored = {name for name, score in scores.items() if score is not None}
+    assert scored == {"step_000002", "step_000004", "step_000006"}
+
+
+def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  # noqa: F811
+    run = tmp_path / "killed"
+    words = asynchronous(run, model, servers)
+    child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3, child)
+    child.kill()
+    child.wait()
+    wait_for(lambda: not alive(run))
+    newest = steps_in(run / "checkpoints")[-1]
+    step = int(newest.name.removeprefix("step_"))
+    state = json.loads((newest / "meta.json").read_text())["state"]
+    assert state["next_dialogue"] - len(state["dialogues_passed_over"]) == step * BATCH
+    result = run_command(words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    assert trained_on(run) == drawn()
+
+
+def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  # noqa: F811
+    """And goes on when there are servers again."""
+    run = tmp_path / "lost"
+    words = asynchronous(
+        run, model, servers, "rollout.servers.lost_s=3", "run.checkpoint_every=100"
+    )
+    child = subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2, child)
+    for server in servers:
+        server.mode = "drop"
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 2
+    assert "no server" in said and servers[0].url in said, said
+    newest = steps_in(run / "checkpoints")[-1]
+    assert fault_in(newest) is None
+    assert newest.name == f"step_{len(metrics(run)):06d}"
+    for server in servers:
+        server.mode = "answer"
+    result = run_command(words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(metrics(run)) == STEPS
+
+
+def test_asynchronous_training_needs_servers_and_equal_shares():
+    def load(*overrides: str) -> TrainConfig:
+        return load_config(find_recipe("demo"), ["rollout.mode=async", *overrides], TrainConfig)
+
+    with pytest.raises(ConfigError, match=r"needs rollout\.engine"):
+        load()
+    uneven = ["rollout.engine=sglang", "rollout.episodes_per_batch=9", "ppo.updates_per_batch=3"]
+    shape = "model.shape={heads=2, key_value_heads=2, layers=2, vocab_size=64, ffn=8}"
+    with pytest.raises(ConfigError, match="9 does not divide over 2 processes"):
+        plan_train(load(*uneven, shape))
+
+
+def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F811
+    """Its weights are brought to them, which nobody else may hold, and they are free again."""
+    words = ["eval", str(model), "--data", "curriculum:test", "--problems", "6", "--turns", "2"]
+    limits = ["--max-new-tokens", "20", "--max-context", "320"]
+    only = ["--feedback", "true", "--no-single-turn"]
+    urls = [word for server in servers for word in ("--sglang", server.url)]
+    result = run_command([*RLEF, *words, *limits, *only, *urls, "--out", str(tmp_path)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads((tmp_path / "eval/init.json").read_text())["protocols"]["multi_turn"]
+    assert summary["dropped"] == {} and summary["solve_rate"]["value"] == 0.0
+    for server in servers:
+        assert server.calls["update_weights_from_disk"] == 1 and server.weight_version == "default"
+    assert sum(server.calls["generate"] for server in servers) == 12
+    assert not (tmp_path / "weights").exists()
+    path = tmp_path / "eval/init.dialogues.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    for server in servers:
+        server.weight_version = "0"  # as SIGKILL leaves those that this evaluation held
+    again = CliRunner().invoke(app, [*words, *limits, *only, *urls, "--out", str(tmp_path)])
+    assert again.exit_code == 0, again.output
+    assert sum(server.calls["generate"] for server in servers) == 14
+    servers[1].weight_version = "3"  # in training
+    refused = run_command([*RLEF, *words, *limits, *urls, "--out", str(tmp_path / "other")])
+    assert (
+        refused.returncode != 0 and f"{servers[1].url} has weights of version 3" in refused.stderr
+    )
