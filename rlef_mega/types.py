@@ -34,7 +34,7 @@ class AssertTest(CheckTest):
 
 
 LANGUAGES = ("python", "cpp")
-TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp")  # of RLEF C.1, C.4, C.5
+TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "curriculum")  # RLEF C.1, C.4, C.5, ours
 PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from rlef_mega.dialogues import judge, templates
 from rlef_mega.problems.asserts import assert_test
-from rlef_mega.types import PrivateTests, Problem, TestOutcome
+from rlef_mega.types import LANGUAGES, TEMPLATE_NAMES, PrivateTests, Problem, TestOutcome
 from rlef_sandbox import CallTest, Result, Sandbox, Status, Test
 
 DOUBLE = Test("3\n", "6\n")
@@ -269,3 +269,8 @@ def test_feedback_within_a_bound_keeps_its_frame_and_both_ends(limit):
     assert told.startswith("Your code failed the following tests:\n- input '3'")
     assert told.endswith(f"9'\nGive it another try. {templates.BACKTICKS}")
     assert len(told) <= max(limit, 80 + 300)
+
+
+def test_every_name_that_a_problem_may_give_has_a_template_and_a_fence():
+    assert tuple(templates.TEMPLATES) == TEMPLATE_NAMES
+    assert tuple(templates.INFO_STRINGS) == LANGUAGES
