@@ -6,7 +6,7 @@ paper's (RLEF A.1, 3.1) where it names one.
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -476,6 +476,27 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         else:
             lines.append(f"  {where or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}")
     return lines
+
+
+def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return the leaves of nested tables, each under its joined names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            inner = flatten(value, separator).items()
+            flat |= {f"{name}{separator}{below}": leaf for below, leaf in inner}
+        else:
+            flat[name] = value
+    return flat
+
+
+def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Name each key of `asked` whose value in `found` is another one; empty if there is none."""
+    return "; ".join(
+        f"{key} = {found.get(key)!r} there, {value!r} here"
+        for key, value in asked.items()
+        if found.get(key) != value
+    )
 
 
 def dump_toml(config: Section) -> str:

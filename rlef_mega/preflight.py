@@ -8,13 +8,14 @@ from typing import Any
 from rlef_mega.config import (
     ConfigError,
     ParallelConfig,
-    Section,
     ServersConfig,
     SFTConfig,
     TrackConfig,
     TrainConfig,
     check_layout,
+    differences,
     dump_toml,
+    flatten,
     load_config,
 )
 from rlef_mega.dialogues.distractors import with_wrong_programs
@@ -199,30 +200,12 @@ def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:
     """Write the resolved config; refuse a folder that holds a run with another one."""
     path = run_dir / "config.toml"
     if path.exists():
-        before = flatten(load_config(path, [], type(config)))
-        differing = [
-            f"{key} = {before.get(key)} there, {value} here"
-            for key, value in flatten(config).items()
-            if before.get(key) != value and key not in FREE_TO_CHANGE
-        ]
-        if differing:
+        before = flatten(load_config(path, [], type(config)).model_dump())
+        asked = flatten(config.model_dump())
+        fixed = {key: value for key, value in asked.items() if key not in FREE_TO_CHANGE}
+        if other := differences(before, fixed):
             raise ConfigError(
-                f"{run_dir} holds a run with other settings ({'; '.join(differing)}); "
+                f"{run_dir} holds a run with other settings ({other}); "
                 "choose another folder, or remove that one to start anew"
             )
     write_atomically(path, dump_toml(config))
-
-
-def flatten(section: Section) -> dict[str, Any]:
-    """Dotted keys to values."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    walk(section.model_dump(), "")
-    return flat

@@ -300,7 +300,7 @@ def open_engine(
     """The engine, and what is known of how it samples. SGLang's servers get the folder's weights,
     verified; those of completion servers are not known to be the folder's."""
     if request.openai:
-        openai = needs_aiohttp("--openai", "openai")
+        openai = needs_aiohttp("--openai", "rlef_mega.evaluation.completion_servers")
         options = {"model": request.served_model, "api_key": request.api_key}
         with openai.OpenAIEngine(
             request.openai, chat, context=request.max_context, **options
@@ -308,7 +308,7 @@ def open_engine(
             print("not what training samples from: " + described(engine.facts))
             yield engine, engine.facts
     elif request.sglang:
-        sglang = needs_aiohttp("--sglang", "sglang")
+        sglang = needs_aiohttp("--sglang", "rlef_mega.engines.sglang.engine")
         facts = {"kind": "sglang", "servers": list(request.sglang), "weights": "verified"}
         with sglang.SGLangEngine(
             request.sglang,
@@ -325,12 +325,12 @@ def open_engine(
         yield local, {"kind": "local", "dtype": request.dtype}
 
 
-def needs_aiohttp(option: str, engine: str) -> Any:
+def needs_aiohttp(option: str, module: str) -> Any:
     """The engine's module."""
     from importlib import import_module
 
     try:
-        return import_module(f"rlef_mega.engines.{engine}")
+        return import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{option} needs {error.name}: pip install 'rlef-mega[serve]'") from None
 

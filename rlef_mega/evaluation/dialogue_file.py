@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, differences
 
 FORMAT = 1
 HOPELESS = "prompt too long"  # a drop that another try would not change
@@ -119,14 +119,9 @@ def read_header(path: Path) -> Record:
 
 
 def refuse_other(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    differing = [
-        f"{key} = {there.get(key)!r} there, {value!r} here"
-        for key, value in asked.items()
-        if there.get(key) != value
-    ]
-    if differing:
+    if other := differences(there, asked):
         raise ConfigError(
-            f"{path} holds dialogues of another evaluation ({'; '.join(differing)}); "
+            f"{path} holds dialogues of another evaluation ({other}); "
             "choose another --name, or remove it to start anew"
         )
 

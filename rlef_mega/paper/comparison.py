@@ -26,7 +26,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.config import (
+    ConfigError,
+    TrainConfig,
+    differences,
+    find_recipe,
+    flatten,
+    load_config,
+)
 from rlef_mega.metrics import interval_over_seeds
 from rlef_mega.report.panels import PALETTE
 from rlef_mega.report.plots import STYLE
@@ -100,17 +107,10 @@ def refuse_another(path: Path, config: TrainConfig) -> None:
     if not path.exists():
         write_atomically(path, json.dumps(asked, indent=1) + "\n")
         return
-    there = json.loads(path.read_text())
-    differing = [
-        f"{section}.{key} = {there.get(section, {}).get(key)!r} there, {value!r} here"
-        for section, values in asked.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-        if (there.get(section) or {}).get(key) != value
-    ]
-    if differing:
+    found = json.loads(path.read_text())
+    if other := differences(flatten(found), flatten(asked)):
         raise ConfigError(
-            f"{path.parent} holds runs of other settings ({'; '.join(differing)}); choose another "
+            f"{path.parent} holds runs of other settings ({other}); choose another "
             "--out, or remove it"
         )
 

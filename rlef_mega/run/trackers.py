@@ -23,7 +23,7 @@ from time import monotonic, time
 from types import TracebackType
 from typing import Any
 
-from rlef_mega.config import ConfigError, TrackConfig, TrainConfig
+from rlef_mega.config import ConfigError, TrackConfig, TrainConfig, flatten
 
 CLOSE_S = 60.0
 SEND_S = 3600.0  # for all steps of a run at once
@@ -265,17 +265,6 @@ def numbers_of(record: Mapping[str, Any]) -> Numbers:
         and not isinstance(value, bool)
         and math.isfinite(value)
     }
-
-
-def flatten(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            inner = flatten(value, separator).items()
-            flat |= {f"{name}{separator}{below}": leaf for below, leaf in inner}
-        else:
-            flat[name] = value
-    return flat
 
 
 def send_recorded(config: TrainConfig, records: list[dict[str, Any]], **options: Any) -> None:

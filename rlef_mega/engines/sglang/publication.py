@@ -31,7 +31,7 @@ from rlef_mega.engines.sglang.carriers import Carrier, Submit
 from rlef_mega.engines.sglang.fleet import FIRST_PROBE_S, Fleet
 from rlef_mega.engines.sglang.http import Client, ServerError
 from rlef_mega.engines.sglang.members import Member, on_each, reasons
-from rlef_mega.engines.sglang.weights import Checksums, SentWeights, differences
+from rlef_mega.engines.sglang.weights import Checksums, SentWeights, differing_parameters
 
 BUCKET_BYTES = 512 * 2**20
 
@@ -167,7 +167,7 @@ async def verify(client: Client, version: int, expected: Checksums, within_s: fl
     found = await client.weight_version(within_s=within_s)
     if found != str(version):
         raise WrongWeightsError(f"{client.url} says version {found} after update to {version}")
-    if wrong := differences(expected, await client.checksums(within_s=within_s)):
+    if wrong := differing_parameters(expected, await client.checksums(within_s=within_s)):
         raise WrongWeightsError(f"{client.url} holds other weights than were sent: {wrong}")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from rlef_mega.config import differences
 from rlef_mega.engines import WeightsMismatchError
 from rlef_mega.engines.requests import listed
 
@@ -227,7 +228,7 @@ def finalized(number: int) -> int:
     return number ^ number >> 31
 
 
-def differences(expected: Checksums, found: Checksums) -> str:
+def differing_parameters(expected: Checksums, found: Checksums) -> str:
     """Which parameters a server holds otherwise; empty if none."""
     if len(expected) != len(found):
         return f"{len(found)} tensor-parallel ranks instead of {len(expected)}"
@@ -243,13 +244,8 @@ def differences(expected: Checksums, found: Checksums) -> str:
 def check_same_model(folder: Path, served: Path) -> None:
     """ValueError unless the server's folder has the architecture of ours."""
     ours, theirs = read_architecture(folder), read_architecture(served)
-    different = [
-        f"{key} = {theirs.get(key)} there, {value} here"
-        for key, value in ours.items()
-        if theirs.get(key) != value
-    ]
-    if different:
-        raise ValueError(f"{served} is not the model of {folder}: {'; '.join(different)}")
+    if other := differences(theirs, ours):
+        raise ValueError(f"{served} is not the model of {folder}: {other}")
 
 
 def read_architecture(folder: Path) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from rlef_mega.engines.sglang.weights import (
     SentWeights,
     ServedModel,
     check_same_model,
-    differences,
+    differing_parameters,
     gpu_checksum,
     served_name,
 )
@@ -79,7 +79,7 @@ def test_parts_may_come_in_any_order_and_from_buffers_that_are_used_again(model)
     reversed_order = SentWeights(from_one_buffer(), model, torch.bfloat16, ranks=1)
     got = {name: tensor for bucket in buckets(reversed_order, 300) for name, tensor in bucket}
     assert all(torch.equal(got[n], tensor) for n, tensor in straight)
-    assert differences(straight.checksums, reversed_order.checksums) == ""
+    assert differing_parameters(straight.checksums, reversed_order.checksums) == ""
 
 
 def test_buckets_keep_to_their_size(model):
@@ -133,8 +133,8 @@ def test_one_different_bit_is_named():
         [{"a": "0", "b": "1"}] * 2,
         [{"a": "0", "b": "1"}, {"a": "0", "b": "2", "c": "3"}],
     )
-    assert differences(ours, theirs) == "b (rank 1), c (rank 1)"
-    assert "1 tensor-parallel ranks instead of 2" in differences(ours, theirs[:1])
+    assert differing_parameters(ours, theirs) == "b (rank 1), c (rank 1)"
+    assert "1 tensor-parallel ranks instead of 2" in differing_parameters(ours, theirs[:1])
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path, model):
