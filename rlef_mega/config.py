@@ -1,8 +1,8 @@
-"""What is asked for: one frozen pydantic model a section, unknown keys refused.
+"""The settings of a run: one frozen pydantic model for each section of a recipe.
 
-A run is one TOML file plus dotted `--set section.key=value` overrides; the resolved config is
-written into the run directory. Functions take the values they use, not the config. Defaults are the
-paper's (RLEF A.1, 3.1) where it names one.
+A recipe is a TOML file; dotted `--set section.key=value` words override it, unknown keys are
+refused, and the resolved config is written into the run directory. Functions take the values that
+they use, not the config. Defaults are the paper's (RLEF A.1, 3.1) where it gives one.
 """
 
 import tomllib
@@ -11,13 +11,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, TypeVar, get_args
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class ConfigError(ValueError):
-    """A recipe that cannot run; the message names file, key and remedy."""
+    """A recipe that cannot run. The message names the file, the key and the remedy."""
 
 
 class Section(BaseModel):
@@ -34,27 +35,27 @@ class RunConfig(Section):
         gt=0, description="rollout batches; each gives ppo.updates_per_batch updates"
     )
     checkpoint_every: int = Field(10, gt=0)
-    checkpoint_async: bool = Field(True, description="write while training goes on")
-    keep_checkpoints: int = Field(2, gt=0, description="the newest ones")
-    keep_best: bool = Field(True, description="and the best on data.valid, of those evaluated")
+    checkpoint_async: bool = Field(True, description="write checkpoints while training continues")
+    keep_checkpoints: int = Field(2, gt=0, description="how many of the newest to keep")
+    keep_best: bool = Field(True, description="also keep the best one on data.valid")
 
 
 class ModelShape(Section):
-    """What the layout is checked against when the weights are not on this machine."""
+    """The model's shape, for checking a layout when the model is not on this machine."""
 
     heads: int = Field(gt=0)
     key_value_heads: int = Field(gt=0)
     layers: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     ffn: int = Field(gt=0)
-    hidden: int | None = Field(None, gt=0, description="for memory and time; `rlef plan`")
-    head_dim: int | None = Field(None, gt=0, description="if it is not hidden / heads")
+    hidden: int | None = Field(None, gt=0, description="hidden size, for `rlef plan`")
+    head_dim: int | None = Field(None, gt=0, description="if it differs from hidden / heads")
 
 
 class ModelConfig(Section):
     path: str = Field(description="Hugging Face folder of the instruction-tuned starting point")
     weights: str | None = Field(
-        None, description="a checkpoint, imported or of a run, to start from instead of path's"
+        None, description="a checkpoint folder to start from, instead of the weights in path"
     )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     chat_format: Literal["auto", "llama3", "chatml"] = "auto"
@@ -66,12 +67,12 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """One network's layout: tensor x pipeline x data ranks. Words are Megatron's."""
+    """One network's layout: tensor x pipeline x data parallel ranks, in Megatron's words."""
 
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
     virtual_pipeline_model_parallel_size: int = Field(
-        1, gt=0, description="chunks a pipeline rank; above 1 the interleaved schedule runs"
+        1, gt=0, description="model chunks a pipeline rank; above 1, the interleaved schedule"
     )
     pipeline_layers: tuple[int, ...] | None = Field(
         None, description="layers of each stage, in the network's order; None: balanced"
@@ -79,7 +80,7 @@ class ParallelConfig(Section):
     data_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool = False
     overlap: bool = Field(
-        True, description="gradient reduction and weight gathering behind computation, if data > 1"
+        True, description="overlap gradient reduction and weight gathering with computation"
     )
     processes_per_node: int = Field(8, gt=0)
 
@@ -93,8 +94,8 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where problems come from: `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, or a
-    JSONL file."""
+    """Sources of problems: `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, or a JSONL
+    file (docs/problems.md)."""
 
     train: str
     valid: str | None = None
@@ -102,39 +103,39 @@ class DataConfig(Section):
 
 
 class ServersConfig(Section):
-    """SGLang servers, for `rollout.engine = "sglang"`: what `rlef serve` starts on a node, and how
-    training reaches them."""
+    """SGLang servers, for `rollout.engine = "sglang"`: how `rlef serve` starts them on a node, and
+    how training reaches them."""
 
     urls: tuple[str, ...] = Field(
-        (), description="like http://node7:30000; without, those that `rlef serve` starts here"
+        (), description="as http://node7:30000; empty: those that `rlef serve` starts here"
     )
     count: int = Field(1, gt=0, description="servers that `rlef serve` starts on its node")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs of a server")
-    host: str = Field("127.0.0.1", description="address that they listen on")
-    port: int = Field(30000, gt=0, lt=65536, description="of the first; the others follow")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(30000, gt=0, lt=65536, description="of the first server; the others count up")
     memory_fraction: float = Field(
-        0.8, gt=0, lt=1, description="of the device, for weights and cached context"
+        0.8, gt=0, lt=1, description="share of the device for weights and KV cache"
     )
     device: Literal["cuda", "cpu"] = "cuda"
     python: str = Field(
-        ".venv-sglang/bin/python", description="the Python that SGLang is installed for"
+        ".venv-sglang/bin/python", description="the Python of SGLang's own environment"
     )
     release_memory: bool = Field(
         False,
-        description="servers on the trainer's own GPUs: they give their memory back while it works",
+        description="servers share the trainer's GPUs and release their memory while it trains",
     )
-    arguments: tuple[str, ...] = Field((), description="more of SGLang's own, for each server")
-    ready_s: float = Field(1800.0, gt=0, description="for a server to load the model")
+    arguments: tuple[str, ...] = Field((), description="more arguments for each SGLang server")
+    ready_s: float = Field(1800.0, gt=0, description="timeout for a server to load the model")
     publish: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
-        description="weights go by the run's folder, by NCCL (gloo on a CPU), or on the same node "
-        "by CUDA IPC (shared memory on a CPU)",
+        description="send weights through the run directory, by NCCL (gloo on a CPU), or, on the "
+        "same node, by CUDA IPC (shared memory on a CPU)",
     )
-    publish_s: float = Field(600.0, gt=0, description="for each step of a publication")
-    concurrency: int = Field(256, gt=0, description="open requests a server, of each rank")
-    deadline_s: float = Field(1800.0, gt=0, description="of a request, with all its tries")
+    publish_s: float = Field(600.0, gt=0, description="timeout of each request of a publication")
+    concurrency: int = Field(256, gt=0, description="open requests of each rank to each server")
+    deadline_s: float = Field(1800.0, gt=0, description="of a request, retries included")
     lost_s: float = Field(
-        900.0, gt=0, description="without any server for so long, the run saves and stops"
+        900.0, gt=0, description="after this time without any server, the run saves and stops"
     )
 
     @property
@@ -151,43 +152,43 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(1024, gt=0)
     max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")
     engine: Literal["local", "sglang"] = Field(
-        "local", description="local: in each training process, on its device"
+        "local", description="local: sample in each training process, on its device"
     )
     servers: ServersConfig = ServersConfig()
     mode: Literal["sync", "async"] = Field(
-        "sync", description="async: dialogues go on while the trainer trains"
+        "sync", description="async: sample dialogues while the trainer trains"
     )
     max_staleness: int = Field(
-        1, ge=0, description="async: how many versions old what is trained on may be"
+        1, ge=0, description="async: versions that training data may be behind the weights"
     )
     max_passed_over: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="async: share of its oldest dialogues that a batch closes without, because "
-        "they last long; they are in a later one",
+        description="async: share of unfinished dialogues that a batch does not wait for; they "
+        "belong to a later one",
     )
     open_dialogues: int | None = Field(
-        None, gt=0, description="async: at once, of each process; None: as many as the servers take"
+        None, gt=0, description="async: concurrent dialogues of a process; None: as servers allow"
     )
     max_drop_fraction: float = Field(
-        0.05, ge=0, le=1, description="of a batch; above it the run stops"
+        0.05, ge=0, le=1, description="dropped share of a batch above which the run stops"
     )
 
     @property
     def staleness(self) -> int:
-        """The bound that is in force."""
+        """Return the staleness that the mode allows."""
         return self.max_staleness if self.mode == "async" else 0
 
 
 class JudgeConfig(Section):
-    """Without servers each process has a sandbox of its own."""
+    """Grading: by servers or, if none are given, in a sandbox of each process."""
 
     workers: int = Field(1, gt=0, description="sandbox workers a process")
     isolation: Literal["default", "minimal"] = "default"
-    servers: tuple[str, ...] = Field((), description="grading servers, like http://node7:8765")
+    servers: tuple[str, ...] = Field((), description="grading servers, as http://node7:8765")
     deadline_s: float = Field(
-        900.0, gt=0, description="of a grading call to servers, with all its tries"
+        900.0, gt=0, description="of a grading request to servers, retries included"
     )
 
 
@@ -195,21 +196,22 @@ class PPOConfig(Section):
     """RLEF 2.2 and A.1. The ablations are `token_level_value`, `beta = 0`, `rollout.turns = 1` and
     `rollout.feedback = "none"`."""
 
-    beta: float = Field(
-        0.05, ge=0, description="weight of the KL penalty in the reward; 0 switches it off"
-    )
+    beta: float = Field(0.05, ge=0, description="weight of the KL penalty in the reward; 0: none")
     gamma: float = Field(1.0, ge=0, le=1)
     clip_eps: float = Field(0.2, gt=0)
     clip_alpha: float = Field(0.2, gt=0)
     invalid_code_penalty: float = Field(-0.2, le=0)
     penalize_invalid_last_turn: bool = Field(
         False,
-        description="adds the penalty to the -1 of a last turn without valid code (paper: silent)",
+        description="add the penalty to the -1 of a last turn without valid code (the paper does "
+        "not say)",
     )
     updates_per_batch: int = Field(4, gt=0)
     normalize_advantages: bool = True
-    token_level_value: bool = Field(False, description="RLEF B.6: a value a response token")
-    critic_warmup_steps: int = Field(0, ge=0, description="batches that train the critic alone")
+    token_level_value: bool = Field(False, description="RLEF B.6: one value a response token")
+    critic_warmup_steps: int = Field(
+        0, ge=0, description="first batches train only the critic"
+    )
 
 
 class OptimizerConfig(Section):
@@ -228,18 +230,18 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     microbatch_tokens: int = Field(8192, gt=0, description="token budget of a packed micro-batch")
     offload: Literal["none", "idle"] = Field(
-        "none", description="idle: what a phase does not need waits in pinned host memory"
+        "none", description="idle: keep what a phase does not need in pinned host memory"
     )
     policy: OptimizerConfig = OptimizerConfig()
     critic: OptimizerConfig = OptimizerConfig()
 
 
 class EvalConfig(Section):
-    """Test problems are evaluated before and after training, with multi-turn dialogues and true
-    feedback whatever training used, unless `feedback` says otherwise."""
+    """Evaluation on data.test before and after training, and on data.valid during it: multi-turn
+    dialogues with true feedback, whatever training uses, unless set otherwise here."""
 
     every: int = Field(0, ge=0, description="steps between evaluations on data.valid; 0: never")
-    problems: int = Field(100, gt=0, description="how many of data.valid")
+    problems: int = Field(100, gt=0, description="number of problems of data.valid")
     turns: int = Field(3, ge=1, le=10)
     feedback: Literal["true", "none"] = "true"
     temperature: float = Field(1.0, ge=0)
@@ -247,45 +249,45 @@ class EvalConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Steps to trace, into the run's folder profile/. A trace is tens of MB a step and rank."""
+    """Profiler traces into the run's folder profile/, tens of MB a step and rank."""
 
-    steps: tuple[int, ...] = Field((), description="none: nothing is traced")
+    steps: tuple[int, ...] = Field((), description="steps to trace")
     ranks: tuple[int, ...] = (0,)
-    memory: bool = Field(False, description="allocations too; on a GPU with a memory snapshot")
-    stacks: bool = Field(False, description="which line of Python it was; slow")
+    memory: bool = Field(False, description="trace allocations too; on a GPU, a memory snapshot")
+    stacks: bool = Field(False, description="record Python stacks; slow")
 
 
 class GuardConfig(Section):
-    """When a run stops by itself rather than waste the machine."""
+    """Limits at which a run stops itself."""
 
     max_logprob_gap: float = Field(
         1.0, gt=0, description="max |log-prob(engine) - log-prob(trainer)|"
     )
     mean_logprob_gap: float = Field(0.05, gt=0)
     max_invalid_fraction: float = Field(
-        0.5, gt=0, le=1, description="of turns without valid code, over the last guard.window steps"
+        0.5, gt=0, le=1, description="turns without valid code, mean of guard.window steps"
     )
     min_effective_sample_size: float = Field(
-        0.5, ge=0, le=1, description="of the ratios pi_old / pi_b, over guard.window steps"
+        0.5, ge=0, le=1, description="of the ratios pi_old / pi_b, mean of guard.window steps"
     )
     max_behaviour_k3: float = Field(
-        0.2, gt=0, description="KL of a token from pi_b to pi_old, over guard.window steps"
+        0.2, gt=0, description="KL a token between pi_b and pi_old, mean of guard.window steps"
     )
     window: int = Field(3, gt=0)
 
 
 class TrackConfig(Section):
-    """metrics.jsonl is always written; trackers get its numbers as well."""
+    """Experiment trackers, which receive the numbers of metrics.jsonl."""
 
-    tensorboard: bool = Field(False, description="event files in the run's folder tensorboard/")
+    tensorboard: bool = Field(False, description="write event files into the run's tensorboard/")
     wandb_project: str | None = None
     wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline: in the run's folder wandb/, for `wandb sync`"
+        "online", description="offline: write into the run's wandb/, for `wandb sync`"
     )
     mlflow_experiment: str | None = None
-    mlflow_uri: str | None = Field(None, description="None: what MLFLOW_TRACKING_URI says")
+    mlflow_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI")
     trackio_project: str | None = None
-    trackio_space: str | None = Field(None, description="a Space of the Hub; None: on this machine")
+    trackio_space: str | None = Field(None, description="a Space of the Hub; default: local")
 
 
 class TrainConfig(Section):
@@ -293,7 +295,7 @@ class TrainConfig(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     critic_parallel: ParallelConfig | None = Field(
-        None, description="split placement: the critic's layout, on ranks of its own"
+        None, description="the critic's layout, if it runs on ranks of its own"
     )
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -307,7 +309,7 @@ class TrainConfig(Section):
 
     @property
     def world_size(self) -> int:
-        """Processes of the whole run."""
+        """Return the number of ranks of the run."""
         own = self.critic_parallel.world_size if self.critic_parallel else 0
         return self.parallel.world_size + own
 
@@ -329,13 +331,13 @@ class TrainConfig(Section):
         servers = self.rollout.servers
         if servers.release_memory and (servers.device == "cpu" or self.rollout.mode == "async"):
             raise ValueError(
-                "rollout.servers.release_memory is for servers on the trainer's GPUs, in sync "
-                "mode: a CPU has no memory saver, and in async mode servers never rest"
+                "rollout.servers.release_memory needs servers on GPUs and sync mode: a CPU has no "
+                "memory saver, and in async mode servers are never idle; set it to false"
             )
         if self.rollout.mode == "async" and self.rollout.engine == "local":
             raise ValueError(
                 'rollout.mode = "async" needs rollout.engine = "sglang": the local engine '
-                "computes in the trainer's own processes, so nothing would overlap"
+                "computes in the trainer's processes, so nothing would overlap"
             )
         if self.rollout.max_new_tokens >= self.rollout.max_context:
             raise ValueError("rollout.max_new_tokens must be below rollout.max_context")
@@ -343,7 +345,7 @@ class TrainConfig(Section):
 
 
 class SFTConfig(Section):
-    """The supervised stage that makes a base model from generated dialogues."""
+    """The supervised stage that makes the demo's base model from generated dialogues."""
 
     dir: str
     seed: int = 0
@@ -373,7 +375,7 @@ def check_layout(
     ffn: int,
     parallel: ParallelConfig,
 ) -> None:
-    """Refuse a layout that Megatron would split wrongly or not at all."""
+    """Raise ConfigError for a layout that Megatron would split wrongly or not at all."""
     tensor, pipeline = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -422,7 +424,7 @@ def divisors(count: int) -> list[int]:
 
 
 def find_recipe(name: str) -> Path:
-    """A path, or the name of a recipe that the package brings."""
+    """Find a recipe by its path, or by its name in the package."""
     for path in (Path(name), RECIPES / name, RECIPES / f"{name}.toml"):
         if path.is_file():
             return path
@@ -462,7 +464,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line a fault, with the keys that would have been right."""
+    """Return one line for each fault, with the known keys where one is unknown."""
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"])
@@ -470,7 +472,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             section = model
             for part in fault["loc"][:-1]:
                 annotation = section.model_fields[str(part)].annotation
-                choices = get_args(annotation) or (annotation,)  # of an optional section: and None
+                choices = get_args(annotation) or (annotation,)  # an optional section adds None
                 section = next(choice for choice in choices if choice is not NoneType)
             lines.append(f"  unknown key {where!r}; known there: {', '.join(section.model_fields)}")
         else:
@@ -500,28 +502,5 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 
 def dump_toml(config: Section) -> str:
-    """The resolved config as TOML, which `load_config` reads back to an equal one."""
-    lines: list[str] = []
-
-    def write(section: dict[str, Any], name: str) -> None:
-        if name:
-            lines.append(f"\n[{name}]")
-        for key, value in section.items():
-            if value is not None and not isinstance(value, dict):
-                lines.append(f"{key} = {toml_value(value)}")
-        for key, value in section.items():
-            if isinstance(value, dict):
-                write(value, f"{name}.{key}" if name else key)
-
-    write(config.model_dump(), "")
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def toml_value(value: bool | int | float | str | Sequence[str]) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml_value, value)) + "]"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return repr(value)
+    """Return the resolved config as TOML, which `load_config` reads back to an equal one."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))

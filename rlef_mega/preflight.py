@@ -1,5 +1,5 @@
-"""Everything about a run that can be found wrong before any rank starts. Fails with one clear
-message, loses nothing."""
+"""Check everything about a run that can be checked before a rank starts. A failed check raises one
+clear message, and nothing is lost."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,7 @@ from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.manifest import refuse_untested_megatron
 from rlef_mega.run.trackers import check_trackers
 
-# Where a run is graded and generated changes from one job of a cluster to the next; what is asked
-# for does not.
+# Settings that a resumed run may change: where it samples and grades, how often it saves.
 FREE_TO_CHANGE = {
     "run.steps",
     "run.checkpoint_every",
@@ -51,8 +50,8 @@ FREE_TO_CHANGE = {
 
 
 def check_train(config: TrainConfig, *, grading_token: str | None = None) -> None:
-    """ConfigError or ValueError where the run could not go, with the remedy; rollout servers, which
-    may not be started yet, are left to `check_rollout_servers`."""
+    """Check a training run, except for rollout servers, which may not run yet
+    (`check_rollout_servers`). Raises ConfigError or ValueError with the remedy."""
     refuse_untested_megatron()
     plan_train(config)
     if config.model.weights:
@@ -68,7 +67,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
 
 
 def check_weights(checkpoint: Path, model: Path) -> None:
-    """ConfigError unless the checkpoint is whole and its policy is one of this model."""
+    """Raise ConfigError unless the checkpoint is complete and holds a policy of this model."""
     found = find_checkpoint(checkpoint, None, model)
     if found.folder != checkpoint or not (checkpoint / NETWORKS).is_dir():
         raise ConfigError(
@@ -79,7 +78,7 @@ def check_weights(checkpoint: Path, model: Path) -> None:
 
 
 def plan_train(config: TrainConfig) -> dict[str, Any]:
-    """The facts of a run as it would go, without its problems."""
+    """Check a run's layout and batch sizes. Returns them as `rlef plan` prints them."""
     shape = model_shape(config)
     check_layout(parallel=config.parallel, **shape)
     if config.critic_parallel:
@@ -97,7 +96,7 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
         raise ConfigError(
             f'rollout.mode = "async": rollout.episodes_per_batch = '
             f"{config.rollout.episodes_per_batch} does not divide over {config.world_size} "
-            "processes, each of which holds its share of the dialogues"
+            "processes, each of which drives its share of the dialogues"
         )
     parallel, updates = config.parallel, config.ppo.updates_per_batch
     sequences = config.rollout.episodes_per_batch // updates
@@ -137,8 +136,8 @@ def check_sft(config: SFTConfig) -> None:
 
 
 def model_shape(config: TrainConfig) -> dict[str, int]:
-    """From the model's config.json; from the recipe's [model.shape] where the weights are not on
-    this machine."""
+    """Read the model's shape from its config.json or, where the model is not on this machine, from
+    the recipe's [model.shape]."""
     path = Path(config.model.path) / "config.json"
     given = config.model.shape
     stated = given.model_dump(exclude={"hidden", "head_dim"}) if given else None
@@ -157,12 +156,8 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
         }
     except (json.JSONDecodeError, KeyError) as error:
         raise ConfigError(
-            f"{path}: not a model's config.json ({error!r}); export it anew"
+            f"{path}: not a model's config.json ({error!r}); export it again"
         ) from None
-    from rlef_mega.megatron.network.families import (
-        read_config,  # transformers takes a second to import
-    )
-
     read_config(path.parent)
     if stated and stated != shape:
         raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
@@ -170,8 +165,8 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
 
 
 def check_rollout_servers(config: TrainConfig) -> None:
-    """ConfigError unless every server is there, has the run's model, and room for its dialogues;
-    where rollouts need none, nothing."""
+    """Raise ConfigError unless every SGLang server answers, has the run's model, and has room for
+    its dialogues. Does nothing for another engine."""
     if config.rollout.engine != "sglang":
         return
     servers = config.rollout.servers
@@ -191,13 +186,14 @@ def check_rollout_servers(config: TrainConfig) -> None:
         ) from None
     if context < config.rollout.max_context:
         raise ConfigError(
-            f"rollout.max_context = {config.rollout.max_context}, and the servers have room for "
+            f"rollout.max_context = {config.rollout.max_context}, but the servers have room for "
             f"{context} tokens; start them with a longer context or more memory"
         )
 
 
 def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:
-    """Write the resolved config; refuse a folder that holds a run with another one."""
+    """Write the resolved config into the run directory. Raises ConfigError if the directory holds a
+    run of other settings."""
     path = run_dir / "config.toml"
     if path.exists():
         before = flatten(load_config(path, [], type(config)).model_dump())
@@ -206,6 +202,6 @@ def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:
         if other := differences(before, fixed):
             raise ConfigError(
                 f"{run_dir} holds a run with other settings ({other}); "
-                "choose another folder, or remove that one to start anew"
+                "choose another folder, or remove that one to start again"
             )
     write_atomically(path, dump_toml(config))

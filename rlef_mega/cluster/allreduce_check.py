@@ -1,8 +1,8 @@
-"""Whether the training ranks reach each other, and how fast: `srun python -m
-rlef_mega.cluster.allreduce_check FLOOR_GBPS`, a process a rank, as training has them.
+"""Measure an all-reduce over the training ranks: `srun python -m rlef_mega.cluster.allreduce_check
+FLOOR_GBPS`, with one process a rank, as in training.
 
-NCCL where there is CUDA, else gloo. The figure is what NCCL's tests call the bus bandwidth: bytes x
-2 (n - 1) / n, over seconds; it does not depend on the number of ranks n.
+It uses NCCL on GPUs, else gloo. The figure is the bus bandwidth of NCCL's own tests, bytes x 2
+(n - 1) / n over seconds, which does not depend on the number of ranks n.
 """
 
 import os
@@ -13,14 +13,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from rlef_mega.run.launch import FAILED, take_place_in_step
+from rlef_mega.run.launch import FAILED, take_rank_from_slurm
 
 TRIES = 5
 TIMEOUT = timedelta(minutes=5)
 
 
 def bus_bandwidth_gbps(device: torch.device, size_bytes: int) -> float:
-    """GB/s of the best of a few all-reduces over the world, the first one apart."""
+    """Return the bus bandwidth in GB/s of the fastest of TRIES all-reduces, after a first one."""
     data = torch.empty(size_bytes // 4, device=device)
     best_s = float("inf")
     for attempt in range(TRIES + 1):
@@ -40,7 +40,7 @@ def bus_bandwidth_gbps(device: torch.device, size_bytes: int) -> float:
 
 def main() -> int:
     floor_gbps = float(sys.argv[1])
-    take_place_in_step()
+    take_rank_from_slurm()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     try:
@@ -58,7 +58,7 @@ def main() -> int:
             + (f", below the floor of {floor_gbps:g}; see which network is used" if slow else ""),
             flush=True,
         )
-    dist.barrier()  # world: rank 0 has spoken
+    dist.barrier()  # world: rank 0 has printed
     dist.destroy_process_group()
     return FAILED if slow else 0
 

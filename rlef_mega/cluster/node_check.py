@@ -1,12 +1,11 @@
-"""Check that a node can do its part of a run: `python -m rlef_mega.cluster.node_check` on each
-node, before anything is started there. Prints one line a fault, with the remedy; exit code 2 if
-there is any.
+"""Check that a node can take part in a run: `python -m rlef_mega.cluster.node_check` on each node,
+before anything is started there. Prints one line a fault, with its remedy; exit code 2 if there is
+any.
 
-Theory of operation: srun starts one on each node of the run. Each writes a file with its own time
-into a folder of the shared file system, and waits until it sees those of all others: that shows
-that the folder is shared, and whose clock is wrong. All else is asked of the node alone. Imports
-nothing but the standard library, so that it starts at once and also where the rest is not
-installed.
+Theory of operation: srun starts one process on each node of the run. Each writes its own time into
+a file of a shared folder and waits for the files of all others, which shows whether the folder is
+shared and whose clock is wrong. All other checks concern the node alone. It imports only the
+standard library, so that it starts at once, even where nothing else is installed.
 """
 
 import argparse
@@ -29,7 +28,7 @@ OUR_MODULES = ("rlef_mega", "rlef_sandbox", "sglang")  # in the command lines of
 def check_shared_folder(
     folder: Path, node: str, expected: list[str], *, began_s: float, skew_s: float, wait_s: float
 ) -> Iterator[str]:
-    """`began_s`: when the node that started all this did so, by its clock."""
+    """Wait for the files of all nodes. `began_s` is the first node's clock when it started them."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{node}.{os.getpid()}.partial"  # a node may have two roles
     partial.write_text(repr(time.time()))
@@ -58,7 +57,7 @@ def check_shared_folder(
 
 
 def check_gpus(wanted: int) -> Iterator[str]:
-    """What the driver shows to this step, against what the run counts on."""
+    """Compare the GPUs that the driver shows to this step with the number that the run needs."""
     if not wanted:
         return
     try:
@@ -105,8 +104,8 @@ def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
 
 
 def check_leftovers(job: str, attempt: int) -> Iterator[str]:
-    """Processes of ours from another job on this node that is over, or from this one before it was
-    requeued: they hold memory and ports, and would write into the run's folder."""
+    """Find processes that an ended job, or this job before it was requeued, left on this node: they
+    hold memory and ports, and would write into the run directory."""
     others: dict[str, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
@@ -118,7 +117,7 @@ def check_leftovers(job: str, attempt: int) -> Iterator[str]:
             )
             its = {name.decode(): value.decode() for name, _, value in pairs}
             if its.get("SLURMD_NODENAME") != os.environ.get("SLURMD_NODENAME"):
-                continue  # of no job, or of another node on the same machine
+                continue  # of no job, or of another Slurm node on the same machine
             owner = its.get("SLURM_JOB_ID", job)
             earlier = int(its.get("SLURM_RESTART_COUNT", "0")) < attempt
             if owner != job or earlier:
@@ -140,7 +139,7 @@ def is_running(job: str) -> bool:
 
 
 def check_isolation(level: str) -> Iterator[str]:
-    """The layers that the sandbox does not work without."""
+    """Check the isolation layers that the sandbox requires."""
     if not level:
         return
     command = [sys.executable, "-m", "rlef_sandbox", "--isolation", level, "doctor"]
@@ -173,16 +172,16 @@ def main() -> int:
         prog="python -m rlef_mega.cluster.node_check", description=__doc__
     )
     parser.add_argument("folder", type=Path, help="on the shared file system, new for each try")
-    parser.add_argument("--nodes", required=True, help="all that take part, with commas")
+    parser.add_argument("--nodes", required=True, help="all nodes of the run, comma-separated")
     parser.add_argument("--began", type=float, required=True, help="seconds since the epoch")
-    parser.add_argument("--skew-s", type=float, default=5.0, help="clocks may differ by so much")
-    parser.add_argument("--wait-s", type=float, default=60.0, help="for the other nodes' files")
+    parser.add_argument("--skew-s", type=float, default=5.0, help="largest difference of clocks")
+    parser.add_argument("--wait-s", type=float, default=60.0, help="wait for the others")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--ports", type=int, nargs=2, default=(0, 0), metavar=("FIRST", "COUNT"))
     parser.add_argument("--disk-gib", type=float, default=0.0)
     parser.add_argument("--tmp-gib", type=float, default=0.0)
     parser.add_argument("--shm-gib", type=float, default=0.0)
-    parser.add_argument("--isolation", default="", help="the sandbox's level; empty: none here")
+    parser.add_argument("--isolation", default="", help="the sandbox's level; empty: none")
     asked = parser.parse_args()
     node = os.environ.get("SLURMD_NODENAME") or platform.node()
     found = list(faults(asked, node))

@@ -1,8 +1,8 @@
-"""Answer what the scripts in slurm/ ask: `python -m rlef_mega.cluster.slurm layout|prepare RECIPE`.
+"""Helper of the scripts in slurm/: `python -m rlef_mega.cluster.slurm layout|prepare RECIPE`.
 
-`layout` needs the recipe alone and says, as shell assignments, how many ranks a run has and where
-it is kept. `prepare` does what `rlef train` does before it starts ranks: it checks everything, the
-servers included, and writes the run's folder; srun then starts `rlef_mega.train` on it.
+`layout` reads only the recipe, and prints the run's ranks, servers and folder as shell assignments.
+`prepare` does what `rlef train` does before it starts ranks: it checks everything, servers
+included, and writes the run directory. srun then starts `rlef_mega.train` on that directory.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from rlef_mega.run.launch import FAILED, sandbox_token
 
 
 def layout(config: TrainConfig) -> dict[str, str | int]:
-    """Shell variables of a run. ConfigError where its ranks do not fill their nodes evenly."""
+    """Return a run's shell variables. Raises ConfigError if its ranks do not fill whole nodes."""
     ranks = config.world_size
     a_node = min(config.parallel.processes_per_node, ranks)
     if ranks % a_node:
         raise ConfigError(
             f"{ranks} ranks do not fill nodes of parallel.processes_per_node = {a_node}; "
-            "change the layout, or the processes of a node"
+            "change the layout or the processes per node"
         )
     servers = config.rollout.servers
     return {
@@ -36,7 +36,7 @@ def layout(config: TrainConfig) -> dict[str, str | int]:
 
 
 def prepare(config: TrainConfig) -> None:
-    """ConfigError, ValueError or RuntimeError where the run could not go."""
+    """Check a run and write its directory. Raises ConfigError, ValueError or RuntimeError."""
     from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
 
     check_train(config, grading_token=sandbox_token())

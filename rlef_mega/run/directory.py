@@ -1,12 +1,12 @@
-"""The run directory: what a run leaves behind, and what a resumed run finds.
+"""The run directory: the files that a run writes and a resumed run reads.
 
     config.toml  manifest.json  metrics.jsonl  eval/*.json  episodes/step_*.jsonl.zst  checkpoints/
     report.html
 
-metrics.jsonl has one line a step. A run that was killed may have written lines beyond its last
-checkpoint: `resume` cuts them off, so that the file reads as if the run had never stopped. A full
-disk does not stop a run: lines wait for room, and a step's episodes, which nothing reads back, are
-left out.
+metrics.jsonl has one line a step. A killed run may have written lines beyond its last checkpoint;
+`resume` removes them, so that the file reads as if the run had never stopped. A full disk does not
+stop a run: lines of metrics wait for free space, and the step's episodes, which the run never reads
+back, are skipped.
 """
 
 import errno
@@ -26,8 +26,7 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Clock:
-    """Seconds by phase of a step; what no phase claims is the difference to `step`. `note` is told
-    of each phase as it begins and ends."""
+    """Measures the phases of a step in seconds, and calls `note` as each phase begins and ends."""
 
     def __init__(self, note: Callable[[str], None] | None = None) -> None:
         self.note = note or (lambda text: None)
@@ -43,7 +42,7 @@ class Clock:
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - begun
 
     def lap(self) -> dict[str, float]:
-        """End the step: its phases, and under `step` all of its wall time. Starts the next."""
+        """End the step and start the next. Returns its phases and, under `step`, its whole time."""
         now = time.perf_counter()
         times, self.times = {**self.times, "step": now - self.started}, {}
         self.started = now
@@ -51,7 +50,7 @@ class Clock:
 
 
 class RunDirectory:
-    """Written by one process of a run; `lock` keeps a second run out."""
+    """The folder of one run, written by its rank 0."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,13 +58,15 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.stop_request = path / "stop"
         self.lock_file: TextIO | None = None
-        self.waiting: list[str] = []  # lines for which the disk had no room
+        self.waiting: list[str] = []  # lines that a full disk did not take yet
 
     def lock(self) -> None:
-        """Raises RuntimeError if another live process works in this directory. The lock ends with
-        the process."""
+        """Lock the folder until this process ends.
+
+        Raises RuntimeError if another process holds the lock.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        self.lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 - open until the process ends
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,8 +80,10 @@ class RunDirectory:
         self.lock_file.flush()
 
     def note_progress(self, text: str) -> None:
-        """What the run does now. The file's age tells a watchdog that it hangs, so a disk without
-        room for the text must not make it look so."""
+        """Write the current phase into the file `progress`.
+
+        A watchdog takes an old file for a run that hangs, so on a full disk the file is touched.
+        """
         path = self.path / "progress"
         try:
             path.write_text(text + "\n")
@@ -90,12 +93,12 @@ class RunDirectory:
             path.touch()
 
     def resume(self, step: int) -> None:
-        """Forget what was recorded after this step."""
+        """Remove the metrics that were recorded after this step."""
         lines = [line for line in self.read_metrics() if line["step"] <= step]
         write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The recorded steps; a last line that was cut off by a kill is left out."""
+        """Return the recorded steps, without a last line that a kill cut short."""
         if not self.metrics_path.exists():
             return []
         records = []
@@ -107,9 +110,10 @@ class RunDirectory:
         return records
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl; on a full disk, keep it for the next call."""
         self.waiting.append(json.dumps(record) + "\n")
         whole = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
-        with room_or_warning(f"{len(self.waiting)} lines of {self.metrics_path} wait for room"):
+        with warn_if_disk_is_full(f"{len(self.waiting)} lines of {self.metrics_path} wait"):
             try:
                 with open(self.metrics_path, "a") as file:
                     file.write("".join(self.waiting))
@@ -124,13 +128,13 @@ class RunDirectory:
 
     def write_episodes(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records)
-        with room_or_warning(f"{self.path / name} is left out"):
+        with warn_if_disk_is_full(f"{self.path / name} is skipped"):
             write_atomically(self.path / name, zstandard.compress(text.encode()))
 
 
 @contextmanager
-def room_or_warning(consequence: str) -> Iterator[None]:
-    """A full disk is said, and what follows from it; the run goes on."""
+def warn_if_disk_is_full(consequence: str) -> Iterator[None]:
+    """Turn the error of a full disk into a warning that names its consequence."""
     try:
         yield
     except OSError as error:
@@ -140,7 +144,7 @@ def room_or_warning(consequence: str) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the new one, never a half."""
+    """Replace a file in one step: a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)

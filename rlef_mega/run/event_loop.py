@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own: what it runs goes on while the caller's thread computes."""
+"""An asyncio event loop in a thread of its own, which runs while the caller's thread computes."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ Answer = TypeVar("Answer")
 
 
 class LoopThread:
-    """Runs coroutines that other threads hand to it, from `start` to `close`."""
+    """Runs the coroutines that other threads submit, from `start` to `close`."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -20,32 +20,33 @@ class LoopThread:
         self.thread.start()
 
     def submit(self, work: Coroutine[Any, Any, Answer]) -> "Future[Answer]":
-        """Begins it; the future has its result or its error."""
+        """Start a coroutine. Returns a future with its result or its error."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def wait_for(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Run a coroutine and return its result, or raise its error."""
         return self.submit(work).result()
 
     def close(self) -> None:
-        """Ends the loop. What still runs in it is left where it stands: end it first."""
+        """End the loop. Its tasks must have ended before: the rest is abandoned, not cancelled."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
 
 
 class LivesInLoop:
-    """What lives in an event loop of its own, beside its caller's thread: a context manager.
-    Leaving it closes it, and so does an opening that fails."""
+    """Base of an object that lives in an event loop of its own. A context manager: `open` runs in
+    the loop on entry, and `shut` on exit or when `open` fails."""
 
     def __init__(self, name: str) -> None:
         self.thread = LoopThread(name)
 
     async def open(self) -> None:
-        """In the loop, first. What it raises, entering raises."""
+        """Run first, in the loop; its errors are raised to the caller."""
         raise NotImplementedError
 
     async def shut(self) -> None:
-        """In the loop, last."""
+        """Run last, in the loop."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

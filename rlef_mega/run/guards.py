@@ -1,5 +1,5 @@
-"""When a run says that something is wrong, and when it stops by itself, because going on would
-waste the machine. Each message says what was seen."""
+"""Alarms of a run, and the limits at which it stops itself because continuing would waste the
+machine."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,12 +9,11 @@ from rlef_mega.config import GuardConfig
 
 
 class GuardError(RuntimeError):
-    """A run that stopped itself. What was recorded stays; checkpoints from before the fault can be
-    resumed."""
+    """The run stopped itself. Its records stay, and checkpoints from before the fault resume."""
 
 
 class Guards:
-    """Watches the record of each step; all ranks see the same one, and so stop together."""
+    """Checks the record of each step. All ranks check the same record, so they stop together."""
 
     def __init__(
         self, limits: GuardConfig, *, max_drop_fraction: float, max_staleness: int
@@ -24,7 +23,10 @@ class Guards:
         self.recent: list[dict[str, Any]] = []  # records of the last guard.window steps
 
     def check_drops(self, drops: Counter[str], dialogues: int) -> None:
-        """Few drops are the price of faults; many mean that engine or sandbox is broken."""
+        """Raise GuardError if more than max_drop_fraction of a batch's dialogues were dropped.
+
+        A few drops are the price of faults; many mean that the engine or the sandbox is broken.
+        """
         dropped, allowed = drops.total(), self.max_drop_fraction
         if dropped > allowed * dialogues:
             raise GuardError(
@@ -33,8 +35,8 @@ class Guards:
             )
 
     def alarms(self, record: dict[str, Any]) -> list[str]:
-        """What is near its limit in a step's record, or beyond one that `check` allows for a
-        while."""
+        """Return a message for each number that is near its limit, or beyond a limit that `check`
+        applies only to the mean of several steps."""
         gaps = self.gaps(record)
         said = [
             f"{name} = {gap:.3g} is over half of what is allowed, {limit}"
@@ -50,23 +52,22 @@ class Guards:
         return said
 
     def check(self, record: dict[str, Any]) -> None:
-        """A step's record, before its weights are saved. GuardError where the run must stop."""
+        """Check a step's record before its weights are saved; raise GuardError to stop the run."""
         step = record["step"]
         lags = [int(lag) for lag in record["staleness"]]
         if min(lags) < 0 or max(lags) > self.max_staleness:
             raise GuardError(
                 f"step {step}: tokens are {min(lags)} to {max(lags)} versions behind the trainer's "
-                f"weights, which cannot be with rollout.max_staleness = {self.max_staleness}: "
-                "somebody else publishes weights to the same servers. Give each run its own"
+                f"weights, which is impossible with rollout.max_staleness = {self.max_staleness}: "
+                "another run publishes weights to the same servers. Give each run its own"
             )
         for name, gap, limit in self.gaps(record):
             if not gap <= limit:  # also true of NaN
                 raise GuardError(
-                    f"step {step}: {name} = {gap:.3g}, allowed {limit}: engine and "
-                    "trainer disagree on the log-probs of the same tokens. They do not hold the "
-                    "same weights, or compute at another precision or temperature, and the "
-                    "policy gradient would be wrong. Check model.dtype; bfloat16 needs wider "
-                    "guards than float32"
+                    f"step {step}: {name} = {gap:.3g}, allowed {limit}: engine and trainer "
+                    "disagree on the log-probs of the same tokens, so the policy gradient would "
+                    "be wrong. Either their weights differ, or their precision or temperature "
+                    "does. Check model.dtype; bfloat16 needs wider guards than float32"
                 )
         self.recent = [*self.recent, record][-self.limits.window :]
         if len(self.recent) < self.limits.window:
@@ -76,23 +77,23 @@ class Guards:
             raise GuardError(
                 f"step {step}: {invalid:.0%} of the responses of the last "
                 f"{self.limits.window} steps hold no valid code; guard.max_invalid_fraction = "
-                f"{allowed}. The policy has broken, and does not mend by itself: go on from an "
-                "earlier checkpoint with a lower learner.policy.lr"
+                f"{allowed}. The policy has collapsed and will not recover: resume from an earlier "
+                "checkpoint with a lower learner.policy.lr"
             )
         size, k3 = self.mean("effective_sample_size"), self.mean("behaviour_k3")
         least, most = self.limits.min_effective_sample_size, self.limits.max_behaviour_k3
         if not (size >= least and k3 <= most):
             raise GuardError(
-                f"step {step}: over the last {self.limits.window} steps what sampled the episodes "
-                f"was too far from what is trained: effective_sample_size = {size:.2f} "
+                f"step {step}: over the last {self.limits.window} steps the policy that sampled "
+                f"was too far from the one that is trained: effective_sample_size = {size:.2f} "
                 f"(guard.min_effective_sample_size = {least}), behaviour_k3 = {k3:.3g} "
                 f"(guard.max_behaviour_k3 = {most}). Lower rollout.max_staleness or "
                 "learner.policy.lr"
             )
 
     def gaps(self, record: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-        """Name, value and limit of each log-prob gap; none when no token was sampled with the
-        trainer's weights."""
+        """Yield name, value and limit of each log-prob gap; nothing if no token of the batch was
+        sampled with the trainer's own weights."""
         for name, limit in (
             ("logprob_gap_max", self.limits.max_logprob_gap),
             ("logprob_gap_mean", self.limits.mean_logprob_gap),

@@ -1,14 +1,14 @@
-"""Launching ranks on one node, and what every worker process does around its work.
+"""Launch ranks on one node, run our own commands, and wrap the main function of every rank.
 
-Theory of operation: `rlef` validates everything it can, writes the run directory, and starts one
-process group for the ranks through torchrun's own agent, in a session of its own. A Ctrl-C,
-SIGTERM or SIGUSR1 (which Slurm sends before a time limit) leaves a file `stop`, which the ranks see
-at the end of their step; a second Ctrl-C does not wait. The agent ignores these signals, because
-Slurm sends them to every process of a step, and ranks that get them do as the file asks. If `rlef`
-dies, even by SIGKILL, the kernel kills the agent, and with it the ranks
-(PR_SET_PDEATHSIG), so that no orphan goes on writing. Under Slurm, srun starts the worker modules
-directly and none of this file but `worker_main` and `StopRequest` is used. SIGUSR2 makes a rank
-write the stacks of all its threads, also where it waits in a collective for ever.
+Theory of operation: `rlef` validates the recipe, writes the run directory, and starts all ranks
+through torchrun's agent, which runs in a session of its own. SIGINT, SIGTERM and SIGUSR1 (Slurm
+sends it before a time limit) make `rlef` create the file `stop`; the ranks see it at the end of
+their step, save, and exit. A second Ctrl-C kills them at once. The agent ignores these signals,
+because Slurm sends them to every process of a step; ranks treat them like the file. If `rlef` dies,
+even by SIGKILL, the kernel kills the agent and with it the ranks (PR_SET_PDEATHSIG), so no orphan
+keeps writing. Under Slurm, srun starts the worker modules directly and only `worker_main` and
+`StopRequest` of this file are used. SIGUSR2 makes a rank write the stacks of all its threads, even
+while it waits in a collective.
 """
 
 import ctypes
@@ -28,19 +28,19 @@ from typing import Any
 import psutil
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STOPPED = 3  # exit code of a run that was asked to stop; the same command goes on with it
-FAILED = 2  # exit code of a run that ended with a message
+STOPPED = 3  # exit code of a run that was asked to stop; the same command resumes it
+FAILED = 2  # exit code of a run that ended with an error message
 STEPS_A_COLLECTION = 50
 PR_SET_PDEATHSIG = 1
 
 
 def sandbox_token() -> str | None:
-    """What grading servers are shown; out of the environment, so that no run directory holds it."""
+    """Return the token for grading servers, from the environment so that no file stores it."""
     return os.environ.get("RLEF_SANDBOX_TOKEN") or None
 
 
 class StopRequest:
-    """SIGINT, SIGTERM, SIGUSR1 or the file `stop`: finish the step, save, end."""
+    """A request to finish the step, save and exit: SIGINT, SIGTERM, SIGUSR1 or the file `stop`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -55,21 +55,23 @@ class StopRequest:
         return self.signalled or self.file.exists()
 
     def obeyed(self, *, writer: bool) -> int:
-        """The exit code; the file is removed, or it would stop the run that goes on."""
+        """Remove the file, which would also stop the resumed run. Returns the exit code."""
         if writer:
             self.file.unlink(missing_ok=True)
         return STOPPED
 
 
 def die_with_parent() -> None:
-    """Linux only; elsewhere an orphan must be ended by hand."""
+    """Have the kernel kill this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def launch(module: str, run_dir: Path, processes: int) -> int:
-    """Run `python -m module run_dir` on this many ranks of this machine; returns the first failing
-    exit code or 0."""
+    """Run `python -m module run_dir` as this many ranks on this machine.
+
+    Returns the exit code of the first rank that failed, else 0.
+    """
     stop_file = run_dir / "stop"
     stop_file.unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0))
@@ -86,22 +88,26 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         if stop_file.exists():
-            if number == signal.SIGINT:  # asked twice: do not wait for the step
+            if number == signal.SIGINT:  # the second one: do not wait for the step
                 child.kill()
         else:
             print("\nstopping: the current step is finished and saved first", flush=True)
             stop_file.touch()
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, ask_to_stop)
-    code = child.wait()
-    stop_file.unlink(missing_ok=True)
-    return code
+    before = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stop_file.unlink(missing_ok=True)
 
 
 def launch_again(processes: int, module: str, arguments: list[str]) -> int:
-    """Run `python -m module arguments` on this many ranks of this machine, each with one thread;
-    returns the first failing exit code or 0. A Ctrl-C ends them all."""
+    """Run `python -m module arguments` as this many ranks of one thread each; Ctrl-C ends them all.
+
+    Returns the exit code of the first rank that failed, else 0.
+    """
     command = [sys.executable, "-m", "rlef_mega.run.launch", str(processes), module, *arguments]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run(
@@ -110,7 +116,7 @@ def launch_again(processes: int, module: str, arguments: list[str]) -> int:
 
 
 def run_agent(processes: int, module: str, *arguments: str) -> int:
-    """torchrun's agent, without its report on exit codes that are ours."""
+    """Run torchrun's agent, without its report on exit codes that we define."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -140,20 +146,20 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
 
 
 def known_options(config: Any, **options: object) -> dict[str, Any]:
-    """Those that this version of torch has: which signals end all ranks (ours do not), and how long
-    ranks are waited for when one has failed (they cannot go on without it)."""
+    """Keep the options that this version of torch has: the signals that end all ranks, and how long
+    the agent waits for the other ranks after one has failed."""
     return {name: value for name, value in options.items() if name in config.__dataclass_fields__}
 
 
 def worker_main(work: Callable[[Path], int]) -> None:
-    """The main of a rank: user errors become one message, that of the rank which failed first, and
-    the exit code says how it ended."""
+    """Run the main function of a rank. A user error is printed as one message, by the rank that
+    failed first; the exit code is the work's, or FAILED."""
     die_with_parent()
-    take_place_in_step()
+    take_rank_from_slurm()
     dump_stacks_when_asked()
     launched = psutil.Process(os.getppid()).create_time()  # torchrun's agent, or srun's
-    # Megatron's overlapped exchanges want kernels to start in the order in which they are launched;
-    # read when CUDA starts, and of no effect without it
+    # Megatron's overlapped communication needs kernels to start in launch order; CUDA reads this
+    # when it starts
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     collect_garbage_by_hand()
     try:
@@ -172,24 +178,28 @@ def worker_main(work: Callable[[Path], int]) -> None:
 
 
 def collect_garbage_by_hand() -> None:
-    """A collection stops every thread, so also the rollouts: the youngest objects alone, with their
-    tens of thousands of log-probs, take it a tenth of a second. Hardly anything of ours is in a
-    circle, so none comes by itself; `collect_garbage` has its place at the end of a step."""
+    """Switch automatic garbage collection off; `collect_garbage` runs at the end of a step instead.
+
+    A collection stops every thread, rollouts included, for about 0.1 s even for the youngest
+    generation (tens of thousands of log-probs). Almost none of our objects form cycles.
+    """
     gc.collect()
-    gc.freeze()  # what imports made is left out of those to come
+    gc.freeze()  # later collections skip what imports have created
     gc.disable()
 
 
 def collect_garbage(step: int) -> None:
-    """Every so many steps."""
+    """Collect garbage every STEPS_A_COLLECTION steps."""
     if step % STEPS_A_COLLECTION == 0:
         gc.collect()
 
 
-def take_place_in_step() -> None:
-    """torch.distributed's variables from Slurm's, for a rank that srun started; MASTER_ADDR and
-    MASTER_PORT come from whoever called srun. torchrun's own are left alone, and so is a process
-    of the batch script, which is not of a step."""
+def take_rank_from_slurm() -> None:
+    """Set torch.distributed's variables from Slurm's in a rank that srun started.
+
+    The caller of srun sets MASTER_ADDR and MASTER_PORT. Nothing changes under torchrun, nor in a
+    process of the batch script, which belongs to no step.
+    """
     names = {
         "RANK": "SLURM_PROCID",
         "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
@@ -200,8 +210,8 @@ def take_place_in_step() -> None:
 
 
 def dump_stacks_when_asked() -> None:
-    """On SIGUSR2, from C, so that it works while Python waits for a library; into a file a rank of
-    the folder RLEF_STACKS, else to stderr."""
+    """On SIGUSR2, write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr if that
+    variable is unset. faulthandler does it in C, so it works while Python waits in a library."""
     folder = os.environ.get("RLEF_STACKS")
     if folder is None:
         faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -213,9 +223,8 @@ def dump_stacks_when_asked() -> None:
 
 
 def fails_first(mark: Path, *, since: float) -> bool:
-    """Whether no rank of this launch on this machine has failed before: the others fail because of
-    it, or as it did, and have nothing to add. A mark that is older than this launch
-    is another one's of the same name."""
+    """Return whether this is the first rank of the launch on this machine to fail: the others fail
+    for the same reason or because of it. A mark older than `since` is of an earlier launch."""
     try:
         if mark.stat().st_mtime < since:
             mark.unlink()
@@ -229,14 +238,10 @@ def fails_first(mark: Path, *, since: float) -> bool:
 
 
 def failure_mark() -> Path:
-    """One a launch: torchrun's agent names it, or Slurm's job, step and attempt do."""
+    """Return a path that is unique to this launch, named by torchrun's agent or by Slurm's job."""
     names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     launched = [os.environ[name] for name in names if name in os.environ] or [str(os.getpid())]
     return Path(tempfile.gettempdir(), "-".join(["rlef-failed", *launched]))
-
-
-if __name__ == "__main__":
-    sys.exit(run_agent(int(sys.argv[1]), *sys.argv[2:]))
 
 
 def say(message: str) -> None:
@@ -244,7 +249,10 @@ def say(message: str) -> None:
 
 
 def stage(title: str, *command: str) -> None:
-    """A command of ours, as a user would give it; its failure ends the demo with its exit code."""
+    """Run an `rlef` command in a process of its own, with its output shown.
+
+    Raises SystemExit with its exit code if it fails.
+    """
     say(f"{title}:  rlef {' '.join(command)}")
     words = [sys.executable, "-m", "rlef_mega.cli", *command]
     child = subprocess.Popen(words, preexec_fn=die_with_parent)
@@ -253,17 +261,24 @@ def stage(title: str, *command: str) -> None:
             code = child.wait()
             break
         except KeyboardInterrupt:
-            continue  # it has got the Ctrl-C as well, and ends by itself
+            continue  # the command received the Ctrl-C as well, and exits by itself
     if code:
         if code == STOPPED:
-            print("run the demo again to go on", flush=True)
+            print("run the same command again to resume", flush=True)
         sys.exit(code)
 
 
 def rlef(*words: str) -> None:
-    """RuntimeError with the end of what it printed where it fails."""
+    """Run an `rlef` command in a process of its own, silently.
+
+    Raises RuntimeError with the end of its output if it fails.
+    """
     command = [sys.executable, "-m", "rlef_mega.cli", *words]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         printed = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
         raise RuntimeError(f"rlef {' '.join(words)} ended with {ended.returncode}:\n{printed}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_agent(int(sys.argv[1]), *sys.argv[2:]))

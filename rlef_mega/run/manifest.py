@@ -1,4 +1,4 @@
-"""What a run or a benchmark was made with: versions, device, layout."""
+"""Versions, device and layout that a run or a benchmark records, and the versions it accepts."""
 
 import platform
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """The accelerator, or the processor by its model name."""
+    """Return the name of the GPUs, or of the processor."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     try:
@@ -36,7 +36,7 @@ def device() -> str:
 
 
 def describe(**more: Any) -> dict[str, Any]:
-    """The part that is common to runs and benchmarks, and what the caller adds."""
+    """Return the record that runs and benchmarks share, with the caller's additions."""
     return {
         "versions": versions(),
         "device": device(),
@@ -50,7 +50,8 @@ MEGATRON_CORE = ("0.16.1", "0.20")
 
 
 def refuse_untested_megatron() -> None:
-    """Raises ConfigError when megatron-core is missing, older or newer."""
+    """Raise ConfigError if megatron-core is missing or of an untested minor version: its interfaces
+    (layer specs, schedules, the distributed optimizer) change with each minor version."""
     first, before = MEGATRON_CORE
     try:
         found = version("megatron-core")
@@ -58,7 +59,7 @@ def refuse_untested_megatron() -> None:
         raise ConfigError(
             f"megatron-core is not installed; pip install 'megatron-core>={first},<{before}'"
         ) from None
-    # the minor version alone, so that a candidate of the first refused one is refused too
+    # compare minor versions, so that a release candidate of the first refused one is refused too
     if Version(found) < Version(first) or Version(found).release >= Version(before).release:
         raise ConfigError(
             f"megatron-core {found} was not tested with this version of rlef-mega; "

@@ -1,8 +1,8 @@
-"""What a step spends its time and memory on: traces of chosen steps on chosen ranks.
+"""Profiler traces of the steps and ranks that a recipe chooses.
 
-`profile/step_S_rank_R.json.gz` in the run's folder is for chrome://tracing or ui.perfetto.dev. With
-`profile.memory`, the trace has allocations, too, and on a GPU there is a memory snapshot beside it,
-`step_S_rank_R.pickle`, for pytorch.org/memory_viz. A profiled step is slower than the others.
+Open `profile/step_S_rank_R.json.gz` of the run directory in chrome://tracing or ui.perfetto.dev.
+With `profile.memory` the trace includes allocations, and on a GPU a memory snapshot is written
+beside it, `step_S_rank_R.pickle`, for pytorch.org/memory_viz. A profiled step is slower.
 """
 
 from collections.abc import Generator, Iterable
@@ -19,8 +19,8 @@ SNAPSHOT_EVENTS = 200_000  # allocations and frees that a memory snapshot keeps
 def profiled(
     steps: Iterable[int], asked: ProfileConfig, folder: Path, *, rank: int
 ) -> Generator[int, None, None]:
-    """The steps, one after the other; what is done until the next is asked for is traced, where the
-    recipe says so. Close it: the trace of a step that was left is written then."""
+    """Yield the steps, and trace the caller's work on each that the recipe chooses. The caller must
+    close the generator, which writes the trace of a step that ended early."""
     for step in steps:
         if step not in asked.steps or rank not in asked.ranks:
             yield step
@@ -37,7 +37,7 @@ def profiled(
         try:
             with trace:
                 yield step
-        finally:  # also of a step in which the run stops, or has no memory left
+        finally:  # also when the step fails, for example out of memory
             trace.export_chrome_trace(str(folder / f"{name}.json.gz"))
             if snapshot:
                 torch.cuda.memory._dump_snapshot(str(folder / f"{name}.pickle"))

@@ -1,5 +1,5 @@
-"""What a person sees while a run goes on: a bar with an estimate on a terminal, one line a step
-elsewhere."""
+"""Progress of long work: a bar with an estimated time of arrival on a terminal, else one line a
+step."""
 
 import sys
 import time
@@ -19,11 +19,11 @@ from rich.progress import (
 
 
 class StepProgress:
-    """A context manager; silent where `shown` is False, that is on all ranks but one."""
+    """Progress of a run's steps; a context manager. Prints nothing where `shown` is False."""
 
     def __init__(self, label: str, *, done: int, total: int, shown: bool, every: int = 1) -> None:
         self.label, self.total, self.shown = label, total, shown
-        self.every = every  # without a terminal, a line for every so many steps
+        self.every = every  # steps a line, without a terminal
         self.first = self.done = done
         self.started = time.monotonic()
         self.bar: Progress | None = None
@@ -49,12 +49,12 @@ class StepProgress:
             self.bar.stop()
 
     def phase(self, name: str) -> None:
-        """What is done now, on a terminal."""
+        """Show the current phase, on a terminal."""
         if self.bar:
             self.bar.update(self.task, phase=name)
 
     def step(self, message: str) -> None:
-        """One step more is done; `message` says how it went."""
+        """Count one finished step and show its message."""
         self.done += 1
         eta = self.eta(time.monotonic())
         if self.bar:
@@ -64,12 +64,13 @@ class StepProgress:
             print(f"{line}  {eta}" if eta else line, flush=True)
 
     def eta(self, now: float) -> str:
-        """At the pace of this process so far; rich's own estimate forgets after 30 s."""
+        """Return the remaining time at this process's mean pace; rich's own estimate uses only the
+        last 30 s."""
         left = (self.total - self.done) * (now - self.started) / (self.done - self.first)
         return f"ETA {timedelta(seconds=round(left))}" if left > 0 else ""
 
     def say(self, message: str) -> None:
-        """A line that stays."""
+        """Print a line above the bar."""
         if self.bar:
             self.bar.console.print(message, markup=False)
         elif self.shown:
@@ -77,12 +78,12 @@ class StepProgress:
 
 
 class ByteProgress:
-    """A context manager: bytes done, of how many, and how fast. On a terminal a bar; elsewhere
-    silent until the last line."""
+    """Progress of a conversion in bytes; a context manager. Without a terminal it prints only one
+    line at the end."""
 
     def __init__(self, label: str, *, shown: bool) -> None:
         self.label, self.shown = label, shown
-        self.first: int | None = None  # of a resumed conversion, what was there already
+        self.first: int | None = None  # bytes that an earlier, resumed conversion had written
         self.done = 0
         self.started = time.perf_counter()
         self.bar: Progress | None = None
@@ -122,7 +123,7 @@ class ByteProgress:
 
 
 def training_line(record: dict[str, Any], times: dict[str, float]) -> str:
-    """The few numbers by which one sees that a run is healthy."""
+    """Return the few numbers of a step that show whether a run is healthy."""
     repaired = record.get("repaired_turn2")
     parts = [
         f"solved {record['solved']:.0%}",

@@ -1,8 +1,7 @@
-"""Work split over ranks: each drives its own share of the dialogues, then all of them hold all the
+"""Work split over ranks: each rank drives its share of the dialogues, then every rank gets all
 results.
 
-Nothing funnels through one process, and what follows (packing, targets, metrics) is computed alike
-everywhere.
+No process is a bottleneck, and all ranks compute packing, targets and metrics alike.
 """
 
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ Item = TypeVar("Item")
 
 
 def my_share(items: Sequence[Item]) -> Sequence[Item]:
-    """Every world_size-th item, so that shares have like mixtures of problems."""
+    """Return every world_size-th item, so that all shares have a similar mixture of problems."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
 def gather(mine: Item) -> list[Item]:
-    """What every rank holds, in rank order, on every rank."""
+    """Gather one object from each rank. Returns them in rank order, on every rank."""
     if not dist.is_initialized():
         return [mine]
     everyone: list[Item | None] = [None] * dist.get_world_size()
@@ -29,13 +28,13 @@ def gather(mine: Item) -> list[Item]:
 
 
 def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
-    """The inverse of `my_share` over all ranks."""
+    """Invert `my_share`: merge the shares of all ranks into the original order."""
     total = sum(len(share) for share in shares)
-    return [shares[place % len(shares)][place // len(shares)] for place in range(total)]
+    return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is set on some rank: all ranks stop together or not at all."""
+    """Return whether the flag is set on any rank, so that all ranks decide alike."""
     if not dist.is_initialized():
         return flag
     flags = torch.tensor(int(flag))

@@ -1,10 +1,10 @@
-"""Experiment trackers: TensorBoard, W&B, MLflow and trackio get what metrics.jsonl gets.
+"""Experiment trackers: TensorBoard, W&B, MLflow and trackio receive the numbers of metrics.jsonl.
 
-Theory of operation: the process that writes the run directory has a thread a tracker, which opens
-it, and sends it the numbers of each step from a queue. Training never waits for a tracker: one that
-cannot be opened, or fails, is named on stderr and left out from then on, and at the end of a run
-all have `CLOSE_S` to send what waits. The threads are daemons, so that none keeps a process alive.
-metrics.jsonl is the record, whatever becomes of them: `send_recorded` sends it again.
+Theory of operation: in the process that writes the run directory, each tracker has a thread that
+opens it and sends it each step's numbers from a queue. Training never waits for a tracker. One that
+cannot be opened, or fails, is reported on stderr and dropped; at the end of a run all have
+`CLOSE_S` seconds to empty their queues. The threads are daemons, so none keeps a process alive.
+metrics.jsonl is the record: `send_recorded` sends it again.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from typing import Any
 from rlef_mega.config import ConfigError, TrackConfig, TrainConfig, flatten
 
 CLOSE_S = 60.0
-SEND_S = 3600.0  # for all steps of a run at once
-MLFLOW_PARAMETERS = 100  # of one request
-MLFLOW_CHARACTERS = 500  # of one parameter
+SEND_S = 3600.0  # to send all steps of a run at once
+MLFLOW_PARAMETERS = 100  # MLflow's limit for one request
+MLFLOW_CHARACTERS = 500  # MLflow's limit for one parameter
 
 Numbers = dict[str, float]
 Log = Callable[[int, Numbers], None]
@@ -36,8 +36,8 @@ Log = Callable[[int, Numbers], None]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What trackers are told of a run. `name` is its own, also after it was resumed; steps after
-    `done` are new."""
+    """A run as trackers see it. `name` stays the same when the run resumes; steps after `done` are
+    new."""
 
     path: Path
     name: str
@@ -47,10 +47,10 @@ class TrackedRun:
 
 @contextmanager
 def tensorboard(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
-    """Event files in the run's folder tensorboard/."""
+    """Write event files into the run's folder tensorboard/."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # what a killed run wrote after the checkpoint that it goes on from is not shown
+    # hide what a killed run wrote after the checkpoint from which it resumes
     writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=run.done + 1)
 
     def log(step: int, numbers: Numbers) -> None:
@@ -68,7 +68,7 @@ def tensorboard(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
 
 @contextmanager
 def wandb(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
-    """Online, or in the run's folder wandb/ for `wandb sync`."""
+    """Log online, or into the run's folder wandb/ for `wandb sync`."""
     import wandb
 
     tracked = wandb.init(
@@ -81,7 +81,7 @@ def wandb(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
         config=run.settings,
         settings=wandb.Settings(console="off", silent=True),
     )
-    # W&B's own step may not go back, that of a resumed run does
+    # W&B's own step must not decrease, and that of a resumed run does
     tracked.define_metric("*", step_metric="step")
     try:
         yield lambda step, numbers: tracked.log({**numbers, "step": step})
@@ -91,7 +91,7 @@ def wandb(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
 
 @contextmanager
 def mlflow(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
-    """`mlflow_uri`, or where MLFLOW_TRACKING_URI says."""
+    """Log to `mlflow_uri`, or to MLFLOW_TRACKING_URI."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param, RunTag
 
@@ -124,7 +124,7 @@ def mlflow(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
 
 @contextmanager
 def trackio(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
-    """trackio's local database, or a Space of the Hub."""
+    """Log to trackio's local database, or to a Space of the Hub."""
     import trackio
 
     tracked = trackio.init(
@@ -151,6 +151,7 @@ OPENERS: dict[str, Opener] = {
 
 
 def asked_for(asked: TrackConfig) -> list[str]:
+    """Return the names of the trackers that a recipe asks for."""
     switches = {
         "tensorboard": asked.tensorboard,
         "wandb": asked.wandb_project,
@@ -161,18 +162,18 @@ def asked_for(asked: TrackConfig) -> list[str]:
 
 
 def check_trackers(asked: TrackConfig) -> None:
-    """ConfigError for a tracker whose package is not installed."""
+    """Raise ConfigError for a tracker whose package is not installed."""
     for name in asked_for(asked):
         if find_spec(name) is None:
             raise ConfigError(
                 f"[track] asks for {name}, which is not installed: pip install 'rlef-mega[{name}]' "
-                f"(or pip install {name}), or take it out of the recipe"
+                f"(or pip install {name}), or remove it from the recipe"
             )
 
 
 class Trackers:
-    """Those that the recipe asks for; none in a process that is not the `writer` of the run
-    directory. A context manager."""
+    """The trackers that the recipe asks for, in the process that writes the run directory; none in
+    the others. A context manager."""
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class Trackers:
         return self
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Queue the numbers of a line of metrics.jsonl."""
         for follower in self.followers:
             follower.waiting.put((record["step"], numbers_of(record)))
 
@@ -213,7 +214,7 @@ class Trackers:
         for follower in self.followers:
             follower.thread.join(max(0.0, end - monotonic()))
             if follower.thread.is_alive():
-                warn(follower.name, f"has not taken all numbers within {self.close_s:.0f} s")
+                warn(follower.name, f"did not accept all numbers within {self.close_s:.0f} s")
 
 
 class Follower:
@@ -223,7 +224,7 @@ class Follower:
         self.name, self.opener, self.run, self.asked = name, opener, run, asked
         self.waiting: queue.SimpleQueue[tuple[int, Numbers] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.follow, name=f"tracker {name}", daemon=True)
-        self.done = False  # has taken all numbers
+        self.done = False  # all numbers were sent
 
     def follow(self) -> None:
         try:
@@ -231,8 +232,8 @@ class Follower:
                 while (numbers := self.waiting.get()) is not None:
                     log(*numbers)
             self.done = True
-        except Exception as error:  # of somebody else's package and service: whatever it may be
-            warn(self.name, f"is left out from here on: {type(error).__name__}: {error}")
+        except Exception as error:  # a tracker's package or service may raise anything
+            warn(self.name, f"is dropped from now on: {type(error).__name__}: {error}")
 
 
 def warn(name: str, what: str) -> None:
@@ -244,7 +245,7 @@ def warn(name: str, what: str) -> None:
 
 
 def own_name(run: Path) -> str:
-    """The name of a run among all others, made once and kept in its folder."""
+    """Return the run's unique name, which is made once and stored in its folder."""
     path = run / "tracked_as"
     with contextlib.suppress(FileNotFoundError):
         return path.read_text().strip()
@@ -255,8 +256,7 @@ def own_name(run: Path) -> str:
 
 
 def numbers_of(record: Mapping[str, Any]) -> Numbers:
-    """What can be drawn, "time/rollout" and so on; lists, texts and what is not finite is not, and
-    the step is told beside them."""
+    """Return a record's finite numbers by names such as "time/rollout", without the step."""
     return {
         name: float(value)
         for name, value in flatten(record, "/").items()
@@ -268,10 +268,12 @@ def numbers_of(record: Mapping[str, Any]) -> Numbers:
 
 
 def send_recorded(config: TrainConfig, records: list[dict[str, Any]], **options: Any) -> None:
-    """Send all steps of a run to its trackers, again or for the first time; `options` are those of
-    `Trackers`. RuntimeError where one has not taken them."""
+    """Send all steps of a run to its trackers, again or for the first time.
+
+    `options` are those of `Trackers`. Raises RuntimeError if a tracker did not accept them all.
+    """
     with Trackers(config, done=0, **{"close_s": SEND_S, **options}) as trackers:
         for record in records:
             trackers.log(record)
     if missed := [follower.name for follower in trackers.followers if not follower.done]:
-        raise RuntimeError(f"not all steps have come to {', '.join(missed)}")
+        raise RuntimeError(f"not all steps were sent to {', '.join(missed)}")

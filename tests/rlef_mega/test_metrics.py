@@ -170,5 +170,5 @@ def test_a_gap_between_engine_and_trainer_is_an_alarm_at_half_and_the_end_at_onc
 @pytest.mark.parametrize("lag", ["-1", "2"])
 def test_tokens_of_versions_that_this_run_cannot_have_published_end_it(lag):
     assert watch({"staleness": {"0": 3, "1": 5}}) == [[]]
-    with pytest.raises(GuardError, match="somebody else publishes"):
+    with pytest.raises(GuardError, match="another run publishes"):
         watch({"staleness": {"0": 3, lag: 1}})

@@ -61,7 +61,7 @@ def test_a_tracker_that_fails_is_named_and_left_out_and_the_others_go_on(tmp_pat
             following.log(record)
     assert got == [(1, 0.25), (2, 0.5), (3, 0.75)]
     said = capsys.readouterr().err
-    assert said.count("WARNING") == 2 and "wandb is left out" in said
+    assert said.count("WARNING") == 2 and "wandb is dropped" in said
     assert "OSError: no network at step 1" in said and "RuntimeError: not logged in" in said
 
 
@@ -78,7 +78,7 @@ def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys
     with Trackers(asked, done=0, close_s=0.1, openers=openers) as following:
         for record in RECORDS:
             following.log(record)  # returns at once
-    assert "tensorboard has not taken all numbers within 0 s" in capsys.readouterr().err
+    assert "tensorboard did not accept all numbers within 0 s" in capsys.readouterr().err
     free.set()
 
 
