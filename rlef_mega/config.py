@@ -209,9 +209,7 @@ class PPOConfig(Section):
     updates_per_batch: int = Field(4, gt=0)
     normalize_advantages: bool = True
     token_level_value: bool = Field(False, description="RLEF B.6: one value a response token")
-    critic_warmup_steps: int = Field(
-        0, ge=0, description="first batches train only the critic"
-    )
+    critic_warmup_steps: int = Field(0, ge=0, description="first batches train only the critic")
 
 
 class OptimizerConfig(Section):

@@ -162,7 +162,7 @@ def test_what_is_too_far_off_policy_is_an_alarm_and_then_the_end(fault):
 def test_a_gap_between_engine_and_trainer_is_an_alarm_at_half_and_the_end_at_once():
     assert watch({"logprob_gap_mean": 0.02}) == [[]]
     assert "half" in watch({"logprob_gap_mean": 0.03})[0][0]
-    with pytest.raises(GuardError, match="do not hold the same weights"):
+    with pytest.raises(GuardError, match="their weights differ"):
         watch({"logprob_gap_max": 1.5})
     assert watch({"logprob_gap_max": None, "logprob_gap_mean": None}) == [[]]
 

@@ -1,13 +1,14 @@
 """What a rank that fails tells the user."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlef_mega.run.launch import fails_first
+from rlef_mega.run.launch import fails_first, launch
 
 WORKER = """
 import os, sys, time
@@ -51,3 +52,11 @@ def test_the_mark_of_an_earlier_launch_silences_nobody(tmp_path: Path) -> None:
     os.utime(mark, (1000, 1000))
     assert fails_first(mark, since=2000.0)
     assert not fails_first(mark, since=2000.0)
+
+
+def test_a_launch_leaves_neither_its_signal_handlers_nor_a_stop_file(tmp_path: Path) -> None:
+    """Else a later SIGTERM would create the file, and the next run would stop at its first step."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert launch("this", tmp_path, 1) == 0  # a module of the standard library that only prints
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "stop").exists()
