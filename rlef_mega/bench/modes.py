@@ -14,7 +14,7 @@ from typing import Any
 
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
-from rlef_mega.metrics import interval_over_seeds
+from rlef_mega.intervals import interval_over_seeds
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.launch import rlef
 

@@ -21,7 +21,7 @@ CHRF_PAIRS = 300  # of programs, for each turn: a pair of 1,500 characters takes
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class DialogueOutcomes:
     """How its responses ended (`outcome_of`), and their programs."""
 
     problem_id: str
@@ -47,7 +47,7 @@ def outcome_of(program: str | None, verdict: Verdict) -> str:
     return SOLVED if verdict.solved else PRIVATE_TEST
 
 
-def tally(dialogues: Iterable[Dialogue], turns: int) -> dict[str, tuple[int, int, int]]:
+def tally(dialogues: Iterable[DialogueOutcomes], turns: int) -> dict[str, tuple[int, int, int]]:
     """Of each problem, within so many turns: dialogues held, those that passed the public tests,
     and the correct ones among these."""
     found: dict[str, list[int]] = {}
@@ -60,19 +60,19 @@ def tally(dialogues: Iterable[Dialogue], turns: int) -> dict[str, tuple[int, int
     return {name: (held, passed, correct) for name, (held, passed, correct) in found.items()}
 
 
-def failures(dialogues: Sequence[Dialogue], turn: int) -> dict[str, int]:
+def failures(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, int]:
     """How the responses of one turn (from 0) failed."""
     outcomes = (d.outcomes[turn] for d in dialogues if len(d.outcomes) > turn)
     return dict(sorted(Counter(o for o in outcomes if o != SOLVED).items()))
 
 
-def repair_rate(dialogues: Sequence[Dialogue], turn: int) -> float | None:
+def repair_rate(dialogues: Sequence[DialogueOutcomes], turn: int) -> float | None:
     """Of the dialogues that came to this turn (from 0), the share that it solved."""
     came = [d.outcomes[turn] == SOLVED for d in dialogues if len(d.outcomes) > turn]
     return sum(came) / len(came) if came else None
 
 
-def became(dialogues: Sequence[Dialogue], turn: int) -> dict[str, dict[str, int]]:
+def became(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, dict[str, int]]:
     """Of each kind of failure of a turn (from 0) that was answered: what the next turn was."""
     table: dict[str, Counter[str]] = {}
     for dialogue in dialogues:
@@ -82,7 +82,7 @@ def became(dialogues: Sequence[Dialogue], turn: int) -> dict[str, dict[str, int]
     return {before: dict(sorted(table[before].items())) for before in sorted(table)}
 
 
-def chrf_of_next(dialogues: Sequence[Dialogue], turn: int) -> dict[str, Any] | None:
+def chrf_of_next(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, Any] | None:
     """chrF (0 to 100) of the program of the next turn, with that of this turn (from 0) as its
     reference; None where there is no such pair.
 

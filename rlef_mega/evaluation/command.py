@@ -26,24 +26,30 @@ from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluation.dialogue_file import DialogueFile
-from rlef_mega.evaluation.estimators import parse_n_at_k
-from rlef_mega.evaluation.held import (
+from rlef_mega.evaluation.estimators import NAtK, parse_n_at_k
+from rlef_mega.evaluation.numbers import ProblemLabels, numbers_of
+from rlef_mega.evaluation.protocols import (
     PROTOCOLS,
     SINGLE,
-    Part,
+    PlannedDialogues,
     distractors_in,
-    hold_missing,
-    plan_part,
+    plan_dialogues,
+    run_missing,
     sampling,
 )
-from rlef_mega.evaluation.numbers import About, NAtK, numbers_of
-from rlef_mega.evaluation.recorded import Recorded, read_recorded, refuse_unknown, regrading
+from rlef_mega.evaluation.recorded import (
+    RecordedResponses,
+    grade_again,
+    read_recorded,
+    refuse_unknown,
+)
 from rlef_mega.megatron.hf_weights import open_safetensors
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
 from rlef_mega.problems.store import store_key
 from rlef_mega.report import print_comparison
-from rlef_mega.report.evaluation import print_evaluation, save_evaluation_figure
+from rlef_mega.report.plots import save_evaluation_figure
+from rlef_mega.report.tables import print_evaluation
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.manifest import describe
 from rlef_mega.types import Problem, Sampling
@@ -95,11 +101,11 @@ class Source:
     name: str
     identity: str
     folder: Path | None = None
-    recorded: Recorded | None = None
+    recorded: RecordedResponses | None = None
 
 
 def run_evaluation(request: EvalRequest) -> None:
-    """Hold what is missing, write the numbers, print the tables."""
+    """RunDialogue what is missing, write the numbers, print the tables."""
     check_request(request)
     check_servers(JudgeConfig(servers=request.servers), request.grading_token)
     source = find_source(request)
@@ -108,7 +114,7 @@ def run_evaluation(request: EvalRequest) -> None:
     name = request.name or source.name
     path = request.out / f"eval/{name}.dialogues.jsonl"
     asked = what_decides(request, source, problems)
-    with DialogueFile(path, asked, [vars(About.of(p)) for p in problems.values()]) as file:
+    with DialogueFile(path, asked, [vars(ProblemLabels.of(p)) for p in problems.values()]) as file:
         if any(key not in file.settled for part in parts for key in part.keys):
             hold_parts(request, source, problems, parts, file)
     numbers = numbers_of(path, parts, turns=request.turns, n_at_k=request.pairs)
@@ -215,7 +221,9 @@ def weights_key(folder: Path) -> str:
     return store_key("weights", files)
 
 
-def plan(request: EvalRequest, source: Source, problems: Sequence[Problem]) -> list[Part]:
+def plan(
+    request: EvalRequest, source: Source, problems: Sequence[Problem]
+) -> list[PlannedDialogues]:
     """Single turns have the samples that the dialogues may have, and where their number was not
     asked for, as many as the greatest k; what random feedback is made of comes before it."""
     if source.recorded:
@@ -226,10 +234,10 @@ def plan(request: EvalRequest, source: Source, problems: Sequence[Problem]) -> l
     each, parts = request.dialogues_each, []
     if request.single_turn:
         least = 0 if request.rollouts else max(k for _, k in request.pairs)
-        parts.append(plan_part(SINGLE, 1, "true", problems, max(each * request.turns, least)))
+        parts.append(plan_dialogues(SINGLE, 1, "true", problems, max(each * request.turns, least)))
     for feedback, protocol in PROTOCOLS.items():
         if feedback in request.feedback:
-            parts.append(plan_part(protocol, request.turns, feedback, problems, each))
+            parts.append(plan_dialogues(protocol, request.turns, feedback, problems, each))
     return parts
 
 
@@ -240,7 +248,7 @@ def hold_parts(
     request: EvalRequest,
     source: Source,
     problems: Mapping[str, Problem],
-    parts: Sequence[Part],
+    parts: Sequence[PlannedDialogues],
     file: DialogueFile,
 ) -> None:
     grading = JudgeConfig(workers=len(os.sched_getaffinity(0)), servers=request.servers)
@@ -258,18 +266,18 @@ def hold_parts(
         at_once = request.at_once or (SERVER_AT_ONCE * servers or LOCAL_AT_ONCE)
         for part in parts:
             if source.recorded:
-                hold = regrading(source.recorded, judge, part)
+                hold = grade_again(source.recorded, judge, part)
             else:
                 rules = rules_of(request, part, file.path, problems, chat)
                 if rules is None:
                     continue
                 hold = sampling(DialogueLoop(engine, judge, chat, rules), chat, request.seed)
-            hold_missing(part, problems, hold, file, at_once)
+            run_missing(part, problems, hold, file, at_once)
 
 
 def rules_of(
     request: EvalRequest,
-    part: Part,
+    part: PlannedDialogues,
     path: Path,
     problems: Mapping[str, Problem],
     chat: ChatFormat,

@@ -28,8 +28,8 @@ from rlef_mega.dialogues.rollout import (
     roll_out_on_all_ranks,
 )
 from rlef_mega.engines import Engine
-from rlef_mega.evaluation.behaviour import Dialogue
-from rlef_mega.evaluation.numbers import About, Held, summarize
+from rlef_mega.evaluation.behaviour import DialogueOutcomes
+from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.ranks import any_rank
@@ -70,10 +70,12 @@ def evaluate(
     summary: dict[str, Any] = {}
     episodes: tuple[Episode, ...] = ()
     distractors: tuple[Distractor, ...] = ()
-    about = [About.of(problem) for problem in problems]
+    about = [ProblemLabels.of(problem) for problem in problems]
 
     def numbers(rollout: Rollout, turns: int) -> dict[str, Any]:
-        held = Held(turns, [Dialogue.of(e) for e in rollout.episodes], rollout.drops)
+        held = FinishedDialogues(
+            turns, [DialogueOutcomes.of(e) for e in rollout.episodes], rollout.drops
+        )
         return summarize(about, held, samples=rules.turns)
 
     if "multi_turn" in protocols:

@@ -1,64 +1,55 @@
-"""From counts of samples to n@k and pass@k, with 95% intervals (RLEF 3.1, B.1). Pure.
+"""Estimate n@k and pass@k, with 95% intervals, from counts of samples (RLEF 3.1, B.1).
 
 n@k is the probability that any of n solutions, selected from k samples, is correct. Every turn is a
 sample, so k samples are R = k // t dialogues of up to t turns, or k single responses (t = 1). A
-dialogue brings at most one solution worth submitting: it ends when its public tests pass. So the
-unit here is the dialogue, and of one problem all that counts is
+dialogue yields at most one solution worth submitting, because it ends when its public tests pass.
+So the unit here is the dialogue, described for each problem by three counts:
 
-    N  dialogues held,  p  of them passed the public tests,  c  of these are correct (private tests)
+    N  dialogues,  p  of them passed the public tests,  c  of those p are correct (private tests)
 
-Selection is uniform without replacement among those that pass the public tests; a solution that
-fails one is not correct, so what is submitted when fewer than n pass adds nothing (AlphaCode's
+Selection is uniform without replacement among those that pass the public tests. A solution that
+fails one is not correct, so submitting it when fewer than n pass adds nothing (AlphaCode's
 filtering; RLEF 3.1). pass@k is n@k without a limit on n.
 
 Shape suffixes: P problems, R resamples; counts broadcast against each other.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-RESAMPLES = 200  # RLEF B.1
-# A resample repeats dialogues. Of simulated models, intervals of 95% held the truth in 89 to 94% of
-# cases where there were so many dialogues for each that is drawn; with fewer, in as few as 71%.
+from rlef_mega.intervals import RESAMPLES, Floats, bootstrap_interval, percentiles
+
+# A resample repeats dialogues. With simulated models and at least this many dialogues for each one
+# drawn, 95% intervals held the truth in 89 to 94% of cases; with fewer, in as few as 71%.
 ENOUGH = 4
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+NAtK = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems. `low` and `high` bound it for other problems of this kind (problems are
-    resampled); `sampling_low` and `sampling_high` for these problems alone (the dialogues of each
-    are resampled, as RLEF B.1), where there are enough dialogues to say so."""
-
-    value: float
-    low: float
-    high: float
-    sampling_low: float | None
-    sampling_high: float | None
-    problems: int
-    bootstrapped: int  # problems with fewer dialogues than a draw needs
-
-
-def n_at_k(held: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int) -> Floats:
-    """Unbiased, from N = `held` >= `draws` = R dialogues: the mean over all subsets of R.
+def n_at_k(
+    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
+) -> Floats:
+    """Return the unbiased n@k from N = `total` >= R = `draws` dialogues: the mean over all subsets
+    of R dialogues.
 
     sum_j H(j; N, p, R) [1 - C(p - c, m) / C(p, m)],  m = min(n, j)
 
     with H the hypergeometric probability that j of the R drawn pass the public tests: a uniform
     choice of m among uniformly drawn j of p is a uniform choice of m of p.
     """
-    held_, passed_, correct_, drawn = counts(held, passed, correct, draws)
-    if np.any(held_ < draws):
-        raise ValueError(f"{draws} dialogues cannot be drawn from {held_.min()} without repetition")
+    total_, passed_, correct_, drawn = counts(total, passed, correct, draws)
+    if np.any(total_ < draws):
+        raise ValueError(
+            f"{draws} dialogues cannot be drawn from {total_.min()} without repetition"
+        )
     picked = np.minimum(n, drawn)
-    log_choose = LogBinomials(int(held_.max(initial=0)))
+    log_choose = LogBinomials(int(total_.max(initial=0)))
     hypergeometric = np.exp(
         log_choose(passed_, drawn)
-        + log_choose(held_ - passed_, draws - drawn)
-        - log_choose(held_, np.full_like(drawn, draws))
+        + log_choose(total_ - passed_, draws - drawn)
+        - log_choose(total_, np.full_like(drawn, draws))
     )
     # more picked than pass: such j have probability 0, and C(p, m) = 0 must not divide
     possible = picked <= passed_
@@ -70,17 +61,17 @@ def n_at_k(held: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, dr
 
 
 def n_at_k_with_repetition(
-    held: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
+    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
 ) -> Floats:
-    """The bootstrap's expectation, for N < R: R dialogues drawn from N with repetition.
+    """Return the expectation of the bootstrap, for N < R: R of N dialogues, with repetition.
 
     sum_j B(j; R, p / N) [1 - (1 - c / p)^m],  m = min(n, j)
 
     with B binomial. Biased downwards: a dialogue drawn twice is submitted twice.
     """
-    held_, passed_, correct_, drawn = counts(held, passed, correct, draws)
+    total_, passed_, correct_, drawn = counts(total, passed, correct, draws)
     picked = np.minimum(n, drawn)
-    passing = passed_ / held_
+    passing = passed_ / total_
     binomial = (
         np.exp(LogBinomials(draws)(np.full_like(drawn, draws), drawn))
         * passing**drawn
@@ -91,19 +82,19 @@ def n_at_k_with_repetition(
 
 
 def counts(
-    held: ArrayLike, passed: ArrayLike, correct: ArrayLike, draws: int
+    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, draws: int
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """With an axis more at the end, over j = 0 .. draws."""
-    arrays = [np.asarray(each, dtype=np.int64)[..., None] for each in (held, passed, correct)]
-    held_, passed_, correct_ = np.broadcast_arrays(*arrays)
+    """Return the counts with one more axis at the end, and j = 0 .. draws along it."""
+    arrays = [np.asarray(each, dtype=np.int64)[..., None] for each in (total, passed, correct)]
+    total_, passed_, correct_ = np.broadcast_arrays(*arrays)
     if draws < 1:
-        raise ValueError(f"{draws} dialogues are no sample; give a k of at least the turns")
-    assert np.all((correct_ >= 0) & (correct_ <= passed_) & (passed_ <= held_)), "no counts"
-    return held_, passed_, correct_, np.arange(draws + 1)
+        raise ValueError(f"draws = {draws} must be at least 1; give a k of at least the turns")
+    assert np.all((correct_ >= 0) & (correct_ <= passed_) & (passed_ <= total_)), "wrong counts"
+    return total_, passed_, correct_, np.arange(draws + 1)
 
 
 class LogBinomials:
-    """log C(a, b) for a up to `most`; -inf where there is no such choice."""
+    """log C(a, b) for a up to `most`; -inf if b < 0 or b > a."""
 
     def __init__(self, most: int) -> None:
         self.log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
@@ -117,70 +108,71 @@ class LogBinomials:
 
 
 def per_problem(
-    held: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
+    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
 ) -> Floats:
-    """Unbiased where there are dialogues enough, else the bootstrap."""
-    held_, passed_, correct_ = (np.asarray(each) for each in (held, passed, correct))
-    enough = held_ >= draws
-    values = np.empty(held_.shape)
+    """Return n@k of each problem: unbiased if it has enough dialogues, else by the bootstrap."""
+    counts_3P = np.array([total, passed, correct])
+    enough = counts_3P[0] >= draws
+    values = np.empty(enough.shape)
     for chosen, estimator in ((enough, n_at_k), (~enough, n_at_k_with_repetition)):
         if chosen.any():
-            values[chosen] = estimator(
-                held_[chosen], passed_[chosen], correct_[chosen], n=n, draws=draws
-            )
+            values[chosen] = estimator(*counts_3P[:, chosen], n=n, draws=draws)
     return values
 
 
 def estimate(
-    held_P: ArrayLike, passed_P: ArrayLike, correct_P: ArrayLike, *, n: int, draws: int
-) -> Estimate:
-    """The mean over problems, each with at least one dialogue. ValueError where there is none."""
-    held, passed, correct = (np.asarray(each) for each in (held_P, passed_P, correct_P))
-    if not held.size or held.min() < 1:
+    dialogues_P: ArrayLike, passed_P: ArrayLike, correct_P: ArrayLike, *, n: int, draws: int
+) -> dict[str, Any]:
+    """Return the mean n@k over problems, each of which has at least one dialogue.
+
+    `low` and `high` bound it for other problems of this kind: problems are resampled. `sampling`
+    bounds it for the same problems: the dialogues of each are resampled, as in RLEF B.1; None if
+    there are too few of them. `bootstrapped` counts the problems with fewer dialogues than `draws`.
+
+    Raises ValueError if a problem has no dialogue.
+    """
+    counts_3P = np.array([dialogues_P, passed_P, correct_P])
+    if not counts_3P.size or counts_3P[0].min() < 1:
         raise ValueError("a problem without dialogues has no estimate; leave it out")
-    values_P = per_problem(held, passed, correct, n=n, draws=draws)
-    generator = np.random.default_rng(0)  # the same counts, the same interval
-    again_RP = generator.integers(0, len(held), (RESAMPLES, len(held)))
-    low, high = percentiles(values_P[again_RP].mean(1))
-    sampling: tuple[float | None, float | None] = (None, None)
-    if np.all(held >= ENOUGH * draws):
-        means_R = resampled_means(held, passed, correct, n, draws, generator)
-        # centred, unlike RLEF B.1: resamples are poorer than the sample, so their mean is lower
+    values_P = per_problem(*counts_3P, n=n, draws=draws)
+    generator = np.random.default_rng(0)  # the same counts give the same interval
+    interval = bootstrap_interval(values_P, generator=generator)
+    sampling = None
+    if np.all(counts_3P[0] >= ENOUGH * draws):
+        means_R = resampled_means(counts_3P, n, draws, generator)
+        # centred, unlike RLEF B.1: resamples repeat dialogues, so their mean is lower
         sampling = percentiles(np.clip(means_R + values_P.mean() - means_R.mean(), 0, 1))
-    return Estimate(
-        float(values_P.mean()), low, high, *sampling, len(held), int((held < draws).sum())
-    )
+    return {
+        **interval,
+        "sampling": sampling,
+        "problems": len(values_P),
+        "draws": draws,
+        "bootstrapped": int((counts_3P[0] < draws).sum()),
+    }
 
 
-def resampled_means(
-    held: Ints, passed: Ints, correct: Ints, n: int, draws: int, generator: np.random.Generator
-) -> Floats:
-    """Means over problems, of each problem's N dialogues drawn again with repetition."""
-    shares_P3 = np.stack([held - passed, passed - correct, correct], -1) / held[:, None]
-    drawn_RP3 = generator.multinomial(held, shares_P3, size=(RESAMPLES, len(held)))
+def resampled_means(counts_3P: Ints, n: int, draws: int, generator: np.random.Generator) -> Floats:
+    """Return means over problems, whose N dialogues each are drawn again with repetition."""
+    total, passed, correct = counts_3P
+    shares_P3 = np.stack([total - passed, passed - correct, correct], -1) / total[:, None]
+    drawn_RP3 = generator.multinomial(total, shares_P3, size=(RESAMPLES, len(total)))
     passed_RP, correct_RP = drawn_RP3[..., 1:].sum(-1), drawn_RP3[..., 2]
-    # few counts are different, so each is computed once; they are told apart by one number
-    base = int(held.max()) + 1
-    keys_RP = (held * base + passed_RP) * base + correct_RP
-    keys, place = np.unique(keys_RP, return_inverse=True)
-    different = keys // base**2, keys // base % base, keys % base
-    values = per_problem(*different, n=n, draws=draws)
-    return values[place.reshape(keys_RP.shape)].mean(1)
+    # few counts differ, so each triple is computed once; one number identifies it
+    base = int(total.max()) + 1
+    keys_RP = (total * base + passed_RP) * base + correct_RP
+    keys, index = np.unique(keys_RP, return_inverse=True)
+    values = per_problem(keys // base**2, keys // base % base, keys % base, n=n, draws=draws)
+    return values[index.reshape(keys_RP.shape)].mean(1)
 
 
-def percentiles(means_R: Floats) -> tuple[float, float]:
-    low, high = np.percentile(means_R, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def parse_n_at_k(text: str) -> tuple[tuple[int, int], ...]:
-    """`1@3,10@100` to ((1, 3), (10, 100)). ValueError for anything else."""
+def parse_n_at_k(text: str) -> tuple[NAtK, ...]:
+    """Parse `1@3,10@100` to ((1, 3), (10, 100)). Raises ValueError for anything else."""
     pairs = []
     for part in text.split(","):
         n, separator, k = part.strip().partition("@")
         if not (separator and n.isdigit() and k.isdigit() and 1 <= int(n) <= int(k)):
             raise ValueError(
-                f"{part.strip()!r} is no n@k with 1 <= n <= k; write it like 1@3,10@100"
+                f"{part.strip()!r} is not n@k with 1 <= n <= k; write it like 1@3,10@100"
             )
         pairs.append((int(n), int(k)))
     return tuple(dict.fromkeys(pairs))

@@ -1,5 +1,5 @@
-"""From dialogues to an evaluation's numbers, which are written as JSON: rates with intervals, by
-family, tag and difficulty, curves over the number of turns, and what the model did. Pure."""
+"""Compute an evaluation's numbers from its dialogues: rates with intervals, by family, tag and
+difficulty, curves over the number of turns, and the model's behaviour. They are written as JSON."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from rlef_mega import metrics
 from rlef_mega.evaluation import behaviour
-from rlef_mega.evaluation.behaviour import NO_VALID_CODE, Dialogue, tally
+from rlef_mega.evaluation.behaviour import NO_VALID_CODE, DialogueOutcomes, tally
 from rlef_mega.evaluation.dialogue_file import (
     Key,
     Record,
@@ -20,17 +19,15 @@ from rlef_mega.evaluation.dialogue_file import (
     read_header,
     read_lines,
 )
-from rlef_mega.evaluation.estimators import Estimate, estimate, per_problem
-from rlef_mega.evaluation.held import PROTOCOLS, SINGLE, Part
+from rlef_mega.evaluation.estimators import Ints, NAtK, estimate, per_problem
+from rlef_mega.evaluation.protocols import PROTOCOLS, SINGLE, PlannedDialogues
+from rlef_mega.intervals import bootstrap_interval
 from rlef_mega.types import Problem
-
-NAtK = tuple[int, int]
-Tallies = Mapping[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
-class About:
-    """What breakdowns need of a problem."""
+class ProblemLabels:
+    """What the breakdowns group a problem by."""
 
     id: str
     family: str = ""
@@ -42,8 +39,8 @@ class About:
         return cls(problem.id, problem.family, problem.difficulty, problem.tags)
 
 
-# Of each breakdown, the groups that a problem is in.
-BREAKDOWNS: dict[str, Callable[[About], tuple[str, ...]]] = {
+# name of each breakdown -> the groups that a problem belongs to
+BREAKDOWNS: dict[str, Callable[[ProblemLabels], tuple[str, ...]]] = {
     "by_family": lambda problem: (problem.family or "all",),
     "by_kind": lambda problem: problem.tags,
     "by_difficulty": lambda problem: (problem.difficulty,) if problem.difficulty else (),
@@ -51,176 +48,164 @@ BREAKDOWNS: dict[str, Callable[[About], tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Held:
-    """What came of one protocol, whose dialogues had at most so many `turns`."""
+class FinishedDialogues:
+    """The dialogues of one protocol, of at most `turns` turns each, and counts of the dropped ones
+    by reason."""
 
     turns: int
-    dialogues: Sequence[Dialogue]
+    dialogues: Sequence[DialogueOutcomes]
     drops: Counter[str] = field(default_factory=Counter)
+
+    def counts(self, problems: Sequence[ProblemLabels], turns: int) -> Ints:
+        """Return how many dialogues of each problem there are, passed the public tests and are
+        correct (3 x problems), as if at most `turns` turns had been allowed. Problems without
+        dialogues are left out."""
+        counts = tally(self.dialogues, turns)
+        return np.array([counts[problem.id] for problem in problems if problem.id in counts]).T
 
 
 def summarize(
-    problems: Sequence[About],
-    held: Held,
+    problems: Sequence[ProblemLabels],
+    finished: FinishedDialogues,
     *,
     samples: int,
     n_at_k: Sequence[NAtK] = (),
-    single: Held | None = None,
+    single: FinishedDialogues | None = None,
     chrf: bool = False,
 ) -> dict[str, Any]:
-    """All numbers of a protocol. Its solve rate is 1@`samples`. `single` are single-turn dialogues,
-    for the first point of the curves over turns. Problems all of whose dialogues were dropped are
-    left out; their outcome is None. RuntimeError where that are all of them."""
-    counts = tally(held.dialogues, held.turns)
-    known = [problem for problem in problems if problem.id in counts]
-    if not known:
-        raise RuntimeError(
-            f"every dialogue of the evaluation was dropped: {dict(held.drops) or 'none was held'}"
-        )
-    solved = rates(known, counts, (1, samples), held.turns)
+    """Return all numbers of a protocol. Its solve rate is 1@`samples`. `single` are single-turn
+    dialogues, for the first point of the curves over turns. A problem whose dialogues were all
+    dropped is left out; its outcome is None.
+
+    Raises RuntimeError if all dialogues were dropped.
+    """
+    dialogues, turns = finished.dialogues, finished.turns
+    if not dialogues:
+        raise_all_dropped(finished.drops)
+    present = {dialogue.problem_id for dialogue in dialogues}
+    known = [problem for problem in problems if problem.id in present]
+    counts = finished.counts(known, turns)
+    solved = per_problem(*counts, n=1, draws=samples // turns).tolist()
     rate_of = {problem.id: rate for problem, rate in zip(known, solved, strict=True)}
-    first = rates(known, tally(held.dialogues, 1), (1, 1), 1)
-    responses = [outcome for dialogue in held.dialogues for outcome in dialogue.outcomes]
+    first = per_problem(*finished.counts(known, 1), n=1, draws=1)
+    responses = [outcome for dialogue in dialogues for outcome in dialogue.outcomes]
     pairs = {pair: f"{pair[0]}@{pair[1]}" for pair in ((1, samples), *n_at_k)}
-    return {
-        "solve_rate": metrics.bootstrap_interval(solved),
-        # a place for each problem, so that those of two evaluations can be paired
+    numbers = {
+        "solve_rate": bootstrap_interval(solved),
+        # one entry per problem, so that the outcomes of two evaluations can be paired
         "outcomes": [rate_of.get(problem.id) for problem in problems],
         **breakdowns(known, solved),
-        "n_at_k": {name: measure(known, held, pair) for pair, name in pairs.items()},
-        "pass_at_k": {str(k): measure(known, held, (k, k)) for k in sorted({k for _, k in pairs})},
-        "turn1": metrics.bootstrap_interval(first),
+        "n_at_k": {
+            name: estimate(*counts, n=n, draws=k // turns) for (n, k), name in pairs.items()
+        },
+        "pass_at_k": {
+            str(k): estimate(*counts, n=k, draws=k // turns) for k in sorted({k for _, k in pairs})
+        },
+        "turn1": bootstrap_interval(first),
         "invalid_fraction": responses.count(NO_VALID_CODE) / len(responses),
         "error_kinds": {
-            f"turn{turn + 1}": behaviour.failures(held.dialogues, turn)
-            for turn in range(held.turns)
+            f"turn{turn + 1}": behaviour.failures(dialogues, turn) for turn in range(turns)
         },
-        **(turns_of(known, held, pairs, single) if held.turns > 1 else {}),
-        **(chrf_of(held) if held.turns > 1 and chrf else {}),
-        "dialogues": len(held.dialogues),
-        "dropped": dict(held.drops),
-        "problems_left_out": [problem.id for problem in problems if problem.id not in counts],
+    }
+    if turns > 1:
+        numbers |= turn_numbers(known, finished, pairs, single)
+        if chrf:
+            numbers["chrf"] = {
+                f"turn{turn + 1}": behaviour.chrf_of_next(dialogues, turn - 1)
+                for turn in range(1, turns)
+            }
+    return numbers | {
+        "dialogues": len(dialogues),
+        "dropped": dict(finished.drops),
+        "problems_left_out": [problem.id for problem in problems if problem.id not in present],
     }
 
 
-def turns_of(
-    problems: Sequence[About], held: Held, pairs: Mapping[NAtK, str], single: Held | None
+def turn_numbers(
+    problems: Sequence[ProblemLabels],
+    finished: FinishedDialogues,
+    pairs: Mapping[NAtK, str],
+    single: FinishedDialogues | None,
 ) -> dict[str, Any]:
-    """What only dialogues of several turns have."""
+    """Return the numbers that only dialogues of several turns have."""
+    dialogues, most = finished.dialogues, finished.turns
+
+    def budget(n: int, k: int, turns: int) -> dict[str, Any]:
+        """Return n@k of dialogues of at most `turns` turns, with the same number k of samples."""
+        used = single if single and turns == 1 else finished
+        return estimate(*used.counts(problems, turns), n=n, draws=k // turns)
+
     return {
         **{
-            f"repaired_turn{turn + 1}": behaviour.repair_rate(held.dialogues, turn)
-            for turn in range(1, max(3, held.turns))
+            f"repaired_turn{turn + 1}": behaviour.repair_rate(dialogues, turn)
+            for turn in range(1, max(3, most))
         },
-        "became": {
-            f"turn{turn}": behaviour.became(held.dialogues, turn - 1)
-            for turn in range(1, held.turns)
-        },
-        # dialogues of at most t turns, at the same number k of samples
+        "became": {f"turn{turn}": behaviour.became(dialogues, turn - 1) for turn in range(1, most)},
         "turn_budget": {
-            name: {
-                str(turns): measure(
-                    problems, single if single and turns == 1 else held, pair, turns
-                )
-                for turns in range(1, held.turns + 1)
-            }
-            for pair, name in pairs.items()
+            name: {str(turns): budget(n, k, turns) for turns in range(1, most + 1)}
+            for (n, k), name in pairs.items()
         },
     }
 
 
-def chrf_of(held: Held) -> dict[str, Any]:
-    """Of each turn but the first, beside the turn before it."""
-    return {
-        "chrf": {
-            f"turn{turn + 1}": behaviour.chrf_of_next(held.dialogues, turn - 1)
-            for turn in range(1, held.turns)
-        }
-    }
-
-
-def rates(problems: Sequence[About], counts: Tallies, pair: NAtK, turns: int) -> list[float]:
-    """n@k of each problem, in dialogues of at most so many turns."""
-    n, k = pair
-    held, passed, correct = np.array([counts[problem.id] for problem in problems]).T
-    return per_problem(held, passed, correct, n=n, draws=k // turns).tolist()
-
-
-def measure(
-    problems: Sequence[About], held: Held, pair: NAtK, turns: int | None = None
-) -> dict[str, Any]:
-    """n@k over problems, of the dialogues as if no more than `turns` had been allowed."""
-    turns = turns or held.turns
-    n, k = pair
-    counts = tally(held.dialogues, turns)
-    found = np.array([counts[problem.id] for problem in problems if problem.id in counts]).T
-    return written(estimate(*found, n=n, draws=k // turns), draws=k // turns)
-
-
-def written(found: Estimate, draws: int) -> dict[str, Any]:
-    """`draws` is how many dialogues make the k samples."""
-    sampling = None
-    if found.sampling_low is not None:
-        sampling = {"low": found.sampling_low, "high": found.sampling_high}
-    return {
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
-        "sampling": sampling,
-        "problems": found.problems,
-        "draws": draws,
-        "bootstrapped": found.bootstrapped,
-    }
-
-
-def breakdowns(problems: Sequence[About], solved: Sequence[float]) -> dict[str, Any]:
-    """Solve rates of each group of problems."""
+def breakdowns(problems: Sequence[ProblemLabels], solved: Sequence[float]) -> dict[str, Any]:
+    """Return the solve rates of each group of problems."""
     tables: dict[str, Any] = {}
     for name, groups_of in BREAKDOWNS.items():
-        members: dict[str, list[float]] = {}
+        groups: dict[str, list[float]] = {}
         for problem, value in zip(problems, solved, strict=True):
-            for member in groups_of(problem):
-                members.setdefault(member, []).append(value)
+            for group in groups_of(problem):
+                groups.setdefault(group, []).append(value)
         tables[name] = {
-            member: {**metrics.bootstrap_interval(values), "problems": len(values)}
-            for member, values in sorted(members.items())
+            group: {**bootstrap_interval(values), "problems": len(values)}
+            for group, values in sorted(groups.items())
         }
     return tables
 
 
-Ended = dict[Key, tuple[Dialogue | str, int]]  # the dialogue, or why it was dropped; tokens
+def raise_all_dropped(drops: Mapping[str, Any]) -> None:
+    raise RuntimeError(f"every dialogue of the evaluation was dropped: {dict(drops) or 'none ran'}")
+
+
+# key -> the outcomes of the dialogue, or why it was dropped; response tokens
+Finished = dict[Key, tuple[DialogueOutcomes | str, int]]
 
 
 def numbers_of(
-    path: Path, parts: Sequence[Part], *, turns: int, n_at_k: Sequence[NAtK]
+    path: Path, parts: Sequence[PlannedDialogues], *, turns: int, n_at_k: Sequence[NAtK]
 ) -> dict[str, Any]:
-    """What is written as JSON, of the parts that were held. Of those, every dialogue that was
-    asked for has ended or was dropped: `asked` = `dialogues` + the sum of `dropped`. A part of
-    which faults have dropped all is in `all_dropped` alone; RuntimeError if that are all parts."""
+    """Return the JSON content of an evaluation, from its file of dialogues.
+
+    Parts of which nothing ran are left out. Of every other part, each planned dialogue has finished
+    or was dropped: `asked` = `dialogues` + the sum of `dropped`. A part whose dialogues were all
+    dropped is listed in `all_dropped` only.
+
+    Raises RuntimeError if all dialogues of all parts were dropped.
+    """
     problems = [
-        About(**{**about, "tags": tuple(about["tags"])}) for about in read_header(path)["problems"]
+        ProblemLabels(**{**labels, "tags": tuple(labels["tags"])})
+        for labels in read_header(path)["problems"]
     ]
-    ended: Ended = {key_of(record): brief(record) for record in read_dialogues(path)}  # the later
-    parts = [part for part in parts if any(key in ended for key in part.keys)]
-    held = {part.protocol: gather(part, ended) for part in parts}
-    lost = {name: dict(one.drops) for name, one in held.items() if not one.dialogues}
-    if len(lost) == len(held):
-        raise RuntimeError(
-            f"every dialogue of the evaluation was dropped: {lost or 'none was held'}"
-        )
-    single = None if SINGLE in lost else held.get(SINGLE)
+    # of two records with the same key, the later counts
+    records: Finished = {key_of(record): outcomes(record) for record in read_dialogues(path)}
+    parts = [part for part in parts if any(key in records for key in part.keys)]
+    finished = {part.protocol: finished_of(part, records) for part in parts}
+    lost = {name: dict(one.drops) for name, one in finished.items() if not one.dialogues}
+    if len(lost) == len(finished):
+        raise_all_dropped(lost)
+    single = None if SINGLE in lost else finished.get(SINGLE)
     return {
         "n_at_k": [f"{n}@{k}" for n, k in n_at_k],
         "protocols": {
             part.protocol: {
                 "asked": len(part.keys),
-                "response_tokens": sum(ended[key][1] for key in part.keys),
+                "response_tokens": sum(records[key][1] for key in part.keys),
                 **summarize(
                     problems,
-                    held[part.protocol],
+                    finished[part.protocol],
                     samples=turns,
                     n_at_k=n_at_k,
-                    # with private tests shown, passing them is another thing
+                    # a dialogue that shows private tests passes other tests than a single response
                     single=None if part.protocol == PROTOCOLS["private"] else single,
                     chrf=True,
                 ),
@@ -233,11 +218,11 @@ def numbers_of(
     }
 
 
-def brief(record: Record) -> tuple[Dialogue | str, int]:
+def outcomes(record: Record) -> tuple[DialogueOutcomes | str, int]:
     if "dropped" in record:
         return record["dropped"], 0
     turns = record["turns"]
-    dialogue = Dialogue(
+    dialogue = DialogueOutcomes(
         record["problem_id"],
         tuple(turn["outcome"] for turn in turns),
         tuple(turn["program"] for turn in turns),
@@ -245,12 +230,12 @@ def brief(record: Record) -> tuple[Dialogue | str, int]:
     return dialogue, sum(turn.get("tokens", 0) for turn in turns)
 
 
-def gather(part: Part, ended: Ended) -> Held:
-    missing = sum(key not in ended for key in part.keys)
-    assert not missing, f"{missing} dialogues of {part.protocol} neither ended nor were dropped"
-    outcomes = [ended[key][0] for key in part.keys]
-    return Held(
+def finished_of(part: PlannedDialogues, records: Finished) -> FinishedDialogues:
+    missing = sum(key not in records for key in part.keys)
+    assert not missing, f"{missing} dialogues of {part.protocol} neither finished nor were dropped"
+    found = [records[key][0] for key in part.keys]
+    return FinishedDialogues(
         part.turns,
-        [outcome for outcome in outcomes if isinstance(outcome, Dialogue)],
-        Counter(outcome for outcome in outcomes if isinstance(outcome, str)),
+        [outcome for outcome in found if isinstance(outcome, DialogueOutcomes)],
+        Counter(outcome for outcome in found if isinstance(outcome, str)),
     )

@@ -12,22 +12,29 @@ from rlef_mega.dialogues.judge import Judge, JudgeError
 from rlef_mega.dialogues.records import problem_record
 from rlef_mega.dialogues.rollout import TRIES, show_private_tests
 from rlef_mega.evaluation.dialogue_file import Key, Record, key_of
-from rlef_mega.evaluation.held import PROTOCOLS, SINGLE, Feedback, Hold, Part, graded_record
+from rlef_mega.evaluation.protocols import (
+    PROTOCOLS,
+    SINGLE,
+    Feedback,
+    PlannedDialogues,
+    RunDialogue,
+    graded_record,
+)
 from rlef_mega.problems.rows import FieldError, read_rows
 from rlef_mega.types import Problem
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedResponses:
     """Responses of a file, or why a dialogue has none."""
 
     responses: dict[Key, tuple[str, ...] | str]
     turns: int | None  # at most, where the file says so
 
-    def parts(self, turns: int) -> list[Part]:
+    def parts(self, turns: int) -> list[PlannedDialogues]:
         names: dict[str, Feedback] = {name: how for how, name in PROTOCOLS.items()}
         return [
-            Part(
+            PlannedDialogues(
                 protocol,
                 1 if protocol == SINGLE else turns,
                 names.get(protocol, "true"),
@@ -38,7 +45,7 @@ class Recorded:
         ]
 
 
-def read_recorded(path: Path) -> Recorded:
+def read_recorded(path: Path) -> RecordedResponses:
     """Of an evaluation's own file, or of lines {"problem_id", "response"} (single turns) and
     {"problem_id", "responses": [...]} (dialogues). ConfigError, with file and line."""
     responses: dict[Key, tuple[str, ...] | str] = {}
@@ -58,7 +65,7 @@ def read_recorded(path: Path) -> Recorded:
             count[protocol, name] += 1
     if not responses:
         raise ConfigError(f"{path}: holds no responses")
-    return Recorded(responses, turns)
+    return RecordedResponses(responses, turns)
 
 
 def turns_asked(header: Record, place: str) -> int:
@@ -100,7 +107,7 @@ def foreign_responses(row: Record, place: str) -> tuple[str, str, tuple[str, ...
     return SINGLE if single else PROTOCOLS["true"], name, tuple(texts)
 
 
-def regrading(recorded: Recorded, judge: Judge, part: Part) -> Hold:
+def grade_again(recorded: RecordedResponses, judge: Judge, part: PlannedDialogues) -> RunDialogue:
     """Recorded responses, extracted and graded again as far as the dialogue would have gone.
 
     Where a program passes now that failed then, the dialogue ends with it; where one fails now that

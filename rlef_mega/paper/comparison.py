@@ -34,9 +34,8 @@ from rlef_mega.config import (
     flatten,
     load_config,
 )
-from rlef_mega.metrics import interval_over_seeds
-from rlef_mega.report.panels import PALETTE
-from rlef_mega.report.plots import STYLE
+from rlef_mega.intervals import interval_over_seeds
+from rlef_mega.report.plots import PALETTE, STYLE
 from rlef_mega.run.directory import RunDirectory, write_atomically
 from rlef_mega.run.launch import stage
 from rlef_mega.run.manifest import describe

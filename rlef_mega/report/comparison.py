@@ -1,4 +1,4 @@
-"""The numbers of before and after RLEF, shared by the page and the terminal.
+"""The numbers before and after RLEF, shared by the page and the terminal.
 
 A change is measured on the same problems, so its interval is that of the paired difference.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rlef_mega.intervals import bootstrap_interval
 from rlef_mega.report.run_files import Json, RunFiles, lookup, named, number, table, text
 
 RESAMPLES = 2000  # of the paired bootstrap; the paper resamples 200 times (RLEF B.1)
@@ -16,41 +17,32 @@ RESAMPLES = 2000  # of the paired bootstrap; the paper resamples 200 times (RLEF
 
 @dataclass(frozen=True)
 class Rate:
-    """A fraction with its 95% interval, where one was measured."""
+    """A fraction and, if it was measured, its 95% interval."""
 
     value: float
     low: float | None = None
     high: float | None = None
-    problems: int | None = None
 
 
 @dataclass(frozen=True)
-class Row:
+class MeasureRow:
     label: str
     meaning: str
-    cells: tuple[Rate | None, ...]  # one a column of the comparison
+    cells: tuple[Rate | None, ...]  # one per column of the comparison
     change: Rate | None  # after minus before
 
 
 @dataclass(frozen=True)
-class Breakdown:
-    """Multi-turn solve rates by family or by kind of statement."""
-
-    title: str
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Comparison:
+class EvaluationComparison:
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    breakdowns: tuple[Breakdown, ...]
+    rows: tuple[MeasureRow, ...]
+    breakdowns: Mapping[str, tuple[MeasureRow, ...]]  # title -> multi-turn solve rates by group
     errors: tuple[tuple[str, tuple[int | None, ...]], ...]  # kinds of failure at turn 1
     setting: str
     warnings: tuple[str, ...]
 
 
-# label, protocol, key, what it means; {turns} is the turn limit of the evaluation
+# label, protocol, key, meaning; {turns} is the turn limit of the evaluation
 MEASURES = (
     ("1@{turns} multi-turn", "multi_turn", "solve_rate", "one dialogue of up to {turns} turns"),
     ("1@{turns} independent", "independent", "solve_rate", "one of {turns} single-turn samples"),
@@ -66,34 +58,34 @@ MEASURES = (
     ("without valid code", "multi_turn", "invalid_fraction", "of all responses"),
 )
 KNOWN_PROTOCOLS = {protocol for _, protocol, _, _ in MEASURES}
-SAME_SETTING = ("data", "problems", "seed", "temperature", "top_p", "turns")
-
+SAME_PROBLEMS = ("data", "problems", "seed")
+SAME_SETTING = (*SAME_PROBLEMS, "temperature", "top_p", "turns")
 
 Pair = tuple[str, str]
 BEFORE_AFTER: Pair = ("before", "after")
 
 
-def compare(evaluations: Mapping[str, Json], pair: Pair = BEFORE_AFTER) -> Comparison:
-    """`evaluations` by name; the second of the pair minus the first is the change."""
+def compare(evaluations: Mapping[str, Json], pair: Pair = BEFORE_AFTER) -> EvaluationComparison:
+    """Compare evaluations, by name. The change is the second of the pair minus the first."""
     contents = tuple(evaluations.values())
     newest = evaluations.get(pair[1]) or (contents[-1] if contents else {})
-    return Comparison(
+    breakdowns = {
+        title: breakdown_rows(evaluations, pair, key)
+        for title, key in (("family", "by_family"), ("kind of statement", "by_kind"))
+    }
+    return EvaluationComparison(
         columns=tuple(evaluations),
-        rows=tuple(measure_rows(evaluations, pair, text(newest, "turns") or "3")),
-        breakdowns=tuple(
-            Breakdown(title, breakdown_rows(evaluations, pair, key))
-            for title, key in (("family", "by_family"), ("kind of statement", "by_kind"))
-            if any(table(content, "protocols", "multi_turn", key) for content in contents)
-        ),
-        errors=tuple(error_rows(contents)),
+        rows=measure_rows(evaluations, pair, text(newest, "turns") or "3"),
+        breakdowns={title: rows for title, rows in breakdowns.items() if rows},
+        errors=error_rows(contents),
         setting=describe_setting(newest),
         warnings=tuple(warn_of_differences(evaluations, pair)),
     )
 
 
 def evaluations_of(runs: Mapping[str, RunFiles]) -> tuple[dict[str, Json], Pair]:
-    """All of them, and the two whose difference is the change: before and after of one run, or the
-    last of the first run and of the last."""
+    """Return all evaluations by name, and the pair whose difference is the change: before and after
+    of a single run, or the last evaluations of the first and of the last run."""
     found = {
         named(label, name): evaluation
         for label, files in runs.items()
@@ -105,15 +97,15 @@ def evaluations_of(runs: Mapping[str, RunFiles]) -> tuple[dict[str, Json], Pair]
     return found, (first, last)
 
 
-def measure_rows(evaluations: Mapping[str, Json], pair: Pair, turns: str) -> list[Row]:
+def measure_rows(evaluations: Mapping[str, Json], pair: Pair, turns: str) -> tuple[MeasureRow, ...]:
     others = {name for content in evaluations.values() for name in table(content, "protocols")}
     measures = MEASURES + tuple(
         ("1@{turns} " + name.replace("_", " "), name, "solve_rate", "")
         for name in sorted(others - KNOWN_PROTOCOLS)
     )
-    return [
-        Row(
-            # replace, not format: a protocol's own name may hold braces
+    return tuple(
+        MeasureRow(
+            # replace, not format: a protocol's own name may contain braces
             label.replace("{turns}", turns),
             meaning.replace("{turns}", turns),
             tuple(
@@ -123,51 +115,43 @@ def measure_rows(evaluations: Mapping[str, Json], pair: Pair, turns: str) -> lis
             change(evaluations, pair, protocol, key),
         )
         for label, protocol, key, meaning in measures
-    ]
-
-
-def breakdown_rows(evaluations: Mapping[str, Json], pair: Pair, key: str) -> tuple[Row, ...]:
-    tables = {
-        name: table(content, "protocols", "multi_turn", key)
-        for name, content in evaluations.items()
-    }
-    members = sorted({member for found in tables.values() for member in found})
-    return tuple(
-        Row(
-            member,
-            "",
-            cells := tuple(rate(found.get(member)) for found in tables.values()),
-            difference(*pick(dict(zip(tables, cells, strict=True)), pair)),
-        )
-        for member in members
     )
 
 
-def error_rows(contents: Sequence[Json]) -> list[tuple[str, tuple[int | None, ...]]]:
+def breakdown_rows(evaluations: Mapping[str, Json], pair: Pair, key: str) -> tuple[MeasureRow, ...]:
+    groups = {
+        name: table(content, "protocols", "multi_turn", key)
+        for name, content in evaluations.items()
+    }
+    before, after = (groups.get(name, {}) for name in pair)
+    return tuple(
+        MeasureRow(
+            member,
+            "",
+            tuple(rate(group.get(member)) for group in groups.values()),
+            difference(rate(before.get(member)), rate(after.get(member))),
+        )
+        for member in sorted({member for group in groups.values() for member in group})
+    )
+
+
+def error_rows(contents: Sequence[Json]) -> tuple[tuple[str, tuple[int | None, ...]], ...]:
     tables = [
         table(content, "protocols", "multi_turn", "error_kinds", "turn1") for content in contents
     ]
     kinds = sorted({kind for found in tables for kind in found})
-    return [
+    return tuple(
         (kind, tuple(None if (n := number(t, kind)) is None else round(n) for t in tables))
         for kind in kinds
-    ]
+    )
 
 
 def rate(record: Any) -> Rate | None:
-    """A rate from {"value", "low", "high", "problems"} or from a bare number."""
-    value = number({"value": record}, "value") if not isinstance(record, dict) else None
-    if value is not None:
-        return Rate(value)
-    value, problems = number(record, "value"), number(record, "problems")
-    if value is None:
-        return None
-    count = None if problems is None else round(problems)
-    return Rate(value, number(record, "low"), number(record, "high"), count)
-
-
-def pick(cells: Mapping[str, Rate | None], pair: Pair) -> tuple[Rate | None, Rate | None]:
-    return cells.get(pair[0]), cells.get(pair[1])
+    """Read a rate from {"value", "low", "high"} or from a bare number."""
+    if not isinstance(record, dict):
+        record = {"value": record}
+    value = number(record, "value")
+    return None if value is None else Rate(value, number(record, "low"), number(record, "high"))
 
 
 def difference(before: Rate | None, after: Rate | None) -> Rate | None:
@@ -175,49 +159,27 @@ def difference(before: Rate | None, after: Rate | None) -> Rate | None:
 
 
 def change(evaluations: Mapping[str, Json], pair: Pair, protocol: str, key: str) -> Rate | None:
-    """The second minus the first; with a paired interval where both tell the outcome of each
-    problem."""
-    contents = {name: table(evaluations.get(name), "protocols") for name in pair}
-    found = difference(
-        *pick({name: rate(lookup(c, protocol, key)) for name, c in contents.items()}, pair)
-    )
-    outcomes = [outcome_list(contents[name], protocol) for name in pair]
-    same = all(
-        lookup(evaluations.get(pair[0]), setting) == lookup(evaluations.get(pair[1]), setting)
-        for setting in ("data", "problems", "seed")
-    )
-    if found is None or key != "solve_rate" or not same:
-        return found
-    if not outcomes[0] or len(outcomes[0]) != len(outcomes[1]):
+    """Return the second minus the first of the pair, with a paired interval if both record the
+    outcome of each problem."""
+    before, after = (evaluations.get(name, {}) for name in pair)
+    found = difference(*(rate(lookup(one, "protocols", protocol, key)) for one in (before, after)))
+    outcomes = [outcomes_of(one, protocol) for one in (before, after)]
+    same = all(lookup(before, setting) == lookup(after, setting) for setting in SAME_PROBLEMS)
+    if found is None or key != "solve_rate" or not same or len({*map(len, outcomes)}) > 1:
         return found
     both = [pair for pair in zip(*outcomes, strict=True) if None not in pair]
     if not both:
         return found
-    mean, low, high = paired_interval(*zip(*both, strict=True))
-    # several rollouts a problem: the outcomes are not what the rates were computed from
-    return Rate(found.value, low, high) if abs(mean - found.value) < 1e-6 else found
+    paired = bootstrap_interval(np.diff(np.array(both, dtype=float))[:, 0], resamples=RESAMPLES)
+    # if it is not their mean, the rate was not computed from these outcomes
+    is_mean = abs(paired["value"] - found.value) < 1e-6
+    return Rate(found.value, paired["low"], paired["high"]) if is_mean else found
 
 
-def outcome_list(protocols: Json, protocol: str) -> list[float | None]:
-    """A place for each problem; None where all its dialogues were dropped."""
-    outcomes = lookup(protocols, protocol, "outcomes")
-    if not isinstance(outcomes, list):
-        return []
-    return [None if outcome is None else float(outcome) for outcome in outcomes]
-
-
-def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference and its 95% percentile bootstrap interval over problems, whose outcomes are
-    rates.
-
-    Few differences are different, so to resample N of them is to draw their counts from a
-    multinomial.
-    """
-    differences_N = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    different, counts = np.unique(differences_N, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(before), counts / len(before), size=RESAMPLES)
-    low, high = np.percentile(drawn @ different / len(before), [2.5, 97.5])
-    return float(differences_N.mean()), float(low), float(high)
+def outcomes_of(evaluation: Json, protocol: str) -> list[float | None]:
+    """Return one entry per problem; None if all its dialogues were dropped."""
+    outcomes = lookup(evaluation, "protocols", protocol, "outcomes")
+    return outcomes if isinstance(outcomes, list) else []
 
 
 def describe_setting(evaluation: Json) -> str:
@@ -236,8 +198,8 @@ def warn_of_differences(evaluations: Mapping[str, Json], pair: Pair) -> list[str
     if not before or not after:
         return []
     return [
-        f"Not like with like: {name} is {text(before, name) or 'not given'} {pair[0]} "
-        f"and {text(after, name) or 'not given'} {pair[1]}."
+        f"These evaluations are not comparable: {name} is {text(before, name) or 'not given'} "
+        f"{pair[0]} and {text(after, name) or 'not given'} {pair[1]}."
         for name in SAME_SETTING
         if lookup(before, name) != lookup(after, name)
     ]

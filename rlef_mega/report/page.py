@@ -16,8 +16,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlef_mega.config import flatten
 from rlef_mega.report import display
-from rlef_mega.report.comparison import Comparison, Row, compare, evaluations_of
+from rlef_mega.report.comparison import compare, evaluations_of
 from rlef_mega.report.episodes import PackedEpisodes, pack_episodes
 from rlef_mega.report.panels import draw_panels, phase_seconds
 from rlef_mega.report.run_files import (
@@ -76,7 +77,7 @@ def render(runs: Mapping[str, RunFiles], *, episodes: int, stamp: str = "") -> s
             differences=differences(runs),
             comparison=comparison,
             heading="Before and after" if len(runs) == 1 else "Side by side",
-            headline=headline_rows(comparison),
+            headline=[row for row in comparison.rows if any(row.cells)][:3],
             drawings=draw_panels({label: files.metrics for label, files in runs.items()}),
             index=Markup(packed.index),  # base64, as the chunks are
             chunks=[Markup(chunk) for chunk in packed.chunks],
@@ -105,20 +106,23 @@ def view_run(label: str, files: RunFiles) -> dict[str, Any]:
         "label": label,
         "facts": run_facts(files),
         "phases": phase_shares(files.metrics),
-        "manifest": flatten(files.manifest),
+        "manifest": leaves(files.manifest),
         "config_text": files.config_text,
     }
 
 
-def differences(runs: Mapping[str, RunFiles]) -> list[tuple[str, list[str]]]:
-    """Keys of the recipes and manifests that are not the same in all runs, with their values; of
-    course each run has its folder and its time."""
-    if len(runs) == 1:
-        return []
-    trees = [dict(flatten(files.config) + flatten(files.manifest)) for files in runs.values()]
+def leaves(tree: Json) -> dict[str, str]:
+    """Return dotted names and values of a tree of tables, as text to show."""
+    return {name: display.clip(str(value), 300) for name, value in flatten(tree).items()}
+
+
+def differences(runs: Mapping[str, RunFiles]) -> dict[str, list[str]]:
+    """Return the keys of recipes and manifests whose values differ between runs, with the values.
+    Each run has its own folder and time, so these are left out."""
+    trees = [leaves(files.config) | leaves(files.manifest) for files in runs.values()]
     keys = dict.fromkeys(key for tree in trees for key in tree if key not in OWN_KEYS)
-    rows = [(key, [tree.get(key, display.DASH) for tree in trees]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    values = {key: [tree.get(key, display.DASH) for tree in trees] for key in keys}
+    return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
 def page_script(live: bool) -> Markup:
@@ -146,18 +150,15 @@ def environment() -> Environment:
 
 
 def run_facts(files: RunFiles) -> list[tuple[str, str]]:
-    """What was run, in a few words each; only what the files say."""
+    """Return the facts of the page's head that the files record."""
     config, manifest = files.config, files.manifest
-    parameters = number(manifest, "model_parameters")
     layout = ", ".join(
         f"{name.removesuffix('_parallel_size').removesuffix('_model')} {value}"
-        for name, value in flatten(table(manifest, "layout"))
+        for name, value in leaves(table(manifest, "layout")).items()
         if name.endswith("parallel_size")
     )
     facts = [
-        ("recipe", text(manifest, "recipe")),
         ("model", text(config, "model", "path")),
-        ("parameters", "" if parameters is None else f"{parameters:,.0f}"),
         ("problems", text(config, "data", "train")),
         ("device", text(manifest, "device")),
         ("layout", layout),
@@ -184,37 +185,16 @@ def progress(files: RunFiles) -> str:
     return ", ".join(parts)
 
 
-def phase_shares(metrics: tuple[Json, ...]) -> list[tuple[str, str, float | None]]:
-    """Phase, its time over the whole run, its share of the steps (none for CPU time)."""
-    whole = [record for record in metrics if number(record, "time", "step") is not None]
-    totals = {name: sum(seconds) for name, seconds in phase_seconds(whole).items()}
+def phase_shares(metrics: tuple[Json, ...]) -> list[tuple[str, str, float]]:
+    """Return each phase, its time over the whole run, and its share of the steps."""
+    timed = [record for record in metrics if number(record, "time", "step") is not None]
+    totals = {name: sum(seconds) for name, seconds in phase_seconds(timed).items()}
     everything = sum(totals.values())
-    if not everything:
-        return []
-    shares: list[tuple[str, str, float | None]] = [
-        (name, display.duration(seconds), seconds / everything) for name, seconds in totals.items()
+    return [
+        (name, display.duration(seconds), seconds / everything)
+        for name, seconds in totals.items()
+        if everything
     ]
-    grading = [number(record, "time", "grade_cpu") for record in whole]
-    if any(grading):
-        seconds = display.duration(sum(spent or 0 for spent in grading))
-        shares.append(("grading, CPU", seconds, None))
-    return shares
-
-
-def headline_rows(comparison: Comparison) -> list[Row]:
-    """The rows that the page opens with: those measured at least once, the first three."""
-    return [row for row in comparison.rows if any(row.cells)][:3]
-
-
-def flatten(tree: Json, prefix: str = "") -> list[tuple[str, str]]:
-    """Dotted names and values of a tree of tables."""
-    leaves: list[tuple[str, str]] = []
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            leaves += flatten(value, f"{prefix}{name}.")
-        else:
-            leaves.append((f"{prefix}{name}", display.clip(str(value), 300)))
-    return leaves
 
 
 def shortened(notes: list[str]) -> list[str]:

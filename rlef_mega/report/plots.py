@@ -1,6 +1,7 @@
-"""The picture of several seeds for a README: how training went, and what it came to."""
+"""The style of all our pictures, and the picture of an evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlef_mega.report.comparison import Rate, rate
-from rlef_mega.report.panels import PALETTE, mean
-from rlef_mega.report.run_files import Json, RunFiles, lookup, read_run, series, text
+from rlef_mega.report.comparison import rate
+from rlef_mega.report.run_files import Json, lookup, table
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 # Any: matplotlib names the type of these keys only from 3.11 on
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "rlef",  # the same runs give the same file
+    "svg.hashsalt": "rlef",  # the same data give the same file
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -30,116 +32,104 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
 }
-PROTOCOLS = {
-    "multi_turn": "multi-turn",
-    "independent": "independent\nsamples",
-    "random_feedback": "random\nfeedback",
-}
+KINDS_SHOWN = 8
 
 
-def save_learning_curves(runs: list[Path], out: Path) -> list[Path]:
-    """Draw the runs, which differ in their seeds: each a thin line, their mean thick.
-
-    `out` is a folder, which gets `curves.png` and `curves.svg`, or a file whose suffix says the
-    format. Returns the files written. Raises ValueError when no run has metrics.
-    """
-    files = [read_run(run) for run in runs]
-    metrics = [run.metrics for run in files if run.metrics]
-    if not metrics:
-        raise ValueError(f"no metrics.jsonl in any of {', '.join(map(str, runs)) or 'no runs'}")
-    targets = [out] if out.suffix else [out / "curves.png", out / "curves.svg"]
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
+def save_evaluation_figure(evaluation: Json, path: Path) -> Path:
+    """Draw n@k with intervals and, if recorded, the turn budget, failures with their repair, and
+    chrF. The suffix of `path` selects the format."""
+    protocols = table(evaluation, "protocols")
+    dialogues: Json = next(
+        (numbers for numbers in protocols.values() if table(numbers, "became")), {}
+    )
+    panels: list[Callable[[Axes], None]] = [lambda axes: draw_n_at_k(axes, protocols)]
+    if table(dialogues, "turn_budget"):
+        panels.append(lambda axes: draw_turn_budget(axes, protocols))
+        panels.append(lambda axes: draw_failures(axes, dialogues))
+    if any(table(dialogues, "chrf").values()):
+        panels.append(lambda axes: draw_chrf(axes, dialogues))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure = draw_summary(files, metrics)
-        for target in targets:
-            dateless = {"Date": None} if target.suffix == ".svg" else None
-            figure.savefig(target, dpi=160, facecolor="white", metadata=dateless)
-    return targets
+        figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
+        for axes, draw in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            draw(axes)
+        figure.savefig(path, dpi=160, facecolor="white")
+    return path
 
 
-def draw_summary(files: list[RunFiles], metrics: list[tuple[Json, ...]]) -> Figure:
-    evaluated = [run.evaluations for run in files if {"before", "after"} <= set(run.evaluations)]
-    figure = Figure(figsize=(10.5 if evaluated else 7.2, 3.0), layout="constrained")
-    panels = figure.subplots(1, 3 if evaluated else 2)
-    draw_seeds(
-        panels[0],
-        metrics,
-        "Solved, training batches",
-        {"multi-turn": "solved", "at turn 1": "solved_turn1"},
-    )
-    draw_seeds(
-        panels[1],
-        metrics,
-        "Failures repaired",
-        {"at turn 2": "repaired_turn2", "at turn 3": "repaired_turn3"},
-    )
-    if evaluated:
-        draw_before_after(panels[2], evaluated)
-    return figure
+def draw_n_at_k(axes: Axes, protocols: Json) -> None:
+    pairs = list(dict.fromkeys(p for numbers in protocols.values() for p in numbers["n_at_k"]))
+    for number, (name, numbers) in enumerate(protocols.items()):
+        for group, pair in enumerate(pairs):
+            found = rate(lookup(numbers, "n_at_k", pair))
+            if found is None:
+                continue
+            x = group + 0.14 * (number - (len(protocols) - 1) / 2)
+            label = name.replace("_", " ") if group == 0 else None
+            axes.plot(x, found.value, "o", color=PALETTE[number], markersize=4, label=label)
+            if found.low is not None and found.high is not None:
+                axes.plot([x, x], [found.low, found.high], color=PALETTE[number], lw=1.4)
+    axes.set_title("n@k, with 95% intervals")
+    axes.set_xticks(range(len(pairs)), pairs)
+    axes.set_xlim(-0.5, len(pairs) - 0.5)
+    finish(axes, legend_size=7)
 
 
-def draw_seeds(
-    axes: Axes, metrics: list[tuple[Json, ...]], title: str, curves: dict[str, str]
-) -> None:
-    for place, (label, key) in enumerate(curves.items()):
-        seeds = [dict(zip(*series(run, key), strict=True)) for run in metrics]
-        seeds = [seed for seed in seeds if seed]
-        if not seeds:
+def draw_turn_budget(axes: Axes, protocols: Json) -> None:
+    """Draw n@k over the largest number of turns, at the same k samples. A point that was estimated
+    from too few dialogues has no marker."""
+    for color, (name, numbers) in zip(PALETTE, protocols.items(), strict=False):
+        pairs = table(numbers, "turn_budget")
+        for dash, (pair, points) in zip(cycle(("-", "--", ":", "-.")), pairs.items(), strict=False):
+            label = f"{pair} {name.replace('_', ' ')}"
+            turns, values = list(map(int, points)), [found["value"] for found in points.values()]
+            marked = [at for at, found in enumerate(points.values()) if not found["bootstrapped"]]
+            axes.plot(
+                turns,
+                values,
+                color=color,
+                linestyle=dash,
+                marker="o",
+                ms=3,
+                markevery=marked,
+                label=label,
+            )
+    axes.set_title("Turns, at equal samples")
+    axes.set_xlabel("turns a dialogue may have")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(axes, legend_size=6)
+
+
+def draw_failures(axes: Axes, numbers: Json) -> None:
+    """Draw how first responses failed, and how many of each kind turn 2 repaired."""
+    after = table(numbers, "became", "turn1")
+    failed = table(numbers, "error_kinds", "turn1")
+    kinds = sorted(failed, key=lambda kind: -failed[kind])[:KINDS_SHOWN][::-1]
+    repaired = [table(after, kind).get("OK", 0) for kind in kinds]
+    axes.barh(range(len(kinds)), [failed[kind] for kind in kinds], color=PALETTE[6], alpha=0.5)
+    axes.barh(range(len(kinds)), repaired, color=PALETTE[2], label="repaired at turn 2")
+    axes.set_yticks(range(len(kinds)), [kind.replace("_", " ").lower() for kind in kinds])
+    axes.set_title("Failures of turn 1")
+    axes.grid(axis="y", visible=False)
+    axes.legend(fontsize=7)
+
+
+def draw_chrf(axes: Axes, numbers: Json) -> None:
+    for number, (turn, found) in enumerate(table(numbers, "chrf").items()):
+        if not found:
             continue
-        for seed in seeds:
-            axes.plot(list(seed), list(seed.values()), color=PALETTE[place], lw=0.8, alpha=0.45)
-        # over the steps that every seed has: a mean over fewer seeds would jump where one ends
-        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
-        means = [mean([seed[step] for seed in seeds]) for step in steps]
-        axes.plot(
-            steps, means, color=PALETTE[place], lw=2.4, ls=("-", "--")[place % 2], label=label
-        )
-    count = len(metrics)
-    axes.set_title(f"{title} ({count} seeds)" if count > 1 else title)
-    axes.set_xlabel("step")
+        label = f"turn {turn.removeprefix('turn')} and the turn before"
+        shares = [count / found["scored"] for count in found["by_ten"]]
+        axes.stairs(shares, range(0, 101, 10), color=PALETTE[number % len(PALETTE)], label=label)
+    axes.set_title("chrF of successive programs")
+    axes.set_xlabel("chrF")
+    finish(axes, legend_size=7)
+
+
+def finish(axes: Axes, *, legend_size: int) -> None:
+    """Show the y axis as percent from 0, and the legend."""
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-    if axes.lines:
-        axes.legend(loc="upper left")
-
-
-def draw_before_after(axes: Axes, evaluated: Sequence[dict[str, Json]]) -> None:
-    """A group of bars a protocol, the mean over seeds; a dot and its 95% interval a seed."""
-    names = [name for name in PROTOCOLS if any(solve_rates(evaluated, "after", name))]
-    for side, (stage, colour) in enumerate({"before": PALETTE[6], "after": PALETTE[0]}.items()):
-        for group, name in enumerate(names):
-            rates = solve_rates(evaluated, stage, name)
-            if not rates:
-                continue
-            middle = group + 0.4 * (side - 0.5)
-            height = mean([found.value for found in rates])
-            axes.bar(middle, height, 0.36, color=colour, alpha=0.8, label=None if group else stage)
-            axes.annotate(
-                f"{100 * height:.0f}", (middle, 0.01), ha="center", va="bottom", color="white"
-            )
-            draw_seed_intervals(axes, middle, rates)
-    axes.set_title(f"1@{text(evaluated[0], 'after', 'turns') or 3} on held-out problems")
-    axes.set_xticks(range(len(names)), [PROTOCOLS[name] for name in names])
-    axes.set_ylim(0, 1.15)  # room for the legend
-    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper right", ncols=2)
-
-
-def draw_seed_intervals(axes: Axes, middle: float, rates: list[Rate]) -> None:
-    for place, found in enumerate(rates):
-        across = middle + 0.08 * (place - (len(rates) - 1) / 2)
-        axes.plot(across, found.value, "o", color="black", markersize=2.5)
-        if found.low is not None and found.high is not None:
-            axes.plot([across, across], [found.low, found.high], color="black", lw=0.8)
-
-
-def solve_rates(evaluated: Sequence[dict[str, Json]], stage: str, protocol: str) -> list[Rate]:
-    found = [
-        rate(lookup(evaluations, stage, "protocols", protocol, "solve_rate"))
-        for evaluations in evaluated
-    ]
-    return [measured for measured in found if measured is not None]
+    axes.legend(fontsize=legend_size)

@@ -1,7 +1,6 @@
-"""Rates and intervals by hand."""
+"""The metrics of a step by hand."""
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
@@ -39,15 +38,6 @@ def test_rates_of_nothing_are_none_not_zero():
     assert rates["repaired_turn2"] is None
 
 
-def test_the_interval_holds_the_mean_and_narrows_with_the_sample():
-    few, many = ([0.0, 1.0] * size for size in (10, 1000))
-    narrow, wide = metrics.bootstrap_interval(many), metrics.bootstrap_interval(few)
-    for interval in (narrow, wide):
-        assert interval["low"] < interval["value"] == 0.5 < interval["high"]
-    assert narrow["high"] - narrow["low"] < (wide["high"] - wide["low"]) / 5
-    assert metrics.bootstrap_interval(few) == wide  # the same every time
-
-
 # ------------------------------------------------------------------------- what is off-policy
 
 
@@ -62,41 +52,6 @@ def stale_batch():
     behaviour_T = batch.behaviour_logprobs_T
     scores = Scores(behaviour_T + difference_T, behaviour_T, torch.zeros(2))
     return replace(batch, weight_versions_T=versions_T), scores
-
-
-def outcomes(rng, *rates, problems=400):
-    """Of each seed's rate: a list of that many problems, solved or not."""
-    return [[float(rng.random() < rate) for _ in range(problems)] for rate in rates]
-
-
-def test_an_interval_over_seeds_counts_problems_and_what_differs_between_seeds():
-    """Seeds that agree: no narrower than that of all their problems, and no wider than twice that,
-    for chance differences between seeds count as well. Seeds that differ: what is between."""
-    alike = outcomes(random.Random(0), 0.5, 0.5)
-    found = metrics.interval_over_seeds(alike)
-    assert found["value"] == pytest.approx(sum(map(sum, alike)) / 800)
-    of_problems = 2 * 1.96 * 0.5 / 800**0.5
-    assert of_problems < found["high"] - found["low"] < 2 * of_problems
-    apart = metrics.interval_over_seeds([[0.0] * 400, [1.0] * 400])
-    assert (apart["low"], apart["value"], apart["high"]) == (0.0, 0.5, 1.0)
-
-
-def test_a_difference_over_seeds_pairs_problems():
-    rng = random.Random(1)
-    same, better = outcomes(rng, 0.6, 0.6), outcomes(rng, 0.8, 0.8)
-    found = metrics.interval_over_seeds(better, beside=same)
-    assert found["value"] == pytest.approx(0.2, abs=0.05)
-    assert 0 < found["low"] < found["value"] < found["high"]
-    none = metrics.interval_over_seeds(same, beside=same)
-    assert none["low"] < none["value"] == 0 < none["high"]
-    wide = metrics.interval_over_seeds(outcomes(rng, 0.6, 1.0), beside=same)
-    assert wide["high"] - wide["low"] > 1.5 * (found["high"] - found["low"])
-    # a problem that one seed's faults have dropped is left out of all
-    assert metrics.interval_over_seeds([[1.0, 0.0, None], [1.0, 0.0, 1.0]])["value"] == 0.5
-    # one seed, of which each problem solves the same: the difference of no problem is in doubt
-    solved = outcomes(rng, 0.5)
-    paired = metrics.interval_over_seeds(solved, beside=solved)
-    assert paired == {"value": 0, "low": 0, "high": 0}
 
 
 def test_versions_of_tokens_are_packed_where_the_tokens_are():

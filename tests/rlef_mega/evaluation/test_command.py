@@ -16,8 +16,8 @@ from rlef_mega.config import ConfigError
 from rlef_mega.dialogues.chat import CONTROLS, ChatFormat
 from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, create, key_of, read_dialogues
-from rlef_mega.evaluation.held import SINGLE, Part
 from rlef_mega.evaluation.numbers import numbers_of
+from rlef_mega.evaluation.protocols import SINGLE, PlannedDialogues
 from rlef_mega.megatron.convert.command import import_folder
 from rlef_mega.problems.jsonl import write_jsonl
 from rlef_mega.types import PrivateTests, Problem
@@ -265,7 +265,7 @@ def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbe
     for key in map(key_of, read_dialogues(path)):
         keys.setdefault(key.protocol, []).append(key)
     parts = [
-        Part(name, 1 if name == SINGLE else 3, "true", tuple(dict.fromkeys(mine)))
+        PlannedDialogues(name, 1 if name == SINGLE else 3, "true", tuple(dict.fromkeys(mine)))
         for name, mine in keys.items()
     ]
     found = numbers_of(path, parts, turns=3, n_at_k=[(1, 3)])
@@ -368,7 +368,7 @@ def test_a_checkpoint_is_exported_once_and_sampled_by_the_embedded_engine(folder
     ("change", "message"),
     [
         ({"n_at_k": "1@2"}, "3 samples already"),
-        ({"n_at_k": "3"}, "no n@k"),
+        ({"n_at_k": "3"}, "is not n@k"),
         ({"feedback": ("maybe",)}, "known are true, none, random, private"),
         ({"feedback": ("random",), "single_turn": False}, "leave --single-turn on"),
         ({"feedback": (), "single_turn": False}, "nothing to evaluate"),

@@ -8,26 +8,26 @@ from rlef_mega.evaluation.behaviour import (
     NO_VALID_CODE,
     PRIVATE_TEST,
     SOLVED,
-    Dialogue,
+    DialogueOutcomes,
     chrf_of_next,
 )
-from rlef_mega.evaluation.numbers import About, Held, summarize
+from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
 
 WRONG, SLOW = "WRONG_ANSWER", "TIME_LIMIT"
 PROBLEMS = [
-    About("a", "greet", "easy", ("vague",)),
-    About("b", "greet", "hard"),
-    About("c", "sum", "hard"),
-    About("lost", "sum"),
+    ProblemLabels("a", "greet", "easy", ("vague",)),
+    ProblemLabels("b", "greet", "hard"),
+    ProblemLabels("c", "sum", "hard"),
+    ProblemLabels("lost", "sum"),
 ]
 
 
-def dialogue(problem: str, *outcomes: str) -> Dialogue:
+def dialogue(problem: str, *outcomes: str) -> DialogueOutcomes:
     programs = tuple(None if o == NO_VALID_CODE else f"print({i})" for i, o in enumerate(outcomes))
-    return Dialogue(problem, outcomes, programs)
+    return DialogueOutcomes(problem, outcomes, programs)
 
 
-HELD = Held(
+HELD = FinishedDialogues(
     turns=3,
     dialogues=[
         dialogue("a", SOLVED),
@@ -39,7 +39,9 @@ HELD = Held(
     ],
     drops=Counter({"EngineError": 2}),
 )
-SINGLE = Held(1, [dialogue(p, o) for p in "abc" for o in (SOLVED, WRONG, PRIVATE_TEST, WRONG)])
+SINGLE = FinishedDialogues(
+    1, [dialogue(p, o) for p in "abc" for o in (SOLVED, WRONG, PRIVATE_TEST, WRONG)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_what_was_dropped_is_counted_and_named(numbers):
     assert numbers["dialogues"] == 6 and numbers["dropped"] == {"EngineError": 2}
     assert numbers["problems_left_out"] == ["lost"]
     with pytest.raises(RuntimeError, match=r"dropped: \{'EngineError': 3\}"):
-        summarize(PROBLEMS, Held(3, [], Counter({"EngineError": 3})), samples=3)
+        summarize(PROBLEMS, FinishedDialogues(3, [], Counter({"EngineError": 3})), samples=3)
 
 
 def test_failures_and_their_repair_by_hand(numbers):
@@ -107,8 +109,8 @@ def test_the_turn_budget_cuts_dialogues_and_keeps_the_samples(numbers):
 
 
 def test_chrf_is_of_each_program_and_the_one_before():
-    def of(*programs: str | None) -> Dialogue:
-        return Dialogue("a", (WRONG,) * len(programs), programs)
+    def of(*programs: str | None) -> DialogueOutcomes:
+        return DialogueOutcomes("a", (WRONG,) * len(programs), programs)
 
     same, other = "print(input())", "xyz"
     found = chrf_of_next([of(same, same), of(same, other), of(None, same), of(same)], 0)

@@ -33,7 +33,6 @@ MANIFEST = {
     "started": "2026-11-22T10:00:00",
     "accelerations": {"kernels": "PyTorch reference"},
     "isolation": {"seccomp": True, "landlock": False},
-    "model_parameters": 455_232,
 }
 
 
@@ -125,7 +124,7 @@ def times_of_step(step: int, source: random.Random) -> dict[str, float]:
         "checkpoint": 0.4 if step % 10 == 0 else 0.0,
         "evaluate": 3.0 if step % 10 == 0 else 0.0,
     }
-    return phases | {"step": 0.2 + sum(phases.values()), "grade_cpu": source.gauss(0.6, 0.05)}
+    return phases | {"step": 0.2 + sum(phases.values())}
 
 
 def make_episode(

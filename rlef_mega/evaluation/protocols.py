@@ -36,11 +36,11 @@ PROTOCOLS: dict[Feedback, str] = {
     "private": "private_feedback",
 }
 SINGLE = "independent"
-Hold = Callable[[Problem, Key], Awaitable[Record]]
+RunDialogue = Callable[[Problem, Key], Awaitable[Record]]
 
 
 @dataclass(frozen=True)
-class Part:
+class PlannedDialogues:
     """The dialogues of one protocol."""
 
     protocol: str
@@ -49,18 +49,18 @@ class Part:
     keys: tuple[Key, ...]
 
 
-def plan_part(
+def plan_dialogues(
     protocol: str, turns: int, feedback: Feedback, problems: Sequence[Problem], each: int
-) -> Part:
+) -> PlannedDialogues:
     """So many dialogues of each problem, the first of all problems first."""
     keys = tuple(Key(protocol, problem.id, n) for n in range(each) for problem in problems)
-    return Part(protocol, turns, feedback, keys)
+    return PlannedDialogues(protocol, turns, feedback, keys)
 
 
-def hold_missing(
-    part: Part,
+def run_missing(
+    part: PlannedDialogues,
     problems: Mapping[str, Problem],
-    hold: Hold,
+    hold: RunDialogue,
     file: DialogueFile,
     at_once: int,
 ) -> None:
@@ -93,7 +93,7 @@ def hold_missing(
 # ------------------------------------------------------------------------------------- sampled
 
 
-def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> Hold:
+def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogue:
     """A dialogue's seed follows from its key, so that it does not matter when it is held."""
 
     async def hold(problem: Problem, key: Key) -> Record:
