@@ -94,7 +94,7 @@ def test_sending_again_says_which_tracker_has_not_got_it_all(tmp_path):
         yield lambda step, numbers: 1 / 0
 
     asked = config(tmp_path, "track.tensorboard=true", "track.wandb_project=p")
-    with pytest.raises(RuntimeError, match="have come to wandb"):
+    with pytest.raises(RuntimeError, match="were sent to wandb"):
         send_recorded(asked, RECORDS, openers={"tensorboard": good, "wandb": failing})
     assert got == [1, 2, 3]
 
