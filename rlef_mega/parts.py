@@ -20,7 +20,7 @@ from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.distractors import collect_distractors
 from rlef_mega.dialogues.judge import Grader, Judge, open_grader
 from rlef_mega.dialogues.rollout import Rules
-from rlef_mega.engines import Engine
+from rlef_mega.engines import TrainingEngine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.engines.sglang.serve import server_logs
 from rlef_mega.evaluation.during_training import Evaluator
@@ -54,7 +54,7 @@ class Parts:
     done: int
     position: dict[str, Any]
     guards: Guards
-    engine: Engine
+    engine: TrainingEngine
     dialogues: Dialogues
     evaluator: Evaluator
     progress: StepProgress
@@ -131,7 +131,9 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
 
 
 @contextmanager
-def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -> Iterator[Engine]:
+def open_engine(
+    config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory
+) -> Iterator[TrainingEngine]:
     """One of this process; or the servers, which rank 0 brings the weights to."""
     if config.rollout.engine == "local":
         yield LocalEngine(
@@ -141,19 +143,16 @@ def open_engine(config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory) -
             weights_from_folder=config.model.weights is None,  # else they come when published
         )
         return
-    from rlef_mega.engines.sglang.engine import SGLangEngine  # an extra: it needs aiohttp
+    from rlef_mega.engines.sglang.engine import Limits, SGLangEngine  # an extra: it needs aiohttp
 
     servers = config.rollout.servers
     with SGLangEngine(
         servers.addresses,
         Path(config.model.path),
+        Limits(servers.concurrency, servers.deadline_s, servers.lost_s, servers.publish_s),
         way=servers.publish if ranks.is_writer else None,
         weights_folder=run.path / "weights",
         logs=server_logs(config),
-        concurrency=servers.concurrency,
-        deadline_s=servers.deadline_s,
-        lost_s=servers.lost_s,
-        publish_s=servers.publish_s,
         release_memory=servers.release_memory,
         take_over=True,  # what this run held when it was killed
     ) as engine:

@@ -21,7 +21,7 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.dialogues.batches import Rollouts, open_rollouts
 from rlef_mega.dialogues.records import episode_records
 from rlef_mega.dialogues.rollout import derive_seed
-from rlef_mega.engines import BUSY, Engine, EngineLostError
+from rlef_mega.engines import BUSY, EngineLostError, TrainingEngine
 from rlef_mega.engines.publish import publish
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
@@ -180,7 +180,7 @@ def write_episodes(
     parts.run.write_episodes(f"episodes/step_{step:06d}.jsonl.zst", records)
 
 
-def total_counts(engine: Engine) -> dict[str, float]:
+def total_counts(engine: TrainingEngine) -> dict[str, float]:
     """Of all ranks, since the last step: what the servers answered, cached and failed. A server was
     busy (`server_busy_s`, added up over them) for at least as long as the rank says that kept it so
     the longest."""

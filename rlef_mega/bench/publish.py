@@ -17,7 +17,7 @@ from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.engines.sglang.engine import WAYS, SGLangEngine
-from rlef_mega.engines.sglang.server import SPARE_TOKENS, Servers, ServerSettings
+from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
 
 REPEATS = 5
 CONTEXT = 512
@@ -47,19 +47,12 @@ def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
         # a server does not start without one
         train_tokenizer(folder / "model", shape["vocab_size"])
         weights = model.state_dict()
-        settings = ServerSettings(
-            model=folder / "model",
-            python=asked.python,
-            device=asked.device,
+        servers = ServerProcesses(
+            asked.model_copy(update={"count": 2, "release_memory": False}),
+            folder / "model",
             dtype=config.model.dtype,
             context_length=CONTEXT,
-            tensor_parallel_size=asked.tensor_parallel_size,
-            memory_fraction=asked.memory_fraction,
-            host=asked.host,
-            arguments=asked.arguments,
-        )
-        servers = Servers(
-            settings, count=2, port=asked.port, logs=folder / "logs", ready_s=asked.ready_s
+            logs=folder / "logs",
         )
         with servers:
             measured = {way: measure(way, servers.urls, folder, weights) for way in WAYS}

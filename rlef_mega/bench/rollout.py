@@ -19,7 +19,7 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, open_grader
 from rlef_mega.dialogues.rollout import derive_seed, roll_out_on_all_ranks
-from rlef_mega.engines.generation import Request
+from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.megatron import parallel
 from rlef_mega.parts import dialogue_rules
@@ -76,7 +76,7 @@ class TimedEngine(LocalEngine):
     tokens = 0
     seconds = 0.0
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         begun = time.perf_counter()
         completions = super().generate(requests)
         self.seconds += time.perf_counter() - begun

@@ -1,67 +1,85 @@
-"""Engines sample responses. One protocol, so that the trainer does not know which of them it
-drives."""
+"""Engines sample responses, and training publishes weights to them.
+
+Dialogues and evaluations need an `Engine`; the training loop needs a `TrainingEngine`.
+"""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from rlef_mega.types import Completion, Sampling
 
-BUSY = "server_busy_s "  # of `take_counts`, before a server's address
+BUSY = "server_busy_s "  # prefix of a key of `take_counts`; a server's address follows
 
 
 class EngineError(RuntimeError):
-    """The engine failed, not the model: the episode is retried, then dropped and counted, never
+    """The engine failed, not the model: the dialogue is retried, then dropped and counted, never
     scored."""
 
 
 class WeightsMismatchError(EngineError):
-    """What was sent are not the weights of the engine's model. Another try would bring the same."""
+    """The weights do not belong to the engine's model. Sending them again would not help."""
 
 
 class EngineLostError(RuntimeError):
-    """No engine is left that could serve. No dialogue can end, so none is retried or dropped: the
-    run saves what it has learned, and stops."""
+    """No engine is left to sample from. Nothing is retried or dropped: the run saves and stops."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt and how to continue it."""
+
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
 
 
 class Session(Protocol):
-    """One dialogue's place in an engine: keeps its turns together (prefix reuse, lock-step
-    batches)."""
+    """One dialogue in an engine. Its turns share a prefix cache or a lock-step batch."""
 
-    async def generate(
-        self, token_ids: Sequence[int], sampling: Sampling, seed: int
-    ) -> Completion: ...
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
+        """Continue the prompt.
+
+        Raises ValueError for a request that the engine can never serve, EngineError if it failed.
+        """
+        ...
 
 
 class Engine(Protocol):
-    """Samples exact token ids from the newest published weights."""
-
-    weight_version: int
+    """Samples exact token ids."""
 
     def session(self) -> AbstractAsyncContextManager[Session]:
-        """A dialogue opens one session and holds it until its last response."""
+        """Open a session, which a dialogue keeps until its last response."""
         ...
+
+
+class TrainingEngine(Engine, Protocol):
+    """An engine that samples from the weights which training published last."""
+
+    weight_version: int
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Take over the weights, under their Hugging Face names. Raises EngineError unless what is
-        served afterwards is exactly what was sent; WeightsMismatchError where names or shapes are
-        not the model's."""
-        ...
+        """Load weights that come under their Hugging Face names, and verify them.
 
-    def rest(self) -> None:
-        """No dialogue is under way, and none begins before the next `update_weights`: memory that
-        the trainer can use meanwhile may be given back."""
+        Raises EngineError unless the engine then serves exactly what was sent;
+        WeightsMismatchError if names or shapes are not the model's.
+        """
         ...
 
     def end_update(self, version: int | None) -> None:
-        """Every rank's `update_weights` has ended: what is sampled from now on is of this version
-        or a newer one. None: it failed somewhere, and is tried again or the run ends."""
+        """Note that `update_weights` has ended on every rank: from now on the engine samples from
+        this version or a newer one. None means that a rank failed."""
+        ...
+
+    def rest(self) -> None:
+        """Release memory for the trainer. No dialogue runs before the next `update_weights`."""
         ...
 
     def take_counts(self) -> dict[str, float]:
-        """What happened since this was last asked, for a step's metrics; may be empty."""
+        """Return what was counted since the last call, for a step's metrics; may be empty."""
         ...

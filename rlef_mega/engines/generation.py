@@ -19,31 +19,22 @@ import numpy
 import torch
 from transformers import PreTrainedModel
 
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, GenerationRequest
 from rlef_mega.engines.kv_cache import PreallocatedCache
 from rlef_mega.engines.sampling import request_uniforms, sample
-from rlef_mega.types import Completion, Sampling
+from rlef_mega.types import Completion
 
-# of a group; on a CPU, a small model's activations then stay in a core's cache
+# tokens of a group; on a CPU, a small model's activations then stay in a core's cache
 CPU_PREFILL_TOKENS = 2048
 GPU_PREFILL_TOKENS = 16384
-COMPACT_BELOW = 0.75  # share of rows that go on; moving the cache costs about as much as a step
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it."""
-
-    token_ids: tuple[int, ...]
-    sampling: Sampling
-    seed: int
+COMPACT_BELOW = 0.75  # share of unfinished rows; moving the cache costs about as much as a step
 
 
 @dataclass
-class Row:
-    """A request on its way to a completion."""
+class BatchRow:
+    """A request in the batch, and what was sampled for it."""
 
-    request: Request
+    request: GenerationRequest
     limit: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -53,19 +44,24 @@ class Row:
         return bool(self.token_ids) and self.token_ids[-1] in self.request.sampling.stop_token_ids
 
     @property
-    def goes_on(self) -> bool:
+    def unfinished(self) -> bool:
         return len(self.token_ids) < self.limit and not self.stopped
 
 
 @torch.inference_mode()
 def generate_batch(
-    model: PreTrainedModel, requests: Sequence[Request], *, weight_version: int, pad_token_id: int
+    model: PreTrainedModel,
+    requests: Sequence[GenerationRequest],
+    *,
+    weight_version: int,
+    pad_token_id: int,
 ) -> list[Completion]:
-    """A completion for each request, generated as one batch. Needs full attention in every layer.
+    """Return a completion for each request, generated as one batch. The model must have full
+    attention in every layer.
 
     Raises EngineError if the model's logits are not finite.
     """
-    rows = [Row(request, token_limit(model, request)) for request in requests]
+    rows = [BatchRow(request, token_limit(model, request)) for request in requests]
     lengths_B = [len(request.token_ids) for request in requests]
     capacity = max(lengths_B) + max(row.limit for row in rows)
     cache = PreallocatedCache(model.config.num_hidden_layers, len(rows), max(lengths_B), capacity)
@@ -83,16 +79,19 @@ def generate_batch(
     ]
 
 
-def token_limit(model: PreTrainedModel, request: Request) -> int:
-    """max_new_tokens, or what is left of the positions that the model knows."""
+def token_limit(model: PreTrainedModel, request: GenerationRequest) -> int:
+    """Return max_new_tokens, or the number of the model's positions that are left."""
     room = model.config.max_position_embeddings - len(request.token_ids)
     return min(request.sampling.max_new_tokens, room)
 
 
 def prefill(
-    model: PreTrainedModel, requests: Sequence[Request], cache: PreallocatedCache, pad_token_id: int
+    model: PreTrainedModel,
+    requests: Sequence[GenerationRequest],
+    cache: PreallocatedCache,
+    pad_token_id: int,
 ) -> torch.Tensor:
-    """Fills the cache with the prompts, in groups of rows; returns the logits after each prompt."""
+    """Fill the cache with the prompts, in groups; returns the logits after each prompt."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
     logits = []
     start = 0
@@ -115,9 +114,9 @@ def prefill(
 
 
 def pad_left(
-    requests: Sequence[Request], pad_token_id: int
+    requests: Sequence[GenerationRequest], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token_ids, position_ids, is_token), each [G, P]; positions count from 0 at a prompt's
+    """Return (token_ids, position_ids, is_token), each [G, P]. Positions count from 0 at a prompt's
     start."""
     lengths_G = numpy.array([len(request.token_ids) for request in requests])
     columns_P = numpy.arange(lengths_G.max())
@@ -132,9 +131,9 @@ def pad_left(
 
 
 def prefill_mask(is_token_GP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is added to the attention scores, [G, 1, P, P]; None if plain causal attention will do.
+    """Return the additive mask, [G, 1, P, P], or None if plain causal attention will do.
 
-    Padding attends to itself: a row of nothing but -inf has a softmax of NaN.
+    Padding attends to itself: the softmax of a row of -inf is NaN.
     """
     if bool(is_token_GP.all()):
         return None
@@ -145,7 +144,7 @@ def prefill_mask(is_token_GP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor 
 
 
 def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where visible, -inf elsewhere. Attention would turn a bool mask into this once a layer."""
+    """Return 0 where visible, -inf elsewhere. Attention would convert a bool mask in each layer."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, -torch.inf
     )
@@ -153,33 +152,33 @@ def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def decode(
     model: PreTrainedModel,
-    rows: Sequence[Row],
+    rows: Sequence[BatchRow],
     lengths_B: Sequence[int],
     capacity: int,
     cache: PreallocatedCache,
     logits_BV: torch.Tensor,
 ) -> None:
-    """Samples from the logits, appends to the rows, and feeds the tokens back, until no row goes
-    on."""
+    """Sample, append to the rows, and feed the tokens back, until all rows are finished."""
     device = model.device
-    batch = SamplingBatch.of(rows, device)
+    samplings = [row.request.sampling for row in rows]
+    temperature_B = torch.tensor([sampling.temperature for sampling in samplings], device=device)
+    top_p_B = torch.tensor([sampling.top_p for sampling in samplings], device=device)
+    uniforms_BK = uniforms_of(rows).to(device)
     position_ids_B = torch.tensor(lengths_B, device=device)
     mask_BL = decode_mask(lengths_B, capacity, model.dtype, device)
     live = list(rows)
     for step in range(max(row.limit for row in rows)):
-        tokens_B, logprobs_B = sample(
-            logits_BV, batch.uniforms_BK[:, step], batch.temperature_B, batch.top_p_B
-        )
+        tokens_B, logprobs_B = sample(logits_BV, uniforms_BK[:, step], temperature_B, top_p_B)
         append(live, tokens_B.tolist(), logprobs_B.tolist())
-        going_on = [index for index, row in enumerate(live) if row.goes_on]
-        if not going_on:
+        unfinished = [index for index, row in enumerate(live) if row.unfinished]
+        if not unfinished:
             return
-        if len(going_on) <= COMPACT_BELOW * len(live):
-            kept = torch.tensor(going_on, device=device)
-            live = [live[index] for index in going_on]
+        if len(unfinished) <= COMPACT_BELOW * len(live):
+            kept = torch.tensor(unfinished, device=device)
+            live = [live[index] for index in unfinished]
             cache.keep_rows(kept)
-            batch = batch.keep(kept)
-            tokens_B, position_ids_B = tokens_B[kept], position_ids_B[kept]
+            uniforms_BK, temperature_B = uniforms_BK[kept], temperature_B[kept]
+            top_p_B, tokens_B, position_ids_B = top_p_B[kept], tokens_B[kept], position_ids_B[kept]
             mask_BL = None if mask_BL is None else mask_BL[kept]
         columns = cache.get_seq_length() + 1
         output = model(
@@ -194,10 +193,13 @@ def decode(
         position_ids_B = position_ids_B + 1
 
 
-def append(live: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-    """Finished rows that are still in the batch produce tokens too; those are dropped."""
+def append(live: Sequence[BatchRow], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+    """Add a token to each unfinished row; finished rows in the batch are skipped.
+
+    Raises EngineError for a log-prob that is NaN.
+    """
     for row, token, logprob in zip(live, tokens, logprobs, strict=True):
-        if not row.goes_on:
+        if not row.unfinished:
             continue
         if logprob != logprob:
             raise EngineError(
@@ -211,32 +213,16 @@ def append(live: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float]
 def decode_mask(
     lengths_B: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | None:
-    """What is added to the attention scores, for all columns that the cache will ever have."""
+    """Return the additive mask for all columns that the cache will have; None without padding."""
     if min(lengths_B) == max(lengths_B):
         return None
     padding_B = max(lengths_B) - torch.tensor(lengths_B, device=device)
     return additive(torch.arange(capacity, device=device) >= padding_B[:, None], dtype)
 
 
-@dataclass(frozen=True)
-class SamplingBatch:
-    """How each row samples. K: the most tokens that a row may still get."""
-
-    uniforms_BK: torch.Tensor
-    temperature_B: torch.Tensor
-    top_p_B: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> "SamplingBatch":
-        uniforms_BK = numpy.zeros((len(rows), max(row.limit for row in rows)))
-        for uniforms_K, row in zip(uniforms_BK, rows, strict=True):
-            uniforms_K[: row.limit] = request_uniforms(row.request.seed, row.limit)
-        samplings = [row.request.sampling for row in rows]
-        return cls(
-            torch.from_numpy(uniforms_BK).to(device),
-            torch.tensor([sampling.temperature for sampling in samplings], device=device),
-            torch.tensor([sampling.top_p for sampling in samplings], device=device),
-        )
-
-    def keep(self, rows: torch.Tensor) -> "SamplingBatch":
-        return SamplingBatch(self.uniforms_BK[rows], self.temperature_B[rows], self.top_p_B[rows])
+def uniforms_of(rows: Sequence[BatchRow]) -> torch.Tensor:
+    """Return the uniform numbers of each row's request, [B, K]. K: the most tokens of a row."""
+    uniforms_BK = numpy.zeros((len(rows), max(row.limit for row in rows)))
+    for uniforms_K, row in zip(uniforms_BK, rows, strict=True):
+        uniforms_K[: row.limit] = request_uniforms(row.request.seed, row.limit)
+    return torch.from_numpy(uniforms_BK)

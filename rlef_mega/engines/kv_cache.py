@@ -53,7 +53,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.length
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Moves the rows that go on into a cache of their own."""
+        """Move these rows into a smaller cache."""
         for name in ("keys", "values"):
             old_BHLS = getattr(self, name)
             kept_BHLS = old_BHLS.new_empty(len(rows), *old_BHLS.shape[1:])

@@ -1,21 +1,18 @@
 """The embedded engine: a Hugging Face causal LM in the trainer's own process.
 
 Theory of operation. A dialogue opens a session when it starts and closes it when it ends.
-`generate` puts a request in the waiting room and waits. When as many requests wait as sessions are
-open, no dialogue can go on without the model; then the whole wave is generated, sorted by prompt
-length and session, in batches of at most `max_batch`, and every request gets its answer. So what is
-batched with what depends on the dialogues alone, not on how long grading took, and a run is
-repeatable bit for bit. Whoever may complete the wave looks whether it is complete: a request that
-arrives, and a session that closes, whether its dialogue ended, failed or was cancelled; so none
-waits for a dialogue that is gone.
+`generate` queues a request and waits. When as many requests wait as sessions are open, no dialogue
+can continue without the model: the whole wave is generated, sorted by prompt length and session, in
+batches of at most `max_batch`. So the batches depend on the dialogues alone, not on how long
+grading took, and a run repeats bit for bit. Every event that may complete a wave looks for one: a
+new request, and a session that closes because its dialogue ended, failed or was cancelled.
 
 For repeatable runs, open all sessions of a batch of dialogues before the first of them has its
-answer: tasks that are started together do.
+answer; tasks that are started together do.
 
-The wave runs in the event loop's own thread. At that moment every dialogue waits for it, so another
+The wave runs in the event loop's own thread. Every dialogue waits for it at that moment, so another
 thread would overlap with nothing, and would bring thread-local state (torch's thread count,
-inference mode) and a race with `update_weights`. What else runs in the loop stands still for as
-long as a wave takes.
+inference mode) and a race with `update_weights`. Everything else in the loop stops meanwhile.
 """
 
 import asyncio
@@ -29,35 +26,38 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlef_mega.engines import EngineError, WeightsMismatchError
-from rlef_mega.engines.generation import Request, generate_batch
-from rlef_mega.engines.requests import NO_WEIGHTS, check_ids_and_sampling, listed
+from rlef_mega.engines import EngineError, GenerationRequest
+from rlef_mega.engines.checks import NO_WEIGHTS, check_request, checked_weights, listed
+from rlef_mega.engines.generation import generate_batch
 from rlef_mega.types import Completion, Sampling
 
 
 class LocalSession:
-    """One dialogue's place in the engine. One request at a time."""
+    """One dialogue, with one request at a time."""
 
     def __init__(self, engine: "LocalEngine", number: int) -> None:
         self.engine, self.number = engine, number
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
-        """Continues the prompt; returns when all open sessions have asked, and the wave is done.
+        """Continue the prompt, in a wave with those of all open sessions.
 
         Raises ValueError for a request that this model cannot serve, EngineError if the engine
         failed.
         """
-        request = Request(tuple(token_ids), sampling, seed)
-        check_request(self.engine.model, request)
+        request = GenerationRequest(tuple(token_ids), sampling, seed)
+        config = self.engine.model.config
+        longest = config.max_position_embeddings - 1  # a new token needs a position
+        check_request(request, vocabulary=config.vocab_size, longest_prompt=longest)
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, must not be negative")
         return await self.engine.wait_for_wave(self.number, request)
 
 
 class LocalEngine:
-    """Samples with a model from a Hugging Face folder, on any device torch has.
+    """Samples with a model from a Hugging Face folder, on any device that torch has.
 
-    `dtype` is torch's or its name (`float32`, `bfloat16`). `weights_from_folder=False` reads
-    config.json only; then the first `update_weights` brings the weights, and requests before it
-    fail with EngineError.
+    `dtype` is torch's or its name (`float32`, `bfloat16`). With `weights_from_folder=False` only
+    config.json is read, and requests before the first `update_weights` fail with EngineError.
     """
 
     def __init__(
@@ -79,11 +79,10 @@ class LocalEngine:
         self.weight_version = 0 if weights_from_folder else NO_WEIGHTS
         self.sessions_opened = 0
         self.open_sessions: set[int] = set()
-        self.waiting: dict[int, tuple[Request, asyncio.Future[Completion]]] = {}
+        self.waiting: dict[int, tuple[GenerationRequest, asyncio.Future[Completion]]] = {}
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[LocalSession]:
-        """A place for one dialogue, from its first request to its last answer."""
         number = self.sessions_opened
         self.sessions_opened += 1
         self.open_sessions.add(number)
@@ -93,7 +92,7 @@ class LocalEngine:
             self.open_sessions.remove(number)
             self.look_for_wave()
 
-    async def wait_for_wave(self, session: int, request: Request) -> Completion:
+    async def wait_for_wave(self, session: int, request: GenerationRequest) -> Completion:
         assert session in self.open_sessions, "a request from a session that is closed"
         assert session not in self.waiting, "a session has one request at a time"
         future = asyncio.get_running_loop().create_future()
@@ -105,12 +104,11 @@ class LocalEngine:
             self.waiting.pop(session, None)
 
     def look_for_wave(self) -> None:
-        """Later, not now: dialogues that were started together shall all have opened their
-        session."""
+        """Run a complete wave later, when dialogues started together have opened their sessions."""
         asyncio.get_running_loop().call_soon(self.run_complete_wave)
 
     def run_complete_wave(self) -> None:
-        """Generates for all that wait, if nobody is missing, and answers them."""
+        """Generate for all waiting requests if every open session has one, and answer them."""
         # a cancelled request has its future cancelled first and leaves when its task runs
         wave = {session: entry for session, entry in self.waiting.items() if not entry[1].done()}
         if not wave or len(wave) < len(self.open_sessions):
@@ -120,9 +118,8 @@ class LocalEngine:
         try:
             completions = self.generate([wave[session][0] for session in order])
         except Exception as error:
-            # Into every dialogue, as nobody else would hear of it. torch reports a lack of memory
-            # and the like as RuntimeError: the engine's fault. Anything else is a bug of ours, and
-            # stays what it is.
+            # Raised in every dialogue, or it would be lost. torch reports a lack of memory and the
+            # like as RuntimeError: the engine's fault. Anything else is a bug and stays as it is.
             reported = error
             if isinstance(error, RuntimeError):
                 reported = EngineError(f"generation failed: {error}")
@@ -133,8 +130,8 @@ class LocalEngine:
         for future, completion in zip(futures, completions, strict=True):
             future.set_result(completion)
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """A completion for each request, in batches of at most `max_batch` in the order given."""
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Return a completion for each request, in batches of at most `max_batch`, in order."""
         if self.weight_version == NO_WEIGHTS:
             raise EngineError("no weights: none were published, or the last update failed")
         completions = []
@@ -151,28 +148,23 @@ class LocalEngine:
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Copies the weights into the model and compares every parameter with what was sent.
+        """Copy the weights into the model, and compare every parameter with what was sent.
 
-        Names are Hugging Face's. Of tied weights one name is enough; if both are sent, they must be
-        equal. The tensors are read after the iterable ends, so it must not use a buffer again.
-        Names and shapes are checked before anything is touched; if the comparison fails, the engine
-        serves nothing until a good update.
-
-        Raises EngineError that lists the names at fault, WeightsMismatchError where they do not
-        fit the model.
+        No copy of them all is kept. If both names of tied weights are sent, they must be equal.
+        Until an update succeeds, the engine serves nothing. Raises EngineError with the names of
+        weights that differ, WeightsMismatchError for those that do not fit the model.
         """
-        sent = collect(named_tensors)
-        served = self.model.state_dict()
-        check_names(self.model, served, sent)
         self.weight_version = NO_WEIGHTS
-        for name, tensor in sent.items():
-            served[name].copy_(tensor)
-        # after all copies, so that the two names of tied weights are seen to agree
-        different = [
-            name
-            for name, tensor in sent.items()
-            if not torch.equal(served[name], tensor.to(served[name]))
-        ]
+        served, filled, different = self.model.state_dict(), set[int](), list[str]()
+        shapes = {name: tensor.shape for name, tensor in served.items()}
+        tied = bool(self.model.config.tie_word_embeddings)
+        for name, tensor in checked_weights(named_tensors, shapes, tied=tied):
+            target = served[name]
+            if target.data_ptr() not in filled:  # else it is the second name of tied weights
+                filled.add(target.data_ptr())
+                target.copy_(tensor)
+            if not torch.equal(target, tensor.to(target)):
+                different.append(name)
         if different:
             raise EngineError(
                 f"after the update to version {version} these weights differ from what was sent "
@@ -180,24 +172,26 @@ class LocalEngine:
             )
         self.weight_version = version
 
-    def rest(self) -> None:
-        """Its weights stay; nothing else of it does between batches."""
-
     def end_update(self, version: int | None) -> None:
-        """Its own weights are all that it knows of."""
+        pass  # no other process has part of this engine
+
+    def rest(self) -> None:
+        pass  # the weights stay, and nothing else needs memory between batches
 
     def take_counts(self) -> dict[str, float]:
-        """Nothing here is lost, retried or cached across requests."""
-        return {}
+        return {}  # nothing is lost, retried or cached across requests
 
 
 def load_model(
     folder: Path, dtype: torch.dtype | str, device: torch.device, weights_from_folder: bool
 ) -> PreTrainedModel:
-    """The model in evaluation mode, without gradients. ValueError names what the folder lacks."""
+    """Load the model for evaluation, without gradients.
+
+    Raises ValueError if the folder lacks a file or has layers without full attention.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; give a folder in Hugging Face format")
-    # sdpa takes the prepared masks of generation.py as they are
+    # sdpa accepts the prepared masks of generation.py
     options = {"dtype": dtype, "attn_implementation": "sdpa"}
     if weights_from_folder:
         model = load_weights(folder, options)
@@ -213,7 +207,8 @@ def load_model(
 
 
 def load_weights(folder: Path, options: Mapping[str, object]) -> PreTrainedModel:
-    """The model with the folder's weights, all of them: transformers would make up missing ones."""
+    """Load the folder's weights. Raises ValueError if some are missing, where transformers would
+    initialise them at random."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
@@ -224,50 +219,3 @@ def load_weights(folder: Path, options: Mapping[str, object]) -> PreTrainedModel
     if info["missing_keys"]:
         raise ValueError(f"{folder}: weights are missing: {listed(sorted(info['missing_keys']))}")
     return model
-
-
-def check_request(model: PreTrainedModel, request: Request) -> None:
-    """ValueError with the number, the bound and the remedy, before the request joins a wave."""
-    positions, words = model.config.max_position_embeddings, model.config.vocab_size
-    length, sampling = len(request.token_ids), request.sampling
-    if length == 0:
-        raise ValueError("the prompt is empty; give at least a begin-of-text token")
-    if length + 1 > positions:
-        raise ValueError(
-            f"the prompt has {length} tokens, the model {positions} positions, and a new token "
-            "needs one; end the dialogue or lower rollout.max_context"
-        )
-    check_ids_and_sampling(request.token_ids, words, sampling)
-    if request.seed < 0:
-        raise ValueError(f"seed is {request.seed}, must not be negative")
-
-
-def collect(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    sent: dict[str, torch.Tensor] = {}
-    for name, tensor in named_tensors:
-        if name in sent:
-            raise WeightsMismatchError(f"weights were sent twice under the name {name}")
-        sent[name] = tensor
-    return sent
-
-
-def check_names(
-    model: PreTrainedModel, served: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]
-) -> None:
-    """WeightsMismatchError unless every weight of the model is there once, in its shape, and
-    nothing else."""
-    unknown = [name for name in sent if name not in served]
-    covered = {served[name].data_ptr() for name in sent if name in served}
-    missing = [name for name, tensor in served.items() if tensor.data_ptr() not in covered]
-    misshapen = [
-        f"{name} {list(tensor.shape)} instead of {list(served[name].shape)}"
-        for name, tensor in sent.items()
-        if name in served and tensor.shape != served[name].shape
-    ]
-    faults = {"unknown names": unknown, "missing": missing, "wrong shape": misshapen}
-    if any(faults.values()):
-        what = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
-        raise WeightsMismatchError(
-            f"weights do not fit {type(model).__name__}, the old ones stay: {what}; "
-            "the name map and config.json must be of the same model"
-        )

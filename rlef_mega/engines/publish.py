@@ -1,30 +1,31 @@
-"""Weights flow back: the policy's weights into the engines, stamped with a version."""
+"""Publish the policy's weights to the engines, stamped with a version."""
 
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 
-from rlef_mega.engines import Engine, EngineError, EngineLostError, WeightsMismatchError
+from rlef_mega.engines import EngineError, EngineLostError, TrainingEngine, WeightsMismatchError
 from rlef_mega.run.ranks import gather
 
-TRIES = 3  # of a publication: a server may die in the middle of one, and the others go on
-# Draws every weight of the policy under its Hugging Face name; collective.
+TRIES = 3  # of a publication: a server may die during one, and the others continue
+# Yields every weight of the policy under its Hugging Face name; collective. A tensor that was
+# yielded is not written to again.
 PolicyWeights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 FINAL = (EngineLostError, WeightsMismatchError)
 
 
-def publish(policy_weights: PolicyWeights, engine: Engine | None, version: int) -> None:
-    """Hand the policy to this rank's engine, if it has one. Collective: the weights are gathered
-    over all ranks, and all learn how it ended.
+def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, version: int) -> None:
+    """Send the policy to this rank's engine, if it has one, and retry a publication that fails.
 
-    The engine itself verifies what it received (Engine.update_weights). A publication that fails is
-    tried again; EngineLostError, on every rank, if no try succeeds or there is no engine left, and
-    WeightsMismatchError, at once, where the weights are not those of the engine's model.
+    Collective: all ranks gather the weights and learn each rank's outcome. The engine verifies
+    what it received (TrainingEngine.update_weights). Raises on every rank: EngineLostError if all
+    tries fail or no engine is left, WeightsMismatchError at once if the weights are not those of
+    the engine's model.
     """
     failures: list[str] = []
     for _ in range(TRIES):
-        mine = hand_over(policy_weights, engine, version)
+        mine = try_update(policy_weights, engine, version)
         failed = [failure for failure in gather(mine) if failure is not None]
         if engine is not None:
             engine.end_update(None if failed else version)
@@ -46,18 +47,18 @@ def publish(policy_weights: PolicyWeights, engine: Engine | None, version: int) 
         )
 
 
-def hand_over(
-    policy_weights: PolicyWeights, engine: Engine | None, version: int
+def try_update(
+    policy_weights: PolicyWeights, engine: TrainingEngine | None, version: int
 ) -> EngineError | EngineLostError | None:
-    """One try: why it failed here, if it did. All weights are drawn in any case, for all ranks
-    gather each of them together."""
+    """Try once; returns this rank's failure, if any. Exhausts the weights in any case, because all
+    ranks gather each of them together."""
     weights = policy_weights()
     failure: EngineError | EngineLostError | None = None
     try:
         if engine is not None:
             engine.update_weights(weights, version)
     except (EngineError, EngineLostError) as error:
-        failure = error.with_traceback(None)  # which holds on to tensors
+        failure = error.with_traceback(None)  # a traceback would keep tensors alive
     for _ in weights:
         pass
     return failure

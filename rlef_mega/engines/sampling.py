@@ -1,4 +1,4 @@
-"""From logits to tokens: inverse CDF on uniforms that belong to the request.
+"""From logits to tokens: inverse CDF of uniform numbers that belong to the request.
 
 A request's k-th token depends on its seed, k and its logits alone, so what it is batched with
 cannot change it (beyond the rounding of the logits). Philox is counter-based: neighbouring seeds
@@ -12,7 +12,7 @@ import torch
 
 
 def request_uniforms(seed: int, count: int) -> numpy.ndarray:
-    """u_0 .. u_(count - 1) in [0, 1); a prefix of what a larger count gives."""
+    """Return u_0 .. u_(count - 1) in [0, 1), a prefix of those for a larger count."""
     return numpy.random.Generator(numpy.random.Philox(key=seed)).random(count)
 
 
@@ -22,8 +22,7 @@ def sample(
     temperature_B: torch.Tensor,
     top_p_B: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens_B, logprobs_B). Token = first j whose cumulative probability exceeds u, words in
-    order of their id.
+    """Return (tokens_B, logprobs_B): the first id whose cumulative probability exceeds u.
 
     The log-prob is of the whole softmax at the temperature, also where top-p narrows the choice.
     Temperature 0 takes the likeliest token and reports its log-prob at temperature 1.
@@ -52,7 +51,7 @@ def sample(
 
 
 def nucleus(weights_BV: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
-    """The smallest set of likeliest words whose probability reaches top-p; the others get 0."""
+    """Keep the smallest set of likeliest words whose probability reaches top-p; zero the others."""
     sorted_BV, order_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
     # a word stays while those before it have not reached top-p: the likeliest always stays
     before_BV = sorted_BV.cumsum(-1) - sorted_BV

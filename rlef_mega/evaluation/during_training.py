@@ -27,7 +27,7 @@ from rlef_mega.dialogues.rollout import (
     join_shares,
     roll_out_on_all_ranks,
 )
-from rlef_mega.engines import Engine
+from rlef_mega.engines import TrainingEngine
 from rlef_mega.evaluation.behaviour import DialogueOutcomes
 from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
 from rlef_mega.problems import load_problems
@@ -48,7 +48,7 @@ class Evaluation:
 
 def evaluate(
     problems: Sequence[Problem],
-    engine: Engine,
+    engine: TrainingEngine,
     judge: Judge,
     chat: ChatFormat,
     rules: Rules,
@@ -102,7 +102,7 @@ class Evaluator:
         self,
         config: TrainConfig,
         run: RunDirectory,
-        engine: Engine,
+        engine: TrainingEngine,
         judge: Judge,
         chat: ChatFormat,
         rules: Rules,

@@ -14,9 +14,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rlef_mega.config import ServersConfig
 from rlef_mega.dialogues.chat import CONTROLS
 from rlef_mega.engines.sglang.engine import SGLangEngine
-from rlef_mega.engines.sglang.server import Servers, ServerSettings
+from rlef_mega.engines.sglang.processes import ServerProcesses
 from rlef_mega.types import Sampling
 from tests.rlef_mega.dialogues.test_chat import byte_tokenizer
 from tests.sglang.conftest import PYTHON, VOCABULARY, free_ports
@@ -52,15 +53,14 @@ def test_weights_arrive_and_are_verified(case, tmp_path, monkeypatch):
     model = kind(config)
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer(CONTROLS["chatml"]).save_pretrained(tmp_path / "model")
-    settings = ServerSettings(
-        model=tmp_path / "model",
+    asked = ServersConfig(
         python=str(PYTHON),
+        port=free_ports(1),
         device="cpu",
-        dtype="float32",
-        context_length=500,
         memory_fraction=0.05,
         tensor_parallel_size=ranks,
         arguments=("--max-total-tokens", "5000"),
+        ready_s=300,
     )
     logs, prompt = tmp_path / "logs", list(range(10, 40))
 
@@ -68,7 +68,9 @@ def test_weights_arrive_and_are_verified(case, tmp_path, monkeypatch):
         async with engine.session() as session:
             return await session.generate(prompt, Sampling(40), 1)
 
-    with Servers(settings, count=1, port=free_ports(1), logs=logs, ready_s=300) as servers:
+    with ServerProcesses(
+        asked, tmp_path / "model", dtype="float32", context_length=500, logs=logs
+    ) as servers:
         for way in WAYS:
             change(model, seed=1)
             folder = tmp_path / "weights"

@@ -24,7 +24,7 @@ from rlef_mega.dialogues.judge import Judge
 from rlef_mega.dialogues.rollout import Rules, rollout
 from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.publish import publish
-from rlef_mega.engines.sglang.engine import SGLangEngine
+from rlef_mega.engines.sglang.engine import Limits, SGLangEngine
 from rlef_mega.engines.sglang.publication import DiskPublication
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Test
@@ -61,14 +61,15 @@ def disk_engine(serving, tmp_path):
         yield engine
 
 
-def open_engine(serving, folder, way, **options) -> SGLangEngine:
+def open_engine(serving, folder, way, **limits) -> SGLangEngine:
     return SGLangEngine(
         serving.urls,
         serving.model,
+        Limits(**{"publish_s": 60, "deadline_s": 200, "heartbeat_s": 20, **limits}),
         way=way,
         weights_folder=folder / "weights",
         logs=serving.run / "servers",
-        **{"publish_s": 60, "deadline_s": 200, "heartbeat_s": 20, "take_over": True, **options},
+        take_over=True,
     )
 
 
@@ -268,7 +269,7 @@ def test_requests_that_would_end_a_server_are_refused_here(disk_engine, model):
     ):
         with pytest.raises(ValueError, match=reason):
             sample(disk_engine, [prompt], Sampling(5))
-    longest = random_prompts(1, disk_engine.longest_prompt)
+    longest = random_prompts(1, disk_engine.info.longest_prompt)
     (answer,) = sample(disk_engine, longest, Sampling(500))
     assert len(answer.token_ids) == CONTEXT - len(longest[0])
     assert disk_engine.counts.get("failures", 0) == 0
@@ -280,7 +281,7 @@ def test_weights_of_another_model_are_never_sent(engine, model):
     norm = "model.norm.weight"
     for wrong, reason in (
         ({**weights, "model.rotary": weights[norm]}, "no weight model.rotary"),
-        ({**weights, norm: weights[norm][:-1]}, r"is \[63\], the servers' model has \[64\]"),
+        ({**weights, norm: weights[norm][:-1]}, r"shape \[63\] instead of \[64\]"),
         ({name: tensor for name, tensor in weights.items() if name != norm}, "missing.*norm"),
     ):
         with pytest.raises(EngineError, match=reason):
@@ -305,7 +306,9 @@ class BrokenDisk(DiskPublication):
 def test_a_server_that_holds_other_weights_than_were_sent_is_found_out(
     disk_engine, serving, model, tmp_path
 ):
-    disk_engine.publication = BrokenDisk(tmp_path / "broken", serving.model, deadline_s=60)
+    disk_engine.publication = BrokenDisk(
+        disk_engine.fleet, disk_engine.thread, tmp_path / "broken", serving.model
+    )
     with pytest.raises(EngineError, match=r"other weights.*layers\.1\.self_attn\.qkv_proj"):
         disk_engine.update_weights(model.state_dict().items(), 1)
 
@@ -447,7 +450,7 @@ def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
 
     with open_engine(serving, tmp_path, "distributed") as engine:
         engine.update_weights(weights, 1)
-        with pytest.raises(EngineError, match=r"(?s)version 2 was not published.*The end of"):
+        with pytest.raises(EngineError, match=r"(?s)servers failed.*The end of"):
             engine.update_weights(with_a_death(), 2)
         assert not any(member.ready for member in engine.fleet.members)
         engine.update_weights(weights, 3)  # to the one that is left
@@ -498,8 +501,10 @@ def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
         finally:
             scheduler.resume()
         change(model, seed=2)
-        engine.publication.deadline_s = engine.publication.carrier.deadline_s = 60
-        engine.fleet.heartbeat_s = 20
+        engine.publication.transfer.deadline_s = 60
+        for member in engine.fleet.members:
+            member.client.publish_s = 60
+        engine.limits.heartbeat_s = 20
         publish(policy.policy_weights, engine, 3)
         assert policy.tries == 3 and all(member.ready for member in engine.fleet.members)
         prompts = random_prompts(8, 10)
@@ -532,7 +537,7 @@ def test_without_any_server_all_are_told_and_who_waits_longer_finds_them_again(
             process.kill()
         with pytest.raises(EngineLostError, match=r"(?s)no server was ready for 2 s.*The end of"):
             sample(engine, [[11, 12]] * 3, Sampling(5))
-        engine.fleet.lost_s = 300
+        engine.limits.lost_s = 300
         answers = sample(engine, [[11, 12]] * 3, Sampling(5))  # `rlef serve` starts them again
         assert {v for answer in answers for v in answer.weight_versions} == {1}
         wait_for(lambda: all(member.ready for member in engine.fleet.members), engine)

@@ -1,53 +1,69 @@
-"""Which SGLang server takes a request, and what happens when one fails.
+"""Which SGLang server serves a request, and what happens to servers that fail and come back.
 
-Theory of operation. Everything is of one event loop. A dialogue's first request goes to the server
-with the fewest open ones, its later requests to the same one, which holds the dialogue so far in
-its cache. A server has at most `concurrency` requests open; more wait for their turn there.
-A request waits for its answer as long as the server is healthy: one that was silent for
-`heartbeat_s` is asked. A server that cannot be reached, breaks the connection, answers nonsense or
-with weights that are not the current ones, or does not say that it is healthy, is taken out:
-whoever waits there goes to another one, and so does the request that failed, up to `MOST_TRIES`
-times within `deadline_s`. When no server has been ready for `lost_s`, all who wait are told so.
+Theory of operation. All of this runs in one event loop (engine.py).
 
-A server that is out is asked by a task of its own, more and more rarely, for the version of its
-weights. With the current ones it is back. With others (it was started again) it is brought to them
-by `restore`, if there is a way, else it stays out until the next publication. So no server serves
-before it has the current weights. Publication and restoring exclude each other (`control`).
+A dialogue's first request goes to a ready server with the fewest requests, its later ones to the
+same server, which has the context in its cache. At most `concurrency` requests are open at a
+server; further ones queue there. A request has no time limit of its own while its server is
+healthy: a server that was silent for `heartbeat_s` gets a health check.
+
+A server that fails. A server is taken out if it cannot be reached, breaks the connection, returns a
+malformed answer or one from old weights, or fails its health check. Requests that queue there move
+to another server, and so does the one that failed, at most MOST_TRIES times within `deadline_s`.
+If no server was ready for `lost_s`, all waiting requests fail with EngineLostError.
+
+A server that comes back. A task for each server that is out asks for its health and its weight
+version, at growing intervals (`probe_until_ready`). With the current version it is ready again.
+With another version, as after a restart, it first loads the current weights through `restore`, if
+the publication left something to load, and otherwise stays out until the next publication. So no
+server serves before it has the current weights. `control` keeps publication and restoring apart.
 """
 
 import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
-from rlef_mega.engines import BUSY, EngineError, EngineLostError
-from rlef_mega.engines.sglang.http import PROBE_S, Answer, Client, ServerError
-from rlef_mega.engines.sglang.members import Member, Place
-from rlef_mega.types import Sampling
+from rlef_mega.engines import BUSY, EngineError, EngineLostError, GenerationRequest
+from rlef_mega.engines.http import ServerError
+from rlef_mega.engines.sglang.client import PROBE_S, Client, ServedCompletion
+from rlef_mega.engines.sglang.members import Member, on_each, reasons
+from rlef_mega.engines.sglang.processes import log_tail
 
-MOST_TRIES = 4  # of a request: one that kills servers must not kill them all for ever
+MOST_TRIES = 4  # of a request: one that kills servers must not kill all of them
 FIRST_PROBE_S = 0.2
 SLOWEST_PROBE_S = 5.0
 SETTLE_S = 2.0  # for the other servers, once the first has new weights
 
 
-class Fleet:
-    """The servers of one engine. None is ready before it serves `version`."""
+@dataclass
+class Limits:
+    """Bounds on the use of servers."""
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        *,
-        concurrency: int,
-        deadline_s: float,
-        lost_s: float,
-        heartbeat_s: float,
-    ) -> None:
-        self.members = list(members)
-        self.concurrency, self.deadline_s = concurrency, deadline_s
-        self.lost_s, self.heartbeat_s = lost_s, heartbeat_s
-        self.none_since_s: float | None = None  # of the loop's clock; None: one is ready
+    concurrency: int = 256  # open requests at a server, of this process
+    deadline_s: float = 1800.0  # of a request with all its tries
+    lost_s: float = 900.0  # without any ready server
+    publish_s: float = 600.0  # of each call in a publication
+    heartbeat_s: float = 30.0  # silence of a server before it gets a health check
+
+
+@dataclass(eq=False)
+class Affinity:
+    """The server that answered a dialogue last, and the newest version that sampled in it."""
+
+    member: Member | None = None
+    version: int = -1
+
+
+class Fleet:
+    """The servers of one engine. A server is ready only while it serves `version`."""
+
+    def __init__(self, members: Sequence[Member], limits: Limits) -> None:
+        self.members, self.limits = list(members), limits
+        self.none_since_s: float | None = None  # when the last ready server went; the loop's clock
         self.version: int | None = None
         self.restore: Callable[[Client], Awaitable[None]] | None = None
         self.control = asyncio.Lock()
@@ -55,67 +71,64 @@ class Fleet:
         self.settled = asyncio.Event()
         self.settled.set()
         self.settling: asyncio.Task[None] | None = None
-        self.asking: set[asyncio.Task[Answer]] = set()
+        self.asking: set[asyncio.Task[ServedCompletion]] = set()
         self.counts: Counter[str] = Counter()  # see SGLangEngine.counts
 
     # ---------------------------------------------------------------- requests
 
-    async def generate(
-        self, place: Place, token_ids: Sequence[int], sampling: Sampling, seed: int
-    ) -> Answer:
-        """From the dialogue's server, or another. EngineError if none did it in time,
-        EngineLostError if there was none for so long that none is expected."""
+    async def generate(self, affinity: Affinity, request: GenerationRequest) -> ServedCompletion:
+        """Sample at the dialogue's server or, if that fails, at another.
+
+        Raises EngineError if no server succeeded in time, EngineLostError if none was ready.
+        """
         failures: list[str] = []
         try:
-            async with asyncio.timeout(self.deadline_s):
+            async with asyncio.timeout(self.limits.deadline_s):
                 while len(failures) < MOST_TRIES:
-                    member = await self.take(place)
-                    try:
-                        answer = await self.ask(member, token_ids, sampling, seed)
-                        versions = answer.completion.weight_versions
-                        if versions[0] < place.version:  # others took new ones before it
-                            raise ServerError(
-                                f"{member.client.url} serves version {versions[0]}, the dialogue "
-                                f"has had {place.version}"
-                            )
-                        self.count(answer, follow_up=place.version >= 0)
-                        place.member, place.version = member, versions[-1]
-                        return answer
-                    except ServerError as error:
-                        failures.append(str(error))
-                        self.take_out(member, str(error))
-                    finally:
-                        self.give_back(member)
+                    async with self.slot(affinity) as member:
+                        try:
+                            return await self.ask(member, affinity, request)
+                        except ServerError as error:
+                            failures.append(str(error))
+                            self.take_out(member, str(error))
         except TimeoutError:
             raise EngineError(
-                f"no server answered within {self.deadline_s:g} s ({self.reasons()})"
+                f"no server answered within {self.limits.deadline_s:g} s ({self.reasons()})"
             ) from None
         raise EngineError(f"{MOST_TRIES} tries failed: {'; '.join(failures)}")
 
     async def ask(
-        self, member: Member, token_ids: Sequence[int], sampling: Sampling, seed: int
-    ) -> Answer:
-        """One try at one server, as long as it is healthy."""
-        version = self.version
-        asking = asyncio.create_task(member.client.generate(token_ids, sampling, seed))
+        self, member: Member, affinity: Affinity, request: GenerationRequest
+    ) -> ServedCompletion:
+        """Try one server, for as long as it is healthy. Raises ServerError for old weights too."""
+        expected = self.version
+        asking = asyncio.create_task(member.client.generate(request))
         self.asking.add(asking)
         asking.add_done_callback(self.asking.discard)
         try:
             while not asking.done():
-                await asyncio.wait({asking}, timeout=self.heartbeat_s)
+                await asyncio.wait({asking}, timeout=self.limits.heartbeat_s)
                 if not asking.done():
                     await self.require_alive(member)
             answer = asking.result()
-            member.heard_at_s = asyncio.get_running_loop().time()
         finally:
-            asking.cancel()  # which ends the request there
+            asking.cancel()  # which ends the request on the server
             await asyncio.gather(asking, return_exceptions=True)
-        newest = answer.completion.weight_versions[-1]
-        if version is None or newest < version:
-            raise ServerError(f"{member.client.url} serves version {newest}, not {version}")
+        member.heard_at_s = asyncio.get_running_loop().time()
+        versions = answer.completion.weight_versions
+        first, newest = versions[0], versions[-1]
+        if expected is None or newest < expected:
+            raise ServerError(f"{member.client.url} serves version {newest}, not {expected}")
+        if first < affinity.version:  # other servers were updated before it
+            raise ServerError(
+                f"{member.client.url} serves version {first}, the dialogue has had "
+                f"{affinity.version}"
+            )
+        self.count(answer, follow_up=affinity.version >= 0)
+        affinity.member, affinity.version = member, newest
         return answer
 
-    def count(self, answer: Answer, *, follow_up: bool) -> None:
+    def count(self, answer: ServedCompletion, *, follow_up: bool) -> None:
         self.counts["requests"] += 1
         self.counts["sampled_tokens"] += len(answer.completion.token_ids)
         self.counts["context_tokens"] += answer.context_tokens
@@ -125,85 +138,77 @@ class Fleet:
             self.counts["follow_up_cached_tokens"] += answer.cached_tokens
 
     async def take_stock(self) -> dict[str, float]:
-        """`counts`, how long each server has been busy, and the longest one paused, until now."""
+        """Return the counts, each server's busy time, and the longest paused time of a server."""
         for member in self.members:
-            member.count_busy()
+            member.add_load(0)
         busy = {f"{BUSY}{member.client.url}": member.busy_s for member in self.members}
         paused_s = max(member.client.paused_s for member in self.members)
         return {**self.counts, **busy, "paused_s": paused_s}
 
     async def require_alive(self, member: Member) -> None:
-        """ServerError unless it was heard of lately; one question for all who wait there. While
-        weights are published, servers stand still and none is judged."""
+        """Raise ServerError if a silent server fails its health check, which all its requests
+        share. Servers that are paused for a publication are not checked."""
         silent_s = asyncio.get_running_loop().time() - member.heard_at_s
-        if silent_s < self.heartbeat_s or self.control.locked():
+        if silent_s < self.limits.heartbeat_s or self.control.locked():
             return
         if member.checking is None or member.checking.done():
             member.checking = asyncio.create_task(self.check(member))
         await asyncio.shield(member.checking)
 
     async def check(self, member: Member) -> None:
-        await member.client.check_health(within_s=self.heartbeat_s)
+        await member.client.check_health(within_s=self.limits.heartbeat_s)
         member.heard_at_s = asyncio.get_running_loop().time()
 
-    async def take(self, place: Place) -> Member:
-        """A place at a server that is ready: the dialogue's own, or the one with the least to do.
-        To be given back."""
+    @asynccontextmanager
+    async def slot(self, affinity: Affinity) -> AsyncIterator[Member]:
+        """Wait for a slot at the dialogue's server, or at the least loaded one if that is out."""
         while True:
             while not (self.settled.is_set() and self.some_ready.is_set()):
                 await self.wait_for_some()
                 await self.settled.wait()
-            ready = [member for member in self.members if member.ready]
-            if place.member is None or not place.member.ready:
-                # among equals by chance, or all ranks would begin with the first
-                place.member = min(ready, key=lambda m: (m.load, random.random()))
-            member = place.member
-            if member.open_requests < self.concurrency:
-                member.count_busy()
-                member.open_requests += 1
-                return member
-            turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            member.waiting.append(turn)
+            if affinity.member is None or not affinity.member.ready:
+                ready = [member for member in self.members if member.ready]
+                # ties are broken by chance, or all ranks would begin with the first server
+                affinity.member = min(ready, key=lambda m: (m.load, random.random()))
+            member = affinity.member
+            member.add_load(1)
             try:
-                if await turn:
-                    return member
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled() and turn.result():
-                    self.give_back(member)
-                raise
+                async with member.slots:
+                    if member.ready:  # it may have failed while the request waited
+                        yield member
+                        return
+            finally:
+                member.add_load(-1)
 
     async def wait_for_some(self) -> None:
-        """Until a server is ready. EngineLostError where none was for `lost_s`; publications, while
-        which all stand still, do not count."""
+        """Wait until a server is ready. Raises EngineLostError if none was for `lost_s`, without
+        the time of publications, in which all servers are paused."""
         while not self.some_ready.is_set():
             now = asyncio.get_running_loop().time()
             if self.none_since_s is None or self.control.locked():
                 self.none_since_s = now
-            if now - self.none_since_s >= self.lost_s:
-                raise EngineLostError(self.lost_message())
-            rest_s = self.none_since_s + self.lost_s - now
+            left_s = self.none_since_s + self.limits.lost_s - now
+            if left_s <= 0:
+                raise self.lost()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.some_ready.wait(), min(rest_s, self.heartbeat_s))
+                limit_s = min(left_s, self.limits.heartbeat_s)
+                await asyncio.wait_for(self.some_ready.wait(), limit_s)
 
-    def lost_message(self) -> str:
-        tails = "".join(member.log_tail() for member in self.members)
-        return f"no server was ready for {self.lost_s:g} s ({self.reasons()}){tails}"
-
-    def give_back(self, member: Member) -> None:
-        """To who waits longest there, or to nobody."""
-        while member.ready and member.waiting:
-            turn = member.waiting.popleft()
-            if not turn.done():
-                turn.set_result(True)
-                return
-        member.count_busy()
-        member.open_requests -= 1
+    def lost(self) -> EngineLostError:
+        """Return the error for a fleet without any ready server, with the end of each log."""
+        tails = "".join(log_tail(member.log) for member in self.members)
+        return EngineLostError(
+            f"no server was ready for {self.limits.lost_s:g} s ({self.reasons()}){tails}"
+        )
 
     # ------------------------------------------------------------ who is ready
 
-    def expect(self, version: int) -> None:
-        """From now on only servers with these weights serve; each is asked. Requests wait for those
-        that were ready until now, or all would go to the first that has the weights."""
+    async def expect(self, version: int) -> None:
+        """From now on use only servers with this version, which another process published.
+
+        Each is asked for it. Requests wait for all that were ready, or the first server with the
+        weights would get all of them.
+        """
         awaited = [member for member in self.members if member.ready] or self.members
         self.version = version
         for member in self.members:
@@ -215,13 +220,14 @@ class Fleet:
         self.settling = asyncio.create_task(self.settle(awaited))
 
     async def settle(self, awaited: Sequence[Member]) -> None:
+        """Let requests start once these servers have the version, or SETTLE_S after the first."""
         probes = [member.probing for member in awaited if member.probing is not None]
         await self.some_ready.wait()
         await asyncio.wait(probes, timeout=SETTLE_S)
         self.settled.set()
 
-    def install(self, version: int, members: Sequence[Member]) -> None:
-        """These were brought to the version and verified; the others are not ready."""
+    async def install(self, version: int, members: Sequence[Member]) -> None:
+        """Note that these servers have the version, verified; the others are taken out."""
         self.version = version
         for member in self.members:
             if member in members:
@@ -230,8 +236,8 @@ class Fleet:
                 member.doubtful = True
                 self.take_out(member, member.last_failure)
 
-    def withhold(self) -> None:
-        """A publication failed, and what servers hold is unknown: none serves before the next."""
+    async def withhold(self) -> None:
+        """Use no server before the next publication: one failed, so their weights are unknown."""
         self.version = self.restore = None
         for member in self.members:
             if member.ready:
@@ -239,16 +245,13 @@ class Fleet:
             self.put_aside(member)
 
     def put_aside(self, member: Member) -> None:
-        """It gets no requests until it is `bring_back`; who waits there goes elsewhere."""
+        """Send the server no requests until `bring_back`; those that queue go elsewhere."""
         member.ready = False
         if not any(m.ready for m in self.members):
             self.some_ready.clear()
-        while member.waiting:
-            turn = member.waiting.popleft()
-            if not turn.done():
-                turn.set_result(False)
 
     def take_out(self, member: Member, reason: str) -> None:
+        """Put a server that failed aside, and start asking whether it has come back."""
         member.last_failure, member.failed = reason, True
         if member.ready:
             self.counts["failures"] += 1
@@ -265,6 +268,7 @@ class Fleet:
             member.probing = asyncio.create_task(self.probe_until_ready(member))
 
     async def probe_until_ready(self, member: Member) -> None:
+        """Bring the server back once it has the current weights; ask at growing intervals."""
         pause_s = FIRST_PROBE_S
         try:
             while not member.ready:
@@ -280,21 +284,23 @@ class Fleet:
             member.probing = None
 
     async def require_current(self, member: Member) -> None:
-        """Returns when it has the current weights, to which it is brought if need be, and, after a
-        failure, is healthy; else ServerError."""
+        """Load the current weights into the server if it has others.
+
+        Raises ServerError unless it has them afterwards and, after a failure, is healthy.
+        """
         client = member.client
-        if member.doubtful:  # paused perhaps, and then it generates nothing
+        if member.doubtful:  # perhaps paused: then it generates nothing, also not for its health
             found = await client.weight_version(within_s=PROBE_S)
         else:
-            if member.failed:  # not always: it takes a server a second to say so
+            if member.failed:  # only then, because a health check takes a second
                 await client.check_health(within_s=PROBE_S)
             found = await client.reported_version(within_s=PROBE_S)
-        # which may have changed while we waited
+        # compared with `self.version` as it is after the wait
         if found == str(self.version) and not member.doubtful:
             return
         if self.restore is None:
             raise ServerError(f"{client.url} serves weights {found!r}, not {self.version}")
-        async with self.control:  # a publication may have come and gone while we waited
+        async with self.control:  # a publication may have ended while we waited
             restore, version = self.restore, self.version
             if member.ready:
                 return
@@ -305,18 +311,39 @@ class Fleet:
                 raise ServerError(f"{client.url} has weights {version}, not {self.version}")
         self.counts["restored"] += 1
 
+    async def answering(self) -> list[Member]:
+        """Return the servers whose schedulers answer within a heartbeat; take the others out.
+
+        Raises EngineLostError if none answers for `lost_s`, in which servers may restart.
+        """
+        found: dict[str, str] = {}
+
+        async def ask(client: Client) -> None:
+            found[client.url] = await client.weight_version(within_s=self.limits.heartbeat_s)
+
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + self.limits.lost_s
+        while not (members := await on_each(self.members, ask)):
+            if clock() >= until_s:
+                raise self.lost()
+            await asyncio.sleep(FIRST_PROBE_S)
+        for member in self.members:
+            if member in members:
+                member.found_version = found[member.client.url]
+            else:
+                self.take_out(member, member.last_failure)
+        return members
+
     def reasons(self) -> str:
-        """Each server that is not ready, and why; or that all are."""
-        out = [f"{m.client.url}: {m.last_failure}" for m in self.members if not m.ready]
-        return "; ".join(out) or "all servers are busy"
+        """Return why each server is not ready, or that all are busy."""
+        return reasons([m for m in self.members if not m.ready]) or "all servers are busy"
 
     async def close(self) -> None:
-        """Ends what is under way, on the servers too."""
+        """Cancel all tasks and end their requests on the servers."""
         probes = [member.probing for member in self.members]
         tasks = [self.settling, *probes, *(member.checking for member in self.members)]
         running = [task for task in tasks if task is not None]
         for task in (*running, *self.asking):
             task.cancel()
         await asyncio.gather(*running, *self.asking, return_exceptions=True)
-        aborts = [task for member in self.members for task in member.client.aborting]
-        await asyncio.gather(*aborts)
+        await asyncio.gather(*(task for m in self.members for task in m.client.aborting))

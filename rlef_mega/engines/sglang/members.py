@@ -1,76 +1,71 @@
-"""The SGLang servers of an engine, one by one: what is known of each, and where a dialogue is.
-
-Which of them takes a request is decided in sglang_fleet.py.
-"""
+"""One SGLang server of a fleet, and calls to several of them at the same time."""
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlef_mega.engines.sglang.http import Client, ServerError
-from rlef_mega.engines.sglang.server import log_tail
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.http import ServerError
+from rlef_mega.engines.sglang.client import Client
+from rlef_mega.engines.sglang.processes import log_tail
 
 
+@dataclass(eq=False)
 class Member:
-    """One server, and what is known of it."""
+    """A server, and what the fleet knows of it. Times are the loop's clock."""
 
-    def __init__(self, client: Client, log: Path | None = None) -> None:
-        self.client, self.log = client, log
-        self.ready = False
-        self.failed = False  # since it was ready: it must show that it generates
-        self.doubtful = False  # it failed a publication: the version that it reports says nothing
-        self.open_requests = 0
-        self.waiting: deque[asyncio.Future[bool]] = deque()  # True: a place; False: it is out
-        self.heard_at_s = 0.0  # of the loop's clock
-        self.checking: asyncio.Task[None] | None = None
-        self.last_failure = "no weights were published to it"
-        self.found_version = ""  # of its weights, as a publication began
-        self.probing: asyncio.Task[None] | None = None
-        self.busy_s = 0.0  # with a request open, until `counted_at_s`
-        self.counted_at_s = time.monotonic()
+    client: Client
+    slots: asyncio.Semaphore  # requests that it may still take at once
+    log: Path | None = None
+    ready: bool = False
+    failed: bool = False  # since it was ready: it must pass a health check
+    doubtful: bool = False  # it failed a publication, so its reported version proves nothing
+    last_failure: str = "no weights were published to it"
+    load: int = 0  # requests that have a slot or wait for one
+    heard_at_s: float = 0.0
+    checking: asyncio.Task[None] | None = None
+    probing: asyncio.Task[None] | None = None
+    found_version: str = ""  # of its weights, at the start of a publication
+    busy_s: float = 0.0  # with a request, until `counted_at_s` (of time.monotonic)
+    counted_at_s: float = field(default_factory=time.monotonic)
 
-    def count_busy(self) -> None:
-        """Before the number of open requests changes."""
+    def add_load(self, change: int) -> None:
+        """Change the load, and count the time until now as busy or idle."""
         now = time.monotonic()
-        if self.open_requests:
-            self.busy_s += now - self.counted_at_s
+        self.busy_s += now - self.counted_at_s if self.load else 0.0
         self.counted_at_s = now
-
-    def log_tail(self) -> str:
-        return log_tail(self.log)
-
-    @property
-    def load(self) -> int:
-        return self.open_requests + len(self.waiting)
-
-
-class Place:
-    """Where a dialogue was last answered."""
-
-    def __init__(self) -> None:
-        self.member: Member | None = None
-        self.version = -1  # the newest weights that sampled in it
+        self.load += change
 
 
 async def on_each(
     members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
 ) -> list[Member]:
-    """Those on which it worked, all at the same time. Wrong weights are raised at the end."""
+    """Run `work` on all servers at the same time; returns those on which it succeeded.
+
+    A ServerError is noted as the server's last failure; any other error is raised.
+    """
     tasks = [work(member.client) for member in members]
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    good = []
     for member, outcome in zip(members, outcomes, strict=True):
-        if outcome is None:
-            good.append(member)
-        elif isinstance(outcome, ServerError):
-            member.last_failure = f"{outcome}{member.log_tail()}"
-        else:
+        if isinstance(outcome, ServerError):
+            member.last_failure = f"{outcome}{log_tail(member.log)}"
+        elif outcome is not None:
             raise outcome
-    return good
+    return [m for m, outcome in zip(members, outcomes, strict=True) if outcome is None]
+
+
+async def on_all(
+    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
+) -> None:
+    """Run `work` on all servers at the same time. Raises EngineError if it fails on any."""
+    done = await on_each(members, work)
+    if failed := [member for member in members if member not in done]:
+        raise EngineError(f"{len(failed)} of {len(members)} servers failed: {reasons(failed)}")
 
 
 def reasons(members: Sequence[Member]) -> str:
+    """Return each server's last failure."""
     return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)

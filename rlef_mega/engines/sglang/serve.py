@@ -1,11 +1,11 @@
-"""`rlef serve`: the SGLang servers of one node, for a training run on this node or others.
+"""`rlef serve`: the SGLang servers of one node, for training on this node or others.
 
-Theory of operation: this process owns the servers. It starts them, prints their addresses when all
-are ready, and starts again what ends; SIGINT or SIGTERM ends them, and so does its own death. It
-knows nothing of weights: training brings them, also to a server that was started again.
+Theory of operation. This process owns the servers: it starts them, prints their addresses when all
+are ready, and restarts those that end. SIGINT or SIGTERM ends them, and so does its own death.
+Training brings the weights, also to a restarted server.
 
-`rlef train --serve` starts this process beside its ranks (`serving`), and ends it after them. If it
-dies before, even by SIGKILL, the kernel ends this process, and with it the servers.
+`rlef train --serve` starts this process beside its ranks (`serving`), and ends it after them. If
+`rlef train` dies, even by SIGKILL, the kernel ends this process, and with it the servers.
 """
 
 import json
@@ -20,66 +20,50 @@ from types import FrameType
 
 from rlef_mega.config import ConfigError, TrainConfig
 from rlef_mega.engines import EngineError
-from rlef_mega.engines.sglang.server import SPARE_TOKENS, Servers, ServerSettings
+from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
 from rlef_mega.run.launch import die_with_parent
 
-READY = "ready: "  # begins the line that says that all servers are
+READY = "ready: "  # begins the line that names the servers once all are ready
 
 
 def server_logs(config: TrainConfig) -> Path:
-    """In the run's folder, where training finds them when a server fails."""
+    """Return the folder of the servers' logs, in the run's, where training finds them."""
     return Path(config.run.dir) / "servers"
 
 
-def max_context(config: TrainConfig) -> int:
-    """As asked. ConfigError where the model has not as many positions, with those that SGLang keeps
-    for itself."""
-    read = json.loads((Path(config.model.path) / "config.json").read_text())
-    positions = int(read["max_position_embeddings"])
-    asked = config.rollout.max_context
-    if asked + SPARE_TOKENS > positions:
-        raise ConfigError(
-            f"rollout.max_context = {asked} exceeds what SGLang can serve of a model with "
-            f"{positions} positions; set it to at most {positions - SPARE_TOKENS}"
-        )
-    return asked
+def servers_for(config: TrainConfig) -> ServerProcesses:
+    """Return the servers of this node that the recipe asks for, not started yet.
 
-
-def servers_for(config: TrainConfig) -> Servers:
-    """Those that the recipe asks for on this node, not started yet."""
-    asked, model = config.rollout.servers, Path(config.model.path)
+    Raises ConfigError if there is no model, or it lacks the positions for `rollout.max_context`.
+    """
+    model, context = Path(config.model.path), config.rollout.max_context
     if not (model / "config.json").is_file():
         raise ConfigError(f"model.path = {model} has no config.json; servers need the model here")
-    settings = ServerSettings(
-        model=model.absolute(),
-        python=asked.python,
-        device=asked.device,
+    read = json.loads((model / "config.json").read_text())
+    most = int(read["max_position_embeddings"]) - SPARE_TOKENS
+    if context > most:
+        raise ConfigError(
+            f"rollout.max_context = {context} exceeds what SGLang can serve of this model; "
+            f"set it to at most {most}"
+        )
+    return ServerProcesses(
+        config.rollout.servers,
+        model.absolute(),
         dtype=config.model.dtype,
-        context_length=max_context(config),
-        tensor_parallel_size=asked.tensor_parallel_size,
-        memory_fraction=asked.memory_fraction,
-        host=asked.host,
-        arguments=(*asked.arguments, *(("--enable-memory-saver",) * asked.release_memory)),
-    )
-    return Servers(
-        settings,
-        count=asked.count,
-        port=asked.port,
+        context_length=context,
         logs=server_logs(config),
-        ready_s=asked.ready_s,
-        may_rest=asked.release_memory,
     )
 
 
 def serve(config: TrainConfig) -> None:
-    """Until told to stop. EngineError with the end of its log for a server that does not start."""
+    """Run the servers until SIGINT or SIGTERM. Raises EngineError if one does not start."""
     servers = servers_for(config)
-    told = False
+    signalled = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if not told:
-            told = True
+        nonlocal signalled
+        if not signalled:
+            signalled = True
             raise KeyboardInterrupt  # also while servers load, which takes minutes
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -95,15 +79,17 @@ def serve(config: TrainConfig) -> None:
 
 @contextmanager
 def serving(config: TrainConfig, arguments: Sequence[str]) -> Iterator[None]:
-    """The recipe's servers for as long as this lasts, by `rlef serve` with these arguments, in a
-    process of its own; to be entered from the main thread. What it says is said here. EngineError
-    if they do not start."""
+    """Run the recipe's servers during the block, by `rlef serve ARGUMENTS` as a child process.
+
+    Enter it from the main thread. The child's output is printed. Raises EngineError if the servers
+    do not start.
+    """
     asked = config.rollout
     if asked.engine != "sglang" or asked.servers.urls:
         found = asked.servers.urls or f"rollout.engine = {asked.engine!r}"
         raise ConfigError(
-            f"--serve starts this node's SGLang servers, but the recipe has {found}; leave it out, "
-            'or set rollout.engine = "sglang" without rollout.servers.urls'
+            f"--serve starts this node's SGLang servers, but the recipe has {found}; leave out "
+            '--serve, or set rollout.engine = "sglang" without rollout.servers.urls'
         )
     child = subprocess.Popen(
         [sys.executable, "-m", "rlef_mega.cli", "serve", *arguments],
@@ -119,7 +105,7 @@ def serving(config: TrainConfig, arguments: Sequence[str]) -> Iterator[None]:
             if line.startswith(READY):
                 break
         else:
-            raise EngineError("the servers did not start; what is wrong is said above")
+            raise EngineError("the servers did not start; the reason is printed above")
         Thread(target=echo, args=(child.stdout,), daemon=True).start()
         yield
     finally:

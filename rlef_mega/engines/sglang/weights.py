@@ -1,11 +1,11 @@
-"""What SGLang must hold after it took over weights: names, shapes and checksums.
+"""What SGLang must have after it loaded weights: names, shapes and checksums.
 
-SGLang loads under Hugging Face's names into parameters of its own: q, k and v are one, gate and up
-are one, each tensor-parallel rank has its rows or columns, and the vocabulary is padded. It says
-nothing of a name it does not know, and dies of a wrong shape. So what is sent is checked here
-first, and afterwards the servers' own hashes (`/weights_checker`) are compared with those of what
-was sent, laid out as SGLang does it. A server on a CPU hashes a parameter with SHA-256, of which
-the first 64 bits are reported; one on a GPU with a kernel of its own, which `gpu_checksum` follows.
+SGLang loads Hugging Face's names into parameters of its own: q, k and v are one, gate and up are
+one, each tensor-parallel rank has its rows or columns, and the vocabulary is padded. It ignores a
+name that it does not know, and dies of a wrong shape. So weights are checked before they are sent,
+and afterwards the servers' own hashes (`/weights_checker`) are compared with those of what was
+sent, in SGLang's layout. A server on a CPU hashes a parameter with SHA-256, and reports its first
+64 bits; a server on a GPU uses a kernel of SGLang's, which `gpu_checksum` computes without it.
 
 Shape suffixes: W 32-bit words, T tiles of words.
 """
@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from rlef_mega.config import differences
-from rlef_mega.engines import WeightsMismatchError
-from rlef_mega.engines.requests import listed
+from rlef_mega.engines.checks import HEAD, checked_weights, listed
 
-FUSED = {  # HF's module: (SGLang's module, its place in it)
+FUSED = {  # HF's module: (SGLang's module, its index in it)
     "q_proj": ("qkv_proj", 0),
     "k_proj": ("qkv_proj", 1),
     "v_proj": ("qkv_proj", 2),
@@ -41,7 +40,7 @@ HASH_LANES = (
     (0x27D4EB2D, 0x243F6A88, 15),
     (0x165667B1, (0x243F6A88 * 0x9E3779B1 ^ 0xDEADBEEF) & LOW_32, 13),
 )
-ARCHITECTURE = (  # what the shapes depend on
+ARCHITECTURE = (  # settings that the shapes depend on
     "architectures",
     "vocab_size",
     "hidden_size",
@@ -53,11 +52,11 @@ ARCHITECTURE = (  # what the shapes depend on
     "tie_word_embeddings",
 )
 
-Checksums = list[dict[str, str]]  # of each tensor-parallel rank, by SGLang's names
+Checksums = list[dict[str, str]]  # one for each tensor-parallel rank, by SGLang's names
 
 
 class ServedModel:
-    """The model of a Hugging Face folder as a server holds it."""
+    """The model of a Hugging Face folder, as a server lays it out."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -68,16 +67,13 @@ class ServedModel:
         self.shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self.tied = bool(self.config.tie_word_embeddings)
 
-    @property
-    def needed(self) -> set[str]:
-        """Names that an update must bring; of tied weights one is enough."""
-        return set(self.shapes) - ({"lm_head.weight"} if self.tied else set())
-
     def served_names(self) -> set[str]:
-        return {served_name(name)[0] for name in self.needed}
+        """Return SGLang's names of all parameters; tied weights are one."""
+        needed = set(self.shapes) - ({HEAD} if self.tied else set())
+        return {served_name(name)[0] for name in needed}
 
     def shard(self, name: str, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-        """The part of a whole tensor that a tensor-parallel rank holds, contiguous."""
+        """Return the part of a whole tensor that a tensor-parallel rank has, contiguous."""
         module = name.split(".")[-2]
         if module in BY_VOCABULARY:
             padding = -len(tensor) % VOCABULARY_MULTIPLE
@@ -85,7 +81,7 @@ class ServedModel:
             return padded.chunk(ranks)[rank]
         if module in ("k_proj", "v_proj"):
             heads = self.config.num_key_value_heads
-            # with more ranks than heads, neighbouring ranks hold the same one
+            # with more ranks than heads, neighbouring ranks have the same head
             return tensor.chunk(min(ranks, heads))[rank * min(ranks, heads) // ranks]
         if module in FUSED:
             return tensor.chunk(ranks)[rank]
@@ -95,10 +91,10 @@ class ServedModel:
 
 
 class SentWeights:
-    """Weights on their way to servers: an iterable, once, of (HF name, whole tensor of `dtype`).
+    """Weights to send: yields (HF name, whole tensor of `dtype`) once, and fills `checksums`.
 
-    Iterating raises WeightsMismatchError before a tensor is passed on whose name or shape is not
-    the model's, or that was sent already, and at the end if one is missing.
+    Tensors are checked by `checked_weights`. They are kept, not copied, until all parts of a fused
+    parameter have come, so they must not be written to again (publish.PolicyWeights).
     """
 
     def __init__(
@@ -111,62 +107,36 @@ class SentWeights:
     ) -> None:
         self.named_tensors, self.model, self.dtype, self.ranks = named_tensors, model, dtype, ranks
         self.checksum = cpu_checksum if device == "cpu" else gpu_checksum
-        self.bytes_sent = 0
-        self.seen: set[str] = set()
         self.parts: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
         self.checksums: Checksums = [{} for _ in range(ranks)]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.named_tensors:
-            self.check(name, tensor)
-            if self.model.tied and name == "lm_head.weight":
+        model = self.model
+        for name, tensor in checked_weights(self.named_tensors, model.shapes, tied=model.tied):
+            if model.tied and name == HEAD:
                 continue  # the servers have one tensor for both names
             sent = tensor.detach().to(self.dtype).contiguous()
             self.add(name, sent)
-            self.bytes_sent += sent.nbytes
             yield name, sent
-        missing = sorted(self.model.needed - self.seen)
-        if missing:
-            raise WeightsMismatchError(f"weights are missing from the update: {listed(missing)}")
         assert not self.parts, "a fused parameter of which a part is missing"
 
-    def check(self, name: str, tensor: torch.Tensor) -> None:
-        expected = self.model.shapes.get(name)
-        if expected is None:
-            raise WeightsMismatchError(
-                f"the servers' model has no weight {name}; the name map and config.json must be "
-                "of the same model"
-            )
-        if tuple(tensor.shape) != expected:
-            raise WeightsMismatchError(
-                f"{name} is {list(tensor.shape)}, the servers' model has {list(expected)}; "
-                "trainer and servers must have the same model"
-            )
-        if name in self.seen:
-            raise WeightsMismatchError(f"weights were sent twice under the name {name}")
-        self.seen.add(name)
-
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Note what each rank of a server must report of it."""
-        served, place, parts = served_name(name)
+        """Note what each rank of a server must report of the tensor."""
+        served, index, parts = served_name(name)
         for rank in range(self.ranks):
-            shard = self.model.shard(name, tensor, rank, self.ranks)
-            if parts == 1:
-                self.checksums[rank][served] = self.checksum([shard])
-                continue
-            # cloned: the sender may use a buffer again before the other parts come
             mine = self.parts.setdefault((rank, served), {})
-            mine[place] = shard.clone()
+            mine[index] = self.model.shard(name, tensor, rank, self.ranks)
             if len(mine) == parts:
                 self.checksums[rank][served] = self.checksum([mine[n] for n in range(parts)])
                 del self.parts[rank, served]
 
 
 def served_name(name: str) -> tuple[str, int, int]:
-    """SGLang's name of the parameter that an HF weight is in, its place there, and of how many."""
+    """Return SGLang's parameter that an HF weight is part of, the part's index, and how many parts
+    it has."""
     *path, module, kind = name.split(".")
-    served, place = FUSED.get(module, (module, 0))
-    return ".".join([*path, served, kind]), place, PARTS.get(served, 1)
+    served, index = FUSED.get(module, (module, 0))
+    return ".".join([*path, served, kind]), index, PARTS.get(served, 1)
 
 
 def bytes_of(part: torch.Tensor) -> torch.Tensor:
@@ -174,7 +144,7 @@ def bytes_of(part: torch.Tensor) -> torch.Tensor:
 
 
 def cpu_checksum(parts: Sequence[torch.Tensor]) -> str:
-    """As a server on a CPU computes it of the parts after one another."""
+    """Return the hash that a CPU server reports for the concatenated parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(bytes_of(part).cpu().numpy().data)
@@ -182,10 +152,10 @@ def cpu_checksum(parts: Sequence[torch.Tensor]) -> str:
 
 
 def gpu_checksum(parts: Sequence[torch.Tensor]) -> str:
-    """As a server on a GPU computes it (sglang.kernels.ops.memory.gpu_tensor_hash), on the parts'
-    device.
+    """Return the hash that a GPU server reports (sglang.kernels.ops.memory.gpu_tensor_hash),
+    computed on the parts' device.
 
-    Each 32-bit word is mixed twice with its place; the sums over a tile of 8,192 words, mixed with
+    Each 32-bit word is mixed twice with its index; the sums over a tile of 8,192 words, mixed with
     the length, are the halves of a 64-bit number, and the sum of those is mixed once more.
     """
     data = torch.cat([bytes_of(part) for part in parts])
@@ -193,10 +163,10 @@ def gpu_checksum(parts: Sequence[torch.Tensor]) -> str:
     length, total = 4 * len(words_W), 0
     for start in range(0, len(words_W), WORDS_AT_ONCE):
         chunk_W = words_W[start : start + WORDS_AT_ONCE].long() & LOW_32
-        place_W = torch.arange(start, start + len(chunk_W), device=data.device)
+        index_W = torch.arange(start, start + len(chunk_W), device=data.device)
         halves = []
         for multiplier, seed, turn in HASH_LANES:
-            salt_W = (place_W * multiplier + seed) & LOW_32 ^ rotated(place_W, turn)
+            salt_W = (index_W * multiplier + seed) & LOW_32 ^ rotated(index_W, turn)
             mixed_W = mixed(chunk_W ^ salt_W)
             padded_W = torch.nn.functional.pad(mixed_W, (0, -len(mixed_W) % TILE_WORDS))
             sums_T = padded_W.view(-1, TILE_WORDS).sum(1) & LOW_32
@@ -212,7 +182,7 @@ def rotated(words_W: torch.Tensor, left: int) -> torch.Tensor:
 
 
 def mixed(words_W: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finalizer; products overflow 64 bits, and the lower 32 are right."""
+    """Apply MurmurHash3's 32-bit finalizer. Products overflow 64 bits; their low 32 are right."""
     words_W = words_W ^ words_W >> 16
     words_W = words_W * 0x85EBCA6B & LOW_32
     words_W = words_W ^ words_W >> 13
@@ -221,7 +191,7 @@ def mixed(words_W: torch.Tensor) -> torch.Tensor:
 
 
 def finalized(number: int) -> int:
-    """splitmix64's."""
+    """Apply splitmix64's finalizer."""
     number &= LOW_64
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & LOW_64
     number = (number ^ number >> 27) * 0x94D049BB133111EB & LOW_64
@@ -229,7 +199,7 @@ def finalized(number: int) -> int:
 
 
 def differing_parameters(expected: Checksums, found: Checksums) -> str:
-    """Which parameters a server holds otherwise; empty if none."""
+    """Return the names of the parameters that differ on a server; empty if none."""
     if len(expected) != len(found):
         return f"{len(found)} tensor-parallel ranks instead of {len(expected)}"
     wrong = [
@@ -242,7 +212,7 @@ def differing_parameters(expected: Checksums, found: Checksums) -> str:
 
 
 def check_same_model(folder: Path, served: Path) -> None:
-    """ValueError unless the server's folder has the architecture of ours."""
+    """Raise ValueError unless the server's folder has the same architecture."""
     ours, theirs = read_architecture(folder), read_architecture(served)
     if other := differences(theirs, ours):
         raise ValueError(f"{served} is not the model of {folder}: {other}")

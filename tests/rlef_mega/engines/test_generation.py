@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from rlef_mega.engines import EngineError
-from rlef_mega.engines.generation import CPU_PREFILL_TOKENS, Request, generate_batch
+from rlef_mega.engines import EngineError, GenerationRequest
+from rlef_mega.engines.generation import CPU_PREFILL_TOKENS, generate_batch
 from rlef_mega.engines.sampling import request_uniforms, sample
 from rlef_mega.types import Sampling
 from tests.rlef_mega.tiny_llama import tiny_llama
@@ -35,12 +35,12 @@ def generate(model, requests):
 def requests_with_stops():
     """Ten of 61 words end a response, so that the rows finish at different times."""
     sampling = Sampling(max_new_tokens=30, stop_token_ids=tuple(range(10)))
-    return [Request(prompt, sampling, seed) for seed, prompt in enumerate(prompts(24))]
+    return [GenerationRequest(prompt, sampling, seed) for seed, prompt in enumerate(prompts(24))]
 
 
 def test_greedy_equals_transformers_generate_on_ragged_prompts(model):
     sampling = Sampling(max_new_tokens=12, temperature=0.0)
-    found = generate(model, [Request(prompt, sampling, 0) for prompt in prompts(9)])
+    found = generate(model, [GenerationRequest(prompt, sampling, 0) for prompt in prompts(9)])
     for prompt, completion in zip(prompts(9), found, strict=True):
         expected = model.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None
@@ -52,7 +52,9 @@ def test_greedy_equals_transformers_generate_on_ragged_prompts(model):
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
 def test_logprobs_are_those_of_a_full_forward_pass(model, temperature):
     sampling = Sampling(30, temperature, stop_token_ids=tuple(range(10)))
-    requests = [Request(prompt, sampling, seed) for seed, prompt in enumerate(prompts(24))]
+    requests = [
+        GenerationRequest(prompt, sampling, seed) for seed, prompt in enumerate(prompts(24))
+    ]
     for request, completion in zip(requests, generate(model, requests), strict=True):
         whole = torch.tensor([request.token_ids + completion.token_ids])
         with torch.no_grad():
@@ -107,19 +109,19 @@ def test_each_request_has_its_own_limits(model):
     found = generate(
         model,
         [
-            Request(first, Sampling(1), 0),
-            Request(second, Sampling(5, temperature=0.0), 1),
-            Request(third, Sampling(5, temperature=0.7, top_p=0.5), 2),
+            GenerationRequest(first, Sampling(1), 0),
+            GenerationRequest(second, Sampling(5, temperature=0.0), 1),
+            GenerationRequest(third, Sampling(5, temperature=0.7, top_p=0.5), 2),
         ],
     )
     assert [len(one.token_ids) for one in found] == [1, 5, 5]
-    (greedy,) = generate(model, [Request(second, Sampling(5, temperature=0.0), 9)])
+    (greedy,) = generate(model, [GenerationRequest(second, Sampling(5, temperature=0.0), 9)])
     assert found[1].token_ids == greedy.token_ids
 
 
 def test_generation_ends_at_the_last_position_that_the_model_knows(model):
     prompt = (1,) * (POSITIONS - 3)
-    (completion,) = generate(model, [Request(prompt, Sampling(50), 0)])
+    (completion,) = generate(model, [GenerationRequest(prompt, Sampling(50), 0)])
     assert len(completion.token_ids) == 3 and completion.finish_reason == "length"
 
 
@@ -128,7 +130,7 @@ def test_weights_that_give_nan_are_an_engine_error(model):
     with torch.no_grad():
         broken.lm_head.weight[3, 0] = torch.nan
     with pytest.raises(EngineError, match=r"NaN or infinite logits after 4 \+ 0 tokens"):
-        generate(broken, [Request((1, 2, 3, 4), Sampling(5), 0)])
+        generate(broken, [GenerationRequest((1, 2, 3, 4), Sampling(5), 0)])
 
 
 def draw(logits, count, temperature=1.0, top_p=1.0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralConfig
 
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, WeightsMismatchError
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.types import Sampling
 from tests.rlef_mega.tiny_llama import tiny_llama
@@ -160,7 +160,7 @@ def test_a_failed_wave_reaches_every_dialogue_and_none_hangs(engine):
 @pytest.mark.parametrize(
     ("token_ids", "sampling", "seed", "message"),
     [
-        ([5] * 64, SAMPLING, 0, "64 tokens, the model 64 positions"),
+        ([5] * 64, SAMPLING, 0, "64 tokens, but the engine takes at most 63"),
         ([5, 61], SAMPLING, 0, r"ids from 5 to 61, outside \[0, 61\)"),
         ([-1], SAMPLING, 0, "ids from -1 to -1"),
         ([], SAMPLING, 0, "prompt is empty"),
@@ -214,23 +214,25 @@ def test_weights_are_compared_after_the_cast_to_the_engines_type(folder, dtype, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda sent: sent.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
-        (lambda sent: sent.update(extra=torch.ones(1)), "unknown names: extra"),
+        (
+            lambda sent: sent.pop("model.norm.weight"),
+            r"missing from the update: model\.norm\.weight",
+        ),
+        (lambda sent: sent.update(extra=torch.ones(1)), "no weight extra"),
         (
             lambda sent: sent.update({"model.norm.weight": torch.ones(31)}),
-            r"wrong shape: model\.norm\.weight \[31\] instead of \[32\]",
+            r"model\.norm\.weight has shape \[31\] instead of \[32\]",
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(engine, change, message):
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_served(engine, change, message):
     torch.manual_seed(7)
     sent = weights(small_llama())
     change(sent)
-    before = weights(engine.model)
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(WeightsMismatchError, match=message):
         engine.update_weights(sent.items(), version=1)
-    assert engine.weight_version == 0
-    assert all(torch.equal(before[name], now) for name, now in engine.model.state_dict().items())
+    (outcome,) = run(dialogue(engine, 0, 1))
+    assert isinstance(outcome, EngineError) and "no weights" in str(outcome)
 
 
 def test_a_name_sent_twice_is_refused(engine):

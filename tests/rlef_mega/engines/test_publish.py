@@ -27,7 +27,7 @@ def test_weights_of_another_model_end_the_run_on_all_ranks_without_another_try(
 ):
     for tries, said in outcomes[case]:
         assert tries == 1 and said.startswith("WeightsMismatchError: version 1 was not published")
-        assert named in said and "model.norm.weight" in said
+        assert named in said
     assert len(outcomes[case]) == 2
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rlef_mega.engines.generation import Request
+from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.engines.sglang.weights import SentWeights, ServedModel
 from rlef_mega.types import Sampling
@@ -54,7 +54,7 @@ class ModelDouble(ServerDouble):
         sampling = Sampling(
             asked["max_new_tokens"], asked["temperature"], 1.0, tuple(asked["stop_token_ids"])
         )
-        request = Request(tuple(body["input_ids"]), sampling, asked["sampling_seed"])
+        request = GenerationRequest(tuple(body["input_ids"]), sampling, asked["sampling_seed"])
 
         def answer():
             with self.busy:

@@ -6,17 +6,19 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import pytest
 from transformers import LlamaForCausalLM
 
 from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError, EngineLostError
+from rlef_mega.engines.http import ServerError
+from rlef_mega.engines.sglang import fleet
 from rlef_mega.engines.sglang.engine import SGLangEngine
-from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet
-from rlef_mega.engines.sglang.http import ServerError
+from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet, Limits
 from rlef_mega.engines.sglang.members import Member
-from rlef_mega.engines.sglang.server import log_file
+from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.weights import ServedModel
 from rlef_mega.types import Completion, Sampling
 from tests.rlef_mega.engines.sglang.server_double import ServerDouble
@@ -32,6 +34,11 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def probe_often(monkeypatch):
+    monkeypatch.setattr(fleet, "SLOWEST_PROBE_S", 0.2)
+
+
 @pytest.fixture
 def servers(model):
     with ServerDouble(1, str(model)) as one, ServerDouble(2, str(model)) as two:
@@ -39,8 +46,11 @@ def servers(model):
 
 
 def open_engine(servers, model, **options) -> SGLangEngine:
-    options = {"heartbeat_s": 0.2, "deadline_s": 10.0, **options}
-    return SGLangEngine([server.url for server in servers], model, **options)
+    names = options.keys() & {field.name for field in fields(Limits)}
+    limits = Limits(
+        **{"heartbeat_s": 0.2, "deadline_s": 10.0, **{n: options.pop(n) for n in names}}
+    )
+    return SGLangEngine([server.url for server in servers], model, limits, **options)
 
 
 @pytest.fixture
@@ -284,7 +294,7 @@ def test_an_end_of_text_that_was_not_asked_for_is_a_token_like_others(engine, se
         ([], SAMPLING, "empty"),
         ([1000], SAMPLING, r"outside \[0, 1000\)"),
         ([-1], SAMPLING, "outside"),
-        ([1] * 194, SAMPLING, "194 tokens.*take 193"),
+        ([1] * 194, SAMPLING, "194 tokens.*at most 193"),
         ([1], Sampling(0), "max_new_tokens"),
         ([1], Sampling(3, temperature=-1), "temperature"),
         ([1], Sampling(3, top_p=0), "top_p"),
@@ -371,27 +381,27 @@ def test_a_probe_that_a_publication_overtook_brings_no_old_weights(outcome):
 
     async def run():
         client = RestoredClient()
-        member = Member(client)
-        fleet = Fleet([member], concurrency=1, deadline_s=1, lost_s=1, heartbeat_s=1)
+        member = Member(client, asyncio.Semaphore(1))
+        servers = Fleet([member], Limits())
         loads = []
 
         async def restore(one):
-            loads.append(fleet.version)
+            loads.append(servers.version)
             if outcome == "failed later":
-                fleet.withhold()
+                await servers.withhold()
             if outcome == "another":
-                fleet.version = 8
+                servers.version = 8
 
-        fleet.version, fleet.restore = 7, restore
-        await fleet.control.acquire()
-        probe = asyncio.create_task(fleet.require_current(member))
+        servers.version, servers.restore = 7, restore
+        await servers.control.acquire()
+        probe = asyncio.create_task(servers.require_current(member))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         if outcome == "failed":
-            fleet.withhold()
+            await servers.withhold()
         if outcome == "brought it":
-            fleet.bring_back(member)
-        fleet.control.release()
+            servers.bring_back(member)
+        servers.control.release()
         (ended,) = await asyncio.gather(probe, return_exceptions=True)
         return ended, loads
 
@@ -436,7 +446,7 @@ def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
     one, two = servers
     with publishing(servers, model, tmp_path, publish_s=60.0) as engine:
         two.mode = "hang"
-        engine.fleet.lost_s = 1.0
+        engine.limits.lost_s = 1.0
         engine.update_weights(weights_of(model).items(), 1)
         assert two.calls["pause_generation"] == 0
         assert {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
@@ -446,6 +456,7 @@ def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
             engine.update_weights(weights_of(model).items(), 2)
         with pytest.raises(EngineLostError, match=r"(?s)no server was ready.*says the log"):
             hold(engine, 1)
+        one.mode = two.mode = "answer"
 
 
 def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_later(
@@ -549,7 +560,7 @@ def test_versions_never_go_back_in_a_dialogue(engine, servers):
         async with engine.session() as session:
             versions = []
             while not versions or versions[0] != 4:  # until it is one's
-                session.place.member, session.place.version = None, -1
+                session.affinity.member, session.affinity.version = None, -1
                 versions = list((await session.generate([1, 2], SAMPLING, 0)).weight_versions)
             one.mode = "drop"
             with pytest.raises(EngineError, match="serves version 3, the dialogue has had 4"):
@@ -566,7 +577,7 @@ def test_a_server_with_unknown_parameters_is_refused_before_anything_is_sent(
         pass
     servers[0].names = servers[0].names | {"model.layers.2.mlp.down_proj.weight"}
     with (
-        pytest.raises(ValueError, match=r"not know how to verify.*layers\.2"),
+        pytest.raises(ValueError, match=r"cannot be verified.*layers\.2"),
         open_engine(servers, model, way="disk", weights_folder=tmp_path),
     ):
         pass

@@ -48,7 +48,7 @@ def sha(tensor: torch.Tensor) -> str:
 def test_checksums_are_those_of_fused_split_and_padded_parameters(model):
     weights = weights_of(model)
     sent = SentWeights(weights.items(), model, torch.float32, ranks=2)
-    assert sum(tensor.nbytes for _, tensor in sent) == sent.bytes_sent
+    list(sent)
     q, k, v = (weights[f"{LAYER}self_attn.{n}_proj.weight"] for n in "qkv")
     gate, up, down = (weights[f"{LAYER}mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
     o, head = weights[f"{LAYER}self_attn.o_proj.weight"], weights["lm_head.weight"]
@@ -66,26 +66,20 @@ def test_checksums_are_those_of_fused_split_and_padded_parameters(model):
         assert found.keys() == model.served_names()
 
 
-def test_parts_may_come_in_any_order_and_from_buffers_that_are_used_again(model):
+def test_parts_of_a_parameter_may_come_in_any_order_and_are_not_copied(model):
     weights = weights_of(model)
-
-    def from_one_buffer():
-        buffer = torch.empty(1000)
-        for name in sorted(weights, reverse=True):
-            view = buffer[: weights[name].numel()].view_as(weights[name])
-            yield name, view.copy_(weights[name])
-
-    straight = SentWeights(weights.items(), model, torch.bfloat16, ranks=1)
-    reversed_order = SentWeights(from_one_buffer(), model, torch.bfloat16, ranks=1)
-    got = {name: tensor for bucket in buckets(reversed_order, 300) for name, tensor in bucket}
-    assert all(torch.equal(got[n], tensor) for n, tensor in straight)
+    straight = SentWeights(weights.items(), model, torch.float32, ranks=1)
+    reversed_order = SentWeights(reversed(weights.items()), model, torch.float32, ranks=1)
+    sent = {name: tensor for bucket in buckets(reversed_order, 300) for name, tensor in bucket}
+    assert all(sent[n].data_ptr() == weights[n].data_ptr() for n, _ in straight)
     assert differing_parameters(straight.checksums, reversed_order.checksums) == ""
 
 
 def test_buckets_keep_to_their_size(model):
-    sent = SentWeights(weights_of(model).items(), model, torch.float32, ranks=1)
+    weights = weights_of(model)
+    sent = SentWeights(weights.items(), model, torch.float32, ranks=1)
     sizes = [[tensor.nbytes for _, tensor in bucket] for bucket in buckets(sent, 600)]
-    assert sum(map(sum, sizes)) == sent.bytes_sent and len(sizes) > 2
+    assert sum(map(sum, sizes)) == sum(t.nbytes for t in weights.values()) and len(sizes) > 2
     assert all(sum(bucket) <= 600 or len(bucket) == 1 for bucket in sizes)
 
 
@@ -94,7 +88,10 @@ def test_buckets_keep_to_their_size(model):
     [
         (lambda w: w.pop("model.norm.weight"), "missing.*model.norm.weight"),
         (lambda w: w.update({"model.extra.weight": torch.zeros(1)}), "no weight model.extra"),
-        (lambda w: w.update({"model.norm.weight": torch.zeros(9)}), r"is \[9\].*has \[8\]"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(9)}),
+            r"shape \[9\] instead of \[8\]",
+        ),
     ],
 )
 def test_what_is_not_the_servers_model_is_not_sent(model, change, reason):

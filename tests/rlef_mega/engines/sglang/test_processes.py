@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlef_mega.config import ConfigError, TrainConfig, dump_toml
+from rlef_mega.config import ConfigError, ServersConfig, TrainConfig, dump_toml
 from rlef_mega.engines import EngineError
-from rlef_mega.engines.sglang import server as sglang_server
+from rlef_mega.engines.sglang import processes
+from rlef_mega.engines.sglang.processes import CPU_LAUNCHER, ServerProcesses
 from rlef_mega.engines.sglang.serve import servers_for, serving
-from rlef_mega.engines.sglang.server import CPU_LAUNCHER, Servers, ServerSettings
 
 HEALTHY = """
 import http.server, os, sys
@@ -35,8 +35,8 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-def settings(folder: Path, program: str, **options) -> ServerSettings:
-    """What is started is this program in place of the server's Python."""
+def stand_in(folder: Path, program: str) -> str:
+    """Write this program in place of the server's Python; returns its path."""
     python, script = folder / "python", folder / "program.py"
     script.write_text(program)
     # not named in the first line itself, where no path may hold a space
@@ -44,8 +44,7 @@ def settings(folder: Path, program: str, **options) -> ServerSettings:
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n'
     )
     python.chmod(0o755)
-    given = {"device": "cuda", "dtype": "bfloat16", "context_length": 100, **options}
-    return ServerSettings(model=folder, python=str(python), **given)
+    return str(python)
 
 
 def free_port() -> int:
@@ -54,9 +53,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def servers(folder: Path, program: str, **options) -> Servers:
-    options = {"ready_s": 20.0, "logs": folder / "logs", **options}
-    return Servers(settings(folder, program), count=1, port=free_port(), **options)
+def servers(folder: Path, program: str, hang_s: float = 20.0, **asked) -> ServerProcesses:
+    python = stand_in(folder, program)
+    config = ServersConfig(**{"python": python, "port": free_port(), "ready_s": 20.0, **asked})
+    return ServerProcesses(
+        config, folder, dtype="bfloat16", context_length=9, logs=folder / "logs", hang_s=hang_s
+    )
 
 
 def test_a_server_that_ends_as_it_starts_is_an_error_with_its_last_words(tmp_path):
@@ -74,18 +76,17 @@ def test_a_server_that_is_not_ready_in_time_is_an_error_and_ends(tmp_path):
 
 
 def test_a_port_that_is_taken_is_not_mistaken_for_the_server(tmp_path):
-    running = servers(tmp_path, HEALTHY)
-    with running, pytest.raises(EngineError, match=r"answers at http://127.0.0.1:.* already"):
-        second = servers(tmp_path, HEALTHY)
-        second.servers[0].url = running.urls[0]
-        second.__enter__()
+    port = free_port()
+    with (
+        servers(tmp_path, HEALTHY, port=port),
+        pytest.raises(EngineError, match=r"answers at http://127.0.0.1:.* already"),
+    ):
+        servers(tmp_path, HEALTHY, port=port).__enter__()
 
 
 def test_there_is_no_python(tmp_path):
-    given = settings(tmp_path, "")
-    os.remove(given.python)
     with pytest.raises(EngineError, match="make setup-sglang"):
-        Servers(given, count=1, port=free_port(), logs=tmp_path, ready_s=1).__enter__()
+        servers(tmp_path, "", python=str(tmp_path / "absent")).__enter__()
 
 
 class EnoughError(Exception):
@@ -105,14 +106,14 @@ def test_what_ends_is_started_again(tmp_path):
         os.kill(first, signal.SIGKILL)
         with pytest.raises(EnoughError):
             running.supervise(say)
-        assert running.restarts == 1 and running.servers[0].process.pid != first
+        assert running.servers[0].process.pid != first
         assert urllib.request.urlopen(running.urls[0], timeout=5).status == 200
     assert "has ended" in said[0]
 
 
 def test_what_hangs_is_ended_and_started_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sglang_server, "ASK_EVERY_S", 0.1)
-    monkeypatch.setattr(sglang_server, "HEALTH_S", 0.3)
+    monkeypatch.setattr(processes, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(processes, "HEALTH_S", 0.3)
     said = []
 
     def say(text: str) -> None:
@@ -137,10 +138,10 @@ RESTING = HEALTHY.replace(
 @pytest.mark.parametrize("may_rest", [True, False])
 def test_servers_that_may_rest_are_left_alone_while_they_do(tmp_path, monkeypatch, may_rest):
     """Without memory a server is not healthy, for longer than one may hang."""
-    monkeypatch.setattr(sglang_server, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(processes, "ASK_EVERY_S", 0.1)
     rests = tmp_path / "rests"
     program = f"RESTS = {str(rests)!r}\n{RESTING}"
-    with servers(tmp_path, program, hang_s=0.5, may_rest=may_rest) as running:
+    with servers(tmp_path, program, hang_s=0.5, release_memory=may_rest) as running:
         (server,) = running.servers
         server.heard_at_s = time.monotonic()
         rests.touch()
@@ -158,26 +159,6 @@ def test_a_server_that_never_comes_back_is_an_error_in_the_end(tmp_path):
         os.kill(running.servers[0].process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match=r"ended 3 times before it was ready"):
             running.supervise(lambda text: None)
-
-
-def test_servers_die_with_their_parent(tmp_path):
-    given = settings(tmp_path, HEALTHY)
-    owner = f"""
-import sys, time
-from pathlib import Path, PosixPath
-from rlef_mega.engines.sglang.server import Servers, ServerSettings
-logs = Path({str(tmp_path)!r})
-with Servers({given!r}, count=1, port={free_port()}, logs=logs, ready_s=20) as servers:
-    print(servers.servers[0].process.pid, flush=True)
-    time.sleep(60)
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-    server = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    expect_end_of(server)
 
 
 def expect_end_of(process: int) -> None:
@@ -202,8 +183,8 @@ print("ended", flush=True)
 
 @pytest.mark.parametrize("end", ["its own", "kill -9"])
 def test_servers_live_as_long_as_the_training_that_they_were_started_for(tmp_path, end):
-    given = settings(tmp_path, HEALTHY)
-    config = recipe(tmp_path, python=given.python, port=free_port())
+    python = stand_in(tmp_path, HEALTHY)
+    config = recipe(tmp_path, python=python, port=free_port())
     path = tmp_path / "recipe.toml"
     path.write_text(dump_toml(config))
     pipe = subprocess.PIPE
@@ -222,9 +203,9 @@ def test_servers_live_as_long_as_the_training_that_they_were_started_for(tmp_pat
 
 
 def test_training_does_not_begin_without_its_servers(tmp_path, capfd):
-    given = settings(tmp_path, "print('CUDA out of memory')")
+    python = stand_in(tmp_path, "print('CUDA out of memory')")
     path = tmp_path / "recipe.toml"
-    path.write_text(dump_toml(config := recipe(tmp_path, python=given.python, port=free_port())))
+    path.write_text(dump_toml(config := recipe(tmp_path, python=python, port=free_port())))
     with pytest.raises(EngineError, match="did not start"), serving(config, [str(path)]):
         pytest.fail("they have ended")
     assert "CUDA out of memory" in capfd.readouterr().err
@@ -253,7 +234,7 @@ def recipe(folder: Path, engine: str = "sglang", **servers) -> TrainConfig:
 
 def test_a_recipe_says_which_servers_are_started_how(tmp_path):
     config = recipe(tmp_path, count=2, port=4000, tensor_parallel_size=4, arguments=["--x", "y"])
-    command = servers_for(config).servers[1].settings.command(4001)
+    command = servers_for(config).servers[1].command
     assert command[1:3] == ["-m", "sglang.launch_server"] and command[-2:] == ["--x", "y"]
     options = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
     assert options["--tp-size"] == "4" and options["--port"] == "4001"
@@ -261,13 +242,13 @@ def test_a_recipe_says_which_servers_are_started_how(tmp_path):
     assert options["--context-length"] == "1002"
     assert config.rollout.servers.addresses == ("http://127.0.0.1:4000", "http://127.0.0.1:4001")
     resting = servers_for(recipe(tmp_path, release_memory=True))
-    assert "--enable-memory-saver" in resting.servers[0].settings.command(4000)
+    assert "--enable-memory-saver" in resting.servers[0].command
     assert resting.sign_of_life != "/health"
     for count, width, gpus in ((8, 1, list(range(8))), (2, 4, [0, 4])):  # no two on one GPU
         several = servers_for(recipe(tmp_path, count=count, tensor_parallel_size=width))
-        first = [s.settings.command(s.port, s.first_gpu) for s in several.servers]
+        first = [server.command for server in several.servers]
         assert [int(c[c.index("--base-gpu-id") + 1]) for c in first] == gpus
-    on_cpu = servers_for(recipe(tmp_path, device="cpu")).servers[0].settings.command(4000)
+    on_cpu = servers_for(recipe(tmp_path, device="cpu")).servers[0].command
     assert on_cpu[1:3] == ["-P", str(CPU_LAUNCHER)] and "--base-gpu-id" not in on_cpu
 
 

@@ -1,0 +1,345 @@
+"""Requests to one SGLang server over HTTP, and the checks of its answers.
+
+Only this file knows the paths and fields of SGLang's interface. They were verified for the versions
+in SUPPORTED; others are refused, because a weight update that a server accepts with status 200 but
+does not perform would be noticed only after training has gone wrong.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import aiohttp
+import torch
+
+from rlef_mega.engines import GenerationRequest
+from rlef_mega.engines.http import ServerError, call
+from rlef_mega.types import Completion
+
+SUPPORTED = ("0.5.23",)
+FREE = "default"  # the weight version of a server to which nobody has published since its start
+WEIGHTS, CACHE = "weights", "kv_cache"  # tags of SGLang's memory saver
+ABORT_S = 2.0
+NO_LIMIT = 0.0  # seconds, as aiohttp reads it
+PROBE_S = 10.0  # for a short question to an idle server
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server reports of itself."""
+
+    version: str
+    model_path: str
+    dtype: str
+    device: str
+    tensor_parallel_size: int
+    context_length: int  # tokens of a prompt with its response
+    longest_prompt: int
+    weight_version: str
+
+
+@dataclass(frozen=True)
+class ServedCompletion:
+    """A completion, and how many tokens of its prompt came from the server's cache."""
+
+    completion: Completion
+    context_tokens: int
+    cached_tokens: int
+
+
+class Client:
+    """One server. `publish_s` bounds each call that belongs to a publication."""
+
+    def __init__(self, url: str, http: aiohttp.ClientSession, *, publish_s: float = 600.0) -> None:
+        self.url, self.http, self.publish_s = url, http, publish_s
+        self.paused_s = 0.0  # total time paused for weights
+        self.paused_at_s: float | None = None
+        self.released: list[str] = []  # tags of memory that the server has given back
+        self.aborting: set[asyncio.Task[None]] = set()
+
+    async def call(
+        self, path: str, body: Mapping[str, Any] | None = None, *, within_s: float | None = None
+    ) -> Any:
+        """Return the server's answer. Raises ServerError if none comes in time (default:
+        `publish_s`) or its status is not 200."""
+        limit_s = self.publish_s if within_s is None else within_s
+        return await call(self.http, self.url, path, body, within_s=limit_s)
+
+    async def read(
+        self,
+        path: str,
+        reader: Callable[[Any], T],
+        body: Mapping[str, Any] | None = None,
+        *,
+        within_s: float | None = None,
+    ) -> T:
+        """Return what `reader` makes of the answer. Raises ServerError if that is malformed."""
+        answer = await self.call(path, body, within_s=within_s)
+        try:
+            return reader(answer)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ServerError(
+                f"{self.url}{path}: malformed answer ({error!r}): {str(answer)[:200]}"
+            ) from None
+
+    async def succeed(
+        self, path: str, body: Mapping[str, Any], *, within_s: float | None = None
+    ) -> None:
+        """Make a call whose answer reports success beside HTTP's status."""
+        answer = await self.call(path, body, within_s=within_s)
+        if not (isinstance(answer, dict) and answer.get("success") is True):
+            raise ServerError(f"{self.url}{path}: {answer}")
+
+    async def info(self, *, within_s: float) -> ServerInfo:
+        weights = await self.reported_version(within_s=within_s)
+
+        def read(answer: Any) -> ServerInfo:
+            longest = int(answer["max_req_input_len"])
+            return ServerInfo(
+                version=answer["version"],
+                # the folder it started from; /model_info has the folder of the last update
+                model_path=answer["model_path"],
+                dtype=answer["dtype"],
+                device=answer["device"],
+                tensor_parallel_size=int(answer["tp_size"]),
+                # it uses all but one token of its context, and reports that less 5
+                context_length=longest + 4,
+                longest_prompt=longest - 1,  # it must be shorter
+                weight_version=weights,
+            )
+
+        return await self.read("/server_info", read, within_s=within_s)
+
+    async def weight_version(self, *, within_s: float | None = None) -> str:
+        """Return the version known to the scheduler, which stamps tokens with it.
+
+        A scheduler that hangs does not answer, though its HTTP process does; a paused one answers.
+        """
+        return await self.read(
+            "/server_info",
+            lambda answer: str(answer["internal_states"][0]["weight_version"]),
+            within_s=within_s,
+        )
+
+    async def reported_version(self, *, within_s: float) -> str:
+        """Return the version known to the HTTP process, which is cheap to ask."""
+        return await self.read(
+            "/model_info", lambda answer: str(answer["weight_version"]), within_s=within_s
+        )
+
+    async def check_health(self, *, within_s: float) -> None:
+        """Raise ServerError unless the scheduler is alive. Takes at least a second, because an idle
+        server generates a token for it."""
+        await self.call("/health", within_s=within_s)
+
+    async def generate(self, request: GenerationRequest) -> ServedCompletion:
+        """Sample a response, without a time limit: the caller watches the server's health.
+
+        When cancelled, also ends the request on the server, which notices a closed connection only
+        after up to 4 s. Raises ValueError if the server refuses the request as wrong.
+        """
+        request_id = uuid.uuid4().hex
+        body = {
+            "rid": request_id,
+            "input_ids": request.token_ids,
+            "sampling_params": sampling_parameters(request),
+            "return_logprob": True,
+        }
+        try:
+            return await self.read(
+                "/generate", lambda a: completion_of(a, request), body, within_s=NO_LIMIT
+            )
+        except asyncio.CancelledError:
+            self.begin_abort(request_id)  # in the background, since the server may hang
+            raise
+        except ServerError as error:
+            if error.status == 400:  # any other server would refuse it too
+                raise ValueError(f"the server refused the request: {error}") from None
+            raise
+
+    def begin_abort(self, request_id: str) -> None:
+
+        async def abort() -> None:
+            with contextlib.suppress(ServerError):  # the server will see the closed connection
+                await self.call("/abort_request", {"rid": request_id}, within_s=ABORT_S)
+
+        task = asyncio.create_task(abort())
+        self.aborting.add(task)
+        task.add_done_callback(self.aborting.discard)
+
+    # ----------------------------------------------------------------- weights
+
+    async def pause(self) -> None:
+        """Retract running requests: they keep their tokens, and their context is computed again on
+        `resume`, so that what follows comes from the new weights alone."""
+        self.paused_at_s = time.monotonic()
+        await self.call("/pause_generation", {"mode": "retract"})
+
+    async def resume(self) -> None:
+        """Continue sampling; first take back the memory of the cache if it was released."""
+        if self.released:
+            await self.occupy(CACHE)
+        # its only option empties the cache of a CUDA allocator, which a CPU build lacks
+        await self.call("/continue_generation", {"torch_empty_cache": False})
+        if self.paused_at_s is not None:
+            self.paused_s += time.monotonic() - self.paused_at_s
+            self.paused_at_s = None
+
+    async def release_memory(self) -> None:
+        """Pause, and free the memory of weights and cache; no request may be running.
+
+        A health check would make a server generate without weights, hence the pause. Needs SGLang's
+        memory saver, so a GPU.
+        """
+        await self.pause()
+        await self.call("/release_memory_occupation", {"tags": [CACHE, WEIGHTS]})
+        self.released = [CACHE, WEIGHTS]
+
+    async def make_room_for_weights(self, version: str) -> None:
+        """Take back the memory of the weights; `resume` takes back the cache's, which is larger.
+
+        A server that released nothing would die of this call, so one that was restarted, and no
+        longer has weights of `version`, is left alone.
+        """
+        released, self.released = self.released, []
+        if released and await self.weight_version() == version:
+            await self.occupy(WEIGHTS)
+            self.released = [CACHE]
+
+    async def occupy(self, tag: str) -> None:
+        """Take back released memory; its former contents are lost."""
+        await self.call("/resume_memory_occupation", {"tags": [tag]})
+        self.released = [other for other in self.released if other != tag]
+
+    async def load_from_disk(self, folder: str, version: str) -> None:
+        body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+        await self.succeed("/update_weights_from_disk", body)
+
+    async def join_group(
+        self,
+        name: str,
+        *,
+        backend: str,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+    ) -> None:
+        """Join the trainer's process group; the server's first rank gets `rank_offset`."""
+        body = {
+            "group_name": name,
+            "backend": backend,
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+        }
+        await self.succeed("/init_weights_update_group", body)
+
+    async def leave_group(self, name: str) -> None:
+        body = {"group_name": name}
+        await self.call("/destroy_weights_update_group", body, within_s=PROBE_S)
+
+    async def begin_update(self) -> None:
+        """Open an update, which SGLang requires since 0.5.22."""
+        try:
+            await self.succeed("/begin_weight_update", {})
+        except ServerError:  # perhaps one is still open, after an update that failed
+            await self.succeed("/end_weight_update", {})
+            await self.succeed("/begin_weight_update", {})
+
+    async def receive_bucket(self, bucket: Sequence[tuple[str, torch.Tensor]], group: str) -> None:
+        """Receive a broadcast and load it; returns when the server has done so."""
+        body = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await self.succeed("/update_weights_from_distributed", body)
+
+    async def receive_tensors(self, handles: Sequence[str]) -> None:
+        """Map and load shared tensors, by one handle for each rank of the server."""
+        body = {"serialized_named_tensors": list(handles), "flush_cache": False}
+        await self.succeed("/update_weights_from_tensor", body)
+
+    async def end_update(self, version: str) -> None:
+        """Set the new version, close the update and empty the cache of the old weights."""
+        await self.set_version(version)
+        await self.succeed("/end_weight_update", {})
+        await self.call("/flush_cache", {})
+
+    async def set_version(self, version: str, *, within_s: float | None = None) -> None:
+        body = {"new_version": version, "abort_all_requests": False}
+        await self.succeed("/update_weight_version", body, within_s=within_s)
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """Return the hash of each parameter, one dictionary for each tensor-parallel rank."""
+
+        def read(answer: Any) -> list[dict[str, str]]:
+            ranks = sorted(answer["ranks"], key=lambda r: r["parallelism_info"][0]["tp_rank"])
+            return [dict(rank["checksums"]) for rank in ranks]
+
+        return await self.read("/weights_checker", read, {"action": "checksum"})
+
+
+def sampling_parameters(request: GenerationRequest) -> dict[str, Any]:
+    """Return SGLang's form of a sampling. The seed has an effect only in deterministic servers."""
+    sampling = request.sampling
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        # otherwise the model's own end-of-text token would end the response too
+        "ignore_eos": not sampling.stop_token_ids,
+        "skip_special_tokens": False,
+        "sampling_seed": request.seed,
+    }
+
+
+def completion_of(answer: Any, request: GenerationRequest) -> ServedCompletion:
+    """Read an answer of /generate. Raises ValueError, KeyError or TypeError if it is incomplete."""
+    meta = answer["meta_info"]
+    entries = meta["output_token_logprobs"]
+    token_ids = tuple(int(entry[1]) for entry in entries)
+    logprobs = tuple(float(entry[0]) for entry in entries)
+    if list(token_ids) != list(answer["output_ids"]):
+        raise ValueError("the ids beside the log-probs are not those of the output")
+    if not token_ids or len(token_ids) > request.sampling.max_new_tokens:
+        raise ValueError(f"{len(token_ids)} tokens for at most {request.sampling.max_new_tokens}")
+    if not all(math.isfinite(logprob) and logprob <= 1e-3 for logprob in logprobs):
+        raise ValueError("a log-prob is NaN, infinite or positive")
+    reason = meta["finish_reason"]["type"]
+    if reason not in ("stop", "length"):
+        raise ValueError(f"it ended by {reason!r}")
+    versions = token_versions(meta["weight_versions"], len(token_ids))
+    completion = Completion(token_ids, logprobs, versions, reason)
+    return ServedCompletion(completion, len(request.token_ids), int(meta["cached_tokens"]))
+
+
+def token_versions(spans: Sequence[Mapping[str, Any]], tokens: int) -> tuple[int, ...]:
+    """Return the version of each token. Raises ValueError unless the spans cover all tokens once,
+    in order."""
+    bounds = [(int(span["start"]), int(span["end"])) for span in spans]
+    whole = bounds and bounds[0][0] == 0 and bounds[-1][1] == tokens
+    if not whole or any(left[1] != right[0] for left, right in pairwise(bounds)):
+        raise ValueError(f"weight versions {bounds} do not cover {tokens} tokens")
+    return tuple(
+        int(span["version"])  # ValueError for FREE, where none was published
+        for span, (start, end) in zip(spans, bounds, strict=True)
+        for _ in range(start, end)
+    )

@@ -1,0 +1,181 @@
+"""How a bucket of weights reaches paused SGLang servers: by broadcast, or as shared tensors.
+
+`Broadcast` uses a process group of this process (rank 0) and every rank of every server, over NCCL
+or gloo; it is made anew when a server comes, goes or restarts. `SharedTensors` serves servers of
+this node: HTTP carries handles of the tensors, CUDA IPC on a GPU, names of shared memory on a CPU.
+"""
+
+import base64
+import io
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing  # its tensors are pickled as handles
+
+from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang.client import Client
+from rlef_mega.engines.sglang.members import Member, on_all, on_each
+from rlef_mega.run.event_loop import LoopThread
+
+Bucket = Sequence[tuple[str, torch.Tensor]]
+
+
+class Broadcast:
+    """Sends buckets through a process group. `host` is this machine's address for the servers,
+    `backend` nccl or gloo."""
+
+    def __init__(self, thread: LoopThread, host: str, *, backend: str, deadline_s: float) -> None:
+        self.thread, self.host, self.backend = thread, host, backend
+        self.deadline_s = deadline_s
+        self.group: dist.ProcessGroup | None = None
+        self.group_name = ""
+        self.store: dist.TCPStore | None = None
+        self.members: list[Member] = []
+
+    def prepare(self, members: list[Member], ranks: int, *, same_processes: bool) -> None:
+        """Make a group with these servers, of `ranks` each, unless the last one will do."""
+        if self.group is None or members != self.members or not same_processes:
+            self.leave()
+            self.join(members, ranks)
+
+    def carry(self, bucket: Bucket) -> None:
+        """Announce the bucket to all servers, then send it as one run of bytes; returns when all
+        have loaded it."""
+
+        async def receive(client: Client) -> None:
+            await client.receive_bucket(bucket, self.group_name)
+
+        data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
+        receiving = self.thread.submit(on_all(self.members, receive))
+        # group: this process and every rank of every server
+        sending = dist.broadcast(data, group=self.group, group_src=0, async_op=True)
+        assert sending is not None
+        while not sending.is_completed():
+            if receiving.done():
+                receiving.result()  # raises if a server refused: it will not take part
+            time.sleep(0.001)
+        try:
+            sending.wait()
+        except RuntimeError as error:  # torch's; if a server failed, HTTP has the reason
+            receiving.result()
+            raise EngineError(f"a broadcast to the servers failed: {error}") from None
+        receiving.result()
+
+    def leave(self) -> None:
+        """Destroy the group, here and on the servers that are left of it."""
+        if self.group is None:
+            return
+
+        async def leave(client: Client) -> None:
+            await client.leave_group(self.group_name)
+
+        self.thread.wait_for(on_each(self.members, leave))
+        dist.destroy_process_group(self.group)
+        self.group = None
+
+    def join(self, members: list[Member], ranks: int) -> None:
+        """Make a group with every rank of these servers."""
+        self.group_name, self.members = f"rlef_{time.time_ns()}", members
+        world_size = 1 + ranks * len(members)
+        # NCCL's watchdog ends this process at the group's timeout; HTTP's must come before
+        timeout = timedelta(seconds=(2 if self.backend == "nccl" else 1) * self.deadline_s)
+        # port 0 is any free one; the servers join as its clients
+        self.store = store = dist.TCPStore(
+            self.host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
+        )
+        offsets = {m.client.url: 1 + ranks * index for index, m in enumerate(members)}
+
+        async def join(client: Client) -> None:
+            await client.join_group(
+                self.group_name,
+                backend=self.backend,
+                address=self.host,
+                port=store.port,
+                rank_offset=offsets[client.url],
+                world_size=world_size,
+            )
+
+        joining = self.thread.submit(on_all(members, join))
+        try:
+            self.group = make_group(self.group_name, store, world_size, self.backend, timeout)
+        except RuntimeError as error:  # torch's; if a server failed, HTTP has the reason
+            joining.result()
+            raise EngineError(f"the process group with the servers failed: {error}") from None
+        joining.result()
+
+    def close(self) -> None:
+        """Drop the group. With NCCL, a broadcast that a server did not receive would otherwise end
+        this process later."""
+        if self.group is not None and self.backend == "nccl":
+            self.group.abort()
+        self.group = self.store = None
+
+
+class SharedTensors:
+    """Lets servers on this node map buckets of this process."""
+
+    def __init__(self, thread: LoopThread) -> None:
+        self.thread = thread
+        self.members: list[Member] = []
+        self.ranks = 0
+
+    def prepare(self, members: list[Member], ranks: int, *, same_processes: bool) -> None:
+        self.members, self.ranks = members, ranks
+
+    def carry(self, bucket: Bucket) -> None:
+        """Send handles of the bucket to all servers; returns when all have loaded it."""
+
+        async def receive(client: Client) -> None:
+            # handles are counted, so each process that opens one needs its own
+            await client.receive_tensors([handle_of(bucket) for _ in range(self.ranks)])
+
+        self.thread.wait_for(on_all(self.members, receive))
+
+    def close(self) -> None:
+        pass
+
+
+def handle_of(bucket: Bucket) -> str:
+    """Return what SGLang needs to open the tensors in another process of this node."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    # on a CPU by name: file descriptors do not travel over HTTP
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        pickled = io.BytesIO()
+        ForkingPickler(pickled).dump(list(bucket))
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+    return base64.b64encode(pickled.getvalue()).decode()
+
+
+def make_group(
+    name: str, store: dist.Store, world_size: int, backend: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Make rank 0's side of a group with processes outside this job, as SGLang makes its own
+    (sglang.srt.utils.init_custom_process_group); torch has no public function for it."""
+    from torch.distributed import distributed_c10d as c10d
+
+    group, _ = c10d._new_process_group_helper(
+        world_size,
+        0,
+        [],
+        dist.Backend(backend),
+        dist.PrefixStore(name, store),
+        group_name=c10d.GroupName(name),
+        timeout=timeout,
+    )
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
+
+
+def own_address(url: str) -> str:
+    """Return this machine's address on the route to a server."""
+    host, _, port = url.partition("://")[2].partition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port or 80)))  # sends no packet
+        return str(probe.getsockname()[0])
