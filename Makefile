@@ -1,11 +1,12 @@
 # make setup   .venv with everything that needs no GPU
-# make demo    the main job, small: trains, evaluates, reports (two CPU cores, about 12 minutes)
-# make demo-sglang   the same training, with rollouts from two real SGLang servers on the same cores
-# make test    every test that needs no GPU, SGLang server or Slurm, lint and types first
-# make test-sglang   rollouts against the real SGLang server, in an environment of its own (3.3 GB)
-# make test-slurm    runs on a real Slurm of five nodes on this host; installs it where root and Debian are at hand
+# make demo    train, evaluate and report, small (two CPU cores, 6 to 11 minutes)
+# make demo-sglang   the same training, sampling from two real SGLang servers on the same cores
+# make test    lint, types, and the tests that need no GPU, SGLang server or Slurm
+# make test-slow     the tests that take more than a minute each
+# make test-sglang   rollouts from the real SGLang server, in an environment of its own (3.3 GB)
+# make test-slurm    runs on a real Slurm of five nodes on this host; installs it as root on Debian
 #
-# Wheels are kept in $(WHEELS) once fetched, so that a second checkout installs from there without a network.
+# Downloaded wheels are kept in $(WHEELS), so that another checkout installs without a network.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang demo demo-sglang test lint test-sglang test-slurm test-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang demo demo-sglang test lint test-slow test-sglang test-slurm test-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -25,7 +26,7 @@ $(VENV)/installed: pyproject.toml requirements-cpu.txt scripts/install.sh
 	sh scripts/install.sh "$(PYTHON)" "$(VENV)" "$(WHEELS)"
 	touch "$@"
 
-# The SGLang server's own environment: its pinned packages are not ours
+# The SGLang server's own environment, with pinned packages of its own.
 setup-sglang: .venv-sglang/installed
 
 .venv-sglang/installed: requirements-sglang-cpu.txt scripts/install.sh
@@ -45,10 +46,16 @@ lint: setup
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy" rlef_mega kernels/rlef_kernels sandbox/rlef_sandbox
 
+# Tests run in parallel, those that measure time alone after them.
+LOCAL := not gpu and not sglang and not slurm
 test: lint
-	"$(BIN)/python" -m pytest -m "not gpu and not sglang and not slurm" --durations=10
+	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and not timing" --numprocesses auto --dist loadfile --durations=10
+	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and timing" --durations=5
 
-# All of them, or with SGLANG_TESTS="sglang and not slow" those that start the servers only once
+test-slow: setup
+	"$(BIN)/python" -m pytest -m "$(LOCAL) and slow" --durations=10
+
+# SGLANG_TESTS="sglang and not slow" runs only those that start the servers once.
 SGLANG_TESTS ?= sglang
 test-sglang: setup setup-sglang
 	"$(BIN)/python" -m pytest -m "$(SGLANG_TESTS)" tests/sglang -rs --durations=10
@@ -57,7 +64,7 @@ test-slurm: setup
 	sh scripts/install_slurm.sh
 	"$(BIN)/python" -m pytest -m slurm tests/slurm -rs --durations=10
 
-# .venv has a CPU build of PyTorch; these need GPU_PYTHON, an environment with a CUDA build and `pip install -e .[dev]`
+# .venv has a CPU build of PyTorch: GPU_PYTHON is an environment with a CUDA build and `pip install -e .[dev]`.
 test-gpu:
 	"$(GPU_PYTHON)" -m pytest -m gpu
 
