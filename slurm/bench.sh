@@ -6,7 +6,7 @@
 #SBATCH --time=01:00:00
 #SBATCH --output=%x-%j.log
 #
-# `rlef bench` on a node of its own; the figures as JSON.
+# Run `rlef bench` on one node and write its figures as JSON.
 #
 #   sbatch slurm/bench.sh kernels [RECIPE] [options of rlef bench]
 

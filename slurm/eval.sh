@@ -5,14 +5,14 @@
 #SBATCH --time=04:00:00
 #SBATCH --output=%x-%j.log
 #
-# `rlef eval` of a Hugging Face folder on one node, with the sandbox beside it.
+# Run `rlef eval` on one node, with the sandbox on the same node.
 #
 #   sbatch slurm/eval.sh MODEL [options of rlef eval]
 
 ROOT=${RLEF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 DATA=${DATA:-humaneval:test}   # the problems
-OUT=${OUT:-runs/eval}          # the results' folder
-DTYPE=${DTYPE:-bfloat16}       # of the weights
+OUT=${OUT:-runs/eval}          # folder for the results
+DTYPE=${DTYPE:-bfloat16}       # data type of the weights
 GPUS_PER_NODE=${GPUS_PER_NODE:-1}
 # shellcheck source=slurm/lib/one_node.sh
 . "$ROOT/slurm/lib/one_node.sh"

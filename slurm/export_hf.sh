@@ -5,7 +5,7 @@
 #SBATCH --time=04:00:00
 #SBATCH --output=%x-%j.log
 #
-# `rlef export-hf` of a run's newest checkpoint on one node, without a GPU; a killed one goes on.
+# Run `rlef export-hf` on a run's newest checkpoint on one node, without a GPU; a killed export resumes.
 #
 #   sbatch slurm/export_hf.sh RUN OUT [options of rlef export-hf]
 

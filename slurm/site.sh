@@ -1,24 +1,24 @@
 # shellcheck shell=bash disable=SC2034
-# What is the same for all jobs of this cluster. Edit it once; the environment overrides it.
+# Settings of this cluster, for all jobs. Edit them once; the environment overrides them.
 
-PARTITION=${PARTITION:-}          # of the nodes that train and generate; empty: Slurm's default
-CPU_PARTITION=${CPU_PARTITION:-}  # of the nodes that grade, in a het job; empty: Slurm's default
-ACCOUNT=${ACCOUNT:-}              # whom the hours are counted for; empty: Slurm's default
+PARTITION=${PARTITION:-}          # partition of training and sampling nodes; empty: Slurm's default
+CPU_PARTITION=${CPU_PARTITION:-}  # partition of grading nodes, in a het job; empty: Slurm's default
+ACCOUNT=${ACCOUNT:-}              # account to charge; empty: Slurm's default
 
-GPU_MODEL=${GPU_MODEL:-}          # whose memory the plan counts with: h100-80gb, h200, b200, a100-80gb; empty: h100-80gb
+GPU_MODEL=${GPU_MODEL:-}          # GPU whose memory `rlef plan` checks: h100-80gb, h200, b200, a100-80gb; empty: h100-80gb
 
-VENV=${VENV:-$ROOT/.venv}         # where rlef-mega is installed, on a file system that all nodes share
-CONTAINER=${CONTAINER:-}          # an image that has it, instead of VENV; empty: no container
-CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis} # what runs the image: pyxis (srun's plugin) or apptainer
-MOUNTS=${MOUNTS:-$ROOT:$ROOT}     # what the container sees, as pyxis and apptainer write it; with data and models
+VENV=${VENV:-$ROOT/.venv}         # environment with rlef-mega, on a file system that all nodes share
+CONTAINER=${CONTAINER:-}          # image with rlef-mega, instead of VENV; empty: no container
+CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis} # runtime of the image: pyxis (srun's plugin) or apptainer
+MOUNTS=${MOUNTS:-$ROOT:$ROOT}     # mounts of the container, in the runtime's syntax; include data and models
 
-PORT=${PORT:-}                    # first of 10 ports of each node, then those of SGLang; empty: from the job's number
-DISK_GIB=${DISK_GIB:-200}         # free space that a run wants in its folder,
+PORT=${PORT:-}                    # first of 10 ports on each node, then SGLang's; empty: from the job's number
+DISK_GIB=${DISK_GIB:-200}         # free space that a run needs in its folder,
 TMP_GIB=${TMP_GIB:-5}             # in /tmp,
 SHM_GIB=${SHM_GIB:-8}             # and in /dev/shm, on each node
-CLOCK_SKEW_S=${CLOCK_SKEW_S:-5}   # by how much the nodes' clocks may differ
-SHARED_WAIT_S=${SHARED_WAIT_S:-60} # until a file of one node is seen by all others
+CLOCK_SKEW_S=${CLOCK_SKEW_S:-5}   # largest difference of the nodes' clocks
+SHARED_WAIT_S=${SHARED_WAIT_S:-60} # until all nodes see a file that one wrote
 
-# What the network wants. NCCL finds most of it; these are the usual ones to set.
+# Network settings. NCCL finds most of them; these are usually set by hand.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5

@@ -11,34 +11,34 @@
 #SBATCH --dependency=singleton
 #SBATCH --signal=B:USR1@900
 #
-# The paper's 8B run on GPU nodes of 8: 16 train, 20 generate, and their CPU cores grade; one allocation.
-# Loaded and planned; never run by us on GPUs.
+# The paper's 8B run on nodes of 8 GPUs: 16 train, 20 sample and grade on their CPU cores; one allocation.
+# Checked and planned; never run on GPUs by us.
 #
-#   bash slurm/train_8b.sh             checks that it can run, and submits it; CHAIN=5 submits five, one after another
-#   DRY_RUN=1 bash slurm/train_8b.sh   prints the plan and submits nothing
-#   sbatch slurm/train_8b.sh           submits it as it is
+#   bash slurm/train_8b.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
+#   DRY_RUN=1 bash slurm/train_8b.sh   print the plan, submit nothing
+#   sbatch slurm/train_8b.sh           submit it without the checks
 
 # shellcheck disable=SC2034 # settings, for slurm/lib
-RECIPE=${RECIPE:-llama31_8b}          # a TOML file, or a recipe's name; its layout says how many nodes train
-SETS=(rollout.servers.count=8)                                       # section.key=value, over the recipe
-ROLLOUT_NODES=${ROLLOUT_NODES:-20}      # that generate with SGLang; 0: each training rank does, in its own process
-SANDBOX_NODES=${SANDBOX_NODES:-0}       # that only grade; 0: those that generate do it beside, or those that train
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}       # 0: none
-HET=${HET:-0}                           # 1: a het job, with a component a role; 0: one allocation
+RECIPE=${RECIPE:-llama31_8b}          # a TOML file or a recipe's name; its layout gives the number of training nodes
+SETS=(rollout.servers.count=8)                                       # section.key=value, added to the recipe
+ROLLOUT_NODES=${ROLLOUT_NODES:-20}      # nodes that sample with SGLang; 0: each training rank samples in its own process
+SANDBOX_NODES=${SANDBOX_NODES:-0}       # nodes that only grade; 0: the sampling nodes grade too, or the training nodes
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}       # 0: no GPUs
+HET=${HET:-0}                           # 1: a het job, one component a role; 0: one allocation
 
-JOB_NAME=${JOB_NAME:-rlef-8b}       # one job of a name runs at a time: the others go on with its run
-TIME=${TIME:-2-00:00:00}            # limit of a job
-GRACE_S=${GRACE_S:-900}                 # before it, the step is finished and saved: longer than both take
-CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, one after another; what is done already ends at once
+JOB_NAME=${JOB_NAME:-rlef-8b}       # jobs of one name run one after another, each resuming the run
+TIME=${TIME:-2-00:00:00}            # time limit of a job
+GRACE_S=${GRACE_S:-900}                 # seconds before the limit to finish the step and save; must suffice for both
+CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, to run one after another; they end at once when the run is finished
 
-MAX_FAILURES=${MAX_FAILURES:-3}         # attempts that begin at the same checkpoint
-RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # between attempts of a job
-HANG_S=${HANG_S:-3600}                  # without a phase that begins or ends (rollout, update, a protocol of an evaluation): they hang
-START_S=${START_S:-3600}               # for the ranks to load the model or a checkpoint, and to begin the first phase
-SANDBOX_READY_S=${SANDBOX_READY_S:-120} # for the grading servers to start
-SERVERS_READY_S=${SERVERS_READY_S:-1800} # for the SGLang servers to load the model
-ALLREDUCE_GBPS=${ALLREDUCE_GBPS:-10}   # least bus bandwidth over all training ranks; 0: not measured
-NETWORK_S=${NETWORK_S:-300}             # for that measurement
+MAX_FAILURES=${MAX_FAILURES:-3}         # attempts from the same checkpoint before the run is given up
+RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # wait between attempts of a job
+HANG_S=${HANG_S:-3600}                  # the ranks hang if no phase (rollout, update, evaluation) begins or ends for so long
+START_S=${START_S:-3600}               # deadline for the ranks to load the model or a checkpoint
+SANDBOX_READY_S=${SANDBOX_READY_S:-120} # deadline for the grading servers to start
+SERVERS_READY_S=${SERVERS_READY_S:-1800} # deadline for the SGLang servers to load the model
+ALLREDUCE_GBPS=${ALLREDUCE_GBPS:-10}   # smallest bus bandwidth over all training ranks; 0: do not measure
+NETWORK_S=${NETWORK_S:-300}             # deadline for that measurement
 
 ROOT=${RLEF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$ROOT/slurm/lib/run.sh" ] || { echo "submit from the repository's root, or set RLEF_ROOT"; exit 2; }

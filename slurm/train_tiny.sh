@@ -10,47 +10,47 @@
 #SBATCH --dependency=singleton
 #SBATCH --signal=B:USR1@120
 #
-# A run of seconds on nodes without GPUs, with all the parts of a large one: 2 nodes train, 1 grades, and with
-# ROLLOUT_NODES=1 one generates. Its model, made by: rlef sft demo_base --set dir=runs/tiny-base --set steps=1
+# A run of seconds without GPUs, with all parts of a large one: 2 nodes train, 1 grades, and with ROLLOUT_NODES=1
+# one samples. Make its model first: rlef sft demo_base --set dir=runs/tiny-base --set steps=1
 #
-#   bash slurm/train_tiny.sh             checks that it can run, and submits it; CHAIN=5 submits five, one after another
-#   DRY_RUN=1 bash slurm/train_tiny.sh   prints the plan and submits nothing
-#   sbatch slurm/train_tiny.sh           submits it as it is
+#   bash slurm/train_tiny.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
+#   DRY_RUN=1 bash slurm/train_tiny.sh   print the plan, submit nothing
+#   sbatch slurm/train_tiny.sh           submit it without the checks
 
 # shellcheck disable=SC2034 # settings, for slurm/lib
-RECIPE=${RECIPE:-demo}          # a TOML file, or a recipe's name; its layout says how many nodes train
+RECIPE=${RECIPE:-demo}          # a TOML file or a recipe's name; its layout gives the number of training nodes
 SETS=(
     "run.dir=${RUN_DIR:-runs/tiny}"
     "model.path=${MODEL:-runs/tiny-base/init}"
     "run.steps=${STEPS:-6}"
     run.checkpoint_every=2
-    parallel.processes_per_node=1        # so that its two ranks are on two nodes
+    parallel.processes_per_node=1        # one of the two ranks on each node
     rollout.episodes_per_batch=8
     ppo.updates_per_batch=2
     eval.every=2
     eval.problems=4
     "data.test=''"
-    guard.max_invalid_fraction=1.0       # an untrained model writes no code at all
+    guard.max_invalid_fraction=1.0       # an untrained model writes no valid code
     learner.policy.lr=1e-3
-)                                       # section.key=value, over the recipe
-ROLLOUT_NODES=${ROLLOUT_NODES:-0}      # that generate with SGLang; 0: each training rank does, in its own process
-SANDBOX_NODES=${SANDBOX_NODES:-1}       # that only grade; 0: those that generate do it beside, or those that train
-GPUS_PER_NODE=${GPUS_PER_NODE:-0}       # 0: none
-HET=${HET:-0}                           # 1: a het job, with a component a role; 0: one allocation
+)                                       # section.key=value, added to the recipe
+ROLLOUT_NODES=${ROLLOUT_NODES:-0}      # nodes that sample with SGLang; 0: each training rank samples in its own process
+SANDBOX_NODES=${SANDBOX_NODES:-1}       # nodes that only grade; 0: the sampling nodes grade too, or the training nodes
+GPUS_PER_NODE=${GPUS_PER_NODE:-0}       # 0: no GPUs
+HET=${HET:-0}                           # 1: a het job, one component a role; 0: one allocation
 
-JOB_NAME=${JOB_NAME:-rlef-tiny}       # one job of a name runs at a time: the others go on with its run
-TIME=${TIME:-10:00}            # limit of a job
-GRACE_S=${GRACE_S:-120}                 # before it, the step is finished and saved: longer than both take
-CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, one after another; what is done already ends at once
+JOB_NAME=${JOB_NAME:-rlef-tiny}       # jobs of one name run one after another, each resuming the run
+TIME=${TIME:-10:00}            # time limit of a job
+GRACE_S=${GRACE_S:-120}                 # seconds before the limit to finish the step and save; must suffice for both
+CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, to run one after another; they end at once when the run is finished
 
-MAX_FAILURES=${MAX_FAILURES:-3}         # attempts that begin at the same checkpoint
-RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # between attempts of a job
-HANG_S=${HANG_S:-120}                  # without a phase that begins or ends (rollout, update, a protocol of an evaluation): they hang
-START_S=${START_S:-600}               # for the ranks to load the model or a checkpoint, and to begin the first phase
-SANDBOX_READY_S=${SANDBOX_READY_S:-120} # for the grading servers to start
-SERVERS_READY_S=${SERVERS_READY_S:-1800} # for the SGLang servers to load the model
-ALLREDUCE_GBPS=${ALLREDUCE_GBPS:-0.01}   # least bus bandwidth over all training ranks; 0: not measured
-NETWORK_S=${NETWORK_S:-300}             # for that measurement
+MAX_FAILURES=${MAX_FAILURES:-3}         # attempts from the same checkpoint before the run is given up
+RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # wait between attempts of a job
+HANG_S=${HANG_S:-120}                  # the ranks hang if no phase (rollout, update, evaluation) begins or ends for so long
+START_S=${START_S:-600}               # deadline for the ranks to load the model or a checkpoint
+SANDBOX_READY_S=${SANDBOX_READY_S:-120} # deadline for the grading servers to start
+SERVERS_READY_S=${SERVERS_READY_S:-1800} # deadline for the SGLang servers to load the model
+ALLREDUCE_GBPS=${ALLREDUCE_GBPS:-0.01}   # smallest bus bandwidth over all training ranks; 0: do not measure
+NETWORK_S=${NETWORK_S:-300}             # deadline for that measurement
 
 if [ "$ROLLOUT_NODES" != 0 ]; then       # SGLang without a GPU: `make setup-sglang`
     SETS+=(rollout.engine=sglang rollout.servers.device=cpu rollout.servers.memory_fraction=0.05

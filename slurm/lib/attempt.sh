@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# One attempt at a run: checks, services, ranks, and watching over them.
-# Exit codes are the ranks': 0 done, 2 failed, 3 stopped on request and saved.
+# One attempt at a run: check nodes and network, start services and ranks, supervise them.
+# Exit codes are the ranks': 0 finished, 2 failed, 3 stopped on request and saved.
 
-declare -A PIDS=() # of the sruns of this attempt, by component
+declare -A PIDS=() # process ids of this attempt's srun commands, by component
 STOPPED=3
 
-open_logs() { # a folder for this attempt, `latest` points to it; with all that tells what was run
+open_logs() { # make this attempt's folder, link `latest` to it, and record what is run
     local n=1
     while ! mkdir "$STATE/attempt_$(printf %03d $n)" 2>/dev/null; do n=$((n + 1)); done
     LOGS=$STATE/attempt_$(printf %03d $n)
@@ -19,20 +19,20 @@ open_logs() { # a folder for this attempt, `latest` points to it; with all that 
     say "attempt $n of job $SLURM_JOB_ID on ${NODES[train]} | ${NODES[rollout]:-} | ${NODES[sandbox]}; logs in $LOGS"
 }
 
-newest_checkpoint() { # its step, or 0
+newest_checkpoint() { # print the step of the newest checkpoint, or 0
     local found
     found=$(find "$RUN/checkpoints" -maxdepth 1 -regex '.*/step_[0-9]+' 2>/dev/null | sort | tail -n 1)
     found=${found##*step_}
     echo $((10#${found:-0}))
 }
 
-count_attempt() { # stops the run when MAX_FAILURES attempts began at the same checkpoint
+count_attempt() { # stop the run when MAX_FAILURES attempts began at the same checkpoint
     local at last=none tries=0
     at=$(newest_checkpoint)
     [ ! -f "$STATE/tries" ] || read -r last tries <"$STATE/tries"
     [ "$last" = "$at" ] || tries=0
     [ "$tries" -lt "$MAX_FAILURES" ] ||
-        die "$tries attempts have failed at step $at. Mend the cause, remove $STATE/tries, and submit again"
+        die "$tries attempts have failed at step $at. Fix the cause, remove $STATE/tries, and submit again"
     echo "$at $((tries + 1))" >"$STATE/tries"
 }
 
@@ -53,42 +53,42 @@ check_nodes() {
     for role in "${pids[@]}"; do await "$role" || faulty=1; done
     if [ $faulty = 1 ]; then
         sed 's/^/  /' "$LOGS"/check_*.log
-        say "FAILED: the nodes are not fit for the run"
+        say "FAILED: node checks failed (above)"
         return 2
     fi
 }
 
-check_network() { # as training has it: a process a rank
+check_network() { # one process a rank, as in training
     [ "$ALLREDUCE_GBPS" != 0 ] && [ "$RANKS" -gt 1 ] || return 0
     (MASTER_PORT=$((PORT + 1)) step check_network train "$RANKS_PER_NODE" \
         timeout "$NETWORK_S" "$PYTHON" -m rlef_mega.cluster.allreduce_check "$ALLREDUCE_GBPS") &
     await $! || {
         sed 's/^/  /' "$LOGS/check_network.log"
-        say "FAILED: the training nodes' network"
+        say "FAILED: the network check of the training nodes"
         return 2
     }
     say "$(sed 's/^[0-9]*: //' "$LOGS/check_network.log" | grep all-reduce)"
 }
 
 start_services() {
-    local deaf=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while ranks still need us
+    local deaf=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while the ranks still need the services
     (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${deaf[@]}" "$PYTHON" -m rlef_sandbox serve \
         --host 0.0.0.0 --port "$SANDBOX_PORT") &
     PIDS[sandbox]=$!
     [ "$ROLLOUT_NODES" != 0 ] || return 0
-    # shellcheck disable=SC2016 # the node's own name
+    # shellcheck disable=SC2016 # expanded on the node
     (step rollout rollout 1 "${deaf[@]}" bash -c 'exec "$0" -m rlef_mega.cli serve "$@" --set rollout.servers.host="$SLURMD_NODENAME"' \
         "$PYTHON" "$RECIPE" "${SET_WORDS[@]}") &
     PIDS[rollout]=$!
 }
 
-all_running() { # or says who has ended, and how
+all_running() { # check all components; report one that has ended, and its exit code
     local name code
     for name in "${!PIDS[@]}"; do
         if ! kill -0 "${PIDS[$name]}" 2>/dev/null; then
             code=0
             wait "${PIDS[$name]}" || code=$?
-            say "FAILED: $name has ended with code $code; the end of $LOGS/$name.log:"
+            say "FAILED: $name ended with code $code; the end of $LOGS/$name.log:"
             tail -n 15 "$LOGS/$name.log" 2>/dev/null | sed 's/^/  /'
             unset "PIDS[$name]"
             return 2
@@ -96,12 +96,12 @@ all_running() { # or says who has ended, and how
     done
 }
 
-wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: until each answers /health with 200
+wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: wait until each server answers /health with 200
     local url began=$SECONDS urls
     urls=$(url_list "$2" "$3" "$4" | tr -d '[]"' | tr ',' ' ')
     for url in $urls; do
         until curl -fsS -m 5 --noproxy '*' -H @- -o /dev/null "$url/health" 2>/dev/null \
-            <<<"Authorization: Bearer $RLEF_SANDBOX_TOKEN"; do # by a pipe: command lines are seen by all
+            <<<"Authorization: Bearer $RLEF_SANDBOX_TOKEN"; do # through a pipe: all users can see command lines
             all_running || return 2
             if [ -n "$ASKED_TO_STOP" ]; then return "$STOPPED"; fi
             if [ $((SECONDS - began)) -gt "$5" ]; then
@@ -115,14 +115,14 @@ wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: until each answers 
     say "$1 ready after $((SECONDS - began)) s: $urls"
 }
 
-prepare() { # what `rlef train` does before it starts ranks
-    # the first task alone works, for as long as it takes: without a bound on how far tasks end apart
-    # shellcheck disable=SC2016 # each task's own number
+prepare() { # run the checks of `rlef train`, and write the run directory
+    # only the first task works, so the others may end much earlier
+    # shellcheck disable=SC2016 # expanded in the task
     (STEP_WAIT_S=0 step prepare train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
         "$PYTHON" -m rlef_mega.cluster.slurm prepare "$RECIPE" "${SETS[@]}") &
     await $! || {
         sed 's/^/  /' "$LOGS/prepare.log"
-        say "FAILED: the run cannot go"
+        say "FAILED: the checks of the run failed"
         return 2
     }
 }
@@ -132,10 +132,10 @@ start_ranks() {
     echo starting >"$RUN/progress"
     (step train train "$RANKS_PER_NODE" "$PYTHON" -m rlef_mega.train "$RUN") &
     PIDS[train]=$!
-    say "training: $RANKS ranks go on from step $(newest_checkpoint) of $STEPS"
+    say "training: $RANKS ranks resume from step $(newest_checkpoint) of $STEPS"
 }
 
-supervise() { # until the ranks end; returns their code, 2 when a service ends or the ranks hang
+supervise() { # wait for the ranks; return their code, or 2 when a service ends or the ranks hang
     local code silent_s limit_s doing
     while all_but_train_running; do
         if ! kill -0 "${PIDS[train]}" 2>/dev/null; then
@@ -169,17 +169,17 @@ all_but_train_running() {
     return $code
 }
 
-stop_all() { # services are killed: nothing that they hold is needed
+stop_all() { # kill the services: they hold nothing that is needed
     local name
     for name in "${!PIDS[@]}"; do kill "${PIDS[$name]}" 2>/dev/null; done
     sleep 0.2
-    for name in "${!PIDS[@]}"; do kill "${PIDS[$name]}" 2>/dev/null; done # twice: srun does not wait
+    for name in "${!PIDS[@]}"; do kill "${PIDS[$name]}" 2>/dev/null; done # the second signal makes srun exit at once
     for name in "${!PIDS[@]}"; do wait "${PIDS[$name]}" 2>/dev/null; done
     PIDS=()
 }
 
 attempt() {
-    check_nodes && say "nodes are fit" || return 2
+    check_nodes && say "node checks passed" || return 2
     check_network || return 2
     start_services
     wait_ready sandbox sandbox "$SANDBOX_PORT" 1 "$SANDBOX_READY_S" || return

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# A command on one node, in the container or the virtual environment; for the scripts that are not a run.
+# Run one command on one node, in the container or the virtual environment: for eval.sh, export_hf.sh, bench.sh.
 set -uo pipefail
 TRAIN_NODES=1 ROLLOUT_NODES=0 SANDBOX_NODES=0
 # shellcheck source=slurm/site.sh
@@ -11,7 +11,7 @@ export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 set_software
 
-on_node() { # arguments of Python
+on_node() { # on_node ARGUMENTS...: run Python with them
     [ -n "${SLURM_JOB_ID:-}" ] || die "submit it with sbatch"
     say "on $(hostname): $*"
     in_software "$PYTHON" "$@" || die "it ended with code $?"

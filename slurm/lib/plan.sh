@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# Before a job: what a run needs, whether the cluster has it, and sbatch.
+# Before a job: read what the run needs, check that the cluster has it, and call sbatch.
 
-read_layout() { # RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
+read_layout() { # set RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
     local found
     found=$(in_software "$PYTHON" -m rlef_mega.cluster.slurm layout "$RECIPE" "${SETS[@]}" 2>&1) || die "the recipe: $found"
     eval "$found"
@@ -9,7 +9,7 @@ read_layout() { # RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
     [ "$ROLLOUT_NODES" = 0 ] || [ "$ENGINE" = sglang ] || die "rollout.engine is $ENGINE; ROLLOUT_NODES must be 0"
     [ "$ROLLOUT_NODES" != 0 ] || [ "$ENGINE" = local ] || die "rollout.engine is $ENGINE; ROLLOUT_NODES must not be 0"
     TRAIN_GPUS=$((GPUS_PER_NODE ? RANKS_PER_NODE : 0))
-    # torch.distributed, the check of the network, grading; from 10 on SGLang
+    # torch.distributed, network check, grading; from 10 on, SGLang
     PORT=${PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 1000 * 10))}
     SANDBOX_PORT=$((PORT + 2)) SERVER_PORT=$((PORT + 10))
 }
@@ -31,7 +31,7 @@ END
     in_software "$PYTHON" -m rlef_mega.cli plan "$RECIPE" "${words[@]}" || die "rlef plan refuses the recipe"
 }
 
-require_nodes() { # require_nodes PARTITION COUNT GPUS WHAT: stops if the cluster has not as many, busy or not
+require_nodes() { # require_nodes PARTITION COUNT GPUS WHAT: stop if the cluster has fewer, busy or not
     local where=() have
     [ -z "$1" ] || where=(--partition="$1")
     have=$(sinfo --noheader --Node --format='%N %G %t' "${where[@]}" |
@@ -44,7 +44,7 @@ require_nodes() { # require_nodes PARTITION COUNT GPUS WHAT: stops if the cluste
             "Change the layout, the nodes, or PARTITION"
 }
 
-submit() { # what `bash slurm/train_8b.sh` does: refuses what cannot run, and submits CHAIN jobs, one after another
+submit() { # check the run and submit CHAIN jobs (`bash slurm/train_8b.sh`)
     local parts=() refusal n extra=()
     [ -z "$ACCOUNT" ] || extra+=(--account="$ACCOUNT")
     local gpu=("${extra[@]}") cpu=("${extra[@]}")
@@ -57,7 +57,7 @@ submit() { # what `bash slurm/train_8b.sh` does: refuses what cannot run, and su
         die "$SERVERS_PER_NODE servers x $GPUS_PER_SERVER GPUs a node, but GPUS_PER_NODE=$GPUS_PER_NODE"
     local all=(--exclusive --mem=0 "--job-name=$JOB_NAME" "--time=$TIME" "--signal=B:USR1@$GRACE_S" --requeue
         --open-mode=append "--output=${JOB_LOG:-$JOB_NAME-%j.log}" --dependency=singleton)
-    if [ "$HET" = 1 ]; then # names of their own, or `singleton` makes components wait for each other
+    if [ "$HET" = 1 ]; then # components need different names, or `singleton` makes them wait for each other
         require_nodes "$PARTITION" $((TRAIN_NODES + ROLLOUT_NODES)) "$GPUS_PER_NODE" "training and rollouts"
         parts=("${all[@]}" "${gpu[@]}" --nodes="$TRAIN_NODES")
         [ "$ROLLOUT_NODES" = 0 ] || parts+=(: "--job-name=$JOB_NAME-rollout" --exclusive --mem=0 "${gpu[@]}" --nodes="$ROLLOUT_NODES")

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# The whole of a run, in a job or before it. Sourced at the end of slurm/train_*.sh, whose settings it uses.
+# A whole run, inside a job or before it. Sourced at the end of slurm/train_*.sh, whose settings it uses.
 #
-# In a job this script, on the first node, owns all: it starts services and ranks as steps, and whatever
-# ends, fails or hangs ends the attempt. Who starts what again:
-#   a component ended, a hang      this script, on the same nodes
-#   preemption, a dead node        Slurm, which requeues the job (--requeue)
-#   the time limit                 the next job of the chain (--dependency=singleton)
-# Each goes on from the newest good checkpoint; MAX_FAILURES attempts that began at the same one end it.
+# In a job, this script runs on the first node and starts services and ranks as steps. A component that ends,
+# fails or hangs ends the attempt. The run is restarted
+#   by this script, on the same nodes    after a component ended or hung
+#   by Slurm (--requeue)                 after preemption or a dead node
+#   by the next job of the chain         after the time limit (--dependency=singleton)
+# always from the newest good checkpoint. MAX_FAILURES attempts from the same checkpoint end the run.
 set -uo pipefail
 
 # shellcheck source=slurm/site.sh
@@ -19,9 +19,9 @@ set -uo pipefail
 . "$ROOT/slurm/lib/attempt.sh"
 
 # shellcheck disable=SC2206 # words
-SETS+=(${MORE_SETS:-}) # more settings from the environment, with spaces between them
+SETS+=(${MORE_SETS:-}) # more settings from the environment, separated by spaces
 cd "$ROOT" || die "no folder $ROOT"
-export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}" # the checkout's code runs
+export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}" # run the code of this checkout
 set_software
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
@@ -33,19 +33,19 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [ "${DRY_RUN:-0}" = 1 ]; then
 fi
 
 ASKED_TO_STOP=""
-ask_to_stop() { # from Slurm, before the time limit or a preemption: the ranks see the file at the end of their step
+ask_to_stop() { # Slurm signals before a time limit or a preemption; the ranks see the file after their step
     ASKED_TO_STOP=1
     say "asked to stop by SIG$1; the current step is finished and saved"
     [ -z "${RUN:-}" ] || touch "$RUN/stop"
 }
-is_preempted() { # Slurm has sent SIGTERM to the steps alone, and will kill the job when the grace time is over
+is_preempted() { # Slurm has sent SIGTERM to the steps only, and will kill the job after the grace time
     scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
 }
 
-requeue() { # a job that ends within the grace time is over for Slurm, whatever its code
-    say "$1; Slurm is asked to requeue the job"
-    scontrol requeue "$SLURM_JOB_ID" || die "Slurm does not; submit it again"
-    sleep 300 # until Slurm ends this script
+requeue() { # Slurm regards a job that ends within the grace time as finished, whatever its exit code
+    say "$1; requesting a requeue from Slurm"
+    scontrol requeue "$SLURM_JOB_ID" || die "Slurm refused the requeue; submit the job again"
+    sleep 300 # Slurm ends this script meanwhile
 }
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
@@ -55,12 +55,12 @@ read_layout
 mkdir -p "$RUN/slurm" || die "cannot write $RUN"
 STATE=$RUN/slurm
 if [ -f "$STATE/done" ] && [ "$(<"$STATE/done")" -ge "$STEPS" ]; then
-    say "all $STEPS steps are done already"
+    say "all $STEPS steps are finished already"
     exit 0
 fi
 deal_nodes
 
-RLEF_SANDBOX_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n') # of this job alone, in no file
+RLEF_SANDBOX_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n') # of this job only, stored in no file
 MASTER_ADDR=${NODES[train]%% *} MASTER_PORT=$PORT
 export RLEF_SANDBOX_TOKEN MASTER_ADDR MASTER_PORT
 SETS+=("judge.servers=$(url_list sandbox "$SANDBOX_PORT" 1)")
@@ -80,12 +80,12 @@ while :; do
     case $code in
         0)
             echo "$STEPS" >"$STATE/done"
-            say "done: $STEPS steps in $RUN"
+            say "finished: $STEPS steps in $RUN"
             exit 0
             ;;
         "$STOPPED")
             echo "stopped 0" >"$STATE/tries"
-            say "stopped and saved; what comes next goes on from step $(newest_checkpoint)"
+            say "stopped and saved; the next job resumes from step $(newest_checkpoint)"
             ! is_preempted || requeue "it was preempted"
             exit $STOPPED
             ;;

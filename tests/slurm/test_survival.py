@@ -81,7 +81,7 @@ def test_a_chain_of_jobs_goes_through_time_limits(runs, undisturbed, tmp_path):
     said = runs.wait(run, jobs[2])
     assert metrics(run) == undisturbed
     again = runs.submit(run)
-    assert f"all {STEPS} steps are done already" in runs.wait(run, again)
+    assert f"all {STEPS} steps are finished already" in runs.wait(run, again)
 
 
 def test_what_ends_is_started_again_in_the_same_job(runs, undisturbed, tmp_path):
@@ -95,7 +95,7 @@ def test_what_ends_is_started_again_in_the_same_job(runs, undisturbed, tmp_path)
         runs.cluster.wait_for(lambda n=attempt: f"attempt {n + 2}" in runs.said(run), 100)
         assert len(metrics(run)) < STEPS
     said = runs.wait(run, job)
-    assert "sandbox has ended with code" in said and "training ended with code" in said, said
+    assert "sandbox ended with code" in said and "training ended with code" in said, said
     assert runs.cluster.field(job, "Restarts") == "0"
     assert metrics(run) == undisturbed
 
