@@ -28,7 +28,7 @@ from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.safetensors_files import (
     Shard,
-    Stored,
+    StoredTensor,
     plan_shards,
     write_index,
     write_tensors,
@@ -81,7 +81,7 @@ def generate(folder: Path, config: LlamaConfig) -> int:
     folder.mkdir()
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
-    tensors = [Stored(t.name, t.shape, torch.bfloat16) for t in name_map(config)]
+    tensors = [StoredTensor(t.name, t.shape, torch.bfloat16) for t in name_map(config)]
     shards = plan_shards(tensors, "5GB")
     write_tensors(folder, shards, numbers(shards))
     write_index(folder, shards)

@@ -8,7 +8,6 @@ is done.
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from rlef_mega.megatron.hf_weights import export_hf
 from rlef_mega.megatron.network import accelerations
 from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.packing import pack
-from rlef_mega.run.directory import Clock, RunDirectory
+from rlef_mega.run.directory import Clock, RunDirectory, folder_written_whole
 from rlef_mega.run.launch import StopRequest, collect_garbage, worker_main
 from rlef_mega.run.manifest import versions
 from rlef_mega.run.progress import StepProgress
@@ -113,13 +112,17 @@ def encode(messages: Sequence[str], chat: ChatFormat) -> Episode:
 
 
 def make_initial_model(config: SFTConfig) -> None:
-    """Tokenizer and random weights in `init/`, once; the same on every machine for the same
-    seed."""
+    """Write a tokenizer and random weights to `init/`, unless they exist. The same seed gives the
+    same weights on every machine."""
     final = Path(config.dir) / "init"
     if final.exists():
         return
-    folder = final.with_suffix(".partial")  # so that a kill leaves no half of it under its name
-    shutil.rmtree(folder, ignore_errors=True)
+    with folder_written_whole(final) as folder:
+        write_untrained_model(config, folder)
+
+
+def write_untrained_model(config: SFTConfig, folder: Path) -> None:
+    """Train the tokenizer and draw the weights into `folder`."""
     tokenizer = train_tokenizer(folder, config.vocab_size)
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -138,7 +141,6 @@ def make_initial_model(config: SFTConfig) -> None:
     model = LlamaForCausalLM(shape)
     initialize_weights(model, torch.Generator().manual_seed(config.seed))
     model.save_pretrained(folder)
-    folder.rename(final)
 
 
 @torch.no_grad()

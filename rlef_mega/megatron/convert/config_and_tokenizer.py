@@ -1,4 +1,4 @@
-"""What a Hugging Face folder has beside its weights: config, generation config, tokenizer, chat
+"""The files of a Hugging Face folder beside its weights: config, generation config, tokenizer, chat
 template, licence."""
 
 import json
@@ -16,13 +16,12 @@ from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.safetensors_files import INDEX
 
 Role = Literal["policy", "critic"]
-# whatever of these the source has
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TEMPLATES = "additional_chat_templates"
 
 
 def copy_companions(source: Path, out: Path, *, role: Role, dtype: torch.dtype) -> None:
-    """The source's files as they are, but for what `config.json` says of role and dtype."""
+    """Copy the source's files as they are, but adapt `config.json` to the role and dtype."""
     for pattern in COPIED:
         for path in source.glob(pattern):
             if path.name != INDEX:
@@ -36,7 +35,7 @@ def copy_companions(source: Path, out: Path, *, role: Role, dtype: torch.dtype) 
 
 
 def config_for(config: dict[str, Any], role: Role, dtype: torch.dtype) -> dict[str, Any]:
-    """A critic is a token-classification model whose one label is the value."""
+    """Adapt a config. A critic is a token-classification model whose one label is the value."""
     names: Any = {
         "policy": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "critic": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,

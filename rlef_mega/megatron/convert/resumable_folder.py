@@ -1,41 +1,43 @@
-"""A folder written in parts by one process or several, that can be killed and goes on.
+"""A folder whose files are written by one process or several, and which survives a kill.
 
-Theory of operation. Every process plans the same parts. Process r of n writes parts r, r + n, ...
-into `.OUT.partial`, beside the final folder. A part that is on the disk gets a mark, a small file
-in `.OUT.partial/.done` with the part's size and sha256 and whatever else its writer wants
-remembered. Process 0 waits for the others' marks, writes what remains (an index, a manifest),
-takes the marks away and gives the folder its name. So a folder under its final name is complete.
-A conversion that was killed is started again by the same command: marks whose files are still what
-they say are kept. If the source or what is asked for has changed, everything is written anew.
+Theory of operation. Every process plans the same files. Process r of n writes files r, r + n, ...
+into `.OUT.partial`, beside the final folder. A file that is on the disk gets a mark: a small file
+in `.OUT.partial/.done` with its size, its sha256 and what its writer wants to keep. Process 0 waits
+for the other processes' marks, writes what remains (an index, a manifest), removes the marks and
+renames the folder. So a folder under its final name is complete. After a kill the same command
+resumes: files that still are what their marks say are kept. If the source or the request has
+changed, everything is written anew.
 
 Several processes meet through torch.distributed, started by torchrun or with its environment
-variables; the parts themselves never travel. A process that fails ends the others' waiting.
+variables; no weights travel between them. If one fails, torch.distributed ends the others' waits.
 """
 
-import errno
 import fcntl
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch.distributed as dist
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.checkpoints.files import flush_to_disk
+from rlef_mega.megatron.checkpoints.files import describe_file
+from rlef_mega.megatron.checkpoints.torch_dist import ChecksummedFile
+from rlef_mega.run.directory import (
+    DISK_IS_FULL,
+    flush_to_disk,
+    replace_folder,
+    write_atomically,
+)
 
-DONE, ORDER, LOCK = ".done", "order.json", "lock"
+FINISHED, REQUEST, LOCK = ".done", "order.json", "lock"
 LOOK_EVERY_S = 0.5
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Report = Callable[[int, int], None]  # bytes done, bytes in all
-Mark = dict[str, Any]
+Report = Callable[[int, int], None]  # bytes written, bytes in all
+FileMark = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Processes:
     count: int = 1
 
     def gather(self, mine: object) -> list[Any]:
-        """Everyone's, on every process. World: all ranks call it."""
+        """Gather an object of every process on every process. Collective over the world."""
         if self.count == 1:
             return [mine]
         if not dist.is_initialized():
@@ -56,74 +58,25 @@ class Processes:
         return everyone
 
 
-class PartFile:
-    """What writers of a part need of a file. Its checksum is computed on another thread while the
-    same bytes are written. A failed write is kept for `raise_fault`: torch's archive writer would
-    end the process over it.
-    """
-
-    def __init__(self, path: Path, progress: "Progress") -> None:
-        self.file, self.progress = path.open("wb"), progress
-        self.digest, self.hasher = hashlib.sha256(), ThreadPoolExecutor(1)
-        self.position = 0
-        self.fault: OSError | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hasher.shutdown()
-        with suppress(OSError):  # a full disk has been told by `raise_fault`
-            self.file.close()
-
-    def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        hashing = self.hasher.submit(self.digest.update, view)
-        if self.fault is None:
-            try:
-                self.file.write(view)
-            except OSError as error:
-                self.fault = error
-        hashing.result()
-        self.position += len(view)
-        self.progress.advance()
-        return len(view)
-
-    def raise_fault(self) -> None:
-        if self.fault is not None:
-            raise self.fault
-
-    def tell(self) -> int:
-        return self.position
-
-    def flush(self) -> None:
-        """Once, by `to_disk`."""
-
-    def to_disk(self) -> None:
-        """So that a mark never says more than is there."""
-        self.raise_fault()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-
 @dataclass(frozen=True)
-class Part:
-    """A file, about how large it will be, and how to write it; what `write` returns is JSON, and
-    kept in the mark."""
+class PlannedFile:
+    """A file, about how large it will be, and how to write it. What `write` returns is JSON, and
+    kept in the file's mark."""
 
-    file: str
+    name: str
     bytes: int
-    write: Callable[[PartFile], Any]
+    write: Callable[[ChecksummedFile], Any]
 
 
 @dataclass(frozen=True)
-class Job:
-    """`order` says what is asked for of which source; a partial folder of another is discarded."""
+class ResumableFolder:
+    """A folder to be written. `request` says what is written of which source; a partial folder of
+    another request is discarded. `finish` writes what remains when all files have their marks."""
 
     out: Path
-    order: dict[str, Any]
-    parts: Sequence[Part]
-    finish: Callable[[Path, dict[str, Mark]], None]
+    request: dict[str, Any]
+    files: Sequence[PlannedFile]
+    finish: Callable[[Path, dict[str, FileMark]], None]
     overwrite: bool = False
 
     @property
@@ -132,81 +85,83 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+        return sum(file.bytes for file in self.files)
 
-    def run(self, processes: Processes, report: Report) -> None:
-        """Raises ConfigError if `out` is there, or in use, or the disk is full."""
+    def write(self, processes: Processes, report: Report) -> None:
+        """Write all that is not written yet. Raises ConfigError if `out` exists, another process
+        writes it, or the disk is full."""
         leads = processes.rank == 0
         with explain_full_disk(self.partial), self.prepared() if leads else nullcontext():
-            processes.gather(None)  # the folder is there
-            progress = Progress(self, report if leads else silent)
+            processes.gather(None)  # the partial folder exists
+            progress = WrittenBytes(self, report if leads else silent)
             mine = {
-                part.file: self.write(part, progress)
-                for part in self.parts[processes.rank :: processes.count]
+                file.name: self.write_file(file, progress)
+                for file in self.files[processes.rank :: processes.count]
             }
-            marks = {file: mark for each in processes.gather(mine) for file, mark in each.items()}
+            marks = {name: mark for each in processes.gather(mine) for name, mark in each.items()}
             progress.look()
             if leads:
                 self.finish(self.partial, marks)
-                shutil.rmtree(self.partial / DONE)
-                put_in_place(self.partial, self.out)
-            processes.gather(None)  # it has its name
+                shutil.rmtree(self.partial / FINISHED)
+                for path in self.partial.rglob("*"):
+                    flush_to_disk(path)
+                replace_folder(self.partial, self.out)
+            processes.gather(None)  # the folder has its name
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """The partial folder, locked, with nothing in it of another order."""
-        refuse_existing(self.out, overwrite=self.overwrite)
-        (self.partial / DONE).mkdir(parents=True, exist_ok=True)
-        with (self.partial / DONE / LOCK).open("a") as lock:
+        """Make and lock the partial folder, without files of another request."""
+        if self.out.exists() and not self.overwrite:
+            raise ConfigError(f"{self.out} exists; choose another name, or give --overwrite")
+        (self.partial / FINISHED).mkdir(parents=True, exist_ok=True)
+        with (self.partial / FINISHED / LOCK).open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"another process is writing {self.out}; wait for it") from None
-            order, text = self.partial / DONE / ORDER, json.dumps(self.order, sort_keys=True)
-            if not order.is_file() or order.read_text() != text:
+            request, text = self.partial / FINISHED / REQUEST, json.dumps(self.request)
+            if not request.is_file() or request.read_text() != text:
                 for path in self.partial.rglob("*"):
                     if path.is_file() and path.name != LOCK:
                         path.unlink()
-                order.write_text(text)
+                request.write_text(text)
             self.check_room()
             yield
 
     def check_room(self) -> None:
-        there = sum(part.bytes for part in self.parts if self.mark_path(part).is_file())
-        free, needed = shutil.disk_usage(self.partial).free, self.bytes - there
+        written = sum(file.bytes for file in self.files if self.mark_path(file).is_file())
+        free, needed = shutil.disk_usage(self.partial).free, self.bytes - written
         if needed > free:
             raise ConfigError(
-                f"{self.out} needs {gigabytes(needed)} more, but {gigabytes(free)} are free on its "
-                f"disk; make room"
+                f"{self.out} needs {needed / 1e9:,.1f} GB more, but {free / 1e9:,.1f} GB are free "
+                f"on its disk; make room"
             )
 
-    def mark_path(self, part: Part) -> Path:
-        return self.partial / DONE / f"{part.file.replace('/', '--')}.json"
+    def mark_path(self, file: PlannedFile) -> Path:
+        return self.partial / FINISHED / f"{file.name.replace('/', '--')}.json"
 
-    def write(self, part: Part, progress: "Progress") -> Mark:
-        path, marked = self.partial / part.file, self.mark_path(part)
+    def write_file(self, file: PlannedFile, progress: "WrittenBytes") -> FileMark:
+        """Write a file and its mark, unless its mark says that it is there and unchanged."""
+        path, marked = self.partial / file.name, self.mark_path(file)
         if marked.is_file():
-            mark: Mark = json.loads(marked.read_text())
-            if is_as_marked(path, mark):
+            mark: FileMark = json.loads(marked.read_text())
+            if path.is_file() and describe_file(path).items() <= mark.items():
                 progress.advance()
                 return mark
             marked.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with PartFile(path, progress) as file:
-            facts = part.write(file)
-            file.to_disk()
-        mark = {"bytes": file.position, "sha256": file.digest.hexdigest(), "facts": facts}
-        unnamed = marked.with_suffix(".tmp")
-        unnamed.write_text(json.dumps(mark))
-        unnamed.rename(marked)
+        with ChecksummedFile(path, progress.advance) as content:
+            facts = file.write(content)
+            mark = {**content.to_disk(), "facts": facts}
+        write_atomically(marked, json.dumps(mark))
         return mark
 
 
-class Progress:
-    """Bytes in the folder, of all processes; looked at twice a second."""
+class WrittenBytes:
+    """Reports the bytes in the folder, written by all processes, twice a second."""
 
-    def __init__(self, job: Job, report: Report) -> None:
-        self.job, self.report = job, report
+    def __init__(self, folder: ResumableFolder, report: Report) -> None:
+        self.folder, self.report = folder, report
         self.reported = 0.0
 
     def advance(self) -> None:
@@ -215,28 +170,17 @@ class Progress:
 
     def look(self) -> None:
         self.reported = time.monotonic()
-        files = [self.job.partial / part.file for part in self.job.parts]
-        sizes = [path.stat().st_size for path in files if path.is_file()]
-        self.report(sum(sizes), self.job.bytes)
+        paths = [self.folder.partial / file.name for file in self.folder.files]
+        sizes = [path.stat().st_size for path in paths if path.is_file()]
+        self.report(sum(sizes), self.folder.bytes)
 
 
 def silent(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
-def is_as_marked(path: Path, mark: Mark) -> bool:
-    if not path.is_file() or path.stat().st_size != mark["bytes"]:
-        return False
-    return sha256(path) == mark["sha256"]
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Show no progress."""
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Sizes and times of a folder's files: what a source is known by."""
+    """Return sizes and times of a folder's files, by which a source is recognised."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = {path: path.stat() for path in files}
     return {
@@ -245,37 +189,15 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
     }
 
 
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists; choose another name, or give --overwrite")
-
-
-def put_in_place(finished: Path, out: Path) -> None:
-    """Rename, so that the name is never on half of anything; what had the name is removed last."""
-    before = out.with_name(f".{out.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if out.exists():
-        out.rename(before)
-    for path in finished.rglob("*"):
-        flush_to_disk(path)
-    finished.rename(out)
-    flush_to_disk(out.parent)
-    shutil.rmtree(before, ignore_errors=True)
-
-
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Says what a full disk means here: nothing is lost."""
+    """Turn a full disk into a ConfigError that says how to resume."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in DISK_IS_FULL:
             raise
         raise ConfigError(
             f"the disk is full ({error.strerror}) while writing into {folder}; make room and give "
             f"the same command again: finished files are kept"
         ) from None
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB"

@@ -1,24 +1,27 @@
 """Hugging Face's weight files: read a range of rows at a time, and written a tensor at a time.
 
-The format is an eight-byte length, a JSON header with every tensor's dtype, shape and place, then
-the tensors' bytes. All sizes are known beforehand, so a file is written from its first byte to its
-last with no more than one block of rows in memory. Files that we write are those that
-`safetensors.torch.save_file` would write, to the byte; which tensor goes to which file, and the
-index, are Hugging Face's own (`huggingface_hub`, transformers' `save_pretrained`).
+A file is an eight-byte length, a JSON header with every tensor's dtype, shape and offsets, then the
+tensors' bytes. All sizes are known beforehand, so a file is written from its first byte to its last
+with no more than one block of rows in memory. The files are byte by byte those that
+`safetensors.torch.save_file` would write; which tensor goes to which file, and the index, are
+Hugging Face's own (`huggingface_hub`, transformers' `save_pretrained`).
+
+Nothing is mapped into memory: a mapped page counts as resident memory of the process, a page that
+was read through a system call does not.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.convert.byte_ranges import ByteRanges, bytes_of
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERN = "model{suffix}.safetensors"
@@ -34,12 +37,35 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_BYTES = 100 * 10**6  # safetensors' own bound
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_into(path: Path, offset: int, tensor: torch.Tensor) -> None:
+    """Fill a contiguous CPU tensor from a file. Raises ConfigError if the file ends before."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.readinto(bytes_of(tensor)) != tensor.nbytes:
+            raise ConfigError(f"{path} is truncated: it ends within a tensor; copy it again")
+
+
+def open_safetensors(path: Path):
+    """Open a file, its header and its size verified. Raises ConfigError for a missing or damaged
+    one."""
+    if not path.is_file():
+        raise ConfigError(f"no file {path}; give a Hugging Face folder with safetensors")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is truncated or damaged ({error}); download it again") from None
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor and where it is. `offset` counts from the file's first byte."""
+class StoredTensor:
+    """A tensor in a file. `offset` counts from the file's first byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,68 +83,47 @@ class Stored:
 
 
 class SafetensorsFolder:
-    """The tensors of a Hugging Face folder. Raises ConfigError for one that is missing, truncated
-    or damaged."""
+    """The tensors of a Hugging Face folder. Raises ConfigError for a file that is missing,
+    truncated or damaged, and for a quantized tensor."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = ByteRanges(folder)
-        self.tensors: dict[str, Stored] = {}
-        for file in self.file_names():
-            for stored in self.read_header(file):
-                self.tensors[stored.name] = stored
+        self.tensors = {
+            stored.name: stored for file in self.file_names() for stored in self.read_header(file)
+        }
 
     def file_names(self) -> list[str]:
         index = self.folder / INDEX
         if not index.is_file():
-            if not (self.folder / ONE_FILE).is_file():
-                raise ConfigError(
-                    f"no file {self.folder / ONE_FILE} and no {INDEX}; "
-                    f"give a Hugging Face folder with safetensors"
-                )
             return [ONE_FILE]
         try:
-            placed = json.loads(index.read_text())["weight_map"]
-            return sorted(set(placed.values()))
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError) as error:
-            raise ConfigError(f"{index} is damaged ({error!r}); fetch it again") from None
+            raise ConfigError(f"{index} is damaged ({error!r}); download it again") from None
 
-    def read_header(self, file: str) -> list[Stored]:
-        length = torch.zeros(1, dtype=torch.int64)
-        self.files.read_into(file, 0, length)
-        if not 0 < length < HEADER_BYTES:
-            raise ConfigError(f"{self.folder / file} is no safetensors file; fetch it again")
-        header = torch.zeros(int(length), dtype=torch.uint8)
-        self.files.read_into(file, 8, header)
-        try:
-            entries = json.loads(bytes(header.numpy()))
-        except ValueError as error:
-            raise ConfigError(f"{self.folder / file} is damaged ({error}); fetch it") from None
+    def read_header(self, file: str) -> Iterator[StoredTensor]:
+        path = self.folder / file
+        open_safetensors(path)  # verifies what is read here
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            entries = json.loads(content.read(length))
         entries.pop("__metadata__", None)
-        found = []
         for name, entry in entries.items():
             if entry["dtype"] not in DTYPES:
                 raise ConfigError(
-                    f"{self.folder / file}: {name} has dtype {entry['dtype']}, which is not "
-                    f"supported; use a model that is not quantized"
+                    f"{path}: {name} has dtype {entry['dtype']}, which is not supported; "
+                    f"use a model that is not quantized"
                 )
-            start, end = entry["data_offsets"]
-            stored = Stored(
-                name, tuple(entry["shape"]), DTYPES[entry["dtype"]], file, 8 + int(length) + start
-            )
-            if stored.offset + (end - start) > self.files.size(file):
-                raise ConfigError(
-                    f"{self.folder / file} is truncated: {name} ends at byte "
-                    f"{stored.offset + end - start} of {self.files.size(file)}; fetch it again"
-                )
-            found.append(stored)
-        return found
+            offset = 8 + length + entry["data_offsets"][0]
+            yield StoredTensor(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], file, offset)
 
-    def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out`, contiguous and of the stored dtype, with rows from `start` on."""
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows of a tensor as [stop - start, columns]."""
         stored = self.tensors[name]
-        assert out.dtype == stored.dtype, name
-        self.files.read_into(stored.file, stored.offset + start * stored.row_bytes, out)
+        columns = torch.Size(stored.shape[1:]).numel()
+        rows = torch.empty(stop - start, columns, dtype=stored.dtype)
+        read_into(self.folder / stored.file, stored.offset + start * stored.row_bytes, rows)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,16 @@ class Shard:
 
     file: str
     header: bytes
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
 
     @property
     def bytes(self) -> int:
         return len(self.header) + sum(tensor.bytes for tensor in self.tensors)
 
 
-def plan_shards(tensors: Sequence[Stored], max_shard_size: str | int) -> list[Shard]:
-    """Which file takes what, in Hugging Face's order. ConfigError for a size that is none."""
+def plan_shards(tensors: Sequence[StoredTensor], max_shard_size: str | int) -> list[Shard]:
+    """Assign the tensors to files, in Hugging Face's order. Raises ConfigError for a size that
+    cannot be read."""
     empty = {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors}
     try:
         split = split_torch_state_dict_into_shards(
@@ -150,7 +156,7 @@ def plan_shards(tensors: Sequence[Stored], max_shard_size: str | int) -> list[Sh
     ]
 
 
-def plan_shard(file: str, tensors: Sequence[Stored]) -> Shard:
+def plan_shard(file: str, tensors: Sequence[StoredTensor]) -> Shard:
     # safetensors' order: the widest dtypes first, so that every tensor is aligned
     ordered = sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -165,35 +171,33 @@ def plan_shard(file: str, tensors: Sequence[Stored]) -> Shard:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return Shard(file, header, tuple(placed(file, len(header), ordered)))
-
-
-def placed(file: str, start: int, tensors: Sequence[Stored]) -> Iterator[Stored]:
-    for tensor in tensors:
-        yield Stored(tensor.name, tensor.shape, tensor.dtype, file, start)
-        start += tensor.bytes
+    located = [
+        replace(tensor, file=file, offset=len(header) + entries[tensor.name]["data_offsets"][0])
+        for tensor in ordered
+    ]
+    return Shard(file, header, tuple(located))
 
 
 def write_tensors(
     folder: Path, shards: Sequence[Shard], named_tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
-    """Tensors as they come, in any order, each to its place."""
-    places = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    """Write tensors in the order in which they come, each at its own offset."""
+    expected = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     with ExitStack() as stack:
         files = {s.file: stack.enter_context((folder / s.file).open("wb")) for s in shards}
         for shard in shards:
             files[shard.file].write(shard.header)
         for name, tensor in named_tensors:
-            place = places.pop(name)
-            assert tuple(tensor.shape) == place.shape, name
-            files[place.file].seek(place.offset)
-            content = tensor.detach().to("cpu", place.dtype).contiguous()
-            files[place.file].write(bytes_of(content))
-    assert not places, f"never came: {sorted(places)}"
+            stored = expected.pop(name)
+            assert tuple(tensor.shape) == stored.shape, name
+            files[stored.file].seek(stored.offset)
+            content = tensor.detach().to("cpu", stored.dtype).contiguous()
+            files[stored.file].write(bytes_of(content))
+    assert not expected, f"never came: {sorted(expected)}"
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """One file alone has no index."""
+    """Write the index of several files; one file alone has none."""
     if len(shards) == 1:
         return
     tensors = [tensor for shard in shards for tensor in shard.tensors]

@@ -1,12 +1,11 @@
 """The weights of one role, read under their Hugging Face names from either side.
 
-Both sides answer the same question, so that converting is copying and verifying is comparing:
-rows `start` to `stop` of this tensor. What a checkpoint has beyond `vocab_size` rows of embedding
-and head is Megatron's padding, and never asked for.
+A checkpoint and a Hugging Face folder answer the same request, rows `start` to `stop` of a tensor.
+So conversion is copying, and verification is comparing. A checkpoint may have more rows of
+embedding and head than `vocab_size`: Megatron's padding, which is never read.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +25,8 @@ from rlef_mega.megatron.hf_names import (
 )
 from rlef_mega.megatron.network.families import DenseConfig
 
-# Read at once. Below 32 MiB glibc keeps freed memory for the next block; above, every block would
-# be pages that the kernel clears anew.
+# Read at once. Below 32 MiB glibc keeps freed memory for the next block; above, the kernel would
+# clear new pages for every block.
 BLOCK_BYTES = 16 * 2**20
 IGNORED = "rotary_emb.inv_freq"  # old conversions store it
 
@@ -35,17 +34,8 @@ IGNORED = "rotary_emb.inv_freq"  # old conversions store it
 class Weights(Protocol):
     def dtype(self, tensor: HFTensor) -> torch.dtype: ...
 
-    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
-        """Fill `out` [rows, columns], contiguous and of any dtype, with rows from `start` on."""
-
-
-def read(
-    weights: Weights, tensor: HFTensor, start: int, stop: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Rows of a tensor, [stop - start, columns]; of the stored dtype if no other is given."""
-    out = torch.empty(stop - start, columns(tensor), dtype=dtype or weights.dtype(tensor))
-    weights.read(tensor, start, out)
-    return out
+    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
+        """Read rows as [stop - start, columns], contiguous and of the stored dtype."""
 
 
 def tensors_of(role: Role, config: DenseConfig) -> list[HFTensor]:
@@ -57,34 +47,30 @@ def columns(tensor: HFTensor) -> int:
 
 
 def blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about BLOCK_BYTES."""
+    """Divide rows into ranges of about BLOCK_BYTES."""
     step = max(1, BLOCK_BYTES // max(row_bytes, 1))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
-@dataclass(frozen=True)
 class CheckpointWeights:
-    """A network in a checkpoint. Raises ConfigError if it lacks a tensor or has one that the model
-    does not know."""
+    """A network in a checkpoint. Raises ConfigError if it lacks a tensor, or has one that the model
+    does not have."""
 
-    network: StoredNetwork
-    tensors: Sequence[HFTensor]
-
-    def __post_init__(self) -> None:
-        network = self.network
-        known = {tensor.parameter for tensor in self.tensors}
+    def __init__(self, network: StoredNetwork, tensors: Sequence[HFTensor]) -> None:
+        self.network = network
+        known = {tensor.parameter for tensor in tensors}
         if unknown := network.parameters() - known:
             raise ConfigError(
                 f"{network.folder} has {len(unknown)} parameter(s) that the model does not know: "
                 f"{', '.join(sorted(unknown)[:5])}; give the model's own config with --model"
             )
-        layers = max(tensor.layer or 0 for tensor in self.tensors) + 1
+        layers = max(tensor.layer or 0 for tensor in tensors) + 1
         if network.layers() != layers:
             raise ConfigError(
                 f"{network.folder} holds {network.layers()} layers, config.json says {layers}"
             )
-        for tensor in self.tensors:
+        for tensor in tensors:
             self.check_shape(tensor)
 
     def check_shape(self, tensor: HFTensor) -> None:
@@ -101,21 +87,16 @@ class CheckpointWeights:
     def dtype(self, tensor: HFTensor) -> torch.dtype:
         return self.network.dtype(tensor.parameter, layer_of(tensor))
 
-    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
-        if out.dtype != self.dtype(tensor):
-            out.copy_(read(self, tensor, start, start + len(out)))
-            return
-        stop = start + len(out)
-        packed_rows = self.network.shape(tensor.parameter, layer_of(tensor))[0]
+    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
+        parameter, layer = tensor.parameter, layer_of(tensor)
+        found = torch.empty(stop - start, columns(tensor), dtype=self.dtype(tensor))
+        packed_rows = self.network.shape(parameter, layer)[0]
         for packed, row, count in runs(tensor, packed_rows):
             first, last = max(start, row), min(stop, row + count)
             if first < last:
-                self.network.read_rows(
-                    tensor.parameter,
-                    layer_of(tensor),
-                    packed + first - row,
-                    out[first - start : last - start],
-                )
+                target = found[first - start : last - start]
+                self.network.read_rows(parameter, layer, packed + first - row, target)
+        return found
 
 
 def layer_of(tensor: HFTensor) -> int | None:
@@ -123,81 +104,72 @@ def layer_of(tensor: HFTensor) -> int | None:
 
 
 def runs(tensor: HFTensor, packed_rows: int) -> Iterator[tuple[int, int, int]]:
-    """(first row in the parameter, first row of the tensor, number of rows)."""
-    if tensor.rows is None:
-        yield 0, 0, tensor.shape[0]
-        return
+    """Yields (first row in the parameter, first row of the tensor, number of rows)."""
     row = 0
-    for packed, count in tensor.rows.runs(packed_rows):
+    found = tensor.rows.runs(packed_rows) if tensor.rows else [(0, tensor.shape[0])]
+    for packed, count in found:
         yield packed, row, count
         row += count
 
 
-@dataclass(frozen=True)
 class FolderWeights:
-    """A Hugging Face folder. Raises ConfigError if it lacks a tensor, has one that the model does
-    not know, or one of another shape."""
+    """A Hugging Face folder. `drawn` holds the value head of a critic that is made from a language
+    model. Raises ConfigError if the folder does not fit the tensors."""
 
-    folder: SafetensorsFolder
-    tensors: Sequence[HFTensor]
-
-    def __post_init__(self) -> None:
-        found, where = self.folder.tensors, self.folder.folder
-        expected = {tensor.name for tensor in self.tensors}
-        # a tied head may be stored all the same; a critic leaves the head of a language model
-        unknown = {n for n in set(found) - expected - {HEAD} if not n.endswith(IGNORED)}
-        for what, names in (("lacks", expected - set(found)), ("has unknown", unknown)):
-            if names:
-                some = ", ".join(sorted(names)[:5])
-                raise ConfigError(
-                    f"{where} {what} {len(names)} tensor(s): {some}; it must fit its config.json"
-                )
-        for tensor in self.tensors:
-            if found[tensor.name].shape != tensor.shape:
-                raise ConfigError(
-                    f"{where}: {tensor.name} has shape {found[tensor.name].shape}, config.json "
-                    f"says {tensor.shape}"
-                )
+    def __init__(
+        self,
+        folder: SafetensorsFolder,
+        tensors: Sequence[HFTensor],
+        drawn: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.folder, self.drawn = folder, drawn
+        check_tensors(folder, [tensor for tensor in tensors if tensor.name not in drawn])
 
     def dtype(self, tensor: HFTensor) -> torch.dtype:
+        if tensor.name in self.drawn:
+            return self.drawn[tensor.name].dtype
         return self.folder.tensors[tensor.name].dtype
 
-    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
-        if out.dtype != self.dtype(tensor):
-            out.copy_(read(self, tensor, start, start + len(out)))
-        else:
-            self.folder.read_rows(tensor.name, start, out)
+    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
+        if tensor.name in self.drawn:
+            return self.drawn[tensor.name].view(tensor.shape[0], -1)[start:stop]
+        return self.folder.read_rows(tensor.name, start, stop)
 
 
-@dataclass(frozen=True)
-class DrawnValueHead:
-    """A language model's trunk with the head that a new critic is given."""
+def check_tensors(folder: SafetensorsFolder, tensors: Sequence[HFTensor]) -> None:
+    """Raises ConfigError if the folder lacks a tensor, has one that the model does not have, or one
+    of another shape. A language model's head is allowed: a tied one may be stored all the same, and
+    a critic does not read it.
+    """
+    found, expected = folder.tensors, {tensor.name for tensor in tensors}
+    unknown = {n for n in found.keys() - expected - {HEAD} if not n.endswith(IGNORED)}
+    for what, names in (("lacks", expected - found.keys()), ("has unknown", unknown)):
+        if names:
+            some = ", ".join(sorted(names)[:5])
+            raise ConfigError(
+                f"{folder.folder} {what} {len(names)} tensor(s): {some}; the weights must be those "
+                f"of its config.json"
+            )
+    for tensor in tensors:
+        if found[tensor.name].shape != tensor.shape:
+            raise ConfigError(
+                f"{folder.folder}: {tensor.name} has shape {found[tensor.name].shape}, config.json "
+                f"says {tensor.shape}"
+            )
 
-    trunk: FolderWeights
-    head: dict[str, torch.Tensor]
 
-    def dtype(self, tensor: HFTensor) -> torch.dtype:
-        return torch.float32 if tensor.name in self.head else self.trunk.dtype(tensor)
-
-    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
-        if tensor.name in self.head:
-            out.copy_(self.head[tensor.name].view(tensor.shape[0], -1)[start : start + len(out)])
-        else:
-            self.trunk.read(tensor, start, out)
-
-
-def open_folder(role: Role, folder: Path, tensors: Sequence[HFTensor], seed: int) -> Weights:
-    """The role's weights in a Hugging Face folder; for a critic from a language model, its value
-    head is drawn."""
+def open_folder(role: Role, folder: Path, tensors: Sequence[HFTensor], seed: int) -> FolderWeights:
+    """Open the role's weights in a Hugging Face folder. A critic from a language model gets a value
+    head drawn from `seed`.
+    """
     found = SafetensorsFolder(folder)
     has_value_head = f"{VALUE_HEAD}.weight" in found.tensors
-    if role == "critic" and not has_value_head:
-        from rlef_mega.megatron.network.packed_llama import draw_value_head
-
-        trunk = [tensor for tensor in tensors if not tensor.name.startswith(VALUE_HEAD)]
-        weight, bias = draw_value_head(trunk[0].shape[1], seed)
-        head = {f"{VALUE_HEAD}.weight": weight, f"{VALUE_HEAD}.bias": bias}
-        return DrawnValueHead(FolderWeights(found, trunk), head)
     if role == "policy" and has_value_head:
         raise ConfigError(f"{folder} is a critic (it has {VALUE_HEAD}.weight); give --role critic")
-    return FolderWeights(found, tensors)
+    if role == "policy" or has_value_head:
+        return FolderWeights(found, tensors, {})
+    from rlef_mega.megatron.network.packed_llama import draw_value_head
+
+    weight, bias = draw_value_head(tensors[0].shape[1], seed)
+    drawn = {f"{VALUE_HEAD}.weight": weight, f"{VALUE_HEAD}.bias": bias}
+    return FolderWeights(found, tensors, drawn)

@@ -51,7 +51,7 @@ from rlef_mega.megatron.network.families import (
     head_dim,
 )
 from rlef_mega.megatron.network.feed_forward import GatedMLP
-from rlef_mega.megatron.network.stages import Place, Stages, split_layers
+from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 from rlef_mega.megatron.parallel import Ranks
 
 # What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer.
@@ -225,7 +225,7 @@ class PackedLlama(GPTModel):
         parallel = ranks.layout
         check_model(hf_config, parallel)
         stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
-        place = Place(ranks.pipeline_parallel_rank, chunk)
+        position = StagePosition(ranks.pipeline_parallel_rank, chunk)
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
         refuse_batched_interleaving(config)
         spec, norm = layer_spec(hf_config), RMSNorm
@@ -238,11 +238,11 @@ class PackedLlama(GPTModel):
             spec, norm = with_transformer_engine(spec), TENorm
         super().__init__(
             config,
-            TransformerBlockSubmodules([spec] * len(stages.layers_at(place)), layer_norm=norm),
+            TransformerBlockSubmodules([spec] * len(stages.layers_at(position)), layer_norm=norm),
             vocab_size=hf_config.vocab_size,
             max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=place == stages.first,
-            post_process=place == stages.last,
+            pre_process=position == stages.first,
+            post_process=position == stages.last,
             share_embeddings_and_output_weights=(
                 self.has_language_head and hf_config.tie_word_embeddings
             ),
@@ -250,7 +250,7 @@ class PackedLlama(GPTModel):
             pg_collection=ranks.groups,
             vp_stage=chunk if stages.chunks > 1 else None,
         )
-        self.hf_config, self.stages, self.place = hf_config, stages, place
+        self.hf_config, self.stages = hf_config, stages
         mark_shards(self)
         for module in self.modules():  # who has none would ask Megatron's globals for it
             if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):

@@ -1,9 +1,9 @@
-"""Which layers stand where: the one place that splits a network over a pipeline.
+"""How a network is split over a pipeline: which rank holds which layers.
 
-A network of L layers is cut into P x V stages, P the pipeline's ranks and V the chunks that each of
-them holds (Megatron's virtual pipeline). Stage s, counted along the network, stands on rank s mod P
-as its chunk s // P. The first stage holds the embedding, the last one the final norm and the head.
-Model, name map, conversion and planner read this and nothing else.
+A network of L layers is cut into P x V stages: P pipeline ranks, each with V chunks (Megatron's
+virtual pipeline). Stage s, counted along the network, is chunk s // P of rank s mod P. The first
+stage holds the embedding, the last one the final norm and the head. Model, name map, checkpoints
+and planner all use this file.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from rlef_mega.config import ParallelConfig, check_stages
 
 
 @dataclass(frozen=True)
-class Place:
-    """A pipeline rank, and one of its chunks."""
+class StagePosition:
+    """Where a stage is: a pipeline rank, and one of its chunks."""
 
     rank: int
     chunk: int
@@ -28,33 +28,33 @@ class Stages:
 
     @property
     def chunks(self) -> int:
-        """Of each rank; 1 without a virtual pipeline."""
+        """Chunks of each rank; 1 without a virtual pipeline."""
         return len(self.layers) // self.pipeline_size
 
     @property
-    def first(self) -> Place:
-        return self.place(0)
+    def first(self) -> StagePosition:
+        return self.position(0)
 
     @property
-    def last(self) -> Place:
-        return self.place(len(self.layers) - 1)
+    def last(self) -> StagePosition:
+        return self.position(len(self.layers) - 1)
 
-    def place(self, stage: int) -> Place:
-        return Place(stage % self.pipeline_size, stage // self.pipeline_size)
+    def position(self, stage: int) -> StagePosition:
+        return StagePosition(stage % self.pipeline_size, stage // self.pipeline_size)
 
-    def stage(self, place: Place) -> int:
-        return place.chunk * self.pipeline_size + place.rank
+    def stage(self, position: StagePosition) -> int:
+        return position.chunk * self.pipeline_size + position.rank
 
-    def layers_at(self, place: Place) -> range:
-        """The layers of the network that this chunk holds."""
-        stage = self.stage(place)
+    def layers_at(self, position: StagePosition) -> range:
+        """Return the layers of the network that this chunk holds."""
+        stage = self.stage(position)
         before = sum(self.layers[:stage])
         return range(before, before + self.layers[stage])
 
-    def place_of_layer(self, layer: int) -> Place:
+    def position_of_layer(self, layer: int) -> StagePosition:
         for stage, count in enumerate(self.layers):
             if layer < count:
-                return self.place(stage)
+                return self.position(stage)
             layer -= count
         raise IndexError(f"the network has {sum(self.layers)} layers")
 
@@ -67,14 +67,14 @@ class Stages:
 
 
 def split_layers(layers: int, parallel: ParallelConfig, *, head_cost: float) -> Stages:
-    """Layers dealt so that the most loaded stage is as light as can be.
+    """Assign layers to stages so that the most loaded stage has as little work as possible.
 
-    `head_cost` is the work of what follows the last layer, in layers: V x H over a layer's
-    parameters for a language model's head, 0 for a critic's. The embedding is a lookup and costs no
-    work. Where stages tie, later ones take more: under one-forward-one-backward the first ranks
-    hold the most micro-batches in flight, and the first also the embedding.
+    `head_cost` is the head's work, in layers: V x H over a layer's parameters for a language
+    model's head, 0 for a critic's. The embedding is a lookup and costs no work. Of equally loaded
+    stages the later one takes a layer: under one-forward-one-backward the first ranks have the most
+    micro-batches in flight, and the first one also has the embedding.
 
-    `parallel.pipeline_layers`, if given, is taken as it is. Raises ConfigError where it does not
+    `parallel.pipeline_layers`, if given, is used as it is. Raises ConfigError if it does not
     fit.
     """
     pipeline = parallel.pipeline_model_parallel_size

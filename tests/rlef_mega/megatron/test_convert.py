@@ -22,7 +22,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.convert import network_file, resumable_folder, weights
+from rlef_mega.megatron.convert import from_hf, resumable_folder, weights
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
 from rlef_mega.megatron.convert.from_hf import Import, plan_import
@@ -97,8 +97,8 @@ def test_blocks_chunks_and_files_of_any_size_hold_the_same(
     """Rows of 128 and 192 bytes: blocks that end within a head, chunks within gate and up, and
     files within a layer."""
     monkeypatch.setattr(weights, "BLOCK_BYTES", 5 * 128)
-    monkeypatch.setattr(network_file, "CHUNK_BYTES", 7 * 192)
-    monkeypatch.setattr(network_file, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(from_hf, "CHUNK_BYTES", 7 * 192)
+    monkeypatch.setattr(from_hf, "FILE_BYTES", 20_000)
     import_folder(folder, tmp_path / "checkpoint", role="both", seed=3, verify=True)
     assert len(list((tmp_path / "checkpoint").rglob("*.distcp"))) > 10
     for role in ("policy", "critic"):
@@ -205,13 +205,13 @@ def test_a_killed_conversion_goes_on_where_it_was(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resumable_folder, "LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(network_file, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(from_hf, "FILE_BYTES", 20_000)
 
     def die_at_half(done: int, total: int) -> None:
         if done > total / 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def plans(name: str) -> list[resumable_folder.Job]:
+    def plans(name: str) -> list[resumable_folder.ResumableFolder]:
         return [
             plan_export(
                 find_checkpoint(imported, None),
@@ -222,17 +222,19 @@ def test_a_killed_conversion_goes_on_where_it_was(
         ]
 
     for killed, whole in zip(plans("killed"), plans("whole"), strict=True):
-        exit_code = in_another_process(lambda planned=killed: planned.run(Processes(), die_at_half))
+        exit_code = in_another_process(
+            lambda planned=killed: planned.write(Processes(), die_at_half)
+        )
         assert exit_code == -signal.SIGKILL
         assert not killed.out.exists()
-        marked = [part.file for part in killed.parts if killed.mark_path(part).is_file()]
-        assert 0 < len(marked) < len(killed.parts)
+        marked = [file.name for file in killed.files if killed.mark_path(file).is_file()]
+        assert 0 < len(marked) < len(killed.files)
         before = {file: (killed.partial / file).stat().st_mtime_ns for file in marked}
         # a finished file that was damaged since is written again
         damaged = killed.partial / marked[0]
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
-        killed.run(Processes(), resumable_folder.silent)
-        whole.run(Processes(), resumable_folder.silent)
+        killed.write(Processes(), resumable_folder.silent)
+        whole.write(Processes(), resumable_folder.silent)
         assert same_bytes(killed.out, whole.out)
         after = {file: (killed.out / file).stat().st_mtime_ns for file in marked}
         assert [file for file in marked if after[file] != before[file]] == [marked[0]]
@@ -244,9 +246,9 @@ def test_a_partial_folder_of_another_order_is_not_gone_on_with(
 ) -> None:
     checkpoint = find_checkpoint(imported, None)
     half = plan_export(checkpoint, tmp_path / "hf", Export(dtype=torch.bfloat16))
-    (half.partial / resumable_folder.DONE).mkdir(parents=True)
-    (half.partial / resumable_folder.DONE / resumable_folder.ORDER).write_text(
-        json.dumps(half.order)
+    (half.partial / resumable_folder.FINISHED).mkdir(parents=True)
+    (half.partial / resumable_folder.FINISHED / resumable_folder.REQUEST).write_text(
+        json.dumps(half.request)
     )
     (half.partial / "leftover.safetensors").write_text("of another order")
     export_checkpoint(imported, tmp_path / "hf")
@@ -261,10 +263,10 @@ def test_a_full_disk_loses_nothing(
         plan_import(folder, tmp_path / "checkpoint", Import()),
     ]
 
-    def run_in_small_files(planned: resumable_folder.Job) -> None:
+    def run_in_small_files(planned: resumable_folder.ResumableFolder) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         try:
-            planned.run(Processes(), resumable_folder.silent)
+            planned.write(Processes(), resumable_folder.silent)
         except ConfigError as error:
             os._exit(7 if "the disk is full" in str(error) else 1)
         os._exit(0)
@@ -276,9 +278,9 @@ def test_a_full_disk_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ConfigError, match=r"needs 0.0 GB more, but 0.0 GB are free"):
-            jobs[0].run(Processes(), resumable_folder.silent)
+            jobs[0].write(Processes(), resumable_folder.silent)
     for planned in jobs:
-        planned.run(Processes(), resumable_folder.silent)  # the same command again
+        planned.write(Processes(), resumable_folder.silent)  # the same command again
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "again")
     assert same_bytes(tmp_path / "hf", tmp_path / "again")
 
@@ -369,10 +371,10 @@ def test_folders_that_do_not_fit_their_config_are_refused(folder: Path, tmp_path
             import_folder(source, tmp_path / "checkpoint")
     cut = shutil.copytree(folder, tmp_path / "cut")
     os.truncate(cut / "model.safetensors", 100_000)
-    with pytest.raises(ConfigError, match=r"model.safetensors is truncated: .* of 100000"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is truncated or damaged"):
         import_folder(cut, tmp_path / "checkpoint")
     (cut / "model.safetensors").write_text("Entry not found")
-    with pytest.raises(ConfigError, match="is no safetensors file"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is truncated or damaged"):
         import_folder(cut, tmp_path / "checkpoint")
     (cut / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no file .*model.safetensors"):
@@ -422,11 +424,11 @@ def test_checkpoints_that_do_not_fit_are_refused(
 
 
 def test_verify_finds_one_wrong_bit(imported: Path, tmp_path: Path) -> None:
-    from rlef_mega.megatron.convert.command import compare
+    from rlef_mega.megatron.convert.compare_weights import compare_weights
 
     export_checkpoint(imported, tmp_path / "hf", max_shard_size="20KB")
     checkpoint = find_checkpoint(imported, None)
-    compare(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
+    compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
     name = "model.layers.2.self_attn.k_proj.weight"
     place = SafetensorsFolder(tmp_path / "hf").tensors[name]
     with (tmp_path / "hf" / place.file).open("r+b") as file:
@@ -435,7 +437,7 @@ def test_verify_finds_one_wrong_bit(imported: Path, tmp_path: Path) -> None:
         file.seek(place.offset + place.bytes - 1)
         file.write(bytes([bit]))
     with pytest.raises(ConfigError, match=f"{name} differs between"):
-        compare(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
+        compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
 
 
 def test_the_benchmark_compares_a_round_trip_with_cp(

@@ -223,6 +223,6 @@ def test_layers_are_dealt_by_work(layers, head_cost, parallel, expected) -> None
     assert stages.layers == expected
     # every layer stands where the layers of that place say it does
     for layer in range(layers):
-        assert layer in stages.layers_at(stages.place_of_layer(layer))
-    assert stages.place_of_layer(0) == stages.first
-    assert stages.place_of_layer(layers - 1) == stages.last
+        assert layer in stages.layers_at(stages.position_of_layer(layer))
+    assert stages.position_of_layer(0) == stages.first
+    assert stages.position_of_layer(layers - 1) == stages.last
