@@ -1,10 +1,9 @@
-"""The Megatron side: parallel state, models, learner, checkpoints, Hugging Face weights,
-publication.
+"""The only package that imports megatron-core: process groups, networks, learner, checkpoints, and
+weights under Hugging Face's names.
 
-The only place that imports megatron. `accelerations` says once what is missing, and hides what
-cannot work here before megatron-core tries it. megatron-core's own warnings say it again on every
-rank at import, and torch's those of names that newer versions change at every call, so both are
-silenced here.
+Packages that cannot work here are hidden before megatron-core tries them; `accelerations` reports
+once what is missing. megatron-core's warnings, which repeat that on every rank, and torch's, which
+repeat at every call that a name will change, are silenced here.
 """
 
 import warnings

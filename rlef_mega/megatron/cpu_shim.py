@@ -1,10 +1,10 @@
-"""Lets megatron-core run where there is no CUDA: its literal device "cuda" becomes "cpu".
+"""Makes megatron-core run without CUDA: its literal device "cuda" becomes "cpu".
 
-megatron-core 0.16 writes `device="cuda"` and calls `torch.cuda` in places that have nothing to do
-with a GPU: the schedule's token counter, the gradient norm, the random-number tracker. Two parts
-repair that, and only on a machine without CUDA: a handful of `torch.cuda` functions, replaced once
-by `install`, and a torch function mode for tensors, held only during our calls into Megatron
-(`device_mode`), because a mode costs a microsecond or two an operation.
+megatron-core 0.16 writes `device="cuda"` and calls `torch.cuda` where no GPU is needed: in the
+schedule's token counter, the gradient norm, the random-number tracker. On a machine without CUDA,
+`install` replaces a few `torch.cuda` functions, and `device_mode` is a torch function mode for
+tensors. The mode is active only during our calls into Megatron, because it costs a microsecond or
+two an operation.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ R = TypeVar("R")
 
 
 def install() -> None:
-    """Replace the `torch.cuda` calls that Megatron makes on any machine. Does nothing where there
-    is CUDA.
+    """Replace the `torch.cuda` functions that Megatron calls on any machine. Does nothing where
+    there is CUDA.
     """
     if torch.cuda.is_available():
         return
@@ -36,9 +36,7 @@ def install() -> None:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Tensors asked for on "cuda" are made on the CPU; types are named as Megatron's optimizer
-    tests for them.
-    """
+    """Makes tensors for "cuda" on the CPU, with the type names that Megatron expects."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -57,15 +55,15 @@ def device_mode() -> contextlib.AbstractContextManager[object]:
 
 
 def without_mode() -> contextlib.AbstractContextManager[object]:
-    """For a network's own operations, which name no device: they are many, and small in small
-    models."""
+    """Suspend the mode for a network's own operations: they name no device, and in small models
+    they are many and small."""
     return (
         contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
     )
 
 
 def calls_megatron(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark a function that calls into Megatron, so that the shim holds while it runs."""
+    """Decorate a function that calls into Megatron: the mode is active while it runs."""
 
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
         with device_mode():

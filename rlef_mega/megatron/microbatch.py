@@ -83,7 +83,7 @@ class Cutting:
         device = self.ranks.device
         return Microbatch(
             token_ids_T=token_ids_T.to(device),
-            sequences=packed_sequences(lengths, device, self.dtype),
+            sequences=packed_sequences(lengths, device),
             action_rows_R=action_rows_R.to(device),
             action_ids_R=batch.token_ids_T[positions_T][action_T].to(device),
             actions_R=actions_R.to(device),

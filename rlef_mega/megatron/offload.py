@@ -1,11 +1,10 @@
-"""Memory that waits on the host: tensors give up their device memory between the phases that need
-them, and get it back with the same contents.
+"""Offloading: tensors free their device memory between the phases that need them, and get it back
+with the same contents.
 
-Theory of operation. What moves is the storage under a tensor, not the tensor: parameters,
-Megatron's views into its buffers and the optimizer's references all stay valid objects, with
-nothing under them until `reload`. Host memory is pinned where there is CUDA and kept for the next
-time. On a CPU the same code moves memory to other memory, which is of no use and lets every test
-run it.
+What moves is the storage of a tensor, not the tensor: parameters, Megatron's views into its buffers
+and the optimizer's references stay valid objects, which have no memory until `reload`. Host memory
+is pinned where there is CUDA, and kept for the next time. On a CPU the same code copies memory to
+other memory, which is useless but lets every test run it.
 """
 
 from collections import defaultdict
@@ -15,7 +14,7 @@ import torch
 
 
 class HostMemory:
-    """Where the contents of some tensors are while they wait."""
+    """Host memory for the contents of offloaded tensors."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
@@ -26,8 +25,8 @@ class HostMemory:
         return bool(self.waiting)
 
     def offload(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy the storages under these tensors to the host and free them. Storages that are empty
-        already, or that several tensors share, count once.
+        """Copy the storages of these tensors to the host and free them. A storage that several
+        tensors share is moved once, an empty one not at all.
         """
         storages = {
             storage._cdata: storage
@@ -43,7 +42,7 @@ class HostMemory:
             storage.resize_(0)
 
     def reload(self) -> None:
-        """Everything back to where it was."""
+        """Copy all contents back to the device."""
         storages = [storage for storage, _ in self.waiting]
         for storage, host in self.waiting:
             storage.resize_(host.numel())
@@ -65,6 +64,6 @@ def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def synchronize(storages: Iterable[torch.UntypedStorage]) -> None:
-    """Copies to and from pinned memory return before they are done."""
+    """Wait for copies to and from pinned memory, which return early."""
     if any(storage.device.type == "cuda" for storage in storages):
         torch.cuda.synchronize()

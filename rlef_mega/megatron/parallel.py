@@ -1,18 +1,18 @@
 """Ranks: torch.distributed and the process groups of each network, set up once a process.
 
-Theory of operation. Every process runs the same program (SPMD). `torchrun` or `srun` gives RANK,
-WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. A layout's ranks are laid out
+Theory of operation. Every process runs the same program (SPMD). `torchrun` or `srun` sets RANK,
+WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. A layout's ranks are ordered
 tensor first, then data, then pipeline (Megatron's "tp-cp-ep-dp-pp"), so that a tensor-parallel
-group sits inside a node. Policy and critic share all ranks (colocated), or the critic has the ranks
-that follow the policy's (split). Groups are passed to Megatron, never read from its globals; what
-it still reads there are numbers, not groups, and they are set here (`enter`). All
-ranks call `initialize`, and all call `shutdown`; a rank that dies breaks the others' collectives,
-and the launcher ends them.
+group is inside a node. Policy and critic share all ranks (colocated), or the critic has the ranks
+that follow the policy's (split). Process groups are passed to Megatron as arguments. From its
+globals it still reads a few numbers, which `enter` sets. All ranks call `initialize` and
+`shutdown`; if a rank dies, the others' collectives fail and the launcher ends them.
 """
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,30 +22,39 @@ from rlef_mega.megatron import cpu_shim
 from rlef_mega.megatron.network.accelerations import refuse_foreign_apex
 from rlef_mega.run.manifest import refuse_untested_megatron
 
-# ranks wait in a collective while one of them rolls out or grades: longer than any step, shorter
-# than a lost night
+# Ranks wait in a collective while one of them samples or grades: longer than any step, shorter than
+# a lost night.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 POLICY, CRITIC = "policy", "critic"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands: in the world, and in the layout of the networks that it holds.
-    `groups` is Megatron's own collection of that layout's process groups.
+    """This process's rank in the world, and its layout: that of the networks of which it holds a
+    part. `groups` is Megatron's own collection of the layout's process groups.
     """
 
     rank: int
     world_size: int
     networks: tuple[str, ...]  # which ones this rank holds a part of
     layout: ParallelConfig
-    tensor_parallel_rank: int
-    pipeline_parallel_rank: int
-    data_parallel_rank: int
     device: torch.device
     seed: int
     groups: "ProcessGroupCollection"  # type: ignore[name-defined] # noqa: F821
     group: dist.ProcessGroup | None  # all ranks of this layout; None: the world
     receivers: dist.ProcessGroup | None = None  # split: the policy's first rank and the critic's
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.groups.dp.rank()
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -57,9 +66,10 @@ class Ranks:
 
     @property
     def microbatch_multiple(self) -> int:
-        """Megatron's interleaved schedule hands micro-batches round in groups of the pipeline's
-        size p. The plain one would take fewer, but its stages are idle for (p - 1) / (m + p - 1) of
-        the time with m of them (Narayanan et al., arXiv 2104.04473): more than half below p.
+        """The number of micro-batches is a multiple of this: the pipeline's size p. Megatron's
+        interleaved schedule requires it. The plain one does not, but with m micro-batches its
+        stages are idle for (p - 1) / (m + p - 1) of the time (Narayanan et al., arXiv 2104.04473):
+        for m below p, more than half.
         """
         return self.pipeline_parallel_size
 
@@ -69,13 +79,13 @@ class Ranks:
 
     @property
     def is_writer(self) -> bool:
-        """The one rank that writes files and prints."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     @property
     def speaks_for_outputs(self) -> bool:
-        """One rank a data-parallel part: its tensor-parallel peers hold the same outputs, other
-        stages none.
+        """Whether this rank's outputs count: one rank of each data-parallel part. Its
+        tensor-parallel peers have the same outputs, other stages have none.
         """
         return self.is_last_stage and self.tensor_parallel_rank == 0
 
@@ -83,8 +93,8 @@ class Ranks:
 def initialize(
     parallel: ParallelConfig, *, seed: int, critic: ParallelConfig | None = None
 ) -> Ranks:
-    """Join the world and split it; `critic` is the critic's own layout, on ranks of its own. Raises
-    ConfigError when the layouts do not fit the processes that were started.
+    """Join the world and make its process groups. `critic` is the critic's own layout, on ranks of
+    its own. Raises ConfigError if the layouts do not fit the processes that were started.
     """
     refuse_untested_megatron()
     refuse_foreign_apex()
@@ -98,31 +108,22 @@ def initialize(
         )
     device = join_world(world_size)
     cpu_shim.install()
-    rank = dist.get_rank()
     if critic is None:
         groups = make_groups(parallel, first_rank=0)
         return enter(parallel, groups, (POLICY, CRITIC), device, seed, group=None)
     # every rank takes part in making all groups, and keeps its own
     first = parallel.world_size
+    policy_ranks, critic_ranks = list(range(first)), list(range(first, world_size))
     policy_groups = make_groups(parallel, first_rank=0)
     critic_groups = make_groups(critic, first_rank=first)
-    policy_ranks, critic_ranks = range(first), range(first, world_size)
-    policy_group = dist.new_group(list(policy_ranks), timeout=COLLECTIVE_TIMEOUT)
-    critic_group = dist.new_group(list(critic_ranks), timeout=COLLECTIVE_TIMEOUT)
-    receivers = dist.new_group([0, *critic_ranks], timeout=COLLECTIVE_TIMEOUT)
-    if rank in policy_ranks:
-        return enter(
-            parallel,
-            policy_groups,
-            (POLICY,),
-            device,
-            seed,
-            group=policy_group,
-            receivers=receivers if rank == 0 else None,
-        )
-    return enter(
-        critic, critic_groups, (CRITIC,), device, seed, group=critic_group, receivers=receivers
-    )
+    group = member_group([policy_ranks, critic_ranks])
+    receivers = member_group([[0, *critic_ranks]])
+    if dist.get_rank() in policy_ranks:
+        networks: tuple[str, ...] = (POLICY,)
+        layout, groups = parallel, policy_groups
+    else:
+        networks, layout, groups = (CRITIC,), critic, critic_groups
+    return enter(layout, groups, networks, device, seed, group=group, receivers=receivers)
 
 
 def describe(parallel: ParallelConfig) -> str:
@@ -134,17 +135,26 @@ def describe(parallel: ParallelConfig) -> str:
 
 
 def make_groups(parallel: ParallelConfig, *, first_rank: int):
-    """Megatron's process groups of one layout, on the ranks from `first_rank` on. Every rank of the
-    world calls it, members or not.
+    """Make Megatron's process groups of one layout, on the ranks from `first_rank` on. Every rank
+    of the world calls it, members or not.
     """
+    from megatron.core.parallel_state import RankGenerator
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    grid = rank_grid(parallel, first_rank=first_rank)
-    tensor = member_group(groups_along(grid, "tp"))
-    data = member_group(groups_along(grid, "dp"))
-    model = member_group(groups_along(grid, "tp", "pp"))
-    pipelines = groups_along(grid, "pp")
-    alone = member_group(groups_along(grid))
+    generator = RankGenerator(
+        tp=parallel.tensor_model_parallel_size,
+        dp=parallel.data_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        ep=1,
+        cp=1,
+        order="tp-cp-ep-dp-pp",
+        rank_offset=first_rank,
+    )
+    tensor = member_group(generator.get_ranks("tp"))
+    data = member_group(generator.get_ranks("dp"))
+    model = member_group(generator.get_ranks("tp-pp"))
+    pipelines = generator.get_ranks("pp")
+    alone = member_group(generator.get_ranks("cp"))
     return ProcessGroupCollection(
         tp=tensor,
         pp=member_group(pipelines),
@@ -154,7 +164,7 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int):
         cp=alone,
         dp_cp=data,
         tp_cp=tensor,
-        tp_dp_cp=member_group(groups_along(grid, "tp", "dp")),
+        tp_dp_cp=member_group(generator.get_ranks("tp-dp")),
         # first and last stage hold a tied embedding
         embd=member_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines]),
         pos_embd=None,
@@ -168,33 +178,12 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int):
         intra_expt_dp=data,
         inter_dist_opt=None,
         # the distributed optimizer's norm goes over all ranks of the layout
-        intra_dist_opt=member_group(groups_along(grid, "tp", "dp", "pp")),
+        intra_dist_opt=member_group(generator.get_ranks("tp-dp-pp")),
     )
-
-
-DIMENSIONS = ("pp", "dp", "tp")  # of the grid of ranks, the fastest last
-
-
-def rank_grid(parallel: ParallelConfig, *, first_rank: int) -> torch.Tensor:
-    """[pipeline, data, tensor] ranks of one layout."""
-    ranks = torch.arange(first_rank, first_rank + parallel.world_size)
-    return ranks.view(
-        parallel.pipeline_model_parallel_size,
-        parallel.data_parallel_size,
-        parallel.tensor_model_parallel_size,
-    )
-
-
-def groups_along(grid: torch.Tensor, *dimensions: str) -> list[list[int]]:
-    """The ranks that differ in these dimensions only, group by group; without any, each alone."""
-    kept = [DIMENSIONS.index(name) for name in DIMENSIONS if name in dimensions]
-    others = [place for place in range(grid.dim()) if place not in kept]
-    size = torch.Size(grid.shape[place] for place in kept).numel()
-    return grid.permute(*others, *kept).reshape(-1, size).tolist()
 
 
 def member_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
-    """This rank's group among these; None for a rank in none of them."""
+    """Make these groups. Returns this rank's one; None for a rank that is in none of them."""
     mine = None
     for ranks in enumeration:
         group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
@@ -213,7 +202,7 @@ def enter(
     group: dist.ProcessGroup | None,
     receivers: dist.ProcessGroup | None = None,
 ) -> Ranks:
-    """Take this rank's place in its layout."""
+    """Set what Megatron reads from its globals, seed the generators, and return this rank."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -230,9 +219,6 @@ def enter(
         world_size=dist.get_world_size(),
         networks=networks,
         layout=parallel,
-        tensor_parallel_rank=groups.tp.rank(),
-        pipeline_parallel_rank=groups.pp.rank(),
-        data_parallel_rank=groups.dp.rank(),
         device=device,
         seed=seed,
         groups=groups,
@@ -242,12 +228,12 @@ def enter(
 
 
 def join_world(world_size: int) -> torch.device:
-    """NCCL where there is CUDA, else gloo; a world of one needs no launcher.
+    """Join the world, with NCCL where there is CUDA, else gloo. A world of one needs no launcher.
 
-    The world gets no `device_id`. With one, torch makes every later NCCL group by splitting the
-    world's communicator, one after another with all ranks: hundreds of them, most of one rank. And
-    the group for publications, which has foreign processes in it, cannot be split off the world:
-    rank 0 would wait in it for ever. Without, a group connects its members when it is first used.
+    The world gets no `device_id`. With one, torch would make every later NCCL group by splitting
+    the world's communicator, one group after another with all ranks; there are hundreds, most of
+    one rank. The group for publications, which contains other processes, cannot be split off the
+    world: rank 0 would wait in it forever. Without `device_id`, a group connects when first used.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -255,21 +241,15 @@ def join_world(world_size: int) -> torch.device:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if world_size == 1:
-        dist.init_process_group(
-            backend,
-            timeout=COLLECTIVE_TIMEOUT,
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-        )
-    else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(
+        backend, timeout=COLLECTIVE_TIMEOUT, **(alone if world_size == 1 else {})
+    )
     return device
 
 
 def shutdown(ranks: Ranks) -> None:
-    """Leave the world, when the last rank has come here: each does, once all its work is done."""
+    """Wait for all ranks to finish their work, then leave the world."""
     from megatron.core import parallel_state
 
     dist.barrier()

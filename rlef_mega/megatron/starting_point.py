@@ -1,4 +1,4 @@
-"""Networks made from a Hugging Face folder, each rank its chunks of them."""
+"""Building networks from a Hugging Face folder: each rank builds its own chunks."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
 
 
 class StartingPoint:
-    """A Hugging Face folder, and the networks made from it on these ranks. With `weights`, those of
-    a checkpoint, imported or of another run; a critic that is not in it starts from its policy.
+    """A Hugging Face folder from which networks are built on these ranks. With `weights`, their
+    weights are those of a checkpoint, imported or of another run; a critic that it does not hold
+    starts from its policy.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class StartingPoint:
 
     @calls_megatron
     def chunks(self, kind: type[PackedLlama]) -> list[PackedLlama]:
-        """This rank's chunks of the network, with their weights; none where it has no part of it.
-        Every rank calls it: reading a checkpoint is collective over the world.
+        """Build and load this rank's chunks of the network; none if it has no part of it. Every
+        rank calls this: reading a checkpoint is collective over the world.
         """
         name = CRITIC if kind is CriticModel else POLICY
         if name not in self.ranks.networks:

@@ -1,18 +1,18 @@
-"""Checkpoints: a run can be killed at any moment and goes on where it was, with the same numbers.
+"""Checkpoints: a run can be killed at any moment and resumes with the same numbers.
 
 Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` together, between steps.
 
-- `save` copies every rank's share to its host memory (checkpoint_writer), starts the rank's thread,
-  and returns; training goes on. At most one save is in flight: another one waits for it.
-- `poll`, called at each step's end, asks whether all ranks' threads are done (one flag is reduced,
-  and only while a save is in flight). Then rank 0 learns what each wrote, and its own thread writes
-  index, generators, meta and, last, the manifest, renames the folder, and deletes what retention
-  has no room for. A later `poll` tells all ranks how that ended.
-- `finish` is `poll` until nothing is in flight: at a stop, and at the end of the run.
-- A save that fails on any rank (disk full, no permission) is given up on all: its folder is
-  removed, nothing older is deleted, the failure is counted and said loudly, and training goes on.
+- `save` copies every rank's share to host memory (`writer`), starts the rank's thread and returns;
+  training continues. At most one save is in flight: the next one waits for it.
+- `poll`, called at each step's end, asks whether all ranks' threads have finished (one flag is
+  reduced, and only while a save is in flight). If so, rank 0 gathers what each rank wrote. Its
+  thread then writes index, generators, meta and, last, the manifest, renames the folder, and
+  deletes old checkpoints. A later `poll` broadcasts the result to all ranks.
+- `finish` polls until nothing is in flight: at a stop, and at the end of the run.
+- If a save fails on any rank (disk full, no permission), all ranks give it up: its folder is
+  removed, nothing older is deleted, the failure is counted and reported, and training continues.
 
-Nothing is in flight that a kill could leave half: see checkpoint_files for what it may leave.
+`files` describes what a kill may leave on the disk.
 
     step_000010/manifest.json  meta.json  rng.pt  networks/
 """
@@ -35,7 +35,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.checkpoints import files as files
+from rlef_mega.megatron.checkpoints import files
 from rlef_mega.megatron.checkpoints import state as state_of
 from rlef_mega.megatron.checkpoints.files import GENERATORS, META, NETWORKS
 from rlef_mega.megatron.checkpoints.torch_dist import write_index
@@ -52,11 +52,9 @@ from rlef_mega.megatron.trained_model import TrainedModel
 from rlef_mega.run.directory import flush_to_disk
 from rlef_mega.run.ranks import any_rank, gather
 
-latest_checkpoint, best_checkpoint = files.latest_checkpoint, files.best_checkpoint
-
 
 class Checkpointable(Protocol):
-    """A learner: networks under their names, on these ranks."""
+    """A learner: its trained networks by name, on these ranks."""
 
     ranks: Ranks
 
@@ -64,33 +62,33 @@ class Checkpointable(Protocol):
     def trained(self) -> dict[str, TrainedModel]: ...
 
     def whole(self) -> AbstractContextManager[None]:
-        """Brings to the device what waits on the host."""
+        """Bring offloaded weights and optimizer states to the device."""
 
 
 @dataclass(frozen=True)
 class RankState:
-    """What one rank adds to meta.json and rng.pt; as it was at the step."""
+    """What one rank contributes to meta.json and rng.pt, as of the saved step."""
 
     updates: dict[str, int]
     models: dict[str, dict[str, Any]]
-    places: dict[str, list[int]]
+    coordinates: dict[str, list[int]]
     generators: dict[str, Any]
 
 
 @dataclass
 class Saving:
-    """A save in flight. `work` is what this rank's thread does now."""
+    """A save in flight. `work` is the present task of this rank's thread."""
 
     folder: Path  # with its suffix
     meta: dict[str, Any]
-    metadata: Any  # of all ranks' boxes; rank 0
+    metadata: Any  # of all ranks' boxes; on rank 0
     rank_state: RankState
     work: Future
-    publishing: bool = False  # all ranks have written, rank 0 finishes
+    completing: bool = False  # all ranks have written, rank 0 writes the rest
 
 
 class Checkpoints:
-    """A run's checkpoints: saving, resuming, retention. `about` goes into each one's meta.json."""
+    """A run's checkpoints: saving, resuming, retention. `about` is added to each meta.json."""
 
     def __init__(
         self,
@@ -110,11 +108,11 @@ class Checkpoints:
         self.failures = 0  # saves that were given up
         self.waits = 0  # saves that had to wait for the one before
         self.fault: str | None = None  # why the last save was given up
-        self.saved_last: int | None = None  # the step of the last one that was not, or resumed from
+        self.saved_last: int | None = None  # the step last saved or resumed from
 
     def save(self, step: int, state: dict[str, Any], *, score: float | None = None) -> None:
-        """Begin to write `step_000010`. `state` is small and JSON: data order, weight version;
-        `score` says how good the policy is. Collective.
+        """Start to write a checkpoint of this step. `state` is small and JSON: data order, weight
+        version; `score` rates the policy. Collective.
         """
         if self.saving is not None:
             self.waits += 1
@@ -136,8 +134,8 @@ class Checkpoints:
             self.finish()
 
     def rate(self, step: int, score: float) -> None:
-        """Says how good the policy of a step is, once that is known; of no effect where the step
-        has no checkpoint. Collective.
+        """Add the score of a step's policy, which is known only later. Does nothing if the step has
+        no checkpoint. Collective.
         """
         if self.saving is not None and self.saving.meta["step"] == step:
             self.finish()
@@ -146,41 +144,41 @@ class Checkpoints:
             files.write_score(folder, score)
 
     def poll(self) -> None:
-        """At a step's end: go on with what is in flight, without waiting. Collective."""
+        """Advance the save in flight, without waiting; called at each step's end. Collective."""
         while self.saving is not None and not any_rank(not self.saving.work.done()):
             self.advance(self.saving)
 
     def finish(self) -> bool:
-        """Wait for what is in flight; whether the last save is on the disk. Collective."""
+        """Wait for the save in flight. Returns whether the last save is on the disk. Collective."""
         while self.saving is not None:
             wait_for([self.saving.work])
             self.advance(self.saving)
         return self.fault is None
 
     def require_saved(self) -> None:
-        """Before the process ends: RuntimeError, on every rank, unless the last save is on the
-        disk. Collective.
+        """Wait for the last save, before the process ends. Raises RuntimeError, on every rank,
+        unless it is on the disk. Collective.
         """
         if not self.finish():
-            newest = latest_checkpoint(self.folder)
+            newest = files.latest_checkpoint(self.folder)
             raise RuntimeError(
                 f"the last step could not be saved ({self.fault}); the newest checkpoint is "
-                f"{newest.name if newest else 'none'}. Make room, then go on from there"
+                f"{newest.name if newest else 'none'}. Make room, then resume from it"
             )
 
     def advance(self, saving: Saving) -> None:
-        """All ranks' work is done: the next part. Collective."""
-        if saving.publishing:
+        """Start the next part of a save, as all ranks have finished theirs. Collective."""
+        if saving.completing:
             self.conclude(saving)
             return
         report = fault_of(saving.work, self.folder) or saving.work.result()
         reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
         dist.gather_object((report, saving.rank_state), reports)  # world, to rank 0
-        saving.publishing = True
-        saving.work = self.start(self.publish, saving, reports)
+        saving.completing = True
+        saving.work = self.start(self.complete, saving, reports)
 
     def conclude(self, saving: Saving) -> None:
-        """What rank 0's thread came to, on all ranks."""
+        """Broadcast whether rank 0's thread has completed the checkpoint. Collective."""
         outcome = [fault_of(saving.work, self.folder) or saving.work.result()]
         dist.broadcast_object_list(outcome)  # world, from rank 0
         self.saving, self.fault = None, outcome[0]
@@ -190,9 +188,7 @@ class Checkpoints:
             self.failures += 1
             if self.leads:
                 name = saving.folder.with_suffix("").name
-                warn(
-                    f"checkpoint {name} was NOT saved: {self.fault}. What was saved before is kept"
-                )
+                warn(f"checkpoint {name} was NOT saved: {self.fault}. Older checkpoints are kept")
 
     @property
     def leads(self) -> bool:
@@ -201,10 +197,11 @@ class Checkpoints:
     def start(self, work: Callable[..., Any], *arguments: Any) -> Future:
         return self.thread.submit(work, *arguments)
 
-    def publish(
+    def complete(
         self, saving: Saving, reports: list[tuple[Share | str, RankState]] | None
     ) -> str | None:
-        """Rank 0's thread: make the shares a checkpoint, or remove them. The fault, if any."""
+        """Make the shares a checkpoint, or remove them; on rank 0's thread. Returns the fault, if
+        any."""
         if reports is None:  # another rank
             return None
         faults = [report for report, _ in reports if isinstance(report, str)]
@@ -224,10 +221,10 @@ class Checkpoints:
         return None
 
     def resume(self) -> tuple[int, dict[str, Any]] | None:
-        """Bring the learner to the newest good checkpoint: (step, state), or None if there is none
-        at all. Those that are refused on the way are said loudly and moved aside. Collective.
+        """Load the newest good checkpoint into the learner. Returns (step, state), or None if there
+        is no checkpoint. Newer ones that are refused are reported and moved aside. Collective.
 
-        Raises ConfigError, on every rank, when there are checkpoints but no good one.
+        Raises ConfigError, on every rank, if there are checkpoints but no good one.
         """
         if self.leads:
             files.remove_leftovers(self.folder)
@@ -249,7 +246,7 @@ class Checkpoints:
         if faults:
             raise ConfigError(
                 f"no checkpoint in {self.folder} can be resumed from: {'; '.join(faults)}. "
-                "Mend or remove them; without any, the run starts anew"
+                "Repair or remove them; without any, the run starts anew"
             )
         return None
 
@@ -259,7 +256,7 @@ def warn(message: str) -> None:
 
 
 def fault_of(work: Future, folder: Path) -> str | None:
-    """Why finished work failed, in words; what is not the disk's fault is raised."""
+    """Describe why finished work failed; raise an error that is not the disk's."""
     error = work.exception()
     if isinstance(error, OSError):
         return describe(error, folder)
@@ -285,13 +282,13 @@ def rank_state(learner: Checkpointable) -> RankState:
     return RankState(
         {name: model.updates for name, model in trained.items()},
         {name: state_of.fingerprint(model) for name, model in trained.items()},
-        {name: state_of.place(model) for name, model in trained.items()},
+        {name: state_of.coordinates(model) for name, model in trained.items()},
         state_of.random_state(),
     )
 
 
 def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]) -> None:
-    """All files but the shares, and the folder's name."""
+    """Write all files but the shares, and give the folder its name."""
     folder = saving.folder
     stored = {index: info for share in shares for index, info in share.stored.items()}
     names = write_index(folder / NETWORKS, saving.metadata, stored)
@@ -299,7 +296,7 @@ def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]
     meta = saving.meta | {
         "updates": {name: n for rank in ranks for name, n in rank.updates.items()},
         "models": {name: model for rank in ranks for name, model in rank.models.items()},
-        "places": [rank.places for rank in ranks],
+        "places": [rank.coordinates for rank in ranks],
     }
     (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
     manifest = {name: entry for share in shares for name, entry in share.files.items()}
@@ -310,10 +307,10 @@ def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]
 
 
 def load_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
-    """Bring the learner to this checkpoint: (step, state). Collective.
+    """Load this checkpoint into the learner. Returns (step, state). Collective.
 
     Raises ConfigError, on every rank, if it is missing, damaged, or of another model; the learner
-    is then as it was.
+    is then unchanged.
     """
     fault = fault_for(path, learner)
     if fault is not None:
@@ -322,8 +319,8 @@ def load_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
 
 
 def fault_for(path: Path, learner: Checkpointable) -> str | None:
-    """Why this learner cannot go on from there, the same on every rank; None if it can. Sizes and
-    model first, then all files are read, each rank its share. Collective.
+    """Find out why this learner cannot resume from a checkpoint; None if it can. Checks sizes and
+    model first, then reads all files, each rank its share. Every rank returns the same. Collective.
     """
     models = {name: state_of.fingerprint(model) for name, model in learner.trained.items()}
     ours = {name: model for share in gather(models) for name, model in share.items()}
@@ -341,19 +338,18 @@ def fault_for(path: Path, learner: Checkpointable) -> str | None:
 
 
 def misfit(path: Path, ours: dict[str, dict[str, Any]]) -> str | None:
-    """What tells the checkpoint's networks from this run's."""
+    """Describe how the checkpoint's networks differ from this run's; None if they do not."""
     theirs = files.read_meta(path).get("models", {})
     if theirs.keys() != ours.keys():
         return f"checkpoint {path} holds {sorted(theirs)}, this run trains {sorted(ours)}"
     for name, model in ours.items():
-        found = ", ".join(state_of.differences(theirs[name], model))
-        if found:
+        if found := state_of.differences(theirs[name], model):
             return f"checkpoint {path} is of another model: its {name} has {found}"
     return None
 
 
 def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
-    """Of a checkpoint that `fault_for` has nothing against."""
+    """Load a checkpoint in which `fault_for` found no fault."""
     meta = files.read_meta(path)
     with learner.whole():
         parts: list[ShardedTensor] = []
@@ -362,8 +358,9 @@ def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
         fill(path, parts)
         for name, model in learner.trained.items():
             state_of.set_updates(model, meta["updates"][name])
-    places = gather({name: state_of.place(model) for name, model in learner.trained.items()})
-    if places == meta["places"]:  # in another layout ranks keep the seed's generators
+    trained = learner.trained.items()
+    coordinates = gather({name: state_of.coordinates(model) for name, model in trained})
+    if coordinates == meta["places"]:  # in another layout ranks keep the seed's generators
         generators = torch.load(path / GENERATORS, weights_only=True)
         state_of.restore_random_state(generators[learner.ranks.rank])
     return meta["step"], meta["state"]
@@ -372,8 +369,8 @@ def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
 def load_weights(
     path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
 ) -> None:
-    """One network's weights alone, saved in any layout or imported, into chunks of this one, which
-    may be of another dtype. Without what follows the last norm if `trunk_only`. Collective.
+    """Load one network's weights alone, saved in any layout or imported, into chunks of this one,
+    which may have another dtype; with `trunk_only` without the head. Collective.
     """
     parts = state_of.weights(name, chunks, ranks)
     head = f"{name}.output_layer."
@@ -382,7 +379,7 @@ def load_weights(
 
 @calls_megatron
 def fill(path: Path, parts: list[ShardedTensor]) -> None:
-    """Read these boxes into the memory that they view. Collective."""
+    """Read boxes of the checkpoint into the memory that they view. Collective."""
     wanted = {str(number): part for number, part in enumerate(parts)}
     folder = str(path / NETWORKS)
     dist_checkpointing.load(

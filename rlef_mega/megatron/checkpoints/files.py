@@ -1,11 +1,10 @@
-"""The folders of a run's checkpoints on the disk: which are whole, which is the best, which may go.
+"""The folders of a run's checkpoints: which are whole, which is the best, which may be deleted.
 
-A checkpoint is written under `step_000010.tmp`; its manifest, the list of its files with sizes and
-checksums, is the last file, and the folder then gets its name in one step. So a folder without a
-suffix is complete, unless something damaged it afterwards, and then the manifest tells. What a kill
-may leave are folders with a suffix: `.tmp` (not finished) and `.deleted` (not quite deleted), both
-removed at the next start. `.refused` is a checkpoint that could not be resumed from; it is moved
-aside, never deleted, and counts for nothing.
+A checkpoint is written under `step_000010.tmp`. Its manifest, the list of its files with sizes and
+checksums, is the last file; then the folder is renamed. So a folder without a suffix is complete,
+unless it was damaged afterwards, which the manifest shows. A kill may leave folders with a suffix:
+`.tmp` (not finished) and `.deleted` (not yet deleted); the next start removes both. `.refused` is a
+checkpoint that could not be resumed from: it was moved aside, is never deleted and never counted.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from rlef_mega.config import ConfigError
 from rlef_mega.run.directory import flush_to_disk, write_atomically
 
 MANIFEST, META, GENERATORS, NETWORKS = "manifest.json", "meta.json", "rng.pt", "networks"
-LATE_SCORE = "score.json"  # of an evaluation that ended after the save
+LATE_SCORE = "score.json"  # of an evaluation that finished after the save
 STEP_FOLDER = re.compile(r"step_(\d+)")
 LEFTOVER = re.compile(r"step_\d+\.(tmp|deleted)")
 Manifest = dict[str, dict[str, Any]]  # file to {"bytes": ..., "sha256": ...}
@@ -30,7 +29,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Checkpoint folders under their names, oldest first; some may be damaged."""
+    """List the checkpoint folders, oldest first; some may be damaged."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
@@ -38,15 +37,15 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there in their full sizes, or None. Says nothing
-    about checksums, which take a reading of all files.
+    """Find the newest checkpoint whose files all exist in their full sizes, or None. Checksums are
+    not verified: that takes reading all files.
     """
     return next((path for path in reversed(steps_in(folder)) if fault_in(path) is None), None)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The one with the highest score on the validation problems, the newer of equals; None if none
-    was scored.
+    """Find the checkpoint with the highest score on the validation problems, the newer of equals;
+    None if none has a score.
     """
     scored = [(read_score(path), path) for path in whole_checkpoints(folder)]
     ranked = [(score, path) for score, path in scored if score is not None]
@@ -58,7 +57,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, *, keep: int, keep_best: bool) -> None:
-    """Delete all but the newest `keep` whole checkpoints and the best one. Damaged ones are neither
+    """Delete all whole checkpoints but the newest `keep` and the best one. Damaged ones are neither
     counted nor deleted.
     """
     whole = whole_checkpoints(folder)
@@ -69,14 +68,14 @@ def prune(folder: Path, *, keep: int, keep_best: bool) -> None:
 
 
 def delete(path: Path) -> None:
-    """A kill in between leaves no half of it under its name."""
+    """Delete a checkpoint. A kill meanwhile leaves no part of it under its name."""
     doomed = path.with_suffix(".deleted")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a run left that was killed while it saved or pruned."""
+    """Remove what a kill during a save or a deletion left."""
     if folder.is_dir():
         for path in folder.iterdir():
             if LEFTOVER.fullmatch(path.name):
@@ -112,14 +111,14 @@ def write_manifest(folder: Path, files: Manifest) -> None:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Its entry in the manifest."""
+    """Return a file's entry in the manifest."""
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": checksum}
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises ConfigError with what is wrong."""
+    """Read the manifest. Raises ConfigError if it is missing or damaged."""
     if not path.is_dir():
         raise ConfigError(f"no checkpoint {path}; name a step_* folder of the run's checkpoints")
     try:
@@ -144,7 +143,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_score(path: Path) -> float | None:
-    """How good its policy is: as said when it was saved, or by `write_score` since."""
+    """Return the policy's score, given when it was saved or by `write_score` since."""
     try:
         return json.loads((path / LATE_SCORE).read_text())["score"]
     except (OSError, ValueError, KeyError):
@@ -152,19 +151,18 @@ def read_score(path: Path) -> float | None:
 
 
 def write_score(path: Path, score: float) -> None:
-    """Beside what the manifest vouches for, which is never changed."""
+    """Write a score beside the files of the manifest, which never change."""
     write_atomically(path / LATE_SCORE, json.dumps({"score": score}) + "\n")
 
 
 def networks_in(path: Path) -> set[str]:
-    """Names of the networks whose weights a checkpoint holds; an imported one has no models' state
-    beside them."""
+    """Return the names of the networks whose weights a checkpoint holds."""
     meta = read_meta(path)
     return set(meta.get("imported") or meta.get("models", ()))
 
 
 def fault_in(path: Path) -> str | None:
-    """What is wrong as far as names and sizes tell; None if nothing."""
+    """Check the names and sizes of a checkpoint's files. Returns the first fault, or None."""
     try:
         manifest = read_manifest(path)
         read_meta(path)
@@ -180,7 +178,7 @@ def fault_in(path: Path) -> str | None:
 
 
 def wrong_checksum(path: Path, manifest: Manifest, files: list[str]) -> str | None:
-    """Read these files; what is wrong with the first that is, or None."""
+    """Check the checksums of these files. Returns the first fault, or None."""
     for file in files:
         try:
             if describe_file(path / file) != manifest[file]:

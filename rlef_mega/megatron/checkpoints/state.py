@@ -1,24 +1,24 @@
-"""What of a network goes into a checkpoint, in a form that shows no layout.
+"""The state of a network in a checkpoint, in a form that does not depend on the layout.
 
-A tensor of the network is cut by tensor and pipeline parallelism, and the flat values of each
-rank's part are cut again by the distributed optimizer: a data-parallel rank owns a range of them,
-with their fp32 main copy and moments. This module writes such a range as at most three boxes (the
-end of a row, whole rows, the start of a row) of the global tensor. So every rank saves what it owns
-and nothing twice, without gathering anything; and any layout loads the boxes that it needs,
-straight into its own memory. (Megatron's layout-free form, "fully_reshardable", gathers the
+A tensor of the network is split by tensor and pipeline parallelism, and the flat values of each
+rank's part are split again by the distributed optimizer: a data-parallel rank owns a range of them,
+with their fp32 main copy and moments. This module describes such a range as at most three boxes of
+the global tensor: the end of a row, whole rows, the start of a row. So every rank saves what it
+owns, nothing is saved twice and nothing is gathered; any layout loads the boxes that it needs
+directly into its own memory. (Megatron's layout-free form, "fully_reshardable", gathers the
 optimizer of all data-parallel ranks on each of them, on host and device.) Weights are saved by
-their owners too, which is right even while an overlapped parameter gather has not reached the other
-ranks. The keys and global shapes are Megatron's own, behind the network's name:
+their owners too, which is right even if an overlapped parameter gather has not reached the other
+ranks yet. Keys and global shapes are Megatron's own, behind the network's name:
 
     policy.decoder.layers.mlp.linear_fc1.weight
     policy.optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight
 
-What else an optimizer holds, its step and groups, follows from the recipe and `updates`. Shape
-suffix: F flat values.
+The rest of an optimizer, its step and groups, follows from the recipe and `updates`. Shape suffix:
+F flat values.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -35,7 +35,7 @@ from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
 
 Ranges = dict[torch.Tensor, tuple[int, int]]  # of a weight's flat values
-# of Hugging Face's config: what decides whether weights fit
+# the keys of Hugging Face's config that decide whether weights fit
 SHAPE_KEYS = (
     "model_type",
     "vocab_size",
@@ -53,29 +53,29 @@ SHAPE_KEYS = (
 
 
 def fingerprint(model: TrainedModel) -> dict[str, Any]:
-    """What a checkpoint's model must agree in with the run's."""
+    """Return the settings that a checkpoint's model must share with the run's."""
     module = model.chunks[0]
     config = module.hf_config.to_dict()
     found = {key: config[key] for key in SHAPE_KEYS if config.get(key) is not None}
     return found | {"dtype": str(module.config.params_dtype).removeprefix("torch.")}
 
 
-def place(model: TrainedModel) -> list[int]:
-    """Where this rank stands in the network's layout: rank and size by tensor, pipeline, data."""
+def coordinates(model: TrainedModel) -> list[int]:
+    """Return this rank's rank and size in each group of the layout: tensor, pipeline, data."""
     groups = model.ranks.groups
     return [number for g in (groups.tp, groups.pp, groups.dp_cp) for number in (g.rank(), g.size())]
 
 
 @calls_megatron
 def owned_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """Views of all that this rank owns, which is what it saves."""
+    """View all that this rank owns, which is what it saves."""
     ranges = owned_ranges(spread_optimizer(model))
     return weights(name, model.chunks, model.ranks, ranges) + optimizer_state(name, model)
 
 
 @calls_megatron
 def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """Views of all that this rank holds, weights of other owners too: what loading fills."""
+    """View all that this rank holds, weights of other owners included: what loading fills."""
     return weights(name, model.chunks, model.ranks) + optimizer_state(name, model)
 
 
@@ -86,7 +86,7 @@ def weights(
     ranks: Ranks,
     ranges: Ranges | None = None,
 ) -> list[ShardedTensor]:
-    """Views of the weights that this rank holds, or of these ranges of them."""
+    """View the weights that this rank holds, or these ranges of them."""
     parts: list[ShardedTensor] = []
     for weight, first, piece in pieces(chunks, ranks):
         low, high = overlap(piece, first, ranges.get(weight, (0, 0)) if ranges else None)
@@ -97,7 +97,7 @@ def weights(
 
 
 def optimizer_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """Views of this rank's moments and main copies. A fp32 weight is its own main copy."""
+    """View this rank's moments and main copies. A fp32 weight is its own main copy."""
     parts: list[ShardedTensor] = []
     optimizer = spread_optimizer(model)
     ranges = owned_ranges(optimizer)
@@ -118,7 +118,7 @@ def optimizer_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
 
 
 def overlap(piece: ShardedTensor, first: int, owned: tuple[int, int] | None) -> tuple[int, int]:
-    """What a piece and an owned range share of a weight's flat values."""
+    """Intersect a piece of a weight's flat values with the owned range of them."""
     end = first + piece.data.numel()
     return (max(owned[0], first), min(owned[1], end)) if owned else (first, end)
 
@@ -126,9 +126,9 @@ def overlap(piece: ShardedTensor, first: int, owned: tuple[int, int] | None) -> 
 def pieces(
     chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[torch.Tensor, int, ShardedTensor]]:
-    """(weight, first, piece): Megatron's description of each weight on this rank. One that lies in
-    several places of the global tensor (gate and up) has several pieces, and `first` is where a
-    piece begins among the weight's flat values.
+    """Yields (weight, first, piece): Megatron's description of each weight on this rank. A weight
+    that is several ranges of the global tensor (gate and up) has several pieces; `first` is where a
+    piece starts in the weight's flat values.
     """
     metadata = {"dp_cp_group": ranks.groups.dp_cp}
     for chunk in chunks:
@@ -143,7 +143,7 @@ def pieces(
 def boxes(
     piece: ShardedTensor, key: str, flat_F: torch.Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """The values from `start` on of a piece's flat values, as views of `flat_F`."""
+    """Yields boxes of a piece's flat values from `start` on, as views of `flat_F`."""
     layers = piece.prepend_axis_num  # a leading axis of the global tensor that the piece lacks
     *replica, _ = piece.replica_id  # Megatron's last entry is the data-parallel rank: we cut by it
     for offset, size in box_corners(piece.local_shape, start, start + flat_F.numel()):
@@ -166,7 +166,7 @@ def boxes(
 def box_corners(
     shape: tuple[int, ...], start: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, size) of the boxes that hold the row-major values [start, end) of a vector or
+    """Yields (offset, size) of the boxes that hold the row-major values [start, end) of a vector or
     matrix, in order; at most three.
     """
     *rows, columns = shape
@@ -194,7 +194,7 @@ def spread_optimizer(model: TrainedModel) -> DistributedOptimizer:
 
 
 def owned_ranges(optimizer: DistributedOptimizer) -> Ranges:
-    """Of each weight that this data-parallel rank owns a part of: which of its flat values."""
+    """Map each weight to the range of its flat values that this data-parallel rank owns."""
     return {
         weight: (ranges["param"].start, ranges["param"].end)
         for buffer in optimizer.gbuf_ranges
@@ -205,8 +205,8 @@ def owned_ranges(optimizer: DistributedOptimizer) -> Ranges:
 
 
 def make_adam_state(inner: torch.optim.Optimizer) -> None:
-    """Adam makes its state at its first step. A policy that has waited for its critic has made no
-    step yet.
+    """Make Adam's state, which it makes itself only at its first step. A policy that waits for the
+    critic's warm-up has made no step yet.
     """
     for group in inner.param_groups:
         for parameter in group["params"]:
@@ -219,7 +219,7 @@ def make_adam_state(inner: torch.optim.Optimizer) -> None:
 
 
 def set_updates(model: TrainedModel, updates: int) -> None:
-    """Where schedule and optimizer stand; one optimizer step is one update."""
+    """Set the number of updates in schedule and optimizer; one optimizer step is one update."""
     model.updates = updates
     inner = spread_optimizer(model).optimizer
     for group in inner.param_groups:
@@ -234,7 +234,8 @@ def set_updates(model: TrainedModel, updates: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Of every generator of this process, in types that torch.load takes without running code."""
+    """Return the state of every generator of this process, in types that torch.load reads without
+    running code."""
     algorithm, keys, *rest = numpy.random.get_state(legacy=True)
     assert isinstance(keys, numpy.ndarray)
     state = {
@@ -258,8 +259,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterable[str]:
-    """In words: "hidden_size 4096, this run has 2048"."""
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key):
-            yield f"{key} {theirs.get(key)}, this run has {ours.get(key)}"
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Describe them: "hidden_size 4096, this run has 2048"."""
+    return ", ".join(
+        f"{key} {theirs.get(key)}, this run has {ours.get(key)}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+    )

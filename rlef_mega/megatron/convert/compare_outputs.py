@@ -73,7 +73,7 @@ def our_outputs(
     kind = PolicyModel if role == "policy" else CriticModel
     model: Any = kind(config, ranks, dtype=torch.float32).to(ranks.device).eval()
     load_weights(checkpoint, role, [model], ranks)
-    sequences = packed_sequences(LENGTHS, ranks.device, torch.float32)
+    sequences = packed_sequences(LENGTHS, ranks.device)
     hidden = model(token_ids_T[None], None, None, packed_seq_params=sequences)
     rows_T = torch.arange(len(token_ids_T), device=ranks.device)
     if role == "critic":

@@ -1,10 +1,10 @@
-"""What this machine offers beyond plain PyTorch, and what of it is used. The one place that
-decides: attention, model and optimizer read it; `rlef doctor`, a run's manifest and its first lines
+"""Which optional packages for speed this machine has, and which of them are used. Only this file
+decides: attention, model and optimizer ask it; `rlef doctor`, a run's manifest and its first lines
 report it.
 
 An optional package that cannot work here (no GPU; built for another PyTorch) is hidden before
-megatron-core is imported, so that megatron-core, transformers and this package all fall back alike,
-at start, and no run fails over it in the middle.
+megatron-core is imported. So megatron-core, transformers and this package all fall back at the
+start, and no run fails over the package later.
 """
 
 import functools
@@ -36,11 +36,11 @@ PROBES = {"transformer_engine": "transformer_engine.pytorch"}  # else the packag
 
 @dataclass(frozen=True)
 class Choice:
-    """What one part of training uses; for lack of what, and what that costs."""
+    """What one part of training uses; if a package is lacking, which one and what that costs."""
 
     part: str
     used: str
-    lacking: str = ""  # a package and why it is not used
+    lacking: str = ""  # a package, and why it is not used
     cost: str = ""
     remedy: str = ""
 
@@ -62,7 +62,7 @@ class Accelerations:
 
 @functools.cache
 def choose(device_type: str, dtype: torch.dtype, layers: Layers = "auto") -> Accelerations:
-    """Raises ConfigError when Transformer Engine is asked for and cannot be had."""
+    """Choose the kernels. Raises ConfigError if Transformer Engine is required but unusable."""
     half = device_type == "cuda" and dtype != torch.float32
     engine_fault = fault("transformer_engine") or (None if half else "its attention takes bfloat16")
     if layers == "transformer_engine" and engine_fault:
@@ -74,7 +74,7 @@ def choose(device_type: str, dtype: torch.dtype, layers: Layers = "auto") -> Acc
     return Accelerations(
         attention="transformer-engine" if engine else attention_kernel(device_type, dtype),
         layers="transformer_engine" if engine else "local",
-        # straight into the fp32 main gradients, by a kernel that NVIDIA's apex brings
+        # a kernel of NVIDIA's apex adds them directly to the fp32 main gradients
         fused_weight_gradients=device_type == "cuda" and fault(WEIGHT_GRADIENTS) is None,
         triton_head=device_type == "cuda" and fault("triton") is None,
     )
@@ -84,7 +84,7 @@ def choose(device_type: str, dtype: torch.dtype, layers: Layers = "auto") -> Acc
 def attention_kernel(
     device_type: str, dtype: torch.dtype
 ) -> Literal["flash-attn", "torch-varlen", "sdpa"]:
-    """What our own packed attention calls."""
+    """Name the kernel that our own packed attention calls."""
     if device_type != "cuda" or dtype == torch.float32:  # the varlen kernels are for half precision
         return "sdpa"
     if fault("flash_attn") is None:
@@ -93,7 +93,7 @@ def attention_kernel(
 
 
 def optimizer() -> str:
-    """The Adam that megatron-core imported: Transformer Engine's, else apex's, else PyTorch's."""
+    """Name the Adam that megatron-core imported: Transformer Engine's, apex's or PyTorch's."""
     from megatron.core.optimizer import Adam
 
     package = Adam.__module__.split(".")[0]
@@ -103,14 +103,14 @@ def optimizer() -> str:
 
 @functools.cache
 def fault(package: str) -> str | None:
-    """Why an optional package cannot be used; None if it can."""
+    """Say why an optional package cannot be used; None if it can."""
     if importlib.util.find_spec(package) is None:
         return NOT_INSTALLED
     if not torch.cuda.is_available():
         return "installed, but there is no NVIDIA GPU"
     try:
         importlib.import_module(PROBES.get(package, package))
-    except Exception as error:  # whatever a foreign binary raises: ImportError, OSError, Runtime...
+    except Exception as error:  # a foreign binary may raise anything: ImportError, OSError, ...
         return f"installed, but cannot be imported: {type(error).__name__}: {error}"
     if package == "apex" and is_nvidias_apex() and not importlib.util.find_spec("amp_C"):
         return "installed, but built without its CUDA extensions"
@@ -118,8 +118,8 @@ def fault(package: str) -> str | None:
 
 
 def hide_unusable() -> None:
-    """Called before megatron-core is imported, which tries these and expects nothing worse than an
-    ImportError."""
+    """Hide packages that cannot work. Called before megatron-core is imported: it tries them and
+    catches nothing but an ImportError."""
     for package in INSTALL:
         useless = fault(package) not in (None, NOT_INSTALLED)
         # Triton's interpreter runs the kernels' tests on CPUs
@@ -128,7 +128,8 @@ def hide_unusable() -> None:
 
 
 def refuse_foreign_apex() -> None:
-    """PyPI's `apex` is an unrelated web toolkit; megatron-core would import it in good faith."""
+    """Raises ConfigError for PyPI's `apex`, an unrelated web toolkit, which megatron-core would
+    import."""
     spec = importlib.util.find_spec("apex")
     if spec and not is_nvidias_apex():
         raise ConfigError(
@@ -144,8 +145,9 @@ def is_nvidias_apex() -> bool:
 
 
 def varlen_options(function: Callable) -> dict[str, Any]:
-    """How `torch.nn.attention.varlen.varlen_attn` is told causality and grouped heads, by its
-    signature: `is_causal` in PyTorch 2.10, `window_size` from 2.11, `enable_gqa` from 2.12.
+    """Return the options that make `torch.nn.attention.varlen.varlen_attn` causal with grouped
+    heads, by its signature: `is_causal` in PyTorch 2.10, `window_size` from 2.11, `enable_gqa`
+    from 2.12.
     """
     known = inspect.signature(function).parameters
     causal: dict[str, Any]
@@ -154,32 +156,48 @@ def varlen_options(function: Callable) -> dict[str, Any]:
 
 
 def choices(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> list[Choice]:
-    """The report: what is used, and what it costs not to have the rest. No cost is put in numbers
-    here, for none was measured."""
+    """Report what is used, and what it costs not to have the rest. No cost is a number, because
+    none was measured."""
     chosen = choose(device.type, dtype, layers)
+    local = "megatron-core's local layers"
     if device.type != "cuda":
         idle = [p for p in INSTALL if fault(p) not in (None, NOT_INSTALLED) and p != "triton"]
         return [
             Choice("attention", "PyTorch SDPA, a call a sequence"),
-            Choice("layers", "megatron-core's local layers"),
+            Choice("layers", local),
             Choice("optimizer", optimizer()),
             Choice("head", "PyTorch"),
             *(Choice(package, f"not used: {fault(package)}") for package in idle),
         ]
-    return [
-        attention_choice(chosen, dtype),
-        layers_choice(chosen, dtype, layers),
-        optimizer_choice(),
-        gradients_choice(chosen),
-        head_choice(chosen),
-    ]
+    found = [attention_choice(chosen, dtype)]
+    if chosen.layers == "transformer_engine":
+        found.append(Choice("layers", "Transformer Engine"))
+    elif layers == "local" or dtype == torch.float32:
+        found.append(Choice("layers", local))
+    else:
+        cost = "norms and products are kernels of their own"
+        found.append(without("layers", local, "transformer_engine", cost))
+    if (adam := optimizer()).startswith("PyTorch"):
+        cost = "a step is several passes over the optimizer's state"
+        found.append(without("optimizer", adam, "apex", cost))
+    else:
+        found.append(Choice("optimizer", adam))
+    if chosen.fused_weight_gradients:
+        found.append(Choice("weight gradients", "fused into the main gradients"))
+    else:
+        cost = "each weight gradient is written in bf16, then added to the fp32 main gradient"
+        found.append(without("weight gradients", "PyTorch", WEIGHT_GRADIENTS, cost))
+    if chosen.triton_head:
+        found.append(Choice("head", "Triton kernels"))
+    else:
+        cost = "logits are stored, a piece at a time"
+        found.append(without("head", "PyTorch", "triton", cost))
+    return found
 
 
-def lack(package: str, cost: str) -> tuple[str, str, str]:
-    return f"{package} {fault(package) or 'not used'}", cost, INSTALL[package]
-
-
-PADDED = "sequences are padded into blocks"
+def without(part: str, used: str, package: str, cost: str) -> Choice:
+    """Report a part that lacks a package."""
+    return Choice(part, used, f"{package} {fault(package) or 'not used'}", cost, INSTALL[package])
 
 
 def attention_choice(chosen: Accelerations, dtype: torch.dtype) -> Choice:
@@ -187,55 +205,26 @@ def attention_choice(chosen: Accelerations, dtype: torch.dtype) -> Choice:
         return Choice("attention", "flash_attn_varlen_func")
     if chosen.attention == "transformer-engine":
         return Choice("attention", "Transformer Engine DotProductAttention")
+    calls = "attention is a call a sequence"
     if dtype == torch.float32:
         lacking, remedy = "float32 has no varlen kernel", "model.dtype = 'bfloat16'"
-        return Choice("attention", "PyTorch SDPA", lacking, PADDED, remedy)
-    if chosen.attention == "torch-varlen":
-        from torch.nn.attention.varlen import varlen_attn
+        return Choice("attention", "PyTorch SDPA", lacking, calls, remedy)
+    if chosen.attention == "sdpa":
+        return without("attention", "PyTorch SDPA", "flash_attn", calls)
+    from torch.nn.attention.varlen import varlen_attn
 
-        cost = "PyTorch's kernel of the same family serves"
-        if "enable_gqa" not in varlen_options(varlen_attn):
-            cost += ", with keys and values copied for each query head before PyTorch 2.12"
-        return Choice("attention", "torch.nn.attention.varlen", *lack("flash_attn", cost))
-    return Choice("attention", "PyTorch SDPA", *lack("flash_attn", PADDED))
-
-
-def layers_choice(chosen: Accelerations, dtype: torch.dtype, layers: Layers) -> Choice:
-    if chosen.layers == "transformer_engine":
-        return Choice("layers", "Transformer Engine")
-    if layers == "local" or dtype == torch.float32:
-        return Choice("layers", "megatron-core's local layers")
-    cost = "norms and products are kernels of their own"
-    return Choice("layers", "megatron-core's local layers", *lack("transformer_engine", cost))
-
-
-def optimizer_choice() -> Choice:
-    used = optimizer()
-    if used.startswith("PyTorch"):
-        cost = "a step is several passes over the optimizer's state"
-        return Choice("optimizer", used, *lack("apex", cost))
-    return Choice("optimizer", used)
-
-
-def gradients_choice(chosen: Accelerations) -> Choice:
-    if chosen.fused_weight_gradients:
-        return Choice("weight gradients", "fused into the main gradients")
-    cost = "each weight gradient is written in bf16, then added to the fp32 main gradient"
-    return Choice("weight gradients", "PyTorch", *lack(WEIGHT_GRADIENTS, cost))
-
-
-def head_choice(chosen: Accelerations) -> Choice:
-    if chosen.triton_head:
-        return Choice("head", "Triton kernels")
-    return Choice("head", "PyTorch", *lack("triton", "logits are stored, a piece at a time"))
+    cost = "PyTorch's kernel of the same family is used"
+    if "enable_gqa" not in varlen_options(varlen_attn):
+        cost += ", with keys and values copied for each query head before PyTorch 2.12"
+    return without("attention", "torch.nn.attention.varlen", "flash_attn", cost)
 
 
 def report(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> dict[str, str]:
-    """`choices` for `rlef doctor` and `manifest.json`."""
+    """Return `choices` as text by part, for `rlef doctor` and `manifest.json`."""
     return {choice.part: str(choice) for choice in choices(device, dtype, layers)}
 
 
 def announce(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> None:
-    """The first lines of a run; one rank prints them."""
+    """Print the first lines of a run, on one rank."""
     for part, used in report(device, dtype, layers).items():
         print(f"{part:17} {used}", flush=True)

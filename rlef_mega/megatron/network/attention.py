@@ -2,16 +2,13 @@
 sequence.
 
 Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one
-calls the varlen kernel that `attention_kernel` names. A GPU without one pads neighbours of similar
-length to [sequences, heads, longest, head_dim] and makes one causal SDPA call a block, which is
-exact: padding comes last, so no real token attends to it. A CPU, where a call costs little and
-copies much, makes a call a sequence.
+calls the varlen kernel that `attention_kernel` names; without one, on a CPU and in fp32, PyTorch's
+SDPA once a sequence.
 
 Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head
-dimension, S sequences, L tokens of the longest sequence.
+dimension, S sequences.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,43 +20,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from rlef_mega.megatron.network.accelerations import attention_kernel, varlen_options
 from rlef_mega.megatron.network.rotary import Rotation
 
-# Sequences share a padded block while they are at least this fraction of its longest. SDPA's work
-# grows with the square of the padded length: at 0.75 at most 44% of it is lost, and a micro-batch
-# of sorted lengths makes a handful of calls.
-BLOCK_FRACTION = 0.75
-
-
-@dataclass(frozen=True)
-class PaddedBlock:
-    """Neighbouring sequences of similar length: tokens start:end, and their rows in [S * L]."""
-
-    start: int
-    end: int
-    sequences: int
-    longest: int
-    rows_T: torch.Tensor
-
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch; the lengths on the host, the positions'
-    rotation, and the padded layout if attention pads.
+    """Megatron's description of a packed micro-batch, with the lengths on the host and the rotation
+    of positions.
     """
 
     lengths: tuple[int, ...] = ()
     rotation: Rotation | None = None
-    blocks: tuple[PaddedBlock, ...] = ()
 
 
-def packed_sequences(
-    lengths: list[int], device: torch.device, dtype: torch.dtype
-) -> PackedSequences:
-    """The description of sequences of these lengths, end to end, for a model of this dtype."""
+def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequences:
+    """Describe sequences of these lengths, end to end."""
     ends_S = torch.tensor(lengths).cumsum(0)
     starts_S = ends_S - torch.tensor(lengths)
     positions_T = torch.arange(sum(lengths)) - starts_S.repeat_interleave(torch.tensor(lengths))
     on_device = torch.nn.functional.pad(ends_S, (1, 0)).int().to(device, non_blocking=True)
-    pads = device.type == "cuda" and attention_kernel(device.type, dtype) == "sdpa"
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=on_device,
@@ -68,24 +45,7 @@ def packed_sequences(
         max_seqlen_kv=max(lengths),
         lengths=tuple(lengths),
         rotation=Rotation(positions_T.to(device, non_blocking=True)),
-        blocks=tuple(padded_blocks(lengths, device)) if pads else (),
     )
-
-
-def padded_blocks(lengths: list[int], device: torch.device) -> Iterator[PaddedBlock]:
-    """Cut the sequences, in order, into blocks of similar length."""
-    first = start = 0
-    while first < len(lengths):
-        longest, last = lengths[first], first
-        while last < len(lengths) and BLOCK_FRACTION * longest <= lengths[last] <= longest:
-            last += 1
-        lengths_S = torch.tensor(lengths[first:last])
-        starts_S = lengths_S.cumsum(0) - lengths_S
-        tokens = int(lengths_S.sum())
-        skipped_S = torch.arange(last - first) * longest - starts_S
-        rows_T = torch.arange(tokens) + skipped_S.repeat_interleave(lengths_S)
-        yield PaddedBlock(start, start + tokens, last - first, longest, rows_T.to(device))
-        first, start = last, start + tokens
 
 
 def rotated(
@@ -94,7 +54,7 @@ def rotated(
     packed: PackedSequences,
     frequencies_E: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys with their positions."""
+    """Rotate queries and keys by their positions."""
     assert packed.rotation is not None and frequencies_E is not None
     return packed.rotation(query_THD, frequencies_E), packed.rotation(key_TKD, frequencies_E)
 
@@ -126,7 +86,7 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
-        """[T, H, D], [T, K, D], [T, K, D] to [T, H * D]."""
+        """Attend from [T, H, D] to [T, K, D]. Returns [T, H * D]."""
         assert packed_seq_params is not None, "our batches are always packed"
         query, key = rotated(query, key, packed_seq_params, self.frequencies_E)
         kernel = attention_kernel(query.device.type, query.dtype)
@@ -134,8 +94,6 @@ class PackedAttention(MegatronModule):
             output_THD = self.flash_attention(query, key, value, packed_seq_params)
         elif kernel == "torch-varlen":
             output_THD = self.torch_varlen(query, key, value, packed_seq_params)
-        elif query.device.type == "cuda":
-            output_THD = self.padded_attention(query, key, value, packed_seq_params)
         else:
             output_THD = self.attention_by_sequence(query, key, value, packed_seq_params)
         return output_THD.flatten(1)
@@ -176,22 +134,6 @@ class PackedAttention(MegatronModule):
         )
         assert isinstance(output_THD, torch.Tensor)  # a pair only where more is asked for
         return output_THD
-
-    def padded_attention(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
-        outputs = []
-        for block in packed.blocks:
-
-            def pad(packed_THD: torch.Tensor, block: PaddedBlock = block) -> torch.Tensor:
-                shape = (block.sequences * block.longest, *packed_THD.shape[1:])
-                part_THD = packed_THD[block.start : block.end]
-                padded = packed_THD.new_zeros(shape).index_copy(0, block.rows_T, part_THD)
-                return padded.unflatten(0, (block.sequences, block.longest)).transpose(1, 2)
-
-            output_SHLD = torch.nn.functional.scaled_dot_product_attention(
-                pad(query), pad(key), pad(value), is_causal=True, scale=self.scale, enable_gqa=True
-            )
-            outputs.append(output_SHLD.transpose(1, 2).flatten(0, 1)[block.rows_T])
-        return torch.cat(outputs)
 
     def attention_by_sequence(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
         lengths = list(packed.lengths)

@@ -1,10 +1,10 @@
-"""The model families that are built, from a Hugging Face config: Llama, and the dense Qwen2 and
-Qwen3.
+"""The model families that are supported, and reading a Hugging Face config: Llama, and the dense
+Qwen2 and Qwen3.
 
 All three are the same decoder: RMSNorm before each block, rotary positions, grouped queries, a
-gated feed-forward block, no biases. Qwen2 adds biases to queries, keys and values; Qwen3
-normalises each query and key head over its own dimension. What is not of this shape is refused by
-name, because it would load or run, and be another model.
+gated feed-forward block, no biases. Qwen2 adds biases to queries, keys and values; Qwen3 normalises
+each query and key head over its own dimension. A config that differs is refused, with the name of
+what differs: its weights might load and run, but as another model.
 """
 
 import json
@@ -21,7 +21,7 @@ DenseConfig = LlamaConfig | Qwen2Config | Qwen3Config
 
 @dataclass(frozen=True)
 class Family:
-    """In what a model type differs from the others."""
+    """How a model type differs from the others."""
 
     config: type[DenseConfig]
     qkv_bias: bool = False
@@ -38,11 +38,16 @@ SUPPORTED = "supported are Llama, Qwen2 and Qwen3, dense"
 
 
 def read_config(folder: Path) -> DenseConfig:
-    """The config of a Hugging Face folder. Raises ConfigError for a model that is not built."""
+    """Read the config of a Hugging Face folder. Raises ConfigError for a damaged file and for a
+    model that is not supported.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
-    model_type = json.loads(path.read_text()).get("model_type")
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a model's config ({error}); export it anew") from None
     if model_type not in FAMILIES:
         raise ConfigError(f"{path}: model_type {model_type!r} is not supported; {SUPPORTED}")
     config = FAMILIES[model_type].config.from_pretrained(folder)
@@ -58,7 +63,7 @@ def family_of(config: DenseConfig) -> Family:
 
 
 def check_family(config: DenseConfig) -> None:
-    """Refuse what would be built wrongly, by name."""
+    """Raises ConfigError for a config that would be built wrongly; names what differs."""
     if config.model_type not in FAMILIES:
         raise ConfigError(f"model_type {config.model_type!r} is not supported; {SUPPORTED}")
     rope = rope_parameters(config)
@@ -87,11 +92,11 @@ def rope_parameters(config: DenseConfig) -> dict[str, Any]:
 
 
 def head_dim(config: DenseConfig) -> int:
-    """As transformers' attention reads it: Qwen2 has none of its own."""
+    """Return the width of a head as transformers' attention does; Qwen2's config has none."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-# Where Transformer Engine's modules keep a layer's norms; checkpoints keep the names on the left.
+# Transformer Engine's names of a layer's norms. Checkpoints have the names on the left.
 FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",

@@ -1,5 +1,5 @@
-"""The gated feed-forward block where Megatron's fused activation, which a compiler makes for GPUs,
-is not used: its gradient written once, without the copies that autograd makes of the two halves.
+"""The gated feed-forward block for machines without Megatron's fused activation, which is compiled
+for GPUs. Its gradient is written once, without the copies that autograd makes of the two halves.
 
 Shape suffixes: T tokens, F columns of this rank.
 """

@@ -1,10 +1,10 @@
-"""Llama and its relatives (`families`) as a Megatron-core GPTModel, in two forms: a policy that
-ends in hidden states and a critic with a scalar head.
+"""Llama and its relatives (`families`) as a Megatron-core GPTModel, in two forms: a policy and a
+critic with a scalar head.
 
-The policy's last stage returns hidden states after the final norm, not logits: scores and losses
-read the rows that they need and call the fused head (`rlef_kernels`) on them, so that logits are
-never stored. The critic reads its value at a few positions in the same way. Both are built from a
-Hugging Face config; weights come from `hf_weights`.
+The last stage returns hidden states after the final norm, not logits. Scores and losses read the
+rows that they need and call the fused head (`rlef_kernels`) on them, so that logits are never
+stored. The critic computes values at a few rows in the same way. Both are built from a Hugging Face
+config; `hf_weights` loads their weights.
 
 Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each
 tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D
@@ -40,7 +40,7 @@ from megatron.core.transformer.transformer_layer import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlef_kernels import linear_logprob, linear_ppo_loss
-from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.config import ParallelConfig, check_layout
 from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.network.accelerations import Layers, choose
 from rlef_mega.megatron.network.attention import PackedAttention
@@ -54,13 +54,9 @@ from rlef_mega.megatron.network.feed_forward import GatedMLP
 from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 from rlef_mega.megatron.parallel import Ranks
 
-# What "selective" recomputes: the feed-forward block, whose activations are the largest of a layer.
-# The attention kernels already store nothing of size s x s.
-SELECTIVE_MODULES = ["mlp"]
-
 
 def check_model(config: DenseConfig, parallel: ParallelConfig) -> None:
-    """Refuse what would be built or split wrongly, by name."""
+    """Raises ConfigError for a model that we do not build, or that the layout cannot split."""
     check_family(config)
     check_layout(
         heads=config.num_attention_heads,
@@ -85,10 +81,9 @@ def transformer_config(
     interleaved = stages.chunks > 1
     recomputations: dict[str, dict[str, Any]] = {
         "none": {},
-        "selective": {
-            "recompute_granularity": "selective",
-            "recompute_modules": SELECTIVE_MODULES,
-        },
+        # The feed-forward block, whose activations are the largest of a layer. Attention kernels
+        # store nothing of size s x s.
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
@@ -136,8 +131,9 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         batch_p2p_sync=not on_cpu,
-        # Between interleaved stages sends are batched by no one: with two ranks, where the next one
-        # is also the one before, Megatron's batched exchange gives silently wrong gradients.
+        # No batched exchange between interleaved stages. With two ranks, where the next is also the
+        # one before, Megatron 0.16 computes wrong gradients with it, without an error (measured: a
+        # gradient norm of 13951 in place of 2.88).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=pipelined,
@@ -145,20 +141,8 @@ def transformer_config(
     )
 
 
-def refuse_batched_interleaving(config: TransformerConfig) -> None:
-    """Megatron 0.16 computes wrong gradients there without a word (measured: a gradient norm of
-    13951 in place of 2.88).
-    """
-    virtual = config.virtual_pipeline_model_parallel_size or 1
-    if virtual > 1 and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm:
-        raise ConfigError(
-            "two pipeline stages with virtual stages and batched point-to-point exchange compute "
-            "wrong gradients; set overlap_p2p_comm = True and batch_p2p_comm = False"
-        )
-
-
 def stages_of(config: DenseConfig, parallel: ParallelConfig, *, with_head: bool) -> Stages:
-    """How this network is cut; a critic's value head is too small to count."""
+    """Split this network over the pipeline. A critic's value head is too small to count."""
     work = SequenceFlops.of(config)
     head_cost = work.head * config.num_hidden_layers / work.layers if with_head else 0.0
     return split_layers(config.num_hidden_layers, parallel, head_cost=head_cost)
@@ -206,9 +190,8 @@ def layer_spec(config: DenseConfig) -> ModuleSpec:
 
 
 class PackedLlama(GPTModel):
-    """The trunk: one chunk of it, at its place in the pipeline. On the last stage, forward returns
-    hidden states after the final norm.
-    """
+    """One stage of the trunk. On the last stage, forward returns hidden states after the final
+    norm."""
 
     has_language_head: ClassVar[bool]
 
@@ -227,7 +210,6 @@ class PackedLlama(GPTModel):
         stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
         position = StagePosition(ranks.pipeline_parallel_rank, chunk)
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
-        refuse_batched_interleaving(config)
         spec, norm = layer_spec(hf_config), RMSNorm
         if choose(ranks.device.type, dtype, layers).layers == "transformer_engine":
             from rlef_mega.megatron.network.transformer_engine import (
@@ -252,7 +234,7 @@ class PackedLlama(GPTModel):
         )
         self.hf_config, self.stages = hf_config, stages
         mark_shards(self)
-        for module in self.modules():  # who has none would ask Megatron's globals for it
+        for module in self.modules():  # without one it would ask Megatron's globals
             if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
                 module.tp_group = ranks.groups.tp
         # Hugging Face's own frequencies, one formula for all families, with Llama 3.1's scaling
@@ -265,15 +247,15 @@ class PackedLlama(GPTModel):
             layer.self_attention.core_attention.frequencies_E = frequencies_E
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):
-        """In place of Megatron's logits."""
+        """Return hidden states in place of Megatron's logits."""
         return hidden_states
 
     def rows(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        """[T, 1, D], or this rank's part of it under sequence parallelism, to [R, D] on every
-        tensor-parallel rank.
+        """Select rows of [T, 1, D], or of this rank's part of it under sequence parallelism.
+        Returns [R, D] on every tensor-parallel rank.
 
-        What follows is the same on all of them, and so is its gradient: backward keeps this rank's
-        part, unsummed.
+        All of them compute the same from it, and have the same gradient; so backward keeps this
+        rank's part and sums nothing.
         """
         if self.config.sequence_parallel:
             # tensor-parallel group: gathers the tokens
@@ -284,8 +266,8 @@ class PackedLlama(GPTModel):
 
 
 def mark_shards(model: torch.nn.Module) -> None:
-    """megatron-core before 0.18 marks split weights only as it initialises them; unmarked, the
-    gradient norm leaves them out on all but the first tensor-parallel rank.
+    """Mark the split weights. megatron-core before 0.18 marks them only when it initialises them;
+    without the mark, the gradient norm omits them on all but the first tensor-parallel rank.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
@@ -306,7 +288,7 @@ class PolicyModel(PackedLlama):
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """This rank's rows of the head; with tied embeddings, of the embedding."""
+        """This rank's rows of the head; of the embedding, if they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -319,7 +301,8 @@ class PolicyModel(PackedLlama):
         *,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-prob of the target, entropy), fp32, at these rows of the last stage's output."""
+        """Compute (log-prob of the target, entropy), fp32, at these rows of the last stage's
+        output."""
         return linear_logprob(
             self.rows(hidden, rows_R),
             self.output_weight,
@@ -342,8 +325,8 @@ class PolicyModel(PackedLlama):
         temperature: float,
         denominator: float,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`ppo.policy_loss` of the log-probs at these rows, and their mean entropy among its
-        metrics; computed inside the head, which saves a quarter of its matrix products.
+        """Compute `ppo.policy_loss` at these rows, with their mean entropy among its metrics. It is
+        computed inside the head, which saves a quarter of its matrix products.
         """
         return linear_ppo_loss(
             self.rows(hidden, rows_R),
@@ -361,16 +344,16 @@ class PolicyModel(PackedLlama):
 
     @property
     def has_main_grad(self) -> bool:
-        """Whether the head's gradient has a buffer of Megatron's to go to."""
+        """Whether Megatron has a buffer for the head's gradient."""
         return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
 
 
 def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight [1, D] and bias [1] of a new value head, drawn on the CPU, hence equal in every
-    layout.
+    """Draw weight [1, D] and bias [1] of a new value head, on the CPU so that every layout has the
+    same.
 
-    Hidden states come out of a norm with entries of about 1, so this spread makes the first values
-    a tenth of a reward's size.
+    After the norm, entries of hidden states are about 1; with this spread the first values are
+    about a tenth of a reward.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(1, hidden_size, generator=generator, device="cpu") * 0.1 / hidden_size**0.5
@@ -387,7 +370,7 @@ class ValueHead(torch.nn.Linear):
             self.weight.copy_(weight)
             self.bias.copy_(bias)
         for parameter in self.parameters():
-            # read where the optimizer's groups are made
+            # `TrainedModel` gives such parameters optimizer groups of their own
             parameter.is_value_head = True  # type: ignore[attr-defined]
 
 
@@ -402,5 +385,5 @@ class CriticModel(PackedLlama):
             self.output_layer = ValueHead(hf_config.hidden_size, ranks)
 
     def values(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        """V, fp32, at these rows of the last stage's output."""
+        """Compute values, fp32, at these rows of the last stage's output."""
         return self.output_layer(self.rows(hidden, rows_R).float()).squeeze(-1)

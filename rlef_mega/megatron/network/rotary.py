@@ -1,6 +1,6 @@
-"""Rotary positions of packed sequences: the angles once a micro-batch, the rotation once a layer.
+"""Rotary positions of packed sequences. Angles are computed once a micro-batch; Megatron's own code
+splits a packed tensor by sequence and computes cosines twice in every layer.
 
-Megatron's own splits a packed tensor by sequence and computes cosines anew, twice in every layer.
 Shape suffixes: T packed tokens, H heads, D head dimension, E half of it.
 """
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Rotation:
-    """The angles of these positions, for the frequencies that a model has."""
+    """The angles of these positions, for the frequencies of a model."""
 
     def __init__(self, positions_T: torch.Tensor) -> None:
         self.positions_T = positions_T
@@ -16,8 +16,8 @@ class Rotation:
         self.cos_T1E = self.sin_T1E = torch.empty(0)
 
     def __call__(self, x_THD: torch.Tensor, frequencies_E: torch.Tensor) -> torch.Tensor:
-        """Each head turned by its token's angles; fp32 angles, rounded to the heads' dtype as
-        transformers does it.
+        """Rotate each head by its token's angles: fp32 angles whose cosines and sines are rounded
+        to the heads' dtype, as transformers does.
         """
         wanted = id(frequencies_E), x_THD.dtype
         if self.made_of != wanted:
@@ -29,7 +29,8 @@ class Rotation:
 
 
 class Rotate(torch.autograd.Function):
-    """(first, second) halves of a head to (first cos - second sin, second cos + first sin)."""
+    """Turns the halves (first, second) of a head to (first cos - second sin, second cos + first
+    sin)."""
 
     @staticmethod
     def forward(ctx, x_THD, cos_T1E, sin_T1E):

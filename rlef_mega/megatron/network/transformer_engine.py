@@ -1,8 +1,8 @@
-"""Layers of Transformer Engine's modules in place of our own: norm and product in one, attention by
-flash-attn or cuDNN as Transformer Engine chooses.
+"""Layers made of Transformer Engine's modules: norm and product in one, attention by flash-attn or
+cuDNN as Transformer Engine chooses.
 
-Imported only where `accelerations` chose it. Built from megatron-core's wrappers and tested with
-stand-ins for them; never run, for want of a GPU.
+Imported only if `accelerations` chose it. Built from megatron-core's wrappers and tested with
+stand-ins for them; never run on a GPU.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ class PackedTEAttention(TEDotProductAttention):
 
 
 def with_transformer_engine(spec: ModuleSpec) -> ModuleSpec:
-    """The same layer of Transformer Engine's modules."""
+    """Return the same layer made of Transformer Engine's modules."""
     layer = spec.submodules
     attention, feed_forward = layer.self_attention.submodules, layer.mlp.submodules
 
@@ -65,10 +65,7 @@ def with_transformer_engine(spec: ModuleSpec) -> ModuleSpec:
                     linear_fc2=TERowParallelLinear,
                 ),
             ),
-            # checkpoints keep the names of separate norms: a run goes on with or without the engine
+            # checkpoints have the names of separate norms: a run resumes with or without the engine
             sharded_state_dict_keys_map={fused: own for own, fused in FUSED_NORMS.items()},
         ),
     )
-
-
-__all__ = ["TENorm", "with_transformer_engine"]

@@ -1,9 +1,9 @@
 """What the checkpoint tests run in processes of their own.
 
-`run FOLDER STEPS`: a training run without rollouts, large enough that its saves take a while and so
-can be killed in the middle. It goes on from what it finds, as every run does.
-`faults FOLDER DISK`: two ranks, faults on one of them; what came of it is left in FOLDER/RANK.json.
-DISK is a folder on a small file system of its own, or empty.
+`run` is a training run without rollouts, large enough that a save can be killed in the middle. It
+resumes from what it finds, as every run does. `python -m ... FOLDER DISK` runs `faults` on two
+ranks, with faults on one of them; the results are in FOLDER/RANK.json. DISK is a folder on a small
+file system of its own, or empty.
 """
 
 import json
@@ -30,6 +30,7 @@ def run(folder: Path, steps: int) -> None:
     from rlef_mega.megatron.parallel import initialize
     from rlef_mega.run.directory import RunDirectory
 
+    torch.set_num_threads(1)
     directory = RunDirectory(folder)
     directory.lock()
     learner = make_learner(initialize(ParallelConfig(), seed=3), folder.parent / "large")
@@ -198,11 +199,8 @@ def refusal(load) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    mode, folder, argument = sys.argv[1:]
-    if mode == "run":
-        run(Path(folder), int(argument))
-    else:
-        faults(Path(folder), argument)
+    folder, disk = sys.argv[1:]
+    faults(Path(folder), disk)
 
 
 if __name__ == "__main__":

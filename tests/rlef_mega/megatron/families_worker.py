@@ -1,8 +1,8 @@
 """Policies and critics of every family against transformers: scores, and the gradient of each
 parameter. In this process for a layout of one, and as the worker for the split ones.
 
-`python -m tests.rlef_mega.megatron.families_worker FOLDER LAYOUT`: cases of this layout, one after
-the other, each rank comparing its own part.
+`python -m tests.rlef_mega.megatron.families_worker FOLDER LAYOUT...`: the cases of these layouts,
+one after the other, each rank comparing its own part.
 """
 
 import sys
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlef_mega.config import LearnerConfig, OptimizerConfig, PPOConfig
 from rlef_mega.types import Batch
+from tests.rlef_mega.distributed import next_world
 from tests.rlef_mega.megatron.hugging_face import TEMPERATURE, hf_logprobs, hf_values
 from tests.rlef_mega.megatron.megatron_worker import LAYOUTS, VOCABULARY, make_batch
 
@@ -187,17 +188,19 @@ def close(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 def main() -> None:
     from rlef_mega.megatron.parallel import initialize, shutdown
 
-    folder, layout = sys.argv[1:]
+    folder, *layouts = sys.argv[1:]
     torch.set_num_threads(1)
-    ranks = initialize(LAYOUTS[layout].parallel, seed=7)
-    for case in IN_LAYOUT[layout]:
-        path = Path(folder) / case
-        truth = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        try:
-            check(path, ranks, truth.eval())
-        except AssertionError as error:
-            raise AssertionError(f"{case}: {error}") from error
-    shutdown(ranks)
+    for layout in layouts:
+        next_world()
+        ranks = initialize(LAYOUTS[layout].parallel, seed=7)
+        for case in IN_LAYOUT[layout]:
+            path = Path(folder) / case
+            truth = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            try:
+                check(path, ranks, truth.eval())
+            except AssertionError as error:
+                raise AssertionError(f"{case} in {layout}: {error}") from error
+        shutdown(ranks)
 
 
 if __name__ == "__main__":

@@ -164,11 +164,8 @@ def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
 
 def run_layout(folder: Path, start: str, layout: str) -> None:
     """From the model: a batch, a checkpoint, another batch. From a checkpoint: the other batch."""
-    from rlef_mega.megatron.checkpoints.checkpoints import (
-        Checkpoints,
-        latest_checkpoint,
-        load_checkpoint,
-    )
+    from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
+    from rlef_mega.megatron.checkpoints.files import latest_checkpoint
     from rlef_mega.megatron.parallel import initialize, shutdown
 
     chosen = LAYOUTS[layout]

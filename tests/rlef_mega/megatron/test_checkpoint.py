@@ -1,13 +1,11 @@
 """Checkpoints survive: kill -9 at any moment of a save, faults of the disk on one rank, damaged and
 foreign folders. That they are exact, in the same layout and in others, is held by
-test_megatron_layouts.py and, for the whole loop, by test_train.py.
+test_layouts.py and, for the whole loop, by test_train.py.
 """
 
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +23,8 @@ from rlef_mega.megatron.checkpoints.files import (
     steps_in,
     write_score,
 )
-from tests.rlef_mega.distributed import ROOT, launch
-from tests.rlef_mega.megatron.checkpoint_worker import LARGE
+from tests.rlef_mega.distributed import launch, start_process
+from tests.rlef_mega.megatron import checkpoint_worker
 from tests.rlef_mega.megatron.megatron_worker import make_model
 from tests.rlef_mega.megatron.small_disk import small_disk
 
@@ -131,29 +129,21 @@ def test_the_form_of_an_older_version_is_refused_by_name(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------ kill -9
 
 
-def start(run: Path) -> subprocess.Popen:
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "sandbox"), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", WORKER, "run", str(run), str(STEPS)]
-    return subprocess.Popen(words, env=environment, cwd=ROOT)
-
-
 def killed(run: Path, moment: Callable[[Path], bool]) -> bool:
-    """Go on with the run and kill it as soon as its checkpoints look so; whether they did."""
-    process, before = start(run), {p.name for p in names_in(run)}
-    while process.poll() is None:
-        new = {p.name for p in names_in(run)} - before
-        if new and moment(run / "checkpoints"):
+    """Resume the run and kill it at this moment. Returns whether the moment came."""
+    process, before = start_process(checkpoint_worker.run, run, STEPS), names_in(run)
+    while process.is_alive():
+        if names_in(run) - before and moment(run / "checkpoints"):
             process.kill()
-            process.wait()
+            process.join()
             return True
     return False
 
 
-def names_in(run: Path) -> list[Path]:
+def names_in(run: Path) -> set[str]:
     with contextlib.suppress(OSError):
-        return list((run / "checkpoints").iterdir())
-    return []
+        return {path.name for path in (run / "checkpoints").iterdir()}
+    return set()
 
 
 def being_written(checkpoints: Path) -> bool:
@@ -174,15 +164,16 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 def test_a_run_killed_at_any_moment_of_a_save_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     """One run, killed again and again; bit for bit in its metrics, generators, and final state."""
-    make_model(tmp_path / "large", **LARGE)
+    make_model(tmp_path / "large", **checkpoint_worker.LARGE)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    alone = start(undisturbed)
+    alone = start_process(checkpoint_worker.run, undisturbed, STEPS)
     hits = [name for name, moment in MOMENTS.items() if killed(disturbed, moment)]
     # the others last for less than a millisecond now and then; the folders that they leave are
     # made by hand above
     assert "a share is being written" in hits and len(hits) >= 3, hits
-    assert start(disturbed).wait(timeout=200) == 0
-    assert alone.wait(timeout=200) == 0
+    for process in (start_process(checkpoint_worker.run, disturbed, STEPS), alone):
+        process.join(200)
+        assert process.exitcode == 0
     lines = [(run / "metrics.jsonl").read_text() for run in (undisturbed, disturbed)]
     assert lines[0] == lines[1] and lines[0].count("\n") == STEPS
     manifests = [
@@ -204,7 +195,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     make_model(folder / "model")
     make_model(folder / "wide", hidden_size=64)
     with small_disk(folder / "disk", "4M") as disk:
-        launch(WORKER, "faults", str(folder), str(disk or ""), processes=2)
+        launch(WORKER, str(folder), str(disk or ""), processes=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -1,6 +1,6 @@
 """Checkpoints to Hugging Face folders and back: the same bytes, whatever the sizes of blocks and
 files, killed or not, by one process or two. What trained networks export to, in every layout, is in
-test_megatron_layouts.py.
+test_layouts.py.
 """
 
 import json
@@ -440,6 +440,7 @@ def test_verify_finds_one_wrong_bit(imported: Path, tmp_path: Path) -> None:
         compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_a_round_trip_with_cp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

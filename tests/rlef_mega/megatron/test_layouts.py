@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
 from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
-from rlef_mega.megatron.network.packed_llama import refuse_batched_interleaving
 from rlef_mega.megatron.network.stages import split_layers
 from tests.rlef_mega.distributed import launch
 from tests.rlef_mega.megatron.megatron_worker import LLAMA31_ROPE, layout, make_model
@@ -190,20 +188,6 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(heads=8, key_value_heads=2, layers=4, vocab_size=64, ffn=48, parallel=parallel)
-
-
-def test_batched_exchange_between_two_interleaved_stages_is_refused() -> None:
-    """Megatron computes wrong gradients there without a word; we never ask for it, and would not
-    get it past this check."""
-    options = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
-    config = TransformerConfig(
-        **options,
-        pipeline_model_parallel_size=2,
-        virtual_pipeline_model_parallel_size=2,
-        pipeline_dtype=torch.float32,
-    )
-    with pytest.raises(ConfigError, match="wrong gradients"):
-        refuse_batched_interleaving(config)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_pytorchs_varlen_attention_is_called_by_its_signature(
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(17, 4, 8, generator=generator)
     key, value = (torch.randn(17, 2, 8, generator=generator) for _ in range(2))
-    packed = packed_sequences([9, 5, 3], torch.device("cpu"), torch.float32)
+    packed = packed_sequences([9, 5, 3], torch.device("cpu"))
     attention = PackedAttention.__new__(PackedAttention)
     attention.scale = None
     expected = PackedAttention.attention_by_sequence(attention, query, key, value, packed)

@@ -1,37 +1,22 @@
-"""The two forms of packed attention that are PyTorch's SDPA: padded blocks, which GPUs without a
-varlen kernel use, and a call a sequence, which CPUs use."""
-
-import dataclasses
+"""Packed attention by PyTorch's SDPA, a call a sequence, which CPUs use."""
 
 import torch
 
-from rlef_mega.megatron.network.attention import PackedAttention, packed_sequences, padded_blocks
-
-CPU = torch.device("cpu")
+from rlef_mega.megatron.network.attention import PackedAttention, packed_sequences
 
 
-def test_padded_blocks_and_a_call_a_sequence_give_the_same_attention():
-    lengths = [40, 39, 31, 12, 3, 1]
-    torch.manual_seed(0)
-    # 4 query heads, 2 key-value heads of dimension 8
-    inputs = [torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
-    upstream_THD = torch.randn(sum(lengths), 4, 8)
+def test_packed_attention_is_dense_attention_with_a_block_mask() -> None:
+    lengths = [9, 8, 3, 5, 1]
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(26, 4, 8, generator=generator)
+    key, value = (torch.randn(26, 2, 8, generator=generator) for _ in range(2))
+    packed = packed_sequences(lengths, torch.device("cpu"))
     attention = PackedAttention.__new__(PackedAttention)
-    torch.nn.Module.__init__(attention)
     attention.scale = None
-    packed = packed_sequences(lengths, CPU, torch.float32)
-    assert packed.blocks == ()  # a CPU has no use for them
-    packed = dataclasses.replace(packed, blocks=tuple(padded_blocks(lengths, CPU)))
-    assert 1 < len(packed.blocks) < len(lengths)
-    found = []
-    for form in (attention.padded_attention, attention.attention_by_sequence):
-        output_THD = form(*inputs, packed)
-        assert output_THD.shape == upstream_THD.shape
-        found.append((output_THD, *torch.autograd.grad(output_THD, inputs, upstream_THD)))
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
-    # no token sees a later one or another sequence's
-    (gradient_THD,) = torch.autograd.grad(
-        attention.attention_by_sequence(*inputs, packed)[50].sum(), inputs[2]
+    output = PackedAttention.attention_by_sequence(attention, query, key, value, packed)
+    owner = torch.arange(5).repeat_interleave(torch.tensor(lengths))
+    allowed = (owner[:, None] == owner) & torch.ones(26, 26).tril().bool()
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=allowed, enable_gqa=True
     )
-    seen = gradient_THD.abs().sum((1, 2)).nonzero().squeeze(1).tolist()
-    assert seen == list(range(40, 51))
+    torch.testing.assert_close(output, dense[0].transpose(0, 1), rtol=0, atol=1e-6)

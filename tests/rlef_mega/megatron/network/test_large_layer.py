@@ -1,8 +1,8 @@
 """One layer of Llama 3.1 70B's shape, forward and backward on the CPU, is transformers': the real
 model's widths, head counts and rotary frequencies, in fp32.
 
-Memory is held down: transformers' model looks at our weights where it can, and its gradients are
-compared and dropped as they appear. What this cannot catch: depth, and bfloat16.
+To save memory, transformers' model uses our weights where it can, and its gradients are compared
+and freed as they appear. What this cannot catch: depth, and bfloat16.
 """
 
 from collections.abc import Iterator
@@ -57,6 +57,7 @@ def ranks() -> Iterator[Ranks]:
     shutdown(world)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_gb() < NEEDED_GB, reason=f"needs {NEEDED_GB} GB of free memory")
 def test_a_layer_of_70b_is_transformers(ranks: Ranks) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +66,7 @@ def test_a_layer_of_70b_is_transformers(ranks: Ranks) -> None:
     gradient_TD = torch.randn(sum(LENGTHS), CONFIG.hidden_size, generator=generator)
     theirs = transformers_model(ours)
 
-    packed = packed_sequences(LENGTHS, ranks.device, torch.float32)
+    packed = packed_sequences(LENGTHS, ranks.device)
     hidden_TD = ours(token_ids_T[None], None, None, packed_seq_params=packed).squeeze(1)
     hidden_TD.backward(gradient_TD)
     for parameter in ours.parameters():  # the name map views parameters: here, their gradients

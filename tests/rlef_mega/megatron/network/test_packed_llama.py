@@ -28,7 +28,6 @@ from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpo
 from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
 from rlef_mega.megatron.convert.compare_outputs import LARGEST_DIFFERENCE, largest_difference
 from rlef_mega.megatron.learner import Learner
-from rlef_mega.megatron.network.attention import PackedAttention, packed_sequences, padded_blocks
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.megatron.trained_model import learning_rate
@@ -161,25 +160,6 @@ def test_micro_batches_change_an_update_by_rounding_alone(
     assert len(cut.cutting.cut(batch, range(6))) > 2
     expected, found = one_batch(whole, batch, seed=1), one_batch(cut, batch, seed=1)
     assert found["stats"] == pytest.approx(expected["stats"], rel=1e-4, abs=1e-6)
-
-
-def test_padded_attention_is_dense_attention_with_a_block_mask() -> None:
-    lengths = [9, 8, 3, 5, 1]  # three blocks, one of them of falling lengths
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(26, 4, 8, generator=generator)
-    key, value = (torch.randn(26, 2, 8, generator=generator) for _ in range(2))
-    packed = packed_sequences(lengths, torch.device("cpu"), torch.float32)
-    packed.blocks = tuple(padded_blocks(lengths, torch.device("cpu")))  # as on a GPU
-    assert [block.sequences for block in packed.blocks] == [2, 1, 1, 1]
-    attention = PackedAttention.__new__(PackedAttention)
-    attention.scale = None
-    output = PackedAttention.padded_attention(attention, query, key, value, packed)
-    owner = torch.arange(5).repeat_interleave(torch.tensor(lengths))
-    allowed = (owner[:, None] == owner) & torch.ones(26, 26).tril().bool()
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=allowed, enable_gqa=True
-    )
-    torch.testing.assert_close(output, dense[0].transpose(0, 1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -19,11 +19,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from transformers import LlamaConfig, Qwen3Config
 
 from rlef_mega.config import ParallelConfig
-from rlef_mega.megatron.checkpoints.checkpoints import (
-    Checkpoints,
-    latest_checkpoint,
-    load_checkpoint,
-)
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
+from rlef_mega.megatron.checkpoints.files import latest_checkpoint
 from rlef_mega.megatron.network import packed_llama
 from rlef_mega.megatron.network.accelerations import Accelerations
 from rlef_mega.megatron.network.attention import PackedAttention
