@@ -1,4 +1,4 @@
-"""Who computes: the Triton kernels for CUDA tensors that they know, PyTorch for everything else."""
+"""The choice between the Triton kernels and the PyTorch form of an operation."""
 
 import importlib.util
 
@@ -9,10 +9,11 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def uses_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether the Triton kernels serve these tensors: on an NVIDIA GPU, all bf16 or all fp32.
+    """Return whether the kernels serve these tensors: on an NVIDIA GPU, all bf16 or all fp32.
 
-    The rest runs the PyTorch form: CPUs, mixed types, fp64 (gradcheck), fp16 (whose range is too
-    small for the gradient of a logit), other vendors' GPUs, installations without Triton.
+    The PyTorch form runs for the rest: CPUs, mixed types, fp64 (gradcheck), fp16 (whose range is
+    too small for the gradient of a logit), other vendors' GPUs, installations without Triton.
+    Raises ValueError if the tensors are not on the current device.
     """
     first = tensors[0]
     served = (
@@ -24,8 +25,7 @@ def uses_kernels(*tensors: torch.Tensor) -> bool:
     )
     if served and first.device.index != torch.cuda.current_device():
         raise ValueError(
-            f"the tensors are on {first.device}, the current device is "
-            f"cuda:{torch.cuda.current_device()}, where Triton would launch; call "
-            "torch.cuda.set_device first"
+            f"the tensors are on {first.device}, but Triton launches on the current device, "
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
         )
     return served

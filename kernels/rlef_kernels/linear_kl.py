@@ -8,8 +8,9 @@
     dhidden = dz weight / temperature        dweight = dz^T hidden / temperature
 
 The two models may differ in width; the vocabulary and its sharding are the same. FLOPs: P = 2 T V D
-and P' = 2 T V E; forward P + P', backward 3 P + P' (the logits are computed again). [T, V] is never
-stored.
+and P' = 2 T V E; forward P + P', backward 3 P + P' (the logits are recomputed). Bytes that must
+move, forward: both hidden states and both heads read once, 5 T numbers written. [T, V] is never
+stored whole.
 
 On NVIDIA GPUs `rlef_kernels.gpu.linear_kl` computes this; the chunked PyTorch form here defines it
 and runs everywhere else.
@@ -39,7 +40,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class ChunkedLinearKl(torch.autograd.Function):
-    """Saves the inputs and five numbers a token; backward computes each chunk's logits again."""
+    """Saves the inputs and five numbers a token; backward recomputes each chunk's logits."""
 
     @staticmethod
     def forward(
@@ -107,7 +108,7 @@ class ChunkedLinearKl(torch.autograd.Function):
 def reduce_two_logits_(
     logits_CV: torch.Tensor, ref_CV: torch.Tensor, partials_CP: torch.Tensor
 ) -> None:
-    """With a = z - max z and b = y - max y: max z, sum e^a, sum e^a (a - b), max y, sum e^b."""
+    """Write max z, sum e^a, sum e^a (a - b), max y, sum e^b; a = z - max z and b = y - max y."""
     row_max_C, ref_max_C = logits_CV.amax(-1), ref_CV.amax(-1)
     exp_CV = logits_CV.sub_(row_max_C[:, None]).exp()
     ref_CV.sub_(ref_max_C[:, None])
@@ -124,7 +125,7 @@ def kl_gradient_(
     saved: list[torch.Tensor],
     grad_kl_C: torch.Tensor,
 ) -> torch.Tensor:
-    """dz = g p (log p - log q - KL), over the memory of the policy's logits."""
+    """Overwrite the policy's logits with dz = g p (log p - log q - KL)."""
     row_max_C, log_sum_C, ref_max_C, ref_log_sum_C, kl_C = saved
     logprobs_CV = logits_CV.sub_(row_max_C[:, None]).sub_(log_sum_C[:, None])
     ref_CV.sub_(ref_max_C[:, None])
@@ -143,7 +144,7 @@ def linear_kl_reference(
     group: ProcessGroup | None = None,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """`linear_kl` in plain PyTorch, for any device; arithmetic in fp32, in fp64 for fp64 inputs."""
+    """Compute `linear_kl` in plain PyTorch, on any device, in fp32 (fp64 for fp64 inputs)."""
     check_chunk(chunk_tokens)
     step = chunk_tokens or chunk_size(weight_VD.shape[0], hidden_TD.device)
     return ChunkedLinearKl.apply(
@@ -160,14 +161,15 @@ def linear_kl(
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """kl_T, fp32, in nats; differentiable with respect to the policy's hidden and weight.
+    """Compute KL(policy || reference) at each token.
 
-    Under `group`, both heads are this rank's shard of the same columns, the hidden states are the
-    same on every rank, and every rank must call, with an empty batch too; the gradient of hidden
-    comes back summed over the group.
+    With `group`, both heads are this rank's shard of the same columns, and the hidden states are
+    the same on every rank. Every rank must call, with an empty batch too; the gradient of hidden is
+    summed over the group.
 
-    Raises ValueError for shapes that do not fit, a reference that asks for gradients, temperature
-    <= 0.
+    Returns kl_T, fp32, in nats, differentiable with respect to the policy's hidden and weight.
+
+    Raises ValueError if shapes do not match, the reference requires gradients, or temperature <= 0.
     """
     check_head(hidden_TD, weight_VD)
     check_head(ref_hidden_TE, ref_weight_VE)
@@ -175,10 +177,13 @@ def linear_kl(
     if len(hidden_TD) != len(ref_hidden_TE) or len(weight_VD) != len(ref_weight_VE):
         raise ValueError(
             f"the policy has {len(hidden_TD)} tokens and {len(weight_VD)} words, the reference "
-            f"{len(ref_hidden_TE)} and {len(ref_weight_VE)}: they must be equal"
+            f"{len(ref_hidden_TE)} and {len(ref_weight_VE)}; both must be equal"
         )
     if torch.is_grad_enabled() and (ref_hidden_TE.requires_grad or ref_weight_VE.requires_grad):
-        raise ValueError("the reference is a constant here; detach ref_hidden_TE and ref_weight_VE")
+        raise ValueError(
+            "the reference requires gradients, but is a constant here; detach ref_hidden_TE and "
+            "ref_weight_VE"
+        )
     if uses_kernels(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE):
         from rlef_kernels.gpu.linear_kl import linear_kl_kernels as compute
     else:

@@ -1,5 +1,4 @@
-"""Log-prob of the target and entropy from hidden states and the LM head; the logits are never
-stored whole.
+"""Log-prob of the target and entropy from hidden states and head, without storing all logits.
 
     z = hidden weight^T / temperature        p = softmax(z)
     logprob_t = log p_t[target_t]            entropy_t = - sum_j p_tj log p_tj
@@ -9,20 +8,18 @@ With upstream gradients g of logprob and h of entropy:
     dz_tj   = g_t [j = target_t] - p_tj (g_t + h_t (log p_tj + entropy_t))
     dhidden = dz weight / temperature        dweight = dz^T hidden / temperature
 
-FLOPs: P = 2 T V D a matrix product; forward P, backward 3 P (the logits are computed again). Bytes
-that must move, forward: hidden and weight read once, 4 T numbers written. Kept for backward: the
-inputs and 3 T numbers.
+FLOPs: P = 2 T V D a matrix product; forward P, backward 3 P (the logits are recomputed). Bytes that
+must move, forward: hidden and weight read once, 4 T numbers written. Saved for backward: the inputs
+and 3 T numbers.
 
-Vocab-parallel (Megatron's word): each rank of `group` holds an equal shard of the rows of the head.
-Forward gathers [T, 4] numbers, backward sums dhidden over the group.
+Vocab-parallel: each rank of `group` holds an equal shard of the rows of the head. Forward gathers
+[T, 4] numbers, backward sums dhidden over the group.
 
 On NVIDIA GPUs `rlef_kernels.gpu.linear_logprob` computes this; the chunked PyTorch form here
 defines it and runs everywhere else.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
 """
-
-from typing import Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -52,7 +49,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class ChunkedLinearLogprob(torch.autograd.Function):
-    """Saves the inputs and three numbers a token; backward computes each chunk's logits again."""
+    """Saves the inputs and three numbers a token; backward recomputes each chunk's logits."""
 
     @staticmethod
     def forward(
@@ -64,7 +61,7 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         group: ProcessGroup | None,
         chunk_tokens: int,
         accumulate_main_grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         shard = weight_VD.shape[0]
         dtype = compute_dtype(hidden_TD, weight_VD)
         column_T, owned_T = local_columns(target_T, shard_start(shard, group), shard)
@@ -79,9 +76,8 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(hidden_TD, weight_VD, column_T, owned_T, *softmax[:3])
         ctx.temperature, ctx.group, ctx.chunk_tokens = temperature, group, chunk_tokens
         ctx.accumulate_main_grad = accumulate_main_grad
-        ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing
-        ctx.mark_non_differentiable(softmax.greedy_T)
-        return softmax.logprob_T, softmax.entropy_T, softmax.greedy_T
+        ctx.set_materialize_grads(False)  # an output without a gradient costs nothing
+        return softmax.logprob_T, softmax.entropy_T
 
     @staticmethod
     @once_differentiable
@@ -89,7 +85,6 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         ctx: SavedForBackward,
         grad_logprob_T: torch.Tensor | None,
         grad_entropy_T: torch.Tensor | None,
-        grad_greedy_T: None,
     ) -> tuple[torch.Tensor | None, ...]:
         if grad_logprob_T is None and grad_entropy_T is None:
             return (None,) * 7
@@ -146,9 +141,10 @@ def linear_logprob_reference(
     group: ProcessGroup | None = None,
     accumulate_main_grad: bool = False,
     chunk_tokens: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob_T, entropy_T, greedy_T) in plain PyTorch, for any device; arithmetic in fp32, in
-    fp64 for fp64 inputs. `chunk_tokens` bounds the memory: chunk_tokens x V numbers, twice.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `linear_logprob` in plain PyTorch, on any device, in fp32 (fp64 for fp64 inputs).
+
+    `chunk_tokens` bounds the memory: 2 chunk_tokens V numbers.
     """
     check_chunk(chunk_tokens)
     step = chunk_tokens or chunk_size(weight_VD.shape[0], hidden_TD.device)
@@ -157,7 +153,6 @@ def linear_logprob_reference(
     )
 
 
-@overload
 def linear_logprob(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -167,50 +162,22 @@ def linear_logprob(
     group: ProcessGroup | None = None,
     mask_T: torch.Tensor | None = None,
     accumulate_main_grad: bool = False,
-    return_greedy: Literal[False] = False,
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute log-prob and entropy of softmax(hidden weight^T / temperature), in nats.
 
-
-@overload
-def linear_logprob(
-    hidden_TD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    target_T: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    group: ProcessGroup | None = None,
-    mask_T: torch.Tensor | None = None,
-    accumulate_main_grad: bool = False,
-    return_greedy: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-
-def linear_logprob(
-    hidden_TD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    target_T: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    group: ProcessGroup | None = None,
-    mask_T: torch.Tensor | None = None,
-    accumulate_main_grad: bool = False,
-    return_greedy: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """(logprob_T, entropy_T) of softmax(hidden weight^T / temperature), fp32, in nats.
-
-    Differentiable in both outputs, with respect to hidden and weight. Under `group`, weight_VD is
-    this rank's shard (equal on all ranks), targets are ids of the whole vocabulary; hidden,
-    targets, mask and upstream gradients are the same on every rank, and every rank must call, with
-    an empty batch too; the gradient of hidden comes back summed over the group.
+    With `group`, weight_VD is this rank's shard, of one size on all ranks, and targets are ids of
+    the whole vocabulary. Hidden, targets, mask and upstream gradients are the same on every rank.
+    Every rank must call, with an empty batch too; the gradient of hidden is summed over the group.
 
     Tokens outside `mask_T` (bool) get zeros and no gradient, whatever their targets, and cost
-    nothing; nor do, in the backward pass, tokens whose upstream gradients are zero. With
-    `accumulate_main_grad` the gradient of the weight is added to `weight.main_grad` (fp32,
-    Megatron's) instead of being returned. `return_greedy` adds greedy_T (bool): whether the target
-    has the largest logit.
+    nothing. Tokens whose upstream gradients are zero cost nothing in the backward pass. With
+    `accumulate_main_grad` the gradient of the weight is added to Megatron's `weight.main_grad`
+    (fp32) instead of being returned.
 
-    Raises ValueError for shapes that do not fit, targets outside the vocabulary (on a GPU: NaN),
-    temperature <= 0.
+    Returns (logprob_T, entropy_T), fp32, both differentiable with respect to hidden and weight.
+
+    Raises ValueError if shapes do not match, a target is outside the vocabulary (on a GPU its
+    log-prob is NaN instead), or temperature <= 0.
     """
     check_head(hidden_TD, weight_VD)
     if accumulate_main_grad:
@@ -227,7 +194,7 @@ def linear_logprob(
         from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels as compute
     else:
         compute = linear_logprob_reference  # type: ignore[assignment]
-    outputs = compute(
+    logprob_T, entropy_T = compute(
         hidden_TD,
         weight_VD,
         target_T,
@@ -235,5 +202,7 @@ def linear_logprob(
         group=group,
         accumulate_main_grad=accumulate_main_grad,
     )
-    logprob_T, entropy_T, greedy_T = (scatter_rows(out, rows_R, num_tokens) for out in outputs)
-    return (logprob_T, entropy_T, greedy_T) if return_greedy else (logprob_T, entropy_T)
+    return (
+        scatter_rows(logprob_T, rows_R, num_tokens),
+        scatter_rows(entropy_T, rows_R, num_tokens),
+    )

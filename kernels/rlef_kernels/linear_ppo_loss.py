@@ -1,14 +1,14 @@
-"""The clipped policy loss from hidden states, with the loss inside the head: `ppo_policy_loss` of
-`linear_logprob`, for three matrix products instead of four.
+"""RLEF's clipped policy loss from hidden states, with its gradients, in three matrix products.
 
-    z = hidden weight^T / temperature,  logprob_t = log softmax(z_t)[target_t]
-    L = ppo_policy_loss(logprob, ...)                                              (RLEF A.1)
+    z = hidden weight^T / temperature        logprob_t = log softmax(z_t)[target_t]
+    L = the loss of `rlef_kernels.ppo_policy_loss` for these log-probs             (RLEF A.1)
     dz_tj = dL/dlogprob_t ([j = target_t] - p_tj)
 
 Because dL/dlogprob_t depends on row t alone, the gradient of a row's logits can be written as soon
-as the row's sum of exponentials is known, while its logits are still there. So the gradients are
-computed in the forward pass, chunk by chunk of rows, and the backward pass only scales them by its
-upstream gradient. FLOPs: 3 P = 6 T V D, all of them forward; P without gradients.
+as the row's sum of exponentials is known, while its logits are still in memory. So the forward pass
+computes the gradients, chunk by chunk of rows, and the backward pass only scales them by its
+upstream gradient. FLOPs: 3 P = 6 T V D, all of them forward; P without gradients. Bytes that must
+move: hidden and weight read, and their gradients written, once a chunk.
 
 Vocab-parallel: a chunk's rows need the sums of every rank before the gradient, so there is one
 small all-gather ([C, 4]) a chunk, and dhidden is summed over the group.
@@ -21,16 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.dispatch import uses_kernels
-from rlef_kernels.main_grad import (
-    check_main_grad,
-    weight_gradient_sum,
-)
+from rlef_kernels.main_grad import check_main_grad, weight_gradient_sum
 from rlef_kernels.ppo_policy_loss import (
     METRICS,
-    Metrics,
     PolicyInputs,
-    check_same_shape,
-    ppo_policy_loss_reference,
+    policy_loss_reference,
     save_gradients,
     scaled_gradients,
 )
@@ -56,7 +51,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class ChunkedLinearPpoLoss(torch.autograd.Function):
-    """Saves the gradients themselves."""
+    """Computes the gradients in the forward pass and saves them."""
 
     @staticmethod
     def forward(
@@ -94,12 +89,13 @@ class ChunkedLinearPpoLoss(torch.autograd.Function):
             reduce_logits_(logits_CV, target, partials)  # leaves each row less its maximum
             own_max_C = partials[:, 0].clone()
             softmax = combine_shards(partials, target_T[rows], shard * group_size(group), group)
-            values, grad_C = loss_and_gradient(
+            old_T, behaviour_T, advantages_T = policy_T
+            values, grad_C = policy_loss_reference(
                 softmax.logprob_T,
                 softmax.entropy_T,
-                [tensor_T[rows] for tensor_T in policy_T],
-                clip_eps,
-                denominator,
+                (old_T[rows], behaviour_T[rows], advantages_T[rows]),
+                clip_eps=clip_eps,
+                denominator=denominator,
             )
             metrics += values
             if not (needs_hidden or needs_weight):
@@ -126,23 +122,6 @@ class ChunkedLinearPpoLoss(torch.autograd.Function):
         return (*scaled_gradients(ctx, grad_metrics[0]), *(None,) * 9)
 
 
-def loss_and_gradient(
-    logprob_C: torch.Tensor,
-    entropy_C: torch.Tensor,
-    policy_C: list[torch.Tensor],
-    clip_eps: float,
-    denominator: float | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A chunk's METRICS, and the gradient of its loss with respect to its log-probs."""
-    with torch.enable_grad():
-        logprob_C = logprob_C.detach().requires_grad_()
-        loss, metrics = ppo_policy_loss_reference(
-            logprob_C, *policy_C, clip_eps=clip_eps, entropy_T=entropy_C, denominator=denominator
-        )
-        (grad_C,) = torch.autograd.grad(loss, logprob_C)
-    return torch.stack([metrics[name] for name in METRICS]), grad_C
-
-
 def linear_ppo_loss_reference(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -156,7 +135,7 @@ def linear_ppo_loss_reference(
     accumulate_main_grad: bool = False,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """METRICS as a vector, the loss first, in plain PyTorch, for any device."""
+    """Compute `linear_ppo_loss` in plain PyTorch, on any device; returns METRICS as a vector."""
     check_chunk(chunk_tokens)
     return ChunkedLinearPpoLoss.apply(
         hidden_TD,
@@ -187,14 +166,20 @@ def linear_ppo_loss(
     mask_T: torch.Tensor | None = None,
     denominator: float | torch.Tensor | None = None,
     accumulate_main_grad: bool = False,
-) -> tuple[torch.Tensor, Metrics]:
-    """(loss, metrics), fp32, as `ppo_policy_loss` gives them for the log-probs and entropies of
-    `linear_logprob`; differentiable with respect to hidden and weight.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Compute the clipped policy loss of the target tokens' log-probs.
 
-    Masks, groups, denominators and errors are as there. With `accumulate_main_grad` the gradient of
-    the weight goes to `weight.main_grad` in the *forward* pass, where gradients are enabled; so
-    `loss.backward()` must follow, with the upstream gradient 1 (ValueError; on a GPU an assertion
-    on the device).
+    Masks, `group` and temperature are as in `linear_logprob`. `denominator` is a count over the
+    whole update, so that losses and metrics add up over micro-batches and ranks; by default it is
+    the number of unmasked tokens of this call.
+
+    Returns (loss, metrics), fp32; the loss is differentiable with respect to hidden and weight.
+    With `accumulate_main_grad` the weight's gradient is added to `weight.main_grad` in the
+    *forward* pass, where gradients are enabled; `loss.backward()` must follow, with an upstream
+    gradient of 1.
+
+    Raises ValueError as `linear_logprob` does, and for clip_eps <= 0; `backward` raises it for
+    another upstream gradient (on a GPU, an assertion on the device).
     """
     check_head(hidden_TD, weight_VD)
     check_temperature(temperature)
@@ -203,7 +188,12 @@ def linear_ppo_loss(
         "behaviour_logprobs_T": behaviour_logprobs_T,
         "advantages_T": advantages_T,
     }
-    check_same_shape("target_T", target_T, dict(policy))
+    for name, tensor_T in policy.items():
+        if tensor_T.shape != target_T.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor_T.shape)}, target_T {tuple(target_T.shape)}: "
+                "give one number per target"
+            )
     if not clip_eps > 0:
         raise ValueError(f"clip_eps is {clip_eps}, must be above 0 (RLEF: 0.2)")
     if accumulate_main_grad:
@@ -230,5 +220,5 @@ def linear_ppo_loss(
         denominator=denominator,
         accumulate_main_grad=accumulate_main_grad,
     )
-    # a tensor of its own: Megatron's pipeline frees the loss's memory, and refuses views
+    # cloned: Megatron's pipeline frees the loss's memory, and refuses views
     return values[0].clone(), dict(zip(METRICS, values.detach().unbind(), strict=True))

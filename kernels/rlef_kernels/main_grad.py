@@ -4,28 +4,30 @@ import torch
 
 
 def check_main_grad(weight_VD: torch.Tensor) -> None:
+    """Raise ValueError if the weight has no fp32 `main_grad`."""
     dtype = getattr(getattr(weight_VD, "main_grad", None), "dtype", None)
     if dtype != torch.float32:
         raise ValueError(
-            "accumulate_main_grad needs an fp32 weight.main_grad, which Megatron's DDP makes with "
-            f"grad_reduce_in_fp32; found {dtype}"
+            f"weight.main_grad is {dtype}, but accumulate_main_grad needs torch.float32, which "
+            "Megatron's DDP allocates with grad_reduce_in_fp32"
         )
 
 
 def weight_gradient_sum(
     weight_VD: torch.Tensor, dtype: torch.dtype, *, needed: bool, into_main_grad: bool
 ) -> torch.Tensor | None:
-    """What the chunks' gradients of the weight are added to."""
+    """Return the tensor to which the chunks' gradients of the weight are added, or None."""
     if into_main_grad:
         return weight_VD.main_grad  # type: ignore[attr-defined]  # Megatron's DDP
     return torch.zeros_like(weight_VD, dtype=dtype) if needed else None
 
 
 def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
-    """Tells Megatron's data-parallel hook that main_grad already holds the gradient.
+    """Mark main_grad as already holding the gradient, and return what autograd is given instead.
 
-    The hook asserts that `.grad` is not None and, with this flag set, drops it unread; with tied
-    embeddings it adds what the embedding left there. Hence zeros.
+    Megatron's data-parallel hook asserts that `.grad` is not None. With this flag set it ignores
+    `.grad`, except with tied embeddings, where `.grad` also holds the embedding's part. Hence
+    zeros; None for a weight that is not Megatron's.
     """
     if not hasattr(weight_VD, "grad_added_to_main_grad"):
         return None
@@ -34,10 +36,10 @@ def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
 
 
 def check_upstream_is_one(grad_loss: torch.Tensor) -> None:
-    """The forward pass has already added the weight's gradient, for an upstream gradient of 1."""
+    """Raise if the upstream gradient is not 1, for which the forward pass filled main_grad."""
     if grad_loss.device.type == "cpu" and grad_loss != 1:
         raise ValueError(
             f"the loss has the upstream gradient {float(grad_loss)}, but main_grad already holds "
-            "its gradient for 1; scale by the denominator instead, or use linear_logprob"
+            "the weight's gradient for 1; scale by the denominator instead, or use linear_logprob"
         )
     torch._assert_async(grad_loss == 1)  # on a GPU: without waiting for it

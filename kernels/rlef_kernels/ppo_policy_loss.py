@@ -1,124 +1,19 @@
-"""The clipped policy loss of RLEF, with its truncated importance factor, over masked tokens.
+"""RLEF's clipped policy loss of log-probs, and its gradient, for `linear_ppo_loss`.
 
-    r_k = pi / pi_old * stop_grad(min(pi / pi_b, 1))                                   (RLEF A.1)
-    L   = - sum_k m_k min(r_k A_k, clip(r_k, 1 - eps, 1 + eps) A_k) / denominator
+    r_t = pi / pi_old * stop_grad(min(pi / pi_b, 1))                                   (RLEF A.1)
+    L   = - sum_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) / denominator
+    dL/dlogprob_t = - r_t A_t / denominator, and 0 where the clipped term is the smaller one
 
-Source: Gehring et al., arXiv 2410.02089.  About 20 T FLOPs and 20 T bytes: here a handful of
-elementwise passes, which PyTorch differentiates itself; on NVIDIA GPUs one launch
-(`rlef_kernels.gpu.ppo_policy_loss`).
+Source: Gehring et al., arXiv 2410.02089. About 20 T FLOPs and 20 T bytes. On NVIDIA GPUs one kernel
+computes it (`rlef_kernels.gpu.ppo_policy_loss`).
 
-Shape suffixes: T tokens of a packed batch.
+Shape suffixes: T tokens; D hidden size, V vocabulary shard.
 """
 
 import torch
 
-from rlef_kernels.dispatch import uses_kernels
 from rlef_kernels.main_grad import check_upstream_is_one, stand_in_gradient
-from rlef_kernels.vocab_parallel import SavedForBackward, compute_dtype
-
-Metrics = dict[str, torch.Tensor]
-
-
-def ppo_policy_loss_reference(
-    logprobs_T: torch.Tensor,
-    old_logprobs_T: torch.Tensor,
-    behaviour_logprobs_T: torch.Tensor,
-    advantages_T: torch.Tensor,
-    *,
-    clip_eps: float,
-    mask_T: torch.Tensor | None = None,
-    entropy_T: torch.Tensor | None = None,
-    denominator: float | torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Metrics]:
-    """`ppo_policy_loss` in plain PyTorch, for any device."""
-    mask_T = torch.ones_like(logprobs_T, dtype=torch.bool) if mask_T is None else mask_T
-    count = mask_T.sum().clamp(min=1) if denominator is None else denominator
-    logprobs_T = logprobs_T.to(compute_dtype(logprobs_T))
-    # masked before exp: a NaN at a masked token reaches neither loss nor gradient
-    log_ratio_T = torch.where(mask_T, logprobs_T - old_logprobs_T, 0)
-    behaviour_log_ratio_T = torch.where(mask_T, logprobs_T.detach() - behaviour_logprobs_T, 0)
-    advantages_T = torch.where(mask_T, advantages_T, 0)
-    behaviour_factor_T = behaviour_log_ratio_T.clamp(max=0).exp()
-    ratio_T = log_ratio_T.exp() * behaviour_factor_T
-    clipped_T = ratio_T.clamp(1 - clip_eps, 1 + clip_eps)
-    loss = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T).sum() / count
-    with torch.no_grad():
-        sums = {
-            "ratio": ratio_T * mask_T,
-            "clip_fraction": (ratio_T - 1).abs() > clip_eps,
-            "behaviour_factor": behaviour_factor_T * mask_T,
-            # KL(pi_old || pi): k1 is unbiased; k3 also non-negative and lower in variance
-            "approx_kl_k1": -log_ratio_T,
-            "approx_kl": log_ratio_T.expm1() - log_ratio_T,
-        }
-        if entropy_T is not None:
-            sums["entropy"] = torch.where(mask_T, entropy_T, 0)
-        # a masked token has ratio 1 and log-ratio 0, so it adds to no sum but those masked here
-        metrics = {name: terms_T.sum() / count for name, terms_T in sums.items()}
-    return loss, {"policy_loss": loss.detach()} | metrics
-
-
-def ppo_policy_loss(
-    logprobs_T: torch.Tensor,
-    old_logprobs_T: torch.Tensor,
-    behaviour_logprobs_T: torch.Tensor,
-    advantages_T: torch.Tensor,
-    *,
-    clip_eps: float,
-    mask_T: torch.Tensor | None = None,
-    entropy_T: torch.Tensor | None = None,
-    denominator: float | torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Metrics]:
-    """(loss, metrics), fp32; differentiable with respect to logprobs_T only. No host
-    synchronisation.
-
-    mask_T (bool) chooses the response tokens, all by default. `denominator` is a count over the
-    whole update, so that losses and metrics add up over micro-batches and ranks; by default the
-    unmasked tokens of this call. `entropy_T` is averaged into the metrics.
-
-    Raises ValueError for shapes that differ, a mask that is not bool, clip_eps <= 0.
-    """
-    tensors = {
-        "old_logprobs_T": old_logprobs_T,
-        "behaviour_logprobs_T": behaviour_logprobs_T,
-        "advantages_T": advantages_T,
-        "mask_T": mask_T,
-        "entropy_T": entropy_T,
-    }
-    check_same_shape("logprobs_T", logprobs_T, tensors)
-    if not clip_eps > 0:
-        raise ValueError(f"clip_eps is {clip_eps}, must be above 0 (RLEF: 0.2)")
-    others = (old_logprobs_T, behaviour_logprobs_T, advantages_T)
-    if uses_kernels(logprobs_T, *others):
-        from rlef_kernels.gpu.ppo_policy_loss import ppo_policy_loss_kernels as compute
-    else:
-        compute = ppo_policy_loss_reference
-    return compute(
-        logprobs_T,
-        old_logprobs_T.detach(),
-        behaviour_logprobs_T.detach(),
-        advantages_T.detach(),
-        clip_eps=clip_eps,
-        mask_T=mask_T,
-        entropy_T=entropy_T,
-        denominator=denominator,
-    )
-
-
-def check_same_shape(
-    name: str, tensor: torch.Tensor, others: dict[str, torch.Tensor | None]
-) -> None:
-    for other_name, other in others.items():
-        if other is None:
-            continue
-        if other.shape != tensor.shape:
-            raise ValueError(
-                f"{other_name} has shape {tuple(other.shape)}, {name} {tuple(tensor.shape)}: "
-                "they must be equal"
-            )
-        if other_name.startswith("mask") and other.dtype != torch.bool:
-            raise ValueError(f"{other_name} is {other.dtype}; convert it to torch.bool")
-
+from rlef_kernels.vocab_parallel import SavedForBackward
 
 METRICS = (
     "policy_loss",
@@ -130,9 +25,41 @@ METRICS = (
     "entropy",
 )
 
-
 # old log-probs, behaviour log-probs, advantages
 PolicyInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def policy_loss_reference(
+    logprobs_T: torch.Tensor,
+    entropy_T: torch.Tensor,
+    policy_T: PolicyInputs,
+    *,
+    clip_eps: float,
+    denominator: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the loss and its metrics, each a sum over tokens divided by `denominator`.
+
+    Returns (METRICS as a vector, the gradient of the loss with respect to `logprobs_T`).
+    """
+    old_logprobs_T, behaviour_logprobs_T, advantages_T = policy_T
+    log_ratio_T = logprobs_T - old_logprobs_T
+    behaviour_factor_T = (logprobs_T - behaviour_logprobs_T).clamp(max=0).exp()
+    ratio_T = log_ratio_T.exp() * behaviour_factor_T
+    surrogate_T = ratio_T * advantages_T
+    clipped_T = ratio_T.clamp(1 - clip_eps, 1 + clip_eps) * advantages_T
+    terms = (
+        -torch.minimum(surrogate_T, clipped_T),
+        ratio_T,
+        (ratio_T - 1).abs() > clip_eps,
+        behaviour_factor_T,
+        # KL(pi_old || pi): k1 is unbiased; k3 also non-negative and lower in variance
+        -log_ratio_T,
+        log_ratio_T.expm1() - log_ratio_T,
+        entropy_T,
+    )
+    metrics = torch.stack([term_T.to(logprobs_T.dtype).sum() / denominator for term_T in terms])
+    gradient_T = torch.where(surrogate_T > clipped_T, 0, -surrogate_T) / denominator
+    return metrics, gradient_T.to(logprobs_T.dtype)
 
 
 def save_gradients(
@@ -142,6 +69,7 @@ def save_gradients(
     grad_weight_VD: torch.Tensor | None,
     into_main_grad: bool,
 ) -> None:
+    """Keep for `scaled_gradients` the gradients that the forward pass has computed."""
     ctx.accumulate_main_grad = into_main_grad
     ctx.save_for_backward(
         grad_hidden_TD,  # type: ignore[arg-type]  # None is allowed
@@ -152,8 +80,11 @@ def save_gradients(
 def scaled_gradients(
     ctx: SavedForBackward, grad_loss: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dhidden, dweight) times the upstream gradient of the loss, which must be 1 where main_grad
-    already holds the weight's."""
+    """Multiply the saved gradients by the loss's upstream gradient; returns (dhidden, dweight).
+
+    Raises ValueError where main_grad already holds the weight's and the upstream gradient is not 1
+    (on a GPU, an assertion on the device).
+    """
     grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
     if ctx.accumulate_main_grad:
         check_upstream_is_one(grad_loss)

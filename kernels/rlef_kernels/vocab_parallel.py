@@ -1,16 +1,22 @@
-"""The softmax statistics of vocabulary shards, and how shards combine: one small all-gather.
+"""The softmax statistics of one vocabulary shard, and how shards combine: one small all-gather.
 
 A rank that holds the columns [start, start + V) of the logits z reduces each row to four numbers,
 
-    m = max z,    s = sum exp(z - m),    u = sum exp(z - m) (z - m),    z_target (else 0),
+    m = max z,    s = sum exp(z - m),    u = sum exp(z - m) (z - m),    z_target (0 if elsewhere).
 
-and from the four numbers of every rank follow the whole row's log-prob and entropy:
+The four numbers of every rank, reduced over the ranks, give the whole row's log-prob and entropy:
 
     log p(target) = (z_target - m) - log s          entropy = log s - u / s
 
-Both stay accurate for logits of any size, because m is taken off before anything is rounded.
+Both stay accurate for logits of any size, because m is subtracted before anything is rounded.
 
-Shape suffixes: T tokens, V vocabulary shard, P the four partial sums, R ranks of the group.
+Theory of operation. Every rank of the tensor-parallel group calls the same operation on its own
+shard of the head, with the same hidden states; forward gathers the partial sums once (once a chunk
+in `linear_ppo_loss`), backward sums dhidden once. A rank waits in these collectives for all others
+of the group, so each must call, with an empty batch too.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums,
+R ranks of the group.
 """
 
 from typing import NamedTuple
@@ -23,13 +29,12 @@ from torch.distributed import ProcessGroup
 NUM_PARTIALS = 4
 CPU_CHUNK_ELEMENTS = 2**18  # 1 MiB of fp32 logits: stays in a core's L2 cache
 GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a 128,256-word vocabulary
-FEWEST_CHUNK_TOKENS = (
-    256  # each chunk reads the whole head: with fewer, reading it is what takes time
-)
+# Each chunk reads the whole head; with fewer tokens, reading it would take most of the time.
+FEWEST_CHUNK_TOKENS = 256
 
 
 class SavedForBackward(FunctionCtx):
-    """What the forward passes of this package leave for their backward passes."""
+    """The autograd context: what the forward passes of this package save for backward."""
 
     saved_tensors: tuple[torch.Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -37,41 +42,41 @@ class SavedForBackward(FunctionCtx):
     group: ProcessGroup | None
     chunk_tokens: int
     accumulate_main_grad: bool
-    inplace: bool
 
 
 class Softmax(NamedTuple):
-    """What a row of logits leaves behind, over the whole vocabulary."""
+    """The statistics of each row of logits over the whole vocabulary."""
 
     row_max_T: torch.Tensor
     sum_exp_T: torch.Tensor
     entropy_T: torch.Tensor
     logprob_T: torch.Tensor
-    greedy_T: torch.Tensor  # the target has the largest logit, or one as large
 
 
 def group_size(group: ProcessGroup | None) -> int:
+    """Return the number of ranks; 1 without a group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def shard_start(shard_size: int, group: ProcessGroup | None) -> int:
-    """The global id of this rank's first column; shards are equal, as Megatron pads them to be."""
+    """Return the id of this rank's first word; Megatron pads the shards to one size."""
     return 0 if group is None else dist.get_rank(group) * shard_size
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 inputs (gradcheck, truth in tests)."""
+    """Return fp32, or fp64 for fp64 inputs (gradcheck and the tests' truth)."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
 
 
 def chunk_size(vocabulary_size: int, device: torch.device) -> int:
-    """Tokens whose logits are alive at a time."""
+    """Return the number of tokens whose logits are stored at a time."""
     elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
     return max(FEWEST_CHUNK_TOKENS, elements // max(1, vocabulary_size))
 
 
 def check_head(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> None:
+    """Raise ValueError unless both are matrices of the same width."""
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)} must be "
@@ -85,15 +90,15 @@ def check_chunk(chunk_tokens: int | None) -> None:
 
 
 def check_targets(target_T: torch.Tensor, num_tokens: int, vocabulary_size: int) -> None:
-    """ValueError for targets of a wrong shape or type or, on a CPU, out of range.
+    """Raise ValueError for targets of a wrong shape or dtype or, on a CPU, out of range.
 
-    On a GPU the range check would stall the stream; there such a target gets a log-prob of NaN
+    On a GPU the range check would stall the stream; there an out-of-range target's log-prob is NaN
     (`combine_shards`).
     """
     if target_T.shape != (num_tokens,):
         raise ValueError(
             f"target_T has shape {tuple(target_T.shape)}, expected ({num_tokens},): "
-            "one target a token"
+            "give one target per token"
         )
     if target_T.dtype != torch.int64:
         raise ValueError(f"target_T is {target_T.dtype}; convert it to torch.int64")
@@ -119,7 +124,7 @@ def combine_shards(
     vocabulary_size: int,
     group: ProcessGroup | None,
 ) -> Softmax:
-    """Log-prob, entropy, and what the backward pass needs, from the partial sums of all ranks."""
+    """Gather the partial sums of all ranks; returns the statistics over the whole vocabulary."""
     if group_size(group) > 1:
         partials_TP = reduce_partials(gather_partials(partials_TP, group))
     row_max_T, sum_exp_T, weighted_T, target_logit_T = partials_TP.unbind(-1)
@@ -129,26 +134,22 @@ def combine_shards(
     if target_T.device.type != "cpu":
         outside_T = (target_T < 0) | (target_T >= vocabulary_size)
         logprob_T = logprob_T.masked_fill(outside_T, torch.nan)
-    greedy_T = target_logit_T >= row_max_T
-    return Softmax(row_max_T, sum_exp_T, entropy_T, logprob_T, greedy_T)
+    return Softmax(row_max_T, sum_exp_T, entropy_T, logprob_T)
 
 
 def gather_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
-    """Every rank's partial sums, in the order of ranks."""
+    """Return every rank's partial sums as [R, T, P], in the order of ranks."""
     if group_size(group) == 1:
         return partials_TP[None]
     num_ranks, num_tokens = group_size(group), partials_TP.shape[0]
     gathered = partials_TP.new_empty(num_ranks * num_tokens, partials_TP.shape[1])
-    # Tensor-parallel group: gathers [T, 4] (linear_kl: [T, 5]); the only collective of the forward
-    # pass, issued for empty batches too.
+    # Tensor-parallel group: gathers [T, 4] (linear_kl: [T, 5]), for empty batches too.
     dist.all_gather_into_tensor(gathered, partials_TP, group=group)
     return gathered.view(num_ranks, *partials_TP.shape)
 
 
 def reduce_partials(partials_RTP: torch.Tensor) -> torch.Tensor:
-    """The partial sums over the whole vocabulary. Every rank adds in the same order: equal bits on
-    all of them.
-    """
+    """Reduce the partial sums over the ranks, in the same order on every rank: bits are equal."""
     max_RT, sum_exp_RT, weighted_RT, target_logit_RT = partials_RTP.unbind(-1)
     row_max_T = max_RT.amax(0)
     shift_RT = max_RT - row_max_T
@@ -161,7 +162,7 @@ def reduce_partials(partials_RTP: torch.Tensor) -> torch.Tensor:
 def local_columns(
     target_T: torch.Tensor, start: int, shard_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each target lies in this shard (0 where it does not), and whether it does."""
+    """Return each target's column in this shard (0 if elsewhere), and whether the shard has it."""
     column_T = target_T - start
     owned_T = (column_T >= 0) & (column_T < shard_size)
     return column_T.masked_fill(~owned_T, 0), owned_T
@@ -170,13 +171,13 @@ def local_columns(
 def chunk_logits(
     hidden_CD: torch.Tensor, weight_VD: torch.Tensor, temperature: float, buffer: torch.Tensor
 ) -> torch.Tensor:
-    """hidden weight^T / temperature, written into the first rows of `buffer`."""
+    """Write hidden weight^T / temperature to the first rows of `buffer`; returns these rows."""
     out = buffer[: hidden_CD.shape[0]]
     return torch.addmm(out, hidden_CD, weight_VD.t(), beta=0, alpha=1 / temperature, out=out)
 
 
 def sum_over_shards_(grad: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
-    """The gradient of what every rank holds in full, from the part that each shard contributes."""
+    """Sum over the ranks, in place, the gradient of a tensor that is the same on all of them."""
     if group_size(group) > 1:
         # Tensor-parallel group: sums dhidden [T, D]; issued for empty batches too.
         dist.all_reduce(grad, group=group)
@@ -188,7 +189,10 @@ def reduce_logits_(
     target: tuple[torch.Tensor, torch.Tensor],
     partials_CP: torch.Tensor,
 ) -> None:
-    """Writes the partial sums of a chunk's rows into `partials_CP`. Overwrites the logits."""
+    """Write the partial sums of a chunk's rows to `partials_CP`.
+
+    Leaves in `logits_CV` each logit minus its row's maximum.
+    """
     column_C, owned_C = target
     partials_CP[:, 3] = logits_CV.gather(1, column_C[:, None])[:, 0].masked_fill_(~owned_C, 0)
     row_max_C = logits_CV.amax(-1)
@@ -206,7 +210,7 @@ def logits_gradient_(
     grad_logprob_C: torch.Tensor | None,
     grad_entropy_C: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Turns a chunk's logits into the gradient with respect to them, in place.
+    """Overwrite a chunk's logits with the gradient with respect to them.
 
     With p = e / s, e = exp(z - m), and upstream gradients g (log-prob) and h (entropy H):
 
@@ -236,7 +240,10 @@ def logits_gradient_(
 def combine_two_shards(
     partials_RTP: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(max z, log sum e^a, max y, log sum e^b, KL) over the whole vocabulary."""
+    """Reduce the five sums of `linear_kl` over the ranks.
+
+    Returns (max z, log sum e^a, max y, log sum e^b, KL), each [T], over the whole vocabulary.
+    """
     max_RT, sum_RT, weighted_RT, ref_max_RT, ref_sum_RT = partials_RTP.unbind(-1)
     row_max_T, ref_max_T = max_RT.amax(0), ref_max_RT.amax(0)
     shift_RT, ref_shift_RT = max_RT - row_max_T, ref_max_RT - ref_max_T

@@ -90,7 +90,7 @@ def ours(way: str, *, into_main_grad: bool):
 
         def run(problem: Problem) -> torch.Tensor:
             kept = problem.kept()
-            logprob_T, entropy_T, _ = compute(
+            logprob_T, entropy_T = compute(
                 kept.hidden_TD,
                 kept.weight_VD,
                 kept.target_T,

@@ -1,4 +1,4 @@
-"""The kernels beside the head: logits, KL, losses, advantages; each beside its PyTorch form."""
+"""The bandwidth of a copy, and the KL of two heads beside its PyTorch form."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,8 +7,6 @@ import torch
 import rlef_kernels
 from rlef_mega.bench.figures import Figure
 from rlef_mega.bench.measure import measure_call
-
-LOSS_TOKENS, SEQUENCES = 32768, 256
 
 
 def figures(device: torch.device, sample_s: float) -> list[Figure]:
@@ -31,25 +29,8 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object], int
     logits = torch.randn(tokens, vocabulary, dtype=dtype, device=device)
     size = logits.numel() * logits.element_size()
     yield "copy", logits.clone, 2 * size
-    yield from logits_calls(logits, size)
     del logits
     yield from kl_calls(device, dtype)
-    yield from loss_calls(device)
-
-
-def logits_calls(
-    logits: torch.Tensor, size: int
-) -> Iterator[tuple[str, Callable[[], object], int]]:
-    tokens, vocabulary = logits.shape
-    target = torch.randint(vocabulary, (tokens,), device=logits.device)
-    yield "logits_logprob | forward", lambda: rlef_kernels.logits_logprob(logits, target), size
-    leaf = logits.clone().requires_grad_()
-
-    def train() -> None:
-        logprob, entropy = rlef_kernels.logits_logprob(leaf, target, inplace_backward=True)
-        torch.autograd.grad(logprob.sum() + entropy.sum(), leaf)
-
-    yield "logits_logprob | forward and backward", train, 3 * size
 
 
 def kl_calls(
@@ -68,29 +49,3 @@ def kl_calls(
             torch.autograd.grad(compute(*inputs).sum(), inputs[:2])
 
         yield f"{name} | forward and backward", train, 0
-
-
-def loss_calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object], int]]:
-    logprobs, old, behaviour, advantages = torch.randn(4, LOSS_TOKENS, device=device)
-    mask = torch.rand(LOSS_TOKENS, device=device) < 0.5
-    bounds = torch.arange(0, LOSS_TOKENS + 1, LOSS_TOKENS // SEQUENCES, device=device)
-    leaf = logprobs.requires_grad_()
-    policy = (leaf, old, behaviour, advantages)
-
-    def losses(suffix: str) -> dict[str, Callable[[], object]]:
-        policy_loss = getattr(rlef_kernels, f"ppo_policy_loss{suffix}")
-        value_loss = getattr(rlef_kernels, f"clipped_value_loss{suffix}")
-        scan = getattr(rlef_kernels, f"advantage_scan{suffix}")
-        return {
-            "ppo_policy_loss": lambda: torch.autograd.grad(
-                policy_loss(*policy, clip_eps=0.2, mask_T=mask)[0], leaf
-            ),
-            "clipped_value_loss": lambda: torch.autograd.grad(
-                value_loss(leaf, old, advantages, clip_alpha=0.2, mask_N=mask)[0], leaf
-            ),
-            "advantage_scan": lambda: scan(old, behaviour, bounds, gamma=0.99, lam=0.95),
-        }
-
-    for suffix in ("", "_reference"):
-        for name, call in losses(suffix).items():
-            yield f"{name}{suffix}", call, 0

@@ -2,8 +2,8 @@
 used where meant, shared memory within the hardware's limits. And the memory that is allocated.
 
 All at the sizes of Llama 3.1 8B's head (4,096 x 128,256) with 8,192 tokens, on tensors without
-memory (`compiler.py`). What this cannot show: speed, and that the machine code computes rightly;
-tests/kernels/device does the latter, in the interpreter and on a GPU.
+memory (`compiler.py`). What this cannot show: speed, and that the machine code computes the right
+numbers; tests/kernels/device tests those, in the interpreter and on a GPU.
 """
 
 import os
@@ -20,18 +20,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parent))
 from compiler import SHARED_MEMORY, AllocatedOnMeta, compiled_for
 
-from rlef_kernels.gpu.advantage_scan import advantage_scan_kernels
-from rlef_kernels.gpu.clipped_value_loss import clipped_value_loss_kernels
 from rlef_kernels.gpu.linear_kl import linear_kl_kernels
 from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
 from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels
-from rlef_kernels.gpu.logits_logprob import logits_logprob_kernels
 from rlef_kernels.gpu.plan import CUBLAS, FUSED, MIB
-from rlef_kernels.gpu.ppo_policy_loss import ppo_policy_loss_kernels
 
 TOKENS, WIDTH, VOCABULARY = 8192, 4096, 128256
 SIZES = (TOKENS, WIDTH, VOCABULARY)
-# nothing a multiple of anything, but for the width, which must be of 8 to be fused
+# No size is a multiple of a tile; the width is a multiple of 8, as the fused way needs.
 RAGGED = (8191, 4104, 128257)
 SPILLS = ("STL", "LDL")  # stores to and loads from local memory
 
@@ -46,14 +42,14 @@ def head(main_grad=True, sizes=SIZES):
     weight.requires_grad_()
     if main_grad:
         weight.main_grad = empty(vocabulary, width, dtype=torch.float32)
-        weight.grad_added_to_main_grad = False  # as Megatron has it: a gradient of zeros comes back
+        weight.grad_added_to_main_grad = False  # as with Megatron: backward returns zeros
     return hidden, weight, empty(tokens, dtype=torch.int64)
 
 
 def run_linear_logprob(plan, with_entropy=True, sizes=SIZES):
     hidden, weight, target = head(sizes=sizes)
     with AllocatedOnMeta() as forward:
-        logprob, entropy, _ = linear_logprob_kernels(
+        logprob, entropy = linear_logprob_kernels(
             hidden, weight, target, accumulate_main_grad=True, plan=plan
         )
     loss = (logprob + entropy).sum() if with_entropy else logprob.sum()
@@ -90,24 +86,6 @@ def run_linear_kl(plan):
     return forward, backward
 
 
-def run_logits_logprob():
-    logits, target = empty(TOKENS, VOCABULARY).requires_grad_(), empty(TOKENS, dtype=torch.int64)
-    logprob, entropy = logits_logprob_kernels(logits, target, inplace_backward=True)
-    (logprob + entropy).sum().backward()
-
-
-def run_losses():
-    *inputs, returns = (empty(TOKENS, dtype=torch.float32) for _ in range(5))
-    mask = empty(TOKENS, dtype=torch.bool)
-    ppo_policy_loss_kernels(*inputs, clip_eps=0.2, mask_T=mask, entropy_T=returns)
-    clipped_value_loss_kernels(*inputs[:2], returns, clip_alpha=0.2, mask_N=mask)
-
-
-def run_advantage_scan():
-    rewards, values = (empty(TOKENS, dtype=torch.float32) for _ in range(2))
-    advantage_scan_kernels(rewards, values, empty(65, dtype=torch.int32))
-
-
 OPERATIONS = {
     "linear_logprob fused": lambda: run_linear_logprob(FUSED),
     "linear_logprob fused, no entropy": lambda: run_linear_logprob(FUSED, with_entropy=False),
@@ -117,9 +95,6 @@ OPERATIONS = {
     "linear_ppo_loss cublas": lambda: run_linear_ppo_loss(CUBLAS),
     "linear_kl fused": lambda: run_linear_kl(FUSED),
     "linear_kl cublas": lambda: run_linear_kl(CUBLAS),
-    "logits_logprob": run_logits_logprob,
-    "losses": run_losses,
-    "advantage_scan": run_advantage_scan,
 }
 NEED_HOPPER = [name for name in OPERATIONS if "fused" in name]
 PRODUCT_KERNELS = {"linear_logprob fused": 2, "linear_logprob fused, no entropy": 2}
@@ -148,6 +123,7 @@ def test_on_sm_90_nothing_spills_and_products_use_tensor_cores_and_tma(operation
     assert len(products) == PRODUCT_KERNELS.get(operation, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_on_sm_100_products_use_its_tensor_cores(operation, tmp_path):
     with compiled_for(100, tmp_path) as found:
@@ -160,6 +136,7 @@ def test_on_sm_100_products_use_its_tensor_cores(operation, tmp_path):
             check_budgets(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in NEED_HOPPER])
 def test_on_sm_80_nothing_spills(operation, tmp_path):
     with compiled_for(80, tmp_path) as found:

@@ -1,4 +1,4 @@
-"""Who computes: CPU tensors never reach Triton, and the package works where it is not installed."""
+"""CPU tensors never reach Triton, and the package works where Triton is not installed."""
 
 import subprocess
 import sys
@@ -20,10 +20,6 @@ target, numbers = torch.arange(5), torch.ones(5)
 linear_logprob(hidden, weight, target)[0].sum().backward()
 linear_ppo_loss(hidden, weight, target, numbers, numbers, numbers, clip_eps=0.2)[0].backward()
 linear_kl(hidden, weight, hidden.detach(), weight.detach()).sum().backward()
-logits_logprob(hidden @ weight.t(), target)
-ppo_policy_loss(numbers, numbers, numbers, numbers, clip_eps=0.2)
-clipped_value_loss(numbers, numbers, numbers, clip_alpha=0.2)
-advantage_scan(numbers, numbers, torch.tensor([0, 5]))
 assert not any(name.startswith("rlef_kernels.gpu") for name in sys.modules)
 """
 

@@ -51,7 +51,7 @@ def test_agrees_with_float64_truth_forward_and_backward(
     hidden, weight, target = problem(tokens, width, vocabulary)
     outputs = linear_logprob_reference(
         hidden, weight, target, temperature=temperature, chunk_tokens=chunk
-    )[:2]
+    )
     expected = truth(hidden, weight, target, temperature)
     for output, value in zip(outputs, expected, strict=True):
         assert output.dtype == torch.float32
@@ -81,7 +81,7 @@ def test_gradcheck(uses):
     hidden, weight, target = problem(5, 4, 7, dtype=torch.float64)
 
     def function(hidden, weight):
-        logprob, entropy, _ = linear_logprob_reference(
+        logprob, entropy = linear_logprob_reference(
             hidden, weight, target, temperature=0.7, chunk_tokens=2
         )
         return {"logprob": logprob, "entropy": entropy, "both": logprob * entropy}[uses]
@@ -152,7 +152,7 @@ def test_logits_are_never_stored_whole():
         truth(hidden, weight, target)
     with LargestTensor() as chunked:
         outputs = linear_logprob_reference(hidden, weight, target, chunk_tokens=chunk)
-        gradients(outputs[:2], (hidden, weight))
+        gradients(outputs, (hidden, weight))
     assert naive.elements == tokens * vocabulary, "the probe sees the logits of the naive form"
     assert chunked.elements <= chunk * vocabulary
 
@@ -198,13 +198,6 @@ def test_tokens_without_a_gradient_cost_nothing_and_change_nothing():
     expected = torch.autograd.grad(part[0].sum(), (few, weight))
     assert torch.equal(grads[0][used], expected[0]) and not grads[0][~used].any()
     assert torch.equal(grads[1], expected[1])
-
-
-def test_greedy_says_whether_the_target_is_the_most_likely():
-    hidden, weight, target = problem(40, 6, 5)
-    _, _, greedy = linear_logprob(hidden, weight, target, return_greedy=True)
-    assert torch.equal(greedy, (hidden @ weight.t()).argmax(-1) == target)
-    assert greedy.any() and not greedy.all()
 
 
 @pytest.mark.parametrize(

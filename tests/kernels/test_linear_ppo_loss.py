@@ -1,14 +1,10 @@
-"""`linear_ppo_loss` against `ppo_policy_loss` of `linear_logprob`, which it computes in one."""
+"""`linear_ppo_loss` against RLEF's loss of the log-probs, differentiated by autograd."""
 
 import pytest
 import torch
 
-from rlef_kernels import (
-    linear_logprob,
-    linear_ppo_loss,
-    linear_ppo_loss_reference,
-    ppo_policy_loss,
-)
+from rlef_kernels import linear_logprob, linear_ppo_loss, linear_ppo_loss_reference
+from rlef_kernels.ppo_policy_loss import policy_loss_reference
 
 
 def problem(tokens, width=8, vocabulary=50, dtype=torch.float32):
@@ -22,21 +18,29 @@ def problem(tokens, width=8, vocabulary=50, dtype=torch.float32):
     return hidden, weight, target, old, behaviour, torch.randn(tokens, generator=generator)
 
 
-def composed(hidden, weight, target, *policy, temperature=1.0, mask_T=None, **options):
-    logprob, entropy = linear_logprob(
-        hidden, weight, target, temperature=temperature, mask_T=mask_T
+def composed(hidden, weight, target, *policy, temperature=1.0, denominator=None):
+    """The loss by its definition, with clip_eps 0.2, and its metrics."""
+    logprob, entropy = linear_logprob(hidden, weight, target, temperature=temperature)
+    old, behaviour, advantages = policy
+    denominator = max(1, len(target)) if denominator is None else denominator
+    ratio = (logprob - old).exp() * (logprob - behaviour).detach().exp().clamp(max=1)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
+    metrics, _ = policy_loss_reference(
+        logprob, entropy, policy, clip_eps=0.2, denominator=denominator
     )
-    return ppo_policy_loss(logprob, *policy, entropy_T=entropy.detach(), mask_T=mask_T, **options)
+    return loss / denominator, metrics.detach()
 
 
 @pytest.mark.parametrize("denominator", [None, 90.0, torch.tensor(90.0)])
 @pytest.mark.parametrize("tokens", [0, 1, 300])
 def test_agrees_with_the_loss_of_the_logprobs(tokens, denominator):
     inputs = problem(tokens)
-    options = {"clip_eps": 0.2, "temperature": 0.8, "denominator": denominator}
-    found, expected = linear_ppo_loss(*inputs, **options), composed(*inputs, **options)
+    options = {"temperature": 0.8, "denominator": denominator}
+    found = linear_ppo_loss(*inputs, clip_eps=0.2, **options)
+    expected = composed(*inputs, **options)
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
+    found_metrics = torch.stack(list(found[1].values()))
+    torch.testing.assert_close(found_metrics, expected[1], atol=1e-5, rtol=1e-5)
     grads = [torch.autograd.grad(3 * loss, inputs[:2]) for loss, _ in (found, expected)]
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 
@@ -47,7 +51,9 @@ def test_masked_tokens_do_not_exist_whatever_stands_there():
     poisoned = [tensor.masked_fill(~mask, torch.nan) for tensor in policy]
     target = target.masked_fill(~mask, -100)
     found = linear_ppo_loss(hidden, weight, target, *poisoned, clip_eps=0.2, mask_T=mask)
-    expected = composed(hidden, weight, target, *poisoned, clip_eps=0.2, mask_T=mask)
+    expected = linear_ppo_loss(
+        hidden[mask], weight, target[mask], *(tensor[mask] for tensor in policy), clip_eps=0.2
+    )
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     grads = [torch.autograd.grad(loss, (hidden, weight)) for loss, _ in (found, expected)]
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
@@ -61,8 +67,8 @@ def test_all_masked_is_zero_with_zero_gradients():
 
 
 def test_gradcheck():
-    """Far less likely under the behaviour policy, whose factor is then constantly 1: finite
-    differences would see the stop-gradient factor move."""
+    """Under a behaviour policy for which the tokens are far less likely: its factor is then 1, so
+    finite differences do not see the stop-gradient factor move."""
     hidden, weight, target, old, behaviour, advantages = problem(6, 3, 7, torch.float64)
     policy = (old.double(), behaviour.double() - 9, advantages.double())
 

@@ -1,11 +1,14 @@
-"""Shards of the vocabulary in two and four gloo processes against one process that holds it all:
+"""Shards of the vocabulary in two and four gloo processes against one process that has all of it:
 the PyTorch forms, and the Triton kernels in the interpreter (on GPUs the same code runs over NCCL).
 
-Each process calls every operation twice, with tokens and without: a collective that one of them
-left out would leave the other waiting, and the test would time out. Rounding differs (sums over
-parts), so results agree to a tolerance of the largest entry, not to the bit; between the processes,
-which add in the same order, log-probs are equal to the bit. What this cannot catch: anything of
-NCCL's.
+Theory of operation. Four processes start once for the module. For each way of computing, rank 0
+computes alone, ranks 0 and 1 in a group of two, and all in a group of four; each rank saves its
+results to a file, which the tests compare. Each process calls every operation twice, with tokens
+and without: if one left out a collective, the others would wait, and the fixture would time out.
+
+Rounding differs (sums over parts), so results agree within a tolerance of the largest entry, not to
+the bit; between the ranks of a group, which add in the same order, log-probs are equal to the bit.
+What this cannot catch: anything of NCCL's.
 """
 
 import os
@@ -21,34 +24,28 @@ from rlef_kernels import (
     linear_kl_reference,
     linear_logprob_reference,
     linear_ppo_loss_reference,
-    logits_logprob_reference,
 )
 
 TOKENS, WIDTH, VOCABULARY = 23, 16, 52
-# way -> type of the inputs: the kernels take fp32 by way of cuBLAS, bf16 fused
+RANKS = 4
+# way -> dtype of the inputs: the kernels take fp32 by way of cuBLAS, bf16 fused
 WAYS = {"pytorch": torch.float32, "cublas": torch.float32, "fused": torch.bfloat16}
 
 
 def operations(way: str):
-    """linear_logprob, linear_ppo_loss, linear_kl, logits_logprob."""
+    """linear_logprob, linear_ppo_loss, linear_kl."""
     if way == "pytorch":
         return (
             lambda *args, **options: linear_logprob_reference(*args, chunk_tokens=7, **options),
             lambda *args, **options: linear_ppo_loss_reference(*args, chunk_tokens=7, **options),
             lambda *args, **options: linear_kl_reference(*args, chunk_tokens=7, **options),
-            logits_logprob_reference,
         )
+
     from rlef_kernels.gpu.linear_kl import linear_kl_kernels
     from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
     from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels
-    from rlef_kernels.gpu.logits_logprob import logits_logprob_kernels
 
-    return (
-        linear_logprob_kernels,
-        linear_ppo_loss_kernels,
-        linear_kl_kernels,
-        logits_logprob_kernels,
-    )
+    return linear_logprob_kernels, linear_ppo_loss_kernels, linear_kl_kernels
 
 
 def results(
@@ -56,7 +53,7 @@ def results(
 ) -> dict[str, torch.Tensor]:
     """Every operation's outputs and gradients, on this rank's columns (all of them without a
     group)."""
-    linear_logprob, linear_ppo_loss, linear_kl, logits_logprob = operations(way)
+    linear_logprob, linear_ppo_loss, linear_kl = operations(way)
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = torch.randn(2, tokens, WIDTH, generator=generator).to(WAYS[way])
     weight, ref_weight = torch.randn(2, VOCABULARY, WIDTH, generator=generator).to(WAYS[way])
@@ -69,14 +66,12 @@ def results(
     columns = slice(rank * size, (rank + 1) * size)
     hidden.requires_grad_()
     shard = weight[columns].clone().requires_grad_()
-    logits = (hidden.detach() @ shard.detach().t()).requires_grad_()
 
     found = {}
-    logprob, entropy, greedy = linear_logprob(hidden, shard, target, temperature=0.8, group=group)
+    logprob, entropy = linear_logprob(hidden, shard, target, temperature=0.8, group=group)
     loss = (logprob * ramp + entropy * ramp.flip(0)).sum()
     found["linear hidden"], found["linear weight"] = torch.autograd.grad(loss, (hidden, shard))
     found["linear logprob"], found["linear entropy"] = logprob.detach(), entropy.detach()
-    found["linear greedy"] = greedy.float()
 
     # the same on every rank and in every layout: not made from log-probs, which differ in rounding
     policy = tuple(-4 + torch.randn(3, tokens, generator=generator))
@@ -86,51 +81,49 @@ def results(
     found["ppo hidden"], found["ppo weight"] = torch.autograd.grad(values[0], (hidden, shard))
     found["ppo metrics"] = values.detach()
 
-    logprob, entropy = logits_logprob(logits, target, temperature=0.8, group=group)
-    loss = (logprob * ramp + entropy * ramp.flip(0)).sum()
-    (found["logits weight"],) = torch.autograd.grad(loss, logits)
-    found["logits logprob"], found["logits entropy"] = logprob.detach(), entropy.detach()
-
     kl = linear_kl(hidden, shard, ref_hidden, ref_weight[columns], group=group)
     found["kl hidden"], found["kl weight"] = torch.autograd.grad((kl * ramp).sum(), (hidden, shard))
     found["kl"] = kl.detach()
     return found
 
 
-def run(folder: Path, way: str, ranks: int) -> list[dict[int, dict[str, torch.Tensor]]]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    if way != "pytorch":
-        pytest.importorskip("triton", reason="Triton is not installed")
-        environment |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__)), str(folder), way, str(ranks)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[tuple[str, int, int], dict[str, torch.Tensor]]]:
+    """Results by rank, then by (way, ranks of the group, tokens)."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
+    command = [sys.executable, str(Path(__file__)), str(folder)]
     processes = [
         subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
+        for rank in range(RANKS)
     ]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_shards_give_what_one_process_gives(way, tmp_path):
-    (tmp_path / "whole").mkdir()
-    (whole,) = run(tmp_path / "whole", way, 1)
-    for ranks in (2, 4):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        of_ranks = run(folder, way, ranks)
-        for rank, of_rank in enumerate(of_ranks):
-            for tokens in (TOKENS, 0):
-                compare(of_rank[tokens], whole[tokens], rank, VOCABULARY // ranks)
-            # added in the same order everywhere
-            for name in ("linear logprob", "linear entropy", "linear hidden", "ppo metrics", "kl"):
-                assert torch.equal(of_rank[TOKENS][name], of_ranks[0][TOKENS][name]), name
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_give_what_one_process_gives(found, way, ranks):
+    for rank, of_rank in enumerate(found[:ranks]):
+        for tokens in (TOKENS, 0):
+            whole = found[0][way, 1, tokens]
+            compare(of_rank[way, ranks, tokens], whole, rank, VOCABULARY // ranks)
+        # added in the same order everywhere
+        for name in ("linear logprob", "linear entropy", "linear hidden", "ppo metrics", "kl"):
+            first = found[0][way, ranks, TOKENS][name]
+            assert torch.equal(of_rank[way, ranks, TOKENS][name], first), name
 
 
 def compare(
@@ -138,9 +131,7 @@ def compare(
 ) -> None:
     columns = slice(rank * size, (rank + 1) * size)
     for name, expected in whole.items():
-        if name == "logits weight":
-            expected = expected[:, columns]
-        elif name.endswith("weight"):
+        if name.endswith("weight"):
             expected = expected[columns]
         found = of_rank[name]
         assert found.shape == expected.shape
@@ -149,19 +140,23 @@ def compare(
             assert error < (1e-5 if expected.dtype == torch.float32 else 2e-2), (name, rank)
 
 
-def main(folder: Path, way: str, ranks: int, rank: int) -> None:
-    if way != "pytorch":
-        import interpreter  # noqa: F401  (mends bf16; lies beside this file)
-    group = None
-    if ranks > 1:
-        store = dist.FileStore(str(folder / "store"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        group = dist.group.WORLD
-    found = {tokens: results(way, tokens, rank, ranks, group) for tokens in (TOKENS, 0)}
+def main(folder: Path, rank: int) -> None:
+    import interpreter  # noqa: F401  (fixes bf16; stands beside this file)
+
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    groups = {1: None, 2: dist.new_group([0, 1]), 4: dist.group.WORLD}
+    found = {
+        (way, ranks, tokens): results(way, tokens, rank, ranks, group)
+        for way in WAYS
+        for ranks, group in groups.items()
+        if rank < ranks
+        for tokens in (TOKENS, 0)
+    }
     torch.save(found, folder / f"rank{rank}.pt")
-    if ranks > 1:
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

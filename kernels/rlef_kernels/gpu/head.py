@@ -1,15 +1,15 @@
-"""The forward pass over a head: of each row of logits, the four numbers of `vocab_parallel`.
+"""The forward pass over a head: it reduces each row of logits to four numbers (`vocab_parallel`).
 
-Every tile of logits leaves (max, sum exp, weighted sum) of its rows, and a small kernel combines
-the tiles of a row in a fixed order. Tiles count in units of hidden weight^T; the temperature comes
-in with the exponent, and at the end.
+A program stores (max, sum exp, weighted sum) of the rows of one tile of logits, and a small kernel
+combines the tiles of a row in a fixed order. The tiles' numbers are in units of hidden weight^T;
+the temperature enters with the exponent, and once more in the combination.
 
 FLOPs: P = 2 T V D, and about 8 T V for the statistics. Bytes: hidden and head, read from memory
 about T / 1024 times and from the L2 cache otherwise; 12 T V / tile_columns of partial sums, written
 and read once.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, P the four partial sums; of a tile, R
-rows and C columns.
+rows and C columns; N tiles.
 """
 
 import math
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from rlef_kernels.gpu import tiles
-from rlef_kernels.gpu.plan import Plan, scratch_columns
+from rlef_kernels.gpu.plan import HeadPlan, scratch_columns
 from rlef_kernels.gpu.products import write_product_
 from rlef_kernels.gpu.tiles import (
     LOWEST_LOGIT,
@@ -53,7 +53,7 @@ def product_statistics_kernel(
     GROUP: tl.constexpr,
     KEEPS_LOGITS: tl.constexpr,
 ):
-    """Multiply, reduce, and on request keep z - max of the tile in the buffer's type."""
+    """Multiply and reduce one tile; with KEEPS_LOGITS store z - max in the buffer's dtype."""
     row_tiles, column_tiles = tl.cdiv(num_tokens, R), tl.cdiv(vocabulary, C)
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
     row, column = row_tile * R, column_tile * C
@@ -97,15 +97,12 @@ def logits_statistics_kernel(
     C: tl.constexpr,
     KEEPS_LOGITS: tl.constexpr,
 ):
-    """The same from logits in memory, of the columns that start at `first_column`."""
+    """Do the same from fp32 logits in memory, whose columns start at `first_column`."""
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     within_C = tl.program_id(1) * C + tl.arange(0, C)
     inside_RC = (row_R < num_tokens)[:, None] & (within_C < columns)[None, :]
     at_RC = row_R.to(tl.int64)[:, None] * row_stride + within_C[None, :]
-    logits_RC = tl.load(logits_ptr + at_RC, mask=inside_RC, other=0.0).to(tl.float32)
-    # -inf is a masked word; NaN stays
-    is_word_RC = (within_C < columns)[None, :] & ~(logits_RC < LOWEST_LOGIT)
-    logits_RC = tl.where(is_word_RC, logits_RC, LOWEST_LOGIT)
+    logits_RC = tl.load(logits_ptr + at_RC, mask=inside_RC, other=LOWEST_LOGIT)
     max_R = store_statistics(
         logits_RC,
         row_R,
@@ -139,9 +136,7 @@ def combine_tiles_kernel(
     R: tl.constexpr,
     N: tl.constexpr,
 ):
-    """All tiles of a row, N at a time in ascending order, to (max, sum exp, weighted sum, target's
-    logit).
-    """
+    """Combine the tiles of each row, N at a time in ascending order, into its four numbers."""
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     inside_R = row_R < num_tokens
     stride = tl.cast(num_tiles, tl.int64) * num_tokens
@@ -177,9 +172,9 @@ def head_partials(
     weight_VD: torch.Tensor,
     column_T: torch.Tensor,
     inverse_temperature: float,
-    plan: Plan,
+    plan: HeadPlan,
 ) -> torch.Tensor:
-    """partials_TP of this shard. `column_T`: the target's column, in the shard or not."""
+    """Return this shard's partials_TP. `column_T`: the target's column, in the shard or not."""
     num_tokens = hidden_TD.shape[0]
     partials_TP = torch.empty(
         num_tokens, NUM_PARTIALS, dtype=torch.float32, device=hidden_TD.device
@@ -193,17 +188,19 @@ def head_partials(
     return partials_TP
 
 
-def forward_tokens(vocabulary: int, plan: Plan) -> int:
-    """Tokens whose partial sums fit the budget, in whole groups of tiles where possible."""
+def forward_tokens(vocabulary: int, plan: HeadPlan) -> int:
+    """Return how many tokens' partial sums fit the budget, in whole groups of tiles if possible."""
     tokens = plan.partials_bytes // (12 * triton.cdiv(vocabulary, plan.tile_columns))
     whole = tiles.ROWS * tiles.GROUP
     return max(1, tokens // whole * whole if tokens >= whole else tokens)
 
 
 class TileSums:
-    """The buffers of a forward pass over up to `num_tokens` rows, and the steps that use them."""
+    """The buffers for the partial sums of up to `num_tokens` rows, by tile."""
 
-    def __init__(self, num_tokens: int, vocabulary: int, device: torch.device, plan: Plan) -> None:
+    def __init__(
+        self, num_tokens: int, vocabulary: int, device: torch.device, plan: HeadPlan
+    ) -> None:
         self.plan, self.vocabulary = plan, vocabulary
         self.num_tiles = triton.cdiv(vocabulary, plan.tile_columns)
         self.partials = torch.empty(3 * self.num_tiles * num_tokens, device=device)
@@ -217,7 +214,7 @@ class TileSums:
         inverse_temperature: float,
         shifted_TV: torch.Tensor | None = None,
     ) -> None:
-        """Fill the tiles' sums; with `shifted_TV`, keep each logit less its tile's maximum."""
+        """Fill the sums; with `shifted_TV`, store each logit minus its tile's maximum there."""
         if not hidden_TD.shape[0]:
             return
         if self.plan.fused:
@@ -271,7 +268,7 @@ class TileSums:
         inverse_temperature: float,
         shifted_TV: torch.Tensor | None = None,
     ) -> None:
-        """Statistics of logits that are in memory."""
+        """Fill the sums of the tiles of these logits, which are in memory."""
         num_tokens, columns = logits_TC.shape
         rows = ROW_KERNEL_ELEMENTS // self.plan.tile_columns
         grid = (triton.cdiv(num_tokens, rows), triton.cdiv(columns, self.plan.tile_columns))
@@ -298,6 +295,7 @@ class TileSums:
     def combine(
         self, column_T: torch.Tensor, inverse_temperature: float, partials_TP: torch.Tensor
     ) -> None:
+        """Combine the tiles of each row, and write its four numbers to `partials_TP`."""
         num_tokens = column_T.shape[0]
         if num_tokens:
             combine_tiles_kernel[(triton.cdiv(num_tokens, COMBINE_ROWS),)](

@@ -1,12 +1,12 @@
-"""The gradient of the logits, a block at a time: what the backward pass over a head multiplies.
+"""The gradient of the logits, one block at a time.
 
-A block [T, columns] is written once, in the inputs' type, from logits that are computed again or
-that are in memory. `products.multiply_blocks` makes the gradients of hidden and weight from it.
+A block [T, columns] is written once, in the inputs' dtype, from logits that are recomputed or still
+in memory. `products.multiply_blocks` computes the gradients of hidden and weight from it.
 
-FLOPs: P = 2 T V D to compute the logits again. Bytes: 2 T V written.
+FLOPs: P = 2 T V D to recompute the logits. Bytes: 2 T V written.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block; of a tile, R rows
-and C columns.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block; 5 numbers of each
+row (`pack_rows`); of a tile, R rows and C columns.
 """
 
 import torch
@@ -15,9 +15,9 @@ import triton.language as tl
 
 from rlef_kernels.gpu import tiles
 from rlef_kernels.gpu.head import ROW_KERNEL_ELEMENTS
-from rlef_kernels.gpu.plan import Plan, scratch_columns
+from rlef_kernels.gpu.plan import HeadPlan, scratch_columns
 from rlef_kernels.gpu.products import write_product_
-from rlef_kernels.gpu.tiles import LOWEST_LOGIT, descriptor, product_tile, tile_position
+from rlef_kernels.gpu.tiles import descriptor, product_tile, tile_position
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def logit_gradient(
     inverse_temperature,
     HAS_ENTROPY: tl.constexpr,
 ):
-    """dz = (g [target] - p (g + h (log p + H))) / temperature, with log p = (z - max) - log sum.
+    """Return dz = (g [target] - p (g + h (log p + H))) / temperature, log p = (z - max) - log sum.
 
     z is `logits` / temperature + `offset`.
     """
@@ -71,7 +71,7 @@ def product_gradient_kernel(
     GROUP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
-    """Multiply again, and store the gradient of the tile."""
+    """Recompute the logits of one tile, and store their gradient."""
     row_tiles, column_tiles = tl.cdiv(num_tokens, R), tl.cdiv(columns, C)
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
     row, column = row_tile * R, column_tile * C
@@ -108,8 +108,9 @@ def logits_gradient_kernel(
     HAS_ENTROPY: tl.constexpr,
     ARE_SHIFTED: tl.constexpr,
 ):
-    """The same from logits in memory; in place where the two pointers are equal. `ARE_SHIFTED`: by
-    their tile's maximum.
+    """Do the same from logits in memory, in place if both pointers are equal.
+
+    ARE_SHIFTED: each logit is stored minus its tile's maximum.
     """
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     within_C = tl.program_id(1) * C + tl.arange(0, C)
@@ -118,7 +119,6 @@ def logits_gradient_kernel(
     row64_R = row_R.to(tl.int64)
     at_RC = row64_R[:, None] * logits_stride + within_C[None, :]
     logits_RC = tl.load(logits_ptr + at_RC, mask=inside_RC, other=0.0).to(tl.float32)
-    logits_RC = tl.where(logits_RC < LOWEST_LOGIT, LOWEST_LOGIT, logits_RC)
     offset_R = tl.zeros((R,), tl.float32)
     if ARE_SHIFTED:
         tile_max_R = tile_max_ptr + tl.cast(tl.program_id(1), tl.int64) * num_tokens + row_R
@@ -146,7 +146,7 @@ def pack_rows(
     grad_logprob_T: torch.Tensor | None,
     grad_entropy_T: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What `logit_gradient` reads of a row: max, log sum, g, h, entropy, as [5, T]."""
+    """Stack what `logit_gradient` reads of each row: max, log sum, g, h, entropy, as [5, T]."""
     zeros_T = torch.zeros_like(row_max_T)
     g_T = zeros_T if grad_logprob_T is None else grad_logprob_T
     h_T = zeros_T if grad_entropy_T is None else grad_entropy_T
@@ -165,7 +165,10 @@ def write_gradient_from_logits(
     has_entropy: bool = True,
     tile_max: torch.Tensor | None = None,
 ) -> None:
-    """`gradient_TC` may be `logits_TC`. With `tile_max` [tiles, T], the logits are less these."""
+    """Write the gradient of these logits to `gradient_TC`, which may be `logits_TC`.
+
+    With `tile_max` [tiles, T], each logit is stored minus its tile's maximum.
+    """
     num_tokens, columns = logits_TC.shape
     if not num_tokens:
         return
@@ -192,7 +195,7 @@ def write_gradient_from_logits(
 
 
 class RecomputedGradient:
-    """The gradient of the logits of any block, from the logits computed again."""
+    """The gradient of the logits of any block, from recomputed logits."""
 
     def __init__(
         self,
@@ -201,7 +204,7 @@ class RecomputedGradient:
         column_T: torch.Tensor,
         rows_5T: torch.Tensor,
         inverse_temperature: float,
-        plan: Plan,
+        plan: HeadPlan,
         *,
         has_entropy: bool,
     ) -> None:
@@ -210,6 +213,7 @@ class RecomputedGradient:
         self.inverse_temperature, self.has_entropy = inverse_temperature, has_entropy
 
     def write(self, rows: slice, columns: slice, gradient_TC: torch.Tensor) -> None:
+        """Write the gradient of the logits of these rows and columns to `gradient_TC`."""
         hidden_TD, weight_CD = self.hidden_TD[rows], self.weight_VD[columns]
         column_T, rows_5T = self.column_T[rows], self.rows_5T[:, rows].contiguous()
         if not hidden_TD.shape[0]:

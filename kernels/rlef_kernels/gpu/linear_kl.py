@@ -1,11 +1,12 @@
 """`linear_kl` on a GPU; the equations are in `rlef_kernels.linear_kl`.
 
-Like `linear_logprob`, with two products a tile: 128 x 128 logits of each model, so that both
-accumulators fit the registers. Five partial sums a tile, which combine as shards do.
+As in `linear_logprob`, with two products a tile: 128 x 128 logits of each model, so that both
+accumulators fit the registers. A tile stores five partial sums, which combine as shards do.
 
 FLOPs: P + P' forward, 3 P + P' backward, P = 2 T V D and P' = 2 T V E. Memory: 48 MiB of partial
-sums forward, a block of gradients and the fp32 gradient of hidden backward, as there; by way of
-cuBLAS twice 32 MiB of logits besides.
+sums forward; backward a block of gradients and the fp32 gradient of hidden, as in `linear_logprob`;
+with cuBLAS also 2 x 32 MiB of logits. Bytes: hidden states and heads as in `head`; 20 T V / 128 of
+partial sums written and read once.
 
 Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard, C columns of a block, P partial
 sums; of a tile, R rows and C columns.
@@ -28,7 +29,7 @@ from rlef_kernels.gpu.linear_kl_kernels import (
     two_products_statistics_kernel,
 )
 from rlef_kernels.gpu.linear_logprob import KernelContext
-from rlef_kernels.gpu.plan import Plan, can_fuse, choose_plan, scratch_columns
+from rlef_kernels.gpu.plan import HeadPlan, can_fuse, choose_plan, scratch_columns
 from rlef_kernels.gpu.products import multiply_blocks, write_product_
 from rlef_kernels.gpu.tiles import descriptor
 from rlef_kernels.rows import rows_with_gradient, scatter_rows, select_rows
@@ -40,7 +41,7 @@ ROW_KERNEL_ROWS = 4  # of two tiles of 1,024 columns
 
 
 class Models(NamedTuple):
-    """Both models' hidden states, or some rows of them, and heads, or some columns of them."""
+    """Both models' hidden states and heads, or some rows and columns of them."""
 
     hidden_TD: torch.Tensor
     weight_VD: torch.Tensor
@@ -69,7 +70,7 @@ class Models(NamedTuple):
 
 
 class LinearKl(torch.autograd.Function):
-    """Saves the inputs and five numbers a token; backward computes the logits again."""
+    """Saves the inputs and five numbers a token; backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -80,7 +81,7 @@ class LinearKl(torch.autograd.Function):
         ref_weight_VE: torch.Tensor,
         temperature: float,
         group: ProcessGroup | None,
-        plan: Plan,
+        plan: HeadPlan,
     ) -> torch.Tensor:
         models = Models(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE)
         partials_TP = kl_partials(models, 1 / temperature, plan)
@@ -120,8 +121,8 @@ class LinearKl(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def kl_partials(models: Models, inverse_temperature: float, plan: Plan) -> torch.Tensor:
-    """The five sums of this shard, [T, 5]."""
+def kl_partials(models: Models, inverse_temperature: float, plan: HeadPlan) -> torch.Tensor:
+    """Return the five sums of this shard, [T, 5]."""
     num_tokens, vocabulary = models.num_tokens, models.vocabulary
     columns = FUSED_COLUMNS if plan.fused else plan.tile_columns
     num_tiles = triton.cdiv(vocabulary, columns)
@@ -149,8 +150,9 @@ def kl_partials(models: Models, inverse_temperature: float, plan: Plan) -> torch
 
 
 def write_sums(
-    models: Models, sums: torch.Tensor, num_tiles: int, inverse_temperature: float, plan: Plan
+    models: Models, sums: torch.Tensor, num_tiles: int, inverse_temperature: float, plan: HeadPlan
 ) -> None:
+    """Write the five sums of every tile of these rows to `sums`."""
     scale = inverse_temperature * LOG2_E
     if plan.fused:
         two_products_statistics_kernel[(triton.cdiv(models.num_tokens, tiles.ROWS) * num_tiles,)](
@@ -186,8 +188,9 @@ def write_gradient(
     rows_6T: torch.Tensor,
     gradient_TC: torch.Tensor,
     inverse_temperature: float,
-    plan: Plan,
+    plan: HeadPlan,
 ) -> None:
+    """Write the gradient of the policy's logits of these rows and columns to `gradient_TC`."""
     if not models.num_tokens:
         return
     if plan.fused:
@@ -233,9 +236,11 @@ FUSED_OPTIONS = {
 }
 
 
-def logits_in_parts(models: Models, plan: Plan):
-    """(first column, logits, reference's logits) of some columns at a time, in fp32 buffers that
-    are used again."""
+def logits_in_parts(models: Models, plan: HeadPlan):
+    """Yield (first column, logits, reference's logits), some columns at a time, in fp32.
+
+    Each yield overwrites the buffers of the one before.
+    """
     step = scratch_columns(models.num_tokens, models.vocabulary, plan)
     buffers = torch.empty(2, models.num_tokens, step, device=models.hidden_TD.device)
     for first in range(0, models.vocabulary, step):
@@ -246,7 +251,7 @@ def logits_in_parts(models: Models, plan: Plan):
         yield first, logits_TC, ref_TC
 
 
-def row_grid(logits_TC: torch.Tensor, plan: Plan) -> tuple[int, int]:
+def row_grid(logits_TC: torch.Tensor, plan: HeadPlan) -> tuple[int, int]:
     num_tokens, columns = logits_TC.shape
     return triton.cdiv(num_tokens, ROW_KERNEL_ROWS), triton.cdiv(columns, plan.tile_columns)
 
@@ -259,8 +264,9 @@ def linear_kl_kernels(
     *,
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
-    plan: Plan | None = None,
+    plan: HeadPlan | None = None,
 ) -> torch.Tensor:
+    """Compute `linear_kl` on the GPU. `plan` is for measurements and tests."""
     if plan is None:
         plan = choose_plan(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE)
     assert not plan.fused or can_fuse(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE)

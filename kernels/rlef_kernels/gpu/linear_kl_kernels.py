@@ -1,9 +1,11 @@
 """The Triton kernels of `rlef_kernels.gpu.linear_kl`.
 
-With a = z - max z and b = y - max y over a tile, z of the policy and y of the reference, a tile
-leaves five sums: max z, sum e^a, sum e^a (a - b), max y, sum e^b.
+A tile stores five sums: max z, sum e^a, sum e^a (a - b), max y, sum e^b, where a = z - max z and
+b = y - max y over the tile, z are the policy's logits and y the reference's. FLOPs of a tile:
+2 R C (D + E) for the products, and about 12 R C.
 
-Shape suffixes: of a tile, R rows and C columns; N tiles.
+Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard; of a tile, R rows and C columns;
+N tiles.
 """
 
 import triton
@@ -14,7 +16,7 @@ from rlef_kernels.gpu.tiles import LOWEST_LOGIT, product_tile, tile_position
 
 @triton.jit
 def store_sums(logits_RC, ref_RC, row_R, sums_ptr, tile, tiles, num_tokens, exponent_scale):
-    """sums[5, tiles, T] of a tile; the columns past the vocabulary hold LOWEST_LOGIT."""
+    """Store one tile's part of sums[5, tiles, T]; columns past the vocabulary are LOWEST_LOGIT."""
     inside_R = row_R < num_tokens
     at_R = sums_ptr + tl.cast(tile, tl.int64) * num_tokens + row_R
     stride = tl.cast(tiles, tl.int64) * num_tokens
@@ -32,7 +34,7 @@ def store_sums(logits_RC, ref_RC, row_R, sums_ptr, tile, tiles, num_tokens, expo
 
 @triton.jit
 def kl_gradient(logits_RC, ref_RC, row_R, rows_ptr, num_tokens, inverse_temperature):
-    """dz = g p (log p - log q - KL) / temperature."""
+    """Return dz = g p (log p - log q - KL) / temperature."""
     inside_R = row_R < num_tokens
     at_R = rows_ptr + row_R
     max_R = tl.load(at_R, mask=inside_R, other=0.0)
@@ -124,7 +126,7 @@ def two_logits_statistics_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """From fp32 logits in memory."""
+    """Do what `two_products_statistics_kernel` does from fp32 logits in memory."""
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     column_C = tl.program_id(1) * C + tl.arange(0, C)
     inside_RC = (row_R < num_tokens)[:, None] & (column_C < columns)[None, :]
@@ -178,7 +180,7 @@ def combine_two_tiles_kernel(
     R: tl.constexpr,
     N: tl.constexpr,
 ):
-    """All tiles of a row, N at a time in ascending order, to out[T, 5], with the temperature in."""
+    """Combine the tiles of each row, N at a time in ascending order, into out[T, 5]."""
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     inside_R = row_R < num_tokens
     stride = tl.cast(num_tiles, tl.int64) * num_tokens

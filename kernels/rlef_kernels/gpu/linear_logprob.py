@@ -1,10 +1,12 @@
 """`linear_logprob` on a GPU; the equations are in `rlef_kernels.linear_logprob`.
 
-FLOPs: P = 2 T V D forward, 3 P backward. Memory beyond inputs and outputs, at T = 8,192, V =
-128,256, D = 4,096 in bf16: forward 47 MiB of partial sums; backward 512 MiB for a block of
-gradients of logits and 128 MiB for the fp32 gradient of hidden (tests/kernels/test_compiled.py).
+FLOPs: P = 2 T V D forward, 3 P backward. Bytes: those of `head`, `head_gradient` and `products`.
+Memory beyond inputs and outputs, at T = 8,192, V = 128,256, D = 4,096 in bf16: forward 47 MiB of
+partial sums; backward 512 MiB for a block of gradients of logits and 128 MiB for the fp32 gradient
+of hidden (tests/kernels/test_compiled.py).
 
-Shape suffixes: T tokens, D hidden size, V vocabulary shard, R rows with an upstream gradient.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, P partial sums, R rows with an upstream
+gradient; 5 numbers of each row.
 """
 
 import torch
@@ -13,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from rlef_kernels.gpu.head import head_partials
 from rlef_kernels.gpu.head_gradient import RecomputedGradient, pack_rows
-from rlef_kernels.gpu.plan import Plan, choose_plan
+from rlef_kernels.gpu.plan import HeadPlan, choose_plan
 from rlef_kernels.gpu.products import multiply_blocks
 from rlef_kernels.main_grad import stand_in_gradient
 from rlef_kernels.rows import rows_with_gradient, scatter_rows, select_rows
@@ -26,11 +28,11 @@ from rlef_kernels.vocab_parallel import (
 
 
 class KernelContext(SavedForBackward):
-    plan: Plan
+    plan: HeadPlan
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Saves the inputs and three numbers a token; backward computes the logits again."""
+    """Saves the inputs and three numbers a token; backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -41,8 +43,8 @@ class LinearLogprob(torch.autograd.Function):
         temperature: float,
         group: ProcessGroup | None,
         accumulate_main_grad: bool,
-        plan: Plan,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        plan: HeadPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         shard = weight_VD.shape[0]
         column_T = target_T - shard_start(shard, group)
         partials_TP = head_partials(hidden_TD, weight_VD, column_T, 1 / temperature, plan)
@@ -53,9 +55,8 @@ class LinearLogprob(torch.autograd.Function):
         )
         ctx.temperature, ctx.group, ctx.plan = temperature, group, plan
         ctx.accumulate_main_grad = accumulate_main_grad
-        ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing
-        ctx.mark_non_differentiable(softmax.greedy_T)
-        return softmax.logprob_T, softmax.entropy_T, softmax.greedy_T
+        ctx.set_materialize_grads(False)  # an output without a gradient costs nothing
+        return softmax.logprob_T, softmax.entropy_T
 
     @staticmethod
     @once_differentiable
@@ -63,7 +64,6 @@ class LinearLogprob(torch.autograd.Function):
         ctx: KernelContext,
         grad_logprob_T: torch.Tensor | None,
         grad_entropy_T: torch.Tensor | None,
-        grad_greedy_T: None,
     ) -> tuple[torch.Tensor | None, ...]:
         if grad_logprob_T is None and grad_entropy_T is None:
             return (None,) * 7
@@ -108,9 +108,9 @@ def linear_logprob_kernels(
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
     accumulate_main_grad: bool = False,
-    plan: Plan | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob_T, entropy_T, greedy_T). `plan` is for measurements and tests."""
+    plan: HeadPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `linear_logprob` on the GPU. `plan` is for measurements and tests."""
     plan = plan or choose_plan(hidden_TD, weight_VD)
     return LinearLogprob.apply(
         hidden_TD, weight_VD, target_T, temperature, group, accumulate_main_grad, plan

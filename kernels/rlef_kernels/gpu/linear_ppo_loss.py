@@ -1,15 +1,15 @@
 """`linear_ppo_loss` on a GPU; the equations are in `rlef_kernels.linear_ppo_loss`.
 
-A chunk of rows at a time: the forward kernel keeps, in bf16, each logit less its tile's maximum,
-while it reduces the exact fp32 logits; from these the row kernel makes dz in place; cuBLAS
-multiplies. A logit d below its tile's maximum is kept with an error of at most d / 512, and its
-probability is at most exp(-d), so dz is off by less than exp(-d) d / 512 < 0.0008 of that tile's
-largest probability: less than the rounding of dz itself. The target's log-prob, the entropy and the
-loss are exact.
+One chunk of rows at a time: the forward kernel reduces the exact fp32 logits and stores, in bf16,
+each logit minus its tile's maximum; a row kernel turns these into dz in place; cuBLAS multiplies. A
+logit d below its tile's maximum is stored with an error of at most d / 512, and its probability is
+at most exp(-d), so dz is off by less than exp(-d) d / 512 < 0.0008 of that tile's largest
+probability: less than the rounding of dz itself. The target's log-prob, the entropy and the loss
+are exact.
 
-FLOPs: 3 P. Bytes: 2 T V written, read, written, and 4 T V read by cuBLAS; 8 V D of main_grad a
-chunk.
-Memory: at most 1 GiB for a chunk, whatever T, and the gradient of hidden.
+FLOPs: 3 P, P = 2 T V D. Bytes: 2 T V written, read, and written again, and 4 T V read by cuBLAS;
+8 V D of main_grad a chunk. Memory: at most 1 GiB for a chunk, whatever T, and the gradient of
+hidden; without main_grad, and with several chunks, an fp32 gradient of the weight (4 V D).
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
 """
@@ -22,10 +22,10 @@ from torch.distributed import ProcessGroup
 from rlef_kernels.gpu import tiles
 from rlef_kernels.gpu.head import TileSums
 from rlef_kernels.gpu.head_gradient import pack_rows, write_gradient_from_logits
-from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
-from rlef_kernels.gpu.plan import Plan, choose_plan
-from rlef_kernels.gpu.ppo_policy_loss import launch_policy_loss, ppo_policy_loss_kernels
+from rlef_kernels.gpu.plan import HeadPlan, choose_plan
+from rlef_kernels.gpu.ppo_policy_loss import policy_loss
 from rlef_kernels.gpu.products import add_product_, write_product_
+from rlef_kernels.main_grad import weight_gradient_sum
 from rlef_kernels.ppo_policy_loss import METRICS, PolicyInputs, save_gradients, scaled_gradients
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
@@ -38,7 +38,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class LinearPpoLoss(torch.autograd.Function):
-    """Saves the gradients themselves."""
+    """Computes the gradients in the forward pass and saves them."""
 
     @staticmethod
     def forward(
@@ -53,28 +53,27 @@ class LinearPpoLoss(torch.autograd.Function):
         denominator: float | torch.Tensor,
         accumulate_main_grad: bool,
         with_gradients: bool,
-        plan: Plan,
+        plan: HeadPlan,
     ) -> torch.Tensor:
         needs_hidden, needs_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         num_tokens, step = hidden_TD.shape[0], chunk_rows(hidden_TD, weight_VD, plan)
         into_main_grad = accumulate_main_grad and needs_weight
-        grad_weight_VD = None
-        if into_main_grad:
-            grad_weight_VD = weight_VD.main_grad  # type: ignore[attr-defined]
-        elif needs_weight:
-            assert num_tokens <= step, "a sum over chunks needs fp32"
-            grad_weight_VD = torch.empty_like(weight_VD)
+        # a sum over chunks needs fp32
+        sum_dtype = weight_VD.dtype if num_tokens <= step else torch.float32
+        grad_weight_VD = weight_gradient_sum(
+            weight_VD, sum_dtype, needed=needs_weight, into_main_grad=into_main_grad
+        )
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        chunk = Chunk(min(step, num_tokens), weight_VD, temperature, group, plan)
+        chunk = LogitsChunk(min(step, num_tokens), weight_VD, temperature, group, plan)
         metrics = torch.zeros(len(METRICS), device=hidden_TD.device)
         for start in range(0, max(1, num_tokens), step):
             rows = slice(start, min(start + step, num_tokens))
             hidden_CD = hidden_TD[rows]
-            policy_C = [tensor_T[rows] for tensor_T in policy_T]
+            old_T, behaviour_T, advantages_T = policy_T
             values, gradient_CV = chunk.loss_and_gradient(
                 hidden_CD,
                 target_T[rows],
-                policy_C,
+                (old_T[rows], behaviour_T[rows], advantages_T[rows]),
                 clip_eps,
                 denominator,
                 needs_hidden or needs_weight,
@@ -83,8 +82,9 @@ class LinearPpoLoss(torch.autograd.Function):
             if grad_hidden_TD is not None:
                 chunk.write_hidden_gradient(gradient_CV, grad_hidden_TD[rows])
             if grad_weight_VD is not None:
-                add = add_product_ if into_main_grad else write_product_
-                add(grad_weight_VD, gradient_CV.t(), hidden_CD)
+                add_product_(grad_weight_VD, gradient_CV.t(), hidden_CD)
+        if grad_weight_VD is not None and not into_main_grad:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         save_gradients(ctx, weight_VD, grad_hidden_TD, grad_weight_VD, into_main_grad)
         return metrics
 
@@ -96,8 +96,8 @@ class LinearPpoLoss(torch.autograd.Function):
         return (*scaled_gradients(ctx, grad_metrics[0]), *(None,) * 9)
 
 
-class Chunk:
-    """The buffers for some rows of logits, and what happens to them there."""
+class LogitsChunk:
+    """The buffers for one chunk of rows of logits, used again for every chunk."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Chunk:
         weight_VD: torch.Tensor,
         temperature: float,
         group: ProcessGroup | None,
-        plan: Plan,
+        plan: HeadPlan,
     ) -> None:
         self.weight_VD, self.group, self.plan = weight_VD, group, plan
         self.inverse_temperature = 1 / temperature
@@ -119,12 +119,12 @@ class Chunk:
         self,
         hidden_CD: torch.Tensor,
         target_C: torch.Tensor,
-        policy_C: list[torch.Tensor],
+        policy_C: PolicyInputs,
         clip_eps: float,
         denominator: float | torch.Tensor,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """METRICS of these rows, and the gradient of their logits."""
+        """Compute the loss of these rows; returns (METRICS, the gradient of their logits)."""
         num_tokens, shard = hidden_CD.shape[0], self.weight_VD.shape[0]
         column_C = target_C - shard_start(shard, self.group)
         logits_CV, partials_CP = self.logits[:num_tokens], self.partials_CP[:num_tokens]
@@ -133,15 +133,11 @@ class Chunk:
         self.sums.compute(hidden_CD, self.weight_VD, column_C, scale, kept)
         self.sums.combine(column_C, scale, partials_CP)
         softmax = combine_shards(partials_CP, target_C, shard * group_size(self.group), self.group)
-        old_C, behaviour_C, advantages_C = policy_C
-        out, grad_C = launch_policy_loss(
+        metrics, grad_C = policy_loss(
             softmax.logprob_T,
-            old_C,
-            behaviour_C,
-            advantages_C,
+            softmax.entropy_T,
+            policy_C,
             clip_eps=clip_eps,
-            mask_T=None,
-            entropy_T=softmax.entropy_T,
             denominator=denominator,
         )
         if with_gradient:
@@ -153,7 +149,7 @@ class Chunk:
                     softmax.row_max_T,
                     softmax.sum_exp_T.log(),
                     softmax.entropy_T,
-                    grad_C * out[-1],
+                    grad_C,
                     None,
                 ),
                 scale,
@@ -161,9 +157,10 @@ class Chunk:
                 has_entropy=False,
                 tile_max=self.sums.partials,
             )
-        return out[:-1], logits_CV
+        return metrics, logits_CV
 
     def write_hidden_gradient(self, gradient_CV: torch.Tensor, out_CD: torch.Tensor) -> None:
+        """Write gradient_CV weight, summed over the tensor-parallel group, to `out_CD`."""
         if self.group is None:
             write_product_(out_CD, gradient_CV, self.weight_VD)
             return
@@ -172,8 +169,8 @@ class Chunk:
         out_CD.copy_(sum_over_shards_(sum_CD, self.group))
 
 
-def chunk_rows(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, plan: Plan) -> int:
-    """Rows of logits that fit the budget, in whole tiles where possible."""
+def chunk_rows(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, plan: HeadPlan) -> int:
+    """Return how many rows of logits fit the plan's budget, in whole tiles where possible."""
     width = triton.cdiv(weight_VD.shape[0], plan.tile_columns) * plan.tile_columns
     rows = plan.row_bytes // (width * hidden_TD.element_size())
     return max(1, rows // tiles.ROWS * tiles.ROWS if rows >= tiles.ROWS else rows)
@@ -190,32 +187,11 @@ def linear_ppo_loss_kernels(
     group: ProcessGroup | None = None,
     denominator: float | torch.Tensor | None = None,
     accumulate_main_grad: bool = False,
-    plan: Plan | None = None,
+    plan: HeadPlan | None = None,
 ) -> torch.Tensor:
-    """METRICS as a vector, the loss first.
-
-    The weight's gradient over several chunks is a sum that needs fp32: main_grad, if there is one.
-    Otherwise the four products of `linear_logprob` take less memory than an fp32 matrix.
-    """
+    """Compute `linear_ppo_loss` on the GPU; returns METRICS as a vector. `plan` is for tests."""
     plan = plan or choose_plan(hidden_TD, weight_VD)
     denominator = max(1, hidden_TD.shape[0]) if denominator is None else denominator
-    with_gradients = torch.is_grad_enabled()
-    needs_weight = with_gradients and weight_VD.requires_grad and not accumulate_main_grad
-    if needs_weight and hidden_TD.shape[0] > chunk_rows(hidden_TD, weight_VD, plan):
-        logprob_T, entropy_T, _ = linear_logprob_kernels(
-            hidden_TD, weight_VD, target_T, temperature=temperature, group=group, plan=plan
-        )
-        old_T, behaviour_T, advantages_T = policy_T
-        loss, metrics = ppo_policy_loss_kernels(
-            logprob_T,
-            old_T,
-            behaviour_T,
-            advantages_T,
-            clip_eps=clip_eps,
-            entropy_T=entropy_T.detach(),
-            denominator=denominator,
-        )
-        return torch.stack([loss, *(metrics[name] for name in METRICS[1:])])
     return LinearPpoLoss.apply(
         hidden_TD,
         weight_VD,
@@ -226,6 +202,6 @@ def linear_ppo_loss_kernels(
         group,
         denominator,
         accumulate_main_grad,
-        with_gradients,
+        torch.is_grad_enabled(),
         plan,
     )

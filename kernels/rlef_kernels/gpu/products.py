@@ -1,11 +1,12 @@
 """cuBLAS: products of bf16 matrices with fp32 results, and the backward pass of a head from them.
 
-A block of gradients of logits, [T, columns], is read by two products,
+Two products read each block of gradients of logits, [T, columns]:
 
-    dhidden += dz weight        dweight[columns] = dz^T hidden,
+    dhidden += dz weight        dweight[columns] = dz^T hidden
 
-both accumulated in fp32, in a fixed order, without atomics. Blocks of columns, not of tokens, so
-that each entry of the weight's gradient (fp32, in Megatron's main_grad) is read and written once.
+Both accumulate in fp32, in a fixed order, without atomics. The blocks are of columns, not of
+tokens, so that each entry of the weight's gradient (fp32, in Megatron's main_grad) is read and
+written once.
 
 FLOPs: 2 P, P = 2 T V D. Bytes: 4 T V for dz, 8 V D for main_grad, 8 T D a block for dhidden. fp32
 matrices are multiplied as PyTorch is set to (`torch.backends.cuda.matmul.allow_tf32`).
@@ -20,7 +21,7 @@ import torch
 import triton
 from torch.distributed import ProcessGroup
 
-from rlef_kernels.gpu.plan import Plan
+from rlef_kernels.gpu.plan import HeadPlan
 from rlef_kernels.vocab_parallel import sum_over_shards_
 
 # Writes the gradient of the logits of these rows and columns.
@@ -28,10 +29,10 @@ WriteGradient = Callable[[slice, slice, torch.Tensor], None]
 
 
 def write_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """out = left right, fp32 or in the type of the factors."""
+    """Write left right to `out`, which is fp32 or of the factors' dtype."""
     if out.device.type == "cpu":
-        # The interpreter's tests; rounded once, as cuBLAS does. And PyTorch 2.13's bf16 product on
-        # CPUs, given `out`, lets NaN that stood there through.
+        # For the interpreter's tests: rounds once, as cuBLAS does. (PyTorch 2.13's bf16 product on
+        # CPUs, given `out`, lets NaN through that was there before.)
         out.copy_(left.float() @ right.float())
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
@@ -40,7 +41,7 @@ def write_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """out += left right, in fp32; not rounded in between."""
+    """Add left right to `out`, accumulating in fp32 and rounding at most once."""
     if out.device.type == "cpu":
         out += left.float() @ right.float()
     elif out.dtype == left.dtype:
@@ -56,8 +57,9 @@ def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
 
 @functools.cache
 def adds_to_fp32(device: torch.device) -> bool:
-    """Whether this PyTorch's addmm takes bf16 factors and an fp32 summand. Its first versions with
-    `out_dtype` refuse the latter.
+    """Return whether this PyTorch's addmm takes bf16 factors and an fp32 summand.
+
+    The first versions with `out_dtype` refuse the latter.
     """
     if device.type != "cuda":
         return True
@@ -70,8 +72,8 @@ def adds_to_fp32(device: torch.device) -> bool:
     return True
 
 
-def block_shape(num_tokens: int, vocabulary: int, itemsize: int, plan: Plan) -> tuple[int, int]:
-    """Tokens and columns of a block of gradients: at most `plan.gradient_bytes`, whole tiles."""
+def block_shape(num_tokens: int, vocabulary: int, itemsize: int, plan: HeadPlan) -> tuple[int, int]:
+    """Return (tokens, columns) of a block of gradients: whole tiles, in `plan.gradient_bytes`."""
     tokens = max(1, min(num_tokens, plan.gradient_tokens))
     tile = plan.tile_columns
     columns = max(1, plan.gradient_bytes // (itemsize * tokens * tile)) * tile
@@ -82,15 +84,17 @@ def multiply_blocks(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
     write_gradient: WriteGradient,
-    plan: Plan,
+    plan: HeadPlan,
     *,
     needs_hidden: bool,
     needs_weight: bool,
     main_grad_VD: torch.Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dhidden, summed over the group; dweight). With `main_grad_VD` (fp32) dweight is added there,
-    and None.
+    """Compute the gradients of hidden and weight from blocks that `write_gradient` fills.
+
+    Returns (dhidden, summed over the group; dweight), None for what is not needed. With
+    `main_grad_VD` (fp32) dweight is added there instead, and None returned for it.
     """
     (num_tokens, width), vocabulary = hidden_TD.shape, weight_VD.shape[0]
     tokens, columns = block_shape(num_tokens, vocabulary, hidden_TD.element_size(), plan)

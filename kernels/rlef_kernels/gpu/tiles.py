@@ -1,5 +1,6 @@
-"""What the kernels of the head share: the order of tiles, the product of a tile, and what is kept
-of a tile of logits.
+"""What the head's kernels share: the order of tiles, a tile's product, a tile's statistics.
+
+FLOPs of a tile: 2 R C D for the product, about 8 R C for the statistics. Bytes: 12 R written.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard; of a tile, R rows and C columns.
 """
@@ -9,13 +10,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# What stands for "no logit here": exp of it is 0, and 0 times it is 0 (of -inf it would be NaN).
+# Stands for "no logit here": its exp is 0, and 0 times it is 0 (0 times -inf would be NaN).
 LOWEST_LOGIT = tl.constexpr(-1e30)
 
 ROWS = 128  # of a fused tile
 DEPTH = 64  # of a step of the product: 128 bytes of bf16, the widest swizzle of shared memory
-# Tiles of this many row blocks run together, so that a wave of 132 tiles reads about as many rows
-# of hidden (8 x 128) as of the head (17 x 256).
+# Tiles of this many row blocks run together: a wave of 132 tiles then reads 8 x 128 rows of hidden
+# and 17 x 256 of the head.
 GROUP = 8
 PRODUCT_WARPS = 8
 PRODUCT_STAGES = 4
@@ -23,7 +24,7 @@ PRODUCT_STAGES = 4
 
 @triton.jit
 def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """The row and column of the n-th tile: down the rows of a group first, then along."""
+    """Return row and column of the n-th tile: first down the rows of a group, then along."""
     tiles_of_group = GROUP * column_tiles
     first_row = tile // tiles_of_group * GROUP
     rows = tl.minimum(row_tiles - first_row, GROUP)
@@ -35,8 +36,9 @@ def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 def product_tile(
     hidden_TD, weight_VD, row, column, width, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr
 ):
-    """hidden[row : row + R] weight[column : column + C]^T, accumulated in fp32. Past the edges the
-    descriptors read zeros.
+    """Return hidden[row : row + R] weight[column : column + C]^T, accumulated in fp32.
+
+    Past the edges the descriptors read zeros.
     """
     product_RC = tl.zeros((R, C), tl.float32)
     for step in range(0, tl.cdiv(width, D)):
@@ -61,18 +63,19 @@ def store_statistics(
     exponent_scale,
     C: tl.constexpr,
 ):
-    """max, sum of exp, and weighted sum of a tile's rows, to partials[3, tiles, T]; the target's
-    logit where the target lies in the tile. Returns the rows' maxima.
+    """Store max, sum of exp and weighted sum of a tile's rows in partials[3, tiles, T].
+
+    Also stores the target's logit if the target is in the tile. Returns the rows' maxima.
     """
     inside_R = row_R < num_tokens
     at_R = partials_ptr + tl.cast(tile, tl.int64) * num_tokens + row_R
     stride = tl.cast(tiles, tl.int64) * num_tokens
-    # first what needs the logits, then what needs them shifted: in any other order both live, and
-    # the compiler spills registers
+    # First what needs the logits, then what needs them shifted. In any other order both are live,
+    # and the compiler spills registers.
     target_R = tl.load(target_ptr + row_R, mask=inside_R, other=-1).to(tl.int32)
     hit_RC = target_R[:, None] == column_C[None, :]
     target_logit_R = tl.sum(tl.where(hit_RC, logits_RC, 0.0), 1)
-    # one tile holds a row's target, so one program writes it
+    # only one tile has a row's target, so only one program writes it
     here_R = inside_R & (target_R >= first_column) & (target_R < first_column + C)
     tl.store(target_logit_ptr + row_R, target_logit_R, mask=here_R)
     max_R = tl.max(logits_RC, 1)
@@ -85,6 +88,6 @@ def store_statistics(
 
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """For the tensor memory accelerator: blocks of [rows, columns], zeros past the edges."""
+    """Describe to the tensor memory accelerator blocks of [rows, columns], zeros past the edges."""
     shape, stride = list(matrix.shape), list(matrix.stride())
     return TensorDescriptor(matrix, shape, stride, [rows, columns])

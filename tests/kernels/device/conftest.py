@@ -1,5 +1,5 @@
-"""Tests of the kernels themselves, on a GPU or, in a process with TRITON_INTERPRET=1, in Triton's
-interpreter on the CPU.
+"""Tests of the kernels on a GPU or, in a process with TRITON_INTERPRET=1, in Triton's interpreter
+on the CPU.
 
 `make test-gpu` runs them on the GPU; `tests/kernels/test_interpreted.py`, part of `make test`,
 starts the processes that run them in the interpreter.
@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import interpreter  # noqa: F401  (mends bf16)
+    import interpreter  # noqa: F401  (fixes bf16)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
