@@ -1,14 +1,13 @@
-"""How much arithmetic training is: the convention of every figure in TFLOP/s, and what
-micro-batches are balanced by.
+"""The FLOPs of training: the count behind every figure in TFLOP/s, and what micro-batches balance.
 
     F(s, r) = 6 [W s + h V r] + 6 L n d s^2        W = L (2 h n d + 2 h k d + 3 h f)
 
-for a sequence of s tokens of which r are read by the head: L layers, width h, n query and k
-key-value heads of dimension d, gated feed-forward width f, vocabulary V. A multiply-add is two
-operations; six a weight and token, two forward and four backward; the causal half of the attention
-products; no embedding, which is a look-up (Narayanan et al., arXiv 2104.04473, appendix;
-Korthikanti et al., 2205.05198, appendix A, who count the whole square and read the head
-everywhere). What is computed again in backward is no work of the model's: it is counted apart, as
+for a sequence of s tokens, r of which the head reads: L layers, width h, n query and k key-value
+heads of dimension d, gated feed-forward width f, vocabulary V. A multiply-add is two operations;
+six for each weight and token, two forward and four backward; the causal half of the attention
+products; nothing for the embedding, which is a look-up (Narayanan et al., arXiv 2104.04473,
+appendix; Korthikanti et al., 2205.05198, appendix A, count the whole square and a head that reads
+every token). Recomputation in backward is not the model's work: it is counted separately, as
 hardware FLOPs.
 """
 
@@ -21,33 +20,20 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class SequenceFlops:
-    """A model's part of the formula."""
+    """The factors of the formula that depend on the model."""
 
     layers: int  # W, weights of the layers' matrices
     head: int  # h V
     attention: int  # L n d
 
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Self:
-        """Of a dense decoder with gated feed-forward blocks: the Llama and Qwen families."""
-        width, heads = config.hidden_size, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or width // heads
-        key_value_heads = config.num_key_value_heads or heads
-        projections = 2 * (heads + key_value_heads) * head_dim + 3 * config.intermediate_size
-        return cls(
-            layers=config.num_hidden_layers * width * projections,
-            head=width * config.vocab_size,
-            attention=config.num_hidden_layers * heads * head_dim,
-        )
-
     def __call__(self, tokens: int, read: int) -> int:
-        """FLOPs of training on a sequence of so many tokens, with the head at `read` of them."""
+        """Return the FLOPs of training on a sequence, with the head reading `read` tokens."""
         return 6 * (self.layers * tokens + self.head * read + self.attention * tokens**2)
 
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What arithmetic and memory of a Llama depend on."""
+    """The sizes of a dense decoder with gated feed-forward blocks: the Llama and Qwen families."""
 
     layers: int
     hidden: int
@@ -58,18 +44,32 @@ class LlamaShape:
     vocabulary: int
     tied: bool = False  # head and embedding are one matrix
 
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Self:
+        width, heads = config.hidden_size, config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=width,
+            ffn=config.intermediate_size,
+            heads=heads,
+            key_value_heads=config.num_key_value_heads or heads,
+            head_dim=getattr(config, "head_dim", None) or width // heads,
+            vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+        )
+
     def with_layers(self, layers: int) -> "LlamaShape":
         return replace(self, layers=layers)
 
     @property
     def layer_products(self) -> int:
-        """Weights of one layer that enter matrix products: all but its two norms."""
+        """Weights of one layer in matrix products: all but its two norms."""
         attention = 2 * (self.heads + self.key_value_heads) * self.head_dim
         return self.hidden * (attention + 3 * self.ffn)
 
     @property
     def table_parameters(self) -> int:
-        """Of the embedding; of the head, as many again."""
+        """Parameters of the embedding; an untied head has as many again."""
         return self.vocabulary * self.hidden
 
     @property
@@ -87,15 +87,16 @@ class LlamaShape:
         )
 
 
-# Meta's config.json of each size
+# From Meta's config.json of each size
 LLAMA_31_8B = LlamaShape(32, 4096, 14336, 32, 8, 128, 128256)
 LLAMA_31_70B = LlamaShape(80, 8192, 28672, 64, 8, 128, 128256)
 LLAMA_31_405B = LlamaShape(126, 16384, 53248, 128, 8, 128, 128256)
 
 
 def training_flops(shape: LlamaShape, lengths: Sequence[int], read: int | None = None) -> int:
-    """Model FLOPs of forward and backward over sequences of these lengths. `read`: tokens that the
-    head reads; None for all, 0 for a critic.
+    """Return the model FLOPs of forward and backward over sequences of these lengths.
+
+    `read`: tokens that the head reads; None for all, 0 for a critic.
     """
     tokens, squares = sum(lengths), sum(length * length for length in lengths)
     part = shape.flops
@@ -104,14 +105,13 @@ def training_flops(shape: LlamaShape, lengths: Sequence[int], read: int | None =
 
 
 def forward_flops(shape: LlamaShape, lengths: Sequence[int], read: int | None = None) -> int:
-    """Of one forward pass: a third of training."""
+    """Return the model FLOPs of one forward pass: a third of training."""
     return training_flops(shape, lengths, read) // 3
 
 
 def recomputed_flops(shape: LlamaShape, lengths: Sequence[int], recompute: str) -> int:
-    """What activation recomputation adds to training: "selective" runs each feed-forward block
-    again, "full" each layer (`megatron/model.py` says what is chosen). Hardware FLOPs are training
-    FLOPs and these.
+    """Return what activation recomputation adds to training's model FLOPs; their sum is the
+    hardware FLOPs. "selective" runs each feed-forward block again, "full" each layer.
     """
     if recompute == "none":
         return 0
@@ -119,7 +119,7 @@ def recomputed_flops(shape: LlamaShape, lengths: Sequence[int], recompute: str) 
         return 2 * sum(lengths) * shape.layers * 3 * shape.hidden * shape.ffn
     if recompute == "full":
         return forward_flops(shape, lengths, read=0)
-    raise ValueError(f"recompute is {recompute!r}; known: none, selective, full")
+    raise ValueError(f"recompute is {recompute!r}; use none, selective or full")
 
 
 def ppo_flops(

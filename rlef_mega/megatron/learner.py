@@ -26,7 +26,7 @@ from rlef_mega.config import (
     LearnerConfig,
     PPOConfig,
 )
-from rlef_mega.flops import SequenceFlops
+from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.network.accelerations import Layers
@@ -87,7 +87,7 @@ class Learner:
             ranks,
             self.dtype,
             learner.microbatch_tokens,
-            SequenceFlops.of(self.config),
+            LlamaShape.of(self.config).flops,
             ppo.token_level_value,
             ranks.microbatch_multiple,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlef_mega.config import OptimizerConfig
-from rlef_mega.flops import SequenceFlops
+from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.network.accelerations import Layers
@@ -41,7 +41,7 @@ class SupervisedLearner:
             ranks,
             getattr(torch, dtype),
             microbatch_tokens,
-            SequenceFlops.of(start.config),
+            LlamaShape.of(start.config).flops,
             multiple=ranks.microbatch_multiple,
         )
         self.policy = TrainedModel(start.policy(), ranks, optimizer)

@@ -1,10 +1,9 @@
-"""What a run would take: memory by rank, time by phase, the layout and the split of GPUs that suit
-it, its cost. `rlef plan`.
+"""What a run would take: memory by rank, time by phase, layout, split of the GPUs, and cost.
 
-Arithmetic alone; nothing is started, allocated or measured. `memory.py` and `step_time.py` are of
-one network in one layout; `rollouts.py` of servers and the dialogues they hold; `job.py` puts them
-together to a run, `search.py` looks through layouts. Where layers stand is the trainer's own rule
-(megatron/stages.py), as are micro-batches (packing.py) and FLOPs (flops.py). Constants stand in
-`hardware.py` with where they come from, and what the arithmetic is held against in
-`published.toml`.
+`rlef plan` computes this; it starts, allocates and measures nothing. `memory.py` and `step_time.py`
+are about one network in one layout, `rollouts.py` about dialogues and the servers that sample them;
+`planned_run.py` combines them into a run, and `search.py` searches layouts. Where layers go is the
+trainer's own rule (megatron/network/stages.py), as are micro-batches (packing.py) and FLOPs
+(flops.py). Constants and their sources are in `hardware.py`; what others published, to which tests
+hold this arithmetic, is in tests/rlef_mega/plan/published.toml.
 """

@@ -1,4 +1,4 @@
-"""`rlef plan`: the facts of a recipe, then what it takes on a device; tables, or JSON."""
+"""`rlef plan`: the facts of a recipe, then what it takes on a device, as tables and as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -9,9 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from rlef_mega.config import ConfigError, TrainConfig
+from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.plan.hardware import CPU, GIB, Device, find_device
-from rlef_mega.plan.job import Job, RankMemory, Step, gib, refuse_without_room, shape_of
-from rlef_mega.plan.published import SHAPES, rows
+from rlef_mega.plan.planned_run import (
+    PlannedRun,
+    RankMemory,
+    StepTime,
+    gib,
+    refuse_without_room,
+    shape_of,
+)
 from rlef_mega.plan.search import Split, balanced_sampling, scaling, splits
 from rlef_mega.preflight import plan_train
 from rlef_mega.run.directory import write_atomically
@@ -23,6 +30,12 @@ SHORT = {
     "optimizer": "adam",
     "reference": "refer",
     "activations": "activ",
+}
+# RLEF A.1: H100s that train and that sample, hours in all ("about 20"), updates
+PAPERS_COLUMNS = ("model", "training", "sampling", "hours", "updates")
+PAPERS_RUNS: dict[LlamaShape, dict[str, Any]] = {
+    LLAMA_31_8B: dict(zip(PAPERS_COLUMNS, ("8B", 128, 160, 20, 12000), strict=True)),
+    LLAMA_31_70B: dict(zip(PAPERS_COLUMNS, ("70B", 1024, 1280, 20, 8000), strict=True)),
 }
 ASSUMED = (
     "Computed, not measured; lengths of dialogues are assumed (docs/scaling.md says what else)."
@@ -40,7 +53,10 @@ def run_plan(
     with_scaling: bool,
     out: Path | None,
 ) -> None:
-    """ConfigError where the recipe's layout, or with `gpus` every layout, has no room."""
+    """Print the plan of a recipe, and write it to `out`.
+
+    Raises ConfigError if the recipe's layout, or with `gpus` every layout, has no room.
+    """
     console = Console()
     facts = plan_train(config)
     table = Table("fact", "value", title=title)
@@ -53,14 +69,14 @@ def run_plan(
         console.print("no [model.shape] with `hidden`: memory and time are not planned")
     else:
         device = find_device(gpu or (CPU if config.model.dtype == "float32" else "h100-80gb"))
-        job = Job.of(config, shape, on_cpu=device.name == CPU)
+        run = PlannedRun.of(config, shape, on_cpu=device.name == CPU)
         content["device"] = device.name
         if gpus is None:
-            content |= show_recipe(console, job, device, sampling_gpus)
+            content |= show_recipe(console, run, device, sampling_gpus)
         else:
-            content |= show_search(console, job, device, gpus)
+            content |= show_search(console, run, device, gpus)
         if with_scaling:
-            content["scaling"] = show_scaling(console, job, device)
+            content["scaling"] = show_scaling(console, run, device)
         console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
     if out is not None:
         write_atomically(out, json.dumps(content, indent=1) + "\n")
@@ -68,38 +84,38 @@ def run_plan(
 
 
 def show_recipe(
-    console: Console, job: Job, device: Device, sampling_gpus: int | None
+    console: Console, run: PlannedRun, device: Device, sampling_gpus: int | None
 ) -> dict[str, Any]:
-    """The recipe as it is."""
-    console.print(memory_table(job.memory(), job, device))
-    refuse_without_room(job, device)
+    """Print the plan of the recipe's own layout; returns it for the JSON file."""
+    console.print(memory_table(run.memory(), run, device))
+    refuse_without_room(run, device)
     sampling = 0
-    if sampling_gpus and sampling_gpus % job.server_gpus:
+    if sampling_gpus and sampling_gpus % run.server_gpus:
         raise ConfigError(
-            f"--sampling-gpus {sampling_gpus}: a server takes {job.server_gpus} "
+            f"--sampling-gpus {sampling_gpus}: a server takes {run.server_gpus} "
             "(rollout.servers.tensor_parallel_size); give a multiple of that"
         )
-    if job.engine == "sglang":
-        sampling = sampling_gpus or balanced_sampling(job, device)
-    step = job.step(device, sampling)
-    show_step(console, job, device, step, sampling)
-    return describe(Split(job, sampling, step), device)
+    if run.has_servers:
+        sampling = sampling_gpus or balanced_sampling(run, device)
+    split = Split(run, sampling, run.step(device, sampling))
+    show_step(console, split, device)
+    return describe(split, device)
 
 
-def show_search(console: Console, job: Job, device: Device, gpus: int) -> dict[str, Any]:
-    """The best layouts on so many GPUs, and the first one in full."""
-    found = splits(job, device, gpus)
+def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) -> dict[str, Any]:
+    """Print the best layouts on `gpus` GPUs, and the plan of the first; returns it."""
+    found = splits(run, device, gpus)
     table = Table(
         "layout", "recompute", "idle", "train", "sample", "GiB", "s/step", "stopped by",
         title=f"{len(found)} layouts fit {gpus:,} x {device.name}; the quickest",
     )  # fmt: skip
     for each in found[:SHOWN]:
-        fullest = max(rank.total for rank in each.job.memory()) / GIB
+        fullest = max(rank.total for rank in each.run.memory()) / GIB
         table.add_row(
-            short_layout(each.job),
-            each.job.recompute,
-            "host" if each.job.offloads else "stays",
-            f"{each.job.training_gpus:,}",
+            short_layout(each.run),
+            each.run.recompute,
+            "host" if each.run.offloads else "stays",
+            f"{each.run.training_gpus:,}",
             sampling_words(each),
             f"{fullest:.1f}",
             f"{each.step.seconds:.1f}",
@@ -107,23 +123,23 @@ def show_search(console: Console, job: Job, device: Device, gpus: int) -> dict[s
         )
     console.print(table)
     best = found[0]
-    console.print(memory_table(best.job.memory(), best.job, device))
-    show_step(console, best.job, device, best.step, best.sampling)
+    console.print(memory_table(best.run.memory(), best.run, device))
+    show_step(console, best, device)
     return describe(best, device) | {"ranked": [summary(each) for each in found[:SHOWN]]}
 
 
-def show_scaling(console: Console, job: Job, device: Device) -> list[dict[str, Any]]:
-    found = scaling(job, device, SCALES)
+def show_scaling(console: Console, run: PlannedRun, device: Device) -> list[dict[str, Any]]:
+    found = scaling(run, device, SCALES)
     table = Table(
         "GPUs", "layout", "train", "sample", "s/step", "hours", "GPU hours", "stopped by",
         title="the quickest step as GPUs grow",
     )  # fmt: skip
     for gpus, each in found:
-        hours = job.steps * each.step.seconds / 3600
+        hours = each.run.steps * each.step.seconds / 3600
         table.add_row(
             f"{gpus:,}",
-            short_layout(each.job),
-            f"{each.job.training_gpus:,}",
+            short_layout(each.run),
+            f"{each.run.training_gpus:,}",
             sampling_words(each),
             f"{each.step.seconds:.1f}",
             f"{hours:.1f}",
@@ -134,7 +150,7 @@ def show_scaling(console: Console, job: Job, device: Device) -> list[dict[str, A
     return [{"gpus": gpus} | summary(each) for gpus, each in found]
 
 
-def memory_table(ranks: Sequence[RankMemory], job: Job, device: Device) -> Table:
+def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -> Table:
     parts = [SHORT.get(part, part) for part in ranks[0].parts]
     at = ", ".join(sorted({rank.phase for rank in ranks}))
     unit, name = (2**20, "MiB a process") if device.name == CPU else (GIB, "GiB a GPU")
@@ -145,7 +161,7 @@ def memory_table(ranks: Sequence[RankMemory], job: Job, device: Device) -> Table
     for rank in ranks:
         sizes = [*rank.parts.values(), rank.total, rank.parked]
         table.add_row(rank.name, *(f"{size / unit:.1f}" for size in sizes))
-    modes = job.activations_by_mode()
+    modes = run.activations_by_mode()
     table.caption = "activations with recomputation: " + ", ".join(
         f"{mode} {size / unit:.1f}" for mode, size in modes.items()
     )
@@ -154,7 +170,9 @@ def memory_table(ranks: Sequence[RankMemory], job: Job, device: Device) -> Table
     return table
 
 
-def show_step(console: Console, job: Job, device: Device, step: Step, sampling: int) -> None:
+def show_step(console: Console, split: Split, device: Device) -> None:
+    """Print a step's phases, the servers' room, the run's cost, and the paper's run beside it."""
+    run, step, sampling = split.run, split.step, split.sampling
     table = Table("phase", "seconds", title="a step")
     for phase, value in phases(step).items():
         table.add_row(phase, f"{value:.1f}" if value >= 1 else f"{value:.3f}")
@@ -162,34 +180,30 @@ def show_step(console: Console, job: Job, device: Device, step: Step, sampling: 
     table.add_row("step, " + ("async" if step.is_async else "sync"), f"{step.seconds:.1f}")
     table.caption = f"stopped by {step.stopped_by}"
     console.print(table)
-    if job.engine == "sglang":
-        server = job.server(device)
+    if run.has_servers:
+        server = run.server(device)
         console.print(
             f"{sampling // server.gpus:,} servers of {server.gpus} GPUs: weights "
             f"{gib(server.weights)}, contexts {gib(server.cache)} a GPU, room for "
-            f"{server.cached_tokens:,} tokens ({server.cached_tokens / job.dialogues.tokens:,.0f} "
+            f"{server.cached_tokens:,} tokens ({server.cached_tokens / run.dialogues.tokens:,.0f} "
             "dialogues of average length)"
         )
-    hours = job.steps * step.seconds / 3600
+    hours = run.steps * step.seconds / 3600
     console.print(
-        f"{job.steps:,} steps: {hours:.3g} hours on {job.training_gpus:,} + {sampling:,} = "
-        f"{job.gpu_hours(step, sampling):,.{0 if hours > 1 else 3}f} GPU hours, without evaluations"
+        f"{run.steps:,} steps: {hours:.3g} hours on {run.training_gpus:,} + {sampling:,} = "
+        f"{run.gpu_hours(step, sampling):,.{0 if hours > 1 else 3}f} GPU hours, without evaluations"
         " and checkpoints"
     )
-    for paper in papers_run(job):
+    if paper := PAPERS_RUNS.get(run.shape):
         cost = (paper["training"] + paper["sampling"]) * paper["hours"]
         console.print(
             f"the paper's run: {paper['training']:,} + {paper['sampling']:,} H100s, about "
             f"{paper['hours']} hours = {cost:,} GPU hours, for {paper['updates']:,} updates (here "
-            f"{job.steps * job.updates:,})"
+            f"{run.steps * run.updates:,})"
         )
 
 
-def papers_run(job: Job) -> list[dict[str, Any]]:
-    return [row for row in rows("paper") if SHAPES[row["model"]] == job.shape]
-
-
-def phases(step: Step) -> dict[str, float]:
+def phases(step: StepTime) -> dict[str, float]:
     found = {"score": step.score, "update": step.update}
     found |= {f"  {term}": value for term, value in step.terms.items() if value}
     found |= {"move idle state": step.move, "publish": step.publish}
@@ -199,48 +213,48 @@ def phases(step: Step) -> dict[str, float]:
     return found
 
 
-def short_layout(job: Job) -> str:
-    chunks = job.parallel.virtual_pipeline_model_parallel_size
-    pipeline = f"{job.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
-    return f"TP{job.policy.tensor} PP{pipeline} DP{job.policy.data}"
+def short_layout(run: PlannedRun) -> str:
+    chunks = run.parallel.virtual_pipeline_model_parallel_size
+    pipeline = f"{run.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
+    return f"TP{run.policy.tensor} PP{pipeline} DP{run.policy.data}"
 
 
 def sampling_words(split: Split) -> str:
-    if split.job.engine == "local":
-        return "the same"
-    return f"{split.sampling:,}/{split.job.server_gpus}"
+    return f"{split.sampling:,}/{split.run.server_gpus}" if split.run.has_servers else "the same"
 
 
 def summary(split: Split) -> dict[str, Any]:
+    run, step = split.run, split.step
     return {
-        "layout": split.job.parallel.model_dump(exclude={"processes_per_node", "pipeline_layers"}),
-        "recompute": split.job.recompute,
-        "offload": "idle" if split.job.offloads else "none",
-        "training_gpus": split.job.training_gpus,
+        "layout": run.parallel.model_dump(exclude={"processes_per_node", "pipeline_layers"}),
+        "recompute": run.recompute,
+        "offload": "idle" if run.offloads else "none",
+        "training_gpus": run.training_gpus,
         "sampling_gpus": split.sampling,
-        "server_gpus": split.job.server_gpus,
-        "step_s": split.step.seconds,
-        "bounds_s": split.step.bounds,
-        "stopped_by": split.step.stopped_by,
-        "gpu_hours": split.job.gpu_hours(split.step, split.sampling),
+        "server_gpus": run.server_gpus,
+        "step_s": step.seconds,
+        "bounds_s": step.bounds,
+        "stopped_by": step.stopped_by,
+        "gpu_hours": run.gpu_hours(step, split.sampling),
     }
 
 
 def describe(split: Split, device: Device) -> dict[str, Any]:
-    job, step = split.job, split.step
+    """Return the whole plan of a split for the JSON file."""
+    run = split.run
     found = summary(split) | {
         "usable_bytes": device.usable,
         "memory": [
             {"rank": rank.name, "phase": rank.phase, "parked_bytes": rank.parked}
             | {f"{part}_bytes": size for part, size in rank.parts.items()}
-            for rank in job.memory()
+            for rank in run.memory()
         ],
-        "activation_bytes": job.activations_by_mode(),
-        "seconds": {name.strip(): value for name, value in phases(step).items()},
-        "paper": papers_run(job),
+        "activation_bytes": run.activations_by_mode(),
+        "seconds": {name.strip(): value for name, value in phases(split.step).items()},
+        "paper": [PAPERS_RUNS[run.shape]] if run.shape in PAPERS_RUNS else [],
     }
-    if job.engine == "sglang":
-        server = job.server(device)
+    if run.has_servers:
+        server = run.server(device)
         found["server"] = {
             "weights_bytes": server.weights,
             "cache_bytes": server.cache,

@@ -1,8 +1,8 @@
-"""Devices by their data sheets, and which part of that is reached.
+"""Devices by their data sheets, and the parts of those rates that are reached.
 
-The parts are constants, the same for every row and layout. `products` is fitted: to one published
-run of each kind of GPU where there is one (`published.toml`, fitted = true), and every other row
-checks it. The others are round numbers.
+The parts are constants, the same for every layout. `products` is fitted to one published run of
+each kind of GPU, if there is one; tests compare all other published runs with it
+(tests/rlef_mega/plan/published.toml). The others are round numbers.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ MEMORY = 0.8  # of a device's bandwidth, by norms, activations and the optimizer
 LINK = 0.8  # of NVLink, by collectives
 NETWORK = 0.8  # of a node's network cards, by collectives
 HOST_LINK = 0.8  # of PCIe, by copies from and to pinned memory
-# SGLang's, as in bench/scale.py: bandwidth in decoding, products in prefill, an all-reduce
+# SGLang's (assumed): bandwidth in decoding, products in prefill, an all-reduce
 DECODE_MEMORY, PREFILL_PRODUCTS, ALL_REDUCE_S = 0.7, 0.5, 20e-6
 DISK = 5e9  # bytes/s of a shared file system, written by one rank or read by all servers (assumed)
-# Outside PyTorch's allocations: the context, cuBLAS, NCCL's buffers (assumed); and inside, what the
-# caching allocator loses to fragments (assumed).
+# Memory outside PyTorch's allocations: context, cuBLAS, NCCL's buffers (assumed). And what the
+# caching allocator loses to fragments, as a part of its allocations (assumed).
 CONTEXT_GIB, FRAGMENTS = 2.0, 0.05
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Device:
-    """Bytes and operations a second, each way."""
+    """A device's rates, in bytes and operations a second; links in each direction."""
 
     name: str
     flops: float  # dense bf16 products
@@ -39,19 +39,21 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes that tensors may take."""
+        """Bytes available to tensors."""
         return (self.memory_gib - self.context_gib) * GIB / (1 + FRAGMENTS)
 
     def group_bandwidth(self, size: int, stride: int) -> float:
-        """Bytes/s of each rank in a ring of `size` ranks that are `stride` ranks apart. Between
-        nodes the ring has the network cards of all its ranks in a node."""
+        """Return the bytes/s of each rank in a ring of `size` ranks that are `stride` ranks apart.
+
+        Between nodes the ring uses the network cards of all its ranks in a node.
+        """
         if size * stride <= self.per_node:
             return self.link * LINK
         return self.network * NETWORK * max(1, min(size, self.per_node // stride))
 
 
-# NVIDIA's data sheets (dense rates; of NVLink half of what they print, which is both ways), and of
-# DGX systems their network: A100 200 Gb/s, the others 400 Gb/s a GPU.
+# NVIDIA's data sheets (dense rates; NVLink's printed rate is for both directions, so half of it),
+# and the network of DGX systems: A100 200 Gb/s, the others 400 Gb/s a GPU.
 DEVICES = {
     device.name: device
     for device in (
@@ -68,14 +70,16 @@ def find_device(name: str) -> Device:
     if name == CPU:
         return this_cpu()
     if name not in DEVICES:
-        raise ConfigError(f"--gpu {name}: known are {', '.join((*DEVICES, CPU))}")
+        raise ConfigError(f"--gpu {name} is not known; use one of {', '.join((*DEVICES, CPU))}")
     return DEVICES[name]
 
 
 def this_cpu() -> Device:
-    """A core of the machine at hand, with one thread, in fp32: the rate of products and what Python
-    and its packages take as `rlef bench plan` measured them (benchmarks/results/plan_cpu.json),
-    `products` chosen between its models; the machine's memory is divided among its cores."""
+    """Describe one core of this machine, with one thread, in fp32.
+
+    The rate of products, and the memory of Python and its packages, were measured once
+    (benchmarks/results/plan_cpu.json); the machine's memory is divided among its cores.
+    """
     import psutil
 
     total = psutil.virtual_memory().total / GIB

@@ -1,27 +1,28 @@
-"""Bytes that one network takes on each rank of its layout.
+"""Bytes of one network on each rank of its layout.
 
     weights     2 a parameter in bfloat16, 4 in fp32; a tensor-parallel rank has 1/t of each matrix
     gradients   4 a parameter (Megatron's buffer, fp32)
-    optimizer   main copy and two moments 12, in fp32 two moments 8, over the data-parallel ranks
-    activations what backward keeps, by token and layer, in units of b bytes (2 or 4), with
-                h hidden, f feed-forward, a and k the widths of all query and key-value heads:
+    optimizer   12 for main copy and two moments, 8 for two moments in fp32, over the data-parallel
+                ranks
+    activations what backward keeps, by token and layer, in units of b bytes (2 or 4), with h
+                hidden, f feed-forward, a and k the widths of all query and key-value heads:
         4 h                 inputs and outputs of both norms; 1/t with sequence parallelism
         (2 a + 2 k) / t     queries, keys, values, output of attention
         3 f / t             gate and up, and their product; not with "selective" recomputation
         h                   the layer's input, in place of all these, with "full"
-        2 h + (a + 2 k) / t on a CPU besides: its norms keep what they normalised, and its
-                            attention the product that queries, keys and values are cut from
-      times the micro-batches in flight: P - r of a pipeline's rank r, and with V chunks, each of
+        2 h + (a + 2 k) / t also on a CPU, where norms keep their normalised input, and attention
+                            the product from which queries, keys and values are cut
+      times the micro-batches in flight: P - r on a pipeline's rank r, and with V chunks, each of
       1/V of the layers, 2 (P - r - 1) + (V - 1) P + 1 (Narayanan et al., 2104.04473; Megatron's
       schedules.py)
-    scratch     what is alive at the fullest moment besides: in a layer's backward the gradients of
-                its feed-forward block (3 f) and what is recomputed; at the head its inputs, and
-                logits where they are stored; and, with weight gradients that are added up inside
-                their product, an uninitialised gradient of each matrix of a layer that autograd is
-                handed in place of one (Transformer Engine keeps one of each shape)
+    scratch     the most that is allocated besides: in a layer's backward the gradients of its
+                feed-forward block (3 f) and what is recomputed; at the head its inputs, and its
+                logits if stored; and, where weight gradients are accumulated inside their product,
+                the uninitialised tensor of each matrix of a layer that autograd is given instead
+                (Transformer Engine keeps one of each shape)
 
-After Korthikanti et al., 2205.05198, for gated blocks, grouped heads and attention that stores no
-scores.
+After Korthikanti et al., 2205.05198, for gated blocks, grouped heads, and attention that does not
+store its scores.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 
-# Most that the fused head's chunk of logits takes, whatever the batch (rlef_kernels)
+# The most that a chunk of logits takes in the fused head, whatever the batch (rlef_kernels)
 HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_BYTES = 2**30, 2**22
 Head = Literal["fused", "logits", "value"]
 
@@ -72,13 +73,13 @@ class Network:
 
     @cached_property
     def stages(self) -> Stages:
-        """As the trainer cuts it; data-parallel copies are cut alike."""
+        """The stages, by the trainer's own rule."""
         one_copy = self.parallel.model_copy(update={"data_parallel_size": 1})
         head_cost = self.shape.table_parameters / self.shape.layer_products
         return cut(self.shape.layers, one_copy, 0.0 if self.head == "value" else head_cost)
 
     def layers(self, rank: int) -> int:
-        """Of a pipeline rank, in all its chunks."""
+        """Return the number of layers on a pipeline rank, in all its chunks."""
         return self.layer_counts[rank]
 
     @cached_property
@@ -93,7 +94,7 @@ class Network:
         return rank == self.pipeline - 1
 
     def parameters(self, rank: int) -> int:
-        """On each of a pipeline rank's tensor-parallel ranks."""
+        """Count those on each of a pipeline rank's tensor-parallel ranks."""
         shape, t = self.shape, self.tensor
         count = self.layers(rank) * (shape.layer_products // t + 2 * shape.hidden)
         if rank == 0:
@@ -118,7 +119,7 @@ class Network:
         return (12 if self.weight_bytes == 2 else 8) * self.parameters(rank) / self.data
 
     def layer_bytes(self, recompute: str) -> float:
-        """Kept of one layer for a token."""
+        """Return what backward keeps of one layer for a token."""
         shape, t = self.shape, self.tensor
         norms = 4 * shape.hidden / self.sequence_shards
         attention = 2 * (shape.heads + shape.key_value_heads) * shape.head_dim / t
@@ -133,7 +134,7 @@ class Network:
         return self.weight_bytes * kept[recompute]
 
     def in_flight(self, rank: int, microbatches: int) -> float:
-        """Micro-batches whose activations a rank keeps at most, counting a chunk as its part."""
+        """Return for how many micro-batches a rank keeps activations; a chunk counts as 1/V."""
         chunks = self.stages.chunks
         if chunks == 1:
             return min(microbatches, self.pipeline - rank)
@@ -141,14 +142,14 @@ class Network:
         return min(microbatches * chunks, warmup + 1) / chunks
 
     def activations(self, rank: int, tokens: int, microbatches: int) -> float:
-        """Of micro-batches of so many tokens."""
+        """Return what backward keeps of micro-batches of `tokens` tokens."""
         kept = self.layers(rank) * self.layer_bytes(self.recompute)
         if self.is_last(rank):  # the final norm's input and output
             kept += 2 * self.weight_bytes * self.shape.hidden / self.sequence_shards
         return self.in_flight(rank, microbatches) * tokens * kept
 
     def scratch(self, rank: int, tokens: int, read: int) -> float:
-        """At the fullest moment; the head reads `read` tokens of a micro-batch."""
+        """Return the most that is allocated besides; the head reads `read` tokens."""
         moments = [self.layer_scratch(tokens)]
         if self.is_last(rank):
             moments.append(self.head_scratch(tokens, read))
@@ -156,14 +157,14 @@ class Network:
         return max(moments) + self.weight_bytes * matrices
 
     def layer_scratch(self, tokens: int) -> float:
-        """In the backward pass of a layer."""
+        """Return what the backward pass of a layer allocates."""
         block = 3 * self.weight_bytes * self.shape.ffn / self.tensor
         again = {"none": 0.0, "selective": block, "full": self.layer_bytes("none")}
         return tokens * (block + again[self.recompute] + self.gathered_bytes)
 
     @property
     def gathered_bytes(self) -> float:
-        """Of a token that sequence parallelism brings together for a product."""
+        """What sequence parallelism gathers of a token for a product."""
         return self.weight_bytes * self.shape.hidden if self.sequence_shards > 1 else 0.0
 
     def head_scratch(self, tokens: int, read: int) -> float:
@@ -176,13 +177,3 @@ class Network:
             return tokens * (hidden + self.gathered_bytes) + 2 * read * hidden + chunk
         gradient = self.weight_bytes * self.shape.table_parameters / self.tensor
         return tokens * (logits + self.gathered_bytes) + gradient
-
-    def peak(self, rank: int, tokens: int, microbatches: int, read: int = 0) -> float:
-        """While it trains."""
-        return (
-            self.weights(rank)
-            + self.gradients(rank)
-            + self.optimizer(rank)
-            + self.activations(rank, tokens, microbatches)
-            + self.scratch(rank, tokens, read)
-        )

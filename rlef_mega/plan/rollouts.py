@@ -1,13 +1,12 @@
-"""Dialogues, and the servers that hold them: memory for contexts, and seconds of a batch.
+"""Dialogues, and the servers that sample them: memory for contexts, and seconds of a batch.
 
-A server decodes a token for each of its c requests in
+A server decodes one token for each of its c requests in
 
     pace(c) = bytes of its weights / rate + c x bytes of a context / rate + 2 L all-reduces
 
-and computes prompts at a part of its FLOP/s; `bench/scale.py` simulates the same servers one
-request at a time, and a test holds this arithmetic against it. A batch takes as long as the
-servers' work on it (`work`), but no less than its longest dialogue, whose tokens come one after
-another; a dialogue may go on while max_staleness + 1 steps pass (`longest`).
+and computes prompts at a part of its FLOP/s. A batch takes as long as the servers' work on it
+(`work`), but no less than its longest dialogue, whose tokens are sampled one after another and may
+take max_staleness + 1 steps (`longest`).
 """
 
 import math
@@ -27,24 +26,25 @@ from rlef_mega.plan.hardware import (
     Device,
 )
 
-# Assumed, and the same as the benchmarks' (bench/simulated.py): medians in tokens of the paper's
-# limits (a context of 8,192, responses up to 2,048), and spreads of the logarithm. Other recipes
-# get theirs in proportion to their limits.
+# Assumed: medians in tokens at the paper's limits (a context of 8,192, responses up to 2,048), and
+# standard deviations of the logarithm. Other recipes' lengths are in proportion to their limits.
 PROMPT, FEEDBACK, RESPONSE = (700, 0.5), (250, 0.0), (500, 0.8)
-SOLVED = 0.25  # of the programs
+SOLVED = 0.25  # of the programs (assumed)
 MOST_RUNNING = 256  # requests of a server at once
 DRAWN = 4096
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class DialogueLengths:
     tokens: int
     sampled: int
     turns: int
 
 
-def draw_dialogues(rollout: RolloutConfig, count: int = DRAWN, seed: int = 0) -> list[Dialogue]:
-    """Made up, within the recipe's limits; the same for the same seed."""
+def draw_dialogues(
+    rollout: RolloutConfig, count: int = DRAWN, seed: int = 0
+) -> list[DialogueLengths]:
+    """Draw dialogues within the recipe's limits; the same ones for the same seed."""
     generator = random.Random(seed)
     context, response = rollout.max_context / 8192, rollout.max_new_tokens / 2048
 
@@ -52,7 +52,7 @@ def draw_dialogues(rollout: RolloutConfig, count: int = DRAWN, seed: int = 0) ->
         median, spread = what
         return max(1, round(scale * generator.lognormvariate(math.log(median), spread)))
 
-    def dialogue() -> Dialogue:
+    def dialogue() -> DialogueLengths:
         tokens = sampled = turns = 0
         while turns < rollout.turns:
             observed = length(FEEDBACK if turns else PROMPT, context)
@@ -62,17 +62,17 @@ def draw_dialogues(rollout: RolloutConfig, count: int = DRAWN, seed: int = 0) ->
             tokens, sampled, turns = tokens + observed + answer, sampled + answer, turns + 1
             if generator.random() < SOLVED:
                 break
-        return Dialogue(tokens, sampled, turns)
+        return DialogueLengths(tokens, sampled, turns)
 
     drawn = [dialogue() for _ in range(count)]
-    return [each for each in drawn if each.turns] or [Dialogue(rollout.max_context, 1, 1)]
+    return [each for each in drawn if each.turns] or [DialogueLengths(rollout.max_context, 1, 1)]
 
 
 @dataclass(frozen=True, eq=False)
-class Dialogues:
-    """What a batch is made of. Equal to itself alone, so that results are cached by it."""
+class DialogueSample:
+    """Drawn dialogues, of which batches consist. Compared by identity, as a key of caches."""
 
-    drawn: tuple[Dialogue, ...]
+    drawn: tuple[DialogueLengths, ...]
 
     @cached_property
     def tokens(self) -> float:
@@ -87,19 +87,19 @@ class Dialogues:
         return sorted(each.sampled for each in self.drawn)
 
     def longest(self, batch: int) -> int:
-        """Tokens sampled in the longest of a batch: the median of that, of batches drawn anew."""
-        place = round(len(self.drawn) * 0.5 ** (1 / batch))
-        return self.by_length[min(place, len(self.drawn) - 1)]
+        """Return the tokens sampled in a batch's longest dialogue: its median over batches."""
+        index = round(len(self.drawn) * 0.5 ** (1 / batch))
+        return self.by_length[min(index, len(self.drawn) - 1)]
 
     def batch(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(lengths, tokens that the head reads) of the sequences of one batch."""
+        """Return (lengths, tokens that the head reads) of the sequences of one batch."""
         chosen = [self.drawn[n % len(self.drawn)] for n in range(size)]
         return tuple(d.tokens for d in chosen), tuple(d.sampled for d in chosen)
 
 
 @dataclass(frozen=True)
-class Server:
-    """SGLang with the model in bfloat16 on so many GPUs."""
+class SamplingServer:
+    """An SGLang server with the model in bfloat16 on `gpus` GPUs."""
 
     shape: LlamaShape
     device: Device
@@ -108,12 +108,12 @@ class Server:
 
     @property
     def weights(self) -> float:
-        """Bytes of each GPU."""
+        """Bytes on each GPU."""
         return 2 * self.shape.parameters / self.gpus
 
     @property
     def cache(self) -> float:
-        """Bytes of each GPU for contexts: what SGLang's share of the memory leaves."""
+        """Bytes on each GPU for contexts: SGLang's share of the memory less the weights."""
         share = self.memory_fraction * (self.device.memory_gib - CONTEXT_GIB) * GIB
         return share - self.weights
 
@@ -137,6 +137,7 @@ class Server:
         return 2 * self.shape.parameters / self.bandwidth + all_reduces
 
     def pace(self, running: float, context: float) -> float:
+        """Return the seconds of a decoding step of `running` requests."""
         return self.step_s + running * context * self.token_bytes / self.bandwidth
 
     @property
@@ -147,7 +148,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Generation:
-    """Seconds of a batch, by what bounds it."""
+    """Seconds of sampling a batch, by what bounds it."""
 
     work: float
     longest: float
@@ -158,9 +159,10 @@ class Generation:
 
 
 def generation(
-    dialogues: Dialogues, server: Server, servers: int, batch: int, max_staleness: int
+    dialogues: DialogueSample, server: SamplingServer, servers: int, batch: int, max_staleness: int
 ) -> Generation:
-    """With `batch` x (max_staleness + 1) dialogues open, as many as the servers have room for."""
+    """Compute a batch's time with `batch` x (max_staleness + 1) dialogues, or as many as the
+    servers have room for, running at once."""
     context = dialogues.tokens - dialogues.sampled / 2
     room = min(MOST_RUNNING, server.cached_tokens / dialogues.tokens)
     running = max(1.0, min(room, batch * (max_staleness + 1) / servers))
@@ -169,6 +171,6 @@ def generation(
     steps = each * dialogues.sampled / running
     work = steps * server.pace(running, context) + each * observed * server.prefill_token_s
     if max_staleness == 0:
-        running /= 2  # they end one after another
+        running /= 2  # the average, as dialogues finish one after another
     longest = dialogues.longest(batch) * server.pace(running, context)
     return Generation(work, longest / (max_staleness + 1))

@@ -1,115 +1,98 @@
-"""Layouts that fit, ranked; how GPUs are best divided between training and sampling; and what more
-of them bring.
+"""The search for layouts that fit, and for the best split of the GPUs into training and sampling.
 
-Layouts are those of networks that share all ranks: tensor-parallel sizes within a node, pipelines,
-chunks of them, and data-parallel sizes that divide an update. For each, the least recomputation
-that fits is taken, then offloading of idle state: both cost time. All of a recipe's batch stays as
-it is, so the data-parallel size ends at the sequences of an update.
+All networks of a layout share all ranks. The search varies the tensor-parallel size within a node,
+the pipeline and its chunks, and the data-parallel sizes that divide an update. For each it takes
+the least recomputation that fits, then offloading of idle state, because both cost time. The
+recipe's batch stays as it is, so an update's sequences bound the data-parallel size.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
-from rlef_mega.flops import LlamaShape
 from rlef_mega.plan.hardware import Device
-from rlef_mega.plan.job import RECOMPUTE, Job, Step, refuse_small_servers, refuse_without_room
+from rlef_mega.plan.planned_run import (
+    RECOMPUTE,
+    PlannedRun,
+    StepTime,
+    refuse_small_servers,
+    refuse_without_room,
+)
 
 TENSOR, PIPELINE, CHUNKS = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 5)
-FEWEST_BYTES = "full"
 EQUAL = 1.05  # steps that differ by less count as equal
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A layout that fits, with as little recomputation as it can do with."""
-
-    job: Job
-    memory: float  # bytes of the fullest rank
-    step: Step  # without servers
-
-    @property
-    def gpus(self) -> int:
-        return self.job.training_gpus
 
 
 @dataclass(frozen=True)
 class Split:
     """A layout and the GPUs that sample for it."""
 
-    job: Job
+    run: PlannedRun
     sampling: int
-    step: Step
+    step: StepTime
 
     @property
     def gpus(self) -> int:
-        return self.job.training_gpus + self.sampling
+        return self.run.training_gpus + self.sampling
 
 
-def layouts(job: Job, device: Device, most_gpus: int) -> Iterator[ParallelConfig]:
-    """All that the trainer takes."""
-    update = job.batch // job.updates
+def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[ParallelConfig]:
+    """Yield every layout that the trainer accepts."""
+    update = run.batch // run.updates
     data_sizes = [size for size in range(1, update + 1) if update % size == 0]
-    for tensor in TENSOR:
-        for pipeline in PIPELINE:
-            for chunks in CHUNKS if pipeline > 1 else (1,):
-                for data in data_sizes:
-                    layout = ParallelConfig.model_construct(
-                        tensor_model_parallel_size=tensor,
-                        pipeline_model_parallel_size=pipeline,
-                        virtual_pipeline_model_parallel_size=chunks,
-                        pipeline_layers=None,
-                        data_parallel_size=data,
-                        sequence_parallel=tensor > 1,
-                        overlap=True,
-                        processes_per_node=job.parallel.processes_per_node,
-                    )
-                    small_enough = layout.world_size <= most_gpus and tensor <= device.per_node
-                    if small_enough and is_possible(job.shape, layout):
-                        yield layout
-
-
-def is_possible(shape: LlamaShape, layout: ParallelConfig) -> bool:
-    try:
-        check_layout(
-            heads=shape.heads,
-            key_value_heads=shape.key_value_heads,
-            layers=shape.layers,
-            vocab_size=shape.vocabulary,
-            ffn=shape.ffn,
-            parallel=layout,
+    for tensor, pipeline, chunks, data in product(TENSOR, PIPELINE, CHUNKS, data_sizes):
+        layout = ParallelConfig.model_construct(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=chunks,
+            pipeline_layers=None,
+            data_parallel_size=data,
+            sequence_parallel=tensor > 1,
+            overlap=True,
+            processes_per_node=run.parallel.processes_per_node,
         )
-    except ConfigError:
-        return False
-    return True
+        too_large = layout.world_size > most_gpus or tensor > device.per_node
+        if too_large or (pipeline == 1 and chunks > 1):
+            continue
+        with suppress(ConfigError):
+            check_layout(
+                heads=run.shape.heads,
+                key_value_heads=run.shape.key_value_heads,
+                layers=run.shape.layers,
+                vocab_size=run.shape.vocabulary,
+                ffn=run.shape.ffn,
+                parallel=layout,
+            )
+            yield layout
 
 
-def candidates(job: Job, device: Device, most_gpus: int) -> list[Candidate]:
-    """Every layout up to so many GPUs that fits, the quickest to train first."""
-    found = []
-    for layout in layouts(job, device, most_gpus):
-        fitting = lightest_that_fits(replace(job, parallel=layout, critic_parallel=None), device)
-        if fitting is not None:
-            chosen, memory = fitting
-            found.append(Candidate(chosen, memory, chosen.step(device, 0)))
+def candidates(run: PlannedRun, device: Device, most_gpus: int) -> list[Split]:
+    """Return every layout of up to `most_gpus` that fits, without servers, the quickest first."""
+    fitting = (
+        lightest_that_fits(replace(run, parallel=layout, critic_parallel=None), device)
+        for layout in layouts(run, device, most_gpus)
+    )
+    found = [Split(fits, 0, fits.step(device, 0)) for fits in fitting if fits is not None]
     return sorted(found, key=lambda each: (each.step.training, each.gpus))
 
 
-def lightest_that_fits(job: Job, device: Device) -> tuple[Job, float] | None:
+def lightest_that_fits(run: PlannedRun, device: Device) -> PlannedRun | None:
+    """Return the run with as little recomputation and offloading as it needs to fit."""
     for offloads in (False, True):
         for recompute in RECOMPUTE:
-            tried = replace(job, recompute=recompute, offloads=offloads)
-            most = max(rank.total for rank in tried.memory())
-            if most <= device.usable:
-                return tried, most
+            tried = replace(run, recompute=recompute, offloads=offloads)
+            if max(rank.total for rank in tried.memory()) <= device.usable:
+                return tried
     return None
 
 
-def refuse_if_nothing_fits(job: Job, device: Device, gpus: int) -> None:
-    """ConfigError with what the roomiest layout lacks."""
+def refuse_if_nothing_fits(run: PlannedRun, device: Device, gpus: int) -> None:
+    """Raise ConfigError if no layout fits, with what the one with the most room lacks."""
     tried = [
-        replace(job, parallel=layout, critic_parallel=None, recompute=FEWEST_BYTES, offloads=True)
-        for layout in layouts(job, device, gpus)
+        replace(run, parallel=layout, critic_parallel=None, recompute="full", offloads=True)
+        for layout in layouts(run, device, gpus)
     ]
     if not tried:
         raise ConfigError(f"--gpus {gpus}: no layout of this model has so few ranks")
@@ -125,105 +108,112 @@ def refuse_if_nothing_fits(job: Job, device: Device, gpus: int) -> None:
 
 
 def splits(
-    job: Job, device: Device, gpus: int, found: Sequence[Candidate] | None = None
+    run: PlannedRun, device: Device, gpus: int, found: Sequence[Split] | None = None
 ) -> list[Split]:
-    """For each layout the quickest division of so many GPUs, and of servers into GPUs; the quickest
-    step first, among equals, which differ by under 5%, the one with the fewest GPUs. ConfigError
-    where nothing fits."""
+    """Find for each layout the quickest split of `gpus`, and the quickest size of a server.
+
+    Returns the quickest step first; among steps within 5% of it, the one with the fewest GPUs.
+    Raises ConfigError if nothing fits.
+    """
     if found is None:
-        found = candidates(job, device, gpus)
-    sizes = server_sizes(job, device)
-    ranked = [
-        made
-        for each in found
-        if (made := quickest_servers(each, device, gpus - each.gpus, sizes)) is not None
-    ]
+        found = candidates(run, device, gpus)
+    sizes = server_sizes(run, device)
+    tried = (quickest_servers(each, device, gpus - each.gpus, sizes) for each in found)
+    ranked = [split for split in tried if split is not None]
     if not ranked:
-        refuse_if_nothing_fits(job, device, gpus)
+        refuse_if_nothing_fits(run, device, gpus)
         raise ConfigError(
             f"--gpus {gpus}: a layout fits, but leaves no {min(sizes)} GPUs for a server"
         )
-    best = min(each.step.seconds for each in ranked)
-    equals = [each for each in ranked if each.step.seconds <= EQUAL * best]
-    others = [each for each in ranked if each.step.seconds > EQUAL * best]
-    equals = [without_idle_servers(each, device, EQUAL * best) for each in equals]
+    limit_s = EQUAL * min(each.step.seconds for each in ranked)
+    equals = [
+        without_idle_servers(each, device, limit_s)
+        for each in ranked
+        if each.step.seconds <= limit_s
+    ]
+    others = [each for each in ranked if each.step.seconds > limit_s]
     return [
         *sorted(equals, key=lambda each: (each.gpus, each.step.seconds)),
         *sorted(others, key=lambda each: each.step.seconds),
     ]
 
 
-def server_sizes(job: Job, device: Device) -> list[int]:
-    """GPUs of a server that hold the model and a dialogue. ConfigError if none do."""
-    if job.engine == "local":
+def server_sizes(run: PlannedRun, device: Device) -> list[int]:
+    """Return the numbers of GPUs with which a server has room for the model and a dialogue.
+
+    Raises ConfigError if there are none.
+    """
+    if not run.has_servers:
         return [1]
     fitting = []
     for size in TENSOR:
         try:
-            refuse_small_servers(replace(job, server_gpus=size), device)
+            refuse_small_servers(replace(run, server_gpus=size), device)
         except ConfigError:
             continue
-        if job.shape.key_value_heads % size == 0:
+        if run.shape.key_value_heads % size == 0:
             fitting.append(size)
     if not fitting:
-        refuse_small_servers(replace(job, server_gpus=max(TENSOR)), device)
+        refuse_small_servers(replace(run, server_gpus=max(TENSOR)), device)
     return fitting
 
 
 def quickest_servers(
-    candidate: Candidate, device: Device, left: int, sizes: Sequence[int]
+    candidate: Split, device: Device, left: int, sizes: Sequence[int]
 ) -> Split | None:
-    if candidate.job.engine == "local":
-        return with_servers(candidate.job, candidate.step, device, 0) if left >= 0 else None
+    """Give the `left` GPUs to servers of the quickest size; returns None if that is impossible."""
+    run, step = candidate.run, candidate.step
+    if not run.has_servers:
+        return with_servers(run, step, device, 0) if left >= 0 else None
     tried = [
-        with_servers(
-            replace(candidate.job, server_gpus=size), candidate.step, device, left // size * size
-        )
+        with_servers(replace(run, server_gpus=size), step, device, left // size * size)
         for size in sizes
         if left >= size
     ]
     return min(tried, key=lambda each: each.step.seconds, default=None)
 
 
-def with_servers(job: Job, step: Step, device: Device, sampling: int) -> Split:
-    return Split(job, sampling, replace(step, generation=job.generation(device, sampling)))
+def with_servers(run: PlannedRun, step: StepTime, device: Device, sampling: int) -> Split:
+    return Split(run, sampling, replace(step, generation=run.generation(device, sampling)))
 
 
 def without_idle_servers(split: Split, device: Device, limit_s: float) -> Split:
-    """With fewer servers, a 16th less at a time, while the step stays below the limit."""
-    while split.job.engine == "sglang":
-        size = split.job.server_gpus
+    """Remove servers, a 16th at a time, while the step stays below the limit."""
+    while split.run.has_servers:
+        size = split.run.server_gpus
         fewer = (split.sampling - max(size, split.sampling // 16)) // size * size
         if fewer < size:
             break
-        tried = with_servers(split.job, split.step, device, fewer)
+        tried = with_servers(split.run, split.step, device, fewer)
         if tried.step.seconds > limit_s:
             break
         split = tried
     return split
 
 
-def balanced_sampling(job: Job, device: Device, most_gpus: int = 16384) -> int:
-    """The fewest GPUs of servers with which a step is within 5% of the quickest that servers can
-    make it: more would wait for training, or for the longest dialogue."""
-    step = job.step(device, 0)
-    counts = [job.server_gpus]
+def balanced_sampling(run: PlannedRun, device: Device, most_gpus: int = 16384) -> int:
+    """Return the fewest GPUs of servers with which a step is within 5% of the quickest.
+
+    More servers would wait for training, or for the longest dialogue.
+    """
+    step = run.step(device, 0)
+    counts = [run.server_gpus]
     while counts[-1] < most_gpus:
-        more = max(1, counts[-1] // 8 // job.server_gpus)
-        counts.append(counts[-1] + more * job.server_gpus)
-    times = [with_servers(job, step, device, count).step.seconds for count in counts]
+        more = max(1, counts[-1] // 8 // run.server_gpus)
+        counts.append(counts[-1] + more * run.server_gpus)
+    times = [with_servers(run, step, device, count).step.seconds for count in counts]
     return next(
         count for count, time in zip(counts, times, strict=True) if time <= EQUAL * min(times)
     )
 
 
-def scaling(job: Job, device: Device, counts: Sequence[int]) -> list[tuple[int, Split]]:
-    """The quickest step with each number of GPUs, where there is one."""
-    found = candidates(job, device, max(counts))
+def scaling(run: PlannedRun, device: Device, counts: Sequence[int]) -> list[tuple[int, Split]]:
+    """Return the quickest split of each number of GPUs, leaving out numbers that are too small."""
+    found = candidates(run, device, max(counts))
     reached = []
     for gpus in counts:
         try:
-            reached.append((gpus, splits(job, device, gpus, found)[0]))
+            reached.append((gpus, splits(run, device, gpus, found)[0]))
         except ConfigError:
             continue
     return reached

@@ -1,23 +1,23 @@
-"""Seconds of one network's passes, as a roofline: each term is work over a rate, and they add up
-but where the trainer runs them side by side.
+"""Seconds of one network's passes, as a roofline: each term is work divided by a rate.
 
-On the slowest stage of the pipeline, of the fullest data-parallel rank:
+The terms add up, except where the trainer overlaps them. They are those of the slowest pipeline
+stage of the fullest data-parallel rank:
 
     products     FLOPs (flops.py) / t / (flops x products); backward is two forwards,
                  recomputation a part of one more
     head         its products, for the tokens that it reads
-    memory       what norms, rotations, activations and residuals read and write, about 20 h +
+    memory       reads and writes of norms, rotations, activations and residuals: about 20 h +
                  4 (a + k) + 6 f bytes a token and layer forward, twice that backward; each
                  micro-batch also reads and writes the fp32 gradients, 8 bytes a parameter
     tensor       tensor-parallel exchange: with sequence parallelism 4 collectives of [T, h] a layer
-                 forward and 6 backward, each moving (t - 1) / t of it; nothing is hidden
+                 forward and 6 backward, each moving (t - 1) / t of it; none is overlapped
     bubble       (P - 1) / V of a micro-batch's time; and, without chunks, 2 exchanges of [T, h]
-    data         what the last micro-batch's backward does not hide of reducing the gradients (4
-                 bytes), nor the first forward of gathering new weights
+    data         reducing the gradients (4 bytes) and gathering new weights, less what the last
+                 micro-batch's backward and the first one's forward overlap
     optimizer    38 bytes a parameter of this rank's share: gradient norm, clipping, Adam
 
-Latencies of kernels and collectives, and their launching by the host, are left out: a pass of many
-small pieces takes longer than this.
+Latencies of kernels and collectives, and the host's launches, are left out: a pass of many small
+kernels takes longer than this.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from rlef_mega.flops import LlamaShape
 from rlef_mega.packing import microbatches
 from rlef_mega.plan.hardware import LINK, MEMORY, NETWORK, Device
 from rlef_mega.plan.memory import Network
-from rlef_mega.plan.rollouts import Dialogues
+from rlef_mega.plan.rollouts import DialogueSample
 
 Terms = dict[str, float]
 FORWARD, TRAINING = "forward", "training"
@@ -36,35 +36,24 @@ FORWARD, TRAINING = "forward", "training"
 
 @dataclass(frozen=True)
 class Load:
-    """What the fullest data-parallel rank computes between two waits: sums over its sequences."""
+    """The work of the fullest data-parallel rank in one pass: sums over its sequences."""
 
     tokens: float
     squares: float  # of the sequences' lengths
     read: float  # tokens that the head reads
     microbatches: int
 
-    def times(self, factor: float) -> "Load":
-        return Load(
-            self.tokens * factor, self.squares * factor, self.read * factor, self.microbatches
-        )
-
-
-def even_load(sequences: int, length: int, microbatches: int) -> Load:
-    """Of sequences of one length, all of whose tokens the head reads."""
-    tokens = sequences * length
-    return Load(tokens, tokens * length, tokens, microbatches)
-
 
 @cache
 def divided(
     shape: LlamaShape,
-    dialogues: Dialogues,
+    dialogues: DialogueSample,
     sequences: int,
     budget: int,
     ranks: int,
     multiple: int,
 ) -> Load:
-    """The trainer's own micro-batches of so many dialogues; the load of the fullest rank."""
+    """Cut a batch into the trainer's micro-batches; returns the fullest rank's load."""
     lengths, reads = dialogues.batch(sequences)
     costs = list(map(shape.flops, lengths, reads))
     plan = microbatches(lengths, budget, ranks, costs=costs, multiple=multiple)
@@ -81,8 +70,10 @@ def divided(
 def seconds(
     network: Network, device: Device, load: Load, passes: str, *, context_parallel: int = 1
 ) -> Terms:
-    """By term. `passes`: FORWARD, or TRAINING, which is forward, backward and the optimizer's step.
-    `context_parallel` is of published runs alone, whose load is then that of one of its ranks."""
+    """Compute the seconds of each term. TRAINING is forward, backward and the optimizer's step.
+
+    `context_parallel` is above 1 for published runs only; the load is then one such rank's.
+    """
     forwards = [stage_seconds(network, device, load, rank) for rank in range(network.pipeline)]
     if passes == FORWARD:
         stages = forwards
@@ -110,7 +101,7 @@ def seconds(
 
 
 def stage_seconds(network: Network, device: Device, load: Load, rank: int) -> Terms:
-    """A forward pass over the load on one stage."""
+    """Compute the terms of a forward pass over the load on one stage."""
     shape, t, layers = network.shape, network.tensor, network.layers(rank)
     part = shape.flops
     flops = 2 * layers / shape.layers * (part.layers * load.tokens + part.attention * load.squares)
@@ -125,7 +116,7 @@ def stage_seconds(network: Network, device: Device, load: Load, rank: int) -> Te
 
 
 def elementwise_bytes(network: Network) -> float:
-    """Read and written between products, for a token and a layer, forward."""
+    """Return the bytes read and written between products, for a token and a layer, forward."""
     shape, t = network.shape, network.tensor
     rotated = (shape.heads + shape.key_value_heads) * shape.head_dim / t
     numbers = 10 * shape.hidden / network.sequence_shards + 2 * rotated + 3 * shape.ffn / t
@@ -133,15 +124,17 @@ def elementwise_bytes(network: Network) -> float:
 
 
 def exchange(network: Network, device: Device, tokens: float) -> float:
-    """One collective of [T, h] over the tensor-parallel ranks."""
+    """Return the seconds of one collective of [T, h] over the tensor-parallel ranks."""
     t = network.tensor
     moved = network.weight_bytes * network.shape.hidden * tokens * (t - 1) / t
     return moved / device.group_bandwidth(t, 1)
 
 
 def boundary(network: Network, device: Device, load: Load, passes: str) -> float:
-    """Between neighbouring stages, a micro-batch: hidden behind computation where chunks are
-    interleaved."""
+    """Return the seconds of a micro-batch's exchange between neighbouring stages.
+
+    Interleaved chunks overlap it with computation.
+    """
     if network.pipeline == 1 or network.stages.chunks > 1:
         return 0.0
     moved = network.weight_bytes * network.shape.hidden * load.tokens / load.microbatches
@@ -153,7 +146,7 @@ def boundary(network: Network, device: Device, load: Load, passes: str) -> float
 def training_stage(
     network: Network, device: Device, load: Load, rank: int, forward: Terms
 ) -> tuple[Terms, Terms]:
-    """(forward, backward)."""
+    """Return the terms of (forward, backward) on one stage."""
     again = {"none": 0.0, "selective": 0.0, "full": 1.0}[network.recompute]
     backward = {
         "products": (2 + again) * forward["products"],
@@ -180,7 +173,7 @@ def after_update(
     forward_s: float,
     backward_s: float,
 ) -> Terms:
-    """What an update takes besides its micro-batches."""
+    """Compute the terms of an update after its micro-batches."""
     parameters = network.parameters(rank)
     share = (replicas - 1) / replicas / device.group_bandwidth(replicas, network.tensor)
     reduce_s, gather_s = 4 * parameters * share, network.weights(rank) * share

@@ -41,7 +41,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlef_kernels import linear_logprob, linear_ppo_loss
 from rlef_mega.config import ParallelConfig, check_layout
-from rlef_mega.flops import SequenceFlops
+from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.accelerations import Layers, choose
 from rlef_mega.megatron.network.attention import PackedAttention
 from rlef_mega.megatron.network.families import (
@@ -143,7 +143,7 @@ def transformer_config(
 
 def stages_of(config: DenseConfig, parallel: ParallelConfig, *, with_head: bool) -> Stages:
     """Split this network over the pipeline. A critic's value head is too small to count."""
-    work = SequenceFlops.of(config)
+    work = LlamaShape.of(config).flops
     head_cost = work.head * config.num_hidden_layers / work.layers if with_head else 0.0
     return split_layers(config.num_hidden_layers, parallel, head_cost=head_cost)
 

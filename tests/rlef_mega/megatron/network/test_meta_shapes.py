@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rlef_mega.config import ParallelConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape, SequenceFlops
+from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.megatron import cpu_shim
 from rlef_mega.megatron.hf_names import HFTensor, critic_map, name_map, position_of
 from rlef_mega.megatron.hf_weights import holds_copy_of_embedding
@@ -226,7 +226,7 @@ def test_pipeline_stages_have_equal_work(case: str, network: str, read_by_head: 
     grain: 21 of them where 20.3 would be even.
     """
     parallel, config = LAYOUTS[case], config_of(case)
-    flops, tokens = SequenceFlops.of(config), 8192
+    flops, tokens = LlamaShape.of(config).flops, 8192
     head = flops(tokens, tokens) - flops(tokens, 0) if network == POLICY else 0
     work = []
     for stage in range(parallel.pipeline_model_parallel_size):

@@ -1,24 +1,22 @@
-"""The rows of published.toml, and what the planner says of each."""
+"""The rows of published.toml, each beside what the planner computes for it."""
 
 import tomllib
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlef_mega.config import ParallelConfig
-from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LLAMA_31_405B, LlamaShape, training_flops
+from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LLAMA_31_405B
 from rlef_mega.plan.hardware import DEVICES, GIB
 from rlef_mega.plan.memory import Network
-from rlef_mega.plan.step_time import TRAINING, even_load, seconds
+from rlef_mega.plan.step_time import TRAINING, Load, seconds
 
-FILE = Path(__file__).parent / "published.toml"
+TABLES = tomllib.loads((Path(__file__).parent / "published.toml").read_text())
 SHAPES = {"8B": LLAMA_31_8B, "70B": LLAMA_31_70B, "405B": LLAMA_31_405B}
-SIMUMAX_MICROBATCHES = (4, 8, 32)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PublishedFigure:
     what: str
     published: float
     planned: float
@@ -26,18 +24,20 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the plan, as a part of what was published."""
+        """Of the plan, relative to what was published."""
         return self.planned / self.published - 1
 
 
-@cache
-def tables() -> dict[str, Any]:
-    return tomllib.loads(FILE.read_text())
-
-
 def rows(table: str) -> list[dict[str, Any]]:
-    found = tables()[table]
+    found = TABLES[table]
     return [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+
+
+def even_load(sequences: int, length: int, microbatches: int, ranks: int = 1) -> Load:
+    """Return the load of sequences of one length, all of whose tokens the head reads; with context
+    parallelism, of one of its `ranks`."""
+    tokens = sequences * length / ranks
+    return Load(tokens, tokens * length, tokens, microbatches)
 
 
 def simumax_network(row: dict[str, Any]) -> Network:
@@ -56,36 +56,46 @@ def simumax_network(row: dict[str, Any]) -> Network:
     return Network(shape, layout, head="logits")
 
 
-def memory() -> list[Comparison]:
-    """GiB, of the fullest rank."""
-    length = tables()["simumax"]["length"]
+def peak(network: Network, rank: int, tokens: int, microbatches: int) -> float:
+    """Return the bytes of a rank while it trains."""
+    return (
+        network.weights(rank)
+        + network.gradients(rank)
+        + network.optimizer(rank)
+        + network.activations(rank, tokens, microbatches)
+        + network.scratch(rank, tokens, 0)
+    )
+
+
+def memory() -> list[PublishedFigure]:
+    """SimuMax's GiB of the fullest rank."""
+    length = TABLES["simumax"]["length"]
     found = []
     for row in rows("simumax"):
         network = simumax_network(row)
-        peaks = [network.peak(rank, length, microbatches=4) for rank in range(network.pipeline)]
-        found.append(Comparison(words(row), row["alloc_gib"], max(peaks) / GIB))
+        peaks = [peak(network, rank, length, 4) for rank in range(network.pipeline)]
+        found.append(PublishedFigure(str(row), row["alloc_gib"], max(peaks) / GIB))
     return found
 
 
-def slice_seconds() -> list[Comparison]:
+def slice_seconds() -> list[PublishedFigure]:
     """SimuMax's steps on B200."""
-    table = tables()["simumax"]
+    table = TABLES["simumax"]
     device, fitted = DEVICES[table["device"]], table["fitted"]
     found = []
     for number, row in enumerate(rows("simumax")):
-        for count in SIMUMAX_MICROBATCHES:
+        for count in (4, 8, 32):
             column = f"seconds_{count}"
             load = even_load(count, table["length"], count)
-            terms = seconds(simumax_network(row), device, load, TRAINING)
+            planned = sum(seconds(simumax_network(row), device, load, TRAINING).values())
             is_fitted = (fitted["row"], fitted["seconds"]) == (number, column)
-            what = f"{words(row)}, {count} micro-batches"
-            found.append(Comparison(what, row[column], sum(terms.values()), is_fitted))
+            found.append(PublishedFigure(f"{row} {column}", row[column], planned, is_fitted))
     return found
 
 
-def training_seconds() -> list[Comparison]:
+def training_seconds() -> list[PublishedFigure]:
     """NVIDIA's steps on H100."""
-    table = tables()["dgx_cloud"]
+    table = TABLES["dgx_cloud"]
     device, length = DEVICES[table["device"]], table["length"]
     found = []
     for number, row in enumerate(rows("dgx_cloud")):
@@ -98,31 +108,9 @@ def training_seconds() -> list[Comparison]:
             sequence_parallel=row["tensor"] > 1,
         )
         count = row["batch"] // layout.data_parallel_size
-        load = even_load(count, length, count).times(1 / row["context"])
+        load = even_load(count, length, count, ranks=row["context"])
         network = Network(SHAPES[row["model"]], layout, head="logits")
         terms = seconds(network, device, load, TRAINING, context_parallel=row["context"])
-        what = f"{row['model']}, {row['gpus']:,} GPUs"
         is_fitted = table["fitted"]["row"] == number
-        found.append(Comparison(what, row["seconds"], sum(terms.values()), is_fitted))
+        found.append(PublishedFigure(str(row), row["seconds"], sum(terms.values()), is_fitted))
     return found
-
-
-def flops_a_token() -> list[Comparison]:
-    """TFLOPs."""
-    length = tables()["flops_a_token"]["length"]
-    found = []
-    for row in rows("flops_a_token"):
-        shape: LlamaShape = SHAPES[row["model"]]
-        planned = training_flops(shape, [length]) / length
-        if row["square"]:
-            planned += 6 * shape.flops.attention * length
-        published = row["teraflops"] / row["tokens_per_s"]
-        found.append(Comparison(row["model"], published, planned / 1e12))
-    return found
-
-
-def words(row: dict[str, Any]) -> str:
-    return (
-        f"{row['model']}, {row['layers']} layers, TP {row['tensor']} PP {row['pipeline']} "
-        f"DP {row['data']}"
-    )

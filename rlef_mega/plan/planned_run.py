@@ -1,0 +1,369 @@
+"""A planned run: its networks on their ranks, the parts of a step, and its cost.
+
+A step scores the batch (policy, reference, critic), makes its updates of critic and policy, one
+network after the other where they share ranks (the longer of the two where they do not), and
+publishes the policy's weights. In sync mode it samples the batch first. In async mode it takes as
+long as the longest of training, the servers' work, and the longest dialogue's share. Evaluations,
+checkpoints, grading and start-up are not included.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig
+from rlef_mega.flops import LlamaShape
+from rlef_mega.plan.hardware import DISK, GIB, HOST_LINK, NETWORK, Device
+from rlef_mega.plan.memory import Head, Network
+from rlef_mega.plan.rollouts import (
+    DialogueSample,
+    Generation,
+    SamplingServer,
+    draw_dialogues,
+    generation,
+)
+from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, Terms, divided, plus, seconds
+
+RECOMPUTE = ("none", "selective", "full")
+STATE = ("weights", "gradients", "optimizer", "reference")
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on a rank of one pipeline stage; its tensor- and data-parallel ranks have the same."""
+
+    name: str
+    parts: dict[str, float]  # allocated in the fullest phase
+    phase: str  # the fullest
+    parked: float  # in the host's memory in that phase
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step."""
+
+    score: float
+    update: float
+    move: float  # idle state to the host and back
+    publish: float
+    terms: Terms  # of score and update
+    generation: Generation | None  # None without servers
+    is_async: bool
+
+    @property
+    def training(self) -> float:
+        return self.score + self.update + self.move + self.publish
+
+    @property
+    def bounds(self) -> Terms:
+        """What a step waits for; in async mode it takes as long as the longest of these."""
+        if self.generation is None:
+            return {"training": self.training}
+        return {
+            "training": self.training,
+            "servers' work": self.generation.work + self.publish,
+            "longest dialogue": self.generation.longest + self.publish,
+        }
+
+    @property
+    def seconds(self) -> float:
+        if self.is_async or self.generation is None:
+            return max(self.bounds.values())
+        return self.training + self.generation.seconds
+
+    @property
+    def stopped_by(self) -> str:
+        """The largest term of what bounds the step."""
+        parts = self.terms | {"move": self.move, "publish": self.publish}
+        if self.generation and self.is_async:
+            bound = max(self.bounds, key=self.bounds.__getitem__)
+            if bound != "training":
+                return bound
+        elif self.generation:
+            by_work = self.generation.work >= self.generation.longest
+            parts["servers' work" if by_work else "longest dialogue"] = self.generation.seconds
+        return max(parts, key=parts.__getitem__)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A recipe, and what the search may change of it."""
+
+    config: TrainConfig
+    shape: LlamaShape
+    dialogues: DialogueSample
+    parallel: ParallelConfig
+    critic_parallel: ParallelConfig | None
+    recompute: str
+    offloads: bool
+    server_gpus: int
+    on_cpu: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig, shape: LlamaShape, *, on_cpu: bool = False) -> "PlannedRun":
+        return cls(
+            config,
+            shape,
+            DialogueSample(tuple(draw_dialogues(config.rollout))),
+            config.parallel,
+            config.critic_parallel,
+            config.model.recompute,
+            config.learner.offload == "idle",
+            config.rollout.servers.tensor_parallel_size,
+            on_cpu,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 if self.config.model.dtype == "bfloat16" else 4
+
+    @property
+    def batch(self) -> int:
+        return self.config.rollout.episodes_per_batch
+
+    @property
+    def updates(self) -> int:
+        return self.config.ppo.updates_per_batch
+
+    @property
+    def steps(self) -> int:
+        return self.config.run.steps
+
+    @property
+    def has_servers(self) -> bool:
+        return self.config.rollout.engine == "sglang"
+
+    @property
+    def has_reference(self) -> bool:
+        return self.config.ppo.beta > 0
+
+    @property
+    def training_gpus(self) -> int:
+        critic = self.critic_parallel.world_size if self.critic_parallel else 0
+        return self.parallel.world_size + critic
+
+    @cached_property
+    def policy(self) -> Network:
+        return self.network(self.parallel, "fused")
+
+    @cached_property
+    def critic(self) -> Network:
+        return self.network(self.critic_parallel or self.parallel, "value")
+
+    def network(self, layout: ParallelConfig, head: Head) -> Network:
+        return Network(self.shape, layout, head, self.weight_bytes, self.recompute, self.on_cpu)
+
+    # ------------------------------------------------------------------ memory
+
+    def memory(self) -> list[RankMemory]:
+        """Compute the memory of each pipeline rank, with micro-batches as full as allowed."""
+        policy, critic = {"policy": self.policy}, {"critic": self.critic}
+        if self.critic_parallel is None:
+            both = policy | critic
+            return [self.rank_memory(f"PP {r}", r, both) for r in range(self.policy.pipeline)]
+        return [
+            *(self.rank_memory(f"PP {r}", r, policy) for r in range(self.policy.pipeline)),
+            *(self.rank_memory(f"critic PP {r}", r, critic) for r in range(self.critic.pipeline)),
+        ]
+
+    def rank_memory(self, name: str, rank: int, trained: dict[str, Network]) -> RankMemory:
+        """Compute the memory of one rank in its fullest phase, given the networks it trains."""
+        state = {
+            network: {
+                "weights": net.weights(rank),
+                "gradients": net.gradients(rank),
+                "optimizer": net.optimizer(rank),
+                "reference": 0.0,
+            }
+            for network, net in trained.items()
+        }
+        resident = plus(*state.values())
+        if self.has_reference and "policy" in trained:
+            resident["reference"] = self.policy.weights(rank)
+        phases = {}
+        for network, net in trained.items():
+            phases[f"update {network}"] = (state[network] if self.offloads else resident) | {
+                "activations": self.activations(net, rank),
+                "scratch": net.scratch(
+                    rank, self.config.learner.microbatch_tokens, self.read_at_most
+                ),
+            }
+        if self.offloads:  # a checkpoint saves both networks
+            saved = {part: resident[part] for part in ("weights", "optimizer")}
+            phases["checkpoint"] = dict.fromkeys((*STATE, "activations", "scratch"), 0.0) | saved
+        phase, parts = max(phases.items(), key=lambda item: total(item[1]))
+        parked = 0.0
+        if self.offloads:
+            # gradients are not moved to the host but dropped, and allocated anew
+            dropped = sum(of["gradients"] for net, of in state.items() if not phase.endswith(net))
+            parked = total(resident) - sum(parts[part] for part in STATE) - dropped
+        if self.embedded_engine:
+            parts = parts | {"engine": self.embedded_engine}
+        return RankMemory(name, parts, phase, parked)
+
+    @property
+    def embedded_engine(self) -> float:
+        """transformers' model, whole on every rank, where the trainer's processes sample."""
+        return 0.0 if self.has_servers else self.weight_bytes * self.shape.parameters
+
+    @property
+    def read_at_most(self) -> int:
+        """Tokens of a full micro-batch that the head reads, at their average share."""
+        return round(
+            self.config.learner.microbatch_tokens * self.dialogues.sampled / self.dialogues.tokens
+        )
+
+    def activations(self, network: Network, rank: int) -> float:
+        microbatches = self.load(network, TRAINING).microbatches
+        return network.activations(rank, self.config.learner.microbatch_tokens, microbatches)
+
+    def activations_by_mode(self) -> dict[str, float]:
+        """Compute the bytes that backward keeps on the fullest rank, by recomputation mode."""
+        networks = {mode: replace(self.policy, recompute=mode) for mode in RECOMPUTE}
+        return {
+            mode: max(self.activations(network, rank) for rank in range(network.pipeline))
+            for mode, network in networks.items()
+        }
+
+    # ------------------------------------------------------------------ time
+
+    def load(self, network: Network, passes: str) -> Load:
+        """Return the load of an update (TRAINING), or of scoring the batch (FORWARD)."""
+        size = self.batch // self.updates if passes == TRAINING else self.batch
+        # micro-batches are a multiple of the stages (`Ranks.microbatch_multiple`)
+        return divided(
+            self.shape,
+            self.dialogues,
+            size,
+            self.config.learner.microbatch_tokens,
+            network.data,
+            network.pipeline,
+        )
+
+    def step(self, device: Device, sampling_gpus: int) -> StepTime:
+        """Compute a step's time; `sampling_gpus` are the servers', not the embedded engine's."""
+
+        def of(network: Network, passes: str, times: int = 1) -> Terms:
+            terms = seconds(network, device, self.load(network, passes), passes)
+            return {name: times * value for name, value in terms.items()}
+
+        score = (of(self.policy, FORWARD, 1 + self.has_reference), of(self.critic, FORWARD))
+        update = (
+            of(self.policy, TRAINING, self.updates),
+            of(self.critic, TRAINING, self.updates),
+        )
+        if self.critic_parallel:  # at the same time
+            score_terms, update_terms = max(score, key=total), max(update, key=total)
+        else:
+            score_terms, update_terms = plus(*score), plus(*update)
+        return StepTime(
+            score=total(score_terms),
+            update=total(update_terms),
+            move=self.move_s(device),
+            publish=self.publish_s(device),
+            terms=plus(score_terms, update_terms),
+            generation=self.generation(device, sampling_gpus),
+            is_async=self.config.rollout.staleness > 0,
+        )
+
+    def generation(self, device: Device, gpus: int) -> Generation | None:
+        server = self.server(device)
+        servers = (gpus if self.has_servers else self.training_gpus) // server.gpus
+        if not servers:
+            return None
+        return generation(
+            self.dialogues, server, servers, self.batch, self.config.rollout.staleness
+        )
+
+    def server(self, device: Device) -> SamplingServer:
+        gpus = self.server_gpus if self.has_servers else 1
+        return SamplingServer(self.shape, device, gpus, self.config.rollout.servers.memory_fraction)
+
+    def move_s(self, device: Device) -> float:
+        """Return the time of offloading: weights move back and forth for scores and for the
+        update, optimizer states for the update."""
+        if not self.offloads:
+            return 0.0
+        moved = 0.0
+        for network in (self.policy, self.critic):
+            ranks = range(network.pipeline)
+            moved += max(4 * network.weights(r) + 2 * network.optimizer(r) for r in ranks)
+        if self.has_reference:
+            moved += max(2 * self.policy.weights(rank) for rank in range(self.policy.pipeline))
+        return moved / (device.host_link * HOST_LINK)
+
+    def publish_s(self, device: Device) -> float:
+        """Return the time of gathering the weights on the trainer's ranks and sending them, or
+        writing and reading them."""
+        if not self.has_servers:
+            return 0.0
+        size, network = self.weight_bytes * self.shape.parameters, device.network * NETWORK
+        return size / network + (
+            2 * size / DISK if self.config.rollout.servers.publish == "disk" else size / network
+        )
+
+    def gpu_hours(self, step: StepTime, sampling_gpus: int) -> float:
+        return self.steps * step.seconds * (self.training_gpus + sampling_gpus) / 3600
+
+
+def total(terms: Terms) -> float:
+    return sum(terms.values())
+
+
+def refuse_without_room(run: PlannedRun, device: Device) -> None:
+    """Raise ConfigError if a rank or a server lacks memory, with how much is missing."""
+    fullest = max(run.memory(), key=lambda rank: rank.total)
+    if fullest.total > device.usable:
+        largest = sorted(fullest.parts, key=fullest.parts.__getitem__)[-2:][::-1]
+        raise ConfigError(
+            f"it does not fit {device.name}: rank {fullest.name} needs {gib(fullest.total)} in "
+            f"'{fullest.phase}', and {gib(device.usable)} of {device.memory_gib:.0f} GiB are for "
+            f"tensors: {gib(fullest.total - device.usable)} too much. Most are "
+            + " and ".join(f"{part} ({gib(fullest.parts[part])})" for part in largest)
+        )
+    if run.has_servers:
+        refuse_small_servers(run, device)
+
+
+def refuse_small_servers(run: PlannedRun, device: Device) -> None:
+    """Raise ConfigError if a server has no room for the longest dialogue."""
+    server, longest = run.server(device), max(d.tokens for d in run.dialogues.drawn)
+    missing = longest * server.token_bytes / server.gpus - server.cache
+    if missing > 0:
+        raise ConfigError(
+            f"rollout.servers.tensor_parallel_size = {server.gpus}: a server's weights take "
+            f"{gib(server.weights)} of each {device.name}, and rollout.servers.memory_fraction = "
+            f"{server.memory_fraction} leaves {gib(missing)} too little for one dialogue of "
+            f"{longest:,} tokens"
+        )
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def shape_of(config: TrainConfig) -> LlamaShape | None:
+    """Read the shape from the model's config.json, or from the recipe's [model.shape].
+
+    Returns None if neither exists, or the recipe states no `hidden`.
+    """
+    if (Path(config.model.path) / "config.json").is_file():
+        return LlamaShape.of(AutoConfig.from_pretrained(config.model.path))
+    stated = config.model.shape
+    if stated is None or stated.hidden is None:
+        return None
+    return LlamaShape(
+        layers=stated.layers,
+        hidden=stated.hidden,
+        ffn=stated.ffn,
+        heads=stated.heads,
+        key_value_heads=stated.key_value_heads,
+        head_dim=stated.head_dim or stated.hidden // stated.heads,
+        vocabulary=stated.vocab_size,
+    )
