@@ -33,8 +33,8 @@ from rlef_mega.megatron import parallel
 from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import make_learner, make_targets
 from rlef_mega.plan.hardware import this_cpu
-from rlef_mega.plan.job import Job
-from rlef_mega.plan.rollouts import Dialogue, Dialogues
+from rlef_mega.plan.planned_run import PlannedRun
+from rlef_mega.plan.rollouts import DialogueLengths, DialogueSample
 from rlef_mega.plan.step_time import TRAINING
 from rlef_mega.run.launch import launch, worker_main
 
@@ -95,12 +95,8 @@ def compare(name: str, shape: LlamaShape, episodes: int, repeats: int) -> list[F
 
 def plan(config: TrainConfig, shape: LlamaShape, measured: dict[str, Any]) -> dict[str, float]:
     """For the lengths and the rate of products that the worker saw."""
-    drawn = tuple(Dialogue(*each) for each in measured["dialogues"])
-    job = replace(
-        Job.of(config, shape, on_cpu=True),
-        dialogues=Dialogues(drawn),
-        engine="sglang",  # nobody samples here
-    )
+    drawn = tuple(DialogueLengths(*each) for each in measured["dialogues"])
+    job = replace(PlannedRun.of(config, shape, on_cpu=True), dialogues=DialogueSample(drawn))
     device = replace(this_cpu(), flops=median(measured["matmul_flops"]))
     load = job.load(job.policy, TRAINING)
     tokens = round(load.tokens / load.microbatches)
