@@ -1,9 +1,8 @@
-"""Control groups (version 2), where the caller may make them: a backstop behind the rlimits.
+"""Control groups (version 2), if the caller may make them: a backstop behind the rlimits.
 
-A group a worker, below the caller's own. It counts what rlimits cannot (all processes of the
-worker together, kernel memory, files in memory) and its `cgroup.kill` ends them all at once. What
-it can bound is decided by whoever delegated the group: a machine with the controllers mounted
-the old way, as version 1, gives `kill` alone.
+Each worker gets a group below the caller's own. It counts what rlimits cannot (all processes of the
+worker together, kernel memory, files in memory), and its `cgroup.kill` ends them all at once. It
+bounds what the machine delegates: where the controllers are mounted as version 1, only `kill`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _numbers = itertools.count()
 
 
 def own_group() -> Path | None:
-    """The directory of the version 2 group that this process is in."""
+    """Return the directory of the version 2 group that this process is in."""
     try:
         groups = Path("/proc/self/cgroup").read_text().splitlines()
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -36,7 +35,9 @@ def own_group() -> Path | None:
 
 
 def create(memory_bytes: int | None) -> str:
-    """A new group for a worker, bounded as far as its controllers go; "" where none can be made."""
+    """Make a group for a worker, with the bounds that its controllers allow. Returns "" if that
+    fails.
+    """
     parent = own_group()
     if parent is None:
         return ""
@@ -58,7 +59,7 @@ def _bound(file: Path, value: int) -> None:
 
 
 def _remove_orphans(parent: Path) -> None:
-    """Groups of controllers that were killed together with their reapers."""
+    """Remove the groups of controllers that were killed together with their reapers."""
     for group in parent.glob(f"{PREFIX}*-*"):
         if not os.path.exists(f"/proc/{group.name.removeprefix(PREFIX).partition('-')[0]}"):
             remove(str(group))
@@ -69,7 +70,7 @@ def join(group: str, pid: int) -> None:
 
 
 def layers(group: str) -> list[str]:
-    """What a worker's group, once it is in it, holds it to: read back, not assumed."""
+    """Return what a worker's group bounds, as the kernel reports it."""
     if not group or not _read(group, "cgroup.procs"):
         return []
     bounded = [name for name in ("pids", "memory") if _read(group, f"{name}.max").isdigit()]
@@ -84,7 +85,7 @@ def _read(group: str, file: str) -> str:
 
 
 def remove(group: str) -> None:
-    """Kill all that is in the group, and remove it."""
+    """Kill every process of the group, and remove it."""
     _bound(Path(group, "cgroup.kill"), 1)
     deadline = time.monotonic() + REMOVE_WITHIN_S
     while time.monotonic() < deadline:

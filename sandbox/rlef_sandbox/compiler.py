@@ -1,11 +1,11 @@
-"""A confined C++ compiler: one compilation at a time, in a world of the toolchain and a scratch.
+"""A confined C++ compiler: one compilation at a time, with the toolchain and a scratch directory.
 
-Theory of operation. Started like a zygote (`worker.py`), with a reaper, namespaces, a private root
-and Landlock; but what it shows is the toolchain, what it may write is one scratch directory in
-memory, and its filter (`Profile.COMPILER`) allows processes and files. No untrusted code runs
-here, yet untrusted text steers large programs. Each request brings one source and a session for its
-answer: an Outcome, with the executable's descriptor if there is one. Between two compilations
-every process but this one is killed and the scratch is emptied.
+Theory of operation. It is started like a zygote (`worker.py`), with a reaper, namespaces, a private
+root and Landlock. But it sees the toolchain, may write to one scratch directory in memory, and its
+filter (`Profile.COMPILER`) allows processes and files. No untrusted code runs here, yet untrusted
+text steers large programs. Each request brings one source, and a session for the answer: an
+Outcome, with the descriptor of the executable if there is one. Between two compilations every
+process but this one is killed, and the scratch is emptied.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ import sys
 import time
 
 from . import landlock
-from .confinement import Files, confine_zygote
+from .confinement import VisibleFiles, confine_zygote
 from .probes import holds_in_a_child, refused
 from .protocol import (
     Ending,
     Outcome,
     Phase,
-    Request,
     Task,
+    ZygoteRequest,
     failed_to_start,
+    receive,
 )
 from .reaper import leave_reaper_behind
 from .seccomp import Filter, filter_for_this_machine
-from .supervise import receive
 from .syscalls import Profile
 
 TOOLCHAIN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives")
 OPEN_FILES = 256
 
 
-class Compiler:
+class ConfinedCompiler:
     """g++ with its flags, and the directory that it may write to."""
 
     def __init__(self, flags: list[str], scratch: str) -> None:
@@ -53,27 +53,23 @@ class Compiler:
         self.flags, self.scratch = flags, scratch
         self.filter = filter_for_this_machine(Profile.COMPILER)
 
-    def files(self) -> Files:
-        """The toolchain and the precompiled headers, and where the toolchain is if elsewhere."""
+    def files(self) -> VisibleFiles:
+        """Return the toolchain, wherever it is, and the precompiled headers."""
         home = os.path.dirname(os.path.dirname(os.path.realpath(self.program)))
         headers = [flag[2:] for flag in self.flags if flag.startswith("-I")]
-        wanted = dict.fromkeys([*TOOLCHAIN, *headers, home])
-        found = [path for path in wanted if os.path.isdir(path)]
-        directories = [
-            path for path in found if not any(path.startswith(f"{other}/") for other in found)
-        ] + [path for path in found if path == "/etc/alternatives"]
-        directories = list(dict.fromkeys(directories))
-        return Files(
+        found = list(filter(os.path.isdir, dict.fromkeys([*TOOLCHAIN, *headers, home])))
+        directories = [p for p in found if not any(p.startswith(f"{other}/") for other in found)]
+        return VisibleFiles(
             directories,
-            # what the unprivileged user can reach: not a cache of headers in root's home
+            # the unprivileged user cannot reach, for example, a cache of headers in root's home
             lambda: landlock.restrict_to(
                 [], [], filter(os.path.isdir, directories), [self.scratch]
             ),
             scratch=self.scratch,
         )
 
-    def compile(self, request: Request, streams: list[int]) -> tuple[Outcome, int | None]:
-        """What became of a compilation, and the executable."""
+    def compile(self, request: ZygoteRequest, streams: list[int]) -> tuple[Outcome, int | None]:
+        """Compile. Returns the outcome, and the executable if there is one."""
         output = os.path.join(self.scratch, "program")
         command = [self.program, *self.flags, "-static", "-pipe", "-x", "c++", "-", "-o", output]
         started = time.monotonic()
@@ -104,7 +100,7 @@ class Compiler:
         return outcome, _regular_file(output) if ended and wait_status == 0 else None
 
     def clean(self) -> None:
-        """Wait for what the kill left, and empty the scratch."""
+        """Wait for the killed processes, and empty the scratch."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
@@ -115,10 +111,10 @@ class Compiler:
                 os.unlink(entry.path)
 
 
-def hold_to(request: Request, call_filter: Filter | None) -> None:
-    """In a child that will become the compiler."""
+def hold_to(request: ZygoteRequest, call_filter: Filter | None) -> None:
+    """Bound this process, a child that will become the compiler."""
     cpu_s = int(request.cpu_s)
-    # passing the soft limit ends it with a signal of its own, and not with the machine's
+    # the soft limit sends SIGXCPU; SIGKILL would mean the machine
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))
     for kind, bound in (
         (resource.RLIMIT_AS, request.memory_bytes),
@@ -132,8 +128,8 @@ def hold_to(request: Request, call_filter: Filter | None) -> None:
 
 
 def probe_layers(call_filter: Filter | None) -> dict[str, bool]:
-    """Proof by effect of the layers that only the compiler itself puts on."""
-    small = Request(Task.COMPILE, 1.0, 1.0, memory_bytes=256 << 20, output_bytes=1 << 10)
+    """Prove by effect the layers that only the compiler itself puts on."""
+    small = ZygoteRequest(Task.COMPILE, 1.0, 1.0, memory_bytes=256 << 20, output_bytes=1 << 10)
 
     def limits_hold() -> bool:
         hold_to(small, None)
@@ -154,7 +150,7 @@ def probe_layers(call_filter: Filter | None) -> dict[str, bool]:
 
 
 def is_readable(flag: str) -> bool:
-    """False for an -I of a folder that the confined compiler cannot read: it would give up."""
+    """Return False for an -I of a folder that the confined compiler cannot read: it would fail."""
     return not flag.startswith("-I") or os.access(flag[2:], os.R_OK | os.X_OK)
 
 
@@ -169,8 +165,8 @@ def _regular_file(path: str) -> int | None:
     return None
 
 
-def serve(control: socket.socket, compiler: Compiler) -> None:
-    """One compilation after another, until the controller is gone."""
+def serve(control: socket.socket, compiler: ConfinedCompiler) -> None:
+    """Compile one source after another, until the controller is gone."""
     while True:
         message, descriptors = receive(control)
         if not message:
@@ -178,7 +174,7 @@ def serve(control: socket.socket, compiler: Compiler) -> None:
         session_descriptor, *streams = descriptors
         with socket.socket(fileno=session_descriptor) as session:
             try:
-                outcome, made = compiler.compile(Request.unpack(message), streams)
+                outcome, made = compiler.compile(ZygoteRequest.unpack(message), streams)
             except (OSError, subprocess.SubprocessError) as error:
                 outcome, made = failed_to_start(f"the compiler does not start: {error}"), None
             with contextlib.suppress(OSError):  # a controller that gave up
@@ -192,13 +188,13 @@ def serve(control: socket.socket, compiler: Compiler) -> None:
 
 
 def main() -> None:
-    """Become a compiler; the arguments are the descriptors of the control channel and the
-    controller, g++'s flags, the scratch directory and the cgroup, which may be empty.
+    """Become a compiler. The arguments are the descriptors of the control channel and the
+    controller, g++'s flags, the scratch directory, and the cgroup, which may be empty.
     """
     channel, controller, *flags, scratch, cgroup = sys.argv[1:]
     namespaces = leave_reaper_behind(int(channel), int(controller), cgroup, scratch)
     control = socket.socket(fileno=int(channel))
-    compiler = Compiler(flags, scratch)
+    compiler = ConfinedCompiler(flags, scratch)
     layers = confine_zygote(namespaces, compiler.files())
     compiler.flags = [flag for flag in flags if is_readable(flag)]
     control.send(json.dumps({**layers, **probe_layers(compiler.filter)}).encode())

@@ -1,34 +1,26 @@
-"""What holds a program: the layers of a zygote, put on once and inherited, and those of a child.
+"""The isolation layers of a zygote, which its children inherit.
 
-Theory of operation. The zygote is born into a pid namespace (`reaper.py`) and puts on, in this
-order: the other namespaces (so that there are mounts to arrange), the private root, the
-unprivileged user, the loss of all capabilities, no_new_privs, and Landlock. A forked child inherits
-them for nothing; it adds a user namespace in which its threads are counted, the limits of its run
-and, last of all, the system call filter (`launch.py`). Each layer is tried, then believed only
-after a probe of its effect; a layer this machine does not give is left out of the report, and the
-controller decides whether the rest is enough. The children's layers are probed in children.
+Theory of operation. The zygote starts in a pid namespace (`reaper.py`). It enters, in this order,
+the other namespaces (which give it mounts to arrange) and the private root, becomes an unprivileged
+user, and takes on the loss of all capabilities, no_new_privs and Landlock. A forked child inherits
+all of them at no cost. It adds a user namespace in which its threads are counted, the limits of its
+run and, last, the system call filter (`csrc/spawn.c`). A layer counts only after a probe of its
+effect. A layer that this machine lacks is left out of the report, and the controller decides
+whether the others are enough. The layers of children are probed in children (`probes.py`).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import socket
 import sys
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 from . import kernel, landlock, private_root
-from .launch import UNLIMITED
-from .protocol import Request, Task
 
 UNPRIVILEGED_ID = 65534  # nobody, on every distribution
-# Address space beyond the memory limit, for what is mapped and not touched: programs reserve
-# thread stacks of 128 to 512 MiB. Resident memory is judged by the limit itself.
-RESERVED_BYTES = 512 << 20
-EXECUTABLE_RESERVED_BYTES = 256 << 20  # compiled: thread stacks of 2 MiB, and no interpreter
-OPEN_FILES = 64
 HOST_FILE = "/etc/passwd"
 
 NAMESPACES = {
@@ -42,29 +34,29 @@ Layers = dict[str, object]
 
 
 def library_directories() -> list[str]:
-    """The directories of the standard library, none within another."""
+    """Return the directories of the standard library, none within another."""
     paths = sorted({os.path.realpath(path) for path in sys.path if os.path.isdir(path)})
     return [p for p in paths if not any(p.startswith(other + "/") for other in paths)]
 
 
-class Files(NamedTuple):
-    """What of the file system a zygote and its children see."""
+class VisibleFiles(NamedTuple):
+    """The part of the file system that a zygote and its children see."""
 
     directories: list[str]
     restrict: Callable[[], None]  # by Landlock
-    scratch: str = ""  # a directory to write to
-    forbidden: str = HOST_FILE  # proof that the rest is not there
+    scratch: str = ""  # a directory that they may write to
+    forbidden: str = HOST_FILE  # a file that must be out of reach
 
 
-def library_files() -> Files:
-    """The standard library, read-only, without the third-party packages within it."""
+def library_files() -> VisibleFiles:
+    """Return the standard library, read-only, without the third-party packages within it."""
     directories = library_directories()
-    return Files(directories, lambda: _restrict_to_library(directories))
+    return VisibleFiles(directories, lambda: _restrict_to_library(directories))
 
 
-def confine_zygote(namespaces: list[str], files: Files) -> Layers:
-    """Put on every layer that this machine gives, beside the `namespaces` that this process is in;
-    those that proved effective, by name.
+def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
+    """Put on every layer that this machine gives, in addition to `namespaces`, which this process
+    is in already. Returns the layers that proved effective.
     """
     for name, flag in NAMESPACES.items():
         if succeeds(kernel.unshare, flag):
@@ -95,6 +87,7 @@ def confine_zygote(namespaces: list[str], files: Files) -> Layers:
 
 
 def succeeds(step: Callable[..., None], *arguments: object) -> bool:
+    """Return whether `step` raises no OSError."""
     try:
         step(*arguments)
     except OSError:
@@ -103,11 +96,11 @@ def succeeds(step: Callable[..., None], *arguments: object) -> bool:
 
 
 def enter_user_namespace(process: int | None = None) -> None:
-    """With its one user mapped to itself, since an unmapped one could enter no further one.
-    `process` is this process's directory in /proc, where that cannot be reached by its name.
+    """Enter a user namespace in which this user is mapped to itself; an unmapped user could enter
+    no further namespace. `process` is this process's directory in /proc, if the path to it is gone.
     """
     uid, gid = os.getuid(), os.getgid()
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or these files are root's
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or root would own these files
     kernel.unshare(kernel.CLONE_NEWUSER)
     for name, text in (
         ("setgroups", "deny"),
@@ -123,7 +116,7 @@ def enter_user_namespace(process: int | None = None) -> None:
 
 
 def _become_unprivileged(namespaces: list[str], process: int) -> bool:
-    """Leave root for good, give up all capabilities; whether no way back is left."""
+    """Leave root and give up all capabilities for good. Returns whether no way back is left."""
     if os.getuid() == 0:
         succeeds(os.setgroups, [])
         succeeds(os.setresgid, *[UNPRIVILEGED_ID] * 3)
@@ -146,7 +139,7 @@ def _restrict_to_library(directories: list[str]) -> None:
 
 
 def _fails_with(error: type[OSError], path: str) -> bool:
-    """Whether opening `path` is refused, and by the layer that gives this error."""
+    """Return whether opening `path` fails with `error`, which tells the layer that refused."""
     try:
         os.close(os.open(path, os.O_RDONLY))
     except error:
@@ -154,39 +147,3 @@ def _fails_with(error: type[OSError], path: str) -> bool:
     except OSError:
         pass
     return False
-
-
-class ChildLimits(TypedDict):
-    """The part of a `launch.Plan` that follows from a request's limits."""
-
-    address_space_bytes: int
-    cpu_s: int
-    file_bytes: int
-    open_files: int
-    threads: int
-    own_user_namespace: bool
-
-
-class Bounds(NamedTuple):
-    """What a child's limits are counted from on this machine."""
-
-    base_bytes: int  # the address space that the zygote maps already
-    own_user_namespace: bool  # where RLIMIT_NPROC counts a run's own threads, and nothing else
-
-    def limits(self, request: Request) -> ChildLimits:
-        serves = request.task is Task.PROGRAM
-        # A server's children enter a namespace each, which takes one whose user is mapped.
-        counts_threads = self.own_user_namespace and not serves
-        own_bytes = self.base_bytes + RESERVED_BYTES
-        if request.task is Task.EXECUTE:
-            own_bytes = EXECUTABLE_RESERVED_BYTES
-        return ChildLimits(
-            address_space_bytes=own_bytes + request.memory_bytes,
-            # A backstop: the supervisor keeps the exact time, and that of a program server.
-            cpu_s=UNLIMITED if serves else math.ceil(request.cpu_s) + 1,
-            # One byte more than is allowed, to tell a full output from an overflowing one.
-            file_bytes=request.output_bytes + 1,
-            open_files=OPEN_FILES,
-            threads=request.processes if counts_threads else 0,
-            own_user_namespace=counts_threads,
-        )

@@ -1,7 +1,7 @@
 """C++ to executables: compiled in confinement (`compiler.py`), kept by the hash of their source.
 
-Compilers start when the first C++ program comes, at most one a worker. What they make is copied
-into sealed files in memory, which no run can change; the most recent are kept.
+Compilers start with the first C++ program, at most one a worker. Their executables are copied into
+sealed files in memory, which no run can change; the most recent are kept.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from . import native
-from .job import RETRIES
-from .protocol import Ending, Outcome, Phase, Request, Task
+from .program_runner import RETRIES
+from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import Result, Status
 from .worker import ANSWER_GRACE_S, Layers, Worker, ZygoteLostError, memory_files
 
 STANDARD = ("-std=c++17", "-O2", "-DONLINE_JUDGE", "-w", "-fmax-errors=20")
-COMPILE = Request(
+COMPILE = ZygoteRequest(
     Task.COMPILE,
     cpu_s=10.0,
     wall_s=60.0,
@@ -35,23 +35,26 @@ COMPILE = Request(
 )
 KEPT_BYTES, KEPT_EXECUTABLES = 512 << 20, 128  # each of them is an open descriptor
 STDERR_BYTES = 16 << 10
-MFD_EXEC = 0x10  # since Linux 6.3, where it may have to be asked for
+MFD_EXEC = 0x10  # since Linux 6.3, some of which require it
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-# g++ of its own child: its limit; and the machine's doing, for the limits send other signals first
+# Messages of g++ about its own child. The limits send other signals before SIGKILL, so a killed
+# child is the machine's fault.
 TOO_LONG = b"CPU time limit exceeded"
 KILLED = (b"Killed signal terminated program", b"terminated with signal 9")
 
 
 class CompileFailedError(Exception):
-    """The source is not a program; `result` says why, as a COMPILE_ERROR or SANDBOX_ERROR."""
+    """The source is not a program. `result` is a COMPILE_ERROR or SANDBOX_ERROR with the reason."""
 
     def __init__(self, result: Result) -> None:
         super().__init__(result.status)
         self.result = result
 
 
-class SaysItWasKilledError(Exception):
-    """So its messages say, in which a source may write what it likes; `result` if that is so."""
+class ReportsAKillError(Exception):
+    """The compiler's messages report a kill, but a source can write messages too. `result` is the
+    verdict if it was the source.
+    """
 
     def __init__(self, result: Result) -> None:
         super().__init__(result.status)
@@ -78,10 +81,10 @@ class Cpp:
         return Worker(self._accept, module="compiler", scratch=True)
 
     def executable(self, source: bytes) -> int:
-        """A descriptor, the caller's to close, of the program that `source` compiles to.
+        """Return a descriptor of the compiled program, which the caller closes.
 
-        CompileFailedError if it does not. A source that is being compiled for another thread is
-        waited for.
+        Raises CompileFailedError if it does not compile. Waits for another thread that compiles the
+        same source.
         """
         key = hashlib.sha256(source).digest()
         while True:
@@ -93,7 +96,7 @@ class Cpp:
                 if other is None:
                     mine = self._under_way[key] = Future()
                     break
-            other.result()  # raises what the other's compilation raised
+            other.result()  # raises the error of that compilation
         try:
             file = self._compile(source)
         except BaseException as error:
@@ -134,12 +137,12 @@ class Cpp:
         for attempt in range(1 + RETRIES):
             try:
                 return self._attempt(worker, source)
-            except SaysItWasKilledError as error:
+            except ReportsAKillError as error:
                 fault = "the compiler was killed from outside"
-                if attempt == RETRIES:  # each time, and the kernel knows nothing of it
+                if attempt == RETRIES:  # each time, though the kernel counts no kill
                     raise CompileFailedError(error.result) from None
             except (ZygoteLostError, TimeoutError) as error:
-                fault = str(error) or "the compiler fell silent"
+                fault = str(error) or "the compiler does not answer"
                 worker.lose()
         raise CompileFailedError(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
 
@@ -150,7 +153,7 @@ class Cpp:
         try:
             session = worker.start(COMPILE, files)
             deadline = time.monotonic() + COMPILE.wall_s + ANSWER_GRACE_S
-            message, made = session.receive_file(deadline)
+            message, made = session.receive_message(deadline)
             errors = os.pread(files[2], STDERR_BYTES, 0)
             end = os.pread(
                 files[2], STDERR_BYTES, max(0, os.fstat(files[2]).st_size - STDERR_BYTES)
@@ -182,7 +185,7 @@ class Cpp:
 
 
 def out_of_memory_kills() -> int:
-    """By the kernel, of any process, since the machine started."""
+    """Return how many processes the kernel has killed for want of memory since it started."""
     try:
         fields = Path("/proc/vmstat").read_bytes().split()
         return int(fields[fields.index(b"oom_kill") + 1])
@@ -191,16 +194,18 @@ def out_of_memory_kills() -> int:
 
 
 def compile_error(outcome: Outcome, errors: bytes, end: bytes, *, starved: bool) -> Result:
-    """What a compilation without an executable means, from the beginning and the `end` of its
-    messages. ZygoteLostError for a fault; SaysItWasKilledError where only words tell of one. It is
-    `starved` if the kernel has killed something meanwhile, for want of memory."""
+    """Return the verdict on a compilation without an executable. `errors` and `end` are the first
+    and the last bytes of its messages; `starved` is whether the kernel has killed a process
+    meanwhile for want of memory. Raises ZygoteLostError for a fault, ReportsAKillError if only the
+    messages report one.
+    """
     if outcome.phase is Phase.SETUP:
         raise ZygoteLostError(outcome.fault)
     too_long = outcome.ending is not Ending.ITSELF or TOO_LONG in errors
-    said = not too_long and any(words in errors or words in end for words in KILLED)
+    reports_a_kill = not too_long and any(words in errors or words in end for words in KILLED)
     if too_long:
         errors += b"compilation took too long\n"
-    elif outcome.wait_status == signal.SIGKILL or (said and starved):
+    elif outcome.wait_status == signal.SIGKILL or (reports_a_kill and starved):
         raise ZygoteLostError("the compiler was killed from outside; is memory short?")
     result = Result(
         Status.COMPILE_ERROR,
@@ -210,13 +215,13 @@ def compile_error(outcome: Outcome, errors: bytes, end: bytes, *, starved: bool)
         wall_s=outcome.wall_s,
         max_rss_bytes=outcome.max_rss_bytes,
     )
-    if said:
-        raise SaysItWasKilledError(result)
+    if reports_a_kill:
+        raise ReportsAKillError(result)
     return result
 
 
 def sealed_copy(source: int) -> int:
-    """A copy of an executable file in memory, which nobody can change any more."""
+    """Return a copy of an executable in a file in memory that cannot be changed any more."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         copy = os.memfd_create("program", flags | MFD_EXEC)
@@ -233,8 +238,9 @@ def sealed_copy(source: int) -> int:
 
 
 def precompiled_headers() -> Path | None:
-    """A folder for -I with <bits/stdc++.h> precompiled; our own text, so compiled unconfined. It
-    cuts three quarters of the compilation of a program that begins with that header, as most do.
+    """Return a folder for -I with <bits/stdc++.h> precompiled. That saves three quarters of the
+    compilation of a program that begins with this header, as most do. Compiled without confinement,
+    since the text is ours.
     """
     compiler = Cpp.compiler()
     if compiler is None:

@@ -1,7 +1,7 @@
-"""The seam between a language's source and what a zygote runs: a file of Python, or an executable.
+"""From a program's source to what a zygote runs: a file of Python, or an executable.
 
 To add a language that compiles to an executable, give it a class like `cpp.Cpp` and a line in
-`Languages`; the runs, limits, verdicts and checkers are the same for all.
+`Languages`. Runs, limits, verdicts and checkers are the same for all languages.
 """
 
 from __future__ import annotations
@@ -9,26 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
-from .cpp import CompileFailedError, Cpp
+from .cpp import Cpp
 from .verdict import AnyTest, Test
 from .worker import Layers, memory_file
 
 LANGUAGES = ("python", "cpp")
 
-__all__ = ["CompileFailedError", "Languages", "Program"]
-
-
-class Program(NamedTuple):
-    """What a zygote is given to run."""
-
-    file: int
-    executable: bool
-
 
 class Languages:
-    """Turns sources into programs; owns the compilers and what they made."""
+    """Turns sources into programs; owns the compilers and the executables they made."""
 
     def __init__(
         self, accept: Callable[[Layers], None], workers: int, *, has_launcher: bool
@@ -37,7 +27,7 @@ class Languages:
         self.available = LANGUAGES if self._cpp else LANGUAGES[:1]
 
     def check(self, language: str, tests: Sequence[AnyTest] = ()) -> None:
-        """ValueError for a language, or tests of one, that this machine cannot run."""
+        """Raise ValueError for a language, or tests of one, that this machine cannot run."""
         if language not in LANGUAGES:
             raise ValueError(f"unknown language {language!r}; known: {', '.join(LANGUAGES)}")
         if language not in self.available:
@@ -51,8 +41,10 @@ class Languages:
                     )
 
     @contextlib.contextmanager
-    def prepared(self, source: bytes, language: str) -> Iterator[Program]:
-        """CompileFailedError, with a result, if the source is not a program."""
+    def prepared(self, source: bytes, language: str) -> Iterator[tuple[int, bool]]:
+        """Give a descriptor of the program's file, and whether it is an executable. Raises
+        CompileFailedError if the source is not a program.
+        """
         self.check(language)
         if language == "python":
             file = memory_file(source)
@@ -60,7 +52,7 @@ class Languages:
             assert self._cpp is not None
             file = self._cpp.executable(source)
         try:
-            yield Program(file, executable=language != "python")
+            yield file, language != "python"
         finally:
             os.close(file)
 

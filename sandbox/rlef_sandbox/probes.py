@@ -1,4 +1,4 @@
-"""Proof by effect, at a zygote's start, of the layers that only children put on."""
+"""Proof by effect, when a zygote starts, of the layers that only children put on."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import signal
 import socket
 from collections.abc import Callable
 
-from .confinement import RESERVED_BYTES, Bounds
-from .launch import NativeLauncher, Plan, PythonLauncher
-from .protocol import Request, Task
+from .launch_plan import RESERVED_BYTES, Bounds, LaunchPlan
+from .protocol import Task, ZygoteRequest
 from .seccomp import Filter
 
-PROBE_LIMITS = Request(Task.RUN, 1.0, 1.0, memory_bytes=64 << 20, output_bytes=1 << 10, processes=1)
+PROBE_LIMITS = ZygoteRequest(
+    Task.RUN, 1.0, 1.0, memory_bytes=64 << 20, output_bytes=1 << 10, processes=1
+)
 
 
 def holds_in_a_child(probe: Callable[[], bool]) -> bool:
-    """Whether the probe succeeds in a plain fork of this process."""
-    pid = os.fork()
+    """Return whether the probe succeeds in a plain fork of this process."""
+    return _succeeds_in(os.fork(), probe)
+
+
+def _succeeds_in(pid: int, probe: Callable[[], bool]) -> bool:
+    """Run the probe in the child, which sees 0 as `pid`. Returns, in the parent, its success."""
     if pid == 0:
         held = False
         try:
@@ -30,26 +35,19 @@ def holds_in_a_child(probe: Callable[[], bool]) -> bool:
 
 
 def probe_child_layers(
-    launcher: NativeLauncher | PythonLauncher, call_filter: Filter | None, bounds: Bounds
+    fork_confined: Callable[[LaunchPlan, list[int]], int],
+    call_filter: Filter | None,
+    bounds: Bounds,
 ) -> dict[str, bool]:
-    """Start children as for a run and let them try what each layer must refuse."""
+    """Start children as for a run, and let them try what each layer must refuse."""
 
     def holds(probe: Callable[[], bool], bounds: Bounds, call_filter: Filter | None) -> bool:
-        cell = launcher.progress.take()
         files = [os.dup(descriptor) for descriptor in range(3)]
-        limits = bounds.limits(PROBE_LIMITS)
-        plan = launcher.prepared(Plan(**limits, filter=call_filter))
-        pid, pidfd = launcher.spawn(plan, files, cell)  # type: ignore[arg-type]
-        if pid == 0:
-            held = False
-            try:
-                held = probe()
-            finally:
-                os._exit(0 if held else 1)
-        for descriptor in (pidfd, *files):
+        plan = bounds.plan(PROBE_LIMITS, len(files), call_filter)
+        held = _succeeds_in(fork_confined(plan, files), probe)
+        for descriptor in files:
             os.close(descriptor)
-        launcher.progress.give_back(cell)
-        return os.waitpid(pid, 0)[1] == 0
+        return held
 
     return {
         "rlimits": holds(lambda: _limits_hold(bounds.base_bytes), bounds, None),
@@ -86,6 +84,7 @@ def _filter_holds() -> bool:
 
 
 def refused(number: int, call: Callable[..., object], *arguments: object) -> bool:
+    """Return whether the call fails with this errno."""
     try:
         result = call(*arguments)
     except OSError as error:

@@ -1,41 +1,45 @@
 """Messages between the controller and a zygote, over SOCK_SEQPACKET pairs: a message is a packet.
 
-A request to a zygote comes over its control channel and brings, as its first descriptor, the
-session to answer on: an Outcome, before which a SLEEPING notice may come. A session with a program
-server goes on: it brings TESTs and their outcomes. Files come as descriptors (SCM_RIGHTS). No
-message in either direction ever holds an expected output, and no program can write one: a child
-closes these sockets before it runs a line.
+A request to a zygote comes over its control channel. Its first descriptor is the session on which
+the zygote answers: one Outcome, perhaps after a SLEEPING notice. The session with a program server
+stays open for TESTs and their outcomes. Files travel as descriptors (SCM_RIGHTS). No message in
+either direction ever holds an expected output, and no program can write one: a child closes these
+sockets before it runs a line.
 """
 
 from __future__ import annotations
 
+import array
 import enum
+import os
+import socket
 import struct
 from typing import NamedTuple
 
 REQUEST = struct.Struct("<BddQQI")
 OUTCOME = struct.Struct("<BBiddQ")
 MAX_MESSAGE_BYTES = 64 << 10
-MAX_DESCRIPTORS = 8
-SLEEPING = b"~"  # the run waits instead of working: its turn on a core may go to another
+MAX_DESCRIPTORS = 8  # MAX_FILES in csrc/zygote.h; a zygote keeps these numbers occupied
+SLEEPING = b"~"  # the run waits instead of working: another program may use its core
+# A program that worked until its wall clock limit, though slowly, was starved by other processes.
+# It gets this many times the limit.
+STARVED_EXTENSION = 2
 
 
 class Task(enum.IntEnum):
-    """What a request asks for, and the descriptors that come along. STREAMS are the standard input,
-    output and error; EXCHANGE is a function call on the way in and its result on the way out; PEER
-    is a socket to another run.
+    """What a request asks for, with its descriptors. STREAMS are standard input, output and error.
+    EXCHANGE is a file with a function call, then with its result. PEER is a socket to another run.
     """
 
     RUN = 1  # STREAMS [, EXCHANGE [, PEER]], source: compile and run once
-    PROGRAM = 2  # STREAMS, source: compile once and become the server of TESTs, until the session
-    # ends
+    PROGRAM = 2  # STREAMS, source: compile once and serve TESTs until the session ends
     TEST = 3  # STREAMS [, EXCHANGE]: run the program in a fresh fork
     EXECUTE = 4  # STREAMS, executable: become that program
-    COMPILE = 5  # STREAMS: compile the text on standard input (compiler.py alone)
+    COMPILE = 5  # STREAMS: compile the text on standard input (compiler.py only)
 
 
 class Phase(enum.IntEnum):
-    """How far a process came. Told by trusted code only, before the program's first line."""
+    """How far a process came, as trusted code reports before the program's first line."""
 
     SETUP = 0
     COMPILING = 1
@@ -50,7 +54,9 @@ class Ending(enum.IntEnum):
     WALL_LIMIT = 2
 
 
-class Request(NamedTuple):
+class ZygoteRequest(NamedTuple):
+    """A task and the bounds of its run."""
+
     task: Task
     cpu_s: float = 0.0
     wall_s: float = 0.0
@@ -62,13 +68,20 @@ class Request(NamedTuple):
         return REQUEST.pack(*self)
 
     @classmethod
-    def unpack(cls, message: bytes) -> Request:
+    def unpack(cls, message: bytes) -> ZygoteRequest:
         task, *bounds = REQUEST.unpack(message)
         return cls(Task(task), *bounds)
 
 
+class Started(NamedTuple):
+    """What a forked child was started for."""
+
+    task: Task
+    file_count: int
+
+
 class Outcome(NamedTuple):
-    """What the kernel says of a finished process, and how far it came."""
+    """How far a process came, and what the kernel reports of its end."""
 
     phase: Phase
     ending: Ending
@@ -78,13 +91,18 @@ class Outcome(NamedTuple):
     max_rss_bytes: int
     fault: str = ""  # what failed, where phase is SETUP
 
+    @property
+    def killed_by(self) -> int:
+        """The signal that ended the process, or 0."""
+        return os.WTERMSIG(self.wait_status) if os.WIFSIGNALED(self.wait_status) else 0
+
     def pack(self) -> bytes:
         *numbers, fault = self
         return OUTCOME.pack(*numbers) + fault.encode(errors="replace")
 
     @classmethod
     def unpack(cls, message: bytes) -> Outcome:
-        """ValueError for a message that is none."""
+        """Raises ValueError if the message is not an outcome."""
         try:
             phase, ending, status, cpu_s, wall_s, rss_bytes = OUTCOME.unpack_from(message)
         except struct.error as error:
@@ -94,5 +112,17 @@ class Outcome(NamedTuple):
 
 
 def failed_to_start(fault: str) -> Outcome:
-    """The outcome of a run that never began: a fault of the sandbox."""
+    """Return the outcome of a run that never began: a fault of the sandbox."""
     return Outcome(Phase.SETUP, Ending.ITSELF, 0, 0.0, 0.0, 0, fault)
+
+
+def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """Return the next message, empty if the other end is closed, and its descriptors."""
+    space = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+    message, ancillary, _, _ = channel.recvmsg(
+        MAX_MESSAGE_BYTES, space, flags | socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors = array.array("i")
+    for _, _, data in ancillary:
+        descriptors.frombytes(data)
+    return message, list(descriptors)

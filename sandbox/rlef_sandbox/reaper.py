@@ -1,9 +1,9 @@
-"""The process between the controller and a zygote: it sees no program, and cleans up after both.
+"""The process between the controller and a zygote, which cleans up after both.
 
-A zygote is process 1 of a pid namespace, which only a child can be; and only a parent is told of an
-end. So the process that the controller started stays behind as the zygote's parent. It holds none
-of the zygote's channels. It puts the zygote into its cgroup, if there is one, and when the zygote
-or the controller ends, in whatever way, it kills what is left and removes the cgroup and scratch.
+A zygote is process 1 of a pid namespace. Only a child can become that, and only a parent learns of
+its end, so the process that the controller started stays as the zygote's parent. It keeps none of
+the zygote's channels and sees no program. It puts the zygote into its cgroup, if there is one. When
+the zygote or the controller ends, it kills what is left and removes the cgroup and the scratch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .confinement import enter_user_namespace, succeeds
 
 
 def leave_reaper_behind(control: int, controller: int, cgroup: str, scratch: str = "") -> list[str]:
-    """Fork: the child goes on, process 1 of a new pid namespace if the machine gives one, and is
-    told which namespaces it is in; the parent waits for the end.
+    """Fork. Returns in the child alone, with the namespaces that it is in: it is process 1 of a new
+    pid namespace if the machine gives one. The parent becomes the reaper.
     """
     namespaces = []
     if os.geteuid() != 0 and succeeds(enter_user_namespace):
@@ -39,7 +39,7 @@ def leave_reaper_behind(control: int, controller: int, cgroup: str, scratch: str
 
 
 def _reap(pid: int, controller: int, cgroup: str, scratch: str, go: int) -> NoReturn:
-    import shutil  # here, and not in the zygote, for whose children every module is dearer
+    import shutil  # not in the zygote: every module makes its forks slower
 
     from . import cgroups
 

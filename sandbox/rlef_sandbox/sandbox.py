@@ -1,14 +1,14 @@
-"""The public class: programs in, verdicts out. The only holder of expected outputs.
+"""The public class: programs in, verdicts out. The only part that knows expected outputs.
 
-Theory of operation. A Sandbox owns `workers` zygotes (`worker.py`, `zygote.py`), each an
-interpreter process of its own that was exec'd, never forked, from the caller. A call of `run` or
-`grade` waits for its turn (`turns.py`): at most `workers` programs work at a time, and one that
-sleeps gives its turn away, up to JOBS_A_WORKER under way in a zygote. The call then opens a session
-with the zygote that has fewest, so as many threads as like may share a Sandbox. Expected
-outputs never leave this process, unless for a checker of the problem's own (`CheckerProgram`),
-which is confined apart from the program: a child gets the source and the input, and what it wrote
-is compared here. If a zygote is lost, its tests are run again on a new one; after RETRIES a test
-is a SANDBOX_ERROR, which says nothing about the program.
+Theory of operation. A Sandbox owns `workers` zygotes (`worker.py`, `zygote.py`). Each is an
+interpreter process of its own, exec'd rather than forked from the caller. A call of `run` or
+`grade` first waits for a slot (`work_slots.py`): at most `workers` programs work at a time, but one
+that sleeps lets another start, so up to JOBS_A_WORKER are under way in a zygote. The call then
+opens a session with the least loaded zygote, so any number of threads may share a Sandbox. Expected
+outputs never leave this process, except to a checker of the problem's own (`CheckerProgram`), which
+is confined apart from the program. A child gets source and input; its output is compared here. If a
+zygote is lost, its tests run again on a new one. After RETRIES a test is a SANDBOX_ERROR, which
+says nothing about the program.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import replace
 
 from . import native, values
 from .checkers import Checker, checker_named
-from .job import Job, Run
-from .languages import CompileFailedError, Languages
-from .turns import Turns
+from .cpp import CompileFailedError
+from .languages import Languages
+from .program_runner import FinishedRun, ProgramRunner
 from .verdict import (
     AnyTest,
     CallTest,
@@ -35,6 +35,7 @@ from .verdict import (
     Test,
     as_bytes,
 )
+from .work_slots import WorkSlots
 from .worker import FLOOR, Layers, Worker, memory_file
 
 ISOLATION_LEVELS = ("default", "minimal")
@@ -42,16 +43,16 @@ JOBS_A_WORKER = 16
 
 
 class IsolationError(RuntimeError):
-    """This machine does not give the layers that running untrusted programs takes."""
+    """This machine lacks layers that running untrusted programs needs."""
 
 
 class Sandbox:
-    """Runs and grades untrusted programs; a context manager, to be shared by threads.
+    """Runs and grades untrusted programs; a context manager that threads may share.
 
-    `workers` is how many programs may work at once: one a core. `isolation="default"` refuses, with
-    IsolationError, a machine without the floor of layers: no_new_privs, rlimits, seccomp and one
-    file layer. `"minimal"` runs on whatever there is. `worker_memory_bytes` bounds all that runs in
-    a worker together, where the memory controller of a version 2 cgroup is delegated to the caller.
+    `workers` is how many programs may work at once: one a core. `isolation="default"` raises
+    IsolationError on a machine without the floor of layers: no_new_privs, rlimits, seccomp and one
+    file layer. `"minimal"` runs with the layers that exist. `worker_memory_bytes` bounds all that
+    runs in a worker together, if the caller has the memory controller of a version 2 cgroup.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Sandbox:
         self._level = isolation
         self._owner = os.getpid()
         self._closed = False
-        self._turns = Turns(workers, workers * JOBS_A_WORKER)
+        self._slots = WorkSlots(workers, workers * JOBS_A_WORKER)
         library = str(native.spawn_library() or "")
         self._workers = [
             Worker(self._accept, arguments=[library], memory_bytes=worker_memory_bytes)
@@ -96,23 +97,23 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """Kill every process of the sandbox; runs under way in other threads raise."""
+        """Kill every process of the sandbox. Calls in other threads raise RuntimeError."""
         if self._closed or os.getpid() != self._owner:  # a fork of the owner owns nothing
             return
         self._closed = True
-        self._turns.close()
+        self._slots.close()
         for worker in self._workers:
             worker.close()
         self._languages.close()
 
     @property
     def isolation(self) -> Layers:
-        """The layers that hold here, each proved by its effect, and the level asked for."""
+        """The layers in force, each proved by its effect, and the level that was asked for."""
         return {"level": self._level, **self._workers[0].layers}
 
     @property
     def zygotes_started(self) -> int:
-        """Beyond one a worker, as many were lost and replaced."""
+        """The number of zygotes started: one a worker, and one for each that was lost."""
         return sum(worker.starts for worker in self._workers)
 
     @property
@@ -127,11 +128,11 @@ class Sandbox:
         limits: Limits | None = None,
         language: str = "python",
     ) -> Result:
-        """Run a program once; OK means that it exited with 0 within the limits."""
+        """Run a program once. Returns OK if it exited with 0 within the limits."""
         limits = limits or Limits()
         try:
-            with self._job(source, limits, language) as job:
-                return job.run(Test(as_bytes(stdin), b"")).result
+            with self._runner(source, limits, language) as runner:
+                return runner.run(Test(as_bytes(stdin), b"")).result
         except CompileFailedError as failure:
             return failure.result
 
@@ -145,11 +146,10 @@ class Sandbox:
         language: str = "python",
         run_at_least: int = 0,
     ) -> list[Result]:
-        """Grade a program: a result per test, in order; OK means passed.
+        """Grade a program. Returns a result for each test, in order; OK means passed.
 
-        With `stop_at_first_failure` the list ends with the first test that is not OK, but the
-        first `run_at_least` tests are run in any case: public tests to be shown, private ones to
-        be stopped at.
+        With `stop_at_first_failure` the list ends with the first test that is not OK. The first
+        `run_at_least` tests always run: public tests are shown, private ones end at a failure.
         """
         limits = limits or Limits()
         check = checker if isinstance(checker, CheckerProgram) else checker_named(checker)
@@ -157,9 +157,9 @@ class Sandbox:
         results: list[Result] = []
         failed = False
         try:
-            with self._job(source, limits, language) as job:
+            with self._runner(source, limits, language) as runner:
                 for test in tests:
-                    run = job.run(test, again=len(tests) > 1)
+                    run = runner.run(test, again=len(tests) > 1)
                     results.append(self._judged(test, run, check))
                     failed = failed or results[-1].status is not Status.OK
                     if failed and stop_at_first_failure and len(results) >= run_at_least:
@@ -169,8 +169,8 @@ class Sandbox:
             return [failure.result] * min(count, len(tests))
         return results
 
-    def _judged(self, test: AnyTest, run: Run, check: Checker | CheckerProgram) -> Result:
-        """The result of a run, with the verdict on what it wrote or returned."""
+    def _judged(self, test: AnyTest, run: FinishedRun, check: Checker | CheckerProgram) -> Result:
+        """Return the result of a run, with the verdict on what it wrote or returned."""
         result = run.result
         if result.status is not Status.OK or isinstance(test, CheckTest):
             return result
@@ -189,36 +189,38 @@ class Sandbox:
         source = memory_file(checker.source.encode())
         try:
             with (
-                self._placed() as worker,
-                Job(worker, source, checker.limits, lambda: None) as job,
+                self._least_loaded() as worker,
+                ProgramRunner(worker, source, checker.limits) as runner,
             ):
-                return job.accepted_by(test, stdout)
+                return runner.accepted_by(test, stdout)
         finally:
             os.close(source)
 
     @contextlib.contextmanager
-    def _job(self, source: str | bytes, limits: Limits, language: str) -> Iterator[Job]:
-        """A job in the worker that has fewest, when it is its turn."""
+    def _runner(
+        self, source: str | bytes, limits: Limits, language: str
+    ) -> Iterator[ProgramRunner]:
+        """Wait for a slot; give a runner of the program in the least loaded worker."""
         if os.getpid() != self._owner:
             raise RuntimeError("a Sandbox serves the process that made it; make one per process")
         with (
-            self._turns.take() as turn,
-            self._languages.prepared(as_bytes(source), language) as program,
-            self._placed() as worker,
-            Job(
+            self._slots.take() as slot,
+            self._languages.prepared(as_bytes(source), language) as (program, is_executable),
+            self._least_loaded() as worker,
+            ProgramRunner(
                 worker,
-                program.file,
+                program,
                 limits,
-                turn.sleep,
-                executable=program.executable,
-                on_test=turn.wake,
-            ) as job,
+                slot.sleep,
+                executable=is_executable,
+                on_test=slot.wake,
+            ) as runner,
         ):
-            yield job
+            yield runner
 
     @contextlib.contextmanager
-    def _placed(self) -> Iterator[Worker]:
-        """The worker with the fewest jobs, which counts one more for the while."""
+    def _least_loaded(self) -> Iterator[Worker]:
+        """Give the worker with the fewest programs, counting one more while it is used."""
         with self._load_lock:
             index = min(range(len(self._load)), key=self._load.__getitem__)
             self._load[index] += 1
@@ -229,10 +231,10 @@ class Sandbox:
                 self._load[index] -= 1
 
     def _accept(self, layers: Layers) -> None:
-        """IsolationError if the layers of a fresh zygote are below the floor."""
+        """Raise IsolationError if the layers of a new zygote are below the floor."""
         missing = [name for name in FLOOR if not layers[name]]
         if missing and self._level == "default":
             raise IsolationError(
-                f"this machine gives no {', '.join(missing)}; see `python -m rlef_sandbox "
-                'doctor`. isolation="minimal" runs without, for programs you trust'
+                f"this machine lacks {', '.join(missing)}; see `python -m rlef_sandbox "
+                'doctor`. isolation="minimal" runs without it, for programs you trust'
             )

@@ -1,12 +1,11 @@
-"""The controller's handle on one zygote: starts it, sends requests to it, starts it anew.
+"""The controller's handle on one zygote: starts it, sends requests to it, replaces it.
 
-Descriptors are memory files: the source and the input are written before the request, the
-outputs are read after the answer, so that nothing streams and a program cannot block on us.
+Files travel as descriptors of memory files. The source and the input are written before the
+request, the outputs are read after the answer, so nothing streams and no program waits for us.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
@@ -17,15 +16,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from . import cgroups
-from .protocol import MAX_MESSAGE_BYTES, SLEEPING, Outcome, Request
-from .supervise import STARVED_EXTENSION
+from .protocol import (
+    MAX_MESSAGE_BYTES,
+    SLEEPING,
+    STARVED_EXTENSION,
+    Outcome,
+    ZygoteRequest,
+    receive,
+)
 
-FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")  # below which a sandbox does not start
+FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")  # without these no sandbox starts
 START_TIMEOUT_S = 60.0
-ANSWER_GRACE_S = 20.0  # past the last wall clock limit, before a silent zygote is given up
+ANSWER_GRACE_S = 20.0  # past the last wall clock limit, then the zygote is given up
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -33,7 +38,7 @@ ENVIRONMENT = {
     "PYTHONUTF8": "1",
 }
 PACKAGE_DIRECTORY = os.path.dirname(os.path.abspath(__file__))
-# A bare package, so that the zygote does not load the controller's half.
+# An empty package of this name, so that the zygote does not load the controller's modules.
 BOOTSTRAP = f"""\
 import sys, types
 package = types.ModuleType("rlef_sandbox")
@@ -48,13 +53,13 @@ Layers = dict[str, object]
 
 
 class ZygoteLostError(Exception):
-    """The zygote died or fell silent: the sandbox's fault, never the program's."""
+    """The zygote died or does not answer: a fault of the sandbox, never of the program."""
 
 
 class Worker:
-    """One zygote. Shared by threads, each with sessions of its own.
+    """One zygote, shared by threads, each of which has sessions of its own.
 
-    `accept` is shown the layers of each zygote that starts, and raises if they are too few.
+    `accept` gets the layers of each zygote that starts, and raises an error if they are too few.
     """
 
     def __init__(
@@ -83,22 +88,22 @@ class Worker:
 
     def launch(self) -> None:
         """Start a zygote, without waiting for it."""
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as passed_on:
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as passed_on:
             control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            undo.callback(control.close)
+            on_failure.callback(control.close)
             passed_on.callback(remote.close)
             controller = os.pidfd_open(os.getpid())
             passed_on.callback(os.close, controller)
             stdin, stdout, stderr = memory_files(b"", b"", b"")
             passed_on.callback(os.close, stdin)
             passed_on.callback(os.close, stdout)
-            undo.callback(os.close, stderr)
+            on_failure.callback(os.close, stderr)
             arguments = [str(remote.fileno()), str(controller), *self.arguments]
-            undo.callback(self._remove_places)
+            on_failure.callback(self._remove_folders)
             self._cgroup = cgroups.create(self._memory_bytes)
             if self._has_scratch:
                 self._scratch = tempfile.mkdtemp(prefix="rlef-sandbox-")
-                os.chmod(self._scratch, 0o1777)  # for the unprivileged user; unseen from a root
+                os.chmod(self._scratch, 0o1777)  # for the unprivileged user, without a private root
                 arguments.append(self._scratch)
             bootstrap = COMMAND[-1].replace("MODULE", self._module)
             self._process = subprocess.Popen(
@@ -111,10 +116,10 @@ class Worker:
                 cwd="/",
             )
             self._control, self._errors = control, stderr
-            undo.pop_all()  # it started: `_dispose` undoes it
+            on_failure.pop_all()  # it started; `_dispose` cleans up
         self.starts += 1
 
-    def _remove_places(self) -> None:
+    def _remove_folders(self) -> None:
         if self._cgroup:
             cgroups.remove(self._cgroup)
         if self._scratch:
@@ -122,7 +127,7 @@ class Worker:
         self._cgroup = self._scratch = ""
 
     def greet(self) -> None:
-        """Wait for the zygote just launched. ZygoteLostError, with its words, if it failed."""
+        """Wait for the zygote just launched. Raises ZygoteLostError if it failed."""
         assert self._control is not None
         self._control.settimeout(START_TIMEOUT_S)
         try:
@@ -130,25 +135,25 @@ class Worker:
         except OSError:
             message = b""
         if not message:
-            words = os.pread(self._errors, MAX_MESSAGE_BYTES, 0).decode(errors="replace")
-            raise ZygoteLostError(f"the zygote did not start: {words.strip()}")
+            errors = os.pread(self._errors, MAX_MESSAGE_BYTES, 0).decode(errors="replace")
+            raise ZygoteLostError(f"the zygote did not start: {errors.strip()}")
         try:
             layers = json.loads(message)
         except (ValueError, RecursionError) as error:
-            raise ZygoteLostError(f"the zygote's greeting makes no sense: {error}") from None
+            raise ZygoteLostError(f"the zygote's greeting is malformed: {error}") from None
         if not isinstance(layers, dict) or not layers.keys() >= set(FLOOR):
             raise ZygoteLostError(f"the zygote's greeting lacks layers: {message[:200]!r}")
-        # what the reaper did to the zygote from outside; its process ids are not ours to know
+        # the reaper put the zygote into its cgroup; the zygote does not know
         layers["cgroup"] = cgroups.layers(self._cgroup)
         self.layers = layers
         self._accept(layers)
 
-    def start(self, request: Request, descriptors: Sequence[int]) -> Session:
-        """Send a request; the session that its outcome comes on. With a new zygote if the last one
-        is gone. ZygoteLostError if it cannot be had.
+    def start(self, request: ZygoteRequest, descriptors: Sequence[int]) -> ZygoteSession:
+        """Send a request, to a new zygote if the last one is gone. Returns the session on which the
+        outcome comes. Raises ZygoteLostError if no zygote starts.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        session = Session(ours)
+        session = ZygoteSession(ours)
         try:
             with self._lock:
                 session.generation = self._send(request, [theirs.fileno(), *descriptors])
@@ -159,8 +164,8 @@ class Worker:
             theirs.close()
         return session
 
-    def _send(self, request: Request, descriptors: list[int]) -> int:
-        """To the zygote; which one it was."""
+    def _send(self, request: ZygoteRequest, descriptors: list[int]) -> int:
+        """Send to the zygote. Returns the number of its start."""
         if self._closed:
             raise RuntimeError("the sandbox is closed")
         fault = ""
@@ -170,19 +175,19 @@ class Worker:
                 try:
                     self.greet()
                 except BaseException:
-                    self._dispose()  # unproved: nothing may run in it
+                    self._dispose()  # its layers are not proved: nothing may run in it
                     raise
             assert self._control is not None
             try:
-                send(self._control, request, descriptors)
+                socket.send_fds(self._control, [request.pack()], descriptors)
                 return self.starts
             except OSError as error:
                 fault = str(error)
                 self._dispose()
         raise ZygoteLostError(f"the zygote is gone: {fault}")
 
-    def give_up(self, session: Session) -> None:
-        """Kill the zygote that fell silent in `session`; other sessions with it run again."""
+    def give_up(self, session: ZygoteSession) -> None:
+        """Kill the zygote that does not answer in `session`. Its other sessions run again."""
         with self._lock:
             if session.generation == self.starts:
                 self._dispose()
@@ -205,28 +210,23 @@ class Worker:
         self._process.wait()
         self._control.close()
         os.close(self._errors)
-        self._remove_places()
+        self._remove_folders()
         self._process = self._control = None
 
 
-def send(channel: socket.socket, request: Request, descriptors: Sequence[int]) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-    channel.sendmsg([request.pack()], rights)
-
-
-class Session:
-    """One program's way to a zygote. Used by one thread."""
+class ZygoteSession:
+    """The socket on which a zygote answers one program's requests. Used by one thread."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self.generation = 0  # of the zygote
 
     def ask(
-        self, request: Request, descriptors: Sequence[int], on_sleep: Callable[[], None]
+        self, request: ZygoteRequest, descriptors: Sequence[int], on_sleep: Callable[[], None]
     ) -> Outcome:
-        """Of a program server: the outcome of a test."""
+        """Return the outcome of a test that a program server runs."""
         try:
-            send(self._channel, request, descriptors)
+            socket.send_fds(self._channel, [request.pack()], descriptors)
         except OSError as error:
             raise ZygoteLostError(f"the program server is gone: {error}") from None
         return self.receive(request.wall_s, on_sleep)
@@ -234,42 +234,30 @@ class Session:
     def receive(self, wall_s: float, on_sleep: Callable[[], None] = lambda: None) -> Outcome:
         """Wait for an outcome. `on_sleep` is called if the run sleeps.
 
-        ZygoteLostError if the zygote died, TimeoutError if it fell silent.
+        Raises ZygoteLostError if the zygote died, TimeoutError if it does not answer.
         """
         deadline = time.monotonic() + STARVED_EXTENSION * wall_s + ANSWER_GRACE_S
         while True:
-            message = self.receive_message(deadline)
+            message, _ = self.receive_message(deadline)
             if message != SLEEPING:
                 try:
                     return Outcome.unpack(message)
                 except ValueError as error:
-                    raise ZygoteLostError(f"the zygote does not make sense: {error}") from None
+                    raise ZygoteLostError(f"the zygote's answer is malformed: {error}") from None
             on_sleep()
 
-    def receive_message(self, deadline: float) -> bytes:
-        with self._waiting_until(deadline):
-            message = self._channel.recv(MAX_MESSAGE_BYTES)
-        if not message:
-            raise ZygoteLostError("the zygote died")
-        return message
-
-    def receive_file(self, deadline: float) -> tuple[bytes, list[int]]:
-        """A message with descriptors (`compiler.py`)."""
-        with self._waiting_until(deadline):
-            message, descriptors, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE_BYTES, 1)
-        if not message:
-            raise ZygoteLostError("the zygote died")
-        return message, list(descriptors)
-
-    @contextlib.contextmanager
-    def _waiting_until(self, deadline: float) -> Iterator[None]:
+    def receive_message(self, deadline: float) -> tuple[bytes, list[int]]:
+        """Wait for a message. Returns it with its descriptors (`compiler.py` sends one)."""
         self._channel.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            yield
+            message, descriptors = receive(self._channel)
         except TimeoutError:
             raise
         except OSError as error:
             raise ZygoteLostError(f"the zygote does not answer: {error}") from None
+        if not message:
+            raise ZygoteLostError("the zygote died")
+        return message, descriptors
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -277,7 +265,7 @@ class Session:
 
 
 def memory_file(content: bytes = b"") -> int:
-    """A descriptor of a new file in memory that holds `content`, at offset 0."""
+    """Return a descriptor, at offset 0, of a new file in memory that contains `content`."""
     descriptor = os.memfd_create("rlef-sandbox", os.MFD_CLOEXEC)
     written = 0
     try:
@@ -290,7 +278,7 @@ def memory_file(content: bytes = b"") -> int:
 
 
 def memory_files(*contents: bytes) -> list[int]:
-    """A file for each content; none stays open if one cannot be made."""
+    """Return a file for each content. None stays open if one of them cannot be made."""
     files: list[int] = []
     try:
         for content in contents:

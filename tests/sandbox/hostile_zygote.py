@@ -9,7 +9,7 @@ from __future__ import annotations
 
 GREETING = """\
 {"namespaces": [], "files": ["landlock_abi_1"], "unprivileged_user": true, "no_new_privs": true,
- "rlimits": true, "seccomp": true, "threads": true, "launcher": "python"}"""
+ "rlimits": true, "seccomp": true, "threads": true, "launcher": "native"}"""
 
 SCRIPT = """\
 import array, os, select, socket, sys

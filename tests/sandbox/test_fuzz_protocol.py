@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlef_sandbox import CallTest, Limits, Sandbox, Status, Test, worker
-from rlef_sandbox.protocol import OUTCOME, Ending, Outcome, Phase, Request, Task
+from rlef_sandbox.protocol import OUTCOME, Ending, Outcome, Phase, Task, ZygoteRequest
 from rlef_sandbox.worker import ZygoteLostError
 from tests.sandbox import hostile_zygote
 
 sizes = st.integers(0, 2**64 - 1)
 requests = st.builds(
-    Request,
+    ZygoteRequest,
     st.sampled_from(Task),
     st.floats(0, 1e9),
     st.floats(0, 1e9),
@@ -45,8 +45,8 @@ FUZZ = settings(
 
 @given(requests)
 @settings(max_examples=200, deadline=None)
-def test_a_request_comes_back_as_it_went(request: Request) -> None:
-    assert Request.unpack(request.pack()) == request
+def test_a_request_comes_back_as_it_went(request: ZygoteRequest) -> None:
+    assert ZygoteRequest.unpack(request.pack()) == request
 
 
 @given(outcomes)

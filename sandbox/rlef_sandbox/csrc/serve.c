@@ -1,14 +1,14 @@
-/* The zygote's loop: takes requests, starts children, supervises them, tells of their ends.
+/* The supervisor: takes requests, starts children, keeps their limits, sends their outcomes.
  *
- * Theory of operation. What Python does between two runs costs the zygote a page fault for every
- * page it touches, since each fork shares all of them again; this loop touches a handful. Policy
- * stays in Python (zygote.py): what a request's limits mean is asked of it once, and kept as a
- * plan. `rlef_serve` returns twice as often as a fork does: in the zygote when a request has no
- * plan yet (PREPARE), and in a child that is to go on as a Python program (CHILD).
+ * Theory of operation. Each fork shares all pages of the zygote again, so whatever Python does
+ * between two runs costs the zygote a page fault for every page that it touches. This loop touches
+ * a handful. Policy stays in Python (zygote.py), which is asked once for the plan of a request; the
+ * plan is kept. `rlef_serve` returns in the zygote when a request has no plan yet (PREPARE), and in
+ * a forked child that runs a Python program next (CHILD).
  *
- * One thread, one poll: the channel that requests come over, the controller's pidfd, and of each
- * child its pidfd and the session that waits for its outcome. supervise.py is the same loop in
- * Python, for machines without a compiler; protocol.py says what the messages hold.
+ * One thread polls the channel of the requests, the controller's pidfd and, of each child, its
+ * pidfd and the session on which the controller waits for its outcome. supervisor_python.py is the
+ * form for machines without a compiler; protocol.py defines the messages.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -30,9 +30,11 @@
 #define MAX_PLANS 32
 #define MAX_REQUEST_BYTES 64
 #define FAULT_BYTES 256
-#define OUTCOME_BYTES 30 /* protocol.OUTCOME */
+#define OUTCOME_BYTES 30    /* protocol.OUTCOME */
+#define REQUEST_CPU_S_AT 1  /* protocol.REQUEST: the task in one byte, then */
+#define REQUEST_WALL_S_AT 9 /* two doubles */
 #define LEAST_WAIT_S 0.005
-/* supervise.py has these too, and why */
+/* supervisor_python.py explains these */
 #define SLEEP_WINDOW_S 0.1
 #define SLEEP_SHARE 0.05
 #define STARVED_SHARE 0.01
@@ -42,22 +44,19 @@
 #define SYS_pidfd_send_signal 424
 #endif
 
-enum { CHILD = 0, PREPARE = 1 };                        /* what rlef_serve returns for */
-enum { TASK_PROGRAM = 2, TASK_TEST = 3 };                /* protocol.Task */
+enum { CHILD = 0, PREPARE = 1 };                         /* why rlef_serve returns */
+enum { TASK_PROGRAM = 2, TASK_TEST = 3 };                 /* protocol.Task */
 enum { ENDED_ITSELF = 0, CPU_LIMIT = 1, WALL_LIMIT = 2 }; /* protocol.Ending */
 
 struct prepared {
-    uint8_t message[MAX_REQUEST_BYTES]; /* the request, with so many files, that it is for */
+    uint8_t message[MAX_REQUEST_BYTES]; /* the request, with its number of files */
     int32_t length;
     int32_t file_count;
-    int32_t task;
-    double cpu_s;
-    double wall_s;
     struct plan plan;
 };
 
 struct child {
-    pid_t pid; /* 0: a free place */
+    pid_t pid; /* 0: this cell is free */
     int pidfd;
     int session;
     int awaited; /* whether the session is polled for the controller giving it up */
@@ -69,19 +68,20 @@ struct child {
 };
 
 struct server {
-    int32_t channel;
-    int32_t controller;
-    int32_t serves_program; /* a program server: answers go to its channel */
-    int32_t pending;        /* the request below waits for its plan, or for its child's start */
+    /* the newest request; supervisor_native.py reads these */
     uint8_t message[MAX_REQUEST_BYTES];
     int32_t length;
-    int32_t files[MAX_FILES];
     int32_t file_count;
-    int32_t session;
-    int32_t task; /* and the cell, of the child that rlef_serve returns in */
-    int32_t cell;
-    int32_t plan_count;
+    int32_t task; /* protocol.Task */
+    int files[MAX_FILES];
+    int session;
+    int pending; /* the request waits for its plan, or for its child's start */
+    int channel;
+    int controller;
+    int serves_program;    /* a program server: answers go to its channel */
+    int cell;              /* of the child that rlef_serve returns in */
     struct progress *page; /* MAX_CHILDREN cells */
+    int plan_count;
     struct prepared plans[MAX_PLANS];
     struct child children[MAX_CHILDREN];
 };
@@ -94,9 +94,9 @@ static double now_s(clockid_t clock)
     return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
 }
 
+/* Sends to a controller that may have given the session up. */
 static void tell(int session, const void *message, size_t length)
 {
-    /* to a controller that may have given the session up */
     (void)!send(session, message, length, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
@@ -128,7 +128,7 @@ static void close_files(struct server *server)
     server->file_count = 0;
 }
 
-/* The next request into `server`; 0 if there is none after all. Exits with the controller. */
+/* Reads the next request into `server`. Returns 0 if there is none; exits if the controller is gone. */
 static int receive(struct server *server)
 {
     union {
@@ -152,6 +152,7 @@ static int receive(struct server *server)
         memcpy(received, CMSG_DATA(header), (size_t)count * sizeof(int));
     }
     server->length = (int32_t)length;
+    server->task = server->message[0];
     server->session = first ? received[0] : server->channel;
     server->file_count = count - first;
     memcpy(server->files, received + first, (size_t)server->file_count * sizeof(int));
@@ -177,44 +178,43 @@ static void refuse(struct server *server, const char *fault)
         close(server->session);
 }
 
-static void put_files(struct server *server, struct prepared *prepared)
+static void put_files(struct server *server, struct plan *plan)
 {
-    struct plan *plan = &prepared->plan;
     memcpy(plan->files, server->files, sizeof plan->files);
     plan->file_count = server->file_count;
-    if (prepared->task == TASK_PROGRAM) { /* a program server goes on with these two */
+    if (server->task == TASK_PROGRAM) { /* a program server continues with these two */
         plan->files[plan->file_count++] = server->session;
         plan->files[plan->file_count++] = server->controller;
     }
 }
 
-/* In a child that was set up. Of a compiled program's test the next line is the program's own, so
- * this ends its being trusted: nobody hears what it says in a page that it has no more. */
-static void tell_progress(struct server *server, int task)
+static double seconds_in_request(const struct server *server, size_t offset)
 {
-    server->page[server->cell].phase = task == TASK_TEST ? PHASE_RUNNING : PHASE_COMPILING;
-    if (task == TASK_TEST)
-        munmap((void *)server->page, (size_t)getpagesize());
+    double seconds;
+    memcpy(&seconds, server->message + offset, sizeof seconds);
+    return seconds;
 }
 
 /* Starts the request's child. Returns CHILD in it, else -1. */
-static int start(struct server *server, struct prepared *prepared)
+static int start(struct server *server, struct plan *plan)
 {
-    int place = 0, pidfd = -1;
-    while (place < MAX_CHILDREN && server->children[place].pid != 0)
-        place++;
-    if (place == MAX_CHILDREN) {
+    int cell = 0, pidfd = -1;
+    while (cell < MAX_CHILDREN && server->children[cell].pid != 0)
+        cell++;
+    if (cell == MAX_CHILDREN) {
         refuse(server, "too many children of one zygote");
         return -1;
     }
-    memset((void *)&server->page[place], 0, sizeof(struct progress));
-    put_files(server, prepared);
-    prepared->plan.progress = &server->page[place];
-    server->task = prepared->task;
-    server->cell = place;
-    pid_t pid = rlef_spawn(&prepared->plan, &pidfd);
+    memset((void *)&server->page[cell], 0, sizeof(struct progress));
+    put_files(server, plan);
+    plan->progress = &server->page[cell];
+    server->cell = cell;
+    pid_t pid = rlef_spawn(plan, &pidfd);
     if (pid == 0) {
-        tell_progress(server, prepared->task);
+        if (server->task == TASK_TEST) /* the next line is the program's own */
+            rlef_leave_trust(server);
+        else
+            server->page[cell].phase = PHASE_COMPILING;
         return CHILD;
     }
     if (pid < 0) {
@@ -224,15 +224,17 @@ static int start(struct server *server, struct prepared *prepared)
         return -1;
     }
     double now = now_s(CLOCK_MONOTONIC);
-    double first = prepared->cpu_s < prepared->wall_s ? prepared->cpu_s : prepared->wall_s;
-    server->children[place] = (struct child){
+    double cpu_s = seconds_in_request(server, REQUEST_CPU_S_AT);
+    double wall_s = seconds_in_request(server, REQUEST_WALL_S_AT);
+    double first = cpu_s < wall_s ? cpu_s : wall_s;
+    server->children[cell] = (struct child){
         .pid = pid,
         .pidfd = pidfd,
         .session = server->session,
-        .awaited = !server->serves_program && prepared->task != TASK_PROGRAM,
-        .task = prepared->task,
-        .cpu_s = prepared->cpu_s,
-        .wall_s = prepared->wall_s,
+        .awaited = !server->serves_program && server->task != TASK_PROGRAM,
+        .task = server->task,
+        .cpu_s = cpu_s,
+        .wall_s = wall_s,
         .started = now,
         .window_started = now,
         .next_check = now + (first < SLEEP_WINDOW_S ? first : SLEEP_WINDOW_S),
@@ -241,11 +243,11 @@ static int start(struct server *server, struct prepared *prepared)
     return -1;
 }
 
-/* Says what became of a child that ended. */
-static void finish(struct server *server, int place)
+/* Sends the outcome of a child that ended. */
+static void finish(struct server *server, int number)
 {
-    struct child *child = &server->children[place];
-    struct progress *cell = &server->page[place];
+    struct child *child = &server->children[number];
+    const struct progress *cell = &server->page[number];
     struct rusage usage;
     int wait_status = 0;
     wait4(child->pid, &wait_status, 0, &usage);
@@ -254,7 +256,7 @@ static void finish(struct server *server, int place)
         static const char *const names[] = {"", "PARENT", "NAMESPACE", "LIMITS",
                                             "FILES", "FILTER", "EXEC"};
         char fault[FAULT_BYTES] = "";
-        /* an executable that the kernel refuses is the program's own doing: it leaves 1 */
+        /* an executable that the kernel refuses is the program's own fault: it exits with 1 */
         int shortage = cell->error == EAGAIN || cell->error == ENOMEM || cell->error == EMFILE ||
                        cell->error == ENFILE || cell->error == EPERM;
         if (cell->step != STEP_NONE && (cell->step < STEP_EXEC ||
@@ -272,10 +274,10 @@ static void finish(struct server *server, int place)
     child->pid = 0;
 }
 
-/* Kills a child that passed a limit; tells if it sleeps. */
-static void check(struct server *server, struct child *child, int place, double now)
+/* Kills a child that passed a limit; reports if it sleeps. */
+static void check(struct server *server, struct child *child, int cell, double now)
 {
-    if (child->task == TASK_PROGRAM && server->page[place].phase == PHASE_RUNNING) {
+    if (child->task == TASK_PROGRAM && server->page[cell].phase == PHASE_RUNNING) {
         child->next_check = NEVER; /* its own children have limits of their own */
         return;
     }
@@ -309,72 +311,95 @@ static void check(struct server *server, struct child *child, int place, double 
 static int until_next_check_ms(const struct server *server)
 {
     double soonest = NEVER;
-    for (int place = 0; place < MAX_CHILDREN; place++)
-        if (server->children[place].pid != 0 && server->children[place].next_check < soonest)
-            soonest = server->children[place].next_check;
+    for (int cell = 0; cell < MAX_CHILDREN; cell++)
+        if (server->children[cell].pid != 0 && server->children[cell].next_check < soonest)
+            soonest = server->children[cell].next_check;
     if (soonest == NEVER)
         return -1;
     double left_ms = (soonest - now_s(CLOCK_MONOTONIC)) * 1e3;
     return left_ms <= 0 ? 0 : left_ms > 1e6 ? 1000000 : (int)left_ms + 1;
 }
 
-static void supervise(struct server *server, const struct pollfd *polled, const int *places,
+static void supervise(struct server *server, const struct pollfd *polled, const int *cells,
                       int count)
 {
     for (int index = 2; index < count; index++) {
-        struct child *child = &server->children[places[index]];
+        struct child *child = &server->children[cells[index]];
         if (polled[index].revents == 0 || child->pid == 0)
             continue;
         if (polled[index].fd == child->pidfd) {
-            finish(server, places[index]);
+            finish(server, cells[index]);
         } else if (child->awaited) { /* the controller gave the session up */
             child->awaited = 0;
             kill_child(child);
         }
     }
     double now = now_s(CLOCK_MONOTONIC);
-    for (int place = 0; place < MAX_CHILDREN; place++)
-        if (server->children[place].pid != 0 && server->children[place].next_check <= now)
-            check(server, &server->children[place], place, now);
+    for (int cell = 0; cell < MAX_CHILDREN; cell++)
+        if (server->children[cell].pid != 0 && server->children[cell].next_check <= now)
+            check(server, &server->children[cell], cell, now);
 }
 
-/* Begins with nothing under way. */
-struct server *rlef_listen(int channel, int controller, int serves_program, struct progress *page)
+/* Makes this process a supervisor of the requests on `channel`, with no child yet. */
+struct server *rlef_listen(int channel, int controller, int serves_program)
 {
     static struct server server;
     memset(&server, 0, sizeof server);
     server.channel = channel;
     server.controller = controller;
     server.serves_program = serves_program;
-    server.page = page;
+    server.page = mmap(NULL, sizeof(struct progress) * MAX_CHILDREN, PROT_READ | PROT_WRITE,
+                       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (server.page == MAP_FAILED)
+        _exit(1);
     return &server;
 }
 
-/* Serves until Python is wanted: see above. */
+/* Keeps a plan for the request that waits; when all are taken, the old plans go. */
+void rlef_prepare(struct server *server, const struct plan *plan)
+{
+    if (server->plan_count == MAX_PLANS)
+        server->plan_count = 0;
+    struct prepared *kept = &server->plans[server->plan_count++];
+    memcpy(kept->message, server->message, sizeof kept->message);
+    kept->length = server->length;
+    kept->file_count = server->file_count;
+    kept->plan = *plan;
+}
+
+/* In a child, the last step before the program's first line, or before a program server's first
+ * test: nobody hears what it writes to a page that it no longer has. */
+void rlef_leave_trust(struct server *server)
+{
+    server->page[server->cell].phase = PHASE_RUNNING;
+    munmap((void *)server->page, sizeof(struct progress) * MAX_CHILDREN);
+}
+
+/* Serves until Python must act: see above. */
 int rlef_serve(struct server *server)
 {
     struct pollfd polled[2 + 2 * MAX_CHILDREN];
-    int places[2 + 2 * MAX_CHILDREN];
+    int cells[2 + 2 * MAX_CHILDREN];
     for (;;) {
         if (server->pending) {
             struct prepared *prepared = plan_of_request(server);
             if (prepared == NULL)
                 return PREPARE;
             server->pending = 0;
-            if (start(server, prepared) == CHILD)
+            if (start(server, &prepared->plan) == CHILD)
                 return CHILD;
         }
         int count = 2;
         polled[0] = (struct pollfd){server->channel, POLLIN | POLLRDHUP, 0};
         polled[1] = (struct pollfd){server->controller, POLLIN, 0};
-        for (int place = 0; place < MAX_CHILDREN; place++) {
-            const struct child *child = &server->children[place];
+        for (int cell = 0; cell < MAX_CHILDREN; cell++) {
+            const struct child *child = &server->children[cell];
             if (child->pid == 0)
                 continue;
-            places[count] = place;
+            cells[count] = cell;
             polled[count++] = (struct pollfd){child->pidfd, POLLIN, 0};
             if (child->awaited) {
-                places[count] = place;
+                cells[count] = cell;
                 polled[count++] = (struct pollfd){child->session, POLLIN | POLLRDHUP, 0};
             }
         }
@@ -382,7 +407,7 @@ int rlef_serve(struct server *server)
             continue; /* a signal */
         if (polled[1].revents != 0)
             _exit(0);
-        supervise(server, polled, places, count);
+        supervise(server, polled, cells, count);
         if (polled[0].revents != 0)
             server->pending = receive(server);
     }

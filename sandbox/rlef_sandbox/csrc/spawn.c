@@ -1,15 +1,15 @@
 /* Starts one confined child: everything between fork and the program, in system calls alone.
  *
  * Theory of operation. The zygote, an interpreter with one thread, fills in a plan and calls
- * `rlef_spawn`. For a Python program that forks, and returns in the child with the run's files in
- * place, the limits set and the system call filter on: the same steps in Python would touch some
- * hundred more pages, each of which is copied, and cost twice the time of the fork. For a compiled
- * program it does not copy the interpreter at all: the child borrows its memory (CLONE_VM, the
- * zygote waits) and becomes the program. A step that fails is told in the child's progress cell,
- * in memory shared with the zygote, and ends the child: a fault of the sandbox, never a verdict.
+ * `rlef_spawn`. For a Python program this forks, and returns in the child with the run's files in
+ * place, the limits set and the system call filter on. The same steps in Python would touch some
+ * hundred more pages, each of which is copied, and take twice the time of the fork. For a compiled
+ * program the interpreter is not copied at all: the child borrows its memory (CLONE_VM, the zygote
+ * waits) and becomes the program. A step that fails is recorded in the child's progress cell, in
+ * memory shared with the zygote, and ends the child: a fault of the sandbox, never a verdict.
  *
- * `launch.py` holds the structures' other half, and the same steps in Python for machines without
- * a compiler. Each layer is one function here; each returns 0, or -1 with errno set.
+ * launch_plan.py mirrors `struct plan`; supervisor_python.py takes the same steps in Python. Each
+ * layer is one function here, which returns 0, or -1 with errno set.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -42,7 +42,7 @@ static int die_with_parent(pid_t parent)
 {
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0)
         return -1;
-    if (getppid() != parent) { /* it died before we could ask */
+    if (getppid() != parent) { /* it died before the call above */
         errno = ESRCH;
         return -1;
     }
@@ -50,7 +50,7 @@ static int die_with_parent(pid_t parent)
 }
 
 /* A user namespace of its own, in which RLIMIT_NPROC counts this run's threads alone; entering it
- * hands out capabilities over it, which go at once. */
+ * gives capabilities over it, which are dropped at once. */
 static int enter_user_namespace(void)
 {
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
@@ -141,7 +141,7 @@ static int run_executable(void *argument)
 {
     const struct borrower *borrower = argument;
     confine(borrower->plan, borrower->parent);
-    borrower->plan->progress->phase = PHASE_RUNNING; /* what fails from here on is told by `step` */
+    borrower->plan->progress->phase = PHASE_RUNNING; /* a later failure is recorded in `step` */
     become_program(borrower->plan);
     fail(borrower->plan, STEP_EXEC);
     return 1;
@@ -168,18 +168,22 @@ static pid_t spawn_executable(const struct plan *plan)
     return pid;
 }
 
+/* Forks a child held to `plan`, whose files are in place. Returns its id, and 0 in the child. */
+int rlef_fork(const struct plan *plan)
+{
+    pid_t parent = getpid(), pid = fork();
+    if (pid == 0)
+        confine(plan, parent);
+    return pid;
+}
+
 /* Starts a child by `plan`. Returns its id, and in `pidfd` a descriptor of it; 0 in the child of a
  * plan without an executable; -1 with errno set if there is no child. */
 int rlef_spawn(const struct plan *plan, int *pidfd)
 {
-    pid_t parent = getpid();
-    pid_t pid = plan->executable >= 0 ? spawn_executable(plan) : fork();
-    if (pid < 0)
-        return -1;
-    if (pid == 0) {
-        confine(plan, parent);
-        return 0;
-    }
+    pid_t pid = plan->executable >= 0 ? spawn_executable(plan) : rlef_fork(plan);
+    if (pid <= 0)
+        return pid;
     *pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     if (*pidfd < 0) {
         int number = errno;

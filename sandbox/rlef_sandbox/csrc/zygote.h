@@ -1,16 +1,16 @@
-/* What the parts of the C library share with each other and, field by field, with launch.py and supervise_native.py. */
+/* What the parts of the C library share; launch_plan.py mirrors `struct plan`. */
 #ifndef RLEF_ZYGOTE_H
 #define RLEF_ZYGOTE_H
 
 #include <linux/filter.h>
 #include <stdint.h>
 
-#define MAX_FILES 8
+#define MAX_FILES 8 /* protocol.MAX_DESCRIPTORS */
 
 enum phase { PHASE_SETUP, PHASE_COMPILING, PHASE_RUNNING };
 enum step { STEP_NONE, STEP_PARENT, STEP_NAMESPACE, STEP_LIMITS, STEP_FILES, STEP_FILTER, STEP_EXEC };
 
-/* A child's cell in a page that it shares with its zygote while it is trusted. */
+/* A child's cell in memory that it shares with its zygote while it is trusted. */
 struct progress {
     volatile uint8_t phase;
     volatile uint8_t step;  /* where it failed */
@@ -35,6 +35,10 @@ struct plan {
     struct progress *progress;
 };
 
+struct server; /* serve.c */
+
+int rlef_fork(const struct plan *plan);
 int rlef_spawn(const struct plan *plan, int *pidfd);
+void rlef_leave_trust(struct server *server);
 
 #endif

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rlef_sandbox import Limits, Sandbox, Status, Test
 from rlef_sandbox.sandbox import JOBS_A_WORKER
-from rlef_sandbox.turns import Turns
+from rlef_sandbox.work_slots import WorkSlots
 
 SLEEP = "import time; time.sleep(30)"
 
@@ -38,14 +38,14 @@ def test_a_sleeper_among_the_tests_of_a_program_holds_up_nobody(sandbox: Sandbox
 
 
 def test_who_has_slept_is_at_work_again_in_its_next_test() -> None:
-    turns = Turns(1, 4)
-    with turns.take() as slept:
+    slots = WorkSlots(1, 4)
+    with slots.take() as slept:
         slept.sleep()
-        with turns.take() as other:
+        with slots.take() as other:
             slept.wake()  # two at work
             other.sleep()  # one, and as many are allowed
             with ThreadPoolExecutor(1) as pool:
-                third = pool.submit(lambda: turns.take().__enter__())
+                third = pool.submit(lambda: slots.take().__enter__())
                 time.sleep(0.1)
                 assert not third.done()
                 slept.sleep()
@@ -102,15 +102,15 @@ def test_public_tests_are_run_to_the_end_and_private_ones_to_the_first_failure(
 
 
 def test_turns_bound_those_that_work_and_those_that_wait() -> None:
-    turns = Turns(working=2, open_jobs=3)
+    slots = WorkSlots(working=2, open_programs=3)
     at_work: list[int] = []
     with ThreadPoolExecutor(8) as pool:
 
         def job(sleeps: bool) -> None:
-            with turns.take() as turn:
+            with slots.take() as slot:
                 if sleeps:
-                    turn.sleep()
-                    turn.sleep()  # once is enough
+                    slot.sleep()
+                    slot.sleep()  # once is enough
                     time.sleep(0.05)
                 else:
                     at_work.append(1)
@@ -120,6 +120,6 @@ def test_turns_bound_those_that_work_and_those_that_wait() -> None:
 
         for done in [pool.submit(job, bool(n % 3 == 0)) for n in range(60)]:
             done.result()
-    with turns.take(), turns.take():
+    with slots.take(), slots.take():
         pass
     assert JOBS_A_WORKER > 1
