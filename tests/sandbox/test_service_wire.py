@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlef_sandbox import CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
 from rlef_sandbox.service import wire
-from rlef_sandbox.service.record import WireError
+from rlef_sandbox.service.wire import WireError
 
 SCALARS = (
     st.none()

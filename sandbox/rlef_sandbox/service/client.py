@@ -1,16 +1,16 @@
 """`SandboxClient`: the calls of `Sandbox`, answered by servers on other machines.
 
 Theory of operation. Everything runs in the caller's event loop. A call encodes its request once,
-gives it an id, and tries servers (`fleet.py`) until one answers or the deadline passes. A server
-that cannot be reached, loses the connection, or says 502, 503 or 504 is taken out and the request
-goes to another; one that says 429 rests for as long as it says. Between two tries a request waits,
-twice as long each time, by a random part of it. The id is the same in each try, so a server that
-has the work already does not do it twice, and a caller gets exactly one answer. Whoever cancels the
-call frees its place in the server's queue.
+gives it an id, and tries servers (`server_choice.py`) until one answers or the deadline passes. A
+server that cannot be reached, loses the connection, or answers 502, 503 or 504 is taken out, and
+the request goes to another. One that answers 429 rests for the time it asks for. A request waits
+between two tries, with random exponential backoff. Its id is the same in each try, so a server that
+already has the work does not repeat it, and a caller gets exactly one answer. Cancelling the call
+removes the request from the server's queue.
 
-A request that takes long is waited for, as long as its server lives: every `heartbeat_s` it is
-asked for its health, and one that does not answer (it hangs, or its node is gone) is taken out like
-one that lost the connection. One that drains still answers what it has.
+The client waits for a slow request as long as its server is alive. It asks the server for its
+health every `heartbeat_s`, and takes out one that does not answer (it hangs, or its node is gone).
+A server that drains still answers the requests that it has.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import aiohttp
 from ..verdict import AnyTest, CheckerProgram, Limits, Result, as_bytes
 from . import wire
 from .command import checked_token
-from .fleet import Fleet, Server
-from .record import Record, WireError
+from .server_choice import GradingServer, GradingServers
+from .wire import Record, WireError
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
@@ -39,11 +39,11 @@ OUT_OF_SERVICE = (502, 503, 504)
 
 
 class ServiceError(RuntimeError):
-    """No server graded the request: says nothing about the program."""
+    """No server graded the request. It is no verdict on the program."""
 
 
 class RequestRefusedError(ValueError):
-    """A server will not serve this request, however often it is asked. `status` is HTTP's."""
+    """A server refuses this request; retrying is useless. `status` is HTTP's."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -51,15 +51,15 @@ class RequestRefusedError(ValueError):
 
 
 class TryAgainError(Exception):
-    """This try failed; the message says how."""
+    """This try failed; another may succeed."""
 
 
 class SandboxClient:
     """Runs and grades programs on servers; an asynchronous context manager of one event loop.
 
     `urls` are like http://node7:8765. `deadline_s` bounds a call with all its tries, `connections`
-    the open requests a server; more calls than that wait here for their turn. `heartbeat_s` is how
-    often a server that has not answered yet is asked whether it lives, and how soon it must say so.
+    the open requests of each server; further calls wait in the client. `heartbeat_s` is how often a
+    server that has not answered yet is asked for its health, and how soon it must answer that.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class SandboxClient:
         self._headers = (
             {} if token is None else {"Authorization": f"Bearer {checked_token(token, 'use')}"}
         )
-        self._fleet = Fleet(
+        self._fleet = GradingServers(
             [checked_url(url) for url in urls], connections=connections, is_ready=self._is_ready
         )
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> SandboxClient:
-        # the fleet bounds connections, so that a request never waits for one at a server gone bad
+        # GradingServers bounds connections, so no request waits here for one to a failed server
         connector = aiohttp.TCPConnector(limit=0)
         self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         return self
@@ -113,7 +113,7 @@ class SandboxClient:
         limits: Limits | None = None,
         language: str = "python",
     ) -> Result:
-        """As `Sandbox.run`. ServiceError where no server did it before the deadline."""
+        """Like `Sandbox.run`. Raises ServiceError if no server answers before the deadline."""
         request = wire.RunRequest(as_bytes(source), as_bytes(stdin), limits, language)
         (result,) = await self._ask("/v1/run", wire.RUN, request)
         return result
@@ -128,7 +128,7 @@ class SandboxClient:
         language: str = "python",
         run_at_least: int = 0,
     ) -> list[Result]:
-        """As `Sandbox.grade`. ServiceError where no server did it before the deadline."""
+        """Like `Sandbox.grade`. Raises ServiceError if no server answers before the deadline."""
         request = wire.GradeRequest(
             as_bytes(source),
             tests,
@@ -141,7 +141,7 @@ class SandboxClient:
         return await self._ask("/v1/grade", wire.GRADE, request)
 
     async def health(self) -> dict[str, dict[str, Any]]:
-        """What each server says of itself. ServiceError naming those that are not ready."""
+        """Return what each server reports. Raises ServiceError naming those that are not ready."""
         servers = self._fleet.servers
         found = await asyncio.gather(*map(self._health_of, servers))
         failures = [
@@ -160,7 +160,7 @@ class SandboxClient:
     async def _ask(
         self, path: str, record: Record, request: wire.RunRequest | wire.GradeRequest
     ) -> list[Result]:
-        """The results, from whichever server answers first that does."""
+        """Return the results from the first server that answers."""
         body = wire.encode_request(record, request)
         headers = {"Content-Type": "application/json", wire.REQUEST_ID: uuid.uuid4().hex}
         pause_s = FIRST_PAUSE_S
@@ -182,13 +182,13 @@ class SandboxClient:
             ) from None
 
     async def _try(
-        self, server: Server, path: str, body: bytes, headers: dict[str, str]
+        self, server: GradingServer, path: str, body: bytes, headers: dict[str, str]
     ) -> list[Result]:
-        """One try at one server. TryAgainError where another may do better."""
+        """Try one server. Raises TryAgainError if another may succeed."""
         posting = asyncio.create_task(self._exchange("POST", server.url + path, body, headers))
         posting.add_done_callback(
             lambda task: task.cancelled() or task.exception()
-        )  # seen, if late
+        )  # marks it as retrieved
         try:
             while not posting.done():
                 await asyncio.wait({posting}, timeout=self._heartbeat_s)
@@ -221,19 +221,19 @@ class SandboxClient:
         headers: dict[str, str] | None = None,
         within_s: float | None = None,
     ) -> tuple[int, bytes, str | None]:
-        """Status, body and Retry-After of the answer. ClientError or OSError without one."""
+        """Return status, body and Retry-After of the answer. Raises ClientError or OSError."""
         timeout = aiohttp.ClientTimeout(total=within_s, sock_connect=CONNECT_TIMEOUT_S)
         async with self._open_session().request(
             method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False
         ) as response:
             return response.status, await response.read(), response.headers.get("Retry-After")
 
-    async def _is_ready(self, server: Server) -> str | None:
+    async def _is_ready(self, server: GradingServer) -> str | None:
         answer = await self._health_of(server)
         return answer if isinstance(answer, str) else None
 
-    async def _health_of(self, server: Server) -> dict[str, Any] | str:
-        """What a server says of itself, or why it is not ready."""
+    async def _health_of(self, server: GradingServer) -> dict[str, Any] | str:
+        """Return what a server reports, or why it is not ready."""
         try:
             status, answer, _ = await self._exchange(
                 "GET", server.url + "/health", within_s=HEALTH_TIMEOUT_S
@@ -256,7 +256,7 @@ class SandboxClient:
 
 
 def checked_url(url: str) -> str:
-    """The address without a slash at its end. ValueError if it is none."""
+    """Return the address without a slash at its end. Raises ValueError if it is malformed."""
     scheme, separator, rest = url.partition("://")
     host = rest.rstrip("/")
     if (
@@ -278,7 +278,7 @@ def reason_of(error: Exception) -> str:
 
 
 def refusal_in(answer: bytes) -> str:
-    """The reason in a server's refusal; the start of the text where a proxy sent it."""
+    """Return the reason in a server's refusal, or the start of a proxy's text."""
     try:
         wired = json.loads(answer)
         return str(wired["error"]) if "error" in wired else str(wired["status"])
@@ -287,7 +287,7 @@ def refusal_in(answer: bytes) -> str:
 
 
 def seconds_in(retry_after: str | None) -> float:
-    """Retry-After in seconds; 1 where it is absent or a date."""
+    """Return Retry-After in seconds; 1 if it is absent or a date."""
     try:
         return min(60.0, max(0.0, float(retry_after or 1.0)))
     except ValueError:

@@ -1,6 +1,6 @@
-"""`python -m rlef_sandbox serve`: its options, and what it refuses before it starts.
+"""`python -m rlef_sandbox serve`: its options and their checks.
 
-Without aiohttp, which the rest of the command line does not need.
+Imports aiohttp only to serve: the rest of the command line does not need it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from ..sandbox import JOBS_A_WORKER
 
 TOKEN_VARIABLE = "RLEF_SANDBOX_TOKEN"
-TOKEN_FORM = re.compile(r"[\x21-\x7e]{16,4096}")  # what an HTTP header carries, and not guessed
+TOKEN_FORM = re.compile(
+    r"[\x21-\x7e]{16,4096}"
+)  # printable, for an HTTP header; long, against guessing
 DEFAULT_PORT = 8765
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
-    """The sub-command `serve`."""
+    """Add the sub-command `serve`."""
     command = commands.add_parser("serve", help=serve.__doc__)
     command.set_defaults(handler=serve)
     command.add_argument("--host", default="127.0.0.1", help="an address of this machine")
@@ -48,19 +50,19 @@ def serve(arguments: argparse.Namespace) -> int:
     token = read_token(arguments.token_file, os.environ.get(TOKEN_VARIABLE))
     if token is None and not is_loopback(arguments.host):
         raise ValueError(
-            f"--host {arguments.host} is not a loopback address, so whoever reaches it could run "
-            f"programs here; give a token with --token-file or {TOKEN_VARIABLE}"
+            f"--host {arguments.host} is not a loopback address, so anyone who reaches it could "
+            f"run programs here; give a token with --token-file or {TOKEN_VARIABLE}"
         )
     try:
-        from .endpoints import Settings
-        from .grading_queue import Keep
+        from .endpoints import ServerSettings
+        from .grading_queue import AnswerRetention
         from .server import serve as serve_forever
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("aiohttp"):
             raise
         raise ValueError("serve needs aiohttp; install it with: pip install aiohttp") from None
     return serve_forever(
-        Settings(
+        ServerSettings(
             host=arguments.host,
             port=arguments.port,
             token=token,
@@ -70,13 +72,15 @@ def serve(arguments: argparse.Namespace) -> int:
             isolation=arguments.isolation,
             max_body_bytes=arguments.max_body_mib << 20,
             max_held_bytes=arguments.max_held_mib << 20,
-            keep=Keep(arguments.keep_s, arguments.keep_answers, arguments.keep_mib << 20),
+            keep=AnswerRetention(
+                arguments.keep_s, arguments.keep_answers, arguments.keep_mib << 20
+            ),
         )
     )
 
 
 def check_bounds(arguments: argparse.Namespace) -> None:
-    """ValueError where a number is out of its bounds."""
+    """Raise ValueError if a number is out of its bounds."""
     for option, least, most in (
         ("port", 0, 65535),
         ("workers", 1, 1024),
@@ -102,7 +106,9 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(file: Path | None, variable: str | None) -> str | None:
-    """The token of the file if there is one, else of the variable. ValueError where unfit."""
+    """Return the token of the file if it is given, else of the variable. Raises ValueError if
+    others may read the file, or the token is malformed.
+    """
     if file is None:
         return None if variable is None else checked_token(variable, TOKEN_VARIABLE)
     mode = stat.S_IMODE(file.stat().st_mode)

@@ -1,8 +1,8 @@
 """The endpoints of the grading service: HTTP requests to work of the queue, and back.
 
-An answer to /v1/run or /v1/grade says what the program did. Whatever the sandbox itself could not
-do is a 503, for the client to try again elsewhere, or a SANDBOX_ERROR result; never a verdict.
-Every refusal is JSON, {"error": reason}.
+An answer to /v1/run or /v1/grade reports what the program did. A failure of the sandbox is a 503,
+which the client retries elsewhere, or a SANDBOX_ERROR result; never a verdict. Every refusal is
+JSON, {"error": reason}.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from .. import Sandbox
 from . import wire
 from .grading_queue import (
     SANDBOX_FAULTS,
-    Answer,
+    AnswerRetention,
     Grading,
+    GradingAnswer,
     GradingQueue,
     IdTakenError,
-    Keep,
     QueueFullError,
 )
-from .metrics import Metrics, Reading
-from .record import Record, WireError
+from .metrics import GradingMetrics
+from .wire import Record, WireError
 
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
-PARSED_IN_PLACE_BYTES = 16 << 10  # some milliseconds at most, where it holds code to be parsed
+PARSED_IN_PLACE_BYTES = 16 << 10  # takes some milliseconds at most, even with code to parse
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Work = Callable[[Sandbox, Any], Answer]
+Work = Callable[[Sandbox, Any], GradingAnswer]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a server is asked for."""
+class ServerSettings:
+    """The options of a grading server."""
 
     host: str
     port: int
@@ -57,11 +57,11 @@ class Settings:
     isolation: str
     max_body_bytes: int
     max_held_bytes: int
-    keep: Keep
+    keep: AnswerRetention
 
 
-class RefusedError(Exception):
-    """A request that is not served, as an HTTP status, with its reason."""
+class GradingRefusedError(Exception):
+    """A request that is not served: an HTTP status and the reason."""
 
     def __init__(self, status: int, reason: str, **headers: str) -> None:
         super().__init__(reason)
@@ -69,14 +69,14 @@ class RefusedError(Exception):
         self.headers = headers
 
 
-class Service:
-    """The endpoints, and what they share."""
+class GradingService:
+    """The endpoints, and the state that they share."""
 
-    def __init__(self, sandbox: Sandbox, settings: Settings) -> None:
+    def __init__(self, sandbox: Sandbox, settings: ServerSettings) -> None:
         self.sandbox = sandbox
         self.settings = settings
         self.draining = False
-        self.metrics = Metrics()
+        self.metrics = GradingMetrics()
         self.queue = GradingQueue(settings.jobs, settings.queue, settings.keep, self.metrics)
         self._held_bytes = 0
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
@@ -85,13 +85,14 @@ class Service:
             ("queue_length", lambda: self.queue.waiting, "Requests that wait for the sandbox."),
             ("running", lambda: self.queue.running, "Requests in the sandbox."),
             ("held_bytes", lambda: self._held_bytes, "Size of the bodies of open requests."),
-            ("draining", lambda: self.draining, "1 from the first SIGTERM on."),
+            ("draining", lambda: self.draining, "1 since the first SIGTERM, else 0."),
         ):
-            self.metrics.add(name, Reading("gauge", read), meaning)
-        self.metrics.add(
+            self.metrics.read_when_asked("gauge", name, read, meaning)
+        self.metrics.read_when_asked(
+            "counter",
             "zygotes_started_total",
-            Reading("counter", lambda: sandbox.zygotes_started),
-            "Zygotes started; beyond one a worker, as many were lost and replaced.",
+            lambda: sandbox.zygotes_started,
+            "Zygotes started: one a worker, and one for each that was lost.",
         )
 
     def application(self) -> web.Application:
@@ -110,14 +111,14 @@ class Service:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Around every request: the token, refusals as JSON, and the counting."""
+        """Check the token, turn refusals into JSON, and count, around every request."""
         arrived_s = time.monotonic()
         code = "disconnected"
         try:
             try:
                 self.authorise(request)
                 response = await handler(request)
-            except RefusedError as refusal:
+            except GradingRefusedError as refusal:
                 response = refused(refusal.status, str(refusal), refusal.headers)
             except web.HTTPException as error:  # no such path or method, a body that is too large
                 response = refused(error.status, self.explain(error), {})
@@ -133,13 +134,13 @@ class Service:
                 self.metrics.latency_s.observe(time.monotonic() - arrived_s)
 
     def authorise(self, request: web.Request) -> None:
-        """RefusedError unless the request brings the token, compared in constant time."""
+        """Raise GradingRefusedError unless the request has the token, compared in constant time."""
         if self.settings.token is None:
             return
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         if not hmac.compare_digest(given, f"Bearer {self.settings.token}".encode()):
             reason = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
-            raise RefusedError(401, reason, **{"WWW-Authenticate": "Bearer"})
+            raise GradingRefusedError(401, reason, **{"WWW-Authenticate": "Bearer"})
 
     def explain(self, error: web.HTTPException) -> str:
         if error.status == 413:
@@ -156,11 +157,11 @@ class Service:
         request: web.Request,
     ) -> web.StreamResponse:
         """Answer a request for work, once for each request id."""
-        # Browsers send this type to another site only after asking it, and it does not say yes.
+        # A browser sends this type to another site only if that site agrees, and this one does not.
         if request.content_type != "application/json":
-            raise RefusedError(415, "send the body as Content-Type: application/json")
+            raise GradingRefusedError(415, "send the body as Content-Type: application/json")
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise RefusedError(415, "send the body as it is, without Content-Encoding")
+            raise GradingRefusedError(415, "send the body as it is, without Content-Encoding")
         most_bytes = self.settings.max_body_bytes
         size_bytes = most_bytes if request.content_length is None else request.content_length
         if size_bytes > most_bytes:
@@ -173,18 +174,18 @@ class Service:
             try:
                 answer = await self.queue.answer(grading)
             except ValueError as error:
-                raise RefusedError(400, str(error)) from None
+                raise GradingRefusedError(400, str(error)) from None
             except SANDBOX_FAULTS as error:
-                raise RefusedError(503, f"the sandbox failed: {error!r}") from None
+                raise GradingRefusedError(503, f"the sandbox failed: {error!r}") from None
             return web.Response(body=answer.body, content_type="application/json")
         finally:
             self._held_bytes -= size_bytes
 
     async def accept(self, record: Record, do: Work, request: web.Request) -> Grading:
-        """The work that the request stands for, its own or an earlier one's."""
+        """Return the work of the request id, new or begun by an earlier request."""
         request_id = request.headers.get(wire.REQUEST_ID, "") or uuid.uuid4().hex
         if not REQUEST_ID_FORM.fullmatch(request_id):
-            raise RefusedError(
+            raise GradingRefusedError(
                 400, f"{wire.REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces"
             )
         body = await request.read()
@@ -194,13 +195,15 @@ class Service:
             try:
                 asked = await self.parse(record, body)
             except WireError as error:
-                raise RefusedError(400, str(error)) from None
-            grading = self.earlier(request_id, digest)  # it may have come twice meanwhile
+                raise GradingRefusedError(400, str(error)) from None
+            grading = self.earlier(
+                request_id, digest
+            )  # the same request may have come again meanwhile
         if grading is not None:
             self.metrics.joined.add()
             return grading
         if self.draining:
-            raise RefusedError(503, "draining: this server takes no new work")
+            raise GradingRefusedError(503, "draining: this server takes no new work")
         try:
             return self.queue.submit(request_id, digest, lambda: do(self.sandbox, asked))
         except QueueFullError as error:
@@ -210,11 +213,12 @@ class Service:
         try:
             return self.queue.find(request_id, digest)
         except IdTakenError as error:
-            raise RefusedError(409, str(error)) from None
+            raise GradingRefusedError(409, str(error)) from None
 
     async def parse(self, record: Record, body: bytes) -> Any:
-        """The request in the body; a small one in place, unless a large one is being parsed: Python
-        3.11's parser fails with a SystemError if two threads are in it (CPython issue 106905).
+        """Return the request in the body. A small one is parsed in this thread, unless a large one
+        is being parsed: Python 3.11's parser fails with a SystemError if two threads use it
+        (CPython issue 106905).
         """
         if len(body) <= PARSED_IN_PLACE_BYTES and not self._parsing:
             return wire.decode_request(record, body)
@@ -222,19 +226,19 @@ class Service:
         parsing = loop.run_in_executor(self._parser, wire.decode_request, record, body)
         self._parsing.add(parsing)
         parsing.add_done_callback(self._parsing.discard)
-        return await asyncio.shield(parsing)  # so that it counts until it has really ended
+        return await asyncio.shield(parsing)  # it counts until it has really ended
 
-    def full(self, retry_after_s: int, reason: str) -> RefusedError:
+    def full(self, retry_after_s: int, reason: str) -> GradingRefusedError:
         reason = f"{reason}; come again in {retry_after_s} s"
-        return RefusedError(429, reason, **{"Retry-After": str(retry_after_s)})
+        return GradingRefusedError(429, reason, **{"Retry-After": str(retry_after_s)})
 
     def shut_down(self) -> None:
-        """Once nothing is open any more."""
+        """End the threads, once no request is open."""
         self.queue.shut_down()
         self._parser.shutdown(wait=False)
 
     async def health(self, request: web.Request) -> web.StreamResponse:
-        """Whether it takes work (503 if not), and what it is."""
+        """Report whether this server takes work (503 if not), and what it is."""
         about = {
             "status": "draining" if self.draining else "ready",
             "isolation": self.sandbox.isolation,
@@ -253,14 +257,14 @@ class Service:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
-def run(sandbox: Sandbox, asked: wire.RunRequest) -> Answer:
-    """In a thread of the pool."""
+def run(sandbox: Sandbox, asked: wire.RunRequest) -> GradingAnswer:
+    """Run a program, in a thread of the pool."""
     result = sandbox.run(asked.source, asked.stdin, asked.limits, asked.language)
-    return Answer(wire.encode_results([result]), (result.status,))
+    return GradingAnswer(wire.encode_results([result]), (result.status,))
 
 
-def grade(sandbox: Sandbox, asked: wire.GradeRequest) -> Answer:
-    """In a thread of the pool."""
+def grade(sandbox: Sandbox, asked: wire.GradeRequest) -> GradingAnswer:
+    """Grade a program, in a thread of the pool."""
     results = sandbox.grade(
         asked.source,
         asked.tests,
@@ -270,7 +274,7 @@ def grade(sandbox: Sandbox, asked: wire.GradeRequest) -> Answer:
         language=asked.language,
         run_at_least=asked.run_at_least,
     )
-    return Answer(wire.encode_results(results), tuple(result.status for result in results))
+    return GradingAnswer(wire.encode_results(results), tuple(result.status for result in results))
 
 
 def refused(status: int, reason: str, headers: Mapping[str, str]) -> web.Response:

@@ -1,17 +1,16 @@
 """What waits for the sandbox, what runs in it, and the answers that are kept.
 
-Theory of operation. Everything here lives in the event loop's thread; only `work`, which blocks,
-runs in a thread of the pool, of which there is one a job: more than the sandbox has workers, so
-that programs which sleep hold up nobody. A request becomes a
-`Grading`: an asyncio task that waits its turn (first come, first served), then for its thread. Its
-clients wait for the task behind a shield: one that goes away leaves the others alone, and when the
-last one goes before the work has begun, the task is cancelled and its place in the queue is free.
-Work that has begun is finished and its answer kept, since a client that lost its connection will
-ask again.
+Theory of operation. Everything here runs in the event loop's thread, except `work`, which blocks
+and runs in a pool of threads. The pool has more threads than the sandbox has workers, so a program
+that sleeps delays no other. A request becomes a `Grading`: an asyncio task that waits for its turn
+(first come, first served), then for its thread. Its clients wait for the task behind a shield, so
+one that leaves does not disturb the others. If the last one leaves before the work begins, the task
+is cancelled and leaves the queue. Work that has begun is finished and its answer kept, since a
+client that lost its connection will ask again.
 
-A request id stands for one piece of work. While it is queued, runs, or its answer is kept, the same
-id joins it; another request under the same id is refused. Answers are kept for a bounded time, in a
-bounded number and size, the oldest dropped first; failures are not kept.
+A request id names one piece of work. While that is queued, runs, or its answer is kept, a request
+with the same id joins it; the same id with another body is refused. Answers are kept for a bounded
+time, in bounded number and size, the oldest dropped first. Failures are not kept.
 """
 
 from __future__ import annotations
@@ -25,34 +24,34 @@ from typing import NamedTuple
 
 from ..verdict import Status
 from ..worker import ZygoteLostError
-from .metrics import Metrics
+from .metrics import GradingMetrics
 
-SMOOTHING = 0.05  # weight of the newest run in the mean that Retry-After is made of
+SMOOTHING = 0.05  # weight of the newest run in the mean from which Retry-After follows
 MOST_RETRY_AFTER_S = 30
-# What the sandbox raises where it failed and not the program.
+# Errors of the sandbox, not of the program.
 SANDBOX_FAULTS = (OSError, RuntimeError, ZygoteLostError)
 
 
-class Answer(NamedTuple):
-    """The body that goes to the client, and the verdicts in it, for counting."""
+class GradingAnswer(NamedTuple):
+    """The body for the client, and the verdicts in it, for counting."""
 
     body: bytes
     statuses: tuple[Status, ...]
 
 
 class QueueFullError(Exception):
-    """No place is free; `retry_after_s` says when to come again."""
+    """The queue is full; retry after `retry_after_s`."""
 
     def __init__(self, retry_after_s: int) -> None:
-        super().__init__(f"the queue is full; come again in {retry_after_s} s")
+        super().__init__(f"the queue is full; retry after {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
 class IdTakenError(Exception):
-    """The request id stands for another request."""
+    """The request id names another request."""
 
 
-class Keep(NamedTuple):
+class AnswerRetention(NamedTuple):
     """Bounds on the answers that are kept for a client that asks again."""
 
     seconds: float = 600.0
@@ -61,7 +60,7 @@ class Keep(NamedTuple):
 
 
 class Grading:
-    """One piece of work: queued, running, or done and kept."""
+    """One piece of work: queued, running, or finished and kept."""
 
     def __init__(self, request_id: str, digest: bytes) -> None:
         self.request_id = request_id
@@ -70,13 +69,15 @@ class Grading:
         self.finished_s = 0.0
         self.clients = 0
         self.running = False
-        self.task: asyncio.Task[Answer]
+        self.task: asyncio.Task[GradingAnswer]
 
 
 class GradingQueue:
     """At most `jobs` pieces of work run, and at most `capacity` wait."""
 
-    def __init__(self, jobs: int, capacity: int, keep: Keep, metrics: Metrics) -> None:
+    def __init__(
+        self, jobs: int, capacity: int, keep: AnswerRetention, metrics: GradingMetrics
+    ) -> None:
         self.jobs = jobs
         self.capacity = capacity
         self.running = 0
@@ -96,15 +97,15 @@ class GradingQueue:
         return len(self._open) - self.running
 
     def find(self, request_id: str, digest: bytes) -> Grading | None:
-        """The work that this id stands for. IdTakenError if it is another request's."""
+        """Return the work of this id. Raises IdTakenError if the id names another request."""
         self._forget_old()
         grading = self._open.get(request_id) or self._kept.get(request_id)
         if grading and grading.digest != digest:
-            raise IdTakenError(f"request id {request_id!r} stands for a request with another body")
+            raise IdTakenError(f"request id {request_id!r} names a request with another body")
         return grading
 
-    def submit(self, request_id: str, digest: bytes, work: Callable[[], Answer]) -> Grading:
-        """Queue new work. QueueFullError where there is no place."""
+    def submit(self, request_id: str, digest: bytes, work: Callable[[], GradingAnswer]) -> Grading:
+        """Queue new work. Raises QueueFullError if the queue is full."""
         assert request_id not in self._open and request_id not in self._kept
         if len(self._open) >= self.jobs + self.capacity:
             raise QueueFullError(self.retry_after_s())
@@ -115,8 +116,8 @@ class GradingQueue:
         grading.task.add_done_callback(lambda _: self._close(grading))
         return grading
 
-    async def answer(self, grading: Grading) -> Answer:
-        """Wait for the answer; whatever `work` raised is raised here."""
+    async def answer(self, grading: Grading) -> GradingAnswer:
+        """Wait for the answer. Raises what `work` raised."""
         grading.clients += 1
         try:
             return await asyncio.shield(grading.task)
@@ -128,7 +129,7 @@ class GradingQueue:
                 self._metrics.cancelled.add()
 
     def retry_after_s(self) -> int:
-        """In how many whole seconds half of the queue will be done, as far as can be told."""
+        """Estimate the whole seconds in which half of the queue will be finished."""
         estimate_s = self.waiting / 2 * self._mean_run_s / self.jobs
         return max(1, min(MOST_RETRY_AFTER_S, round(estimate_s)))
 
@@ -139,7 +140,7 @@ class GradingQueue:
     def shut_down(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _do(self, grading: Grading, work: Callable[[], Answer]) -> Answer:
+    async def _do(self, grading: Grading, work: Callable[[], GradingAnswer]) -> GradingAnswer:
         async with self._turn:
             grading.running = True
             self.running += 1
@@ -161,12 +162,12 @@ class GradingQueue:
         return answer
 
     def _close(self, grading: Grading) -> None:
-        """The task has ended: keep its answer, if it has one."""
+        """Keep the answer of a task that has ended, if it has one."""
         if self._open.get(grading.request_id) is grading:
             del self._open[grading.request_id]
         if not self._open:
             self._idle.set()
-        # reading the exception also tells asyncio that it was seen, where no client is left to
+        # reading the exception also marks it as retrieved, if no client is left
         if grading.task.cancelled() or grading.task.exception() is not None:
             return
         grading.finished_s = time.monotonic()

@@ -1,13 +1,13 @@
 """The life of a grading server: one Sandbox behind HTTP, from its start to its drain.
 
-Theory of operation. One process. The event loop's thread speaks HTTP, checks tokens and requests
-(`endpoints.py`), and keeps the queue (`grading_queue.py`); a pool of threads, one a job, waits in
-the Sandbox, whose zygotes do the work. Bodies are read whole; large ones are parsed in a thread
-of their own.
+Theory of operation. There is one process. The event loop's thread speaks HTTP, checks tokens and
+requests (`endpoints.py`), and keeps the queue (`grading_queue.py`). A pool of threads, one for each
+program under way, waits in the Sandbox, whose zygotes do the work. Bodies are read whole; large
+ones are parsed in a thread of their own.
 
-SIGTERM or SIGINT drains: new work is refused (503, Connection: close), /health says so, what is
-queued and running is finished and its answers are sent, then the process exits with 0. A second
-signal ends it at once; the kernel then ends the zygotes, which watch their controller's pidfd.
+SIGTERM or SIGINT drains: new work is refused (503, Connection: close), /health reports it, queued
+and running work is finished, its answers are sent, and the process exits with 0. A second signal
+ends it at once; the zygotes, which watch their controller's pidfd, end too.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import socket
 from aiohttp import web
 
 from .. import Sandbox
-from .endpoints import Service, Settings
+from .endpoints import GradingService, ServerSettings
 
-SEND_TIMEOUT_S = 30.0  # for the last answers to leave, once all work is done
+SEND_TIMEOUT_S = 30.0  # to send the last answers, once all work is finished
 BACKLOG = 4096  # connections not yet accepted: a client may open all of its own at once
 
 
-def serve(settings: Settings) -> int:
-    """Serve until a signal, then drain. OSError where the address is not to be had."""
+def serve(settings: ServerSettings) -> int:
+    """Serve until a signal, then drain. Raises OSError if the address cannot be bound."""
     allow_connections()
     with (
         contextlib.closing(listening_socket(settings.host, settings.port)) as listener,
@@ -39,8 +39,10 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-async def serve_and_drain(sandbox: Sandbox, settings: Settings, listener: socket.socket) -> None:
-    service = Service(sandbox, settings)
+async def serve_and_drain(
+    sandbox: Sandbox, settings: ServerSettings, listener: socket.socket
+) -> None:
+    service = GradingService(sandbox, settings)
     asked_to_stop = asyncio.Event()
 
     def stop(number: int) -> None:
@@ -52,7 +54,7 @@ async def serve_and_drain(sandbox: Sandbox, settings: Settings, listener: socket
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    # Without handler_cancellation a client that went away would keep its place in the queue.
+    # Without handler_cancellation the work of a client that left would stay in the queue.
     runner = web.AppRunner(
         service.application(),
         access_log=None,
@@ -97,6 +99,6 @@ def address_of(listener: socket.socket) -> str:
 
 
 def allow_connections() -> None:
-    """As many open descriptors as this process may have: a connection is one."""
+    """Raise the limit of open descriptors to its maximum: each connection needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

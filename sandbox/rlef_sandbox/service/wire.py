@@ -1,43 +1,243 @@
-"""What client and server say to each other, in tables: requests, tests, checkers, limits, results.
+"""What client and server exchange, as JSON: requests, tests, checkers, limits, results.
 
-Everything is a `Record`: a frozen dataclass and how each of its fields travels (`record.py`).
-Arguments and expected values of function calls travel in the form of `values.py`, in place. A new
-kind of test or of checker is a line in TESTS or CHECKERS. Decoding meets untrusted bytes and
-answers with a value or with WireError, which names the field.
+Everything is a `Record`: a frozen dataclass, and how each of its fields is encoded and decoded. A
+new kind of test or checker is a line in TESTS or CHECKERS. Arguments and expected values of
+function calls have the form of `values.py`. Bytes are a JSON string if they are UTF-8, otherwise
+{"base64": "..."}: programs are readable in a request, and no byte is lost. Decoding meets untrusted
+bytes: it returns a value, or raises WireError, which names the field.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from .. import values
 from ..checkers import checker_named
-from ..verdict import CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
-from .record import (
-    BYTES,
-    FLAG,
-    TEXT,
-    Field,
-    Record,
-    WireError,
-    any_of,
-    list_of,
-    number,
-    of_type,
-    optional,
-    parse,
-)
+from ..verdict import CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test, as_bytes
 
 REQUEST_ID = "Idempotency-Key"  # the header that names a request through all its tries
-# Upper bounds that keep a number within what the sandbox's own messages hold; nobody needs more.
+# Bounds that keep a number within what the sandbox's own messages can represent.
 MAX_SECONDS = 24 * 3600.0
 MAX_MEMORY_BYTES = 1 << 40
 MAX_OUTPUT_BYTES = 1 << 30
 MAX_PROCESSES = 1 << 16
 MAX_INTEGER = (1 << 63) - 1
+JSON_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+class WireError(ValueError):
+    """A malformed message; it names the field and the reason."""
+
+
+class Field(NamedTuple):
+    """How one field is encoded to JSON, and decoded from JSON and its path, for error messages."""
+
+    encode: Callable[[Any], object]
+    decode: Callable[[object, str], Any]
+
+
+class Record(NamedTuple):
+    """A frozen dataclass that is a JSON object on the wire."""
+
+    type: Callable[..., Any]
+    fields: Mapping[str, Field]
+
+    def encode(self, record: object) -> dict[str, object]:
+        return {name: field.encode(getattr(record, name)) for name, field in self.fields.items()}
+
+    def decode(self, wire: object, path: str) -> Any:
+        """Return the dataclass. Raises WireError, also for an unknown field."""
+        given = of_type(wire, dict, path)
+        prefix = f"{path}." if path else ""
+        if unknown := given.keys() - self.fields.keys():
+            known = ", ".join(self.fields)
+            raise WireError(f"{prefix}{min(unknown)}: unknown field; known: {known}")
+        arguments = {
+            name: field.decode(given[name], prefix + name)
+            for name, field in self.fields.items()
+            if name in given
+        }
+        if missing := _required(self.type) - arguments.keys():
+            raise WireError(f"{prefix}{min(missing)}: this field is needed")
+        try:
+            return self.type(**arguments)
+        except (ValueError, OverflowError) as error:
+            raise WireError(f"{path}: {error}") from None
+        except (RecursionError, MemoryError):  # of Python's parser, on code nested too deep
+            raise WireError(f"{path}: nested too deep") from None
+
+
+def _required(record_type: Callable[..., Any]) -> set[str]:
+    absent = dataclasses.MISSING
+    return {
+        field.name
+        for field in dataclasses.fields(record_type)  # type: ignore[arg-type]
+        if field.default is absent and field.default_factory is absent
+    }
+
+
+def of_type(wire: object, wanted: type, path: str) -> Any:
+    """Return `wire` if it is of the type. A boolean is not a number."""
+    if isinstance(wire, wanted) and (wanted is bool or not isinstance(wire, bool)):
+        return wire
+    found, needed = JSON_TYPES[type(wire)], JSON_TYPES[wanted]
+    raise WireError(f"{path or 'the body'}: {found} where {needed} is needed")
+
+
+def typed(kind: type) -> Field:
+    return Field(kind, lambda wire, path: of_type(wire, kind, path))
+
+
+def optional(field: Field) -> Field:
+    """Return the field, or null for None."""
+    return Field(
+        lambda value: None if value is None else field.encode(value),
+        lambda wire, path: None if wire is None else field.decode(wire, path),
+    )
+
+
+def number(kind: type[int] | type[float], most: float, least: float = 0) -> Field:
+    """Return a finite number within bounds; an integer if `kind` is int."""
+
+    def decode(wire: object, path: str) -> float:
+        found = of_type(wire, int if isinstance(wire, int) else kind, path)
+        if not least <= found <= most:  # NaN is not
+            shown = "the number" if abs(found) > 1e30 else found
+            raise WireError(f"{path}: {shown} must be within {least} and {most:.15g}")
+        return kind(found)
+
+    return Field(kind, decode)
+
+
+def any_of(kinds: Mapping[str, Record]) -> Field:
+    """Return a record of one of these kinds, which it names; the first kind may go unnamed."""
+    by_type = {record.type: kind for kind, record in kinds.items()}
+
+    def encode(item: object) -> object:
+        kind = by_type.get(type(item))
+        if kind is None:
+            known = ", ".join(record.type.__name__ for record in kinds.values())
+            raise ValueError(f"a {type(item).__name__} cannot travel; known: {known}")
+        return {"kind": kind, **kinds[kind].encode(item)}
+
+    def decode(wire: object, path: str) -> Any:
+        given = dict(of_type(wire, dict, path))
+        kind = given.pop("kind", next(iter(kinds)))
+        if not isinstance(kind, str) or kind not in kinds:
+            known = ", ".join(kinds)
+            raise WireError(f"{path}.kind: unknown kind {str(kind)[:40]!r}; known: {known}")
+        return kinds[kind].decode(given, path)
+
+    return Field(encode, decode)
+
+
+def bytes_to_wire(content: str | bytes) -> object:
+    content = as_bytes(content)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}
+
+
+def bytes_from_wire(wire: object, path: str) -> bytes:
+    if isinstance(wire, str):
+        return as_bytes(wire)
+    if not (isinstance(wire, dict) and wire.keys() == {"base64"}):
+        raise WireError(f'{path}: write bytes as a string, or as {{"base64": "..."}}')
+    try:
+        return base64.b64decode(of_type(wire["base64"], str, f"{path}.base64"), validate=True)
+    except WireError:
+        raise
+    except ValueError as error:
+        raise WireError(f"{path}.base64: {error}") from None
+
+
+def value_to_wire(value: object) -> object:
+    """Raise ValueError if the value is not plain data."""
+    try:
+        return json.loads(values.encode(value))
+    except TypeError as error:
+        raise ValueError(f"a test cannot travel: {error}") from None
+
+
+def value_from_wire(wire: object, path: str) -> Any:
+    try:
+        value = values.decode(json.dumps(wire).encode())
+        values.encode(value)  # refuses what is nested deeper than the sandbox allows
+        return value
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise WireError(f"{path}: not a value: {error}") from None
+
+
+def _arguments_from_wire(wire: object, path: str) -> tuple[object, ...]:
+    return tuple(value_from_wire(of_type(wire, list, path), path))
+
+
+def _status_from_wire(wire: object, path: str) -> Status:
+    try:
+        return Status(of_type(wire, str, path))
+    except ValueError:
+        raise WireError(f"{path}: unknown status {wire!r}") from None
+
+
+BYTES = Field(bytes_to_wire, bytes_from_wire)
+TEXT, FLAG = typed(str), typed(bool)
+VALUE = Field(value_to_wire, value_from_wire)
+ARGUMENTS = Field(lambda arguments: value_to_wire(list(arguments)), _arguments_from_wire)
+SECONDS = number(float, MAX_SECONDS)
+MEASURED_SECONDS = number(float, float("inf"))
+INTEGER = number(int, MAX_INTEGER, -MAX_INTEGER)
+
+TESTS = {
+    "stdin": Record(Test, {"stdin": BYTES, "expected": BYTES}),
+    "call": Record(CallTest, {"entry_point": TEXT, "args": ARGUMENTS, "expected": VALUE}),
+    "check": Record(CheckTest, {"entry_point": TEXT, "code": TEXT, "check": TEXT}),
+}
+LIMITS = Record(
+    Limits,
+    {
+        "cpu_s": SECONDS,
+        "wall_s": optional(SECONDS),
+        "memory_bytes": number(int, MAX_MEMORY_BYTES),
+        "output_bytes": number(int, MAX_OUTPUT_BYTES),
+        "processes": number(int, MAX_PROCESSES),
+    },
+)
+LIMITS_FIELD = Field(LIMITS.encode, LIMITS.decode)
+CHECKERS = {  # those that are more than a name
+    "program": Record(CheckerProgram, {"source": TEXT, "limits": LIMITS_FIELD}),
+}
+
+
+def _checker_to_wire(checker: object) -> object:
+    return checker if isinstance(checker, str) else any_of(CHECKERS).encode(checker)
+
+
+def _checker_from_wire(wire: object, path: str) -> Any:
+    if not isinstance(wire, str):
+        return any_of(CHECKERS).decode(wire, path)
+    try:
+        checker_named(wire)
+    except ValueError as error:
+        raise WireError(f"{path}: {error}") from None
+    return wire
+
+
+def _tests_from_wire(wire: object, path: str) -> list[Any]:
+    tests = enumerate(of_type(wire, list, path))
+    return [any_of(TESTS).decode(test, f"{path}[{index}]") for index, test in tests]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,90 +263,13 @@ class GradeRequest:
     run_at_least: int = 0
 
 
-def value_to_wire(value: object) -> object:
-    """ValueError where the value is not plain data."""
-    try:
-        return json.loads(values.encode(value))
-    except TypeError as error:
-        raise ValueError(f"a test cannot travel: {error}") from None
-
-
-def value_from_wire(wire: object, path: str) -> object:
-    try:
-        value = values.decode(json.dumps(wire).encode())
-        values.encode(value)  # refuses what is nested deeper than the sandbox takes
-        return value
-    except KeyError as error:
-        raise WireError(f"{path}: unknown type of value {error}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise WireError(f"{path}: not a value: {error}") from None
-
-
-def _arguments_from_wire(wire: object, path: str) -> tuple[object, ...]:
-    value = value_from_wire(of_type(wire, list, path), path)
-    assert isinstance(value, list)
-    return tuple(value)
-
-
-def _status_from_wire(wire: object, path: str) -> Status:
-    try:
-        return Status(of_type(wire, str, path))
-    except ValueError:
-        raise WireError(f"{path}: unknown status {wire!r}") from None
-
-
-VALUE = Field(value_to_wire, value_from_wire)
-ARGUMENTS = Field(lambda arguments: value_to_wire(list(arguments)), _arguments_from_wire)
-SECONDS = number(float, MAX_SECONDS)
-INTEGER = number(int, MAX_INTEGER, -MAX_INTEGER)
-
-TESTS = {
-    "stdin": Record(Test, {"stdin": BYTES, "expected": BYTES}),
-    "call": Record(CallTest, {"entry_point": TEXT, "args": ARGUMENTS, "expected": VALUE}),
-    "check": Record(CheckTest, {"entry_point": TEXT, "code": TEXT, "check": TEXT}),
-}
-LIMITS = Record(
-    Limits,
-    {
-        "cpu_s": SECONDS,
-        "wall_s": optional(SECONDS),
-        "memory_bytes": number(int, MAX_MEMORY_BYTES),
-        "output_bytes": number(int, MAX_OUTPUT_BYTES),
-        "processes": number(int, MAX_PROCESSES),
-    },
-)
-
-
-CHECKERS = {  # those that are more than a name
-    "program": Record(CheckerProgram, {"source": TEXT, "limits": LIMITS.field}),
-}
-
-
-def _checker_to_wire(checker: object) -> object:
-    return checker if isinstance(checker, str) else any_of(CHECKERS).encode(checker)
-
-
-def _checker_from_wire(wire: object, path: str) -> Any:
-    if not isinstance(wire, str):
-        return any_of(CHECKERS).decode(wire, path)
-    try:
-        checker_named(wire)
-    except ValueError as error:
-        raise WireError(f"{path}: {error}") from None
-    return wire
-
-
-COMMON = {
-    "source": BYTES,
-    "limits": optional(LIMITS.field),
-    "language": TEXT,
-}
+COMMON = {"source": BYTES, "limits": optional(LIMITS_FIELD), "language": TEXT}
 RUN = Record(RunRequest, {**COMMON, "stdin": BYTES})
 GRADE = Record(
     GradeRequest,
     {
         **COMMON,
-        "tests": list_of(TESTS),
+        "tests": Field(lambda tests: list(map(any_of(TESTS).encode, tests)), _tests_from_wire),
         "checker": Field(_checker_to_wire, _checker_from_wire),
         "stop_at_first_failure": FLAG,
         "run_at_least": number(int, MAX_INTEGER),
@@ -160,36 +283,47 @@ RESULT = Record(
         "stderr": BYTES,
         "exit_code": optional(INTEGER),
         "signal": optional(INTEGER),
-        "cpu_s": number(float, float("inf")),
-        "wall_s": number(float, float("inf")),
+        "cpu_s": MEASURED_SECONDS,
+        "wall_s": MEASURED_SECONDS,
         "max_rss_bytes": INTEGER,
         "returned": optional(TEXT),
     },
 )
 
 
+def parse(body: bytes) -> object:
+    try:
+        return json.loads(body.decode())
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the body is not JSON in UTF-8: {error}") from None
+
+
 def encode_request(record: Record, request: RunRequest | GradeRequest) -> bytes:
-    """The body of a request. ValueError where a test is not plain data."""
+    """Return the body of a request. Raises ValueError if a test is not plain data."""
     return json.dumps(record.encode(request), separators=(",", ":")).encode()
 
 
 def decode_request(record: Record, body: bytes) -> Any:
-    """The request in a body. WireError, naming the field, if malformed."""
+    """Return the request in a body. Raises WireError if it is malformed."""
     return record.decode(parse(body), "")
 
 
 def encode_results(results: Sequence[Result]) -> bytes:
-    """The body of an answer: {"results": [...]}, one a test, or one alone for a run."""
-    # one by one: encoding holds all other threads of the process up, and outputs may be large
+    """Return the body of an answer: {"results": [...]}, one for each test, or one for a run."""
+    # one by one: encoding stops all other threads of the process, and outputs may be large
     items = [json.dumps(RESULT.encode(result), separators=(",", ":")) for result in results]
     return ('{"results":[' + ",".join(items) + "]}").encode()
 
 
 def decode_results(body: bytes) -> list[Result]:
-    """The results in an answer. WireError if malformed."""
+    """Return the results in an answer, without fields that only a newer server knows. Raises
+    WireError if the answer is malformed.
+    """
     wire = of_type(parse(body), dict, "")
-    results = of_type(wire.get("results"), list, "results")
-    return [
-        RESULT.decode(result, f"results[{place}]", tolerant=True)
-        for place, result in enumerate(results)
-    ]
+    results = []
+    for index, result in enumerate(of_type(wire.get("results"), list, "results")):
+        path = f"results[{index}]"
+        fields = of_type(result, dict, path)
+        known = {name: value for name, value in fields.items() if name in RESULT.fields}
+        results.append(RESULT.decode(known, path))
+    return results

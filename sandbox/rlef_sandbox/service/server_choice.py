@@ -1,10 +1,10 @@
-"""Which server takes the next request: the one with the fewest open, among those that are up.
+"""Which server gets the next request: among those that are up, the one with the fewest open.
 
-Theory of operation. A request takes a server, and gives it back when the try is over, however it
-ended. A server that failed is out: no request takes it, and a task of its own asks for its health,
-more and more rarely, until it is ready again. A server whose queue is full rests for as long as it
-said. Where no server is to be had, or all have as many open requests as they may, requests wait;
-whatever changes that wakes them. Everything is of one event loop.
+Theory of operation. A request takes a server for one try, and gives it back when the try is over. A
+server that failed is out: no request takes it, and a task asks for its health, less and less often,
+until it is ready again. A server whose queue is full rests for the time that it asked for. If every
+server is out, rests, or has its maximum of open requests, requests wait until one is free.
+Everything runs in one event loop.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FIRST_PROBE_S = 0.1
 SLOWEST_PROBE_S = 15.0
 
 
-class Server:
-    """One address, and what is known of it."""
+class GradingServer:
+    """The address of one server, and its state as the client knows it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -33,55 +33,57 @@ class Server:
         return self.probing is not None
 
 
-class Fleet:
-    """The servers of one client. `is_ready` asks one of them, and says why not, or None."""
+class GradingServers:
+    """The servers of one client. `is_ready` returns None, or why a server is not ready."""
 
     def __init__(
         self,
         urls: Iterable[str],
         *,
         connections: int,
-        is_ready: Callable[[Server], Awaitable[str | None]],
+        is_ready: Callable[[GradingServer], Awaitable[str | None]],
     ) -> None:
-        self.servers = [Server(url) for url in urls]
+        self.servers = [GradingServer(url) for url in urls]
         self._connections = connections
         self._is_ready = is_ready
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def take(self) -> Server:
-        """The least busy server that is up; waits until there is one. To be given back."""
+    async def take(self) -> GradingServer:
+        """Wait for a free server and return the least busy. The caller gives it back."""
         while (server := self._least_busy()) is None:
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(place)
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
             try:
-                await place
+                await turn
             except asyncio.CancelledError:
-                if place.done() and not place.cancelled():
-                    self._wake_one()  # its turn is another's now
+                if turn.done() and not turn.cancelled():
+                    self._wake_one()  # it was woken, so another must be
                 raise
         server.open_requests += 1
         return server
 
-    def give_back(self, server: Server) -> None:
+    def give_back(self, server: GradingServer) -> None:
         server.open_requests -= 1
         self._wake_one()
 
-    def rest(self, server: Server, seconds: float, reason: str) -> None:
-        """Leave a busy server alone; a little longer than it said, so that clients spread."""
+    def rest(self, server: GradingServer, seconds: float, reason: str) -> None:
+        """Send nothing to a busy server for as long as it asked for, and a random part more, so
+        that clients do not return at once.
+        """
         loop = asyncio.get_running_loop()
         seconds *= random.uniform(1.0, 1.25)
         server.last_failure = reason
         server.rests_until_s = max(server.rests_until_s, loop.time() + seconds)
         loop.call_at(server.rests_until_s + 0.001, self._wake_all)
 
-    def take_out(self, server: Server, reason: str) -> None:
-        """No more requests for this server until it is ready again."""
+    def take_out(self, server: GradingServer, reason: str) -> None:
+        """Send nothing to this server until it is ready again."""
         server.last_failure = reason
         if not server.out:
             server.probing = asyncio.create_task(self._probe(server))
 
     def reasons(self) -> str:
-        """Each server and how it last failed."""
+        """Return each server and how it last failed."""
         return "; ".join(f"{server.url}: {server.last_failure}" for server in self.servers)
 
     async def close(self) -> None:
@@ -90,7 +92,7 @@ class Fleet:
             probe.cancel()
         await asyncio.gather(*probes, return_exceptions=True)
 
-    def _least_busy(self) -> Server | None:
+    def _least_busy(self) -> GradingServer | None:
         now_s = asyncio.get_running_loop().time()
         free = [
             server
@@ -99,10 +101,10 @@ class Fleet:
             and server.open_requests < self._connections
             and server.rests_until_s <= now_s
         ]
-        # among equals by chance, or many clients would all begin with the first
+        # chosen at random among equals, or many clients would all begin with the first
         return min(free, key=lambda s: (s.open_requests, random.random()), default=None)
 
-    async def _probe(self, server: Server) -> None:
+    async def _probe(self, server: GradingServer) -> None:
         pause_s = FIRST_PROBE_S
         while (reason := await self._is_ready(server)) is not None:
             server.last_failure = reason
@@ -113,13 +115,13 @@ class Fleet:
 
     def _wake_one(self) -> None:
         while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(None)
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
                 return
 
     def _wake_all(self) -> None:
         waiting, self._waiting = self._waiting, deque()
-        for place in waiting:
-            if not place.done():
-                place.set_result(None)
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None)
