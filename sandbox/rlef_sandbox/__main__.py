@@ -21,7 +21,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run one program: its output on ours, the verdict after it on stderr."""
+    """Run one program; print its output, and the verdict on stderr."""
     stdin = arguments.stdin.read_bytes() if arguments.stdin else b""
     limits = Limits(cpu_s=arguments.cpu_s, memory_bytes=arguments.memory_mib << 20)
     with Sandbox(workers=1, isolation=arguments.isolation) as sandbox:

@@ -1,8 +1,9 @@
-"""Judging what a program printed against what was expected: pure functions of two byte strings.
+"""Checkers compare a program's output with the expected one: pure functions of two byte strings.
 
-Every checker is `(expected, actual) -> bool` and never raises. Of `actual`, which is untrusted and
-may be megabytes long, it takes linear time, and memory beyond it only as `expected` has tokens: it
-runs in the process that trains. No pattern may backtrack over a run of digits more than once.
+Every checker is `(expected, actual) -> bool` and never raises. They run in the process that trains,
+and `actual` is untrusted and may be megabytes long. So they take time linear in it, and memory
+beyond it only in proportion to the tokens of `expected`. No pattern may backtrack over a run of
+digits more than once.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ CODECONTESTS_TOLERANCE = 1e-5  # the bound of the published grader, exclusive
 
 
 def tokens(expected: bytes, actual: bytes) -> bool:
-    """Equal whitespace-separated tokens. Where the expected token is a decimal (it has a point or
-    an exponent), any number within 1e-6, absolute or relative, does; all else, integers
-    included, must be equal as text. NaN and infinity are no numbers here.
+    """Return whether the whitespace-separated tokens are equal. For an expected decimal (with a
+    point or an exponent) any number within 1e-6, absolute or relative, is right. All other tokens,
+    also integers, must be equal as text. NaN and infinity are not numbers here.
     """
     return _all_match(_tokens_match, expected, actual)
 
 
 def _all_match(match: Checker, expected: bytes, actual: bytes) -> bool:
-    """Whether there are as many tokens in both, and each matches."""
+    """Return whether both have the same number of tokens, and each matches."""
     wanted = expected.split()
-    got = actual.split(None, len(wanted))  # one more at most, which is all the rest
+    got = actual.split(None, len(wanted))  # the last token is all the rest
     return len(wanted) == len(got) and (wanted == got or all(map(match, wanted, got)))
 
 
@@ -51,13 +52,13 @@ def _tokens_match(expected: bytes, actual: bytes) -> bool:
 
 
 def exact(expected: bytes, actual: bytes) -> bool:
-    """The same bytes."""
+    """Return whether the bytes are the same."""
     return expected == actual
 
 
 def codecontests(expected: bytes, actual: bytes) -> bool:
-    """The rule published with CodeContests: lower-cased tokens, equal as text or as doubles less
-    than 1e-5 apart. It takes 9007199254740993 for ...992; kept to compare with published scores.
+    """Apply the rule published with CodeContests: lower-cased tokens, equal as text or as doubles
+    less than 1e-5 apart. It accepts 9007199254740993 for ...992; for comparing published scores.
     """
     return _all_match(_codecontests_tokens_match, expected.lower(), actual.lower())
 
@@ -71,7 +72,9 @@ def _codecontests_tokens_match(expected: bytes, actual: bytes) -> bool:
 
 
 def unordered_lines(expected: bytes, actual: bytes) -> bool:
-    """The same lines in any order, as often each; blank lines and runs of spaces do not count."""
+    """Return whether the lines are the same in any order; blank lines and runs of spaces are
+    ignored.
+    """
     left = Counter(_lines(expected))
     for line in _lines(actual):
         if not left[line]:
@@ -81,19 +84,19 @@ def unordered_lines(expected: bytes, actual: bytes) -> bool:
 
 
 def _lines(text: bytes) -> Iterator[bytes]:
-    """The lines that are not blank, each with its words one space apart."""
+    """Return the lines that are not blank, each with one space between words."""
     text = text.translate(ONE_SPACE)
-    while b"  " in text:  # halves every run: no list of millions of words
+    while b"  " in text:  # halves every run, without a list of millions of words
         text = text.replace(b"  ", b" ")
     return (line for line in map(bytes.strip, io.BytesIO(text)) if line)
 
 
 def livecodebench(expected: bytes, actual: bytes) -> bool:
-    """LiveCodeBench's rule: as many lines, each, without the space around it, the same text or the
-    same numbers, exactly: 1.0 is 1, and 0.333 is not 0.3333.
+    """Apply LiveCodeBench's rule: the same number of lines, each, without the space around it, of
+    the same text or exactly the same numbers: 1.0 equals 1, and 0.333 differs from 0.3333.
     """
     wanted = expected.strip().split(b"\n")
-    got = actual.strip().split(b"\n", len(wanted))  # one more at most, which is all the rest
+    got = actual.strip().split(b"\n", len(wanted))  # the last token is all the rest
     return len(wanted) == len(got) and all(map(_number_lines_match, wanted, got))
 
 
@@ -120,7 +123,7 @@ CHECKERS: dict[str, Checker] = {
 
 
 def checker_named(name: str) -> Checker:
-    """The checker called `name`. ValueError, naming the known ones, if there is none."""
+    """Return the checker called `name`. Raises ValueError if there is none."""
     if name not in CHECKERS:
         raise ValueError(f"unknown checker {name!r}; known: {', '.join(CHECKERS)}")
     return CHECKERS[name]

@@ -1,9 +1,9 @@
 """The two halves of a CheckTest, in two confined processes with a socket between them.
 
-The program's side serves calls of its function; the other side runs the test's code, to which
+The program's side serves calls of its function. The other side runs the test's code, for which
 `candidate` is a stand-in that sends each call across and waits. Only plain data crosses (`values`),
-length first, so neither side ever holds an object, a frame or a line of the other's. What the
-program raises arrives as a built-in exception of the same name, if there is one.
+preceded by its length, so neither side has an object, a frame or a line of the other. An exception
+of the program arrives as the built-in exception of that name, if there is one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LENGTH = struct.Struct("<Q")
 MAX_MESSAGE_BYTES = 64 << 20
 NAME_CHARACTERS, WORDS_CHARACTERS = 200, 4000  # of an exception
 RETURNED, RAISED = b"=", b"!"
-# Exit codes of the checking side, beside 0 and 1 (job.py).
+# Exit codes of the checking side, beside 0 and 1 (program_runner.py).
 CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
 
 
 class GoneError(Exception):
-    """The other side ended or makes no sense."""
+    """The other side ended, or its message is malformed."""
 
 
 def serve(function: Callable[..., object], descriptor: int) -> None:
@@ -43,7 +43,7 @@ def serve(function: Callable[..., object], descriptor: int) -> None:
         try:
             reply = RETURNED + values.encode(function(*arguments, **keywords))
         except Exception as error:
-            reply = RAISED + json.dumps(_told(error)).encode()
+            reply = RAISED + json.dumps(_description(error)).encode()
         try:
             _send(descriptor, reply)
         except BrokenPipeError:  # the check was stopped at a limit
@@ -52,7 +52,7 @@ def serve(function: Callable[..., object], descriptor: int) -> None:
 
 @contextlib.contextmanager
 def breaking_the_check() -> Iterator[None]:
-    """What fails in here is the test's own code, before it called anything."""
+    """Report any failure within as one of the test's own code, which has called nothing yet."""
     try:
         yield
     except BaseException as error:
@@ -60,7 +60,7 @@ def breaking_the_check() -> Iterator[None]:
 
 
 def check(check_function: Callable[..., object], descriptor: int) -> None:
-    """Run the test's code on a stand-in for the program's function; exits unless it passes."""
+    """Run the test's code on a stand-in for the program's function. Exits if it fails."""
     raised: list[BaseException] = []
     replies = 0
 
@@ -69,7 +69,7 @@ def check(check_function: Callable[..., object], descriptor: int) -> None:
         try:
             call = values.encode([list(arguments), keywords])
         except (TypeError, ValueError) as error:
-            # what the program returned before may be in it
+            # it may contain what the program returned before
             _leave(CANDIDATE_RAISED if replies else CHECK_BROKEN, error)
         replies += 1
         try:
@@ -81,7 +81,7 @@ def check(check_function: Callable[..., object], descriptor: int) -> None:
             name, words = json.loads(body)
         except (GoneError, OSError) as error:
             _leave(CANDIDATE_GONE, error)
-        except Exception as error:  # whatever hostile bytes bring about, the program sent them
+        except Exception as error:  # any error from hostile bytes: the program sent them
             _leave(CANDIDATE_RAISED, error)
         raised.append(_exception(str(name), str(words)))
         raise raised[-1]
@@ -94,11 +94,11 @@ def check(check_function: Callable[..., object], descriptor: int) -> None:
         if not replies:
             _leave(CHECK_BROKEN, error)  # the program had no part in it
         for one in raised:
-            one.__traceback__ = None  # frames of this file, which are nobody's business
+            one.__traceback__ = None  # hides the frames of this file
         raise
 
 
-def _told(error: Exception) -> list[str]:
+def _description(error: Exception) -> list[str]:
     try:
         words = str(error)
     except Exception:
@@ -111,11 +111,11 @@ def _exception(name: str, words: str) -> Exception:
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         if issubclass(kind, StopIteration | StopAsyncIteration):
-            # in the check, `all(map(...))` would take it for the end; PEP 479 has the same answer
+            # `all(map(...))` in the check would end silently; PEP 479 converts it likewise
             return RuntimeError(f"the program raised {name}")
         try:
             return kind(words)
-        except TypeError:  # UnicodeDecodeError and its like take more
+        except TypeError:  # UnicodeDecodeError and others take more arguments
             pass
     return RuntimeError(f"{name}: {words}")
 

@@ -1,4 +1,4 @@
-"""The few kernel interfaces that the standard library lacks, each checked: OSError on failure."""
+"""Kernel interfaces that the standard library lacks. Each raises OSError on failure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ fork = ctypes.PyDLL(None).fork
 
 
 def checked(result: int, what: str) -> int:
-    """`result`, or OSError with errno where it is negative."""
+    """Return `result`. Raises OSError with errno if it is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from . import kernel
 
 EXECUTE, READ_FILE, READ_DIR = 1, 4, 8
-# WRITE_FILE REMOVE_DIR REMOVE_FILE MAKE_DIR MAKE_REG REFER TRUNCATE, as far as the ABI has them
+# WRITE_FILE REMOVE_DIR REMOVE_FILE MAKE_DIR MAKE_REG REFER TRUNCATE, those that the ABI has
 WRITE = 2 | 16 | 32 | 128 | 256 | 8192 | 16384
-# By ABI version: how many kinds of file access there are to handle.
+# The number of kinds of file access that each ABI version handles.
 FILE_ACCESS_KINDS = {1: 13, 2: 14, 3: 15, 4: 15}
 NEWEST_FILE_ACCESS_KINDS = 16
 ALL_TCP = 3  # bind and connect, since ABI 4
@@ -20,7 +20,7 @@ ALL_SCOPES = 3  # abstract unix sockets and signals, since ABI 6
 
 
 def abi() -> int:
-    """The kernel's Landlock version; 0 where there is none."""
+    """Return the kernel's Landlock version, or 0 if it has none."""
     try:
         number = kernel.SYS_LANDLOCK_CREATE_RULESET
         return kernel.syscall("landlock", number, None, ctypes.c_size_t(0), 1)
@@ -34,9 +34,9 @@ def restrict_to(
     executable: Iterable[str] = (),
     writable: Iterable[str] = (),
 ) -> None:
-    """Deny this process, for good, every file access but these: listing `directories`, reading
-    `files_beneath`, executing what is below `executable`, changing what is below `writable`.
-    Network and signals across the border are denied where the ABI can.
+    """Deny this process, for good, every file access except listing `directories`, reading
+    `files_beneath`, executing what is below `executable`, and changing what is below `writable`.
+    TCP, and signals and abstract sockets to other processes, are denied if the ABI can.
     """
     version = abi()
     handled_files = (1 << FILE_ACCESS_KINDS.get(version, NEWEST_FILE_ACCESS_KINDS)) - 1

@@ -1,8 +1,8 @@
-"""Builds what the sandbox has in C, once a machine and user, where there is a compiler.
+"""Builds the sandbox's C library, once for each machine and user, if there is a compiler.
 
-The results lie in a folder of the user's cache, named by what they are made of, and are put in
-place atomically, so that any number of processes may build at once. A folder that others own or may
-write to is not used.
+The results are in a folder of the user's cache, named by a hash of their recipe. They are renamed
+into it, so any number of processes may build at once. A folder that others own or may write to is
+not used.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BUILD_TIMEOUT_S = 120
 
 
 def cache_folder() -> Path | None:
-    """Where built files are kept: in the user's cache or, where that cannot be written, among the
-    temporary files. None where neither is a place of our own.
+    """Return the folder of built files: in the user's cache or, if that cannot be written, among
+    the temporary files. Returns None if neither is ours alone.
     """
     roots = [Path(tempfile.gettempdir(), f"cache-{os.getuid()}")]
     with contextlib.suppress(RuntimeError):  # a user without a home
@@ -47,7 +47,7 @@ def cache_folder() -> Path | None:
 
 
 def version_of(compiler: str) -> bytes:
-    """What the compiler says of itself; empty if it says nothing."""
+    """Return the output of `compiler --version`; empty if that fails."""
     try:
         return subprocess.run(
             [compiler, "--version"], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S
@@ -59,8 +59,8 @@ def version_of(compiler: str) -> bytes:
 def built(
     name: str, recipe: bytes, build: Callable[[Path], list[str]], text: bytes = b""
 ) -> Path | None:
-    """The file `name`, made of `recipe`: kept from before, or by the command that `build` gives
-    for an output path, with `text` on its standard input. None where there is no place for it or
+    """Return the file `name` of this `recipe`, from the cache or made now. `build` gives the
+    command for an output path; `text` is its standard input. Returns None if there is no folder or
     the command fails.
     """
     folder = cache_folder()
@@ -83,13 +83,13 @@ def built(
                 cwd=scratch,
             )
             Path(scratch, key).rename(folder / key)
-        except (OSError, subprocess.SubprocessError):  # or somebody else's build came first
+        except (OSError, subprocess.SubprocessError):  # or another process built it first
             pass
     return target if target.exists() else None
 
 
 def spawn_library() -> Path | None:
-    """The shared library of csrc/; None without a C compiler."""
+    """Return the shared library of csrc/, or None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None

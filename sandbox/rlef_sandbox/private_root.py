@@ -1,8 +1,8 @@
 """An almost empty, read-only file system for the zygote: the standard library and nothing else.
 
-With a mount namespace the standard library is bound into it at its own path, also from below a
-directory that the unprivileged user could not cross, so that modules still load on demand. With
-the right to chroot only, the root becomes a directory that no longer exists.
+With a mount namespace the standard library is bound into it at its own path, even from below a
+directory that the unprivileged user could not enter, so modules still load on demand. With only the
+right to chroot, the root becomes a directory that no longer exists.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import tempfile
 
 from . import kernel
 
-MOUNT_POINT = "/tmp"  # any directory that is always there; covered in our own namespace only
+MOUNT_POINT = "/tmp"  # a directory that always exists; covered in our own namespace only
 SCRATCH_OPTIONS = "mode=1777,size=512m"
 THIRD_PARTY = ("site-packages", "dist-packages")
-# Flags that a user namespace may not take off a mount it did not make: kept as they are.
+# Flags of another namespace's mount that a user namespace may not remove: kept as they are.
 LOCKED_FLAGS = os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME | os.ST_RELATIME
 
 
 def enter(directories: list[str], scratch: str = "") -> None:
-    """Make a root of `directories` alone, read-only, and move this mount namespace into it. With
-    `scratch` it has a directory of that name too, in memory and open to all.
+    """Make a read-only root of `directories` alone, and move this mount namespace into it. With
+    `scratch` it has a directory of that path too, in memory, that all may write to.
 
-    Wants CAP_SYS_ADMIN over a mount namespace of our own, and /proc.
+    Needs CAP_SYS_ADMIN over a mount namespace of our own, and /proc.
     """
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     links = {path: os.readlink(path) for path in directories if os.path.islink(path)}
@@ -60,17 +60,14 @@ def _bind(source: int, target: str) -> None:
 
 
 def third_party_in(directory: str) -> list[str]:
-    """Where a directory that is a Python's library, or holds some (/usr), has others' packages."""
+    """Return the third-party packages in a Python's library, or in those below it (/usr)."""
     places = ("", "python3*", "lib*/python3*", "local/lib*/python3*")
     patterns = [os.path.join(directory, place, name) for place in places for name in THIRD_PARTY]
     return [found for pattern in patterns for found in glob.glob(pattern)]
 
 
 def enter_nothing() -> None:
-    """Make the root a directory that is deleted at once: no path leads anywhere from then on.
-
-    Wants CAP_SYS_CHROOT.
-    """
+    """Make the root a deleted directory, in which no path exists. Needs CAP_SYS_CHROOT."""
     empty = tempfile.mkdtemp()
     try:
         os.chdir(empty)

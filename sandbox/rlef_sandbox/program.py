@@ -1,10 +1,10 @@
 """The program's side of a child: it compiles the source and runs it in a world that looks real.
 
-The zygote is an ordinary interpreter whose standard streams are descriptors 0, 1 and 2; a child
-puts the run's files there, and then `sys.stdin`, `input()`, buffering and encodings are the real
-ones. What is done here is what `python solution.py` would do around the program: a fresh
-`__main__`, tracebacks of the program's own frames, exit codes, threads joined, exit handlers
-run, files flushed. Nothing here is trusted once the program's first line has run.
+The zygote is an ordinary interpreter whose standard streams are descriptors 0, 1 and 2. A child has
+the run's files there, so `sys.stdin`, `input()`, buffering and encodings are the real ones. This
+module does what `python solution.py` does around a program: a fresh `__main__`, tracebacks of the
+program's own frames, exit codes, threads joined, exit handlers run, files flushed. Nothing here is
+trusted once the program's first line has run.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ THREAD_STACK_BYTES = 8 << 20
 REPR_CHARACTERS = 4096  # of a returned value, for feedback
 COMPILE_ERROR_CHARACTERS = 4096  # it quotes a source line, which may be the whole program
 
-# What contest programs import most, loaded once in the zygote. It is a trade: every module here
-# makes every fork dearer. Other modules of the standard library load on demand where the file
-# layer lets the child read them; those that need a shared library of their own must be here.
+# What contest programs import most, loaded once in the zygote. Each module here makes every fork
+# slower. Other modules of the standard library load on demand if the file layer lets the child read
+# them; those that need a shared library of their own must be here.
 PRELOAD = (
     "abc array bisect bz2 calendar cmath collections collections.abc copy dataclasses datetime "
     "decimal enum fractions functools hashlib heapq io itertools json lzma math numbers operator "
@@ -50,7 +50,7 @@ def preload() -> None:
         except ImportError:  # an interpreter built without an optional module
             continue
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a run; the interpreter ignores it
-    threading.stack_size(THREAD_STACK_BYTES)  # else pthreads takes the main thread's 256 MiB
+    threading.stack_size(THREAD_STACK_BYTES)  # pthreads would use the main thread's 256 MiB
     site.setquit()
     site.setcopyright()
     site.sethelper()
@@ -59,7 +59,7 @@ def preload() -> None:
 
 
 def compile_source(source: bytes) -> types.CodeType | None:
-    """The program's code; None, with the error on stderr, where it has none."""
+    """Return the program's code. Returns None, with the error on stderr, if it does not compile."""
     try:
         return compile(source, FILE_NAME, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
@@ -69,7 +69,7 @@ def compile_source(source: bytes) -> types.CodeType | None:
 
 
 def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
-    """Run the program to the end of the process. `call`, if given, is a call to make after."""
+    """Run the program, then the `call`, if given, to the end of the process."""
     gc.enable()
     name = "__main__" if call is None else "solution"
     exit_code = _exit_code_of(lambda: _execute(name, code, call), source)
@@ -98,11 +98,11 @@ def _execute(name: str, code: types.CodeType, call: bytes | None) -> None:
         exchange.serve(_callable_of(module, request["serve"]), PEER_DESCRIPTOR)
     elif request:
         arguments: Any = values.decode(request["args"].encode())
-        _tell(_callable_of(module, request["entry_point"])(*arguments))
+        _write_result(_callable_of(module, request["entry_point"])(*arguments))
 
 
 def _callable_of(module: types.ModuleType, path: str) -> Callable[..., object]:
-    """`function`, or `Class.method` of a new object of the class."""
+    """Return `function`, or `Class.method` of a new object of the class."""
     target: Any = module
     for name in path.split("."):
         if isinstance(target, type):
@@ -111,19 +111,19 @@ def _callable_of(module: types.ModuleType, path: str) -> Callable[..., object]:
     return target
 
 
-def _tell(returned: object) -> None:
-    """Write two lines: the value's wire form and its repr."""
+def _write_result(returned: object) -> None:
+    """Write the value's wire form and its repr, each on a line."""
     try:
         shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
-    except Exception:  # an integer of more than 4,300 digits is a value all the same
+    except Exception:  # an integer of more than 4,300 digits has no repr
         shown = f"<{type(returned).__name__}>".encode(errors="backslashreplace")
     with open(EXCHANGE_DESCRIPTOR, "wb", closefd=False) as file:
         file.write(values.encode(returned) + b"\n" + shown)
 
 
 def _finalize(name: str) -> None:
-    """Let go of the program's module, so that what it left open is closed, and so flushed, with
-    the functions that this takes still there.
+    """Drop the program's module, so that files left open are closed, and so flushed, while the
+    functions that this needs still exist.
     """
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     sys.modules.pop(name, None)
@@ -131,7 +131,7 @@ def _finalize(name: str) -> None:
 
 
 def _exit_code_of(step: Callable[[], None], source: bytes) -> int:
-    """Run `step` as the interpreter runs a program: its exit code, its traceback on stderr."""
+    """Run `step`. Returns its exit code, as the interpreter would, with a traceback on stderr."""
     try:
         step()
     except SystemExit as error:
@@ -146,7 +146,7 @@ def _exit_code_of(step: Callable[[], None], source: bytes) -> int:
 
 
 def _report(error: BaseException, source: bytes) -> None:
-    """Print the traceback as the interpreter would: from the program's first own frame on."""
+    """Print the traceback as the interpreter would, beginning with the program's first frame."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename != FILE_NAME:
         frames = frames.tb_next
@@ -162,7 +162,7 @@ def _report(error: BaseException, source: bytes) -> None:
 
 
 def _flush(*streams: TextIO | None) -> int:
-    """Flush `streams`; 120, as the interpreter has it, where that fails."""
+    """Flush `streams`. Returns 120, as the interpreter does, if that fails."""
     failed = 0
     for stream in streams:
         try:

@@ -1,8 +1,8 @@
 """The system call policy compiled to a seccomp-BPF filter, once a zygote, and its installation.
 
-The filter checks the architecture (and on x86-64 refuses the x32 numbers), then finds the call by
-binary search over runs of numbers with the same action, so that a call costs about ten
-instructions. Arguments are checked where the policy says so; pointers cannot be.
+The filter checks the architecture (and on x86-64 refuses the x32 numbers). Then it finds the call
+by binary search over runs of numbers with the same action, which takes about ten instructions. The
+policy names calls whose arguments are checked; what a pointer points to cannot be.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, co
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 AND = 0x54  # the accumulator and the constant
 JUMP = 0x05  # always, by the constant
-# Offsets into struct seccomp_data. Arguments are 64 bits, little-endian. Of an `int` the kernel
-# takes the low word, and so do we; a pointer is both.
+# Offsets into struct seccomp_data. Arguments are 64 bits, little-endian. For an `int` the kernel
+# reads the low word, and so does the filter; a pointer is both words.
 NUMBER, ARCHITECTURE = 0, 4
 LOW = [16 + 8 * index for index in range(6)]
 HIGH = [20 + 8 * index for index in range(6)]
@@ -35,8 +35,8 @@ KILLED = (RETURN, 0, 0, 0x80000000)
 
 WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000  # WRONLY RDWR CREAT TRUNC TMPFILE
 CLONE_THREAD = 0x00010000
-# VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID DETACHED, which are what
-# the C libraries make threads with: no namespace, pidfd, parent, trace, vfork or exit signal
+# VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID DETACHED, the flags with
+# which C libraries make threads: no namespace, pidfd, parent, trace, vfork or exit signal
 THREAD_FLAGS = 0x007D0F00
 # F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_DUPFD_CLOEXEC F_GETPIPE_SZ F_GET_SEALS
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
@@ -71,7 +71,7 @@ def without_bits(offset: int, bits: int, otherwise: Instruction) -> list[Instruc
 
 
 def none_of(offset: int, excepted: tuple[int, ...]) -> list[Instruction]:
-    """Allow a call whose argument at `offset` is none of `excepted`; else go on past the end."""
+    """Allow a call whose argument at `offset` is none of `excepted`; else continue after it."""
     return one_of(offset, excepted, ALLOWED)[:-1]
 
 
@@ -82,7 +82,7 @@ def if_null(argument: int, otherwise: Instruction) -> list[Instruction]:
 
 
 def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
-    """The instructions that end the filter for one call."""
+    """Return the instructions that end the filter for one call."""
     denied = refused(errno.EPERM)
     if action is Action.OPEN:
         flags = LOW[1] if (machine, number) == ("x86_64", 2) else LOW[2]  # open or openat
@@ -129,7 +129,7 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
 
 
 def assemble(actions: Mapping[int, Action], machine: str) -> list[Instruction]:
-    """The whole filter; calls not in `actions` are answered ENOSYS."""
+    """Return the whole filter. Calls that are not in `actions` get ENOSYS."""
     absent = decisions(0, Action.ABSENT, machine)
     runs: list[tuple[int, list[Instruction]]] = [(0, absent)]
     for number in sorted(actions):
@@ -153,7 +153,7 @@ def assemble(actions: Mapping[int, Action], machine: str) -> list[Instruction]:
 
 
 def _search(runs: list[tuple[int, list[Instruction]]]) -> list[Instruction]:
-    """A binary search for the run that holds the number in the accumulator."""
+    """Return a binary search for the run with the number in the accumulator."""
     if len(runs) == 1:
         return runs[0][1]
     middle = len(runs) // 2
@@ -174,7 +174,7 @@ class Filter:
     """An assembled filter in memory, ready for one system call to install it."""
 
     def __init__(self, profile: Profile = Profile.PROGRAM) -> None:
-        """ValueError on a machine without a system call table."""
+        """Raise ValueError on a machine without a system call table."""
         instructions = assemble(policy(kernel.MACHINE, profile), kernel.MACHINE)
         code = b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
         self._code = ctypes.create_string_buffer(code, len(code))
@@ -191,7 +191,7 @@ class Filter:
         )
         self.own_pids_address = ctypes.addressof(self._pointers)
         self.address = ctypes.addressof(self._program)
-        # SECCOMP_SET_MODE_FILTER, no flags; converted once, since a child pays for every page.
+        # SECCOMP_SET_MODE_FILTER, no flags. Converted once: a child copies every page it touches.
         number = kernel.SYS_SECCOMP[kernel.MACHINE]
         self._arguments = (ctypes.c_long(number), 1, 0, ctypes.byref(self._program))
 
@@ -203,7 +203,7 @@ class Filter:
 
 
 def filter_for_this_machine(profile: Profile) -> Filter | None:
-    """None on a machine without a system call table; the controller judges what is left."""
+    """Return None on a machine without a table; the controller decides whether that is enough."""
     try:
         return Filter(profile)
     except ValueError:

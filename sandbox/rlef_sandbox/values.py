@@ -1,11 +1,11 @@
 """Python values across the process border, for function-call problems.
 
-Arguments travel to the child by `encode` and `decode`; what the program returned travels back by
-`encode` and is compared by `matches`, the only one of the three to meet untrusted bytes. It walks
-the parsed wire form beside the expected value: an object of the program's own, with its own
-`__eq__`, never exists where the expected value is known, and no untrusted value is put into a
-set or a dict, where chosen hash collisions would cost quadratic time. What is much longer or
-deeper than the expected value is refused before it is parsed.
+Arguments travel to the child by `encode` and `decode`. The returned value travels back by `encode`
+and is compared by `matches`, the only one of the three that meets untrusted bytes. It walks the
+parsed wire form beside the expected value, so an object with an `__eq__` of the program's own never
+exists where the expected value is known. No untrusted value is put into a set or a dict, where
+chosen hash collisions would take quadratic time. A wire form that is much longer or deeper than the
+expected value is refused before it is parsed.
 
 JSON carries None, booleans, numbers, strings and lists. Other values are one-key objects:
 {"int": hex}, {"tuple": [...]}, {"set": [...]}, {"dict": [[key, value], ...]}, {"bytes": hex}.
@@ -21,8 +21,8 @@ import re
 from typing import Any, NamedTuple
 
 TOLERANCE = 1e-6  # absolute or relative, where a float is expected
-MAX_DEPTH = 200  # nesting; deeper values are refused rather than recursed into
-MAX_BRACKETS = 3 * MAX_DEPTH + 4  # open at once in a wire form: a dict opens three a level
+MAX_DEPTH = 200  # deeper values are refused
+MAX_BRACKETS = 3 * MAX_DEPTH + 4  # open at once in a wire form; a dict opens three at each level
 # A right value's wire form is at most this many times as long as the expected one's: an integer
 # of 256 hexadecimal digits may be within tolerance of an expected 1e308.
 MAX_LENGTH_RATIO = 64
@@ -35,14 +35,14 @@ MAX_INTEGER_CHARACTERS = 20  # of one that JSON carries as a number, by `_to_wir
 
 
 class Tagged(NamedTuple):
-    """A parsed one-key object: a value that JSON has no form for."""
+    """A parsed one-key object: a value that JSON cannot represent."""
 
     kind: str
     body: Any
 
 
 def encode(value: object) -> bytes:
-    """The wire form of `value`. TypeError if not plain data, ValueError if nested too deep."""
+    """Return the wire form. Raises TypeError if not plain data, ValueError if nested too deep."""
     return json.dumps(_to_wire(value, 0), separators=(",", ":")).encode()
 
 
@@ -72,7 +72,7 @@ def _to_wire(value: object, depth: int) -> object:
 
 
 def decode(wire: bytes) -> object:
-    """The value in `wire`, which must come from `encode`."""
+    """Return the value in `wire`, which must come from `encode`."""
     return _from_wire(parse(wire))
 
 
@@ -92,8 +92,8 @@ def _from_wire(wire: object) -> object:
 
 
 def parse(wire: bytes) -> object:
-    """JSON with its objects as `Tagged`. ValueError if malformed."""
-    if wire.count(b"[") + wire.count(b"{") > MAX_BRACKETS:  # seldom, so seldom counted in full
+    """Parse JSON, with its objects as `Tagged`. Raises ValueError if it is malformed."""
+    if wire.count(b"[") + wire.count(b"{") > MAX_BRACKETS:  # rare, so the full count is rare
         brackets = STRING.sub(b"", wire).translate(None, NO_BRACKET)
         if max(itertools.accumulate(map(STEP.__getitem__, brackets)), default=0) > MAX_BRACKETS:
             raise ValueError(f"malformed value: nested more than {MAX_DEPTH} deep")
@@ -119,12 +119,12 @@ DECODER = json.JSONDecoder(object_pairs_hook=_tagged, parse_int=_integer)
 
 
 def matches(expected: object, wire: bytes) -> bool:
-    """Whether the encoded value in `wire`, untrusted, is the expected one.
+    """Return whether the untrusted encoded value in `wire` is the expected one.
 
-    Types must be the same, with three allowances: an integer and a float compare as numbers (a
-    boolean is neither), a float is expected to within 1e-6 absolute or relative (NaN is NaN),
-    and where a list is expected a tuple does, since tests read from JSON cannot say which; an
-    expected tuple means a tuple. Keys and members of sets must be equal exactly.
+    Types must be the same, with three exceptions. An integer and a float compare as numbers (a
+    boolean is neither). A float may differ by 1e-6, absolute or relative (NaN equals NaN). A tuple
+    is accepted for an expected list, since tests read from JSON cannot distinguish them, but an
+    expected tuple needs a tuple. Keys and members of sets must be exactly equal.
     """
     try:
         if len(wire) > MAX_LENGTH_RATIO * len(encode(expected)):
@@ -158,7 +158,7 @@ def _matches(expected: Any, wire: Any) -> bool:
 
 
 def _kind_and_body(wire: Any) -> tuple[str, Any]:
-    """The name of the type that a parsed wire form stands for, and its value or its members."""
+    """Return the name of the type of a parsed wire form, and its value or members."""
     if not isinstance(wire, Tagged):
         return type(wire).__name__, wire
     if wire.kind == "int":
@@ -190,8 +190,9 @@ def _sets_match(expected: set | frozenset, items: list) -> bool:
 
 
 def _fingerprint(wire: Any) -> bytes:
-    """Equal for two keys or members exactly where type and value are, all the way down: True, 1
-    and 1.0 are three; NaN is one. ValueError if it is not hashable in Python.
+    """Return a digest that is equal for two keys or members if their types and values are, at every
+    level: True, 1 and 1.0 differ; NaN equals NaN. Raises ValueError if it is not hashable in
+    Python.
     """
     if isinstance(wire, dict):  # from `_to_wire`, unparsed
         ((kind, body),) = wire.items()

@@ -1,4 +1,4 @@
-"""What is asked of a run and what is answered: plain frozen types, shared by every other module."""
+"""Limits, tests, results and verdicts: plain frozen types, shared by every other module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 
 class Status(enum.StrEnum):
-    """How a run ended. On a graded test, OK means passed; SANDBOX_ERROR is never a verdict."""
+    """How a run ended. OK on a graded test means passed. SANDBOX_ERROR is not a verdict."""
 
     OK = "OK"
     WRONG_ANSWER = "WRONG_ANSWER"
@@ -24,17 +24,17 @@ class Status(enum.StrEnum):
     SANDBOX_ERROR = "SANDBOX_ERROR"
 
 
-_parsing = threading.Lock()  # two threads at once break Python 3.11's parser (gh-106905)
+_parsing = threading.Lock()  # two threads break Python 3.11's parser (gh-106905)
 
 
 @dataclass(frozen=True)
 class Limits:
     """Bounds of one run.
 
-    `cpu_s` judges TIME_LIMIT. `wall_s` is a backstop against programs that wait instead of
-    work (IDLE_LIMIT); left out, it is 5 * cpu_s + 2, so that a machine loaded four times over
-    gives no false verdict. `memory_bytes` bounds resident memory, `output_bytes` each of stdout
-    and stderr, `processes` the threads of the program where a user namespace is to be had.
+    `cpu_s` decides TIME_LIMIT. `wall_s` is a backstop against programs that wait instead of working
+    (IDLE_LIMIT). By default it is 5 * cpu_s + 2, so that a machine overloaded four times gives no
+    false verdict. `memory_bytes` bounds resident memory, `output_bytes` each of stdout and stderr,
+    `processes` the program's threads, if this machine gives user namespaces.
     """
 
     cpu_s: float = 10.0
@@ -67,9 +67,9 @@ class Limits:
 class Result:
     """One run. Times in seconds, memory in bytes.
 
-    `signal` is the number of the signal that ended the program, if one did, and then `exit_code`
-    is None. `stdout` holds at most `output_bytes`, `stderr` its last 64 KiB. `returned` is the
-    `repr` of what a function call (`CallTest`) returned, as the program tells it, for feedback.
+    `signal` is the number of the signal that ended the program, if one did; `exit_code` is None
+    then. `stdout` has at most `output_bytes`, `stderr` its last 64 KiB. `returned` is the `repr` of
+    what a function call (`CallTest`) returned, as the program reports it, for feedback.
     """
 
     status: Status
@@ -84,13 +84,13 @@ class Result:
 
 
 def as_bytes(text: str | bytes) -> bytes:
-    """UTF-8. A lone surrogate passes through, to be refused by the program's own decoder."""
+    """Encode as UTF-8. A lone surrogate passes, for the program's own decoder to refuse."""
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
 
 
 @dataclass(frozen=True)
 class Test:
-    """A program fed `stdin` must print `expected`, as the checker judges."""
+    """A program given `stdin` must print `expected`, according to the checker."""
 
     __test__ = False  # pytest: not a test class
 
@@ -104,7 +104,7 @@ class Test:
 
 @dataclass(frozen=True)
 class CallTest:
-    """`entry_point(*args)` must return `expected`, as `values.matches` judges."""
+    """`entry_point(*args)` must return `expected`, according to `values.matches`."""
 
     __test__ = False
 
@@ -118,12 +118,12 @@ class CallTest:
 
 @dataclass(frozen=True)
 class CheckTest:
-    """`check(candidate)` must return without raising, where `code` defines `check` and `candidate`
-    stands for the program's `entry_point` (the form of HumanEval's tests).
+    """`check(candidate)` must return without raising. `code` defines `check`, and `candidate` calls
+    the program's `entry_point` (the form of HumanEval's tests).
 
-    The code runs confined, in a process of its own: arguments and results of the calls that it
-    makes cross by value, as plain data, and what a call raises is raised in it by its built-in
-    type. ValueError for code that does not parse.
+    The code runs confined, in a process of its own. Arguments and results of its calls cross by
+    value, as plain data, and an exception of a call is raised in it as the built-in type. Raises
+    ValueError for code that does not parse.
     """
 
     __test__ = False
@@ -141,7 +141,7 @@ def _check_python(what: str, source: str) -> None:
         with _parsing:
             ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{what} is no Python: {error}") from None
+        raise ValueError(f"{what} is not Python: {error}") from None
 
 
 AnyTest = Test | CallTest | CheckTest
@@ -149,12 +149,12 @@ AnyTest = Test | CallTest | CheckTest
 
 @dataclass(frozen=True)
 class CheckerProgram:
-    """A checker of the problem's own, for outputs that can be right in many ways: Python that
-    defines `check(stdin, expected, actual)`, three `bytes`, and returns True or False.
+    """A checker of the problem's own, for problems with many right outputs: Python that defines
+    `check(stdin, expected, actual)`, which takes three `bytes` and returns True or False.
 
-    It runs confined, with `limits`. Where it raises, exceeds them or returns anything else, the
-    output is a WRONG_ANSWER if the expected one satisfies it; else it is broken: a SANDBOX_ERROR,
-    no verdict on the program.
+    It runs confined, with `limits`. If it raises, exceeds them or returns anything else, the output
+    is a WRONG_ANSWER, provided that it accepts the expected output. Otherwise it is broken: a
+    SANDBOX_ERROR, which is no verdict on the program.
     """
 
     source: str

@@ -154,9 +154,9 @@ def test_a_checks_traceback_shows_no_frame_of_ours(sandbox: Sandbox) -> None:
 
 
 def test_code_that_does_not_parse_is_refused_when_made() -> None:
-    with pytest.raises(ValueError, match=r"CheckTest\.code of f is no Python"):
+    with pytest.raises(ValueError, match=r"CheckTest\.code of f is not Python"):
         CheckTest("f", "def check(")
-    with pytest.raises(ValueError, match=r"CheckerProgram\.source is no Python"):
+    with pytest.raises(ValueError, match=r"CheckerProgram\.source is not Python"):
         CheckerProgram("def check(")
 
 

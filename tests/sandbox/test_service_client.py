@@ -4,6 +4,7 @@ every call is answered exactly once, as the embedded sandbox would answer it."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -308,7 +309,8 @@ def test_a_fault_of_the_sandbox_is_never_a_verdict():
             while not call.done() and time.monotonic() < until:
                 await asyncio.sleep(0.1)
                 for pid in descendants(server.process.pid):
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # gone since it was listed
+                        os.kill(pid, signal.SIGKILL)
             return await call
 
         result = within(server.url, work=ask, token=None)

@@ -133,15 +133,16 @@ def test_a_lost_zygote_costs_a_rerun_and_closing_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "spawn_library", lambda: None)
+    others = descendants(os.getpid())
     with Sandbox(workers=1) as sandbox:
         source = "import time; time.sleep(1); print(1)"
         thread, results = run_in_thread(sandbox, source, Limits(wall_s=20))
-        for pid in descendants(os.getpid()):
+        for pid in descendants(os.getpid()) - others:
             os.kill(pid, signal.SIGKILL)
         thread.join()
         assert [r.status for r in results] == [Status.OK]
         thread, results = run_in_thread(sandbox, "import time; time.sleep(30)", Limits())
-        below = descendants(os.getpid())
+        below = descendants(os.getpid()) - others
     thread.join()
     assert gone(below) and isinstance(results[0], RuntimeError)
 
