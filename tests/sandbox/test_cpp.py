@@ -17,7 +17,7 @@ from rlef_sandbox import CallTest, CheckerProgram, Limits, Sandbox, Status, Test
 from rlef_sandbox.cpp import COMPILE, Cpp, compile_error
 from rlef_sandbox.protocol import Ending, Outcome, Phase
 from rlef_sandbox.worker import ZygoteLostError
-from tests.sandbox.test_lifetime import descendants
+from tests.sandbox.test_lifetime import descendants, kill_all
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
 
@@ -202,8 +202,7 @@ def test_a_compiler_killed_by_the_machine_is_no_compile_error(victim: str) -> No
         while not (pids := descendants_named(victim)) and time.monotonic() < deadline:
             time.sleep(0.005)
         assert pids and not job.done()
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        kill_all(set(pids))
         assert job.result().stdout == b"196418"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,6 +47,12 @@ def gone(pids: set[int], within_s: float = 10.0) -> bool:
     return False
 
 
+def kill_all(pids: set[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # gone since it was listed
+            os.kill(pid, signal.SIGKILL)
+
+
 def run_in_thread(sandbox: Sandbox, source: str, limits: Limits) -> tuple[threading.Thread, list]:
     results: list[Result | Exception] = []
 
@@ -75,8 +82,7 @@ def test_a_lost_zygote_costs_only_a_rerun() -> None:
     with Sandbox(workers=1) as sandbox:
         source = "import time; time.sleep(1.5); print(1)"
         thread, results = run_in_thread(sandbox, source, Limits(wall_s=20))
-        for pid in descendants(os.getpid()):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(descendants(os.getpid()))
         thread.join()
         assert [r.status for r in results] == [Status.OK]
 
@@ -85,8 +91,7 @@ def test_a_zygote_lost_between_two_tests_is_replaced() -> None:
     with Sandbox(workers=1) as sandbox:
         for _ in range(2):
             assert sandbox.run("print(1)").status is Status.OK
-            for pid in descendants(os.getpid()):
-                os.kill(pid, signal.SIGKILL)
+            kill_all(descendants(os.getpid()))
         tests = [Test(b"1", b"1")] * 3
         assert [r.status for r in sandbox.grade("print(input())", tests)] == [Status.OK] * 3
 

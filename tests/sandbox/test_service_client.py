@@ -4,9 +4,7 @@ every call is answered exactly once, as the embedded sandbox would answer it."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import os
 import signal
 import time
 from collections import Counter
@@ -26,7 +24,7 @@ from tests.sandbox.service_process import (
     ServerProcess,
     sleeper,
 )
-from tests.sandbox.test_lifetime import descendants
+from tests.sandbox.test_lifetime import descendants, kill_all
 
 ECHO = """\
 import sys
@@ -308,9 +306,7 @@ def test_a_fault_of_the_sandbox_is_never_a_verdict():
             until = time.monotonic() + 6
             while not call.done() and time.monotonic() < until:
                 await asyncio.sleep(0.1)
-                for pid in descendants(server.process.pid):
-                    with contextlib.suppress(ProcessLookupError):  # gone since it was listed
-                        os.kill(pid, signal.SIGKILL)
+                kill_all(descendants(server.process.pid))
             return await call
 
         result = within(server.url, work=ask, token=None)

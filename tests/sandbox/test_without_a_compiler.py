@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from rlef_sandbox import (
 )
 from tests.sandbox.attacks.suite import ATTACKS
 from tests.sandbox.attacks.worlds import attempt
-from tests.sandbox.test_lifetime import descendants, gone, run_in_thread
+from tests.sandbox.test_lifetime import descendants, gone, kill_all, run_in_thread
 
 LIMITS = Limits(cpu_s=0.5, wall_s=10.0, memory_bytes=128 << 20, output_bytes=64 << 10)
 SLEEPS = Limits(cpu_s=0.2, wall_s=0.4)
@@ -137,8 +136,7 @@ def test_a_lost_zygote_costs_a_rerun_and_closing_leaves_nothing(
     with Sandbox(workers=1) as sandbox:
         source = "import time; time.sleep(1); print(1)"
         thread, results = run_in_thread(sandbox, source, Limits(wall_s=20))
-        for pid in descendants(os.getpid()) - others:
-            os.kill(pid, signal.SIGKILL)
+        kill_all(descendants(os.getpid()) - others)
         thread.join()
         assert [r.status for r in results] == [Status.OK]
         thread, results = run_in_thread(sandbox, "import time; time.sleep(30)", Limits())
