@@ -1,14 +1,16 @@
-"""The numbers of a step, from what flowed through it. Pure."""
+"""The metrics of a step, computed from its episodes, batch and scores. Pure functions."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from rlef_mega.engines import BUSY
 from rlef_mega.types import Batch, Episode, Scores
 
-TRUNCATED = 1.01  # a ratio that min(ratio, 1) changes by more than 1%: less may be rounding
+TRUNCATED = 1.01  # min(w, 1) changes this ratio by 1%; smaller changes may be rounding
 
 
 def mean(values: Sequence[float | bool]) -> float | None:
@@ -16,7 +18,7 @@ def mean(values: Sequence[float | bool]) -> float | None:
 
 
 def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float | None]:
-    """Solve, repair and validity rates of a set of episodes."""
+    """Return solve, repair and validity rates of a set of episodes."""
     responses = [turn for episode in episodes for turn in episode.turns]
     return {
         "solved": mean([episode.solved for episode in episodes]),
@@ -25,29 +27,30 @@ def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float | None]:
         "repaired_turn3": repair_rate(episodes, 2),
         "invalid_fraction": mean([turn.program is None for turn in responses]),
         "turns_mean": mean([len(episode.turns) for episode in episodes]),
-        "response_tokens_mean": mean([len(turn.action_ids) for turn in responses]),
+        "response_tokens_mean": mean([len(turn.completion.token_ids) for turn in responses]),
         "tokens": sum(len(episode.token_ids) for episode in episodes),
     }
 
 
 def solved_at(episode: Episode, turn: int) -> bool:
-    """The episode ended with this turn, solved."""
+    """Return whether the episode ended with this turn and was solved."""
     return episode.solved and len(episode.turns) == turn + 1
 
 
 def repair_rate(episodes: Sequence[Episode], turn: int) -> float | None:
-    """Of the dialogues that came to this turn, the fraction which it solved."""
+    """Return the share of dialogues solved at this turn, among those that reached it."""
     return mean([solved_at(episode, turn) for episode in episodes if len(episode.turns) > turn])
 
 
 def logprob_gap(batch: Batch, scores: Scores, version: int) -> dict[str, float | None]:
-    """log-prob(trainer) - log-prob(engine), before any update, of the tokens that the engine
-    sampled with the trainer's weights (`version`): 0 but for rounding. None where there are none.
+    """Return statistics of log-prob(trainer) - log-prob(engine), before any update, over the tokens
+    that the engine sampled with the trainer's weights (`version`). The gap is 0 but for rounding;
+    the statistics are None if there are no such tokens.
 
-    `k3` estimates KL(engine || trainer) a token: exp(d) - 1 - d.
+    `k3` estimates the KL(engine || trainer) of a token: exp(gap) - 1 - gap.
     """
-    same_T = batch.action_mask_T & (batch.weight_versions_T == version)
-    gap = scores.old_logprobs_T[same_T] - batch.behaviour_logprobs_T[same_T]
+    same_A = batch.weight_versions_A == version
+    gap = (scores.old_logprobs_A - batch.behaviour_logprobs_A)[same_A]
     if not gap.numel():
         return {"logprob_gap_max": None, "logprob_gap_mean": None, "logprob_gap_k3": None}
     return {
@@ -58,29 +61,58 @@ def logprob_gap(batch: Batch, scores: Scores, version: int) -> dict[str, float |
 
 
 def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
-    """How far what sampled the batch is from the policy at the start of its updates, which has the
-    weights `version`. The ratio w = pi_old / pi_b of each response token says it.
+    """Return how far the policies that sampled the batch are from the policy at the start of its
+    updates, which has the weights `version`. Most numbers are of w = pi_old / pi_b of each token.
 
-    `effective_sample_size` is (sum w)^2 / (n sum w^2), 1 when nothing is stale;
-    `truncated_fraction` the share of tokens of which min(w, 1) takes more than 1%; `behaviour_k3` a
-    token's KL(pi_b || pi_old). `staleness` counts tokens by how many versions they are behind;
+    `effective_sample_size` is (sum w)^2 / (n sum w^2), 1 if nothing is stale. `truncated_fraction`
+    is the share of tokens which min(w, 1) changes by more than 1%. `behaviour_k3` estimates the
+    KL(pi_b || pi_old) of a token. `staleness` counts tokens by how many versions they are behind.
     `mixed_fraction` is the share of episodes that more than one version sampled.
     """
-    action_T = batch.action_mask_T
-    difference = (scores.old_logprobs_T[action_T] - batch.behaviour_logprobs_T[action_T]).double()
-    ratio = difference.exp()
-    lag = version - batch.weight_versions_T[action_T]
-    episode = batch.episode_of_turn_N[batch.turn_index_T[action_T]]
+    difference_A = (scores.old_logprobs_A - batch.behaviour_logprobs_A).double()
+    ratio_A = difference_A.exp()
+    lag_A = version - batch.weight_versions_A
+    episode_A = batch.episode_of_turn_N[batch.turn_of_action_A]
     zero_E = torch.zeros(batch.num_sequences, dtype=torch.int64)
-    least_E = zero_E.scatter_reduce(0, episode, lag, "amin", include_self=False)
-    most_E = zero_E.scatter_reduce(0, episode, lag, "amax", include_self=False)
-    lags, tokens = lag.unique(return_counts=True)
+    least_E = zero_E.scatter_reduce(0, episode_A, lag_A, "amin", include_self=False)
+    most_E = zero_E.scatter_reduce(0, episode_A, lag_A, "amax", include_self=False)
+    lags, tokens = lag_A.unique(return_counts=True)
     return {
         "staleness": dict(zip(map(str, lags.tolist()), tokens.tolist(), strict=True)),
-        "staleness_mean": float(lag.double().mean()),
-        "staleness_max": int(lag.max()),
+        "staleness_mean": float(lag_A.double().mean()),
+        "staleness_max": int(lag_A.max()),
         "mixed_fraction": float((least_E != most_E).double().mean()),
-        "effective_sample_size": float(ratio.sum() ** 2 / (ratio.numel() * (ratio**2).sum())),
-        "truncated_fraction": float((ratio > TRUNCATED).double().mean()),
-        "behaviour_k3": float((difference.expm1() - difference).mean()),
+        "effective_sample_size": float(ratio_A.sum() ** 2 / (ratio_A.numel() * (ratio_A**2).sum())),
+        "truncated_fraction": float((ratio_A > TRUNCATED).double().mean()),
+        "behaviour_k3": float((difference_A.expm1() - difference_A).mean()),
     }
+
+
+def total_counts(by_rank: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the sums over ranks of what engines have counted (`Engine.take_counts`) in this step.
+
+    All ranks watch the same servers, so a server was busy for as long as the rank reports that saw
+    it busy the longest; `server_busy_s` is the sum over servers.
+    """
+    total: dict[str, float] = dict(sum(map(Counter, by_rank), Counter()))
+    servers = [name for name in total if name.startswith(BUSY)]
+    for name in servers:
+        del total[name]
+    if servers:
+        busiest = (max(counts.get(name, 0.0) for counts in by_rank) for name in servers)
+        total["server_busy_s"] = sum(busiest)
+    if "follow_up_tokens" in total:
+        cached = total.get("follow_up_cached_tokens", 0.0)
+        total["follow_up_cached_share"] = cached / total["follow_up_tokens"]
+    return total
+
+
+def idle_shares(
+    times: dict[str, float], counts: dict[str, float], *, servers: int
+) -> dict[str, float]:
+    """Return the shares of a step's time in which the trainer waited for episodes and (an upper
+    bound) in which a server had no request of ours."""
+    shares = {"trainer": times["rollout"] / times["step"]}
+    if "server_busy_s" in counts:
+        shares["engines"] = max(0.0, 1 - counts["server_busy_s"] / (servers * times["step"]))
+    return shares

@@ -1,8 +1,8 @@
 """Episodes to packed batches: sequences end to end without padding, cut into micro-batches of equal
 work within a token budget.
 
-Stands between rollout and learner. Every rank packs the same episodes to the same batch; the plan
-of micro-batches then says which sequences each data-parallel rank computes.
+Stands between the rollout and the learner. Every rank packs the same episodes into the same batch;
+the plan of micro-batches says which sequences each data-parallel rank computes.
 """
 
 import heapq
@@ -10,103 +10,58 @@ from collections.abc import Sequence
 
 import torch
 
-from rlef_mega.ppo import task_rewards
 from rlef_mega.types import Batch, Episode
 
 
-def pack(
-    episodes: Sequence[Episode],
-    *,
-    invalid_code_penalty: float,
-    penalize_invalid_last_turn: bool = False,
-) -> Batch:
-    """Lay episodes end to end, in order. Turns are numbered through the whole batch."""
+def pack(episodes: Sequence[Episode]) -> Batch:
+    """Lay episodes end to end, in order. Turns are numbered through the whole batch.
+
+    Raises ValueError if there are no episodes.
+    """
     if not episodes:
         raise ValueError("no episodes to pack: every episode of the batch was dropped")
     token_ids: list[int] = []
-    turn_index: list[int] = []
+    starts = [0]
+    action_positions: list[int] = []
+    turn_of_action: list[int] = []
     logprobs: list[float] = []
     versions: list[int] = []
     value_positions: list[int] = []
     episode_of_turn: list[int] = []
-    solved: list[bool] = []
-    valid: list[bool] = []
-    last: list[bool] = []
-    lengths = [len(episode.token_ids) for episode in episodes]
+    valid_code: list[bool] = []
     for number, episode in enumerate(episodes):
-        start = len(token_ids)
-        token_ids += episode.token_ids
         for turn in episode.turns:
-            observed = start + turn.context_len - len(turn_index)  # tokens since the last response
-            turn_index += [-1] * observed + [len(value_positions)] * len(turn.action_ids)
-            logprobs += [0.0] * observed + list(turn.action_logprobs)
-            versions += [-1] * observed + list(turn.weight_versions)
-            value_positions.append(start + turn.context_len - 1)
+            token_ids += turn.observed_ids
+            sampled = turn.completion
+            first = len(token_ids)
+            token_ids += sampled.token_ids
+            action_positions += range(first, len(token_ids))
+            turn_of_action += [len(value_positions)] * len(sampled.token_ids)
+            logprobs += sampled.logprobs
+            versions += sampled.weight_versions
+            value_positions.append(first - 1)
             episode_of_turn.append(number)
-            solved.append(episode.solved)
-            valid.append(turn.program is not None)
-            last.append(turn is episode.turns[-1])
-    turn_index_T = torch.tensor(turn_index)
+            valid_code.append(turn.program is not None)
+        starts.append(len(token_ids))
     return Batch(
         token_ids_T=torch.tensor(token_ids),
-        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        action_mask_T=turn_index_T >= 0,
-        turn_index_T=turn_index_T,
-        behaviour_logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
-        weight_versions_T=torch.tensor(versions),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        action_positions_A=torch.tensor(action_positions),
+        turn_of_action_A=torch.tensor(turn_of_action),
+        behaviour_logprobs_A=torch.tensor(logprobs, dtype=torch.float32),
+        weight_versions_A=torch.tensor(versions),
         value_positions_N=torch.tensor(value_positions),
         episode_of_turn_N=torch.tensor(episode_of_turn),
-        rewards_N=task_rewards(
-            torch.tensor(solved),
-            torch.tensor(valid),
-            torch.tensor(last),
-            invalid_code_penalty=invalid_code_penalty,
-            penalize_invalid_last_turn=penalize_invalid_last_turn,
-        ),
+        valid_code_N=torch.tensor(valid_code),
+        solved_E=torch.tensor([episode.solved for episode in episodes]),
     )
 
 
-def token_positions(cu_seqlens: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
-    """Where the tokens of these sequences lie in the packed batch, in the order asked for."""
-    bounds = cu_seqlens.tolist()
-    spans = [torch.arange(bounds[s], bounds[s + 1]) for s in sequences]
-    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-
-
-def turns_of(batch: Batch, sequences: Sequence[int]) -> torch.Tensor:
-    """The batch's turn numbers that belong to these sequences, in the order asked for."""
-    first = torch.searchsorted(
-        batch.episode_of_turn_N, torch.arange(batch.num_sequences + 1)
-    ).tolist()
-    spans = [torch.arange(first[s], first[s + 1]) for s in sequences]
-    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-
-
-def select(batch: Batch, sequences: Sequence[int]) -> Batch:
-    """The batch that `pack` would have made of these (distinct) sequences alone, in the order asked
-    for."""
-    positions = token_positions(batch.cu_seqlens, sequences)
-    turns = turns_of(batch, sequences)
-    lengths = batch.cu_seqlens.diff()[list(sequences)].long()
-    starts = batch.cu_seqlens[:-1][list(sequences)].long()
-    new_starts = lengths.cumsum(0) - lengths
-    renumber = torch.full((batch.num_turns + 1,), -1)  # the last entry serves turn_index -1
-    renumber[turns] = torch.arange(turns.numel())
-    turn_counts = torch.bincount(batch.episode_of_turn_N, minlength=batch.num_sequences)
-    episode_of_turn_N = torch.arange(len(sequences)).repeat_interleave(turn_counts[list(sequences)])
-    return Batch(
-        token_ids_T=batch.token_ids_T[positions],
-        position_ids_T=batch.position_ids_T[positions],
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
-        action_mask_T=batch.action_mask_T[positions],
-        turn_index_T=renumber[batch.turn_index_T[positions]],
-        behaviour_logprobs_T=batch.behaviour_logprobs_T[positions],
-        weight_versions_T=batch.weight_versions_T[positions],
-        value_positions_N=batch.value_positions_N[turns] + (new_starts - starts)[episode_of_turn_N],
-        episode_of_turn_N=episode_of_turn_N,
-        rewards_N=batch.rewards_N[turns],
-    )
+def spans(bounds: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
+    """Return the indices bounds[s]:bounds[s + 1] of each of these sequences, in the order given."""
+    starts_and_ends = bounds.tolist()
+    ranges = [torch.arange(starts_and_ends[s], starts_and_ends[s + 1]) for s in sequences]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
 
 def microbatches(
@@ -117,16 +72,19 @@ def microbatches(
     costs: Sequence[int] | None = None,
     multiple: int = 1,
 ) -> list[list[list[int]]]:
-    """Indices into `lengths`: for each data-parallel rank its micro-batches, the same number on
-    every rank, none above `token_budget` tokens.
+    """Divide sequences over data-parallel ranks and then into micro-batches.
 
-    `costs` is what each sequence takes, its FLOPs say (default: its length). First the ranks get
-    equal costs, for they wait for each other at the end of an update; then a rank's micro-batches
-    do, for the stages of a pipeline wait for each other at each one. Their number is the smallest
-    multiple of `multiple` found to keep the budget: a schedule may need a multiple of its stages.
-    Micro-batches are empty where a rank has fewer sequences. Longest first within each.
+    Returns, for each rank, its micro-batches as lists of indices into `lengths`, longest sequence
+    first. Every rank has the same number of micro-batches, none above `token_budget` tokens; some
+    are empty if a rank has fewer sequences.
 
-    Raises ValueError for a single sequence longer than the budget.
+    `costs` is the cost of each sequence, such as its FLOPs (default: its length). Costs are
+    balanced over the ranks first, because ranks wait for each other at the end of an update, and
+    then over each rank's micro-batches, because the stages of a pipeline wait for each other at
+    every micro-batch. The number of micro-batches is the smallest multiple of `multiple` that
+    keeps the budget: some pipeline schedules need a multiple of their stages.
+
+    Raises ValueError if a single sequence is longer than the budget.
     """
     longest = max(lengths, default=0)
     if longest > token_budget:
@@ -138,7 +96,7 @@ def microbatches(
     ranks = equal_parts(costs, range(len(lengths)), data_parallel_size)
     fullest = max(sum(lengths[i] for i in rank) for rank in ranks)
     count = multiple * max(1, -(-fullest // (token_budget * multiple)))
-    while True:  # ends at the latest with a micro-batch for each sequence
+    while True:  # ends at the latest with one sequence in each micro-batch
         plan = [equal_parts(costs, rank, count) for rank in ranks]
         if all(sum(lengths[i] for i in part) <= token_budget for rank in plan for part in rank):
             return [[sorted(p, key=lambda i: (-lengths[i], i)) for p in rank] for rank in plan]
@@ -146,12 +104,12 @@ def microbatches(
 
 
 def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> list[list[int]]:
-    """`members` in `count` parts of nearly equal cost, heaviest first: the largest differencing
-    method (Karmarkar and Karp 1982).
+    """Divide `members` into `count` parts of nearly equal cost, heaviest first, by the largest
+    differencing method (Karmarkar and Karp 1982).
 
-    It keeps several divisions into parts, at first one for each member; the two that are least even
-    are laid over each other, heaviest part on lightest, until one is left. Here a division lists
-    its parts heaviest first, without the empty ones, so that it costs no more than its members.
+    The method starts with one division into parts for each member, and merges the two least even
+    divisions, heaviest part with lightest, until one is left. A division lists its non-empty parts
+    only, heaviest first, so that its size is bounded by its members.
     """
     divisions: list[tuple[int, int, list[tuple[int, tuple[int, ...]]]]]
     divisions = [(-costs[member], member, [(costs[member], (member,))]) for member in members]
@@ -159,7 +117,7 @@ def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> lis
     while len(divisions) > 1:
         _, number, first = heapq.heappop(divisions)
         _, _, second = heapq.heappop(divisions)
-        shared = max(0, len(first) + len(second) - count)  # parts that meet one of the other's
+        shared = max(0, len(first) + len(second) - count)  # parts that are merged with another
         kept, laid = len(first) - shared, len(second) - shared
         parts = first[:kept] + second[:laid]
         for (a, these), (b, those) in zip(first[kept:], reversed(second[laid:]), strict=True):
@@ -172,4 +130,5 @@ def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> lis
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
+    """Return a permutation of `count` items that follows from the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

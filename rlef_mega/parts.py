@@ -1,8 +1,8 @@
-"""What a training run is made of, by its recipe: opened together, closed together.
+"""The parts of a training run, built from its recipe: opened together, closed together.
 
-Theory of operation: all ranks call `open_parts` and get the same parts of one run, each with its
-share of the networks. Closing them, by leaving the `with` block, ends grader and engine; the
-networks go with the process.
+Theory of operation: all ranks call `open_parts` and get the parts of the same run, each with its
+share of the networks. Leaving the `with` block closes the grader and the engine; the networks live
+as long as the process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from rlef_mega import ppo
 from rlef_mega.config import TrainConfig
-from rlef_mega.dialogues.batches import Dialogues
+from rlef_mega.dialogues.batches import NumberedDialogues
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.distractors import collect_distractors
 from rlef_mega.dialogues.judge import Grader, Judge, open_grader
-from rlef_mega.dialogues.rollout import Rules
+from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import TrainingEngine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.engines.sglang.serve import server_logs
@@ -28,7 +27,6 @@ from rlef_mega.megatron import parallel
 from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.network import accelerations
-from rlef_mega.packing import pack
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.guards import Guards
@@ -36,13 +34,13 @@ from rlef_mega.run.launch import StopRequest
 from rlef_mega.run.manifest import describe, versions
 from rlef_mega.run.progress import StepProgress
 from rlef_mega.run.trackers import Trackers
-from rlef_mega.types import Batch, Episode, Problem, Sampling, Scores, Targets
+from rlef_mega.types import Problem, Sampling
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Of one rank. `done` steps stand behind the networks, and `position` is what their checkpoint
-    kept of where the run stood; 0 and nothing for a new run."""
+    """One rank's parts. The networks have made `done` steps, and `position` is the state stored in
+    their checkpoint; 0 and {} in a new run."""
 
     run: RunDirectory
     stop: StopRequest
@@ -55,13 +53,13 @@ class Parts:
     position: dict[str, Any]
     guards: Guards
     engine: TrainingEngine
-    dialogues: Dialogues
+    dialogues: NumberedDialogues
     evaluator: Evaluator
     progress: StepProgress
     trackers: Trackers
 
     def note_phase(self, text: str) -> None:
-        """What the run does now, for a watchdog and for a person."""
+        """Show the current phase to the watchdog and on the terminal."""
         if self.ranks.is_writer:
             self.run.note_progress(text)
             self.progress.phase(text.removesuffix(" begins").replace(" ended", " done"))
@@ -69,7 +67,7 @@ class Parts:
 
 @contextmanager
 def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Parts]:
-    """`grading_token` is what `judge.servers` are shown. Collective."""
+    """Open the parts. `grading_token` is sent to `judge.servers`. Collective."""
     run = RunDirectory(Path(config.run.dir))
     stop = StopRequest(run.stop_request)
     ranks = parallel.initialize(
@@ -95,6 +93,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
         if rules.feedback == "random":
             found = collect_distractors(problems, config.data.train, judge, seed=config.run.seed)
             rules = replace(rules, distractors=found)
+        loop = DialogueLoop(engine, judge, chat, rules)
         if ranks.is_writer:
             run.write_json("manifest.json", run_manifest(config, grader, ranks.device))
         yield Parts(
@@ -113,18 +112,10 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
                 max_staleness=config.rollout.staleness,
             ),
             engine=engine,
-            dialogues=Dialogues(
-                problems,
-                engine,
-                judge,
-                chat,
-                rules,
-                batch=config.rollout.episodes_per_batch,
-                seed=config.run.seed,
+            dialogues=NumberedDialogues(
+                problems, loop, batch=config.rollout.episodes_per_batch, seed=config.run.seed
             ),
-            evaluator=Evaluator(
-                config, run, engine, judge, chat, rules, writer=ranks.is_writer, say=progress.say
-            ),
+            evaluator=Evaluator(config, run, loop, writer=ranks.is_writer, say=progress.say),
             progress=progress,
             trackers=trackers,
         )
@@ -134,13 +125,13 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
 def open_engine(
     config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory
 ) -> Iterator[TrainingEngine]:
-    """One of this process; or the servers, which rank 0 brings the weights to."""
+    """Open the engine of this process, or a client of the servers; rank 0 publishes to these."""
     if config.rollout.engine == "local":
         yield LocalEngine(
             Path(config.model.path),
             dtype=config.model.dtype,
             device=ranks.device,
-            weights_from_folder=config.model.weights is None,  # else they come when published
+            weights_from_folder=config.model.weights is None,  # else the first publication has them
         )
         return
     from rlef_mega.engines.sglang.engine import Limits, SGLangEngine  # an extra: it needs aiohttp
@@ -154,7 +145,7 @@ def open_engine(
         weights_folder=run.path / "weights",
         logs=server_logs(config),
         release_memory=servers.release_memory,
-        take_over=True,  # what this run held when it was killed
+        take_over=True,  # servers that this run used when it was killed
     ) as engine:
         yield engine
 
@@ -174,7 +165,7 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
 
 
 def kernels_for(config: TrainConfig) -> tuple[torch.dtype, accelerations.Layers]:
-    """What the choice of kernels depends on, besides the machine."""
+    """Return what the choice of kernels depends on, besides the machine."""
     return getattr(torch, config.model.dtype), config.model.layers
 
 
@@ -201,19 +192,19 @@ def make_checkpoints(config: TrainConfig, run: RunDirectory, learner: Learner) -
 def resume(
     run: RunDirectory, checkpoints: Checkpoints, *, writer: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Load the newest good checkpoint, if any, and forget what was recorded after it. Returns its
-    step and position, or 0 and none."""
+    """Load the newest good checkpoint, if any, and delete what was recorded after it. Returns its
+    step and position, or 0 and {}."""
     step, state = checkpoints.resume() or (0, {})
     if writer:
         run.resume(step)
         missing = step - len(run.read_metrics())
-        if missing:  # a machine that lost its power, or a disk that was full
+        if missing:  # after a power failure or a full disk
             print(f"WARNING: {run.metrics_path} lacks {missing} steps before {step}", flush=True)
     return step, state
 
 
 def dialogue_rules(config: TrainConfig, chat: ChatFormat) -> Rules:
-    """How training samples: no top-p, no top-k (RLEF 3.1)."""
+    """Return the rules of training dialogues: no top-p, no top-k (RLEF 3.1)."""
     return Rules(
         turns=config.rollout.turns,
         sampling=Sampling(
@@ -223,28 +214,4 @@ def dialogue_rules(config: TrainConfig, chat: ChatFormat) -> Rules:
         ),
         max_context=config.rollout.max_context,
         feedback=config.rollout.feedback,
-    )
-
-
-def pack_episodes(config: TrainConfig, episodes: Sequence[Episode]) -> Batch:
-    """With the paper's penalty for invalid code, which its single-turn training leaves out (RLEF
-    2.2)."""
-    return pack(
-        episodes,
-        invalid_code_penalty=config.ppo.invalid_code_penalty if config.rollout.turns > 1 else 0.0,
-        penalize_invalid_last_turn=config.ppo.penalize_invalid_last_turn,
-    )
-
-
-def make_targets(
-    config: TrainConfig, batch: Batch, scores: Scores
-) -> tuple[Targets, dict[str, float]]:
-    """`ppo.targets` with the recipe's settings."""
-    return ppo.targets(
-        batch,
-        scores,
-        beta=config.ppo.beta,
-        gamma=config.ppo.gamma,
-        normalize=config.ppo.normalize_advantages,
-        token_level_value=config.ppo.token_level_value,
     )

@@ -1,10 +1,19 @@
-"""What flows: one frozen dataclass a stage.
+"""The data of a training step: one frozen dataclass for each stage.
 
-A `Problem` becomes an `Episode` (turns of exact token ids), episodes are packed into a `Batch`, the
-batch is scored (`Scores`) and turned into `Targets`, which update policy and critic. No type has a
-field that a later stage fills in.
+    Problem -> Episode (of Turns) -> Batch -> Scores -> Targets
 
-Shape suffixes: T packed tokens of a batch, N turns in episode order, E episodes.
+A dialogue about a `Problem` is an `Episode`: turns of exact token ids. The episodes of a step are
+packed into one `Batch`. The learner scores the batch (`Scores`), `ppo.targets` turns the scores
+into `Targets`, and these update the policy and the critic. No stage writes into the data of an
+earlier one.
+
+Shape suffixes, used in all of rlef_mega:
+
+    T  all tokens of a packed batch: prompts, feedback and responses
+    A  action tokens: the response tokens of the batch, in order
+    N  turns of the batch, in order
+    E  episodes of the batch
+    M  values: one for each turn (M = N) or, with token-level values, for each action token (M = A)
 """
 
 from dataclasses import dataclass, field
@@ -25,8 +34,8 @@ from rlef_sandbox import (
 
 @dataclass(frozen=True)
 class AssertTest(CheckTest):
-    """A `CheckTest` that can be shown: `statement` is the assert that its code carries out, and the
-    last line which a failing run writes is an error with the values that were compared."""
+    """A `CheckTest` that can be shown to the model: `statement` is the assert that its code runs.
+    The last line that a failing run writes is an error with the values that were compared."""
 
     __test__ = False
 
@@ -40,8 +49,8 @@ PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 
 @dataclass(frozen=True)
 class PrivateTests:
-    """Tests that decide the reward. A type of their own, so that what builds dialogues cannot take
-    them by mistake."""
+    """Tests that decide the reward. They have a type of their own so that code which builds
+    dialogues cannot take them by mistake."""
 
     tests: tuple[AnyTest, ...]
 
@@ -59,9 +68,9 @@ class Problem:
     language: str = "python"
     template: str = "codecontests"  # which prompt and feedback templates of RLEF C.1, C.4, C.5
     entry_point: str | None = None  # function-call problems
-    prelude: str = ""  # whole lines before every program: what a benchmark's grader imports
-    family: str = ""  # breakdowns in reports: a curriculum family, a source
-    difficulty: str = ""  # another breakdown, in the words of its source
+    prelude: str = ""  # lines put before every program: what the benchmark's grader imports
+    family: str = ""  # reports break results down by it: a curriculum family, a source
+    difficulty: str = ""  # a second breakdown, in the words of the problem's source
     tags: tuple[str, ...] = ()
     wrong_programs: tuple[str, ...] = ()  # known to fail, for random feedback (RLEF C.2)
 
@@ -72,7 +81,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class TestOutcome:
-    """One test and what the program did on it, as the model may see it."""
+    """A test and what the program did on it, as the model may see it."""
 
     __test__ = False  # not a pytest class
 
@@ -82,9 +91,10 @@ class TestOutcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Grading of one response. `solved` is None unless the response was final and went to the
-    private tests, of which no more is known here than how each ended; the first that fails is the
-    last that is run."""
+    """The grading of one response. `solved` is None unless the response was final.
+
+    A final response that passes the public tests is run on the private tests, until the first
+    failure; only their statuses are kept."""
 
     public: tuple[TestOutcome, ...]
     public_passed: bool
@@ -94,8 +104,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample a response. Training uses temperature 1 and neither top-p nor top-k (RLEF
-    3.1)."""
+    """How to sample a response. Training uses temperature 1, no top-p and no top-k (RLEF 3.1)."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -105,76 +114,97 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine sampled: exact ids, end-of-turn token included, with their log-probs at the
-    sampling temperature.
+    """A response as the engine sampled it; each tuple has one entry for each token."""
 
-    `weight_versions` has one entry a token: the version of the weights that produced it.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    weight_versions: tuple[int, ...]
+    token_ids: tuple[int, ...]  # the end-of-turn token included, if it was sampled
+    logprobs: tuple[float, ...]  # at the sampling temperature
+    weight_versions: tuple[int, ...]  # of the weights that produced the token
     finish_reason: str  # "stop" | "length"
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.logprobs) == len(self.weight_versions)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One model response. The tokens between turns are observations, appended verbatim."""
+    """One response, and the tokens that the model observed since its last response: the prompt in
+    the first turn, feedback in the others."""
 
-    context_len: int  # tokens of the dialogue before the first action token
-    action_ids: tuple[int, ...]  # end-of-turn token included, when it was sampled
-    action_logprobs: tuple[float, ...]
-    weight_versions: tuple[int, ...]
-    program: str | None  # None: no valid code
+    observed_ids: tuple[int, ...]
+    completion: Completion
+    program: str | None  # None: the response holds no valid code
     verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A whole dialogue. `token_ids` are made once and never re-encoded from text."""
+    """A whole dialogue. Its token ids are never decoded and encoded again."""
 
     problem_id: str
     family: str
-    token_ids: tuple[int, ...]
     turns: tuple[Turn, ...]
-    solved: bool
 
     def __post_init__(self) -> None:
-        """Token-in token-out: the ids that will be scored are the ids that the engine sampled."""
-        for number, turn in enumerate(self.turns):
-            end = turn.context_len + len(turn.action_ids)
-            sampled = self.token_ids[turn.context_len : end]
-            assert sampled == turn.action_ids, f"turn {number} of {self.problem_id}: ids differ"
-            assert len(turn.action_logprobs) == len(turn.action_ids)
-        assert self.turns and end == len(self.token_ids), "an episode ends with a response"
+        assert self.turns, "an episode has at least one response"
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens of the dialogue; the last one ends the last response."""
+        return (*self.context(len(self.turns) - 1), *self.turns[-1].completion.token_ids)
+
+    def context(self, number: int) -> tuple[int, ...]:
+        """Return all tokens before the response of turn `number`: what the engine was given."""
+        before = [
+            i for t in self.turns[:number] for i in (*t.observed_ids, *t.completion.token_ids)
+        ]
+        return (*before, *self.turns[number].observed_ids)
+
+    @property
+    def solved(self) -> bool:
+        return bool(self.turns[-1].verdict.solved)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Episodes packed without padding (thd). Sequence e occupies cu_seqlens[e]:cu_seqlens[e + 1].
+    """Episodes packed without padding (thd): episode e has the tokens
+    cu_seqlens[e]:cu_seqlens[e + 1].
 
-    The log-prob of token t is read from the hidden state at t - 1; a turn's value is read at the
-    last token of its prompt, the position whose next token is the first of the response (RLEF A.1).
+    The log-prob of token t is computed from the hidden state at t - 1. A turn's value is read at
+    the last token of its prompt, whose next token is the first of the response (RLEF A.1).
     """
 
     token_ids_T: torch.Tensor  # int64
-    position_ids_T: torch.Tensor  # int64, restarts at 0 in each sequence
     cu_seqlens: torch.Tensor  # int32 [E + 1]
-    action_mask_T: torch.Tensor  # bool: response tokens
-    turn_index_T: torch.Tensor  # int64: which turn a response token belongs to; -1 elsewhere
-    behaviour_logprobs_T: torch.Tensor  # fp32; 0 where action_mask is False
-    weight_versions_T: torch.Tensor  # int64: of the weights that sampled it; -1 where none did
-    value_positions_N: torch.Tensor  # int64 into T
-    episode_of_turn_N: torch.Tensor  # int64
-    rewards_N: torch.Tensor  # fp32 task rewards, without KL
+    action_positions_A: torch.Tensor  # int64, into T
+    turn_of_action_A: torch.Tensor  # int64, into N
+    behaviour_logprobs_A: torch.Tensor  # fp32, of the policy that sampled the token
+    weight_versions_A: torch.Tensor  # int64, of the weights that sampled the token
+    value_positions_N: torch.Tensor  # int64, into T
+    episode_of_turn_N: torch.Tensor  # int64, into E
+    valid_code_N: torch.Tensor  # bool: the response holds valid code
+    solved_E: torch.Tensor  # bool: the last response passes all tests
+
+    @property
+    def action_bounds(self) -> torch.Tensor:
+        """[E + 1]: episode e has the actions action_bounds[e]:action_bounds[e + 1]."""
+        return torch.searchsorted(self.action_positions_A, self.cu_seqlens.long())
+
+    @property
+    def turn_bounds(self) -> torch.Tensor:
+        """[E + 1]: episode e has the turns turn_bounds[e]:turn_bounds[e + 1]."""
+        return torch.searchsorted(self.value_positions_N, self.cu_seqlens.long())
 
     @property
     def num_sequences(self) -> int:
-        return self.cu_seqlens.numel() - 1
+        return self.solved_E.numel()
 
     @property
     def num_turns(self) -> int:
         return self.value_positions_N.numel()
+
+    @property
+    def num_actions(self) -> int:
+        return self.action_positions_A.numel()
 
     @property
     def num_tokens(self) -> int:
@@ -183,25 +213,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the trainer reads off the batch before its updates.
+    """The networks' outputs on a batch, before the batch's updates; fp32."""
 
-    With token-level values (RLEF B.6) `values` has one entry a response token (in order), else one
-    a turn.
-    """
-
-    old_logprobs_T: torch.Tensor  # fp32; 0 where action_mask is False
-    ref_logprobs_T: torch.Tensor
-    values_N: torch.Tensor
+    old_logprobs_A: torch.Tensor  # of the policy
+    ref_logprobs_A: torch.Tensor | None  # of the frozen reference; None without a KL penalty
+    values_M: torch.Tensor  # of the critic
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the updates aim for, constant over the updates of one batch.
+    """What the updates of a batch aim for; constant over these updates; fp32."""
 
-    advantages, returns and old values are per turn; with token-level values, per response token.
-    """
-
-    old_logprobs_T: torch.Tensor
-    old_values_N: torch.Tensor
-    advantages_N: torch.Tensor
-    returns_N: torch.Tensor
+    old_logprobs_A: torch.Tensor
+    advantages_A: torch.Tensor  # the same for all tokens of a turn, unless values are token-level
+    old_values_M: torch.Tensor
+    returns_M: torch.Tensor

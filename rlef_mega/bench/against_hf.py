@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from rlef_mega import ppo
 from rlef_mega.bench import beside_hf
 from rlef_mega.bench.figures import Report, describe_benchmark
 from rlef_mega.bench.hf_policy import HuggingFacePolicy
@@ -21,7 +22,7 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack
-from rlef_mega.parts import make_learner, make_targets
+from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.launch import worker_main
 from rlef_mega.types import Batch, Targets
@@ -94,7 +95,7 @@ def one_update(config: TrainConfig) -> Batch:
     vocabulary = model_shape(config)["vocab_size"]
     episodes = random_episodes(config.rollout, vocabulary, config.run.seed)
     share = len(episodes) // config.ppo.updates_per_batch
-    return pack(episodes[:share], invalid_code_penalty=config.ppo.invalid_code_penalty)
+    return pack(episodes[:share])
 
 
 def on_policy_targets(learner: Learner, config: TrainConfig, batch: Batch) -> tuple[Batch, Targets]:
@@ -102,8 +103,8 @@ def on_policy_targets(learner: Learner, config: TrainConfig, batch: Batch) -> tu
     and what its updates aim for.
     """
     scores = learner.score(batch)
-    batch = dataclasses.replace(batch, behaviour_logprobs_T=scores.old_logprobs_T)
-    targets, _ = make_targets(config, batch, scores)
+    batch = dataclasses.replace(batch, behaviour_logprobs_A=scores.old_logprobs_A)
+    targets, _ = ppo.targets(batch, scores, config.ppo)
     return batch, targets
 
 
@@ -122,7 +123,7 @@ def describe_batch(batch: Batch) -> dict[str, int]:
     return {
         "sequences": batch.num_sequences,
         "tokens": batch.num_tokens,
-        "response_tokens": int(batch.action_mask_T.sum()),
+        "response_tokens": batch.num_actions,
     }
 
 

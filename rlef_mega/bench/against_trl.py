@@ -177,13 +177,13 @@ def run_trl(
 def as_rollout(episode: Episode) -> dict[str, list]:
     """In TRL's terms: the first prompt, everything after it as completion, and which of that the
     model said."""
-    start = episode.turns[0].context_len
-    said = [0] * len(episode.token_ids)
-    logprobs = [0.0] * len(episode.token_ids)
+    start = len(episode.turns[0].observed_ids)
+    said: list[int] = []
+    logprobs: list[float] = []
     for turn in episode.turns:
-        end = turn.context_len + len(turn.action_ids)
-        said[turn.context_len : end] = [1] * len(turn.action_ids)
-        logprobs[turn.context_len : end] = turn.action_logprobs
+        observed, sampled = len(turn.observed_ids), turn.completion
+        said += [0] * observed + [1] * len(sampled.token_ids)
+        logprobs += [0.0] * observed + list(sampled.logprobs)
     return {
         "prompt_ids": list(episode.token_ids[:start]),
         "completion_ids": list(episode.token_ids[start:]),

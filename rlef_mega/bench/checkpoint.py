@@ -86,14 +86,12 @@ def work(folder: Path) -> int:
     ranks = parallel.initialize(config.parallel, seed=config.run.seed)
     learner = make_learner(config, ranks)
     episodes = random_episodes(config.rollout, model_shape(config)["vocab_size"], config.run.seed)
-    batch = pack(episodes[:EPISODES], invalid_code_penalty=config.ppo.invalid_code_penalty)
+    batch = pack(episodes[:EPISODES])
     order = shuffled(batch.num_sequences, config.run.seed)
 
     def step() -> None:
         scores = learner.score(batch)
-        targets, _ = ppo.targets(
-            batch, scores, beta=config.ppo.beta, gamma=config.ppo.gamma, normalize=True
-        )
+        targets, _ = ppo.targets(batch, scores, config.ppo)
         learner.update(batch, targets, order)
 
     checkpoints = Checkpoints(folder / "asynchronous", learner, keep=1)

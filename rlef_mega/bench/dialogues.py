@@ -30,7 +30,7 @@ from rlef_mega.bench.simulated import (
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge
-from rlef_mega.dialogues.rollout import DialogueLoop, Rules, rollout
+from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.dialogues.stream import Stream
 from rlef_mega.run.launch import collect_garbage_by_hand
 from rlef_mega.types import Episode, Sampling
@@ -101,7 +101,7 @@ def drive_together(chat: ChatFormat, in_flight: int) -> Drive:
 
     async def work() -> int:
         engine, judge = fast_servers(chat)
-        held = await rollout(chosen, engine, judge, chat, RULES, range(in_flight))
+        held = await DialogueLoop(engine, judge, chat, RULES).run_all(chosen, range(in_flight))
         return len(held.episodes)
 
     return asyncio.run(probed(work))
@@ -116,7 +116,7 @@ def drive_stream(chat: ChatFormat, in_flight: int) -> Drive:
         dialogues = DialogueLoop(engine, judge, chat, RULES)
 
         async def hold(number: int) -> Episode | str:
-            return await dialogues.hold(problems[number % len(problems)], number)
+            return await dialogues.run(problems[number % len(problems)], number)
 
         stream = Stream(
             hold,

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from rlef_mega import ppo
 from rlef_mega.config import OptimizerConfig
-from rlef_mega.packing import microbatches, token_positions
+from rlef_mega.packing import microbatches, spans
 from rlef_mega.types import Batch, Targets
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -82,54 +82,53 @@ def similar_lengths(lengths: Sequence[int], token_budget: int) -> Iterator[list[
 def packed_batch(
     batch: Batch, targets: Targets, sequences: list[int], device: torch.device
 ) -> PeerBatch:
-    positions_T = token_positions(batch.cu_seqlens, sequences)
+    positions_T = spans(batch.cu_seqlens, sequences)
     lengths = batch.cu_seqlens.diff()[sequences]
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
     packing: dict[str, torch.Tensor | int] = {
-        "position_ids": batch.position_ids_T[positions_T][None].to(device),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
         # read by flash attention alone, which would work them out in each layer
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": int(lengths.max()),
         "max_length_k": int(lengths.max()),
     }
-    rows_R = batch.action_mask_T[positions_T].nonzero().squeeze(1) - 1
+    rows_R = torch.isin(positions_T, batch.action_positions_A).nonzero().squeeze(1) - 1
     ids = batch.token_ids_T[positions_T][None]
     return PeerBatch(
-        ids.to(device), packing, rows_R.to(device), *constants(batch, targets, positions_T, device)
+        ids.to(device), packing, rows_R.to(device), *constants(batch, targets, sequences, device)
     )
 
 
 def padded_batch(
     batch: Batch, targets: Targets, sequences: list[int], device: torch.device
 ) -> PeerBatch:
-    positions_T = token_positions(batch.cu_seqlens, sequences)
+    positions_T = spans(batch.cu_seqlens, sequences)
     lengths_B = batch.cu_seqlens.diff()[sequences].long()
     longest = int(lengths_B.max())
     sequence_T = torch.arange(len(sequences)).repeat_interleave(lengths_B)
-    places_T = sequence_T * longest + batch.position_ids_T[positions_T]
+    places_T = sequence_T * longest + torch.cat([torch.arange(n) for n in lengths_B])
     ids_BL = torch.zeros(len(sequences) * longest, dtype=torch.int64)
     ids_BL[places_T] = batch.token_ids_T[positions_T]
-    rows_R = places_T[batch.action_mask_T[positions_T]] - 1
+    rows_R = places_T[torch.isin(positions_T, batch.action_positions_A)] - 1
     return PeerBatch(
         ids_BL.view(-1, longest).to(device),
         {},
         rows_R.to(device),
-        *constants(batch, targets, positions_T, device),
+        *constants(batch, targets, sequences, device),
     )
 
 
 def constants(
-    batch: Batch, targets: Targets, positions_T: torch.Tensor, device: torch.device
+    batch: Batch, targets: Targets, sequences: list[int], device: torch.device
 ) -> tuple[torch.Tensor, ...]:
     """Ids, old and behaviour log-probs and advantages of the response tokens."""
-    chosen_R = positions_T[batch.action_mask_T[positions_T]]
-    advantages_R = targets.advantages_N[batch.turn_index_T[chosen_R]]
+    actions_R = spans(batch.action_bounds, sequences)
     found = (
-        batch.token_ids_T[chosen_R],
-        targets.old_logprobs_T[chosen_R],
-        batch.behaviour_logprobs_T[chosen_R],
-        advantages_R,
+        batch.token_ids_T[batch.action_positions_A[actions_R]],
+        targets.old_logprobs_A[actions_R],
+        batch.behaviour_logprobs_A[actions_R],
+        targets.advantages_A[actions_R],
     )
     return tuple(tensor.to(device) for tensor in found)
 

@@ -21,7 +21,7 @@ from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.bench.simulated import made_up_problems
 from rlef_mega.bench.workload import RESULT
 from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.dialogues.rollout import join_shares, roll_out_my_share
+from rlef_mega.dialogues.rollout import DialogueLoop, join_shares
 from rlef_mega.run.launch import launch, worker_main
 from rlef_mega.run.ranks import gather, my_share
 
@@ -67,7 +67,7 @@ def work(folder: Path) -> int:
     engine, judge = fast_servers(chat)
     dist.barrier()  # all processes begin together
     begun = time.perf_counter()
-    share = asyncio.run(roll_out_my_share(chosen, engine, judge, chat, RULES, 0))
+    share = asyncio.run(DialogueLoop(engine, judge, chat, RULES).run_my_share(chosen, 0))
     held = join_shares(lambda: share)
     wall_s = time.perf_counter() - begun
     gather_s = []

@@ -147,7 +147,7 @@ async def train(chat: ChatFormat, load: Workload, max_staleness: int) -> Run:
     problems = made_up_problems(64)
 
     async def hold(number: int) -> Episode | str:
-        return await dialogues.hold(problems[number % len(problems)], number)
+        return await dialogues.run(problems[number % len(problems)], number)
 
     stream = Stream(
         hold,
@@ -187,9 +187,9 @@ def summary(
         version - of_token
         for version, episode in taken
         for turn in episode.turns
-        for of_token in turn.weight_versions
+        for of_token in turn.completion.weight_versions
     ]
-    tokens = [sum(len(turn.action_ids) for turn in episode.turns) for _, episode in taken]
+    tokens = [sum(len(turn.completion.token_ids) for turn in episode.turns) for _, episode in taken]
     return Run(
         step_s=wall_s / load.steps,
         trainer_idle=waited_s / wall_s,

@@ -140,7 +140,7 @@ def cases() -> list[Case]:
     demo, shape = recipes["demo"], demo_shape()
     demo_batches = [
         [
-            (len(episode.token_ids), sum(len(turn.action_ids) for turn in episode.turns))
+            (len(episode.token_ids), sum(len(turn.completion.token_ids) for turn in episode.turns))
             for episode in random_episodes(demo.rollout, shape.vocabulary, seed)
         ]
         for seed in range(BATCHES)

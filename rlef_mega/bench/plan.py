@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 
+from rlef_mega import ppo
 from rlef_mega.bench.figures import Figure, Report, describe_benchmark
 from rlef_mega.bench.slice_model import REQUEST, demo_shape, write_model
 from rlef_mega.bench.workload import RESULT, random_episodes
@@ -31,7 +32,7 @@ from rlef_mega.config import TrainConfig, dump_toml, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron import parallel
 from rlef_mega.packing import pack, shuffled
-from rlef_mega.parts import make_learner, make_targets
+from rlef_mega.parts import make_learner
 from rlef_mega.plan.hardware import this_cpu
 from rlef_mega.plan.planned_run import PlannedRun
 from rlef_mega.plan.rollouts import DialogueLengths, DialogueSample
@@ -146,13 +147,13 @@ def work(folder: Path) -> int:
     rates = product_rates(config.learner.microbatch_tokens, shape)
     base = psutil.Process().memory_info().rss
     learner = make_learner(config, ranks)
-    batch = pack(episodes, invalid_code_penalty=config.ppo.invalid_code_penalty)
+    batch = pack(episodes)
     score_s, update_s = [], []
     for repeat in range(1 + request["repeats"]):
         started = time.process_time()
         scores = learner.score(batch)
         scored = time.process_time()
-        targets, _ = make_targets(config, batch, scores)
+        targets, _ = ppo.targets(batch, scores, config.ppo)
         begun = time.process_time()
         learner.update(batch, targets, shuffled(batch.num_sequences, config.run.seed))
         if repeat:  # the first warms up
@@ -167,7 +168,11 @@ def work(folder: Path) -> int:
         "update_s": update_s,
         "matmul_flops": rates,
         "dialogues": [
-            [len(e.token_ids), sum(len(turn.action_ids) for turn in e.turns), len(e.turns)]
+            [
+                len(e.token_ids),
+                sum(len(turn.completion.token_ids) for turn in e.turns),
+                len(e.turns),
+            ]
             for e in episodes
         ],
     }

@@ -18,7 +18,7 @@ from rlef_mega.bench.workload import RESULT, workload
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, open_grader
-from rlef_mega.dialogues.rollout import derive_seed, roll_out_on_all_ranks
+from rlef_mega.dialogues.rollout import DialogueLoop, derive_seed
 from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.megatron import parallel
@@ -123,8 +123,8 @@ def work(folder: Path) -> int:
             chosen = sample(problems, repeat, config.rollout.episodes_per_batch, config.run.seed)
             dist.barrier()  # all ranks begin together
             begun = time.perf_counter()
-            held = roll_out_on_all_ranks(
-                chosen, engine, judge, chat, rules, derive_seed(config.run.seed, repeat)
+            held = DialogueLoop(engine, judge, chat, rules).run_on_all_ranks(
+                chosen, derive_seed(config.run.seed, repeat)
             )
             counted = {
                 "wall": time.perf_counter() - begun,

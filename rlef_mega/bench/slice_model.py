@@ -8,6 +8,7 @@ folder, from which our learner and its peers start alike.
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlef_mega.config import ConfigError, RolloutConfig, SFTConfig, find_recipe, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.packing import microbatches
-from rlef_mega.types import Episode, Turn, Verdict
+from rlef_mega.types import Completion, Episode, Turn, Verdict
 
 REQUEST = "request.json"  # to a worker, in its folder
 SHAPES = {"llama31_8b": LLAMA_31_8B, "llama31_70b": LLAMA_31_70B}
@@ -161,7 +162,7 @@ def slice_episodes(
 def draw_episode(
     rollout: RolloutConfig, vocabulary: int, max_context: int, generator: random.Random
 ) -> Episode:
-    token_ids: list[int] = []
+    length = 0
     turns: list[Turn] = []
 
     def draw(part: float, limit: int) -> tuple[int, ...]:
@@ -173,12 +174,12 @@ def draw_episode(
     for turn in range(generator.randint(1, rollout.turns)):
         observed = draw(1 / 50 if turn else 1 / 16, max_context // 3)
         answer = draw(1 / 20, min(rollout.max_new_tokens, max_context // 3))
-        if turns and len(token_ids) + len(observed) + len(answer) > max_context:
+        if turns and length + len(observed) + len(answer) > max_context:
             break
-        token_ids += observed
         logprobs = (-math.log(vocabulary),) * len(answer)
-        turns.append(
-            Turn(len(token_ids), answer, logprobs, (0,) * len(answer), "print(1)", UNGRADED)
-        )
-        token_ids += answer
-    return Episode("made up", "", tuple(token_ids), tuple(turns), solved=generator.random() < 0.5)
+        sampled = Completion(answer, logprobs, (0,) * len(answer), "stop")
+        turns.append(Turn(tuple(observed), sampled, "print(1)", UNGRADED))
+        length += len(observed) + len(answer)
+    verdict = replace(UNGRADED, solved=generator.random() < 0.5)
+    turns[-1] = replace(turns[-1], verdict=verdict)
+    return Episode("made up", "", tuple(turns))

@@ -64,7 +64,7 @@ def slice_batch(config: TrainConfig, shape: LlamaShape, request: dict[str, Any])
         request["microbatches"],
         config.run.seed,
     )
-    return pack(episodes, invalid_code_penalty=config.ppo.invalid_code_penalty)
+    return pack(episodes)
 
 
 def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:

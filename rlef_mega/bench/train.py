@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rlef_mega import ppo
 from rlef_mega.bench.figures import Figure, Report, shares
 from rlef_mega.bench.workload import RESULT, Workload, random_episodes, workload
 from rlef_mega.config import TrainConfig, load_config
@@ -18,7 +19,7 @@ from rlef_mega.engines.publish import publish
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack, shuffled
-from rlef_mega.parts import make_learner, make_targets
+from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.directory import Clock
 from rlef_mega.run.launch import STOPPED, StopRequest, worker_main
@@ -75,11 +76,11 @@ def work(folder: Path) -> int:
             return STOPPED
         clock = Clock()
         with clock("pack"):
-            batch = pack(episodes, invalid_code_penalty=config.ppo.invalid_code_penalty)
+            batch = pack(episodes)
         with clock("score"):
             scores = learner.score(batch)
         with clock("targets"):
-            targets, _ = make_targets(config, batch, scores)
+            targets, _ = ppo.targets(batch, scores, config.ppo)
         order = shuffled(batch.num_sequences, config.run.seed)
         with clock("update"):
             learner.update(batch, targets, order)
@@ -95,7 +96,7 @@ def work(folder: Path) -> int:
         measured = {
             "sequences": batch.num_sequences,
             "tokens": batch.num_tokens,
-            "response_tokens": int(batch.action_mask_T.sum()),
+            "response_tokens": batch.num_actions,
             "threads": torch.get_num_threads(),
             "phases": phases[1:],  # the first is the warm-up
             "policy_alone": policy_alone[1:],

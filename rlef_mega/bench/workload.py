@@ -11,7 +11,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from rlef_mega.config import (
 from rlef_mega.demo.base_model import make_initial_model
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.launch import launch
-from rlef_mega.types import Episode, Turn, Verdict
+from rlef_mega.types import Completion, Episode, Turn, Verdict
 
 OBSERVED = (1 / 10, 1 / 6)  # of rollout.max_context: a prompt, or one turn's feedback
 ANSWERED = (0.15, 0.65)  # of rollout.max_new_tokens: a response
@@ -124,7 +124,7 @@ def random_episodes(rollout: RolloutConfig, vocab_size: int, seed: int) -> list[
 
 
 def random_episode(rollout: RolloutConfig, vocab_size: int, generator: random.Random) -> Episode:
-    token_ids: list[int] = []
+    length = 0
     turns: list[Turn] = []
 
     def draw(bounds: tuple[float, float], limit: int) -> list[int]:
@@ -134,13 +134,13 @@ def random_episode(rollout: RolloutConfig, vocab_size: int, generator: random.Ra
     for _ in range(generator.randint(1, rollout.turns)):
         observed = draw(OBSERVED, rollout.max_context)
         answer = tuple(draw(ANSWERED, rollout.max_new_tokens))
-        if turns and len(token_ids) + len(observed) + len(answer) > rollout.max_context:
+        if turns and length + len(observed) + len(answer) > rollout.max_context:
             break
-        token_ids += observed
         # about what an untrained model assigns, so that the loss stays finite
         logprobs = tuple(generator.uniform(-7.0, -6.0) for _ in answer)
-        turns.append(
-            Turn(len(token_ids), answer, logprobs, (0,) * len(answer), "print(1)", UNGRADED)
-        )
-        token_ids += answer
-    return Episode("made up", "", tuple(token_ids), tuple(turns), solved=generator.random() < 0.5)
+        sampled = Completion(answer, logprobs, (0,) * len(answer), "stop")
+        turns.append(Turn(tuple(observed), sampled, "print(1)", UNGRADED))
+        length += len(observed) + len(answer)
+    verdict = replace(UNGRADED, solved=generator.random() < 0.5)
+    turns[-1] = replace(turns[-1], verdict=verdict)
+    return Episode("made up", "", tuple(turns))

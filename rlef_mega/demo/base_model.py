@@ -29,7 +29,7 @@ from rlef_mega.run.launch import StopRequest, collect_garbage, worker_main
 from rlef_mega.run.manifest import versions
 from rlef_mega.run.progress import StepProgress
 from rlef_mega.run.ranks import any_rank
-from rlef_mega.types import Episode, Turn, Verdict
+from rlef_mega.types import Completion, Episode, Turn, Verdict
 
 UNGRADED = Verdict((), public_passed=False, solved=None)
 
@@ -68,7 +68,7 @@ def supervise(config: SFTConfig) -> int:
         for step in range(first + 1, config.steps + 1):
             start = (step - 1) * config.dialogues_per_step
             dialogues = sft_dialogues(start, config.dialogues_per_step, config.seed)
-            batch = pack([encode(d, chat) for d in dialogues], invalid_code_penalty=0.0)
+            batch = pack([encode(d, chat) for d in dialogues])
             record = {"step": step, "tokens": batch.num_tokens, **learner.supervised_update(batch)}
             record["checkpoint_failures"] = checkpoints.failures
             times = clock.lap()
@@ -98,17 +98,13 @@ def supervise(config: SFTConfig) -> int:
 def encode(messages: Sequence[str], chat: ChatFormat) -> Episode:
     """A written dialogue in the shape of a sampled one, so that both are packed and trained on
     alike."""
-    token_ids: list[int] = []
     turns: list[Turn] = []
     for prompt, response in zip(messages[::2], messages[1::2], strict=True):
-        token_ids += chat.observe(prompt, ended=True) if turns else chat.open(prompt)
-        action_ids = tuple(chat.respond(response))
-        zeros = (0,) * len(action_ids)
-        turns.append(
-            Turn(len(token_ids), action_ids, tuple(map(float, zeros)), zeros, None, UNGRADED)
-        )
-        token_ids += action_ids
-    return Episode("supervised", "", tuple(token_ids), tuple(turns), solved=False)
+        observed = chat.observe(prompt, ended=True) if turns else chat.open(prompt)
+        ids = tuple(chat.respond(response))
+        written = Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
+        turns.append(Turn(tuple(observed), written, None, UNGRADED))
+    return Episode("supervised", "", tuple(turns))
 
 
 def make_initial_model(config: SFTConfig) -> None:

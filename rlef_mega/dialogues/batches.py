@@ -1,15 +1,15 @@
-"""Where the loop's batches of episodes come from: rolled out when it asks, or taken from a stream
-that never stands still.
+"""The batches of episodes of a run: rolled out when the loop asks (sync mode), or taken from a
+stream of dialogues that never pauses (async mode).
 
-Theory of operation. Dialogue n of a run is the same problem with the same seed in both modes, on
-any number of ranks. In sync mode each rank holds its share of a batch's dialogues while the trainer
-waits. In async mode each rank has a thread with an event loop, in which a `Stream` holds its share
-of the dialogues, number after number, while the rank's main thread trains; `batch` takes this
-rank's share of what is done, and gathers all ranks'. Evaluations go on beside, in the same loop.
+Theory of operation. Dialogue n of a run has the same problem and the same seed in both modes and on
+any number of ranks. In sync mode each rank runs its share of a batch's dialogues while the trainer
+waits. In async mode each rank has a thread with an event loop, in which a `Stream` runs the rank's
+share of the dialogues one number after another, while the rank's main thread trains; `batch` takes
+finished dialogues from it and gathers those of all ranks. Evaluations run in the same event loop.
 
-What ends it: leaving the `with` block cancels the dialogues under way. A run that goes on from a
-checkpoint holds those anew that were not taken when it was saved: `state` has their numbers. None
-that was taken is held again.
+Leaving the `with` block cancels the dialogues that are running. A checkpoint stores the numbers of
+the dialogues not taken yet (`state`); a resumed run starts these dialogues again. No dialogue is
+trained on twice.
 """
 
 import asyncio
@@ -22,108 +22,91 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from rlef_mega.config import RolloutConfig
-from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.dialogues.judge import Judge
-from rlef_mega.dialogues.rollout import (
-    DialogueLoop,
-    Rollout,
-    Rules,
-    derive_seed,
-    gather_unless_lost,
-    roll_out_my_share,
-    roll_out_on_all_ranks,
-)
+from rlef_mega.dialogues.rollout import DialogueLoop, Rollout, derive_seed, gather_unless_lost
 from rlef_mega.dialogues.stream import Stream
-from rlef_mega.engines import Engine, EngineLostError
+from rlef_mega.engines import EngineLostError
 from rlef_mega.problems import sample
 from rlef_mega.run.event_loop import LoopThread
 from rlef_mega.types import Episode, Problem
 
 
-class Dialogues:
-    """Which problem, with which seed, is dialogue `number` of a run; and how it is held."""
+class NumberedDialogues:
+    """The dialogues of a run by number: which problem and seed each has, and how to run it."""
 
     def __init__(
-        self,
-        problems: Sequence[Problem],
-        engine: Engine,
-        judge: Judge,
-        chat: ChatFormat,
-        rules: Rules,
-        *,
-        batch: int,
-        seed: int,
+        self, problems: Sequence[Problem], loop: DialogueLoop, *, batch: int, seed: int
     ) -> None:
-        self.problems, self.batch, self.seed = problems, batch, seed
-        self.engine, self.judge, self.chat, self.rules = engine, judge, chat, rules
-        self.loop = DialogueLoop(engine, judge, chat, rules)
-        self.drawn: dict[int, list[Problem]] = {}  # by step, those asked for last
+        self.problems, self.loop, self.batch, self.seed = problems, loop, batch, seed
+        self.drawn: dict[int, list[Problem]] = {}  # by step, for the last few steps
 
     def of_step(self, step: int) -> list[Problem]:
-        """Those of numbers (step - 1) * batch and on."""
+        """Return the problems of the dialogues (step - 1) * batch to step * batch - 1."""
         if step not in self.drawn:
             drawn = sample(self.problems, step, self.batch, self.seed)
             self.drawn = {**dict(list(self.drawn.items())[-7:]), step: drawn}
         return self.drawn[step]
 
-    async def hold(self, number: int) -> Episode | str:
+    async def run(self, number: int) -> Episode | str:
         before, place = divmod(number, self.batch)
         problem = self.of_step(before + 1)[place]
         seed = derive_seed(derive_seed(self.seed, before + 1), place)
-        return await self.loop.hold(problem, seed)
+        return await self.loop.run(problem, seed)
 
 
 class Rollouts(Protocol):
-    """Two ways to the same dialogues."""
+    """The batches of a run, in sync or async mode."""
 
     def batch(self, step: int) -> Rollout:
-        """Of all ranks, collective. EngineLostError on all where one has lost its engine."""
+        """Return the step's outcomes of all ranks. Collective. Raises EngineLostError on all ranks
+        if one has lost its engine."""
 
-    def begin(self, problems: Sequence[Problem], rules: Rules, seed: int) -> Future[Rollout]:
-        """This rank's share of dialogues that are not trained on, with a future for it."""
+    def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
+        """Start this rank's share of dialogues that are not trained on."""
 
     def published(self, version: int) -> None:
-        """The engine has the weights of this version, and the batch before them was taken."""
+        """Note that the engine has the weights of this version. Called once after each batch."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the run that goes on from it loses no dialogue."""
+        """Return what a checkpoint keeps so that a resumed run loses no dialogue."""
 
 
 class RolloutsOnDemand:
-    """A batch's dialogues are held when it is asked for, and the trainer waits."""
+    """Sync mode: a batch's dialogues run when it is asked for, and the trainer waits."""
 
-    def __init__(self, dialogues: Dialogues) -> None:
+    def __init__(self, dialogues: NumberedDialogues) -> None:
         self.dialogues = dialogues
 
     def batch(self, step: int) -> Rollout:
-        d = self.dialogues
-        seed = derive_seed(d.seed, step)
-        return roll_out_on_all_ranks(d.of_step(step), d.engine, d.judge, d.chat, d.rules, seed)
+        dialogues = self.dialogues
+        seed = derive_seed(dialogues.seed, step)
+        return dialogues.loop.run_on_all_ranks(dialogues.of_step(step), seed)
 
-    def begin(self, problems: Sequence[Problem], rules: Rules, seed: int) -> Future[Rollout]:
-        d, done = self.dialogues, Future[Rollout]()
-        share = roll_out_my_share(problems, d.engine, d.judge, d.chat, rules, seed)
+    def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
+        done = Future[Rollout]()
         try:
-            done.set_result(asyncio.run(share))
+            done.set_result(asyncio.run(loop.run_my_share(problems, seed)))
         except EngineLostError as error:
             done.set_exception(error)
         return done
 
     def published(self, version: int) -> None:
-        """The next batch will have them."""
+        """Do nothing: the next batch will use these weights."""
 
     def state(self) -> dict[str, Any]:
         return {}
 
 
 class StreamedRollouts:
-    """Dialogues go on in a thread; a context manager. `state` is what `state()` was at the
-    checkpoint that this run goes on from, `version` that of its weights. After `steps` steps all
-    dialogues before number `steps` * batch were taken: the last batches wait for the last ones."""
+    """Async mode: dialogues run in a thread while the trainer trains; a context manager.
+
+    `version` is that of the weights, and `state` what `state()` returned, at the checkpoint from
+    which the run resumes. A run of `steps` steps takes exactly the dialogues before number
+    `steps` * batch, so its last batches wait for its last dialogues.
+    """
 
     def __init__(
         self,
-        dialogues: Dialogues,
+        dialogues: NumberedDialogues,
         *,
         version: int,
         steps: int,
@@ -135,12 +118,12 @@ class StreamedRollouts:
         self.dialogues = dialogues
         rank, ranks = dist.get_rank(), dist.get_world_size()
         self.next_number = state.get("next_dialogue", version * dialogues.batch)
-        self.passed_over = set(state.get("dialogues_passed_over", ()))  # and not taken yet
+        self.passed_over = set(state.get("dialogues_passed_over", ()))  # not taken yet
         new = range(self.next_number, steps * dialogues.batch)
         numbers = itertools.chain(sorted(self.passed_over), new)
         self.thread = LoopThread("rollouts")
         self.stream = Stream(
-            dialogues.hold,
+            dialogues.run,
             itertools.islice(numbers, rank, None, ranks),
             batch=dialogues.batch // ranks,
             version=version,
@@ -167,17 +150,14 @@ class StreamedRollouts:
         self.next_number = after_newest
         return Rollout(tuple(taken[number] for number in sorted(taken)))
 
-    def begin(self, problems: Sequence[Problem], rules: Rules, seed: int) -> Future[Rollout]:
-        d = self.dialogues
-        return self.thread.submit(
-            roll_out_my_share(problems, d.engine, d.judge, d.chat, rules, seed)
-        )
+    def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
+        return self.thread.submit(loop.run_my_share(problems, seed))
 
     def published(self, version: int) -> None:
         self.thread.loop.call_soon_threadsafe(self.stream.advance, version)
 
     def state(self) -> dict[str, Any]:
-        """The first number after all that were taken, and those before it that were not."""
+        """Return the first number after all dialogues taken, and the earlier ones not taken."""
         return {
             "next_dialogue": self.next_number,
             "dialogues_passed_over": sorted(self.passed_over),
@@ -186,9 +166,14 @@ class StreamedRollouts:
 
 @contextmanager
 def open_rollouts(
-    dialogues: Dialogues, rollout: RolloutConfig, *, version: int, steps: int, state: dict[str, Any]
+    dialogues: NumberedDialogues,
+    rollout: RolloutConfig,
+    *,
+    version: int,
+    steps: int,
+    state: dict[str, Any],
 ) -> Iterator[Rollouts]:
-    """As `rollout.mode` says; in async mode dialogues begin at once."""
+    """Open the rollouts of `rollout.mode`. In async mode dialogues start at once."""
     if rollout.mode == "sync":
         yield RolloutsOnDemand(dialogues)
         return

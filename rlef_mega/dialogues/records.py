@@ -1,10 +1,9 @@
-"""Episodes as lines of JSON, for a person to read: texts in place of token ids, and the numbers of
+"""Episodes as lines of JSON, for a person to read: texts instead of token ids, and the numbers of
 each token of a response.
 
-A record holds no more than `TEXT_LIMIT` characters of any one text. Of tokens it has how many
-characters of the response each one is (`pieces`), and their log-probs in thousandths of a nat:
-`logprobs` when they were sampled, `ref_logprobs` under the initial policy. Nothing reads records
-back but the report.
+A record holds at most `TEXT_LIMIT` characters of any text. For each token of a response it has the
+number of characters (`pieces`) and the log-probs in thousandths of a nat: `logprobs` when it was
+sampled, `ref_logprobs` under the initial policy. Only the report reads records back.
 """
 
 from collections.abc import Sequence
@@ -19,12 +18,12 @@ from rlef_mega.problems import named
 from rlef_mega.types import (
     AssertTest,
     Batch,
+    Completion,
     Episode,
     Problem,
     Scores,
     Targets,
     TestOutcome,
-    Turn,
     Verdict,
 )
 from rlef_sandbox import AnyTest, CallTest, Status, Test
@@ -34,13 +33,13 @@ TEXT_LIMIT = 10_000  # characters of any one text
 
 @dataclass(frozen=True)
 class TurnNumbers:
-    """What the trainer made of a turn."""
+    """The trainer's numbers of a turn, and of its tokens where each has its own."""
 
     value: float
     turn_return: float
     advantage: float
-    ref_logprobs: list[float] | None  # of its tokens; None where the reference was not scored
-    advantages: list[float] | None  # of its tokens, where each has its own
+    ref_logprobs: list[float] | None  # None: there is no KL penalty
+    advantages: list[float] | None  # None: all tokens have the turn's advantage
 
 
 def episode_records(
@@ -51,8 +50,8 @@ def episode_records(
     scores: Scores,
     targets: Targets,
 ) -> list[dict[str, Any]]:
-    """A step's episodes, each turn with its value, return and advantage (its first token's, where
-    every token has its own)."""
+    """Return the records of a step's episodes. Each turn has its value, return and advantage: those
+    of its first token, if values are token-level."""
     by_id = named(problems, {episode.problem_id for episode in episodes})
     numbers = turn_numbers(batch, scores, targets)
     records = []
@@ -63,26 +62,25 @@ def episode_records(
 
 
 def turn_numbers(batch: Batch, scores: Scores, targets: Targets) -> list[TurnNumbers]:
-    """Of all turns of the batch, in their order."""
-    action_T = batch.action_mask_T
-    lengths = torch.bincount(batch.turn_index_T[action_T], minlength=batch.num_turns)
-    starts = lengths.cumsum(0) - lengths
-    by_token = targets.returns_N.numel() != batch.num_turns
-    of_turn = starts if by_token else torch.arange(batch.num_turns)
-    rows = torch.stack([targets.old_values_N, targets.returns_N, targets.advantages_N])
-    references = scores.ref_logprobs_T[action_T].split(lengths.tolist())
-    scored = bool(scores.ref_logprobs_T.any())  # all 0 where there is no KL penalty
-    advantages = targets.advantages_N.split(lengths.tolist()) if by_token else None
-    return [
-        TurnNumbers(
-            value,
-            turn_return,
-            advantage,
-            ref_logprobs=references[turn].tolist() if scored else None,
-            advantages=advantages[turn].tolist() if advantages else None,
-        )
-        for turn, (value, turn_return, advantage) in enumerate(rows[:, of_turn].T.tolist())
-    ]
+    """Return the numbers of all turns of the batch, in order."""
+    lengths = torch.bincount(batch.turn_of_action_A, minlength=batch.num_turns)
+    first_action_N = lengths.cumsum(0) - lengths
+    by_token = targets.returns_M.numel() != batch.num_turns
+    of_turn = first_action_N if by_token else torch.arange(batch.num_turns)
+
+    def split(numbers_A: torch.Tensor | None) -> list[list[float] | None]:
+        if numbers_A is None:
+            return [None] * batch.num_turns
+        return [part.tolist() for part in numbers_A.split(lengths.tolist())]
+
+    columns = (
+        targets.old_values_M[of_turn].tolist(),
+        targets.returns_M[of_turn].tolist(),
+        targets.advantages_A[first_action_N].tolist(),
+        split(scores.ref_logprobs_A),
+        split(targets.advantages_A if by_token else None),
+    )
+    return list(map(TurnNumbers, *columns))
 
 
 def episode_record(
@@ -91,19 +89,17 @@ def episode_record(
     problem: Problem,
     numbers: Sequence[TurnNumbers] | None = None,
 ) -> dict[str, Any]:
-    """An episode; `numbers` are of its turns, where it was trained on."""
+    """Return an episode's record. `numbers` are those of its turns, if it was trained on."""
     turns = []
-    end = 0
     for place, turn in enumerate(episode.turns):
-        observed = episode.token_ids[end : turn.context_len]
-        end = turn.context_len + len(turn.action_ids)
+        logprobs = turn.completion.logprobs
         turns.append(
             {
-                "observation": chat.decode(observed)[:TEXT_LIMIT],
+                "observation": chat.decode(turn.observed_ids)[:TEXT_LIMIT],
                 **judged_record(turn.program, turn.verdict, problem),
-                "tokens": len(turn.action_ids),
-                "logprob_mean": sum(turn.action_logprobs) / len(turn.action_logprobs),
-                **token_records(turn, chat, numbers[place] if numbers else None),
+                "tokens": len(logprobs),
+                "logprob_mean": sum(logprobs) / len(logprobs),
+                **token_records(turn.completion, chat, numbers[place] if numbers else None),
             }
         )
     return {**problem_record(problem), "solved": episode.solved, "turns": turns}
@@ -119,7 +115,7 @@ def problem_record(problem: Problem) -> dict[str, Any]:
 
 
 def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> dict[str, Any]:
-    """A response's program, and what became of it."""
+    """Return a response's program and its grading."""
     return {
         "program": program,
         "public": [outcome_record(outcome) for outcome in verdict.public],
@@ -129,15 +125,19 @@ def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> di
     }
 
 
-def token_records(turn: Turn, chat: ChatFormat, numbers: TurnNumbers | None) -> dict[str, Any]:
-    """The response and its numbers, of the turn and of its tokens."""
-    pieces = chat.pieces(turn.action_ids)
+def token_records(
+    sampled: Completion, chat: ChatFormat, numbers: TurnNumbers | None
+) -> dict[str, Any]:
+    """Return the response with the numbers of the turn and of its tokens."""
+    pieces = chat.pieces(sampled.token_ids)
     shown = whole_tokens(pieces)
     record: dict[str, Any] = {
         "response": "".join(pieces)[:TEXT_LIMIT],
         "pieces": [len(piece) for piece in pieces[:shown]],
-        "logprobs": thousandths(turn.action_logprobs[:shown]),
-        "versions": [[version, len(list(run))] for version, run in groupby(turn.weight_versions)],
+        "logprobs": thousandths(sampled.logprobs[:shown]),
+        "versions": [
+            [version, len(list(run))] for version, run in groupby(sampled.weight_versions)
+        ],
         "value": None,
         "return": None,
         "advantage": None,
@@ -156,7 +156,7 @@ def token_records(turn: Turn, chat: ChatFormat, numbers: TurnNumbers | None) -> 
 
 
 def whole_tokens(pieces: Sequence[str]) -> int:
-    """How many of the first tokens the recorded text holds."""
+    """Return how many of the first tokens fit into the recorded text."""
     length = 0
     for number, piece in enumerate(pieces):
         length += len(piece)
@@ -170,8 +170,8 @@ def thousandths(numbers: Sequence[float]) -> list[int]:
 
 
 def private_record(verdict: Verdict, problem: Problem) -> dict[str, Any] | None:
-    """What the reward saw: how many private tests there are, were run and passed, and how the one
-    failed that ended grading. None where none was run."""
+    """Return the number of private tests, of those run and of those passed, and the failure that
+    ended grading; None if no private test was run."""
     statuses = verdict.private_statuses
     if not statuses:
         return None
@@ -181,7 +181,7 @@ def private_record(verdict: Verdict, problem: Problem) -> dict[str, Any] | None:
     if passed == len(statuses):
         return record
     record |= {"status": statuses[-1].name}
-    if len(verdict.public) == len(problem.public_tests):  # else some were shown: B.3's feedback
+    if len(verdict.public) == len(problem.public_tests):  # else some were shown (RLEF B.3)
         record |= {"failed": test_record(problem.private_tests.tests[len(statuses) - 1])}
     return record
 

@@ -1,14 +1,14 @@
 """Problems to episodes: the multi-turn dialogue of RLEF 2.1, token-in token-out.
 
-Theory of operation: one coroutine a dialogue, all in one event loop. A dialogue opens a session of
-the engine, asks it for a response, hands the program to the judge, appends the feedback as token
-ids and goes on, until its public tests pass or its turns are used up. The engine decides what to
-batch, the judge's threads wait for the sandbox. A fault of engine or sandbox ends the try, not the
-batch: the dialogue is started afresh once, then dropped and counted.
+Theory of operation: each dialogue is a coroutine, and all of them run in one event loop. A dialogue
+opens a session of the engine, asks it for a response, passes the program to the judge, appends the
+feedback as token ids and asks again, until the public tests pass or no turns are left. The engine
+decides what to batch; the judge's threads wait for the sandbox. After a fault of engine or sandbox
+the dialogue is started once more, then dropped and counted; the others are not affected.
 
-Work on text (encoding, decoding, parsing) runs in the loop, one piece in each of its turns, in the
-order of coming, and between two the loop looks after everything else. So when thousands of
-dialogues start or are answered together, it stands still for one piece of text, not for thousands.
+Work on text (encoding, decoding, parsing) runs in the event loop, one dialogue's at a time and in
+the order of requests; between two of them the loop runs whatever else is ready. So the loop is
+blocked for one text, even if thousands of dialogues start or are answered together.
 """
 
 import asyncio
@@ -26,7 +26,6 @@ from rlef_mega.dialogues.stream import START_TOGETHER
 from rlef_mega.engines import Engine, EngineError, EngineLostError, Session
 from rlef_mega.run.ranks import Item, gather, interleave, my_share
 from rlef_mega.types import (
-    Completion,
     Episode,
     PrivateTests,
     Problem,
@@ -37,14 +36,14 @@ from rlef_mega.types import (
     Verdict,
 )
 
-TRIES = 2  # a dialogue is started at most this often
+TRIES = 2  # how often a dialogue is started at most
 TESTS_WITH_PRIVATE = 20  # RLEF B.3
 
 
 @dataclass(frozen=True)
 class Distractor:
-    """What another problem's incorrect program did on its public tests, for random feedback (RLEF
-    C.2)."""
+    """What an incorrect program for another problem did on that problem's public tests, for random
+    feedback (RLEF C.2)."""
 
     problem_id: str
     outcomes: tuple[TestOutcome, ...]
@@ -52,19 +51,19 @@ class Distractor:
 
 @dataclass(frozen=True)
 class Rules:
-    """How dialogues are held."""
+    """How dialogues are run."""
 
     turns: int
     sampling: Sampling
     max_context: int
     feedback: Literal["true", "none", "random", "private"] = "true"
     distractors: tuple[Distractor, ...] = ()
-    example: tuple[int, ...] = ()  # few-shot: a whole dialogue that stands before each question
+    example: tuple[int, ...] = ()  # few-shot: a dialogue put before each question
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """For each problem, in order, its episode or the reason why it was dropped."""
+    """For each problem, in order: its episode, or the reason why its dialogue was dropped."""
 
     outcomes: tuple[Episode | str, ...]
 
@@ -78,65 +77,87 @@ class Rollout:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """An independent stream for each (run seed, step, place, ...), the same on every machine and
-    layout."""
+    """Return the seed of an independent random stream for these parts (run seed, step, number,
+    ...); the same on every machine and layout."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class DialogueLoop:
-    """Dialogues of one event loop, of which each is held by itself."""
+    """Runs dialogues, all concurrent ones in one event loop."""
 
     def __init__(self, engine: Engine, judge: Judge, chat: ChatFormat, rules: Rules) -> None:
         self.engine, self.judge, self.chat, self.rules = engine, judge, chat, rules
         self.text_lock = asyncio.Lock()
 
-    @asynccontextmanager
-    async def text(self) -> AsyncIterator[None]:
-        """The time for one piece of work on text."""
-        async with self.text_lock:
-            await asyncio.sleep(0)  # else whoever is ready would have its own in the same turn
-            yield
+    def under(self, rules: Rules) -> "DialogueLoop":
+        """Return a loop with other rules."""
+        return DialogueLoop(self.engine, self.judge, self.chat, rules)
 
-    async def hold(self, problem: Problem, seed: int) -> Episode | str:
-        """The episode, or the reason why there is none."""
+    def run_on_all_ranks(self, problems: Sequence[Problem], seed: int) -> Rollout:
+        """Run the dialogues, a share of them on each rank. Collective.
+
+        Returns all outcomes, in the order of the problems, on all ranks. Raises EngineLostError on
+        all ranks if one rank has lost its engine.
+        """
+        return join_shares(lambda: asyncio.run(self.run_my_share(problems, seed)))
+
+    async def run_my_share(self, problems: Sequence[Problem], seed: int) -> Rollout:
+        """Run this rank's share of the dialogues."""
+        mine = my_share(list(enumerate(problems)))
+        seeds = [derive_seed(seed, number) for number, _ in mine]
+        return await self.run_all([problem for _, problem in mine], seeds)
+
+    async def run_all(self, problems: Sequence[Problem], seeds: Sequence[int]) -> Rollout:
+        """Run one dialogue for each problem; each ends as one episode or one counted drop."""
+        self.text_lock = asyncio.Lock()  # a lock belongs to one event loop
+        running = []
+        async with self.text_lock:  # all sessions open before any prompt: the local engine's waves
+            for number, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
+                running.append(asyncio.ensure_future(self.run(problem, seed)))
+                if number % START_TOGETHER == 0:
+                    await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        return Rollout(tuple(await asyncio.gather(*running)))
+
+    async def run(self, problem: Problem, seed: int) -> Episode | str:
+        """Run one dialogue. Returns its episode, or the reason why it was dropped."""
         reason = ""
         for _ in range(TRIES):
             try:
-                # before anything else, so that those that start together have all their sessions
+                # first of all, so that dialogues that start together all have their sessions
                 async with self.engine.session() as session:
-                    return await self.hold_once(problem, session, seed)
+                    return await self.run_once(problem, session, seed)
             except (EngineError, JudgeError) as fault:
                 reason = type(fault).__name__
         return reason
 
-    def open(self, question: str, begun: str) -> tuple[int, ...]:
-        """The first prompt, after an example if there is one."""
-        example = self.rules.example
-        if not example:
-            return tuple(self.chat.open(question, begun))
-        ended = example[-1] in self.chat.stop_token_ids
-        return (*example, *self.chat.observe(question, ended, begun))
+    @asynccontextmanager
+    async def text(self) -> AsyncIterator[None]:
+        """Wait for this dialogue's turn to work on text, and for all else that is ready."""
+        async with self.text_lock:
+            await asyncio.sleep(0)  # else the next dialogue would work in the same turn of the loop
+            yield
 
-    async def hold_once(self, problem: Problem, session: Session, seed: int) -> Episode | str:
-        """The dialogue as token ids: what the engine sampled is appended as it is and never encoded
-        again."""
+    async def run_once(self, problem: Problem, session: Session, seed: int) -> Episode | str:
+        """Run a dialogue as token ids: sampled ids are appended as they are, and never decoded and
+        encoded again."""
         chat, rules = self.chat, self.rules
         async with self.text():
             question = templates.first_prompt(
                 problem.statement, problem.template, problem.public_tests
             )
             begun = templates.response_start(problem.statement, problem.template)
-            # a tuple: a list's thousands of ids would be gone through at each garbage collection
-            token_ids = self.open(question, begun)
-        if self.room(len(token_ids)) < 0:
+            # tuples: the garbage collector does not scan their thousands of ids again and again
+            observed_ids = context = self.open(question, begun)
+        if self.room(len(context)) < 0:
             return "prompt too long"
         if rules.feedback == "private":
             problem = show_private_tests(problem)
         turns: list[Turn] = []
         while True:
             completion = await session.generate(
-                token_ids, rules.sampling, derive_seed(seed, len(turns))
+                context, rules.sampling, derive_seed(seed, len(turns))
             )
             async with self.text():
                 response = chat.decode(completion.token_ids)
@@ -144,128 +165,61 @@ class DialogueLoop:
             last_turn = len(turns) + 1 == rules.turns
             verdict = await self.judge.judge(problem, program, last_turn=last_turn)
             async with self.text():
-                turns.append(make_turn(len(token_ids), completion, program, verdict))
-                token_ids += completion.token_ids
-                if verdict.public_passed or last_turn:
-                    return make_episode(problem, token_ids, turns)
-                feedback_seed = derive_seed(seed, len(turns), "feedback")
-                observed = self.observe(
-                    problem, verdict, feedback_seed, completion, begun, len(token_ids)
-                )
-                if observed is None:
-                    # no room for another turn: this failed response was the last one
-                    return make_episode(problem, token_ids, turns)
-                token_ids = (*token_ids, *observed)
+                turns.append(Turn(observed_ids, completion, program, verdict))
+                context += completion.token_ids
+                feedback = None
+                if not (verdict.public_passed or last_turn):
+                    text_seed = derive_seed(seed, len(turns), "feedback")
+                    feedback = self.observe(problem, turns[-1], text_seed, begun, len(context))
+                if feedback is None:  # also if the context has no room for another turn
+                    episode = Episode(problem.id, problem.family, tuple(turns))
+                    # token-in token-out: what is trained on is what the engine read and sampled
+                    assert episode.token_ids == context, problem.id
+                    return episode
+                observed_ids = tuple(feedback)
+                context += observed_ids
+
+    def open(self, question: str, begun: str) -> tuple[int, ...]:
+        """Return the first prompt, after the few-shot example if the rules have one."""
+        example = self.rules.example
+        if not example:
+            return tuple(self.chat.open(question, begun))
+        ended = example[-1] in self.chat.stop_token_ids
+        return (*example, *self.chat.observe(question, ended, begun))
 
     def room(self, context_len: int) -> int:
-        """Tokens that may come before a response of the greatest length."""
+        """Return how many tokens fit between this context and a response of the greatest length."""
         return self.rules.max_context - self.rules.sampling.max_new_tokens - context_len
 
     def observe(
-        self,
-        problem: Problem,
-        verdict: Verdict,
-        seed: int,
-        completion: Completion,
-        begun: str,
-        context_len: int,
+        self, problem: Problem, turn: Turn, seed: int, begun: str, context_len: int
     ) -> list[int] | None:
-        """The feedback as tokens, shortened until it leaves room for a response of the greatest
-        length; None where even the shortest does not."""
+        """Return the feedback on a turn as tokens, shortened until it leaves room for a response of
+        the greatest length; None if even the shortest does not."""
         room = self.room(context_len)
         limit: int | None = None
         while True:
-            told = choose_feedback(problem, verdict, self.rules, seed, limit)
-            ended = completion.finish_reason == "stop"
+            told = choose_feedback(problem, turn.verdict, self.rules, seed, limit)
+            ended = turn.completion.finish_reason == "stop"
             observed = self.chat.observe(told, ended, begun)
             if len(observed) <= room:
                 return observed
             # a tenth less than in proportion: the tokens around the text do not shrink with it
             shorter = len(told) * max(room, 0) * 9 // (len(observed) * 10)
             if limit is not None and len(told) > limit:
-                return None  # the last try was the shortest already
+                return None  # the last try was the shortest possible
             limit = shorter
 
 
-async def rollout(
-    problems: Sequence[Problem],
-    engine: Engine,
-    judge: Judge,
-    chat: ChatFormat,
-    rules: Rules,
-    seeds: Sequence[int],
-) -> Rollout:
-    """One episode a problem. Every problem ends as exactly one episode or one counted drop."""
-    dialogues = DialogueLoop(engine, judge, chat, rules)
-    held = []
-    async with dialogues.text_lock:  # nobody speaks before all have come: the local engine's waves
-        for number, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
-            held.append(asyncio.ensure_future(dialogues.hold(problem, seed)))
-            if number % START_TOGETHER == 0:
-                await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    return Rollout(tuple(await asyncio.gather(*held)))
-
-
-def roll_out_on_all_ranks(
-    problems: Sequence[Problem],
-    engine: Engine,
-    judge: Judge,
-    chat: ChatFormat,
-    rules: Rules,
-    seed: int,
-) -> Rollout:
-    """Each rank holds its share of the dialogues; then all ranks have all outcomes, in the order of
-    the problems. EngineLostError on all ranks, where an engine is lost on one."""
-    mine = roll_out_my_share(problems, engine, judge, chat, rules, seed)
-    return join_shares(lambda: asyncio.run(mine))
-
-
-async def roll_out_my_share(
-    problems: Sequence[Problem],
-    engine: Engine,
-    judge: Judge,
-    chat: ChatFormat,
-    rules: Rules,
-    seed: int,
-) -> Rollout:
-    mine = my_share(list(enumerate(problems)))
-    seeds = [derive_seed(seed, number) for number, _ in mine]
-    return await rollout([p for _, p in mine], engine, judge, chat, rules, seeds)
-
-
-def join_shares(held: Callable[[], Rollout]) -> Rollout:
-    """All ranks' shares, once this rank's is `held`."""
-    shares = gather_unless_lost(held)
+def join_shares(share: Callable[[], Rollout]) -> Rollout:
+    """Return the outcomes of all ranks, where `share` returns this rank's. Collective."""
+    shares = gather_unless_lost(share)
     return Rollout(tuple(interleave([share.outcomes for share in shares])))
 
 
-def make_episode(problem: Problem, token_ids: tuple[int, ...], turns: Sequence[Turn]) -> Episode:
-    return Episode(
-        problem_id=problem.id,
-        family=problem.family,
-        token_ids=token_ids,
-        turns=tuple(turns),
-        solved=bool(turns[-1].verdict.solved),
-    )
-
-
-def make_turn(
-    context_len: int, completion: Completion, program: str | None, verdict: Verdict
-) -> Turn:
-    return Turn(
-        context_len=context_len,
-        action_ids=completion.token_ids,
-        action_logprobs=completion.logprobs,
-        weight_versions=completion.weight_versions,
-        program=program,
-        verdict=verdict,
-    )
-
-
 def show_private_tests(problem: Problem) -> Problem:
-    """The ablation with feedback from private tests (RLEF B.3): of up to 20 tests in all, public
-    ones first, the dialogue shows what failed, 8 at most (`Template.max_tests`)."""
+    """Make private tests public, up to 20 public tests in all: the ablation with feedback from
+    private tests (RLEF B.3). Feedback shows at most 8 failures (`Template.max_tests`)."""
     hidden = problem.private_tests.tests
     showable = [test for test in hidden if isinstance(test, PublicTest)]
     shown = showable[: max(0, TESTS_WITH_PRIVATE - len(problem.public_tests))]
@@ -280,20 +234,20 @@ def show_private_tests(problem: Problem) -> Problem:
 def choose_feedback(
     problem: Problem, verdict: Verdict, rules: Rules, seed: int, max_characters: int | None = None
 ) -> str:
-    """What the model is told: the truth, nothing, or what happened to another problem's program."""
+    """Return the feedback text: on this program, on another problem's program, or withheld."""
     if rules.feedback == "none":
         return templates.feedback_withheld(problem.template)
     outcomes = verdict.public
     if rules.feedback == "random":
         others = [d for d in rules.distractors if d.problem_id != problem.id]
-        assert others, "at least two problems give distractors"
+        assert others, "distractors come from at least two problems"
         outcomes = others[seed % len(others)].outcomes
     return templates.feedback(outcomes, problem.template, max_characters)
 
 
 def distractors_of(episodes: Sequence[Episode]) -> tuple[Distractor, ...]:
-    """The failed first responses among these episodes, as feedback for others; none where all are
-    of one problem, which then has no others."""
+    """Return the failed first responses of these episodes as feedback for other problems; none if
+    all of them are on one problem."""
     first_turns = ((episode.problem_id, episode.turns[0].verdict) for episode in episodes)
     failed = tuple(
         Distractor(problem_id, verdict.public)
@@ -304,8 +258,8 @@ def distractors_of(episodes: Sequence[Episode]) -> tuple[Distractor, ...]:
 
 
 def gather_unless_lost(work: Callable[[], Item]) -> list[Item]:
-    """What `work` comes to on every rank, as `gather`. EngineLostError on all ranks if on one: they
-    stop together."""
+    """Return what `work` returns on every rank, in rank order. Collective. Raises EngineLostError
+    on all ranks if it is raised on one, so that they stop together."""
     try:
         mine, lost = work(), ""
     except EngineLostError as error:

@@ -16,18 +16,16 @@ from rlef_mega import metrics
 from rlef_mega.config import TrainConfig
 from rlef_mega.dialogues.batches import Rollouts
 from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.dialogues.judge import Judge
 from rlef_mega.dialogues.records import episode_record
 from rlef_mega.dialogues.rollout import (
+    DialogueLoop,
     Distractor,
     Rollout,
     Rules,
     derive_seed,
     distractors_of,
     join_shares,
-    roll_out_on_all_ranks,
 )
-from rlef_mega.engines import TrainingEngine
 from rlef_mega.evaluation.behaviour import DialogueOutcomes
 from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
 from rlef_mega.problems import load_problems
@@ -48,25 +46,23 @@ class Evaluation:
 
 def evaluate(
     problems: Sequence[Problem],
-    engine: TrainingEngine,
-    judge: Judge,
-    chat: ChatFormat,
-    rules: Rules,
+    loop: DialogueLoop,
     *,
     seed: int,
     protocols: Sequence[str] = PROTOCOLS,
     note: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Run the protocols. `rules` are those of the multi-turn dialogues; the others follow from
-    them. `note` is told what begins."""
+    """Run the protocols. The loop's rules are those of the multi-turn dialogues; the rules of the
+    other protocols follow from them. `note` is called with the name of each part as it begins."""
     unknown = set(protocols) - set(PROTOCOLS)
     if unknown:
         raise ValueError(f"unknown protocols {sorted(unknown)}; known: {', '.join(PROTOCOLS)}")
 
     def roll_out(problems: Sequence[Problem], rules: Rules, name: str) -> Rollout:
         note(f"evaluate {name} begins")
-        return roll_out_on_all_ranks(problems, engine, judge, chat, rules, derive_seed(seed, name))
+        return loop.under(rules).run_on_all_ranks(problems, derive_seed(seed, name))
 
+    rules = loop.rules
     summary: dict[str, Any] = {}
     episodes: tuple[Episode, ...] = ()
     distractors: tuple[Distractor, ...] = ()
@@ -102,21 +98,16 @@ class Evaluator:
         self,
         config: TrainConfig,
         run: RunDirectory,
-        engine: TrainingEngine,
-        judge: Judge,
-        chat: ChatFormat,
-        rules: Rules,
+        loop: DialogueLoop,
         *,
         writer: bool,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.run, self.writer, self.say = config, run, writer, say
-        self.engine, self.judge, self.chat = engine, judge, chat
-        sampling = replace(
-            rules.sampling, temperature=config.eval.temperature, top_p=config.eval.top_p
-        )
-        self.rules = replace(
-            rules, sampling=sampling, turns=config.eval.turns, feedback=config.eval.feedback
+        rules, asked = loop.rules, config.eval
+        sampling = replace(rules.sampling, temperature=asked.temperature, top_p=asked.top_p)
+        self.loop = loop.under(
+            replace(rules, sampling=sampling, turns=asked.turns, feedback=asked.feedback)
         )
         self.under_way: tuple[int, Future[Rollout]] | None = None
         self.valid = (
@@ -137,7 +128,7 @@ class Evaluator:
             return {}
         if step % every == 0:
             seed = derive_seed(self.config.run.seed, "valid", step)
-            self.under_way = step, rollouts.begin(self.valid, self.rules, seed)
+            self.under_way = step, rollouts.begin(self.loop, self.valid, seed)
         return self.finished(wait=last or (step + 1) % every == 0)
 
     def finished(self, *, wait: bool) -> dict[str, Any]:
@@ -146,14 +137,16 @@ class Evaluator:
         step, held = self.under_way
         self.under_way = None
         episodes = join_shares(held.result).episodes
-        versions = [v for e in episodes for turn in e.turns for v in turn.weight_versions]
+        versions = [
+            v for e in episodes for turn in e.turns for v in turn.completion.weight_versions
+        ]
         return {
             "valid_solved": metrics.episode_metrics(episodes)["solved"],
             "valid_step": step,
             "valid_versions": [min(versions), max(versions)] if versions else None,
         }
 
-    def full(self, name: str) -> None:
+    def full(self, name: str, *, version: int) -> None:
         """All protocols on the test problems, written to eval/NAME.json unless it is there
         already."""
         if not self.test or (self.run.path / f"eval/{name}.json").exists():
@@ -164,10 +157,7 @@ class Evaluator:
         seed = derive_seed(self.config.run.seed, "test")
         result = evaluate(
             self.test,
-            self.engine,
-            self.judge,
-            self.chat,
-            self.rules,
+            self.loop,
             seed=seed,
             note=self.run.note_progress if self.writer else lambda _: None,
         )
@@ -177,10 +167,10 @@ class Evaluator:
                 name,
                 result,
                 self.test,
-                self.chat,
-                model=f"{self.config.model.path}, version {self.engine.weight_version}",
+                self.loop.chat,
+                model=f"{self.config.model.path}, version {version}",
                 data=str(self.config.data.test),
-                rules=self.rules,
+                rules=self.loop.rules,
                 seed=self.config.run.seed,
             )
         rates = {name: part["solve_rate"]["value"] for name, part in result.summary.items()}

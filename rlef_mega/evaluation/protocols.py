@@ -97,7 +97,7 @@ def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogu
     """A dialogue's seed follows from its key, so that it does not matter when it is held."""
 
     async def hold(problem: Problem, key: Key) -> Record:
-        outcome = await dialogues.hold(problem, derive_seed(seed, *key))
+        outcome = await dialogues.run(problem, derive_seed(seed, *key))
         if isinstance(outcome, str):
             return {"dropped": outcome}
         return sampled_record(outcome, chat, problem)
@@ -108,17 +108,15 @@ def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogu
 def sampled_record(episode: Episode, chat: ChatFormat, problem: Problem) -> Record:
     """Responses whole, so that they can be graded again."""
     turns: list[Record] = []
-    end = 0
     for turn in episode.turns:
-        observed = episode.token_ids[end : turn.context_len]
-        end = turn.context_len + len(turn.action_ids)
-        mean = sum(turn.action_logprobs) / len(turn.action_logprobs)
+        sampled = turn.completion
+        mean = sum(sampled.logprobs) / len(sampled.logprobs)
         turns.append(
             {
-                "observation": chat.decode(observed)[:TEXT_LIMIT],
-                "response": chat.decode(turn.action_ids),
+                "observation": chat.decode(turn.observed_ids)[:TEXT_LIMIT],
+                "response": chat.decode(sampled.token_ids),
                 **graded_record(turn.program, turn.verdict, problem),
-                "tokens": len(turn.action_ids),
+                "tokens": len(sampled.token_ids),
                 "logprob_mean": None if math.isnan(mean) else mean,  # of a server that tells none
             }
         )

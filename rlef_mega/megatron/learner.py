@@ -1,20 +1,20 @@
-"""The learner: policy, critic and frozen reference. Batches in; scores, updates and weights out.
+"""The learner: policy, critic and frozen reference. It scores and updates on batches, and gives out
+the policy's weights.
 
-Theory of operation. Every rank holds the whole packed batch on the host and computes its
-data-parallel share of it. `score` and `update` are collective, and what they return is the same on
-every rank. Placement is colocated, all three networks on one set of ranks, one phase after the
-other; or split, the critic on ranks of its own, which work at the same time as the policy's. Either
-way a network sees the same micro-batches in the same order, so the numbers are the same. Between
-its phases a network may wait in host memory (`offload`).
+Theory of operation. Every rank has the whole packed batch in host memory and computes its
+data-parallel share of it. `score` and `update` are collective and return the same on every rank.
+The three networks share one set of ranks, and run one phase after the other; or the critic has
+ranks of its own, which work at the same time as the policy's. Both ways a network gets the same
+micro-batches in the same order, so the numbers are the same. Between its phases a network may wait
+in host memory (`offload`).
 
-Shape suffixes: T packed tokens of the batch, A its response tokens in order, N turns (or, with
-token-level values, A).
+Shape suffixes as in types.py: A action tokens, N turns, M values.
 """
 
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,10 +22,7 @@ import torch
 import torch.distributed as dist
 
 from rlef_mega import ppo
-from rlef_mega.config import (
-    LearnerConfig,
-    PPOConfig,
-)
+from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
@@ -38,7 +35,6 @@ from rlef_mega.megatron.trained_model import (
     Metrics,
     Residence,
     TrainedModel,
-    count_actions,
     forward,
     train_step,
 )
@@ -59,10 +55,10 @@ ReadFunction = Callable[..., torch.Tensor]
 
 class Learner:
     """Policy, critic and frozen reference, all started from one Hugging Face folder (RLEF A.1), or
-    from its config and a checkpoint's `weights`.
+    from the folder's config and the `weights` of a checkpoint.
 
-    A rank holds policy and reference, or the critic, or all three; of what it does not hold,
-    `policy`, `reference` or `critic` is None.
+    A rank has policy and reference, or the critic, or all three. `policy`, `reference` or `critic`
+    is None if this rank does not have that network.
     """
 
     def __init__(
@@ -94,8 +90,8 @@ class Learner:
         self.offloads = learner.offload == "idle"
         self.seconds: dict[str, float] = {}
         self.policy = self.critic = self.reference = None
-        # In Megatron, reading weights and making an optimizer are collective over the world: so all
-        # ranks do first the one, then the other, whatever they hold.
+        # In Megatron, reading weights and making an optimizer are collective over the world, so all
+        # ranks do them in the same order, whichever networks they have.
         if ppo.beta and (chunks := start.policy()):
             self.reference = FrozenModel(chunks, ranks)
             self.settle()  # before the next one is made
@@ -109,7 +105,7 @@ class Learner:
 
     @property
     def trained(self) -> dict[str, TrainedModel]:
-        """What this rank has to checkpoint."""
+        """This rank's networks to checkpoint."""
         models = {POLICY: self.policy, CRITIC: self.critic}
         return {name: model for name, model in models.items() if model is not None}
 
@@ -117,8 +113,8 @@ class Learner:
 
     @contextmanager
     def phase(self, name: str, **residences: Residence) -> Iterator[None]:
-        """A part of the work that is timed, with these networks on the device. Where idle state is
-        offloaded, all others wait on the host."""
+        """Time a part of the work, with these networks on the device. If idle state is offloaded,
+        all other networks wait in host memory."""
         begun = time.perf_counter()
         if self.offloads:
             self.settle(**residences)
@@ -130,7 +126,7 @@ class Learner:
         self.count(name, begun)
 
     def settle(self, **residences: Residence) -> None:
-        """Park what is not named, then bring what is: memory is free before it is asked for."""
+        """Move networks that are not named to the host, then those that are named to the device."""
         if not self.offloads:
             return
         models = {"reference": self.reference, **self.trained}
@@ -143,8 +139,8 @@ class Learner:
             model.reside(residence)
 
     def make_room(self) -> None:
-        """For servers on these devices: only the policy's weights stay, and what the allocator
-        keeps for later goes back. Collective: afterwards all ranks' devices have room."""
+        """Free device memory for servers on the same devices: keep only the policy's weights, and
+        empty the allocator's cache. Collective: on return, all ranks' devices have room."""
         self.settle(policy=Residence.WEIGHTS)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
@@ -155,22 +151,21 @@ class Learner:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds by phase since the last call, on this rank."""
+        """Return and reset this rank's seconds by phase."""
         seconds, self.seconds = self.seconds, {}
         return {name: round(value, 4) for name, value in seconds.items()}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Weights and optimizer states on the device: what a checkpoint saves or loads."""
+        """Bring weights and optimizer states to the device, to save or load a checkpoint."""
         with self.phase("checkpoint", policy=Residence.STATE, critic=Residence.STATE):
             yield
 
     # ------------------------------------------------------------------ weights
 
     def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's weights under their Hugging Face names, whole, on every rank. Collective:
-        every rank exhausts it.
-        """
+        """Yield the policy's weights, whole and under their Hugging Face names, on every rank.
+        Collective: every rank must exhaust the iterator."""
         with self.phase("gather", policy=Residence.WEIGHTS):
             own = iter_hf_weights(self.policy.chunks, self.ranks) if self.policy else None
             if self.ranks.receivers is None:
@@ -182,44 +177,48 @@ class Learner:
     # ------------------------------------------------------------------ scores
 
     def score(self, batch: Batch) -> Scores:
-        """Log-probs of policy and reference, and values, before the updates. Without a KL penalty
-        the reference is not run, and its log-probs are zeros.
-        """
-        actions = int(batch.action_mask_T.sum())
-        values = actions if self.ppo.token_level_value else batch.num_turns
-        microbatches = self.cutting.cut(batch, range(batch.num_sequences))
+        """Return log-probs of policy and reference, and values, before the updates. Without a KL
+        penalty the reference does not run."""
+        actions, turns = batch.num_actions, batch.num_turns
+        values = actions if self.ppo.token_level_value else turns
         scores = torch.zeros(2 * actions + values, device=self.ranks.device)
-        old_A, reference_A, values_N = scores.split([actions, actions, values])
-        if self.policy is not None:
-            with self.phase("score_policy", policy=Residence.WEIGHTS):
-                outputs = self.outputs(self.policy.chunks, microbatches, self.read_logprobs)
-                self.scatter(outputs, (m.actions_R for m in microbatches), old_A)
-        if self.reference is not None:
-            with self.phase("score_reference", reference=Residence.WEIGHTS):
-                outputs = self.outputs(self.reference.chunks, microbatches, self.read_logprobs)
-                self.scatter(outputs, (m.actions_R for m in microbatches), reference_A)
-        if self.critic is not None:
-            with self.phase("score_critic", critic=Residence.WEIGHTS):
-                outputs = self.outputs(self.critic.chunks, microbatches, self.read_values)
-                self.scatter(outputs, (m.values_M for m in microbatches), values_N)
+        old_A, ref_A, values_M = scores.split([actions, actions, values])
+        microbatches = self.cutting.cut(batch, range(batch.num_sequences))
+        of_actions = [microbatch.actions_R for microbatch in microbatches]
+        of_values = [microbatch.values_V for microbatch in microbatches]
+        self.fill(old_A, of_actions, "policy", self.policy, microbatches, self.read_logprobs)
+        self.fill(ref_A, of_actions, "reference", self.reference, microbatches, self.read_logprobs)
+        self.fill(values_M, of_values, "critic", self.critic, microbatches, self.read_values)
         if self.ranks.world_size > 1:
             # world: each entry has one rank that computed it; the others add zeros, which is exact
             dist.all_reduce(scores)
-        return Scores(unpack(old_A.cpu(), batch), unpack(reference_A.cpu(), batch), values_N.cpu())
+        reference_A = ref_A.cpu() if self.ppo.beta else None
+        return Scores(old_A.cpu(), reference_A, values_M.cpu())
+
+    def fill(
+        self,
+        results: torch.Tensor,
+        indices: Sequence[torch.Tensor],
+        name: str,
+        model: TrainedModel | FrozenModel | None,
+        microbatches: Sequence[Microbatch],
+        read: ReadFunction,
+    ) -> None:
+        """Run this network, if this rank has it. Write what `read` returns for each micro-batch to
+        its indices of the results, on the one rank that reports outputs."""
+        if model is None:
+            return
+        with self.phase(f"score_{name}", **{name: Residence.WEIGHTS}):
+            outputs = self.outputs(model.chunks, microbatches, read)
+            if self.ranks.speaks_for_outputs:
+                for index, values in zip(indices, outputs, strict=True):
+                    results[index] = values
 
     def outputs(
         self, chunks: Sequence[PackedLlama], microbatches: Sequence[Microbatch], read: ReadFunction
     ) -> list[torch.Tensor]:
-        """What the last stage reads of each micro-batch."""
+        """Return what `read` returns for each micro-batch, on the last stage; [] on the others."""
         return forward(chunks, self.ranks, microbatches, functools.partial(read, chunks[-1]))
-
-    def scatter(
-        self, outputs: Iterable[torch.Tensor], places: Iterable[torch.Tensor], into: torch.Tensor
-    ) -> None:
-        """Each micro-batch's outputs to their places, on the one rank that speaks for them."""
-        if self.ranks.speaks_for_outputs:
-            for place, output in zip(places, outputs, strict=True):
-                into[place] = output
 
     def read_logprobs(
         self, model: PolicyModel, hidden: torch.Tensor, microbatch: Microbatch
@@ -230,20 +229,21 @@ class Learner:
     def read_values(
         self, model: CriticModel, hidden: torch.Tensor, microbatch: Microbatch
     ) -> torch.Tensor:
-        return model.values(hidden, microbatch.value_rows_M)
+        return model.values(hidden, microbatch.value_rows_V)
 
     # ------------------------------------------------------------------ updates
 
     def update(
         self, batch: Batch, targets: Targets, order: torch.Tensor, *, train_policy: bool = True
     ) -> dict[str, float]:
-        """One pass over the batch in `updates_per_batch` parts of `order`, a permutation of its
-        sequences; parts are equal unless episodes were dropped. Each is one optimizer step of the
-        critic and, unless it is only warming up, one of the policy: at the same time where the
-        critic has ranks of its own, else one network after the other. Means over the updates.
+        """Make one pass over the batch, in `updates_per_batch` updates. `order` is a permutation of
+        the batch's sequences; the updates take equal parts of it (unless episodes were dropped).
+        Each update is one optimizer step of the critic and, if `train_policy`, one of the policy.
+        The two networks are updated at the same time if the critic has ranks of its own, else one
+        after the other.
 
-        Raises FloatingPointError before an optimizer step whose loss or gradient is not finite, on
-        every rank.
+        Returns the metrics' means over the updates. Raises FloatingPointError on every rank before
+        an optimizer step whose loss or gradient is not finite.
         """
         parts = self.ppo.updates_per_batch
         sequences = order.tolist()
@@ -266,9 +266,9 @@ class Learner:
                     rows = [self.update_policy(batch, targets, part) for part in chosen]
                     self.policy.gather_weights()
                 metrics |= mean_of(rows)
-        except FloatingPointError as error:  # on all ranks of the layout alike
+        except FloatingPointError as error:  # on every rank of this network's layout
             fault = str(error)
-        colocated = self.ranks.group is None  # then all ranks know all of it
+        colocated = self.ranks.group is None  # then every rank has all metrics
         for found, theirs in [(fault, metrics)] if colocated else gather((fault, metrics)):
             if found:
                 raise FloatingPointError(found)
@@ -276,26 +276,19 @@ class Learner:
         return metrics
 
     def update_policy(
-        self,
-        batch: Batch,
-        targets: Targets,
-        sequences: Sequence[int],
+        self, batch: Batch, targets: Targets, sequences: Sequence[int]
     ) -> dict[str, float]:
+        """Take one optimizer step on `ppo.policy_loss`, a mean over the action tokens."""
         assert self.policy is not None
-        model = self.policy.last_chunk
-        device, action_T = self.ranks.device, batch.action_mask_T
-        old_A = targets.old_logprobs_T[action_T].to(device)
-        behaviour_A = batch.behaviour_logprobs_T[action_T].to(device)
-        # one advantage for all tokens of a response (RLEF A.1), unless each has its own (B.6)
-        advantages_A = targets.advantages_N
-        if not self.ppo.token_level_value:
-            advantages_A = advantages_A[batch.turn_index_T[action_T]]
-        advantages_A = advantages_A.to(device)
-        tokens = count_actions(batch, sequences)
+        model, device = self.policy.last_chunk, self.ranks.device
+        old_A = targets.old_logprobs_A.to(device)
+        behaviour_A = batch.behaviour_logprobs_A.to(device)
+        advantages_A = targets.advantages_A.to(device)
+        count = int(batch.action_bounds.diff()[list(sequences)].sum())
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
             index = microbatch.actions_R
-            # `ppo.policy_loss`, with its log-probs and gradients made in one go
+            # `ppo.policy_loss`, with its log-probs and gradients computed in one pass
             return model.policy_loss(
                 hidden,
                 microbatch.action_rows_R,
@@ -305,33 +298,28 @@ class Learner:
                 advantages_A[index],
                 clip_eps=self.ppo.clip_eps,
                 temperature=self.temperature,
-                denominator=tokens,
+                denominator=count,
             )
 
         microbatches = self.cutting.cut(batch, sequences)
         return train_step(self.policy, microbatches, loss, POLICY_METRICS, "policy")
 
     def update_critic(
-        self,
-        batch: Batch,
-        targets: Targets,
-        sequences: Sequence[int],
+        self, batch: Batch, targets: Targets, sequences: Sequence[int]
     ) -> dict[str, float]:
+        """Take one optimizer step on `ppo.value_loss`, a mean over the values."""
         assert self.critic is not None
-        model = self.critic.last_chunk
-        old_N = targets.old_values_N.to(self.ranks.device)
-        returns_N = targets.returns_N.to(self.ranks.device)
-        if self.ppo.token_level_value:
-            count = count_actions(batch, sequences)
-        else:
-            count = int(torch.isin(batch.episode_of_turn_N, torch.tensor(sequences)).sum())
+        model, device = self.critic.last_chunk, self.ranks.device
+        old_M, returns_M = targets.old_values_M.to(device), targets.returns_M.to(device)
+        bounds = batch.action_bounds if self.ppo.token_level_value else batch.turn_bounds
+        count = int(bounds.diff()[list(sequences)].sum())
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
-            index = microbatch.values_M
+            index = microbatch.values_V
             return ppo.value_loss(
                 self.read_values(model, hidden, microbatch),
-                old_N[index],
-                returns_N[index],
+                old_M[index],
+                returns_M[index],
                 clip_alpha=self.ppo.clip_alpha,
                 denominator=count,
             )
@@ -342,8 +330,3 @@ class Learner:
 
 def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def unpack(values_A: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Response tokens back to their places among all tokens; zero elsewhere."""
-    return torch.zeros(batch.num_tokens).masked_scatter(batch.action_mask_T, values_A)

@@ -1,12 +1,11 @@
-"""Micro-batches: what one forward pass of a pipeline takes, cut from a packed batch for this
+"""Micro-batches: the input of one forward pass of a pipeline, cut from a packed batch for this
 data-parallel rank.
 
-A micro-batch knows which rows of the hidden states are read and which entries of the batch's
-results they are, so that a loss gathers its constants, and a score scatters its results, by one
-index.
+A micro-batch holds the rows of the hidden states that are read, and the index of each into the
+batch's results. With this one index a loss gathers its constants and a score scatters its results.
 
-Shape suffixes: T packed tokens of the micro-batch, R its response tokens, M its values; A response
-tokens of the whole batch, in order.
+Shape suffixes of a micro-batch: T its packed tokens, R its action tokens, V its values. Those of
+the batch are in types.py.
 """
 
 from collections.abc import Sequence
@@ -17,28 +16,27 @@ import torch
 from rlef_mega.flops import SequenceFlops
 from rlef_mega.megatron.network.attention import PackedSequences, packed_sequences
 from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.packing import microbatches, token_positions, turns_of
+from rlef_mega.packing import microbatches, spans
 from rlef_mega.types import Batch
 
 
 @dataclass(frozen=True)
 class Microbatch:
+    """Some sequences of a batch, on the device, and where their outputs are read and belong."""
+
     token_ids_T: torch.Tensor
     sequences: PackedSequences
-    action_rows_R: (
-        torch.Tensor
-    )  # the position before each response token: where its log-prob is read
+    action_rows_R: torch.Tensor  # into T: the position before the token, where its log-prob is read
     action_ids_R: torch.Tensor
-    actions_R: torch.Tensor  # into A
-    value_rows_M: torch.Tensor  # where a value is read
-    values_M: torch.Tensor  # into the batch's values
+    actions_R: torch.Tensor  # into the batch's A
+    value_rows_V: torch.Tensor  # into T: where the value is read
+    values_V: torch.Tensor  # into the batch's M
 
 
 @dataclass(frozen=True)
 class Cutting:
-    """How batches are cut; the same for all of a run. `multiple` is what the pipeline's schedule
-    wants the number of micro-batches to be a multiple of.
-    """
+    """How batches are cut into micro-batches; the same for the whole run. The number of
+    micro-batches is a multiple of `multiple`, which the pipeline's schedule asks for."""
 
     ranks: Ranks
     dtype: torch.dtype
@@ -48,13 +46,10 @@ class Cutting:
     multiple: int = 1
 
     def cut(self, batch: Batch, sequences: Sequence[int]) -> list[Microbatch]:
-        """This data-parallel rank's micro-batches of these sequences; as many on every rank, some
-        perhaps empty.
-        """
-        chosen, bounds = list(sequences), batch.cu_seqlens.long()
-        lengths = bounds.diff()[chosen].tolist()
-        ends_T = batch.action_mask_T.cumsum(0)
-        actions = torch.nn.functional.pad(ends_T, (1, 0))[bounds].diff()[chosen].tolist()
+        """Return this data-parallel rank's micro-batches of these sequences. Every rank has the
+        same number; some may be empty."""
+        lengths = batch.cu_seqlens.diff()[list(sequences)].tolist()
+        actions = batch.action_bounds.diff()[list(sequences)].tolist()
         plan = microbatches(
             lengths,
             self.token_budget,
@@ -63,38 +58,37 @@ class Cutting:
             multiple=self.multiple,
         )
         mine = plan[self.ranks.data_parallel_rank]
-        ordinal_T = ends_T - 1  # response tokens are numbered through the batch
-        return [self.microbatch(batch, [sequences[i] for i in part], ordinal_T) for part in mine]
+        return [self.microbatch(batch, [sequences[i] for i in part]) for part in mine]
 
-    def microbatch(self, batch: Batch, sequences: list[int], ordinal_T: torch.Tensor) -> Microbatch:
-        positions_T = token_positions(batch.cu_seqlens, sequences)
+    def microbatch(self, batch: Batch, sequences: list[int]) -> Microbatch:
+        tokens_T = spans(batch.cu_seqlens, sequences)
         lengths = batch.cu_seqlens.diff()[sequences].tolist()
         row_of = torch.full((batch.num_tokens,), -1)
-        row_of[positions_T] = torch.arange(positions_T.numel())
-        action_T = batch.action_mask_T[positions_T]
-        action_rows_R = action_T.nonzero().squeeze(1) - 1
-        actions_R = ordinal_T[positions_T][action_T]
+        row_of[tokens_T] = torch.arange(tokens_T.numel())
+        actions_R = spans(batch.action_bounds, sequences)
+        action_positions_R = batch.action_positions_A[actions_R]
+        action_rows_R = row_of[action_positions_R] - 1
         if self.token_level_value:
-            value_rows_M, values_M = action_rows_R, actions_R
+            value_rows_V, values_V = action_rows_R, actions_R
         else:
-            values_M = turns_of(batch, sequences)
-            value_rows_M = row_of[batch.value_positions_N[values_M]]
-        token_ids_T, lengths = self.pad(batch.token_ids_T[positions_T], lengths)
+            values_V = spans(batch.turn_bounds, sequences)
+            value_rows_V = row_of[batch.value_positions_N[values_V]]
+        token_ids_T, lengths = self.pad(batch.token_ids_T[tokens_T], lengths)
         device = self.ranks.device
         return Microbatch(
             token_ids_T=token_ids_T.to(device),
             sequences=packed_sequences(lengths, device),
             action_rows_R=action_rows_R.to(device),
-            action_ids_R=batch.token_ids_T[positions_T][action_T].to(device),
+            action_ids_R=batch.token_ids_T[action_positions_R].to(device),
             actions_R=actions_R.to(device),
-            value_rows_M=value_rows_M.to(device),
-            values_M=values_M.to(device),
+            value_rows_V=value_rows_V.to(device),
+            values_V=values_V.to(device),
         )
 
     def pad(self, token_ids_T: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
-        """A sequence of padding, read by nothing: sequence parallelism splits tokens evenly, and an
-        empty micro-batch still takes part in its group's collectives.
-        """
+        """Append a sequence of padding, whose outputs nothing reads, if one is needed: sequence
+        parallelism splits tokens evenly, and an empty micro-batch still takes part in its group's
+        collectives."""
         multiple = self.ranks.groups.tp.size() if self.ranks.layout.sequence_parallel else 1
         missing = -token_ids_T.numel() % multiple if lengths else multiple
         if not missing:

@@ -13,7 +13,7 @@ from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.network.accelerations import Layers
 from rlef_mega.megatron.parallel import POLICY, Ranks
 from rlef_mega.megatron.starting_point import StartingPoint
-from rlef_mega.megatron.trained_model import Metrics, TrainedModel, count_actions, train_step
+from rlef_mega.megatron.trained_model import Metrics, TrainedModel, train_step
 from rlef_mega.types import Batch
 
 
@@ -59,18 +59,16 @@ class SupervisedLearner:
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """L = -mean over action tokens of log pi: one optimizer step on the whole batch."""
-        sequences = range(batch.num_sequences)
-        tokens = count_actions(batch, sequences)
         model = self.policy.last_chunk
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
             logprobs_R, _ = model.logprobs(
                 hidden, microbatch.action_rows_R, microbatch.action_ids_R, temperature=1.0
             )
-            value = -logprobs_R.sum() / tokens
+            value = -logprobs_R.sum() / batch.num_actions
             return value, {"loss": value.detach()}
 
-        microbatches = self.cutting.cut(batch, sequences)
+        microbatches = self.cutting.cut(batch, range(batch.num_sequences))
         metrics = train_step(self.policy, microbatches, loss, ("loss",), "supervised")
         self.policy.gather_weights()
         return metrics

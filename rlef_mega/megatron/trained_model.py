@@ -42,7 +42,6 @@ from rlef_mega.megatron.microbatch import Microbatch
 from rlef_mega.megatron.network.packed_llama import PackedLlama
 from rlef_mega.megatron.offload import HostMemory
 from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.types import Batch
 
 Metrics = dict[str, torch.Tensor]
 OutputFunction = Callable[[torch.Tensor, Microbatch], torch.Tensor]
@@ -359,11 +358,3 @@ def train_step(
         raise FloatingPointError(f"{names[0]} is {metrics[names[0]]} at update {model.updates}")
     norm, rate = model.step()
     return metrics | {f"{prefix}_grad_norm": norm, f"{prefix}_lr": rate}
-
-
-def count_actions(batch: Batch, sequences: Sequence[int]) -> int:
-    """Response tokens of these sequences, over all ranks: a loss's denominator."""
-    before = torch.nn.functional.pad(batch.action_mask_T.cumsum(0), (1, 0))
-    chosen = torch.tensor(list(sequences))
-    ends = batch.cu_seqlens.long()
-    return int((before[ends[chosen + 1]] - before[ends[chosen]]).sum())

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.dialogues.batches import Dialogues, RolloutsOnDemand
+from rlef_mega.dialogues.batches import NumberedDialogues, RolloutsOnDemand
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, open_grader
-from rlef_mega.dialogues.rollout import Rules, derive_seed
+from rlef_mega.dialogues.rollout import DialogueLoop, Rules, derive_seed
 from rlef_mega.engines.publish import publish
 from rlef_mega.evaluation.during_training import Evaluator
 from rlef_mega.megatron import parallel
@@ -62,20 +62,17 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         progress = stack.enter_context(
             StepProgress("imitation", done=0, total=config.run.steps, shown=ranks.is_writer)
         )
-        judge = Judge(grader)
+        loop = DialogueLoop(engine, Judge(grader), chat, rules)
 
-        def evaluate(name: str, rules: Rules) -> None:
+        def evaluate(name: str, rules: Rules, version: int) -> None:
             Evaluator(
-                config, run, engine, judge, chat, rules, writer=ranks.is_writer, say=progress.say
-            ).full(name)
+                config, run, loop.under(rules), writer=ranks.is_writer, say=progress.say
+            ).full(name, version=version)
 
         publish(learner.policy_weights, engine, version=0)
-        dialogues = Dialogues(
+        dialogues = NumberedDialogues(
             load_problems(config.data.train),
-            engine,
-            judge,
-            chat,
-            rules,
+            loop,
             batch=config.rollout.episodes_per_batch,
             seed=config.run.seed,
         )
@@ -84,11 +81,11 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             return stop.obeyed(writer=ranks.is_writer)
         turns = Counter(len(episode.turns) for episode in mined)
         progress.say(f"{len(mined)} dialogues are solved, by turns: {dict(turns)}")
-        evaluate("few_shot", with_example(rules, mined))
+        evaluate("few_shot", with_example(rules, mined), 0)
         batches = batches_of_last_responses(mined, config)
         for step in range(1, config.run.steps + 1):
             losses = [
-                learner.supervised_update(pack(next(batches), invalid_code_penalty=0.0))["loss"]
+                learner.supervised_update(pack(next(batches)))["loss"]
                 for _ in range(config.ppo.updates_per_batch)
             ]
             if ranks.is_writer:
@@ -104,7 +101,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             getattr(torch, config.model.dtype),
             is_writer=ranks.is_writer,
         )
-        evaluate("after", rules)
+        evaluate("after", rules, 1)
     parallel.shutdown(ranks)
     return 0
 
@@ -143,13 +140,19 @@ def with_example(rules: Rules, mined: Sequence[Episode]) -> Rules:
     )
 
 
+def last_response(episode: Episode) -> Episode:
+    """Return the episode with one turn: all tokens before the last response are its prompt."""
+    turn = replace(episode.turns[-1], observed_ids=episode.context(len(episode.turns) - 1))
+    return replace(episode, turns=(turn,))
+
+
 def batches_of_last_responses(
     mined: Sequence[Episode], config: TrainConfig
 ) -> Iterator[list[Episode]]:
     """Updates' worth of sequences, epoch after epoch in another order; actions are the tokens of
     the last response."""
     size = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
-    last = [replace(episode, turns=episode.turns[-1:]) for episode in mined]
+    last = [last_response(episode) for episode in mined]
     waiting: list[Episode] = []
     epoch = 0
     while True:

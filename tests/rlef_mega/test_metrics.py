@@ -44,21 +44,11 @@ def test_rates_of_nothing_are_none_not_zero():
 def stale_batch():
     """Two episodes, of one turn of two tokens each; versions 3, 3 and 2, 3; the trainer has 3.
     log pi_old - log pi_b is 0, log 2, log 3, 0."""
-    batch = pack(
-        [episode([(1, 2)], solved=True), episode([(2, 2)], solved=False)], invalid_code_penalty=-0.2
-    )
-    versions_T = torch.tensor([-1, 3, 3, -1, -1, 2, 3])
-    difference_T = torch.tensor([0.0, 0.0, math.log(2), 0.0, 0.0, math.log(3), 0.0])
-    behaviour_T = batch.behaviour_logprobs_T
-    scores = Scores(behaviour_T + difference_T, behaviour_T, torch.zeros(2))
-    return replace(batch, weight_versions_T=versions_T), scores
-
-
-def test_versions_of_tokens_are_packed_where_the_tokens_are():
-    turns = [replace(turn, weight_versions=(7, 8)) for turn in episode([(1, 2)], solved=True).turns]
-    mixed = replace(episode([(1, 2)], solved=True), turns=tuple(turns))
-    batch = pack([mixed, mixed], invalid_code_penalty=-0.2)
-    assert batch.weight_versions_T.tolist() == [-1, 7, 8, -1, 7, 8]
+    batch = pack([episode([(1, 2)], solved=True), episode([(2, 2)], solved=False)])
+    difference_A = torch.tensor([0.0, math.log(2), math.log(3), 0.0])
+    behaviour_A = batch.behaviour_logprobs_A
+    scores = Scores(behaviour_A + difference_A, behaviour_A, torch.zeros(2))
+    return replace(batch, weight_versions_A=torch.tensor([3, 3, 2, 3])), scores
 
 
 def test_staleness_and_ratios_by_hand():
@@ -127,3 +117,18 @@ def test_tokens_of_versions_that_this_run_cannot_have_published_end_it(lag):
     assert watch({"staleness": {"0": 3, "1": 5}}) == [[]]
     with pytest.raises(GuardError, match="another run publishes"):
         watch({"staleness": {"0": 3, lag: 1}})
+
+
+def test_a_server_is_busy_for_as_long_as_the_rank_says_that_kept_it_so_the_longest():
+    """Two ranks, two servers; their own counts are added up."""
+    one = {"requests": 3, "server_busy_s a": 2.0, "server_busy_s b": 1.0}
+    other = {"requests": 4, "server_busy_s b": 1.5, "follow_up_tokens": 8}
+    counts = metrics.total_counts([one, other, {}])
+    assert counts == {
+        "requests": 7,
+        "server_busy_s": 3.5,
+        "follow_up_tokens": 8,
+        "follow_up_cached_share": 0.0,
+    }
+    idle = metrics.idle_shares({"rollout": 1.0, "step": 5.0}, counts, servers=2)
+    assert idle == {"trainer": 0.2, "engines": 1 - 3.5 / 10}

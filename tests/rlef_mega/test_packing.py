@@ -1,4 +1,4 @@
-"""Packing keeps every token, turn and reward where the algorithm reads it."""
+"""Packing keeps every token and turn where the algorithm reads it; micro-batches are balanced."""
 
 import itertools
 import random
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlef_mega import packing, ppo
+from rlef_mega.config import PPOConfig
 from rlef_mega.types import Scores
 from tests.rlef_mega.episodes import episode
 
@@ -19,36 +20,20 @@ EPISODES = [
 ]
 
 
-def pack(episodes):
-    return packing.pack(episodes, invalid_code_penalty=-0.2)
-
-
 def test_a_packed_batch_by_hand():
-    batch = pack(EPISODES[:2])
+    batch = packing.pack(EPISODES[:2])
     assert batch.token_ids_T.tolist() == [*range(100, 108), *range(200, 205)]
-    assert batch.position_ids_T.tolist() == [*range(8), *range(5)]
     assert batch.cu_seqlens.tolist() == [0, 8, 13]
-    assert batch.turn_index_T.tolist() == [-1, -1, -1, 0, 0, -1, -1, 1, -1, -1, 2, 2, 2]
+    assert batch.action_positions_A.tolist() == [3, 4, 7, 10, 11, 12]
+    assert batch.turn_of_action_A.tolist() == [0, 0, 1, 2, 2, 2]
     # the last prompt token of each turn: its next token is the first of the response
     assert batch.value_positions_N.tolist() == [2, 6, 9]
     assert batch.episode_of_turn_N.tolist() == [0, 0, 1]
-    assert batch.rewards_N.tolist() == [0.0, 1.0, -1.0]
+    assert batch.action_bounds.tolist() == [0, 3, 6] and batch.turn_bounds.tolist() == [0, 2, 3]
+    assert batch.solved_E.tolist() == [True, False] and batch.valid_code_N.all()
     torch.testing.assert_close(
-        batch.behaviour_logprobs_T[batch.action_mask_T],
-        torch.tensor([-0.1, -0.2, -0.1, -0.1, -0.2, -0.3]),
+        batch.behaviour_logprobs_A, torch.tensor([-0.1, -0.2, -0.1, -0.1, -0.2, -0.3])
     )
-
-
-@given(st.lists(st.integers(0, 2), max_size=3, unique=True))
-def test_selecting_equals_packing_the_selection(chosen):
-    batch = pack(EPISODES)
-    selected = packing.select(batch, chosen)
-    if not chosen:
-        assert selected.num_tokens == selected.num_turns == selected.num_sequences == 0
-        return
-    expected = pack([EPISODES[i] for i in chosen])
-    for name in expected.__dataclass_fields__:
-        assert torch.equal(getattr(selected, name), getattr(expected, name)), name
 
 
 @given(
@@ -112,13 +97,13 @@ def test_a_sequence_over_the_budget_is_refused_with_the_remedy():
 
 def test_advantages_are_invariant_to_packing():
     """The same episodes in another order give each turn the same target."""
-    forward, backward = pack(EPISODES), pack(EPISODES[::-1])
+    forward, backward = packing.pack(EPISODES), packing.pack(EPISODES[::-1])
 
-    def targets(batch):
-        logprobs_T = batch.behaviour_logprobs_T
-        scores = Scores(logprobs_T, logprobs_T * 1.5, torch.arange(6.0) * 0 + 0.25)
-        options = dict(beta=0.05, gamma=1.0, normalize=True)
-        return ppo.targets(batch, scores, **options)[0].advantages_N
+    def advantages(batch):
+        logprobs_A = batch.behaviour_logprobs_A
+        scores = Scores(logprobs_A, logprobs_A * 1.5, torch.full((6,), 0.25))
+        advantages_A = ppo.targets(batch, scores, PPOConfig())[0].advantages_A
+        return torch.stack([advantages_A[batch.turn_of_action_A == n][0] for n in range(6)])
 
-    a, b = targets(forward), targets(backward)
+    a, b = advantages(forward), advantages(backward)
     torch.testing.assert_close(torch.cat([a[3:], a[2:3], a[:2]]), b)

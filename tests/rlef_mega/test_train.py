@@ -25,7 +25,6 @@ from rlef_mega.megatron.checkpoints.files import fault_in, steps_in
 from rlef_mega.preflight import claim_run_directory
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import write_jsonl
-from rlef_mega.train import add_up
 from tests.rlef_mega.megatron.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
 
@@ -304,15 +303,3 @@ def processes_of(run: Path) -> list[int]:
             if str(run).encode() in entry.read_bytes():
                 found.append(int(entry.parent.name))
     return found
-
-
-def test_a_server_is_busy_for_as_long_as_the_rank_says_that_kept_it_so_the_longest():
-    """Two ranks, two servers; their own counts are added up."""
-    one = {"requests": 3, "server_busy_s a": 2.0, "server_busy_s b": 1.0}
-    other = {"requests": 4, "server_busy_s b": 1.5, "follow_up_tokens": 8}
-    assert add_up([one, other, {}]) == {
-        "requests": 7,
-        "server_busy_s": 3.5,
-        "follow_up_tokens": 8,
-        "follow_up_cached_share": 0.0,
-    }

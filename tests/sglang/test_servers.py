@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge
-from rlef_mega.dialogues.rollout import Rules, rollout
+from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.publish import publish
 from rlef_mega.engines.sglang.engine import Limits, SGLangEngine
@@ -154,20 +154,21 @@ def test_dialogues_keep_the_ids_that_were_sampled(disk_engine, serving, model, f
     chat = ChatFormat.from_folder(serving.model, format_name)
     sampling = Sampling(40, stop_token_ids=chat.stop_token_ids)
     rules = Rules(turns=3, sampling=sampling, max_context=CONTEXT)
-    held = asyncio.run(rollout([PROBLEM] * 8, disk_engine, judge(), chat, rules, range(8)))
+    held = asyncio.run(
+        DialogueLoop(disk_engine, judge(), chat, rules).run_all([PROBLEM] * 8, range(8))
+    )
     assert len(held.episodes) == 8
     for episode in held.episodes:
         assert len(episode.turns) == 3
         scored = logprobs(model, list(episode.token_ids))
-        for turn in episode.turns:
-            start, end = turn.context_len - 1, turn.context_len - 1 + len(turn.action_ids)
-            assert (scored[start:end] - torch.tensor(turn.action_logprobs)).abs().max() < TOLERANCE
+        for number, turn in enumerate(episode.turns):
+            start, sampled = len(episode.context(number)) - 1, turn.completion
+            gaps = scored[start:][: len(sampled.logprobs)] - torch.tensor(sampled.logprobs)
+            assert gaps.abs().max() < TOLERANCE
         for before, after in pairwise(episode.turns):
-            opened = before.context_len + len(before.action_ids)
-            ended = before.action_ids[-1] in chat.stop_token_ids
-            between = episode.token_ids[opened : after.context_len]
+            ended = before.completion.token_ids[-1] in chat.stop_token_ids
             header = chat.observe("", ended=ended)[: len(chat.between) + 1]
-            assert list(between[: len(header)]) == header
+            assert list(after.observed_ids[: len(header)]) == header
 
 
 def test_a_follow_up_turn_finds_its_context_in_the_servers_cache(disk_engine, model):
@@ -423,11 +424,13 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     rules = Rules(turns=3, sampling=Sampling(120), max_context=CONTEXT)
     victim = serving.urls[1]
     threading.Timer(1.0, lambda: serving.server_process(victim).kill()).start()
-    held = asyncio.run(rollout([PROBLEM] * 40, disk_engine, judge(), chat, rules, range(40)))
+    held = asyncio.run(
+        DialogueLoop(disk_engine, judge(), chat, rules).run_all([PROBLEM] * 40, range(40))
+    )
     assert len(held.episodes) == 40 and not held.drops
     assert disk_engine.counts["failures"] >= 1
     for episode in held.episodes:
-        assert all(set(turn.weight_versions) == {6} for turn in episode.turns)
+        assert all(set(turn.completion.weight_versions) == {6} for turn in episode.turns)
     wait_for(lambda: disk_engine.counts.get("restored"), disk_engine)
     with SGLangEngine([victim], serving.model) as only_the_victim:
         only_the_victim.update_weights([], 6)  # published by another engine

@@ -56,7 +56,7 @@ def test_made_up_episodes_stay_within_the_recipe_and_repeat(rollout):
     assert len(episodes) == rollout.episodes_per_batch
     turns = [turn for episode in episodes for turn in episode.turns]
     assert {len(episode.turns) for episode in episodes} == {1, 2, 3}
-    assert max(len(turn.action_ids) for turn in turns) <= rollout.max_new_tokens
+    assert max(len(turn.completion.token_ids) for turn in turns) <= rollout.max_new_tokens
     assert max(len(episode.token_ids) for episode in episodes) <= rollout.max_context
     assert max(max(episode.token_ids) for episode in episodes) < 640
 
@@ -92,7 +92,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
     episodes = random_episodes(DEMO, vocab_size=640, seed=0)
-    batch = pack(episodes, invalid_code_penalty=0.0)
+    batch = pack(episodes)
     token_ids, said, logprobs = [], [], []
     for given in map(as_rollout, episodes):
         lengths = {len(given[name]) for name in ("completion_ids", "env_mask", "logprobs")}
@@ -101,8 +101,10 @@ def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
         said += [0] * len(given["prompt_ids"]) + given["env_mask"]
         logprobs += [0.0] * len(given["prompt_ids"]) + given["logprobs"]
     assert token_ids == batch.token_ids_T.tolist()
-    assert said == batch.action_mask_T.int().tolist()
-    assert logprobs == pytest.approx(batch.behaviour_logprobs_T.tolist())
+    actions = [place for place, one in enumerate(said) if one]
+    assert actions == batch.action_positions_A.tolist()
+    sampled = [logprobs[place] for place in actions]
+    assert sampled == pytest.approx(batch.behaviour_logprobs_A.tolist())
 
 
 def test_ratios_to_trl_are_taken_within_a_round():

@@ -33,7 +33,7 @@ from rlef_mega.bench.slice_model import (
     slice_episodes,
     write_model,
 )
-from rlef_mega.config import ConfigError, OptimizerConfig, RolloutConfig
+from rlef_mega.config import ConfigError, OptimizerConfig, PPOConfig, RolloutConfig
 from rlef_mega.flops import LLAMA_31_8B, LlamaShape
 from rlef_mega.packing import microbatches, pack
 from rlef_mega.types import Scores
@@ -56,13 +56,12 @@ def model_folder(tmp_path_factory):
 def work():
     """A batch with old and behaviour log-probs of about a random model's, and its targets."""
     episodes = slice_episodes(ROLLOUT, TINY.vocabulary, 256, 3, seed=1)
-    batch = pack(episodes, invalid_code_penalty=-0.2)
+    batch = pack(episodes)
     torch.manual_seed(0)
-    spread = 0.3 * torch.randn(2, batch.num_tokens) - math.log(TINY.vocabulary)
-    old, behaviour = spread.where(batch.action_mask_T, 0.0)
-    batch = dataclasses.replace(batch, behaviour_logprobs_T=behaviour)
+    old, behaviour = 0.3 * torch.randn(2, batch.num_actions) - math.log(TINY.vocabulary)
+    batch = dataclasses.replace(batch, behaviour_logprobs_A=behaviour)
     scores = Scores(old, old, torch.randn(batch.num_turns))
-    targets, _ = ppo.targets(batch, scores, beta=0.05, gamma=1.0, normalize=True)
+    targets, _ = ppo.targets(batch, scores, PPOConfig())
     return batch, targets
 
 
@@ -81,12 +80,11 @@ def expected_loss(folder, batch, targets) -> float:
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1] / 0.7
         logprobs_T[start + 1 : end] = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    chosen = batch.action_mask_T
     loss, _ = ppo.policy_loss(
-        logprobs_T[chosen],
-        targets.old_logprobs_T[chosen],
-        batch.behaviour_logprobs_T[chosen],
-        targets.advantages_N[batch.turn_index_T[chosen]],
+        logprobs_T[batch.action_positions_A],
+        targets.old_logprobs_A,
+        batch.behaviour_logprobs_A,
+        targets.advantages_A,
         clip_eps=0.2,
     )
     return float(loss)
@@ -99,7 +97,7 @@ def test_the_peer_computes_the_learners_loss_padded_and_packed(model_folder, wor
     for form in forms:
         batches = peer_batches(batch, targets, form, CPU)
         counted = sum(part.ids_R.numel() for part in batches)
-        assert counted == int(batch.action_mask_T.sum())
+        assert counted == batch.num_actions
         sizes = [part.token_ids.numel() for part in batches]
         assert max(sizes) <= form.token_budget
         assert sum(sizes) >= batch.num_tokens

@@ -58,29 +58,21 @@ def hold(engine, chat, *prompts: str, tokens: int, temperature: float) -> Episod
     async def talk():
         async with engine.session() as session:
             for number, prompt in enumerate(prompts):
-                ended = bool(turns) and turns[-1].action_ids[-1] in chat.stop_token_ids
-                token_ids.extend(chat.observe(prompt, ended) if turns else chat.open(prompt))
-                done = await session.generate(token_ids, sampling, seed=number)
-                turns.append(
-                    Turn(
-                        len(token_ids),
-                        done.token_ids,
-                        done.logprobs,
-                        done.weight_versions,
-                        None,
-                        ungraded,
-                    )
-                )
-                token_ids.extend(done.token_ids)
+                ended = bool(turns) and turns[-1].completion.token_ids[-1] in chat.stop_token_ids
+                observed = tuple(chat.observe(prompt, ended) if turns else chat.open(prompt))
+                token_ids.extend(observed)
+                sampled = await session.generate(token_ids, sampling, seed=number)
+                turns.append(Turn(observed, sampled, None, ungraded))
+                token_ids.extend(sampled.token_ids)
 
     asyncio.run(talk())
-    return Episode("smollm2", "", tuple(token_ids), tuple(turns), solved=False)
+    return Episode("smollm2", "", tuple(turns))
 
 
 def test_the_converted_model_writes_a_working_program(engine, chat):
     question = "Write a Python function `add(a, b)` that returns the sum of a and b."
     episode = hold(engine, chat, first_prompt(question, "mbpp"), tokens=64, temperature=0.0)
-    program = extract_program(chat.decode(episode.turns[0].action_ids))
+    program = extract_program(chat.decode(episode.turns[0].completion.token_ids))
     assert program is not None
     functions = [n for n in ast.parse(program).body if isinstance(n, ast.FunctionDef)]
     assert [f.name for f in functions] == ["add"]
@@ -89,7 +81,7 @@ def test_the_converted_model_writes_a_working_program(engine, chat):
 
 def test_trainer_and_engine_agree_on_the_log_probs_of_a_dialogue(engine, chat, folder, ranks):
     episode = hold(engine, chat, "Say hello.", "Once more.", tokens=12, temperature=1.0)
-    batch = pack([episode], invalid_code_penalty=0.0)
+    batch = pack([episode])
     learner = Learner(
         ranks,
         folder,
@@ -98,10 +90,7 @@ def test_trainer_and_engine_agree_on_the_log_probs_of_a_dialogue(engine, chat, f
         dtype="float32",
         temperature=1.0,
     )
-    sampled, scored = (
-        logprobs_T[batch.action_mask_T]
-        for logprobs_T in (batch.behaviour_logprobs_T, learner.score(batch).old_logprobs_T)
-    )
+    sampled, scored = batch.behaviour_logprobs_A, learner.score(batch).old_logprobs_A
     assert sampled.std() > 0.1  # else any two constant answers would agree
     # measured: 2e-5, fp32 rounding through 30 layers
     torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-4)

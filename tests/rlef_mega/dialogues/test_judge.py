@@ -19,7 +19,7 @@ from rlef_mega.dialogues.judge import (
     check_servers,
     open_grader,
 )
-from rlef_mega.dialogues.rollout import Rollout, Rules, rollout
+from rlef_mega.dialogues.rollout import DialogueLoop, Rollout, Rules
 from rlef_mega.types import Episode, PrivateTests, Problem, Sampling, TestOutcome, Verdict
 from rlef_sandbox import CallTest, Sandbox, Test
 from tests.rlef_mega.dialogues.test_rollout import ScriptedEngine
@@ -112,13 +112,8 @@ def test_a_killed_server_costs_a_rollout_nothing(chat):
         with remote(doomed.url, other.url, token=None) as grader:
             killer.start()
             held = asyncio.run(
-                rollout(
-                    [replace(SQUARE, id=f"square {number}") for number in range(24)],
-                    ScriptedEngine(chat, *scripts),
-                    Judge(grader),
-                    chat,
-                    RULES,
-                    range(24),
+                DialogueLoop(ScriptedEngine(chat, *scripts), Judge(grader), chat, RULES).run_all(
+                    [replace(SQUARE, id=f"square {number}") for number in range(24)], range(24)
                 )
             )
         killer.join()
@@ -145,7 +140,9 @@ def test_dialogues_without_a_server_are_dropped_and_counted_never_scored(chat):
         with pytest.raises(JudgeError, match=r"no server answered within 0.5 s .*" + gone.url):
             asyncio.run(judge.judge(SQUARE, "print(1)", last_turn=True))
         engine = ScriptedEngine(chat, *([SLOW_RIGHT] for _ in range(4)))
-        held: Rollout = asyncio.run(rollout([SQUARE] * 2, engine, judge, chat, RULES, [0, 1]))
+        held: Rollout = asyncio.run(
+            DialogueLoop(engine, judge, chat, RULES).run_all([SQUARE] * 2, range(2))
+        )
         assert held.episodes == () and held.drops == {"JudgeError": 2}
 
 

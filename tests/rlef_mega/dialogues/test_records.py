@@ -5,10 +5,20 @@ import json
 import pytest
 import torch
 
+from rlef_mega.config import PPOConfig
 from rlef_mega.dialogues.records import TEXT_LIMIT, episode_record, episode_records
 from rlef_mega.packing import pack
 from rlef_mega.ppo import targets
-from rlef_mega.types import Episode, PrivateTests, Problem, Scores, TestOutcome, Turn, Verdict
+from rlef_mega.types import (
+    Completion,
+    Episode,
+    PrivateTests,
+    Problem,
+    Scores,
+    TestOutcome,
+    Turn,
+    Verdict,
+)
 from rlef_sandbox import Result, Status, Test
 from tests.rlef_mega.dialogues.test_chat import CONTROLS, ChatFormat, byte_tokenizer
 
@@ -37,17 +47,15 @@ def result(status: Status, stdout: bytes = b"") -> Result:
 
 
 def held(chat: ChatFormat, responses: list[str], verdicts: list[Verdict]) -> Episode:
-    token_ids: list[int] = chat.open("Add one.")
     turns: list[Turn] = []
     for response, verdict in zip(responses, verdicts, strict=True):
-        if turns:
-            token_ids += chat.observe("Again.", ended=True)
+        observed = chat.observe("Again.", ended=True) if turns else chat.open("Add one.")
         ids = chat.respond(response)
         logprobs = tuple(-0.25 * place for place in range(len(ids)))
         versions = (4,) * (len(ids) - 2) + (5, 5)
-        turns.append(Turn(len(token_ids), tuple(ids), logprobs, versions, response, verdict))
-        token_ids += ids
-    return Episode("sum", "arithmetic", tuple(token_ids), tuple(turns), bool(verdicts[-1].solved))
+        sampled = Completion(tuple(ids), logprobs, versions, "stop")
+        turns.append(Turn(tuple(observed), sampled, response, verdict))
+    return Episode("sum", "arithmetic", tuple(turns))
 
 
 def failing(statuses: tuple[Status, ...]) -> Verdict:
@@ -92,22 +100,19 @@ def test_numbers_of_turns_and_tokens_are_those_of_the_batch(chat, by_token):
         held(chat, ["a", "bcd"], [wrong, failing((Status.WRONG_ANSWER,))]),
         held(chat, ["ef"], [failing((Status.WRONG_ANSWER,))]),
     ]
-    batch = pack(episodes, invalid_code_penalty=-0.2)
-    tokens = int(batch.action_mask_T.sum())
-    reference_T = torch.where(batch.action_mask_T, -0.001 * batch.position_ids_T - 0.001, 0.0)
-    values = torch.arange(tokens if by_token else batch.num_turns).float()
-    scores = Scores(batch.behaviour_logprobs_T, reference_T, values)
-    found, _ = targets(
-        batch, scores, beta=0.05, gamma=1.0, normalize=False, token_level_value=by_token
-    )
+    batch = pack(episodes)
+    reference_A = -0.001 * torch.arange(batch.num_actions)
+    values = torch.arange(batch.num_actions if by_token else batch.num_turns).float()
+    scores = Scores(batch.behaviour_logprobs_A, reference_A, values)
+    settings = PPOConfig(normalize_advantages=False, token_level_value=by_token)
+    found, _ = targets(batch, scores, settings)
     records = episode_records(episodes, [PROBLEM], chat, batch, scores, found)
     turns = [turn for record in records for turn in record["turns"]]
     assert [turn["tokens"] for turn in turns] == [2, 4, 3]
     assert [turn["value"] for turn in turns] == ([0, 2, 6] if by_token else [0, 1, 2])
     for number, turn in enumerate(turns):
-        at = batch.turn_index_T == number
-        expected = (-1 - batch.position_ids_T[at]).tolist()
-        assert turn["ref_logprobs"] == expected
+        at = batch.turn_of_action_A == number
+        assert turn["ref_logprobs"] == (-at.nonzero()[:, 0]).tolist()
         # the return is the same for all tokens of a turn, the value is not
         assert turn["advantage"] == pytest.approx(turn["return"] - turn["value"])
         assert ("advantages" in turn) == by_token
@@ -122,10 +127,9 @@ def test_numbers_of_turns_and_tokens_are_those_of_the_batch(chat, by_token):
 
 def test_without_a_penalty_there_is_no_reference_to_record(chat):
     episodes = [held(chat, ["a"], [failing((Status.WRONG_ANSWER,))])]
-    batch = pack(episodes, invalid_code_penalty=-0.2)
-    zero_T = torch.zeros_like(batch.behaviour_logprobs_T)
-    scores = Scores(zero_T, zero_T, torch.zeros(1))
-    found, _ = targets(batch, scores, beta=0.0, gamma=1.0, normalize=False)
+    batch = pack(episodes)
+    scores = Scores(batch.behaviour_logprobs_A, None, torch.zeros(1))
+    found, _ = targets(batch, scores, PPOConfig(beta=0))
     (record,) = episode_records(episodes, [PROBLEM], chat, batch, scores, found)
     assert "ref_logprobs" not in record["turns"][0]
 

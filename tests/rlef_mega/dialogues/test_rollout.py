@@ -12,10 +12,10 @@ from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import EmbeddedGrader, Judge
 from rlef_mega.dialogues.rollout import (
+    DialogueLoop,
     Rules,
     derive_seed,
     distractors_of,
-    rollout,
     show_private_tests,
 )
 from rlef_mega.engines import EngineError
@@ -82,7 +82,9 @@ NO_CODE = "I am not sure."
 def hold(chat, judge, *scripts, problem=GREET, rules=RULES):
     engine = ScriptedEngine(chat, *scripts)
     problems = [problem] * len(scripts)
-    return asyncio.run(rollout(problems, engine, judge, chat, rules, list(range(len(scripts)))))
+    return asyncio.run(
+        DialogueLoop(engine, judge, chat, rules).run_all(problems, range(len(scripts)))
+    )
 
 
 def text(chat, episode) -> str:
@@ -92,7 +94,7 @@ def text(chat, episode) -> str:
 def test_a_right_program_ends_the_dialogue_at_once(chat, judge):
     (episode,) = hold(chat, judge, [RIGHT]).episodes
     assert episode.solved and len(episode.turns) == 1
-    assert episode.turns[0].weight_versions == (7,) * len(episode.turns[0].action_ids)
+    assert episode.turns[0].completion.weight_versions == (7,) * len(chat.respond(RIGHT))
 
 
 def test_feedback_shows_the_public_test_and_the_dialogue_goes_on(chat, judge):
@@ -161,7 +163,7 @@ def test_a_faulty_dialogue_costs_the_others_nothing(chat, judge):
     when all three have theirs."""
     fault = [EngineError("lost")]
     engine = ScriptedEngine(chat, [RIGHT], fault, [WRONG, RIGHT], fault)
-    held = asyncio.run(rollout([GREET] * 3, engine, judge, chat, RULES, [0, 1, 2]))
+    held = asyncio.run(DialogueLoop(engine, judge, chat, RULES).run_all([GREET] * 3, range(3)))
     assert [len(o.turns) if not isinstance(o, str) else o for o in held.outcomes] == [
         1,
         "EngineError",
@@ -196,7 +198,7 @@ def test_one_turn_of_the_loop_works_on_one_text_however_many_are_answered_togeth
     async def run() -> None:
         watching = asyncio.ensure_future(watch())
         rules = replace(RULES, turns=2)
-        held = await rollout([GREET] * 300, engine, judge, counting, rules, range(300))
+        held = await DialogueLoop(engine, judge, counting, rules).run_all([GREET] * 300, range(300))
         assert len(held.episodes) == 300
         watching.cancel()
 
@@ -223,13 +225,13 @@ def test_all_have_their_session_before_the_first_asks(chat, judge):
 
     engine = Watching(chat, *[[NO_CODE]] * 450)
     rules = replace(RULES, turns=1)
-    asyncio.run(rollout([GREET] * 450, engine, judge, chat, rules, range(450)))
+    asyncio.run(DialogueLoop(engine, judge, chat, rules).run_all([GREET] * 450, range(450)))
     assert set(opened) == {450} and len(opened) == 450
 
 
 def test_a_full_context_ends_the_dialogue_unsolved(chat, judge):
     (whole,) = hold(chat, judge, [WRONG, RIGHT]).episodes
-    room = whole.turns[1].context_len + RULES.sampling.max_new_tokens
+    room = len(whole.context(1)) + RULES.sampling.max_new_tokens
     (fits,) = hold(chat, judge, [WRONG, RIGHT], rules=replace(RULES, max_context=room)).episodes
     assert fits.solved
     (full,) = hold(chat, judge, [WRONG, RIGHT], rules=replace(RULES, max_context=room - 1)).episodes
@@ -255,7 +257,7 @@ def test_feedback_from_private_tests_shows_them_and_their_success_ends_the_dialo
     (episode,) = hold(chat, judge, [HARD_CODED, RIGHT], rules=rules).episodes
     told = text(chat, episode)
     assert "Expected output 'Hello Zoe' but got 'Hello Bob'" in told and episode.solved
-    assert "Zoe" not in chat.decode(episode.token_ids[: episode.turns[0].context_len])
+    assert "Zoe" not in chat.decode(episode.context(0))
     many = tuple(Test(f"N{n}\n", f"Hello N{n}\n") for n in range(30))
     shown = show_private_tests(replace(GREET, private_tests=PrivateTests(many)))
     assert len(shown.public_tests) == 20 and len(shown.private_tests.tests) == 11
@@ -268,11 +270,11 @@ def test_a_response_that_was_begun_counts_what_the_model_said_alone(chat, judge)
     answer = "    print('Hello', name)\n\ngreet()\n```"
     (episode,) = hold(chat, judge, ["    pass\n```", answer], problem=problem).episodes
     assert episode.solved and len(episode.turns) == 2
-    for turn in episode.turns:
-        before = chat.decode(episode.token_ids[: turn.context_len])
+    for number, turn in enumerate(episode.turns):
+        before = chat.decode(episode.context(number))
         assert before.endswith(f"```python\n{statement}\n")
         assert turn.program.startswith(statement)
-    assert chat.decode(episode.turns[1].action_ids) == answer
+    assert chat.decode(episode.turns[1].completion.token_ids) == answer
 
 
 def test_feedback_is_shortened_to_what_the_context_has_room_for(chat, judge):
@@ -284,13 +286,13 @@ def test_feedback_is_shortened_to_what_the_context_has_room_for(chat, judge):
         (episode,) = hold(chat, judge, [shout, RIGHT], problem=long, rules=rules).episodes
         assert episode.solved and len(episode.turns) == 2
         assert "left out" in text(chat, episode) or room == 5000
-        lengths[room] = episode.turns[1].context_len
-        assert episode.turns[1].context_len + RULES.sampling.max_new_tokens <= room
+        lengths[room] = len(episode.context(1))
+        assert len(episode.context(1)) + RULES.sampling.max_new_tokens <= room
     assert lengths[900] < lengths[5000]
 
 
 def test_a_full_context_makes_the_failed_response_the_last_one(chat, judge):
-    prompt = hold(chat, judge, [RIGHT]).episodes[0].turns[0].context_len
+    prompt = len(hold(chat, judge, [RIGHT]).episodes[0].context(0))
     rules = replace(RULES, max_context=prompt + 60 + 5)  # a response, and no word more
     (episode,) = hold(chat, judge, [WRONG, RIGHT], rules=rules).episodes
     assert len(episode.turns) == 1 and not episode.solved

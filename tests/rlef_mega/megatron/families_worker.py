@@ -92,10 +92,12 @@ def hf_gradients(
     model: PreTrainedModel, head: torch.nn.Linear, batch: Batch
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Of the policy's and the critic's loss (`check`), under Hugging Face's names."""
-    (-hf_logprobs(model, batch)[batch.action_mask_T].sum() / SCALE).backward()
+    (-hf_logprobs(model, batch).sum() / SCALE).backward()
     policy = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    (hf_values(model, head, batch) - batch.rewards_N).square().sum().div(SCALE).backward()
+    (hf_values(model, head, batch) - batch.valid_code_N.float()).square().sum().div(
+        SCALE
+    ).backward()
     critic = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
@@ -126,10 +128,9 @@ def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
     assert all(torch.equal(gathered[name], tensor) for name, tensor in stored.items())
 
     scores = learner.score(batch)
-    logprobs_T = hf_logprobs(truth, batch) * batch.action_mask_T
-    close(scores.old_logprobs_T, logprobs_T.detach(), "log-probs")
+    close(scores.old_logprobs_A, hf_logprobs(truth, batch).detach(), "log-probs")
     head = ValueHead(truth.config.hidden_size, ranks)
-    close(scores.values_N, hf_values(truth, head, batch).detach(), "values")
+    close(scores.values_M, hf_values(truth, head, batch).detach(), "values")
 
     policy_model, critic_model = learner.policy.last_chunk, learner.critic.last_chunk
 
@@ -140,8 +141,9 @@ def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
         return loss, {"loss": loss.detach()}
 
     def critic_loss(hidden: torch.Tensor, microbatch: "Microbatch") -> Loss:
-        values_M = critic_model.values(hidden, microbatch.value_rows_M)
-        loss = (values_M - batch.rewards_N[microbatch.values_M]).square().sum() / SCALE
+        values_V = critic_model.values(hidden, microbatch.value_rows_V)
+        wanted_V = batch.valid_code_N[microbatch.values_V].float()
+        loss = (values_V - wanted_V).square().sum() / SCALE
         return loss, {"loss": loss.detach()}
 
     microbatches = learner.cutting.cut(batch, range(batch.num_sequences))

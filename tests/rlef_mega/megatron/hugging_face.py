@@ -14,20 +14,20 @@ TEMPERATURE = 0.9
 def hf_logprobs(
     model: PreTrainedModel, batch: Batch, *, temperature: float = TEMPERATURE
 ) -> torch.Tensor:
-    """[T] log-probs of all tokens, one unpadded sequence at a time; 0 for the first of each."""
+    """Return the log-probs [A] of the action tokens, computed one unpadded sequence at a time."""
     rows = []
     for start, end in pairwise(batch.cu_seqlens.tolist()):
         ids = batch.token_ids_T[start:end]
         logits = model(ids[None]).logits[0, :-1] / temperature
         logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
-    return torch.cat(rows)
+    return torch.cat(rows)[batch.action_positions_A]
 
 
 def hf_values(
     model: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor], batch: Batch
 ) -> torch.Tensor:
-    """[N] values where the batch reads them."""
+    """Return the values [N] at the positions where the batch reads them."""
     hidden = [
         model.model(batch.token_ids_T[start:end][None]).last_hidden_state[0]
         for start, end in pairwise(batch.cu_seqlens.tolist())

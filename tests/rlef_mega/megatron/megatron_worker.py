@@ -5,6 +5,7 @@ another.
 layout whose checkpoint is resumed. The writer of each leaves its results in FOLDER/START_LAYOUT.pt.
 """
 
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
-from rlef_mega.types import Batch
+from rlef_mega.packing import pack
+from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
 from tests.rlef_mega.distributed import next_world
 
 
@@ -95,36 +97,33 @@ def make_model(folder: Path, *, seed: int = 0, **options: Any) -> LlamaForCausal
     return model.eval()
 
 
+def make_episodes(number: int, *, seed: int = 0) -> list[Episode]:
+    """Return dialogues of one to three turns with prompts and responses of random lengths and
+    tokens."""
+    random_source = random.Random(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        count = random_source.randrange(low, high)
+        return tuple(random_source.randrange(VOCABULARY) for _ in range(count))
+
+    def turn() -> Turn:
+        observed, response = ids(2, 20), ids(1, 8)
+        logprobs = tuple(random_source.gauss(-4.2, 0.3) for _ in response)
+        return Turn(
+            observed,
+            Completion(response, logprobs, (0,) * len(response), "stop"),
+            random_source.choice(["print(1)", None]),
+            Verdict((), public_passed=False, solved=random_source.random() < 0.5),
+        )
+
+    return [
+        Episode("made up", "", tuple(turn() for _ in range(random_source.randint(1, 3))))
+        for _ in range(number)
+    ]
+
+
 def make_batch(sequences: int, *, seed: int = 0) -> Batch:
-    """Dialogues of one to three turns with prompts and responses of random lengths and tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (1,), generator=generator))
-
-    lengths, turn_index, value_positions, episode_of_turn = [], [], [], []
-    for sequence in range(sequences):
-        start = len(turn_index)
-        for _ in range(draw(1, 4)):
-            turn_index += [-1] * draw(2, 20)
-            value_positions.append(len(turn_index) - 1)
-            turn_index += [len(episode_of_turn)] * draw(1, 8)
-            episode_of_turn.append(sequence)
-        lengths.append(len(turn_index) - start)
-    turn_index_T = torch.tensor(turn_index)
-    noise_T = torch.randn(len(turn_index), generator=generator)
-    return Batch(
-        token_ids_T=torch.randint(0, VOCABULARY, (len(turn_index),), generator=generator),
-        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        action_mask_T=turn_index_T >= 0,
-        turn_index_T=turn_index_T,
-        behaviour_logprobs_T=torch.where(turn_index_T >= 0, noise_T * 0.3 - 4.2, 0.0),
-        weight_versions_T=torch.where(turn_index_T >= 0, 0, -1),
-        value_positions_N=torch.tensor(value_positions),
-        episode_of_turn_N=torch.tensor(episode_of_turn),
-        rewards_N=torch.randn(len(episode_of_turn), generator=generator),
-    )
+    return pack(make_episodes(sequences, seed=seed))
 
 
 def make_learner(ranks, folder: Path, *, offload: str = "none", **options: Any):
@@ -146,15 +145,7 @@ def make_learner(ranks, folder: Path, *, offload: str = "none", **options: Any):
 def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
     """Score, update, and what the learner is afterwards."""
     scores = learner.score(batch)
-    settings = learner.ppo
-    targets, _ = ppo.targets(
-        batch,
-        scores,
-        beta=settings.beta,
-        gamma=settings.gamma,
-        normalize=True,
-        token_level_value=settings.token_level_value,
-    )
+    targets, _ = ppo.targets(batch, scores, learner.ppo)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(batch.num_sequences, generator=generator)
     stats = learner.update(batch, targets, order)
@@ -177,7 +168,7 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
         imported = make_learner(ranks, folder / "model", weights=folder / "imported")
         results["imported"] = {
             "weights": {name: tensor.clone() for name, tensor in imported.policy_weights()},
-            "values": imported.score(batch).values_N,
+            "values": imported.score(batch).values_M,
         }
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
         results["first"] = one_batch(learner, batch, seed=1)

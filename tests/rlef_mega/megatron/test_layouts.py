@@ -103,7 +103,7 @@ def test_an_imported_checkpoint_starts_any_layout(folder: Path, layout: str) -> 
     assert all(torch.equal(imported["weights"][name], stored[name]) for name in stored)
     one = results(folder, "model_one")
     torch.testing.assert_close(imported["values"], one["imported"]["values"], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(one["imported"]["values"], one["first"]["scores"]["values_N"])
+    assert not torch.allclose(one["imported"]["values"], one["first"]["scores"]["values_M"])
 
 
 @pytest.mark.parametrize("layout", [layout for layout, _ in SAME])

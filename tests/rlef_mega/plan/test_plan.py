@@ -151,7 +151,7 @@ def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, reco
     config = load_config(find_recipe("demo"), list(overrides), TrainConfig)
     learner = make_learner(config, ranks)
     episodes = slice_episodes(config.rollout, SMALL.vocabulary, 512, 2, seed=0)
-    batch, targets = on_policy_targets(learner, config, pack(episodes, invalid_code_penalty=-0.2))
+    batch, targets = on_policy_targets(learner, config, pack(episodes))
     run = PlannedRun.of(config, SMALL, on_cpu=True)
     cut = learner.cutting.cut(batch, range(batch.num_sequences))
     tokens = max(part.token_ids_T.numel() for part in cut)

@@ -31,13 +31,14 @@ from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.megatron.trained_model import learning_rate
-from rlef_mega.packing import select
+from rlef_mega.packing import pack
 from rlef_mega.preflight import check_weights
 from rlef_mega.types import Batch
 from tests.rlef_mega.megatron.hugging_face import hf_logprobs, hf_values
 from tests.rlef_mega.megatron.megatron_worker import (
     LLAMA31_ROPE,
     make_batch,
+    make_episodes,
     make_learner,
     make_model,
     one_batch,
@@ -68,8 +69,7 @@ def test_a_supervised_step_has_the_gradient_of_its_loss(
     batch = make_batch(6)
     supervised = make_supervised(ranks, tmp_path)  # a step without clipping or momentum
     stats = supervised.supervised_update(batch)
-    logprobs_T = hf_logprobs(truth, batch, temperature=1.0)
-    loss = -logprobs_T[batch.action_mask_T].mean()
+    loss = -hf_logprobs(truth, batch, temperature=1.0).mean()
     loss.backward()
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-6)
     gradients = {name: parameter.grad for name, parameter in truth.named_parameters()}
@@ -114,16 +114,15 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
     learner = make_learner(ranks, tmp_path, learner=settings)
     # off-policy by a little, so that some ratios are clipped
     scores = learner.score(batch)
-    noise_T = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(3))
-    scores = replace(scores, old_logprobs_T=scores.old_logprobs_T + 0.2 * noise_T)
-    targets, _ = ppo.targets(batch, scores, beta=0.05, gamma=1.0, normalize=True)
-    action_T, everything = batch.action_mask_T, range(batch.num_sequences)
-    stats = learner.update_policy(batch, targets, everything)
+    noise_A = torch.randn(batch.num_actions, generator=torch.Generator().manual_seed(3))
+    scores = replace(scores, old_logprobs_A=scores.old_logprobs_A + 0.2 * noise_A)
+    targets, _ = ppo.targets(batch, scores, learner.ppo)
+    stats = learner.update_policy(batch, targets, range(batch.num_sequences))
     loss, metrics = ppo.policy_loss(
-        hf_logprobs(truth, batch)[action_T],
-        scores.old_logprobs_T[action_T],
-        batch.behaviour_logprobs_T[action_T],
-        targets.advantages_N[batch.turn_index_T[action_T]],
+        hf_logprobs(truth, batch),
+        scores.old_logprobs_A,
+        batch.behaviour_logprobs_A,
+        targets.advantages_A,
         clip_eps=learner.ppo.clip_eps,
     )
     assert 0.05 < metrics["clip_fraction"] < 0.95
@@ -138,10 +137,10 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
 
 
 def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
-    batch = make_batch(7)
+    episodes = make_episodes(7)
     learner = make_learner(ranks, folder)
-    together = learner.score(batch)
-    alone = [learner.score(select(batch, [index])) for index in range(7)]
+    together = learner.score(pack(episodes))
+    alone = [learner.score(pack([episode])) for episode in episodes]
     for name, expected in vars(together).items():
         pieces = torch.cat([getattr(scores, name) for scores in alone])
         torch.testing.assert_close(pieces, expected, rtol=0, atol=1e-5)
@@ -174,11 +173,10 @@ def test_token_level_values_are_one_a_response_token(ranks: Ranks, folder: Path)
     batch = make_batch(6)
     settings = PPOConfig(updates_per_batch=2, token_level_value=True)
     learner = make_learner(ranks, folder, ppo=settings)
-    by_turn = make_learner(ranks, folder).score(batch).values_N
-    values = learner.score(batch).values_N
-    assert values.numel() == batch.action_mask_T.sum()
-    turn_of_token = batch.turn_index_T[batch.action_mask_T]
-    first = torch.cat([torch.tensor([True]), turn_of_token.diff() > 0])
+    by_turn = make_learner(ranks, folder).score(batch).values_M
+    values = learner.score(batch).values_M
+    assert values.numel() == batch.num_actions
+    first = torch.cat([torch.tensor([True]), batch.turn_of_action_A.diff() > 0])
     torch.testing.assert_close(values[first], by_turn, rtol=0, atol=1e-6)
     assert one_batch(learner, batch, seed=1)["stats"]["critic_grad_norm"] > 0
 
@@ -186,7 +184,7 @@ def test_token_level_values_are_one_a_response_token(ranks: Ranks, folder: Path)
 def test_without_a_kl_penalty_there_is_no_reference(ranks: Ranks, folder: Path) -> None:
     learner = make_learner(ranks, folder, ppo=PPOConfig(beta=0, updates_per_batch=2))
     assert learner.reference is None
-    assert not learner.score(make_batch(4)).ref_logprobs_T.any()
+    assert learner.score(make_batch(4)).ref_logprobs_A is None
 
 
 def test_critic_warm_up_leaves_the_policy_alone(ranks: Ranks, folder: Path) -> None:
@@ -203,8 +201,8 @@ def test_critic_warm_up_leaves_the_policy_alone(ranks: Ranks, folder: Path) -> N
 def zero_advantages(batch: Batch, scores):
     from rlef_mega.types import Targets
 
-    zeros = torch.zeros(batch.num_turns)
-    return Targets(scores.old_logprobs_T, scores.values_N, zeros, zeros)
+    zeros_A, zeros_N = torch.zeros(batch.num_actions), torch.zeros(batch.num_turns)
+    return Targets(scores.old_logprobs_A, zeros_A, scores.values_M, zeros_N)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(ranks: Ranks, folder: Path) -> None:
@@ -212,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(ranks: Ranks, folder: P
     batch = make_batch(4)
     before = {name: tensor.clone() for name, tensor in learner.policy_weights()}
     targets = zero_advantages(batch, learner.score(batch))
-    poisoned = replace(targets, advantages_N=targets.advantages_N + float("nan"))
+    poisoned = replace(targets, advantages_A=targets.advantages_A + float("nan"))
     with pytest.raises(FloatingPointError, match="policy_loss is nan at update 0"):
         learner.update(batch, poisoned, torch.arange(4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.policy_weights())
@@ -300,12 +298,12 @@ def test_an_export_is_what_transformers_and_we_load(
     hf_weights.export_hf(weights, folder, out, torch.float32, max_shard_size=shard_bytes)
     assert len(list(out.glob("*.safetensors"))) == (1 if shard_bytes == 10**9 else 8)
     truth = AutoModelForCausalLM.from_pretrained(out)
-    ours = learner.score(batch).old_logprobs_T
+    ours = learner.score(batch).old_logprobs_A
     with torch.no_grad():
-        logprobs_T = hf_logprobs(truth, batch) * batch.action_mask_T
-    torch.testing.assert_close(ours, logprobs_T, rtol=0, atol=2e-5)
+        logprobs_A = hf_logprobs(truth, batch)
+    torch.testing.assert_close(ours, logprobs_A, rtol=0, atol=2e-5)
     again = make_learner(ranks, out)
-    assert torch.equal(again.score(batch).old_logprobs_T, ours)
+    assert torch.equal(again.score(batch).old_logprobs_A, ours)
 
 
 def save(folder: Path, learner: Learner, state: dict) -> Path:
@@ -329,10 +327,10 @@ def test_exported_networks_score_in_transformers_as_in_ours(
     critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic").eval()
     assert critic.config.num_labels == 1
     with torch.no_grad():
-        logprobs_T = hf_logprobs(policy, batch) * batch.action_mask_T
+        logprobs_A = hf_logprobs(policy, batch)
         values_N = hf_values(critic, critic.score, batch)
-    torch.testing.assert_close(scores.old_logprobs_T, logprobs_T, rtol=0, atol=2e-5)
-    torch.testing.assert_close(scores.values_N, values_N, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.old_logprobs_A, logprobs_A, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scores.values_M, values_N, rtol=0, atol=1e-5)
 
     # what `--verify` says of them, and of one whose keys and values have changed places
     assert largest_difference(saved, tmp_path / "policy", "policy", ranks) < 2e-5
@@ -353,17 +351,17 @@ def test_a_run_starts_from_a_checkpoint_of_another(
     saved = save(tmp_path / "run", trained, {})
     check_weights(saved, folder)
     expected, found = trained.score(batch), make_learner(ranks, folder, weights=saved).score(batch)
-    assert torch.equal(found.old_logprobs_T, expected.old_logprobs_T)
-    assert torch.equal(found.ref_logprobs_T, expected.old_logprobs_T)
-    assert torch.equal(found.values_N, expected.values_N)
+    assert torch.equal(found.old_logprobs_A, expected.old_logprobs_A)
+    assert torch.equal(found.ref_logprobs_A, expected.old_logprobs_A)
+    assert torch.equal(found.values_M, expected.values_M)
 
     # of a policy alone, the critic takes the trunk and draws its head
     export_checkpoint(saved, tmp_path / "hf", model=folder)
     import_folder(tmp_path / "hf", tmp_path / "policy")
     found = make_learner(ranks, folder, weights=tmp_path / "policy").score(batch)
     again = make_learner(ranks, tmp_path / "hf").score(batch)
-    assert torch.equal(found.old_logprobs_T, expected.old_logprobs_T)
-    assert torch.equal(found.values_N, again.values_N)
+    assert torch.equal(found.old_logprobs_A, expected.old_logprobs_A)
+    assert torch.equal(found.values_M, again.values_M)
 
     with pytest.raises(ConfigError, match="give a checkpoint's own folder"):
         check_weights(tmp_path / "policy" / "networks", folder)
