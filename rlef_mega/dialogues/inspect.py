@@ -30,9 +30,9 @@ def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None
     console.print(table)
     print_places(console, drops)
     if against is not None:
-        report = contamination.compare(problems, load_problems(against))
-        console.print(f"against {against}: {report.summary()}", markup=False)
-        for line in report.lines()[:SHOWN_PLACES]:
+        overlaps = contamination.compare(problems, load_problems(against))
+        summary, *lines = contamination.describe(overlaps)
+        for line in (f"against {against}: {summary}", *lines[:SHOWN_PLACES]):
             console.print(line, markup=False)
 
 
@@ -42,7 +42,7 @@ def print_places(console: Console, drops: Sequence[Drop]) -> None:
     for drop in drops:
         shown[drop.reason] += 1
         if shown[drop.reason] <= SHOWN_PLACES:
-            words = f"{drop.place} {drop.id!r}: {drop.reason} {drop.detail}".rstrip()
+            words = f"{drop.location} {drop.id!r}: {drop.reason} {drop.detail}".rstrip()
             console.print(words, markup=False, soft_wrap=True)
     for reason, count in shown.items():
         if count > SHOWN_PLACES:

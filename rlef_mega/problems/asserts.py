@@ -1,14 +1,14 @@
-"""An assert statement to a test of its own whose failure shows the values that were compared.
+"""A test from an assert statement, whose failure shows the values that were compared.
 
-RLEF rewrites asserts to unittest calls (C.4, C.5). Ours become the comparison and the message that
-unittest would give for plain values, without importing unittest into every run.
+RLEF rewrites asserts to unittest calls (C.4, C.5). Here they become the comparison, and the message
+that unittest would give for plain values, without importing unittest into every run.
 """
 
 import ast
 
 from rlef_mega.types import AssertTest
 
-# What is said of `left OP right` that does not hold, as unittest's assertEqual and its like do.
+# The operator of `left OP right`, and the message if it is false, as in unittest's assertEqual.
 WORDS: dict[type[ast.cmpop], tuple[str, str]] = {
     ast.Eq: ("==", "!="),
     ast.NotEq: ("!=", "=="),
@@ -21,7 +21,7 @@ WORDS: dict[type[ast.cmpop], tuple[str, str]] = {
     ast.Is: ("is", "is not"),
     ast.IsNot: ("is not", "is unexpectedly"),
 }
-# Shortened where it is made: of what a run writes to stderr only the end is kept.
+# Shortened inside the run, because only the end of its stderr is kept.
 SHOW = """\
 def _show(value):
     text = repr(value)
@@ -30,9 +30,9 @@ def _show(value):
 
 
 def assert_test(statement: str, entry_point: str, setup: str = "") -> AssertTest:
-    """The test of one assert statement on `entry_point`. `setup` is code that runs before it.
+    """Return the test of one assert statement on `entry_point`; the code `setup` runs before it.
 
-    ValueError where the text is something else than one assert statement.
+    Raises ValueError if the text is not exactly one assert statement.
     """
     node = parse_assert(statement)
     lines = [f"{entry_point} = candidate", *failing_comparison(node.test)]
@@ -47,14 +47,14 @@ def parse_assert(statement: str) -> ast.Assert:
     try:
         body = ast.parse(statement.strip()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{statement[:80]!r} is no Python: {error}") from None
+        raise ValueError(f"{statement[:80]!r} is not valid Python: {error}") from None
     if len(body) != 1 or not isinstance(body[0], ast.Assert):
         raise ValueError(f"{statement[:80]!r} is not one assert statement")
     return body[0]
 
 
 def failing_comparison(condition: ast.expr) -> list[str]:
-    """Lines that evaluate the condition and raise AssertionError with its values."""
+    """Return lines of code that raise AssertionError with the values if the condition is false."""
     match condition:
         case ast.Compare(left=left, ops=[operator], comparators=[right]):
             sign, words = WORDS[type(operator)]

@@ -1,28 +1,40 @@
-"""CodeContests (Li et al. 2022): rows in the published column shape to problems.
+"""CodeContests (Li et al. 2022): problems from rows with the published columns.
 
-Read from the Parquet files of the Hugging Face copy (`deepmind/code_contests`) or from JSON Lines
-with the same columns: `name`, `description`, `public_tests`, `private_tests`, `generated_tests`
-(each {"input": [...], "output": [...]}), `time_limit` ({"seconds", "nanos"} or null),
-`memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating`, `cf_tags` and, if wrong
-programs are asked for, `incorrect_solutions`. Private and generated tests together decide the
+The rows come from the Parquet files of the Hugging Face copy (`deepmind/code_contests`) or from
+JSON Lines with the same columns: `name`, `description`, `public_tests`, `private_tests`,
+`generated_tests` (each {"input": [...], "output": [...]}), `time_limit` ({"seconds", "nanos"} or
+null), `memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating`, `cf_tags` and, if
+wrong programs are asked for, `incorrect_solutions`. Private and generated tests together decide the
 reward; public ones are shown.
 """
 
 import ast
-import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rlef_mega.problems.rows import FieldError, Lost, Parsed, Read, class_names, expect, read_each
+from pydantic import NonNegativeInt
+
+from rlef_mega.problems.rows import (
+    FieldError,
+    Parsed,
+    Read,
+    Row,
+    SourceOptions,
+    Words,
+    class_names,
+    expect,
+    expect_strings,
+    read_each,
+    without_enormous,
+)
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Limits, Test
 
 DEFAULT_TIME_S = 10.0  # RLEF A.2, as is the memory
 DEFAULT_MEMORY_BYTES = 1 << 30
-LEAST_MEMORY_BYTES = 64 << 20  # below it CPython itself has little room
+LEAST_MEMORY_BYTES = 64 << 20  # CPython itself needs most of that
 
 COLUMNS = (
     "name",
@@ -38,7 +50,7 @@ COLUMNS = (
     "cf_rating",
     "cf_tags",
 )
-# `source` is a number, and the Hugging Face copy numbers the last two otherwise than the proto.
+# `source` is a number. The Hugging Face copy and the proto number the last two differently.
 SOURCES = {
     "hub": ("unknown", "codechef", "codeforces", "hackerearth", "codejam", "atcoder", "aizu"),
     "proto": ("unknown", "codechef", "codeforces", "hackerearth", "codejam", "", "atcoder", "aizu"),
@@ -47,7 +59,7 @@ PYTHON3 = 3  # of `language`, in both
 WRONG_PROGRAM_CHARACTERS = 4000
 RATING_CLASS = 400
 
-# Words by which statements say that several outputs are right; then one expected output is too few.
+# Phrases that allow several outputs. The one expected output then refuses right answers.
 MULTIPLE_ANSWERS = re.compile(
     r"any (one )?of (them|these|those)|(print|output|find|report|return) any\b"
     r"|(multiple|several|more than one)( \w+){0,3} "
@@ -59,39 +71,51 @@ MULTIPLE_ANSWERS = re.compile(
 IMAGE = re.compile(r"<image>|<img\b|!\[[^\]]*\]\(")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to take. Rows that are left out are counted like all others that are dropped."""
+class CodeContestsOptions(SourceOptions):
+    """Which rows and tests to take. Rows that are left out are counted."""
 
-    split: str = ""  # train, valid or test: how the names of a folder's files begin
-    sources: tuple[str, ...] = ()  # codeforces, atcoder, ...; none: all
-    min_rating: int = 0  # of Codeforces; those without rating are left out if one is given
-    max_rating: int = 0
-    without: tuple[str, ...] = ()  # tags: "image", "multiple answers", or one of Codeforces'
-    max_tests: int = 0  # of private and generated tests, in this order; 0: all
-    max_test_bytes: int = 8 << 20  # input and output together; larger tests are left out
-    wrong_programs: int = 0  # of the shortest incorrect Python 3 solutions, for random feedback
+    split: str = ""  # train, valid or test: the prefix of a folder's file names
+    sources: Words = ()  # codeforces, atcoder, ...; empty: all
+    min_rating: NonNegativeInt = 0  # of Codeforces; a bound leaves out problems without a rating
+    max_rating: NonNegativeInt = 0
+    without: Words = ()  # tags: "image", "multiple answers", or one of Codeforces'
+    max_tests: NonNegativeInt = 0  # of private and generated tests, in this order; 0: all
+    max_test_bytes: NonNegativeInt = 8 << 20  # of input and output together
+    wrong_programs: NonNegativeInt = 0  # of the shortest incorrect Python 3 solutions
     enums: Literal["hub", "proto"] = "hub"
 
 
-def read(files: Sequence[Path], options: Options) -> Iterator[Read]:
-    """What came of each row, in order."""
-    columns = (*COLUMNS, *(("incorrect_solutions",) if options.wrong_programs else ()))
-    seen: dict[str, set[bytes]] = {}
-    for path in files:  # a file's own names for the numbers come before ours
-        names = tuple(name.removesuffix("_source").lower() for name in class_names_of(path))
-        names = names or SOURCES[options.enums]
-        yield from read_each(
-            [path], columns, functools.partial(parse, options=options, source_names=names), seen
+def download(source: str, repository: str, split: str) -> Path:
+    """Download a data set into the hub's own cache. Returns its folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            repository, repo_type="dataset", allow_patterns=f"data/{split}*.parquet"
         )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"problem source {source!r}: there is no folder {repository!r}, and downloading it "
+            f"failed ({type(error).__name__}); download data/*.parquet and name their folder"
+        ) from None
+    return Path(found)
 
 
-def class_names_of(path: Path) -> tuple[str, ...]:
-    return class_names(path, "source")
+def read(files: Sequence[Path], options: CodeContestsOptions) -> Iterator[Read]:
+    """Yield the outcome of each row, in order."""
+    columns = (*COLUMNS, *(("incorrect_solutions",) if options.wrong_programs else ()))
+    names = {path: source_names(path) or SOURCES[options.enums] for path in files}
+    yield from read_each(files, "name", lambda row, path: parse(row, options, names[path]), columns)
 
 
-def parse(row: dict[str, Any], options: Options, source_names: Sequence[str]) -> Parsed:
-    """The problem, and what of the row was dropped and why."""
+def source_names(path: Path) -> tuple[str, ...]:
+    """Return the file's own names for the numbers of `source`; they take precedence over ours."""
+    return tuple(name.removesuffix("_source").lower() for name in class_names(path, "source"))
+
+
+def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parsed:
+    """Return the problem of a row, and what was dropped and why."""
     name, statement = expect(row, "name", str), expect(row, "description", str)
     public, private, generated = (
         parse_tests(row, f"{kind}_tests") for kind in ("public", "private", "generated")
@@ -101,13 +125,16 @@ def parse(row: dict[str, Any], options: Options, source_names: Sequence[str]) ->
     if row.get("input_file") or row.get("output_file"):
         files = f"{row.get('input_file')!r}, {row.get('output_file')!r}"
         return None, [("reads or writes a file instead of standard input and output", files)]
-    source = parse_source(row, source_names, options)
-    tags = (*texts(row, "cf_tags"), *flags(statement))
-    reason = unwanted(source, expect(row, "cf_rating", int, None) or 0, tags, options)
+    source = parse_source(row, names, options)
+    tags = (*filter(None, expect_strings(row, "cf_tags")), *flags(statement))
+    rating = expect(row, "cf_rating", int, None) or 0
+    reason = unwanted(source, rating, tags, options)
     if reason:
         return None, [(reason, "")]
-    public, lost = drop_enormous(public, "public", options)
-    hidden, lost_hidden = drop_enormous((*private, *generated), "private or generated", options)
+    public, lost = without_enormous(public, "public", options.max_test_bytes)
+    hidden, lost_hidden = without_enormous(
+        (*private, *generated), "private or generated", options.max_test_bytes
+    )
     lost = [*lost, *lost_hidden]
     if not (public or hidden):
         return None, [*lost, ("no tests", "all of them are enormous")]
@@ -120,7 +147,7 @@ def parse(row: dict[str, Any], options: Options, source_names: Sequence[str]) ->
         checker="codecontests",  # its own rule: reference outputs differ in case, or as 20.0
         template="codecontests",
         family="codecontests" if source == "unknown" else source,
-        difficulty=rated(expect(row, "cf_rating", int, None) or 0),
+        difficulty=rated(rating),
         tags=tags,
         wrong_programs=wrong_programs(row, options.wrong_programs),
     )
@@ -128,15 +155,15 @@ def parse(row: dict[str, Any], options: Options, source_names: Sequence[str]) ->
 
 
 def rated(rating: int) -> str:
-    """Codeforces' ratings in classes; a name sorts as its class does."""
+    """Return the class of a Codeforces rating; names sort like their classes."""
     if not rating:
         return "unrated"
     low = rating // RATING_CLASS * RATING_CLASS
     return f"{low:04d} to {low + RATING_CLASS - 1:04d}"
 
 
-def parse_source(row: dict[str, Any], names: Sequence[str], options: Options) -> str:
-    """The name in lower case, of a number or of a name as the proto has it."""
+def parse_source(row: Row, names: Sequence[str], options: CodeContestsOptions) -> str:
+    """Return the source's name in lower case, from a number or from the proto's name."""
     value = row.get("source")
     if value is None:
         return "unknown"
@@ -148,22 +175,21 @@ def parse_source(row: dict[str, Any], names: Sequence[str], options: Options) ->
         return names[value]
     other = "proto" if options.enums == "hub" else "hub"
     raise FieldError(
-        f"source: {value!r} is none of the {options.enums} copy's; set enums={other} if the file "
-        "numbers them as that does"
+        f"source: {value!r} is not a source of the {options.enums} copy; set enums={other} if the "
+        "file uses that numbering"
     )
 
 
 def flags(statement: str) -> tuple[str, ...]:
-    """What a reader of the counts should know: an image that is missing, and that one expected
-    output may refuse right answers."""
+    """Return tags for a statement that lost an image, and one whose words allow several outputs."""
     return (
         *(("image",) if IMAGE.search(statement) else ()),
         *(("multiple answers",) if MULTIPLE_ANSWERS.search(statement) else ()),
     )
 
 
-def unwanted(source: str, rating: int, tags: Sequence[str], options: Options) -> str:
-    """Why the options leave a row out; empty if they do not."""
+def unwanted(source: str, rating: int, tags: Sequence[str], options: CodeContestsOptions) -> str:
+    """Return why the options leave a row out; empty if they do not."""
     if options.sources and source not in options.sources:
         return f"left out: source {source}"
     if rating < options.min_rating or (options.max_rating and not 0 < rating <= options.max_rating):
@@ -174,19 +200,8 @@ def unwanted(source: str, rating: int, tags: Sequence[str], options: Options) ->
     return ""
 
 
-def drop_enormous(
-    tests: Sequence[Test], kind: str, options: Options
-) -> tuple[tuple[Test, ...], list[Lost]]:
-    sizes = [len(test.stdin) + len(test.expected) for test in tests]
-    kept = tuple(t for t, size in zip(tests, sizes, strict=True) if size <= options.max_test_bytes)
-    if len(kept) == len(tests):
-        return kept, []
-    detail = f"{len(tests) - len(kept)} {kind} tests, of up to {max(sizes):,} bytes"
-    return kept, [("enormous tests (the problem is kept if it has others)", detail)]
-
-
-def wrong_programs(row: dict[str, Any], count: int) -> tuple[str, ...]:
-    """The shortest incorrect solutions in Python 3."""
+def wrong_programs(row: Row, count: int) -> tuple[str, ...]:
+    """Return the shortest incorrect solutions in Python 3."""
     if not count:
         return ()
     stored = expect(row, "incorrect_solutions", dict, None) or {}
@@ -206,34 +221,19 @@ def parses(source: str) -> bool:
         return False
 
 
-def texts(row: dict[str, Any], key: str) -> tuple[str, ...]:
-    return tuple(str(text) for text in expect(row, key, list, None) or () if text)
-
-
-def parse_tests(row: dict[str, Any], column: str) -> tuple[Test, ...]:
-    tests = expect_column(row, column)
-    inputs, outputs = (expect(tests, side, list, None) or [] for side in ("input", "output"))
+def parse_tests(row: Row, column: str) -> tuple[Test, ...]:
+    tests = expect(row, column, dict)
+    try:
+        inputs, outputs = (expect_strings(tests, side) for side in ("input", "output"))
+    except FieldError as error:
+        raise FieldError(f"{column}.{error}") from None
     if len(inputs) != len(outputs):
         raise FieldError(f"{column}: {len(inputs)} inputs but {len(outputs)} outputs")
-    for text in (*inputs, *outputs):
-        if not isinstance(text, str):
-            raise FieldError(f"{column}: {text!r} is no string")
-    return tuple(map(Test, inputs, outputs))
+    return tuple(Test(i.encode(), o.encode()) for i, o in zip(inputs, outputs, strict=True))
 
 
-def expect_column(row: dict[str, Any], column: str) -> dict[str, Any]:
-    if column not in row:
-        raise FieldError(
-            f"{column}: missing; the published columns public_tests, private_tests and "
-            "generated_tests are needed"
-        )
-    if not isinstance(row[column], dict):
-        raise FieldError(f"{column}: {str(row[column])[:80]!r} is no object of input and output")
-    return row[column]
-
-
-def parse_limits(row: dict[str, Any]) -> Limits:
-    """The problem's own limits where given (0 and null: not given)."""
+def parse_limits(row: Row) -> Limits:
+    """Return the problem's own limits; the paper's where a limit is 0, null or missing."""
     time_limit = expect(row, "time_limit", dict, None) or {}
     seconds, nanos = (expect(time_limit, unit, int, None) or 0 for unit in ("seconds", "nanos"))
     memory_bytes = expect(row, "memory_limit_bytes", int, None) or DEFAULT_MEMORY_BYTES

@@ -1,7 +1,9 @@
-"""Whether problems of an evaluation set stand in a training set: the same statement, but for case,
-space and punctuation, or a large share of its runs of 13 words (the length that GPT-3's authors
-took). A statement may be the same and the problem another one, where words say little and tests
-the rest: so the tests are compared too."""
+"""Find problems of an evaluation set that are also in a training set.
+
+The statement may be the same but for case, space and punctuation, or share many of its runs of 13
+words (the length that GPT-3's authors took) with training statements. Two problems may have the
+same short statement and differ in their tests, so the tests are compared too.
+"""
 
 import hashlib
 import re
@@ -17,54 +19,44 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """An evaluation problem, and the training problem that has the same statement, if one does: the
-    one that has most of its tests."""
+    """An evaluation problem, compared with a training set."""
 
     id: str
-    same_as: str | None
+    same_as: str | None  # the training problem with the same statement and most of the same tests
     tests_share: float  # of its tests, public and private, that are also tests of that problem
-    words_share: float  # of its runs of words that stand somewhere in the training set
+    words_share: float  # of its runs of words that are in training statements
 
     @property
     def suspicious(self) -> bool:
         return self.same_as is not None or self.words_share >= SUSPICIOUS
 
-    def words(self) -> str:
+    def __str__(self) -> str:
         if self.same_as is None:
-            return f"{self.words_share:.0%} of its runs of words"
+            return f"- {self.id!r}: {self.words_share:.0%} of its runs of words"
         tests = f"and {self.tests_share:.0%} of its tests" if self.tests_share else "other tests"
-        return f"the statement of {self.same_as!r}, {tests}"
+        return f"- {self.id!r}: the statement of {self.same_as!r}, {tests}"
 
 
-@dataclass(frozen=True)
-class Report:
-    """Of all evaluation problems, in order."""
-
-    overlaps: tuple[Overlap, ...]
-
-    def suspicious(self) -> list[Overlap]:
-        """The same problems first, then those of the same words, then the similar ones."""
-        found = [overlap for overlap in self.overlaps if overlap.suspicious]
-        return sorted(found, key=lambda o: (o.same_as is None, -o.tests_share))
-
-    def summary(self) -> str:
-        found = self.suspicious()
-        same = [overlap.tests_share for overlap in found if overlap.same_as is not None]
-        return (
-            f"of {len(self.overlaps)} problems {sum(share == 1 for share in same)} have a "
-            f"statement of these and all its tests, {sum(0 < share < 1 for share in same)} a "
-            f"statement and some of its tests, {sum(share == 0 for share in same)} a statement "
-            f"but other tests, and {len(found) - len(same)} more share {SUSPICIOUS:.0%} of their "
-            f"runs of {WORDS_A_RUN} words"
-        )
-
-    def lines(self) -> list[str]:
-        return [f"- {overlap.id!r}: {overlap.words()}" for overlap in self.suspicious()]
+def describe(overlaps: Sequence[Overlap]) -> list[str]:
+    """Return a summary, then a line for each suspicious problem, most alike first."""
+    found = [overlap for overlap in overlaps if overlap.suspicious]
+    found.sort(key=lambda overlap: (overlap.same_as is None, -overlap.tests_share))
+    same = [overlap.tests_share for overlap in found if overlap.same_as is not None]
+    summary = (
+        f"of {len(overlaps)} problems, {sum(share == 1 for share in same)} have a statement of "
+        f"these and all its tests, {sum(0 < share < 1 for share in same)} a statement and some of "
+        f"its tests, {sum(share == 0 for share in same)} a statement but other tests, and "
+        f"{len(found) - len(same)} more share {SUSPICIOUS:.0%} of their runs of {WORDS_A_RUN} words"
+    )
+    return [summary, *map(str, found)]
 
 
-def compare(train: Iterable[Problem], evaluation: Sequence[Problem]) -> Report:
-    """One pass over the training problems; in memory are the evaluation set's runs, and digests of
-    the tests of training problems with the same statements."""
+def compare(train: Iterable[Problem], evaluation: Sequence[Problem]) -> list[Overlap]:
+    """Compare each evaluation problem with the training problems, which are read once.
+
+    In memory are the evaluation set's runs of words, and digests of the tests of training problems
+    with the same statements.
+    """
     texts = [normalize(problem.statement) for problem in evaluation]
     runs = [runs_of(text) for text in texts]
     wanted = set().union(*runs)
@@ -82,7 +74,7 @@ def compare(train: Iterable[Problem], evaluation: Sequence[Problem]) -> Report:
         tests_share, name = max(twins, key=lambda twin: twin[0], default=(0.0, None))
         words_share = len(own & found) / len(own) if own else 0.0
         overlaps.append(Overlap(problem.id, name, tests_share, words_share))
-    return Report(tuple(overlaps))
+    return overlaps
 
 
 def digests_of_tests(problem: Problem) -> set[bytes]:
@@ -95,7 +87,7 @@ def normalize(statement: str) -> str:
 
 
 def runs_of(text: str) -> set[bytes]:
-    """Digests of the runs of words; a text shorter than one has none."""
+    """Return digests of the runs of words of a text; empty if it is shorter than a run."""
     words = text.split(" ")
     return {
         hashlib.blake2b(" ".join(words[at : at + WORDS_A_RUN]).encode(), digest_size=8).digest()

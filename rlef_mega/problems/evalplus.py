@@ -1,46 +1,35 @@
 """HumanEval+ and MBPP+ (Liu et al. 2023), from evalplus' files: base tests are shown, all decide.
 
-The files hold inputs and a canonical solution, but no expected outputs: those come from the
-solution, run in the sandbox, and are kept with the problems in their store, whose key is the
-file's content. Outputs are compared as evalplus 0.3.1 does, its special oracles included; the
-constants below are from its `eval/_special_oracle.py` and `data/mbpp.py`. The deciding tests are
-checks of a hundred inputs each, so that one start of the program serves them all.
+The files hold inputs and a canonical solution, but no expected outputs. The solution, run in the
+sandbox, gives them, and they are stored with the problems. Outputs are compared as evalplus 0.3.1
+does, including its special oracles; the constants below are from its `eval/_special_oracle.py` and
+`data/mbpp.py`. A private test checks a hundred inputs in one run of the program.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlef_mega.problems.asserts import SHOW
 from rlef_mega.problems.jsonl import python_literal
 from rlef_mega.problems.mutants import mutants
-from rlef_mega.problems.rows import FieldError, Parsed, Read, expect, read_each
+from rlef_mega.problems.rows import FieldError, Parsed, Read, Row, SourceOptions, expect, read_each
 from rlef_mega.types import AssertTest, PrivateTests, Problem
 from rlef_sandbox import CheckTest, Limits, Sandbox, Status, Test
 
-LIMITS = Limits(cpu_s=10.0)  # RLEF A.2, of each shown test and each deciding check
+LIMITS = Limits(cpu_s=10.0)  # RLEF A.2; of each public test and of each private check
 REFERENCE_LIMITS = Limits(cpu_s=120.0, memory_bytes=4 << 30, output_bytes=256 << 20)
 SHOWN = 16  # base inputs; six tasks of HumanEval have more, up to 105
 INPUTS_A_CHECK = 100
-WRONG_PROGRAMS = 2
-COLUMNS = (
-    "task_id",
-    "prompt",
-    "entry_point",
-    "canonical_solution",
-    "base_input",
-    "plus_input",
-    "atol",
-)
 
-# --- what JSON could not hold of MBPP's inputs: a type for each argument, by the task's number
+# --- argument types of MBPP that JSON has no form for, by the task's number
 
 Convert = Callable[[list[Any]], list[Any]]
 
 
 def tuples(depth: int) -> Callable[[Any], Any]:
-    """The list that stands `depth` levels inside becomes a tuple, as do all its like there."""
+    """Return a function that turns all lists at nesting depth `depth` into tuples."""
     if depth == 0:
         return tuple
     return lambda value: [tuples(depth - 1)(item) for item in value]
@@ -54,30 +43,27 @@ def each(convert: Callable[[Any], Any]) -> Convert:
     return lambda given: [convert(argument) for argument in given]
 
 
-def at(*places: int, convert: Callable[[Any], Any] = tuple) -> Convert:
-    return lambda given: [convert(a) if n in places else a for n, a in enumerate(given)]
+def at(position: int, convert: Callable[[Any], Any] = tuple) -> Convert:
+    return lambda given: [convert(a) if n == position else a for n, a in enumerate(given)]
 
 
 CONVERSIONS: tuple[tuple[Convert, str], ...] = (
     (each(tuple), "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740"),
     (each(tuple), "744 809"),
     (each(tuples(1)), "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780"),
-    (at(0, convert=tuples(1)), "75 413 444 753"),
+    (at(0, tuples(1)), "75 413 444 753"),
     (at(1), "106 750"),
-    (at(0, convert=lambda items: [set(item) if item else {} for item in items]), "115"),
+    (at(0, lambda items: [set(item) if item else {} for item in items]), "115"),
     (at(0), "250 405 446 617 720 763 808 307"),
     (each(lambda value: tuple(map(tuple, value))), "259 401 445"),
-    (
-        each(lambda value: tuple(tuple(v) if isinstance(v, list) else v for v in value)),
-        "278",
-    ),
-    (at(0, convert=lambda table: {key: tuple(value) for key, value in table.items()}), "722"),
+    (each(lambda value: tuple(tuple(v) if isinstance(v, list) else v for v in value)), "278"),
+    (at(0, lambda table: {key: tuple(value) for key, value in table.items()}), "722"),
     (lambda given: list(map(tuples_within, given)), "580 615 791"),
 )
 CONVERSION_OF = {int(task): convert for convert, tasks in CONVERSIONS for task in tasks.split()}
 COMPLEX = {124, 252}  # complex numbers do not cross into the sandbox
 
-# --- comparison, in the check's own process
+# --- comparison, in the process that runs the check
 
 NOT_NONE = {"check_str", "text_match_three", "text_starta_endb"}
 AS_SETS = {
@@ -90,7 +76,7 @@ AS_SETS = {
     "find_dissimilar",
     "Diff",
 }
-ORACLES = {  # also right, beside what equals the expected output
+ORACLES = {  # conditions under which an output is right though it differs from the expected one
     "are_equivalent": "True",
     "sum_div": "out == 0",
     "surface_Area": "abs(out - _surface_area(*given)) <= ATOL",
@@ -130,10 +116,8 @@ def _equal(out, expected):
     return bool(atol) and type(out) is type(expected) and _close(out, expected, atol)
 
 
-def _show(value):
-    text = repr(value)
-    return text if len(text) <= 2000 else text[:1000] + " ... " + text[-1000:]
-
+"""
+CHECK = """
 
 def check(candidate):
     inf, nan = math.inf, math.nan
@@ -145,7 +129,7 @@ def check(candidate):
 
 
 def rule_of(entry_point: str) -> str:
-    """When `out` is right, as an expression of `given` and `expected`."""
+    """Return the condition for a right `out`, an expression of `given` and `expected`."""
     if entry_point == "find_zero":
         return "abs(sum(c * math.pow(out, i) for i, c in enumerate(given[0]))) <= ATOL"
     if entry_point in AS_SETS:
@@ -158,10 +142,12 @@ def rule_of(entry_point: str) -> str:
 
 
 def check_code(entry_point: str, atol: float, cases: Sequence[tuple[list[Any], Any]]) -> str:
-    """A `check(candidate)` over these inputs and expected outputs."""
-    code = PRELUDE.replace("RIGHT", rule_of(entry_point)).replace("ATOL", repr(atol))
+    """Return the code of a `check(candidate)` over these inputs and expected outputs."""
+    code = (
+        (PRELUDE + SHOW + CHECK).replace("RIGHT", rule_of(entry_point)).replace("ATOL", repr(atol))
+    )
     text = json.dumps(repr([(tuple(given), expected) for given, expected in cases]))
-    # a text, parsed where it is used: a literal of this size would take the parser long on our side
+    # a string, evaluated in the sandbox: parsing a literal of this size here would take long
     cases_of = f"eval({text}, dict(inf=inf, nan=nan))"
     return code.replace("CASES()", cases_of)
 
@@ -199,8 +185,10 @@ for _given in eval(_sys.stdin.read(), dict(inf=_math.inf, nan=_math.nan)):
 def expected_outputs(
     sandbox: Sandbox, solution: str, entry_point: str, inputs: Sequence[list[Any]]
 ) -> list[Any]:
-    """What the canonical solution returns, `...` for what is too large to write down. FieldError
-    where it fails or returns no plain data."""
+    """Run the canonical solution. Returns its outputs, `...` for each that is too large to store.
+
+    Raises FieldError if it fails or returns something other than plain data.
+    """
     driver = DRIVER.replace("ENTRY", entry_point).replace("NONE", str(entry_point in NOT_NONE))
     given = repr([tuple(arguments) for arguments in inputs])
     (result,) = sandbox.grade(
@@ -213,33 +201,28 @@ def expected_outputs(
     try:
         outputs = [python_literal(line) for line in lines]
     except (ValueError, SyntaxError) as error:
-        raise FieldError(f"canonical_solution: returns no plain data ({error})") from None
+        raise FieldError(f"canonical_solution: does not return plain data ({error})") from None
     if len(outputs) != len(inputs):
-        raise FieldError(f"canonical_solution: {len(outputs)} outputs of {len(inputs)} inputs")
+        raise FieldError(f"canonical_solution: {len(outputs)} outputs for {len(inputs)} inputs")
     return outputs
 
 
 # --- rows
 
 
-@dataclass(frozen=True)
-class Options:
-    """There are none."""
-
-
-def read(files: Sequence[Path], _: Options) -> Iterator[Read]:
-    """What came of each task, in order; the canonical solutions are run on the way."""
+def read(files: Sequence[Path], _: SourceOptions) -> Iterator[Read]:
+    """Yield the outcome of each task, in order; this runs the canonical solutions."""
     with Sandbox(workers=1) as sandbox:
-        yield from read_each(files, COLUMNS, lambda row: parse(row, sandbox))
+        yield from read_each(files, "task_id", lambda row, path: parse(row, sandbox))
 
 
-def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
+def parse(row: Row, sandbox: Sandbox) -> Parsed:
     task, prompt = expect(row, "task_id", str), expect(row, "prompt", str)
     entry_point = expect(row, "entry_point", str)
-    atol = expect(row, "atol", int | float, 0)  # type: ignore[arg-type]
+    atol = expect(row, "atol", int | float, 0)
     family, _, number = task.partition("/")
     if family not in ("HumanEval", "Mbpp") or not number.isdigit():
-        raise FieldError(f"task_id: {task!r} is none of HumanEval/N and Mbpp/N")
+        raise FieldError(f"task_id: {task!r} is neither HumanEval/N nor Mbpp/N")
     is_mbpp = family == "Mbpp"
     if is_mbpp and int(number) in COMPLEX:
         return None, [("takes complex numbers, which do not cross into the sandbox", "")]
@@ -249,21 +232,18 @@ def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
     try:
         inputs = [(convert or list)(arguments(given)) for given in (*base, *plus)]
     except (TypeError, ValueError, AttributeError) as error:
-        raise FieldError(f"base_input, plus_input: no arguments of this task ({error})") from None
+        raise FieldError(f"base_input, plus_input: not arguments of this task ({error})") from None
     head = "" if is_mbpp else prompt
     solution = head + expect(row, "canonical_solution", str)
     outputs = expected_outputs(sandbox, solution, entry_point, inputs)
     every = list(zip(inputs, outputs, strict=True))
-    cases = [case for case in every if case[1] is not ...]
+    cases, shown = ([c for c in part if c[1] is not ...] for part in (every, every[: len(base)]))
     if not cases:
         return None, [("no tests", "all expected outputs are too large")]
     problem = Problem(
         id=f"{task}+",
         statement=mbpp_statement(prompt) if is_mbpp else prompt.strip(),
-        public_tests=tuple(
-            shown_test(entry_point, atol, c)
-            for c in [c for c in every[: len(base)] if c[1] is not ...][:SHOWN]
-        ),
+        public_tests=tuple(shown_test(entry_point, atol, case) for case in shown[:SHOWN]),
         private_tests=PrivateTests(
             tuple(
                 CheckTest(entry_point, check_code(entry_point, atol, cases[n : n + INPUTS_A_CHECK]))
@@ -274,7 +254,7 @@ def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
         template="mbpp" if is_mbpp else "humaneval",
         entry_point=entry_point,
         family="mbpp+" if is_mbpp else "humaneval+",
-        wrong_programs=mutants(solution, WRONG_PROGRAMS),
+        wrong_programs=mutants(solution),
     )
     if len(cases) == len(every):
         return problem, []
@@ -284,12 +264,12 @@ def parse(row: dict[str, Any], sandbox: Sandbox) -> Parsed:
 
 def arguments(given: Any) -> list[Any]:
     if not isinstance(given, list):
-        raise TypeError(f"{repr(given)[:80]} is no list")
+        raise TypeError(f"{repr(given)[:80]} is not a list")
     return given
 
 
 def shown_test(entry_point: str, atol: float, case: tuple[list[Any], Any]) -> AssertTest:
-    """One input, with the assert that says what is compared."""
+    """Return the test of one input, with the assert that states it."""
     given, expected = case
     call = f"{entry_point}({', '.join(map(repr, given))})"
     if entry_point in AS_SETS:
@@ -302,5 +282,5 @@ def shown_test(entry_point: str, atol: float, case: tuple[list[Any], Any]) -> As
 
 
 def mbpp_statement(prompt: str) -> str:
-    """The words of MBPP+'s docstring; its assert is among the tests that the template quotes."""
+    """Return the docstring without its assert: the template quotes that among the tests."""
     return prompt.strip().strip('"').partition("\nassert ")[0].strip()

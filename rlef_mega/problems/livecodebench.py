@@ -1,4 +1,4 @@
-"""LiveCodeBench (Jain et al. 2024): rows of `code_generation_lite` to problems.
+"""LiveCodeBench (Jain et al. 2024): problems from rows of `code_generation_lite`.
 
 A row has `question_id`, `question_content`, `starter_code`, `platform`, `difficulty`,
 `contest_date`, `metadata`, `public_test_cases` (JSON as text) and `private_test_cases` (the same,
@@ -14,29 +14,29 @@ import json
 import pickle
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rlef_mega.problems.rows import FieldError, Lost, Parsed, Read, Row, expect, read_each
+from pydantic import BeforeValidator, NonNegativeInt
+
+from rlef_mega.problems.rows import (
+    FieldError,
+    Parsed,
+    Read,
+    Row,
+    SourceOptions,
+    Words,
+    expect,
+    read_each,
+    without_enormous,
+)
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import CallTest, Limits, Test
 
 LIMITS = Limits(cpu_s=6.0, memory_bytes=4 << 30)  # its grader: 6 s a test, 4 GB in its comment
-MOST_UNPACKED_BYTES = 1 << 30  # of a row's private tests
-COLUMNS = (
-    "question_id",
-    "question_content",
-    "starter_code",
-    "platform",
-    "difficulty",
-    "contest_date",
-    "metadata",
-    "public_test_cases",
-    "private_test_cases",
-)
-# What its grader puts before every program, with the names of each, later ones before earlier ones.
+MAX_UNPACKED_BYTES = 1 << 30  # of a row's private tests
+# The grader puts these imports before every program; of equal names the last import counts.
 ALL_NAMES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools "
     "operator io sys json builtins typing"
@@ -51,26 +51,28 @@ PRELUDE = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to take. Rows that are left out are counted like all others that are dropped."""
-
-    split: str = "test"  # how the names of a folder's files begin
-    since: date = date.min  # of the contest, as in 2024-08-01; both days are taken
-    until: date = date.max
-    difficulties: tuple[str, ...] = ()  # easy, medium, hard; none: all
-    platforms: tuple[str, ...] = ()  # leetcode, atcoder, codeforces
-    max_tests: int = 0  # private ones; 0: all
-    max_test_bytes: int = 8 << 20  # input and output together; larger private tests are left out
+Day = Annotated[date, BeforeValidator(date.fromisoformat)]
 
 
-def read(files: Sequence[Path], options: Options) -> Iterator[Read]:
-    """What came of each row, in order."""
-    yield from read_each(files, COLUMNS, lambda row: parse(row, options))
+class LiveCodeBenchOptions(SourceOptions):
+    """Which rows and tests to take. Rows that are left out are counted."""
+
+    split: str = "test"  # the prefix of a folder's file names
+    since: Day = date.min  # of the contest, as in 2024-08-01; both days are included
+    until: Day = date.max
+    difficulties: Words = ()  # easy, medium, hard; empty: all
+    platforms: Words = ()  # leetcode, atcoder, codeforces; empty: all
+    max_tests: NonNegativeInt = 0  # private ones; 0: all
+    max_test_bytes: NonNegativeInt = 8 << 20  # of input and output together; private tests only
 
 
-def parse(row: Row, options: Options) -> Parsed:
-    """The problem, and what of the row was dropped and why."""
+def read(files: Sequence[Path], options: LiveCodeBenchOptions) -> Iterator[Read]:
+    """Yield the outcome of each row, in order."""
+    yield from read_each(files, "question_id", lambda row, path: parse(row, options))
+
+
+def parse(row: Row, options: LiveCodeBenchOptions) -> Parsed:
+    """Return the problem of a row, and what was dropped and why."""
     name = expect(row, "question_id", str)
     platform = expect(row, "platform", str).lower()
     difficulty = expect(row, "difficulty", str).lower()
@@ -81,11 +83,7 @@ def parse(row: Row, options: Options) -> Parsed:
     entry_point = parse_entry_point(row, starter)
     public = parse_tests(row, "public_test_cases", entry_point)
     every = parse_tests(row, "private_test_cases", entry_point)
-    private = tuple(test for test in every if size(test) <= options.max_test_bytes)
-    lost: list[Lost] = []
-    if len(private) < len(every):
-        detail = f"{len(every) - len(private)} private tests, of up to {max(map(size, every)):,}"
-        lost = [("enormous tests (the problem is kept if it has others)", f"{detail} bytes")]
+    private, lost = without_enormous(every, "private", options.max_test_bytes)
     if not (public or private):
         return None, [*lost, ("no tests", "")]
     content = expect(row, "question_content", str).strip()
@@ -106,7 +104,7 @@ def parse(row: Row, options: Options) -> Parsed:
 
 
 def contest_date(row: Row) -> date:
-    """As text in JSON, as a time in Parquet."""
+    """Return the day of the contest: JSON holds it as text, Parquet as a time."""
     value = row.get("contest_date")
     if isinstance(value, datetime):
         return value.date()
@@ -116,8 +114,8 @@ def contest_date(row: Row) -> date:
         raise FieldError(f"contest_date: {str(error)[:80]}; write 2024-08-01T00:00:00") from None
 
 
-def unwanted(platform: str, difficulty: str, day: date, options: Options) -> str:
-    """Why the options leave a row out; empty if they do not."""
+def unwanted(platform: str, difficulty: str, day: date, options: LiveCodeBenchOptions) -> str:
+    """Return why the options leave a row out; empty if they do not."""
     if options.platforms and platform not in options.platforms:
         return f"left out: platform {platform}"
     if options.difficulties and difficulty not in options.difficulties:
@@ -126,7 +124,7 @@ def unwanted(platform: str, difficulty: str, day: date, options: Options) -> str
 
 
 def parse_entry_point(row: Row, starter: str) -> str | None:
-    """The method of class Solution, or the function; None where programs are run."""
+    """Return the method of class Solution, or the function; None if the tests run programs."""
     metadata = from_json(row.get("metadata") or "{}", "metadata")
     if not isinstance(metadata, dict):
         raise FieldError(f"metadata: a {type(metadata).__name__} instead of an object")
@@ -145,64 +143,59 @@ def parse_tests(row: Row, column: str, entry_point: str | None) -> tuple[Test | 
     if not isinstance(cases, list):
         raise FieldError(f"{column}: a {type(cases).__name__} instead of a list of tests")
     return tuple(
-        parse_test(case, f"{column}[{place}]", entry_point) for place, case in enumerate(cases)
+        parse_test(case, f"{column}[{number}]", entry_point) for number, case in enumerate(cases)
     )
 
 
-def parse_test(case: Any, place: str, entry_point: str | None) -> Test | CallTest:
+def parse_test(case: Any, key: str, entry_point: str | None) -> Test | CallTest:
     if not isinstance(case, dict):
-        raise FieldError(f"{place}: {str(case)[:80]!r} is no object of input and output")
+        raise FieldError(f"{key}: {str(case)[:80]!r} is not an object with input and output")
     given, output = expect(case, "input", str, ""), expect(case, "output", str, "")
     kind = expect(case, "testtype", str)
     if kind == "stdin":
         return Test(given, output)
     if kind != "functional":
-        raise FieldError(f"{place}.testtype: {kind!r} is none of stdin and functional")
+        raise FieldError(f"{key}.testtype: {kind!r} is neither stdin nor functional")
     if entry_point is None:
-        raise FieldError(f"{place}: calls a function, but metadata has no func_name")
-    arguments = [from_json(line, f"{place}.input") for line in given.split("\n") if line.strip()]
-    return CallTest(entry_point, tuple(arguments), from_json(output, f"{place}.output"))
+        raise FieldError(f"{key}: calls a function, but metadata has no func_name")
+    arguments = [from_json(line, f"{key}.input") for line in given.split("\n") if line.strip()]
+    return CallTest(entry_point, tuple(arguments), from_json(output, f"{key}.output"))
 
 
-def size(test: Test | CallTest) -> int:
-    """Bytes of input and output, of a call as Python writes them."""
-    if isinstance(test, Test):
-        return len(test.stdin) + len(test.expected)
-    return len(repr(test.args)) + len(repr(test.expected))
-
-
-def from_json(text: Any, place: str) -> Any:
+def from_json(text: Any, key: str) -> Any:
     if not isinstance(text, str):
         return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FieldError(f"{place}: not valid JSON ({error})") from None
+        raise FieldError(f"{key}: not valid JSON ({error})") from None
 
 
 class TextUnpickler(pickle.Unpickler):
-    """Loads no class and calls no function, so that a file can run nothing here."""
+    """An unpickler that loads no class and calls no function, so that no file can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise FieldError(f"private_test_cases: a pickle of more than text ({module}.{name})")
 
 
 def unpacked(text: str, column: str) -> Any:
-    """JSON as it is, or in base64 of zlib of a pickled str (or bytes) of it."""
+    """Return the value of JSON text, which may be packed: pickled, zlib-compressed, in base64."""
     if text.lstrip().startswith("["):
         return from_json(text, column)
     try:
         inflate = zlib.decompressobj()
-        raw = inflate.decompress(base64.b64decode(text, validate=True), MOST_UNPACKED_BYTES)
+        raw = inflate.decompress(base64.b64decode(text, validate=True), MAX_UNPACKED_BYTES)
         if inflate.unconsumed_tail:
-            raise FieldError(f"{column}: more than {MOST_UNPACKED_BYTES:,} bytes unpacked")
-        held = TextUnpickler(io.BytesIO(raw)).load()
+            raise FieldError(f"{column}: unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+        content = TextUnpickler(io.BytesIO(raw)).load()
     except FieldError:
         raise
     except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as error:
         raise FieldError(f"{column}: neither JSON nor packed tests ({error})") from None
     except (ValueError, IndexError, KeyError, AttributeError, TypeError, MemoryError) as error:
         raise FieldError(f"{column}: a damaged pickle ({type(error).__name__})") from None
-    if not isinstance(held, str | bytes):
-        raise FieldError(f"{column}: a pickled {type(held).__name__} instead of text")
-    return from_json(held if isinstance(held, str) else held.decode("utf-8", "replace"), column)
+    if not isinstance(content, str | bytes):
+        raise FieldError(f"{column}: a pickled {type(content).__name__} instead of text")
+    return from_json(
+        content if isinstance(content, str) else content.decode("utf-8", "replace"), column
+    )

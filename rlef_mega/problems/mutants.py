@@ -1,26 +1,24 @@
-"""Wrong programs out of right ones, where a data set has solutions but no incorrect ones: what
-random feedback is made from (RLEF C.2).
+"""Wrong programs made from right ones, for data sets that have solutions but no wrong programs:
+random feedback is made from them (RLEF C.2).
 
 A mutant differs from the solution in one comparison, operator or number, or returns nothing. Most
-are wrong; which are is for the sandbox to say.
+mutants are wrong; the sandbox decides which.
 """
 
 import ast
 import itertools
 
+SWAPS: tuple[tuple[type[ast.AST], type[ast.AST]], ...] = (
+    (ast.Lt, ast.LtE),
+    (ast.Gt, ast.GtE),
+    (ast.Eq, ast.NotEq),
+    (ast.In, ast.NotIn),
+    (ast.And, ast.Or),
+    (ast.Add, ast.Sub),
+)
 OTHER: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
+    **dict(SWAPS),
+    **{after: before for before, after in SWAPS},
     ast.Mult: ast.Add,
     ast.Div: ast.Mult,
     ast.FloorDiv: ast.Mult,
@@ -29,13 +27,14 @@ OTHER: dict[type[ast.AST], type[ast.AST]] = {
 
 
 class ChangeOne(ast.NodeTransformer):
-    """Changes the place of this number, in the order of the walk."""
+    """Changes the node with this number, counting changeable nodes in the order of the walk."""
 
-    def __init__(self, place: int) -> None:
-        self.left = place
+    def __init__(self, number: int) -> None:
+        self.left = number
         self.changed = False
 
     def here(self) -> bool:
+        """Count one changeable node. Returns whether it is the one to change."""
         self.left -= 1
         self.changed |= self.left == -1
         return self.left == -1
@@ -58,16 +57,15 @@ class ChangeOne(ast.NodeTransformer):
         return super().generic_visit(node)
 
 
-def mutants(source: str, count: int) -> tuple[str, ...]:
-    """The first `count` of a solution that parses, in the order of its places, without
-    repetition."""
+def mutants(source: str, count: int = 2) -> tuple[str, ...]:
+    """Return the first `count` distinct mutants of a solution, in the order of the walk."""
     original = ast.unparse(ast.parse(source))
     found: list[str] = []
-    for place in itertools.count():
-        change = ChangeOne(place)
+    for number in itertools.count():
+        change = ChangeOne(number)
         mutant = ast.unparse(ast.fix_missing_locations(change.visit(ast.parse(source))))
         if not change.changed or len(found) == count:
-            return tuple(found)
+            break
         if mutant != original and mutant not in found:
             found.append(mutant)
-    raise AssertionError("unreachable")
+    return tuple(found)

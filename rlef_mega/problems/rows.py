@@ -1,9 +1,9 @@
-"""Rows of data set files, one after the other: JSON Lines (also .gz and .zst), Parquet, and a JSON
-array in a file of its own (.json).
+"""Rows of data set files, read one after the other: JSON Lines (also .gz and .zst), Parquet, and
+JSON arrays (.json).
 
-A row comes with its place (file and number), so that whatever is wrong with it can be named. Files
-are streamed, but for the array: of a Parquet file one batch of some rows is in memory, and only the
-columns asked for are read.
+A row comes with its location (file and number), so that an error can name it. Files are streamed,
+except arrays: of a Parquet file one batch of rows is in memory, and only the columns asked for are
+read.
 """
 
 import gzip
@@ -13,15 +13,32 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from rlef_mega.problems.splits import SPLITS
 from rlef_mega.types import Problem
+from rlef_sandbox import CallTest, Test
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BATCH_ROWS = 1  # a row may have a hundred megabytes
 BUFFER_BYTES = 1 << 20
 REQUIRED = object()
+TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number"}
+MALFORMED = "malformed"
+
+
+class SourceOptions(BaseModel):
+    """Options of a data set, as they stand behind the question mark of a source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Words = Annotated[
+    tuple[str, ...], BeforeValidator(lambda text: tuple(word for word in text.split(",") if word))
+]
 
 
 class FieldError(ValueError):
@@ -29,9 +46,9 @@ class FieldError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row stands. Numbers count from 1: lines of a text file, rows of a Parquet file,
-    entries of an array."""
+class RowLocation:
+    """The file and number of a row. Numbers count from 1: lines of a text file, rows of a Parquet
+    file, entries of an array."""
 
     file: str
     number: int
@@ -41,53 +58,63 @@ class Place:
         return f"{self.file}, {self.unit} {self.number}"
 
 
+LocatedRow = tuple[RowLocation, Row | FieldError]
+
+
 @dataclass(frozen=True)
 class Drop:
-    """A row that became no problem, or one that lost tests (`id` is then still a problem's)."""
+    """A row that became no problem, or whose problem lost tests (then `id` is that problem's)."""
 
-    place: str
+    location: str
     id: str
-    reason: str  # one of few, to be counted
+    reason: str  # one of a few, to be counted
     detail: str = ""
 
 
 @dataclass(frozen=True)
 class Read:
-    """What came of one row."""
+    """The outcome of one row: a problem, drops, or both."""
 
     problem: Problem | None
     drops: tuple[Drop, ...] = ()
 
 
-MALFORMED = "malformed"
+def data_files(source: str, path: Path, split: str, remedy: str) -> list[Path]:
+    """Return the file itself, or the files of a folder (and its `data`) whose names begin with the
+    split.
 
-
-def malformed(place: Place, error: object, id: str = "") -> Read:
-    return Read(None, (Drop(str(place), id, MALFORMED, str(error)),))
-
-
-def data_files(path: Path, split: str = "") -> list[Path]:
-    """The file itself; or those of a folder (and its `data`) whose names begin with the split.
-
-    ValueError, with what there is, if there are none.
+    Raises ValueError with the remedy if there is no such path, no such file in the folder, or if
+    files of several splits are in it and none was asked for.
     """
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ValueError(
+            f"problem source {source!r}: there is no file or folder {str(path)!r}; {remedy}"
+        )
     folders = [folder for folder in (path, path / "data") if folder.is_dir()]
     found = sorted(
         file for folder in folders for file in folder.iterdir() if file.name.endswith(SUFFIXES)
     )
     chosen = [file for file in found if file.name.startswith(split)]
     if not chosen:
-        there = ", ".join(sorted({file.name for file in found})[:6]) or "none"
-        wanted = f"{split}*" if split else "*"
-        raise ValueError(f"{path}: no data files {wanted} ({', '.join(SUFFIXES)}); found: {there}")
+        names = ", ".join(sorted({file.name for file in found})[:6]) or "none"
+        raise ValueError(f"{path}: no data files {split}* ({', '.join(SUFFIXES)}); found: {names}")
+    splits = [name for name in SPLITS if any(file.name.startswith(name) for file in chosen)]
+    if len(splits) > 1:
+        raise ValueError(
+            f"problem source {source!r}: {path} holds {', '.join(sorted(splits))}; "
+            f"choose one, as in {source}{'&' if '?' in source else '?'}split=train"
+        )
     return chosen
 
 
-def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[Place, Row | FieldError]]:
-    """Rows with their places. `columns` limits what is read of a Parquet file; those that it lacks
-    are missing from the rows. A line that is no object is a FieldError in its place."""
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[LocatedRow]:
+    """Yield the rows of a file with their locations.
+
+    `columns` limits what is read of a Parquet file; rows lack the columns that the file lacks. A
+    line that holds no JSON object is yielded as a FieldError.
+    """
     if path.name.endswith(".parquet"):
         yield from read_parquet(path, columns)
         return
@@ -97,18 +124,18 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[Place, 
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield Place(str(path), number), parse_line(line)
+                yield RowLocation(str(path), number), parse_line(line)
 
 
-def read_array(path: Path) -> Iterator[tuple[Place, Row | FieldError]]:
+def read_array(path: Path) -> Iterator[LocatedRow]:
     try:
         entries = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: a {type(entries).__name__} instead of an array of problems")
+        raise ValueError(f"{path}: holds a {type(entries).__name__} instead of an array")
     for number, entry in enumerate(entries, start=1):
-        yield Place(str(path), number, "entry"), row_of(entry)
+        yield RowLocation(str(path), number, "entry"), row_of(entry)
 
 
 def open_text(path: Path) -> IO[bytes] | io.BufferedIOBase:
@@ -130,7 +157,7 @@ def parse_line(line: bytes) -> Row | FieldError:
     except UnicodeDecodeError as error:
         return FieldError(f"not UTF-8 text ({error}); write it as UTF-8")
     except (ValueError, RecursionError) as error:
-        return FieldError(f"not valid JSON ({error}); write one whole object a line")
+        return FieldError(f"not valid JSON ({error}); write one JSON object a line")
     return row_of(row)
 
 
@@ -140,40 +167,40 @@ def row_of(value: Any) -> Row | FieldError:
     return value
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, Row | FieldError]]:
+def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[LocatedRow]:
     file = parquet_file(path)
     with file:
         names = file.schema_arrow.names
         wanted = [name for name in columns if name in names] if columns else names
         number = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
-            for place in range(batch.num_rows):  # a row at a time: texts are Python's only then
+            for index in range(batch.num_rows):  # one row at a time becomes Python objects
                 number += 1
-                row = batch.slice(place, 1).to_pylist()[0]
-                yield Place(str(path), number, "row"), row
+                row = batch.slice(index, 1).to_pylist()[0]
+                yield RowLocation(str(path), number, "row"), row
 
 
 def parquet_file(path: Path) -> Any:
-    """An open `pyarrow.parquet.ParquetFile`. ValueError where that cannot be."""
+    """Open a `pyarrow.parquet.ParquetFile`. Raises ValueError if that fails."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'rlef-mega[data]'") from None
     try:
-        # Without a buffer, or with pre_buffer, whole columns of a row group would be held; and the
-        # default pool keeps what was freed.
+        # Without a buffer, or with pre_buffer, whole columns of a row group would be in memory;
+        # the default pool does not give back freed memory.
         pyarrow.set_memory_pool(pyarrow.system_memory_pool())
         return pyarrow.parquet.ParquetFile(
             path, memory_map=False, pre_buffer=False, buffer_size=BUFFER_BYTES
         )
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: no Parquet file, or a damaged one ({error})") from None
+        raise ValueError(f"{path}: not a Parquet file, or damaged ({error})") from None
 
 
 def class_names(path: Path, column: str) -> tuple[str, ...]:
-    """The names of an enumerated column, as `datasets` writes them into a Parquet file's schema;
-    none where it does not say."""
+    """Return the names of an enumerated column, which `datasets` writes into a Parquet file's
+    schema; empty if the file has none."""
     if not path.name.endswith(".parquet"):
         return ()
     with parquet_file(path) as file:
@@ -185,15 +212,16 @@ def class_names(path: Path, column: str) -> tuple[str, ...]:
         return ()
 
 
-def expect(row: Row, key: str, kind: type, default: Any = REQUIRED) -> Any:
-    """The value of a key, of this JSON type."""
+def expect(row: Row, key: str, kind: Any, default: Any = REQUIRED) -> Any:
+    """Return the value of a key. Raises FieldError if it has another type, or is required and
+    missing or empty."""
     if key not in row:
         if default is REQUIRED:
             raise FieldError(f"{key}: missing; it is required")
         return default
     value = row[key]
     if not isinstance(value, kind) and not (value is None and default is None):
-        raise FieldError(f"{key}: {repr(value)[:80]} is no {getattr(kind, '__name__', kind)}")
+        raise FieldError(f"{key}: {repr(value)[:80]} is not {TYPE_NAMES.get(kind, 'a number')}")
     if isinstance(value, str):
         refuse_broken_text(value, key)
     if default is REQUIRED and not value:
@@ -201,41 +229,68 @@ def expect(row: Row, key: str, kind: type, default: Any = REQUIRED) -> Any:
     return value
 
 
+def expect_strings(row: Row, key: str) -> tuple[str, ...]:
+    """Return a list of strings, empty if the key is missing or null."""
+    values = expect(row, key, list, None) or []
+    if not all(isinstance(value, str) for value in values):
+        raise FieldError(f"{key}: {repr(values)[:80]} is not a list of strings")
+    for value in values:
+        refuse_broken_text(value, key)
+    return tuple(values)
+
+
 def refuse_broken_text(text: str, key: str) -> None:
-    """Half of a surrogate pair, which JSON may hold, is no text: nothing can encode it."""
+    """Raise FieldError for half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise FieldError(f"{key}: no valid text ({error})") from None
+        raise FieldError(f"{key}: not valid text ({error})") from None
 
 
 Lost = tuple[str, str]  # reason and detail
 Parsed = tuple[Problem | None, list[Lost]]
 
 
+def without_enormous(
+    tests: Sequence[Any], kind: str, max_bytes: int
+) -> tuple[tuple[Any, ...], list[Lost]]:
+    """Return the tests of at most `max_bytes`, and how many others were left out."""
+    sizes = [size(test) for test in tests]
+    kept = tuple(test for test, size in zip(tests, sizes, strict=True) if size <= max_bytes)
+    if len(kept) == len(tests):
+        return kept, []
+    detail = f"{len(tests) - len(kept)} {kind} tests, of up to {max(sizes):,} bytes"
+    return kept, [("enormous tests (the problem is kept if it has others)", detail)]
+
+
+def size(test: Test | CallTest) -> int:
+    """Return the bytes of input and output; of a call, the characters of their Python literals."""
+    if isinstance(test, Test):
+        return len(test.stdin) + len(test.expected)
+    return len(repr(test.args)) + len(repr(test.expected))
+
+
 def read_each(
     files: Iterable[Path],
-    columns: Sequence[str],
-    parse: Callable[[Row], Parsed],
-    seen: dict[str, set[bytes]] | None = None,
+    id_key: str,
+    parse: Callable[[Row, Path], Parsed],
+    columns: Sequence[str] = (),
 ) -> Iterator[Read]:
-    """What `parse` makes of each row of the files, with its place.
+    """Yield what `parse` makes of each row of the files.
 
-    A row that repeats another's id is dropped where the statement is the same too; else its id gets
-    a number (CodeContests: "names could agree between different sources"). `seen` is what was read
-    before: ids, and digests of their statements.
+    A row that repeats the id of another is dropped if the statement is the same too; otherwise its
+    id gets a number (CodeContests: "names could agree between different sources").
     """
-    seen = {} if seen is None else seen
+    seen: dict[str, set[bytes]] = {}  # digests of statements by id
     for path in files:
-        for place, row in read_rows(path, columns):
-            name = "" if isinstance(row, FieldError) else str(row.get(columns[0], ""))
+        for location, row in read_rows(path, columns):
+            name = "" if isinstance(row, FieldError) else str(row.get(id_key, ""))
             try:
                 if isinstance(row, FieldError):
                     raise row
-                problem, lost = parse(row)
+                problem, lost = parse(row, path)
             except FieldError as error:
-                yield malformed(place, error, name)
-                continue
+                problem, lost = None, [(MALFORMED, str(error))]
             if problem is not None:
                 digest = hashlib.blake2b(problem.statement.encode("utf-8", "replace")).digest()
                 others = seen.setdefault(problem.id, set())
@@ -244,5 +299,5 @@ def read_each(
                 elif others:
                     problem = replace(problem, id=f"{problem.id} ({len(others) + 1})")
                 others.add(digest)
-            drops = tuple(Drop(str(place), name, reason, detail) for reason, detail in lost)
+            drops = tuple(Drop(str(location), name, reason, detail) for reason, detail in lost)
             yield Read(problem, drops)

@@ -1,8 +1,8 @@
 """Many problems on disk, read one at a time: our own JSONL, each line a Zstandard frame of its own.
 
-CodeContests' training set has gigabytes of tests, of which a step needs those of its own problems.
-A store is written once, from a stream, and is found again by a key made of its source; a `Sequence`
-in memory is then no more than offsets. `zstdcat` shows a store as the JSONL that it is.
+CodeContests' training set has gigabytes of tests, and a step needs only those of its own problems.
+A store is written once, from a stream, and found again by a key made of its source. In memory are
+the offsets of the lines. `zstdcat` prints a store as JSONL.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_mega.problems.rows import Drop, Read
 from rlef_mega.types import Problem
 
-FORMAT = 5  # part of every key: raise it when what readers make of a row changes
-WHOLE_BYTES = 64 << 20  # larger files are known by their ends, size and time of change
+FORMAT = 6  # part of every key: raise it when readers make other problems or drops of a row
+WHOLE_BYTES = 64 << 20  # larger files are identified by their ends, size and time of change
 END_BYTES = 1 << 20
 
 
 class ProblemStore(Sequence[Problem]):
-    """The problems of a store, read when asked for, and what was dropped when it was written."""
+    """The problems of a store, each read when it is asked for, and the drops of its writing."""
 
     def __init__(self, index: Path) -> None:
         about = json.loads(index.read_text())
@@ -40,15 +40,15 @@ class ProblemStore(Sequence[Problem]):
         return len(self.offsets) - 1
 
     @overload
-    def __getitem__(self, place: int) -> Problem: ...
+    def __getitem__(self, index: int) -> Problem: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Problem]: ...
-    def __getitem__(self, place: int | slice) -> Problem | list[Problem]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
         start, end = self.offsets[number : number + 2]
-        frame = os.pread(self.file.fileno(), end - start, start)  # no position shared by threads
+        frame = os.pread(self.file.fileno(), end - start, start)  # threads share no file position
         return parse_problem(json.loads(zstandard.ZstdDecompressor().decompress(frame)))
 
     def __iter__(self) -> Iterator[Problem]:
@@ -63,7 +63,7 @@ def cache_folder() -> Path:
 def stored(
     source: str, files: Sequence[Path], read: Callable[[], Iterable[Read]], folder: Path
 ) -> ProblemStore:
-    """The store of this source, written first if there is none for these files as they are."""
+    """Return the store of this source; write it first if these files have none."""
     index = folder / f"{store_key(source, files)}.json"
     if not index.is_file():
         write_store(read(), index)
@@ -71,6 +71,7 @@ def stored(
 
 
 def store_key(source: str, files: Sequence[Path]) -> str:
+    """Return a digest of the source's name and its files' content."""
     digest = hashlib.blake2b(repr((FORMAT, source)).encode(), digest_size=16)
     for path in files:
         state = path.stat()
@@ -86,7 +87,10 @@ def store_key(source: str, files: Sequence[Path]) -> str:
 
 
 def write_store(outcomes: Iterable[Read], index: Path) -> None:
-    """One problem in memory at a time. The index comes last: where it is, the store is whole."""
+    """Write the store, with one problem in memory at a time.
+
+    The index is written last: if it exists, the store is complete.
+    """
     index.parent.mkdir(parents=True, exist_ok=True)
     ids: list[str] = []
     offsets: list[int] = [0]

@@ -24,7 +24,7 @@ from rlef_mega.evaluation.during_training import PROTOCOLS
 from rlef_mega.megatron.checkpoints.files import fault_in, steps_in
 from rlef_mega.preflight import claim_run_directory
 from rlef_mega.problems import load_problems
-from rlef_mega.problems.jsonl import write_jsonl
+from rlef_mega.problems.jsonl import to_row
 from tests.rlef_mega.megatron.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
 
@@ -119,7 +119,8 @@ def test_the_same_seed_gives_the_same_metrics_profiled_or_not(undisturbed, model
 def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_path):
     """By all protocols; a command that finds both evaluations leaves them."""
     problems = list(load_problems("curriculum:test"))[:3]
-    write_jsonl(problems, tmp_path / "three.jsonl")
+    rows = (json.dumps(to_row(problem)) + "\n" for problem in problems)
+    (tmp_path / "three.jsonl").write_text("".join(rows))
     run = tmp_path / "run"
     settings = ("run.steps=1", f"data.test={json.dumps(str(tmp_path / 'three.jsonl'))}")
     train(run, model, *settings)

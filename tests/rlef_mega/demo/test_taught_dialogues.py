@@ -10,8 +10,8 @@ from rlef_mega.demo.taught_dialogues import HABITS, sft_dialogues
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.problems import curriculum
 from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises
+from rlef_mega.problems.splits import Split
 
 VOCAB = 704  # as in recipes/demo_base.toml
 DIALOGUES = sft_dialogues(0, 3000)
@@ -29,7 +29,7 @@ def chat(folder) -> ChatFormat:
     return ChatFormat.for_tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
-def prompts_of(split: curriculum.Split) -> dict[str, set[str]]:
+def prompts_of(split: Split) -> dict[str, set[str]]:
     """First prompts with the feedback's part that shows the public test, of a split."""
     prompts: dict[str, set[str]] = {}
     for e in exercises(split):
@@ -136,8 +136,9 @@ def test_our_chat_template_is_our_chat_format(chat):
 
 
 def test_every_word_that_is_copied_is_one_token(chat):
-    parts = {part for family in FAMILIES for variant in family.variants for part in variant}
-    for word in (*parts, *curriculum.NAMES, *curriculum.WORDS):
+    words = {part for family in FAMILIES for variant in family.variants for part in variant}
+    words |= {text for family in FAMILIES for text in family.public_inputs if text.isalpha()}
+    for word in words:
         assert len(chat.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
 
 

@@ -19,7 +19,7 @@ from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, create, key_of
 from rlef_mega.evaluation.numbers import numbers_of
 from rlef_mega.evaluation.protocols import SINGLE, PlannedDialogues
 from rlef_mega.megatron.convert.command import import_folder
-from rlef_mega.problems.jsonl import write_jsonl
+from rlef_mega.problems.jsonl import to_row
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Test
 from tests.rlef_mega.dialogues.test_chat import byte_tokenizer
@@ -47,21 +47,19 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "greet.jsonl"
-    write_jsonl(
-        [
-            Problem(
-                id=f"greet-{name}",
-                statement="Greet the person whose name is given.",
-                public_tests=(Test(f"{name}\n", f"Hello {name}\n"),),
-                private_tests=PrivateTests((Test("Julia\n", "Hello Julia\n"),)),
-                template="curriculum",
-                family="greet",
-                difficulty="easy" if name < "K" else "hard",
-            )
-            for name in NAMES
-        ],
-        path,
-    )
+    problems = [
+        Problem(
+            id=f"greet-{name}",
+            statement="Greet the person whose name is given.",
+            public_tests=(Test(f"{name}\n", f"Hello {name}\n"),),
+            private_tests=PrivateTests((Test("Julia\n", "Hello Julia\n"),)),
+            template="curriculum",
+            family="greet",
+            difficulty="easy" if name < "K" else "hard",
+        )
+        for name in NAMES
+    ]
+    path.write_text("".join(json.dumps(to_row(problem)) + "\n" for problem in problems))
     return path
 
 

@@ -69,7 +69,7 @@ def test_problems_that_cannot_be_graded_are_dropped_and_counted(tmp_path):
     store = load_problems("codecontests:" + write(tmp_path, *rows))
     assert [p.id for p in store] == ["1_A. Double", "public only"]
     assert list(count_reasons(store.drops).values()) == [2, 1]
-    assert [d.place[-6:] for d in store.drops] == ["line 2", "line 3", "line 4"]
+    assert [d.location[-6:] for d in store.drops] == ["line 2", "line 3", "line 4"]
 
 
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path):
@@ -82,12 +82,15 @@ def test_a_file_of_which_nothing_is_left_is_refused(tmp_path):
     "change, message",
     [
         ({"public_tests": {"input": ["1"], "output": []}}, "public_tests: 1 inputs but 0 outputs"),
-        ({"generated_tests": ["1"]}, "generated_tests: .* is no object"),
-        ({"private_tests": {"input": [1], "output": ["1"]}}, "private_tests: 1 is no string"),
+        ({"generated_tests": ["1"]}, "generated_tests: .* is not an object"),
+        (
+            {"private_tests": {"input": [1], "output": ["1"]}},
+            "private_tests.input: .*not a list",
+        ),
         ({"name": ""}, "name: empty"),
-        ({"time_limit": 3}, "time_limit: 3 is no dict"),
+        ({"time_limit": 3}, "time_limit: 3 is not an object"),
         ({"time_limit": {"seconds": -1}}, "time_limit: .*-1"),
-        ({"time_limit": {"seconds": "1"}}, "seconds: '1' is no int"),
+        ({"time_limit": {"seconds": "1"}}, "seconds: '1' is not a whole number"),
     ],
 )
 def test_a_wrong_row_is_named_with_file_line_and_field(tmp_path, change, message):
@@ -146,12 +149,12 @@ def test_parquet_as_published_gives_the_same_problems_as_its_rows_in_jsonl(tmp_p
     assert [p.family for p in from_parquet] == ["codeforces", "atcoder", "codeforces"]
     assert from_parquet[2].tags == ("math", "image", "multiple answers")
     assert from_parquet[-1] == from_parquet[1:][1]
-    with pytest.raises(ValueError, match="train, valid; say which"):
+    with pytest.raises(ValueError, match="train, valid; choose one"):
         load_problems(f"codecontests:{tmp_path}/cc")
     for split in ("train", "test"):
         (tmp_path / f"lines/{split}.jsonl").parent.mkdir(exist_ok=True)
         (tmp_path / f"lines/{split}.jsonl").write_text(json.dumps(ROW) + "\n")
-    with pytest.raises(ValueError, match="test, train; say which"):
+    with pytest.raises(ValueError, match="test, train; choose one"):
         load_problems(f"codecontests:{tmp_path}/lines")
     with pytest.raises(ValueError, match=r"no data files test\*.*train-00000"):
         load_problems(f"codecontests:{tmp_path}/cc?split=test")
@@ -161,7 +164,7 @@ def test_the_hubs_copy_is_taken_from_its_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(ValueError, match="the hub gives none"):
+    with pytest.raises(ValueError, match="downloading it failed"):
         load_problems("codecontests:deepmind/code_contests?split=valid")
 
 
@@ -260,9 +263,10 @@ def test_inspection_prints_counts_drops_with_their_rows_and_what_two_sets_share(
     inspect(f"codecontests:{path}", tokenizer=None, against=str(held_out))
     told = capsys.readouterr().out
     assert "problems" in told and "dropped: malformed" in told
-    assert f"{path}, line 2 'bad': malformed time_limit: 3 is no dict" in told.replace("\n", "")
+    wrong = f"{path}, line 2 'bad': malformed time_limit: 3 is not an object"
+    assert wrong in told.replace("\n", "")
     told = " ".join(told.split())
-    assert "of 5 problems 1 have a statement of these and all its tests, 1 a statement and" in told
+    assert "of 5 problems, 1 have a statement of these and all its tests, 1 a statement and" in told
     assert "some of its tests, 1 a statement but other tests, and 1 more share 50%" in told
     twin, half, other = (
         told.index(f"- {name!r}: the statement of") for name in ("twin", "half", "e0")

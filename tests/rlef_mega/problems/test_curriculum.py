@@ -10,7 +10,8 @@ import pytest
 
 from rlef_mega.dialogues import templates
 from rlef_mega.problems import curriculum
-from rlef_mega.problems.curriculum import FAMILIES, SPLITS, Exercise, exercises, problems
+from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises, problems
+from rlef_mega.problems.splits import SPLITS, Split
 from rlef_sandbox import Limits, Sandbox, Status, Test
 
 EVERY = {split: exercises(split) for split in SPLITS}
@@ -28,7 +29,7 @@ def passes(sandbox: Sandbox, program: str, tests: tuple[Test, ...]) -> bool:
     return all(result.status is Status.OK for result in results)
 
 
-def one_of_each_variant(split: curriculum.Split) -> list[Exercise]:
+def one_of_each_variant(split: Split) -> list[Exercise]:
     return list({(e.family.name, e.variant): e for e in EVERY[split]}.values())
 
 

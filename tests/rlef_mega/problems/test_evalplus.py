@@ -66,7 +66,10 @@ def test_the_tests_that_only_decide_are_never_shown(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"atol": "x"}, "atol: 'x' is no int"), ({"base_input": [1, 2]}, "base_input.*1 is no list")],
+    [
+        ({"atol": "x"}, "atol: 'x' is not a number"),
+        ({"base_input": [1, 2]}, "base_input.*1 is not a list"),
+    ],
 )
 def test_a_malformed_task_is_named(tmp_path, change, message):
     file = tmp_path / "tasks.jsonl"

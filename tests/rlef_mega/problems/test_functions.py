@@ -4,7 +4,7 @@ import itertools
 
 from rlef_mega.dialogues import templates
 from rlef_mega.problems import load_problems
-from rlef_mega.problems.jsonl import read_jsonl, write_jsonl
+from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_sandbox import Sandbox, Status
 
 PROBLEMS = {split: load_problems(f"functions:{split}") for split in ("train", "valid", "test")}
@@ -39,9 +39,8 @@ def test_the_prompt_names_the_function_and_quotes_the_public_test_alone():
         assert not any(templates.assertion(t) in prompt for t in problem.private_tests.tests)
 
 
-def test_jsonl_holds_them(tmp_path):
-    write_jsonl(EVERY, tmp_path / "functions.jsonl")
-    assert read_jsonl(tmp_path / "functions.jsonl") == EVERY
+def test_jsonl_holds_them():
+    assert [parse_problem(to_row(problem)) for problem in EVERY] == EVERY
 
 
 def test_a_right_program_passes_and_a_wrong_one_is_told_its_value():

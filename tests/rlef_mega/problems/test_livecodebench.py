@@ -11,7 +11,7 @@ import pytest
 
 from rlef_mega.dialogues.judge import EmbeddedGrader, Judge
 from rlef_mega.problems import load_problems, read_data_set
-from rlef_mega.problems.jsonl import read_jsonl, write_jsonl
+from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_sandbox import CallTest, Sandbox, Status, Test
 
 
@@ -63,8 +63,7 @@ def test_programs_and_methods_are_read_with_their_tests(tmp_path):
     assert total.public_tests == (CallTest("Solution.total", ([1, 2], 3), 6),)
     assert total.private_tests.tests == (CallTest("Solution.total", ([], -1), -1),)
     assert total.statement.endswith(TOTAL["starter_code"]) and total.difficulty == "hard"
-    write_jsonl([double, total], tmp_path / "own.jsonl")
-    assert read_jsonl(tmp_path / "own.jsonl") == [double, total]
+    assert [parse_problem(to_row(problem)) for problem in (double, total)] == [double, total]
 
 
 def test_programs_have_the_imports_of_the_benchmarks_grader_and_tracebacks_their_own_lines(
@@ -105,7 +104,7 @@ class Evil:
             "damaged pickle|neither",
         ),
         ({"public_test_cases": None}, "a NoneType instead of a list of tests"),
-        ({"public_test_cases": json.dumps([case("", "", "file")])}, "none of stdin and functional"),
+        ({"public_test_cases": json.dumps([case("", "", "file")])}, "neither stdin nor functional"),
         ({"public_test_cases": TOTAL["public_test_cases"]}, "metadata has no func_name"),
         ({"metadata": "{"}, "metadata: not valid JSON"),
         ({"contest_date": "yesterday"}, "contest_date: .*write 2024-08-01"),

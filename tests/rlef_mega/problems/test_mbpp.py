@@ -37,7 +37,7 @@ DROPPED = [
     {**DOUBLE, "task_id": 15, "test_list": ["assert double(2) == 5"]},
     {**DOUBLE, "task_id": 16, "test_list": []},
 ]
-TWO_NAMES = "tests use another number of the program's names than one"
+TWO_NAMES = "tests use no or several names of the program"
 FAILS = "its own solution fails its tests"
 
 
@@ -79,7 +79,7 @@ def test_programs_are_graded_by_all_tests(store):
 
 
 def test_what_cannot_be_graded_is_counted_and_what_is_malformed_refused(store, tmp_path):
-    found = [(drop.place[-7:], drop.reason) for drop in store.drops]
+    found = [(drop.location[-7:], drop.reason) for drop in store.drops]
     assert found == [
         ("entry 3", TWO_NAMES),
         ("entry 4", TWO_NAMES),
