@@ -1,7 +1,7 @@
-"""What a run did, for a person: a page, and tables in the terminal.
+"""Show what a run did: a page, and tables in the terminal.
 
-Everything here reads files of a run directory and nothing else, so a report can be made while the
-run goes on, after it was killed, or on another machine.
+This package only reads files of a run directory, so a report can be made while the run is going on,
+after it was killed, or on another machine.
 """
 
 from rlef_mega.report.live import LiveServer

@@ -1,7 +1,7 @@
-// The list beside the dialogue: filters, a list of which only what is seen exists, keys, and a state that the address
-// keeps, so that a page can be loaded again, or sent, as it was.
+// The list beside the dialogue: filters, a list that only creates its visible rows, keys, and a state that the address
+// contains, so that a reload or a link restores the view.
 const ROW = 46; // pixels, as in the style sheet
-const SPARE = 6; // rows beyond those seen
+const SPARE = 6; // rows created above and below the visible ones
 const START = { stage: "", outcome: "", family: "", kind: "", turn: "", query: "", deep: "", order: "", colour: "syntax", diff: "1", episode: "" };
 const GLYPHS = { "": "✓", NO_VALID_CODE: "∅", PRIVATE_TEST: "P", WRONG_ANSWER: "W", TIME_LIMIT: "T", IDLE_LIMIT: "T", MEMORY_LIMIT: "M", RUNTIME_ERROR: "E", OUTPUT_LIMIT: "O", COMPILE_ERROR: "C", SECURITY_VIOLATION: "S" };
 const ORDERS = { "": "in order", turns: "most turns first", tokens: "most tokens first", kl: "largest KL first" };
@@ -14,7 +14,7 @@ class Browser {
     this.list = byId("list");
     this.rows = byId("rows");
     this.found = [];
-    this.drawing = 0; // counts the dialogues asked for: only the last one is shown
+    this.drawing = 0; // number of the last requested dialogue: only that one is shown
     this.fillControls();
     this.list.addEventListener("scroll", () => this.drawRows());
     this.list.addEventListener("keydown", (event) => this.listKey(event));
@@ -54,7 +54,7 @@ class Browser {
     });
   }
 
-  // A control and the part of the state that it shows and sets.
+  // Bind a control to the part of the state that it shows and sets.
   bind(control, key, changed = () => this.filter()) {
     const box = control.type === "checkbox";
     const show = () => (box ? (control.checked = Boolean(this.state[key])) : (control.value = this.state[key]));
@@ -91,7 +91,7 @@ class Browser {
       this.state.episode = episode.name;
       if (this.ready) this.remember();
     }
-    this.ready = true; // the first choice is nobody's: the address stays as it was
+    this.ready = true; // the first choice is automatic: the address stays as it is
     this.drawRows();
     return this.showDialogue();
   }
@@ -118,7 +118,7 @@ class Browser {
 
   async showDialogue() {
     const turn = ++this.drawing, episode = this.chosen, pane = byId("dialogue");
-    if (!episode) return pane.replaceChildren(h("p", { class: "none" }, "No episode fits these filters."));
+    if (!episode) return pane.replaceChildren(h("p", { class: "none" }, "No episode matches these filters."));
     const dialogue = await this.store.dialogue(episode);
     if (turn !== this.drawing) return;
     const elsewhere = this.store.episodes.filter((other) => other.problem === episode.problem && other !== episode).slice(0, 12);
@@ -132,7 +132,7 @@ class Browser {
         h("button", { type: "button", onclick: () => this.choose(other) }, h("span", { class: `mark ${other.outcome}` }), `${other.stage}, ${outcomes[other.outcome]}`))) : "",
       ...dialogueView(dialogue, { colour: this.state.colour, diff: Boolean(this.state.diff) }).filter(Boolean),
     );
-    if (moved) pane.scrollTop = turn === 1 ? Store.placeKept() : 0;
+    if (moved) pane.scrollTop = turn === 1 ? Store.lastScroll() : 0;
   }
 
   move(by) {
@@ -145,7 +145,7 @@ class Browser {
     this.choose(this.found[next]);
   }
 
-  // What the tooltip says, for who has no pointer.
+  // Show the tooltip of the next token, for keyboard users.
   walkTokens(by) {
     const tokens = [...byId("dialogue").querySelectorAll(".response .token")];
     const place = tokens.findIndex((token) => token.classList.contains("current"));

@@ -1,4 +1,4 @@
-// One dialogue as elements. Everything a model or a program wrote becomes a text node, never markup.
+// One dialogue as elements. Text of models and programs only ever becomes text nodes, never markup.
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -17,21 +17,21 @@ const COLOURS = {
   versions: "weight version",
 };
 const SCALES = {
-  logprobs: ["certain", "improbable", "q"],
-  kl: ["less likely than at first, by 2 nats", "more likely, by 2 nats", "d"],
-  advantages: ["−2: worse than expected", "+2: better", "d"],
+  // its ends, and its first step of eighths
+  logprobs: ["certain", "improbable", 0],
+  kl: ["2 nats less likely than initially", "2 nats more likely", -8],
+  advantages: ["−2: worse than expected", "+2: better", -8],
 };
-const LEVELS = 8; // of a scale, on each side
 
 function signed(value, digits = 2) {
   const shown = value.toFixed(digits);
-  if (Number(shown) === 0) return shown.replace("-", ""); // neither sign
+  if (Number(shown) === 0) return shown.replace("-", ""); // no sign
   return (value > 0 ? "+" : "") + shown.replace("-", "−");
 }
 
 const plain = (value) => signed(value).replace("+", "");
 
-// What each token of a turn is coloured by, and what its tooltip says.
+// The numbers of each token of a turn, for its colour and tooltip.
 function tokenNumbers(turn) {
   const { pieces, logprobs, refs, advantages, versions, facts } = turn;
   const version = versions.flatMap(([number, count]) => Array(Math.min(count, pieces.length)).fill(number));
@@ -43,13 +43,14 @@ function tokenNumbers(turn) {
   }));
 }
 
-function tokenClass(colour, value, versionPlace) {
-  if (value === undefined) return "";
-  if (colour === "versions") return `v${versionPlace.get(value) % 6}`;
-  const level = (size) => Math.min(LEVELS, Math.round(LEVELS * size));
-  if (colour === "logprobs") return `q${level(1 - Math.exp(value))}`;
-  const size = colour === "kl" ? Math.sqrt(Math.abs(value) / 2) : Math.abs(value) / 2; // most tokens move little
-  return `${value < 0 ? "n" : "p"}${level(size)}`;
+const shade = (kind, size) => ({ class: `token ${kind}`, style: `--size: ${Math.min(1, size).toFixed(2)}` });
+
+function tokenStyle(colour, value, versionOrder) {
+  if (value === undefined) return { class: "token" };
+  if (colour === "versions") return { class: `token v${versionOrder.get(value) % 6}` };
+  if (colour === "logprobs") return shade("worse", 1 - Math.exp(value));
+  const size = colour === "kl" ? Math.sqrt(Math.abs(value) / 2) : Math.abs(value) / 2; // most KL is small
+  return shade(value < 0 ? "worse" : "better", size);
 }
 
 function tokenTip(number) {
@@ -61,29 +62,29 @@ function tokenTip(number) {
   return parts.join("\n");
 }
 
-function tokenSpans(turn, colour, versionPlace) {
+function tokenSpans(turn, colour, versionOrder) {
   const spans = [];
   let end = 0;
   const numbers = tokenNumbers(turn);
   turn.pieces.forEach((length, place) => {
     if (!length) return;
     const shown = turn.response.slice(end, (end += length));
-    spans.push(h("span", { class: `token ${tokenClass(colour, numbers[place][colour], versionPlace)}`, title: tokenTip(numbers[place]) }, shown));
+    spans.push(h("span", { ...tokenStyle(colour, numbers[place][colour], versionOrder), title: tokenTip(numbers[place]) }, shown));
   });
   return [...spans, turn.response.slice(end)];
 }
 
 const span = ([kind, shown]) => (kind ? h("span", { class: kind }, shown) : shown);
 
-function responseView(turn, language, colour, versionPlace) {
-  if (colour !== "syntax" && turn.pieces) return tokenSpans(turn, colour, versionPlace);
+function responseView(turn, language, colour, versionOrder) {
+  if (colour !== "syntax" && turn.pieces) return tokenSpans(turn, colour, versionOrder);
   const response = turn.response.trimStart();
   const begun = turn.program !== null && response.startsWith(turn.program.trim().slice(0, 40) || "```");
   return responsePieces(turn.response, language, begun && !response.startsWith("```")).map(span);
 }
 
 function diffView(before, after) {
-  if (before === after) return h("p", { class: "caption" }, "The same program again.");
+  if (before === after) return h("p", { class: "caption" }, "The program is unchanged.");
   const marks = { "-": "less", "+": "more", "…": "folded", " ": "same" };
   return h("pre", { dir: "ltr", class: "diff" }, diffRows(before, after).map(([mark, head, changed, tail]) =>
     h("span", { class: `row ${marks[mark]}` }, h("span", { class: "gutter" }, mark), head, changed && h("mark", {}, changed), tail, "\n")));
@@ -110,11 +111,11 @@ function testsView(turn) {
     turn.hidden ? h("p", { class: "caption" }, `and ${turn.hidden} more public tests`) : null);
 }
 
-// Of private tests, what the reward saw: how many passed until the first that did not.
+// What the reward saw of private tests: how many passed until the first failure.
 function privateView({ private: seen }) {
   if (!seen) return null;
   const good = seen.passed === seen.run;
-  const line = h("p", { class: "private" }, h("span", { class: "role" }, "private tests, seen by the reward alone "),
+  const line = h("p", { class: "private" }, h("span", { class: "role" }, "private tests, seen by the reward only "),
     badge(good, `${seen.passed} passed of ${seen.run} run`), ` ${seen.tests} in all`,
     good ? null : [", ended by ", h("b", {}, kindName(seen.status))]);
   if (!seen.failed) return line;
@@ -133,7 +134,7 @@ function versionText(versions) {
   return numbers.length > 3 ? `${numbers[0]} … ${numbers.at(-1)}` : numbers.join(", ");
 }
 
-// The turns at a glance: how each went, and what critic and reward made of it.
+// The turns in a table: verdict, and the numbers of critic and reward.
 function turnsTable(turns) {
   const present = FACTS.filter(([, key]) => turns.some((turn) => turn.facts[key] !== undefined));
   const versions = turns.some((turn) => turn.versions.length);
@@ -145,42 +146,42 @@ function turnsTable(turns) {
       versions ? h("td", {}, versionText(turn.versions)) : null)))));
 }
 
-function turnView(turn, place, turns, { language, colour, diff }, versionPlace) {
+function turnView(turn, place, turns, { language, colour, diff }, versionOrder) {
   const before = turns.slice(0, place).findLast((other) => other.program !== null);
   return h("li", { id: `turn-${place + 1}` },
-    h("div", { class: "block prompt" }, h("span", { class: "role" }, place ? "feedback, as the model saw it" : "prompt"), fixed(turn.observation)),
+    h("div", { class: "block prompt" }, h("span", { class: "role" }, place ? "feedback as the model saw it" : "prompt"), fixed(turn.observation)),
     h("div", { class: "block response" }, h("span", { class: "role" }, `response ${place + 1}`),
-      h("pre", { dir: "ltr" }, responseView(turn, language, colour, versionPlace))),
+      h("pre", { dir: "ltr" }, responseView(turn, language, colour, versionOrder))),
     diff && before && turn.program !== null
-      ? h("div", { class: "block" }, h("span", { class: "role" }, `program, against that of turn ${turns.indexOf(before) + 1}`), diffView(before.program, turn.program))
+      ? h("div", { class: "block" }, h("span", { class: "role" }, `changes to the program of turn ${turns.indexOf(before) + 1}`), diffView(before.program, turn.program))
       : null,
     h("div", { class: "verdict" }, badge(!turn.error, turn.verdict), FACTS.filter(([, key]) => turn.facts[key] !== undefined)
       .map(([name, key, format]) => h("span", { class: "fact" }, `${name} `, h("b", {}, format(turn.facts[key]))))),
     testsView(turn), privateView(turn));
 }
 
-function scaleView(colour, versionPlace) {
+function scaleView(colour, versionOrder) {
   if (colour === "versions") {
-    return h("span", { class: "scale" }, [...versionPlace].map(([number, place]) => h("span", { class: `token v${place % 6}` }, ` ${number} `)));
+    return h("span", { class: "scale" }, [...versionOrder].map(([number, place]) => h("span", { class: `token v${place % 6}` }, ` ${number} `)));
   }
-  const [low, high, kind] = SCALES[colour] ?? [];
-  if (!low) return null;
-  const steps = [...Array(LEVELS + 1).keys()];
-  const classes = kind === "q" ? steps.map((step) => `q${step}`)
-    : [...steps.toReversed().map((step) => `n${step}`), ...steps.slice(1).map((step) => `p${step}`)];
-  return h("span", { class: "scale" }, `${low} `, classes.map((name) => h("span", { class: `cell ${name}` })), ` ${high}`);
+  const [low, high, first] = SCALES[colour];
+  const sizes = [...Array(9 - first).keys()].map((step) => (step + first) / 8);
+  return h("span", { class: "scale" }, `${low} `, sizes.map((size) => {
+    const { style, class: kind } = shade(first === 0 || size < 0 ? "worse" : "better", Math.abs(size));
+    return h("span", { class: `${kind} cell`, style });
+  }), ` ${high}`);
 }
 
 function dialogueView(dialogue, options) {
   const { turns, language } = dialogue;
   const numbers = new Set(turns.flatMap((turn) => turn.versions.map(([number]) => number)));
-  const versionPlace = new Map([...numbers].sort((a, b) => a - b).map((number, place) => [number, place]));
+  const versionOrder = new Map([...numbers].sort((a, b) => a - b).map((number, place) => [number, place]));
   const coloured = options.colour !== "syntax";
   const known = turns.some((turn) => turn.pieces && tokenNumbers(turn).some((number) => number[options.colour] !== undefined));
   return [
     turnsTable(turns),
-    coloured ? h("p", { class: "caption legend-line" }, known ? scaleView(options.colour, versionPlace) : `No ${COLOURS[options.colour]} was recorded of these tokens.`) : null,
-    h("ol", { class: "turns" }, turns.map((turn, place) => turnView(turn, place, turns, { ...options, language }, versionPlace))),
+    coloured ? h("p", { class: "caption legend-line" }, known ? scaleView(options.colour, versionOrder) : `No ${COLOURS[options.colour]} was recorded for these tokens.`) : null,
+    h("ol", { class: "turns" }, turns.map((turn, place) => turnView(turn, place, turns, { ...options, language }, versionOrder))),
     coloured && known ? h("p", { id: "token", class: "readout", role: "status", hidden: true }) : null,
   ];
 }

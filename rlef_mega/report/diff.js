@@ -1,5 +1,5 @@
-// What changed from one program to the next, line by line, and within a line that was changed.
-const DIFF_CELLS = 4e6; // of the table of the longest common subsequence; beyond, all lines count as replaced
+// The changes from one program to the next: by lines, and within a changed line.
+const DIFF_CELLS = 4e6; // size of the table of common subsequences; beyond it all lines count as replaced
 const CONTEXT = 3;
 
 // [mark, line], mark one of " ", "-", "+"
@@ -19,7 +19,7 @@ function diffLines(before, after) {
 function diffMiddle(a, b) {
   const width = b.length + 1;
   if (a.length * b.length > DIFF_CELLS) return [...a.map((line) => ["-", line]), ...b.map((line) => ["+", line])];
-  const common = new Uint16Array((a.length + 1) * width); // of what follows i in a and j in b
+  const common = new Uint16Array((a.length + 1) * width); // length of the common subsequence of a from i and b from j
   for (let i = a.length - 1; i >= 0; i--) {
     for (let j = b.length - 1; j >= 0; j--) {
       common[i * width + j] = a[i] === b[j]
@@ -37,7 +37,7 @@ function diffMiddle(a, b) {
   return lines;
 }
 
-// A line and the one that it became: [head, changed, tail] of each.
+// Split a line and its successor: [head, changed, tail] of each.
 function changedPart(a, b) {
   let head = 0, tail = 0;
   while (head < a.length && head < b.length && a[head] === b[head]) head++;
@@ -45,32 +45,29 @@ function changedPart(a, b) {
   return [a, b].map((line) => [line.slice(0, head), line.slice(head, line.length - tail), line.slice(line.length - tail)]);
 }
 
-// Rows to show: [mark, head, changed, tail]; long runs of unchanged lines are ["…", how many].
+// Rows to show: [mark, head, changed, tail]; long runs of unchanged lines become ["…", their number].
 function diffRows(before, after) {
-  const lines = diffLines(before, after);
-  const rows = [];
+  const lines = diffLines(before, after), rows = [];
+  const near = (i) => lines.slice(Math.max(0, i - CONTEXT), i + CONTEXT + 1).some(([mark]) => mark !== " ");
+  const whole = ([mark, line]) => [mark, line, "", ""];
+  let folded = [];
+  const unfold = () => {
+    rows.push(...(folded.length > 1 ? [["…", `${folded.length} unchanged lines`, "", ""]] : folded.map(whole)));
+    folded = [];
+  };
   for (let i = 0; i < lines.length; ) {
-    let end = i;
-    while (end < lines.length && lines[end][0] === lines[i][0]) end++;
-    if (lines[i][0] === " ") {
-      const first = i === 0 ? 0 : CONTEXT, last = end === lines.length ? 0 : CONTEXT;
-      const folded = end - i - first - last;
-      for (let k = i; k < end; k++) {
-        if (folded > 1 && k === i + first) rows.push(["…", `${folded} lines as before`, "", ""]);
-        if (folded <= 1 || k < i + first || k >= end - last) rows.push([" ", lines[k][1], "", ""]);
-      }
-    } else if (lines[i][0] === "-") {
-      let stop = end;
-      while (stop < lines.length && lines[stop][0] === "+") stop++;
-      const paired = stop - end === end - i;
-      const parts = paired ? lines.slice(i, end).map(([, line], k) => changedPart(line, lines[end + k][1])) : [];
-      for (let k = i; k < end; k++) rows.push(["-", ...(paired ? parts[k - i][0] : [lines[k][1], "", ""])]);
-      for (let k = end; k < stop; k++) rows.push(["+", ...(paired ? parts[k - end][1] : [lines[k][1], "", ""])]);
-      end = stop;
-    } else {
-      for (let k = i; k < end; k++) rows.push(["+", lines[k][1], "", ""]);
-    }
+    if (!near(i)) { folded.push(lines[i++]); continue; }
+    unfold();
+    if (lines[i][0] === " ") { rows.push(whole(lines[i++])); continue; }
+    let middle = i, end = i;
+    while (lines[middle]?.[0] === "-") middle++;
+    for (end = middle; lines[end]?.[0] === "+"; ) end++;
+    const less = lines.slice(i, middle), more = lines.slice(middle, end);
+    const parts = less.length === more.length ? less.map(([, line], k) => changedPart(line, more[k][1])) : [];
+    const side = (of, k) => of.map((line, n) => (parts[n] ? [line[0], ...parts[n][k]] : whole(line)));
+    rows.push(...side(less, 0), ...side(more, 1));
     i = end;
   }
+  unfold();
   return rows;
 }

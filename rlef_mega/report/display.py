@@ -1,8 +1,8 @@
-"""Turn values and hostile text into what a person can read.
+"""Format values and untrusted text for a reader.
 
-Programs are written by a model and their output by programs: both may hold control characters,
-marks that reverse the reading direction, half of a surrogate pair, or ten megabytes. `visible` and
-`clip` make such text plain; escaping for HTML is the template's work (autoescape).
+Programs and their output may contain control characters, marks that reverse the reading direction,
+half of a surrogate pair, or ten megabytes. `visible` and `clip` make such text readable; the
+template escapes it for HTML (autoescape).
 """
 
 import math
@@ -17,7 +17,7 @@ SURROGATES = range(0xD800, 0xE000)  # half of a pair has no UTF-8
 
 
 def unseen_characters() -> dict[int, str]:
-    """What does not show, or changes how text around it shows, and what to show instead."""
+    """Map characters that do not show, or change how their neighbours show, to what to show."""
     named = (*C1_CONTROLS, *SEPARATORS_AND_BIDI, *BIDI_MARKS, 0xFEFF)
     return (
         {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
@@ -32,14 +32,14 @@ ANY_UNSEEN = re.compile(f"[{re.escape(''.join(map(chr, UNSEEN)))}]")
 
 
 def visible(text: str) -> str:
-    """`text` with every character seen, and none that changes how its neighbours are seen."""
-    if not ANY_UNSEEN.search(text):  # of nearly all texts, and far quicker than to translate
+    """Return `text` with every character visible, and none that changes how its neighbours show."""
+    if not ANY_UNSEEN.search(text):  # true of nearly all texts, and much faster than translate
         return text
     return text.replace("\r\n", "\n").translate(UNSEEN)
 
 
 def clip(text: str, characters: int) -> str:
-    """Head and tail of a text that is too long to show, and how much is left out between them."""
+    """Return head and tail of a text that is too long, and how much is left out between them."""
     if len(text) <= characters:
         return text
     head, tail = characters * 2 // 3, characters - characters * 2 // 3
@@ -52,12 +52,12 @@ def percent(fraction: float | None, unit: str = "%") -> str:
 
 
 def points(fraction: float | None) -> str:
-    """A difference of two fractions, in percentage points."""
+    """Format a difference of two fractions, in percentage points."""
     return DASH if fraction is None else f"{100 * fraction:+.1f}".replace("-", "−")
 
 
 def significant(value: float | None) -> str:
-    """Three significant digits, without an exponent where one can do without."""
+    """Format with three significant digits, and an exponent only if the number needs one."""
     if value is None:
         return DASH
     if value and not 1e-4 <= abs(value) < 1e6:

@@ -1,6 +1,6 @@
-// Mark up code simply: keywords, strings, numbers, comments. One regular expression rather than a parser, because half
-// of what a model writes does not parse. Every alternative consumes what it has looked at, so hostile text costs linear
-// time. A piece is [class, text]; the texts of all pieces in a row are the text.
+// Highlight keywords, strings, numbers and comments. One regular expression rather than a parser, because much of what a
+// model writes does not parse. Every alternative consumes what it has matched, so hostile text takes linear time. A piece
+// is [class, text]; the texts of all pieces joined are the input.
 const WORDS = {
   python: {
     keywords: new Set(("False None True and as assert async await break class continue def del elif else except finally for " +
@@ -38,7 +38,7 @@ function codePieces(code, language) {
   return pieces.filter(([, text]) => text);
 }
 
-// A response, its fenced blocks as code. `startsInCode`: the prompt had opened the fence.
+// Highlight the fenced blocks of a response. `startsInCode`: the prompt had opened the fence.
 function responsePieces(response, language, startsInCode) {
   const pieces = [];
   let end = 0;

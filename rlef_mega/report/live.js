@@ -1,8 +1,8 @@
-// Ask the server for news, and load the page again when there are some: the address keeps what was chosen, the browser
-// the place. Not while somebody types or has marked text.
-const ASK_MS = 3000;
+// Poll the server, and reload the page when the run has changed: the address contains the filters, the browser restores
+// the scroll position. Do not reload while the user types or has selected text.
+const POLL_MS = 3000;
 
-async function ask(known) {
+async function poll(known) {
   const line = document.getElementById("live");
   try {
     const { stamp, doing, seconds } = await (await fetch("state")).json();
@@ -12,11 +12,11 @@ async function ask(known) {
     if (stamp !== known && !busy) {
       sessionStorage.setItem("dialogue-top", document.getElementById("dialogue")?.scrollTop ?? 0);
       location.reload();
-    } else setTimeout(ask, ASK_MS, known);
+    } else setTimeout(poll, POLL_MS, known);
   } catch {
     line.textContent = "the server of this page does not answer";
     line.className = "lost";
-    setTimeout(ask, ASK_MS, known);
+    setTimeout(poll, POLL_MS, known);
   }
 }
-ask(document.getElementById("live").dataset.stamp);
+poll(document.getElementById("live").dataset.stamp);

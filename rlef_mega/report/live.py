@@ -1,10 +1,10 @@
-"""The page of a run that goes on, from a server on this machine.
+"""Serve the page of a running run on this machine.
 
-Theory of operation: a thread a request, of which one at a time makes the page, and only when a file
-of the run has changed since the last one. The page asks for `state` every few seconds and loads
-itself again when the stamp there is not its own. Nothing is written. The server listens on the
-loopback address, and answers no request that came by another name: a page of somebody else's, whose
-name was made to lead here, reads nothing.
+Theory of operation: each request has a thread. One thread at a time renders the page, and only if a
+file of the run has changed since. The page requests `state` every few seconds, and reloads when the
+stamp there differs from its own. Nothing is written. The server listens on the loopback address and
+answers only requests addressed to it, so that a page of another site, whose name resolves to this
+address (DNS rebinding), reads nothing.
 """
 
 import json
@@ -22,15 +22,17 @@ FILES = ("config.toml", "manifest.json", "metrics.jsonl", "eval/*", "episodes/*.
 
 
 class LiveServer(ThreadingHTTPServer):
-    """Of the page of these runs. Serve with `serve_forever`. ValueError where a run is not a
-    directory, OSError where the port is taken."""
+    """A server of the page of these runs; `serve_forever` serves it.
+
+    Raises ValueError if a run is not a directory, OSError if the port is in use.
+    """
 
     daemon_threads = True
 
     def __init__(self, runs: Sequence[Path], *, port: int, episodes: int) -> None:
-        read_runs(runs)  # what is wrong is said at once
+        read_runs(runs)  # report errors at once
         self.runs, self.episodes = runs, episodes
-        self.making, self.made = Lock(), ("", "")
+        self.rendering, self.rendered = Lock(), ("", "")
         super().__init__(("127.0.0.1", port), Handler)
 
     @property
@@ -38,16 +40,16 @@ class LiveServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/"
 
     def page(self) -> str:
-        with self.making:
-            stamp = stamp_of(self.runs)  # before the files are read, which may change meanwhile
-            if self.made[0] != stamp:
+        with self.rendering:
+            stamp = stamp_of(self.runs)  # before the files are read: they may change meanwhile
+            if self.rendered[0] != stamp:
                 html = render(read_runs(self.runs), episodes=self.episodes, stamp=stamp)
-                self.made = stamp, html
-            return self.made[1]
+                self.rendered = stamp, html
+            return self.rendered[1]
 
     def state(self) -> Json:
-        """The stamp of the files as they are, and what the run said last that it does."""
-        state: Json = {"stamp": stamp_of(self.runs), "doing": "nothing said yet", "seconds": None}
+        """Return the stamp of the current files, and the last line of the run's `progress`."""
+        state: Json = {"stamp": stamp_of(self.runs), "doing": "not started yet", "seconds": None}
         for run in self.runs:
             try:
                 state["doing"] = (run / "progress").read_text(errors="replace").strip()[:100]
@@ -82,11 +84,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing: there is a request every few seconds."""
+        """Log nothing: there is a request every few seconds."""
 
 
 def stamp_of(runs: Sequence[Path]) -> str:
-    """Changes when a file does that the page is made of."""
+    """Return a digest that changes when a file that the page is made of changes."""
     found = [path for run in runs for pattern in FILES for path in sorted(run.glob(pattern))]
     facts = [(str(path), (stat := path.stat()).st_mtime_ns, stat.st_size) for path in found]
     return blake2b(repr(facts).encode(), digest_size=8).hexdigest()

@@ -1,8 +1,8 @@
-"""`report.html`: one page that holds all it needs, whoever opens it and wherever.
+"""Render `report.html`, a page that needs no other file and no network.
 
-The page loads nothing: style, script and drawings are inside, and a content security policy forbids
-the rest. Text that a model or a program wrote passes three gates: `clip` bounds it, `visible` takes
-away what would not show or would mislead, and the template's autoescape keeps it text.
+Style, script and drawings are inside the page, and a content security policy forbids everything
+else. Text that a model or a program wrote passes three filters: `clip` bounds its length, `visible`
+replaces characters that do not show or would mislead, and the template's autoescape keeps it text.
 """
 
 import base64
@@ -39,10 +39,10 @@ EPISODES = 10_000  # on a page; it opens in less than two seconds
 
 
 def write_report(*runs: Path, episodes: int = EPISODES) -> Path:
-    """Write `report.html`, or `against_OTHER.html` for several, into the first run's folder, and
-    return its path. `episodes` are the most that it holds.
+    """Write a page with at most `episodes` episodes into the first run's folder.
 
-    Raises ValueError when a run is not a directory.
+    Returns its path: `report.html`, or `against_OTHER.html` for several runs. Raises ValueError if
+    a run is not a directory.
     """
     files = read_runs(runs)
     name = "_".join(["against", *list(files)[1:]]) + ".html" if len(runs) > 1 else "report.html"
@@ -56,8 +56,8 @@ def write_report(*runs: Path, episodes: int = EPISODES) -> Path:
 
 
 def render(runs: Mapping[str, RunFiles], *, episodes: int, stamp: str = "") -> str:
-    """One page for runs by their labels. With a stamp it is live: it asks the server that it comes
-    from for a newer one."""
+    """Render one page for runs by label. With a stamp it is live: it polls its server for a newer
+    page."""
     notes = [named(label, note) for label, files in runs.items() for note in files.notes]
     comparison = compare(*evaluations_of(runs))
     sources = tuple(
@@ -91,11 +91,12 @@ def render(runs: Mapping[str, RunFiles], *, episodes: int, stamp: str = "") -> s
     )
 
 
-@lru_cache(maxsize=1)  # a live page is made again for each step, most of them without new episodes
+@lru_cache(maxsize=1)  # a live page is rendered at each step, mostly without new episodes
 def pack_files(
     sources: tuple[tuple[str, Path, int], ...], limit: int
 ) -> tuple[PackedEpisodes, list[str]]:
-    """Of stages, by their files and when those were written; and notes on what is damaged."""
+    """Pack the episodes of `sources`: stage, file, and when the file was written. Return them with
+    notes on damaged files."""
     notes: list[str] = []
     stages = {stage: iterate_episodes(path, notes) for stage, path, _ in sources}
     return pack_episodes(stages, limit), notes
@@ -126,7 +127,7 @@ def differences(runs: Mapping[str, RunFiles]) -> dict[str, list[str]]:
 
 
 def page_script(live: bool) -> Markup:
-    """All that runs in the page, in one scope of its own."""
+    """Return all scripts of the page, in one scope."""
     names = (*SCRIPTS, "live.js") if live else SCRIPTS
     sources = [(HERE / name).read_text(encoding="utf-8") for name in names]
     return Markup('"use strict";\n(() => {\n' + "\n".join(sources) + "})();\n")
@@ -170,7 +171,7 @@ def run_facts(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def progress(files: RunFiles) -> str:
-    """How far the run came: steps, updates, episodes, tokens and hours, as recorded."""
+    """Return the steps, episodes, tokens and time so far, as recorded."""
     if not files.metrics:
         return ""
     last, asked = files.metrics[-1], number(files.config, "run", "steps")
@@ -198,6 +199,5 @@ def phase_shares(metrics: tuple[Json, ...]) -> list[tuple[str, str, float]]:
 
 
 def shortened(notes: list[str]) -> list[str]:
-    """The first notes and how many more: a damaged file can give one a line."""
-    more = len(notes) - 10
-    return notes[:10] + ([f"… and {more} more like these"] if more > 0 else [])
+    """Return the first notes and the number of others: a damaged file can add one per line."""
+    return notes[:10] + [f"… and {len(notes) - 10} more like these"] * (len(notes) > 10)

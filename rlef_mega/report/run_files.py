@@ -1,7 +1,7 @@
-"""Read the files of a run directory, however far the run came.
+"""Read the files of a run directory, at any point of the run.
 
-A run can be killed at any moment, so any file may be missing and the last line of a file may be cut
-off. What is missing is left out; what is there and cannot be read is named in `RunFiles.notes`,
+A run can be killed at any moment, so any file may be missing and the last line of a file may be
+truncated. Missing files are left out. Files that cannot be read are named in `RunFiles.notes`,
 which the report shows.
 """
 
@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,11 +19,7 @@ from typing import Any
 import zstandard
 
 Json = dict[str, Any]
-NO_DIALOGUE = {
-    "rlef_eval",
-    "session",
-    "dropped",
-}  # in a file of rlef_mega/evaluation/dialogue_file.py
+NOT_DIALOGUES = {"rlef_eval", "session", "dropped"}  # keys of other lines of dialogue_file.py
 STEPS_SHOWN = 20  # of the training steps whose episodes were recorded
 
 
@@ -33,16 +29,14 @@ class RunFiles:
     config_text: str
     config: Json
     manifest: Json
-    metrics: tuple[
-        Json, ...
-    ]  # one a step, in order; a step written twice counts once, the later record
+    metrics: tuple[Json, ...]  # one per step, in order; of two records of a step the later
     evaluations: dict[str, Json]  # file stem -> content, "before" first and "after" last
     episode_files: dict[str, Path]  # "before", "after", other evaluations, "step N"
     notes: tuple[str, ...]
 
 
 def read_run(run: Path) -> RunFiles:
-    """Raises ValueError when `run` is not a directory."""
+    """Read a run directory. Raises ValueError if `run` is not a directory."""
     if not run.is_dir():
         raise ValueError(f"{run} is not a run directory; give the folder that holds metrics.jsonl")
     notes: list[str] = []
@@ -60,12 +54,13 @@ def read_run(run: Path) -> RunFiles:
 
 
 def read_runs(runs: Sequence[Path]) -> dict[str, RunFiles]:
-    """By their labels. Raises ValueError when a run is not a directory, or given twice."""
+    """Read several run directories, by their labels. Raises ValueError if one is not a directory or
+    is given twice."""
     return dict(zip(label_runs(runs), map(read_run, runs), strict=True))
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Nothing for a run alone; else what tells their paths apart, from the end."""
+    """Return an empty label for a single run, else the shortest distinct ends of the paths."""
     if len(runs) == 1:
         return [""]
     parts = [run.resolve().parts for run in runs]
@@ -99,7 +94,7 @@ def read_json(path: Path, notes: list[str]) -> Json:
         notes.append(f"{path.name}: left out, {error}")
         return {}
     if not isinstance(content, dict):
-        notes.append(f"{path.name}: left out, it holds no JSON object")
+        notes.append(f"{path.name}: left out, not a JSON object")
         return {}
     return content
 
@@ -122,7 +117,8 @@ def read_evaluations(run: Path, notes: list[str]) -> dict[str, Json]:
 
 
 def find_episode_files(run: Path) -> dict[str, Path]:
-    """Of evaluations, and of training steps: the newest first, and some over the whole run."""
+    """Return the episode files of evaluations, then those of training steps: the newest step first,
+    then others spread evenly over the run."""
     evaluated = {
         path.name.removesuffix(ending): path
         for ending in ("_episodes.jsonl.zst", ".dialogues.jsonl")
@@ -134,22 +130,15 @@ def find_episode_files(run: Path) -> dict[str, Path]:
         for path in run.glob("episodes/step_*.jsonl.zst")
         if (match := re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name))
     }
-    steps = spread(sorted(recorded, reverse=True), STEPS_SHOWN)
-    return {name: evaluated[name] for name in order} | {
-        f"step {step}": recorded[step] for step in steps
-    }
-
-
-def spread(steps: list[int], count: int) -> list[int]:
-    """First, last, and evenly some between."""
-    if len(steps) <= count:
-        return steps
-    return [steps[round(place * (len(steps) - 1) / (count - 1))] for place in range(count)]
+    steps = sorted(recorded, reverse=True)
+    if len(steps) > STEPS_SHOWN:
+        last = len(steps) - 1
+        steps = [steps[round(n * last / (STEPS_SHOWN - 1))] for n in range(STEPS_SHOWN)]
+    return {name: evaluated[name] for name in order} | {f"step {n}": recorded[n] for n in steps}
 
 
 def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:
-    """Episodes one at a time: a file of a long run need not fit in memory. Lines that are none, as
-    an evaluation's file has, are left out."""
+    """Yield episodes one at a time, because a file of a long run need not fit in memory."""
     with path.open("rb") as file:
         plain: Any = file
         if path.suffix == ".zst":
@@ -157,28 +146,27 @@ def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:
         lines = io.TextIOWrapper(plain, encoding="utf-8", errors="replace", newline="\n")
         try:
             records = json_lines(lines, path.name, notes)
-            yield from (record for record in records if not record.keys() & NO_DIALOGUE)
+            yield from (record for record in records if not record.keys() & NOT_DIALOGUES)
         except zstandard.ZstdError as error:
-            notes.append(f"{path.name}: read up to a damaged place ({error})")
+            notes.append(f"{path.name}: read up to damaged bytes ({error})")
 
 
-def json_lines(lines: Iterator[str] | io.TextIOBase, name: str, notes: list[str]) -> Iterator[Json]:
+def json_lines(lines: Iterable[str], name: str, notes: list[str]) -> Iterator[Json]:
     for line_number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
-            notes.append(f"{name}, line {line_number}: left out, not a whole JSON object")
-            continue
+            record = None
         if isinstance(record, dict):
             yield record
         else:
-            notes.append(f"{name}, line {line_number}: left out, not a JSON object")
+            notes.append(f"{name}, line {line_number}: left out, not a complete JSON object")
 
 
 def lookup(record: Any, *keys: str) -> Any:
-    """The entry at a path of keys; None where any part of the path is missing."""
+    """Return the entry at a path of keys; None if any part of the path is missing."""
     for key in keys:
         if not isinstance(record, dict):
             return None
@@ -187,7 +175,7 @@ def lookup(record: Any, *keys: str) -> Any:
 
 
 def number(record: Any, *keys: str) -> float | None:
-    """The finite number at a path of keys; None where there is none."""
+    """Return the finite number at a path of keys, else None."""
     value = lookup(record, *keys)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -195,25 +183,25 @@ def number(record: Any, *keys: str) -> float | None:
 
 
 def table(record: Any, *keys: str) -> Json:
-    """The object at a path of keys; empty where there is none."""
+    """Return the object at a path of keys, else an empty one."""
     value = lookup(record, *keys)
     return value if isinstance(value, dict) else {}
 
 
 def rows(record: Any, *keys: str) -> list[Json]:
-    """The objects of the list at a path of keys; empty where there is none."""
+    """Return the objects of the list at a path of keys, else an empty list."""
     value = lookup(record, *keys)
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def text(record: Any, *keys: str) -> str:
-    """What stands at a path of keys, as text; empty where there is nothing."""
+    """Return the entry at a path of keys as text, empty if it is missing."""
     value = lookup(record, *keys)
     return "" if value is None else str(value)
 
 
 def series(metrics: tuple[Json, ...], *keys: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, over the steps that have it."""
+    """Return steps and values of one metric, over the steps that have it."""
     points = [(number(record, "step"), number(record, *keys)) for record in metrics]
     present = [(step, value) for step, value in points if step is not None and value is not None]
     return [step for step, _ in present], [value for _, value in present]

@@ -1,4 +1,4 @@
-// The episodes in the page: the index, unpacked at once, and chunks of dialogues, unpacked when one is looked at.
+// The episodes in the page: the index, unpacked at once, and chunks of dialogues, unpacked when needed.
 async function unpack(id) {
   const packed = document.getElementById(id).textContent;
   const bytes = Uint8Array.fromBase64?.(packed) ?? Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
@@ -7,12 +7,12 @@ async function unpack(id) {
 }
 
 class Store {
-  static KEPT = 12; // chunks
+  static KEPT = 12; // unpacked chunks
 
   constructor(index) {
     this.index = index;
     this.chunks = new Map();
-    this.texts = null; // of all dialogues, once they were searched
+    this.texts = null; // of all dialogues, after the first search in them
     const { rows, stages, problems, families, kinds, outcomes } = index;
     const labels = Object.values(outcomes), keys = Object.keys(outcomes);
     const nth = new Map();
@@ -23,14 +23,14 @@ class Store {
       const names = [stages[stage], problems[problem], families[family]];
       return {
         place, stage: names[0], problem: names[1], family: names[2], outcome: keys[outcome], errors, tokens, kl,
-        name: `${names[0]}/${number}`, // the same while a run goes on
+        name: `${names[0]}/${number}`, // stays the same as the run grows
         words: [...names, labels[outcome], ...errors].join(" ").toLowerCase(),
       };
     });
   }
 
-  // Where the dialogue was scrolled to when a live page loaded itself again.
-  static placeKept() {
+  // The scroll position of the dialogue before a live page reloaded itself.
+  static lastScroll() {
     const top = sessionStorage.getItem("dialogue-top") ?? 0;
     sessionStorage.removeItem("dialogue-top");
     return Number(top);
@@ -43,13 +43,13 @@ class Store {
   chunk(number) {
     const found = this.chunks.get(number) ?? unpack(`chunk-${number}`);
     this.chunks.delete(number);
-    this.chunks.set(number, found); // the last in the order is the last that was used
+    this.chunks.set(number, found); // the last in order is the most recently used
     if (this.chunks.size > Store.KEPT) this.chunks.delete(this.chunks.keys().next().value);
     return found;
   }
 
-  // All that dialogues say, lower case, for a search; `told` hears the share that is read.
-  async readTexts(told) {
+  // Read the texts of all dialogues, in lower case; call `report` with the share that is read.
+  async readTexts(report) {
     if (this.texts) return;
     const texts = [], count = Math.ceil(this.episodes.length / this.index.chunk);
     for (let number = 0; number < count; number++) {
@@ -57,13 +57,13 @@ class Store {
         texts.push(turns.flatMap((turn) => [turn.observation, turn.response, ...turn.tests.flatMap((test) =>
           [test.input, test.expected, test.observed, test.stderr])]).join("\n").toLowerCase());
       }
-      told(number / count);
+      report(number / count);
       if (number % 8 === 7) await new Promise((resume) => setTimeout(resume));
     }
     this.texts = texts;
   }
 
-  // Episodes that fit, in the order asked for.
+  // Return the episodes that match, in the requested order.
   select({ stage, outcome, family, kind, turn, query, deep, order }) {
     const words = query.toLowerCase().split(/\s+/).filter(Boolean);
     const at = turn ? Number(turn) - 1 : null;

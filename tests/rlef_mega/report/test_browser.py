@@ -302,5 +302,5 @@ def test_a_difference_leads_from_one_program_to_the_next(functions):
     ]
     long = "\\n".join(f"line {n}" for n in range(50))
     rows = functions.evaluate(f"diffRows('{long}', '{long}\\nmore')")
-    assert rows[0] == ["…", "47 lines as before", "", ""] and rows[-1] == ["+", "more", "", ""]
+    assert rows[0] == ["…", "47 unchanged lines", "", ""] and rows[-1] == ["+", "more", "", ""]
     assert functions.evaluate("diffLines('a\\n'.repeat(9000), 'b\\n'.repeat(9000)).length") == 18001

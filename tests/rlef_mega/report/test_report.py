@@ -318,7 +318,7 @@ def test_a_line_cut_off_by_a_kill_is_named_and_the_rest_is_shown(run):
 def test_bytes_that_are_no_archive_are_named(run):
     (run / "eval" / "after_episodes.jsonl.zst").write_bytes(b"not zstandard at all")
     _, page = report(run)
-    assert "after_episodes.jsonl.zst: read up to a damaged place" in page.text
+    assert "after_episodes.jsonl.zst: read up to damaged bytes" in page.text
 
 
 def test_a_step_done_again_after_a_resume_counts_once(run):
@@ -366,7 +366,7 @@ def test_of_many_recorded_steps_some_are_shown_over_the_whole_run(run):
 
 def test_the_page_says_when_it_holds_no_more_episodes(run):
     page = Page(write_report(run, episodes=60).read_text(encoding="utf-8"))
-    assert len(page.dialogues) == 60 and "recorded, 60 at most." in page.text
+    assert len(page.dialogues) == 60 and "recorded, at most 60." in page.text
     assert Page(write_report(run).read_text(encoding="utf-8")).text.count("at most") == 0
 
 
