@@ -1,9 +1,9 @@
-"""What a model did in its dialogues: how each response ended, what the next one made of it, and how
-much of the program it kept (RLEF 3.3, fig. 3). Pure.
+"""Analyse a model's behaviour in dialogues: the outcome of each response, how the next response
+repairs it, and how much of the program it keeps (RLEF 3.3, fig. 3). Pure functions.
 
-A dialogue is reduced to the outcomes of its responses, in order. All of n@k follows from them, also
-for fewer turns than were allowed: a dialogue cut after t responses is what a dialogue of at most t
-turns would have been, as the model is not told of the limit.
+A dialogue is reduced to the outcomes of its responses, in order. n@k follows from them, also for
+fewer turns than were allowed: the model does not know the limit, so the first t responses of a
+dialogue are what a dialogue of at most t turns would have been.
 """
 
 from collections import Counter
@@ -16,13 +16,13 @@ from rlef_mega.types import Episode, Verdict
 SOLVED = "OK"
 PRIVATE_TEST = "PRIVATE_TEST"  # passes the public tests, and fails a private one
 NO_VALID_CODE = "NO_VALID_CODE"
-PASSED = (SOLVED, PRIVATE_TEST)  # the public tests, so the dialogue ended
-CHRF_PAIRS = 300  # of programs, for each turn: a pair of 1,500 characters takes 14 ms
+PASSED = (SOLVED, PRIVATE_TEST)  # passes the public tests, which ends the dialogue
+CHRF_PAIRS = 300  # scored per turn: a pair of 1,500 characters takes 14 ms
 
 
 @dataclass(frozen=True)
 class DialogueOutcomes:
-    """How its responses ended (`outcome_of`), and their programs."""
+    """The outcomes of a dialogue's responses (`outcome_of`), and their programs."""
 
     problem_id: str
     outcomes: tuple[str, ...]
@@ -38,7 +38,7 @@ class DialogueOutcomes:
 
 
 def outcome_of(program: str | None, verdict: Verdict) -> str:
-    """SOLVED, NO_VALID_CODE, PRIVATE_TEST, or the first status of a public test that is not OK."""
+    """Return SOLVED, NO_VALID_CODE, PRIVATE_TEST, or the first failing public test's status."""
     if program is None:
         return NO_VALID_CODE
     if not verdict.public_passed:
@@ -48,8 +48,8 @@ def outcome_of(program: str | None, verdict: Verdict) -> str:
 
 
 def tally(dialogues: Iterable[DialogueOutcomes], turns: int) -> dict[str, tuple[int, int, int]]:
-    """Of each problem, within so many turns: dialogues held, those that passed the public tests,
-    and the correct ones among these."""
+    """Return counts of each problem, within at most `turns` turns: dialogues, those that passed the
+    public tests, and the correct ones among these."""
     found: dict[str, list[int]] = {}
     for dialogue in dialogues:
         counts = found.setdefault(dialogue.problem_id, [0, 0, 0])
@@ -57,23 +57,23 @@ def tally(dialogues: Iterable[DialogueOutcomes], turns: int) -> dict[str, tuple[
         counts[0] += 1
         counts[1] += last in PASSED
         counts[2] += last == SOLVED
-    return {name: (held, passed, correct) for name, (held, passed, correct) in found.items()}
+    return {name: (total, passed, correct) for name, (total, passed, correct) in found.items()}
 
 
 def failures(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, int]:
-    """How the responses of one turn (from 0) failed."""
+    """Count the failures of one turn (from 0) by kind."""
     outcomes = (d.outcomes[turn] for d in dialogues if len(d.outcomes) > turn)
     return dict(sorted(Counter(o for o in outcomes if o != SOLVED).items()))
 
 
 def repair_rate(dialogues: Sequence[DialogueOutcomes], turn: int) -> float | None:
-    """Of the dialogues that came to this turn (from 0), the share that it solved."""
-    came = [d.outcomes[turn] == SOLVED for d in dialogues if len(d.outcomes) > turn]
-    return sum(came) / len(came) if came else None
+    """Return the share of dialogues solved at this turn (from 0), among those that reached it."""
+    reached = [d.outcomes[turn] == SOLVED for d in dialogues if len(d.outcomes) > turn]
+    return sum(reached) / len(reached) if reached else None
 
 
 def became(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, dict[str, int]]:
-    """Of each kind of failure of a turn (from 0) that was answered: what the next turn was."""
+    """Count, for each kind of failure of a turn (from 0), the outcomes of the next turn."""
     table: dict[str, Counter[str]] = {}
     for dialogue in dialogues:
         if len(dialogue.outcomes) > turn + 1:
@@ -83,15 +83,15 @@ def became(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, dict[s
 
 
 def chrf_of_next(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, Any] | None:
-    """chrF (0 to 100) of the program of the next turn, with that of this turn (from 0) as its
-    reference; None where there is no such pair.
+    """Return chrF (0 to 100) of the next turn's program, with this turn's (from 0) as reference;
+    None if no dialogue has both.
 
-    Of many pairs, evenly chosen ones. `unchanged` is the share of identical programs.
+    Many pairs are sampled evenly. `unchanged` is the share of identical programs.
     """
-    from sacrebleu.metrics import CHRF  # a third of a second, wanted here alone
+    from sacrebleu.metrics import CHRF  # takes a third of a second to import
 
-    came = (d.programs[turn : turn + 2] for d in dialogues if len(d.programs) > turn + 1)
-    pairs = [(before, after) for before, after in came if before and after]
+    following = (d.programs[turn : turn + 2] for d in dialogues)
+    pairs = [both for both in following if len(both) == 2 and all(both)]
     if not pairs:
         return None
     step = -(-len(pairs) // CHRF_PAIRS)
@@ -101,7 +101,7 @@ def chrf_of_next(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, 
     return {
         "mean": sum(scores) / len(scores),
         "unchanged": sum(before == after for before, after in pairs) / len(pairs),
-        "by_ten": [histogram[place] for place in range(10)],
+        "by_ten": [histogram[tens] for tens in range(10)],
         "scored": len(scored),
         "pairs": len(pairs),
         "signature": str(chrf.get_signature()),

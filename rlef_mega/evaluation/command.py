@@ -1,12 +1,11 @@
-"""`rlef eval`: a model (or recorded responses) and problems to a file of dialogues, and that file
-to numbers, a table and a picture.
+"""`rlef eval`: run a model (or recorded responses) on problems, and write numbers and a picture.
 
-    OUT/eval/NAME.dialogues.jsonl   every dialogue, as soon as it ended (dialogue_file.py)
-    OUT/eval/NAME.json, NAME.png    computed from that file alone
+    OUT/eval/NAME.dialogues.jsonl   every dialogue, written as it finishes (dialogue_file.py)
+    OUT/eval/NAME.json, NAME.png    computed from that file only
 
-The same command goes on with the file where it was, whatever ended it; with everything in it, it
-only computes the numbers again. More dialogues a problem, other protocols and other n@k may be
-asked for later; what decides a dialogue may not change.
+The same command resumes from the file, however it was stopped; if nothing is missing it only
+computes the numbers again. A later command may change dialogues per problem, protocols and n@k, but
+not the settings that determine a dialogue.
 """
 
 import hashlib
@@ -14,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,11 @@ class EvalRequest:
     model: Path  # a Hugging Face folder, a checkpoint, a run, or a file of responses
     data: str
     out: Path
-    name: str | None  # of the files; else the model's
-    step: int | None  # of a run's checkpoint; else its newest
-    problems: int  # the first so many; 0 for all
+    name: str | None  # of the files; None: the model's
+    step: int | None  # of a run's checkpoint; None: the newest
+    problems: int  # number of problems, from the first; 0: all
     n_at_k: str | None
-    rollouts: int | None  # dialogues a problem; else as many as n@k needs
+    rollouts: int | None  # dialogues per problem; None: as many as n@k needs
     turns: int
     feedback: tuple[str, ...]
     single_turn: bool
@@ -76,11 +76,11 @@ class EvalRequest:
     max_context: int
     dtype: str
     seed: int
-    at_once: int | None = None  # dialogues
-    servers: tuple[str, ...] = ()  # grading servers; without, an embedded sandbox
+    at_once: int | None = None  # concurrent dialogues
+    servers: tuple[str, ...] = ()  # grading servers; none: an embedded sandbox
     grading_token: str | None = None
-    sglang: tuple[str, ...] = ()  # servers of a model of this shape; without, the embedded engine
-    openai: tuple[str, ...] = ()  # or servers that speak OpenAI's completions
+    sglang: tuple[str, ...] = ()  # servers of a model of this shape; none: the embedded engine
+    openai: tuple[str, ...] = ()  # or servers of OpenAI's completions API
     served_model: str | None = None
     api_key: str | None = None
 
@@ -90,13 +90,13 @@ class EvalRequest:
 
     @property
     def dialogues_each(self) -> int:
-        """As many as the greatest k needs, where the request does not say."""
+        """Return the dialogues per problem: by default as many as the largest k needs."""
         return self.rollouts or max(k // self.turns for _, k in self.pairs)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where responses come from: a model's folder, or a file."""
+    """The source of responses: a model's folder, or a file."""
 
     name: str
     identity: str
@@ -105,7 +105,7 @@ class Source:
 
 
 def run_evaluation(request: EvalRequest) -> None:
-    """RunDialogue what is missing, write the numbers, print the tables."""
+    """Run the missing dialogues, write the numbers, print the tables."""
     check_request(request)
     check_servers(JudgeConfig(servers=request.servers), request.grading_token)
     source = find_source(request)
@@ -113,10 +113,11 @@ def run_evaluation(request: EvalRequest) -> None:
     parts = plan(request, source, list(problems.values()))
     name = request.name or source.name
     path = request.out / f"eval/{name}.dialogues.jsonl"
-    asked = what_decides(request, source, problems)
-    with DialogueFile(path, asked, [vars(ProblemLabels.of(p)) for p in problems.values()]) as file:
+    asked = dialogue_settings(request, source, problems)
+    labels = [vars(ProblemLabels.of(problem)) for problem in problems.values()]
+    with DialogueFile(path, asked, labels) as file:
         if any(key not in file.settled for part in parts for key in part.keys):
-            hold_parts(request, source, problems, parts, file)
+            run_parts(request, source, problems, parts, file)
     numbers = numbers_of(path, parts, turns=request.turns, n_at_k=request.pairs)
     content = {**asked, "dialogues_each": request.dialogues_each, **numbers}
     run = RunDirectory(request.out)
@@ -131,29 +132,29 @@ def check_request(request: EvalRequest) -> None:
     unknown = set(request.feedback) - PROTOCOLS.keys()
     if unknown:
         raise ConfigError(
-            f"--feedback {','.join(sorted(unknown))}: known are {', '.join(PROTOCOLS)}"
+            f"--feedback {','.join(sorted(unknown))}: give some of {', '.join(PROTOCOLS)}"
         )
     for n, k in request.pairs:
         if k < request.turns:
             raise ConfigError(
-                f"--n-at-k {n}@{k}: one dialogue of up to {request.turns} turns is "
-                f"{request.turns} samples already; ask for a larger k, or lower --turns"
+                f"--n-at-k {n}@{k}: one dialogue of up to {request.turns} turns counts as "
+                f"{request.turns} samples; increase k, or lower --turns"
             )
     if request.sglang and request.openai:
-        raise ConfigError("--sglang and --openai: give one of them")
+        raise ConfigError("--sglang and --openai exclude each other: give one of them")
     if "random" in request.feedback and not (request.single_turn or "true" in request.feedback):
         raise ConfigError(
-            "--feedback random is made of responses that failed: leave --single-turn on, or add "
-            "true to --feedback"
+            "--feedback random needs the failed responses of another protocol: leave --single-turn "
+            "on, or add true to --feedback"
         )
     if not (request.feedback or request.single_turn):
         raise ConfigError("nothing to evaluate: give --feedback, or leave --single-turn on")
 
 
-def what_decides(
+def dialogue_settings(
     request: EvalRequest, source: Source, problems: Mapping[str, Problem]
 ) -> dict[str, Any]:
-    """All that a dialogue of this evaluation follows from."""
+    """Return all settings that determine a dialogue of this evaluation."""
     digest = hashlib.blake2b(digest_size=16)
     for problem in problems.values():
         digest.update(repr(problem).encode())
@@ -183,15 +184,17 @@ def what_decides(
 
 
 def find_source(request: EvalRequest) -> Source:
-    """A checkpoint is exported first, once, to OUT/models."""
+    """Find the source of responses; a checkpoint is first exported to OUT/models, once.
+
+    Raises ConfigError if there is none.
+    """
     path = request.model
     if path.is_file() and path.name.endswith(SUFFIXES):
         name = path.name.partition(".")[0]
         recorded = read_recorded(path)
         if recorded.turns is not None and recorded.turns < request.turns:
             raise ConfigError(
-                f"{path} holds dialogues of at most {recorded.turns} turns; set --turns to that, "
-                "or to less"
+                f"{path} has dialogues of at most {recorded.turns} turns; lower --turns to that"
             )
         return Source(f"{name}-regraded", store_key("responses", [path]), recorded=recorded)
     if (path / "config.json").is_file():
@@ -201,7 +204,7 @@ def find_source(request: EvalRequest) -> Source:
             f"{path}: no such folder; give a Hugging Face folder, a checkpoint, a run, or a file "
             f"of responses ({', '.join(SUFFIXES[:3])})"
         )
-    # the only part that needs megatron, which takes seconds to import
+    # only exporting needs megatron, which takes seconds to import
     from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
     from rlef_mega.megatron.convert.command import export_checkpoint
 
@@ -209,7 +212,7 @@ def find_source(request: EvalRequest) -> Source:
     is_of_run = (path / "config.toml").is_file()
     name = f"{path.name}-{checkpoint.name}" if is_of_run else path.name
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    # of this checkpoint, whatever else had its name
+    # the digest tells checkpoints of the same name apart
     folder = request.out / "models" / f"{name}-{store_key('export', files)[:8]}"
     if not (folder / "config.json").is_file():
         export_checkpoint(checkpoint, folder)
@@ -224,8 +227,9 @@ def weights_key(folder: Path) -> str:
 def plan(
     request: EvalRequest, source: Source, problems: Sequence[Problem]
 ) -> list[PlannedDialogues]:
-    """Single turns have the samples that the dialogues may have, and where their number was not
-    asked for, as many as the greatest k; what random feedback is made of comes before it."""
+    """Plan the dialogues of each protocol. Single turns get as many samples as the dialogues have,
+    and at least the largest k if `rollouts` is not given. Random feedback comes after the protocols
+    whose failures it shows."""
     if source.recorded:
         parts = source.recorded.parts(request.turns)
         known = {problem.id: problem for problem in problems}
@@ -241,10 +245,10 @@ def plan(
     return parts
 
 
-# --------------------------------------------------------------------------------------- holding
+# --------------------------------------------------------------------------------------- running
 
 
-def hold_parts(
+def run_parts(
     request: EvalRequest,
     source: Source,
     problems: Mapping[str, Problem],
@@ -266,13 +270,13 @@ def hold_parts(
         at_once = request.at_once or (SERVER_AT_ONCE * servers or LOCAL_AT_ONCE)
         for part in parts:
             if source.recorded:
-                hold = grade_again(source.recorded, judge, part)
+                run = grade_again(source.recorded, judge, part)
             else:
                 rules = rules_of(request, part, file.path, problems, chat)
                 if rules is None:
                     continue
-                hold = sampling(DialogueLoop(engine, judge, chat, rules), chat, request.seed)
-            run_missing(part, problems, hold, file, at_once)
+                run = sampling(DialogueLoop(engine, judge, chat, rules), chat, request.seed)
+            run_missing(part, problems, run, file, at_once)
 
 
 def rules_of(
@@ -282,10 +286,10 @@ def rules_of(
     problems: Mapping[str, Problem],
     chat: ChatFormat,
 ) -> Rules | None:
-    """None for random feedback that there is nothing to make from."""
+    """Return the rules of a part; None for random feedback if too few responses failed."""
     distractors = distractors_in(path, problems) if part.feedback == "random" else ()
     if part.feedback == "random" and len({d.problem_id for d in distractors}) < 2:
-        print("random feedback is left out: hardly a response failed that it could be made from")
+        print("random feedback is left out: it needs failed responses to at least two problems")
         return None
     return Rules(
         turns=part.turns,
@@ -305,15 +309,16 @@ def rules_of(
 def open_engine(
     request: EvalRequest, folder: Path, chat: ChatFormat, file: DialogueFile
 ) -> Iterator[tuple[Engine, dict[str, Any]]]:
-    """The engine, and what is known of how it samples. SGLang's servers get the folder's weights,
-    verified; those of completion servers are not known to be the folder's."""
+    """Open the engine; yield it with known facts about it. SGLang servers get the folder's weights,
+    which are verified. The weights of completion servers are unknown."""
     if request.openai:
         openai = needs_aiohttp("--openai", "rlef_mega.evaluation.completion_servers")
         options = {"model": request.served_model, "api_key": request.api_key}
         with openai.OpenAIEngine(
             request.openai, chat, context=request.max_context, **options
         ) as engine:
-            print("not what training samples from: " + described(engine.facts))
+            found = (f"{name.replace('_', ' ')}: {value}" for name, value in engine.facts.items())
+            print("not what training samples from: " + ", ".join(found))
             yield engine, engine.facts
     elif request.sglang:
         sglang = needs_aiohttp("--sglang", "rlef_mega.engines.sglang.engine")
@@ -323,7 +328,7 @@ def open_engine(
             folder,
             way="disk",
             weights_folder=request.out / "weights",
-            take_over=facts in file.engines(),  # what this evaluation held when it was killed
+            take_over=facts in file.engines(),  # claimed by this evaluation before it was killed
         ) as engine:
             engine.update_weights(stored_weights(folder), version=0)
             yield engine, facts
@@ -334,25 +339,19 @@ def open_engine(
 
 
 def needs_aiohttp(option: str, module: str) -> Any:
-    """The engine's module."""
-    from importlib import import_module
-
+    """Import the module of an engine. Raises ConfigError if a package is missing."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{option} needs {error.name}: pip install 'rlef-mega[serve]'") from None
 
 
-def described(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items())
-
-
 def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """One after the other, so that none but the one in hand takes memory."""
+    """Yield stored tensors one at a time, so that only one is in memory."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"no *.safetensors in {folder}: give a folder that holds the weights")
+        raise ConfigError(f"no *.safetensors in {folder}; give a folder that contains the weights")
     for file in files:
         with open_safetensors(file) as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no dictionary
+            for name in stored.keys():  # noqa: SIM118 - not a dictionary
                 yield name, stored.get_tensor(name)

@@ -1,11 +1,11 @@
-"""The dialogues of an evaluation, in a file that only grows: what a killed evaluation goes on from,
-and all that its numbers are computed from.
+"""The dialogues of an evaluation, in an append-only file. A killed evaluation resumes from it, and
+all numbers are computed from it.
 
-JSON Lines. The first says what was asked and of which problems; after it, one line for each
-dialogue that ended or was dropped, as soon as it did, and one (`session`) for each time that work
-began. A kill can cut off the last line, which is then dropped when the file is opened. A dialogue
-is known by its key: protocol, problem and number. Of two lines with one key the later counts: a
-dialogue that a fault dropped is tried again by the next session.
+The format is JSON Lines. The first line holds the settings and the problems. Every dialogue that
+finishes or is dropped adds a line at once, and every start of the command adds a `session` line. A
+kill can truncate the last line, which is removed when the file is next opened. The key of a
+dialogue is protocol, problem and number. Of two lines with the same key the later counts, because
+the next session retries a dialogue that a fault dropped.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from rlef_mega.config import ConfigError, differences
 
 FORMAT = 1
-HOPELESS = "prompt too long"  # a drop that another try would not change
+PERMANENT = "prompt too long"  # a drop that a retry would not change
 Record = dict[str, Any]
 
 
@@ -30,10 +30,11 @@ class Key(NamedTuple):
 
 
 class DialogueFile:
-    """Open for writing by this process alone; a context manager."""
+    """A file of dialogues, locked for writing by this process; a context manager."""
 
     def __init__(self, path: Path, asked: Record, problems: list[Record]) -> None:
-        """ConfigError where the file holds dialogues of something else, or is in use."""
+        """Open or create the file. Raises ConfigError if its dialogues have other settings, or if
+        another process writes to it."""
         self.path = path
         if not path.exists():
             header = {"rlef_eval": FORMAT, "asked": asked, "problems": problems}
@@ -43,7 +44,7 @@ class DialogueFile:
             lock(self.file, path)
             drop_torn_line(self.file)
             refuse_other(path, read_header(path)["asked"], asked)
-            self.settled = {key_of(record) for record in settled(path)}
+            self.settled = {key_of(r) for r in read_dialogues(path) if is_settled(r)}
         except BaseException:
             os.close(self.file)
             raise
@@ -52,30 +53,30 @@ class DialogueFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.file)  # and with it the lock
+        os.close(self.file)  # releases the lock
 
     def engines(self) -> list[Record]:
-        """What earlier sessions sampled with."""
+        """Return the engines of earlier sessions."""
         return [line["session"]["engine"] for line in read_lines(self.path) if "session" in line]
 
     def append(self, record: Record) -> None:
-        """Whole or not at all, also where the disk is full (OSError)."""
+        """Append a whole line or nothing. Raises OSError if the disk is full."""
         line = (json.dumps(record) + "\n").encode()
-        whole = os.fstat(self.file).st_size
+        size = os.fstat(self.file).st_size
         try:
             written = 0
             while written < len(line):
                 written += os.write(self.file, line[written:])
         except OSError:
             with suppress(OSError):
-                os.ftruncate(self.file, whole)
+                os.ftruncate(self.file, size)
             raise
         if "protocol" in record and is_settled(record):
             self.settled.add(key_of(record))
 
 
 def create(path: Path, content: str) -> None:
-    """Whole, unless another process has made it meanwhile, which may be writing to it already."""
+    """Create the file with its content at once, unless another process has created it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(content)
@@ -85,7 +86,7 @@ def create(path: Path, content: str) -> None:
 
 
 def lock(file: int, path: Path) -> None:
-    """Until it is closed, or the process ends."""
+    """Lock the file until it is closed or the process ends. Raises ConfigError if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,14 +96,14 @@ def lock(file: int, path: Path) -> None:
 
 
 def drop_torn_line(file: int) -> None:
-    """What follows the last end of a line."""
+    """Remove what follows the last newline."""
     end = os.fstat(file).st_size
     while end:
         start = max(0, end - (1 << 16))
         block = os.pread(file, end - start, start)
-        place = block.rfind(b"\n")
-        if place >= 0:
-            os.ftruncate(file, start + place + 1)
+        newline = block.rfind(b"\n")
+        if newline >= 0:
+            os.ftruncate(file, start + newline + 1)
             return
         end = start
 
@@ -114,20 +115,22 @@ def read_header(path: Path) -> Record:
         except ValueError:
             header = None
     if not isinstance(header, dict) or header.get("rlef_eval") != FORMAT:
-        raise ConfigError(f"{path} is no file of dialogues of this version; choose another --name")
+        raise ConfigError(
+            f"{path} is not a file of dialogues of this version; choose another --name"
+        )
     return header
 
 
-def refuse_other(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    if other := differences(there, asked):
+def refuse_other(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    if other := differences(found, asked):
         raise ConfigError(
             f"{path} holds dialogues of another evaluation ({other}); "
-            "choose another --name, or remove it to start anew"
+            "choose another --name, or remove the file to start over"
         )
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """All lines but the first; a torn last one is left out."""
+    """Yield all lines but the first, without a truncated last line."""
     with path.open() as lines:
         lines.readline()
         for line in lines:
@@ -139,13 +142,9 @@ def read_dialogues(path: Path) -> Iterator[Record]:
     return (record for record in read_lines(path) if "protocol" in record)
 
 
-def settled(path: Path) -> Iterator[Record]:
-    return (record for record in read_dialogues(path) if is_settled(record))
-
-
 def is_settled(record: Record) -> bool:
-    """It ended, or would be dropped again."""
-    return record.get("dropped") in (None, HOPELESS)
+    """Return whether the dialogue finished, or a retry would be dropped again."""
+    return record.get("dropped") in (None, PERMANENT)
 
 
 def key_of(record: Record) -> Key:

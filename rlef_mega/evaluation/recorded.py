@@ -1,4 +1,4 @@
-"""Read recorded responses from a file and grade them again (`rlef eval --responses`)."""
+"""Read recorded responses from a file and grade them again."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +26,10 @@ from rlef_mega.types import Problem
 
 @dataclass(frozen=True)
 class RecordedResponses:
-    """Responses of a file, or why a dialogue has none."""
+    """The responses of each dialogue of a file, or why it was dropped."""
 
     responses: dict[Key, tuple[str, ...] | str]
-    turns: int | None  # at most, where the file says so
+    turns: int | None  # at most, if the file records it
 
     def parts(self, turns: int) -> list[PlannedDialogues]:
         names: dict[str, Feedback] = {name: how for how, name in PROTOCOLS.items()}
@@ -46,8 +46,8 @@ class RecordedResponses:
 
 
 def read_recorded(path: Path) -> RecordedResponses:
-    """Of an evaluation's own file, or of lines {"problem_id", "response"} (single turns) and
-    {"problem_id", "responses": [...]} (dialogues). ConfigError, with file and line."""
+    """Read an evaluation's own file, or lines {"problem_id", "response"} (single turns) and
+    {"problem_id", "responses": [...]} (dialogues). Raises ConfigError with file and line."""
     responses: dict[Key, tuple[str, ...] | str] = {}
     turns: int | None = None
     count: Counter[tuple[str, str]] = Counter()
@@ -57,8 +57,8 @@ def read_recorded(path: Path) -> RecordedResponses:
         if "rlef_eval" in row:
             turns = turns_asked(row, str(place))
         elif "protocol" in row:
-            key, said = own_responses(row, str(place))
-            responses[key] = said
+            key, texts = own_responses(row, str(place))
+            responses[key] = texts
         elif "session" not in row:
             protocol, name, texts = foreign_responses(row, str(place))
             responses[Key(protocol, name, count[protocol, name])] = texts
@@ -72,24 +72,26 @@ def turns_asked(header: Record, place: str) -> int:
     asked = header.get("asked")
     turns = asked.get("turns") if isinstance(asked, dict) else None
     if not isinstance(turns, int):
-        raise ConfigError(f"{place}: says of no number of turns what was asked; it is damaged")
+        raise ConfigError(f"{place}: the header has no number of turns; the file is damaged")
     return turns
 
 
 def own_responses(row: Record, place: str) -> tuple[Key, tuple[str, ...] | str]:
     known = (*PROTOCOLS.values(), SINGLE)
     if row["protocol"] not in known:
-        raise ConfigError(f"{place}: protocol {row['protocol']!r}; known: {', '.join(known)}")
+        raise ConfigError(
+            f"{place}: unknown protocol {row['protocol']!r}; known: {', '.join(known)}"
+        )
     dropped, turns = row.get("dropped"), row.get("turns")
     if not (isinstance(row.get("problem_id"), str) and isinstance(row.get("number"), int)):
-        raise ConfigError(f"{place}: a dialogue has problem_id and number; this one has not")
+        raise ConfigError(f"{place}: this dialogue lacks problem_id or number")
     if isinstance(dropped, str) and dropped:
         return key_of(row), dropped
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         turns = []
     texts = [turn.get("response") for turn in turns]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{place}: a dialogue has turns, each with a response; this one has not")
+        raise ConfigError(f"{place}: this dialogue lacks turns, or a turn lacks its response")
     return key_of(row), tuple(texts)
 
 
@@ -99,52 +101,52 @@ def foreign_responses(row: Record, place: str) -> tuple[str, str, tuple[str, ...
     texts = [row["response"]] if single else row.get("responses")
     if not (isinstance(name, str) and isinstance(texts, list) and texts):
         raise ConfigError(
-            f"{place}: a line has problem_id, and response (a text) or responses (a list of them); "
-            f"this one has {', '.join(sorted(row))}"
+            f"{place}: has {', '.join(sorted(row))}; give each line problem_id, and response (a "
+            "text) or responses (a list of texts)"
         )
     if not all(isinstance(response, str) for response in texts):
-        raise ConfigError(f"{place}: a response is no text")
+        raise ConfigError(f"{place}: a response is not a text")
     return SINGLE if single else PROTOCOLS["true"], name, tuple(texts)
 
 
 def grade_again(recorded: RecordedResponses, judge: Judge, part: PlannedDialogues) -> RunDialogue:
-    """Recorded responses, extracted and graded again as far as the dialogue would have gone.
+    """Return a function that grades the recorded responses of a dialogue again.
 
-    Where a program passes now that failed then, the dialogue ends with it; where one fails now that
-    passed then, the dialogue has no more responses, and is not solved.
+    A dialogue ends with its first program that passes the public tests now. If the program that
+    ended the recorded dialogue fails now, there are no more responses, and it is not solved.
     """
 
-    async def hold(problem: Problem, key: Key) -> Record:
-        said = recorded.responses[key]
-        if isinstance(said, str):
-            return {"dropped": said}
+    async def run(problem: Problem, key: Key) -> Record:
+        responses = recorded.responses[key]
+        if isinstance(responses, str):
+            return {"dropped": responses}
         shown = show_private_tests(problem) if part.feedback == "private" else problem
         reason = ""
         for _ in range(TRIES):
             try:
-                return await regrade(shown, said[: part.turns])
+                return await regrade(shown, responses[: part.turns])
             except JudgeError as fault:
                 reason = type(fault).__name__
         return {"dropped": reason}
 
-    async def regrade(problem: Problem, said: Sequence[str]) -> Record:
+    async def regrade(problem: Problem, responses: Sequence[str]) -> Record:
         begun = templates.response_start(problem.statement, problem.template)
         turns: list[dict[str, Any]] = []
-        for number, response in enumerate(said, start=1):
+        for number, response in enumerate(responses, start=1):
             program = templates.extract_program(response, problem.language, begun)
-            verdict = await judge.judge(problem, program, last_turn=number == len(said))
+            verdict = await judge.judge(problem, program, last_turn=number == len(responses))
             turns.append({"response": response, **graded_record(program, verdict, problem)})
             if verdict.public_passed:
                 break
         return {**problem_record(problem), "solved": bool(turns[-1]["solved"]), "turns": turns}
 
-    return hold
+    return run
 
 
 def refuse_unknown(keys: Iterable[Key], problems: Mapping[str, Problem], path: Path) -> None:
     unknown = sorted({key.problem_id for key in keys} - problems.keys())
     if unknown:
         raise ConfigError(
-            f"{path} holds responses to {len(unknown)} problems that --data does not have, such as "
-            f"{', '.join(unknown[:3])}; give the source that they were made with"
+            f"{path} has responses to {len(unknown)} problems that --data does not have, such as "
+            f"{', '.join(unknown[:3])}; give the problem source that they were sampled for"
         )

@@ -1,16 +1,14 @@
-"""`rlef reproduce`: the paper's comparison on one base model and budget, as a table beside the
-paper's.
+"""`rlef reproduce`: run the paper's comparison on one base model and budget, and print both tables.
 
-Every run is a command of ours in a folder of its own under OUT; one that is finished is not run
-again, so that the same command goes on where it was. All share the base model, the problems and
-the number of updates. Seeds differ in problems drawn, sampling and the critic's head.
+Every run is an `rlef` command in a folder of its own under OUT. A finished run is not repeated, so
+the same command resumes the comparison. All runs share the base model, the problems and the number
+of updates. Seeds differ in the problems drawn, in sampling and in the critic's head.
 
     OUT/RUN-SEED/            the runs
     OUT/reproduce.json       rates of every seed, and the table's means with their intervals
     OUT/reproduce.md, .png   the table, the turn budgets
 
-Intervals resample seeds and problems; with one seed they say what other problems would
-give, not what another run would.
+Intervals resample seeds and problems. With one seed they cover other problems, but not other runs.
 """
 
 import json
@@ -40,7 +38,7 @@ from rlef_mega.run.directory import RunDirectory, write_atomically
 from rlef_mega.run.launch import stage
 from rlef_mega.run.manifest import describe
 
-TURNS = 5  # of the dialogues whose beginnings are the turn budgets
+TURNS = 5  # of the dialogues from whose first turns the turn budgets are computed
 PROTOCOLS = ("multi_turn", "independent", "random_feedback")
 RUNS: dict[str, tuple[str, ...]] = {  # by `rlef train`, with these settings
     "rlef": (),
@@ -53,9 +51,9 @@ BUDGETS = ("base", "rlef")  # whose turn budgets are drawn
 
 
 @dataclass(frozen=True)
-class Row:
-    """An evaluation of a run, and the paper's 1@3 of the 8B model on valid and test (RLEF tables
-    1 and 2)."""
+class TableRow:
+    """A row: an evaluation of a run, and the paper's 1@3 of the 8B model on valid and test (RLEF
+    tables 1 and 2)."""
 
     name: str
     run: str
@@ -64,19 +62,18 @@ class Row:
 
 
 ROWS = (
-    Row("base", "rlef", "before", "8.9 / 10.5"),
-    Row("few-shot", IMITATION, "few_shot"),
-    Row("SFT on solved dialogues", IMITATION, "after", "10.3 / 10.0"),
-    Row("single-turn RL", "single_turn", "after", "10.2 / 10.9"),
-    Row("RLEF", "rlef", "after", "17.2 / 16.1"),
-    Row("RLEF, no feedback", "no_feedback", "after", "12.2 / 10.9"),
-    Row("RLEF, a value a token", "token_value", "after", "13.1 / 13.7"),
+    TableRow("base", "rlef", "before", "8.9 / 10.5"),
+    TableRow("few-shot", IMITATION, "few_shot"),
+    TableRow("SFT on solved dialogues", IMITATION, "after", "10.3 / 10.0"),
+    TableRow("single-turn RL", "single_turn", "after", "10.2 / 10.9"),
+    TableRow("RLEF", "rlef", "after", "17.2 / 16.1"),
+    TableRow("RLEF, no feedback", "no_feedback", "after", "12.2 / 10.9"),
+    TableRow("RLEF, a value a token", "token_value", "after", "13.1 / 13.7"),
 )
 
 
 def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequence[str]) -> None:
-    """Run what is missing, write and print the tables. A command that fails ends this one with its
-    exit code, after its own message."""
+    """Run what is missing, then write and print the tables. If a run fails, exit with its code."""
     config = load_config(find_recipe(recipe), overrides, TrainConfig)
     refuse_another(out / "asked.json", config)
     if recipe == "demo" and not (Path(config.model.path) / "config.json").is_file():
@@ -87,7 +84,7 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
             run_once(recipe, out / f"{name}-{seed}", name, seed, sets)
         for name in BUDGETS:
             model = config.model.path if name == "base" else str(out / f"rlef-{seed}")
-            hold_long_dialogues(config, model, out, f"{name}-{seed}", seed)
+            run_long_dialogues(config, model, out, f"{name}-{seed}", seed)
     results = collect(out, seeds)
     command = " ".join(["rlef reproduce", recipe, f"--seeds {len(seeds)}", *sets])
     about = describe(
@@ -101,7 +98,7 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
 
 
 def refuse_another(path: Path, config: TrainConfig) -> None:
-    """ConfigError where OUT holds runs of other settings: their results would pass for these."""
+    """Raise ConfigError if OUT contains runs with other settings."""
     asked = config.model_dump(mode="json", exclude={"run": {"dir", "seed"}})
     if not path.exists():
         write_atomically(path, json.dumps(asked, indent=1) + "\n")
@@ -109,8 +106,7 @@ def refuse_another(path: Path, config: TrainConfig) -> None:
     found = json.loads(path.read_text())
     if other := differences(flatten(found), flatten(asked)):
         raise ConfigError(
-            f"{path.parent} holds runs of other settings ({other}); choose another "
-            "--out, or remove it"
+            f"{path.parent} has runs of other settings ({other}); choose another --out or remove it"
         )
 
 
@@ -132,16 +128,15 @@ def run_once(recipe: str, run: Path, name: str, seed: int, sets: Sequence[str]) 
     stage(f"{name}, seed {seed}", command, recipe, *sets, *words)
 
 
-def hold_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, seed: int) -> None:
-    """For the turn budgets, on as many test problems as `eval.problems`: all have the same number
-    of samples."""
+def run_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, seed: int) -> None:
+    """Evaluate a model for the turn budgets, on the first `eval.problems` test problems."""
     if (out / f"eval/{name}.json").is_file():
         return
     rollout, evaluation = config.rollout, config.eval
     stage(
         f"turn budgets, {name}",
         *("eval", model, "--data", str(config.data.test), "--out", str(out), "--name", name),
-        # so many dialogues that one turn each is as many samples as one of all turns
+        # dialogues of one turn each then have as many samples as one dialogue of all turns
         *("--turns", str(TURNS), "--n-at-k", f"1@{TURNS}", "--rollouts", str(TURNS)),
         *("--problems", str(evaluation.problems)),
         *("--feedback", "true", "--temperature", str(evaluation.temperature)),
@@ -152,7 +147,7 @@ def hold_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, s
 
 
 def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Rates of every row, from the evaluations that the runs wrote."""
+    """Read the rates of every row from the evaluations of the runs."""
     rows = {}
     for row in ROWS:
         of_seeds = [
@@ -175,13 +170,13 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def minutes(out: Path, name: str, seeds: Sequence[int]) -> list[float]:
-    """That the steps of a run took, a number a seed; without start, first and last evaluation."""
+    """Return the minutes of a run's steps, per seed, without start-up and full evaluations."""
     of_seeds = [RunDirectory(out / f"{name}-{seed}").read_metrics() for seed in seeds]
     return [round(sum(s["time"]["step"] for s in steps) / 60, 2) for steps in of_seeds]
 
 
 def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:
-    """By number of turns: n@k at the same k, a number a seed."""
+    """Return n@k by the largest number of turns, at the same k, per seed."""
     found: dict[str, list[float]] = {}
     for seed in seeds:
         content = json.loads((out / f"eval/{name}-{seed}.json").read_text())
@@ -192,7 +187,7 @@ def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]
 
 
 def interval(outcomes: Sequence[Sequence[float | None]]) -> dict[str, Any]:
-    """Of a list a seed; and each seed's mean."""
+    """Return the interval over seeds (one list each) and problems, and each seed's mean."""
     known = [[outcome for outcome in one if outcome is not None] for one in outcomes]
     return interval_over_seeds(outcomes) | {"seeds": [round(mean(one), 4) for one in known]}
 
@@ -236,7 +231,7 @@ def save_turn_budgets(curves: dict[str, dict[str, list[float]]], path: Path) -> 
             axes.fill_between(
                 turns, 100 * values.min(1), 100 * values.max(1), color=color, alpha=0.2, lw=0
             )
-        axes.set_xlabel(f"turns a dialogue may have, at most {TURNS} samples in all")
+        axes.set_xlabel(f"turns a dialogue may have, {TURNS} samples in all")
         axes.set_xticks(range(1, TURNS + 1))
         axes.set_ylabel(f"1@{TURNS}, % solved")
         axes.set_ylim(0, 100)

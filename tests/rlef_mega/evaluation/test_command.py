@@ -315,13 +315,16 @@ def test_foreign_responses_are_graded_as_far_as_their_dialogue_would_have_gone(d
     assert found["independent"]["n_at_k"]["1@3"]["bootstrapped"] == 1
     for row, message in (
         ({"problem_id": "greet-Ann", "response": RIGHT}, "greet-Ann"),
-        ({"problem_id": "greet-Bob", "responses": []}, "a line has problem_id"),
-        ({"problem_id": "greet-Bob", "responses": [3]}, "no text"),
-        ({"protocol": "greedy", "problem_id": "a", "number": 0}, "protocol 'greedy'; known"),
-        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "a dialogue has turns"),
-        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "has turns"),
-        ({"protocol": "multi_turn", "turns": []}, "has problem_id and number"),
-        ({"rlef_eval": 1}, "it is damaged"),
+        ({"problem_id": "greet-Bob", "responses": []}, "give each line problem_id"),
+        ({"problem_id": "greet-Bob", "responses": [3]}, "not a text"),
+        (
+            {"protocol": "greedy", "problem_id": "a", "number": 0},
+            "unknown protocol 'greedy'; known",
+        ),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "lacks turns"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "lacks turns"),
+        ({"protocol": "multi_turn", "turns": []}, "lacks problem_id or number"),
+        ({"rlef_eval": 1}, "file is damaged"),
     ):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(ConfigError, match=message):
@@ -365,9 +368,9 @@ def test_a_checkpoint_is_exported_once_and_sampled_by_the_embedded_engine(folder
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_at_k": "1@2"}, "3 samples already"),
+        ({"n_at_k": "1@2"}, "counts as 3 samples"),
         ({"n_at_k": "3"}, "is not n@k"),
-        ({"feedback": ("maybe",)}, "known are true, none, random, private"),
+        ({"feedback": ("maybe",)}, "give some of true, none, random, private"),
         ({"feedback": ("random",), "single_turn": False}, "leave --single-turn on"),
         ({"feedback": (), "single_turn": False}, "nothing to evaluate"),
         ({"sglang": ("http://a",), "openai": ("http://b",)}, "give one of them"),
