@@ -1,14 +1,21 @@
-"""A run directory as a finished run leaves it, drawn from a seed, to report on in tests."""
+"""Write the run directory of a finished run, generated from a seed, for the report's tests."""
 
 import json
 import random
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
+from rlef_mega.evaluation.behaviour import NO_VALID_CODE, SOLVED, DialogueOutcomes
+from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
+from rlef_mega.report.panels import PANELS, Panel
+
 FAMILIES = ("const", "greet", "parity", "pick", "sep", "unit")
+FEW_PANELS = [panel for panel in PANELS if panel.title in ("Solved", "Gradient norm")]
 GREETINGS = ("Hello", "Hi", "Dear", "Welcome")
 CONFIG = """[run]
 dir = "runs/demo"
@@ -36,19 +43,26 @@ MANIFEST = {
 }
 
 
-def write_run(run: Path, *, seed: int = 0, steps: int = 40, problems: int = 120) -> Path:
-    """The whole of it: config, manifest, metrics, evaluations and episodes of three stages."""
-    random_source = random.Random(seed)
+def write_run(
+    run: Path,
+    *,
+    seed: int = 0,
+    steps: int = 40,
+    problems: int = 60,
+    panels: Sequence[Panel] = PANELS,
+) -> Path:
+    """Write config, manifest, metrics, evaluations, and episodes of three stages. Each panel takes
+    time to draw, so most tests ask for few."""
+    source = random.Random(seed)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(CONFIG)
     (run / "manifest.json").write_text(json.dumps(MANIFEST))
-    records = [metrics_of_step(step, steps, random_source) for step in range(1, steps + 1)]
-    write_metrics(run, records)
+    write_metrics(run, [metrics_of_step(step, source, panels) for step in range(1, steps + 1)])
     for stage, skill in (("before", 0.1), ("after", 0.65)):
-        episodes = [make_episode(i, skill, random_source) for i in range(problems)]
+        episodes = [make_episode(i, skill, source) for i in range(problems)]
         write_episodes(run / "eval" / f"{stage}_episodes.jsonl.zst", episodes)
-        write_evaluation(run, stage, evaluation_of(episodes, random_source))
-    training = [make_episode(i, 0.6, random_source, values=True) for i in range(30)]
+        write_evaluation(run, stage, evaluation_of(episodes))
+    training = [make_episode(i, 0.6, source, values=True) for i in range(30)]
     write_episodes(run / "episodes" / f"step_{steps:06d}.jsonl.zst", training)
     return run
 
@@ -69,68 +83,32 @@ def write_episodes(path: Path, episodes: list[dict[str, Any]]) -> None:
     path.write_bytes(zstandard.compress(lines.encode()))
 
 
-def metrics_of_step(step: int, steps: int, source: random.Random) -> dict[str, Any]:
-    progress = 1 / (1 + 2.718 ** (-10 * (step / steps - 0.4)))
-
-    def around(value: float, spread: float = 0.02) -> float:
-        return value + source.gauss(0, spread)
-
+def metrics_of_step(
+    step: int, source: random.Random, panels: Sequence[Panel] = PANELS
+) -> dict[str, Any]:
+    """Return a value of every curve of the panels, and times; validation every ten steps."""
+    phases = {"rollout": 2.0, "score": 1.2, "update": 4.1, "publish": 0.15}
     record: dict[str, Any] = {
         "step": step,
-        "updates": 4 * step,
         "episodes": 256,
-        "dropped": 0,
-        "solved": around(0.42 + 0.33 * progress),
-        "solved_turn1": around(0.30 + 0.03 * progress),
-        "repaired_turn2": around(0.10 + 0.42 * progress, 0.03),
-        "repaired_turn3": around(0.08 + 0.30 * progress, 0.04),
-        "invalid_fraction": abs(around(0.015, 0.005)),
-        "turns_mean": around(2.2 - 0.4 * progress),
-        "response_tokens_mean": around(16, 0.5),
-        "tokens": 33_000 + source.randrange(2000),
-        "reward": around(-0.2 + 0.7 * progress, 0.05),
-        "return": around(-0.22 + 0.69 * progress, 0.05),
-        "kl": abs(around(0.002 + 0.3 * progress, 0.01)),
-        "entropy": around(0.5 - 0.2 * progress),
-        "value_explained_variance": around(0.4 * progress, 0.05),
-        "policy_loss": around(-0.01, 0.005),
-        "value_loss": around(0.4 - 0.1 * progress),
-        "clip_fraction": abs(around(0.05, 0.01)),
-        "behaviour_factor": abs(around(0.99)),
-        "value_clip_fraction": abs(around(0.1)),
-        "policy_grad_norm": abs(around(0.4, 0.1)) + 0.01,
-        "critic_grad_norm": abs(around(2.0, 0.5)) + 0.01,
-        "logprob_gap_max": 10 ** around(-4.5, 0.2),
-        "logprob_gap_mean": 10 ** around(-6, 0.1),
-        "staleness_mean": around(1.0),
-        "staleness_max": source.choice((1, 2)),
-        "effective_sample_size": around(0.97, 0.01),
-        "truncated_fraction": around(0.05, 0.01),
-        "servers": {"requests": 40, "follow_up_cached_share": around(0.94, 0.01)},
-        "idle_time": {"trainer": around(0.1), "engines": around(0.2)},
-        "time": times_of_step(step, source),
+        "tokens": 33_000 + step,
+        "time": phases | {"step": 0.2 + sum(phases.values())},
     }
-    if step % 10 == 0:
-        record["valid_solved"] = around(0.4 + 0.35 * progress)
+    for key in (key for panel in panels for key in panel.curves.values()):
+        *groups, name = key.split(".")
+        table = record
+        for group in groups:
+            table = table.setdefault(group, {})
+        if not key.startswith("valid") or step % 10 == 0:
+            table[name] = abs(source.gauss(0.4, 0.05))
     return record
-
-
-def times_of_step(step: int, source: random.Random) -> dict[str, float]:
-    phases = {
-        "rollout": source.gauss(2.0, 0.2),
-        "score": source.gauss(1.2, 0.1),
-        "update": source.gauss(4.1, 0.2),
-        "publish": source.gauss(0.15, 0.01),
-        "checkpoint": 0.4 if step % 10 == 0 else 0.0,
-        "evaluate": 3.0 if step % 10 == 0 else 0.0,
-    }
-    return phases | {"step": 0.2 + sum(phases.values())}
 
 
 def make_episode(
     number: int, skill: float, source: random.Random, *, values: bool = False
 ) -> dict[str, Any]:
-    """A greeting to guess: right at turn 1 three times of ten, later with the chance `skill`."""
+    """Make a dialogue that guesses a greeting: solved at turn 1 with probability 0.3, later with
+    probability `skill`."""
     wanted = source.choice(GREETINGS)
     observation = (
         "Provide a Python solution for the following competitive programming question: Greet the "
@@ -193,22 +171,21 @@ def make_turn(
     }
 
 
-def evaluation_of(episodes: list[dict[str, Any]], source: random.Random) -> dict[str, Any]:
-    """What an evaluation writes, computed from its episodes."""
-    outcomes = [episode["solved"] for episode in episodes]
-    guesses = [source.random() < 0.4 for _ in episodes]
-    firsts = [episode for episode in episodes if len(episode["turns"]) > 1]
-    multi_turn = {
-        "solve_rate": with_interval(outcomes),
-        "turn1": with_interval([len(episode["turns"]) == 1 for episode in episodes]),
-        "by_family": grouped(episodes, lambda episode: episode["family"]),
-        "by_kind": grouped(episodes, lambda episode: episode["tags"][0]),
-        "repaired_turn2": sum(bool(e["turns"][1]["solved"]) for e in firsts) / len(firsts),
-        "repaired_turn3": None,
-        "invalid_fraction": 0.0213,
-        "outcomes": outcomes,
-        "error_kinds": {"turn1": {"WRONG_ANSWER": len(firsts), "RUNTIME_ERROR": 2}},
-    }
+def evaluation_of(episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what an evaluation writes, computed from its episodes by the product's own code."""
+    labels = [ProblemLabels(e["problem_id"], e["family"], "", tuple(e["tags"])) for e in episodes]
+    multi = [
+        DialogueOutcomes(
+            episode["problem_id"],
+            tuple(outcome_of_turn(turn) for turn in episode["turns"]),
+            tuple(turn["program"] for turn in episode["turns"]),
+        )
+        for episode in episodes
+    ]
+    single = [replace(d, outcomes=d.outcomes[:1], programs=d.programs[:1]) for d in multi]
+    finished = {"multi_turn": FinishedDialogues(3, multi)}
+    finished["independent"] = FinishedDialogues(1, single * 3)
+    finished["random_feedback"] = FinishedDialogues(3, multi[1:])
     return {
         "model": "models/demo",
         "data": "curriculum:test",
@@ -217,23 +194,11 @@ def evaluation_of(episodes: list[dict[str, Any]], source: random.Random) -> dict
         "turns": 3,
         "problems": len(episodes),
         "seed": 0,
-        "protocols": {
-            "multi_turn": multi_turn,
-            "independent": {"solve_rate": with_interval(guesses), "outcomes": guesses},
-            "random_feedback": {"solve_rate": with_interval(guesses[::-1])},
-        },
+        "protocols": {name: summarize(labels, one, samples=3) for name, one in finished.items()},
     }
 
 
-def grouped(episodes: list[dict[str, Any]], key: Any) -> dict[str, Any]:
-    groups: dict[str, list[bool]] = {}
-    for episode in episodes:
-        groups.setdefault(key(episode), []).append(episode["solved"])
-    return {name: with_interval(solved) for name, solved in groups.items()}
-
-
-def with_interval(outcomes: list[bool]) -> dict[str, Any]:
-    value, count = sum(outcomes) / len(outcomes), len(outcomes)
-    half = 1.96 * (value * (1 - value) / count) ** 0.5
-    low, high = max(0.0, value - half), min(1.0, value + half)
-    return {"value": value, "low": low, "high": high, "problems": count}
+def outcome_of_turn(turn: dict[str, Any]) -> str:
+    if turn["program"] is None:
+        return NO_VALID_CODE
+    return SOLVED if turn["public_passed"] else "WRONG_ANSWER"

@@ -77,7 +77,7 @@ def dialogue(page: Chromium) -> str:
 def test_the_page_asks_for_nothing_and_shows_the_first_episode(page, finished):
     assert [url.partition(":")[0] for url in page.requests()] == ["file"]
     stage, first = records(finished)[0]
-    assert count(page) == len(records(finished)) == 270
+    assert count(page) == len(records(finished)) == 150
     shown = dialogue(page)
     assert first["problem_id"] in shown and stage in shown
     assert all(turn["response"] in shown for turn in first["turns"])

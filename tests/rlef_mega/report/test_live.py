@@ -10,12 +10,12 @@ import pytest
 
 from rlef_mega.report import LiveServer
 from tests.rlef_mega.report.chromium import Chromium, find_chromium
-from tests.rlef_mega.report.runs import write_run
+from tests.rlef_mega.report.runs import FEW_PANELS, write_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "demo", steps=3, problems=20)
+    return write_run(tmp_path / "demo", steps=3, problems=20, panels=FEW_PANELS)
 
 
 @pytest.fixture
