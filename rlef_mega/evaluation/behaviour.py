@@ -91,7 +91,7 @@ def chrf_of_next(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, 
     from sacrebleu.metrics import CHRF  # takes a third of a second to import
 
     following = (d.programs[turn : turn + 2] for d in dialogues)
-    pairs = [both for both in following if len(both) == 2 and all(both)]
+    pairs = [(both[0], both[1]) for both in following if len(both) == 2 and both[0] and both[1]]
     if not pairs:
         return None
     step = -(-len(pairs) // CHRF_PAIRS)
