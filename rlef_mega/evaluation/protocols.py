@@ -1,10 +1,10 @@
-"""The dialogues of an evaluation: which there are, and holding those that its file lacks.
+"""Plan the dialogues of an evaluation's protocols, and run those that its file lacks.
 
-Theory of operation. So many workers, all in one event loop, take the next missing dialogue from one
-queue, hold it, and write it down before they take another. A worker opens its next session as it
-closes the last one, so the embedded engine's waves stay full. A fault of engine or sandbox drops
-the dialogue, which is written down as such; a lost engine, a full disk or a request that is wrong
-end the evaluation, and what was written stays.
+Theory of operation: a fixed number of workers, all in one event loop, take missing dialogues from a
+queue. A worker runs a dialogue and writes it to the file before it takes the next one. It opens its
+next session as it closes the last one, so the embedded engine's waves stay full. A fault of engine
+or sandbox drops the dialogue, and the file records why. A lost engine, a full disk or a wrong
+request ends the evaluation; the dialogues in the file remain.
 """
 
 import asyncio
@@ -17,11 +17,7 @@ from typing import Any, Literal
 
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.records import TEXT_LIMIT, judged_record, problem_record
-from rlef_mega.dialogues.rollout import (
-    DialogueLoop,
-    Distractor,
-    derive_seed,
-)
+from rlef_mega.dialogues.rollout import DialogueLoop, Distractor, derive_seed
 from rlef_mega.evaluation.behaviour import outcome_of
 from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, Record, key_of, read_dialogues
 from rlef_mega.run.progress import StepProgress
@@ -52,7 +48,7 @@ class PlannedDialogues:
 def plan_dialogues(
     protocol: str, turns: int, feedback: Feedback, problems: Sequence[Problem], each: int
 ) -> PlannedDialogues:
-    """So many dialogues of each problem, the first of all problems first."""
+    """Plan `each` dialogues of each problem, in rounds over all problems."""
     keys = tuple(Key(protocol, problem.id, n) for n in range(each) for problem in problems)
     return PlannedDialogues(protocol, turns, feedback, keys)
 
@@ -60,11 +56,11 @@ def plan_dialogues(
 def run_missing(
     part: PlannedDialogues,
     problems: Mapping[str, Problem],
-    hold: RunDialogue,
+    run: RunDialogue,
     file: DialogueFile,
     at_once: int,
 ) -> None:
-    """Everything of the part that the file lacks, written to it as it ends."""
+    """Run the dialogues of the part that the file lacks; write each as it finishes."""
     missing = [key for key in part.keys if key not in file.settled]
     if not missing:
         return
@@ -74,11 +70,11 @@ def run_missing(
 
     async def work(queue: Iterator[Key]) -> None:
         for key in queue:
-            record = await hold(problems[key.problem_id], key)
+            record = await run(problems[key.problem_id], key)
             file.append({**key._asdict(), **record})
-            seen["dropped" if "dropped" in record else "held"] += 1
+            seen["dropped" if "dropped" in record else "finished"] += 1
             seen["solved"] += record.get("solved", False)
-            progress.step(f"solved {seen['solved']}/{seen['held']}  dropped {seen['dropped']}")
+            progress.step(f"solved {seen['solved']}/{seen['finished']}  dropped {seen['dropped']}")
 
     async def work_together() -> None:
         queue = iter(missing)
@@ -94,19 +90,20 @@ def run_missing(
 
 
 def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogue:
-    """A dialogue's seed follows from its key, so that it does not matter when it is held."""
+    """Return a function that samples a dialogue. Its seed follows from its key only, so the order
+    does not matter."""
 
-    async def hold(problem: Problem, key: Key) -> Record:
+    async def run(problem: Problem, key: Key) -> Record:
         outcome = await dialogues.run(problem, derive_seed(seed, *key))
         if isinstance(outcome, str):
             return {"dropped": outcome}
         return sampled_record(outcome, chat, problem)
 
-    return hold
+    return run
 
 
 def sampled_record(episode: Episode, chat: ChatFormat, problem: Problem) -> Record:
-    """Responses whole, so that they can be graded again."""
+    """Return the record of a dialogue, with complete responses, so that it can be graded again."""
     turns: list[Record] = []
     for turn in episode.turns:
         sampled = turn.completion
@@ -117,7 +114,7 @@ def sampled_record(episode: Episode, chat: ChatFormat, problem: Problem) -> Reco
                 "response": chat.decode(sampled.token_ids),
                 **graded_record(turn.program, turn.verdict, problem),
                 "tokens": len(sampled.token_ids),
-                "logprob_mean": None if math.isnan(mean) else mean,  # of a server that tells none
+                "logprob_mean": None if math.isnan(mean) else mean,  # a server without log-probs
             }
         )
     return {**problem_record(problem), "solved": episode.solved, "turns": turns}
@@ -131,7 +128,7 @@ def graded_record(program: str | None, verdict: Verdict, problem: Problem) -> Re
 
 
 def shown_again(record: Mapping[str, Any], test: PublicTest) -> TestOutcome:
-    """What a record says of a test, as feedback would have shown it."""
+    """Return the outcome of a public test from its record, for use in feedback."""
     observed = record["observed"]
     result = Result(
         Status[record["status"]],
@@ -145,7 +142,8 @@ def shown_again(record: Mapping[str, Any], test: PublicTest) -> TestOutcome:
 
 
 def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distractor, ...]:
-    """What failed first responses did on their public tests: of single turns, if there are any."""
+    """Return the public test outcomes of failed first responses: of single turns, or else of
+    multi-turn dialogues."""
     pools: dict[str, dict[Key, Distractor]] = {SINGLE: {}, PROTOCOLS["true"]: {}}
     for record in read_dialogues(path):
         key = key_of(record)
@@ -154,10 +152,7 @@ def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distrac
             shown = record["turns"][0]["public"]
             outcomes = tuple(map(shown_again, shown, tests[: len(shown)]))
             pools[key.protocol][key] = Distractor(key.problem_id, outcomes)
-    # of one problem alone they would be no other problem's
+    # a pool of one problem has no other problem's outcomes
     wide = (pool for pool in pools.values() if len({key.problem_id for key in pool}) > 1)
     chosen: dict[Key, Distractor] = next(wide, {})
-    return tuple(chosen[key] for key in sorted(chosen))  # whatever order they ended in
-
-
-# ------------------------------------------------------------------------------------- recorded
+    return tuple(chosen[key] for key in sorted(chosen))  # in any order of finishing

@@ -1,10 +1,9 @@
-"""What imitation alone makes of the same rollouts: the paper's few-shot and supervised ablations.
+"""`rlef imitate`: the paper's few-shot and supervised ablations, which imitate solved dialogues.
 
-`rlef imitate RECIPE` holds the dialogues of an RLEF run with the base model, as many and of the
-same problems, and keeps those that were solved. One of them before each question is few-shot
-prompting: `eval/few_shot.json`. The base fine-tuned on them, with the loss on the last response
-alone, in as many updates of as many sequences as RLEF makes, is the supervised ablation:
-`eval/after.json` and `model/`.
+The command runs the base model on the problems of an RLEF run, with as many dialogues, and keeps
+the solved ones. Few-shot prompting puts one of them before each question: `eval/few_shot.json`. The
+supervised ablation fine-tunes the base model on them, with the loss on the last response only, in
+as many updates of as many sequences as RLEF: `eval/after.json` and `model/`.
 """
 
 from collections import Counter
@@ -36,8 +35,8 @@ from rlef_mega.types import Episode
 
 
 def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
-    """0 when all is written, STOPPED when asked to stop before; it then begins anew the next time.
-    RuntimeError where the base solved nothing."""
+    """Run both ablations on this rank. Returns 0, or STOPPED after a stop request; the next call
+    then starts over. Raises RuntimeError if the base model solved nothing."""
     run = RunDirectory(Path(config.run.dir))
     stop = StopRequest(run.stop_request)
     ranks = parallel.initialize(config.parallel, seed=config.run.seed)
@@ -80,7 +79,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         if mined is None:
             return stop.obeyed(writer=ranks.is_writer)
         turns = Counter(len(episode.turns) for episode in mined)
-        progress.say(f"{len(mined)} dialogues are solved, by turns: {dict(turns)}")
+        progress.say(f"{len(mined)} dialogues were solved; number by turns: {dict(turns)}")
         evaluate("few_shot", with_example(rules, mined), 0)
         batches = batches_of_last_responses(mined, config)
         for step in range(1, config.run.steps + 1):
@@ -114,8 +113,8 @@ def mine(
     *,
     writer: bool,
 ) -> list[Episode] | None:
-    """The solved ones of a whole run's dialogues, written down in mined.json; None when asked to
-    stop before. RuntimeError where there is none."""
+    """Return the solved dialogues of a whole run and write their counts to mined.json; None after a
+    stop request. Raises RuntimeError if no dialogue was solved."""
     mined: list[Episode] = []
     for step in range(1, config.run.steps + 1):
         mined += [e for e in rollouts.batch(step).episodes if e.solved]
@@ -123,7 +122,10 @@ def mine(
             return None
     held = config.run.steps * config.rollout.episodes_per_batch
     if not mined:
-        raise RuntimeError(f"the base model solved none of {held} problems: nothing to imitate")
+        raise RuntimeError(
+            f"the base model solved none of {held} dialogues, so there is nothing to imitate; use "
+            "easier problems or a stronger base model"
+        )
     if writer:
         turns = Counter(len(episode.turns) for episode in mined)
         run.write_json("mined.json", {"held": held, "solved_in_turns": turns})
@@ -131,8 +133,8 @@ def mine(
 
 
 def with_example(rules: Rules, mined: Sequence[Episode]) -> Rules:
-    """The shortest solved dialogue that repairs something stands before each question; the context
-    grows by as much."""
+    """Return rules that put the shortest solved dialogue with a repair before each question, and
+    extend the context by its length."""
     repairing = [episode for episode in mined if len(episode.turns) > 1]
     chosen = min(repairing or mined, key=lambda e: (len(e.token_ids), e.problem_id, e.token_ids))
     return replace(
@@ -149,8 +151,8 @@ def last_response(episode: Episode) -> Episode:
 def batches_of_last_responses(
     mined: Sequence[Episode], config: TrainConfig
 ) -> Iterator[list[Episode]]:
-    """Updates' worth of sequences, epoch after epoch in another order; actions are the tokens of
-    the last response."""
+    """Yield the sequences of each update, shuffled anew in each epoch; their actions are the tokens
+    of the last response."""
     size = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
     last = [last_response(episode) for episode in mined]
     waiting: list[Episode] = []
