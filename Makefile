@@ -72,20 +72,18 @@ test-gpu:
 bench-gpu:
 	-"$(GPU_PYTHON)" -m pip install --quiet --no-deps --requirement benchmarks/requirements-kernels.txt
 	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench kernels --json benchmarks/results/kernels.json
-	"$(GPU_PYTHON)" -m rlef_mega.bench.roofline benchmarks/results/kernels.json docs/images/kernels_roofline.png
 	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench slice llama31_8b --recompute none,selective,full --json benchmarks/results/train_slice.json
 
 bench: setup
 	"$(BIN)/rlef" bench train --json benchmarks/results/train.json
-	"$(BIN)/rlef" bench train --against-hf --json benchmarks/results/train_against_hf.json
-	"$(BIN)/rlef" bench packing --json benchmarks/results/packing.json
+	"$(BIN)/rlef" bench slice demo --json benchmarks/results/slice_demo.json
 	"$(BIN)/rlef" bench rollout --json benchmarks/results/rollout.json
 
 # TRL beside our learner; an environment of its own, so that the pinned packages stay as they are
 bench-trl: setup
 	[ -x .venv-bench/bin/python ] || "$(PYTHON)" -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --requirement benchmarks/requirements-trl.txt
-	"$(BIN)/rlef" bench train --against-trl --json benchmarks/results/train_against_trl.json
+	.venv-bench/bin/python -m pip install --quiet --requirement benchmarks/experiments/requirements-trl.txt
+	"$(BIN)/python" benchmarks/experiments/against_trl.py --json benchmarks/results/train_against_trl.json
 
 clean:
 	rm -rf "$(VENV)" .venv-sglang runs

@@ -423,8 +423,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="train, slice, rollout, e2e, dialogues, leaders, overlap, modes, scale, publish, "
-            "step, checkpoint, sandbox, kernels, packing, plan, convert, data; or compare"
+            help="kernels, slice, train, rollout, e2e, publish, checkpoint, convert, sandbox; "
+            "or compare"
         ),
     ],
     recipe: Annotated[
@@ -432,27 +432,28 @@ def bench(
     ] = "demo",
     newer: Annotated[Path | None, typer.Argument(help="compare: the newer JSON")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
-    against_trl: Annotated[bool, typer.Option(help="train: TRL's trainer beside ours")] = False,
-    against_hf: Annotated[bool, typer.Option(help="train: a plain loop beside ours")] = False,
-    layers: Annotated[str, typer.Option(help="slice: how many, or auto for what fits")] = "auto",
+    layers: Annotated[
+        str | None, typer.Option(help="slice: a number, or auto (the default) for what fits")
+    ] = None,
     recompute: Annotated[
-        str, typer.Option(help="slice: none, selective, full, or a list")
-    ] = "none",
+        str | None, typer.Option(help="slice: none (the default), selective, full, or a list")
+    ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="compare: how much worse is worse, as a fraction")
+        float, typer.Option(help="compare: the fraction by which a worse figure is reported")
     ] = 0.05,
 ) -> None:
-    """Measure throughput; a table, and JSON with device, versions and command. `rlef bench compare
-    OLD.json NEW.json` sets two such files beside each other and fails when something became
-    slower."""
+    """Measure throughput and print a table; --json also writes device, versions and command.
+
+    `rlef bench compare OLD.json NEW.json` compares two such files and fails if a figure became
+    worse."""
     if what == "compare":
         compare_benchmarks(Path(recipe), newer, tolerance)
         return
     if newer is not None:
-        raise ConfigError(f"`rlef bench {what}` takes one recipe; {newer} is one word too many")
-    from rlef_mega.bench import Options, run_benchmark
+        raise ConfigError(f"`rlef bench {what}` takes one recipe; remove {str(newer)!r}")
+    from rlef_mega.bench import run_benchmark
 
-    run_benchmark(what, recipe, out, Options(against_trl, against_hf, layers, recompute))
+    run_benchmark(what, recipe, out, layers=layers, recompute=recompute)
 
 
 def compare_benchmarks(old: Path, new: Path | None, tolerance: float) -> None:

@@ -1,18 +1,15 @@
-"""`rlef bench compare OLD.json NEW.json`: figure beside figure, and what became worse.
+"""`rlef bench compare OLD.json NEW.json`: the figures of two files beside each other.
 
-Which way is better follows from the unit. A figure is worse when its median is beyond the tolerance
-*and* the samples of the two files do not overlap: on a shared machine medians alone move. Files of
-different devices are compared, with a warning.
+Whether more is better follows from the unit. A figure is worse if its median is beyond the
+tolerance *and* the samples of the two files do not overlap: on a shared machine medians alone move.
+Files of different devices are compared with a warning.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from rlef_mega.bench.figures import readable
+from rlef_mega.bench.results import markdown, readable
 from rlef_mega.config import ConfigError
 
 MORE_IS_BETTER = ("/s", "/s/rank", "/s/GPU", "/hour")
@@ -20,46 +17,46 @@ LESS_IS_BETTER = ("s", "s a step", "ms", "us", "MiB", "GiB", "bytes", "B", "GPU 
 
 
 def compare(old: Path, new: Path, *, tolerance: float) -> list[str]:
-    """Print the table; names of the figures that became worse by more than `tolerance`, a
-    fraction. ConfigError for a file without figures, or files without a figure in common."""
+    """Print the table. Returns the names of the figures that became worse by more than `tolerance`,
+    a fraction. Raises ConfigError for a file without figures, or files with none in common."""
     before, after = read(old), read(new)
     names = [name for name in before["figures"] if name in after["figures"]]
     if not names:
         raise ConfigError(f"{old} and {new} have no figure in common; are they of one benchmark?")
-    console = Console()
     for what in ("device", "layout", "dtype", "model"):
         if before.get(what) != after.get(what):
-            console.print(f"WARNING: another {what}: {before.get(what)} and {after.get(what)}")
-    table = Table("figure", "old", "new", "unit", "change", "", title=f"{old} and {new}")
+            print(f"WARNING: {what} differs: {before.get(what)} and {after.get(what)}")
+    rows = [["figure", "old", "new", "unit", "change", ""]]
     worse = []
     for name in names:
         first, second = before["figures"][name], after["figures"][name]
         unit = first["unit"]
         change = second["median"] / first["median"] - 1 if first["median"] else 0.0
-        said = verdict(first, second, change, tolerance)
-        if said == "worse":
+        verdict = judge_change(first, second, change, tolerance)
+        if verdict == "worse":
             worse.append(name)
         cells = [readable(figure["median"], unit) for figure in (first, second)]
-        table.add_row(name, *cells, unit, f"{change:+.1%}", said)
-    console.print(table)
-    for where, missing in ((new, before), (old, after)):
-        lacking = [name for name in missing["figures"] if name not in names]
-        if lacking:
-            console.print(f"not in {where}: {', '.join(lacking)}")
+        rows.append([name, *cells, unit, f"{change:+.1%}", verdict])
+    print(markdown(rows))
+    for path, others in ((new, before), (old, after)):
+        if missing := [name for name in others["figures"] if name not in names]:
+            print(f"not in {path}: {', '.join(missing)}")
     return worse
 
 
-def verdict(first: dict[str, Any], second: dict[str, Any], change: float, tolerance: float) -> str:
-    """ "worse", "better", or nothing when it is neither or cannot be said."""
-    direction = better(first["unit"])
+def judge_change(
+    first: dict[str, Any], second: dict[str, Any], change: float, tolerance: float
+) -> str:
+    """Return "worse" or "better", or "" if the figure is neither or cannot be judged."""
+    direction = better_direction(first["unit"])
     apart = first["low"] > second["high"] or first["high"] < second["low"]
     if not direction or not apart or abs(change) <= tolerance:
         return ""
     return "better" if change * direction > 0 else "worse"
 
 
-def better(unit: str) -> int:
-    """1 when more is better, -1 when less is, 0 when it depends on the figure."""
+def better_direction(unit: str) -> int:
+    """Return 1 if more is better, -1 if less is, 0 if it depends on the figure."""
     if unit.endswith(MORE_IS_BETTER):
         return 1
     return -1 if unit in LESS_IS_BETTER else 0

@@ -1,13 +1,13 @@
-"""The peer that our learner is measured beside: Hugging Face's LlamaForCausalLM with PyTorch's
-AdamW, making the learner's policy update in a plain training loop.
+"""The peer of `rlef bench slice`: Hugging Face's LlamaForCausalLM with PyTorch's AdamW, making the
+learner's policy update in a plain training loop.
 
 Same weights, sequences, response tokens, loss (`ppo.policy_loss`), gradient clipping and optimizer
-arithmetic; micro-batches of its own, padded or packed. What favours the peer: the head runs on
-response tokens alone, as ours does; padded sequences go without a mask, since right padding and
-causality need none; gradients of bfloat16 weights add up in bfloat16 over micro-batches, where ours
-add up in fp32; no entropy is computed. Main weights and moments are fp32 on both sides.
+arithmetic; micro-batches of its own, of sequences of similar lengths, padded. What favours the
+peer: the head runs on response tokens alone, as ours does; there is no mask, since right padding
+and causality need none; gradients of bfloat16 weights add up in bfloat16 over micro-batches, ours
+in fp32; no entropy is computed. Main weights and moments are fp32 on both sides.
 
-Shape suffixes: B sequences, L tokens of the longest, T packed tokens, R response tokens.
+Shape suffixes: B sequences, L tokens of the longest, T tokens of a batch, R response tokens.
 """
 
 import importlib.util
@@ -17,24 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from rlef_mega import ppo
 from rlef_mega.config import OptimizerConfig
-from rlef_mega.packing import microbatches, spans
+from rlef_mega.packing import spans
 from rlef_mega.types import Batch, Targets
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
+# -------------------------------------------------------------------------------------- its batch
+
+
 @dataclass(frozen=True)
 class PeerBatch:
-    """One forward pass: ids as [B, L] with zeros at the end, or [1, T] with what tells the
-    sequences apart; and the constants of the loss at its response tokens.
-    """
+    """One forward pass: ids padded with zeros, and the constants of the loss at its response
+    tokens."""
 
-    token_ids: torch.Tensor
-    packing: dict[str, torch.Tensor | int]  # more arguments of the model
+    token_ids_BL: torch.Tensor
     rows_R: torch.Tensor  # into the flat hidden states, one before each response token
     ids_R: torch.Tensor
     old_R: torch.Tensor
@@ -42,33 +44,36 @@ class PeerBatch:
     advantages_R: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Form:
-    """How the peer lays a batch out: padded or packed, at most so many tokens (padding counts)."""
-
-    packed: bool
-    token_budget: int
-
-    @property
-    def name(self) -> str:
-        return f"{'packed' if self.packed else 'padded'}, {self.token_budget:,} tokens"
-
-
 def peer_batches(
-    batch: Batch, targets: Targets, form: Form, device: torch.device
-) -> list[PeerBatch]:
-    """All sequences of the batch as micro-batches of this form."""
-    lengths = batch.cu_seqlens.diff().tolist()
-    if form.packed:
-        parts = [part for part in microbatches(lengths, form.token_budget, 1)[0] if part]
-    else:
-        parts = list(similar_lengths(lengths, form.token_budget))
-    make = packed_batch if form.packed else padded_batch
-    return [make(batch, targets, part, device) for part in parts]
+    batch: Batch, targets: Targets, token_budget: int, device: torch.device
+) -> Iterator[PeerBatch]:
+    """Cut the batch into micro-batches of at most `token_budget` tokens, padding included."""
+    is_response_T = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    is_response_T[batch.action_positions_A] = True
+    for sequences in similar_lengths(batch.cu_seqlens.diff().tolist(), token_budget):
+
+        def padded(values_T: torch.Tensor, sequences: list[int] = sequences) -> torch.Tensor:
+            pieces = [values_T[spans(batch.cu_seqlens, [index])] for index in sequences]
+            return pad_sequence(pieces, batch_first=True)
+
+        ids_BL = padded(batch.token_ids_T)
+        responses_R = padded(is_response_T).flatten().nonzero()[:, 0]
+        actions_R = spans(batch.action_bounds, sequences)
+        constants = (
+            ids_BL.flatten()[responses_R],
+            targets.old_logprobs_A[actions_R],
+            batch.behaviour_logprobs_A[actions_R],
+            targets.advantages_A[actions_R],
+        )
+        yield PeerBatch(
+            ids_BL.to(device),
+            (responses_R - 1).to(device),
+            *(tensor_R.to(device) for tensor_R in constants),
+        )
 
 
 def similar_lengths(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Sorted by length, cut where the next sequence would exceed the budget, padding included."""
+    """Sort by length and cut where the next sequence would exceed the budget, padding included."""
     part: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if part and lengths[part[0]] * (len(part) + 1) > token_budget:
@@ -79,64 +84,13 @@ def similar_lengths(lengths: Sequence[int], token_budget: int) -> Iterator[list[
         yield part
 
 
-def packed_batch(
-    batch: Batch, targets: Targets, sequences: list[int], device: torch.device
-) -> PeerBatch:
-    positions_T = spans(batch.cu_seqlens, sequences)
-    lengths = batch.cu_seqlens.diff()[sequences]
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
-    packing: dict[str, torch.Tensor | int] = {
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
-        # read by flash attention alone, which would work them out in each layer
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": int(lengths.max()),
-        "max_length_k": int(lengths.max()),
-    }
-    rows_R = torch.isin(positions_T, batch.action_positions_A).nonzero().squeeze(1) - 1
-    ids = batch.token_ids_T[positions_T][None]
-    return PeerBatch(
-        ids.to(device), packing, rows_R.to(device), *constants(batch, targets, sequences, device)
-    )
-
-
-def padded_batch(
-    batch: Batch, targets: Targets, sequences: list[int], device: torch.device
-) -> PeerBatch:
-    positions_T = spans(batch.cu_seqlens, sequences)
-    lengths_B = batch.cu_seqlens.diff()[sequences].long()
-    longest = int(lengths_B.max())
-    sequence_T = torch.arange(len(sequences)).repeat_interleave(lengths_B)
-    places_T = sequence_T * longest + torch.cat([torch.arange(n) for n in lengths_B])
-    ids_BL = torch.zeros(len(sequences) * longest, dtype=torch.int64)
-    ids_BL[places_T] = batch.token_ids_T[positions_T]
-    rows_R = places_T[torch.isin(positions_T, batch.action_positions_A)] - 1
-    return PeerBatch(
-        ids_BL.view(-1, longest).to(device),
-        {},
-        rows_R.to(device),
-        *constants(batch, targets, sequences, device),
-    )
-
-
-def constants(
-    batch: Batch, targets: Targets, sequences: list[int], device: torch.device
-) -> tuple[torch.Tensor, ...]:
-    """Ids, old and behaviour log-probs and advantages of the response tokens."""
-    actions_R = spans(batch.action_bounds, sequences)
-    found = (
-        batch.token_ids_T[batch.action_positions_A[actions_R]],
-        targets.old_logprobs_A[actions_R],
-        batch.behaviour_logprobs_A[actions_R],
-        targets.advantages_A[actions_R],
-    )
-    return tuple(tensor.to(device) for tensor in found)
+# -------------------------------------------------------------------------------------- its heads
 
 
 def logits_head(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, ids_R: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Log-probs from logits that are stored, in fp32."""
+    """Return log-probs from stored logits, in fp32."""
     logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD).float()
     if temperature != 1.0:  # not another copy of the logits for nothing
         logits_RV = logits_RV / temperature
@@ -146,29 +100,16 @@ def logits_head(
 def liger_head(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, ids_R: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Log-probs by Liger's fused head in the form that is differentiable token by token; on Hopper
-    it wants the package nvidia-cutlass-dsl.
-    """
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-
-    nll_R = LigerFusedLinearScaledCrossEntropyFunction.apply(
-        hidden_RD, weight_VD, ids_R, temperature
-    )
-    return -nll_R.float()
-
-
-def liger_tensor_parallel_head(
-    hidden_RD: torch.Tensor, weight_VD: torch.Tensor, ids_R: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """The same on a tensor-parallel group of one, where without NVSHMEM Liger goes by chunks of
-    512 tokens.
-    """
+    """Return log-probs by Liger's fused head on a tensor-parallel group of one, the form that is
+    differentiable token by token and needs no further package on Hopper."""
     from liger_kernel.transformers.functional import liger_fused_linear_scaled_cross_entropy_tp
 
-    nll_R = liger_fused_linear_scaled_cross_entropy_tp(
-        hidden_RD, weight_VD, ids_R, torch.distributed.group.WORLD, temperature
-    )
-    return -nll_R.float()
+    group = torch.distributed.group.WORLD
+    compute = liger_fused_linear_scaled_cross_entropy_tp
+    return -compute(hidden_RD, weight_VD, ids_R, group, temperature).float()
+
+
+HEADS: dict[str, Head] = {"Liger": liger_head, "logits": logits_head}
 
 
 def has_liger(device: torch.device) -> bool:
@@ -176,8 +117,11 @@ def has_liger(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
+# -------------------------------------------------------------------------------------- its model
+
+
 class HuggingFacePolicy:
-    """A model and its optimizer. `update` is one step, as `Learner.update_policy` makes one."""
+    """A model and its optimizer; `update` makes the step that `Learner.update_policy` makes."""
 
     def __init__(
         self,
@@ -186,10 +130,12 @@ class HuggingFacePolicy:
         dtype: torch.dtype,
         optimizer: OptimizerConfig,
         *,
+        token_budget: int,
         temperature: float,
         clip_eps: float,
         recompute: bool = False,
     ) -> None:
+        self.device, self.dtype, self.token_budget = device, dtype, token_budget
         self.temperature, self.clip_eps = temperature, clip_eps
         self.clip_grad = optimizer.clip_grad or float("inf")
         model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
@@ -205,11 +151,9 @@ class HuggingFacePolicy:
         self.main = self.weights
         if dtype == torch.bfloat16:
             self.main = [weight.detach().float() for weight in self.weights]
-        decayed = [weight for weight in self.main if weight.dim() > 1]
-        others = [weight for weight in self.main if weight.dim() == 1]
         groups: list[dict[str, Any]] = [
-            {"params": decayed},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [weight for weight in self.main if weight.dim() > 1]},
+            {"params": [weight for weight in self.main if weight.dim() == 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
             groups,
@@ -220,53 +164,42 @@ class HuggingFacePolicy:
             fused=True,
         )
 
-    def use_attention(self, implementation: str) -> None:
-        self.model.set_attn_implementation(implementation)
+    def update(self, batch: Batch, targets: Targets, head: str) -> dict[str, float]:
+        """Make one optimizer step. Returns loss and gradient norm."""
+        found = self.gradients(batch, targets, head)
+        self.optimizer.step()
+        if self.main is not self.weights:
+            torch._foreach_copy_([weight.data for weight in self.weights], self.main)
+        self.optimizer.zero_grad()
+        return found
 
-    def update(self, batches: Sequence[PeerBatch], head: Head) -> dict[str, float]:
-        """Forward and backward of each micro-batch, clipped optimizer step: loss and gradient
-        norm.
-        """
-        tokens = sum(batch.ids_R.numel() for batch in batches)
+    def gradients(self, batch: Batch, targets: Targets, head: str) -> dict[str, float]:
+        """Compute the clipped gradients of all micro-batches. Returns loss and gradient norm."""
         for weight in self.weights:
             weight.grad = None
-        total = torch.zeros((), device=self.weights[0].device)
-        for batch in batches:
-            loss = self.loss(batch, head, tokens)
+        tokens = batch.num_actions
+        total = torch.zeros((), device=self.device)
+        for part in peer_batches(batch, targets, self.token_budget, self.device):
+            loss = self.loss(part, HEADS[head], tokens)
             loss.backward()
             total += loss.detach()
-        norm = self.step()
-        return {"policy_loss": float(total), "policy_grad_norm": norm}
-
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[PeerBatch], head: Head) -> float:
-        """The loss of an update that is not made."""
-        tokens = sum(batch.ids_R.numel() for batch in batches)
-        return sum(float(self.loss(batch, head, tokens)) for batch in batches)
-
-    def loss(self, batch: PeerBatch, head: Head, tokens: int) -> torch.Tensor:
-        outputs = self.model.model(batch.token_ids, use_cache=False, **batch.packing)
-        hidden_RD = outputs.last_hidden_state.flatten(0, 1)[batch.rows_R]
-        logprobs_R = head(hidden_RD, self.model.lm_head.weight, batch.ids_R, self.temperature)
-        loss, _ = ppo.policy_loss(
-            logprobs_R,
-            batch.old_R,
-            batch.behaviour_R,
-            batch.advantages_R,
-            clip_eps=self.clip_eps,
-            denominator=tokens,
-        )
-        return loss
-
-    def step(self) -> float:
         if self.main is not self.weights:
             for main, weight in zip(self.main, self.weights, strict=True):
                 main.grad = None if weight.grad is None else weight.grad.float()
                 weight.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.main, self.clip_grad)
-        self.optimizer.step()
-        if self.main is not self.weights:
-            torch._foreach_copy_([w.data for w in self.weights], self.main)
-            for main in self.main:
-                main.grad = None
-        return float(norm)
+        return {"policy_loss": float(total), "policy_grad_norm": float(norm)}
+
+    def loss(self, part: PeerBatch, head: Head, tokens: int) -> torch.Tensor:
+        outputs = self.model.model(part.token_ids_BL, use_cache=False)
+        hidden_RD = outputs.last_hidden_state.flatten(0, 1)[part.rows_R]
+        logprobs_R = head(hidden_RD, self.model.lm_head.weight, part.ids_R, self.temperature)
+        loss, _ = ppo.policy_loss(
+            logprobs_R,
+            part.old_R,
+            part.behaviour_R,
+            part.advantages_R,
+            clip_eps=self.clip_eps,
+            denominator=tokens,
+        )
+        return loss

@@ -4,203 +4,173 @@
 logits stored whole.
 
 Theory of operation. One process. Cases (a shape, a number of tokens, masked or not) run in order of
-importance until the time is up; what was left out, and which baseline could not run and why, goes
-into the report. Each method is warmed up first, which compiles it. A GPU's times are taken by its
-own events, its memory by PyTorch's allocator; a CPU's by the clock, its memory by counting tensors.
-Names of figures are "shape | tokens | masked | method | quantity", which `bench/roofline.py` reads.
+importance until the time is up. Skipped measurements, and peers that cannot run, are listed in the
+results with their reasons. A GPU's times are taken by its own events, its memory by PyTorch's
+allocator; a CPU's by the clock, its memory by counting tensors. Figures are named
+"shape | tokens | masked | method | quantity"; the rate counts the products of the definition, for
+unmasked tokens.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from rlef_mega.bench import kernel_small
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark
-from rlef_mega.bench.kernel_methods import METHODS, Method, Problem, UnavailableError
-from rlef_mega.bench.measure import Measurement, measure_call
+from rlef_kernels import linear_kl, linear_kl_reference
+from rlef_mega.bench.kernel_methods import METHODS, HeadInputs, Method
+from rlef_mega.bench.measure import measure_call
+from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError
 
 TIME_LIMIT_S = 420.0  # of the 8 minutes that the whole command may take
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
     name: str
     width: int
     vocabulary: int
 
 
-LLAMA_8B = Shape("8B", 4096, 128256)
-LLAMA_70B_TP8 = Shape("70B, TP8", 8192, 16032)
-SMOLLM2 = Shape("SmolLM2", 576, 49152)
-
-
 @dataclass(frozen=True)
-class Case:
-    shape: Shape
+class HeadCase:
+    shape: HeadShape
     tokens: int
-    masked: float = 0.0
+    masked: float = 0.0  # the fraction of tokens
 
 
+LLAMA_8B = HeadShape("8B", 4096, 128256)
+LLAMA_70B_TP8 = HeadShape("70B, TP8", 8192, 16032)
+SMOLLM2 = HeadShape("SmolLM2", 576, 49152)
+DEMO = HeadShape("demo", 128, 640)
+HEADS = (LLAMA_8B, LLAMA_70B_TP8, SMOLLM2)
 # most important first
 GPU_CASES = (
-    Case(LLAMA_8B, 8192),
-    Case(LLAMA_8B, 8192, masked=0.5),
-    Case(LLAMA_70B_TP8, 8192),
-    Case(LLAMA_8B, 2048),
-    Case(LLAMA_70B_TP8, 2048),
-    Case(SMOLLM2, 8192),
-    Case(SMOLLM2, 2048),
-    Case(LLAMA_8B, 32768),
-    Case(LLAMA_70B_TP8, 32768),
-    Case(SMOLLM2, 32768),
-    Case(LLAMA_70B_TP8, 8192, masked=0.5),
-    Case(SMOLLM2, 8192, masked=0.5),
+    HeadCase(LLAMA_8B, 8192),
+    HeadCase(LLAMA_8B, 8192, masked=0.5),
+    *(HeadCase(shape, 8192) for shape in HEADS[1:]),
+    *(HeadCase(shape, tokens) for tokens in (2048, 32768) for shape in HEADS),
+    *(HeadCase(shape, 8192, masked=0.5) for shape in HEADS[1:]),
 )
-CPU_CASES = (
-    Case(Shape("demo", 128, 640), 2048),
-    Case(Shape("demo", 128, 640), 2048, masked=0.5),
-    Case(SMOLLM2, 1024),
-)
+CPU_CASES = (HeadCase(DEMO, 2048), HeadCase(DEMO, 2048, masked=0.5), HeadCase(SMOLLM2, 1024))
 
 
 @dataclass
-class Run:
-    """What was measured, and why the rest was not."""
+class Measurements:
+    """The figures of one run, and the reasons for those that are missing."""
 
     device: torch.device
     dtype: torch.dtype
-    limit_s: float
+    limit_s: float = TIME_LIMIT_S
     sample_s: float = 0.4
     started: float = field(default_factory=time.monotonic)
     figures: list[Figure] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() - self.started > self.limit_s
+    def attempt(self, name: str, measure: Callable[[], None]) -> None:
+        """Measure unless the time is up. A method may fail on a shape in its own ways, running out
+        of memory among them; that costs its own figures only."""
+        if time.monotonic() - self.started > self.limit_s:
+            self.skipped[name] = "the time was up"
+            return
+        try:
+            measure()
+        except Exception as error:
+            self.skipped[name] = f"{type(error).__name__}: {error}"[:300]
+
+    def add(self, name: str, call: Callable[[], object], flops: float = 0.0) -> None:
+        """Add the call's time and memory, and its rate if its FLOPs are given."""
+        measured = measure_call(call, self.device, self.sample_s)
+        self.figures += [
+            Figure(name, "ms", tuple(1e3 * s for s in measured.seconds)),
+            Figure(f"{name}, memory", "MiB", (measured.peak_bytes / 2**20,)),
+        ]
+        if flops:
+            rates = tuple(flops / s / 1e12 for s in measured.seconds)
+            self.figures.append(Figure(f"{name}, rate", "TFLOP/s", rates))
 
 
-def benchmark(where: str) -> Report:
-    """`where`: "cpu", or anything else for the GPU."""
+def benchmark(where: str) -> Results:
+    """Measure on the CPU if `where` is "cpu", else on the GPU. Raises ConfigError without one."""
     if where == "cpu":
-        run = Run(torch.device("cpu"), torch.float32, TIME_LIMIT_S)
-        return compare(run, CPU_CASES, METHODS, "rlef bench kernels cpu")
+        run = Measurements(torch.device("cpu"), torch.float32)
+        return measure_heads(run, CPU_CASES, METHODS, "rlef bench kernels cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
-            "`rlef bench kernels` needs an NVIDIA GPU, and PyTorch finds none here; "
+            "`rlef bench kernels` needs an NVIDIA GPU, and PyTorch finds none; "
             "`rlef bench kernels cpu` measures the forms that CPUs use"
         )
-    run = Run(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, TIME_LIMIT_S)
-    return compare(run, GPU_CASES, METHODS, "rlef bench kernels")
+    run = Measurements(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
+    return measure_heads(run, GPU_CASES, METHODS, "rlef bench kernels")
 
 
-def compare(run: Run, cases: tuple[Case, ...], methods: tuple[Method, ...], title: str) -> Report:
-    ready = dict(prepared(run, methods))
+def measure_heads(
+    run: Measurements, cases: Sequence[HeadCase], methods: Sequence[Method], title: str
+) -> Results:
+    run.skipped = {m.name: reason for m in methods if (reason := m.unavailable(run.device))}
+    available = [method for method in methods if method.name not in run.skipped]
     for case in cases:
-        measure_case(run, case, ready)
-    try:
-        run.figures += kernel_small.figures(run.device, run.sample_s)
-    except Exception as error:  # the heads' figures are not lost with it
-        run.skipped["small kernels"] = f"{type(error).__name__}: {error}"[:300]
-    notes = tuple(f"not measured: {name}: {reason}" for name, reason in run.skipped.items())
-    shapes = {case.shape.name: [case.shape.width, case.shape.vocabulary] for case in cases}
+        label = f"{case.shape.name} | {case.tokens} | {case.masked:.0%}"
+        run.attempt(label, partial(measure_case, run, case, label, available))
+    run.attempt("linear_kl", partial(measure_kl, run))
     about = describe_benchmark(
         dtype=str(run.dtype).removeprefix("torch."),
-        shapes=shapes,
+        shapes={case.shape.name: [case.shape.width, case.shape.vocabulary] for case in cases},
         products={method.name: list(method.products) for method in methods},
-        gpu=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
     )
-    return Report(title, about, tuple(run.figures), notes)
+    notes = tuple(f"not measured: {name}: {reason}" for name, reason in run.skipped.items())
+    return Results(title, about, tuple(run.figures), notes)
 
 
-def prepared(
-    run: Run, methods: tuple[Method, ...]
-) -> Iterator[tuple[Method, Callable[[Problem], torch.Tensor]]]:
+def measure_case(run: Measurements, case: HeadCase, label: str, methods: Sequence[Method]) -> None:
+    inputs = make_inputs(run.device, run.dtype, case)
+    # FLOPs of one product of the unmasked tokens with the head
+    product = 2.0 * case.tokens * (1 - case.masked) * case.shape.width * case.shape.vocabulary
+
+    def measure(method: Method, name: str) -> None:
+        def forward() -> None:
+            with torch.no_grad():
+                method.loss(inputs)
+
+        def train() -> None:
+            method.loss(inputs).backward()
+            inputs.forget_gradients()
+
+        once, whole = method.products
+        run.add(f"{name} | forward", forward, once * product)
+        if whole is not None:
+            run.add(f"{name} | forward and backward", train, whole * product)
+
     for method in methods:
-        try:
-            yield method, method.prepare(run.device)
-        except UnavailableError as reason:
-            run.skipped[method.name] = str(reason)
+        if method.masks or not case.masked:
+            name = f"{label} | {method.name}"
+            run.attempt(name, partial(measure, method, name))
+            inputs.forget_gradients()
 
 
-def measure_case(
-    run: Run, case: Case, ready: dict[Method, Callable[[Problem], torch.Tensor]]
-) -> None:
-    label = f"{case.shape.name} | {case.tokens} | {case.masked:.0%}"
-    if run.is_over:
-        run.skipped[label] = "the time was up"
-        return
-    problem = make_problem(run, case)
-    for method, function in ready.items():
-        if case.masked and not method.masks:
-            continue
-        if run.is_over:
-            run.skipped[f"{label} | {method.name}"] = "the time was up"
-            continue
-        try:
-            measure_method(run, f"{label} | {method.name}", method, function, problem)
-        # a baseline may fail on a shape in its own ways, running out of memory among them
-        except Exception as error:
-            run.skipped[f"{label} | {method.name}"] = f"{type(error).__name__}: {error}"[:300]
-        forget_gradients(problem)
-
-
-def measure_method(
-    run: Run,
-    label: str,
-    method: Method,
-    function: Callable[[Problem], torch.Tensor],
-    problem: Problem,
-) -> None:
-    def forward() -> None:
-        with torch.no_grad():
-            function(problem)
-
-    def train() -> None:
-        function(problem).backward()
-        forget_gradients(problem)
-
-    run.figures += as_figures(label, "forward", measure_call(forward, run.device, run.sample_s))
-    if method.products[1] is not None:
-        whole = measure_call(train, run.device, run.sample_s)
-        run.figures += as_figures(label, "forward and backward", whole)
-
-
-def as_figures(label: str, what: str, measured: Measurement) -> list[Figure]:
-    return [
-        Figure(f"{label} | {what}", "ms", tuple(1e3 * s for s in measured.seconds)),
-        Figure(f"{label} | {what}, memory", "MiB", (measured.peak_bytes / 2**20,)),
-    ]
-
-
-def forget_gradients(problem: Problem) -> None:
-    problem.hidden_TD.grad = problem.weight_VD.grad = None
-
-
-def make_problem(run: Run, case: Case) -> Problem:
-    """Random, with logits of spread 1 or so and tokens at random masked."""
-    generator = torch.Generator(run.device).manual_seed(0)
+def make_inputs(device: torch.device, dtype: torch.dtype, case: HeadCase) -> HeadInputs:
+    """Make random inputs with logits of spread about 1; masked tokens are chosen at random."""
+    generator = torch.Generator(device).manual_seed(0)
     tokens, width, vocabulary = case.tokens, case.shape.width, case.shape.vocabulary
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=run.device)
+        return torch.randn(shape, generator=generator, device=device)
 
-    hidden_TD = normal(tokens, width).to(run.dtype).requires_grad_()
-    weight_VD = torch.empty(vocabulary, width, dtype=run.dtype, device=run.device)
+    hidden_TD = normal(tokens, width).to(dtype).requires_grad_()
+    weight_VD = torch.empty(vocabulary, width, dtype=dtype, device=device)
     for part in weight_VD.split(4096):  # not all of it in fp32 at once
         part.copy_(normal(*part.shape) / width**0.5)
     weight_VD.requires_grad_()
     weight_VD.main_grad = torch.zeros(  # type: ignore[attr-defined]
-        vocabulary, width, dtype=torch.float32, device=run.device
+        vocabulary, width, dtype=torch.float32, device=device
     )
-    target_T = torch.randint(vocabulary, (tokens,), generator=generator, device=run.device)
-    uniform_T = torch.rand(tokens, generator=generator, device=run.device)
+    target_T = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
+    uniform_T = torch.rand(tokens, generator=generator, device=device)
     noise, usual = normal(4, tokens), math.log(vocabulary)
-    return Problem(
+    return HeadInputs(
         hidden_TD,
         weight_VD,
         target_T,
@@ -208,3 +178,20 @@ def make_problem(run: Run, case: Case) -> Problem:
         noise[0] / tokens,
         (0.2 * noise[1] - usual, 0.2 * noise[2] - usual, noise[3]),
     )
+
+
+def measure_kl(run: Measurements) -> None:
+    """Add the KL between two heads' distributions: ours, and PyTorch's from stored logits."""
+    tokens, width, vocabulary = (2048, 4096, 128256) if run.device.type == "cuda" else (64, 32, 512)
+    inputs = [
+        torch.randn(rows, width, device=run.device, dtype=run.dtype) / width**0.25
+        for rows in (tokens, vocabulary) * 2
+    ]
+    for tensor in inputs[:2]:
+        tensor.requires_grad_()
+    for compute in (linear_kl, linear_kl_reference):
+
+        def train(compute: Callable[..., torch.Tensor] = compute) -> None:
+            torch.autograd.grad(compute(*inputs).sum(), inputs[:2])
+
+        run.add(f"{compute.__name__} | forward and backward", train)

@@ -1,28 +1,47 @@
-"""Seconds and bytes of one call, on a GPU or a CPU."""
+"""Seconds and bytes of one call on a GPU or a CPU, and what a device could reach."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-from rlef_mega.bench.memory import AllocatedBytes
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FEWEST, MOST = 3, 20  # samples
+# Dense bf16 tensor-core FLOP/s by a part of CUDA's device name, the more specific name first.
+# NVIDIA's data sheets print the sparse rate, which is twice the dense one: H100 (SXM 1,979, PCIe
+# 1,513, NVL 1,671 TFLOPS), H200 (1,979), B200 (4,500); A100 (312, dense).
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_flops(name: str) -> float | None:
+    """Return the data sheet's dense bf16 FLOP/s, or None for a device not in the table."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 @dataclass(frozen=True)
 class Measurement:
     seconds: tuple[float, ...]
-    peak_bytes: int  # beyond what was there before the call
+    peak_bytes: int  # beyond those allocated before the call
 
 
 def measure_call(
     function: Callable[[], object], device: torch.device, sample_s: float
 ) -> Measurement:
-    """After a warm-up, which compiles and says how long a call takes: samples for about `sample_s`
-    seconds.
-    """
+    """Measure a call after a warm-up, which compiles; take samples for about `sample_s` seconds."""
     function()
     peak = peak_bytes(function, device)
     first = seconds(function, device)
@@ -31,10 +50,9 @@ def measure_call(
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call: on a GPU, those between two of its events."""
     if device.type != "cuda":
-        started = time.perf_counter()
-        function()
-        return time.perf_counter() - started
+        return wall_seconds(function, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -44,9 +62,8 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def wall_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """By the clock, from an idle device to an idle device: for whole phases, whose work on the host
-    and on other streams (copies, collectives) counts too.
-    """
+    """Return the seconds from an idle device to an idle device, for whole phases: their work on
+    the host and on other streams (copies, collectives) counts too."""
     wait(device)
     started = time.perf_counter()
     function()
@@ -60,13 +77,48 @@ def wait(device: torch.device) -> None:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that a call allocates at once."""
     if device.type != "cuda":
         with AllocatedBytes() as memory:
             function()
         return memory.peak
-    torch.cuda.synchronize(device)
+    wait(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     function()
-    torch.cuda.synchronize(device)
+    wait(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made under it, on any device; `peak` is the most alive at once.
+    Memory that an operation allocates and frees within itself does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.from_before: set[int] = set()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                key = tensor.untyped_storage()._cdata
+                if key not in self.alive:
+                    self.from_before.add(key)
+        result = self.call(func, args, kwargs)
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def call(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        if storage._cdata in self.from_before:
+            return
+        self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))

@@ -1,6 +1,7 @@
-"""How weights reach SGLang servers: seconds and bytes a second of each way, verification included.
+"""`rlef bench publish`: seconds and bytes a second of each way in which weights reach SGLang
+servers, verification included.
 
-Two real servers of this machine serve a Llama with random weights, of a size at which copying
+Two real servers on this machine serve a Llama with random weights, large enough that copying
 counts. Nothing is gathered: the weights are at hand, as in a trainer of one process. The recipe
 says how servers are started (`rollout.servers`: device, Python, arguments).
 """
@@ -8,30 +9,24 @@ says how servers are started (`rollout.servers`: device, Python, arguments).
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
 
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark
+from rlef_mega.bench.random_model import write_model
+from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.engines.sglang.engine import WAYS, SGLangEngine
 from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
+from rlef_mega.flops import LlamaShape
 
 REPEATS = 5
 CONTEXT = 512
-SHAPE: dict[str, Any] = {  # 82M parameters, 327 MB in fp32
-    "vocab_size": 16384,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 9,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-}
+SHAPE = LlamaShape(9, 768, 2048, 12, 4, 64, vocabulary=16384)  # 82M parameters, 327 MB in fp32
 
 
-def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
+def benchmark(recipe: str, shape: LlamaShape = SHAPE) -> Results:
     config = load_config(find_recipe(recipe), [], TrainConfig)
     asked = config.rollout.servers
     if config.rollout.engine != "sglang":
@@ -40,16 +35,13 @@ def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
         )
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as name:
         folder = Path(name)
-        model = LlamaForCausalLM(
-            LlamaConfig(**shape, max_position_embeddings=CONTEXT + SPARE_TOKENS)
-        ).to(getattr(torch, config.model.dtype))
-        model.save_pretrained(folder / "model")
-        # a server does not start without one
-        train_tokenizer(folder / "model", shape["vocab_size"])
-        weights = model.state_dict()
+        model, dtype = folder / "model", getattr(torch, config.model.dtype)
+        write_model(model, shape, dtype, max_position_embeddings=CONTEXT + SPARE_TOKENS)
+        train_tokenizer(model, shape.vocabulary)  # a server does not start without one
+        weights = load_file(model / "model.safetensors")
         servers = ServerProcesses(
             asked.model_copy(update={"count": 2, "release_memory": False}),
-            folder / "model",
+            model,
             dtype=config.model.dtype,
             context_length=CONTEXT,
             logs=folder / "logs",
@@ -69,17 +61,17 @@ def benchmark(recipe: str, shape: dict[str, Any] = SHAPE) -> Report:
         servers=len(servers.urls),
         server_settings=asked.model_dump(include={"device", "tensor_parallel_size", "arguments"}),
         dtype=config.model.dtype,
-        shape=shape,
+        shape=vars(shape),
         weights_bytes=size,
     )
     notes = ("hashing what is sent, and on the servers what arrived, is part of each publication",)
-    return Report(f"rlef bench publish: {recipe}", about, tuple(figures), notes, pivoted=True)
+    return Results(f"rlef bench publish: {recipe}", about, tuple(figures), notes)
 
 
 def measure(
     way: str, urls: list[str], folder: Path, weights: dict[str, torch.Tensor]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Seconds of each publication after the first, and in which servers stood still."""
+    """Return the seconds of each publication after the first, and those that servers paused."""
     wall_s, paused_s = [], []
     with SGLangEngine(
         urls, folder / "model", way=way, weights_folder=folder / "weights", logs=folder / "logs"

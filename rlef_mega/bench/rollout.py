@@ -1,37 +1,37 @@
-"""How fast dialogues are: generation by the embedded engine, grading in the sandbox, and what is
-left of a wave.
+"""`rlef bench rollout`: generation by the embedded engine, grading in the sandbox, and the rest of
+a wave of dialogues.
 
-The recipe's model where it is on this machine. Random weights write no valid code, so with those
-hardly anything is graded and only generation means something. Run as a module it is the worker.
+Random weights write no valid code, so without the recipe's model hardly anything is graded and only
+generation means something. Run as a module it is the worker.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rlef_mega.bench.figures import Figure, Report, shares
-from rlef_mega.bench.workload import RESULT, workload
-from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.bench.results import Figure, Results, shares
+from rlef_mega.bench.workload import run_rank, workload
+from rlef_mega.config import TrainConfig
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, open_grader
 from rlef_mega.dialogues.rollout import DialogueLoop, derive_seed
 from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.local import LocalEngine
-from rlef_mega.megatron import parallel
+from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.parts import dialogue_rules
 from rlef_mega.problems import load_problems, sample
-from rlef_mega.run.launch import STOPPED, StopRequest, sandbox_token, worker_main
-from rlef_mega.run.ranks import any_rank, gather
+from rlef_mega.run.launch import sandbox_token
+from rlef_mega.run.ranks import gather
 from rlef_mega.types import Completion, Problem, Verdict
 
 REPEATS = 5
 
 
-def benchmark(recipe: str) -> Report:
+def benchmark(recipe: str) -> Results:
     with workload(recipe) as work:
         measured = work.run("rlef_mega.bench.rollout")
         config = work.config
@@ -41,11 +41,11 @@ def benchmark(recipe: str) -> Report:
             judge_workers=config.judge.workers,
             threads_per_process=measured["threads"],
         )
-    return Report(f"rlef bench rollout: {recipe}", about, figures(measured["waves"]))
+    return Results(f"rlef bench rollout: {recipe}", about, figures(measured["waves"]))
 
 
 def figures(waves: Sequence[dict]) -> tuple[Figure, ...]:
-    """`waves`: a list a repeat of what each rank counted."""
+    """`waves` holds what each rank counted, a list for each repeat."""
 
     def total(name: str) -> list[float]:
         return [sum(rank[name] for rank in wave) for wave in waves]
@@ -103,10 +103,7 @@ class TimedJudge(Judge):
                 self.seconds += time.perf_counter() - self.begun
 
 
-def work(folder: Path) -> int:
-    config = load_config(folder / "config.toml", [], TrainConfig)
-    ranks = parallel.initialize(config.parallel, seed=config.run.seed)
-    stop = StopRequest(folder / "stop")
+def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     problems = load_problems(config.data.train)
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
@@ -116,14 +113,12 @@ def work(folder: Path) -> int:
     with open_grader(**config.judge.model_dump(), token=sandbox_token()) as grader:
         judge = TimedJudge(grader)
         for repeat in range(1 + REPEATS):
-            if any_rank(stop.requested()):
-                return STOPPED
             engine.tokens, engine.seconds = 0, 0.0
             judge.runs, judge.seconds = 0, 0.0
             chosen = sample(problems, repeat, config.rollout.episodes_per_batch, config.run.seed)
             dist.barrier()  # all ranks begin together
             begun = time.perf_counter()
-            held = DialogueLoop(engine, judge, chat, rules).run_on_all_ranks(
+            rolled_out = DialogueLoop(engine, judge, chat, rules).run_on_all_ranks(
                 chosen, derive_seed(config.run.seed, repeat)
             )
             counted = {
@@ -132,15 +127,11 @@ def work(folder: Path) -> int:
                 "grade": judge.seconds,
                 "tokens": engine.tokens,
                 "runs": judge.runs,
-                "dialogues": len(held.episodes) / ranks.world_size,
+                "dialogues": len(rolled_out.episodes) / ranks.world_size,
             }
             waves.append(gather(counted))
-    if ranks.is_writer:
-        measured = {"waves": waves[1:], "threads": torch.get_num_threads()}
-        (folder / RESULT).write_text(json.dumps(measured))
-    parallel.shutdown(ranks)
-    return 0
+    return {"waves": waves[1:], "threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":
-    worker_main(work)
+    run_rank(measure)

@@ -1,5 +1,7 @@
-"""How fast programs are graded, beside what one would use instead: the sandbox's own benchmark
-(sandbox/benchmarks/bench_grade.py) in the form of the other figures."""
+"""`rlef bench sandbox`: how fast programs are graded, beside other ways of running them.
+
+Runs the sandbox's own benchmark (sandbox/benchmarks/bench_grade.py) and returns its figures in the
+form of the others."""
 
 import json
 import subprocess
@@ -7,29 +9,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark
+from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError
 
 SCRIPT = Path(__file__).parents[2] / "sandbox/benchmarks/bench_grade.py"
 ROUNDS = 5
 
 
-def benchmark(*, rounds: int = ROUNDS, runs: int = 200) -> Report:
+def benchmark(*, rounds: int = ROUNDS, runs: int = 200) -> Results:
     if not SCRIPT.is_file():
         raise ConfigError(f"no file {SCRIPT}: this benchmark needs a checkout of the repository")
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as folder:
         path = Path(folder) / "figures.json"
-        subprocess.run(
-            [
-                *(sys.executable, str(SCRIPT), "--rounds", str(rounds), "--runs", str(runs)),
-                *("--json", str(path)),
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        options = ["--rounds", str(rounds), "--runs", str(runs), "--json", str(path)]
+        command = [sys.executable, str(SCRIPT), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         report = json.loads(path.read_text())
     figures = tuple(
         Figure(name, unit, tuple(samples)) for name, (unit, samples) in report["figures"].items()
     )
     about = {name: report[name] for name in ("kernel", "cores", "load_before", "rounds")}
-    return Report("rlef bench sandbox", describe_benchmark(**about), figures)
+    return Results("rlef bench sandbox", describe_benchmark(**about), figures)

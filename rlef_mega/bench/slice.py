@@ -1,12 +1,13 @@
-"""`rlef bench slice RECIPE`: a training step of the recipe's model, cut down to as many layers as
-fit one device, phase by phase, and its policy update beside Hugging Face with Liger's kernels.
+"""`rlef bench slice RECIPE`: a training step of the recipe's model, cut to as many layers as fit
+one device, phase by phase, and its policy update beside Hugging Face's with Liger's kernels.
 
 Theory of operation. The command writes the slice's random weights and a request into a temporary
-folder and starts workers one after the other, each a process of its own, so that each begins with
-an empty device: `slice_phases` for each recompute mode, and `slice_peers`. Every worker gets the
-same deadline, starts no measurement after it and writes what it has; one that fails costs its own
-figures and leaves its reason in the report. Nothing here needs CUDA: on a CPU the same code runs on
-the demo's shape.
+folder and starts workers (`slice_worker`) one after the other, each a process of its own, so that
+each begins with an empty device: one for the phases of each recompute mode, and one beside the
+peer. Every worker gets the
+same deadline, starts no measurement after it and writes what it has; one that fails loses its own
+figures, and the results give the reason. Nothing needs CUDA: on a CPU the same code runs on the
+demo's shape.
 
 Counting (`rlef_mega/flops.py`): causal attention, no embedding, no recomputation, the critic
 without a head, and of the head's products those for the response tokens, the only ones its loss
@@ -16,18 +17,17 @@ reads. The usual convention counts the head for all tokens; that figure stands a
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from rlef_mega.bench import beside_hf
-from rlef_mega.bench.devices import device_name, peak_flops
-from rlef_mega.bench.figures import Figure, Report, describe_benchmark
-from rlef_mega.bench.slice_model import REQUEST, find_shape, layers_that_fit, write_model
-from rlef_mega.bench.workload import RESULT
+from rlef_mega.bench.measure import device_name, peak_flops
+from rlef_mega.bench.random_model import find_shape, layers_that_fit, write_model
+from rlef_mega.bench.results import Figure, Results, describe_benchmark
+from rlef_mega.bench.workload import REQUEST, run_worker
 from rlef_mega.config import (
     ConfigError,
     ParallelConfig,
@@ -36,19 +36,11 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.flops import (
-    LlamaShape,
-    forward_flops,
-    recomputed_flops,
-    training_flops,
-)
-from rlef_mega.run.launch import launch
+from rlef_mega.flops import LlamaShape, forward_flops, recomputed_flops, training_flops
 
 TIME_LIMIT_S = 390.0  # of the 7 minutes that the command may take: the last measurement ends too
 REPEATS = 7
 RECOMPUTE = ("none", "selective", "full")
-UTILISATION_GOAL = 0.45
-PEER_GOAL = 1.15
 UPDATES = ("policy update", "critic update")
 
 
@@ -62,10 +54,12 @@ def benchmark(
     repeats: int = REPEATS,
     dtype: str | None = None,
     limit_s: float = TIME_LIMIT_S,
-) -> Report:
-    """`layers`: a number, or "auto" for what fits; `recompute`: modes, with commas between; the
-    first is the one whose phases are measured. `microbatch_tokens` 0: 8,192 on a GPU, 2,048
-    elsewhere. An update has `microbatches` of them.
+) -> Results:
+    """Measure the slice.
+
+    `layers` is a number, or "auto" for what fits; `recompute` lists modes separated by commas, and
+    the first is the one whose phases are all measured. `microbatch_tokens` 0 means 8,192 on a GPU
+    and 2,048 elsewhere. An update has `microbatches` of them.
     """
     deadline = time.time() + limit_s
     modes = recompute.split(",")
@@ -73,30 +67,46 @@ def benchmark(
         raise ConfigError(f"--recompute {sorted(unknown)}: known are {', '.join(RECOMPUTE)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(find_recipe(recipe), [], TrainConfig)
-    config = in_dtype(config, dtype or config.model.dtype)
-    tokens = microbatch_tokens or (8192 if device.type == "cuda" else 2048)
+    if dtype:
+        model = config.model.model_copy(update={"dtype": dtype})
+        config = config.model_copy(update={"model": model})
     torch_dtype = getattr(torch, config.model.dtype)
+    tokens = microbatch_tokens or (8192 if device.type == "cuda" else 2048)
     whole = find_shape(recipe)
     shape = whole.with_layers(how_many_layers(layers, whole, device, torch_dtype, tokens))
+    request = {
+        "microbatches": microbatches,
+        "microbatch_tokens": tokens,
+        "repeats": repeats,
+        "deadline": deadline,
+        "shape": vars(shape),
+    }
     with tempfile.TemporaryDirectory(prefix="rlef-slice-") as name:
-        folder = Path(name)
-        write_model(folder / "model", shape, torch_dtype, device)
+        write_model(Path(name) / "model", shape, torch_dtype, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the workers need all of it
-        request = {
-            "microbatches": microbatches,
-            "microbatch_tokens": tokens,
-            "repeats": repeats,
-            "deadline": deadline,
-            "shape": vars(shape),
-        }
-        found, failures = run_workers(folder, config, request, modes)
-    report = Slice(shape, found, failures, modes, config.model.dtype, device_name(device))
-    return report.as_report(f"rlef bench slice: {recipe}", whole)
-
-
-def in_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+        found, failures = run_workers(Path(name), config, request, modes)
+    name = device_name(device)
+    # the table holds bfloat16 peaks
+    peak = peak_flops(name) if config.model.dtype == "bfloat16" else None
+    phases = found.get(f"phases, {modes[0]}", {})
+    missing = [f"{worker}: {reason}" for worker, reason in failures.items()]
+    missing += [what for measured in found.values() for what in measured["unmeasured"]]
+    about = describe_benchmark(
+        model=f"random weights, {shape.layers} of {whole.layers} layers",
+        shape=vars(shape),
+        dtype=config.model.dtype,
+        recompute=modes,
+        **{of: phases.get(of) for of in ("accelerations", "batch", "memory", "load_average")},
+        peak_tflops=peak and peak / 1e12,
+        peers={of: found.get("peers", {}).get(of) for of in ("peer", "first")},
+    )
+    return Results(
+        f"rlef bench slice: {recipe}",
+        about,
+        tuple(figures(shape, found, modes, peak)),
+        tuple(f"not measured: {what}" for what in missing),
+    )
 
 
 def how_many_layers(
@@ -116,32 +126,29 @@ def how_many_layers(
 def run_workers(
     folder: Path, config: TrainConfig, request: dict[str, Any], modes: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What each worker measured, by its name; why others measured nothing."""
+    """Return what each worker measured, and the reasons of those that failed, by name."""
     found, failures = {}, {}
-    for name, module, mode in [
-        (f"phases, {modes[0]}", "rlef_mega.bench.slice_phases", modes[0]),
-        ("peers", "rlef_mega.bench.slice_peers", modes[0]),
-        *((f"phases, {mode}", "rlef_mega.bench.slice_phases", mode) for mode in modes[1:]),
-    ]:
+    workers = [(f"phases, {mode}", mode) for mode in modes]
+    workers.insert(1, ("peers", modes[0]))
+    for name, mode in workers:
         if time.time() > request["deadline"]:
             failures[name] = "the time was up"
             continue
-        place = folder / name.replace(", ", "-")
-        place.mkdir()
-        (place / "config.toml").write_text(dump_toml(slice_config(config, folder, request, mode)))
-        (place / REQUEST).write_text(json.dumps(request))
-        code = launch(module, place, 1)
-        if code or not (place / RESULT).is_file():
-            failures[name] = f"{module} ended with exit code {code}"
-        else:
-            found[name] = json.loads((place / RESULT).read_text())
+        own = folder / name.replace(", ", "-")
+        own.mkdir()
+        (own / "config.toml").write_text(dump_toml(slice_config(config, folder, request, mode)))
+        (own / REQUEST).write_text(json.dumps(request | {"peer": name == "peers"}))
+        try:
+            found[name] = run_worker("rlef_mega.bench.slice_worker", own, 1)
+        except RuntimeError as error:
+            failures[name] = str(error)
     return found, failures
 
 
 def slice_config(
     config: TrainConfig, folder: Path, request: dict[str, Any], recompute: str
 ) -> TrainConfig:
-    """The recipe on one process, with the slice for its model."""
+    """Return the recipe on one process with the slice as its model."""
     model = {"path": str(folder / "model"), "shape": None, "recompute": recompute}
     learner = {"microbatch_tokens": request["microbatch_tokens"]}
     return config.model_copy(
@@ -153,124 +160,72 @@ def slice_config(
     )
 
 
-class Slice:
-    """What the workers found, as figures."""
+# --------------------------------------------------------------------------------------- figures
 
-    def __init__(
-        self,
-        shape: LlamaShape,
-        found: dict[str, Any],
-        failures: dict[str, str],
-        modes: Sequence[str],
-        dtype: str,
-        device: str,
-    ) -> None:
-        self.shape, self.found, self.failures, self.modes = shape, found, failures, modes
-        self.dtype, self.device = dtype, device
-        # the table holds bfloat16 peaks
-        self.peak = peak_flops(device) if dtype == "bfloat16" else None
 
-    def as_report(self, title: str, whole: LlamaShape) -> Report:
-        phases = self.found.get(f"phases, {self.modes[0]}", {})
-        rows, said = [], []
-        for mode in self.modes:
-            if measured := self.found.get(f"phases, {mode}"):
-                rows += self.phase_figures(measured, mode, only_updates=mode != self.modes[0])
-        said += self.utilisation_note(rows)
-        if peers := self.found.get("peers"):
-            name = peers["peer"]
-            beside = beside_hf.figures(peers, peers["tokens"], name)
-            rows += beside
-            # beside Liger, whose kernels need a GPU
-            goal = PEER_GOAL if self.device != "CPU" else None
-            said += beside_hf.notes(peers, beside, name, goal)
-        said += [f"not measured: {name}: {why}" for name, why in self.failures.items()]
-        for measured in self.found.values():
-            said += [f"not measured: {what}" for what in measured.get("unmeasured", ())]
-        about = describe_benchmark(
-            model=f"random weights, {self.shape.layers} of {whole.layers} layers",
-            shape=vars(self.shape),
-            dtype=self.dtype,
-            recompute=list(self.modes),
-            accelerations=phases.get("accelerations"),
-            batch=phases.get("batch"),
-            memory=phases.get("memory"),
-            peak_tflops=self.peak and self.peak / 1e12,
-            peers={
-                name: value
-                for name, value in self.found.get("peers", {}).items()
-                if name in ("peer", "versions", "first", "tried", "chosen")
-            },
-            load_average=phases.get("load_average"),
-        )
-        return Report(title, about, tuple(rows), tuple(said), pivoted=True)
+def figures(
+    shape: LlamaShape, found: dict[str, Any], modes: Sequence[str], peak: float | None
+) -> Iterator[Figure]:
+    for mode in modes:
+        if measured := found.get(f"phases, {mode}"):
+            yield from phase_figures(shape, measured, mode, peak, only_updates=mode != modes[0])
+    if peers := found.get("peers"):
+        yield from peer_figures(peers)
 
-    def phase_figures(
-        self, measured: dict[str, Any], mode: str, *, only_updates: bool
-    ) -> list[Figure]:
-        lengths, read = measured["lengths"], measured["batch"]["response_tokens"]
-        tokens = sum(lengths)
-        shape = self.shape
-        flops = {
-            "policy update": training_flops(shape, lengths, read),
-            "critic update": training_flops(shape, lengths, 0),
-            "old log-probs": forward_flops(shape, lengths, read),
-            "reference log-probs": forward_flops(shape, lengths, read),
-            "values": forward_flops(shape, lengths, 0),
-        }
-        suffix = "" if mode == "none" else f", recompute {mode}"
-        rows = []
-        for phase, seconds in measured["seconds"].items():
-            if not seconds or (only_updates and phase not in UPDATES):
-                continue
-            name = phase + suffix if phase in UPDATES else phase
-            rows.append(Figure(f"{name} | time", "s", tuple(seconds)))
-            if phase in flops:
-                rows.append(
-                    Figure(f"{name} | speed", "tokens/s", tuple(tokens / s for s in seconds))
-                )
-                rows += self.rates(name, "model", flops[phase], seconds)
-            if phase in UPDATES and mode != "none":
-                again = recomputed_flops(shape, lengths, mode)
-                rows += self.rates(name, "hardware", flops[phase] + again, seconds)
-            if phase == "policy update":
-                everywhere = training_flops(shape, lengths)
-                rows += self.rates(f"{name}, head counted everywhere", "model", everywhere, seconds)
-            beyond = measured["memory"]["beyond_it_bytes"].get(phase)
-            if beyond is not None:
-                rows.append(Figure(f"{name} | memory beyond resident", "MiB", (beyond / 2**20,)))
-        if not only_updates:
-            roof = tuple(rate / 1e12 for rate in measured["matmul_flops"])
-            rows.append(Figure("largest product alone | model", "TFLOP/s", roof))
-        return rows
 
-    def rates(self, name: str, counted: str, flops: int, seconds: Sequence[float]) -> list[Figure]:
-        rates = tuple(flops / s / 1e12 for s in seconds)
-        rows = [Figure(f"{name} | {counted}", "TFLOP/s", rates)]
-        if self.peak and counted == "model":
-            part = tuple(rate * 1e12 / self.peak for rate in rates)
-            rows.append(Figure(f"{name} | utilisation", "share", part))
-        return rows
+def phase_figures(
+    shape: LlamaShape,
+    measured: dict[str, Any],
+    mode: str,
+    peak: float | None,
+    *,
+    only_updates: bool,
+) -> Iterator[Figure]:
+    lengths, read = measured["lengths"], measured["batch"]["response_tokens"]
+    flops = {
+        "policy update": training_flops(shape, lengths, read),
+        "critic update": training_flops(shape, lengths, 0),
+        "old log-probs": forward_flops(shape, lengths, read),
+        "reference log-probs": forward_flops(shape, lengths, read),
+        "values": forward_flops(shape, lengths, 0),
+    }
 
-    def utilisation_note(self, rows: Sequence[Figure]) -> list[str]:
-        """Of the policy update in the fastest of the modes."""
-        found = [
-            row
-            for row in rows
-            if row.name.startswith("policy update")
-            and row.name.endswith(" | utilisation")
-            and "everywhere" not in row.name
-        ]
-        if not found:
-            return [
-                f"no bf16 peak is known for this device and dtype, so goal {UTILISATION_GOAL:.0%} "
-                "of it is open"
-            ]
-        assert self.peak is not None, "without a peak there is no such row"
-        best = max(found, key=lambda row: row.median)
-        verdict = "met" if best.median >= UTILISATION_GOAL else "missed"
-        return [
-            f"{best.name.replace(' | ', ', model FLOPs ')}: {best.median:.1%} ({best.low:.1%} to "
-            f"{best.high:.1%}) of {self.peak / 1e12:,.0f} TFLOP/s, goal {UTILISATION_GOAL:.0%}: "
-            f"{verdict}"
-        ]
+    def rates(row: str, quantity: str, flops: int, seconds: Sequence[float]) -> Iterator[Figure]:
+        yield Figure(f"{row} | {quantity}", "TFLOP/s", tuple(flops / s / 1e12 for s in seconds))
+        if peak and quantity == "model":
+            yield Figure(f"{row} | utilisation", "share", tuple(flops / s / peak for s in seconds))
+
+    for phase, seconds in measured["seconds"].items():
+        if not seconds or (only_updates and phase not in UPDATES):
+            continue
+        is_update = phase in UPDATES
+        row = f"{phase}, recompute {mode}" if is_update and mode != "none" else phase
+        yield Figure(f"{row} | time", "s", tuple(seconds))
+        if phase in flops:
+            speeds = tuple(sum(lengths) / s for s in seconds)
+            yield Figure(f"{row} | speed", "tokens/s", speeds)
+            yield from rates(row, "model", flops[phase], seconds)
+        if is_update and mode != "none":
+            again = recomputed_flops(shape, lengths, mode)
+            yield from rates(row, "hardware", flops[phase] + again, seconds)
+        if phase == "policy update":
+            everywhere = training_flops(shape, lengths)
+            yield from rates(f"{row}, head counted everywhere", "model", everywhere, seconds)
+        beyond = measured["memory"]["beyond_it_bytes"].get(phase)
+        if beyond is not None:
+            yield Figure(f"{row} | memory beyond resident", "MiB", (beyond / 2**20,))
+    if not only_updates:
+        roof = tuple(rate / 1e12 for rate in measured["matmul_flops"])
+        yield Figure("largest product alone | model", "TFLOP/s", roof)
+
+
+def peer_figures(measured: dict[str, Any]) -> Iterator[Figure]:
+    """Return tokens a second of each side, and ours over each peer's, with a sample a round."""
+    seconds = {name: samples for name, samples in measured["seconds"].items() if samples}
+    for name, samples in seconds.items():
+        speeds = tuple(measured["tokens"] / s for s in samples)
+        yield Figure(f"policy update, {name}", "tokens/s", speeds)
+    for name, samples in seconds.items():
+        if name != "ours":
+            ratios = tuple(t / o for o, t in zip(seconds["ours"], samples, strict=True))
+            yield Figure(f"policy update, ours / {name}", "ratio", ratios)

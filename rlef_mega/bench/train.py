@@ -1,53 +1,55 @@
-"""How fast the learner is: scoring and updating on a batch of the recipe's size, on the recipe's
-ranks.
+"""`rlef bench train`: scoring and updating a batch of the recipe's size, on the recipe's ranks.
 
-Run as a module it is the worker: `rlef bench train` launches it on all ranks, rank 0 writes what it
+Run as a module it is the worker: the command launches it on all ranks, and rank 0 writes what it
 measured.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rlef_mega import ppo
-from rlef_mega.bench.figures import Figure, Report, shares
-from rlef_mega.bench.workload import RESULT, Workload, random_episodes, workload
-from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.bench.results import Figure, Results, shares
+from rlef_mega.bench.workload import (
+    Workload,
+    describe_batch,
+    random_episodes,
+    run_rank,
+    workload,
+)
+from rlef_mega.config import TrainConfig
 from rlef_mega.engines.publish import publish
-from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
+from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.directory import Clock
-from rlef_mega.run.launch import STOPPED, StopRequest, worker_main
-from rlef_mega.run.ranks import any_rank
 from rlef_mega.types import Batch, Targets
 
 REPEATS = 5
-LEARNING = ("pack", "score", "targets", "update")  # what makes an update out of episodes
+LEARNING = ("pack", "score", "targets", "update")  # from episodes to new weights
 
 
-def benchmark(recipe: str) -> Report:
+def benchmark(recipe: str) -> Results:
     with workload(recipe) as work:
         measured = work.run("rlef_mega.bench.train")
-        about = describe_work(work, measured)
-    return Report(f"rlef bench train: {recipe}", about, figures(measured))
+        about = about_training(work, measured)
+    return Results(f"rlef bench train: {recipe}", about, figures(measured))
 
 
-def describe_work(work: Workload, measured: dict) -> dict:
-    config = work.config
+def about_training(work: Workload, measured: dict[str, Any]) -> dict[str, Any]:
     return work.about(
-        batch={name: measured[name] for name in ("sequences", "tokens", "response_tokens")},
-        updates_per_batch=config.ppo.updates_per_batch,
+        batch=measured["batch"],
+        updates_per_batch=work.config.ppo.updates_per_batch,
         threads_per_process=measured["threads"],
     )
 
 
-def figures(measured: dict) -> tuple[Figure, ...]:
-    tokens, phases = measured["tokens"], measured["phases"]
+def figures(measured: dict[str, Any]) -> tuple[Figure, ...]:
+    tokens, phases = measured["batch"]["tokens"], measured["phases"]
 
     def speed(name: str, *parts: str) -> Figure:
         seconds = [sum(times[part] for part in parts) for times in phases]
@@ -63,17 +65,12 @@ def figures(measured: dict) -> tuple[Figure, ...]:
     )
 
 
-def work(folder: Path) -> int:
-    config = load_config(folder / "config.toml", [], TrainConfig)
-    ranks = parallel.initialize(config.parallel, seed=config.run.seed)
-    stop = StopRequest(folder / "stop")
+def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     learner = make_learner(config, ranks)
     vocabulary = model_shape(config)["vocab_size"]
     episodes = random_episodes(config.rollout, vocabulary, config.run.seed)
     phases, policy_alone = [], []
     for _ in range(1 + REPEATS):
-        if any_rank(stop.requested()):
-            return STOPPED
         clock = Clock()
         with clock("pack"):
             batch = pack(episodes)
@@ -92,25 +89,19 @@ def work(folder: Path) -> int:
         train_policy_alone(learner, batch, targets, order)
         policy_alone.append(clock.lap()["step"])
         dist.barrier()
-    if ranks.is_writer:
-        measured = {
-            "sequences": batch.num_sequences,
-            "tokens": batch.num_tokens,
-            "response_tokens": batch.num_actions,
-            "threads": torch.get_num_threads(),
-            "phases": phases[1:],  # the first is the warm-up
-            "policy_alone": policy_alone[1:],
-        }
-        (folder / RESULT).write_text(json.dumps(measured))
-    parallel.shutdown(ranks)
-    return 0
+    return {
+        "batch": describe_batch(batch),
+        "threads": torch.get_num_threads(),
+        "phases": phases[1:],  # the first is the warm-up
+        "policy_alone": policy_alone[1:],
+    }
 
 
 def train_policy_alone(
     learner: Learner, batch: Batch, targets: Targets, order: torch.Tensor
 ) -> None:
-    """What a trainer without a critic does with a batch: old and reference log-probs, then the
-    policy's updates."""
+    """Train as a trainer without a critic does: old and reference log-probs, then the policy's
+    updates."""
     everything = learner.cutting.cut(batch, range(batch.num_sequences))
     for model in (learner.policy, learner.reference):
         if model is not None:
@@ -120,4 +111,4 @@ def train_policy_alone(
 
 
 if __name__ == "__main__":
-    worker_main(work)
+    run_rank(measure)

@@ -1,24 +1,22 @@
-"""What is measured on: a recipe with a model that is there, and made-up episodes of its batch size.
-
-The lengths follow what the demo's dialogues were seen to have (prompts of 30 to 54 tokens, feedback
-of 28 to 52, responses of 6 to 25, one to three turns), written as fractions of the recipe's limits
-so that other recipes get theirs in proportion. Speed depends on lengths, not on which tokens they
-are.
-"""
+"""What is measured: a recipe with a model that this machine has, and random episodes of the
+recipe's size. Speed depends on the lengths of episodes, not on which tokens they hold."""
 
 import json
+import math
+import os
 import random
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlef_mega.bench.figures import describe_benchmark
+from rlef_mega.bench.results import describe_benchmark
 from rlef_mega.config import (
     ConfigError,
-    ParallelConfig,
     RolloutConfig,
     SFTConfig,
     TrainConfig,
@@ -28,36 +26,38 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.demo.base_model import make_initial_model
+from rlef_mega.packing import microbatches
 from rlef_mega.preflight import model_shape
-from rlef_mega.run.launch import launch
-from rlef_mega.types import Completion, Episode, Turn, Verdict
+from rlef_mega.run.launch import STOPPED, launch, worker_main
+from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
 
+if TYPE_CHECKING:
+    from rlef_mega.megatron.parallel import Ranks
+
+# Observed in the demo's dialogues (prompts of 30 to 54 tokens, feedback of 28 to 52, responses of 6
+# to 25), as fractions of the recipe's limits, so that other recipes get theirs in proportion.
 OBSERVED = (1 / 10, 1 / 6)  # of rollout.max_context: a prompt, or one turn's feedback
 ANSWERED = (0.15, 0.65)  # of rollout.max_new_tokens: a response
 UNGRADED = Verdict((), public_passed=False, solved=None)
-RESULT = "measured.json"
+REQUEST = "request.json"  # from a command to its worker, in the worker's folder
+RESULT = "measured.json"  # what the worker measured
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A folder for the workers with the resolved config in it."""
+    """A folder for the workers, which holds the resolved config."""
 
     folder: Path
     config: TrainConfig
-    model: str  # in words
+    model: str  # a path, or a description
 
-    def run(self, module: str) -> dict:
-        """The worker module on the recipe's ranks; what rank 0 wrote. RuntimeError if it did not
-        end well."""
-        result = self.folder / RESULT
-        result.unlink(missing_ok=True)
-        code = launch(module, self.folder, self.config.parallel.world_size)
-        if code or not result.is_file():
-            raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
-        return json.loads(result.read_text())
+    def run(self, module: str) -> dict[str, Any]:
+        """Run the worker module on the recipe's ranks. Returns what rank 0 wrote. Raises
+        RuntimeError if it failed."""
+        return run_worker(module, self.folder, self.config.parallel.world_size)
 
     def about(self, **more: Any) -> dict[str, Any]:
-        """What it was measured on, and what the benchmark adds."""
+        """Return the conditions of the measurement, and what the benchmark adds."""
         return describe_benchmark(
             layout=self.config.parallel.model_dump(),
             dtype=self.config.model.dtype,
@@ -65,34 +65,43 @@ class Workload:
             **more,
         )
 
-    def in_data_parallel(self) -> "Workload":
-        """The same on as many ranks, each with a whole model: no layer is split."""
-        world = self.config.parallel.world_size
-        return self.variant("data-parallel", ParallelConfig(data_parallel_size=world))
 
-    def in_one_process(self) -> "Workload":
-        return self.variant("one-process", ParallelConfig())
+def run_worker(module: str, folder: Path, processes: int) -> dict[str, Any]:
+    result = folder / RESULT
+    result.unlink(missing_ok=True)
+    code = launch(module, folder, processes)
+    if code or not result.is_file():
+        raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
+    return json.loads(result.read_text())
 
-    def variant(self, name: str, parallel: ParallelConfig) -> "Workload":
-        """The same in another layout."""
-        config = self.config.model_copy(
-            update={
-                "parallel": parallel.model_copy(
-                    update={"processes_per_node": self.config.parallel.processes_per_node}
-                )
-            }
-        )
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        (folder / "config.toml").write_text(dump_toml(config))
-        # read back, so that it is validated
-        return Workload(folder, load_config(folder / "config.toml", [], TrainConfig), self.model)
+
+def run_rank(measure: Callable[[Path, TrainConfig, "Ranks"], dict[str, Any]]) -> None:
+    """Be a rank of a worker: measure, and as rank 0 write what was measured. A Ctrl-C leaves a file
+    `stop`; a benchmark has nothing to save, so it ends at once."""
+    from rlef_mega.megatron import parallel  # not needed by the command
+
+    def end_when_stopped(file: Path) -> None:
+        while not file.exists():
+            time.sleep(0.5)
+        os._exit(STOPPED)
+
+    def work(folder: Path) -> int:
+        threading.Thread(target=end_when_stopped, args=[folder / "stop"], daemon=True).start()
+        config = load_config(folder / "config.toml", [], TrainConfig)
+        ranks = parallel.initialize(config.parallel, seed=config.run.seed)
+        measured = measure(folder, config, ranks)
+        if ranks.is_writer:
+            (folder / RESULT).write_text(json.dumps(measured))
+        parallel.shutdown(ranks)
+        return 0
+
+    worker_main(work)
 
 
 @contextmanager
 def workload(recipe: str) -> Iterator[Workload]:
-    """The recipe with its model, or where that is not on this machine, with random weights of the
-    demo's shape."""
+    """Open the recipe with its model, or if that is not on this machine, with random weights of the
+    demo's shape. Raises ConfigError if the recipe states another shape."""
     source = find_recipe(recipe)
     config = load_config(source, [], TrainConfig)
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as name:
@@ -115,32 +124,87 @@ def random_model(folder: Path) -> Path:
     return folder / "init"
 
 
+def describe_batch(batch: Batch) -> dict[str, int]:
+    return {
+        "sequences": batch.num_sequences,
+        "tokens": batch.num_tokens,
+        "response_tokens": batch.num_actions,
+    }
+
+
+# ------------------------------------------------------------------------------- random episodes
+
+
 def random_episodes(rollout: RolloutConfig, vocab_size: int, seed: int) -> list[Episode]:
-    """A batch of the recipe's size: random ids, some solved; the same for the same seed."""
+    """Make a batch of the recipe's size with lengths like the demo's; equal for equal seeds."""
     generator = random.Random(seed)
+
+    def length(of: str) -> int:
+        bounds, limit = (
+            (ANSWERED, rollout.max_new_tokens)
+            if of == "response"
+            else (OBSERVED, rollout.max_context)
+        )
+        return max(1, round(generator.uniform(*bounds) * limit))
+
     return [
-        random_episode(rollout, vocab_size, generator) for _ in range(rollout.episodes_per_batch)
+        random_episode(rollout.turns, rollout.max_context, vocab_size, generator, length)
+        for _ in range(rollout.episodes_per_batch)
     ]
 
 
-def random_episode(rollout: RolloutConfig, vocab_size: int, generator: random.Random) -> Episode:
-    length = 0
-    turns: list[Turn] = []
+def slice_episodes(
+    rollout: RolloutConfig, vocab_size: int, token_budget: int, count: int, seed: int
+) -> list[Episode]:
+    """Make dialogues that fill `count` micro-batches of `token_budget` tokens.
 
-    def draw(bounds: tuple[float, float], limit: int) -> list[int]:
-        count = max(1, round(generator.uniform(*bounds) * limit))
-        return [generator.randrange(vocab_size) for _ in range(count)]
+    Lengths are log-normal, as those of programs and problems are: many short, a few at the recipe's
+    limits. Medians, as fractions of `max_context` (8,192 in the paper): a prompt 1/16, a response
+    1/20, feedback 1/50; each with a spread of 0.6 in the logarithm.
+    """
+    generator = random.Random(seed)
+    max_context = min(token_budget, rollout.max_context)
+    medians = {"prompt": 1 / 16, "feedback": 1 / 50, "response": 1 / 20}
 
-    for _ in range(generator.randint(1, rollout.turns)):
-        observed = draw(OBSERVED, rollout.max_context)
-        answer = tuple(draw(ANSWERED, rollout.max_new_tokens))
-        if turns and length + len(observed) + len(answer) > rollout.max_context:
+    def length(of: str) -> int:
+        limit = max_context // 3
+        if of == "response":
+            limit = min(limit, rollout.max_new_tokens)
+        median = math.log(medians[of] * rollout.max_context)
+        return min(max(round(generator.lognormvariate(median, 0.6)), 2), limit)
+
+    episodes: list[Episode] = []
+    while True:
+        episode = random_episode(rollout.turns, max_context, vocab_size, generator, length)
+        lengths = [len(e.token_ids) for e in (*episodes, episode)]
+        if episodes and len(microbatches(lengths, token_budget, 1)[0]) > count:
+            return episodes
+        episodes.append(episode)
+
+
+def random_episode(
+    turns: int,
+    max_context: int,
+    vocab_size: int,
+    generator: random.Random,
+    length: Callable[[str], int],
+) -> Episode:
+    """Make a dialogue of one to `turns` turns; `length` draws that of a "prompt", "feedback" or
+    "response". Log-probs are what an untrained model assigns."""
+    tokens = 0
+    made: list[Turn] = []
+
+    def draw(of: str) -> tuple[int, ...]:
+        return tuple(generator.randrange(vocab_size) for _ in range(length(of)))
+
+    for number in range(generator.randint(1, turns)):
+        observed, answer = draw("feedback" if number else "prompt"), draw("response")
+        if made and tokens + len(observed) + len(answer) > max_context:
             break
-        # about what an untrained model assigns, so that the loss stays finite
-        logprobs = tuple(generator.uniform(-7.0, -6.0) for _ in answer)
+        logprobs = (-math.log(vocab_size),) * len(answer)
         sampled = Completion(answer, logprobs, (0,) * len(answer), "stop")
-        turns.append(Turn(tuple(observed), sampled, "print(1)", UNGRADED))
-        length += len(observed) + len(answer)
+        made.append(Turn(observed, sampled, "print(1)", UNGRADED))
+        tokens += len(observed) + len(answer)
     verdict = replace(UNGRADED, solved=generator.random() < 0.5)
-    turns[-1] = replace(turns[-1], verdict=verdict)
-    return Episode("made up", "", tuple(turns))
+    made[-1] = replace(made[-1], verdict=verdict)
+    return Episode("random", "", tuple(made))

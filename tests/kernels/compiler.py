@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
 
-from rlef_mega.bench.memory import AllocatedBytes
+from rlef_mega.bench.measure import AllocatedBytes
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 227 * 1024  # of a block, on sm_90 and sm_100

@@ -12,17 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from rlef_mega.bench import Options, report_of, run_benchmark
-from rlef_mega.bench.against_trl import Round, as_rollout, find_python, layouts, ways_to_try
-from rlef_mega.bench.against_trl import figures as trl_figures
-from rlef_mega.bench.figures import Figure, shares
-from rlef_mega.bench.packing import WAYS, Case
-from rlef_mega.bench.packing import measure as measure_waste
+from benchmarks.experiments.against_trl import as_rollout
+from benchmarks.experiments.against_trl import figures as trl_figures
+from rlef_mega.bench import measured, run_benchmark
+from rlef_mega.bench.e2e import with_outside
+from rlef_mega.bench.results import Figure, shares
 from rlef_mega.bench.sandbox import benchmark as benchmark_sandbox
-from rlef_mega.bench.step import benchmark as benchmark_step
 from rlef_mega.bench.workload import random_episodes, workload
 from rlef_mega.config import ConfigError, RolloutConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.flops import SequenceFlops
 from rlef_mega.packing import pack
 
 DEMO = load_config(find_recipe("demo"), [], TrainConfig).rollout
@@ -42,10 +39,6 @@ max_context = 320
 [ppo]
 updates_per_batch = 2
 """
-
-
-def by_name(report) -> dict[str, Figure]:
-    return {figure.name: figure for figure in report.figures}
 
 
 @pytest.mark.parametrize("rollout", [DEMO, RolloutConfig(episodes_per_batch=16)])
@@ -69,25 +62,9 @@ def test_shares_are_of_the_whole_step():
     ]
 
 
-def test_time_outside_the_phases_is_what_none_of_them_claims(tmp_path):
-    times = [
-        {"rollout": 9.0, "step": 90.0},  # the first step is left out
-        {"rollout": 6.0, "update": 3.0, "step": 10.0},
-        {"rollout": 17.0, "update": 10.0, "step": 30.0},
-    ]
-    lines = [{"step": n + 1, "tokens": 600, "time": t} for n, t in enumerate(times)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = benchmark_step(tmp_path)
-    found = by_name(report)
-    assert found["share: outside"].samples == pytest.approx((0.1, 0.1))
-    assert found["tokens of dialogues"].samples == (60.0, 20.0)
-    assert report.about["share_of_all_steps"] == {"rollout": 0.575, "update": 0.325, "outside": 0.1}
-    assert "goal below 5%: missed" in report.notes[1]
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="directory of a run"):
-        benchmark_step(tmp_path)
+def test_time_outside_the_phases_is_what_none_of_them_claims():
+    times = {"rollout": 17.0, "update": 10.0, "step": 30.0}
+    assert with_outside(times) == {**times, "outside": 3.0}
 
 
 def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
@@ -110,53 +87,27 @@ def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
 def test_ratios_to_trl_are_taken_within_a_round():
     def ours(whole: float, policy: float) -> dict:
         phases = [{"pack": 0.0, "score": whole / 4, "targets": 0.0, "update": 3 * whole / 4}]
-        return {"tokens": 1000, "sequences": 8, "phases": phases, "policy_alone": [policy]}
+        return {"batch": {"tokens": 1000}, "phases": phases, "policy_alone": [policy]}
 
     # in the second round everything takes twice as long; only the ratios stay as they are
-    rounds = [
-        Round({"TP 2": ours(4.0, 2.0)}, {"seconds": [5.0, 4.0, 3.0], "padded_tokens": 1500}),
-        Round({"TP 2": ours(8.0, 4.0)}, {"seconds": [8.0, 8.0, 9.0], "padded_tokens": 1500}),
-    ]
+    rounds = [(ours(4.0, 2.0), [5.0, 4.0, 3.0]), (ours(8.0, 4.0), [8.0, 8.0, 9.0])]
     assert {figure.name: figure.samples for figure in trl_figures(rounds)} == {
-        "TRL GRPOTrainer, policy": (250.0, 125.0),
-        "ours TP 2, policy and critic": (250.0, 125.0),
-        "ours TP 2, policy": (500.0, 250.0),
-        "ours TP 2, policy and critic / TRL": (1.0, 1.0),
-        "ours TP 2, policy / TRL": (2.0, 2.0),
+        "TRL GRPOTrainer": (250.0, 125.0),
+        "ours, policy and critic": (250.0, 125.0),
+        "ours, policy alone": (500.0, 250.0),
+        "ours, policy and critic / TRL": (1.0, 1.0),
+        "ours, policy alone / TRL": (2.0, 2.0),
     }
 
 
-def test_trl_is_tried_and_ours_is_run_in_data_parallel_too():
-    with workload("demo") as work:
-        assert [(way.processes, way.microbatch) for way in ways_to_try(work, threads=2)] == [
-            *[(1, 8), (1, 16), (1, 32), (1, 64)],
-            *[(2, 8), (2, 16), (2, 32)],
-        ]
-        variants = layouts(work)
-        assert list(variants) == ["TP 2 x PP 1 x DP 1", "DP 2"]
-        own, data_parallel = (variant.config for variant in variants.values())
-        assert own.parallel.tensor_model_parallel_size == 2
-        assert data_parallel.parallel.data_parallel_size == data_parallel.parallel.world_size == 2
-        assert own.model_dump(exclude={"parallel"}) == data_parallel.model_dump(
-            exclude={"parallel"}
-        )
-
-
-def test_a_missing_trl_environment_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setenv("RLEF_BENCH_PYTHON", "/no/such/python")
-    with pytest.raises(ConfigError, match="make bench-trl"):
-        find_python()
-
-
-def test_trl_goes_with_training_only():
-    with pytest.raises(ConfigError, match="goes with `rlef bench train`"):
-        run_benchmark("rollout", "demo", None, Options(against_trl=True))
+def test_options_of_another_benchmark_are_refused():
+    with pytest.raises(ConfigError, match="--layers is an option of `rlef bench slice`"):
+        run_benchmark("rollout", "demo", None, layers="2")
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():
-    known = r"known: train, slice, rollout, .*publish, step, checkpoint, sandbox"
-    with pytest.raises(ConfigError, match=known):
-        report_of("speed", "demo", Options())
+    with pytest.raises(ConfigError, match=r"known: kernels, slice, train, .*, convert, sandbox"):
+        measured("speed", "demo")
 
 
 def test_a_recipe_whose_big_model_is_elsewhere_is_refused_rather_than_measured_on_another():
@@ -203,22 +154,3 @@ def test_the_sandbox_is_timed_beside_its_peers():
     assert bare.median == pytest.approx(
         figures["trivial"].median / figures["trivial, bare subprocess"].median, rel=0.01
     )
-
-
-def test_waste_of_micro_batches_by_hand():
-    """Six sequences on two ranks, a budget of 8; equal FLOPs a token and no attention."""
-    batch = [(5, 0), (4, 0), (3, 0), (2, 0), (1, 0), (1, 0)]
-    case = Case("by hand", SequenceFlops(1, 0, 0), [batch], token_budget=8, ranks=2)
-    waste = {name: measure_waste(case, batch, way) for name, way in WAYS.items()}
-    for way in WAYS.values():
-        chosen = [i for rank in way.plan(case, batch) for row in rank for i in row]
-        assert sorted(chosen) == list(range(6))
-    ours = waste["ours"]  # 8 and 8
-    assert (ours.padding, ours.idle, ours.wasted, ours.uneven, ours.microbatches) == (0, 0, 0, 0, 1)
-    full = waste["first-fit decreasing"]  # 5 3 | 4 2 1 1
-    assert (full.padding, full.wasted, full.microbatches) == (0, 0, 1)
-    padded = waste["padded, sorted"]  # 5, 2 2 2 on the first rank; 4 4 and nothing on the other
-    assert padded.padding == pytest.approx(1 - 16 / 19)
-    assert padded.idle == pytest.approx(1 - 9.5 / 11)
-    assert padded.wasted == pytest.approx(1 - 16 / 22)
-    assert padded.uneven == pytest.approx(1 - 4.75 / 8)

@@ -57,7 +57,7 @@ def test_the_command_fails_when_something_became_slower(tmp_path):
     new = write(tmp_path / "new.json", device="another", **{**OLD, "step": ("s", [20.0] * 3)})
     ended = CliRunner().invoke(app, ["bench", "compare", str(old), str(new)])
     assert ended.exit_code == FAILED
-    assert "WARNING: another device: CPU and another" in ended.output
+    assert "WARNING: device differs: CPU and another" in ended.output
     assert "worse by more than 5%: step" in ended.output
 
 

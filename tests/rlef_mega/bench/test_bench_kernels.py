@@ -1,83 +1,78 @@
-"""`rlef bench kernels` without a GPU: that it says so, and a miniature of it on the CPU, from the
-measurements through the JSON to the tables and the plot. Speeds are not asserted.
+"""`rlef bench kernels` without a GPU: its error, and a miniature of it on the CPU. Speeds are not
+asserted.
 """
 
-import json
-import subprocess
 import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from rlef_mega.bench.figures import write
-from rlef_mega.bench.kernel_methods import METHODS, UnavailableError, import_without_parents
-from rlef_mega.bench.kernels import Case, Run, Shape, benchmark, compare, make_problem
+from rlef_mega.bench.kernel_methods import METHODS, import_without_parents
+from rlef_mega.bench.kernels import (
+    HeadCase,
+    HeadShape,
+    Measurements,
+    make_inputs,
+    measure_heads,
+)
 from rlef_mega.bench.measure import measure_call
-from rlef_mega.bench.roofline import draw, read_rows, tables
+from rlef_mega.cli import app
 from rlef_mega.config import ConfigError
 
 CPU = torch.device("cpu")
-SHAPE = Shape("tiny", 16, 200)
+SHAPE = HeadShape("tiny", 16, 200)
 
 
 @pytest.fixture(scope="module")
-def report():
-    run = Run(CPU, torch.float32, limit_s=100, sample_s=0.0)
-    return compare(run, (Case(SHAPE, 64), Case(SHAPE, 64, masked=0.5)), METHODS, "tiny")
+def results():
+    run = Measurements(CPU, torch.float32, sample_s=0.0)
+    cases = (HeadCase(SHAPE, 64), HeadCase(SHAPE, 64, masked=0.5))
+    return measure_heads(run, cases, METHODS, "tiny")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_so_and_fails():
-    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
-        benchmark("demo")
-    command = [sys.executable, "-c", "from rlef_mega.cli import main; main()", "bench", "kernels"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode != 0 and "needs an NVIDIA GPU" in run.stderr and not run.stdout
+    done = CliRunner().invoke(app, ["bench", "kernels"])
+    assert isinstance(done.exception, ConfigError) and not done.stdout
+    assert "needs an NVIDIA GPU" in str(done.exception)
 
 
-def test_every_method_is_measured_or_said_to_be_left_out(report):
-    measured = {name.split(" | ")[3] for name in (f.name for f in report.figures) if "tiny" in name}
+def test_every_method_is_measured_or_listed_as_left_out(results):
+    measured = {
+        name.split(" | ")[3] for name in (f.name for f in results.figures) if "tiny" in name
+    }
     left_out = {method.name for method in METHODS} - measured
     assert {"rlef in PyTorch", "rlef loss in head, in PyTorch"} <= measured
     assert {"rlef fused", "verl linear cross entropy"} <= left_out
     for name in left_out:
-        assert any(f"not measured: {name}: " in note for note in report.notes), name
-    assert all(sample > 0 for figure in report.figures for sample in figure.samples)
+        assert any(f"not measured: {name}: " in note for note in results.notes), name
+    assert all(sample > 0 for figure in results.figures for sample in figure.samples)
 
 
-def test_tables_and_plot_come_from_the_file(report, tmp_path):
-    write(report, tmp_path / "kernels.json")
-    results = json.loads((tmp_path / "kernels.json").read_text())
-    rows = read_rows(results)
-    assert {(row.shape, row.tokens, row.masked) for row in rows} == {
-        ("tiny", 64, "0%"),
-        ("tiny", 64, "50%"),
-    }
-    shown = tables(results)
-    assert "tiny (16 x 200), 64 tokens, 50% masked:" in shown
-    assert shown.count("| rlef loss in head, in PyTorch |") == 2
-    draw(results, tmp_path / "roofline.png")
-    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+def test_rates_count_the_products_of_the_unmasked_tokens(results):
+    figures = {figure.name: figure.samples for figure in results.figures}
+    for masked, tokens in (("0%", 64), ("50%", 32)):
+        name = f"tiny | 64 | {masked} | PyTorch, logits stored"
+        for what, products in (("forward", 1), ("forward and backward", 3)):
+            flops = products * 2 * tokens * 16 * 200
+            expected = [flops / (ms / 1e3) / 1e12 for ms in figures[f"{name} | {what}"]]
+            assert list(figures[f"{name} | {what}, rate"]) == pytest.approx(expected)
 
 
 def test_methods_agree_on_log_probs_and_entropies():
     """All that give both outputs have the same loss and gradients, masked or not."""
-    run = Run(CPU, torch.float32, limit_s=100)
     for masked in (0.0, 0.5):
         found = {}
         for method in METHODS:
-            try:
-                function = method.prepare(CPU)
-            except UnavailableError:
+            if method.unavailable(CPU) or method.name.startswith(("product", "rlef loss")):
                 continue
-            if method.name.startswith(("product", "rlef loss")):
-                continue
-            problem = make_problem(run, Case(SHAPE, 64, masked))
-            loss = function(problem)
+            inputs = make_inputs(CPU, torch.float32, HeadCase(SHAPE, 64, masked))
+            loss = method.loss(inputs)
             loss.backward()
-            weight = problem.weight_VD
+            weight = inputs.weight_VD
             gradient = weight.main_grad if weight.grad is None else weight.grad
-            found[method.name] = loss.detach(), problem.hidden_TD.grad, gradient
+            found[method.name] = loss.detach(), inputs.hidden_TD.grad, gradient
         assert len(found) >= 3
         expected = found.pop("PyTorch, logits stored")
         for name, values in found.items():
@@ -85,10 +80,10 @@ def test_methods_agree_on_log_probs_and_entropies():
 
 
 def test_nothing_is_measured_once_the_time_is_up():
-    run = Run(CPU, torch.float32, limit_s=-1.0, sample_s=0.0)
-    report = compare(run, (Case(SHAPE, 64),), METHODS, "late")
-    assert not any("tiny" in figure.name for figure in report.figures)
-    assert "not measured: tiny | 64 | 0%: the time was up" in report.notes
+    run = Measurements(CPU, torch.float32, limit_s=-1.0, sample_s=0.0)
+    late = measure_heads(run, (HeadCase(SHAPE, 64),), METHODS, "late")
+    assert not late.figures
+    assert "not measured: tiny | 64 | 0%: the time was up" in late.notes
 
 
 def test_memory_is_the_peak_and_not_the_sum():

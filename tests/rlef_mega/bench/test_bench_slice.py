@@ -1,6 +1,5 @@
-"""The slice benchmark and the peer it has in common with `rlef bench train --against-hf`: what is
-counted and compared, and a run of it on the CPU from the command's function to the JSON. Speeds are
-not asserted.
+"""`rlef bench slice`: what is counted and compared, and a run of it on the CPU from the command's
+function to the JSON. Speeds are not asserted.
 """
 
 import dataclasses
@@ -14,25 +13,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlef_mega import ppo
-from rlef_mega.bench import beside_hf
 from rlef_mega.bench import slice as slice_of_model
-from rlef_mega.bench.beside_hf import Comparison, Duel, Way, ways
-from rlef_mega.bench.devices import matmul_roof, peak_flops
-from rlef_mega.bench.figures import show, write
-from rlef_mega.bench.hf_policy import (
-    Form,
-    HuggingFacePolicy,
-    liger_head,
-    logits_head,
-    peer_batches,
-)
-from rlef_mega.bench.slice_model import (
-    bytes_needed,
-    find_shape,
-    layers_that_fit,
-    slice_episodes,
-    write_model,
-)
+from rlef_mega.bench.hf_policy import HuggingFacePolicy, peer_batches
+from rlef_mega.bench.measure import peak_flops
+from rlef_mega.bench.random_model import bytes_needed, find_shape, layers_that_fit, write_model
+from rlef_mega.bench.slice_worker import compare_updates, product_rates
+from rlef_mega.bench.workload import slice_episodes
 from rlef_mega.config import ConfigError, OptimizerConfig, PPOConfig, RolloutConfig
 from rlef_mega.flops import LLAMA_31_8B, LlamaShape
 from rlef_mega.packing import microbatches, pack
@@ -65,9 +51,14 @@ def work():
     return batch, targets
 
 
-def peer_of(folder, dtype=torch.float32, lr=1e-3):
+PEER = "Hugging Face, head: logits"
+
+
+def peer_of(folder, dtype=torch.float32, lr=1e-3, token_budget=512):
     optimizer = OptimizerConfig(lr=lr, warmup_updates=0)
-    return HuggingFacePolicy(folder, CPU, dtype, optimizer, temperature=0.7, clip_eps=0.2)
+    return HuggingFacePolicy(
+        folder, CPU, dtype, optimizer, token_budget=token_budget, temperature=0.7, clip_eps=0.2
+    )
 
 
 def expected_loss(folder, batch, targets) -> float:
@@ -90,19 +81,19 @@ def expected_loss(folder, batch, targets) -> float:
     return float(loss)
 
 
-def test_the_peer_computes_the_learners_loss_padded_and_packed(model_folder, work):
+def test_the_peer_computes_the_learners_loss(model_folder, work):
     batch, targets = work
-    forms = [Form(packed, budget) for packed in (False, True) for budget in (256, 2048)]
     found = []
-    for form in forms:
-        batches = peer_batches(batch, targets, form, CPU)
-        counted = sum(part.ids_R.numel() for part in batches)
-        assert counted == batch.num_actions
-        sizes = [part.token_ids.numel() for part in batches]
-        assert max(sizes) <= form.token_budget
-        assert sum(sizes) >= batch.num_tokens
-        assert (sum(sizes) == batch.num_tokens) == form.packed
-        found.append(peer_of(model_folder).update(batches, logits_head))
+    for budget in (256, 2048):
+        parts = list(peer_batches(batch, targets, budget, CPU))
+        assert sum(part.ids_R.numel() for part in parts) == batch.num_actions
+        sizes = [part.token_ids_BL.numel() for part in parts]
+        assert max(sizes) <= budget and sum(sizes) >= batch.num_tokens
+        peer = peer_of(model_folder, token_budget=budget)
+        first = peer.gradients(batch, targets, "logits")
+        # computing gradients changes no weight
+        assert peer.update(batch, targets, "logits") == first
+        found.append(first)
     expected = expected_loss(model_folder, batch, targets)
     for update in found:
         assert update["policy_loss"] == pytest.approx(expected, abs=1e-5)
@@ -110,21 +101,10 @@ def test_the_peer_computes_the_learners_loss_padded_and_packed(model_folder, wor
     assert expected != pytest.approx(0.0, abs=1e-4)
 
 
-def test_ligers_head_agrees_with_the_logits():
-    pytest.importorskip("liger_kernel")
-    torch.manual_seed(0)
-    hidden_RD, weight_VD = torch.randn(9, 16), torch.randn(40, 16)
-    ids_R = torch.randint(40, (9,))
-    torch.testing.assert_close(
-        liger_head(hidden_RD, weight_VD, ids_R, 0.7), logits_head(hidden_RD, weight_VD, ids_R, 0.7)
-    )
-
-
 def test_a_peer_in_bfloat16_keeps_main_weights_in_fp32(model_folder, work):
     peer = peer_of(model_folder, torch.bfloat16, lr=1e-5)
     before = [main.clone() for main in peer.main]
-    batches = peer_batches(*work, Form(False, 512), CPU)
-    peer.update(batches, logits_head)
+    peer.update(*work, "logits")
     for weight, main, old in zip(peer.weights, peer.main, before, strict=True):
         assert (weight.dtype, main.dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(weight, main.bfloat16())
@@ -132,67 +112,43 @@ def test_a_peer_in_bfloat16_keeps_main_weights_in_fp32(model_folder, work):
         assert 0 < (main - old).abs().max() < 2e-5
 
 
-def duel(model_folder, work, our_update, deadline=math.inf):
+def test_a_peer_that_does_other_work_or_fails_or_is_late_is_left_out_with_the_reason(
+    model_folder, work
+):
     batch, targets = work
-    peer = peer_of(model_folder)
-    return Duel(our_update, peer, batch, targets, CPU, torch.float32, deadline=deadline)
+    right = peer_of(model_folder).gradients(batch, targets, "logits")
 
-
-def test_both_sides_begin_with_the_same_loss_and_norm_or_are_not_compared(model_folder, work):
-    right = peer_of(model_folder).update(peer_batches(*work, Form(False, 512), CPU), logits_head)
-    candidates = ways(CPU, [512])
-    found = duel(model_folder, work, lambda: right).run(candidates, rounds=3)
-    assert set(found.chosen) == {"padded", "packed"}
-    assert {name: len(samples) for name, samples in found.seconds.items()} == {
-        "ours": 3,
-        "padded": 3,
-        "packed": 3,
-    }
-    wrong_loss = {**right, "policy_loss": right["policy_loss"] + 0.01}
-    found = duel(model_folder, work, lambda: wrong_loss).run(candidates, rounds=1)
-    assert not found.chosen and len(found.left_out) == 2
-    assert "computes a loss of" in next(iter(found.left_out.values()))
-    wrong_norm = {**right, "policy_grad_norm": 3 * right["policy_grad_norm"]}
-    with pytest.raises(RuntimeError, match="do different work: policy_grad_norm"):
-        duel(model_folder, work, lambda: wrong_norm).run(candidates, rounds=1)
-
-
-def test_a_way_that_fails_and_one_without_time_are_left_out_by_name(model_folder, work):
-    right = peer_of(model_folder).update(peer_batches(*work, Form(False, 512), CPU), logits_head)
-    form = Form(packed=True, token_budget=512)
-    broken = Way(form, "flash_attention_2", "logits")
-    found = duel(model_folder, work, lambda: right).run([broken, Way(form, "sdpa", "logits")], 1)
-    assert found.chosen == {"packed": "packed, 512 tokens, sdpa, head: logits"}
-    assert "ImportError" in found.left_out[broken.name] or "Flash" in found.left_out[broken.name]
-    late = duel(model_folder, work, lambda: right, deadline=time.time() - 1)
-    assert set(late.run(ways(CPU, [512]), 1).left_out.values()) == {"the time was up"}
-
-
-def test_ratios_are_taken_within_a_round_and_judged_against_the_faster_layout():
-    measured = dataclasses.asdict(
-        Comparison(
-            seconds={"ours": [1.0, 2.0, 1.0], "padded": [1.1, 2.2, 1.1], "packed": [2.0, 4.0, 2.0]},
-            chosen={"padded": "sorted"},
-            left_out={"other": "no room"},
+    def compare(ours, heads=("logits",), deadline=math.inf):
+        peer = peer_of(model_folder)
+        return compare_updates(
+            lambda: ours, peer, batch, targets, heads, rounds=3, deadline=deadline
         )
-    )
-    rows = beside_hf.figures(measured, 100, "HF")
+
+    found = compare(right)
+    assert {name: len(times) for name, times in found["seconds"].items()} == {"ours": 3, PEER: 3}
+    assert found["unmeasured"] == []
+    for name, factor in (("policy_loss", 1.5), ("policy_grad_norm", 3)):
+        found = compare({**right, name: factor * right[name]})
+        assert set(found["seconds"]) == {"ours"}
+        assert f"{PEER}: computes a {name} of" in found["unmeasured"][0]
+    found = compare(right, ["Liger", "logits"])  # Liger needs a GPU
+    assert set(found["seconds"]) == {"ours", PEER}
+    assert found["unmeasured"][0].startswith("Hugging Face, head: Liger: ")
+    late = compare(right, deadline=time.time() - 1)
+    assert late["unmeasured"] == [f"{PEER}: the time was up"]
+
+
+def test_ratios_are_taken_within_a_round():
+    seconds = {
+        "ours": [1.0, 2.0, 1.0],
+        "HF, Liger": [1.1, 2.2, 1.1],
+        "HF, logits": [2.0, 4.0, 2.0],
+    }
+    rows = slice_of_model.peer_figures({"seconds": seconds, "tokens": 100})
     by_name = {row.name: row.samples for row in rows}
     assert by_name["policy update, ours"] == (100.0, 50.0, 100.0)
-    assert by_name["policy update, ours / HF, padded"] == pytest.approx((1.1, 1.1, 1.1))
-    assert by_name["policy update, ours / HF, packed"] == (2.0, 2.0, 2.0)
-    assert beside_hf.notes(measured, rows, "HF", 1.15) == [
-        "policy update, ours / HF, padded: 1.10 (1.10 to 1.10), goal 1.15: missed",
-        "HF, padded: sorted",
-        "not measured: other: no room",
-    ]
-    assert "goal 1.05: met" in beside_hf.notes(measured, rows, "HF", 1.05)[0]
-    # where processor time is known, it is what counts: other work on the machine is not in it
-    measured["cpu_seconds"] = {"ours": [1.0, 1.0, 1.0], "padded": [1.2, 1.2, 1.2]}
-    rows = beside_hf.figures(measured, 100, "HF")
-    assert beside_hf.notes(measured, rows, "HF", 1.15)[0] == (
-        "policy update, ours / HF, padded, by processor time: 1.20 (1.20 to 1.20), goal 1.15: met"
-    )
+    assert by_name["policy update, ours / HF, Liger"] == pytest.approx((1.1, 1.1, 1.1))
+    assert by_name["policy update, ours / HF, logits"] == (2.0, 2.0, 2.0)
 
 
 def test_as_many_layers_as_fit_with_embedding_and_head_whole():
@@ -228,7 +184,7 @@ def test_published_peaks_go_by_the_devices_name():
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA B200") == 2250e12
     assert peak_flops("CPU") is None
-    assert all(rate > 0 for rate in matmul_roof(CPU, torch.float32, 16, TINY))
+    assert all(rate > 0 for rate in product_rates(CPU, torch.float32, 16, TINY))
 
 
 @pytest.mark.parametrize(
@@ -255,11 +211,8 @@ def test_rates_and_utilisation_by_hand():
         "memory": {"beyond_it_bytes": {"policy update": 2**30}},
         "matmul_flops": [700e12],
     }
-    found = {"phases, none": measured}
-    report = slice_of_model.Slice(
-        shape, found, {"peers": "no room"}, ("none",), "bfloat16", "NVIDIA H100 80GB HBM3"
-    ).as_report("title", LLAMA_31_8B)
-    figures = {row.name: row.samples for row in report.figures}
+    rows = slice_of_model.phase_figures(shape, measured, "none", 989e12, only_updates=False)
+    figures = {row.name: row.samples for row in rows}
     assert figures["policy update | model"] == pytest.approx((flops / 0.1 / 1e12,))
     assert figures["policy update | utilisation"] == pytest.approx((flops / 0.1 / 989e12,))
     everywhere = flops + 6 * 525_336_576 * 4096
@@ -271,10 +224,6 @@ def test_rates_and_utilisation_by_hand():
     assert figures["policy update | memory beyond resident"] == (1024.0,)
     assert figures["largest product alone | model"] == (700.0,)
     assert not any("critic update" in name for name in figures)
-    share = flops / 0.1 / 989e12
-    verdict = "met" if share >= 0.45 else "missed"
-    assert f"{share:.1%}" in report.notes[0] and f"goal 45%: {verdict}" in report.notes[0]
-    assert "not measured: peers: no room" in report.notes
 
 
 def test_nothing_is_started_once_the_time_is_up():
@@ -295,8 +244,8 @@ def test_a_slice_is_measured_from_phases_to_peers(tmp_path, capsys):
         repeats=2,
         dtype="bfloat16",
     )
-    write(report, tmp_path / "slice.json")
-    show(report)
+    report.write(tmp_path / "slice.json")
+    report.show()
     shown = capsys.readouterr().out
     written = json.loads((tmp_path / "slice.json").read_text())
     figures = written["figures"]
@@ -316,12 +265,11 @@ def test_a_slice_is_measured_from_phases_to_peers(tmp_path, capsys):
     model = figures["policy update, recompute selective | model"]["median"]
     hardware = figures["policy update, recompute selective | hardware"]["median"]
     assert hardware > model > 0
-    ratio = figures["policy update, ours / Hugging Face, padded"]
+    ratio = figures["policy update, ours / Hugging Face, head: logits"]
     assert ratio["unit"] == "ratio" and len(ratio["samples"]) == 2
     first = written["peers"]["first"]
     assert first["ours"]["policy_loss"] == pytest.approx(
-        first["Hugging Face"]["policy_loss"], abs=5e-2
+        first["Hugging Face, head: logits"]["policy_loss"], abs=5e-2
     )
     assert written["model"] == "random weights, 1 of 3 layers" and written["dtype"] == "bfloat16"
-    assert "goal 45% of it is open" in " ".join(written["notes"])
     assert "tokens/s" in shown and "policy update" in shown

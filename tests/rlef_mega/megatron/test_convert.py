@@ -445,18 +445,11 @@ def test_the_benchmark_compares_a_round_trip_with_cp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlef_mega.bench.convert import benchmark
+    from rlef_mega.flops import LlamaShape
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    shape = {
-        "vocab_size": 4096,
-        "hidden_size": 1024,
-        "intermediate_size": 2048,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-        "num_hidden_layers": 1,
-    }
+    shape = LlamaShape(1, 1024, 2048, 8, 2, 128, vocabulary=4096)
     report = benchmark(shape, repeats=1, process_counts=(1,))
     figures = {figure.name: figure.median for figure in report.figures}
     assert report.about["bytes"] > 2 * 2 * 4096 * 1024  # embedding and head alone

@@ -14,9 +14,10 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from typer.testing import CliRunner
 
-from rlef_mega.bench.against_hf import critic_update, on_policy_targets, policy_update
-from rlef_mega.bench.memory import AllocatedBytes
-from rlef_mega.bench.slice_model import slice_episodes, write_model
+from rlef_mega.bench.measure import AllocatedBytes
+from rlef_mega.bench.random_model import write_model
+from rlef_mega.bench.slice_worker import critic_update, on_policy_targets, policy_update
+from rlef_mega.bench.workload import slice_episodes
 from rlef_mega.cli import app
 from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
