@@ -45,8 +45,9 @@ async def call(
     *,
     within_s: float,
     headers: Mapping[str, str] | None = None,
-) -> Any:
-    """POST the body, or GET without one. Returns the answer's JSON, or its text if it is not JSON.
+) -> dict[str, Any]:
+    """POST the body, or GET without one. Returns the answer's JSON object; another answer is
+    returned as {"text": ...}.
 
     Raises ServerError if no answer comes `within_s` (0: no limit) or its status is not 200.
     """
@@ -62,9 +63,10 @@ async def call(
     if status != 200:
         raise ServerError(f"{url}{path}: {status} {text[:500]}", status)
     try:
-        return json.loads(text)
+        answer = json.loads(text)
     except ValueError:
-        return text
+        answer = None
+    return answer if isinstance(answer, dict) else {"text": text}
 
 
 def reason_of(error: Exception) -> str:

@@ -16,7 +16,7 @@ inference mode) and a race with `update_weights`. Everything else in the loop st
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -187,14 +187,23 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the model for evaluation, without gradients.
 
-    Raises ValueError if the folder lacks a file or has layers without full attention.
+    Raises ValueError if the folder lacks a file or weights, which transformers would initialise at
+    random, or if a layer has no full attention.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; give a folder in Hugging Face format")
     # sdpa accepts the prepared masks of generation.py
-    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    options: Any = {"dtype": dtype, "attn_implementation": "sdpa"}
     if weights_from_folder:
-        model = load_weights(folder, options)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **options
+            )
+            model, info = loaded  # a pair, because of output_loading_info
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: cannot read the weights: {error}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{folder}: weights are missing: {listed(missing)}")
     else:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, **options)
@@ -204,18 +213,3 @@ def load_model(
             "(sliding windows, recurrence), which the local engine does not serve"
         )
     return model.eval().requires_grad_(False).to(device=device)
-
-
-def load_weights(folder: Path, options: Mapping[str, object]) -> PreTrainedModel:
-    """Load the folder's weights. Raises ValueError if some are missing, where transformers would
-    initialise them at random."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **options
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot read the weights: {error}") from error
-    model, info = loaded  # a pair, because of output_loading_info, which the annotations miss
-    if info["missing_keys"]:
-        raise ValueError(f"{folder}: weights are missing: {listed(sorted(info['missing_keys']))}")
-    return model

@@ -164,27 +164,14 @@ class OpenAIEngine(LivesInLoop):
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def call(
-        self,
-        url: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        within_s: float = OPEN_S,
+        self, url: str, path: str, body: Any = None, *, within_s: float = OPEN_S
     ) -> dict[str, Any]:
-        """Return the answer's JSON object. Raises ServerError if there is none."""
-        answer = await call(self.http, url, path, body, within_s=within_s, headers=self.headers)
-        if not isinstance(answer, dict):
-            raise ServerError(f"{url}{path}: not a JSON object: {str(answer)[:200]!r}")
-        return answer
+        return await call(self.http, url, path, body, within_s=within_s, headers=self.headers)
 
     def body(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         """Return the request for a prompt, with extensions if the servers take them."""
         stops = list(sampling.stop_token_ids)
-        extensions = {
-            "stop_token_ids": stops,
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-        }
+        own = {"stop_token_ids": stops, "return_token_ids": True, "skip_special_tokens": False}
         return {
             "model": self.model,
             "prompt": prompt,
@@ -193,7 +180,7 @@ class OpenAIEngine(LivesInLoop):
             "top_p": sampling.top_p,
             "seed": seed % 2**31,  # in the range that all servers accept
             "logprobs": 1,
-            **(extensions if self.extended else {"stop": self.stop_texts(stops)}),
+            **(own if self.extended else {"stop": self.stop_texts(stops)}),
         }
 
     def stop_texts(self, stops: Sequence[int]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 import torch
+from pydantic import BaseModel
 
 from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.http import ServerError, call
@@ -32,18 +33,30 @@ PROBE_S = 10.0  # for a short question to an idle server
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ServerInfo:
-    """What a server reports of itself."""
+class ServerInfo(BaseModel):
+    """What a server reports of itself, under SGLang's names."""
 
     version: str
-    model_path: str
+    model_path: str  # the folder it started from; /model_info has that of the last update
     dtype: str
     device: str
-    tensor_parallel_size: int
-    context_length: int  # tokens of a prompt with its response
-    longest_prompt: int
-    weight_version: str
+    tp_size: int
+    max_req_input_len: int
+    internal_states: list[dict[str, Any]]
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.max_req_input_len - 1  # a prompt must be shorter
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt with its response."""
+        return self.max_req_input_len + 4  # it uses all but one token, and reports that less 5
+
+    @property
+    def weight_version(self) -> str:
+        """The version known to the scheduler, which stamps tokens with it."""
+        return str(self.internal_states[0]["weight_version"])
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ class Client:
 
     async def call(
         self, path: str, body: Mapping[str, Any] | None = None, *, within_s: float | None = None
-    ) -> Any:
+    ) -> dict[str, Any]:
         """Return the server's answer. Raises ServerError if none comes in time (default:
         `publish_s`) or its status is not 200."""
         limit_s = self.publish_s if within_s is None else within_s
@@ -95,39 +108,13 @@ class Client:
     ) -> None:
         """Make a call whose answer reports success beside HTTP's status."""
         answer = await self.call(path, body, within_s=within_s)
-        if not (isinstance(answer, dict) and answer.get("success") is True):
+        if answer.get("success") is not True:
             raise ServerError(f"{self.url}{path}: {answer}")
 
-    async def info(self, *, within_s: float) -> ServerInfo:
-        weights = await self.reported_version(within_s=within_s)
-
-        def read(answer: Any) -> ServerInfo:
-            longest = int(answer["max_req_input_len"])
-            return ServerInfo(
-                version=answer["version"],
-                # the folder it started from; /model_info has the folder of the last update
-                model_path=answer["model_path"],
-                dtype=answer["dtype"],
-                device=answer["device"],
-                tensor_parallel_size=int(answer["tp_size"]),
-                # it uses all but one token of its context, and reports that less 5
-                context_length=longest + 4,
-                longest_prompt=longest - 1,  # it must be shorter
-                weight_version=weights,
-            )
-
-        return await self.read("/server_info", read, within_s=within_s)
-
-    async def weight_version(self, *, within_s: float | None = None) -> str:
-        """Return the version known to the scheduler, which stamps tokens with it.
-
-        A scheduler that hangs does not answer, though its HTTP process does; a paused one answers.
-        """
-        return await self.read(
-            "/server_info",
-            lambda answer: str(answer["internal_states"][0]["weight_version"]),
-            within_s=within_s,
-        )
+    async def info(self, *, within_s: float | None = None) -> ServerInfo:
+        """Ask the scheduler. One that hangs does not answer, though its HTTP process does; a paused
+        one answers."""
+        return await self.read("/server_info", ServerInfo.model_validate, within_s=within_s)
 
     async def reported_version(self, *, within_s: float) -> str:
         """Return the version known to the HTTP process, which is cheap to ask."""
@@ -166,7 +153,6 @@ class Client:
             raise
 
     def begin_abort(self, request_id: str) -> None:
-
         async def abort() -> None:
             with contextlib.suppress(ServerError):  # the server will see the closed connection
                 await self.call("/abort_request", {"rid": request_id}, within_s=ABORT_S)
@@ -210,7 +196,7 @@ class Client:
         longer has weights of `version`, is left alone.
         """
         released, self.released = self.released, []
-        if released and await self.weight_version() == version:
+        if released and (await self.info()).weight_version == version:
             await self.occupy(WEIGHTS)
             self.released = [CACHE]
 
@@ -223,30 +209,12 @@ class Client:
         body = {"model_path": folder, "weight_version": version, "flush_cache": True}
         await self.succeed("/update_weights_from_disk", body)
 
-    async def join_group(
-        self,
-        name: str,
-        *,
-        backend: str,
-        address: str,
-        port: int,
-        rank_offset: int,
-        world_size: int,
-    ) -> None:
+    async def join_group(self, name: str, **rendezvous: str | int) -> None:
         """Join the trainer's process group; the server's first rank gets `rank_offset`."""
-        body = {
-            "group_name": name,
-            "backend": backend,
-            "master_address": address,
-            "master_port": port,
-            "rank_offset": rank_offset,
-            "world_size": world_size,
-        }
-        await self.succeed("/init_weights_update_group", body)
+        await self.succeed("/init_weights_update_group", {"group_name": name, **rendezvous})
 
     async def leave_group(self, name: str) -> None:
-        body = {"group_name": name}
-        await self.call("/destroy_weights_update_group", body, within_s=PROBE_S)
+        await self.call("/destroy_weights_update_group", {"group_name": name}, within_s=PROBE_S)
 
     async def begin_update(self) -> None:
         """Open an update, which SGLang requires since 0.5.22."""

@@ -109,21 +109,12 @@ class SGLangEngine(LivesInLoop):
         """Connect. Raises ValueError unless all servers run a supported version with this model."""
         self.http: aiohttp.ClientSession = new_http_session()
         clients = [Client(url, self.http, publish_s=self.limits.publish_s) for url in self.urls]
-        self.fleet = Fleet(
-            [
-                Member(
-                    client,
-                    asyncio.Semaphore(self.limits.concurrency),
-                    log_file(self.logs, client.url) if self.logs else None,
-                )
-                for client in clients
-            ],
-            self.limits,
-        )
+        logs = [log_file(self.logs, url) if self.logs else None for url in self.urls]
+        self.fleet = Fleet(map(Member, clients, logs), self.limits)
         infos = await asyncio.gather(*(client.info(within_s=OPEN_S) for client in clients))
         for client, info in zip(clients, infos, strict=True):
             await self.check_server(client, info)
-        alike = {(i.dtype, i.device, i.tensor_parallel_size) for i in infos}
+        alike = {(i.dtype, i.device, i.tp_size) for i in infos}
         if len(alike) > 1:
             raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(alike)}")
         self.info = min(infos, key=lambda info: info.context_length)
@@ -208,7 +199,7 @@ class SGLangEngine(LivesInLoop):
             named_tensors,
             self.model,
             getattr(torch, self.info.dtype),
-            self.info.tensor_parallel_size,
+            self.info.tp_size,
             self.info.device,
         )
         try:

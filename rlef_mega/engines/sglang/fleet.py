@@ -23,9 +23,10 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rlef_mega.engines import BUSY, EngineError, EngineLostError, GenerationRequest
 from rlef_mega.engines.http import ServerError
@@ -61,8 +62,10 @@ class Affinity:
 class Fleet:
     """The servers of one engine. A server is ready only while it serves `version`."""
 
-    def __init__(self, members: Sequence[Member], limits: Limits) -> None:
+    def __init__(self, members: Iterable[Member], limits: Limits) -> None:
         self.members, self.limits = list(members), limits
+        for member in self.members:
+            member.slots = asyncio.Semaphore(limits.concurrency)
         self.none_since_s: float | None = None  # when the last ready server went; the loop's clock
         self.version: int | None = None
         self.restore: Callable[[Client], Awaitable[None]] | None = None
@@ -71,7 +74,7 @@ class Fleet:
         self.settled = asyncio.Event()
         self.settled.set()
         self.settling: asyncio.Task[None] | None = None
-        self.asking: set[asyncio.Task[ServedCompletion]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()  # all that run
         self.counts: Counter[str] = Counter()  # see SGLangEngine.counts
 
     # ---------------------------------------------------------------- requests
@@ -102,9 +105,7 @@ class Fleet:
     ) -> ServedCompletion:
         """Try one server, for as long as it is healthy. Raises ServerError for old weights too."""
         expected = self.version
-        asking = asyncio.create_task(member.client.generate(request))
-        self.asking.add(asking)
-        asking.add_done_callback(self.asking.discard)
+        asking = self.start(member.client.generate(request))
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=self.limits.heartbeat_s)
@@ -129,13 +130,12 @@ class Fleet:
         return answer
 
     def count(self, answer: ServedCompletion, *, follow_up: bool) -> None:
-        self.counts["requests"] += 1
-        self.counts["sampled_tokens"] += len(answer.completion.token_ids)
-        self.counts["context_tokens"] += answer.context_tokens
-        self.counts["cached_tokens"] += answer.cached_tokens
+        context, cached = answer.context_tokens, answer.cached_tokens
+        sampled = len(answer.completion.token_ids)
+        self.counts.update(requests=1, sampled_tokens=sampled)
+        self.counts.update(context_tokens=context, cached_tokens=cached)
         if follow_up:
-            self.counts["follow_up_tokens"] += answer.context_tokens
-            self.counts["follow_up_cached_tokens"] += answer.cached_tokens
+            self.counts.update(follow_up_tokens=context, follow_up_cached_tokens=cached)
 
     async def take_stock(self) -> dict[str, float]:
         """Return the counts, each server's busy time, and the longest paused time of a server."""
@@ -152,7 +152,7 @@ class Fleet:
         if silent_s < self.limits.heartbeat_s or self.control.locked():
             return
         if member.checking is None or member.checking.done():
-            member.checking = asyncio.create_task(self.check(member))
+            member.checking = self.start(self.check(member))
         await asyncio.shield(member.checking)
 
     async def check(self, member: Member) -> None:
@@ -217,7 +217,7 @@ class Fleet:
         self.settled.clear()
         if self.settling is not None:
             self.settling.cancel()
-        self.settling = asyncio.create_task(self.settle(awaited))
+        self.settling = self.start(self.settle(awaited))
 
     async def settle(self, awaited: Sequence[Member]) -> None:
         """Let requests start once these servers have the version, or SETTLE_S after the first."""
@@ -265,7 +265,7 @@ class Fleet:
 
     def probe(self, member: Member) -> None:
         if member.probing is None:
-            member.probing = asyncio.create_task(self.probe_until_ready(member))
+            member.probing = self.start(self.probe_until_ready(member))
 
     async def probe_until_ready(self, member: Member) -> None:
         """Bring the server back once it has the current weights; ask at growing intervals."""
@@ -290,7 +290,7 @@ class Fleet:
         """
         client = member.client
         if member.doubtful:  # perhaps paused: then it generates nothing, also not for its health
-            found = await client.weight_version(within_s=PROBE_S)
+            found = (await client.info(within_s=PROBE_S)).weight_version
         else:
             if member.failed:  # only then, because a health check takes a second
                 await client.check_health(within_s=PROBE_S)
@@ -311,15 +311,14 @@ class Fleet:
                 raise ServerError(f"{client.url} has weights {version}, not {self.version}")
         self.counts["restored"] += 1
 
-    async def answering(self) -> list[Member]:
-        """Return the servers whose schedulers answer within a heartbeat; take the others out.
-
-        Raises EngineLostError if none answers for `lost_s`, in which servers may restart.
-        """
+    async def answering(self) -> dict[Member, str]:
+        """Return the servers whose schedulers answer within a heartbeat, and their weight versions;
+        take the others out. Raises EngineLostError if none answers for `lost_s`."""
         found: dict[str, str] = {}
 
         async def ask(client: Client) -> None:
-            found[client.url] = await client.weight_version(within_s=self.limits.heartbeat_s)
+            info = await client.info(within_s=self.limits.heartbeat_s)
+            found[client.url] = info.weight_version
 
         clock = asyncio.get_running_loop().time
         until_s = clock() + self.limits.lost_s
@@ -328,22 +327,24 @@ class Fleet:
                 raise self.lost()
             await asyncio.sleep(FIRST_PROBE_S)
         for member in self.members:
-            if member in members:
-                member.found_version = found[member.client.url]
-            else:
+            if member not in members:
                 self.take_out(member, member.last_failure)
-        return members
+        return {member: found[member.client.url] for member in members}
 
     def reasons(self) -> str:
         """Return why each server is not ready, or that all are busy."""
         return reasons([m for m in self.members if not m.ready]) or "all servers are busy"
 
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
     async def close(self) -> None:
-        """Cancel all tasks and end their requests on the servers."""
-        probes = [member.probing for member in self.members]
-        tasks = [self.settling, *probes, *(member.checking for member in self.members)]
-        running = [task for task in tasks if task is not None]
-        for task in (*running, *self.asking):
+        """Cancel all tasks, and end their requests on the servers."""
+        tasks = list(self.tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*running, *self.asking, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(task for m in self.members for task in m.client.aborting))

@@ -18,8 +18,8 @@ class Member:
     """A server, and what the fleet knows of it. Times are the loop's clock."""
 
     client: Client
-    slots: asyncio.Semaphore  # requests that it may still take at once
     log: Path | None = None
+    slots: asyncio.Semaphore = field(default_factory=asyncio.Semaphore)  # set by the fleet
     ready: bool = False
     failed: bool = False  # since it was ready: it must pass a health check
     doubtful: bool = False  # it failed a publication, so its reported version proves nothing
@@ -28,7 +28,6 @@ class Member:
     heard_at_s: float = 0.0
     checking: asyncio.Task[None] | None = None
     probing: asyncio.Task[None] | None = None
-    found_version: str = ""  # of its weights, at the start of a publication
     busy_s: float = 0.0  # with a request, until `counted_at_s` (of time.monotonic)
     counted_at_s: float = field(default_factory=time.monotonic)
 

@@ -213,8 +213,8 @@ class ServerProcesses:
                     raise EngineError(f"{server.url} {fault}.{log_tail(server.log)}")
             time.sleep(POLL_S)
 
-    def supervise(self, say: Callable[[str], None]) -> None:
-        """Restart servers that have ended or hang, until an exception; report it through `say`.
+    def supervise(self, report: Callable[[str], None]) -> None:
+        """Restart servers that have ended or hang, until an exception; `report` gets each event.
 
         Raises EngineError with the end of the log if a server keeps ending before it is ready.
         """
@@ -229,13 +229,13 @@ class ServerProcesses:
                             f"{server.url} ended {MOST_FAILED_STARTS} times before it was ready."
                             f"{log_tail(server.log)}"
                         )
-                    say(f"{server.url} {reason}; it is started again (log: {server.log})")
+                    report(f"{server.url} {reason}; it is started again (log: {server.log})")
                     server.stop(patience_s=0)
                     server.start()
                     server.starting = True
                 elif server.starting and server.heard_at_s > server.started_at_s:
                     server.starting, server.failed_starts = False, 0
-                    say(f"{server.url} is ready again")
+                    report(f"{server.url} is ready again")
             time.sleep(POLL_S)
 
     def reason_to_restart(self, server: ServerProcess) -> str | None:

@@ -76,7 +76,7 @@ class DiskPublication:
             await client.resume()
 
         async with self.fleet.control:
-            members = await self.fleet.answering()
+            members = list(await self.fleet.answering())
             done = await on_each(members, load)
             if not done:
                 raise EngineError(f"no server took version {version}: {reasons(members)}")
@@ -108,8 +108,10 @@ class BucketPublication:
 
     def send(self, weights: SentWeights, version: int) -> None:
         """Pause, send all buckets, verify and resume."""
-        members = self.thread.wait_for(self.fleet.answering())
-        same_processes = all(m.found_version == str(self.fleet.version) for m in members)
+        versions = self.thread.wait_for(self.fleet.answering())
+        members = list(versions)
+        # a server that was restarted has the version of its model folder
+        same_processes = set(versions.values()) == {str(self.fleet.version)}
         self.transfer.prepare(members, weights.ranks, same_processes=same_processes)
 
         async def begin(client: Client) -> None:
@@ -133,7 +135,7 @@ class BucketPublication:
 
 async def verify(client: Client, version: int, expected: Checksums) -> None:
     """Raise ServerError unless the server has this version and weights with these checksums."""
-    found = await client.weight_version()
+    found = (await client.info()).weight_version
     if found != str(version):
         raise ServerError(f"{client.url} reports version {found} after the update to {version}")
     if wrong := differing_parameters(expected, await client.checksums()):

@@ -72,7 +72,7 @@ def serve(config: TrainConfig) -> None:
     try:
         with servers:
             print(READY + " ".join(servers.urls), flush=True)
-            servers.supervise(say=lambda text: print(text, flush=True))
+            servers.supervise(report=lambda text: print(text, flush=True))
     except KeyboardInterrupt:
         print("stopped", flush=True)
 

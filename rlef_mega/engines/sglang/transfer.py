@@ -94,8 +94,8 @@ class Broadcast:
             await client.join_group(
                 self.group_name,
                 backend=self.backend,
-                address=self.host,
-                port=store.port,
+                master_address=self.host,
+                master_port=store.port,
                 rank_offset=offsets[client.url],
                 world_size=world_size,
             )
