@@ -61,8 +61,12 @@ def generate_batch(
 
     Raises EngineError if the model's logits are not finite.
     """
-    rows = [BatchRow(request, token_limit(model, request)) for request in requests]
     lengths_B = [len(request.token_ids) for request in requests]
+    positions = model.config.max_position_embeddings
+    rows = [
+        BatchRow(request, limit=min(request.sampling.max_new_tokens, positions - length))
+        for request, length in zip(requests, lengths_B, strict=True)
+    ]
     capacity = max(lengths_B) + max(row.limit for row in rows)
     cache = PreallocatedCache(model.config.num_hidden_layers, len(rows), max(lengths_B), capacity)
     logits_BV = prefill(model, requests, cache, pad_token_id)
@@ -77,12 +81,6 @@ def generate_batch(
         )
         for row in rows
     ]
-
-
-def token_limit(model: PreTrainedModel, request: GenerationRequest) -> int:
-    """Return max_new_tokens, or the number of the model's positions that are left."""
-    room = model.config.max_position_embeddings - len(request.token_ids)
-    return min(request.sampling.max_new_tokens, room)
 
 
 def prefill(

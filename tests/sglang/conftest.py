@@ -35,7 +35,7 @@ class Serving:
         return found
 
     def scheduler_process(self, url: str) -> psutil.Process:
-        """What samples, beside the process that speaks HTTP."""
+        """Return the process that samples, beside the HTTP process."""
         started = self.server_process(url).children()
         (found,) = [p for p in started if p.name().startswith("sglang::schedul")]
         return found
@@ -57,8 +57,8 @@ def save_tiny_model(folder: Path) -> Path:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many neighbouring ports that nobody listens on. Where the search begins
-    depends on the process, for tests that are started beside these look before they listen too."""
+    """Return the first of `count` consecutive free ports. The search begins at a port that depends
+    on the process, because other test processes search at the same time."""
     first = 20000 + os.getpid() % 1000 * 10
     while not all(map(is_free, range(first, first + count))):
         first += count

@@ -1,4 +1,4 @@
-"""Rollouts against real SGLang servers: ids, log-probs, weights, versions, and their death.
+"""Rollouts against real SGLang servers: ids, log-probs, weights, versions, and failures.
 
 One start of two servers serves all of it. The truth is transformers' model in this process.
 """
@@ -74,7 +74,7 @@ def open_engine(serving, folder, way, **limits) -> SGLangEngine:
 
 
 def wait_for(condition, engine: SGLangEngine) -> None:
-    """As long as a server may take to start."""
+    """Wait for as long as a server may take to start."""
     until = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < until, engine.fleet.reasons()
@@ -230,8 +230,8 @@ def call(url: str, path: str, body: dict) -> dict:
 
 @pytest.mark.parametrize("mode", ["abort", "in_place"])
 def test_other_ways_to_pause_a_server_would_not_do(disk_engine, serving, model, tmp_path, mode):
-    """Why a publication takes requests back: `abort` ends them where they are, and in place the new
-    weights go on with what the old ones have cached, which is neither's log-probs."""
+    """Why a publication retracts requests: `abort` ends them, and in place the new weights continue
+    from the old ones' cache, which gives log-probs of neither."""
     disk_engine.update_weights(model.state_dict().items(), 1)
     old = LlamaForCausalLM.from_pretrained(serving.model, dtype=torch.float32)
     (prompt,) = random_prompts(1, 20)
@@ -294,7 +294,7 @@ def test_weights_of_another_model_are_never_sent(engine, model):
 
 
 class BrokenDisk(DiskPublication):
-    """One bit is another after it was written."""
+    """Flips one bit of what it wrote."""
 
     def write(self, folder, weights):
         super().write(folder, weights)
@@ -316,8 +316,8 @@ def test_a_server_that_holds_other_weights_than_were_sent_is_found_out(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_dialogues_go_on_through_publications(serving, model, tmp_path, way):
-    """Requests never stop coming while weights change three times: none fails, versions never go
-    back in an answer, and each token has the log-prob that the weights of its version give it."""
+    """Weights change three times under a stream of requests: none fails, versions never go back in
+    an answer, and each token has the log-prob that the weights of its version give it."""
     models = {0: copy.deepcopy(model)}
     done = threading.Event()
 
@@ -357,8 +357,7 @@ def test_dialogues_go_on_through_publications(serving, model, tmp_path, way):
 def test_a_server_that_hangs_costs_no_request_and_does_not_come_back_with_old_weights(
     serving, model, tmp_path
 ):
-    """It is stopped in the middle of requests, and goes on after the next weights came without
-    it."""
+    """It is suspended during requests, and continues after a publication without it."""
     victim = serving.urls[0]
     process = serving.server_process(victim)
     everything = [process, *process.children(recursive=True)]
@@ -388,8 +387,8 @@ def test_a_server_that_hangs_costs_no_request_and_does_not_come_back_with_old_we
 
 
 def test_a_cancelled_dialogue_ends_its_request_on_the_server(disk_engine, serving, model):
-    """A server empties its cache only when nothing runs. By itself it would see that nobody waits
-    4 s after it began."""
+    """A server empties its cache only when nothing runs. By itself it would notice the closed
+    connection after 4 s."""
 
     def idle() -> bool:
         answers = []
@@ -472,7 +471,7 @@ def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
 
 
 class PolicyOnTheWay:
-    """Weights in the middle of whose first publication something happens."""
+    """Weights during whose first publication something happens."""
 
     def __init__(self, model: PreTrainedModel, happens) -> None:
         self.model, self.happens, self.tries = model, happens, 0
@@ -489,7 +488,7 @@ class PolicyOnTheWay:
 def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
     serving, model, tmp_path
 ):
-    """What speaks HTTP for it goes on, and answers whom it can answer by itself."""
+    """Its HTTP process continues, and answers what it can answer alone."""
     scheduler = serving.scheduler_process(serving.urls[0])
     policy = PolicyOnTheWay(model, scheduler.suspend)
     with open_engine(serving, tmp_path, "distributed", publish_s=8, heartbeat_s=4) as engine:
@@ -517,7 +516,7 @@ def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
 
 
 def wait_until_healthy(url: str) -> None:
-    """Another process than the one that was killed a moment ago."""
+    """Wait for the process that replaces the one that was just killed."""
     waited_until = time.monotonic() + 300
     time.sleep(1)
     while True:
@@ -530,7 +529,7 @@ def wait_until_healthy(url: str) -> None:
 
 
 @pytest.mark.slow  # servers start again
-def test_without_any_server_all_are_told_and_who_waits_longer_finds_them_again(
+def test_without_any_server_requests_fail_and_later_ones_find_the_restarted_servers(
     serving, model, tmp_path
 ):
     with open_engine(serving, tmp_path, "disk", lost_s=2) as engine:

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.sglang
     ],
 )
 def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way, mode):
-    """The gap between the servers' log-probs and the trainer's says that ids, weights and
-    temperature are the same on both sides; in async mode, of the tokens with the same weights."""
+    """The gap between the servers' log-probs and the trainer's proves that ids, weights and
+    temperature agree; in async mode, for tokens sampled with the trainer's weights."""
     run = tmp_path / "run"
     settings = {
         "run.dir": run,
@@ -74,7 +74,7 @@ def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way, mod
     assert [step["valid_step"] for step in steps if "valid_step" in step] == [2, 4]
 
 
-def test_a_folder_is_evaluated_on_servers_that_nobody_holds(serving, tmp_path):
+def test_a_folder_is_evaluated_on_free_servers(serving, tmp_path):
     words = [sys.executable, "-m", "rlef_mega.cli", "eval", str(serving.model)]
     words += ["--data", "curriculum:test", "--problems", "4", "--turns", "2"]
     words += ["--max-new-tokens", "20", "--max-context", "1500", "--out", str(tmp_path)]

@@ -12,7 +12,7 @@ Shape suffixes: W 32-bit words, T tiles of words.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,17 +213,16 @@ def differing_parameters(expected: Checksums, found: Checksums) -> str:
 
 def check_same_model(folder: Path, served: Path) -> None:
     """Raise ValueError unless the server's folder has the same architecture."""
-    ours, theirs = read_architecture(folder), read_architecture(served)
-    if other := differences(theirs, ours):
+
+    def architecture(folder: Path) -> dict[str, Any]:
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except OSError as error:
+            raise ValueError(
+                f"cannot read {folder / 'config.json'}: {error.strerror}; servers and trainer need "
+                "the model at the same path of a shared file system"
+            ) from None
+        return {key: config.get(key) for key in ARCHITECTURE}
+
+    if other := differences(architecture(served), architecture(folder)):
         raise ValueError(f"{served} is not the model of {folder}: {other}")
-
-
-def read_architecture(folder: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {folder / 'config.json'}: {error.strerror}; servers and trainer need "
-            "the model at the same path of a shared file system"
-        ) from None
-    return {key: config.get(key) for key in ARCHITECTURE}

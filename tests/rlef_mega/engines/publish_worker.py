@@ -1,6 +1,6 @@
 """One of several ranks that publish weights to an engine which only the first of them has.
 
-What is sent is wrong in the ways that a test names; what each rank learns of it is printed.
+The weights are wrong in the ways that a test names; the outcome on each rank is printed.
 """
 
 import sys
@@ -16,8 +16,8 @@ from rlef_mega.engines.publish import publish
 
 
 class Sender:
-    """Stands where the learner does; its first `wrong_tries` publications are of weights that
-    `spoil` has changed."""
+    """Takes the learner's part; `spoil` changes the weights of its first `wrong_tries`
+    publications."""
 
     def __init__(self, folder: str, spoil, wrong_tries: int) -> None:
         model = LlamaForCausalLM.from_pretrained(folder)

@@ -98,8 +98,7 @@ def test_the_same_run_twice_is_equal_to_the_bit(folder):
 
 
 def test_a_dialogue_that_ends_releases_those_that_wait_for_it(engine):
-    """The short dialogue grades for a while after its only turn, then leaves: the other one goes
-    on."""
+    """The short dialogue grades for a while after its only turn, then leaves."""
     short, long = run(dialogue(engine, 0, 1, pause=0.05), dialogue(engine, 1, 3))
     assert not isinstance(short, Exception) and not isinstance(long, Exception)
     assert not engine.open_sessions and not engine.waiting

@@ -1,4 +1,4 @@
-"""A publication ends alike on all ranks: tried again where that may help, else at once."""
+"""A publication ends alike on all ranks; it is retried where that may help."""
 
 import pytest
 

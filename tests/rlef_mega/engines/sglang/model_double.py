@@ -1,4 +1,4 @@
-"""A server that speaks SGLang's HTTP and samples from a real model, in a thread of this process."""
+"""A server with SGLang's HTTP interface that samples from a real model, in a thread."""
 
 import asyncio
 import threading
@@ -15,8 +15,8 @@ from tests.rlef_mega.engines.sglang.server_double import ServerDouble
 
 
 class ModelDouble(ServerDouble):
-    """One request at a time; an update waits for it, as all that follow wait for the update. What
-    it samples is stamped with the version of the weights that it has."""
+    """Serves one request or weight update at a time, and stamps tokens with its weights'
+    version."""
 
     longest_request = 316
 

@@ -1,4 +1,4 @@
-"""A server that speaks SGLang's HTTP as far as the client uses it, and fails as it is told."""
+"""A server with the part of SGLang's HTTP interface that the client uses, failing on command."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,9 @@ from tests.rlef_mega.server_in_thread import ServerInThread
 
 
 class ServerDouble(ServerInThread):
-    """Its token ids count upwards from its number times 100. `mode` is what it does when asked to
-    generate: answer, hang, drop the connection, or what `spoil` makes of the answer. When it hangs,
-    its scheduler does: what HTTP alone can answer is answered. Paused, it is not healthy."""
+    """Samples ids that count upwards from its number times 100. `mode` is its reaction to requests:
+    answer (changed by `spoil`), hang, or drop the connection. When it hangs, only the HTTP process
+    answers. A paused server is not healthy."""
 
     def __init__(self, number: int, model: str, version: str = "3", names: frozenset = frozenset()):
         super().__init__()
@@ -103,7 +103,7 @@ class ServerDouble(ServerInThread):
         return {"success": True}
 
     async def weights_checker(self, body):
-        """Of what it was told to load; before, of nothing."""
+        """Return the checksums of the loaded weights, or empty ones."""
         checksums = self.checksums or dict.fromkeys(self.names, "")
         return {"ranks": [{"parallelism_info": [{"tp_rank": 0}], "checksums": dict(checksums)}]}
 

@@ -62,7 +62,7 @@ def engine(servers, model):
 
 
 def published_elsewhere(engine: SGLangEngine, version: int) -> None:
-    """By another process."""
+    """Note a publication by another process."""
     engine.update_weights([], version)
     engine.end_update(version)
 
@@ -76,7 +76,7 @@ async def dialogue(engine: SGLangEngine, turns: int = 1, sampling=SAMPLING) -> l
     return answers
 
 
-def hold(engine, count: int, turns: int = 1, sampling=SAMPLING) -> list[list[Completion]]:
+def talk(engine, count: int, turns: int = 1, sampling=SAMPLING) -> list[list[Completion]]:
     async def all_at_once():
         return await asyncio.gather(*(dialogue(engine, turns, sampling) for _ in range(count)))
 
@@ -86,17 +86,17 @@ def hold(engine, count: int, turns: int = 1, sampling=SAMPLING) -> list[list[Com
 def wait_until(condition) -> None:
     until = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < until, "it did not come about within 10 s"
+        assert time.monotonic() < until, "the condition was not met within 10 s"
         time.sleep(0.01)
 
 
-def test_dialogues_are_spread_evenly_and_stay_where_their_context_is(engine, servers):
+def test_dialogues_are_spread_evenly_and_stay_at_the_server_with_their_context(engine, servers):
     for server in servers:
         server.delay_s = 0.05
-    answers = hold(engine, 8, turns=3)
+    answers = talk(engine, 8, turns=3)
     of_dialogue = [{a.token_ids[0] // 100 for a in dialogue} for dialogue in answers]
-    assert all(len(places) == 1 for places in of_dialogue)
-    assert Counter(places.pop() for places in of_dialogue) == {1: 4, 2: 4}
+    assert all(len(numbers) == 1 for numbers in of_dialogue)
+    assert Counter(numbers.pop() for numbers in of_dialogue) == {1: 4, 2: 4}
     counts = engine.counts
     assert counts["requests"] == 24 and counts["sampled_tokens"] == 72
     taken = engine.take_counts()
@@ -111,7 +111,7 @@ def test_a_server_gets_no_more_requests_at_once_than_it_may(servers, model):
         published_elsewhere(engine, 3)
         for server in servers:
             server.delay_s = 0.02
-        assert len(hold(engine, 30)) == 30
+        assert len(talk(engine, 30)) == 30
     assert all(server.most_at_once == 3 for server in servers)
 
 
@@ -119,12 +119,12 @@ def test_a_server_gets_no_more_requests_at_once_than_it_may(servers, model):
 def test_a_server_that_fails_costs_no_request_and_returns(engine, servers, mode):
     one, _two = servers
     one.mode = mode
-    answers = hold(engine, 6, turns=2)
+    answers = talk(engine, 6, turns=2)
     assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
     assert engine.counts["failures"] == 1
     one.mode = "answer"
     wait_until(lambda: engine.counts["returns"] == 3)
-    answers = hold(engine, 6)
+    answers = talk(engine, 6)
     assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {1, 2}
 
 
@@ -160,19 +160,19 @@ SPOILERS = [spoil_ids, spoil_logprob, spoil_versions, spoil_version, age, abort,
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)
-def test_an_answer_that_is_not_whole_is_asked_of_another_server(engine, servers, spoil):
+def test_an_incomplete_answer_is_asked_of_another_server(engine, servers, spoil):
     one, _two = servers
     one.spoil = spoil
-    answers = hold(engine, 6)
+    answers = talk(engine, 6)
     assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
     assert engine.counts["failures"] >= 1
 
 
-def test_a_request_that_fails_everywhere_is_given_up(engine, servers):
+def test_a_request_that_fails_everywhere_is_an_error(engine, servers):
     for server in servers:
         server.spoil = forget
     with pytest.raises(EngineError, match=f"{MOST_TRIES} tries failed.*malformed answer"):
-        hold(engine, 1)
+        talk(engine, 1)
     assert sum(len(server.prompts) for server in servers) == MOST_TRIES
 
 
@@ -182,28 +182,28 @@ def test_without_a_server_the_deadline_says_why(servers, model):
         for server in servers:
             server.mode = "drop"
         with pytest.raises(EngineError, match=r"within 0\.5 s.*Server disconnected"):
-            hold(engine, 1)
+            talk(engine, 1)
 
 
-def test_when_no_server_is_left_all_who_wait_are_told_why(servers, model):
+def test_without_any_server_all_requests_fail_with_the_reason(servers, model):
     with open_engine(servers, model, lost_s=0.5) as engine:
         published_elsewhere(engine, 3)
         for server in servers:
             server.mode = "drop"
         with pytest.raises(EngineLostError, match=r"ready for 0\.5 s.*Server disconnected"):
-            hold(engine, 3)
+            talk(engine, 3)
         servers[0].mode = "answer"
         wait_until(lambda: any(member.ready for member in engine.fleet.members))
-        assert len(hold(engine, 2)) == 2
+        assert len(talk(engine, 2)) == 2
 
 
-def test_servers_that_stand_still_for_another_processs_publication_are_not_judged(servers, model):
-    """Dialogues go on: what waits at a paused server waits, for longer than a heartbeat."""
+def test_servers_paused_by_another_process_are_not_checked(servers, model):
+    """Requests wait at a paused server for longer than a heartbeat."""
     with open_engine(servers, model, heartbeat_s=0.1) as engine:
         published_elsewhere(engine, 3)
         for server in servers:
             server.mode = "hang"
-        engine.update_weights([], 4)  # begins here, and is under way elsewhere
+        engine.update_weights([], 4)  # another process publishes
 
         async def meanwhile():
             waiting = asyncio.gather(*(dialogue(engine, 2) for _ in range(4)))
@@ -222,28 +222,28 @@ def test_no_server_serves_before_it_has_the_current_weights(engine, servers):
     one, two = servers
     two.weight_version = "4"
     published_elsewhere(engine, 4)
-    answers = hold(engine, 6)
+    answers = talk(engine, 6)
     assert {a.token_ids[0] // 100 for dialogue in answers for a in dialogue} == {2}
     one.weight_version = "4"
     wait_until(lambda: engine.counts["returns"] == 4)
-    assert {a[0].token_ids[0] // 100 for a in hold(engine, 6)} == {1, 2}
+    assert {a[0].token_ids[0] // 100 for a in talk(engine, 6)} == {1, 2}
 
 
-def test_weights_that_another_process_brought_cost_each_server_one_cheap_question(engine, servers):
-    """A server takes a second at least to say that it is healthy; so long nobody stands still."""
+def test_a_publication_by_another_process_costs_each_server_one_cheap_request(engine, servers):
+    """No health check, which takes a second or more."""
     for server in servers:
         server.weight_version = "4"
         server.calls.clear()
     published_elsewhere(engine, 4)
-    hold(engine, 6)
+    talk(engine, 6)
     wait_until(lambda: engine.counts["returns"] == 4)
     for server in servers:
         assert server.calls.keys() == {"model_info", "generate"}
         assert server.calls["model_info"] == 1
 
 
-def test_a_cancelled_dialogue_frees_its_place_and_ends_on_the_server(servers, model):
-    """A server does not see at once that nobody waits any more: it is told."""
+def test_a_cancelled_dialogue_frees_its_slot_and_ends_on_the_server(servers, model):
+    """A server notices a closed connection only later, so it gets an explicit request."""
     (server, _) = servers
 
     async def cancel_some() -> None:
@@ -262,25 +262,25 @@ def test_a_cancelled_dialogue_frees_its_place_and_ends_on_the_server(servers, mo
         server.delay_s = 60.0
         asyncio.run(cancel_some())
         wait_until(lambda: engine.fleet.members[0].load == 0)
-        assert len(hold(engine, 2)) == 2
+        assert len(talk(engine, 2)) == 2
 
 
-def test_what_is_under_way_as_the_engine_closes_ends_on_the_servers(servers, model):
+def test_open_requests_end_on_the_servers_when_the_engine_closes(servers, model):
     with ThreadPoolExecutor(1) as thread:
         with open_engine(servers, model) as engine:
             published_elsewhere(engine, 3)
             for server in servers:
                 server.delay_s = 60.0
-            asking = thread.submit(hold, engine, 4)
+            asking = thread.submit(talk, engine, 4)
             wait_until(lambda: sum(len(server.under_way) for server in servers) == 4)
         assert sum(len(server.aborted) for server in servers) == 4
         assert isinstance(asking.exception(10), asyncio.CancelledError)
 
 
-def test_an_end_of_text_that_was_not_asked_for_is_a_token_like_others(engine, servers):
+def test_an_end_of_text_that_is_no_stop_token_is_a_token_like_others(engine, servers):
     for server in servers:
         server.end_of_text = 100 * server.number + 1
-    (answers,) = hold(engine, 1, sampling=Sampling(6, stop_token_ids=(999,)))
+    (answers,) = talk(engine, 1, sampling=Sampling(6, stop_token_ids=(999,)))
     start = answers[0].token_ids[0]
     assert answers[0].token_ids == tuple(range(start, start + 6))
     assert answers[0].finish_reason == "length" and len(answers[0].logprobs) == 6
@@ -340,7 +340,7 @@ def test_a_publication_reaches_all_servers_and_later_those_that_were_started_aga
         assert one.weight_version == two.weight_version == "7"
         assert one.calls["pause_generation"] == one.calls["continue_generation"] == 1
         one.weight_version = "default"  # as after a start
-        answers = hold(engine, 6)
+        answers = talk(engine, 6)
         assert {v for (answer,) in answers for v in answer.weight_versions} == {7}
         wait_until(lambda: engine.counts.get("restored") == 1)
         assert one.weight_version == "7"
@@ -348,7 +348,7 @@ def test_a_publication_reaches_all_servers_and_later_those_that_were_started_aga
 
 
 def test_a_folder_that_cannot_be_written_fails_the_publication(servers, model, tmp_path):
-    """As a full disk does; all ranks learn of it, and it is tried again."""
+    """A full disk does so; all ranks learn of it, and the publication is retried."""
     (tmp_path / "file").touch()
     with (
         publishing(servers, model, tmp_path, weights_folder=tmp_path / "file/weights") as engine,
@@ -358,7 +358,7 @@ def test_a_folder_that_cannot_be_written_fails_the_publication(servers, model, t
 
 
 class RestoredClient:
-    """What a probe asks of a server that was started again."""
+    """A restarted server, as far as a probe asks it."""
 
     url = "http://restored"
 
@@ -369,10 +369,10 @@ class RestoredClient:
         return "default"
 
 
-@pytest.mark.parametrize("outcome", ["failed", "failed later", "brought it", "another"])
-def test_a_probe_that_a_publication_overtook_brings_no_old_weights(outcome):
-    """It waited for the publication, which failed, or brought the server along; or the next one
-    came while it loaded."""
+@pytest.mark.parametrize("outcome", ["failed", "failed later", "included it", "another"])
+def test_a_probe_that_a_publication_overtook_loads_no_old_weights(outcome):
+    """The probe waited for a publication, which failed or included the server, or the next
+    publication came while the server loaded."""
 
     async def run():
         client = RestoredClient()
@@ -394,14 +394,14 @@ def test_a_probe_that_a_publication_overtook_brings_no_old_weights(outcome):
         await asyncio.sleep(0)
         if outcome == "failed":
             await servers.withhold()
-        if outcome == "brought it":
+        if outcome == "included it":
             servers.bring_back(member)
         servers.control.release()
         (ended,) = await asyncio.gather(probe, return_exceptions=True)
         return ended, loads
 
     ended, loads = asyncio.run(run())
-    if outcome == "brought it":
+    if outcome == "included it":
         assert ended is None and loads == []
     else:
         assert isinstance(ended, ServerError)
@@ -411,9 +411,9 @@ def test_a_probe_that_a_publication_overtook_brings_no_old_weights(outcome):
 def test_dialogues_go_on_while_weights_are_published(servers, model, tmp_path):
     """No request fails, and versions never go back within a dialogue."""
 
-    async def talk(until: threading.Event) -> list[list[Completion]]:
+    async def talk_until(done: threading.Event) -> list[list[Completion]]:
         held = []
-        while not until.is_set():
+        while not done.is_set():
             held += await asyncio.gather(*(dialogue(engine, 3) for _ in range(8)))
         return held
 
@@ -422,7 +422,7 @@ def test_dialogues_go_on_while_weights_are_published(servers, model, tmp_path):
         engine.update_weights(weights.items(), 0)
         done = threading.Event()
         with ThreadPoolExecutor(1) as thread:
-            talking = thread.submit(lambda: asyncio.run(talk(done)))
+            talking = thread.submit(lambda: asyncio.run(talk_until(done)))
             for version in range(1, 6):
                 engine.update_weights(weights.items(), version)
             done.set()
@@ -436,28 +436,28 @@ def test_dialogues_go_on_while_weights_are_published(servers, model, tmp_path):
 def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
     servers, model, tmp_path
 ):
-    """HTTP answers for it, but not its scheduler; it costs the publication a heartbeat, not the
-    time that weights may take."""
+    """Its HTTP process answers, its scheduler does not. It costs the publication a heartbeat, not
+    `publish_s`."""
     one, two = servers
     with publishing(servers, model, tmp_path, publish_s=60.0) as engine:
         two.mode = "hang"
         engine.limits.lost_s = 1.0
         engine.update_weights(weights_of(model).items(), 1)
         assert two.calls["pause_generation"] == 0
-        assert {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        assert {a[0].token_ids[0] // 100 for a in talk(engine, 4)} == {1}
         one.mode = "hang"
         log_file(tmp_path, one.url).write_text("loading\nout of memory, says the log\n")
         with pytest.raises(EngineLostError, match=r"(?s)no server was ready.*says the log"):
             engine.update_weights(weights_of(model).items(), 2)
         with pytest.raises(EngineLostError, match=r"(?s)no server was ready.*says the log"):
-            hold(engine, 1)
+            talk(engine, 1)
         one.mode = two.mode = "answer"
 
 
 def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_later(
     servers, model, tmp_path
 ):
-    """It stays paused, so that it does not say that it is healthy until it is brought up."""
+    """It stays paused, and so unhealthy, until it has loaded the weights."""
     one, two = servers
 
     async def refuse(body):
@@ -467,7 +467,7 @@ def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_
         engine.update_weights(weights_of(model).items(), 1)
         two.update_weights_from_disk = refuse
         engine.update_weights(weights_of(model).items(), 2)
-        assert two.paused and {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        assert two.paused and {a[0].token_ids[0] // 100 for a in talk(engine, 4)} == {1}
         one.update_weights_from_disk = refuse
         with pytest.raises(EngineError, match=r"no server took version 3.*disk full"):
             engine.update_weights(weights_of(model).items(), 3)
@@ -479,9 +479,9 @@ def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_
 
 
 def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path):
-    """Paused, for nothing may be generated without weights. There is room for new weights before
-    they come, for the cache after; one that was started again meanwhile is not told to take back
-    what it never gave, which ends a real one."""
+    """They are paused, because a server without weights must not generate. They take back the
+    memory of weights before those come, and that of the cache afterwards. A server that was
+    restarted meanwhile must not be asked to, because that ends a real one."""
     one, two = servers
     with publishing(servers, model, tmp_path, release_memory=True, publish_s=5.0) as engine:
         engine.update_weights(weights_of(model).items(), 1)
@@ -493,7 +493,7 @@ def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path
         time.sleep(0.5)  # it is not brought to weights while there is no room for them
         assert two.order[-1] == "release weights"
         engine.update_weights(weights_of(model).items(), 2)
-        assert all(len(turns) == 1 for turns in hold(engine, 4))
+        assert all(len(turns) == 1 for turns in talk(engine, 4))
     steps = (
         *("pause_generation", "release kv_cache", "release weights", "occupy weights"),
         *("update_weights_from_disk", "weights_checker", "occupy kv_cache", "continue_generation"),
@@ -520,14 +520,14 @@ def test_a_server_that_holds_other_weights_is_left_out_and_if_all_do_it_is_an_er
         spoil(two)
         engine.update_weights(weights_of(model).items(), 2)
         assert engine.counts["failures"] == 1
-        assert {a[0].token_ids[0] // 100 for a in hold(engine, 4)} == {1}
+        assert {a[0].token_ids[0] // 100 for a in talk(engine, 4)} == {1}
         spoil(one)
         with pytest.raises(EngineError, match=r"other weights than were sent: model\.norm"):
             engine.update_weights(weights_of(model).items(), 3)
 
 
-def test_servers_that_somebody_holds_are_not_taken_away(servers, model, tmp_path):
-    """Whoever publishes holds them until it ends; a run that goes on takes back what it held."""
+def test_servers_that_another_process_owns_are_refused(servers, model, tmp_path):
+    """A process that publishes owns them until it ends; a resumed run takes its own back."""
     one, two = servers
     with publishing(servers, model, tmp_path) as engine:
         engine.update_weights(weights_of(model).items(), 7)
@@ -546,12 +546,12 @@ def test_servers_that_somebody_holds_are_not_taken_away(servers, model, tmp_path
 
 
 def test_versions_never_go_back_in_a_dialogue(engine, servers):
-    """The first server has new weights already and fails; the other one still has the old ones,
-    which serve, but not a dialogue that has had the new ones."""
+    """The first server has new weights already and fails; the other one still serves the old ones,
+    but not to a dialogue that has had the new ones."""
     one, _ = servers
     one.weight_version = "4"
 
-    async def talk() -> list[int]:
+    async def two_turns() -> list[int]:
         async with engine.session() as session:
             versions = []
             while not versions or versions[0] != 4:  # until it is one's
@@ -562,7 +562,7 @@ def test_versions_never_go_back_in_a_dialogue(engine, servers):
                 await session.generate([1, 2, 3], SAMPLING, 0)
         return (await dialogue(engine))[0].weight_versions
 
-    assert asyncio.run(talk()) == (3, 3, 3)
+    assert asyncio.run(two_turns()) == (3, 3, 3)
 
 
 def test_a_server_with_unknown_parameters_is_refused_before_anything_is_sent(

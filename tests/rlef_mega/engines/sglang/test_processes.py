@@ -1,6 +1,6 @@
-"""Starting servers, with a stand-in for the server's Python that ends, sleeps or serves as told.
+"""Starting servers, with a stand-in for the server's Python that ends, sleeps or serves on command.
 
-The real one: tests/sglang."""
+Real servers: tests/sglang."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def servers(folder: Path, program: str, hang_s: float = 20.0, **asked) -> Server
     )
 
 
-def test_a_server_that_ends_as_it_starts_is_an_error_with_its_last_words(tmp_path):
+def test_a_server_that_ends_as_it_starts_is_an_error_with_the_end_of_its_log(tmp_path):
     program = "import sys; print('CUDA out of memory'); sys.exit(1)"
     with pytest.raises(EngineError, match=r"(?s)ended as it started.*CUDA out of memory"):
         servers(tmp_path, program).__enter__()
@@ -93,7 +93,7 @@ class EnoughError(Exception):
     pass
 
 
-def test_what_ends_is_started_again(tmp_path):
+def test_a_server_that_ends_is_restarted(tmp_path):
     said = []
 
     def say(text: str) -> None:
@@ -111,7 +111,7 @@ def test_what_ends_is_started_again(tmp_path):
     assert "has ended" in said[0]
 
 
-def test_what_hangs_is_ended_and_started_again(tmp_path, monkeypatch):
+def test_a_server_that_hangs_is_restarted(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "ASK_EVERY_S", 0.1)
     monkeypatch.setattr(processes, "HEALTH_S", 0.3)
     said = []
@@ -136,8 +136,8 @@ RESTING = HEALTHY.replace(
 
 
 @pytest.mark.parametrize("may_rest", [True, False])
-def test_servers_that_may_rest_are_left_alone_while_they_do(tmp_path, monkeypatch, may_rest):
-    """Without memory a server is not healthy, for longer than one may hang."""
+def test_servers_that_released_their_memory_are_not_restarted(tmp_path, monkeypatch, may_rest):
+    """Such a server is unhealthy for longer than a server may hang."""
     monkeypatch.setattr(processes, "ASK_EVERY_S", 0.1)
     rests = tmp_path / "rests"
     program = f"RESTS = {str(rests)!r}\n{RESTING}"
@@ -232,7 +232,7 @@ def recipe(folder: Path, engine: str = "sglang", **servers) -> TrainConfig:
     )
 
 
-def test_a_recipe_says_which_servers_are_started_how(tmp_path):
+def test_the_command_of_each_server_follows_from_the_recipe(tmp_path):
     config = recipe(tmp_path, count=2, port=4000, tensor_parallel_size=4, arguments=["--x", "y"])
     command = servers_for(config).servers[1].command
     assert command[1:3] == ["-m", "sglang.launch_server"] and command[-2:] == ["--x", "y"]
