@@ -204,7 +204,7 @@ class ServerProcesses:
     def wait_until_ready(self) -> None:
         until_s = time.monotonic() + self.ready_s
         waiting = self.servers
-        while waiting := [server for server in waiting if not server.answers()]:
+        while waiting := [s for s in waiting if not (s.running and s.answers())]:
             for server in waiting:
                 fault = None if server.running else "ended as it started"
                 if time.monotonic() > until_s:
