@@ -176,37 +176,42 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.engines.sglang.serve import serving
 with serving(load_config(Path(sys.argv[1]), [], TrainConfig), [sys.argv[1]]):
     print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
-    sys.stdin.readline()
-print("ended", flush=True)
+    time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("end", ["its own", "kill -9"])
-def test_servers_live_as_long_as_the_training_that_they_were_started_for(tmp_path, end):
-    python = stand_in(tmp_path, HEALTHY)
-    config = recipe(tmp_path, python=python, port=free_port())
-    path = tmp_path / "recipe.toml"
+def saved_recipe(folder: Path, program: str) -> tuple[TrainConfig, str]:
+    """Write a recipe whose servers run this program."""
+    config = recipe(folder, python=stand_in(folder, program), port=free_port())
+    path = folder / "recipe.toml"
     path.write_text(dump_toml(config))
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", SERVING, str(path)]
-    training = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=dict(os.environ))
-    said = [training.stdout.readline() for _ in range(3)]
-    assert said[1] == f"ready: {config.rollout.servers.addresses[0]}\n"
-    serve, server = map(int, said[2].split())
-    if end == "kill -9":
-        training.kill()
-    else:
-        assert training.communicate("\n", timeout=20) == ("stopped\nended\n", None)
-    assert training.wait(10) == (-signal.SIGKILL if end == "kill -9" else 0)
+    return config, str(path)
+
+
+def test_servers_end_with_the_training_that_they_were_started_for(tmp_path, capfd):
+    config, path = saved_recipe(tmp_path, HEALTHY)
+    with serving(config, [path]):
+        assert f"ready: {config.rollout.servers.addresses[0]}\n" in capfd.readouterr().out
+        processes = psutil.Process().children(recursive=True)
+        (server,) = (p for p in processes if str(tmp_path / "program.py") in p.cmdline())
+    expect_end_of(server.pid)
+
+
+def test_servers_die_with_a_killed_training(tmp_path):
+    _, path = saved_recipe(tmp_path, HEALTHY)
+    command = [sys.executable, "-c", SERVING, path]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    *_, pids = (training.stdout.readline() for _ in range(3))
+    serve, server = map(int, pids.split())
+    training.kill()
+    assert training.wait(10) == -signal.SIGKILL
     expect_end_of(serve)
     expect_end_of(server)
 
 
 def test_training_does_not_begin_without_its_servers(tmp_path, capfd):
-    python = stand_in(tmp_path, "print('CUDA out of memory')")
-    path = tmp_path / "recipe.toml"
-    path.write_text(dump_toml(config := recipe(tmp_path, python=python, port=free_port())))
-    with pytest.raises(EngineError, match="did not start"), serving(config, [str(path)]):
+    config, path = saved_recipe(tmp_path, "print('CUDA out of memory')")
+    with pytest.raises(EngineError, match="did not start"), serving(config, [path]):
         pytest.fail("they have ended")
     assert "CUDA out of memory" in capfd.readouterr().err
     elsewhere = recipe(tmp_path, urls=["http://node7:30000"])
