@@ -110,16 +110,11 @@ def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) ->
         title=f"{len(found)} layouts fit {gpus:,} x {device.name}; the quickest",
     )  # fmt: skip
     for each in found[:SHOWN]:
+        layout, train, sample, seconds, stopped_by = cells(each)
+        idle = "host" if each.run.offloads else "stays"
         fullest = max(rank.total for rank in each.run.memory()) / GIB
         table.add_row(
-            short_layout(each.run),
-            each.run.recompute,
-            "host" if each.run.offloads else "stays",
-            f"{each.run.training_gpus:,}",
-            sampling_words(each),
-            f"{fullest:.1f}",
-            f"{each.step.seconds:.1f}",
-            each.step.stopped_by,
+            layout, each.run.recompute, idle, train, sample, f"{fullest:.1f}", seconds, stopped_by
         )
     console.print(table)
     best = found[0]
@@ -129,25 +124,32 @@ def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) ->
 
 
 def show_scaling(console: Console, run: PlannedRun, device: Device) -> list[dict[str, Any]]:
+    """Print the quickest split of each number of GPUs; returns them."""
     found = scaling(run, device, SCALES)
     table = Table(
         "GPUs", "layout", "train", "sample", "s/step", "hours", "GPU hours", "stopped by",
         title="the quickest step as GPUs grow",
     )  # fmt: skip
     for gpus, each in found:
-        hours = each.run.steps * each.step.seconds / 3600
-        table.add_row(
-            f"{gpus:,}",
-            short_layout(each.run),
-            f"{each.run.training_gpus:,}",
-            sampling_words(each),
-            f"{each.step.seconds:.1f}",
-            f"{hours:.1f}",
-            f"{hours * each.gpus:,.0f}",
-            each.step.stopped_by,
-        )
+        *first, stopped_by = cells(each)
+        hours = run.config.run.steps * each.step.seconds / 3600
+        table.add_row(f"{gpus:,}", *first, f"{hours:.1f}", f"{hours * each.gpus:,.0f}", stopped_by)
     console.print(table)
     return [{"gpus": gpus} | summary(each) for gpus, each in found]
+
+
+def cells(split: Split) -> tuple[str, str, str, str, str]:
+    """Return layout, training GPUs, sampling GPUs, seconds a step, and what bounds it."""
+    run = split.run
+    chunks = run.parallel.virtual_pipeline_model_parallel_size
+    pipeline = f"{run.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
+    return (
+        f"TP{run.policy.tensor} PP{pipeline} DP{run.policy.data}",
+        f"{run.training_gpus:,}",
+        f"{split.sampling:,}/{run.server_gpus}" if run.has_servers else "the same",
+        f"{split.step.seconds:.1f}",
+        split.step.stopped_by,
+    )
 
 
 def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -> Table:
@@ -188,9 +190,10 @@ def show_step(console: Console, split: Split, device: Device) -> None:
             f"{server.cached_tokens:,} tokens ({server.cached_tokens / run.dialogues.tokens:,.0f} "
             "dialogues of average length)"
         )
-    hours = run.steps * step.seconds / 3600
+    steps = run.config.run.steps
+    hours = steps * step.seconds / 3600
     console.print(
-        f"{run.steps:,} steps: {hours:.3g} hours on {run.training_gpus:,} + {sampling:,} = "
+        f"{steps:,} steps: {hours:.3g} hours on {run.training_gpus:,} + {sampling:,} = "
         f"{run.gpu_hours(step, sampling):,.{0 if hours > 1 else 3}f} GPU hours, without evaluations"
         " and checkpoints"
     )
@@ -199,7 +202,7 @@ def show_step(console: Console, split: Split, device: Device) -> None:
         console.print(
             f"the paper's run: {paper['training']:,} + {paper['sampling']:,} H100s, about "
             f"{paper['hours']} hours = {cost:,} GPU hours, for {paper['updates']:,} updates (here "
-            f"{run.steps * run.updates:,})"
+            f"{steps * run.updates:,})"
         )
 
 
@@ -211,16 +214,6 @@ def phases(step: StepTime) -> dict[str, float]:
         found["servers' work on a batch"] = step.generation.work
         found["its longest dialogue, of this step"] = step.generation.longest
     return found
-
-
-def short_layout(run: PlannedRun) -> str:
-    chunks = run.parallel.virtual_pipeline_model_parallel_size
-    pipeline = f"{run.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
-    return f"TP{run.policy.tensor} PP{pipeline} DP{run.policy.data}"
-
-
-def sampling_words(split: Split) -> str:
-    return f"{split.sampling:,}/{split.run.server_gpus}" if split.run.has_servers else "the same"
 
 
 def summary(split: Split) -> dict[str, Any]:

@@ -16,8 +16,8 @@
       1/V of the layers, 2 (P - r - 1) + (V - 1) P + 1 (Narayanan et al., 2104.04473; Megatron's
       schedules.py)
     scratch     the most that is allocated besides: in a layer's backward the gradients of its
-                feed-forward block (3 f) and what is recomputed; at the head its inputs, and its
-                logits if stored; and, where weight gradients are accumulated inside their product,
+                feed-forward block (3 f) and what is recomputed; at the head its inputs and a
+                chunk of logits; and, where weight gradients are accumulated inside their product,
                 the uninitialised tensor of each matrix of a layer that autograd is given instead
                 (Transformer Engine keeps one of each shape)
 
@@ -35,7 +35,7 @@ from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layer
 
 # The most that a chunk of logits takes in the fused head, whatever the batch (rlef_kernels)
 HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_BYTES = 2**30, 2**22
-Head = Literal["fused", "logits", "value"]
+Head = Literal["fused", "value"]
 
 
 @cache
@@ -45,7 +45,7 @@ def cut(layers: int, parallel: ParallelConfig, head_cost: float) -> Stages:
 
 @dataclass(frozen=True)
 class Network:
-    """A network in its layout. `head`: our fused one, Megatron's stored logits, or a critic's."""
+    """A network in its layout. `head`: a policy's, with the loss inside, or a critic's."""
 
     shape: LlamaShape
     parallel: ParallelConfig
@@ -78,12 +78,9 @@ class Network:
         head_cost = self.shape.table_parameters / self.shape.layer_products
         return cut(self.shape.layers, one_copy, 0.0 if self.head == "value" else head_cost)
 
-    def layers(self, rank: int) -> int:
-        """Return the number of layers on a pipeline rank, in all its chunks."""
-        return self.layer_counts[rank]
-
     @cached_property
-    def layer_counts(self) -> list[int]:
+    def layers(self) -> list[int]:
+        """The number of layers on each pipeline rank, in all its chunks."""
         chunks = range(self.stages.chunks)
         return [
             sum(len(self.stages.layers_at(StagePosition(rank, chunk))) for chunk in chunks)
@@ -96,7 +93,7 @@ class Network:
     def parameters(self, rank: int) -> int:
         """Count those on each of a pipeline rank's tensor-parallel ranks."""
         shape, t = self.shape, self.tensor
-        count = self.layers(rank) * (shape.layer_products // t + 2 * shape.hidden)
+        count = self.layers[rank] * (shape.layer_products // t + 2 * shape.hidden)
         if rank == 0:
             count += shape.table_parameters // t
         if self.is_last(rank):
@@ -143,7 +140,7 @@ class Network:
 
     def activations(self, rank: int, tokens: int, microbatches: int) -> float:
         """Return what backward keeps of micro-batches of `tokens` tokens."""
-        kept = self.layers(rank) * self.layer_bytes(self.recompute)
+        kept = self.layers[rank] * self.layer_bytes(self.recompute)
         if self.is_last(rank):  # the final norm's input and output
             kept += 2 * self.weight_bytes * self.shape.hidden / self.sequence_shards
         return self.in_flight(rank, microbatches) * tokens * kept
@@ -171,9 +168,7 @@ class Network:
         hidden = self.weight_bytes * self.shape.hidden
         if self.head == "value":
             return tokens * (hidden + self.gathered_bytes)
-        logits = self.weight_bytes * self.shape.vocabulary / self.tensor
-        if self.head == "fused":  # the rows that are read, and their gradient; that of all tokens
-            chunk = min(read * logits, CPU_HEAD_CHUNK_BYTES if self.on_cpu else HEAD_CHUNK_BYTES)
-            return tokens * (hidden + self.gathered_bytes) + 2 * read * hidden + chunk
-        gradient = self.weight_bytes * self.shape.table_parameters / self.tensor
-        return tokens * (logits + self.gathered_bytes) + gradient
+        # the rows that are read, and their gradient; the gradient of all tokens
+        logits = read * self.weight_bytes * self.shape.vocabulary / self.tensor
+        chunk = min(logits, CPU_HEAD_CHUNK_BYTES if self.on_cpu else HEAD_CHUNK_BYTES)
+        return tokens * (hidden + self.gathered_bytes) + 2 * read * hidden + chunk

@@ -132,16 +132,8 @@ class PlannedRun:
         return self.config.ppo.updates_per_batch
 
     @property
-    def steps(self) -> int:
-        return self.config.run.steps
-
-    @property
     def has_servers(self) -> bool:
         return self.config.rollout.engine == "sglang"
-
-    @property
-    def has_reference(self) -> bool:
-        return self.config.ppo.beta > 0
 
     @property
     def training_gpus(self) -> int:
@@ -184,7 +176,7 @@ class PlannedRun:
             for network, net in trained.items()
         }
         resident = plus(*state.values())
-        if self.has_reference and "policy" in trained:
+        if self.config.ppo.beta > 0 and "policy" in trained:
             resident["reference"] = self.policy.weights(rank)
         phases = {}
         for network, net in trained.items():
@@ -253,7 +245,7 @@ class PlannedRun:
             terms = seconds(network, device, self.load(network, passes), passes)
             return {name: times * value for name, value in terms.items()}
 
-        score = (of(self.policy, FORWARD, 1 + self.has_reference), of(self.critic, FORWARD))
+        score = (of(self.policy, FORWARD, 1 + self.config.ppo.beta > 0), of(self.critic, FORWARD))
         update = (
             of(self.policy, TRAINING, self.updates),
             of(self.critic, TRAINING, self.updates),
@@ -294,7 +286,7 @@ class PlannedRun:
         for network in (self.policy, self.critic):
             ranks = range(network.pipeline)
             moved += max(4 * network.weights(r) + 2 * network.optimizer(r) for r in ranks)
-        if self.has_reference:
+        if self.config.ppo.beta > 0:
             moved += max(2 * self.policy.weights(rank) for rank in range(self.policy.pipeline))
         return moved / (device.host_link * HOST_LINK)
 
@@ -309,7 +301,7 @@ class PlannedRun:
         )
 
     def gpu_hours(self, step: StepTime, sampling_gpus: int) -> float:
-        return self.steps * step.seconds * (self.training_gpus + sampling_gpus) / 3600
+        return self.config.run.steps * step.seconds * (self.training_gpus + sampling_gpus) / 3600
 
 
 def total(terms: Terms) -> float:
@@ -358,12 +350,6 @@ def shape_of(config: TrainConfig) -> LlamaShape | None:
     stated = config.model.shape
     if stated is None or stated.hidden is None:
         return None
-    return LlamaShape(
-        layers=stated.layers,
-        hidden=stated.hidden,
-        ffn=stated.ffn,
-        heads=stated.heads,
-        key_value_heads=stated.key_value_heads,
-        head_dim=stated.head_dim or stated.hidden // stated.heads,
-        vocabulary=stated.vocab_size,
-    )
+    sizes = stated.model_dump(exclude={"head_dim", "vocab_size"})
+    head_dim = stated.head_dim or stated.hidden // stated.heads
+    return LlamaShape(**sizes, head_dim=head_dim, vocabulary=stated.vocab_size)

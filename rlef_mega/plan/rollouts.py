@@ -38,14 +38,11 @@ DRAWN = 4096
 class DialogueLengths:
     tokens: int
     sampled: int
-    turns: int
 
 
-def draw_dialogues(
-    rollout: RolloutConfig, count: int = DRAWN, seed: int = 0
-) -> list[DialogueLengths]:
-    """Draw dialogues within the recipe's limits; the same ones for the same seed."""
-    generator = random.Random(seed)
+def draw_dialogues(rollout: RolloutConfig) -> list[DialogueLengths]:
+    """Draw dialogues within the recipe's limits; the same ones on every call."""
+    generator = random.Random(0)
     context, response = rollout.max_context / 8192, rollout.max_new_tokens / 2048
 
     def length(what: tuple[int, float], scale: float) -> int:
@@ -53,19 +50,19 @@ def draw_dialogues(
         return max(1, round(scale * generator.lognormvariate(math.log(median), spread)))
 
     def dialogue() -> DialogueLengths:
-        tokens = sampled = turns = 0
-        while turns < rollout.turns:
-            observed = length(FEEDBACK if turns else PROMPT, context)
+        tokens = sampled = 0
+        for turn in range(rollout.turns):
+            observed = length(FEEDBACK if turn else PROMPT, context)
             answer = min(length(RESPONSE, response), rollout.max_new_tokens)
             if tokens + observed + answer > rollout.max_context:
                 break
-            tokens, sampled, turns = tokens + observed + answer, sampled + answer, turns + 1
+            tokens, sampled = tokens + observed + answer, sampled + answer
             if generator.random() < SOLVED:
                 break
-        return DialogueLengths(tokens, sampled, turns)
+        return DialogueLengths(tokens, sampled)
 
-    drawn = [dialogue() for _ in range(count)]
-    return [each for each in drawn if each.turns] or [DialogueLengths(rollout.max_context, 1, 1)]
+    drawn = [dialogue() for _ in range(DRAWN)]
+    return [each for each in drawn if each.tokens] or [DialogueLengths(rollout.max_context, 1)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,13 +67,8 @@ def divided(
     return max((load(rank) for rank in plan), key=lambda pair: pair[0])[1]
 
 
-def seconds(
-    network: Network, device: Device, load: Load, passes: str, *, context_parallel: int = 1
-) -> Terms:
-    """Compute the seconds of each term. TRAINING is forward, backward and the optimizer's step.
-
-    `context_parallel` is above 1 for published runs only; the load is then one such rank's.
-    """
+def seconds(network: Network, device: Device, load: Load, passes: str) -> Terms:
+    """Compute the seconds of each term. TRAINING is forward, backward and the optimizer's step."""
     forwards = [stage_seconds(network, device, load, rank) for rank in range(network.pipeline)]
     if passes == FORWARD:
         stages = forwards
@@ -93,7 +88,6 @@ def seconds(
             network,
             device,
             slowest,
-            network.data * context_parallel,
             forward_s=sum(forwards[slowest].values()) / load.microbatches,
             backward_s=backward / load.microbatches,
         )
@@ -102,7 +96,7 @@ def seconds(
 
 def stage_seconds(network: Network, device: Device, load: Load, rank: int) -> Terms:
     """Compute the terms of a forward pass over the load on one stage."""
-    shape, t, layers = network.shape, network.tensor, network.layers(rank)
+    shape, t, layers = network.shape, network.tensor, network.layers[rank]
     part = shape.flops
     flops = 2 * layers / shape.layers * (part.layers * load.tokens + part.attention * load.squares)
     has_head = network.is_last(rank) and network.head != "value"
@@ -156,7 +150,7 @@ def training_stage(
     }
     if network.recompute == "selective":  # the feed-forward block
         shape = network.shape
-        block = 2 * network.layers(rank) * 3 * shape.hidden * shape.ffn * load.tokens
+        block = 2 * network.layers[rank] * 3 * shape.hidden * shape.ffn * load.tokens
         backward["products"] += block / network.tensor / (device.flops * device.products)
         backward["tensor"] += 0.25 * forward["tensor"]  # its input, gathered once more
     summed = 8 * load.microbatches * network.parameters(rank)
@@ -168,13 +162,12 @@ def after_update(
     network: Network,
     device: Device,
     rank: int,
-    replicas: int,
     *,
     forward_s: float,
     backward_s: float,
 ) -> Terms:
     """Compute the terms of an update after its micro-batches."""
-    parameters = network.parameters(rank)
+    parameters, replicas = network.parameters(rank), network.data
     share = (replicas - 1) / replicas / device.group_bandwidth(replicas, network.tensor)
     reduce_s, gather_s = 4 * parameters * share, network.weights(rank) * share
     if network.parallel.overlap:

@@ -1,10 +1,9 @@
-"""Compiles, for a GPU that is not there, exactly the kernels that the code would launch on it.
+"""Compiles, without a GPU, exactly the kernels that the code would launch on one.
 
-`compiled_for(arch)` makes Triton believe in an NVIDIA GPU of that architecture which accepts every
-launch and does nothing. The code under test runs on "meta" tensors, at real sizes, without memory;
-each kernel it launches goes through the whole compiler down to machine code, specialised as it
-would be on the device. What the machine code uses is then read with the NVIDIA tools in Triton's
-wheel.
+`compiled_for(arch)` shows Triton an NVIDIA GPU of that architecture, which accepts every launch and
+does nothing. The code under test runs on "meta" tensors, of real sizes but without memory. Each
+kernel that it launches is compiled to machine code, specialised as it would be on the device. The
+NVIDIA tools in Triton's wheel then report what the machine code uses.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ SHARED_MEMORY = 227 * 1024  # of a block, on sm_90 and sm_100
 
 @dataclass(frozen=True)
 class MachineCode:
-    """A kernel's cubin and the shared memory that a launch asks for."""
+    """A kernel's cubin, and the shared memory of a launch."""
 
     name: str
     cubin: Path
@@ -37,7 +36,7 @@ class MachineCode:
 
     @cached_property
     def usage(self) -> dict[str, int]:
-        """REG, STACK, SHARED, LOCAL as the assembler reports them."""
+        """REG, STACK and LOCAL as the assembler reports them."""
         command = [TOOLS / "cuobjdump", "-res-usage", self.cubin]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
@@ -52,7 +51,7 @@ class MachineCode:
 
 
 class NoSuchGpu:
-    """The driver's interface, of a GPU that takes every launch for done."""
+    """A driver whose GPU does nothing at a launch."""
 
     class Utilities:
         @staticmethod
@@ -72,7 +71,7 @@ class NoSuchGpu:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # kernels are cached by device: one for each architecture
+        return self.arch  # kernels are cached by device: so each architecture has its own
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -83,13 +82,13 @@ class NoSuchGpu:
 
 @contextlib.contextmanager
 def compiled_for(arch: int, folder: Path) -> Iterator[dict[str, MachineCode]]:
-    """A dictionary that fills with what is launched: name of a kernel -> its machine code."""
+    """Yield a dictionary that collects the machine code of every launched kernel, by name."""
     found: dict[str, MachineCode] = {}
     launch = jit.JITFunction.run
 
     def run(self, *arguments, **options):
         kernel = launch(self, *arguments, **options)
-        # two specialisations of a kernel in one test: the later one gets a number
+        # of two specialisations of a kernel in one test, the later one gets a number
         name, number = kernel.name, 2
         while name in found and found[name].cubin.read_bytes() != kernel.asm["cubin"]:
             name, number = f"{kernel.name} {number}", number + 1
@@ -109,9 +108,9 @@ def compiled_for(arch: int, folder: Path) -> Iterator[dict[str, MachineCode]]:
 
 
 class AllocatedOnMeta(AllocatedBytes):
-    """Bytes of tensors at any size, without memory, on the device "meta".
+    """Counts the bytes of tensors on the device "meta", which have a size but no memory.
 
-    "meta" cannot know how many entries are not zero: here all. It has no products with fp32
+    "meta" does not know how many entries are nonzero: here all are. It has no products with fp32
     results: here they do nothing.
     """
 

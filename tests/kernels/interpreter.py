@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter right about bf16, which it keeps as 16-bit integers.
+"""Corrects the bf16 arithmetic of Triton's interpreter, which stores bf16 as 16-bit integers.
 
-Two operations treat those integers as numbers: `tl.dot` multiplies them, and fp32 is cut to bf16
-instead of rounded to nearest even. Both are replaced by what the hardware does. To be imported in a
-process with TRITON_INTERPRET=1 before any kernel runs; seen to be needed in Triton 3.6.0 and 3.9.0.
+`tl.dot` multiplies those integers as if they were the numbers, and fp32 is truncated to bf16, not
+rounded to nearest even. This module replaces both operations with what the hardware does. Import it
+in a process with TRITON_INTERPRET=1 before any kernel runs. Triton 3.6.0 and 3.9.0 need it.
 """
 
 import numpy
@@ -13,14 +13,14 @@ original_cast = InterpreterBuilder.cast_impl
 
 
 def widened(handle: TensorHandle) -> numpy.ndarray:
-    """bf16 and fp16 as fp32, exactly."""
+    """Convert bf16 and fp16 to fp32, exactly."""
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(numpy.uint32) << 16).view(numpy.float32)
     return handle.data.astype(numpy.float32) if handle.dtype.scalar == tl.float16 else handle.data
 
 
 def rounded_to_bf16(data: numpy.ndarray) -> numpy.ndarray:
-    """To nearest, ties to even: add half of the last place that stays, less one if it is even."""
+    """Round to nearest, ties to even: add half of the last bit kept, minus one if it is even."""
     bits = numpy.ascontiguousarray(data).view(numpy.uint32)
     half = numpy.uint32(0x7FFF) + ((bits >> 16) & 1)
     rounded = ((bits + half) >> 16).astype(numpy.uint16)
@@ -41,7 +41,7 @@ def dot(
     input_precision: object,
     max_num_imprecise_acc: object,
 ) -> TensorHandle:
-    """Products in fp32, as tensor cores accumulate them."""
+    """Multiply in fp32, as tensor cores accumulate."""
     product = numpy.matmul(widened(left), widened(right), dtype=summand.data.dtype)
     return TensorHandle(product + summand.data, summand.dtype.scalar)
 

@@ -1,8 +1,8 @@
 """`linear_logprob` against float64 truth, its memory, and its vocab-parallel form against one
 process.
 
-The error allowed is that of fp32 PyTorch on the same problem plus a little: for logits of size z,
-an fp32 matrix product itself is off by about z * 1e-6.
+Tolerances are slightly above the error of fp32 PyTorch on the same problem: for logits of size z,
+an fp32 matrix product has an error of about z * 1e-6.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from rlef_kernels import linear_logprob, linear_logprob_reference
 
 
 def truth(hidden, weight, target, temperature=1.0):
-    """The definition, in float64, with the logits stored whole."""
+    """Compute the definition in float64, with all logits stored."""
     logprobs_TV = torch.log_softmax(hidden.double() @ weight.double().t() / temperature, dim=-1)
     entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
     return logprobs_TV.gather(1, target[:, None])[:, 0], entropy_T
@@ -28,7 +28,7 @@ def problem(tokens, width, vocabulary, dtype=torch.float32, scale=1.0):
 
 
 def gradients(outputs, inputs):
-    """With different upstream gradients for each token and each output."""
+    """Differentiate with another upstream gradient for each token and each output."""
     logprob, entropy = outputs
     ramp = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
     return torch.autograd.grad((logprob * ramp + 0.7 * entropy * ramp.flip(0)).sum(), inputs)
@@ -131,7 +131,7 @@ def test_result_is_bitwise_repeatable():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any tensor made under it has."""
+    """Records the number of elements of the largest tensor created under it."""
 
     def __init__(self):
         super().__init__()

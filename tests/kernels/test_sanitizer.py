@@ -1,5 +1,5 @@
 """Every kernel on a small ragged case under NVIDIA's compute-sanitizer: no access out of bounds
-(memcheck), no race in shared memory (racecheck), nothing read before it is written (initcheck).
+(memcheck), no race in shared memory (racecheck), no read of uninitialised memory (initcheck).
 """
 
 import os

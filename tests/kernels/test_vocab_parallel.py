@@ -51,13 +51,13 @@ def operations(way: str):
 def results(
     way: str, tokens: int, rank: int, ranks: int, group: dist.ProcessGroup | None
 ) -> dict[str, torch.Tensor]:
-    """Every operation's outputs and gradients, on this rank's columns (all of them without a
+    """Compute every operation's outputs and gradients on this rank's columns (all without a
     group)."""
     linear_logprob, linear_ppo_loss, linear_kl = operations(way)
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = torch.randn(2, tokens, WIDTH, generator=generator).to(WAYS[way])
     weight, ref_weight = torch.randn(2, VOCABULARY, WIDTH, generator=generator).to(WAYS[way])
-    weight[3] *= 5  # one shard dominates some rows, another one others
+    weight[3] *= 5  # so that different shards dominate different rows
     target = torch.randint(VOCABULARY, (tokens,), generator=generator)
     if tokens:
         target[:6] = torch.tensor([0, 12, 13, 25, 26, 51])  # edges of the shards
@@ -73,7 +73,7 @@ def results(
     found["linear hidden"], found["linear weight"] = torch.autograd.grad(loss, (hidden, shard))
     found["linear logprob"], found["linear entropy"] = logprob.detach(), entropy.detach()
 
-    # the same on every rank and in every layout: not made from log-probs, which differ in rounding
+    # equal on every rank and in every layout; computed log-probs would differ by rounding
     policy = tuple(-4 + torch.randn(3, tokens, generator=generator))
     values = linear_ppo_loss(
         hidden, shard, target, policy, clip_eps=0.2, temperature=0.8, group=group

@@ -1,8 +1,8 @@
 """Tests of the kernels on a GPU or, in a process with TRITON_INTERPRET=1, in Triton's interpreter
 on the CPU.
 
-`make test-gpu` runs them on the GPU; `tests/kernels/test_interpreted.py`, part of `make test`,
-starts the processes that run them in the interpreter.
+`make test-gpu` runs them on the GPU; `tests/kernels/test_interpreted.py`, part of `make test`, runs
+them in the interpreter.
 """
 
 import os

@@ -12,7 +12,7 @@ PLANS = {"fused": FUSED, "cublas": CUBLAS}
 
 
 def truth(hidden, weight, target, temperature=1.0):
-    """(log-prob, entropy) and their gradients as `gradients` weighs them, all in float64."""
+    """Compute (log-prob, entropy) and the `gradients` of their sum, in float64."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
     logprobs_TV = torch.log_softmax(hidden @ weight.t() / temperature, dim=-1)
     entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
@@ -29,14 +29,14 @@ def problem(device, tokens, width, vocabulary, dtype=torch.bfloat16, scale=0.3):
 
 
 def gradients(outputs, inputs):
-    """With different upstream gradients for each token and each output."""
+    """Differentiate with another upstream gradient for each token and each output."""
     logprob, entropy = outputs
     ramp = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype, device=logprob.device)
     return torch.autograd.grad((logprob * ramp + 0.7 * entropy * ramp.flip(0)).sum(), inputs)
 
 
 def error(found, expected):
-    """Relative, in the Frobenius norm."""
+    """Return the relative error in the Frobenius norm."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm())
 

@@ -1,4 +1,4 @@
-"""`linear_ppo_loss` in Triton against the same loss in float64, and against its own parts."""
+"""`linear_ppo_loss` in Triton against the same loss in float64."""
 
 from dataclasses import replace
 
@@ -74,7 +74,7 @@ def test_without_main_grad_the_gradient_is_returned(device, way, rows):
 
 @pytest.mark.parametrize("way", PLANS)
 def test_a_confident_policy_has_right_gradients(device, way):
-    """Logits far apart, where a logit kept in bf16 is off by 0.1 and more."""
+    """Logits so far apart that one stored in bf16 has an error of 0.1 and more."""
     hidden, weight, target, policy = problem(device, 60, 64, 700)
     hidden = (6 * hidden.detach()).requires_grad_()
     logprob = linear_logprob_kernels(hidden, weight, target)[0].detach()

@@ -40,6 +40,15 @@ def even_load(sequences: int, length: int, microbatches: int, ranks: int = 1) ->
     return Load(tokens, tokens * length, tokens, microbatches)
 
 
+class StoredLogitsNetwork(Network):
+    """A network whose head stores its logits, as Megatron's own does."""
+
+    def head_scratch(self, tokens: int, read: int) -> float:
+        logits = self.weight_bytes * self.shape.vocabulary / self.tensor
+        gradient = self.weight_bytes * self.shape.table_parameters / self.tensor
+        return tokens * (logits + self.gathered_bytes) + gradient
+
+
 def simumax_network(row: dict[str, Any]) -> Network:
     shape = SHAPES[row["model"]].with_layers(row["layers"])
     if row["model"] == "405B":
@@ -53,7 +62,7 @@ def simumax_network(row: dict[str, Any]) -> Network:
         sequence_parallel=row["tensor"] > 1,
         overlap=False,
     )
-    return Network(shape, layout, head="logits")
+    return StoredLogitsNetwork(shape, layout)
 
 
 def peak(network: Network, rank: int, tokens: int, microbatches: int) -> float:
@@ -104,13 +113,13 @@ def training_seconds() -> list[PublishedFigure]:
             tensor_model_parallel_size=row["tensor"],
             pipeline_model_parallel_size=row["pipeline"],
             virtual_pipeline_model_parallel_size=row["chunks"],
-            data_parallel_size=replicas // row["context"],
+            data_parallel_size=replicas,  # context-parallel ranks reduce gradients with the others
             sequence_parallel=row["tensor"] > 1,
         )
-        count = row["batch"] // layout.data_parallel_size
+        count = row["batch"] * row["context"] // replicas
         load = even_load(count, length, count, ranks=row["context"])
-        network = Network(SHAPES[row["model"]], layout, head="logits")
-        terms = seconds(network, device, load, TRAINING, context_parallel=row["context"])
+        network = StoredLogitsNetwork(SHAPES[row["model"]], layout)
+        terms = seconds(network, device, load, TRAINING)
         is_fitted = table["fitted"]["row"] == number
         found.append(PublishedFigure(str(row), row["seconds"], sum(terms.values()), is_fitted))
     return found

@@ -291,7 +291,7 @@ def test_the_longest_dialogue_is_for_staleness_to_hide_not_for_more_servers():
 
 
 def test_longest_of_equal_dialogues():
-    dialogues = DialogueSample((DialogueLengths(10, 4, 1),) * 8)
+    dialogues = DialogueSample((DialogueLengths(10, 4),) * 8)
     assert (dialogues.tokens, dialogues.sampled, dialogues.longest(3)) == (10, 4, 4)
 
 
