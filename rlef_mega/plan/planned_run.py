@@ -136,6 +136,10 @@ class PlannedRun:
         return self.config.rollout.engine == "sglang"
 
     @property
+    def has_reference(self) -> bool:
+        return self.config.ppo.beta > 0
+
+    @property
     def training_gpus(self) -> int:
         critic = self.critic_parallel.world_size if self.critic_parallel else 0
         return self.parallel.world_size + critic
@@ -176,7 +180,7 @@ class PlannedRun:
             for network, net in trained.items()
         }
         resident = plus(*state.values())
-        if self.config.ppo.beta > 0 and "policy" in trained:
+        if self.has_reference and "policy" in trained:
             resident["reference"] = self.policy.weights(rank)
         phases = {}
         for network, net in trained.items():
@@ -245,7 +249,7 @@ class PlannedRun:
             terms = seconds(network, device, self.load(network, passes), passes)
             return {name: times * value for name, value in terms.items()}
 
-        score = (of(self.policy, FORWARD, 1 + self.config.ppo.beta > 0), of(self.critic, FORWARD))
+        score = (of(self.policy, FORWARD, 1 + self.has_reference), of(self.critic, FORWARD))
         update = (
             of(self.policy, TRAINING, self.updates),
             of(self.critic, TRAINING, self.updates),
@@ -286,7 +290,7 @@ class PlannedRun:
         for network in (self.policy, self.critic):
             ranks = range(network.pipeline)
             moved += max(4 * network.weights(r) + 2 * network.optimizer(r) for r in ranks)
-        if self.config.ppo.beta > 0:
+        if self.has_reference:
             moved += max(2 * self.policy.weights(rank) for rank in range(self.policy.pipeline))
         return moved / (device.host_link * HOST_LINK)
 

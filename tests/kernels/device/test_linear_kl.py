@@ -56,7 +56,7 @@ def test_agrees_with_float64_truth(device, way, tokens, width, ref_width, vocabu
 
 @pytest.mark.parametrize("way", PLANS)
 def test_blocks_do_not_change_the_result(device, way):
-    inputs = problem(device, 200, 16, 16, 600)
+    inputs = problem(device, 140, 16, 16, 300)
     small = replace(
         PLANS[way],
         partials_bytes=1,

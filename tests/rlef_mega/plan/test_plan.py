@@ -230,6 +230,17 @@ def test_a_pipelines_bubble_shrinks_with_chunks_and_micro_batches():
     assert 3 / 4 < bubble(1, 4) < 0.8
 
 
+def test_scoring_takes_a_forward_pass_of_policy_reference_and_critic():
+    run, without = run_of("llama31_8b"), run_of("llama31_8b", "ppo.beta=0")
+
+    def forward(network: Network) -> float:
+        return sum(seconds(network, H100, run.load(network, FORWARD), FORWARD).values())
+
+    policy, critic = forward(run.policy), forward(run.critic)
+    assert run.step(H100, 0).score == pytest.approx(2 * policy + critic)
+    assert without.step(H100, 0).score == pytest.approx(policy + critic)
+
+
 def test_less_memory_costs_time():
     run = run_of("llama31_8b")
     kept, time = [], []
