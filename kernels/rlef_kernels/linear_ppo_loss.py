@@ -86,7 +86,7 @@ class ChunkedLinearPpoLoss(torch.autograd.Function):
             hidden_CD, target = hidden_TD[rows].to(dtype), (column_T[rows], owned_T[rows])
             partials = partials_CP[: hidden_CD.shape[0]]
             logits_CV = chunk_logits(hidden_CD, weight, temperature, buffer)
-            reduce_logits_(logits_CV, target, partials)  # leaves each row less its maximum
+            reduce_logits_(logits_CV, target, partials)  # leaves z - max z
             own_max_C = partials[:, 0].clone()
             softmax = combine_shards(partials, target_T[rows], shard * group_size(group), group)
             old_T, behaviour_T, advantages_T = policy_T

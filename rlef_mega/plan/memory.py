@@ -9,13 +9,13 @@
         4 h                 inputs and outputs of both norms; 1/t with sequence parallelism
         (2 a + 2 k) / t     queries, keys, values, output of attention
         3 f / t             gate and up, and their product; not with "selective" recomputation
-        h                   the layer's input, in place of all these, with "full"
+        h                   the layer's input, instead of all these, with "full"
         2 h + (a + 2 k) / t also on a CPU, where norms keep their normalised input, and attention
                             the product from which queries, keys and values are cut
       times the micro-batches in flight: P - r on a pipeline's rank r, and with V chunks, each of
       1/V of the layers, 2 (P - r - 1) + (V - 1) P + 1 (Narayanan et al., 2104.04473; Megatron's
       schedules.py)
-    scratch     the most that is allocated besides: in a layer's backward the gradients of its
+    scratch     the largest temporary memory: in a layer's backward the gradients of its
                 feed-forward block (3 f) and what is recomputed; at the head its inputs and a
                 chunk of logits; and, where weight gradients are accumulated inside their product,
                 the uninitialised tensor of each matrix of a layer that autograd is given instead
@@ -146,7 +146,7 @@ class Network:
         return self.in_flight(rank, microbatches) * tokens * kept
 
     def scratch(self, rank: int, tokens: int, read: int) -> float:
-        """Return the most that is allocated besides; the head reads `read` tokens."""
+        """Return the largest temporary memory; the head reads `read` tokens."""
         moments = [self.layer_scratch(tokens)]
         if self.is_last(rank):
             moments.append(self.head_scratch(tokens, read))

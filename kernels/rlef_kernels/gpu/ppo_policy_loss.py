@@ -19,14 +19,14 @@ BLOCK = 1024
 
 @triton.jit
 def exp_minus_one_minus(x):
-    """exp(x) - 1 - x, by its series near 0, where the difference would cancel."""
+    """Return exp(x) - 1 - x, near 0 by its series, because the difference would cancel."""
     series = x * x * 0.5 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
     return tl.where(tl.abs(x) < 0.1, series, tl.exp(x) - 1 - x)
 
 
 @triton.jit
 def smaller(x, y):
-    """The minimum; NaN if either is, which the hardware's own minimum would drop."""
+    """Return the minimum, or NaN if either is NaN, which the hardware's minimum would drop."""
     return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -94,11 +94,11 @@ def test_parameters_of_every_stage_are_megatrons(case, network):
     for stage in range(parallel.pipeline_model_parallel_size):
         with standing_at(stage * parallel.tensor_model_parallel_size, parallel) as ranks:
             chunks = build(network, case, ranks)
-        held = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-        assert held == planned.parameters(stage)
+        found = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        assert found == planned.parameters(stage)
 
 
-def test_a_tied_head_is_held_once_on_one_stage_and_twice_on_two():
+def test_a_tied_head_is_stored_once_on_one_stage_and_twice_on_two():
     tied = replace(SMALL, tied=True)
     assert Network(tied, ParallelConfig()).parameters(0) == tied.parameters
     two = Network(tied, ParallelConfig(pipeline_model_parallel_size=2))
