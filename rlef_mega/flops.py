@@ -120,20 +120,3 @@ def recomputed_flops(shape: LlamaShape, lengths: Sequence[int], recompute: str) 
     if recompute == "full":
         return forward_flops(shape, lengths, read=0)
     raise ValueError(f"recompute is {recompute!r}; use none, selective or full")
-
-
-def ppo_flops(
-    shape: LlamaShape,
-    lengths: Sequence[int],
-    read: int | None = None,
-    *,
-    epochs: int = 1,
-    with_reference: bool = True,
-) -> int:
-    """Model FLOPs of learning from a batch once: old and reference log-probs, values of a critic of
-    the same size, and `epochs` passes of updates of both networks. In all 3 + 6 epochs forward
-    passes, those of the critic without a head.
-    """
-    policy = forward_flops(shape, lengths, read)
-    critic = forward_flops(shape, lengths, read=0)
-    return (1 + with_reference + 3 * epochs) * policy + (1 + 3 * epochs) * critic

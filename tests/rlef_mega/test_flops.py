@@ -11,7 +11,6 @@ from rlef_mega.flops import (
     LLAMA_31_405B,
     LlamaShape,
     forward_flops,
-    ppo_flops,
     recomputed_flops,
     training_flops,
 )
@@ -110,11 +109,3 @@ def test_recomputation_is_counted_apart():
     assert recomputed_flops(SMALL, lengths, "full") == forward_flops(SMALL, lengths, 0)
     with pytest.raises(ValueError, match="use none, selective or full"):
         recomputed_flops(SMALL, lengths, "some")
-
-
-def test_ppo_with_a_critic_takes_nine_forward_passes_and_fifteen_with_two_epochs():
-    headless = LlamaShape(2, 48, 64, 6, 2, 8, vocabulary=0)
-    one = forward_flops(headless, [20])
-    assert ppo_flops(headless, [20]) == 9 * one
-    assert ppo_flops(headless, [20], epochs=2) == 15 * one
-    assert ppo_flops(headless, [20], with_reference=False) == 8 * one
