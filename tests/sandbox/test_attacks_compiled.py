@@ -43,6 +43,20 @@ ATTACKS: dict[str, tuple[str, tuple[Status, ...]]] = {
         'syscall(SYS_execveat, -100, "/bin/sh", a, a + 3, 0);',
         OK,
     ),
+    "execute_its_own_output": (
+        'char *none[] = {NULL}; write(1, "#!/bin/sh\\necho ESCAPED", 22);\n'
+        'syscall(SYS_execveat, 1, "", none, none, AT_EMPTY_PATH); ftruncate(1, 0);',
+        OK,
+    ),
+    "more_threads_than_allowed": (
+        "std::vector<std::thread> t;\n"
+        "try { for (int i = 0; i < 500; i++) t.emplace_back([] { pause(); }); escaped(1); }\n"
+        "catch (std::system_error &) {} fflush(stdout); _exit(0);",
+        OK,
+    ),
+    "bpf": ("syscall(SYS_bpf, 0, 0, 0); escaped(1);", VIOLATION),
+    "userfaultfd": ("syscall(SYS_userfaultfd, 0); escaped(1);", VIOLATION),
+    "keyctl": ("syscall(SYS_keyctl, 0, 0); escaped(1);", VIOLATION),
     "spawn": ('escaped(system("echo ESCAPED") == 0 ? 1 : -1);', OK),
     "signal_to_the_parent": ("escaped(kill(getppid(), 0));", OK),
     "signal_to_everyone": ("escaped(kill(-1, 0));", OK),
@@ -108,8 +122,8 @@ ATTACKS: dict[str, tuple[str, tuple[Status, ...]]] = {
 }
 INCLUDES = (
     "csignal cstdio cstdlib cstring ctime fcntl.h linux/sched.h sched.h sys/mman.h sys/mount.h "
-    "sys/personality.h sys/prctl.h sys/ptrace.h sys/resource.h sys/socket.h sys/syscall.h thread "
-    "unistd.h"
+    "sys/personality.h sys/prctl.h sys/ptrace.h sys/resource.h sys/socket.h sys/syscall.h "
+    "system_error thread unistd.h vector"
 )
 SOURCE = "\n".join(
     [
@@ -146,6 +160,14 @@ COMPILATIONS = {
         "#define A(x) x x x x x x x x x x\n#define B(x) A(A(A(A(A(A(A(x)))))))\nB(B(int;))\n"
         "int main() {}"
     ),
+    "users_file_included": '#include "/root/.bashrc"\nint main() {}',
+    "file_by_dots_included": '#include "../../../../../../etc/hostname"\nint main() {}',
+    "endless_templates": "template<int N> struct A { A<N + 1> a; }; A<0> a; int main() {}",
+    "endless_constant": (
+        "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\n"
+        "constexpr long x = f(90); int main() {}"
+    ),
+    "control_characters": "\x01\x02",
     "zero_bytes": "int main() { return 0; }\0",
 }
 

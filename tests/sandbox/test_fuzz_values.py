@@ -109,7 +109,7 @@ def types_of(value: object) -> object:
 
 
 @given(plain)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_value_comes_back_as_it_went(value: object) -> None:
     back = values.decode(values.encode(value))
     assert repr(back) == repr(value) or back == value
@@ -117,19 +117,19 @@ def test_a_value_comes_back_as_it_went(value: object) -> None:
 
 
 @given(plain)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_value_matches_itself(value: object) -> None:
     assert values.matches(value, values.encode(value))
 
 
 @given(plain, plain)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_two_values_match_where_the_rule_says_so(expected: object, actual: object) -> None:
     assert values.matches(expected, values.encode(actual)) is same(expected, actual)
 
 
 @given(plain, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_value_beside_the_expected_one_is_judged_by_the_rule(
     expected: object, data: st.DataObject
 ) -> None:
@@ -155,7 +155,7 @@ def mutated(value: object, data: st.DataObject) -> object:
 
 
 @given(plain, st.binary(max_size=40) | wires.map(lambda wire: json.dumps(wire).encode()))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_hostile_wire_form_is_judged_and_never_passes_as_another_value(
     expected: object, wire: bytes
 ) -> None:
@@ -164,14 +164,14 @@ def test_a_hostile_wire_form_is_judged_and_never_passes_as_another_value(
 
 
 @given(st.binary(max_size=60) | wires.map(lambda wire: json.dumps(wire).encode()))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_malformed_wire_form_is_a_value_error(wire: bytes) -> None:
     with contextlib.suppress(ValueError):
         values.parse(wire)
 
 
 @given(wires, st.integers(0, 200), st.binary(max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_wire_form_cut_and_mended_is_judged(wire: object, place: int, patch: bytes) -> None:
     text = json.dumps(wire).encode()
     place %= len(text)

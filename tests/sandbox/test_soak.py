@@ -20,7 +20,7 @@ from tests.sandbox.attacks.worlds import ROOT
 def test_faults_cost_no_answer_and_leave_nothing_behind(tmp_path: Path, faults: list[str]) -> None:
     """In a process of its own, which may have mounts, limits and orphans of its own."""
     told = tmp_path / "soak.json"
-    command = [sys.executable, "-m", "tests.sandbox.soak", "--runs", "400", "--json", str(told)]
+    command = [sys.executable, "-m", "tests.sandbox.soak", "--runs", "200", "--json", str(told)]
     command.append("--faults")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "sandbox")])}
     ended = subprocess.run(

@@ -13,15 +13,15 @@ HEAD = """\
 # Attacks, and what stops them
 
 {count} programs try to break out, to take more than they are given, or to pass a test without
-solving it. `tests/sandbox` runs each of them with all layers on, and again in every world below,
-and checks this page against the same table: `python -m tests.sandbox.attacks.table`.
+solving it. `tests/sandbox` runs each of them with all layers on, and again in the worlds below.
+This page is written from the table of the tests: `python -m tests.sandbox.attacks.table`.
 
-Where a layer in an attack's list is on, the attack must get nowhere. Where none is, it must
-succeed, or it would prove nothing; excepted are those that the kernel's own rules or settings may
-stop as well, of which nothing is claimed, and {unsafe} that would harm the machine, which are tried
-only where they are stopped.
+An attack must get nowhere where a layer in its list is on. Where none is, it must succeed, or the
+test would prove nothing. There are two exceptions: attacks that the kernel's own rules or settings
+may stop as well, about which nothing is claimed, and {unsafe} attacks that would harm the machine,
+which are tried only where they are stopped.
 
-## What still holds where a layer is missing
+## What is stopped where a layer is missing
 
 | world | attacks stopped | not stopped |
 |---|---|---|
@@ -66,7 +66,7 @@ def page() -> str:
         "",
         f"Always on, in every world: {always}.",
         "*Separation*: the expected output is in no process that runs a program. *Supervision*:",
-        "limits and verdicts come from what the kernel tells the parent of a run.",
+        "limits and verdicts follow from what the kernel reports to the parent of a run.",
     ]
     for category in CATEGORIES:
         title = category.replace("_", " ").capitalize()
