@@ -85,7 +85,7 @@ class SandboxClient:
         self._headers = (
             {} if token is None else {"Authorization": f"Bearer {checked_token(token, 'use')}"}
         )
-        self._fleet = GradingServers(
+        self._servers = GradingServers(
             [checked_url(url) for url in urls], connections=connections, is_ready=self._is_ready
         )
         self._session: aiohttp.ClientSession | None = None
@@ -102,7 +102,7 @@ class SandboxClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._fleet.close()
+        await self._servers.close()
         await self._open_session().close()
         self._session = None
 
@@ -142,20 +142,13 @@ class SandboxClient:
 
     async def health(self) -> dict[str, dict[str, Any]]:
         """Return what each server reports. Raises ServiceError naming those that are not ready."""
-        servers = self._fleet.servers
-        found = await asyncio.gather(*map(self._health_of, servers))
-        failures = [
-            f"{server.url}: {answer}"
-            for server, answer in zip(servers, found, strict=True)
-            if isinstance(answer, str)
-        ]
+        urls = [server.url for server in self._servers.all]
+        found = await asyncio.gather(*map(self._health_of, self._servers.all))
+        answers = dict(zip(urls, found, strict=True))
+        failures = [f"{url}: {why}" for url, why in answers.items() if isinstance(why, str)]
         if failures:
             raise ServiceError(f"grading servers are not ready: {'; '.join(failures)}")
-        return {
-            server.url: answer
-            for server, answer in zip(servers, found, strict=True)
-            if not isinstance(answer, str)
-        }
+        return {url: about for url, about in answers.items() if not isinstance(about, str)}
 
     async def _ask(
         self, path: str, record: Record, request: wire.RunRequest | wire.GradeRequest
@@ -167,18 +160,18 @@ class SandboxClient:
         try:
             async with asyncio.timeout(self._deadline_s):
                 while True:
-                    server = await self._fleet.take()
+                    server = await self._servers.take()
                     try:
                         return await self._try(server, path, body, headers)
                     except TryAgainError:
                         pass
                     finally:
-                        self._fleet.give_back(server)
+                        self._servers.give_back(server)
                     await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
                     pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
         except TimeoutError:
             raise ServiceError(
-                f"no server answered within {self._deadline_s:g} s ({self._fleet.reasons()})"
+                f"no server answered within {self._deadline_s:g} s ({self._servers.reasons()})"
             ) from None
 
     async def _try(
@@ -198,16 +191,16 @@ class SandboxClient:
             if status == 200:
                 return wire.decode_results(answer)
         except (aiohttp.ClientError, OSError, WireError) as error:
-            self._fleet.take_out(server, reason_of(error))
+            self._servers.take_out(server, reason_of(error))
             raise TryAgainError from None
         finally:
             posting.cancel()
         reason = f"{status} {refusal_in(answer)}"
         if status == 429:
-            self._fleet.rest(server, seconds_in(retry_after), reason)
+            self._servers.rest(server, seconds_in(retry_after), reason)
             raise TryAgainError
         if status in OUT_OF_SERVICE:
-            self._fleet.take_out(server, reason)
+            self._servers.take_out(server, reason)
             raise TryAgainError
         if status >= 500:
             raise ServiceError(f"{server.url} failed on the request: {reason}")

@@ -41,7 +41,6 @@ API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
 PARSED_IN_PLACE_BYTES = 16 << 10  # takes some milliseconds at most, even with code to parse
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Work = Callable[[Sandbox, Any], GradingAnswer]
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ class GradingService:
         )
         application.add_routes(
             [
-                web.post("/v1/run", functools.partial(self.work, wire.RUN, run)),
-                web.post("/v1/grade", functools.partial(self.work, wire.GRADE, grade)),
+                web.post("/v1/run", functools.partial(self.work, wire.RUN)),
+                web.post("/v1/grade", functools.partial(self.work, wire.GRADE)),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics_text),
             ]
@@ -150,12 +149,7 @@ class GradingService:
             )
         return f"{error.reason}; there are POST /v1/run and /v1/grade, GET /health and /metrics"
 
-    async def work(
-        self,
-        record: Record,
-        do: Work,
-        request: web.Request,
-    ) -> web.StreamResponse:
+    async def work(self, record: Record, request: web.Request) -> web.StreamResponse:
         """Answer a request for work, once for each request id."""
         # A browser sends this type to another site only if that site agrees, and this one does not.
         if request.content_type != "application/json":
@@ -170,7 +164,7 @@ class GradingService:
             raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
         self._held_bytes += size_bytes
         try:
-            grading = await self.accept(record, do, request)
+            grading = await self.accept(record, request)
             try:
                 answer = await self.queue.answer(grading)
             except ValueError as error:
@@ -181,7 +175,7 @@ class GradingService:
         finally:
             self._held_bytes -= size_bytes
 
-    async def accept(self, record: Record, do: Work, request: web.Request) -> Grading:
+    async def accept(self, record: Record, request: web.Request) -> Grading:
         """Return the work of the request id, new or begun by an earlier request."""
         request_id = request.headers.get(wire.REQUEST_ID, "") or uuid.uuid4().hex
         if not REQUEST_ID_FORM.fullmatch(request_id):
@@ -205,7 +199,7 @@ class GradingService:
         if self.draining:
             raise GradingRefusedError(503, "draining: this server takes no new work")
         try:
-            return self.queue.submit(request_id, digest, lambda: do(self.sandbox, asked))
+            return self.queue.submit(request_id, digest, lambda: answer_to(self.sandbox, asked))
         except QueueFullError as error:
             raise self.full(error.retry_after_s, "the queue is full") from None
 
@@ -257,23 +251,12 @@ class GradingService:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
-def run(sandbox: Sandbox, asked: wire.RunRequest) -> GradingAnswer:
-    """Run a program, in a thread of the pool."""
-    result = sandbox.run(asked.source, asked.stdin, asked.limits, asked.language)
-    return GradingAnswer(wire.encode_results([result]), (result.status,))
-
-
-def grade(sandbox: Sandbox, asked: wire.GradeRequest) -> GradingAnswer:
-    """Grade a program, in a thread of the pool."""
-    results = sandbox.grade(
-        asked.source,
-        asked.tests,
-        limits=asked.limits,
-        checker=asked.checker,
-        stop_at_first_failure=asked.stop_at_first_failure,
-        language=asked.language,
-        run_at_least=asked.run_at_least,
-    )
+def answer_to(sandbox: Sandbox, asked: wire.RunRequest | wire.GradeRequest) -> GradingAnswer:
+    """Do what was asked, in a thread of the pool."""
+    if isinstance(asked, wire.RunRequest):
+        results = [sandbox.run(**vars(asked))]
+    else:
+        results = sandbox.grade(**vars(asked))
     return GradingAnswer(wire.encode_results(results), tuple(result.status for result in results))
 
 

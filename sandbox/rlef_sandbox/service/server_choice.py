@@ -43,7 +43,7 @@ class GradingServers:
         connections: int,
         is_ready: Callable[[GradingServer], Awaitable[str | None]],
     ) -> None:
-        self.servers = [GradingServer(url) for url in urls]
+        self.all = [GradingServer(url) for url in urls]
         self._connections = connections
         self._is_ready = is_ready
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -84,10 +84,10 @@ class GradingServers:
 
     def reasons(self) -> str:
         """Return each server and how it last failed."""
-        return "; ".join(f"{server.url}: {server.last_failure}" for server in self.servers)
+        return "; ".join(f"{server.url}: {server.last_failure}" for server in self.all)
 
     async def close(self) -> None:
-        probes = [server.probing for server in self.servers if server.probing is not None]
+        probes = [server.probing for server in self.all if server.probing is not None]
         for probe in probes:
             probe.cancel()
         await asyncio.gather(*probes, return_exceptions=True)
@@ -96,7 +96,7 @@ class GradingServers:
         now_s = asyncio.get_running_loop().time()
         free = [
             server
-            for server in self.servers
+            for server in self.all
             if not server.out
             and server.open_requests < self._connections
             and server.rests_until_s <= now_s
