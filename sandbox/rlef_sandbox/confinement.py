@@ -63,24 +63,24 @@ def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
             namespaces.append(name)
     if "net" in namespaces and socket.if_nameindex() != [(1, "lo")]:
         namespaces.remove("net")
-    held = []
+    effective = []
     process = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     has_landlock = landlock.abi() > 0
     if "mount" in namespaces and succeeds(private_root.enter, files.directories, files.scratch):
-        held += ["private_root"] * _fails_with(FileNotFoundError, files.forbidden)
+        effective += ["private_root"] * _fails_with(FileNotFoundError, files.forbidden)
     elif not has_landlock and not files.scratch and succeeds(private_root.enter_nothing):
-        held += ["empty_root"] * _fails_with(FileNotFoundError, files.forbidden)
+        effective += ["empty_root"] * _fails_with(FileNotFoundError, files.forbidden)
     unprivileged = _become_unprivileged(namespaces, process)
     os.close(process)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if has_landlock and succeeds(files.restrict):
-        held += [f"landlock_abi_{landlock.abi()}"] * _fails_with(PermissionError, "/")
+        effective += [f"landlock_abi_{landlock.abi()}"] * _fails_with(PermissionError, "/")
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kernel.die_with_parent()  # again: the change of user undid it
     return {
         "namespaces": namespaces,
-        "files": held,
+        "files": effective,
         "unprivileged_user": unprivileged,
         "no_new_privs": kernel.prctl(kernel.PR_GET_NO_NEW_PRIVS) == 1,
     }
@@ -139,7 +139,7 @@ def _restrict_to_library(directories: list[str]) -> None:
 
 
 def _fails_with(error: type[OSError], path: str) -> bool:
-    """Return whether opening `path` fails with `error`, which tells the layer that refused."""
+    """Return whether opening `path` fails with `error`, which identifies the layer that refused."""
     try:
         os.close(os.open(path, os.O_RDONLY))
     except error:

@@ -1,4 +1,4 @@
-"""How a supervisor starts a child: the limits it is held to, the files it gets, its filter."""
+"""How a supervisor starts a child: its limits, the files it gets, its filter."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Bounds(NamedTuple):
             address_space_bytes=own_bytes + request.memory_bytes,
             # A backstop: the supervisor keeps the exact time, also that of a server's children.
             cpu_s=UNLIMITED if serves else math.ceil(request.cpu_s) + 1,
-            # One byte more than allowed, to tell a full output from an overflowing one.
+            # One byte more than allowed, to distinguish a full output from an overflowing one.
             file_bytes=request.output_bytes + 1,
             open_files=OPEN_FILES,
             threads=request.processes if counts_threads else 0,

@@ -142,7 +142,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
             return files.finished(outcome, self._limits)
 
     def _start_server(self) -> None:
-        with RunFiles() as files:
+        with StreamFiles() as files:
             outcome = self._ask(Task.PROGRAM, [*files.descriptors, self._program])
             if outcome.phase is Phase.RUNNING:
                 self._server_runs = True
@@ -156,7 +156,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         """
         serve = json.dumps({"serve": test.entry_point}).encode()
         check = json.dumps({"check": test.check}).encode()
-        with RunFiles(exchange=serve) as candidate, RunFiles(exchange=check) as checker:
+        with StreamFiles(exchange=serve) as candidate, StreamFiles(exchange=check) as checker:
             with contextlib.ExitStack() as passed_on:
                 code = memory_file(test.code.encode())
                 passed_on.callback(os.close, code)
@@ -187,7 +187,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         )
 
 
-class RunFiles(contextlib.AbstractContextManager):
+class StreamFiles(contextlib.AbstractContextManager):
     """The memory files of one run: standard streams and, for a function call, the exchange."""
 
     def __init__(self, stdin: bytes = b"", exchange: bytes | None = None) -> None:
@@ -225,14 +225,14 @@ class RunFiles(contextlib.AbstractContextManager):
         return FinishedRun(result, wire)
 
 
-def files_of_test(test: Test | CallTest) -> RunFiles:
+def files_of_test(test: Test | CallTest) -> StreamFiles:
     """Return the files of a run. Raises ValueError if a value of the test is not plain data."""
     if isinstance(test, Test):
-        return RunFiles(test.stdin)
+        return StreamFiles(test.stdin)
     arguments = _encoded("args", list(test.args), test).decode()
     _encoded("expected", test.expected, test)  # or no answer could ever match
     call = {"entry_point": test.entry_point, "args": arguments}
-    return RunFiles(exchange=json.dumps(call).encode())
+    return StreamFiles(exchange=json.dumps(call).encode())
 
 
 def _encoded(field: str, value: object, test: CallTest) -> bytes:

@@ -55,12 +55,12 @@ class NativeSupervisor:
         return Started(Task(state.task), state.file_count)
 
     def leave_trust(self) -> None:
-        """Report that the program begins; after this, nothing that this child says is heard."""
+        """Report that the program begins; from now on this child cannot report anything."""
         self._functions.rlef_leave_trust(self._state)
 
     def fork_confined(self, plan: LaunchPlan, files: list[int]) -> int:
-        """Fork. Returns the child's id, and 0 in the child, which is held to `plan`."""
-        progress = ctypes.c_uint64()  # `struct progress`, which nobody reads here
+        """Fork. Returns the child's id, and 0 in the child, which is confined by `plan`."""
+        progress = ctypes.c_uint64()  # `struct progress`; it is not read here
         plan.files[: len(files)] = files
         plan.progress = ctypes.addressof(progress)
         return kernel.checked(self._functions.rlef_fork(ctypes.byref(plan)), "fork")

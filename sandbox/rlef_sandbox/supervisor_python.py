@@ -174,13 +174,13 @@ class PythonSupervisor:
         return None
 
     def leave_trust(self) -> None:
-        """Report that the program begins; after this, nothing that this child says is heard."""
+        """Report that the program begins; from now on this child cannot report anything."""
         self._page[0] = Phase.RUNNING
         for page in (self._page, *(child.page for child in self._watched.values())):
             page.close()
 
     def fork_confined(self, plan: LaunchPlan, files: list[int]) -> int:
-        """Fork. Returns the child's id, and 0 in the child, which is held to `plan`."""
+        """Fork. Returns the child's id, and 0 in the child, which is confined by `plan`."""
         parent = os.getpid()
         pid = kernel.checked(kernel.fork(), "fork")
         if pid:

@@ -95,12 +95,12 @@ static double now_s(clockid_t clock)
 }
 
 /* Sends to a controller that may have given the session up. */
-static void tell(int session, const void *message, size_t length)
+static void send_message(int session, const void *message, size_t length)
 {
     (void)!send(session, message, length, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
-static void tell_outcome(int session, int phase, int ending, int wait_status, double cpu_s,
+static void send_outcome(int session, int phase, int ending, int wait_status, double cpu_s,
                          double wall_s, uint64_t rss_bytes, const char *fault)
 {
     uint8_t message[OUTCOME_BYTES + FAULT_BYTES];
@@ -113,7 +113,7 @@ static void tell_outcome(int session, int phase, int ending, int wait_status, do
     memcpy(message + 14, &wall_s, 8);
     memcpy(message + 22, &rss_bytes, 8);
     memcpy(message + OUTCOME_BYTES, fault, fault_bytes);
-    tell(session, message, OUTCOME_BYTES + fault_bytes);
+    send_message(session, message, OUTCOME_BYTES + fault_bytes);
 }
 
 static void kill_child(const struct child *child)
@@ -128,7 +128,7 @@ static void close_files(struct server *server)
     server->file_count = 0;
 }
 
-/* Reads the next request into `server`. Returns 0 if there is none; exits if the controller is gone. */
+/* Reads the next request. Returns 0 if there is none; exits if the controller is gone. */
 static int receive(struct server *server)
 {
     union {
@@ -172,7 +172,7 @@ static struct prepared *plan_of_request(struct server *server)
 
 static void refuse(struct server *server, const char *fault)
 {
-    tell_outcome(server->session, PHASE_SETUP, ENDED_ITSELF, 0, 0.0, 0.0, 0, fault);
+    send_outcome(server->session, PHASE_SETUP, ENDED_ITSELF, 0, 0.0, 0.0, 0, fault);
     close_files(server);
     if (!server->serves_program)
         close(server->session);
@@ -265,7 +265,7 @@ static void finish(struct server *server, int number)
                      strerror(cell->error));
         double cpu_s = (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
                        (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
-        tell_outcome(child->session, fault[0] ? PHASE_SETUP : cell->phase, child->ending,
+        send_outcome(child->session, fault[0] ? PHASE_SETUP : cell->phase, child->ending,
                      wait_status, cpu_s, now_s(CLOCK_MONOTONIC) - child->started,
                      (uint64_t)usage.ru_maxrss * 1024, fault);
     }
@@ -298,7 +298,7 @@ static void check(struct server *server, struct child *child, int cell, double n
         if (window_s >= SLEEP_WINDOW_S) {
             child->slept = cpu_s - child->window_cpu_s < SLEEP_SHARE * window_s;
             if (child->slept)
-                tell(child->session, "~", 1);
+                send_message(child->session, "~", 1);
             child->window_started = now;
             child->window_cpu_s = cpu_s;
         }
@@ -368,7 +368,7 @@ void rlef_prepare(struct server *server, const struct plan *plan)
 }
 
 /* In a child, the last step before the program's first line, or before a program server's first
- * test: nobody hears what it writes to a page that it no longer has. */
+ * test: it cannot report in memory that it no longer has. */
 void rlef_leave_trust(struct server *server)
 {
     server->page[server->cell].phase = PHASE_RUNNING;

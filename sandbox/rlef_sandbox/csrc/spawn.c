@@ -168,7 +168,7 @@ static pid_t spawn_executable(const struct plan *plan)
     return pid;
 }
 
-/* Forks a child held to `plan`, whose files are in place. Returns its id, and 0 in the child. */
+/* Forks a child confined by `plan`, with its files in place. Returns its id, and 0 in the child. */
 int rlef_fork(const struct plan *plan)
 {
     pid_t parent = getpid(), pid = fork();

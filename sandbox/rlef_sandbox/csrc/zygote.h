@@ -17,7 +17,7 @@ struct progress {
     volatile int32_t error; /* errno of that */
 };
 
-/* What a child is given, held to, and becomes. */
+/* The files and limits of a child, and the program that it becomes. */
 struct plan {
     uint64_t address_space_bytes;
     uint64_t cpu_s;
