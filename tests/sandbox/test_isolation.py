@@ -8,16 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from rlef_sandbox import IsolationError, Sandbox, Status, Test, worker
+from tests.sandbox.attacks.worlds import NO_CHROOT, NO_LANDLOCK, NO_NAMESPACES
 
-NO_NAMESPACES = """
-def refuse(flags): raise OSError(1, "no namespaces here")
-rlef_sandbox.kernel.unshare = refuse
-"""
-NO_LANDLOCK = "rlef_sandbox.landlock.abi = lambda: 0\n"
-NO_CHROOT = """
-def refuse(): raise OSError(1, "no chroot here")
-rlef_sandbox.private_root.enter_nothing = refuse
-"""
 NO_SECCOMP = "rlef_sandbox.zygote.filter_for_this_machine = lambda profile: None\n"
 
 
