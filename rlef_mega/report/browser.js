@@ -80,9 +80,9 @@ class Browser {
     const all = this.store.episodes.length.toLocaleString("en");
     byId("count").textContent = `${this.found.length.toLocaleString("en")} of ${all} episodes`;
     this.rows.style.height = `${ROW * this.found.length}px`;
-    const place = this.found.findIndex((episode) => episode.name === this.state.episode);
-    this.list.scrollTop = Math.max(0, ROW * place - this.list.clientHeight / 2);
-    this.choose(this.found[Math.max(0, place)]);
+    const position = this.found.findIndex((episode) => episode.name === this.state.episode);
+    this.list.scrollTop = Math.max(0, ROW * position - this.list.clientHeight / 2);
+    this.choose(this.found[Math.max(0, position)]);
   }
 
   choose(episode) {
@@ -100,13 +100,13 @@ class Browser {
     const first = Math.max(0, Math.floor(this.list.scrollTop / ROW) - SPARE);
     const last = Math.min(this.found.length, first + Math.ceil(this.list.clientHeight / ROW) + 2 * SPARE);
     this.rows.replaceChildren(...this.found.slice(first, last).map((episode, k) => this.row(episode, first + k)));
-    this.list.setAttribute("aria-activedescendant", this.chosen ? `option-${this.chosen.place}` : "");
+    this.list.setAttribute("aria-activedescendant", this.chosen ? `option-${this.chosen.position}` : "");
   }
 
   row(episode, position) {
     const results = episode.errors.map((kind) => h("span", { class: `glyph ${kind ? "bad" : "good"}`, title: kind ? kindName(kind) : "passes" }, GLYPHS[kind] ?? "?"));
     const row = h("div", {
-      role: "option", id: `option-${episode.place}`, class: "row", "aria-selected": String(episode === this.chosen),
+      role: "option", id: `option-${episode.position}`, class: "row", "aria-selected": String(episode === this.chosen),
       "aria-setsize": this.found.length, "aria-posinset": position + 1,
       "aria-label": `${episode.problem}, ${episode.stage}, ${this.store.index.outcomes[episode.outcome]}, turns: ${episode.errors.map((kind) => kindName(kind) || "passes").join(", ")}`,
       onclick: () => this.choose(episode),
@@ -136,9 +136,9 @@ class Browser {
   }
 
   move(by) {
-    const place = this.found.indexOf(this.chosen);
-    const next = Math.min(this.found.length - 1, Math.max(0, place + by));
-    if (next < 0 || next === place) return;
+    const position = this.found.indexOf(this.chosen);
+    const next = Math.min(this.found.length - 1, Math.max(0, position + by));
+    if (next < 0 || next === position) return;
     const top = ROW * next, bottom = top + ROW;
     if (top < this.list.scrollTop) this.list.scrollTop = top;
     else if (bottom > this.list.scrollTop + this.list.clientHeight) this.list.scrollTop = bottom - this.list.clientHeight;
@@ -148,9 +148,9 @@ class Browser {
   // Show the tooltip of the next token, for keyboard users.
   walkTokens(by) {
     const tokens = [...byId("dialogue").querySelectorAll(".response .token")];
-    const place = tokens.findIndex((token) => token.classList.contains("current"));
-    const token = tokens[Math.min(tokens.length - 1, Math.max(0, place + by))];
-    tokens[place]?.classList.remove("current");
+    const position = tokens.findIndex((token) => token.classList.contains("current"));
+    const token = tokens[Math.min(tokens.length - 1, Math.max(0, position + by))];
+    tokens[position]?.classList.remove("current");
     token.classList.add("current");
     token.scrollIntoView({ block: "nearest" });
     byId("token").hidden = false;

@@ -35,11 +35,11 @@ const plain = (value) => signed(value).replace("+", "");
 function tokenNumbers(turn) {
   const { pieces, logprobs, refs, advantages, versions, facts } = turn;
   const version = versions.flatMap(([number, count]) => Array(Math.min(count, pieces.length)).fill(number));
-  return pieces.map((_, place) => ({
-    logprobs: logprobs && logprobs[place] / 100,
-    kl: logprobs && refs && (logprobs[place] - refs[place]) / 100,
-    advantages: advantages ? advantages[place] / 100 : facts.advantage,
-    versions: version[place],
+  return pieces.map((_, position) => ({
+    logprobs: logprobs && logprobs[position] / 100,
+    kl: logprobs && refs && (logprobs[position] - refs[position]) / 100,
+    advantages: advantages ? advantages[position] / 100 : facts.advantage,
+    versions: version[position],
   }));
 }
 
@@ -66,10 +66,10 @@ function tokenSpans(turn, colour, versionOrder) {
   const spans = [];
   let end = 0;
   const numbers = tokenNumbers(turn);
-  turn.pieces.forEach((length, place) => {
+  turn.pieces.forEach((length, position) => {
     if (!length) return;
     const shown = turn.response.slice(end, (end += length));
-    spans.push(h("span", { ...tokenStyle(colour, numbers[place][colour], versionOrder), title: tokenTip(numbers[place]) }, shown));
+    spans.push(h("span", { ...tokenStyle(colour, numbers[position][colour], versionOrder), title: tokenTip(numbers[position]) }, shown));
   });
   return [...spans, turn.response.slice(end)];
 }
@@ -140,17 +140,17 @@ function turnsTable(turns) {
   const versions = turns.some((turn) => turn.versions.length);
   return h("div", { class: "scroll" }, h("table", { class: "plain glance" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "turn"), present.map(([head]) => h("th", { scope: "col" }, head)), versions ? h("th", { scope: "col" }, "weights") : null)),
-    h("tbody", {}, turns.map((turn, place) => h("tr", {},
-      h("th", { scope: "row" }, h("button", { type: "button", onclick: () => document.getElementById(`turn-${place + 1}`).scrollIntoView({ container: "nearest" }) }, String(place + 1)), " ", badge(!turn.error, turn.verdict)),
+    h("tbody", {}, turns.map((turn, position) => h("tr", {},
+      h("th", { scope: "row" }, h("button", { type: "button", onclick: () => document.getElementById(`turn-${position + 1}`).scrollIntoView({ container: "nearest" }) }, String(position + 1)), " ", badge(!turn.error, turn.verdict)),
       present.map(([, key, format]) => h("td", {}, turn.facts[key] === undefined ? "—" : format(turn.facts[key]))),
       versions ? h("td", {}, versionText(turn.versions)) : null)))));
 }
 
-function turnView(turn, place, turns, { language, colour, diff }, versionOrder) {
-  const before = turns.slice(0, place).findLast((other) => other.program !== null);
-  return h("li", { id: `turn-${place + 1}` },
-    h("div", { class: "block prompt" }, h("span", { class: "role" }, place ? "feedback as the model saw it" : "prompt"), fixed(turn.observation)),
-    h("div", { class: "block response" }, h("span", { class: "role" }, `response ${place + 1}`),
+function turnView(turn, position, turns, { language, colour, diff }, versionOrder) {
+  const before = turns.slice(0, position).findLast((other) => other.program !== null);
+  return h("li", { id: `turn-${position + 1}` },
+    h("div", { class: "block prompt" }, h("span", { class: "role" }, position ? "feedback as the model saw it" : "prompt"), fixed(turn.observation)),
+    h("div", { class: "block response" }, h("span", { class: "role" }, `response ${position + 1}`),
       h("pre", { dir: "ltr" }, responseView(turn, language, colour, versionOrder))),
     diff && before && turn.program !== null
       ? h("div", { class: "block" }, h("span", { class: "role" }, `changes to the program of turn ${turns.indexOf(before) + 1}`), diffView(before.program, turn.program))
@@ -162,7 +162,7 @@ function turnView(turn, place, turns, { language, colour, diff }, versionOrder) 
 
 function scaleView(colour, versionOrder) {
   if (colour === "versions") {
-    return h("span", { class: "scale" }, [...versionOrder].map(([number, place]) => h("span", { class: `token v${place % 6}` }, ` ${number} `)));
+    return h("span", { class: "scale" }, [...versionOrder].map(([number, position]) => h("span", { class: `token v${position % 6}` }, ` ${number} `)));
   }
   const [low, high, first] = SCALES[colour];
   const sizes = [...Array(9 - first).keys()].map((step) => (step + first) / 8);
@@ -175,13 +175,13 @@ function scaleView(colour, versionOrder) {
 function dialogueView(dialogue, options) {
   const { turns, language } = dialogue;
   const numbers = new Set(turns.flatMap((turn) => turn.versions.map(([number]) => number)));
-  const versionOrder = new Map([...numbers].sort((a, b) => a - b).map((number, place) => [number, place]));
+  const versionOrder = new Map([...numbers].sort((a, b) => a - b).map((number, position) => [number, position]));
   const coloured = options.colour !== "syntax";
   const known = turns.some((turn) => turn.pieces && tokenNumbers(turn).some((number) => number[options.colour] !== undefined));
   return [
     turnsTable(turns),
     coloured ? h("p", { class: "caption legend-line" }, known ? scaleView(options.colour, versionOrder) : `No ${COLOURS[options.colour]} was recorded for these tokens.`) : null,
-    h("ol", { class: "turns" }, turns.map((turn, place) => turnView(turn, place, turns, { ...options, language }, versionOrder))),
+    h("ol", { class: "turns" }, turns.map((turn, position) => turnView(turn, position, turns, { ...options, language }, versionOrder))),
     coloured && known ? h("p", { id: "token", class: "readout", role: "status", hidden: true }) : null,
   ];
 }

@@ -49,19 +49,12 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class LegendEntry:
+class Line:
     label: str
     color: int  # index into PALETTE
     dash: int  # index into DASHES
-    summary: str  # first and last value
-
-
-@dataclass(frozen=True)
-class Line:
-    label: str
-    color: int
-    dash: int
-    points: Points
+    summary: str  # for the legend: first and last value
+    points: Points = ([], [])
     trials: Points = ([], [])  # the number of trials of each point, if it has an interval
 
 
@@ -69,7 +62,7 @@ class Line:
 class Drawing:
     title: str
     meaning: str
-    legend: tuple[LegendEntry, ...]
+    legend: tuple[Line, ...]
     svg: Markup
     area: bool = False  # the legend names areas, not lines
 
@@ -190,9 +183,9 @@ def draw_curves(panel: Panel, runs: Runs) -> Drawing | None:
             points = series(metrics, *key.split("."))
             counted = panel.trials and not key.startswith("valid")
             trials = series(metrics, panel.trials) if counted else ([], [])
-            lines.append(
-                Line(named(run, label), color if len(runs) > 1 else dash, dash, points, trials)
-            )
+            ends = summary(points[1], panel.unit)
+            own = color if len(runs) > 1 else dash
+            lines.append(Line(named(run, label), own, dash, ends, points, trials))
     return draw_lines(panel, lines)
 
 
@@ -205,11 +198,7 @@ def draw_lines(panel: Panel, lines: list[Line]) -> Drawing | None:
         for line in present:
             draw_line(axes, line)
         set_limits(axes, panel, [line.points for line in present])
-        legend = tuple(
-            LegendEntry(line.label, line.color, line.dash, summary(line.points[1], panel.unit))
-            for line in present
-        )
-        return Drawing(panel.title, panel.meaning, legend, to_svg(figure, panel.title))
+        return Drawing(panel.title, panel.meaning, tuple(present), to_svg(figure, panel.title))
 
 
 def draw_line(axes: Axes, line: Line) -> None:
@@ -274,7 +263,7 @@ def draw_phases(label: str, metrics: tuple[Json, ...]) -> Drawing | None:
         )
         axes.set_ylim(bottom=0)
         legend = tuple(
-            LegendEntry(name, color, 0, f"{mean(seconds):.2f} s")
+            Line(name, color, 0, f"{mean(seconds):.2f} s")
             for color, (name, seconds) in enumerate(phases.items())
         )
         meaning = "By phase; the rollout includes grading."
@@ -296,10 +285,10 @@ def phase_seconds(metrics: Sequence[Json]) -> dict[str, list[float]]:
 
 def draw_throughput(runs: Runs) -> Drawing | None:
     meaning = "Tokens of the batch divided by the time of the step without evaluation."
-    lines = [
-        Line(label or "tokens/s", color, 0, throughput(metrics))
-        for color, (label, metrics) in enumerate(runs.items())
-    ]
+    lines = []
+    for color, (label, metrics) in enumerate(runs.items()):
+        points = throughput(metrics)
+        lines.append(Line(label or "tokens/s", color, 0, summary(points[1], ""), points))
     return draw_lines(Panel("Tokens a second", meaning, {}), lines)
 
 
@@ -341,10 +330,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def summary(values: Sequence[float], unit: str) -> str:
-    first, last = (
-        percent(value) if unit == "%" else significant(value) for value in (values[0], values[-1])
-    )
-    return first if len(values) == 1 else f"{first} → {last}"
+    """Return the first and the last value for the legend."""
+    ends = dict.fromkeys((0, len(values) - 1)) if values else {}
+    return " → ".join((percent if unit == "%" else significant)(values[end]) for end in ends)
 
 
 def to_svg(figure: Figure, title: str) -> Markup:

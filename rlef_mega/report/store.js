@@ -16,13 +16,13 @@ class Store {
     const { rows, stages, problems, families, kinds, outcomes } = index;
     const labels = Object.values(outcomes), keys = Object.keys(outcomes);
     const nth = new Map();
-    this.episodes = rows.map(([stage, problem, family, outcome, turns, tokens, kl], place) => {
+    this.episodes = rows.map(([stage, problem, family, outcome, turns, tokens, kl], position) => {
       const number = nth.get(stage) ?? 0;
       nth.set(stage, number + 1);
       const errors = turns.map((kind) => kinds[kind]);
       const names = [stages[stage], problems[problem], families[family]];
       return {
-        place, stage: names[0], problem: names[1], family: names[2], outcome: keys[outcome], errors, tokens, kl,
+        position, stage: names[0], problem: names[1], family: names[2], outcome: keys[outcome], errors, tokens, kl,
         name: `${names[0]}/${number}`, // stays the same as the run grows
         words: [...names, labels[outcome], ...errors].join(" ").toLowerCase(),
       };
@@ -36,8 +36,8 @@ class Store {
     return Number(top);
   }
 
-  async dialogue({ place }) {
-    return (await this.chunk(Math.floor(place / this.index.chunk)))[place % this.index.chunk];
+  async dialogue({ position }) {
+    return (await this.chunk(Math.floor(position / this.index.chunk)))[position % this.index.chunk];
   }
 
   chunk(number) {
@@ -71,8 +71,8 @@ class Store {
       (!stage || episode.stage === stage) && (!outcome || episode.outcome === outcome) && (!family || episode.family === family) &&
       (at === null || episode.errors.length > at) &&
       (!kind || (at === null ? episode.errors.includes(kind) : episode.errors[at] === kind)) &&
-      words.every((word) => episode.words.includes(word) || (deep && this.texts?.[episode.place].includes(word))));
+      words.every((word) => episode.words.includes(word) || (deep && this.texts?.[episode.position].includes(word))));
     const size = { tokens: (episode) => episode.tokens, kl: (episode) => episode.kl ?? -Infinity, turns: (episode) => episode.errors.length }[order];
-    return size ? found.sort((a, b) => size(b) - size(a) || a.place - b.place) : found;
+    return size ? found.sort((a, b) => size(b) - size(a) || a.position - b.position) : found;
   }
 }
