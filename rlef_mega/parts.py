@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlef_mega import metrics
 from rlef_mega.config import TrainConfig
 from rlef_mega.dialogues.batches import NumberedDialogues
 from rlef_mega.dialogues.chat import ChatFormat
@@ -28,11 +29,12 @@ from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.network import accelerations
 from rlef_mega.problems import load_problems
-from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.directory import Clock, RunDirectory
 from rlef_mega.run.guards import Guards
 from rlef_mega.run.launch import StopRequest
 from rlef_mega.run.manifest import describe, versions
-from rlef_mega.run.progress import StepProgress
+from rlef_mega.run.progress import StepProgress, training_line
+from rlef_mega.run.ranks import gather
 from rlef_mega.run.trackers import Trackers
 from rlef_mega.types import Problem, Sampling
 
@@ -57,12 +59,33 @@ class Parts:
     evaluator: Evaluator
     progress: StepProgress
     trackers: Trackers
+    servers: int  # SGLang servers; 0 if the engine is embedded
 
     def note_phase(self, text: str) -> None:
         """Show the current phase to the watchdog and on the terminal."""
         if self.ranks.is_writer:
             self.run.note_progress(text)
             self.progress.phase(text.removesuffix(" begins").replace(" ended", " done"))
+
+    def write_record(self, record: dict[str, Any], clock: Clock) -> None:
+        """Write a step's line of metrics.jsonl and of the terminal. Time spent after this counts
+        for the next step. Collective."""
+        learner_times = self.learner.take_seconds()
+        counts = metrics.total_counts(gather(self.engine.take_counts()))
+        times = clock.lap()
+        if self.ranks.is_writer:
+            line = {
+                **record,
+                **({"servers": counts} if counts else {}),
+                "time": times,
+                "learner_time": learner_times,
+                "idle_time": metrics.idle_shares(times, counts, servers=self.servers),
+            }
+            self.run.append_metrics(line)
+            self.trackers.log(line)
+        self.progress.step(training_line(record, times))
+        for alarm in record["alarms"]:
+            self.progress.say(f"ALARM at step {record['step']}: {alarm}")
 
 
 @contextmanager
@@ -118,6 +141,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
             evaluator=Evaluator(config, run, loop, writer=ranks.is_writer, say=progress.say),
             progress=progress,
             trackers=trackers,
+            servers=len(config.rollout.servers.addresses),
         )
 
 

@@ -30,8 +30,7 @@ from rlef_mega.run.directory import Clock
 from rlef_mega.run.guards import GuardError
 from rlef_mega.run.launch import collect_garbage, sandbox_token, worker_main
 from rlef_mega.run.profiler import profiled
-from rlef_mega.run.progress import training_line
-from rlef_mega.run.ranks import any_rank, gather
+from rlef_mega.run.ranks import any_rank
 
 
 def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
@@ -123,7 +122,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
         record["alarms"] = guards.alarms(record)
         stopping = any_rank(parts.stop.requested())
         saving = step % config.run.checkpoint_every == 0 or step == config.run.steps
-        write_record(config, parts, record, clock)
+        parts.write_record(record, clock)
         if saving and parts.ranks.is_writer:
             episodes = episode_records(
                 rollout.episodes, parts.problems, parts.chat, batch, scores, targets
@@ -150,28 +149,6 @@ def publish_weights(config: TrainConfig, parts: Parts, step: int) -> None:
     if config.rollout.servers.release_memory:
         parts.learner.make_room()
     publish(parts.learner.policy_weights, parts.engine, version=step)
-
-
-def write_record(config: TrainConfig, parts: Parts, record: dict[str, Any], clock: Clock) -> None:
-    """Write the step's line of metrics.jsonl and of the terminal. Time spent after this counts for
-    the next step. Collective."""
-    learner_times = parts.learner.take_seconds()
-    counts = metrics.total_counts(gather(parts.engine.take_counts()))
-    times = clock.lap()
-    if parts.ranks.is_writer:
-        servers = len(config.rollout.servers.addresses)
-        line = {
-            **record,
-            **({"servers": counts} if counts else {}),
-            "time": times,
-            "learner_time": learner_times,
-            "idle_time": metrics.idle_shares(times, counts, servers=servers),
-        }
-        parts.run.append_metrics(line)
-        parts.trackers.log(line)
-    parts.progress.step(training_line(record, times))
-    for alarm in record["alarms"]:
-        parts.progress.say(f"ALARM at step {record['step']}: {alarm}")
 
 
 def position(config: TrainConfig, step: int, rollouts: Rollouts) -> dict[str, Any]:

@@ -141,9 +141,10 @@ def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  
     assert len(metrics(run)) == STEPS
 
 
-def test_asynchronous_training_needs_servers_and_equal_shares():
+def test_asynchronous_training_needs_servers_and_equal_shares(tmp_path):
     def load(*overrides: str) -> TrainConfig:
-        return load_config(find_recipe("demo"), ["rollout.mode=async", *overrides], TrainConfig)
+        given = ["rollout.mode=async", f"model.path={json.dumps(str(tmp_path / 'none'))}"]
+        return load_config(find_recipe("demo"), [*given, *overrides], TrainConfig)
 
     with pytest.raises(ConfigError, match=r"needs rollout\.engine"):
         load()
