@@ -1,7 +1,7 @@
-"""How a dialogue becomes token ids: chat formats, token-in token-out.
+"""Chat formats: dialogues to token ids, token-in token-out.
 
-Messages are encoded one by one and appended to what the engine sampled, which is never encoded
-again. Pure, but for reading a tokenizer.
+Messages are encoded one by one and appended to the ids that the engine sampled, which are never
+decoded and encoded again. Pure functions, except for reading a tokenizer.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a dialogue becomes token ids, token-in token-out.
+    """Encodes the messages of a dialogue. A control token that is spelled out in a message is
+    encoded as ordinary characters.
 
-    Messages are encoded one by one and appended; what the engine sampled is never encoded again.
-    Message text is always plain text: a control token spelled out in it comes out as ordinary
-    characters' ids.
-
-    `llama3` is Llama 3.1's format without its system message (which holds the date of the day);
-    `chatml` is without a default system message too.
+    `llama3` is Llama 3.1's format without its system message, which contains the current date.
+    `chatml` has no default system message either.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -37,7 +34,7 @@ class ChatFormat:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase", name: str = "auto") -> Self:
-        """`name` is llama3, chatml or auto (by the control tokens that the tokenizer has)."""
+        """Return the format llama3 or chatml; auto chooses by the tokenizer's control tokens."""
         known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
         if name == "auto":
             fits = [f for f, controls in CONTROLS.items() if known.issuperset(controls)]
@@ -60,7 +57,7 @@ class ChatFormat:
 
     @classmethod
     def from_folder(cls, folder: Path, name: str = "auto") -> Self:
-        """The chat format of a Hugging Face model folder."""
+        """Return the chat format of a Hugging Face model folder."""
         from transformers import AutoTokenizer
 
         return cls.for_tokenizer(AutoTokenizer.from_pretrained(folder), name)
@@ -99,13 +96,13 @@ class ChatFormat:
         )
 
     def open(self, text: str, begun: str = "") -> list[int]:
-        """The first user message, with the assistant's turn open after it, and `begun`."""
+        """Return the first user message and the assistant's header, followed by the text `begun`
+        with which the response begins."""
         return [*self.begin, *self.ask(text, begun)]
 
     def observe(self, text: str, ended: bool, begun: str = "") -> list[int]:
-        """What is appended, verbatim, to a response that the model `ended` (else the engine, for
-        its length).
-        """
+        """Return the ids to append to a response: the next user message and the assistant's header.
+        `ended` is whether the model ended the response; else the length limit cut it off."""
         end = () if ended else (self.end_of_turn,)
         return [*end, *self.between, *self.ask(text, begun)]
 
@@ -115,13 +112,12 @@ class ChatFormat:
         return [*self.user_header, *message, *self.assistant_header, *start]
 
     def respond(self, text: str) -> list[int]:
-        """A response as a model would sample it, end of turn included: targets of the supervised
-        stage.
-        """
+        """Return a response as a model would sample it, end of turn included, for supervised
+        training."""
         return [*encode_plain(self.tokenizer, text), self.end_of_turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a response, without what ended it."""
+        """Return the text of a response, without its end-of-turn token."""
         ids = list(token_ids)
         if ids and ids[-1] in self.stop_token_ids:
             ids.pop()
@@ -132,8 +128,9 @@ class ChatFormat:
         return text
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """What each token of a response adds to its text, which they are in a row; what ended it
-        adds nothing. Of tokens that share a character, the last one adds it."""
+        """Return the text that each token adds to the response, so that the pieces join to its
+        whole text. The end-of-turn token adds nothing. If several tokens make up one character, the
+        last one adds it."""
         whole = self.decode(token_ids)
         for token in set(token_ids) - self.texts.keys():
             self.texts[token] = self.decode([token])
@@ -146,7 +143,7 @@ class ChatFormat:
             if text.endswith("\ufffd") and end < len(token_ids):
                 pieces.append("")  # the character is not whole yet
                 continue
-            # beside the token before it: some tokenizers drop the blank that begins a text
+            # decode with the token before it: some tokenizers drop a leading blank
             pieces.append(text[len(self.decode(token_ids[start:read])) :])
             start, read = read, end
         same = "".join(pieces) == whole
@@ -173,13 +170,13 @@ def control_ids(tokenizer: "PreTrainedTokenizerBase", controls: Sequence[str]) -
 
 
 def stops(tokenizer: "PreTrainedTokenizerBase", end: int, *others: str) -> tuple[int, ...]:
-    """The end of a turn, and what else the model may have learnt to end with."""
+    """Return the end-of-turn token, and others with which the model may end a response."""
     added = tokenizer.get_added_vocab()
     return (end, *(added[token] for token in others if token in added))
 
 
 def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Ids of `text` alone: nothing is added, and control tokens in it are characters."""
+    """Return the ids of `text` without special tokens; control tokens in it are characters."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert isinstance(ids, list)
     return ids

@@ -1,10 +1,9 @@
-"""What random feedback is made of in training (RLEF C.2): what programs that are known to fail do
-on the public tests of their own problems.
+"""Random feedback for training (RLEF C.2): outcomes of programs that are known to fail, on the
+public tests of their own problems.
 
-Theory of operation: before the first dialogue each rank runs its share of the programs, and then
-all ranks hold all of what came of them, in the same order. Which problems give one follows from the
-run's seed. A program that passes is left out, and so is one on which the sandbox fails: a fault is
-not a verdict.
+Theory of operation: before the first dialogue, each rank runs its share of the programs; then all
+ranks gather all outcomes, in the same order. The run's seed chooses the problems. A program is left
+out if it passes, or if the sandbox fails on it: a fault is not a verdict.
 """
 
 import asyncio
@@ -19,16 +18,16 @@ from rlef_mega.run.ranks import gather, interleave, my_share
 from rlef_mega.types import PrivateTests, Problem, TestOutcome
 from rlef_sandbox import Status
 
-POOL = 64  # problems, each of which gives one at most
-MOST_TESTS = 8  # of a problem: feedback shows no more
-MOST_CPU_S = 2.0  # so that what never ends holds up the start of a run but little
-MOST_BYTES = 64 << 10  # of what a program wrote, which is sent to all ranks
+POOL = 64  # problems, each with one program at most
+MOST_TESTS = 8  # of a problem; feedback shows no more
+MOST_CPU_S = 2.0  # an endless program delays the start of a run by no more
+MOST_BYTES = 64 << 10  # of a program's output, which is sent to all ranks
 PASSES, SLOW, LARGE, FAULT = "it passes", "it takes long", "it writes much", "the sandbox failed"
 
 
 def with_wrong_programs(problems: Sequence[Problem], source: str, seed: int) -> list[Problem]:
-    """Up to `POOL` problems with a public test and wrong programs. ConfigError where `source` has
-    fewer than two: a problem is told of another one's."""
+    """Return up to `POOL` problems with public tests and wrong programs. Raises ConfigError if
+    `source` has fewer than two, because a dialogue needs another problem's outcomes."""
     order = list(range(len(problems)))
     random.Random(f"distractors {seed}").shuffle(order)
     chosen: list[Problem] = []
@@ -51,8 +50,8 @@ def with_wrong_programs(problems: Sequence[Problem], source: str, seed: int) -> 
 def collect_distractors(
     problems: Sequence[Problem], source: str, judge: Judge, *, seed: int
 ) -> tuple[Distractor, ...]:
-    """Those of all ranks, alike on all. ConfigError where fewer than two problems have programs
-    that fail. Collective."""
+    """Return the same distractors on all ranks. Collective. Raises ConfigError if fewer than two
+    problems have a program that fails."""
     chosen = with_wrong_programs(problems, source, seed)
     tried = interleave(gather(asyncio.run(try_all(my_share(chosen), judge))))
     found = tuple(outcome for outcome in tried if isinstance(outcome, Distractor))
@@ -70,7 +69,8 @@ async def try_all(problems: Sequence[Problem], judge: Judge) -> list[Distractor 
 
 
 async def try_out(problem: Problem, judge: Judge) -> Distractor | str:
-    """What its first program that fails did; or why there is none, by the last one."""
+    """Return the outcomes of the problem's first usable program, or why the last one is not
+    usable."""
     limits = replace(problem.limits, cpu_s=min(problem.limits.cpu_s, MOST_CPU_S))
     shown = replace(
         problem,
@@ -96,8 +96,8 @@ async def try_out(problem: Problem, judge: Judge) -> Distractor | str:
 
 
 def why_not(outcomes: Sequence[TestOutcome], *, unfair: bool) -> str:
-    """Why this is no feedback; empty where it is. An `unfair` limit of time is less than the
-    problem's own, and running into it no failure."""
+    """Return why these outcomes are not usable as feedback; "" if they are. Exceeding an `unfair`
+    time limit, one below the problem's own, is not a failure."""
     results = [outcome.result for outcome in outcomes]
     if all(result.status is Status.OK for result in results):
         return PASSES

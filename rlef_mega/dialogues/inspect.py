@@ -1,4 +1,4 @@
-"""`rlef data inspect`: what a source of problems holds, and what was dropped and why."""
+"""`rlef data inspect`: count the problems of a source, and those dropped, with reasons."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ SHOWN_PLACES = 10
 
 
 def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None:
-    """Print counts, limits, lengths, drops and, `against` another source, what both hold."""
+    """Print counts, limits, lengths and drops and, `against` another source, what both contain."""
     problems = read_data_set(source) if is_data_set(source) else load_problems(source)
     drops = problems.drops if isinstance(problems, ProblemStore) else ()
-    console = Console(emoji=False)  # `curriculum:train` is no picture
+    console = Console(emoji=False)  # else `:train` of a source could become a picture
     table = Table("what", "found", title=source)
     for what, found in summarize(problems, length_of(tokenizer)).items():
         table.add_row(what, str(found))
@@ -37,7 +37,7 @@ def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None
 
 
 def print_places(console: Console, drops: Sequence[Drop]) -> None:
-    """Where, some of each reason."""
+    """Print where problems were dropped, a few of each reason."""
     shown: Counter[str] = Counter()
     for drop in drops:
         shown[drop.reason] += 1
@@ -50,7 +50,7 @@ def print_places(console: Console, drops: Sequence[Drop]) -> None:
 
 
 def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str], int]]:
-    """The unit of a prompt's length, and how to count it."""
+    """Return the unit of a prompt's length, and a function that counts it."""
     if tokenizer is None:
         return "characters", len
     from rlef_mega.dialogues.chat import ChatFormat
@@ -62,7 +62,7 @@ def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str], int]]:
 def summarize(
     problems: Sequence[Problem], unit: tuple[str, Callable[[str], int]]
 ) -> dict[str, Any]:
-    """One problem in memory at a time."""
+    """Return the rows of the table. Only one problem is in memory at a time."""
     lengths, times, memories, tests = [], Counter[float](), Counter[int](), []
     families, tags = Counter[str](), Counter[str]()
     kinds = Counter[str]()

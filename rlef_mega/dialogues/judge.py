@@ -1,13 +1,13 @@
-"""Code and tests to a verdict.
+"""Grade a program with a problem's tests.
 
-The public tests are all run and shown to the model; the private tests only when the response is
-final, until the first failure, and of them nothing but how each ended leaves this file. Both kinds
-are one call of the sandbox, which starts and compiles the program once for all of them.
+All public tests are run, and their outcomes may be shown to the model. Private tests are run only
+if all public tests pass, until the first failure; only their statuses leave this file. Both kinds
+are one call of the sandbox, which starts and compiles the program once for all tests.
 
-Theory of operation: grading happens in the embedded sandbox's processes, which threads here wait
-for, or on grading servers, which a client in a thread and event loop of its own speaks to. The
-client outlives the event loops of the rollouts, one a step, and goes on with its retries while the
-engine keeps the rollout's loop from running.
+Theory of operation: programs run in the embedded sandbox's processes, for which threads of this
+process wait, or on grading servers. The servers' client has a thread and an event loop of its own,
+so that it outlives the event loops of the rollouts (one for each step) and keeps retrying while the
+engine blocks them.
 """
 
 import asyncio
@@ -33,23 +33,23 @@ class JudgeError(RuntimeError):
 
 
 class Grader(Protocol):
-    """Where programs are graded: `EmbeddedGrader` or `RemoteGrader`."""
+    """Runs programs on tests: `EmbeddedGrader` or `RemoteGrader`."""
 
     @property
     def isolation(self) -> dict[str, object]:
         """The layers that confine programs there, for the run's manifest."""
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
-        """A result for each public test and, if they pass, for the private ones until the first
-        that fails. JudgeError where no sandbox did it."""
+        """Return a result for each public test and, if all pass, for the private tests until the
+        first failure. Raises JudgeError if no sandbox could run them."""
 
 
 class EmbeddedGrader:
-    """Grades in a sandbox of this process. Closing is up to the sandbox's owner."""
+    """Grades in a sandbox of this process, which the caller closes."""
 
     def __init__(self, sandbox: Sandbox, *, workers: int) -> None:
         self.sandbox = sandbox
-        # more threads than workers: a program that sleeps keeps its thread and frees its worker
+        # more threads than workers: a sleeping program keeps its thread but frees its worker
         self.threads = ThreadPoolExecutor(workers * JOBS_A_WORKER, thread_name_prefix="judge")
 
     @property
@@ -70,15 +70,15 @@ class EmbeddedGrader:
         )
         try:
             return await grading
-        except (OSError, ZygoteLostError) as error:  # of this machine: no descriptors, no memory
+        except (OSError, ZygoteLostError) as error:  # this machine lacks descriptors or memory
             raise JudgeError(f"the sandbox failed: {error}") from None
 
 
 class RemoteGrader(LivesInLoop):
     """Grades on servers (`python -m rlef_sandbox serve`); a context manager.
 
-    Opening asks every server for its health: ServiceError where one is not ready or refuses the
-    token, ValueError where an address is none.
+    Opening asks every server for its health. Raises ServiceError if one is not ready or refuses
+    the token, ValueError if an address is malformed.
     """
 
     def __init__(self, servers: Sequence[str], token: str | None, *, deadline_s: float) -> None:
@@ -124,28 +124,27 @@ def open_grader(
     workers: int,
     isolation: str,
 ) -> Iterator[Grader]:
-    """Grading servers where some are named, else an embedded sandbox with `workers`."""
+    """Open a client of the grading servers, if any are given, else a sandbox with `workers`."""
     if servers:
         with RemoteGrader(servers, token, deadline_s=deadline_s) as remote:
             yield remote
     else:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a check under way holds a dozen
+        # each running program needs a dozen descriptors
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         with Sandbox(workers=workers, isolation=isolation) as sandbox:
             yield EmbeddedGrader(sandbox, workers=workers)
 
 
 class Judge:
-    """Judges responses. Closing the grader is up to its owner."""
+    """Turns a grader's results into verdicts. The caller closes the grader."""
 
     def __init__(self, grader: Grader) -> None:
         self.grader = grader
         self.runs = 0  # programs x tests run so far
-        self.run_s = 0.0  # wall time inside the sandbox, summed over runs
 
     async def judge(self, problem: Problem, program: str | None, *, last_turn: bool) -> Verdict:
-        """Public tests first; private ones if all of them pass. A final response that fails is not
-        solved."""
+        """Grade a response: public tests first, private tests if all of them pass."""
         if program is None:
             return Verdict((), public_passed=False, solved=False if last_turn else None)
         results = await self.grade(problem, program)
@@ -162,13 +161,11 @@ class Judge:
         )
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
-        """The results of all public tests and, if they pass, of the private ones until the first
-        that fails."""
+        """Return the grader's results. Raises JudgeError if the sandbox failed on any test."""
         results = await self.grader.grade(problem, problem.prelude + program)
         if problem.prelude:
             results = [own_lines(result, problem.prelude.count("\n")) for result in results]
         self.runs += len(results)
-        self.run_s += sum(result.wall_s for result in results)
         for result in results:
             if result.status is Status.SANDBOX_ERROR:
                 raise JudgeError(f"sandbox failed on {problem.id}: {result.stderr!r}")
@@ -176,7 +173,7 @@ class Judge:
 
 
 def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
-    """In the order in which they are run; an assert is a check to the sandbox."""
+    """Return all tests in the order in which they run, in the sandbox's types."""
     return tuple(
         CheckTest(test.entry_point, test.code) if isinstance(test, AssertTest) else test
         for test in (*problem.public_tests, *problem.private_tests.tests)
@@ -187,7 +184,8 @@ FRAME_LINE = re.compile(rb'(  File "solution\.py", line )(\d+)')
 
 
 def own_lines(result: Result, before: int) -> Result:
-    """Tracebacks count the program's lines from its own first one, `before` lines further down."""
+    """Number the lines in tracebacks from the program's first line, which follows `before` lines of
+    prelude."""
     stderr = FRAME_LINE.sub(
         lambda frame: frame[1] + b"%d" % max(1, int(frame[2]) - before), result.stderr
     )
@@ -195,13 +193,13 @@ def own_lines(result: Result, before: int) -> Result:
 
 
 def all_passed(results: Sequence[Result]) -> bool:
-    """Every test that was asked for passed (grading stops at the first that does not)."""
+    """Return whether all tests passed; grading stops at the first that does not."""
     return all(result.status is Status.OK for result in results)
 
 
 def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:
-    """ConfigError unless every grading server is ready, takes the token, and confines programs as
-    well as is asked for."""
+    """Raise ConfigError unless every grading server is ready, accepts the token, and isolates
+    programs as the recipe asks."""
     if not judge.servers:
         return
     try:

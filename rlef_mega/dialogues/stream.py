@@ -1,29 +1,29 @@
-"""Dialogues that go on while the trainer trains, and batches of those that are done.
+"""Dialogues that run while the trainer trains, and batches of those that have finished.
 
-Theory of operation. Everything is of one event loop. Dialogues have numbers, and start in that
-order. Who runs: at most `open_dialogues` at a time, and while the trainer's weights have version v,
-no more have been started in all than
+Theory of operation. Everything runs in one event loop. Dialogues have numbers and start in that
+order. At most `open_dialogues` run at a time. While the trainer's weights have version v, at most
 
     batch * (v - first version + 1 + max_staleness)
 
-so what is started and not yet taken is at most `max_staleness` + 1 batches: the queue is bounded,
-and its bound is what holds the engine back. Who waits: `take` waits for a batch of outcomes, and
-until what it leaves behind can still be taken in time: of the dialogues that started with weights
+dialogues have been started in all. So at most `max_staleness` + 1 batches are started and not yet
+taken: this bounds the queue, and makes the engine wait for the trainer.
+
+`take` waits for a batch of finished dialogues, and until those that it leaves can still be taken
+before they are more than `max_staleness` versions old: of the dialogues that started with weights
 of version v or before, at most
 
     batch * (v + max_staleness - version)
 
-may be left, for so many are the batches before they would be more than `max_staleness` versions
-old. It can always be had, because before each `take` there is at most one batch more than that.
-What is done is taken in the order in which it was started; of the oldest dialogues, a batch long,
-at most `max_passed_over` (a share) may be missing. Without this bound a batch would be those that
-end first, and the next one those that do not.
+may be left, because that many fit into the batches until then. This always becomes true, because
+before each `take` there is at most one batch more. Finished dialogues are taken in the order in
+which they started. Of the oldest dialogues (one batch of them), at most the share
+`max_passed_over` may be missing; without this bound, one batch would have the short dialogues and
+the next one the long ones.
 
-So every dialogue that was started is taken, exactly once, and none when it is too old; a batch
-closes without the longest ones, which are in a later one, neither dropped nor rare. With
-`max_staleness` 0 this is synchronous training.
+So every dialogue is taken exactly once, and before it is too old. A batch closes without the
+longest dialogues; these are in a later batch. With `max_staleness` 0 this is synchronous training.
 
-What ends it: `close`, which cancels what runs. An error of a dialogue is raised by `take`.
+`close` ends it and cancels what runs. `take` raises the error of a dialogue.
 """
 
 import asyncio
@@ -33,19 +33,19 @@ from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-START_TOGETHER = 200  # dialogues, before the loop looks after what else is ready
+START_TOGETHER = 200  # dialogues that start before the event loop runs anything else
 
 Outcome = TypeVar("Outcome")
 
 
 class Stream(Generic[Outcome]):
-    """Holds dialogues: `hold(number)` is one of them, to its outcome. `numbers` says which, in
-    order; where it ends, whole batches must be left to take. `version` is that of the trainer's
-    weights; `advance` tells of each newer one, after a `take`."""
+    """Runs dialogues: `run(number)` returns the outcome of one. `numbers` gives their order; at its
+    end, the dialogues not yet taken must be whole batches. `version` is that of the trainer's
+    weights; call `advance` with each newer one, after a `take`."""
 
     def __init__(
         self,
-        hold: Callable[[int], Coroutine[Any, Any, Outcome]],
+        run: Callable[[int], Coroutine[Any, Any, Outcome]],
         numbers: Iterator[int],
         *,
         batch: int,
@@ -55,22 +55,22 @@ class Stream(Generic[Outcome]):
         max_passed_over: float = 0.1,
     ) -> None:
         assert batch > 0 and open_dialogues > 0 and max_staleness >= 0
-        self.hold, self.numbers, self.batch = hold, numbers, batch
+        self.run, self.numbers, self.batch = run, numbers, batch
         self.max_staleness, self.open_dialogues = max_staleness, open_dialogues
         self.max_passed_over = int(max_passed_over * batch)
         self.first_version = self.version = version
         self.started = 0
-        # of the weights as each started that is not taken, in the order in which they did
+        # of the dialogues not taken: the version with which each started, in order
         self.versions: dict[int, int] = {}
-        self.left: Counter[int] = Counter()  # how many of these, by version,
-        self.ready: Counter[int] = Counter()  # and how many of them are done
+        self.left: Counter[int] = Counter()  # by version, how many are not taken
+        self.ready: Counter[int] = Counter()  # by version, how many of these have finished
         self.running: dict[int, asyncio.Task[Outcome]] = {}
         self.done: dict[int, Outcome] = {}
         self.error: BaseException | None = None
         self.changed = asyncio.Event()
 
     def fill(self) -> None:
-        """Start as many as may run; of very many, not all in one turn of the loop."""
+        """Start the dialogues that may run, a limited number in each turn of the event loop."""
         may_start = self.batch * (self.version - self.first_version + 1 + self.max_staleness)
         most = self.started + START_TOGETHER
         while self.started < may_start and len(self.running) < self.open_dialogues:
@@ -83,12 +83,12 @@ class Stream(Generic[Outcome]):
             self.started += 1
             self.versions[number] = self.version
             self.left[self.version] += 1
-            task = asyncio.get_running_loop().create_task(self.hold(number))
+            task = asyncio.get_running_loop().create_task(self.run(number))
             self.running[number] = task
             task.add_done_callback(partial(self.note, number))
 
     def note(self, number: int, task: "asyncio.Task[Outcome]") -> None:
-        """One has ended, with its outcome or an error, or because of `close`."""
+        """Store the outcome or the error of a dialogue that has ended, unless it was cancelled."""
         if self.running.pop(number, None) is None or task.cancelled():
             return
         if error := task.exception():
@@ -100,7 +100,7 @@ class Stream(Generic[Outcome]):
         self.changed.set()
 
     async def take(self) -> dict[int, Outcome]:
-        """The next batch: outcomes by number, in order."""
+        """Wait for the next batch. Returns its outcomes by number, in order."""
         self.fill()
         while self.error is None and not self.may_close():
             self.changed.clear()
@@ -116,8 +116,8 @@ class Stream(Generic[Outcome]):
         return taken
 
     def may_close(self) -> bool:
-        """A batch is done, of the oldest few are missing, and what is left behind can be taken
-        before it is too old."""
+        """Return whether a batch has finished, few of the oldest dialogues are missing, and those
+        that are left can be taken before they are too old."""
         if len(self.done) < self.batch:
             return False
         oldest = itertools.islice(self.versions, self.batch)
@@ -133,13 +133,13 @@ class Stream(Generic[Outcome]):
         return True
 
     def advance(self, version: int) -> None:
-        """The trainer's weights have this version from now on."""
+        """Note that the trainer's weights have this version from now on."""
         assert version == self.version + 1, "a batch is taken for each version"
         self.version = version
         self.fill()
 
     async def close(self) -> None:
-        """Ends what runs, and waits until it has ended."""
+        """Cancel what runs, and wait until it has ended."""
         self.open_dialogues = 0
         tasks = list(self.running.values())
         self.running.clear()

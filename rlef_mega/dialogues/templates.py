@@ -1,8 +1,8 @@
-"""What is said to the model, and what is read off its answer: prompts, feedback, code extraction.
+"""Prompts, feedback, and code extraction from responses. Pure functions.
 
-Everything here is pure. Functions take a statement and the outcomes of *public* tests, never a
-`Problem` or its `PrivateTests`, so nothing of the private tests can enter a dialogue. Wording is
-that of RLEF C.1, C.4 and C.5; deviations are named at their lines.
+They take a statement and the outcomes of *public* tests, never a `Problem` or its `PrivateTests`,
+so nothing of the private tests can enter a dialogue. The wording is that of RLEF C.1, C.4 and C.5;
+deviations are named at their lines.
 """
 
 import ast
@@ -22,13 +22,13 @@ BACKTICKS = (
     "Use the backticks for your code only."
 )
 RETRY = "Give it another try."
-LEAST_CHARACTERS = 80  # of what is told of the tests, however little room there is
+LEAST_CHARACTERS = 80  # of the part about the tests, however short the feedback must be
 WITHHELD = "Your code failed some of the tests."  # the ablation without execution feedback
 
 
 @dataclass(frozen=True)
 class Template:
-    """The wording of one benchmark's dialogues, and bounds on what a program may put into them."""
+    """The wording of a benchmark's dialogues, and limits on the text that programs add to it."""
 
     prompt: str  # with {problem} and {tests}
     failed: str  # the first line of feedback
@@ -85,7 +85,7 @@ TEMPLATES = {
 
 
 def template_named(name: str) -> Template:
-    """ValueError, naming the known ones, if there is none."""
+    """Return the template. Raises ValueError, naming the known templates, if there is none."""
     if name not in TEMPLATES:
         raise ValueError(f"unknown template {name!r}; known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
@@ -140,7 +140,8 @@ def feedback(
 
 
 def feedback_withheld(template: str) -> str:
-    """The ablation without execution feedback: another try is asked for, and why is not said."""
+    """Return the feedback of the ablation without execution feedback: it only asks for another
+    try."""
     return f"{WITHHELD}\n{closing(template_named(template))}"
 
 
@@ -165,14 +166,14 @@ def input_output_line(outcome: TestOutcome, wording: Template) -> str:
 
 
 def assertion_line(outcome: TestOutcome, wording: Template) -> str:
-    """C.5. The message shows run-time values, as unittest's assertEqual does."""
+    """Return the line of an assert (C.5), with run-time values as unittest's assertEqual shows."""
     test, result = outcome.test, outcome.result
     quoted = clip(assertion(test), wording.field_chars)
     if passed(result):
         return f"- Success: '{quoted}'"
     if result.status is not Status.WRONG_ANSWER:
         return f"- Failure: '{quoted}': {failure(result, wording)}"
-    if isinstance(test, AssertTest):  # its code has compared, and said what
+    if isinstance(test, AssertTest):  # its code has compared, and printed the values
         return f"- Failure: '{quoted}': '{clip(error_of(result.stderr), wording.field_chars)}'"
     if isinstance(test, CallTest):
         got, expected = result.returned or "None", repr(test.expected)
@@ -183,14 +184,14 @@ def assertion_line(outcome: TestOutcome, wording: Template) -> str:
 
 
 def error_of(stderr: bytes) -> str:
-    """The error that ended an assert's code, without the frames, which are not the program's."""
+    """Return the error that ended an assert's code, without the traceback."""
     said = text_of(stderr)
     start = said.rfind("\nAssertionError")
     return (said[start + 1 :] if start >= 0 else last_line(said)) or "AssertionError"
 
 
 def failure(result: Result, wording: Template) -> str:
-    """Why there is no output to compare. The paper names the first three."""
+    """Return why there is no output to compare. The paper has the first three cases."""
     match result.status:
         case Status.RUNTIME_ERROR | Status.COMPILE_ERROR:
             end = (
@@ -215,8 +216,8 @@ FRAME = re.compile(r'  File "(?P<file>[^"]*)", line \d+')
 
 
 def own_frames(trace: str) -> str:
-    """A traceback without the frames of other files than the program's: libraries, the interpreter,
-    and whatever ran the program. Lines that are no frames stay."""
+    """Remove the frames of other files from a traceback: libraries, the interpreter, the test
+    runner. Other lines stay."""
     kept: list[str] = []
     foreign = False
     for line in trace.splitlines():
@@ -231,7 +232,7 @@ def own_frames(trace: str) -> str:
 
 
 def assertion(test: PublicTest) -> str:
-    """A test as one line of Python."""
+    """Return a test as one line of Python."""
     if isinstance(test, AssertTest):
         return test.statement
     if isinstance(test, Test):
@@ -252,7 +253,7 @@ def last_line(text: str) -> str:
 
 
 def clip(text: str, limit: int) -> str:
-    """At most `limit` characters: head and tail, where what matters usually stands."""
+    """Shorten a text to `limit` characters, keeping its head and tail."""
     if len(text) <= limit:
         return text
     mark = f" ... [{len(text) - limit} characters left out] ... "
@@ -269,11 +270,11 @@ FENCED = re.compile(r"[ \t]*([\w+]*)[ \t]*\r?\n(.*)", re.DOTALL)
 
 
 def extract_program(text: str, language: str = "python", begun: str = "") -> str | None:
-    """The program in a response: exactly one fenced block, which for Python parses and is not
-    empty. What a response was `begun` with opened the block; it may be left open then.
+    """Return the program in a response, or None if it holds no valid code.
 
-    RLEF leaves open what valid code is; this is our reading. The parse is `ast.parse`, in this
-    process: it runs nothing.
+    Valid code is exactly one fenced block, which for Python must parse and not be empty. If the
+    response was `begun` for the model, that text opened the block, and the end may be missing.
+    RLEF does not define valid code; this is our reading. `ast.parse` runs nothing of the program.
     """
     if language not in INFO_STRINGS:
         raise ValueError(f"unknown language {language!r}; known: {', '.join(INFO_STRINGS)}")

@@ -1,4 +1,5 @@
-"""A policy alone, trained on given dialogues: the stage that makes a base model."""
+"""Supervised training of a policy alone: the stage that makes the demo's base model, and the
+paper's imitation ablation."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +33,7 @@ class SupervisedLearner:
         layers: Layers = "auto",
         weights: Path | None = None,
     ) -> None:
-        """`weights`: a checkpoint, where those of the folder are not what training starts from."""
+        """Start from the folder's weights, or from those of the checkpoint `weights`."""
         self.ranks = ranks
         start = StartingPoint(
             ranks, model_folder, getattr(torch, dtype), recompute, layers, weights
@@ -51,14 +52,14 @@ class SupervisedLearner:
         return {POLICY: self.policy}
 
     def whole(self) -> AbstractContextManager[None]:
-        """Nothing is ever offloaded here."""
+        """Do nothing: this learner never offloads."""
         return nullcontext()
 
     def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter_hf_weights(self.policy.chunks, self.ranks)
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
-        """L = -mean over action tokens of log pi: one optimizer step on the whole batch."""
+        """Take one optimizer step on the whole batch: L = -mean over action tokens of log pi."""
         model = self.policy.last_chunk
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
