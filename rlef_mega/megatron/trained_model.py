@@ -1,15 +1,15 @@
-"""One trained network: Megatron module, gradient buffers, optimizer and schedule. Policy, critic
-and the supervised stage's model are instances of it; the frozen reference is a bare module that
-only runs `forward`.
+"""One trained network: Megatron module, gradient buffers, optimizer and learning-rate schedule. The
+policy, the critic and the supervised stage's model are trained networks; the frozen reference only
+runs `forward`.
 
 Theory of operation. Every rank of a network's layout runs the same micro-batches through Megatron's
 pipeline schedule; a rank holds one chunk of the network, or several with a virtual pipeline. Only
 the last stage computes losses and outputs. Gradients are summed, not averaged, over micro-batches
 and data-parallel ranks, because each loss is already divided by a count over the whole update. The
 optimizer's state is spread over the data-parallel ranks (Megatron's distributed optimizer; also
-over one, so that checkpoints have one form). Parameters in bfloat16 have fp32 main copies and
-gradients. With data parallelism the gradients' reduction runs behind the last backward pass, and
-the gathering of the new weights behind the next forward pass.
+over a single one, so that checkpoints have one form). Parameters in bfloat16 have fp32 main copies
+and gradients. With data parallelism, gradients are reduced during the last backward pass, and the
+new weights are gathered during the next forward pass.
 """
 
 import dataclasses
@@ -49,9 +49,8 @@ LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:
-    """Linear warm-up, constant, linear decay to min_lr_ratio; `update` counts from 0, and the first
-    one is not zero.
-    """
+    """Return the learning rate of an update, counted from 0: linear warm-up (above 0 from the first
+    update on), constant, linear decay to min_lr_ratio."""
     if update < config.warmup_updates:
         return config.lr * (update + 1) / config.warmup_updates
     if config.decay_start_update is None or update < config.decay_start_update:
@@ -69,9 +68,8 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list:
-    """Megatron's pipeline schedule over packed micro-batches; what the last stage returned for
-    each, there only.
-    """
+    """Run Megatron's pipeline schedule over packed micro-batches. Returns the results of
+    `at_last_stage` for each, on the last stage; [] on the others."""
 
     def forward_step(iterator, model):
         microbatch = next(iterator)
@@ -110,21 +108,20 @@ def forward(
     microbatches: Sequence[Microbatch],
     output: OutputFunction,
 ) -> list[torch.Tensor]:
-    """The outputs of each micro-batch on the last stage; an empty list on the others."""
+    """Return the outputs of each micro-batch on the last stage; [] on the others."""
     for chunk in chunks:
         chunk.eval()
     return run_schedule(chunks, chunks[0].config, ranks, microbatches, output, forward_only=True)
 
 
 def finalize_summed_gradients(model: list, num_tokens: object = None, **options: object) -> None:
-    """Megatron's gradient reductions without its division by a token count: the losses have their
-    denominators.
-    """
+    """Reduce gradients as Megatron does, but without its division by a token count: the losses have
+    denominators of their own."""
     finalize_model_grads(model, None, **options)
 
 
 class Residence(IntEnum):
-    """How much of a network is on the device; the rest waits on the host."""
+    """How much of a network is on the device; the rest is in host memory."""
 
     NOTHING = 0
     WEIGHTS = 1  # enough to score
@@ -141,7 +138,7 @@ class FrozenModel:
         self.memory = HostMemory()
 
     def reside(self, residence: Residence) -> None:
-        """Its weights to the device, or to the host."""
+        """Move the weights to the device or to the host."""
         if residence >= Residence.WEIGHTS:
             self.memory.reload()
         else:
@@ -151,9 +148,8 @@ class FrozenModel:
 
 
 class TrainedModel:
-    """A network's chunks on this rank, and what trains them. `updates` counts optimizer steps and
-    is part of a checkpoint.
-    """
+    """A network's chunks on this rank, with gradients and optimizer. `updates` counts optimizer
+    steps and is part of a checkpoint."""
 
     @calls_megatron
     def __init__(
@@ -209,7 +205,7 @@ class TrainedModel:
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_summed_gradients
             if overlap:
-                # the schedule holds the reductions back until the last micro-batch
+                # the schedule delays the reductions until the last micro-batch
                 no_sync = [wrapped.no_sync for wrapped in self.wrapped]
                 chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.overlaps = overlap
@@ -218,16 +214,15 @@ class TrainedModel:
 
     @property
     def last_chunk(self) -> Any:
-        """The one that holds the head, on the last stage's ranks."""
+        """The chunk with the head, on the last stage's ranks."""
         return self.chunks[-1]
 
     @calls_megatron
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss: LossFunction, names: Sequence[str]
     ) -> dict[str, float]:
-        """Gradients of the summed loss into the buffers; these metrics summed over the update, on
-        every rank of the layout.
-        """
+        """Compute the gradients of the summed loss into the buffers. Returns the named metrics,
+        summed over the update, on every rank of the layout."""
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
@@ -254,18 +249,17 @@ class TrainedModel:
         if self.ranks.speaks_for_outputs:
             total = torch.stack(parts).sum(0)
         if self.ranks.layout.world_size > 1:
-            # the layout's ranks: sums the data-parallel parts; the others add zeros and so learn
-            # the result
+            # the layout's ranks: sums the data-parallel parts; the other ranks add zeros
             dist.all_reduce(total, group=self.ranks.group)
         return dict(zip(names, total.tolist(), strict=True))
 
     @calls_megatron
     @torch.no_grad()
     def step(self) -> tuple[float, float]:
-        """One clipped optimizer step from the gradients in the buffers: (gradient norm, learning
-        rate).
+        """Take a clipped optimizer step from the gradients in the buffers. Returns the gradient
+        norm and the learning rate.
 
-        Raises FloatingPointError before anything changes when the norm is not finite.
+        Raises FloatingPointError before anything changes if the norm is not finite.
         """
         rate = learning_rate(self.config, self.updates)
         for group in self.optimizer.param_groups:
@@ -286,15 +280,15 @@ class TrainedModel:
     # ------------------------------------------------------------------ overlapped weight gathering
 
     def await_head(self) -> None:
-        """The head's weight is read outside its module, where Megatron's hook does not see it."""
+        """Finish gathering the head's weights: they are read outside their module, where Megatron's
+        hook does not run."""
         if self.overlaps and self.last_chunk.post_process:
             for parameter in self.last_chunk.output_layer.parameters():
                 self.wrapped[-1].param_to_bucket_group[parameter].finish_param_sync()
 
     def gather_weights(self) -> None:
-        """After a step with overlap, weights are whole only once the next forward has gathered
-        them: who reads them elsewhere calls this first. Collective.
-        """
+        """Gather the new weights now. With overlap, the next forward pass would gather them, so
+        call this before reading weights elsewhere. Collective."""
         if self.overlaps:
             for wrapped in self.wrapped:
                 wrapped.start_param_sync(force_sync=True)
@@ -302,7 +296,7 @@ class TrainedModel:
     # ------------------------------------------------------------------ idle memory
 
     def reside(self, residence: Residence) -> None:
-        """Bring to the device, or park on the host, until this much of the network is there."""
+        """Move state between device and host, until this much of the network is on the device."""
         if residence == self.residence:
             return
         if residence < Residence.WEIGHTS <= self.residence:
@@ -326,9 +320,8 @@ class TrainedModel:
             yield from chunk.parameters()
 
     def optimizer_tensors(self) -> Iterator[torch.Tensor]:
-        """Moments, and the fp32 main copies of bfloat16 weights (of fp32 weights, the optimizer
-        holds the weights themselves).
-        """
+        """Yield the moments, and the fp32 main copies of bfloat16 weights; fp32 weights have no
+        copies."""
         weights = {weight.untyped_storage()._cdata for weight in self.weight_tensors()}
         for optimizer in self.optimizer.chained_optimizers:
             for group in optimizer.optimizer.param_groups:
@@ -350,9 +343,8 @@ def train_step(
     names: Sequence[str],
     prefix: str,
 ) -> dict[str, float]:
-    """Forward, backward, one optimizer step; a loss that is not finite stops before the step, on
-    every rank.
-    """
+    """Run forward, backward and one optimizer step. Raises FloatingPointError on every rank before
+    the step if the loss is not finite."""
     metrics = model.forward_backward(microbatches, loss, names)
     if not math.isfinite(metrics[names[0]]):
         raise FloatingPointError(f"{names[0]} is {metrics[names[0]]} at update {model.updates}")
