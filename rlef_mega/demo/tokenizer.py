@@ -1,9 +1,9 @@
-"""The tokenizer of our own small models: byte-level BPE learnt from curriculum dialogues.
+"""The tokenizer of our own small models: byte-level BPE, trained on curriculum dialogues.
 
-Digits, spaces, quotes and the opening fence are tokens of their own, so that a word is the same
-token in feedback (`'Hello Bob'`) and in code (`print('Hello',input())`): copying it is then one
-step of attention. Control tokens have Llama 3's names, so the chat format is Llama 3.1's
-(`dialog.ChatFormat`).
+Digits, spaces, quotes and the opening fence are separate tokens. A word is then the same token in
+feedback (`'Hello Bob'`) and in code (`print('Hello',input())`), and copying it takes one step of
+attention. Control tokens have Llama 3's names, so the chat format is Llama 3.1's
+(`chat.ChatFormat`).
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ CONTROL_TOKENS = (
     "<|eot_id|>",
     "<|finetune_right_pad_id|>",
 )
-DIALOGUES = 4000  # enough that all words of the curriculum are tokens
+DIALOGUES = 4000  # enough for every word of the curriculum to become a token
 PIECES = r"```python\n|```| ?\p{L}+|\d| ?['\"]|[^\s\p{L}\d'\"]+|\n+|\s"
 CHAT_TEMPLATE = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
@@ -34,15 +34,15 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train, and save as a folder that `AutoTokenizer.from_pretrained` loads.
+    """Train the tokenizer and save it as a folder that `AutoTokenizer.from_pretrained` loads.
 
-    The vocabulary has exactly `vocab_size` entries, the last ones reserved if the dialogues do not
-    fill it.
+    The vocabulary has exactly `vocab_size` entries; reserved tokens fill it up. Raises ValueError
+    if `vocab_size` is too small for bytes and control tokens.
     """
     least = len(CONTROL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < least:
         raise ValueError(
-            f"vocab_size = {vocab_size} does not hold bytes and control tokens; "
+            f"vocab_size = {vocab_size} is too small for bytes and control tokens; "
             f"take at least {least}"
         )
     bpe = Tokenizer(models.BPE())
@@ -76,7 +76,7 @@ def train_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerF
 
 
 def corpus() -> Iterator[str]:
-    """Messages, and the plain parts of headers as often, which makes each of these one token."""
+    """Yield messages and, as often, the words of headers, so that each becomes one token."""
     for dialogue in sft_dialogues(0, DIALOGUES):
         for message in dialogue:
             yield from ("user", "assistant", "\n\n", message)
