@@ -1,7 +1,6 @@
 """Check everything about a run that can be checked before a rank starts. A failed check raises one
 clear message, and nothing is lost."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from rlef_mega.config import (
 )
 from rlef_mega.dialogues.distractors import with_wrong_programs
 from rlef_mega.dialogues.judge import check_servers
+from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.convert.weights import CheckpointWeights, tensors_of
@@ -145,20 +145,14 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
         if stated:
             return stated
         raise ConfigError(f"no file {path}: model.path must be a Hugging Face model folder")
-    try:
-        found = json.loads(path.read_text())
-        shape = {
-            "heads": found["num_attention_heads"],
-            "key_value_heads": found.get("num_key_value_heads", found["num_attention_heads"]),
-            "layers": found["num_hidden_layers"],
-            "vocab_size": found["vocab_size"],
-            "ffn": found["intermediate_size"],
-        }
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ConfigError(
-            f"{path}: not a model's config.json ({error!r}); export it again"
-        ) from None
-    read_config(path.parent)
+    found = LlamaShape.of(read_config(path.parent))
+    shape = {
+        "heads": found.heads,
+        "key_value_heads": found.key_value_heads,
+        "layers": found.layers,
+        "vocab_size": found.vocabulary,
+        "ffn": found.ffn,
+    }
     if stated and stated != shape:
         raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
     return shape

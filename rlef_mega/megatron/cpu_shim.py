@@ -8,14 +8,10 @@ two an operation.
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def install() -> None:
@@ -50,8 +46,14 @@ class CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def device_mode() -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if torch.cuda.is_available() else CudaMeansCpu()
+@contextlib.contextmanager
+def device_mode() -> Iterator[None]:
+    """Activate the mode where there is no CUDA."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else CudaMeansCpu():
+        yield
+
+
+calls_megatron = device_mode()  # a decorator: the mode is active while the function runs
 
 
 def without_mode() -> contextlib.AbstractContextManager[object]:
@@ -60,14 +62,3 @@ def without_mode() -> contextlib.AbstractContextManager[object]:
     return (
         contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
     )
-
-
-def calls_megatron(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that calls into Megatron: the mode is active while it runs."""
-
-    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        with device_mode():
-            return function(*args, **kwargs)
-
-    inside.__name__, inside.__doc__ = function.__name__, function.__doc__
-    return inside

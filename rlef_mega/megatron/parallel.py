@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.parallel_state import RankGenerator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
@@ -40,7 +44,7 @@ class Ranks:
     layout: ParallelConfig
     device: torch.device
     seed: int
-    groups: "ProcessGroupCollection"  # type: ignore[name-defined] # noqa: F821
+    groups: ProcessGroupCollection
     group: dist.ProcessGroup | None  # all ranks of this layout; None: the world
     receivers: dist.ProcessGroup | None = None  # split: the policy's first rank and the critic's
 
@@ -134,13 +138,10 @@ def describe(parallel: ParallelConfig) -> str:
     )
 
 
-def make_groups(parallel: ParallelConfig, *, first_rank: int):
+def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCollection:
     """Make Megatron's process groups of one layout, on the ranks from `first_rank` on. Every rank
     of the world calls it, members or not.
     """
-    from megatron.core.parallel_state import RankGenerator
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     generator = RankGenerator(
         tp=parallel.tensor_model_parallel_size,
         dp=parallel.data_parallel_size,
@@ -194,7 +195,7 @@ def member_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
 
 def enter(
     parallel: ParallelConfig,
-    groups: "ProcessGroupCollection",  # type: ignore[name-defined] # noqa: F821
+    groups: ProcessGroupCollection,
     networks: tuple[str, ...],
     device: torch.device,
     seed: int,
@@ -203,9 +204,6 @@ def enter(
     receivers: dist.ProcessGroup | None = None,
 ) -> Ranks:
     """Set what Megatron reads from its globals, seed the generators, and return this rank."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
     virtual = parallel.virtual_pipeline_model_parallel_size
     parallel_state.set_data_parallel_rank(groups.dp.rank())
     parallel_state.set_pipeline_model_parallel_rank(groups.pp.rank())
@@ -250,8 +248,6 @@ def join_world(world_size: int) -> torch.device:
 
 def shutdown(ranks: Ranks) -> None:
     """Wait for all ranks to finish their work, then leave the world."""
-    from megatron.core import parallel_state
-
     dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

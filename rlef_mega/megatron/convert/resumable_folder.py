@@ -93,14 +93,14 @@ class ResumableFolder:
         leads = processes.rank == 0
         with explain_full_disk(self.partial), self.prepared() if leads else nullcontext():
             processes.gather(None)  # the partial folder exists
-            progress = WrittenBytes(self, report if leads else silent)
+            progress = self.progress_of(report if leads else silent)
             mine = {
                 file.name: self.write_file(file, progress)
                 for file in self.files[processes.rank :: processes.count]
             }
             marks = {name: mark for each in processes.gather(mine) for name, mark in each.items()}
-            progress.look()
             if leads:
+                report(self.bytes, self.bytes)
                 self.finish(self.partial, marks)
                 shutil.rmtree(self.partial / FINISHED)
                 for path in self.partial.rglob("*"):
@@ -137,42 +137,37 @@ class ResumableFolder:
                 f"on its disk; make room"
             )
 
+    def progress_of(self, report: Report) -> Callable[[], None]:
+        """Return a function that reports the bytes written by all processes, twice a second."""
+        reported = 0.0
+
+        def progress() -> None:
+            nonlocal reported
+            if time.monotonic() - reported > LOOK_EVERY_S:
+                reported = time.monotonic()
+                paths = [self.partial / file.name for file in self.files]
+                report(sum(p.stat().st_size for p in paths if p.is_file()), self.bytes)
+
+        return progress
+
     def mark_path(self, file: PlannedFile) -> Path:
         return self.partial / FINISHED / f"{file.name.replace('/', '--')}.json"
 
-    def write_file(self, file: PlannedFile, progress: "WrittenBytes") -> FileMark:
+    def write_file(self, file: PlannedFile, progress: Callable[[], None]) -> FileMark:
         """Write a file and its mark, unless its mark says that it is there and unchanged."""
         path, marked = self.partial / file.name, self.mark_path(file)
         if marked.is_file():
             mark: FileMark = json.loads(marked.read_text())
             if path.is_file() and describe_file(path).items() <= mark.items():
-                progress.advance()
+                progress()
                 return mark
             marked.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ChecksummedFile(path, progress.advance) as content:
+        with ChecksummedFile(path, progress) as content:
             facts = file.write(content)
             mark = {**content.to_disk(), "facts": facts}
         write_atomically(marked, json.dumps(mark))
         return mark
-
-
-class WrittenBytes:
-    """Reports the bytes in the folder, written by all processes, twice a second."""
-
-    def __init__(self, folder: ResumableFolder, report: Report) -> None:
-        self.folder, self.report = folder, report
-        self.reported = 0.0
-
-    def advance(self) -> None:
-        if time.monotonic() - self.reported > LOOK_EVERY_S:
-            self.look()
-
-    def look(self) -> None:
-        self.reported = time.monotonic()
-        paths = [self.folder.partial / file.name for file in self.folder.files]
-        sizes = [path.stat().st_size for path in paths if path.is_file()]
-        self.report(sum(sizes), self.folder.bytes)
 
 
 def silent(done: int, total: int) -> None:

@@ -33,6 +33,13 @@ FAMILIES = {
     "qwen2": Family(Qwen2Config, qkv_bias=True),
     "qwen3": Family(Qwen3Config, qk_norm=True),
 }
+SIZES = (  # transformers would invent them
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 ROPE_TYPES = ("default", "llama3")
 SUPPORTED = "supported are Llama, Qwen2 and Qwen3, dense"
 
@@ -45,9 +52,12 @@ def read_config(folder: Path) -> DenseConfig:
     if not path.is_file():
         raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
     try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a model's config ({error}); export it anew") from None
+        content = json.loads(path.read_text())
+        model_type, _ = content.get("model_type"), [content[key] for key in SIZES]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: not a model's config.json ({error!r}); export it again"
+        ) from None
     if model_type not in FAMILIES:
         raise ConfigError(f"{path}: model_type {model_type!r} is not supported; {SUPPORTED}")
     config = FAMILIES[model_type].config.from_pretrained(folder)
