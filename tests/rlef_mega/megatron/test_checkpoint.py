@@ -36,7 +36,7 @@ STEPS = 14
 
 
 def checkpoint(folder: Path, step: int, score: float | None = None) -> Path:
-    """A folder that is a checkpoint as far as its manifest tells."""
+    """Make a folder that is a checkpoint by its manifest."""
     path = folder / f"step_{step:06d}"
     (path / "networks").mkdir(parents=True)
     (path / "networks/.metadata").write_text("index")
@@ -106,7 +106,7 @@ def test_what_is_damaged_is_named_and_passed_over(
     assert latest_checkpoint(tmp_path) == good
 
 
-def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> None:
     good = checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 3).rename(tmp_path / "step_000003.tmp")  # just before it got its name
     checkpoint(tmp_path, 1).rename(tmp_path / "step_000001.deleted")  # in the middle of pruning
@@ -168,8 +168,8 @@ def test_a_run_killed_at_any_moment_of_a_save_ends_as_the_undisturbed_one(tmp_pa
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     alone = start_process(checkpoint_worker.run, undisturbed, STEPS)
     hits = [name for name, moment in MOMENTS.items() if killed(disturbed, moment)]
-    # the others last for less than a millisecond now and then; the folders that they leave are
-    # made by hand above
+    # the other moments are sometimes shorter than a millisecond; tests above make the folders that
+    # they leave
     assert "a share is being written" in hits and len(hits) >= 3, hits
     for process in (start_process(checkpoint_worker.run, disturbed, STEPS), alone):
         process.join(200)
@@ -190,7 +190,7 @@ def test_a_run_killed_at_any_moment_of_a_save_ends_as_the_undisturbed_one(tmp_pa
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What two ranks saw."""
+    """Return the results of two ranks."""
     folder = tmp_path_factory.mktemp("faults")
     make_model(folder / "model")
     make_model(folder / "wide", hidden_size=64)

@@ -201,7 +201,7 @@ def test_the_command_starts_processes(folder: Path, imported: Path, tmp_path: Pa
     assert same_bytes(tmp_path / "checkpoint", imported)
 
 
-def test_a_killed_conversion_goes_on_where_it_was(
+def test_a_killed_conversion_resumes(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resumable_folder, "LOOK_EVERY_S", 0.0)
@@ -241,9 +241,7 @@ def test_a_killed_conversion_goes_on_where_it_was(
         assert not killed.partial.exists()
 
 
-def test_a_partial_folder_of_another_order_is_not_gone_on_with(
-    imported: Path, tmp_path: Path
-) -> None:
+def test_a_partial_folder_of_another_request_is_not_resumed(imported: Path, tmp_path: Path) -> None:
     checkpoint = find_checkpoint(imported, None)
     half = plan_export(checkpoint, tmp_path / "hf", Export(dtype=torch.bfloat16))
     (half.partial / resumable_folder.FINISHED).mkdir(parents=True)

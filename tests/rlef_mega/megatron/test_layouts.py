@@ -1,7 +1,7 @@
 """The same batch in every layout: one process is the truth for two, three and four, in tensor,
 sequence, pipeline, virtual pipeline and data parallelism, with the critic on the policy's ranks or
-on its own, with idle state on the host or not. What this cannot catch: a fault that all layouts
-share, which test_megatron_model.py is for.
+on its own, with idle state on the host or not. This cannot catch a fault that all layouts share;
+network/test_packed_llama.py does.
 """
 
 from pathlib import Path
@@ -23,15 +23,15 @@ TWO_WITH_OFFLOAD = ("dp2_offload",)
 THREE = ("split",)
 FOUR = ("tp2_pp2_sp", "pp2_vpp2_dp2", "split_wide")
 SPLIT = TWO + TWO_WITH_OFFLOAD + THREE + FOUR
-# checkpoints: which layout saved it, which goes on from it
+# checkpoints: the layout that saved, the layout that resumes
 SAME = [("tp2", "tp2"), ("dp2", "dp2"), ("pp2_vpp2", "pp2_vpp2")]
 OTHER = [("tp2", "pp2_vpp2"), ("split", "tp2_sp"), ("pp2_uneven", "dp2_offload")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All layouts trained, and resumed in new processes from their own and from other layouts'
-    checkpoints.
+    """Train all layouts, and resume in new processes from checkpoints of the same and of other
+    layouts.
     """
     path = tmp_path_factory.mktemp("layouts")
     make_model(path / "model", rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
@@ -118,7 +118,7 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(folder: Path, layout: 
 
 
 @pytest.mark.parametrize("source, layout", OTHER)
-def test_a_checkpoint_goes_on_in_another_layout(folder: Path, source: str, layout: str) -> None:
+def test_a_run_resumes_in_another_layout(folder: Path, source: str, layout: str) -> None:
     resumed = results(folder, f"{source}_{layout}")["second"]
     undisturbed = results(folder, "model_one")["second"]
     assert resumed["stats"] == pytest.approx(undisturbed["stats"], rel=2e-4, abs=1e-5)
@@ -128,8 +128,8 @@ def test_a_checkpoint_goes_on_in_another_layout(folder: Path, source: str, layou
 def test_a_checkpoint_exports_to_what_was_trained(
     folder: Path, tmp_path: Path, layout: str
 ) -> None:
-    """Bit for bit what the live ranks gathered; the critic, which they do not gather, to rounding
-    that of one process."""
+    """The policy is bit for bit what the live ranks gathered; the critic, which they do not gather,
+    is that of one process to within rounding."""
     step = "step_000001"
     export_checkpoint(folder / layout / step, tmp_path / "policy", model=folder / "model")
     exported = load_file(tmp_path / "policy/model.safetensors")
@@ -162,7 +162,7 @@ def test_a_checkpoint_saved_again_from_another_layout_holds_the_same_bits(
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint, whole, read by torch alone."""
+    """Read all tensors of the newest checkpoint, with torch alone."""
     networks = folder / "step_000001" / "networks"
     stored = FileSystemReader(networks).read_metadata().state_dict_metadata
     tensors: dict = {
@@ -205,7 +205,7 @@ def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) 
 def test_layers_are_dealt_by_work(layers, head_cost, parallel, expected) -> None:
     stages = split_layers(layers, parallel, head_cost=head_cost)
     assert stages.layers == expected
-    # every layer stands where the layers of that place say it does
+    # both directions of the map agree
     for layer in range(layers):
         assert layer in stages.layers_at(stages.position_of_layer(layer))
     assert stages.position_of_layer(0) == stages.first

@@ -1,7 +1,7 @@
-"""What is installed, what is used of it, and that whatever is broken is told and passed over.
+"""Which installed packages are used, and that broken ones are reported and skipped.
 
-No GPU is needed: where one matters, `torch.cuda.is_available` is told to say yes while packages are
-probed, and nothing is computed there.
+No GPU is needed: where one matters, `torch.cuda.is_available` is made to return True while packages
+are probed, and nothing is computed there.
 """
 
 import inspect
@@ -53,7 +53,7 @@ def forget(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     del sys.modules[name]
 
 
-def test_a_package_that_cannot_be_imported_is_told_and_passed_over(
+def test_a_package_that_cannot_be_imported_is_reported_and_skipped(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(fresh, "flash_attn", "raise OSError('undefined symbol: _ZN3c105ErrorC2E')")
@@ -81,7 +81,7 @@ def test_a_package_that_works_is_used(fresh: Path, monkeypatch: pytest.MonkeyPat
     assert "flash_attn" in sys.modules
 
 
-def test_an_apex_without_its_extensions_is_passed_over(
+def test_an_apex_without_its_extensions_is_skipped(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its FusedAdam imports, and raises only when it is made."""
@@ -148,7 +148,7 @@ def test_everything_that_is_missing_on_a_gpu_has_a_cost_and_a_remedy(
     assert all(choice.lacking and choice.cost and choice.remedy for choice in found.values())
 
 
-def test_the_optimizer_that_is_told_is_the_one_that_megatron_core_imported(
+def test_the_reported_optimizer_is_the_one_that_megatron_core_imported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import megatron.core.optimizer

@@ -250,15 +250,8 @@ def test_learning_rate_warms_up_holds_and_decays() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "mistral"}, "'mistral' is not supported"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type 'yarn' is not supported",
-        ),
-        ({"attention_bias": True}, "attention_bias"),
         ({"intermediate_size": 64}, "shape"),
         ({"num_hidden_layers": 5}, "lacks 9 tensor"),
-        ({"num_hidden_layers": 3}, "has unknown 9 tensor"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_by_name(
@@ -268,18 +261,6 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(ConfigError, match=message):
-        make_learner(ranks, tmp_path)
-
-
-def test_a_truncated_model_file_is_refused_by_name(
-    ranks: Ranks, folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(ConfigError, match=r"no file .*model.safetensors"):
-        make_learner(ranks, tmp_path)
-    data = (folder / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ConfigError, match=r"model.safetensors is truncated or damaged"):
         make_learner(ranks, tmp_path)
 
 

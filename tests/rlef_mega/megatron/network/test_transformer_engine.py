@@ -1,9 +1,9 @@
 """Transformer Engine's layer spec and name map, with stand-ins for its modules.
 
-The real ones need a GPU and were never run. The stand-ins here compute the same in PyTorch and keep
-parameters where the real ones do (the norm's weight beside the product's), so that what is tested
-is ours: which module goes where, which names weights have, in files and in checkpoints. They cannot
-show that the real modules take what we give them.
+The real ones need a GPU and were never run. The stand-ins compute the same in PyTorch and keep
+parameters where the real ones do (the norm's weight beside the product's). So these tests cover our
+part: which module replaces which, and which names weights have in files and checkpoints. They
+cannot show that the real modules accept our arguments.
 """
 
 import importlib
