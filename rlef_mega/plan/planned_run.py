@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig
 from rlef_mega.flops import LlamaShape
+from rlef_mega.megatron.network.families import read_config
 from rlef_mega.plan.hardware import DISK, GIB, HOST_LINK, NETWORK, Device
 from rlef_mega.plan.memory import Head, Network
 from rlef_mega.plan.rollouts import (
@@ -350,7 +349,7 @@ def shape_of(config: TrainConfig) -> LlamaShape | None:
     Returns None if neither exists, or the recipe states no `hidden`.
     """
     if (Path(config.model.path) / "config.json").is_file():
-        return LlamaShape.of(AutoConfig.from_pretrained(config.model.path))
+        return LlamaShape.of(read_config(Path(config.model.path)))
     stated = config.model.shape
     if stated is None or stated.hidden is None:
         return None
