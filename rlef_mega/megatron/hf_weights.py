@@ -116,7 +116,7 @@ def gather_bucket(
     tensors: list[HFTensor], position: StagePosition, chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather tensors of one stage over its tensor-parallel ranks, then broadcast them to the other
-    stages. The buffers are made anew for each bucket (`iter_hf_weights` states the contract).
+    stages. Each bucket has new buffers (`iter_hf_weights` states the contract).
     """
     tensor_group, pipeline_group = ranks.groups.tp, ranks.groups.pp
     size = tensor_group.size()

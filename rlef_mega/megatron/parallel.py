@@ -34,8 +34,8 @@ POLICY, CRITIC = "policy", "critic"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank in the world, and its layout: that of the networks of which it holds a
-    part. `groups` is Megatron's own collection of the layout's process groups.
+    """This process's rank in the world, and the layout of the networks that it holds parts of.
+    `groups` is Megatron's own collection of the layout's process groups.
     """
 
     rank: int

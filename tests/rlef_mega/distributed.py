@@ -80,6 +80,7 @@ def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240)
     with it if one fails."""
     stores = [keep_store() for _ in range(max(1, len(arguments)))]
     environment = {
+        **os.environ,
         "WORLD_SIZE": str(processes),
         **address(stores[0]),
         "WORLD_PORTS": " ".join(str(store.port) for store in stores),

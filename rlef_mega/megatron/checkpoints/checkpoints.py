@@ -246,7 +246,7 @@ class Checkpoints:
         if faults:
             raise ConfigError(
                 f"no checkpoint in {self.folder} can be resumed from: {'; '.join(faults)}. "
-                "Repair or remove them; without any, the run starts anew"
+                "Repair or remove them; without any, the run starts from its first step"
             )
         return None
 

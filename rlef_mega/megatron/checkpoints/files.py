@@ -83,7 +83,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a refused checkpoint, so that the run can save that step anew."""
+    """Rename a refused checkpoint, so that the run can save that step again."""
     aside = path.with_suffix(".refused")
     number = 1
     while aside.exists():

@@ -90,7 +90,7 @@ def take_snapshot(parts: list[ShardedTensor], buffer: HostBuffer) -> Snapshot:
     planner.set_up_planner(mcore_to_pyt_state_dict(dict(by_key)), is_coordinator=leads)
     plan = planner.create_local_plan()
     plans: list[Any] | None = [None] * dist.get_world_size() if leads else None
-    dist.gather_object(plan, plans)  # world, to rank 0: who holds what
+    dist.gather_object(plan, plans)  # world, to rank 0: which rank has which boxes
     # checks that the boxes fill every tensor and do not overlap
     metadata = planner.create_global_plan(plans)[1] if plans else None
     copies = buffer.copy([planner.resolve_data(item).detach() for item in plan.items])

@@ -27,7 +27,7 @@ from rlef_mega.megatron.network.packed_llama import CriticModel, PolicyModel
 from rlef_mega.megatron.parallel import Ranks
 
 LENGTHS = [5, 17, 40]  # tokens of the sequences that are compared
-# fp32 on both sides; a tensor in a wrong place moves log-probs by whole numbers
+# fp32 on both sides; a misplaced tensor changes log-probs by whole numbers
 LARGEST_DIFFERENCE = 1e-3
 
 

@@ -212,7 +212,7 @@ def index_files(
     marks: dict[str, FileMark],
     layers: int,
 ) -> None:
-    """Write the index of all files, from what their marks say of each chunk."""
+    """Write the index of all files, from their marks."""
     entries: dict[str, TensorStorageMetadata] = {}
     locations: Locations = {}
     for name, ranges in files.items():

@@ -2,11 +2,11 @@
 
 Theory of operation. Every process plans the same files. Process r of n writes files r, r + n, ...
 into `.OUT.partial`, beside the final folder. A file that is on the disk gets a mark: a small file
-in `.OUT.partial/.done` with its size, its sha256 and what its writer wants to keep. Process 0 waits
+in `.OUT.partial/.done` with its size, its sha256 and what its writer returned. Process 0 waits
 for the other processes' marks, writes what remains (an index, a manifest), removes the marks and
 renames the folder. So a folder under its final name is complete. After a kill the same command
-resumes: files that still are what their marks say are kept. If the source or the request has
-changed, everything is written anew.
+resumes: files that still match their marks are kept. If the source or the request has
+changed, everything is written again.
 
 Several processes meet through torch.distributed, started by torchrun or with its environment
 variables; no weights travel between them. If one fails, torch.distributed ends the others' waits.
@@ -70,8 +70,8 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class ResumableFolder:
-    """A folder to be written. `request` says what is written of which source; a partial folder of
-    another request is discarded. `finish` writes what remains when all files have their marks."""
+    """A folder to be written. `request` identifies source and options; a partial folder of another
+    request is discarded. `finish` writes what remains when all files have their marks."""
 
     out: Path
     request: dict[str, Any]
@@ -154,7 +154,7 @@ class ResumableFolder:
         return self.partial / FINISHED / f"{file.name.replace('/', '--')}.json"
 
     def write_file(self, file: PlannedFile, progress: Callable[[], None]) -> FileMark:
-        """Write a file and its mark, unless its mark says that it is there and unchanged."""
+        """Write a file and its mark, unless the file still matches its mark."""
         path, marked = self.partial / file.name, self.mark_path(file)
         if marked.is_file():
             mark: FileMark = json.loads(marked.read_text())
@@ -186,7 +186,7 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn a full disk into a ConfigError that says how to resume."""
+    """Turn the error of a full disk into a ConfigError with the remedy."""
     try:
         yield
     except OSError as error:

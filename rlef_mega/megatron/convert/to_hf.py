@@ -46,7 +46,7 @@ def plan_export(
     model = checkpoint.model
     if model is None:
         raise ConfigError(
-            f"{checkpoint.folder} says nothing of its model; give --model, the Hugging Face folder "
+            f"{checkpoint.folder} does not name its model; give --model, the Hugging Face folder "
             f"with its config and tokenizer"
         )
     tensors = tensors_of(wanted.role, read_config(model))

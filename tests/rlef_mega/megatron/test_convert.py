@@ -335,7 +335,7 @@ def test_a_checkpoint_of_megatron_alone_is_read(folder: Path, tmp_path: Path) ->
     torch_checkpoint.save(
         state, storage_writer=FileSystemWriter(tmp_path / "megatron"), no_dist=True
     )
-    with pytest.raises(ConfigError, match="says nothing of its model; give --model"):
+    with pytest.raises(ConfigError, match="does not name its model; give --model"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
     export_checkpoint(tmp_path / "megatron", tmp_path / "hf", model=folder, verify=True)
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (
