@@ -13,6 +13,7 @@ from rlef_mega.megatron.convert.weights import (
     blocks,
     columns,
     open_folder,
+    read_as,
     tensors_of,
 )
 from rlef_mega.megatron.network.families import read_config
@@ -45,7 +46,10 @@ def compare_weights(
         for tensor, size in zip(mine, sizes, strict=True):
             dtype = written.dtype(tensor)
             for start, stop in blocks(tensor.shape[0], columns(tensor) * dtype.itemsize):
-                pair = [side.read(tensor, start, stop).to(dtype) for side in (ours, theirs)]
+                shape = (stop - start, columns(tensor))
+                pair = [torch.empty(shape, dtype=dtype) for _ in range(2)]
+                for side, rows in zip((ours, theirs), pair, strict=True):
+                    read_as(side, tensor, start, rows)
                 if not torch.equal(*(rows.view(torch.uint8) for rows in pair)):
                     raise ConfigError(
                         f"{tensor.name} differs between {checkpoint.folder} and {folder}; one of "

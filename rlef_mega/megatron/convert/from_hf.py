@@ -40,6 +40,7 @@ from rlef_mega.megatron.convert.weights import (
     Weights,
     layer_of,
     open_folder,
+    read_as,
     runs,
     tensors_of,
 )
@@ -79,15 +80,15 @@ class PackedParameter:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Pack these rows of the parameter. Rows of no tensor are padding, and zero."""
-        out = torch.zeros(stop - start, *self.shape[1:], dtype=self.dtype)
+        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        out[max(0, sum(tensor.shape[0] for tensor in self.tensors) - start) :] = 0
         for tensor in self.tensors:
             for packed, row, count in runs(tensor, self.shape[0]):
                 first, last = max(packed, start), min(packed + count, stop)
                 if first < last:
                     offset = row - packed
-                    found = self.weights.read(tensor, first + offset, last + offset)
-                    target = out[first - start : last - start]
-                    target.copy_(found.view(target.shape))
+                    target = out[first - start : last - start].view(last - first, -1)
+                    read_as(self.weights, tensor, first + offset, target)
         return out
 
 

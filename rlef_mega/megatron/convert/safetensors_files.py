@@ -117,13 +117,10 @@ class SafetensorsFolder:
             offset = 8 + length + entry["data_offsets"][0]
             yield StoredTensor(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], file, offset)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read rows of a tensor as [stop - start, columns]."""
+    def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out`, contiguous and of the stored dtype, with rows from `start` on."""
         stored = self.tensors[name]
-        columns = torch.Size(stored.shape[1:]).numel()
-        rows = torch.empty(stop - start, columns, dtype=stored.dtype)
-        read_into(self.folder / stored.file, stored.offset + start * stored.row_bytes, rows)
-        return rows
+        read_into(self.folder / stored.file, stored.offset + start * stored.row_bytes, out)
 
 
 @dataclass(frozen=True)

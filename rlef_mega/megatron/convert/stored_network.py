@@ -67,6 +67,7 @@ class StoredNetwork:
             raise ConfigError(f"{folder} holds no weights under {prefix or 'their plain names'!r}")
         self.chunks = {key: self.chunks_of(key) for key in self.found}
         self.data_offsets: dict[tuple[Path, int], int] = {}
+        self.fake = FakeTensorMode()  # one for all chunks: each one has caches of megabytes
 
     def chunks_of(self, key: str) -> dict[int, list[Chunk]]:
         """List a tensor's chunks by layer; under 0 for a tensor that is not stacked."""
@@ -164,7 +165,7 @@ class StoredNetwork:
         known = chunk.path, chunk.offset
         if known not in self.data_offsets:
             try:
-                with chunk.path.open("rb") as file, FakeTensorMode():
+                with chunk.path.open("rb") as file, self.fake:
                     archive = _create_file_view(file, chunk.offset, chunk.length)
                     tensor = torch.load(archive, weights_only=True)  # type: ignore[arg-type]
                 start = tensor.untyped_storage()._checkpoint_offset

@@ -25,7 +25,13 @@ from rlef_mega.megatron.convert.safetensors_files import (
     plan_shards,
     write_index,
 )
-from rlef_mega.megatron.convert.weights import CheckpointWeights, blocks, tensors_of
+from rlef_mega.megatron.convert.weights import (
+    BLOCK_BYTES,
+    CheckpointWeights,
+    blocks,
+    read_as,
+    tensors_of,
+)
 from rlef_mega.megatron.network.families import read_config
 
 
@@ -59,10 +65,16 @@ def plan_export(
     def planned(shard: Shard) -> PlannedFile:
         def write(file: ChecksummedFile) -> None:
             file.write(shard.header)
+            # reused: freed blocks of many sizes would leave holes in the heap
+            room = torch.empty(
+                max(BLOCK_BYTES, *(t.row_bytes for t in shard.tensors)), dtype=torch.uint8
+            )
             for each in shard.tensors:
                 for start, stop in blocks(each.shape[0], each.row_bytes):
-                    rows = weights.read(by_name[each.name], start, stop).to(each.dtype)
-                    file.write(bytes_of(rows))
+                    block = room[: (stop - start) * each.row_bytes]
+                    rows = block.view(each.dtype).view(stop - start, -1)
+                    read_as(weights, by_name[each.name], start, rows)
+                    file.write(bytes_of(block))
                     file.raise_fault()
 
         return PlannedFile(shard.file, shard.bytes, write)

@@ -34,8 +34,18 @@ IGNORED = "rotary_emb.inv_freq"  # old conversions store it
 class Weights(Protocol):
     def dtype(self, tensor: HFTensor) -> torch.dtype: ...
 
-    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
-        """Read rows as [stop - start, columns], contiguous and of the stored dtype."""
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
+        """Fill `out` [rows, columns], contiguous and of the stored dtype, from row `start` on."""
+
+
+def read_as(weights: Weights, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
+    """Fill `out` [rows, columns], contiguous and of any dtype, with rows from `start` on."""
+    found = out
+    if out.dtype != weights.dtype(tensor):
+        found = torch.empty_like(out, dtype=weights.dtype(tensor))
+    weights.read(tensor, start, found)
+    if found is not out:
+        out.copy_(found)
 
 
 def tensors_of(role: Role, config: DenseConfig) -> list[HFTensor]:
@@ -87,16 +97,14 @@ class CheckpointWeights:
     def dtype(self, tensor: HFTensor) -> torch.dtype:
         return self.network.dtype(tensor.parameter, layer_of(tensor))
 
-    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
-        parameter, layer = tensor.parameter, layer_of(tensor)
-        found = torch.empty(stop - start, columns(tensor), dtype=self.dtype(tensor))
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
+        parameter, layer, stop = tensor.parameter, layer_of(tensor), start + len(out)
         packed_rows = self.network.shape(parameter, layer)[0]
         for packed, row, count in runs(tensor, packed_rows):
             first, last = max(start, row), min(stop, row + count)
             if first < last:
-                target = found[first - start : last - start]
+                target = out[first - start : last - start]
                 self.network.read_rows(parameter, layer, packed + first - row, target)
-        return found
 
 
 def layer_of(tensor: HFTensor) -> int | None:
@@ -130,10 +138,11 @@ class FolderWeights:
             return self.drawn[tensor.name].dtype
         return self.folder.tensors[tensor.name].dtype
 
-    def read(self, tensor: HFTensor, start: int, stop: int) -> torch.Tensor:
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
         if tensor.name in self.drawn:
-            return self.drawn[tensor.name].view(tensor.shape[0], -1)[start:stop]
-        return self.folder.read_rows(tensor.name, start, stop)
+            out.copy_(self.drawn[tensor.name].view(tensor.shape[0], -1)[start : start + len(out)])
+        else:
+            self.folder.read_rows(tensor.name, start, out)
 
 
 def check_tensors(folder: SafetensorsFolder, tensors: Sequence[HFTensor]) -> None:
