@@ -10,6 +10,7 @@ from rlef_mega.megatron.convert.config_and_tokenizer import Role
 from rlef_mega.megatron.convert.resumable_folder import Processes
 from rlef_mega.megatron.convert.weights import (
     CheckpointWeights,
+    Weights,
     blocks,
     columns,
     open_folder,
@@ -36,8 +37,8 @@ def compare_weights(
     `exported`, else the checkpoint's. Raises ConfigError at the first tensor that differs.
     """
     tensors = tensors_of(role, read_config(folder))
-    ours = CheckpointWeights(checkpoint.network(role), tensors)
-    theirs = open_folder(role, folder, tensors, seed)
+    ours: Weights = CheckpointWeights(checkpoint.network(role), tensors)
+    theirs: Weights = open_folder(role, folder, tensors, seed)
     mine = tensors[processes.rank :: processes.count]
     written = theirs if exported else ours
     sizes = [columns(t) * t.shape[0] * written.dtype(t).itemsize for t in mine]
