@@ -46,7 +46,7 @@ from rlef_mega.evaluation.recorded import (
 from rlef_mega.megatron.convert.safetensors_files import open_safetensors
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
-from rlef_mega.problems.store import store_key
+from rlef_mega.problems.store import digest_of
 from rlef_mega.report import print_comparison
 from rlef_mega.report.plots import save_evaluation_figure
 from rlef_mega.report.tables import print_evaluation
@@ -196,7 +196,7 @@ def find_source(request: EvalRequest) -> Source:
             raise ConfigError(
                 f"{path} has dialogues of at most {recorded.turns} turns; lower --turns to that"
             )
-        return Source(f"{name}-regraded", store_key("responses", [path]), recorded=recorded)
+        return Source(f"{name}-regraded", digest_of("responses", [path]), recorded=recorded)
     if (path / "config.json").is_file():
         return Source(path.name, weights_key(path), folder=path)
     if not path.is_dir():
@@ -213,7 +213,7 @@ def find_source(request: EvalRequest) -> Source:
     name = f"{path.name}-{checkpoint.name}" if is_of_run else path.name
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     # the digest tells checkpoints of the same name apart
-    folder = request.out / "models" / f"{name}-{store_key('export', files)[:8]}"
+    folder = request.out / "models" / f"{name}-{digest_of('export', files)[:8]}"
     if not (folder / "config.json").is_file():
         export_checkpoint(checkpoint, folder)
     return Source(name, weights_key(folder), folder=folder)
@@ -221,7 +221,7 @@ def find_source(request: EvalRequest) -> Source:
 
 def weights_key(folder: Path) -> str:
     files = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
-    return store_key("weights", files)
+    return digest_of("weights", files)
 
 
 def plan(

@@ -64,15 +64,18 @@ def stored(
     source: str, files: Sequence[Path], read: Callable[[], Iterable[Read]], folder: Path
 ) -> ProblemStore:
     """Return the store of this source; write it first if these files have none."""
-    index = folder / f"{store_key(source, files)}.json"
+    index = folder / f"{digest_of(source, files, version=FORMAT)}.json"
     if not index.is_file():
         write_store(read(), index)
     return ProblemStore(index)
 
 
-def store_key(source: str, files: Sequence[Path]) -> str:
-    """Return a digest of the source's name and its files' content."""
-    digest = hashlib.blake2b(repr((FORMAT, source)).encode(), digest_size=16)
+def digest_of(source: str, files: Sequence[Path], *, version: int = 5) -> str:
+    """Return a digest of a version, a source's name and its files' content.
+
+    Evaluations store digests of the default version: another one would refuse to resume them.
+    """
+    digest = hashlib.blake2b(repr((version, source)).encode(), digest_size=16)
     for path in files:
         state = path.stat()
         with path.open("rb") as file:
