@@ -164,14 +164,14 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, model, tmp_path, numb
         os.kill(process, number)
     output, _ = child.communicate(timeout=120)
     assert child.returncode == 3, output
-    assert "same command goes on" in output
+    assert "the same command resumes it" in output
     newest = steps_in(run / "checkpoints")[-1]
     assert fault_in(newest) is None and newest.name == f"step_{len(metrics(run)):06d}"
     assert train(run, model) == undisturbed
 
 
 def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
-    """Room for metrics, but for no checkpoint; then there is room, and the same command goes on."""
+    """Room for metrics, but for no checkpoint; then there is room, and the same command resumes the run."""
     with small_disk(tmp_path / "disk", "1M") as disk:
         if disk is None:
             pytest.skip("mounting a small tmpfs needs root; test_checkpoint.py has a stand-in")

@@ -117,7 +117,7 @@ def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  
 
 
 def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  # noqa: F811
-    """And goes on when there are servers again."""
+    """And resumes when there are servers again."""
     run = tmp_path / "lost"
     words = asynchronous(
         run, model, servers, "rollout.servers.lost_s=3", "run.checkpoint_every=100"
