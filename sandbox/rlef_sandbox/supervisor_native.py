@@ -43,6 +43,8 @@ class NativeSupervisor:
         self._functions.rlef_listen.restype = ctypes.POINTER(SupervisorState)
         self._plan_of = plan_of
         self._state = self._functions.rlef_listen(channel, controller, int(serves_program))
+        # looked up here: each child would do it anew
+        self._leave_trust = self._functions.rlef_leave_trust
 
     def serve(self) -> Started:
         """Answer requests for ever. Returns only in forked children."""
@@ -56,7 +58,7 @@ class NativeSupervisor:
 
     def leave_trust(self) -> None:
         """Report that the program begins; from now on this child cannot report anything."""
-        self._functions.rlef_leave_trust(self._state)
+        self._leave_trust(self._state)
 
     def fork_confined(self, plan: LaunchPlan, files: list[int]) -> int:
         """Fork. Returns the child's id, and 0 in the child, which is confined by `plan`."""
