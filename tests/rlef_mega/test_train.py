@@ -171,7 +171,7 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, model, tmp_path, numb
 
 
 def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
-    """Room for metrics, but for no checkpoint; then there is room, and the same command resumes the run."""
+    """Room for metrics, but for no checkpoint; once there is room, the same command resumes."""
     with small_disk(tmp_path / "disk", "1M") as disk:
         if disk is None:
             pytest.skip("mounting a small tmpfs needs root; test_checkpoint.py has a stand-in")
