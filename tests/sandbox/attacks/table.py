@@ -1,4 +1,4 @@
-"""What stops what, as `sandbox/ATTACKS.md` says it: written from the table that the tests assert.
+"""Print sandbox/ATTACKS.md from the table that the tests assert.
 
 python -m tests.sandbox.attacks.table > sandbox/ATTACKS.md
 """
@@ -13,7 +13,8 @@ HEAD = """\
 # Attacks, and what stops them
 
 {count} programs try to break out, to take more than they are given, or to pass a test without
-solving it. `tests/sandbox` runs each of them with all layers on, and again in the worlds below.
+solving it. `tests/sandbox` runs each of them with all layers on, and again in the worlds below;
+slow attacks are repeated only where resource limits and no_new_privs alone are on.
 This page is written from the table of the tests: `python -m tests.sandbox.attacks.table`.
 
 An attack must get nowhere where a layer in its list is on. Where none is, it must succeed, or the
