@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,9 +20,6 @@ from rlef_mega.run.launch import (
     launch_again,
     sandbox_token,
 )
-
-if TYPE_CHECKING:
-    from rlef_mega.megatron.convert.resumable_folder import Processes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,7 +135,7 @@ def export_hf(
 ) -> None:
     """Write a checkpoint's network as a Hugging Face folder; a killed export resumes."""
 
-    def work(ours: "Processes") -> None:
+    def work() -> None:
         from rlef_mega.megatron.convert.command import export_checkpoint
 
         export_checkpoint(
@@ -152,7 +149,6 @@ def export_hf(
             overwrite=overwrite,
             verify=verify,
             verify_outputs=verify,
-            processes=ours,
         )
 
     convert_with(processes, work)
@@ -174,7 +170,7 @@ def import_hf(
 ) -> None:
     """Write a Hugging Face folder as a checkpoint, for any layout; a killed import resumes."""
 
-    def work(ours: "Processes") -> None:
+    def work() -> None:
         from rlef_mega.megatron.convert.command import import_folder
 
         import_folder(
@@ -187,7 +183,6 @@ def import_hf(
             overwrite=overwrite,
             verify=verify,
             verify_outputs=verify,
-            processes=ours,
         )
 
     convert_with(processes, work)
@@ -474,7 +469,7 @@ def demo() -> None:
     run_demo()
 
 
-def convert_with(processes: int, work: "Callable[[Processes], None]") -> None:
+def convert_with(processes: int, work: Callable[[], None]) -> None:
     """Convert in this process, as one rank of a torchrun launch, or in new processes."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 and processes > 1:
@@ -483,9 +478,10 @@ def convert_with(processes: int, work: "Callable[[Processes], None]") -> None:
         return
     if count > 1:
         die_with_parent()  # an orphan would write into the files of the next attempt
-    from rlef_mega.megatron.convert.resumable_folder import Processes
+        from torch import distributed
 
-    work(Processes(int(os.environ.get("RANK", "0")), count))
+        distributed.init_process_group("gloo")
+    work()
 
 
 def finish(code: int, run_dir: Path) -> None:

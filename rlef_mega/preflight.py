@@ -22,7 +22,7 @@ from rlef_mega.dialogues.judge import check_servers
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
-from rlef_mega.megatron.convert.weights import CheckpointWeights, tensors_of
+from rlef_mega.megatron.convert.weights import tensors_of
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import write_atomically
@@ -74,7 +74,7 @@ def check_weights(checkpoint: Path, model: Path) -> None:
             f"model.weights = {checkpoint}: give a checkpoint's own folder, as `rlef import-hf` "
             f"writes it or as RUN/checkpoints/step_000100"
         )
-    CheckpointWeights(found.network("policy"), tensors_of("policy", read_config(model)))
+    found.network("policy", tensors_of("policy", read_config(model)))
 
 
 def plan_train(config: TrainConfig) -> dict[str, Any]:

@@ -70,6 +70,22 @@ class HFTensor:
     rows: PackedRows | None = None  # None: all of them
     dtype: torch.dtype | None = None  # None: the network's
 
+    @property
+    def own_layer(self) -> int | None:
+        """The layer that the parameter belongs to, if it belongs to one."""
+        return None if self.layer == -1 else self.layer
+
+    @property
+    def columns(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
+
+    def runs(self, packed_rows: int) -> Iterator[tuple[int, int, int]]:
+        """Yields (first row in the parameter, first row of the tensor, number of rows)."""
+        row = 0
+        for packed, count in self.rows.runs(packed_rows) if self.rows else [(0, self.shape[0])]:
+            yield packed, row, count
+            row += count
+
     def view(self, model: "PackedLlama") -> torch.Tensor:
         """View this rank's part of the tensor in a stage that holds it; with `rows`, as [blocks,
         pieces, rows, ...]."""

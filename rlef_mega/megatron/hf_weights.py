@@ -18,7 +18,6 @@ from rlef_mega.megatron.convert.safetensors_files import (
     write_index,
     write_tensors,
 )
-from rlef_mega.megatron.convert.weights import check_tensors
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, position_of
 from rlef_mega.megatron.network.families import DenseConfig, read_config
 from rlef_mega.megatron.network.packed_llama import PackedLlama
@@ -39,7 +38,7 @@ def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
     """
     config, stages = chunks[0].hf_config, chunks[0].stages
     found, tensors = SafetensorsFolder(folder), name_map(config)
-    check_tensors(found, tensors)
+    found.check(tensors)
     for tensor in tensors:
         position = position_of(tensor, stages)
         targets = []

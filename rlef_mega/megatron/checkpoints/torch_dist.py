@@ -38,7 +38,7 @@ class ChecksummedFile:
     writer would end the process over an exception.
     """
 
-    def __init__(self, path: Path, on_write: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, on_write: Callable[[int], None] = lambda count: None) -> None:
         self.name, self.on_write = path.name, on_write
         self.file = path.open("wb", buffering=FILE_BUFFER)
         self.checksum, self.hasher = hashlib.sha256(), ThreadPoolExecutor(1)
@@ -68,7 +68,7 @@ class ChecksummedFile:
         if hashing is not None:
             hashing.result()
         self.bytes += len(view)
-        self.on_write()
+        self.on_write(len(view))
         return len(view)
 
     def flush(self) -> None:

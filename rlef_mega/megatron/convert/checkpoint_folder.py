@@ -1,5 +1,6 @@
 """Finding a checkpoint's networks: the only file that knows their folders and key prefixes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from rlef_mega.megatron.checkpoints.files import NETWORKS, fault_in, latest_chec
 from rlef_mega.megatron.checkpoints.torch_dist import METADATA
 from rlef_mega.megatron.convert.config_and_tokenizer import Role
 from rlef_mega.megatron.convert.stored_network import StoredNetwork
+from rlef_mega.megatron.hf_names import HFTensor
 
 MODEL = "hf"  # in an imported checkpoint: config and tokenizer
 
@@ -20,14 +22,10 @@ class Checkpoint:
     folder: Path
     model: Path | None
 
-    def network(self, role: Role) -> StoredNetwork:
+    def network(self, role: Role, tensors: Sequence[HFTensor]) -> StoredNetwork:
         if (self.folder / METADATA).is_file():  # Megatron-LM's: one model, plain names
-            return StoredNetwork(self.folder, "")
-        return StoredNetwork(self.folder / NETWORKS, prefix(role))
-
-
-def prefix(role: Role) -> str:
-    return f"{role}."
+            return StoredNetwork(self.folder, "", tensors)
+        return StoredNetwork(self.folder / NETWORKS, f"{role}.", tensors)
 
 
 def find_checkpoint(path: Path, step: int | None, model: Path | None = None) -> Checkpoint:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.checkpoints.files import META, NETWORKS, describe_file, write_manifest
 from rlef_mega.megatron.checkpoints.torch_dist import ChecksummedFile, Locations, write_index
-from rlef_mega.megatron.convert.checkpoint_folder import MODEL, prefix
+from rlef_mega.megatron.convert.checkpoint_folder import MODEL
 from rlef_mega.megatron.convert.config_and_tokenizer import Role, copy_companions
 from rlef_mega.megatron.convert.resumable_folder import (
     FINISHED,
@@ -38,10 +38,8 @@ from rlef_mega.megatron.convert.resumable_folder import (
 )
 from rlef_mega.megatron.convert.weights import (
     Weights,
-    layer_of,
     open_folder,
     read_as,
-    runs,
     tensors_of,
 )
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor
@@ -49,17 +47,6 @@ from rlef_mega.megatron.network.families import read_config
 
 CHUNK_BYTES = 16 * 2**20  # glibc's limit, as in `weights`
 FILE_BYTES = 4 * 2**30
-
-
-@dataclass(frozen=True)
-class Import:
-    """What to write: `dtype` None keeps the folder's; a value head is fp32 in any. `seed` draws the
-    value head of a critic that is made from a language model."""
-
-    roles: tuple[Role, ...] = ("policy",)
-    dtype: torch.dtype | None = None
-    pad_vocabulary_to_multiple: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ class PackedParameter:
         out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
         out[max(0, sum(tensor.shape[0] for tensor in self.tensors) - start) :] = 0
         for tensor in self.tensors:
-            for packed, row, count in runs(tensor, self.shape[0]):
+            for packed, row, count in tensor.runs(self.shape[0]):
                 first, last = max(packed, start), min(packed + count, stop)
                 if first < last:
                     offset = row - packed
@@ -119,18 +106,26 @@ class RowRange:
 
 
 def plan_import(
-    folder: Path, out: Path, wanted: Import, *, overwrite: bool = False
+    folder: Path,
+    out: Path,
+    *,
+    roles: tuple[Role, ...] = ("policy",),
+    dtype: torch.dtype | None = None,
+    pad_vocabulary_to_multiple: int = 1,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> ResumableFolder:
-    """Plan the files of the checkpoint. Raises ConfigError where the folder's tensors do not fit
-    its config."""
+    """Plan the files of the checkpoint. `dtype` None keeps the folder's; a value head is fp32 in
+    any. `seed` draws the value head of a critic that is made from a language model. Raises
+    ConfigError where the folder's tensors do not fit its config."""
     config = read_config(folder)
     parameters: list[PackedParameter] = []
     dtypes: dict[Role, torch.dtype] = {}
-    for role in wanted.roles:
+    for role in roles:
         tensors = tensors_of(role, config)
-        weights = open_folder(role, folder, tensors, wanted.seed)
-        dtypes[role] = wanted.dtype or the_dtype(weights, tensors, folder)
-        parameters += pack(role, tensors, weights, dtypes[role], wanted.pad_vocabulary_to_multiple)
+        weights = open_folder(role, folder, tensors, seed)
+        dtypes[role] = dtype or the_dtype(weights, tensors, folder)
+        parameters += pack(role, tensors, weights, dtypes[role], pad_vocabulary_to_multiple)
     files = {
         f"{NETWORKS}/__0_{number}.distcp": ranges
         for number, ranges in enumerate(divide(parameters))
@@ -146,16 +141,16 @@ def plan_import(
     def finish(partial: Path, marks: dict[str, FileMark]) -> None:
         index_files(partial / NETWORKS, files, marks, config.num_hidden_layers)
         (partial / MODEL).mkdir(exist_ok=True)
-        kept: Role = "critic" if wanted.roles == ("critic",) else "policy"
+        kept: Role = "critic" if roles == ("critic",) else "policy"
         copy_companions(folder, partial / MODEL, role=kept, dtype=dtypes[kept])
-        meta = {"step": 0, "updates": {}, "state": {}, "imported": list(wanted.roles)}
+        meta = {"step": 0, "updates": {}, "state": {}, "imported": list(roles)}
         (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
         seal_files(partial, marks)
 
     request: dict[str, Any] = {
-        "import": [wanted.roles, {role: str(dtype) for role, dtype in dtypes.items()}],
-        "padding": wanted.pad_vocabulary_to_multiple,
-        "seed": wanted.seed,
+        "import": [roles, {role: str(dtype) for role, dtype in dtypes.items()}],
+        "padding": pad_vocabulary_to_multiple,
+        "seed": seed,
         "folder": fingerprint(folder),
     }
     plan = [planned(name, ranges) for name, ranges in files.items()]
@@ -180,14 +175,14 @@ def pack(
     """Yields Megatron's parameters, in the order of their first tensors."""
     parts: dict[tuple[str, int | None], list[HFTensor]] = {}
     for tensor in tensors:
-        parts.setdefault((tensor.parameter, layer_of(tensor)), []).append(tensor)
+        parts.setdefault((tensor.parameter, tensor.own_layer), []).append(tensor)
     for (name, layer), group in parts.items():
         rows = sum(tensor.shape[0] for tensor in group)
         if group[0].name in (EMBEDDING, HEAD):
             rows = -(-rows // multiple) * multiple
         shape = (rows, *group[0].shape[1:])
         stored_dtype = group[0].dtype or dtype
-        key = prefix(role) + name
+        key = f"{role}.{name}"
         yield PackedParameter(key, layer, shape, stored_dtype, tuple(group), weights)
 
 

@@ -8,14 +8,13 @@ renames the folder. So a folder under its final name is complete. After a kill t
 resumes: files that still match their marks are kept. If the source or the request has
 changed, everything is written again.
 
-Several processes meet through torch.distributed, started by torchrun or with its environment
-variables; no weights travel between them. If one fails, torch.distributed ends the others' waits.
+Several processes are the ranks of torch.distributed's world; no weights travel between them. If one
+fails, torch.distributed ends the others' waits.
 """
 
 import fcntl
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,29 +32,16 @@ from rlef_mega.run.directory import (
     replace_folder,
     write_atomically,
 )
+from rlef_mega.run.ranks import gather, my_share
 
 FINISHED, REQUEST, LOCK = ".done", "order.json", "lock"
-LOOK_EVERY_S = 0.5
 Report = Callable[[int, int], None]  # bytes written, bytes in all
 FileMark = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that convert together."""
-
-    rank: int = 0
-    count: int = 1
-
-    def gather(self, mine: object) -> list[Any]:
-        """Gather an object of every process on every process. Collective over the world."""
-        if self.count == 1:
-            return [mine]
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", rank=self.rank, world_size=self.count)
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, mine)
-        return everyone
+def is_first() -> bool:
+    """Whether this process is alone or the first of several."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @dataclass(frozen=True)
@@ -87,26 +73,27 @@ class ResumableFolder:
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
-    def write(self, processes: Processes, report: Report) -> None:
+    def write(self, report: Report) -> None:
         """Write all that is not written yet. Raises ConfigError if `out` exists, another process
         writes it, or the disk is full."""
-        leads = processes.rank == 0
-        with explain_full_disk(self.partial), self.prepared() if leads else nullcontext():
-            processes.gather(None)  # the partial folder exists
-            progress = self.progress_of(report if leads else silent)
-            mine = {
-                file.name: self.write_file(file, progress)
-                for file in self.files[processes.rank :: processes.count]
-            }
-            marks = {name: mark for each in processes.gather(mine) for name, mark in each.items()}
-            if leads:
-                report(self.bytes, self.bytes)
+        written, count = 0, dist.get_world_size() if dist.is_initialized() else 1
+
+        def progress(more: int) -> None:
+            nonlocal written
+            written += more
+            report(written * count, self.bytes)  # the other processes are about as far
+
+        with explain_full_disk(self.partial), self.prepared() if is_first() else nullcontext():
+            gather(None)  # the partial folder exists
+            mine = {file.name: self.write_file(file, progress) for file in my_share(self.files)}
+            marks = {name: mark for each in gather(mine) for name, mark in each.items()}
+            if is_first():
                 self.finish(self.partial, marks)
                 shutil.rmtree(self.partial / FINISHED)
                 for path in self.partial.rglob("*"):
                     flush_to_disk(path)
                 replace_folder(self.partial, self.out)
-            processes.gather(None)  # the folder has its name
+            gather(None)  # the folder has its name
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -137,29 +124,16 @@ class ResumableFolder:
                 f"on its disk; make room"
             )
 
-    def progress_of(self, report: Report) -> Callable[[], None]:
-        """Return a function that reports the bytes written by all processes, twice a second."""
-        reported = 0.0
-
-        def progress() -> None:
-            nonlocal reported
-            if time.monotonic() - reported > LOOK_EVERY_S:
-                reported = time.monotonic()
-                paths = [self.partial / file.name for file in self.files]
-                report(sum(p.stat().st_size for p in paths if p.is_file()), self.bytes)
-
-        return progress
-
     def mark_path(self, file: PlannedFile) -> Path:
         return self.partial / FINISHED / f"{file.name.replace('/', '--')}.json"
 
-    def write_file(self, file: PlannedFile, progress: Callable[[], None]) -> FileMark:
+    def write_file(self, file: PlannedFile, progress: Callable[[int], None]) -> FileMark:
         """Write a file and its mark, unless the file still matches its mark."""
         path, marked = self.partial / file.name, self.mark_path(file)
         if marked.is_file():
             mark: FileMark = json.loads(marked.read_text())
             if path.is_file() and describe_file(path).items() <= mark.items():
-                progress()
+                progress(mark["bytes"])
                 return mark
             marked.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,10 +142,6 @@ class ResumableFolder:
             mark = {**content.to_disk(), "facts": facts}
         write_atomically(marked, json.dumps(mark))
         return mark
-
-
-def silent(done: int, total: int) -> None:
-    """Show no progress."""
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:

@@ -22,10 +22,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
 from rlef_mega.config import ConfigError
+from rlef_mega.megatron.hf_names import HEAD, HFTensor
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERN = "model{suffix}.safetensors"
 MAX_SHARD_SIZE = "5GB"  # of one file, Hugging Face's default for hosting
+IGNORED = "rotary_emb.inv_freq"  # old conversions store it
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -65,13 +67,14 @@ def open_safetensors(path: Path):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `offset` counts from the file's first byte."""
+    """A tensor in a file, or drawn by us. `offset` counts from the file's first byte."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str = ""
     offset: int = 0
+    drawn: torch.Tensor | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -117,10 +120,37 @@ class SafetensorsFolder:
             offset = 8 + length + entry["data_offsets"][0]
             yield StoredTensor(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], file, offset)
 
-    def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out`, contiguous and of the stored dtype, with rows from `start` on."""
-        stored = self.tensors[name]
-        read_into(self.folder / stored.file, stored.offset + start * stored.row_bytes, out)
+    def check(self, tensors: Sequence[HFTensor]) -> None:
+        """Raises ConfigError if the folder lacks a tensor, has one that the model does not have, or
+        one of another shape. A language model's head is allowed: a tied one may be stored all the
+        same, and a critic does not read it.
+        """
+        found, expected = self.tensors, {tensor.name for tensor in tensors}
+        unknown = {n for n in found.keys() - expected - {HEAD} if not n.endswith(IGNORED)}
+        for what, names in (("lacks", expected - found.keys()), ("has unknown", unknown)):
+            if names:
+                some = ", ".join(sorted(names)[:5])
+                raise ConfigError(
+                    f"{self.folder} {what} {len(names)} tensor(s): {some}; the weights must be "
+                    f"those of its config.json"
+                )
+        for tensor in tensors:
+            if found[tensor.name].shape != tensor.shape:
+                raise ConfigError(
+                    f"{self.folder}: {tensor.name} has shape {found[tensor.name].shape}, "
+                    f"config.json says {tensor.shape}"
+                )
+
+    def dtype(self, tensor: HFTensor) -> torch.dtype:
+        return self.tensors[tensor.name].dtype
+
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
+        """Fill `out` [rows, columns], contiguous and of the stored dtype, from row `start` on."""
+        stored = self.tensors[tensor.name]
+        if stored.drawn is not None:
+            out.copy_(stored.drawn.view(stored.shape[0], -1)[start : start + len(out)])
+        else:
+            read_into(self.folder / stored.file, stored.offset + start * stored.row_bytes, out)
 
 
 @dataclass(frozen=True)

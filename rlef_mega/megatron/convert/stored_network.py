@@ -4,17 +4,17 @@ read by ranges of rows, without Megatron.
 The format knows no layout: a chunk is a rectangle of the whole tensor, whichever rank wrote it.
 Megatron stacks layers along a first dimension (`decoder.layers.mlp.linear_fc1.weight` is
 [L, 2F, H]) or, where layers differ, numbers them in the key; both are read.
-
-A tensor here is one layer's, [rows, columns]; a vector has one column.
 """
 
 import pickle
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -26,11 +26,12 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.checkpoints.torch_dist import METADATA
 from rlef_mega.megatron.convert.safetensors_files import read_into
+from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor
 from rlef_mega.megatron.network.families import FUSED_NORMS
 
 LAYERS = "decoder.layers."
 # norms under the names that Transformer Engine's layers have without our map
-FUSED = {f"{LAYERS}{own}": f"{LAYERS}{fused}" for own, fused in FUSED_NORMS.items()}
+OWN_NAMES = {f"{LAYERS}{fused}": f"{LAYERS}{own}" for own, fused in FUSED_NORMS.items()}
 
 
 @dataclass(frozen=True)
@@ -49,96 +50,129 @@ class Chunk:
     element: int
 
 
-class StoredNetwork:
-    """The weights whose keys begin with `prefix`. Raises ConfigError where the folder is not of
-    this format, incomplete or damaged."""
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter of one layer, [rows, columns]; a vector has one column."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
-        self.folder, self.prefix = folder, prefix
-        self.metadata = read_metadata(folder)
-        self.found = {
-            key.removeprefix(prefix): entry
-            for key, entry in self.metadata.state_dict_metadata.items()
-            if key.startswith(prefix)
-            and isinstance(entry, TensorStorageMetadata)
-            and not key.removeprefix(prefix).startswith("optimizer.")
-        }
-        if not self.found:
-            raise ConfigError(f"{folder} holds no weights under {prefix or 'their plain names'!r}")
-        self.chunks = {key: self.chunks_of(key) for key in self.found}
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[Chunk]
+
+
+class StoredNetwork:
+    """The weights whose keys begin with `prefix`, read under the names of `tensors`. The checkpoint
+    may have more rows of embedding and head than the model's vocabulary: Megatron's padding, which
+    is never read.
+
+    Raises ConfigError where the folder is not of this format, incomplete, damaged or of another
+    model.
+    """
+
+    def __init__(self, folder: Path, prefix: str, tensors: Sequence[HFTensor]) -> None:
+        self.folder, self.metadata = folder, read_metadata(folder)
+        self.parameters: dict[tuple[str, int | None], StoredParameter] = {}
         self.data_offsets: dict[tuple[Path, int], int] = {}
         self.fake = FakeTensorMode()  # one for all chunks: each one has caches of megabytes
+        for key, entry in self.metadata.state_dict_metadata.items():
+            name = key.removeprefix(prefix)
+            ours = key.startswith(prefix) and not name.startswith("optimizer.")
+            if ours and isinstance(entry, TensorStorageMetadata):
+                self.add(key, name, entry)
+        if not self.parameters:
+            raise ConfigError(f"{folder} holds no weights under {prefix or 'their plain names'!r}")
+        self.check(tensors)
 
-    def chunks_of(self, key: str) -> dict[int, list[Chunk]]:
-        """List a tensor's chunks by layer; under 0 for a tensor that is not stacked."""
-        layers: dict[int, list[Chunk]] = {}
-        for part in self.found[key].chunks:
-            first_layer, count, chunk = self.find_chunk(key, part)
-            for layer in range(count):
-                moved = replace(chunk, element=layer * chunk.rows * chunk.columns)
-                layers.setdefault(first_layer + layer, []).append(moved)
-        return layers
+    def add(self, key: str, name: str, entry: TensorStorageMetadata) -> None:
+        """Add a stored tensor: one parameter, or one of each layer."""
+        size, number = list(entry.size), re.match(rf"{LAYERS}(\d+)\.", name)
+        stacked = name.startswith(LAYERS) and not number
+        layers: Sequence[int | None] = [int(number[1]) if number else None]
+        if stacked:
+            layers = range(size.pop(0))
+        name = re.sub(rf"^({LAYERS})\d+\.", r"\1", name)
+        chunks: list[list[Chunk]] = [[] for _ in layers]
+        for part in entry.chunks:
+            path, info = self.locate(key, part)
+            offsets, sizes = list(part.offsets), list(part.sizes)
+            first, count = (offsets.pop(0), sizes.pop(0)) if stacked else (0, 1)
+            (row, column), (rows, columns) = [*offsets, 0][:2], [*sizes, 1][:2]
+            for index in range(count):
+                element = index * rows * columns
+                chunks[first + index].append(
+                    Chunk(row, column, rows, columns, path, info.offset, info.length, element)
+                )
+        for layer, found in zip(layers, chunks, strict=True):
+            self.parameters[OWN_NAMES.get(name, name), layer] = StoredParameter(
+                key, tuple(size), entry.properties.dtype, found
+            )
 
-    def find_chunk(self, key: str, part: ChunkStorageMetadata) -> tuple[int, int, Chunk]:
-        """Returns the first layer, the number of layers, and the first layer's chunk."""
+    def locate(self, key: str, part: ChunkStorageMetadata) -> tuple[Path, _StorageInfo]:
+        """Find a chunk's file, and where in it the chunk is."""
         try:
-            info = self.metadata.storage_data[MetadataIndex(self.prefix + key, part.offsets)]
+            info = self.metadata.storage_data[MetadataIndex(key, part.offsets)]
         except KeyError:
             raise ConfigError(
-                f"{self.folder / METADATA} is damaged: it does not locate {self.prefix}{key}"
+                f"{self.folder / METADATA} is damaged: it does not locate {key}"
             ) from None
         path, end = self.folder / info.relative_path, info.offset + info.length
         if not path.is_file():
             raise ConfigError(f"no file {path}: {self.folder} is incomplete; copy it again")
         if end > path.stat().st_size:
             raise ConfigError(
-                f"{path} is truncated: {self.prefix}{key} ends at byte {end} of "
-                f"{path.stat().st_size}; copy it again"
+                f"{path} is truncated: {key} ends at byte {end} of {path.stat().st_size}; copy it "
+                f"again"
             )
-        offsets, sizes = list(part.offsets), list(part.sizes)
-        first_layer, count = (offsets.pop(0), sizes.pop(0)) if is_stacked(key) else (0, 1)
-        (row, column), (rows, columns) = [*offsets, 0][:2], [*sizes, 1][:2]
-        chunk = Chunk(row, column, rows, columns, path, info.offset, info.length, 0)
-        return first_layer, count, chunk
+        return path, info
 
-    def parameters(self) -> set[str]:
-        """Return the names of all weights, without layer numbers and in one spelling."""
-        spelled = {fused: plain for plain, fused in FUSED.items()}
-        names = {re.sub(rf"^({LAYERS})\d+\.", r"\1", key) for key in self.found}
-        return {spelled.get(name, name) for name in names}
+    def check(self, tensors: Sequence[HFTensor]) -> None:
+        """Raises ConfigError if the checkpoint lacks a tensor, has one that the model does not
+        have, or one of another shape."""
+        unknown = {name for name, _ in self.parameters} - {tensor.parameter for tensor in tensors}
+        if unknown:
+            raise ConfigError(
+                f"{self.folder} has {len(unknown)} parameter(s) that the model does not know: "
+                f"{', '.join(sorted(unknown)[:5])}; give the model's own config with --model"
+            )
+        held = len({layer for _, layer in self.parameters} - {None})
+        layers = len({tensor.own_layer for tensor in tensors} - {None})
+        if held != layers:
+            raise ConfigError(f"{self.folder} holds {held} layers, config.json says {layers}")
+        for tensor in tensors:
+            rows, *rest = self.find(tensor).shape
+            if tensor.rows is not None:
+                rows = sum(count for _, _, count in tensor.runs(rows))
+            padded = tensor.name in (EMBEDDING, HEAD) and rows >= tensor.shape[0]
+            if (not padded and rows != tensor.shape[0]) or tuple(rest) != tensor.shape[1:]:
+                raise ConfigError(
+                    f"{self.folder}: {tensor.name} would have shape {(rows, *rest)}, "
+                    f"config.json says {tensor.shape}"
+                )
 
-    def layers(self) -> int:
-        """Count the layers, by the parameter that has the most."""
-        numbered = [re.match(rf"{LAYERS}(\d+)\.", key) for key in self.found]
-        stacked = [entry.size[0] for key, entry in self.found.items() if is_stacked(key)]
-        return max([*stacked, *(int(match[1]) + 1 for match in numbered if match)], default=0)
+    def find(self, tensor: HFTensor) -> StoredParameter:
+        try:
+            return self.parameters[tensor.parameter, tensor.own_layer]
+        except KeyError:
+            where = "" if tensor.own_layer is None else f" of layer {tensor.own_layer}"
+            raise ConfigError(
+                f"{self.folder} lacks {tensor.parameter}{where}; it is of another kind of model"
+            ) from None
 
-    def locate(self, parameter: str, layer: int | None) -> tuple[str, int]:
-        """Returns the key, and the layer's index in its stack (0 if it is not stacked)."""
-        for name in (parameter, FUSED.get(parameter, parameter)):
-            if name in self.found:
-                return name, layer or 0
-            numbered = name.replace(LAYERS, f"{LAYERS}{layer}.", 1)
-            if numbered in self.found:
-                return numbered, 0
-        where = "" if layer is None else f" of layer {layer}"
-        raise ConfigError(
-            f"{self.folder} lacks {self.prefix}{parameter}{where}; it is of another kind of model"
-        )
+    def dtype(self, tensor: HFTensor) -> torch.dtype:
+        return self.find(tensor).dtype
 
-    def shape(self, parameter: str, layer: int | None) -> tuple[int, ...]:
-        key, _ = self.locate(parameter, layer)
-        size = tuple(self.found[key].size)
-        return size[1:] if is_stacked(key) else size
-
-    def dtype(self, parameter: str, layer: int | None) -> torch.dtype:
-        return self.found[self.locate(parameter, layer)[0]].properties.dtype
-
-    def read_rows(self, parameter: str, layer: int | None, start: int, out: torch.Tensor) -> None:
+    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
         """Fill `out` [rows, columns], contiguous and of the stored dtype, from row `start` on."""
-        key, index = self.locate(parameter, layer)
+        stored = self.find(tensor)
+        for packed, row, count in tensor.runs(stored.shape[0]):
+            first, last = max(start, row), min(start + len(out), row + count)
+            if first < last:
+                self.read_rows(stored, packed + first - row, out[first - start : last - start])
+
+    def read_rows(self, stored: StoredParameter, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with rows of a parameter."""
         missing = out.numel()
-        for chunk in self.chunks[key].get(index, []):
+        for chunk in stored.chunks:
             first = max(start, chunk.row)
             last = min(start + out.shape[0], chunk.row + chunk.rows)
             if first >= last:
@@ -154,8 +188,7 @@ class StoredNetwork:
             missing -= piece.numel()
         if missing:
             raise ConfigError(
-                f"{self.folder} is incomplete: {missing} numbers of {self.prefix}{key} are in no "
-                f"file"
+                f"{self.folder} is incomplete: {missing} numbers of {stored.key} are in no file"
             )
 
     def data_offset(self, chunk: Chunk) -> int:
@@ -177,10 +210,6 @@ class StoredNetwork:
             assert tensor.is_contiguous() and tensor.storage_offset() == 0, chunk
             self.data_offsets[known] = chunk.offset + start
         return self.data_offsets[known]
-
-
-def is_stacked(key: str) -> bool:
-    return key.startswith(LAYERS) and not key[len(LAYERS)].isdigit()
 
 
 def read_metadata(folder: Path) -> Metadata:

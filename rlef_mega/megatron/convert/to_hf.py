@@ -1,7 +1,6 @@
 """A network of a checkpoint to a Hugging Face folder: `rlef export-hf`."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from rlef_mega.megatron.convert.safetensors_files import (
 )
 from rlef_mega.megatron.convert.weights import (
     BLOCK_BYTES,
-    CheckpointWeights,
     blocks,
     read_as,
     tensors_of,
@@ -35,31 +33,28 @@ from rlef_mega.megatron.convert.weights import (
 from rlef_mega.megatron.network.families import read_config
 
 
-@dataclass(frozen=True)
-class Export:
-    """What to write: `dtype` None keeps the checkpoint's; a value head is fp32 in any."""
-
-    role: Role = "policy"
-    dtype: torch.dtype | None = None
-    max_shard_size: str | int = MAX_SHARD_SIZE
-
-
 def plan_export(
-    checkpoint: Checkpoint, out: Path, wanted: Export, *, overwrite: bool = False
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    role: Role = "policy",
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
 ) -> ResumableFolder:
-    """Plan the files of the folder. Raises ConfigError where the checkpoint does not fit the
-    model's config."""
+    """Plan the files of the folder. `dtype` None keeps the checkpoint's; a value head is fp32 in
+    any. Raises ConfigError where the checkpoint does not fit the model's config."""
     model = checkpoint.model
     if model is None:
         raise ConfigError(
             f"{checkpoint.folder} does not name its model; give --model, the Hugging Face folder "
             f"with its config and tokenizer"
         )
-    tensors = tensors_of(wanted.role, read_config(model))
-    weights = CheckpointWeights(checkpoint.network(wanted.role), tensors)
-    dtype = wanted.dtype or weights.dtype(tensors[0])
+    tensors = tensors_of(role, read_config(model))
+    weights = checkpoint.network(role, tensors)
+    dtype = dtype or weights.dtype(tensors[0])
     stored = [StoredTensor(t.name, t.shape, t.dtype or dtype) for t in tensors]
-    shards = plan_shards(stored, wanted.max_shard_size)
+    shards = plan_shards(stored, max_shard_size)
     by_name = {tensor.name: tensor for tensor in tensors}
 
     def planned(shard: Shard) -> PlannedFile:
@@ -81,10 +76,10 @@ def plan_export(
 
     def finish(folder: Path, marks: dict[str, FileMark]) -> None:
         write_index(folder, shards)
-        copy_companions(model, folder, role=wanted.role, dtype=dtype)
+        copy_companions(model, folder, role=role, dtype=dtype)
 
     request: dict[str, Any] = {
-        "export": [wanted.role, str(dtype), str(wanted.max_shard_size)],
+        "export": [role, str(dtype), str(max_shard_size)],
         "checkpoint": fingerprint(checkpoint.folder),
         "config": json.loads((model / "config.json").read_text()),
     }

@@ -25,10 +25,11 @@ from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert import from_hf, resumable_folder, weights
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
-from rlef_mega.megatron.convert.from_hf import Import, plan_import
-from rlef_mega.megatron.convert.resumable_folder import Processes
+from rlef_mega.megatron.convert.from_hf import plan_import
 from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
-from rlef_mega.megatron.convert.to_hf import Export, plan_export
+from rlef_mega.megatron.convert.stored_network import OWN_NAMES
+from rlef_mega.megatron.convert.to_hf import plan_export
+from rlef_mega.megatron.network.families import read_config
 from tests.rlef_mega.distributed import ROOT, address, keep_store
 from tests.rlef_mega.megatron.families_worker import CASES, make_family
 from tests.rlef_mega.megatron.megatron_worker import make_model
@@ -147,6 +148,10 @@ def test_a_new_critic_is_a_token_classifier_with_our_drawn_value_head(
     assert same_bytes(tmp_path / "half", tmp_path / "again")
 
 
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
+
+
 def start_process(work: Callable[[], None]) -> Any:
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
@@ -167,13 +172,8 @@ def test_two_processes_write_what_one_does(
         monkeypatch.setenv(name, value)
 
     def export_as(rank: int) -> None:
-        export_checkpoint(
-            imported,
-            tmp_path / "two",
-            max_shard_size="20KB",
-            verify=True,
-            processes=Processes(rank, 2),
-        )
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        export_checkpoint(imported, tmp_path / "two", max_shard_size="20KB", verify=True)
 
     children = [start_process(lambda rank=rank: export_as(rank)) for rank in range(2)]
     for child in children:
@@ -204,7 +204,6 @@ def test_the_command_starts_processes(folder: Path, imported: Path, tmp_path: Pa
 def test_a_killed_conversion_resumes(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resumable_folder, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(from_hf, "FILE_BYTES", 20_000)
 
     def die_at_half(done: int, total: int) -> None:
@@ -214,17 +213,13 @@ def test_a_killed_conversion_resumes(
     def plans(name: str) -> list[resumable_folder.ResumableFolder]:
         return [
             plan_export(
-                find_checkpoint(imported, None),
-                tmp_path / f"{name}-hf",
-                Export(max_shard_size=20_000),
+                find_checkpoint(imported, None), tmp_path / f"{name}-hf", max_shard_size=20_000
             ),
-            plan_import(folder, tmp_path / f"{name}-checkpoint", Import()),
+            plan_import(folder, tmp_path / f"{name}-checkpoint"),
         ]
 
     for killed, whole in zip(plans("killed"), plans("whole"), strict=True):
-        exit_code = in_another_process(
-            lambda planned=killed: planned.write(Processes(), die_at_half)
-        )
+        exit_code = in_another_process(lambda planned=killed: planned.write(die_at_half))
         assert exit_code == -signal.SIGKILL
         assert not killed.out.exists()
         marked = [file.name for file in killed.files if killed.mark_path(file).is_file()]
@@ -233,8 +228,8 @@ def test_a_killed_conversion_resumes(
         # a finished file that was damaged since is written again
         damaged = killed.partial / marked[0]
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
-        killed.write(Processes(), resumable_folder.silent)
-        whole.write(Processes(), resumable_folder.silent)
+        killed.write(silent)
+        whole.write(silent)
         assert same_bytes(killed.out, whole.out)
         after = {file: (killed.out / file).stat().st_mtime_ns for file in marked}
         assert [file for file in marked if after[file] != before[file]] == [marked[0]]
@@ -243,7 +238,7 @@ def test_a_killed_conversion_resumes(
 
 def test_a_partial_folder_of_another_request_is_not_resumed(imported: Path, tmp_path: Path) -> None:
     checkpoint = find_checkpoint(imported, None)
-    half = plan_export(checkpoint, tmp_path / "hf", Export(dtype=torch.bfloat16))
+    half = plan_export(checkpoint, tmp_path / "hf", dtype=torch.bfloat16)
     (half.partial / resumable_folder.FINISHED).mkdir(parents=True)
     (half.partial / resumable_folder.FINISHED / resumable_folder.REQUEST).write_text(
         json.dumps(half.request)
@@ -257,14 +252,14 @@ def test_a_full_disk_loses_nothing(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [
-        plan_export(find_checkpoint(imported, None), tmp_path / "hf", Export()),
-        plan_import(folder, tmp_path / "checkpoint", Import()),
+        plan_export(find_checkpoint(imported, None), tmp_path / "hf"),
+        plan_import(folder, tmp_path / "checkpoint"),
     ]
 
     def run_in_small_files(planned: resumable_folder.ResumableFolder) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         try:
-            planned.write(Processes(), resumable_folder.silent)
+            planned.write(silent)
         except ConfigError as error:
             os._exit(7 if "the disk is full" in str(error) else 1)
         os._exit(0)
@@ -276,9 +271,9 @@ def test_a_full_disk_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ConfigError, match=r"needs 0.0 GB more, but 0.0 GB are free"):
-            jobs[0].write(Processes(), resumable_folder.silent)
+            jobs[0].write(silent)
     for planned in jobs:
-        planned.write(Processes(), resumable_folder.silent)  # the same command again
+        planned.write(silent)  # the same command again
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "again")
     assert same_bytes(tmp_path / "hf", tmp_path / "again")
 
@@ -298,11 +293,13 @@ def test_an_existing_folder_is_replaced_only_if_asked_for(imported: Path, tmp_pa
 
 def test_the_padding_of_a_vocabulary_is_zero_and_cut_off(folder: Path, tmp_path: Path) -> None:
     import_folder(folder, tmp_path / "padded", pad_vocabulary_to_multiple=48, verify=True)
-    network = find_checkpoint(tmp_path / "padded", None).network("policy")
+    tensors = weights.tensors_of("policy", read_config(folder))
+    network = find_checkpoint(tmp_path / "padded", None).network("policy", tensors)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert network.shape(name, None) == (96, 32)  # 64 rows are real
+        stored = network.parameters[name, None]
+        assert stored.shape == (96, 32)  # 64 rows are real
         padding = torch.ones(32, 32)
-        network.read_rows(name, None, 64, padding)
+        network.read_rows(stored, 64, padding)
         assert not padding.any()
     export_checkpoint(tmp_path / "padded", tmp_path / "hf")
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (
@@ -315,14 +312,11 @@ def test_a_checkpoint_of_megatron_alone_is_read(folder: Path, tmp_path: Path) ->
     beside an optimizer's state; written by torch itself."""
     from torch.distributed.checkpoint import FileSystemWriter
 
-    from rlef_mega.megatron.convert.stored_network import FUSED
-    from rlef_mega.megatron.convert.weights import tensors_of
-    from rlef_mega.megatron.network.families import read_config
-
     stored = load_file(folder / "model.safetensors")
     packed: dict[str, list[tuple[Any, torch.Tensor]]] = {}
-    for tensor in tensors_of("policy", read_config(folder)):
-        name = FUSED.get(tensor.parameter, tensor.parameter)
+    fused = {own: name for name, own in OWN_NAMES.items()}
+    for tensor in weights.tensors_of("policy", read_config(folder)):
+        name = fused.get(tensor.parameter, tensor.parameter)
         name = name.replace("decoder.layers.", f"decoder.layers.{tensor.layer}.")
         packed.setdefault(name, []).append((tensor, stored[tensor.name]))
     state = {f"optimizer.state.exp_avg.{name}": torch.zeros(3) for name in packed}
@@ -422,11 +416,11 @@ def test_checkpoints_that_do_not_fit_are_refused(
 
 
 def test_verify_finds_one_wrong_bit(imported: Path, tmp_path: Path) -> None:
-    from rlef_mega.megatron.convert.compare_weights import compare_weights
+    from rlef_mega.megatron.convert.verify import compare_weights
 
     export_checkpoint(imported, tmp_path / "hf", max_shard_size="20KB")
     checkpoint = find_checkpoint(imported, None)
-    compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
+    compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True)
     name = "model.layers.2.self_attn.k_proj.weight"
     place = SafetensorsFolder(tmp_path / "hf").tensors[name]
     with (tmp_path / "hf" / place.file).open("r+b") as file:
@@ -435,7 +429,7 @@ def test_verify_finds_one_wrong_bit(imported: Path, tmp_path: Path) -> None:
         file.seek(place.offset + place.bytes - 1)
         file.write(bytes([bit]))
     with pytest.raises(ConfigError, match=f"{name} differs between"):
-        compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True, processes=Processes())
+        compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True)
 
 
 @pytest.mark.slow
