@@ -2,10 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,7 +30,6 @@ Recipe = Annotated[str, typer.Argument(help="a TOML file, or the name of a recip
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, as in run.steps=5")
 ]
-
 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as stored")]
 Step = Annotated[
@@ -120,7 +118,9 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command("export-hf")
 def export_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="a run directory or a checkpoint folder")],
+    path: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="a run directory or a checkpoint folder")
+    ],
     out: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
     role: Annotated[str, typer.Option(help="policy, or critic with its value head")] = "policy",
     dtype: Dtype = None,
@@ -134,24 +134,7 @@ def export_hf(
     processes: ProcessCount = 1,
 ) -> None:
     """Write a checkpoint's network as a Hugging Face folder; a killed export resumes."""
-
-    def work() -> None:
-        from rlef_mega.megatron.convert.command import export_checkpoint
-
-        export_checkpoint(
-            checkpoint,
-            out,
-            role=role,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            step=step,
-            model=model,
-            overwrite=overwrite,
-            verify=verify,
-            verify_outputs=verify,
-        )
-
-    convert_with(processes, work)
+    convert("export_checkpoint", **locals(), verify_outputs=verify)
 
 
 @app.command("import-hf")
@@ -169,23 +152,7 @@ def import_hf(
     processes: ProcessCount = 1,
 ) -> None:
     """Write a Hugging Face folder as a checkpoint, for any layout; a killed import resumes."""
-
-    def work() -> None:
-        from rlef_mega.megatron.convert.command import import_folder
-
-        import_folder(
-            folder,
-            out,
-            role=role,
-            dtype=dtype,
-            pad_vocabulary_to_multiple=pad_vocabulary_to_multiple,
-            seed=seed,
-            overwrite=overwrite,
-            verify=verify,
-            verify_outputs=verify,
-        )
-
-    convert_with(processes, work)
+    convert("import_folder", **locals(), verify_outputs=verify)
 
 
 @app.command("import-smollm2")
@@ -211,7 +178,7 @@ def serve(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str,
+        Path,
         typer.Argument(help="a Hugging Face folder, a checkpoint, a run, or a file of responses"),
     ],
     data: Annotated[str, typer.Option(help="problems: curriculum:test, humaneval:test, a file")],
@@ -242,8 +209,9 @@ def evaluate(
     dtype: str = "float32",
     seed: int = 0,
     at_once: Annotated[int | None, typer.Option(min=1, help="concurrent dialogues")] = None,
-    server: Annotated[
-        list[str] | None, typer.Option(help="a grading server, as http://node7:8765; repeatable")
+    servers: Annotated[
+        list[str] | None,
+        typer.Option("--server", help="a grading server, as http://node7:8765; repeatable"),
     ] = None,
     sglang: Annotated[
         list[str] | None,
@@ -262,36 +230,13 @@ def evaluate(
 ) -> None:
     """Estimate a model's n@k with 95% intervals, from dialogues, independent samples and false
     feedback; a killed evaluation resumes."""
+    asked = locals()
     from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 
-    run_evaluation(
-        EvalRequest(
-            model=Path(model),
-            data=data,
-            out=out,
-            name=name,
-            step=step,
-            problems=problems,
-            n_at_k=n_at_k,
-            rollouts=rollouts,
-            turns=turns,
-            feedback=tuple(part.strip() for part in feedback.split(",") if part.strip()),
-            single_turn=single_turn,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            max_context=max_context,
-            dtype=dtype,
-            seed=seed,
-            at_once=at_once,
-            servers=tuple(server or ()),
-            grading_token=sandbox_token(),
-            sglang=tuple(sglang or ()),
-            openai=tuple(openai or ()),
-            served_model=served_model,
-            api_key=os.environ.get("OPENAI_API_KEY"),
-        )
-    )
+    asked |= {name: tuple(asked[name] or ()) for name in ("servers", "sglang", "openai")}
+    asked["feedback"] = tuple(part.strip() for part in feedback.split(",") if part.strip())
+    api_key = os.environ.get("OPENAI_API_KEY")
+    run_evaluation(EvalRequest(**asked, grading_token=sandbox_token(), api_key=api_key))
 
 
 data_commands = typer.Typer(no_args_is_help=True, help="Inspect problems.")
@@ -442,23 +387,19 @@ def bench(
     `rlef bench compare OLD.json NEW.json` compares two such files and fails if a figure became
     worse."""
     if what == "compare":
-        compare_benchmarks(Path(recipe), newer, tolerance)
+        if newer is None:
+            raise ConfigError("give two files: rlef bench compare OLD.json NEW.json")
+        from rlef_mega.bench.compare import compare
+
+        if worse := compare(Path(recipe), newer, tolerance=tolerance):
+            print(f"worse by more than {tolerance:.0%}: {', '.join(worse)}")
+            raise typer.Exit(FAILED)
         return
     if newer is not None:
         raise ConfigError(f"`rlef bench {what}` takes one recipe; remove {str(newer)!r}")
     from rlef_mega.bench import run_benchmark
 
     run_benchmark(what, recipe, out, layers=layers, recompute=recompute)
-
-
-def compare_benchmarks(old: Path, new: Path | None, tolerance: float) -> None:
-    if new is None:
-        raise ConfigError("give two files: rlef bench compare OLD.json NEW.json")
-    from rlef_mega.bench.compare import compare
-
-    if worse := compare(old, new, tolerance=tolerance):
-        print(f"worse by more than {tolerance:.0%}: {', '.join(worse)}")
-        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -469,7 +410,7 @@ def demo() -> None:
     run_demo()
 
 
-def convert_with(processes: int, work: Callable[[], None]) -> None:
+def convert(command: str, *, processes: int, **options: Any) -> None:
     """Convert in this process, as one rank of a torchrun launch, or in new processes."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 and processes > 1:
@@ -481,7 +422,9 @@ def convert_with(processes: int, work: Callable[[], None]) -> None:
         from torch import distributed
 
         distributed.init_process_group("gloo")
-    work()
+    from rlef_mega.megatron.convert import command as commands
+
+    getattr(commands, command)(**options)
 
 
 def finish(code: int, run_dir: Path) -> None:

@@ -22,31 +22,18 @@ def bootstrap_interval(
 
 
 def interval_over_seeds(
-    outcomes: Sequence[Sequence[float | None]],
-    beside: Sequence[Sequence[float | None]] | None = None,
-    *,
-    resamples: int = 2000,
+    outcomes: Sequence[Sequence[float | None]], *, resamples: int = 2000
 ) -> dict[str, float]:
     """Return the mean over seeds (one list each) and problems, and its 95% interval, for which both
-    are resampled. With `beside`, return the mean of `outcomes` minus that of `beside`; problems are
-    paired, seeds are not. All lists have the same problems in the same order. A problem that is
-    None in any list is left out."""
-    everyone = np.array([*outcomes, *(beside or ())], dtype=float)
+    are resampled. All lists have the same problems in the same order. A problem that is None in any
+    list is left out."""
+    everyone = np.array(outcomes, dtype=float)
     known = everyone[:, ~np.isnan(everyone).any(axis=0)]  # seeds x problems
-    ours, other = known[: len(outcomes)], known[len(outcomes) :]
     generator = np.random.default_rng(0)
     problems = generator.integers(known.shape[1], size=(resamples, known.shape[1]))
-
-    def means(by_seed: Floats) -> Floats:  # one a resample
-        seeds = generator.integers(len(by_seed), size=(resamples, len(by_seed)))
-        return np.array(
-            [by_seed[s].mean(0)[p].mean() for s, p in zip(seeds, problems, strict=True)]
-        )
-
-    value, drawn = ours.mean(), means(ours)
-    if beside is not None:
-        value, drawn = value - other.mean(), drawn - means(other)
-    return {"value": float(value), **percentiles(drawn)}
+    seeds = generator.integers(len(known), size=(resamples, len(known)))
+    means = [known[s].mean(0)[p].mean() for s, p in zip(seeds, problems, strict=True)]
+    return {"value": float(known.mean()), **percentiles(np.array(means))}
 
 
 def wilson_interval(rates: Sequence[float], counts: Sequence[float]) -> tuple[Floats, Floats]:

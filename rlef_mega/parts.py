@@ -158,13 +158,14 @@ def open_engine(
             weights_from_folder=config.model.weights is None,  # else the first publication has them
         )
         return
-    from rlef_mega.engines.sglang.engine import Limits, SGLangEngine  # an extra: it needs aiohttp
+    # an extra: it needs aiohttp
+    from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
 
     servers = config.rollout.servers
     with SGLangEngine(
         servers.addresses,
         Path(config.model.path),
-        Limits(servers.concurrency, servers.deadline_s, servers.lost_s, servers.publish_s),
+        RequestLimits(servers.concurrency, servers.deadline_s, servers.lost_s, servers.publish_s),
         way=servers.publish if ranks.is_writer else None,
         weights_folder=run.path / "weights",
         logs=server_logs(config),

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from rlef_kernels import linear_logprob_reference, linear_ppo_loss_reference
+import rlef_kernels
 
 CHUNK_TOKENS = 1024  # of the chunked PyTorch baseline
 IGNORED = -100  # the target of a masked token, by the convention of the peers
@@ -102,42 +103,47 @@ def both(inputs: HeadInputs, logprob_T: torch.Tensor, entropy_T: torch.Tensor) -
 # ------------------------------------------------------------------------------------------ ours
 
 
-def ours(inputs: HeadInputs, plan: str = "", *, into_main_grad: bool = True) -> torch.Tensor:
-    """Our log-prob and entropy by the kernels of a plan, or without one in PyTorch."""
-    compute: Callable[..., tuple[torch.Tensor, ...]] = linear_logprob_reference
-    if plan:
-        from rlef_kernels.gpu import plan as plans
-        from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
+def with_plan(operation: str, plan: str) -> Callable[..., Any]:
+    """Return an operation's GPU kernels with the named plan, or without one its PyTorch form."""
+    if not plan:
+        return getattr(rlef_kernels, f"{operation}_reference")
+    kernels = importlib.import_module(f"rlef_kernels.gpu.{operation}")
+    plans = importlib.import_module("rlef_kernels.gpu.plan")
+    return partial(getattr(kernels, f"{operation}_kernels"), plan=getattr(plans, plan))
 
-        compute = partial(linear_logprob_kernels, plan=getattr(plans, plan))
+
+def ours(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
+    """Our log-prob and entropy."""
     chosen = inputs.unmasked()
-    into_main_grad = into_main_grad and torch.is_grad_enabled()
-    logprob_R, entropy_R = compute(
+    outputs = with_plan("linear_logprob", plan)(
         chosen.hidden_TD,
         chosen.weight_VD,
         chosen.target_T,
-        accumulate_main_grad=into_main_grad,
+        accumulate_main_grad=torch.is_grad_enabled(),
     )
-    return both(chosen, logprob_R, entropy_R)
+    return both(chosen, *outputs)
 
 
 def ours_in_head(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
     """Our policy loss computed in the head."""
-    compute: Callable[..., torch.Tensor] = linear_ppo_loss_reference
-    if plan:
-        from rlef_kernels.gpu import plan as plans
-        from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels
-
-        compute = partial(linear_ppo_loss_kernels, plan=getattr(plans, plan))
     chosen = inputs.unmasked()
-    return compute(
+    loss, *_ = with_plan("linear_ppo_loss", plan)(
         chosen.hidden_TD,
         chosen.weight_VD,
         chosen.target_T,
         chosen.policy_T,
         clip_eps=0.2,
         accumulate_main_grad=torch.is_grad_enabled(),
-    )[0]
+    )
+    return loss
+
+
+def kl(inputs: HeadInputs, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """The KL between the distributions of each token and of another one, under the same head."""
+    chosen = inputs.unmasked()
+    hidden_TD, weight_VD = chosen.hidden_TD, chosen.weight_VD
+    kl_T = compute(hidden_TD, weight_VD, hidden_TD.detach().flip(0), weight_VD.detach())
+    return (kl_T * chosen.weights_T).sum()
 
 
 # --------------------------------------------------------------------------------- plain PyTorch
@@ -236,20 +242,25 @@ ANY_GPU, HOPPER = (0, 0), (9, 0)
 VERL, CUT = "verl.utils.kernel.linear_cross_entropy", "cut_cross_entropy"
 LIGER = "liger_kernel.transformers.functional"
 exact, filtered = (partial(cut_cross_entropy, filter_eps=eps) for eps in (None, "high"))
+fused, cublas = (partial(ours, plan=plan) for plan in ("FUSED", "CUBLAS"))
+loss_fused, loss_cublas = (partial(ours_in_head, plan=plan) for plan in ("FUSED", "CUBLAS"))
+our_kl, stored_kl = (
+    partial(kl, compute=form) for form in (rlef_kernels.linear_kl, rlef_kernels.linear_kl_reference)
+)
 METHODS = (
     Method("product alone (cuBLAS)", product_alone, (1, None), masks=False),
     Method("rlef in PyTorch", ours, (1, 4)),
     Method("rlef loss in head, in PyTorch", ours_in_head, (1, 3)),
-    Method("rlef fused", partial(ours, plan="FUSED"), (1, 4), True, HOPPER),
-    Method("rlef cuBLAS", partial(ours, plan="CUBLAS"), (1, 4), True, ANY_GPU),
-    Method("rlef loss in head, fused", partial(ours_in_head, plan="FUSED"), (1, 3), True, HOPPER),
-    Method(
-        "rlef loss in head, cuBLAS", partial(ours_in_head, plan="CUBLAS"), (1, 3), True, ANY_GPU
-    ),
+    Method("rlef fused", fused, (1, 4), True, HOPPER),
+    Method("rlef cuBLAS", cublas, (1, 4), True, ANY_GPU),
+    Method("rlef loss in head, fused", loss_fused, (1, 3), True, HOPPER),
+    Method("rlef loss in head, cuBLAS", loss_cublas, (1, 3), True, ANY_GPU),
     Method("verl linear cross entropy", verl_cross_entropy, (1, 4), False, ANY_GPU, VERL),
     Method("Liger scaled cross entropy", liger_scaled_cross_entropy, (1, 4), True, ANY_GPU, LIGER),
     Method("cut-cross-entropy, exact (no entropy)", exact, (1, 4), True, ANY_GPU, CUT),
     Method("cut-cross-entropy, filtered (no entropy)", filtered, (1, 4), True, ANY_GPU, CUT),
     Method("PyTorch, chunks of tokens", chunked_logits, (1, 4)),
     Method("PyTorch, logits stored", stored_logits, (1, 3)),
+    Method("rlef KL", our_kl, (2, 6)),
+    Method("KL, logits stored", stored_kl, (2, 4)),
 )

@@ -7,19 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
 
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
-from rlef_mega.megatron.convert.safetensors_files import (
-    MAX_SHARD_SIZE,
-    SafetensorsFolder,
-    StoredTensor,
-    open_safetensors,
-    plan_shards,
-    write_index,
-    write_tensors,
-)
+from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder, open_safetensors
 from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, position_of
-from rlef_mega.megatron.network.families import DenseConfig, read_config
+from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import PackedLlama
 from rlef_mega.megatron.network.stages import StagePosition, Stages
 from rlef_mega.megatron.parallel import Ranks
@@ -177,21 +170,19 @@ def export_hf(
     dtype: torch.dtype,
     *,
     is_writer: bool = True,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
     """Write a folder that transformers loads: a policy's weights from the tensors, everything else
-    from the source.
+    from the source. The writer copies the whole network to host memory.
 
     Collective where the tensors are (`iter_hf_weights`): every rank calls it, one of them with
     `is_writer`. The folder appears complete or not at all; an existing one is replaced.
     """
-    if not is_writer:
-        for _ in named_tensors:
-            pass
-        return
-    tensors = name_map(read_config(source_folder))
-    shards = plan_shards([StoredTensor(t.name, t.shape, dtype) for t in tensors], max_shard_size)
-    with folder_written_whole(out_folder) as folder:
-        write_tensors(folder, shards, named_tensors)
-        write_index(folder, shards)
-        copy_companions(source_folder, folder, role="policy", dtype=dtype)
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in named_tensors:
+        if is_writer:
+            # a copy: the tensor may be a view of a bucket
+            state[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    if is_writer:
+        with folder_written_whole(out_folder) as folder:
+            save_torch_state_dict(state, folder)
+            copy_companions(source_folder, folder, role="policy", dtype=dtype)

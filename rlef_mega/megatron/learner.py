@@ -27,9 +27,10 @@ from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.network.accelerations import Layers
+from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
-from rlef_mega.megatron.starting_point import StartingPoint
+from rlef_mega.megatron.starting_point import build_network
 from rlef_mega.megatron.trained_model import (
     FrozenModel,
     Metrics,
@@ -75,13 +76,19 @@ class Learner:
         weights: Path | None = None,
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
-        start = StartingPoint(
-            ranks, model_folder, getattr(torch, dtype), recompute, layers, weights
+        self.config, self.dtype = read_config(model_folder), getattr(torch, dtype)
+        build = functools.partial(
+            build_network,
+            config=self.config,
+            ranks=ranks,
+            folder=model_folder,
+            dtype=self.dtype,
+            recompute=recompute,
+            layers=layers,
+            weights=weights,
         )
-        self.config, self.dtype = start.config, getattr(torch, dtype)
         self.cutting = Cutting(
             ranks,
-            self.dtype,
             learner.microbatch_tokens,
             LlamaShape.of(self.config).flops,
             ppo.token_level_value,
@@ -92,10 +99,10 @@ class Learner:
         self.policy = self.critic = self.reference = None
         # In Megatron, reading weights and making an optimizer are collective over the world, so all
         # ranks do them in the same order, whichever networks they have.
-        if ppo.beta and (chunks := start.policy()):
+        if ppo.beta and (chunks := build(POLICY)):
             self.reference = FrozenModel(chunks, ranks)
             self.settle()  # before the next one is made
-        policy, critic = start.policy(), start.critic()
+        policy, critic = build(POLICY), build(CRITIC)
         if policy:
             self.policy = TrainedModel(policy, ranks, learner.policy)
             self.settle()

@@ -39,7 +39,6 @@ class Cutting:
     micro-batches is a multiple of `multiple`, which the pipeline's schedule asks for."""
 
     ranks: Ranks
-    dtype: torch.dtype
     token_budget: int
     flops: SequenceFlops
     token_level_value: bool = False

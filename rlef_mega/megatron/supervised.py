@@ -12,8 +12,9 @@ from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.network.accelerations import Layers
+from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.parallel import POLICY, Ranks
-from rlef_mega.megatron.starting_point import StartingPoint
+from rlef_mega.megatron.starting_point import build_network
 from rlef_mega.megatron.trained_model import Metrics, TrainedModel, train_step
 from rlef_mega.types import Batch
 
@@ -35,17 +36,24 @@ class SupervisedLearner:
     ) -> None:
         """Start from the folder's weights, or from those of the checkpoint `weights`."""
         self.ranks = ranks
-        start = StartingPoint(
-            ranks, model_folder, getattr(torch, dtype), recompute, layers, weights
+        config = read_config(model_folder)
+        chunks = build_network(
+            POLICY,
+            config,
+            ranks,
+            model_folder,
+            dtype=getattr(torch, dtype),
+            recompute=recompute,
+            layers=layers,
+            weights=weights,
         )
         self.cutting = Cutting(
             ranks,
-            getattr(torch, dtype),
             microbatch_tokens,
-            LlamaShape.of(start.config).flops,
+            LlamaShape.of(config).flops,
             multiple=ranks.microbatch_multiple,
         )
-        self.policy = TrainedModel(start.policy(), ranks, optimizer)
+        self.policy = TrainedModel(chunks, ranks, optimizer)
 
     @property
     def trained(self) -> dict[str, TrainedModel]:

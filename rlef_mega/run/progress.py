@@ -18,50 +18,38 @@ from rich.progress import (
 )
 
 
-class StepProgress:
+class StepProgress(Progress):
     """Progress of a run's steps; a context manager. Prints nothing where `shown` is False."""
 
     def __init__(self, label: str, *, done: int, total: int, shown: bool, every: int = 1) -> None:
+        super().__init__(
+            TextColumn(f"[bold]{label}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}"),
+            TextColumn("[cyan]{task.fields[phase]:<12}", markup=True),
+            TextColumn("{task.description}", markup=False),
+            console=Console(soft_wrap=True),
+            disable=not (shown and sys.stdout.isatty()),
+        )
         self.label, self.total, self.shown = label, total, shown
         self.every = every  # steps a line, without a terminal
         self.first = self.done = done
         self.started = time.monotonic()
-        self.bar: Progress | None = None
-        if shown and sys.stdout.isatty():
-            self.bar = Progress(
-                TextColumn(f"[bold]{label}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[eta]}"),
-                TextColumn("[cyan]{task.fields[phase]:<12}", markup=True),
-                TextColumn("{task.description}", markup=False),
-                console=Console(soft_wrap=True),
-            )
-            self.task = self.bar.add_task("", total=total, completed=done, eta="", phase="starting")
-
-    def __enter__(self) -> "StepProgress":
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+        self.bar = self.add_task("", total=total, completed=done, eta="", phase="starting")
 
     def phase(self, name: str) -> None:
         """Show the current phase, on a terminal."""
-        if self.bar:
-            self.bar.update(self.task, phase=name)
+        self.update(self.bar, phase=name)
 
     def step(self, message: str) -> None:
         """Count one finished step and show its message."""
         self.done += 1
         eta = self.eta(time.monotonic())
-        if self.bar:
-            self.bar.update(self.task, completed=self.done, description=message, eta=eta)
-        elif self.shown and self.done % self.every == 0:
+        self.update(self.bar, completed=self.done, description=message, eta=eta)
+        if self.disable and self.done % self.every == 0:
             line = f"{self.label} {self.done}/{self.total}  {message}"
-            print(f"{line}  {eta}" if eta else line, flush=True)
+            self.say(f"{line}  {eta}" if eta else line)
 
     def eta(self, now: float) -> str:
         """Return the remaining time at this process's mean pace; rich's own estimate uses only the
@@ -71,41 +59,34 @@ class StepProgress:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        if self.bar:
-            self.bar.console.print(message, markup=False)
+        if not self.disable:
+            self.console.print(message, markup=False)
         elif self.shown:
             print(message, flush=True)
 
 
-class ByteProgress:
+class ByteProgress(Progress):
     """Progress of a conversion in bytes; a context manager. Without a terminal it prints only one
     line at the end."""
 
     def __init__(self, label: str, *, shown: bool) -> None:
+        super().__init__(
+            TextColumn(f"[bold]{label}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(soft_wrap=True),
+            disable=not (shown and sys.stdout.isatty()),
+        )
         self.label, self.shown = label, shown
         self.first: int | None = None  # bytes that an earlier, resumed conversion had written
         self.done = 0
         self.started = time.perf_counter()
-        self.bar: Progress | None = None
-        if shown and sys.stdout.isatty():
-            self.bar = Progress(
-                TextColumn(f"[bold]{label}"),
-                BarColumn(bar_width=24),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=Console(soft_wrap=True),
-            )
-            self.task = self.bar.add_task(label, total=None)
+        self.bar = self.add_task(label, total=None)
 
-    def __enter__(self) -> "ByteProgress":
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        super().__exit__(kind, *rest)
         if self.shown and kind is None:
             seconds = time.perf_counter() - self.started
             moved = self.done - (self.first or 0)
@@ -118,8 +99,7 @@ class ByteProgress:
         if self.first is None:
             self.first = done
         self.done = done
-        if self.bar:
-            self.bar.update(self.task, completed=done, total=total)
+        self.update(self.bar, completed=done, total=total)
 
 
 def training_line(record: dict[str, Any], times: dict[str, float]) -> str:

@@ -24,7 +24,7 @@ from rlef_mega.dialogues.judge import Judge
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.publish import publish
-from rlef_mega.engines.sglang.engine import Limits, SGLangEngine
+from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
 from rlef_mega.engines.sglang.publication import DiskPublication
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Test
@@ -65,7 +65,7 @@ def open_engine(serving, folder, way, **limits) -> SGLangEngine:
     return SGLangEngine(
         serving.urls,
         serving.model,
-        Limits(**{"publish_s": 60, "deadline_s": 200, "heartbeat_s": 20, **limits}),
+        RequestLimits(**{"publish_s": 60, "deadline_s": 200, "heartbeat_s": 20, **limits}),
         way=way,
         weights_folder=folder / "weights",
         logs=serving.run / "servers",

@@ -111,7 +111,7 @@ def test_what_a_job_that_is_over_left_behind_is_named(monkeypatch):
 def test_a_rank_takes_its_place_from_slurm_and_dumps_its_stacks(tmp_path):
     """As srun sets the variables; then SIGUSR2, while the rank sleeps in C."""
     code = (
-        "import os, sys, time; from rlef_mega import launch\n"
+        "import os, sys, time; from rlef_mega.run import launch\n"
         "def work(folder):\n"
         "    print(*(os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')), flush=True)\n"
         "    time.sleep(60)\n"

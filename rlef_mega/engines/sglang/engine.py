@@ -29,7 +29,7 @@ from rlef_mega.engines import EngineError, GenerationRequest
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request
 from rlef_mega.engines.http import new_http_session
 from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client, ServerInfo
-from rlef_mega.engines.sglang.fleet import Affinity, Fleet, Limits
+from rlef_mega.engines.sglang.fleet import Affinity, Fleet, RequestLimits
 from rlef_mega.engines.sglang.members import Member, on_each
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.publication import BucketPublication, DiskPublication
@@ -81,7 +81,7 @@ class SGLangEngine(LivesInLoop):
         self,
         urls: Sequence[str],
         model: str | Path,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         *,
         way: str | None = None,
         weights_folder: Path | None = None,
@@ -93,7 +93,7 @@ class SGLangEngine(LivesInLoop):
             raise ValueError("no SGLang servers given; start some with `rlef serve`")
         if len(set(urls)) != len(urls):
             raise ValueError(f"a server is named twice in {list(urls)}; name each once")
-        self.urls, self.limits = [url.rstrip("/") for url in urls], limits or Limits()
+        self.urls, self.limits = [url.rstrip("/") for url in urls], limits or RequestLimits()
         self.folder, self.model = Path(model), ServedModel(Path(model))
         self.way, self.weights_folder, self.logs = way, weights_folder, logs
         self.release_memory, self.take_over = release_memory, take_over

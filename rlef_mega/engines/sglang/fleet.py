@@ -41,7 +41,7 @@ SETTLE_S = 2.0  # for the other servers, once the first has new weights
 
 
 @dataclass
-class Limits:
+class RequestLimits:
     """Bounds on the use of servers."""
 
     concurrency: int = 256  # open requests at a server, of this process
@@ -62,7 +62,7 @@ class Affinity:
 class Fleet:
     """The servers of one engine. A server is ready only while it serves `version`."""
 
-    def __init__(self, members: Iterable[Member], limits: Limits) -> None:
+    def __init__(self, members: Iterable[Member], limits: RequestLimits) -> None:
         self.members, self.limits = list(members), limits
         for member in self.members:
             member.slots = asyncio.Semaphore(limits.concurrency)

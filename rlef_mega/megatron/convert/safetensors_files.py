@@ -11,8 +11,7 @@ was read through a system call does not.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,24 +202,6 @@ def plan_shard(file: str, tensors: Sequence[StoredTensor]) -> Shard:
         for tensor in ordered
     ]
     return Shard(file, header, tuple(located))
-
-
-def write_tensors(
-    folder: Path, shards: Sequence[Shard], named_tensors: Iterable[tuple[str, torch.Tensor]]
-) -> None:
-    """Write tensors in the order in which they come, each at its own offset."""
-    expected = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    with ExitStack() as stack:
-        files = {s.file: stack.enter_context((folder / s.file).open("wb")) for s in shards}
-        for shard in shards:
-            files[shard.file].write(shard.header)
-        for name, tensor in named_tensors:
-            stored = expected.pop(name)
-            assert tuple(tensor.shape) == stored.shape, name
-            files[stored.file].seek(stored.offset)
-            content = tensor.detach().to("cpu", stored.dtype).contiguous()
-            files[stored.file].write(bytes_of(content))
-    assert not expected, f"never came: {sorted(expected)}"
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:

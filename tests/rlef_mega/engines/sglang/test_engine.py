@@ -16,7 +16,7 @@ from rlef_mega.engines import EngineError, EngineLostError
 from rlef_mega.engines.http import ServerError
 from rlef_mega.engines.sglang import fleet
 from rlef_mega.engines.sglang.engine import SGLangEngine
-from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet, Limits
+from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet, RequestLimits
 from rlef_mega.engines.sglang.members import Member
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.weights import ServedModel
@@ -46,8 +46,8 @@ def servers(model):
 
 
 def open_engine(servers, model, **options) -> SGLangEngine:
-    names = options.keys() & {field.name for field in fields(Limits)}
-    limits = Limits(
+    names = options.keys() & {field.name for field in fields(RequestLimits)}
+    limits = RequestLimits(
         **{"heartbeat_s": 0.2, "deadline_s": 10.0, **{n: options.pop(n) for n in names}}
     )
     return SGLangEngine([server.url for server in servers], model, limits, **options)
@@ -377,7 +377,7 @@ def test_a_probe_that_a_publication_overtook_loads_no_old_weights(outcome):
     async def run():
         client = RestoredClient()
         member = Member(client)
-        servers = Fleet([member], Limits())
+        servers = Fleet([member], RequestLimits())
         loads = []
 
         async def restore(one):
