@@ -196,6 +196,7 @@ def test_function_calls_are_for_python(cpp: Sandbox) -> None:
         cpp.grade("int main() {}", [CallTest("f", (), 1)], language="cpp")
 
 
+@pytest.mark.timing
 def test_a_source_is_compiled_once(cpp: Sandbox) -> None:
     source = HEADER + "int main() { string s; cin >> s; cout << s << s; }"
     with ThreadPoolExecutor(8) as pool:

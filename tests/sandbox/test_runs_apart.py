@@ -115,6 +115,7 @@ def test_the_threads_of_one_run_are_not_counted_against_another(
     assert [result.stdout for result in results] == [b"started\n"] * 4
 
 
+@pytest.mark.timing
 def test_a_program_of_many_threads_starves_no_other() -> None:
     """A false IDLE_LIMIT would be the starved one's, which works as fast as it may."""
     if Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() != "1":
@@ -159,6 +160,7 @@ def test_threads_are_bounded(sandbox: Sandbox) -> None:
     assert sandbox.run(source, limits=Limits(processes=16)).stdout == b"bounded\n"
 
 
+@pytest.mark.timing
 def test_a_sleeper_holds_a_worker_no_longer_than_its_wall_clock_limit(sandbox: Sandbox) -> None:
     started = time.monotonic()
     sandbox.run("import time; time.sleep(60)", limits=Limits(cpu_s=0.1, wall_s=0.2))

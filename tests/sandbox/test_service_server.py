@@ -209,6 +209,7 @@ def test_metrics_add_up():
         assert [name for name in types if f"`{name}" not in documented] == []
 
 
+@pytest.mark.timing
 def test_a_slow_program_or_a_large_body_does_not_stall_the_server():
     """One worker is busy with a large comparison all along; health is answered meanwhile."""
     with ServerProcess(*ONE_JOB) as server:

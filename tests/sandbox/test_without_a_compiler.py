@@ -110,6 +110,7 @@ def test_no_child_can_report_for_itself_or_another(python_sandbox: Sandbox) -> N
         assert sleeper.result().status is Status.OK
 
 
+@pytest.mark.timing
 def test_a_sleeper_holds_up_nobody_and_a_starved_program_gets_more_time(
     python_sandbox: Sandbox,
 ) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from rlef_sandbox import Limits, Sandbox, Status, Test
 from rlef_sandbox.sandbox import JOBS_A_WORKER
 from rlef_sandbox.work_slots import WorkSlots
 
+pytestmark = pytest.mark.timing
 SLEEP = "import time; time.sleep(30)"
 
 

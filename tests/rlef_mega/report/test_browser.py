@@ -198,6 +198,7 @@ def test_text_that_would_turn_or_hide_its_neighbours_is_named(chromium, tmp_path
     assert "a␀⟨U+202E⟩gnp.exe⟨U+2066⟩ שלום 😀" in dialogue(chromium)
 
 
+@pytest.mark.timing
 def test_ten_thousand_episodes_cost_the_page_no_more_than_those_seen(chromium, tmp_path):
     turn = make_turn("prompt", "Hi", "Hello", valid=True, last=False)
     episodes = [
@@ -268,6 +269,7 @@ def test_highlighting_changes_no_character_and_tells_code_from_prose(functions):
     assert ["keyword", "return"] in begun and begun[-1] == ["", "\nfor you"]
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("piece", ["'", '"""', "'''\\", "`", "```", "a'", "#\n", "\\", "1.", "/*"])
 def test_highlighting_takes_time_in_proportion_to_the_text(functions, piece):
     text = json.dumps("```python\n" + piece * 30_000)
