@@ -6,7 +6,8 @@ they use, not the config. Defaults are the paper's (RLEF A.1, 3.1) where it give
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -476,6 +477,17 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         else:
             lines.append(f"  {where or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}")
     return lines
+
+
+@contextmanager
+def requires_extra(setting: str, extra: str) -> Iterator[None]:
+    """Turn the error of a package that is not installed into a ConfigError that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{setting} needs {error.name}: pip install 'rlef-mega[{extra}]'"
+        ) from None
 
 
 def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Parts:
     evaluator: Evaluator
     progress: StepProgress
     trackers: Trackers
-    servers: int  # SGLang servers; 0 if the engine is embedded
+    servers: int  # the recipe's SGLang servers, which only a client of servers uses
 
     def note_phase(self, text: str) -> None:
         """Show the current phase to the watchdog and on the terminal."""

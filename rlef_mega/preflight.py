@@ -16,6 +16,7 @@ from rlef_mega.config import (
     dump_toml,
     flatten,
     load_config,
+    requires_extra,
 )
 from rlef_mega.dialogues.distractors import with_wrong_programs
 from rlef_mega.dialogues.judge import check_servers
@@ -164,15 +165,11 @@ def check_rollout_servers(config: TrainConfig) -> None:
     if config.rollout.engine != "sglang":
         return
     servers = config.rollout.servers
-    try:
+    with requires_extra("rollout.engine = sglang", "serve"):
         from rlef_mega.engines.sglang.engine import SGLangEngine
-
+    try:
         with SGLangEngine(servers.addresses, config.model.path) as engine:
             context = engine.context_length
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"rollout.engine = sglang needs {error.name}: pip install 'rlef-mega[serve]'"
-        ) from None
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"rollout.servers: {error}. `rlef serve RECIPE` starts them on a node, `rlef train "

@@ -17,9 +17,9 @@ import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
-from rlef_mega.config import ConfigError, JudgeConfig
+from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.run.event_loop import LivesInLoop
 from rlef_mega.types import AssertTest, Problem, TestOutcome, Verdict
 from rlef_sandbox import AnyTest, CheckTest, Result, Sandbox, Status
@@ -59,14 +59,7 @@ class EmbeddedGrader:
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         grading = asyncio.get_running_loop().run_in_executor(
             self.threads,
-            lambda: self.sandbox.grade(
-                program,
-                tests_of(problem),
-                limits=problem.limits,
-                checker=problem.checker,
-                language=problem.language,
-                run_at_least=len(problem.public_tests),
-            ),
+            lambda: self.sandbox.grade(program, **grading_options(problem)),
         )
         try:
             return await grading
@@ -101,14 +94,7 @@ class RemoteGrader(LivesInLoop):
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         from rlef_sandbox.service.client import ServiceError
 
-        grading = self.client.grade(
-            program,
-            tests_of(problem),
-            limits=problem.limits,
-            checker=problem.checker,
-            language=problem.language,
-            run_at_least=len(problem.public_tests),
-        )
+        grading = self.client.grade(program, **grading_options(problem))
         try:
             return await asyncio.wrap_future(self.thread.submit(grading))
         except ServiceError as error:
@@ -180,6 +166,17 @@ def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
     )
 
 
+def grading_options(problem: Problem) -> dict[str, Any]:
+    """Return what a sandbox or a server needs of a problem to grade a program."""
+    return {
+        "tests": tests_of(problem),
+        "limits": problem.limits,
+        "checker": problem.checker,
+        "language": problem.language,
+        "run_at_least": len(problem.public_tests),
+    }
+
+
 FRAME_LINE = re.compile(rb'(  File "solution\.py", line )(\d+)')
 
 
@@ -202,13 +199,11 @@ def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:
     programs as the recipe asks."""
     if not judge.servers:
         return
+    with requires_extra("judge.servers", "serve"):
+        import rlef_sandbox.service.client  # noqa: F401 - RemoteGrader imports it, too
     try:
         with RemoteGrader(judge.servers, grading_token, deadline_s=judge.deadline_s) as grader:
             health = grader.health
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"judge.servers needs {error.name}: pip install 'rlef-mega[serve]'"
-        ) from None
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"judge.servers: {error}. Start each with `python -m rlef_sandbox serve`, and give "

@@ -13,13 +13,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlef_mega.config import ConfigError, JudgeConfig
+from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, check_servers, open_grader
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
@@ -312,18 +311,27 @@ def open_engine(
     """Open the engine; yield it with known facts about it. SGLang servers get the folder's weights,
     which are verified. The weights of completion servers are unknown."""
     if request.openai:
-        openai = needs_aiohttp("--openai", "rlef_mega.evaluation.completion_servers")
-        options = {"model": request.served_model, "api_key": request.api_key}
-        with openai.OpenAIEngine(
-            request.openai, chat, context=request.max_context, **options
+        with requires_extra("--openai", "serve"):
+            from rlef_mega.evaluation.completion_servers import OpenAIEngine
+        with OpenAIEngine(
+            request.openai,
+            chat,
+            context=request.max_context,
+            model=request.served_model,
+            api_key=request.api_key,
         ) as engine:
             found = (f"{name.replace('_', ' ')}: {value}" for name, value in engine.facts.items())
             print("not what training samples from: " + ", ".join(found))
             yield engine, engine.facts
     elif request.sglang:
-        sglang = needs_aiohttp("--sglang", "rlef_mega.engines.sglang.engine")
-        facts = {"kind": "sglang", "servers": list(request.sglang), "weights": "verified"}
-        with sglang.SGLangEngine(
+        with requires_extra("--sglang", "serve"):
+            from rlef_mega.engines.sglang.engine import SGLangEngine
+        facts: dict[str, Any] = {
+            "kind": "sglang",
+            "servers": list(request.sglang),
+            "weights": "verified",
+        }
+        with SGLangEngine(
             request.sglang,
             folder,
             way="disk",
@@ -336,14 +344,6 @@ def open_engine(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         local = LocalEngine(folder, dtype=request.dtype, device=device)
         yield local, {"kind": "local", "dtype": request.dtype}
-
-
-def needs_aiohttp(option: str, module: str) -> Any:
-    """Import the module of an engine. Raises ConfigError if a package is missing."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{option} needs {error.name}: pip install 'rlef-mega[serve]'") from None
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
