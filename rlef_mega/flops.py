@@ -63,7 +63,7 @@ class LlamaShape:
 
     @property
     def layer_products(self) -> int:
-        """Weights of one layer in matrix products: all but its two norms."""
+        """Return the weights of one layer that matrices multiply: all but its two norms."""
         attention = 2 * (self.heads + self.key_value_heads) * self.head_dim
         return self.hidden * (attention + 3 * self.ffn)
 

@@ -51,8 +51,10 @@ FREE_TO_CHANGE = {
 
 
 def check_train(config: TrainConfig, *, grading_token: str | None = None) -> None:
-    """Check a training run, except for rollout servers, which may not run yet
-    (`check_rollout_servers`). Raises ConfigError or ValueError with the remedy."""
+    """Check everything that a training run needs. Raises ConfigError or ValueError with the remedy.
+
+    Rollout servers are checked later, by `check_rollout_servers`: they may not have been started.
+    """
     refuse_untested_megatron()
     plan_train(config)
     if config.model.weights:

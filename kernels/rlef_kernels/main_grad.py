@@ -16,7 +16,8 @@ def check_main_grad(weight_VD: torch.Tensor) -> None:
 def weight_gradient_sum(
     weight_VD: torch.Tensor, dtype: torch.dtype, *, needed: bool, into_main_grad: bool
 ) -> torch.Tensor | None:
-    """Return the tensor to which the chunks' gradients of the weight are added, or None."""
+    """Return the tensor that sums the weight's gradient over chunks: Megatron's main_grad, or zeros
+    of `dtype`; None if no gradient is needed."""
     if into_main_grad:
         return weight_VD.main_grad  # type: ignore[attr-defined]  # Megatron's DDP
     return torch.zeros_like(weight_VD, dtype=dtype) if needed else None

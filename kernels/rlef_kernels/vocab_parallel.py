@@ -171,7 +171,8 @@ def local_columns(
 def chunk_logits(
     hidden_CD: torch.Tensor, weight_VD: torch.Tensor, temperature: float, buffer: torch.Tensor
 ) -> torch.Tensor:
-    """Write hidden weight^T / temperature to the first rows of `buffer`; returns these rows."""
+    """Write the logits hidden weight^T / temperature into the first C rows of `buffer`, and return
+    these rows."""
     out = buffer[: hidden_CD.shape[0]]
     return torch.addmm(out, hidden_CD, weight_VD.t(), beta=0, alpha=1 / temperature, out=out)
 

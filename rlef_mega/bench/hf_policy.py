@@ -113,7 +113,7 @@ HEADS: dict[str, Head] = {"Liger": liger_head, "logits": logits_head}
 
 
 def has_liger(device: torch.device) -> bool:
-    """Its kernels are Triton's: an NVIDIA GPU is needed besides the package."""
+    """Return whether Liger can run: it needs its package and, for Triton kernels, an NVIDIA GPU."""
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 

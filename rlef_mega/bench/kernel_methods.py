@@ -63,18 +63,18 @@ class HeadInputs:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compute the loss, and what it needs.
+    """One implementation of the loss, ours or a peer's, and its requirements.
 
-    `products` counts the matrix products of 2 T V D FLOPs that the definition needs, forward and in
-    all; None without a backward pass.
+    `products` counts the matrix products of 2 T V D FLOPs each: those of the forward pass, and of
+    forward and backward together (None without a backward pass).
     """
 
     name: str
     loss: Callable[[HeadInputs], torch.Tensor]
     products: tuple[int, int | None]
-    masks: bool = True  # whether it can leave masked tokens out
-    capability: tuple[int, int] | None = None  # the least of a GPU; None: runs on a CPU too
-    module: str = ""  # of a peer
+    masks: bool = True  # whether it can skip masked tokens
+    capability: tuple[int, int] | None = None  # smallest of a GPU; None: a CPU suffices
+    module: str = ""  # the peer's, to import
 
     def unavailable(self, device: torch.device) -> str:
         """Return the reason why the method cannot run on this device, "" if it can."""
@@ -113,7 +113,7 @@ def with_plan(operation: str, plan: str) -> Callable[..., Any]:
 
 
 def ours(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
-    """Our log-prob and entropy."""
+    """Return the loss of our log-prob and entropy."""
     chosen = inputs.unmasked()
     outputs = with_plan("linear_logprob", plan)(
         chosen.hidden_TD,
@@ -125,7 +125,7 @@ def ours(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
 
 
 def ours_in_head(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
-    """Our policy loss computed in the head."""
+    """Return our policy loss, computed in the head."""
     chosen = inputs.unmasked()
     loss, *_ = with_plan("linear_ppo_loss", plan)(
         chosen.hidden_TD,
@@ -139,7 +139,7 @@ def ours_in_head(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
 
 
 def kl(inputs: HeadInputs, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """The KL between the distributions of each token and of another one, under the same head."""
+    """Return the KL between each token's distribution and another token's, under the same head."""
     chosen = inputs.unmasked()
     hidden_TD, weight_VD = chosen.hidden_TD, chosen.weight_VD
     kl_T = compute(hidden_TD, weight_VD, hidden_TD.detach().flip(0), weight_VD.detach())

@@ -45,7 +45,7 @@ def benchmark(recipe: str) -> Results:
 
 
 def figures(waves: Sequence[dict]) -> tuple[Figure, ...]:
-    """`waves` holds what each rank counted, a list for each repeat."""
+    """Return the figures. `waves` holds each rank's counts, one list for each repeat."""
 
     def total(name: str) -> list[float]:
         return [sum(rank[name] for rank in wave) for wave in waves]

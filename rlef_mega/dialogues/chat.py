@@ -157,7 +157,8 @@ CONTROLS = {
 
 
 def control_ids(tokenizer: "PreTrainedTokenizerBase", controls: Sequence[str]) -> list[int]:
-    """Ids of control tokens. ValueError if text that spells one would be encoded as one."""
+    """Return the ids of control tokens. Raises ValueError if text that spells one would be encoded
+    as one."""
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary[control] for control in controls]
     for control, token_id in zip(controls, ids, strict=True):

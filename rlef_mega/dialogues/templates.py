@@ -35,7 +35,7 @@ class Template:
     reminder: str  # the last sentence of prompt and feedback
     style: Literal["input_output", "assertions"]
     remind_again: bool = True  # the reminder ends every feedback too
-    begun: bool = False  # every response is begun with the problem's own code
+    begun: bool = False  # every response begins with the problem's own code
     field_chars: int = 1000  # of one input, output or value
     trace_chars: int = 2000
     whole_trace: bool = True  # else its last line only
@@ -92,7 +92,7 @@ def template_named(name: str) -> Template:
 
 
 def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTest] = ()) -> str:
-    """The first user message. Only the mbpp template quotes public tests."""
+    """Return the first user message. Only the mbpp template quotes public tests."""
     wording = template_named(template)
     tests = ""
     if public_tests and "{tests}" in wording.prompt:
@@ -108,9 +108,9 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
 
 
 def response_start(statement: str, template: str) -> str:
-    """What every response is begun with, for the model to go on (RLEF C.4): the problem's code in
-    an open block. Empty for most templates. That later responses are begun too is our reading: so
-    all are read alike.
+    """Return the text with which every response begins and which the model continues (RLEF C.4):
+    the problem's code in an open block; empty for most templates. The paper does not say
+    whether later responses begin so; ours do, so that all are parsed alike.
     """
     return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
 
@@ -118,10 +118,11 @@ def response_start(statement: str, template: str) -> str:
 def feedback(
     outcomes: Sequence[TestOutcome], template: str, max_characters: int | None = None
 ) -> str:
-    """What the program did on the public tests. No outcomes: the response held no valid code.
+    """Return the feedback on a program's public tests. No outcomes mean that the response held no
+    valid code.
 
-    Beyond `max_characters` the middle of what is told of the tests is left out; the frame around it
-    always stays.
+    The part about the tests is shortened in its middle to fit `max_characters`; the sentences
+    around it always stay.
     """
     wording = template_named(template)
     describe = input_output_line if wording.style == "input_output" else assertion_line

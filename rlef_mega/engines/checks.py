@@ -69,6 +69,6 @@ def checked_weights(
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Return the first names as text, and the number of the others."""
+    """Return the names as text; beyond the first `most`, only their number."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

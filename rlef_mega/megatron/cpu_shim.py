@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 
 def install() -> None:
-    """Replace the `torch.cuda` functions that Megatron calls on any machine. Does nothing where
-    there is CUDA.
+    """Replace the `torch.cuda` functions that Megatron calls even without a GPU. Does nothing on a
+    machine with CUDA.
     """
     if torch.cuda.is_available():
         return

@@ -45,7 +45,7 @@ class PackedRows:
         return packed.view(shape)[:, self.first : self.last]
 
     def runs(self, packed_rows: int) -> Iterator[tuple[int, int]]:
-        """Yields (first row, number of rows) of each run in a parameter of `packed_rows` rows, in
+        """Yield (first row, number of rows) of each run in a parameter of `packed_rows` rows, in
         the tensor's own order."""
         if self.blocks == -1:
             piece_rows = self.piece_rows
@@ -80,7 +80,7 @@ class HFTensor:
         return torch.Size(self.shape[1:]).numel()
 
     def runs(self, packed_rows: int) -> Iterator[tuple[int, int, int]]:
-        """Yields (first row in the parameter, first row of the tensor, number of rows)."""
+        """Yield (first row in the parameter, first row of the tensor, number of rows)."""
         row = 0
         for packed, count in self.rows.runs(packed_rows) if self.rows else [(0, self.shape[0])]:
             yield packed, row, count

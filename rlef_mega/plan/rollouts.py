@@ -158,8 +158,11 @@ class Generation:
 def generation(
     dialogues: DialogueSample, server: SamplingServer, servers: int, batch: int, max_staleness: int
 ) -> Generation:
-    """Compute a batch's time with `batch` x (max_staleness + 1) dialogues, or as many as the
-    servers have room for, running at once."""
+    """Estimate the time to sample a batch of dialogues on `servers` servers.
+
+    `batch` x (max_staleness + 1) dialogues run concurrently, or fewer if the KV caches of the
+    servers are too small for them.
+    """
     context = dialogues.tokens - dialogues.sampled / 2
     room = min(MOST_RUNNING, server.cached_tokens / dialogues.tokens)
     running = max(1.0, min(room, batch * (max_staleness + 1) / servers))

@@ -116,7 +116,7 @@ def enter_user_namespace(process: int | None = None) -> None:
 
 
 def _become_unprivileged(namespaces: list[str], process: int) -> bool:
-    """Leave root and give up all capabilities for good. Returns whether no way back is left."""
+    """Give up root and all capabilities. Returns False if the process could still regain them."""
     if os.getuid() == 0:
         succeeds(os.setgroups, [])
         succeeds(os.setresgid, *[UNPRIVILEGED_ID] * 3)

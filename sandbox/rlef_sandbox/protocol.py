@@ -102,7 +102,7 @@ class Outcome(NamedTuple):
 
     @classmethod
     def unpack(cls, message: bytes) -> Outcome:
-        """Raises ValueError if the message is not an outcome."""
+        """Return the outcome in a message. Raises ValueError if it holds none."""
         try:
             phase, ending, status, cpu_s, wall_s, rss_bytes = OUTCOME.unpack_from(message)
         except struct.error as error:

@@ -78,7 +78,7 @@ class Zygote:
             self.supervisor = PythonSupervisor(channel, controller, self.plan)
 
     def native_supervisor(self, channel: int, controller: int) -> NativeSupervisor:
-        """Raises OSError if the C library cannot be loaded."""
+        """Return the supervisor in C. Raises OSError if its library cannot be loaded."""
         if not self.library:
             raise OSError("there is no C library")
         serves_program = self.program is not None

@@ -126,7 +126,7 @@ def overlap(piece: ShardedTensor, first: int, owned: tuple[int, int] | None) -> 
 def pieces(
     chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[torch.Tensor, int, ShardedTensor]]:
-    """Yields (weight, first, piece): Megatron's description of each weight on this rank. A weight
+    """Yield (weight, first, piece): Megatron's description of each weight on this rank. A weight
     that is several ranges of the global tensor (gate and up) has several pieces; `first` is where a
     piece starts in the weight's flat values.
     """
@@ -143,7 +143,7 @@ def pieces(
 def boxes(
     piece: ShardedTensor, key: str, flat_F: torch.Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """Yields boxes of a piece's flat values from `start` on, as views of `flat_F`."""
+    """Yield boxes of a piece's flat values from `start` on, as views of `flat_F`."""
     layers = piece.prepend_axis_num  # a leading axis of the global tensor that the piece lacks
     *replica, _ = piece.replica_id  # Megatron's last entry is the data-parallel rank: we cut by it
     for offset, size in box_corners(piece.local_shape, start, start + flat_F.numel()):
@@ -166,7 +166,7 @@ def boxes(
 def box_corners(
     shape: tuple[int, ...], start: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields (offset, size) of the boxes that hold the row-major values [start, end) of a vector or
+    """Yield (offset, size) of the boxes that hold the row-major values [start, end) of a vector or
     matrix, in order; at most three.
     """
     *rows, columns = shape

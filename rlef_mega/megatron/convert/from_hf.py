@@ -172,7 +172,7 @@ def pack(
     dtype: torch.dtype,
     multiple: int,
 ) -> Iterator[PackedParameter]:
-    """Yields Megatron's parameters, in the order of their first tensors."""
+    """Yield Megatron's parameters, in the order of their first tensors."""
     parts: dict[tuple[str, int | None], list[HFTensor]] = {}
     for tensor in tensors:
         parts.setdefault((tensor.parameter, tensor.own_layer), []).append(tensor)

@@ -120,7 +120,7 @@ class SafetensorsFolder:
             yield StoredTensor(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], file, offset)
 
     def check(self, tensors: Sequence[HFTensor]) -> None:
-        """Raises ConfigError if the folder lacks a tensor, has one that the model does not have, or
+        """Raise ConfigError if the folder lacks a tensor, has one that the model does not have, or
         one of another shape. A language model's head is allowed: a tied one may be stored all the
         same, and a critic does not read it.
         """

@@ -126,7 +126,7 @@ class StoredNetwork:
         return path, info
 
     def check(self, tensors: Sequence[HFTensor]) -> None:
-        """Raises ConfigError if the checkpoint lacks a tensor, has one that the model does not
+        """Raise ConfigError if the checkpoint lacks a tensor, has one that the model does not
         have, or one of another shape."""
         unknown = {name for name, _ in self.parameters} - {tensor.parameter for tensor in tensors}
         if unknown:

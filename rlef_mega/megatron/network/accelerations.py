@@ -128,7 +128,7 @@ def hide_unusable() -> None:
 
 
 def refuse_foreign_apex() -> None:
-    """Raises ConfigError for PyPI's `apex`, an unrelated web toolkit, which megatron-core would
+    """Raise ConfigError for PyPI's `apex`, an unrelated web toolkit, which megatron-core would
     import."""
     spec = importlib.util.find_spec("apex")
     if spec and not is_nvidias_apex():

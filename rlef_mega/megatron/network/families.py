@@ -73,7 +73,7 @@ def family_of(config: DenseConfig) -> Family:
 
 
 def check_family(config: DenseConfig) -> None:
-    """Raises ConfigError for a config that would be built wrongly; names what differs."""
+    """Raise ConfigError for a config that would be built wrongly; names what differs."""
     if config.model_type not in FAMILIES:
         raise ConfigError(f"model_type {config.model_type!r} is not supported; {SUPPORTED}")
     rope = rope_parameters(config)

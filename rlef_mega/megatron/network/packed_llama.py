@@ -56,7 +56,7 @@ from rlef_mega.megatron.parallel import Ranks
 
 
 def check_model(config: DenseConfig, parallel: ParallelConfig) -> None:
-    """Raises ConfigError for a model that we do not build, or that the layout cannot split."""
+    """Raise ConfigError for a model that we do not build, or that the layout cannot split."""
     check_family(config)
     check_layout(
         heads=config.num_attention_heads,

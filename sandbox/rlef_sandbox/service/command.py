@@ -106,8 +106,8 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(file: Path | None, variable: str | None) -> str | None:
-    """Return the token of the file if it is given, else of the variable. Raises ValueError if
-    others may read the file, or the token is malformed.
+    """Read the service's token from `file` or, without a file, from the environment variable's
+    value. Raises ValueError if other users may read the file, or if the token is malformed.
     """
     if file is None:
         return None if variable is None else checked_token(variable, TOKEN_VARIABLE)

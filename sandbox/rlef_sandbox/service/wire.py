@@ -49,7 +49,7 @@ class Field(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A frozen dataclass that is a JSON object on the wire."""
+    """How a frozen dataclass is sent: as a JSON object with these fields."""
 
     type: Callable[..., Any]
     fields: Mapping[str, Field]
