@@ -13,7 +13,7 @@ hardware FLOPs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 from transformers import PretrainedConfig
 
@@ -57,6 +57,19 @@ class LlamaShape:
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
         )
+
+    def hf_settings(self) -> dict[str, Any]:
+        """Return the sizes by their names in Hugging Face's configs, the inverse of `of`."""
+        return {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+        }
 
     def with_layers(self, layers: int) -> "LlamaShape":
         return replace(self, layers=layers)

@@ -95,15 +95,8 @@ def write_model(
     if shutil.disk_usage(folder).free < size + 10**9:
         raise ConfigError(f"{folder} has no room for {size / 1e9:.0f} GB; set TMPDIR elsewhere")
     config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_dim,
+        **shape.hf_settings(),
         rms_norm_eps=1e-5,
-        tie_word_embeddings=shape.tied,
         dtype=str(dtype).removeprefix("torch."),
         **settings,
     )

@@ -21,16 +21,7 @@ SMALL = LlamaShape(
 
 
 def config(shape: LlamaShape) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-    )
+    return LlamaConfig(**shape.hf_settings())
 
 
 @pytest.mark.parametrize(

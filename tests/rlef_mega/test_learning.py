@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlef_mega import metrics, ppo
-from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
+from rlef_mega.config import LearnerConfig, OptimizerConfig, PPOConfig
 from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import EmbeddedGrader, Judge
@@ -29,7 +29,7 @@ from rlef_mega.dialogues.rollout import DialogueLoop, Rules, derive_seed, distra
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.engines.publish import publish
 from rlef_mega.megatron.learner import Learner
-from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import pack, shuffled
 from rlef_mega.types import PrivateTests, Problem, Sampling, TestOutcome
 from rlef_sandbox import Result, Sandbox, Status, Test
@@ -77,13 +77,6 @@ def chat() -> ChatFormat:
 def judge() -> Iterator[Judge]:
     with Sandbox(workers=1) as sandbox:
         yield Judge(EmbeddedGrader(sandbox, workers=1))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    world = initialize(ParallelConfig(), seed=0)
-    yield world
-    shutdown(world)
 
 
 def shown_dialogue(chat: ChatFormat, source: random.Random) -> tuple[list[int], list[bool]]:

@@ -12,12 +12,11 @@ import json
 import pytest
 import torch
 
-from rlef_mega.config import LearnerConfig, ParallelConfig, PPOConfig
+from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.demo import smollm2
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.templates import extract_program, first_prompt
 from rlef_mega.engines.local import LocalEngine
-from rlef_mega.megatron import parallel
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack
 from rlef_mega.types import Episode, Sampling, Turn, Verdict
@@ -40,13 +39,6 @@ def chat(folder):
 @pytest.fixture(scope="module")
 def engine(folder):
     return LocalEngine(folder)
-
-
-@pytest.fixture
-def ranks():
-    ranks = parallel.initialize(ParallelConfig(), seed=0)
-    yield ranks
-    parallel.shutdown(ranks)
 
 
 def hold(engine, chat, *prompts: str, tokens: int, temperature: float) -> Episode:

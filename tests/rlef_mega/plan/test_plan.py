@@ -5,7 +5,6 @@ What this cannot catch: whether a recipe's plan for GPUs is right, because no GP
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +20,6 @@ from rlef_mega.bench.workload import slice_episodes
 from rlef_mega.cli import app
 from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
-from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
 from rlef_mega.plan import search
@@ -123,13 +121,6 @@ def test_micro_batches_in_flight_are_those_of_megatrons_schedule(pipeline, chunk
         )
         in_flight = warmup + (remaining > 0)
         assert network.in_flight(rank, microbatches) == pytest.approx(in_flight / chunks)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    world = initialize(ParallelConfig(), seed=0)
-    yield world
-    shutdown(world)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ process and split. What is of no family is refused by name.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.hf_names import name_map
 from rlef_mega.megatron.network.families import check_family, read_config
-from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.preflight import plan_train
 from tests.rlef_mega.distributed import launch
 from tests.rlef_mega.megatron.families_worker import (
@@ -27,13 +26,6 @@ from tests.rlef_mega.megatron.hugging_face import hf_logprobs
 from tests.rlef_mega.megatron.megatron_worker import make_batch
 
 ALONE = ParallelConfig()
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    world = initialize(ALONE, seed=7)
-    yield world
-    shutdown(world)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,19 +5,16 @@ To save memory, transformers' model uses our weights where it can, and its gradi
 and freed as they appear. What this cannot catch: depth, and bfloat16.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LLAMA_31_70B
 from rlef_mega.megatron.hf_names import HFTensor, trunk_map
 from rlef_mega.megatron.network.attention import packed_sequences
 from rlef_mega.megatron.network.packed_llama import CriticModel
-from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.megatron.parallel import Ranks
 
 NEEDED_GB = 14  # it peaks at 8.3, and other tests may run beside it
 LENGTHS = [29, 19]
@@ -48,13 +45,6 @@ def available_gb() -> float:
     with open("/proc/meminfo") as lines:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return kib["MemAvailable"] / 1e6
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    world = initialize(ParallelConfig(), seed=7)
-    yield world
-    shutdown(world)
 
 
 @pytest.mark.slow

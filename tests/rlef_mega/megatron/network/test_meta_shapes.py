@@ -48,23 +48,9 @@ def one_replica(parallel: ParallelConfig, **changes: int) -> ParallelConfig:
     return parallel.model_copy(update={"data_parallel_size": 1} | changes)
 
 
-def llama(shape: LlamaShape) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-        num_labels=1,
-    )
-
-
 CONFIGS: dict[str, DenseConfig] = {
-    "8B": llama(LLAMA_31_8B),
-    "70B": llama(LLAMA_31_70B),
+    "8B": LlamaConfig(**LLAMA_31_8B.hf_settings(), num_labels=1),
+    "70B": LlamaConfig(**LLAMA_31_70B.hf_settings(), num_labels=1),
     # of Qwen2.5-0.5B and Qwen3-0.6B: biases that are split, norms that are not, a tied head
     "qwen2": Qwen2Config(
         hidden_size=896,

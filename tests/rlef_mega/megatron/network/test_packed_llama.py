@@ -28,7 +28,7 @@ from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpo
 from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
 from rlef_mega.megatron.convert.compare_outputs import LARGEST_DIFFERENCE, largest_difference
 from rlef_mega.megatron.learner import Learner
-from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.megatron.parallel import Ranks, initialize
 from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.megatron.trained_model import learning_rate
 from rlef_mega.packing import pack
@@ -45,13 +45,6 @@ from tests.rlef_mega.megatron.megatron_worker import (
 )
 
 ALONE = ParallelConfig()
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    world = initialize(ALONE, seed=7)
-    yield world
-    shutdown(world)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.identity_op import IdentityOp
 from transformers import LlamaConfig, Qwen3Config
 
-from rlef_mega.config import ParallelConfig
 from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
 from rlef_mega.megatron.checkpoints.files import latest_checkpoint
 from rlef_mega.megatron.network import packed_llama
 from rlef_mega.megatron.network.accelerations import Accelerations
 from rlef_mega.megatron.network.attention import PackedAttention
-from rlef_mega.megatron.parallel import Ranks, initialize, shutdown
+from rlef_mega.megatron.parallel import Ranks
 from tests.rlef_mega.megatron.megatron_worker import make_batch, make_learner, make_model, one_batch
 
 ENGINE = Accelerations("transformer-engine", "transformer_engine", False, False)
@@ -70,13 +69,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.delitem(sys.modules, "rlef_mega.megatron.network.transformer_engine", raising=False)
     yield monkeypatch
     sys.modules.pop("rlef_mega.megatron.network.transformer_engine", None)
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    world = initialize(ParallelConfig(), seed=7)
-    yield world
-    shutdown(world)
 
 
 def test_every_module_of_a_layer_is_the_engines(engine: pytest.MonkeyPatch) -> None:

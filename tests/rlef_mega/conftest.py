@@ -1,0 +1,17 @@
+"""What tests of the networks share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from rlef_mega.config import ParallelConfig
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator:
+    """This process alone as Megatron's world."""
+    from rlef_mega.megatron import parallel  # imports Megatron, which most tests do not need
+
+    world = parallel.initialize(ParallelConfig(), seed=7)
+    yield world
+    parallel.shutdown(world)
