@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -134,7 +134,11 @@ def export_hf(
     processes: ProcessCount = 1,
 ) -> None:
     """Write a checkpoint's network as a Hugging Face folder; a killed export resumes."""
-    convert("export_checkpoint", **locals(), verify_outputs=verify)
+    asked = locals()
+    if converts_here(asked.pop("processes")):
+        from rlef_mega.megatron.convert.command import export_checkpoint
+
+        export_checkpoint(**asked, verify_outputs=verify)
 
 
 @app.command("import-hf")
@@ -152,7 +156,11 @@ def import_hf(
     processes: ProcessCount = 1,
 ) -> None:
     """Write a Hugging Face folder as a checkpoint, for any layout; a killed import resumes."""
-    convert("import_folder", **locals(), verify_outputs=verify)
+    asked = locals()
+    if converts_here(asked.pop("processes")):
+        from rlef_mega.megatron.convert.command import import_folder
+
+        import_folder(**asked, verify_outputs=verify)
 
 
 @app.command("import-smollm2")
@@ -410,21 +418,20 @@ def demo() -> None:
     run_demo()
 
 
-def convert(command: str, *, processes: int, **options: Any) -> None:
-    """Convert in this process, as one rank of a torchrun launch, or in new processes."""
+def converts_here(processes: int) -> bool:
+    """Return whether this process converts, alone or as one rank of a torchrun launch. Otherwise
+    the conversion has run in `processes` new ones."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 and processes > 1:
         if code := launch_again(processes, "rlef_mega.cli", sys.argv[1:]):
             raise typer.Exit(code)
-        return
+        return False
     if count > 1:
         die_with_parent()  # an orphan would write into the files of the next attempt
         from torch import distributed
 
         distributed.init_process_group("gloo")
-    from rlef_mega.megatron.convert import command as commands
-
-    getattr(commands, command)(**options)
+    return True
 
 
 def finish(code: int, run_dir: Path) -> None:
