@@ -1,4 +1,4 @@
-"""The documentation's links lead somewhere."""
+"""Every link of the documentation has an existing target."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub derives from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     kept = (re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()) for heading in headings)
     return {heading.strip().replace(" ", "-") for heading in kept}

@@ -1,4 +1,4 @@
-"""Imports go one way: a package imports only from levels below its own (docs/design.md)."""
+"""A package imports only from packages of lower levels (docs/design.md)."""
 
 import ast
 import graphlib
@@ -11,13 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Packages that only one place may import.
+# Packages that only one folder may import (and the benchmarks).
 ONLY_IN = {"megatron": "rlef_mega/megatron", "rlef_kernels": "rlef_mega/megatron"}
-ALONE = {  # a package at level 0, and all that it may import beside the standard library
+ALONE = {  # a standalone package, and what it may import beside the standard library
     "kernels/rlef_kernels": {"torch", "triton", "rlef_kernels"},
     "sandbox/rlef_sandbox": {"rlef_sandbox"},
 }
-# The one part of a package at level 0 that may import more, which the rest must not import.
+# The one part of a standalone package that may import more; the rest must not import it.
 SERVICE = "sandbox/rlef_sandbox/service"
 SERVICE_ALLOWED = {"rlef_sandbox", "aiohttp"}
 
@@ -46,7 +46,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 ROW = re.compile(r"\| (\d+) \| `(?:sandbox/|kernels/)?([\w/]+?)(?:\.py|/)` \|")
-# The dotted name of each room in the design's table, and its level.
+# The dotted name of each package in the design's table, and its level.
 LEVELS = {
     name.replace("/", "."): int(level)
     for level, name in ROW.findall((ROOT / "docs/design.md").read_text())
@@ -65,18 +65,18 @@ FILES = {
 EDGES = {name: (imported_modules(path) & FILES.keys()) - {name} for name, path in FILES.items()}
 
 
-def room(module: str) -> str:
-    """The longest name of a room that the module's name begins with."""
+def package_of(module: str) -> str:
+    """Return the longest package name of the table that the module's name begins with."""
     found = [name for name in LEVELS if f"{module}.".startswith(f"{name}.")]
     return max(found, key=len, default=module)
 
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - {"rlef_mega"}))
-def test_imports_come_from_rooms_below(name):
-    own = room(name)
+def test_imports_come_from_lower_levels(name):
+    own = package_of(name)
     assert own in LEVELS, f"{name}: docs/design.md has no row for it"
     for module in EDGES[name] - {"rlef_mega"}:
-        other = room(module)
+        other = package_of(module)
         assert other == own or LEVELS[other] < LEVELS[own], (
             f"{name} (level {LEVELS[own]}) imports {module} (level {LEVELS[other]})"
         )
@@ -86,11 +86,11 @@ def test_no_file_takes_part_in_an_import_cycle():
     graphlib.TopologicalSorter(EDGES).prepare()  # raises CycleError, which names the files
 
 
-def test_the_top_of_the_package_is_a_page():
+def test_the_package_has_at_most_twelve_modules_at_its_top():
     assert len(list((ROOT / "rlef_mega").glob("*.py"))) <= 12
 
 
-def test_rollout_and_megatron_meet_only_in_types():
+def test_rollout_and_megatron_do_not_import_each_other():
     for path in sources("rlef_mega/megatron"):
         assert not any("rollout" in module for module in imported_modules(path)), path
     for module in imported_modules(ROOT / "rlef_mega/dialogues/rollout.py"):
@@ -98,7 +98,7 @@ def test_rollout_and_megatron_meet_only_in_types():
 
 
 @pytest.mark.parametrize(("package", "home"), ONLY_IN.items())
-def test_one_place_imports(package, home):
+def test_only_one_folder_imports(package, home):
     for path in sources("rlef_mega"):
         names = {module.split(".")[0] for module in imported_modules(path)}
         inside = str(path.relative_to(ROOT)).startswith((home, "rlef_mega/bench"))
@@ -106,7 +106,7 @@ def test_one_place_imports(package, home):
 
 
 @pytest.mark.parametrize(("folder", "allowed"), ALONE.items())
-def test_level_zero_packages_stand_alone(folder, allowed):
+def test_standalone_packages_import_nothing_else(folder, allowed):
     for path in sources(folder):
         may = SERVICE_ALLOWED if path.is_relative_to(ROOT / SERVICE) else allowed
         names = {module.split(".")[0] for module in imported_modules(path)}

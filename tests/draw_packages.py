@@ -1,7 +1,7 @@
-"""Draw the rooms of docs/design.md's table and their imports, from the code itself:
-`python -m tests.draw_rooms docs/images/rooms.png`.
+"""Draw the packages of docs/design.md's table and their imports, from the code itself:
+`python -m tests.draw_packages docs/images/packages.png`.
 
-Each row is a level, and a wider box has more lines of code. An arrow means that the upper room
+Each row is a level, and a wider box has more lines of code. An arrow means that the upper package
 imports the lower one; arrows that follow from others are left out.
 """
 
@@ -14,16 +14,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from tests.test_layers import EDGES, FILES, LEVELS, room
+from tests.test_layers import EDGES, FILES, LEVELS, package_of
 
 
-def room_imports() -> dict[str, set[str]]:
-    """The rooms that each room imports, without those that it also reaches through another one."""
+def package_imports() -> dict[str, set[str]]:
+    """Return each package's imports, without those that it also reaches through another one."""
     direct: dict[str, set[str]] = {name: set() for name in LEVELS}
     for file, imported in EDGES.items():
         for other in imported:
-            if room(other) in LEVELS and room(file) in LEVELS and room(other) != room(file):
-                direct[room(file)].add(room(other))
+            if (
+                package_of(other) in LEVELS
+                and package_of(file) in LEVELS
+                and package_of(other) != package_of(file)
+            ):
+                direct[package_of(file)].add(package_of(other))
 
     def reached(name: str) -> set[str]:
         return direct[name] | {far for near in direct[name] for far in reached(near)}
@@ -37,7 +41,7 @@ def room_imports() -> dict[str, set[str]]:
 def lines_of_code() -> dict[str, int]:
     lines: dict[str, int] = defaultdict(int)
     for file, path in FILES.items():
-        lines[room(file)] += len(path.read_text().splitlines())
+        lines[package_of(file)] += len(path.read_text().splitlines())
     return lines
 
 
@@ -47,7 +51,7 @@ def draw(path: str) -> None:
         rows[level].append(name)
     figure, axes = plt.subplots(figsize=(13, 9))
     centres: dict[str, tuple[float, float]] = {}
-    arrows = room_imports()
+    arrows = package_imports()
 
     def above_its_imports(name: str) -> float:
         below = [centres[other][0] for other in arrows[name]]
