@@ -225,26 +225,15 @@ def evaluate(
         list[str] | None,
         typer.Option(help="an SGLang server to sample from, as http://node7:30000; repeatable"),
     ] = None,
-    openai: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="a server with OpenAI's completions API to sample from; its key is in "
-            "OPENAI_API_KEY; repeatable"
-        ),
-    ] = None,
-    served_model: Annotated[
-        str | None, typer.Option(help="the model's name on that server; default: its first model")
-    ] = None,
 ) -> None:
     """Estimate a model's n@k with 95% intervals, from dialogues, independent samples and false
     feedback; a killed evaluation resumes."""
     asked = locals()
     from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 
-    asked |= {name: tuple(asked[name] or ()) for name in ("servers", "sglang", "openai")}
+    asked |= {name: tuple(asked[name] or ()) for name in ("servers", "sglang")}
     asked["feedback"] = tuple(part.strip() for part in feedback.split(",") if part.strip())
-    api_key = os.environ.get("OPENAI_API_KEY")
-    run_evaluation(EvalRequest(**asked, grading_token=sandbox_token(), api_key=api_key))
+    run_evaluation(EvalRequest(**asked, grading_token=sandbox_token()))
 
 
 data_commands = typer.Typer(no_args_is_help=True, help="Inspect problems.")

@@ -79,9 +79,6 @@ class EvalRequest:
     servers: tuple[str, ...] = ()  # grading servers; none: an embedded sandbox
     grading_token: str | None = None
     sglang: tuple[str, ...] = ()  # servers of a model of this shape; none: the embedded engine
-    openai: tuple[str, ...] = ()  # or servers of OpenAI's completions API
-    served_model: str | None = None
-    api_key: str | None = None
 
     @property
     def pairs(self) -> tuple[NAtK, ...]:
@@ -139,8 +136,6 @@ def check_request(request: EvalRequest) -> None:
                 f"--n-at-k {n}@{k}: one dialogue of up to {request.turns} turns counts as "
                 f"{request.turns} samples; increase k, or lower --turns"
             )
-    if request.sglang and request.openai:
-        raise ConfigError("--sglang and --openai exclude each other: give one of them")
     if "random" in request.feedback and not (request.single_turn or "true" in request.feedback):
         raise ConfigError(
             "--feedback random needs the failed responses of another protocol: leave --single-turn "
@@ -157,11 +152,7 @@ def dialogue_settings(
     digest = hashlib.blake2b(digest_size=16)
     for problem in problems.values():
         digest.update(repr(problem).encode())
-    engine = "local"
-    if source.recorded:
-        engine = "recorded"
-    elif request.sglang or request.openai:
-        engine = "sglang" if request.sglang else f"openai {request.served_model or ''}".rstrip()
+    engine = "recorded" if source.recorded else "sglang" if request.sglang else "local"
     return {
         "model": str(request.model),
         "weights": source.identity,
@@ -263,10 +254,9 @@ def run_parts(
         facts: dict[str, Any] = {}
         if source.folder:
             chat = ChatFormat.from_folder(source.folder)
-            engine, facts = stack.enter_context(open_engine(request, source.folder, chat, file))
+            engine, facts = stack.enter_context(open_engine(request, source.folder, file))
         file.append({"session": describe(engine=facts, isolation=grader.isolation)})
-        servers = len(request.sglang or request.openai)
-        at_once = request.at_once or (SERVER_AT_ONCE * servers or LOCAL_AT_ONCE)
+        at_once = request.at_once or (SERVER_AT_ONCE * len(request.sglang) or LOCAL_AT_ONCE)
         for part in parts:
             if source.recorded:
                 run = grade_again(source.recorded, judge, part)
@@ -306,24 +296,11 @@ def rules_of(
 
 @contextmanager
 def open_engine(
-    request: EvalRequest, folder: Path, chat: ChatFormat, file: DialogueFile
+    request: EvalRequest, folder: Path, file: DialogueFile
 ) -> Iterator[tuple[Engine, dict[str, Any]]]:
     """Open the engine; yield it with known facts about it. SGLang servers get the folder's weights,
-    which are verified. The weights of completion servers are unknown."""
-    if request.openai:
-        with requires_extra("--openai", "serve"):
-            from rlef_mega.evaluation.completion_servers import OpenAIEngine
-        with OpenAIEngine(
-            request.openai,
-            chat,
-            context=request.max_context,
-            model=request.served_model,
-            api_key=request.api_key,
-        ) as engine:
-            found = (f"{name.replace('_', ' ')}: {value}" for name, value in engine.facts.items())
-            print("not what training samples from: " + ", ".join(found))
-            yield engine, engine.facts
-    elif request.sglang:
+    which are verified."""
+    if request.sglang:
         with requires_extra("--sglang", "serve"):
             from rlef_mega.engines.sglang.engine import SGLangEngine
         facts: dict[str, Any] = {

@@ -8,7 +8,6 @@ request ends the evaluation; the dialogues in the file remain.
 """
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,14 +106,13 @@ def sampled_record(episode: Episode, chat: ChatFormat, problem: Problem) -> Reco
     turns: list[Record] = []
     for turn in episode.turns:
         sampled = turn.completion
-        mean = sum(sampled.logprobs) / len(sampled.logprobs)
         turns.append(
             {
                 "observation": chat.decode(turn.observed_ids)[:TEXT_LIMIT],
                 "response": chat.decode(sampled.token_ids),
                 **graded_record(turn.program, turn.verdict, problem),
                 "tokens": len(sampled.token_ids),
-                "logprob_mean": None if math.isnan(mean) else mean,  # a server without log-probs
+                "logprob_mean": sum(sampled.logprobs) / len(sampled.logprobs),
             }
         )
     return {**problem_record(problem), "solved": episode.solved, "turns": turns}

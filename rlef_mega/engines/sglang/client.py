@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel
 
 from rlef_mega.engines import GenerationRequest
-from rlef_mega.engines.http import ServerError, call
+from rlef_mega.engines.sglang.http import ServerError, call
 from rlef_mega.types import Completion
 
 SUPPORTED = ("0.5.23",)

@@ -27,9 +27,9 @@ import torch
 from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError, GenerationRequest
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request
-from rlef_mega.engines.http import new_http_session
 from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client, ServerInfo
 from rlef_mega.engines.sglang.fleet import Affinity, Fleet, RequestLimits
+from rlef_mega.engines.sglang.http import new_http_session
 from rlef_mega.engines.sglang.members import Member, on_each
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.publication import BucketPublication, DiskPublication

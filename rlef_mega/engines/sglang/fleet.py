@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlef_mega.engines import BUSY, EngineError, EngineLostError, GenerationRequest
-from rlef_mega.engines.http import ServerError
 from rlef_mega.engines.sglang.client import PROBE_S, Client, ServedCompletion
+from rlef_mega.engines.sglang.http import ServerError
 from rlef_mega.engines.sglang.members import Member, on_each, reasons
 from rlef_mega.engines.sglang.processes import log_tail
 

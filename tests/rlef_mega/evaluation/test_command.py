@@ -1,6 +1,7 @@
 """`rlef eval` from end to end: killed and gone on with, graded again, refused. Responses come from
-a completion server that samples one of some by the request's seed; grading is real."""
+a server that samples one of some by the request's seed; grading is real."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from rlef_mega.config import ConfigError
 from rlef_mega.dialogues.chat import CONTROLS, ChatFormat
+from rlef_mega.engines.sglang.weights import ServedModel
 from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, create, key_of, read_dialogues
 from rlef_mega.evaluation.numbers import numbers_of
@@ -23,7 +25,7 @@ from rlef_mega.problems.jsonl import to_row
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Test
 from tests.rlef_mega.dialogues.test_chat import byte_tokenizer
-from tests.rlef_mega.evaluation.completion_server_double import CompletionServer
+from tests.rlef_mega.engines.sglang.server_double import ServerDouble
 from tests.rlef_mega.tiny_llama import tiny_llama
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -37,7 +39,7 @@ RESPONSES = [RIGHT, WRONG, ONLY_PUBLIC, NO_CODE, WRONG]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model's folder, of which a completion server's evaluation reads the tokenizer."""
+    """A model's folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_llama(262).save_pretrained(folder)
     byte_tokenizer(CONTROLS["llama3"]).save_pretrained(folder)
@@ -63,13 +65,39 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
+class SpeakingServer(ServerDouble):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(1, str(folder), "default", ServedModel(folder).served_names())
+        self.chat = ChatFormat.from_folder(folder)
+
+    async def server_info(self, body):
+        return {**await super().server_info(body), "max_req_input_len": 2000}
+
+    async def generate(self, body):
+        self.prompts.append(body["input_ids"])
+        await asyncio.sleep(self.delay_s)
+        asked = body["sampling_params"]
+        whole = self.chat.respond(RESPONSES[asked["sampling_seed"] % len(RESPONSES)])
+        ids = whole[: asked["max_new_tokens"]]
+        version = {"version": self.weight_version, "start": 0, "end": len(ids)}
+        return {
+            "output_ids": ids,
+            "meta_info": {
+                "finish_reason": {"type": "stop" if ids == whole else "length"},
+                "output_token_logprobs": [[-0.25, id, None] for id in ids],
+                "weight_versions": [version],
+                "cached_tokens": 0,
+            },
+        }
+
+
 @pytest.fixture(scope="module")
 def server(folder):
-    with CompletionServer(ChatFormat.from_folder(folder), RESPONSES) as server:
+    with SpeakingServer(folder) as server:
         yield server
 
 
-def request_of(folder: Path, data: Path, out: Path, server: CompletionServer) -> EvalRequest:
+def request_of(folder: Path, data: Path, out: Path, server: ServerDouble | None) -> EvalRequest:
     return EvalRequest(
         model=folder,
         data=str(data),
@@ -89,7 +117,7 @@ def request_of(folder: Path, data: Path, out: Path, server: CompletionServer) ->
         dtype="float32",
         seed=0,
         at_once=4,
-        openai=(server.url,) if server else (),
+        sglang=(server.url,) if server else (),
     )
 
 
@@ -100,7 +128,7 @@ def words(request: EvalRequest) -> list[str]:
         *("--data", request.data, "--out", str(request.out), "--n-at-k", str(request.n_at_k)),
         *("--rollouts", "3", "--feedback", "true,random,private", "--temperature", "1"),
         *("--top-p", "1", "--max-new-tokens", "120", "--max-context", "2000", "--at-once", "4"),
-        *("--openai", request.openai[0]),
+        *("--sglang", request.sglang[0]),
     ]
 
 
@@ -117,7 +145,7 @@ def dialogues(out: Path, name: str = "tiny") -> dict:
 @pytest.fixture(scope="module")
 def undisturbed(folder, data, server, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    server.requests.clear()
+    server.prompts.clear()
     run_evaluation(request_of(folder, data, out, server))
     return out
 
@@ -131,7 +159,7 @@ def test_every_dialogue_is_held_once_and_all_numbers_are_there(undisturbed, serv
         "random_feedback": 15,
         "private_feedback": 15,
     }
-    assert sum(len(record["turns"]) for record in held.values()) == len(server.sampled)
+    assert sum(len(record["turns"]) for record in held.values()) == len(server.prompts)
     found = result(undisturbed)
     for protocol, numbers in found["protocols"].items():
         assert numbers["asked"] == numbers["dialogues"] and not numbers["dropped"]
@@ -142,7 +170,7 @@ def test_every_dialogue_is_held_once_and_all_numbers_are_there(undisturbed, serv
         assert ("turn_budget" in numbers) == (protocol != "independent")
     outcomes = {t["outcome"] for record in held.values() for t in record["turns"]}
     assert outcomes == {"OK", "WRONG_ANSWER", "PRIVATE_TEST", "NO_VALID_CODE"}
-    assert found["sessions"][0]["engine"]["token_ids"] == "as sampled"
+    assert found["sessions"][0]["engine"]["weights"] == "verified"
     assert (undisturbed / "eval/tiny.png").stat().st_size > 10_000
 
 
@@ -166,7 +194,6 @@ def test_a_killed_evaluation_goes_on_and_comes_to_the_same(
     """SIGKILL while dialogues are held, and the last line cut as a kill may cut it."""
     request = request_of(folder, data, tmp_path, server)
     path = tmp_path / "eval/tiny.dialogues.jsonl"
-    server.requests.clear()
     server.delay_s = 0.05
     child = subprocess.Popen(words(request), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     try:
@@ -187,9 +214,9 @@ def test_a_killed_evaluation_goes_on_and_comes_to_the_same(
     assert sum(1 for _ in read_dialogues(path)) == 90, "a dialogue was written twice"
     again, before = result(tmp_path), result(undisturbed)
     assert again["protocols"] == before["protocols"] and len(again["sessions"]) == 2
-    asked = len(server.sampled)
+    asked = len(server.prompts)
     run_evaluation(request)  # there is nothing left to do
-    assert len(server.sampled) == asked and result(tmp_path)["protocols"] == before["protocols"]
+    assert len(server.prompts) == asked and result(tmp_path)["protocols"] == before["protocols"]
 
 
 def test_more_may_be_asked_for_later_but_nothing_else(undisturbed, folder, data, server, tmp_path):
@@ -280,7 +307,7 @@ def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbe
 
 def test_recorded_responses_come_to_the_same_numbers(undisturbed, folder, data, tmp_path):
     file = undisturbed / "eval/tiny.dialogues.jsonl"
-    run_evaluation(replace(request_of(file, data, tmp_path, None), openai=()))
+    run_evaluation(request_of(file, data, tmp_path, None))
     again, before = result(tmp_path, "tiny-regraded"), result(undisturbed)
     for protocol, numbers in before["protocols"].items():
         found = again["protocols"][protocol]
@@ -373,7 +400,6 @@ def test_a_checkpoint_is_exported_once_and_sampled_by_the_embedded_engine(folder
         ({"feedback": ("maybe",)}, "give some of true, none, random, private"),
         ({"feedback": ("random",), "single_turn": False}, "leave --single-turn on"),
         ({"feedback": (), "single_turn": False}, "nothing to evaluate"),
-        ({"sglang": ("http://a",), "openai": ("http://b",)}, "give one of them"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused_before_work(

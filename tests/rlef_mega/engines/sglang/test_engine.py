@@ -13,10 +13,10 @@ from transformers import LlamaForCausalLM
 
 from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError, EngineLostError
-from rlef_mega.engines.http import ServerError
 from rlef_mega.engines.sglang import fleet
 from rlef_mega.engines.sglang.engine import SGLangEngine
 from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet, RequestLimits
+from rlef_mega.engines.sglang.http import ServerError
 from rlef_mega.engines.sglang.members import Member
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.weights import ServedModel

@@ -12,11 +12,10 @@ CONNECT_S = 10.0
 # How long an idle connection is kept. SGLang's server closes it after 5 s; a connection that it
 # closes while a request is being sent would look like a dead server.
 KEEP_ALIVE_S = 2.0
-TRANSIENT = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that a retry may cure
 
 
 class ServerError(EngineError):
-    """A server failed a request; another server, or a retry, may succeed.
+    """A server failed a request; another server may succeed.
 
     `status` is the HTTP status if it was not 200.
     """
@@ -24,11 +23,6 @@ class ServerError(EngineError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
-
-    @property
-    def refused(self) -> bool:
-        """Whether the server refused the request as wrong, so that a retry cannot succeed."""
-        return self.status is not None and self.status not in TRANSIENT
 
 
 def new_http_session() -> aiohttp.ClientSession:
@@ -44,7 +38,6 @@ async def call(
     body: Mapping[str, Any] | None = None,
     *,
     within_s: float,
-    headers: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """POST the body, or GET without one. Returns the answer's JSON object; another answer is
     returned as {"text": ...}.
@@ -54,9 +47,7 @@ async def call(
     timeout = aiohttp.ClientTimeout(total=within_s, sock_connect=CONNECT_S)
     method = "GET" if body is None else "POST"
     try:
-        async with http.request(
-            method, url + path, json=body, headers=headers, timeout=timeout
-        ) as response:
+        async with http.request(method, url + path, json=body, timeout=timeout) as response:
             status, text = response.status, await response.text(errors="replace")
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise ServerError(f"{url}{path}: {reason_of(error)}") from None
