@@ -419,7 +419,10 @@ def converts_here(processes: int) -> bool:
         die_with_parent()  # an orphan would write into the files of the next attempt
         from torch import distributed
 
-        distributed.init_process_group("gloo")
+        from rlef_mega.run.ranks import meet
+
+        rank = int(os.environ.get("RANK", "0"))
+        distributed.init_process_group("gloo", store=meet(), rank=rank, world_size=count)
     return True
 
 

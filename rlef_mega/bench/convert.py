@@ -74,7 +74,7 @@ def steps(folder: Path, process_counts: Sequence[int]) -> Iterator[tuple[str, fl
     source, checkpoint, back = (folder / name for name in ("hf", "checkpoint", "back"))
     yield "cp", *run(["cp", "-r", str(source), str(back)], source, back)
     shutil.rmtree(back)
-    rlef = [sys.executable, "-m", "rlef_mega.cli"]
+    rlef = [sys.executable, "-P", "-m", "rlef_mega.cli"]
     for count in process_counts:
         title = "one process" if count == 1 else f"{count} processes"
         options = ["--processes", str(count)]

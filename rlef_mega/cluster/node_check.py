@@ -142,7 +142,7 @@ def check_isolation(level: str) -> Iterator[str]:
     """Check the isolation layers that the sandbox requires."""
     if not level:
         return
-    command = [sys.executable, "-m", "rlef_sandbox", "--isolation", level, "doctor"]
+    command = [sys.executable, "-P", "-m", "rlef_sandbox", "--isolation", level, "doctor"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if found.returncode:
         yield f"programs cannot be confined here: {found.stderr.strip()}"

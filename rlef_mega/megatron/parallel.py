@@ -12,7 +12,6 @@ globals it still reads a few numbers, which `enter` sets. All ranks call `initia
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
 from rlef_mega.megatron.network.accelerations import refuse_foreign_apex
 from rlef_mega.run.manifest import refuse_untested_megatron
+from rlef_mega.run.ranks import meet
 
 # Ranks wait in a collective while one of them samples or grades: longer than any step, shorter than
 # a lost night.
@@ -239,9 +239,12 @@ def join_world(world_size: int) -> torch.device:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
-        backend, timeout=COLLECTIVE_TIMEOUT, **(alone if world_size == 1 else {})
+        backend,
+        store=dist.HashStore() if world_size == 1 else meet(),
+        rank=0 if world_size == 1 else int(os.environ["RANK"]),
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
     )
     return device
 

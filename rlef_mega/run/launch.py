@@ -27,6 +27,8 @@ from typing import Any
 
 import psutil
 
+# Python that imports nothing from the working directory: a file there may be named like a module.
+PYTHON = (sys.executable, "-P")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3  # exit code of a run that was asked to stop; the same command resumes it
 FAILED = 2  # exit code of a run that ended with an error message
@@ -117,7 +119,7 @@ def launch_again(processes: int, module: str, arguments: list[str]) -> int:
 
 def agent_command(processes: int, module: str, *arguments: str) -> list[str]:
     """Return the command of an agent that starts this many ranks (`run_agent`)."""
-    return [sys.executable, "-m", "rlef_mega.run.launch", str(processes), module, *arguments]
+    return [*PYTHON, "-m", "rlef_mega.run.launch", str(processes), module, *arguments]
 
 
 def run_agent(processes: int, module: str, *arguments: str) -> int:
@@ -134,14 +136,15 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
         max_nodes=1,
         nproc_per_node=processes,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",  # not this machine's name, which may resolve to another machine
         run_id=f"rlef-{os.getpid()}",
         max_restarts=0,
         monitor_interval=0.2,
         **known_options(LaunchConfig, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=2),
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", module, *arguments)
+        elastic_launch(settings, sys.executable)(*PYTHON[1:], "-m", module, *arguments)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     finally:
@@ -259,7 +262,7 @@ def stage(title: str, *command: str) -> None:
     Raises SystemExit with its exit code if it fails.
     """
     say(f"{title}:  rlef {' '.join(command)}")
-    words = [sys.executable, "-m", "rlef_mega.cli", *command]
+    words = [*PYTHON, "-m", "rlef_mega.cli", *command]
     child = subprocess.Popen(words, preexec_fn=die_with_parent)
     while True:
         try:
@@ -278,7 +281,7 @@ def rlef(*words: str) -> None:
 
     Raises RuntimeError with the end of its output if it fails.
     """
-    command = [sys.executable, "-m", "rlef_mega.cli", *words]
+    command = [*PYTHON, "-m", "rlef_mega.cli", *words]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         printed = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])

@@ -1,8 +1,11 @@
 """Versions, device and layout that a run or a benchmark records, and the versions it accepts."""
 
+import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +53,8 @@ MEGATRON_CORE = ("0.16.1", "0.20")
 
 
 def refuse_untested_megatron() -> None:
-    """Raise ConfigError if megatron-core is missing or of an untested minor version: its interfaces
-    (layer specs, schedules, the distributed optimizer) change with each minor version."""
+    """Raise ConfigError if megatron-core is missing, of an untested minor version (its interfaces
+    change with each), or hidden by another `megatron` on Python's path."""
     first, before = MEGATRON_CORE
     try:
         found = version("megatron-core")
@@ -64,4 +67,15 @@ def refuse_untested_megatron() -> None:
         raise ConfigError(
             f"megatron-core {found} was not tested with this version of rlef-mega; "
             f"pip install 'megatron-core>={first},<{before}' (from 0.17 on it needs Python 3.12)"
+        )
+    # an editable installation has no file there, and nothing to compare with
+    installed = Path(str(distribution("megatron-core").locate_file("megatron/core/__init__.py")))
+    spec = find_spec("megatron.core")
+    imported = Path(spec.origin) if spec and spec.origin else None
+    asked = os.environ.get("RLEF_FOREIGN_MEGATRON") == "1"
+    if installed.exists() and not asked and not (imported and imported.samefile(installed)):
+        raise ConfigError(
+            f"Python would import megatron.core from {imported}, not the installed megatron-core "
+            f"{found} ({installed}); remove its folder from PYTHONPATH and the working directory, "
+            "or set RLEF_FOREIGN_MEGATRON=1 to use it untested"
         )

@@ -1,16 +1,61 @@
-"""Work split over ranks: each rank drives its share of the dialogues, then every rank gets all
-results.
+"""Work split over ranks: the ranks of a launch meet, each drives its share of the dialogues, then
+every rank gets all results.
 
 No process is a bottleneck, and all ranks compute packing, targets and metrics alike.
 """
 
+import os
+import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 Item = TypeVar("Item")
+SILENT_WAIT = timedelta(seconds=15)
+MEETING_TIMEOUT = timedelta(minutes=10)  # long enough for imports from a busy file system
+
+
+def meet(timeout: timedelta = MEETING_TIMEOUT) -> dist.Store:
+    """Wait until all ranks of the launch have connected to rank 0. Returns the store they share.
+
+    Without this, a launch that lacks a rank would wait as long as a collective may, without a word.
+    Raises RuntimeError with the address and the missing ranks after the timeout.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, world_size, address, port = (os.environ.get(name, "(unset)") for name in names)
+    launch = f"rank {rank} of WORLD_SIZE = {world_size} at {address}:{port}"
+    try:
+        host = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        connection = dist.TCPStore(
+            address, int(port), is_master=host, timeout=timeout, wait_for_workers=False
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", connection)
+        store.set(f"rank {rank}", "connected")
+        missing = not_connected(store, int(world_size), min(SILENT_WAIT, timeout))
+        if missing and rank == "0":
+            print(f"{launch} waits for ranks {missing}", file=sys.stderr, flush=True)
+        if missing := missing and not_connected(store, int(world_size), timeout):
+            raise RuntimeError(f"ranks {missing} did not connect")
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"{launch}: {error}, within {timeout.total_seconds():.0f} s. MASTER_ADDR must be an "
+            "address of rank 0's machine that all ranks reach; to run one process, unset WORLD_SIZE"
+        ) from None
+    return store
+
+
+def not_connected(store: dist.Store, count: int, timeout: timedelta) -> list[int]:
+    """Wait for all ranks of a launch. Returns those that have not connected in time."""
+    keys = {rank: f"rank {rank}" for rank in range(count)}
+    try:
+        store.wait(list(keys.values()), timeout)
+    except dist.DistStoreError:
+        return [rank for rank, key in keys.items() if not store.check([key])]
+    return []
 
 
 def my_share(items: Sequence[Item]) -> Sequence[Item]:

@@ -57,7 +57,7 @@ def server_command(
     if asked.device == "cpu":
         start = [asked.python, "-P", str(CPU_LAUNCHER), *CPU_ARGUMENTS]
     else:
-        start = [asked.python, "-m", "sglang.launch_server"]
+        start = [asked.python, "-P", "-m", "sglang.launch_server"]
     options = {
         "model-path": model,
         "host": asked.host,

@@ -92,7 +92,7 @@ def serving(config: TrainConfig, arguments: Sequence[str]) -> Iterator[None]:
             '--serve, or set rollout.engine = "sglang" without rollout.servers.urls'
         )
     child = subprocess.Popen(
-        [sys.executable, "-m", "rlef_mega.cli", "serve", *arguments],
+        [sys.executable, "-P", "-m", "rlef_mega.cli", "serve", *arguments],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a Ctrl-C is for the ranks, which still need the servers

@@ -67,7 +67,7 @@ def compare_outputs(checkpoint: Path, folder: Path, role: Role) -> None:
         print("outputs not compared: the checkpoint is in Megatron-LM's own form")
         return
     alone = {name: value for name, value in os.environ.items() if name not in WORLD}
-    command = [sys.executable, "-m", "rlef_mega.megatron.convert.compare_outputs"]
+    command = [sys.executable, "-P", "-m", "rlef_mega.megatron.convert.compare_outputs"]
     finished = subprocess.run(
         [*command, str(checkpoint), str(folder), role], env=alone, stderr=subprocess.PIPE, text=True
     )

@@ -24,6 +24,22 @@ worker_main(work)
 """
 
 
+def run_two_ranks(
+    folder: Path, worker: str, argument: str, *wrapper: str
+) -> subprocess.CompletedProcess[str]:
+    (folder / "modules").mkdir()
+    (folder / "modules" / "worker.py").write_text(worker)
+    (folder / "random.py").write_text("raise SystemExit('imported from the working directory')")
+    return subprocess.run(
+        [*wrapper, sys.executable, "-P", "-m", "rlef_mega.run.launch", "2", "worker", argument],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": ":".join([str(folder / "modules"), *sys.path[1:]])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
 @pytest.mark.parametrize(
     ("failing", "message"),
     [
@@ -32,18 +48,23 @@ worker_main(work)
     ],
 )
 def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str) -> None:
-    (tmp_path / "failing_worker.py").write_text(WORKER)
-    done = subprocess.run(
-        [sys.executable, "-m", "rlef_mega.run.launch", "2", "failing_worker", failing],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ":".join([str(tmp_path), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_two_ranks(tmp_path, WORKER, failing)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.count("no memory") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another host name")
+@pytest.mark.parametrize("hosts", ["", "10.99.88.77 weird-host"])  # of no machine; of another one
+def test_ranks_of_one_machine_meet_whatever_its_name_resolves_to(
+    tmp_path: Path, hosts: str
+) -> None:
+    worker = "from rlef_mega.run.ranks import *; meet(timedelta(seconds=20))"
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}\n")
+    script = f'mount --bind {tmp_path}/hosts /etc/hosts && hostname weird-host && exec "$@"'
+    wrapper = ("unshare", "--uts", "--mount", "sh", "-c", script, "sh")
+    done = run_two_ranks(tmp_path, worker, "", *wrapper)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_mark_of_an_earlier_launch_silences_nobody(tmp_path: Path) -> None:

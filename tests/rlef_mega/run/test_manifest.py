@@ -1,5 +1,8 @@
 """Which megatron-core a run starts with."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,3 +30,20 @@ def test_the_package_asks_for_what_was_tested():
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     assert f"megatron-core>={first},<{before}" in project["dependencies"]
     manifest.refuse_untested_megatron()  # the installed one, too
+
+
+def test_another_megatron_on_the_path_is_refused_unless_asked_for(tmp_path):
+    (tmp_path / "megatron" / "core").mkdir(parents=True)
+    (tmp_path / "megatron" / "core" / "__init__.py").touch()
+    check = "from rlef_mega.run.manifest import refuse_untested_megatron as r; r()"
+
+    def checked(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-c", check],
+            env={**os.environ, "PYTHONPATH": ":".join([str(tmp_path), *sys.path]), **more},
+            capture_output=True,
+            text=True,
+        )
+
+    assert f"import megatron.core from {tmp_path}/megatron/core" in checked().stderr
+    assert checked(RLEF_FOREIGN_MEGATRON="1").returncode == 0

@@ -240,7 +240,7 @@ def recipe(folder: Path, engine: str = "sglang", **servers) -> TrainConfig:
 def test_the_command_of_each_server_follows_from_the_recipe(tmp_path):
     config = recipe(tmp_path, count=2, port=4000, tensor_parallel_size=4, arguments=["--x", "y"])
     command = servers_for(config).servers[1].command
-    assert command[1:3] == ["-m", "sglang.launch_server"] and command[-2:] == ["--x", "y"]
+    assert command[1:4] == ["-P", "-m", "sglang.launch_server"] and command[-2:] == ["--x", "y"]
     options = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
     assert options["--tp-size"] == "4" and options["--port"] == "4001"
     assert options["--dtype"] == "bfloat16" and options["--model-path"] == str(tmp_path)
