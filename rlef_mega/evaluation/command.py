@@ -26,7 +26,7 @@ from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluation.dialogue_file import DialogueFile
 from rlef_mega.evaluation.estimators import NAtK, parse_n_at_k
-from rlef_mega.evaluation.numbers import ProblemLabels, numbers_of
+from rlef_mega.evaluation.numbers import numbers_of
 from rlef_mega.evaluation.protocols import (
     PROTOCOLS,
     SINGLE,
@@ -110,11 +110,12 @@ def run_evaluation(request: EvalRequest) -> None:
     name = request.name or source.name
     path = request.out / f"eval/{name}.dialogues.jsonl"
     asked = dialogue_settings(request, source, problems)
-    labels = [vars(ProblemLabels.of(problem)) for problem in problems.values()]
-    with DialogueFile(path, asked, labels) as file:
+    with DialogueFile(path, asked) as file:
         if any(key not in file.settled for part in parts for key in part.keys):
             run_parts(request, source, problems, parts, file)
-    numbers = numbers_of(path, parts, turns=request.turns, n_at_k=request.pairs)
+    numbers = numbers_of(
+        path, [*problems.values()], parts, turns=request.turns, n_at_k=request.pairs
+    )
     content = {**asked, "dialogues_each": request.dialogues_each, **numbers}
     run = RunDirectory(request.out)
     run.write_json(f"eval/{name}.json", content)

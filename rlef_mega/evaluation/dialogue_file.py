@@ -1,7 +1,7 @@
 """The dialogues of an evaluation, in an append-only file. A killed evaluation resumes from it, and
 all numbers are computed from it.
 
-The format is JSON Lines. The first line holds the settings and the problems. Every dialogue that
+The format is JSON Lines. The first line holds the settings. Every dialogue that
 finishes or is dropped adds a line at once, and every start of the command adds a `session` line. A
 kill can truncate the last line, which is removed when the file is next opened. The key of a
 dialogue is protocol, problem and number. Of two lines with the same key the later counts, because
@@ -10,13 +10,14 @@ the next session retries a dialogue that a fault dropped.
 
 import fcntl
 import json
+import mmap
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rlef_mega.config import ConfigError, differences
+from rlef_mega.run.directory import append_whole
 
 FORMAT = 1
 PERMANENT = "prompt too long"  # a drop that a retry would not change
@@ -32,28 +33,32 @@ class Key(NamedTuple):
 class DialogueFile:
     """A file of dialogues, locked for writing by this process; a context manager."""
 
-    def __init__(self, path: Path, asked: Record, problems: list[Record]) -> None:
+    def __init__(self, path: Path, asked: Record) -> None:
         """Open or create the file. Raises ConfigError if its dialogues have other settings, or if
         another process writes to it."""
         self.path = path
-        if not path.exists():
-            header = {"rlef_eval": FORMAT, "asked": asked, "problems": problems}
-            create(path, json.dumps(header) + "\n")
-        self.file = os.open(path, os.O_RDWR | os.O_APPEND)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.locked = path.open("ab")
         try:
-            lock(self.file, path)
-            drop_torn_line(self.file)
-            refuse_other(path, read_header(path)["asked"], asked)
+            lock(self.locked, path)
+            drop_torn_line(path)
+            if path.stat().st_size == 0:
+                self.append({"rlef_eval": FORMAT, "asked": asked})
+            if other := differences(read_header(path)["asked"], asked):
+                raise ConfigError(
+                    f"{path} holds dialogues of another evaluation ({other}); "
+                    "choose another --name, or remove the file to start over"
+                )
             self.settled = {key_of(r) for r in read_dialogues(path) if is_settled(r)}
         except BaseException:
-            os.close(self.file)
+            self.locked.close()
             raise
 
     def __enter__(self) -> "DialogueFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.file)  # releases the lock
+        self.locked.close()
 
     def engines(self) -> list[Record]:
         """Return the engines of earlier sessions."""
@@ -61,31 +66,12 @@ class DialogueFile:
 
     def append(self, record: Record) -> None:
         """Append a whole line or nothing. Raises OSError if the disk is full."""
-        line = (json.dumps(record) + "\n").encode()
-        size = os.fstat(self.file).st_size
-        try:
-            written = 0
-            while written < len(line):
-                written += os.write(self.file, line[written:])
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self.file, size)
-            raise
+        append_whole(self.path, json.dumps(record) + "\n")
         if "protocol" in record and is_settled(record):
             self.settled.add(key_of(record))
 
 
-def create(path: Path, content: str) -> None:
-    """Create the file with its content at once, unless another process has created it meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(content)
-    with suppress(FileExistsError):
-        os.link(partial, path)
-    partial.unlink()
-
-
-def lock(file: int, path: Path) -> None:
+def lock(file: IO[bytes], path: Path) -> None:
     """Lock the file until it is closed or the process ends. Raises ConfigError if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,17 +81,12 @@ def lock(file: int, path: Path) -> None:
         ) from None
 
 
-def drop_torn_line(file: int) -> None:
+def drop_torn_line(path: Path) -> None:
     """Remove what follows the last newline."""
-    end = os.fstat(file).st_size
-    while end:
-        start = max(0, end - (1 << 16))
-        block = os.pread(file, end - start, start)
-        newline = block.rfind(b"\n")
-        if newline >= 0:
-            os.ftruncate(file, start + newline + 1)
-            return
-        end = start
+    if path.stat().st_size:
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            end = content.rfind(b"\n") + 1
+        os.truncate(path, end)
 
 
 def read_header(path: Path) -> Record:
@@ -119,14 +100,6 @@ def read_header(path: Path) -> Record:
             f"{path} is not a file of dialogues of this version; choose another --name"
         )
     return header
-
-
-def refuse_other(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    if other := differences(found, asked):
-        raise ConfigError(
-            f"{path} holds dialogues of another evaluation ({other}); "
-            "choose another --name, or remove the file to start over"
-        )
 
 
 def read_lines(path: Path) -> Iterator[Record]:

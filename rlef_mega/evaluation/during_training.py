@@ -26,7 +26,7 @@ from rlef_mega.dialogues.rollout import (
     join_shares,
 )
 from rlef_mega.evaluation.behaviour import DialogueOutcomes
-from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
+from rlef_mega.evaluation.numbers import FinishedDialogues, summarize
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.ranks import any_rank
@@ -107,7 +107,7 @@ class Evaluator:
     def run_protocols(self) -> tuple[dict[str, Any], tuple[Episode, ...]]:
         """Return the numbers of each protocol, and the episodes of the multi-turn dialogues."""
         protocols: dict[str, Any] = {}
-        rules, labels = self.loop.rules, [ProblemLabels.of(problem) for problem in self.test]
+        rules = self.loop.rules
 
         def roll_out(name: str, problems: Sequence[Problem], rules: Rules) -> tuple[Episode, ...]:
             if self.writer:
@@ -116,7 +116,7 @@ class Evaluator:
             rollout = self.loop.under(rules).run_on_all_ranks(problems, seed)
             outcomes = [DialogueOutcomes.of(episode) for episode in rollout.episodes]
             finished = FinishedDialogues(rules.turns, outcomes, rollout.drops)
-            protocols[name] = summarize(labels, finished, samples=self.loop.rules.turns)
+            protocols[name] = summarize(self.test, finished, samples=self.loop.rules.turns)
             return rollout.episodes
 
         episodes = roll_out("multi_turn", self.test, rules)

@@ -17,6 +17,7 @@ Shape suffixes: P problems, R resamples; counts broadcast against each other.
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rlef_mega.intervals import RESAMPLES, Floats, bootstrap_interval, percentiles
@@ -45,7 +46,6 @@ def n_at_k(
             f"{draws} dialogues cannot be drawn from {total_.min()} without repetition"
         )
     picked = np.minimum(n, drawn)
-    log_choose = LogBinomials(int(total_.max(initial=0)))
     hypergeometric = np.exp(
         log_choose(passed_, drawn)
         + log_choose(total_ - passed_, draws - drawn)
@@ -73,7 +73,7 @@ def n_at_k_with_repetition(
     picked = np.minimum(n, drawn)
     passing = passed_ / total_
     binomial = (
-        np.exp(LogBinomials(draws)(np.full_like(drawn, draws), drawn))
+        np.exp(log_choose(np.full_like(drawn, draws), drawn))
         * passing**drawn
         * (1 - passing) ** (draws - drawn)
     )
@@ -93,18 +93,10 @@ def counts(
     return total_, passed_, correct_, np.arange(draws + 1)
 
 
-class LogBinomials:
-    """log C(a, b) for a up to `most`; -inf if b < 0 or b > a."""
-
-    def __init__(self, most: int) -> None:
-        self.log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
-
-    def __call__(self, of: Ints, choose: Ints) -> Floats:
-        of, choose = np.broadcast_arrays(of, choose)
-        exists = (choose >= 0) & (choose <= of)
-        a, b = np.where(exists, of, 0), np.where(exists, choose, 0)
-        found = self.log_factorial[a] - self.log_factorial[b] - self.log_factorial[a - b]
-        return np.where(exists, found, -np.inf)
+def log_choose(of: Ints, choose: Ints) -> Floats:
+    """Return log C(of, choose); -inf if choose < 0 or choose > of, where lgamma is infinite."""
+    n, k = (torch.tensor(each, dtype=torch.float64) for each in (of, choose))
+    return (torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)).numpy()
 
 
 def per_problem(

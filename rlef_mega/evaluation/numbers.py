@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from rlef_mega.evaluation.dialogue_file import (
     Record,
     key_of,
     read_dialogues,
-    read_header,
     read_lines,
 )
 from rlef_mega.evaluation.estimators import Ints, NAtK, estimate, per_problem
@@ -24,23 +23,8 @@ from rlef_mega.evaluation.protocols import PROTOCOLS, SINGLE, PlannedDialogues
 from rlef_mega.intervals import bootstrap_interval
 from rlef_mega.types import Problem
 
-
-@dataclass(frozen=True)
-class ProblemLabels:
-    """What the breakdowns group a problem by."""
-
-    id: str
-    family: str = ""
-    difficulty: str = ""
-    tags: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, problem: Problem) -> Self:
-        return cls(problem.id, problem.family, problem.difficulty, problem.tags)
-
-
 # name of each breakdown -> the groups that a problem belongs to
-BREAKDOWNS: dict[str, Callable[[ProblemLabels], tuple[str, ...]]] = {
+BREAKDOWNS: dict[str, Callable[[Problem], tuple[str, ...]]] = {
     "by_family": lambda problem: (problem.family or "all",),
     "by_kind": lambda problem: problem.tags,
     "by_difficulty": lambda problem: (problem.difficulty,) if problem.difficulty else (),
@@ -56,7 +40,7 @@ class FinishedDialogues:
     dialogues: Sequence[DialogueOutcomes]
     drops: Counter[str] = field(default_factory=Counter)
 
-    def counts(self, problems: Sequence[ProblemLabels], turns: int) -> Ints:
+    def counts(self, problems: Sequence[Problem], turns: int) -> Ints:
         """Return how many dialogues of each problem there are, passed the public tests and are
         correct (3 x problems), as if at most `turns` turns had been allowed. Problems without
         dialogues are left out."""
@@ -65,7 +49,7 @@ class FinishedDialogues:
 
 
 def summarize(
-    problems: Sequence[ProblemLabels],
+    problems: Sequence[Problem],
     finished: FinishedDialogues,
     *,
     samples: int,
@@ -122,7 +106,7 @@ def summarize(
 
 
 def turn_numbers(
-    problems: Sequence[ProblemLabels],
+    problems: Sequence[Problem],
     finished: FinishedDialogues,
     pairs: Mapping[NAtK, str],
     single: FinishedDialogues | None,
@@ -148,7 +132,7 @@ def turn_numbers(
     }
 
 
-def breakdowns(problems: Sequence[ProblemLabels], solved: Sequence[float]) -> dict[str, Any]:
+def breakdowns(problems: Sequence[Problem], solved: Sequence[float]) -> dict[str, Any]:
     """Return the solve rates of each group of problems."""
     tables: dict[str, Any] = {}
     for name, groups_of in BREAKDOWNS.items():
@@ -172,7 +156,12 @@ Finished = dict[Key, tuple[DialogueOutcomes | str, int]]
 
 
 def numbers_of(
-    path: Path, parts: Sequence[PlannedDialogues], *, turns: int, n_at_k: Sequence[NAtK]
+    path: Path,
+    problems: Sequence[Problem],
+    parts: Sequence[PlannedDialogues],
+    *,
+    turns: int,
+    n_at_k: Sequence[NAtK],
 ) -> dict[str, Any]:
     """Return the JSON content of an evaluation, from its file of dialogues.
 
@@ -182,10 +171,6 @@ def numbers_of(
 
     Raises RuntimeError if all dialogues of all parts were dropped.
     """
-    problems = [
-        ProblemLabels(**{**labels, "tags": tuple(labels["tags"])})
-        for labels in read_header(path)["problems"]
-    ]
     # of two records with the same key, the later counts
     records: Finished = {key_of(record): outcomes(record) for record in read_dialogues(path)}
     parts = [part for part in parts if any(key in records for key in part.keys)]

@@ -113,15 +113,8 @@ class RunDirectory:
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; on a full disk, keep it for the next call."""
         self.waiting.append(json.dumps(record) + "\n")
-        whole = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
         with warn_if_disk_is_full(f"{len(self.waiting)} lines of {self.metrics_path} wait"):
-            try:
-                with open(self.metrics_path, "a") as file:
-                    file.write("".join(self.waiting))
-            except OSError:
-                if self.metrics_path.exists():
-                    os.truncate(self.metrics_path, whole)
-                raise
+            append_whole(self.metrics_path, "".join(self.waiting))
             self.waiting.clear()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
@@ -142,6 +135,18 @@ def warn_if_disk_is_full(consequence: str) -> Iterator[None]:
         if error.errno not in DISK_IS_FULL:
             raise
         print(f"WARNING: {error}: {consequence}", file=sys.stderr, flush=True)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append all of the text or nothing. Raises OSError if the disk is full."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError:
+        if path.exists():
+            os.truncate(path, before)
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -73,7 +73,6 @@ class Fleet:
         self.some_ready = asyncio.Event()
         self.settled = asyncio.Event()
         self.settled.set()
-        self.settling: asyncio.Task[None] | None = None
         self.tasks: set[asyncio.Task[Any]] = set()  # all that run
         self.counts: Counter[str] = Counter()  # see SGLangEngine.counts
 
@@ -207,22 +206,16 @@ class Fleet:
         """From now on use only servers with this version, which another process published.
 
         Each is asked for it. Requests wait for all that were ready, or the first server with the
-        weights would get all of them.
+        weights would get all of them; after SETTLE_S they do not wait for the others.
         """
         awaited = [member for member in self.members if member.ready] or self.members
         self.version = version
+        self.settled.clear()
+        probes = []
         for member in self.members:
             self.put_aside(member)
-            self.probe(member)
-        self.settled.clear()
-        if self.settling is not None:
-            self.settling.cancel()
-        self.settling = self.start(self.settle(awaited))
-
-    async def settle(self, awaited: Sequence[Member]) -> None:
-        """Let requests start once these servers have the version, or SETTLE_S after the first."""
-        probes = [member.probing for member in awaited if member.probing is not None]
-        await self.some_ready.wait()
+            probe = self.probe(member)
+            probes += [probe] if member in awaited else []
         await asyncio.wait(probes, timeout=SETTLE_S)
         self.settled.set()
 
@@ -263,9 +256,10 @@ class Fleet:
         self.none_since_s = None
         self.some_ready.set()
 
-    def probe(self, member: Member) -> None:
+    def probe(self, member: Member) -> asyncio.Task[None]:
         if member.probing is None:
             member.probing = self.start(self.probe_until_ready(member))
+        return member.probing
 
     async def probe_until_ready(self, member: Member) -> None:
         """Bring the server back once it has the current weights; ask at growing intervals."""

@@ -17,10 +17,11 @@ from rlef_mega.config import ConfigError
 from rlef_mega.dialogues.chat import CONTROLS, ChatFormat
 from rlef_mega.engines.sglang.weights import ServedModel
 from rlef_mega.evaluation.command import EvalRequest, run_evaluation
-from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, create, key_of, read_dialogues
+from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, key_of, read_dialogues
 from rlef_mega.evaluation.numbers import numbers_of
 from rlef_mega.evaluation.protocols import SINGLE, PlannedDialogues
 from rlef_mega.megatron.convert.command import import_folder
+from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import to_row
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Test
@@ -261,21 +262,23 @@ def test_two_processes_cannot_write_one_evaluation(undisturbed):
     path = undisturbed / "eval/tiny.dialogues.jsonl"
     asked = json.loads(path.open().readline())["asked"]
     with (
-        DialogueFile(path, asked, []),
+        DialogueFile(path, asked),
         pytest.raises(ConfigError, match="another process"),
     ):
-        DialogueFile(path, asked, [])
+        DialogueFile(path, asked)
 
 
-def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path):
-    """Both saw none; the second must not put its own in the place of that which the first holds."""
-    create(tmp_path / "one.jsonl", "first\n")
-    create(tmp_path / "one.jsonl", "second\n")
-    assert (tmp_path / "one.jsonl").read_text() == "first\n"
-    assert len(list(tmp_path.iterdir())) == 1
+@pytest.mark.parametrize("left", ["", '{"rlef_eval": 1, "ask'])
+def test_a_file_of_a_process_that_was_killed_before_its_header_is_started_over(tmp_path, left):
+    (tmp_path / "one.jsonl").write_text(left)
+    with DialogueFile(tmp_path / "one.jsonl", {"seed": 1}) as file:
+        file.append({"session": 1})
+    with DialogueFile(tmp_path / "one.jsonl", {"seed": 1}):
+        pass
+    assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbed, tmp_path):
+def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbed, data, tmp_path):
     lines = (undisturbed / "eval/tiny.dialogues.jsonl").read_text().splitlines()
     path = tmp_path / "one.dialogues.jsonl"
     with path.open("w") as file:
@@ -293,13 +296,20 @@ def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbe
         PlannedDialogues(name, 1 if name == SINGLE else 3, "true", tuple(dict.fromkeys(mine)))
         for name, mine in keys.items()
     ]
-    found = numbers_of(path, parts, turns=3, n_at_k=[(1, 3)])
+    problems = load_problems(str(data))
+    found = numbers_of(path, problems, parts, turns=3, n_at_k=[(1, 3)])
     count = len(keys["random_feedback"])
     assert found["all_dropped"] == {"random_feedback": {"JudgeError": count}}
     assert set(found["protocols"]) == set(before) - {"random_feedback"}
     assert found["protocols"]["multi_turn"]["outcomes"] == before["multi_turn"]["outcomes"]
     with pytest.raises(RuntimeError, match="every dialogue"):
-        numbers_of(path, [p for p in parts if p.protocol == "random_feedback"], turns=3, n_at_k=[])
+        numbers_of(
+            path,
+            problems,
+            [p for p in parts if p.protocol == "random_feedback"],
+            turns=3,
+            n_at_k=[],
+        )
 
 
 # -------------------------------------------------------------------------------- graded again

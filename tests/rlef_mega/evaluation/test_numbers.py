@@ -11,14 +11,17 @@ from rlef_mega.evaluation.behaviour import (
     DialogueOutcomes,
     chrf_of_next,
 )
-from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
+from rlef_mega.evaluation.numbers import FinishedDialogues, summarize
+from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import Test
 
 WRONG, SLOW = "WRONG_ANSWER", "TIME_LIMIT"
+TESTS = PrivateTests((Test("", ""),))
 PROBLEMS = [
-    ProblemLabels("a", "greet", "easy", ("vague",)),
-    ProblemLabels("b", "greet", "hard"),
-    ProblemLabels("c", "sum", "hard"),
-    ProblemLabels("lost", "sum"),
+    Problem("a", "", (), TESTS, family="greet", difficulty="easy", tags=("vague",)),
+    Problem("b", "", (), TESTS, family="greet", difficulty="hard"),
+    Problem("c", "", (), TESTS, family="sum", difficulty="hard"),
+    Problem("lost", "", (), TESTS, family="sum"),
 ]
 
 

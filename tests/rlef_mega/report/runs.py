@@ -11,8 +11,10 @@ from typing import Any
 import zstandard
 
 from rlef_mega.evaluation.behaviour import NO_VALID_CODE, SOLVED, DialogueOutcomes
-from rlef_mega.evaluation.numbers import FinishedDialogues, ProblemLabels, summarize
+from rlef_mega.evaluation.numbers import FinishedDialogues, summarize
 from rlef_mega.report.panels import PANELS, Panel
+from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import Test
 
 FAMILIES = ("const", "greet", "parity", "pick", "sep", "unit")
 FEW_PANELS = [panel for panel in PANELS if panel.title in ("Solved", "Gradient norm")]
@@ -173,7 +175,11 @@ def make_turn(
 
 def evaluation_of(episodes: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what an evaluation writes, computed from its episodes by the product's own code."""
-    labels = [ProblemLabels(e["problem_id"], e["family"], "", tuple(e["tags"])) for e in episodes]
+    tests = PrivateTests((Test("", ""),))
+    problems = [
+        Problem(e["problem_id"], "", (), tests, family=e["family"], tags=tuple(e["tags"]))
+        for e in episodes
+    ]
     multi = [
         DialogueOutcomes(
             episode["problem_id"],
@@ -194,7 +200,7 @@ def evaluation_of(episodes: list[dict[str, Any]]) -> dict[str, Any]:
         "turns": 3,
         "problems": len(episodes),
         "seed": 0,
-        "protocols": {name: summarize(labels, one, samples=3) for name, one in finished.items()},
+        "protocols": {name: summarize(problems, one, samples=3) for name, one in finished.items()},
     }
 
 
