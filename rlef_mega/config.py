@@ -1,8 +1,9 @@
 """The settings of a run: one frozen pydantic model for each section of a recipe.
 
-A recipe is a TOML file; dotted `--set section.key=value` words override it, unknown keys are
-refused, and the resolved config is written into the run directory. Functions take the values that
-they use, not the config. Defaults are the paper's (RLEF A.1, 3.1) where it gives one.
+A recipe is a TOML file, which may extend another; dotted `--set section.key=value` words override
+it, unknown keys are refused, and the resolved config is written into the run directory. Functions
+take the values that they use, not the config. Defaults are the paper's (RLEF A.1, 3.1) where it
+gives one.
 """
 
 import tomllib
@@ -434,16 +435,33 @@ def find_recipe(name: str) -> Path:
 def load_config(path: Path, overrides: Sequence[str], model: type[AnyConfig]) -> AnyConfig:
     """Read a TOML recipe and apply `a.b=c` overrides (values in TOML syntax; bare words are
     strings)."""
-    try:
-        tree = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    tree = read_recipe(path)
     for override in overrides:
         apply_override(tree, override)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}:\n" + "\n".join(explain(error, model))) from None
+
+
+def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a recipe's tables, over those of the recipe that it `extends`."""
+    if path in extended_by:
+        raise ConfigError(f"{path} extends itself; remove one `extends`")
+    try:
+        tree = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return merged(read_recipe(find_recipe(str(base)), (*extended_by, path)), tree)
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables of both; a key of `above` replaces that of `below`."""
+    both = [name for name in above if isinstance(below.get(name), dict)]
+    return {**below, **above, **{name: merged(below[name], above[name]) for name in both}}
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

