@@ -79,6 +79,14 @@ class Problem:
             raise ValueError(f"problem {self.id!r} has no tests; drop it or give it at least one")
 
 
+def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
+    """Return all tests in the order in which they run, in the sandbox's types."""
+    return tuple(
+        CheckTest(test.entry_point, test.code) if isinstance(test, AssertTest) else test
+        for test in (*problem.public_tests, *problem.private_tests.tests)
+    )
+
+
 @dataclass(frozen=True)
 class TestOutcome:
     """A test and what the program did on it, as the model may see it."""

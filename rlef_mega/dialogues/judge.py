@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.run.event_loop import LivesInLoop
-from rlef_mega.types import AssertTest, Problem, TestOutcome, Verdict
-from rlef_sandbox import AnyTest, CheckTest, Result, Sandbox, Status
+from rlef_mega.types import Problem, TestOutcome, Verdict, tests_of
+from rlef_sandbox import Result, Sandbox, Status
 from rlef_sandbox.sandbox import JOBS_A_WORKER
 from rlef_sandbox.worker import ZygoteLostError
 
@@ -156,14 +156,6 @@ class Judge:
             if result.status is Status.SANDBOX_ERROR:
                 raise JudgeError(f"sandbox failed on {problem.id}: {result.stderr!r}")
         return results
-
-
-def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
-    """Return all tests in the order in which they run, in the sandbox's types."""
-    return tuple(
-        CheckTest(test.entry_point, test.code) if isinstance(test, AssertTest) else test
-        for test in (*problem.public_tests, *problem.private_tests.tests)
-    )
 
 
 def grading_options(problem: Problem) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rlef_mega.problems import (
     livecodebench,
     mbpp,
 )
+from rlef_mega.problems.graded_rows import SOLUTION_FAILS
 from rlef_mega.problems.rows import MALFORMED, Drop, Read, SourceOptions, data_files
 from rlef_mega.problems.splits import SPLITS, Split
 from rlef_mega.problems.store import ProblemStore, cache_folder, count_reasons, stored
@@ -58,6 +59,9 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
         store = read_data_set(source, cache)
         for reason, count in count_reasons(store.drops).items():
             logger.warning("%s: %d rows: %s", source, count, reason)
+        for drop in store.drops:
+            if drop.reason == SOLUTION_FAILS:
+                logger.warning("%s: left out %s: %s: %s", source, drop.id, drop.reason, drop.detail)
         refuse_malformed(source, store.drops)
         if not len(store):
             counts = dict(count_reasons(store.drops)) or "no rows"
@@ -73,7 +77,7 @@ class DataSet:
     """A published data set: its options, its reader, and where a user gets its files."""
 
     options: type[SourceOptions]
-    read: Callable[[Sequence[Path], Any], Iterator[Read]]
+    read: Callable[[Sequence[Path], Any, Path], Iterator[Read]]  # files, options, journal
     remedy: str
 
 
@@ -95,7 +99,10 @@ def read_data_set(source: str, cache: Path | None = None) -> ProblemStore:
         path = codecontests.download(source, location, split)
     files = data_files(source, path, split, f"{data_set.remedy}; {KNOWN_SOURCES}")
     return stored(
-        f"{name} {options}", files, lambda: data_set.read(files, options), cache or cache_folder()
+        f"{name} {options}",
+        files,
+        lambda journal: data_set.read(files, options, journal),
+        cache or cache_folder(),
     )
 
 

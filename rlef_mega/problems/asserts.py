@@ -24,7 +24,10 @@ WORDS: dict[type[ast.cmpop], tuple[str, str]] = {
 # Shortened inside the run, because only the end of its stderr is kept.
 SHOW = """\
 def _show(value):
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        text = f"a value of type {type(value).__name__}, too long to show"
     return text if len(text) <= 2000 else text[:1000] + " ... " + text[-1000:]
 """
 

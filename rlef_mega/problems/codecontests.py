@@ -102,7 +102,7 @@ def download(source: str, repository: str, split: str) -> Path:
     return Path(found)
 
 
-def read(files: Sequence[Path], options: CodeContestsOptions) -> Iterator[Read]:
+def read(files: Sequence[Path], options: CodeContestsOptions, _: Path) -> Iterator[Read]:
     """Yield the outcome of each row, in order."""
     columns = (*COLUMNS, *(("incorrect_solutions",) if options.wrong_programs else ()))
     names = {path: source_names(path) or SOURCES[options.enums] for path in files}

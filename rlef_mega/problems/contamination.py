@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rlef_mega.problems.jsonl import to_test
 from rlef_mega.types import Problem
 
 WORDS_A_RUN = 13
@@ -79,7 +80,7 @@ def compare(train: Iterable[Problem], evaluation: Sequence[Problem]) -> list[Ove
 
 def digests_of_tests(problem: Problem) -> set[bytes]:
     tests = (*problem.public_tests, *problem.private_tests.tests)
-    return {hashlib.blake2b(repr(test).encode(), digest_size=8).digest() for test in tests}
+    return {hashlib.blake2b(repr(to_test(test)).encode(), digest_size=8).digest() for test in tests}
 
 
 def normalize(statement: str) -> str:

@@ -6,22 +6,26 @@ does, including its special oracles; the constants below are from its `eval/_spe
 `data/mbpp.py`. A private test checks a hundred inputs in one run of the program.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlef_mega.problems.asserts import SHOW
-from rlef_mega.problems.jsonl import python_literal
+from rlef_mega.problems.graded_rows import SOLUTION_FAILS, grade_solution, read_graded
+from rlef_mega.problems.literals import MOST_DIGITS, python_literal, to_literal
 from rlef_mega.problems.mutants import mutants
-from rlef_mega.problems.rows import FieldError, Parsed, Read, Row, SourceOptions, expect, read_each
+from rlef_mega.problems.rows import FieldError, Parsed, Read, Row, SourceOptions, expect
 from rlef_mega.types import AssertTest, PrivateTests, Problem
 from rlef_sandbox import CheckTest, Limits, Sandbox, Status, Test
+from rlef_sandbox.values import encode
 
 LIMITS = Limits(cpu_s=10.0)  # RLEF A.2; of each public test and of each private check
 REFERENCE_LIMITS = Limits(cpu_s=120.0, memory_bytes=4 << 30, output_bytes=256 << 20)
 SHOWN = 16  # base inputs; six tasks of HumanEval have more, up to 105
-INPUTS_A_CHECK = 100
+INPUTS_A_CHECK = 25
+BYTES_A_CHECK = 1 << 20  # of Python literals; the check holds them as objects
+TIME_FACTOR = 4  # over the canonical solution, as evalplus allows for each input
 
 # --- argument types of MBPP that JSON has no form for, by the task's number
 
@@ -141,22 +145,52 @@ def rule_of(entry_point: str) -> str:
     return "_equal(out, expected)"
 
 
-def check_code(entry_point: str, atol: float, cases: Sequence[tuple[list[Any], Any]]) -> str:
-    """Return the code of a `check(candidate)` over these inputs and expected outputs."""
+class Case(NamedTuple):
+    """One input of a task: its arguments, the expected output, what it takes."""
+
+    given: list[Any]
+    expected: Any
+    cpu_s: float  # of the canonical solution
+
+    @property
+    def literal(self) -> str:
+        return to_literal((tuple(self.given), self.expected))
+
+
+def check_code(entry_point: str, atol: float, cases: Sequence[str]) -> str:
+    """Return the code of a `check(candidate)` over these cases, which are literals."""
     code = (
         (PRELUDE + SHOW + CHECK).replace("RIGHT", rule_of(entry_point)).replace("ATOL", repr(atol))
     )
-    text = json.dumps(repr([(tuple(given), expected) for given, expected in cases]))
     # a string, evaluated in the sandbox: parsing a literal of this size here would take long
-    cases_of = f"eval({text}, dict(inf=inf, nan=nan))"
-    return code.replace("CASES()", cases_of)
+    text = f"[{', '.join(cases)}]"
+    return code.replace("CASES()", f"eval({text!r}, dict(inf=inf, nan=nan))")
+
+
+def checks(entry_point: str, atol: float, cases: Sequence[Case]) -> Iterator[CheckTest]:
+    """Yield tests of all cases. One test has a limited number of inputs, bytes, and seconds of the
+    canonical solution, since one limit holds for all that it does."""
+    literals: list[str] = []
+    cpu_s = 0.0
+    for case in cases:
+        literal = case.literal
+        if literals and (
+            len(literals) == INPUTS_A_CHECK
+            or sum(map(len, literals)) + len(literal) > BYTES_A_CHECK
+            or (cpu_s + case.cpu_s) * TIME_FACTOR > LIMITS.cpu_s
+        ):
+            yield CheckTest(entry_point, check_code(entry_point, atol, literals))
+            literals, cpu_s = [], 0.0
+        literals.append(literal)
+        cpu_s += case.cpu_s
+    yield CheckTest(entry_point, check_code(entry_point, atol, literals))
 
 
 # --- expected outputs
 
 DRIVER = """
 
-import copy as _copy, math as _math, sys as _sys
+import copy as _copy, math as _math, sys as _sys, time as _time
 def _plain(value):
     if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):
@@ -170,50 +204,63 @@ def _leaves(value, most):
         found += _leaves(item, most - found)
         if found > most: break
     return found
+_sys.set_int_max_str_digits(MOST_DIGITS)
+_answers, _sys.stdout = _sys.stdout, _sys.stderr  # the solution may print
 for _given in eval(_sys.stdin.read(), dict(inf=_math.inf, nan=_math.nan)):
-    _out, _text = ENTRY(*_copy.deepcopy(_given)), ""
+    _given, _text, _began = _copy.deepcopy(_given), "", _time.process_time()
+    _out = ENTRY(*_given)
+    _took = _time.process_time() - _began
     try:
         if _leaves(_out, 1 << 19) <= 1 << 19:  # of 3 characters each, with what parts them
             _text = repr(_out is not None if NONE else _plain(_out))
-    except ValueError:  # an integer of more than 4,300 digits
+    except ValueError:  # an integer of more digits
         pass
     _out = None  # one of task 255's has 1.2 GB
-    print(_text if 0 < len(_text) <= 1 << 20 else "...")
+    print(f"{_took:.4f}", _text if 0 < len(_text) <= 1 << 20 else "...", file=_answers)
 """
 
 
-def expected_outputs(
-    sandbox: Sandbox, solution: str, entry_point: str, inputs: Sequence[list[Any]]
-) -> list[Any]:
-    """Run the canonical solution. Returns its outputs, `...` for each that is too large to store.
+class SolutionFailsError(Exception):
+    """How the canonical solution fails."""
 
-    Raises FieldError if it fails or returns something other than plain data.
+
+def answered(
+    sandbox: Sandbox, solution: str, entry_point: str, inputs: Sequence[list[Any]]
+) -> list[Case]:
+    """Run the canonical solution. Returns a case for each input; its expected output is `...` if it
+    is too large to store.
+
+    Raises SolutionFailsError if it fails or returns something other than plain data.
     """
-    driver = DRIVER.replace("ENTRY", entry_point).replace("NONE", str(entry_point in NOT_NONE))
-    given = repr([tuple(arguments) for arguments in inputs])
+    driver = (
+        DRIVER.replace("ENTRY", entry_point)
+        .replace("NONE", str(entry_point in NOT_NONE))
+        .replace("MOST_DIGITS", str(MOST_DIGITS))
+    )
+    given = to_literal([tuple(arguments) for arguments in inputs])
     (result,) = sandbox.grade(
         solution + driver, [Test(given.encode(), b"")], limits=REFERENCE_LIMITS, checker="exact"
     )
     if result.status not in (Status.OK, Status.WRONG_ANSWER):
         last = result.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise FieldError(f"canonical_solution: {result.status} {last[:200]}")
-    lines = result.stdout.decode().splitlines()
+        raise SolutionFailsError(f"{result.status} {last[:200]}")
+    lines = [line.split(" ", 1) for line in result.stdout.decode().splitlines()]
     try:
-        outputs = [python_literal(line) for line in lines]
-    except (ValueError, SyntaxError) as error:
-        raise FieldError(f"canonical_solution: does not return plain data ({error})") from None
-    if len(outputs) != len(inputs):
-        raise FieldError(f"canonical_solution: {len(outputs)} outputs for {len(inputs)} inputs")
-    return outputs
+        outputs = [(python_literal(text), float(cpu_s)) for cpu_s, text in lines]
+        for output, _ in outputs:
+            if output is not ...:
+                encode(output)
+        return [Case(i, *output) for i, output in zip(inputs, outputs, strict=True)]
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise SolutionFailsError(f"does not return plain data ({error})") from None
 
 
 # --- rows
 
 
-def read(files: Sequence[Path], _: SourceOptions) -> Iterator[Read]:
+def read(files: Sequence[Path], _: SourceOptions, journal: Path) -> Iterator[Read]:
     """Yield the outcome of each task, in order; this runs the canonical solutions."""
-    with Sandbox(workers=1) as sandbox:
-        yield from read_each(files, "task_id", lambda row, path: parse(row, sandbox))
+    yield from read_graded(files, "task_id", journal, parse)
 
 
 def parse(row: Row, sandbox: Sandbox) -> Parsed:
@@ -235,31 +282,43 @@ def parse(row: Row, sandbox: Sandbox) -> Parsed:
         raise FieldError(f"base_input, plus_input: not arguments of this task ({error})") from None
     head = "" if is_mbpp else prompt
     solution = head + expect(row, "canonical_solution", str)
-    outputs = expected_outputs(sandbox, solution, entry_point, inputs)
-    every = list(zip(inputs, outputs, strict=True))
-    cases, shown = ([c for c in part if c[1] is not ...] for part in (every, every[: len(base)]))
+    try:
+        every = answered(sandbox, solution, entry_point, inputs)
+    except SolutionFailsError as error:
+        return None, [(SOLUTION_FAILS, str(error))]
+    cases, shown = (
+        [c for c in part if c.expected is not ...] for part in (every, every[: len(base)])
+    )
     if not cases:
         return None, [("no tests", "all expected outputs are too large")]
     problem = Problem(
         id=f"{task}+",
         statement=mbpp_statement(prompt) if is_mbpp else prompt.strip(),
         public_tests=tuple(shown_test(entry_point, atol, case) for case in shown[:SHOWN]),
-        private_tests=PrivateTests(
-            tuple(
-                CheckTest(entry_point, check_code(entry_point, atol, cases[n : n + INPUTS_A_CHECK]))
-                for n in range(0, len(cases), INPUTS_A_CHECK)
-            )
-        ),
-        limits=LIMITS,
+        private_tests=PrivateTests(tuple(checks(entry_point, atol, cases))),
+        limits=replace(LIMITS, cpu_s=max(LIMITS.cpu_s, *(TIME_FACTOR * c.cpu_s for c in cases))),
         template="mbpp" if is_mbpp else "humaneval",
         entry_point=entry_point,
         family="mbpp+" if is_mbpp else "humaneval+",
         wrong_programs=mutants(solution),
     )
+    results, failure = grade_solution(problem, solution, sandbox)
+    if failure:
+        problem = with_memory(problem, REFERENCE_LIMITS.memory_bytes)
+        results, failure = grade_solution(problem, solution, sandbox)
+    if failure:
+        return None, [(SOLUTION_FAILS, failure)]
+    # as much again for programs that store more than the canonical solution
+    peak_bytes = max(result.max_rss_bytes for result in results)
+    problem = with_memory(problem, max(LIMITS.memory_bytes, 2 * peak_bytes))
     if len(cases) == len(every):
         return problem, []
     detail = f"{len(every) - len(cases)} of {len(every)} tests"
     return problem, [("expected outputs too large to write down (the problem is kept)", detail)]
+
+
+def with_memory(problem: Problem, memory_bytes: int) -> Problem:
+    return replace(problem, limits=replace(problem.limits, memory_bytes=memory_bytes))
 
 
 def arguments(given: Any) -> list[Any]:
@@ -268,17 +327,18 @@ def arguments(given: Any) -> list[Any]:
     return given
 
 
-def shown_test(entry_point: str, atol: float, case: tuple[list[Any], Any]) -> AssertTest:
+def shown_test(entry_point: str, atol: float, case: Case) -> AssertTest:
     """Return the test of one input, with the assert that states it."""
-    given, expected = case
-    call = f"{entry_point}({', '.join(map(repr, given))})"
+    call = f"{entry_point}({', '.join(map(to_literal, case.given))})"
+    expected = to_literal(case.expected)
     if entry_point in AS_SETS:
-        statement = f"assert set({call}) == set({expected!r})"
+        statement = f"assert set({call}) == set({expected})"
     elif entry_point in NOT_NONE:
-        statement = f"assert {'' if expected else 'not '}{call}"
+        statement = f"assert {'' if case.expected else 'not '}{call}"
     else:
-        statement = f"assert {call} == {expected!r}"
-    return AssertTest(entry_point, check_code(entry_point, atol, [case]), statement=statement)
+        statement = f"assert {call} == {expected}"
+    code = check_code(entry_point, atol, [case.literal])
+    return AssertTest(entry_point, code, statement=statement)
 
 
 def mbpp_statement(prompt: str) -> str:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from rlef_mega.problems.asserts import assert_test
+from rlef_mega.problems.literals import python_literal, to_literal
 from rlef_mega.problems.rows import (
     FieldError,
     Row,
@@ -185,7 +186,7 @@ def parse_test(test: Any, name: str, entry_point: str | None) -> AnyTest:
     args, expected = (literal(test[key], f"{name}.{key}") for key in ("args", "expected"))
     if not isinstance(args, tuple):
         raise FieldError(
-            f"{name}.args: {test['args']!r} is not a tuple; write one argument as (x,)"
+            f"{name}.args: {test['args'][:80]!r} is not a tuple; write one argument as (x,)"
         )
     return CallTest(called, args, expected)
 
@@ -215,23 +216,6 @@ def literal(text: str, name: str) -> Any:
     except (TypeError, ValueError) as error:
         raise FieldError(f"{name}: {error}") from None
     return value
-
-
-def python_literal(text: str) -> Any:
-    """Evaluate a literal, as `ast.literal_eval` does, but with inf and nan as `repr` writes them.
-
-    Raises ValueError, SyntaxError and others if the text is not one.
-    """
-    if "inf" not in text and "nan" not in text:
-        return ast.literal_eval(text)
-    return ast.literal_eval(NotFinite().visit(ast.parse(text.strip(), mode="eval")))
-
-
-class NotFinite(ast.NodeTransformer):
-    """Replaces the names inf and nan with floats."""
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
 
 
 def to_row(problem: Problem) -> Row:
@@ -268,7 +252,7 @@ def to_test(test: AnyTest) -> dict[str, str]:
         return {"entry_point": test.entry_point, "assert": test.statement, "check": test.code}
     if isinstance(test, CheckTest):
         return {"entry_point": test.entry_point, "check": test.code}
-    row = {"args": repr(test.args), "expected": repr(test.expected)}
+    row = {"args": to_literal(test.args), "expected": to_literal(test.expected)}
     for text, value in ((row["args"], test.args), (row["expected"], test.expected)):
         again = python_literal(text)
         # `==` fails for NaN, `matches` does not

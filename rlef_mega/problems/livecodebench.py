@@ -10,7 +10,6 @@ imports, time and comparison of the benchmark's own grader (lcb_runner/evaluatio
 import base64
 import binascii
 import io
-import json
 import pickle
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, NonNegativeInt
 
+from rlef_mega.problems.literals import parse_json
 from rlef_mega.problems.rows import (
     FieldError,
     Parsed,
@@ -66,7 +66,7 @@ class LiveCodeBenchOptions(SourceOptions):
     max_test_bytes: NonNegativeInt = 8 << 20  # of input and output together; private tests only
 
 
-def read(files: Sequence[Path], options: LiveCodeBenchOptions) -> Iterator[Read]:
+def read(files: Sequence[Path], options: LiveCodeBenchOptions, _: Path) -> Iterator[Read]:
     """Yield the outcome of each row, in order."""
     yield from read_each(files, "question_id", lambda row, path: parse(row, options))
 
@@ -166,7 +166,7 @@ def from_json(text: Any, key: str) -> Any:
     if not isinstance(text, str):
         return text
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise FieldError(f"{key}: not valid JSON ({error})") from None
 

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import NonNegativeInt
 
 from rlef_mega.problems.asserts import assert_test
+from rlef_mega.problems.graded_rows import SOLUTION_FAILS, grade_solution, read_graded
 from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.rows import (
     FieldError,
@@ -24,10 +25,9 @@ from rlef_mega.problems.rows import (
     SourceOptions,
     expect,
     expect_strings,
-    read_each,
 )
-from rlef_mega.types import AssertTest, PrivateTests, Problem
-from rlef_sandbox import CheckTest, Limits, Sandbox, Status
+from rlef_mega.types import PrivateTests, Problem
+from rlef_sandbox import Limits, Sandbox
 
 LIMITS = Limits(cpu_s=10.0)  # RLEF A.2
 TASKS = {  # numbers of each split, as the authors and the Hugging Face copy have them
@@ -45,10 +45,11 @@ class MBPPOptions(SourceOptions):
     public_tests: NonNegativeInt = 1  # of `test_list`; the rest is private
 
 
-def read(files: Sequence[Path], options: MBPPOptions) -> Iterator[Read]:
+def read(files: Sequence[Path], options: MBPPOptions, journal: Path) -> Iterator[Read]:
     """Yield the outcome of each task, in order; this runs the tasks' own solutions."""
-    with Sandbox(workers=1) as sandbox:
-        yield from read_each(files, "task_id", lambda row, path: parse(row, options, sandbox))
+    yield from read_graded(
+        files, "task_id", journal, lambda row, sandbox: parse(row, options, sandbox)
+    )
 
 
 def parse(row: Row, options: MBPPOptions, sandbox: Sandbox) -> Parsed:
@@ -73,9 +74,6 @@ def parse(row: Row, options: MBPPOptions, sandbox: Sandbox) -> Parsed:
         tests = [assert_test(text, entry_point, setup) for text in (*statements, *challenges)]
     except ValueError as error:
         raise FieldError(f"test_list: {error}") from None
-    failure = failure_of(code, tests, sandbox)
-    if failure:
-        return None, [("its own solution fails its tests", failure)]
     shown = min(options.public_tests, len(statements))
     problem = Problem(
         id=f"Mbpp/{task}",
@@ -88,7 +86,8 @@ def parse(row: Row, options: MBPPOptions, sandbox: Sandbox) -> Parsed:
         family="mbpp",
         wrong_programs=mutants(code),
     )
-    return problem, []
+    _, failure = grade_solution(problem, code, sandbox)
+    return (None, [(SOLUTION_FAILS, failure)]) if failure else (problem, [])
 
 
 def functions_called(code: str, tests: Sequence[str]) -> set[str]:
@@ -108,16 +107,3 @@ def functions_called(code: str, tests: Sequence[str]) -> set[str]:
         }
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise FieldError(f"code, test_list: not valid Python ({error})") from None
-
-
-def failure_of(code: str, tests: Sequence[AssertTest], sandbox: Sandbox) -> str:
-    """Return how the solution fails; empty if it passes.
-
-    Raises RuntimeError if the sandbox did not run it.
-    """
-    checks = [CheckTest(test.entry_point, test.code) for test in tests]
-    *_, last = sandbox.grade(code, checks, limits=LIMITS)
-    message = last.stderr.decode(errors="replace").strip().rpartition("\n")[2][:200]
-    if last.status is Status.SANDBOX_ERROR and "CheckTest is broken" not in message:
-        raise RuntimeError(f"the sandbox failed on {tests[0].statement!r}: {message}")
-    return "" if last.status is Status.OK else f"{last.status} {message}"

@@ -17,6 +17,7 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from rlef_mega.problems.literals import parse_json, to_literal
 from rlef_mega.problems.splits import SPLITS
 from rlef_mega.types import Problem
 from rlef_sandbox import CallTest, Test
@@ -129,7 +130,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[LocatedRow]:
 
 def read_array(path: Path) -> Iterator[LocatedRow]:
     try:
-        entries = json.loads(path.read_bytes())
+        entries = parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(entries, list):
@@ -153,7 +154,7 @@ def open_text(path: Path) -> IO[bytes] | io.BufferedIOBase:
 
 def parse_line(line: bytes) -> Row | FieldError:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return FieldError(f"not UTF-8 text ({error}); write it as UTF-8")
     except (ValueError, RecursionError) as error:
@@ -267,7 +268,7 @@ def size(test: Test | CallTest) -> int:
     """Return the bytes of input and output; of a call, the characters of their Python literals."""
     if isinstance(test, Test):
         return len(test.stdin) + len(test.expected)
-    return len(repr(test.args)) + len(repr(test.expected))
+    return len(to_literal(test.args)) + len(to_literal(test.expected))
 
 
 def read_each(

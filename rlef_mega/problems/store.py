@@ -21,7 +21,7 @@ from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_mega.problems.rows import Drop, Read
 from rlef_mega.types import Problem
 
-FORMAT = 6  # part of every key: raise it when readers make other problems or drops of a row
+FORMAT = 7  # part of every key: raise it when readers make other problems or drops of a row
 WHOLE_BYTES = 64 << 20  # larger files are identified by their ends, size and time of change
 END_BYTES = 1 << 20
 
@@ -61,12 +61,17 @@ def cache_folder() -> Path:
 
 
 def stored(
-    source: str, files: Sequence[Path], read: Callable[[], Iterable[Read]], folder: Path
+    source: str, files: Sequence[Path], read: Callable[[Path], Iterable[Read]], folder: Path
 ) -> ProblemStore:
-    """Return the store of this source; write it first if these files have none."""
+    """Return the store of this source; write it first if these files have none.
+
+    `read` gets the path of a file in which it may keep what a reader that is killed has done.
+    """
     index = folder / f"{digest_of(source, files, version=FORMAT)}.json"
     if not index.is_file():
-        write_store(read(), index)
+        journal = index.with_suffix(".journal")
+        write_store(read(journal), index)
+        journal.unlink(missing_ok=True)
     return ProblemStore(index)
 
 

@@ -3,7 +3,8 @@
 The program's side serves calls of its function. The other side runs the test's code, for which
 `candidate` is a stand-in that sends each call across and waits. Only plain data crosses (`values`),
 preceded by its length, so neither side has an object, a frame or a line of the other. An exception
-of the program arrives as the built-in exception of that name, if there is one.
+of the program arrives as the built-in exception of that name, if there is one, and a result that is
+not plain data as an object that only tells that it is not None.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import values
 LENGTH = struct.Struct("<Q")
 MAX_MESSAGE_BYTES = 64 << 20
 NAME_CHARACTERS, WORDS_CHARACTERS = 200, 4000  # of an exception
-RETURNED, RAISED = b"=", b"!"
+RETURNED, OPAQUE, RAISED = b"=", b"?", b"!"
 # Exit codes of the checking side, beside 0 and 1 (program_runner.py).
 CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
 
@@ -41,13 +42,38 @@ def serve(function: Callable[..., object], descriptor: int) -> None:
             return
         arguments, keywords = call
         try:
-            reply = RETURNED + values.encode(function(*arguments, **keywords))
+            reply = _reply(function(*arguments, **keywords))
         except Exception as error:
             reply = RAISED + json.dumps(_description(error)).encode()
         try:
             _send(descriptor, reply)
         except BrokenPipeError:  # the check was stopped at a limit
             return
+
+
+def _reply(returned: object) -> bytes:
+    try:
+        return RETURNED + values.encode(returned)
+    except TypeError:
+        return OPAQUE + json.dumps(type(returned).__name__[:NAME_CHARACTERS]).encode()
+
+
+class Opaque:
+    """A result that is not plain data. Asking it more than `is None` is the program's error."""
+
+    def __init__(self, kind: str, raised: list[BaseException]) -> None:
+        self._kind, self._raised = kind, raised
+
+    def __repr__(self) -> str:
+        return f"<{self._kind}>"
+
+    def _refuse(self, *_: object) -> NoReturn:
+        error = TypeError(f"a value of type {self._kind} cannot be judged; use plain data")
+        self._raised.append(error)
+        raise error
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
+    __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = __getattr__ = _refuse
 
 
 @contextlib.contextmanager
@@ -78,6 +104,8 @@ def check(check_function: Callable[..., object], descriptor: int) -> None:
             kind, body = reply[:1], reply[1:]
             if kind == RETURNED:
                 return values.decode(body)
+            if kind == OPAQUE:
+                return Opaque(str(json.loads(body)), raised)
             name, words = json.loads(body)
         except (GoneError, OSError) as error:
             _leave(CANDIDATE_GONE, error)

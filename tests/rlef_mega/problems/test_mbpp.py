@@ -38,7 +38,7 @@ DROPPED = [
     {**DOUBLE, "task_id": 16, "test_list": []},
 ]
 TWO_NAMES = "tests use no or several names of the program"
-FAILS = "its own solution fails its tests"
+FAILS = "its own solution fails"
 
 
 @pytest.fixture(scope="module")
