@@ -68,11 +68,12 @@ test-slurm: setup
 test-gpu:
 	"$(GPU_PYTHON)" -m pytest -m gpu
 
-# Kernels and a slice of the 8B model beside their peers; two commands of at most 8 minutes each
+# Kernels and a slice of the 8B model, and their peers; three commands of at most 8 minutes each
 bench-gpu:
 	-"$(GPU_PYTHON)" -m pip install --quiet --no-deps --requirement benchmarks/requirements-kernels.txt
 	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench kernels --json benchmarks/results/kernels.json
-	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench slice llama31_8b --recompute none,selective,full --json benchmarks/results/train_slice.json
+	"$(GPU_PYTHON)" -c "from rlef_mega.cli import main; main()" bench slice llama31_8b --json benchmarks/results/train_slice.json
+	"$(GPU_PYTHON)" benchmarks/experiments/slice_against_hf.py llama31_8b --json benchmarks/results/slice_against_hf.json
 
 bench: setup
 	"$(BIN)/rlef" bench train --json benchmarks/results/train.json

@@ -373,7 +373,7 @@ def bench(
         str | None, typer.Option(help="slice: a number, or auto (the default) for what fits")
     ] = None,
     recompute: Annotated[
-        str | None, typer.Option(help="slice: none (the default), selective, full, or a list")
+        str | None, typer.Option(help="slice: none (the default), selective or full")
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="compare: the fraction by which a worse figure is reported")

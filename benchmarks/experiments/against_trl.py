@@ -39,7 +39,7 @@ MICROBATCHES = (8, 16, 32, 64)  # sequences; TRL's default is 8
 def main() -> None:
     from rlef_mega.bench import train
     from rlef_mega.bench.results import Results
-    from rlef_mega.bench.workload import random_episodes, workload
+    from rlef_mega.bench.workload import random_batch, workload
     from rlef_mega.preflight import model_shape
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -50,7 +50,7 @@ def main() -> None:
     with workload(asked.recipe) as work:
         config = work.config
         vocabulary = model_shape(config)["vocab_size"]
-        episodes = random_episodes(config.rollout, vocabulary, config.run.seed)
+        episodes = random_batch(config.rollout, vocabulary, config.run.seed)
         trial = work.run("rlef_mega.bench.train")  # tells the threads
         request = request_of(work.folder, config, episodes)
         request["threads"] = trial["threads"] * config.parallel.world_size

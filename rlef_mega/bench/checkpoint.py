@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rlef_mega import ppo
 from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import Figure, Results
-from rlef_mega.bench.workload import Workload, random_episodes, run_rank, workload
+from rlef_mega.bench.workload import Workload, random_batch, run_rank, workload
 from rlef_mega.config import TrainConfig, dump_toml, load_config
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
@@ -58,7 +58,7 @@ def enlarged(work: Workload) -> Workload:
 
 def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     learner = make_learner(config, ranks)
-    episodes = random_episodes(config.rollout, model_shape(config)["vocab_size"], config.run.seed)
+    episodes = random_batch(config.rollout, model_shape(config)["vocab_size"], config.run.seed)
     batch = pack(episodes[:EPISODES])
     order = shuffled(batch.num_sequences, config.run.seed)
 

@@ -1,33 +1,39 @@
 """`rlef bench slice RECIPE`: a training step of the recipe's model, cut to as many layers as fit
-one device, phase by phase, and its policy update beside Hugging Face's with Liger's kernels.
+one device, phase by phase.
 
-Theory of operation. The command writes the slice's random weights and a request into a temporary
-folder and starts workers (`slice_worker`) one after the other, each a process of its own, so that
-each begins with an empty device: one for the phases of each recompute mode, and one beside the
-peer. Every worker gets the
-same deadline, starts no measurement after it and writes what it has; one that fails loses its own
-figures, and the results give the reason. Nothing needs CUDA: on a CPU the same code runs on the
-demo's shape.
+Run as a module it is the worker, one process, so that the networks begin with an empty device. It
+measures phases in turn, round after round, so other work on the machine affects all alike, and
+starts no round once its time is up. Nothing needs CUDA: on a CPU the same code runs on the demo's
+shape.
 
 Counting (`rlef_mega/flops.py`): causal attention, no embedding, no recomputation, the critic
 without a head, and of the head's products those for the response tokens, the only ones its loss
 reads. The usual convention counts the head for all tokens; that figure stands apart.
 """
 
-import json
+import dataclasses
+import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from rlef_mega.bench.measure import device_name, peak_flops
+from rlef_mega import ppo
+from rlef_mega.bench.measure import device_name, peak_bytes, peak_flops, seconds, wall_seconds
 from rlef_mega.bench.random_model import find_shape, layers_that_fit, write_model
-from rlef_mega.bench.results import Figure, Results, describe_benchmark
-from rlef_mega.bench.workload import REQUEST, run_worker
+from rlef_mega.bench.results import Figure, Results
+from rlef_mega.bench.workload import (
+    Workload,
+    describe_batch,
+    fill_microbatches,
+    random_episodes,
+    run_rank,
+)
 from rlef_mega.config import (
     ConfigError,
     ParallelConfig,
@@ -37,80 +43,98 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.flops import LlamaShape, forward_flops, recomputed_flops, training_flops
+from rlef_mega.megatron.learner import Learner, ReadFunction
+from rlef_mega.megatron.network.accelerations import report
+from rlef_mega.megatron.network.families import read_config
+from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.megatron.trained_model import FrozenModel, Residence, TrainedModel
+from rlef_mega.packing import pack
+from rlef_mega.parts import make_learner
+from rlef_mega.plan.planned_run import RECOMPUTE
+from rlef_mega.types import Batch, Targets
 
-TIME_LIMIT_S = 390.0  # of the 7 minutes that the command may take: the last measurement ends too
+Phases = dict[str, Callable[[], object]]
+TIME_LIMIT_S = 390.0  # of the 7 minutes that the command may take: the last round ends too
 REPEATS = 7
-RECOMPUTE = ("none", "selective", "full")
-UPDATES = ("policy update", "critic update")
+MICROBATCHES = 4  # of an update
+GPU_TOKENS, CPU_TOKENS = 8192, 2048  # of a micro-batch
+PRODUCTS = 10  # samples of the largest product's rate
 
 
-def benchmark(
-    recipe: str,
-    *,
-    layers: str = "auto",
-    recompute: str = "none",
-    microbatch_tokens: int = 0,
-    microbatches: int = 4,
-    repeats: int = REPEATS,
-    dtype: str | None = None,
-    limit_s: float = TIME_LIMIT_S,
-) -> Results:
-    """Measure the slice.
-
-    `layers` is a number, or "auto" for what fits; `recompute` lists modes separated by commas, and
-    the first is the one whose phases are all measured. `microbatch_tokens` 0 means 8,192 on a GPU
-    and 2,048 elsewhere. An update has `microbatches` of them.
-    """
-    deadline = time.time() + limit_s
-    modes = recompute.split(",")
-    if unknown := set(modes) - set(RECOMPUTE):
-        raise ConfigError(f"--recompute {sorted(unknown)}: known are {', '.join(RECOMPUTE)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_config(find_recipe(recipe), [], TrainConfig)
-    if dtype:
-        model = config.model.model_copy(update={"dtype": dtype})
-        config = config.model_copy(update={"model": model})
-    torch_dtype = getattr(torch, config.model.dtype)
-    tokens = microbatch_tokens or (8192 if device.type == "cuda" else 2048)
-    whole = find_shape(recipe)
-    shape = whole.with_layers(how_many_layers(layers, whole, device, torch_dtype, tokens))
-    request = {
-        "microbatches": microbatches,
-        "microbatch_tokens": tokens,
-        "repeats": repeats,
-        "deadline": deadline,
-        "shape": vars(shape),
-    }
-    with tempfile.TemporaryDirectory(prefix="rlef-slice-") as name:
-        write_model(Path(name) / "model", shape, torch_dtype, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the workers need all of it
-        found, failures = run_workers(Path(name), config, request, modes)
-    name = device_name(device)
+def benchmark(recipe: str, *, layers: str = "auto", recompute: str = "none") -> Results:
+    """Measure the slice; `layers` is a number, or "auto" for what fits."""
+    with slice_workload(recipe, layers, recompute) as work:
+        measured = work.run("rlef_mega.bench.slice")
+        shape = LlamaShape.of(read_config(Path(work.config.model.path)))
+    name = device_name(measured_device())
     # the table holds bfloat16 peaks
-    peak = peak_flops(name) if config.model.dtype == "bfloat16" else None
-    phases = found.get(f"phases, {modes[0]}", {})
-    missing = [f"{worker}: {reason}" for worker, reason in failures.items()]
-    missing += [what for measured in found.values() for what in measured["unmeasured"]]
-    about = describe_benchmark(
-        model=f"random weights, {shape.layers} of {whole.layers} layers",
+    peak = peak_flops(name) if work.config.model.dtype == "bfloat16" else None
+    about = work.about(
         shape=vars(shape),
-        dtype=config.model.dtype,
-        recompute=modes,
-        **{of: phases.get(of) for of in ("accelerations", "batch", "memory", "load_average")},
+        recompute=recompute,
         peak_tflops=peak and peak / 1e12,
-        peers={of: found.get("peers", {}).get(of) for of in ("peer", "first")},
+        **{of: measured[of] for of in ("accelerations", "batch", "memory", "load_average")},
     )
+    late = REPEATS - min(map(len, measured["seconds"].values()))
+    notes = (f"not measured: {late} of {REPEATS} repeats: the time was up",) if late else ()
     return Results(
         f"rlef bench slice: {recipe}",
         about,
-        tuple(figures(shape, found, modes, peak)),
-        tuple(f"not measured: {what}" for what in missing),
+        tuple(figures(shape, measured, recompute, peak)),
+        notes,
+    )
+
+
+def measured_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def slice_workload(
+    recipe: str, layers: str, recompute: str, *, beside: int = 0
+) -> Iterator[Workload]:
+    """Open the recipe on one process, with a slice of its model with random weights. `beside` are
+    the bytes a parameter that something else needs on the device.
+
+    Raises ConfigError for a bad option, or if not even one layer fits.
+    """
+    if recompute not in RECOMPUTE:
+        raise ConfigError(f"--recompute {recompute}: known are {', '.join(RECOMPUTE)}")
+    device = measured_device()
+    config = load_config(find_recipe(recipe), [], TrainConfig)
+    whole = find_shape(config)
+    with tempfile.TemporaryDirectory(prefix="rlef-slice-") as name:
+        config = slice_config(config, Path(name) / "model", recompute, device)
+        shape = whole.with_layers(how_many_layers(layers, config, whole, device, beside))
+        dtype = getattr(torch, config.model.dtype)
+        write_model(Path(config.model.path), shape, dtype, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the networks need all of it
+        (Path(name) / "config.toml").write_text(dump_toml(config))
+        words = f"random weights, {shape.layers} of {whole.layers} layers"
+        yield Workload(Path(name), config, words)
+
+
+def slice_config(
+    config: TrainConfig, model: Path, recompute: str, device: torch.device
+) -> TrainConfig:
+    """Return the recipe on one process with the slice as its model."""
+    tokens = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
+    context = min(config.rollout.max_context, tokens)
+    network = {"path": str(model), "shape": None, "recompute": recompute}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=network),
+            "learner": config.learner.model_copy(update={"microbatch_tokens": tokens}),
+            "rollout": config.rollout.model_copy(update={"max_context": context}),
+            "parallel": ParallelConfig(processes_per_node=1),
+            "critic_parallel": None,
+        }
     )
 
 
 def how_many_layers(
-    asked: str, shape: LlamaShape, device: torch.device, dtype: torch.dtype, tokens: int
+    asked: str, config: TrainConfig, shape: LlamaShape, device: torch.device, beside: int
 ) -> int:
     if asked != "auto":
         if not asked.isdigit() or not 1 <= int(asked) <= shape.layers:
@@ -120,66 +144,113 @@ def how_many_layers(
         memory, _ = torch.cuda.mem_get_info(device)
     else:
         memory = psutil.virtual_memory().available
-    return layers_that_fit(shape, memory, dtype, tokens)
+    return layers_that_fit(config, shape, memory, on_cpu=device.type == "cpu", beside=beside)
 
 
-def run_workers(
-    folder: Path, config: TrainConfig, request: dict[str, Any], modes: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what each worker measured, and the reasons of those that failed, by name."""
-    found, failures = {}, {}
-    workers = [(f"phases, {mode}", mode) for mode in modes]
-    workers.insert(1, ("peers", modes[0]))
-    for name, mode in workers:
-        if time.time() > request["deadline"]:
-            failures[name] = "the time was up"
-            continue
-        own = folder / name.replace(", ", "-")
-        own.mkdir()
-        (own / "config.toml").write_text(dump_toml(slice_config(config, folder, request, mode)))
-        (own / REQUEST).write_text(json.dumps(request | {"peer": name == "peers"}))
-        try:
-            found[name] = run_worker("rlef_mega.bench.slice_worker", own, 1)
-        except RuntimeError as error:
-            failures[name] = str(error)
-    return found, failures
+# ---------------------------------------------------------------------------------------- worker
 
 
-def slice_config(
-    config: TrainConfig, folder: Path, request: dict[str, Any], recompute: str
-) -> TrainConfig:
-    """Return the recipe on one process with the slice as its model."""
-    model = {"path": str(folder / "model"), "shape": None, "recompute": recompute}
-    learner = {"microbatch_tokens": request["microbatch_tokens"]}
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update=model),
-            "learner": config.learner.model_copy(update=learner),
-            "parallel": ParallelConfig(processes_per_node=1),
-        }
-    )
+def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    deadline = time.monotonic() + TIME_LIMIT_S
+    dtype = getattr(torch, config.model.dtype)
+    learner = make_learner(config, ranks)
+    batch, targets = on_policy_targets(learner, config, slice_batch(config))
+    return {
+        "matmul_flops": product_rates(ranks.device, dtype, config),
+        "batch": describe_batch(batch) | {"microbatches": MICROBATCHES},
+        "lengths": batch.cu_seqlens.diff().tolist(),
+        "accelerations": report(ranks.device, dtype),
+        "load_average": os.getloadavg()[0],
+        **measure_phases(phases(learner, batch, targets), ranks.device, deadline),
+    }
+
+
+def slice_batch(config: TrainConfig) -> Batch:
+    vocabulary = read_config(Path(config.model.path)).vocab_size
+    episodes = random_episodes(config.rollout, vocabulary, config.run.seed)
+    return pack(fill_microbatches(episodes, config.learner.microbatch_tokens, MICROBATCHES))
+
+
+def on_policy_targets(learner: Learner, config: TrainConfig, batch: Batch) -> tuple[Batch, Targets]:
+    """Return the batch as if this policy had sampled it, so that ratios begin at 1 and few are
+    clipped, and its targets."""
+    scores = learner.score(batch)
+    batch = dataclasses.replace(batch, behaviour_logprobs_A=scores.old_logprobs_A)
+    targets, _ = ppo.targets(batch, scores, config.ppo)
+    return batch, targets
+
+
+def policy_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str, float]:
+    """Make one optimizer step of the policy on the whole batch."""
+    return learner.update_policy(batch, targets, list(range(batch.num_sequences)))
+
+
+def critic_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str, float]:
+    return learner.update_critic(batch, targets, list(range(batch.num_sequences)))
+
+
+def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:
+    """Return the parts of a training step, in its order."""
+    everything = range(batch.num_sequences)
+    policy, critic, reference = learner.policy, learner.critic, learner.reference
+    assert policy and critic, "a slice is measured on ranks that hold all networks"
+
+    def outputs(model: TrainedModel | FrozenModel, read: ReadFunction) -> Callable[[], object]:
+        return lambda: learner.outputs(model.chunks, learner.cutting.cut(batch, everything), read)
+
+    found: Phases = {
+        "old log-probs": outputs(policy, learner.read_logprobs),
+        "values": outputs(critic, learner.read_values),
+        "critic update": lambda: critic_update(learner, batch, targets),
+        "policy update": lambda: policy_update(learner, batch, targets),
+        "policy optimizer step alone": policy.step,
+        "weights gathered for publication": lambda: [None for _ in learner.policy_weights()],
+        # all that an idle policy leaves to others, and back: the two go together
+        "policy to the host": lambda: policy.reside(Residence.NOTHING),
+        "policy back on the device": lambda: policy.reside(Residence.TRAINING),
+    }
+    if reference is not None:
+        found = {"reference log-probs": outputs(reference, learner.read_logprobs), **found}
+    return found
+
+
+def measure_phases(found: Phases, device: torch.device, deadline: float) -> dict[str, Any]:
+    """Measure each phase's memory after a warm-up, then the seconds of all of them in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in found}
+    for phase in found.values():
+        phase()  # compiles, and makes the optimizer's state
+    resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    beyond = {name: peak_bytes(phase, device) for name, phase in found.items()}
+    for _ in range(REPEATS):
+        if time.monotonic() > deadline:
+            break
+        for name, phase in found.items():
+            samples[name].append(wall_seconds(phase, device))
+    memory = {"resident_bytes": resident, "beyond_it_bytes": beyond}
+    return {"seconds": samples, "memory": memory}
+
+
+def product_rates(device: torch.device, dtype: torch.dtype, config: TrainConfig) -> list[float]:
+    """Return samples of the FLOP/s that the vendor's library reaches in a layer's largest product
+    (hidden to gate and up): what a step made of nothing but such products would reach."""
+    shape = LlamaShape.of(read_config(Path(config.model.path)))
+    tokens = config.learner.microbatch_tokens
+    hidden_TD = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
+    weight_FD = torch.randn(2 * shape.ffn, shape.hidden, device=device, dtype=dtype)
+    flops = 2 * hidden_TD.numel() * weight_FD.shape[0]
+
+    def multiply() -> None:
+        torch.nn.functional.linear(hidden_TD, weight_FD)
+
+    multiply()
+    return [flops / seconds(multiply, device) for _ in range(PRODUCTS)]
 
 
 # --------------------------------------------------------------------------------------- figures
 
 
 def figures(
-    shape: LlamaShape, found: dict[str, Any], modes: Sequence[str], peak: float | None
-) -> Iterator[Figure]:
-    for mode in modes:
-        if measured := found.get(f"phases, {mode}"):
-            yield from phase_figures(shape, measured, mode, peak, only_updates=mode != modes[0])
-    if peers := found.get("peers"):
-        yield from peer_figures(peers)
-
-
-def phase_figures(
-    shape: LlamaShape,
-    measured: dict[str, Any],
-    mode: str,
-    peak: float | None,
-    *,
-    only_updates: bool,
+    shape: LlamaShape, measured: dict[str, Any], recompute: str, peak: float | None
 ) -> Iterator[Figure]:
     lengths, read = measured["lengths"], measured["batch"]["response_tokens"]
     flops = {
@@ -190,42 +261,29 @@ def phase_figures(
         "values": forward_flops(shape, lengths, 0),
     }
 
-    def rates(row: str, quantity: str, flops: int, seconds: Sequence[float]) -> Iterator[Figure]:
-        yield Figure(f"{row} | {quantity}", "TFLOP/s", tuple(flops / s / 1e12 for s in seconds))
+    def rates(row: str, quantity: str, flops: int, times: Sequence[float]) -> Iterator[Figure]:
+        yield Figure(f"{row} | {quantity}", "TFLOP/s", tuple(flops / s / 1e12 for s in times))
         if peak and quantity == "model":
-            yield Figure(f"{row} | utilisation", "share", tuple(flops / s / peak for s in seconds))
+            yield Figure(f"{row} | utilisation", "share", tuple(flops / s / peak for s in times))
 
-    for phase, seconds in measured["seconds"].items():
-        if not seconds or (only_updates and phase not in UPDATES):
-            continue
-        is_update = phase in UPDATES
-        row = f"{phase}, recompute {mode}" if is_update and mode != "none" else phase
-        yield Figure(f"{row} | time", "s", tuple(seconds))
-        if phase in flops:
-            speeds = tuple(sum(lengths) / s for s in seconds)
-            yield Figure(f"{row} | speed", "tokens/s", speeds)
-            yield from rates(row, "model", flops[phase], seconds)
-        if is_update and mode != "none":
-            again = recomputed_flops(shape, lengths, mode)
-            yield from rates(row, "hardware", flops[phase] + again, seconds)
-        if phase == "policy update":
+    for phase, times in measured["seconds"].items():
+        if times:
+            yield Figure(f"{phase} | time", "s", tuple(times))
+        if times and phase in flops:
+            speeds = tuple(sum(lengths) / s for s in times)
+            yield Figure(f"{phase} | speed", "tokens/s", speeds)
+            yield from rates(phase, "model", flops[phase], times)
+        if times and phase.endswith("update") and recompute != "none":
+            again = recomputed_flops(shape, lengths, recompute)
+            yield from rates(phase, "hardware", flops[phase] + again, times)
+        if times and phase == "policy update":
             everywhere = training_flops(shape, lengths)
-            yield from rates(f"{row}, head counted everywhere", "model", everywhere, seconds)
-        beyond = measured["memory"]["beyond_it_bytes"].get(phase)
-        if beyond is not None:
-            yield Figure(f"{row} | memory beyond resident", "MiB", (beyond / 2**20,))
-    if not only_updates:
-        roof = tuple(rate / 1e12 for rate in measured["matmul_flops"])
-        yield Figure("largest product alone | model", "TFLOP/s", roof)
+            yield from rates(f"{phase}, head counted everywhere", "model", everywhere, times)
+        beyond = measured["memory"]["beyond_it_bytes"][phase]
+        yield Figure(f"{phase} | memory beyond resident", "MiB", (beyond / 2**20,))
+    roof = tuple(rate / 1e12 for rate in measured["matmul_flops"])
+    yield Figure("largest product alone | model", "TFLOP/s", roof)
 
 
-def peer_figures(measured: dict[str, Any]) -> Iterator[Figure]:
-    """Return tokens a second of each side, and ours over each peer's, with a sample a round."""
-    seconds = {name: samples for name, samples in measured["seconds"].items() if samples}
-    for name, samples in seconds.items():
-        speeds = tuple(measured["tokens"] / s for s in samples)
-        yield Figure(f"policy update, {name}", "tokens/s", speeds)
-    for name, samples in seconds.items():
-        if name != "ours":
-            ratios = tuple(t / o for o, t in zip(seconds["ours"], samples, strict=True))
-            yield Figure(f"policy update, ours / {name}", "ratio", ratios)
+if __name__ == "__main__":
+    run_rank(measure)

@@ -15,7 +15,7 @@ from rlef_mega.bench.results import Figure, Results, shares
 from rlef_mega.bench.workload import (
     Workload,
     describe_batch,
-    random_episodes,
+    random_batch,
     run_rank,
     workload,
 )
@@ -68,7 +68,7 @@ def figures(measured: dict[str, Any]) -> tuple[Figure, ...]:
 def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     learner = make_learner(config, ranks)
     vocabulary = model_shape(config)["vocab_size"]
-    episodes = random_episodes(config.rollout, vocabulary, config.run.seed)
+    episodes = random_batch(config.rollout, vocabulary, config.run.seed)
     phases, policy_alone = [], []
     for _ in range(1 + REPEATS):
         clock = Clock()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 OBSERVED = (1 / 10, 1 / 6)  # of rollout.max_context: a prompt, or one turn's feedback
 ANSWERED = (0.15, 0.65)  # of rollout.max_new_tokens: a response
 UNGRADED = Verdict((), public_passed=False, solved=None)
-REQUEST = "request.json"  # from a command to its worker, in the worker's folder
 RESULT = "measured.json"  # what the worker measured
 
 
@@ -54,7 +54,12 @@ class Workload:
     def run(self, module: str) -> dict[str, Any]:
         """Run the worker module on the recipe's ranks. Returns what rank 0 wrote. Raises
         RuntimeError if it failed."""
-        return run_worker(module, self.folder, self.config.parallel.world_size)
+        result = self.folder / RESULT
+        result.unlink(missing_ok=True)
+        code = launch(module, self.folder, self.config.parallel.world_size)
+        if code or not result.is_file():
+            raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
+        return json.loads(result.read_text())
 
     def about(self, **more: Any) -> dict[str, Any]:
         """Return the conditions of the measurement, and what the benchmark adds."""
@@ -64,15 +69,6 @@ class Workload:
             model=self.model,
             **more,
         )
-
-
-def run_worker(module: str, folder: Path, processes: int) -> dict[str, Any]:
-    result = folder / RESULT
-    result.unlink(missing_ok=True)
-    code = launch(module, folder, processes)
-    if code or not result.is_file():
-        raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
-    return json.loads(result.read_text())
 
 
 def run_rank(measure: Callable[[Path, TrainConfig, "Ranks"], dict[str, Any]]) -> None:
@@ -135,76 +131,43 @@ def describe_batch(batch: Batch) -> dict[str, int]:
 # ------------------------------------------------------------------------------- random episodes
 
 
-def random_episodes(rollout: RolloutConfig, vocab_size: int, seed: int) -> list[Episode]:
-    """Make a batch of the recipe's size with lengths like the demo's; equal for equal seeds."""
-    generator = random.Random(seed)
-
-    def length(of: str) -> int:
-        bounds, limit = (
-            (ANSWERED, rollout.max_new_tokens)
-            if of == "response"
-            else (OBSERVED, rollout.max_context)
-        )
-        return max(1, round(generator.uniform(*bounds) * limit))
-
-    return [
-        random_episode(rollout.turns, rollout.max_context, vocab_size, generator, length)
-        for _ in range(rollout.episodes_per_batch)
-    ]
+def random_batch(rollout: RolloutConfig, vocab_size: int, seed: int) -> list[Episode]:
+    """Make a batch of the recipe's size; equal for equal seeds."""
+    return list(islice(random_episodes(rollout, vocab_size, seed), rollout.episodes_per_batch))
 
 
-def slice_episodes(
-    rollout: RolloutConfig, vocab_size: int, token_budget: int, count: int, seed: int
-) -> list[Episode]:
-    """Make dialogues that fill `count` micro-batches of `token_budget` tokens.
-
-    Lengths are log-normal, as those of programs and problems are: many short, a few at the recipe's
-    limits. Medians, as fractions of `max_context` (8,192 in the paper): a prompt 1/16, a response
-    1/20, feedback 1/50; each with a spread of 0.6 in the logarithm.
-    """
-    generator = random.Random(seed)
-    max_context = min(token_budget, rollout.max_context)
-    medians = {"prompt": 1 / 16, "feedback": 1 / 50, "response": 1 / 20}
-
-    def length(of: str) -> int:
-        limit = max_context // 3
-        if of == "response":
-            limit = min(limit, rollout.max_new_tokens)
-        median = math.log(medians[of] * rollout.max_context)
-        return min(max(round(generator.lognormvariate(median, 0.6)), 2), limit)
-
-    episodes: list[Episode] = []
-    while True:
-        episode = random_episode(rollout.turns, max_context, vocab_size, generator, length)
-        lengths = [len(e.token_ids) for e in (*episodes, episode)]
-        if episodes and len(microbatches(lengths, token_budget, 1)[0]) > count:
-            return episodes
-        episodes.append(episode)
-
-
-def random_episode(
-    turns: int,
-    max_context: int,
-    vocab_size: int,
-    generator: random.Random,
-    length: Callable[[str], int],
-) -> Episode:
-    """Make a dialogue of one to `turns` turns; `length` draws that of a "prompt", "feedback" or
-    "response". Log-probs are what an untrained model assigns."""
-    tokens = 0
-    made: list[Turn] = []
-
-    def draw(of: str) -> tuple[int, ...]:
-        return tuple(generator.randrange(vocab_size) for _ in range(length(of)))
-
-    for number in range(generator.randint(1, turns)):
-        observed, answer = draw("feedback" if number else "prompt"), draw("response")
-        if made and tokens + len(observed) + len(answer) > max_context:
+def fill_microbatches(episodes: Iterator[Episode], token_budget: int, count: int) -> list[Episode]:
+    """Take the episodes that fit `count` micro-batches of `token_budget` tokens."""
+    taken: list[Episode] = []
+    for episode in episodes:
+        lengths = [len(e.token_ids) for e in (*taken, episode)]
+        if taken and len(microbatches(lengths, token_budget, 1)[0]) > count:
             break
-        logprobs = (-math.log(vocab_size),) * len(answer)
-        sampled = Completion(answer, logprobs, (0,) * len(answer), "stop")
-        made.append(Turn(observed, sampled, "print(1)", UNGRADED))
-        tokens += len(observed) + len(answer)
-    verdict = replace(UNGRADED, solved=generator.random() < 0.5)
-    made[-1] = replace(made[-1], verdict=verdict)
-    return Episode("random", "", tuple(made))
+        taken.append(episode)
+    return taken
+
+
+def random_episodes(rollout: RolloutConfig, vocab_size: int, seed: int) -> Iterator[Episode]:
+    """Make dialogues of one to `rollout.turns` turns without end, with lengths like the demo's.
+    Log-probs are what an untrained model assigns."""
+    generator = random.Random(seed)
+
+    def draw(bounds: tuple[float, float], limit: int) -> tuple[int, ...]:
+        length = max(1, round(generator.uniform(*bounds) * limit))
+        return tuple(generator.randrange(vocab_size) for _ in range(length))
+
+    while True:
+        tokens = 0
+        made: list[Turn] = []
+        for _ in range(generator.randint(1, rollout.turns)):
+            observed = draw(OBSERVED, rollout.max_context)
+            answer = draw(ANSWERED, rollout.max_new_tokens)
+            tokens += len(observed) + len(answer)
+            if made and tokens > rollout.max_context:
+                break
+            logprobs = (-math.log(vocab_size),) * len(answer)
+            sampled = Completion(answer, logprobs, (0,) * len(answer), "stop")
+            made.append(Turn(observed, sampled, "print(1)", UNGRADED))
+        verdict = replace(UNGRADED, solved=generator.random() < 0.5)
+        made[-1] = replace(made[-1], verdict=verdict)
+        yield Episode("random", "", tuple(made))

@@ -18,7 +18,7 @@ from rlef_mega.bench import measured, run_benchmark
 from rlef_mega.bench.e2e import with_outside
 from rlef_mega.bench.results import Figure, shares
 from rlef_mega.bench.sandbox import benchmark as benchmark_sandbox
-from rlef_mega.bench.workload import random_episodes, workload
+from rlef_mega.bench.workload import random_batch, workload
 from rlef_mega.config import ConfigError, RolloutConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.packing import pack
 
@@ -43,9 +43,9 @@ updates_per_batch = 2
 
 @pytest.mark.parametrize("rollout", [DEMO, RolloutConfig(episodes_per_batch=16)])
 def test_made_up_episodes_stay_within_the_recipe_and_repeat(rollout):
-    episodes = random_episodes(rollout, vocab_size=640, seed=3)
-    assert episodes == random_episodes(rollout, vocab_size=640, seed=3)
-    assert episodes != random_episodes(rollout, vocab_size=640, seed=4)
+    episodes = random_batch(rollout, vocab_size=640, seed=3)
+    assert episodes == random_batch(rollout, vocab_size=640, seed=3)
+    assert episodes != random_batch(rollout, vocab_size=640, seed=4)
     assert len(episodes) == rollout.episodes_per_batch
     turns = [turn for episode in episodes for turn in episode.turns]
     assert {len(episode.turns) for episode in episodes} == {1, 2, 3}
@@ -68,7 +68,7 @@ def test_time_outside_the_phases_is_what_none_of_them_claims():
 
 
 def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
-    episodes = random_episodes(DEMO, vocab_size=640, seed=0)
+    episodes = random_batch(DEMO, vocab_size=640, seed=0)
     batch = pack(episodes)
     token_ids, said, logprobs = [], [], []
     for given in map(as_rollout, episodes):

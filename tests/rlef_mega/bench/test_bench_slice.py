@@ -1,26 +1,36 @@
-"""`rlef bench slice`: what is counted and compared, and a run of it on the CPU from the command's
-function to the JSON. Speeds are not asserted.
+"""`rlef bench slice` and its comparison with Hugging Face: what is counted and compared, and a run
+of both on the CPU. Speeds are not asserted.
 """
 
 import dataclasses
 import itertools
-import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from benchmarks.experiments import slice_against_hf
+from benchmarks.experiments.slice_against_hf import HuggingFacePolicy, compare_updates, peer_batches
 from rlef_mega import ppo
 from rlef_mega.bench import slice as slice_of_model
-from rlef_mega.bench.hf_policy import HuggingFacePolicy, peer_batches
 from rlef_mega.bench.measure import peak_flops
-from rlef_mega.bench.random_model import bytes_needed, find_shape, layers_that_fit, write_model
-from rlef_mega.bench.slice_worker import compare_updates, product_rates
-from rlef_mega.bench.workload import slice_episodes
-from rlef_mega.config import ConfigError, OptimizerConfig, PPOConfig, RolloutConfig
+from rlef_mega.bench.random_model import layers_that_fit, write_model
+from rlef_mega.bench.workload import fill_microbatches, random_episodes
+from rlef_mega.config import (
+    ConfigError,
+    OptimizerConfig,
+    ParallelConfig,
+    PPOConfig,
+    RolloutConfig,
+    TrainConfig,
+    find_recipe,
+    load_config,
+)
 from rlef_mega.flops import LLAMA_31_8B, LlamaShape
+from rlef_mega.megatron.network.families import read_config
 from rlef_mega.packing import microbatches, pack
 from rlef_mega.types import Scores
 
@@ -41,8 +51,8 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def work():
     """A batch with old and behaviour log-probs of about a random model's, and its targets."""
-    episodes = slice_episodes(ROLLOUT, TINY.vocabulary, 256, 3, seed=1)
-    batch = pack(episodes)
+    episodes = random_episodes(ROLLOUT, TINY.vocabulary, seed=1)
+    batch = pack(fill_microbatches(episodes, 320, 3))
     torch.manual_seed(0)
     old, behaviour = 0.3 * torch.randn(2, batch.num_actions) - math.log(TINY.vocabulary)
     batch = dataclasses.replace(batch, behaviour_logprobs_A=behaviour)
@@ -84,7 +94,7 @@ def expected_loss(folder, batch, targets) -> float:
 def test_the_peer_computes_the_learners_loss(model_folder, work):
     batch, targets = work
     found = []
-    for budget in (256, 2048):
+    for budget in (320, 2048):
         parts = list(peer_batches(batch, targets, budget, CPU))
         assert sum(part.ids_R.numel() for part in parts) == batch.num_actions
         sizes = [part.token_ids_BL.numel() for part in parts]
@@ -134,7 +144,7 @@ def test_a_peer_that_does_other_work_or_fails_or_is_late_is_left_out_with_the_re
     found = compare(right, ["Liger", "logits"])  # Liger needs a GPU
     assert set(found["seconds"]) == {"ours", PEER}
     assert found["unmeasured"][0].startswith("Hugging Face, head: Liger: ")
-    late = compare(right, deadline=time.time() - 1)
+    late = compare(right, deadline=time.monotonic() - 1)
     assert late["unmeasured"] == [f"{PEER}: the time was up"]
 
 
@@ -144,7 +154,7 @@ def test_ratios_are_taken_within_a_round():
         "HF, Liger": [1.1, 2.2, 1.1],
         "HF, logits": [2.0, 4.0, 2.0],
     }
-    rows = slice_of_model.peer_figures({"seconds": seconds, "tokens": 100})
+    rows = slice_against_hf.figures({"seconds": seconds, "batch": {"tokens": 100}})
     by_name = {row.name: row.samples for row in rows}
     assert by_name["policy update, ours"] == (100.0, 50.0, 100.0)
     assert by_name["policy update, ours / HF, Liger"] == pytest.approx((1.1, 1.1, 1.1))
@@ -152,27 +162,27 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_as_many_layers_as_fit_with_embedding_and_head_whole():
-    h100 = 79 * 2**30
-    layers = layers_that_fit(LLAMA_31_8B, h100, torch.bfloat16, 8192)
-    assert layers == 3
-    # by hand: ours 18 bytes a parameter, beside it the peer's 20; 2 tables of 525,336,576 and 3
-    # layers of 218,112,000 parameters; activations of 12 x 4,096 + 4 x 14,336 numbers a token
-    parameters = 2 * 525_336_576 + 3 * 218_112_000 + 4096
-    activations = 2 * 8192 * 3 * (12 * 4096 + 4 * 14336)
-    three = bytes_needed(LLAMA_31_8B.with_layers(3), torch.bfloat16, 8192)
-    assert three == 38 * parameters + activations
-    assert layers_that_fit(LLAMA_31_8B, 139 * 2**30, torch.bfloat16, 8192) > layers
-    assert layers_that_fit(TINY, 10**9, torch.float32, 512) == TINY.layers
-    with pytest.raises(ConfigError, match="one layer with embedding and head needs 50 GB"):
-        layers_that_fit(LLAMA_31_8B, 24 * 10**9, torch.bfloat16, 8192)
+    config = load_config(find_recipe("llama31_8b"), [], TrainConfig)
+    config = config.model_copy(update={"parallel": ParallelConfig()})
+
+    def fitting(memory: float, beside: int = 0) -> int:
+        return layers_that_fit(config, LLAMA_31_8B, memory, on_cpu=False, beside=beside)
+
+    layers = fitting(79 * 2**30)
+    # by hand: 18 bytes a parameter of policy and critic, 2 of the reference; the activations of
+    # 8,192 tokens and a matrix's gradient are less than a layer's state
+    table, layer = 525_336_576, 218_112_000
+    state = 20 * (2 * table + layers * layer) + 18 * (table + layers * layer)
+    assert state < 0.9 * 79 * 2**30 < state + 3 * 38 * layer
+    assert fitting(139 * 2**30) > layers > fitting(79 * 2**30, beside=20)
+    with pytest.raises(ConfigError, match=r"one layer with embedding and head needs \d+ GB"):
+        fitting(24 * 10**9)
 
 
-def test_a_slice_of_an_unknown_model_or_size_is_refused():
-    with pytest.raises(ConfigError, match="llama31_8b, llama31_70b, demo"):
-        find_shape("smollm2_cpu")
+def test_a_slice_of_an_unknown_size_or_mode_is_refused():
     for layers in ("0", "33", "all"):
         with pytest.raises(ConfigError, match="a number from 1 to 32, or auto"):
-            slice_of_model.how_many_layers(layers, LLAMA_31_8B, CPU, torch.bfloat16, 8192)
+            slice_of_model.benchmark("llama31_8b", layers=layers)
     with pytest.raises(ConfigError, match="known are none, selective, full"):
         slice_of_model.benchmark("demo", recompute="none,most")
 
@@ -184,20 +194,18 @@ def test_published_peaks_go_by_the_devices_name():
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA B200") == 2250e12
     assert peak_flops("CPU") is None
-    assert all(rate > 0 for rate in product_rates(CPU, torch.float32, 16, TINY))
 
 
 @pytest.mark.parametrize(
     ("rollout", "budget"), [(ROLLOUT, 2048), (RolloutConfig(max_new_tokens=2048), 8192)]
 )
 def test_made_up_dialogues_fill_their_micro_batches(rollout, budget):
-    episodes = slice_episodes(rollout, 1000, budget, 4, seed=0)
-    assert episodes == slice_episodes(rollout, 1000, budget, 4, seed=0)
-    lengths = [len(episode.token_ids) for episode in episodes]
-    assert max(lengths) <= rollout.max_context and max(lengths) > 3 * min(lengths)
-    plan = microbatches(lengths, budget, 1)[0]
-    assert len(plan) == 4
-    assert sum(lengths) > 0.85 * 4 * budget
+    episodes = random_episodes(rollout, 1000, seed=0)
+    taken = fill_microbatches(episodes, budget, 4)
+    lengths = [len(episode.token_ids) for episode in taken]
+    assert len(microbatches(lengths, budget, 1)[0]) == 4
+    assert sum(lengths) > 0.7 * 4 * budget
+    assert taken == list(itertools.islice(random_episodes(rollout, 1000, seed=0), len(taken)))
 
 
 def test_rates_and_utilisation_by_hand():
@@ -208,10 +216,12 @@ def test_rates_and_utilisation_by_hand():
         "seconds": {"policy update": [0.1], "critic update": [], "values": [0.05]},
         "lengths": lengths,
         "batch": {"response_tokens": read},
-        "memory": {"beyond_it_bytes": {"policy update": 2**30}},
+        "memory": {
+            "beyond_it_bytes": dict.fromkeys(("policy update", "critic update", "values"), 2**30)
+        },
         "matmul_flops": [700e12],
     }
-    rows = slice_of_model.phase_figures(shape, measured, "none", 989e12, only_updates=False)
+    rows = slice_of_model.figures(shape, measured, "none", 989e12)
     figures = {row.name: row.samples for row in rows}
     assert figures["policy update | model"] == pytest.approx((flops / 0.1 / 1e12,))
     assert figures["policy update | utilisation"] == pytest.approx((flops / 0.1 / 989e12,))
@@ -223,53 +233,54 @@ def test_rates_and_utilisation_by_hand():
     assert figures["values | model"] == pytest.approx((values / 0.05 / 1e12,))
     assert figures["policy update | memory beyond resident"] == (1024.0,)
     assert figures["largest product alone | model"] == (700.0,)
-    assert not any("critic update" in name for name in figures)
+    assert "critic update | time" not in figures
 
 
-def test_nothing_is_started_once_the_time_is_up():
-    report = slice_of_model.benchmark("demo", layers="1", limit_s=-1.0)
-    assert report.figures == ()
-    assert "not measured: phases, none: the time was up" in report.notes
-    assert "not measured: peers: the time was up" in report.notes
+def test_no_round_is_started_once_the_time_is_up():
+    called = []
+    found = slice_of_model.measure_phases({"phase": lambda: called.append(1)}, CPU, deadline=0.0)
+    assert found["seconds"] == {"phase": []}
+    assert len(called) == 2  # the warm-up and the memory
 
 
-def test_a_slice_is_measured_from_phases_to_peers(tmp_path, capsys):
-    """On the CPU, in the GPU's dtype: two worker processes."""
-    report = slice_of_model.benchmark(
-        "demo",
-        layers="1",
-        recompute="selective",
-        microbatch_tokens=512,
-        microbatches=2,
-        repeats=2,
-        dtype="bfloat16",
-    )
-    report.write(tmp_path / "slice.json")
-    report.show()
-    shown = capsys.readouterr().out
-    written = json.loads((tmp_path / "slice.json").read_text())
-    figures = written["figures"]
-    assert len(figures) == len(report.figures), "names are unique"
+def test_a_slice_is_measured_phase_by_phase(ranks, monkeypatch):
+    """On the CPU, in the GPU's dtype."""
+    monkeypatch.setattr(slice_of_model, "REPEATS", 2)
+    monkeypatch.setattr(slice_of_model, "MICROBATCHES", 2)
+    monkeypatch.setattr(slice_of_model, "CPU_TOKENS", 512)
+    with slice_of_model.slice_workload("demo", "1", "selective") as work:
+        assert work.model == "random weights, 1 of 3 layers"
+        model = work.config.model.model_copy(update={"dtype": "bfloat16"})
+        config = work.config.model_copy(update={"model": model})
+        measured = slice_of_model.measure(work.folder, config, ranks)
+        shape = LlamaShape.of(read_config(Path(config.model.path)))
+    found = {row.name: row for row in slice_of_model.figures(shape, measured, "selective", None)}
     for phase in (
         "reference log-probs",
         "old log-probs",
         "values",
-        "critic update, recompute selective",
-        "policy update, recompute selective",
+        "critic update",
+        "policy update",
         "policy optimizer step alone",
         "weights gathered for publication",
         "policy to the host",
         "policy back on the device",
     ):
-        assert len(figures[f"{phase} | time"]["samples"]) == 2
-    model = figures["policy update, recompute selective | model"]["median"]
-    hardware = figures["policy update, recompute selective | hardware"]["median"]
+        assert len(found[f"{phase} | time"].samples) == 2
+        assert found[f"{phase} | memory beyond resident"].median >= 0
+    model, hardware = (found[f"policy update | {of}"].median for of in ("model", "hardware"))
     assert hardware > model > 0
-    ratio = figures["policy update, ours / Hugging Face, head: logits"]
-    assert ratio["unit"] == "ratio" and len(ratio["samples"]) == 2
-    first = written["peers"]["first"]
-    assert first["ours"]["policy_loss"] == pytest.approx(
-        first["Hugging Face, head: logits"]["policy_loss"], abs=5e-2
-    )
-    assert written["model"] == "random weights, 1 of 3 layers" and written["dtype"] == "bfloat16"
-    assert "tokens/s" in shown and "policy update" in shown
+
+
+def test_our_update_is_measured_beside_the_peers(ranks, monkeypatch):
+    """Both begin with the same loss, or the peer would be left out."""
+    monkeypatch.setattr(slice_against_hf, "ROUNDS", 2)
+    monkeypatch.setattr(slice_of_model, "MICROBATCHES", 2)
+    monkeypatch.setattr(slice_of_model, "CPU_TOKENS", 512)
+    with slice_of_model.slice_workload("demo", "1", "none", beside=20) as work:
+        found = slice_against_hf.measure(work.config, ranks)
+    assert found["peer"] == "Hugging Face without Liger" and found["unmeasured"] == []
+    ratio = {row.name: row for row in slice_against_hf.figures(found)}[
+        f"policy update, ours / {PEER}"
+    ]
+    assert ratio.unit == "ratio" and len(ratio.samples) == 2

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from rlef_mega.bench.measure import AllocatedBytes
 from rlef_mega.bench.random_model import write_model
-from rlef_mega.bench.slice_worker import critic_update, on_policy_targets, policy_update
-from rlef_mega.bench.workload import slice_episodes
+from rlef_mega.bench.slice import critic_update, on_policy_targets, policy_update
+from rlef_mega.bench.workload import fill_microbatches, random_episodes
 from rlef_mega.cli import app
 from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
@@ -142,8 +142,9 @@ def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, reco
     )
     config = load_config(find_recipe("demo"), list(overrides), TrainConfig)
     learner = make_learner(config, ranks)
-    episodes = slice_episodes(config.rollout, SMALL.vocabulary, 512, 2, seed=0)
-    batch, targets = on_policy_targets(learner, config, pack(episodes))
+    episodes = random_episodes(config.rollout, SMALL.vocabulary, seed=0)
+    batch = pack(fill_microbatches(episodes, 512, 2))
+    batch, targets = on_policy_targets(learner, config, batch)
     run = PlannedRun.of(config, SMALL, on_cpu=True)
     cut = learner.cutting.cut(batch, range(batch.num_sequences))
     tokens = max(part.token_ids_T.numel() for part in cut)

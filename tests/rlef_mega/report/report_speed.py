@@ -1,5 +1,5 @@
 """How long a page of ten thousand episodes takes to write, to open and to move in:
-`python -m tests.rlef_mega.bench.report_speed --json benchmarks/results/report.json`.
+`python -m tests.rlef_mega.report.report_speed --json benchmarks/results/report.json`.
 
 The episodes are made up of Python's own library: 40 lines a program, one of which changes from turn
 to turn, with the log-probs of each token; 2.4 turns an episode.
@@ -110,7 +110,7 @@ def main() -> None:
     out = parser.parse_args().json
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder) / "run")
-    command = f"python -m tests.rlef_mega.bench.report_speed --json {out}"
+    command = f"python -m tests.rlef_mega.report.report_speed --json {out}"
     load = os.getloadavg()[0]
     content = describe(command=command, load_average=load, **figures)
     out.write_text(json.dumps(content, indent=1) + "\n")

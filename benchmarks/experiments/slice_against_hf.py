@@ -1,18 +1,33 @@
-"""The peer of `rlef bench slice`: Hugging Face's LlamaForCausalLM with PyTorch's AdamW, making the
-learner's policy update in a plain training loop.
+"""Our policy update beside Hugging Face's, on a slice of the recipe's model (`rlef bench slice`):
 
-Same weights, sequences, response tokens, loss (`ppo.policy_loss`), gradient clipping and optimizer
-arithmetic; micro-batches of its own, of sequences of similar lengths, padded. What favours the
-peer: the head runs on response tokens alone, as ours does; there is no mask, since right padding
-and causality need none; gradients of bfloat16 weights add up in bfloat16 over micro-batches, ours
-in fp32; no entropy is computed. Main weights and moments are fp32 on both sides.
+    python -m pip install --no-deps --requirement benchmarks/requirements-kernels.txt
+    python benchmarks/experiments/slice_against_hf.py llama31_8b --json FILE.json
+
+The peer is LlamaForCausalLM with PyTorch's AdamW in a plain training loop, with Liger's kernels and
+head if they can run, and with a head that stores logits. Same weights, sequences, response tokens,
+loss (`ppo.policy_loss`), gradient clipping and optimizer arithmetic; micro-batches of its own, of
+sequences of similar lengths, padded. What favours the peer: the head runs on response tokens alone,
+as ours does; there is no mask, since right padding and causality need none; gradients of bfloat16
+weights add up in bfloat16 over micro-batches, ours in fp32; no entropy is computed. Main weights
+and moments are fp32 on both sides.
+
+One process. The peer must begin with our loss and gradient norm, or it is left out with the reason:
+then the same work is compared. Each round updates every side once, and a ratio is taken within a
+round, so that other work on the machine affects both.
 
 Shape suffixes: B sequences, L tokens of the longest, T tokens of a batch, R response tokens.
 """
 
+import argparse
+import gc
 import importlib.util
+import itertools
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +36,28 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from rlef_mega import ppo
-from rlef_mega.config import OptimizerConfig
+from rlef_mega.bench.measure import wall_seconds
+from rlef_mega.bench.results import Figure, Results
+from rlef_mega.bench.slice import on_policy_targets, policy_update, slice_batch, slice_workload
+from rlef_mega.bench.workload import describe_batch
+from rlef_mega.config import OptimizerConfig, TrainConfig
+from rlef_mega.megatron import parallel
 from rlef_mega.packing import spans
+from rlef_mega.parts import make_learner
 from rlef_mega.types import Batch, Targets
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+TIME_LIMIT_S = 180.0
+ROUNDS = 7
+# Bytes a parameter of the peer: weight and gradient in bfloat16, and main copy, its gradient and
+# two moments in fp32.
+PEER_BYTES = 20
+OURS = "ours"
+# Of the first loss, a mean of terms of about 1, and, relative, of the gradient norm: rounding, and
+# the noise of another attention kernel.
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 # -------------------------------------------------------------------------------------- its batch
@@ -203,3 +235,132 @@ class HuggingFacePolicy:
             denominator=tokens,
         )
         return loss
+
+
+# ------------------------------------------------------------------------------------- comparison
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--layers", default="auto")
+    parser.add_argument("--recompute", default="none")
+    asked = parser.parse_args()
+    with slice_workload(asked.recipe, asked.layers, asked.recompute, beside=PEER_BYTES) as work:
+        ranks = parallel.initialize(work.config.parallel, seed=work.config.run.seed)
+        found = measure(work.config, ranks)
+        about = work.about(
+            recompute=asked.recompute,
+            **{name: found[name] for name in ("batch", "peer", "first")},
+        )
+        parallel.shutdown(ranks)
+    notes = tuple(f"not measured: {what}" for what in found["unmeasured"])
+    title = f"our policy update beside Hugging Face's: {asked.recipe}"
+    about["command"] = " ".join(sys.argv)
+    results = Results(title, about, tuple(figures(found)), notes)
+    results.write(asked.json)
+    results.show()
+
+
+def figures(found: dict[str, Any]) -> Iterator[Figure]:
+    """Return tokens a second of each side, and ours over each peer's, with a sample a round."""
+    seconds = {name: samples for name, samples in found["seconds"].items() if samples}
+    for name, samples in seconds.items():
+        speeds = tuple(found["batch"]["tokens"] / s for s in samples)
+        yield Figure(f"policy update, {name}", "tokens/s", speeds)
+    for name, samples in seconds.items():
+        if name != OURS:
+            ratios = tuple(t / o for o, t in zip(seconds[OURS], samples, strict=True))
+            yield Figure(f"policy update, ours / {name}", "ratio", ratios)
+
+
+def measure(config: TrainConfig, ranks: parallel.Ranks) -> dict[str, Any]:
+    # an update has no part for the reference
+    config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"beta": 0.0})})
+    learner = make_learner(config, ranks)
+    batch, targets = on_policy_targets(learner, config, slice_batch(config))
+    learner.critic = None  # its memory is for the peer
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    peer = HuggingFacePolicy(
+        Path(config.model.path),
+        ranks.device,
+        getattr(torch, config.model.dtype),
+        config.learner.policy,
+        token_budget=config.learner.microbatch_tokens,
+        temperature=config.rollout.temperature,
+        clip_eps=config.ppo.clip_eps,
+        recompute=config.model.recompute == "full",
+    )
+    heads, with_liger = ["logits"], "without Liger"
+    if has_liger(ranks.device):
+        heads, with_liger = list(HEADS), f"with Liger {version('liger-kernel')}"
+    deadline = time.monotonic() + TIME_LIMIT_S
+    update = partial(policy_update, learner, batch, targets)
+    return {
+        "batch": describe_batch(batch),
+        "peer": f"Hugging Face {with_liger}",
+        **compare_updates(update, peer, batch, targets, heads, rounds=ROUNDS, deadline=deadline),
+    }
+
+
+def compare_updates(
+    our_update: Callable[[], dict[str, float]],
+    peer: HuggingFacePolicy,
+    batch: Batch,
+    targets: Targets,
+    heads: Sequence[str],
+    *,
+    rounds: int,
+    deadline: float,
+) -> dict[str, Any]:
+    """Return seconds of an update by side, a sample a round; the first losses and gradient norms;
+    and what was not measured, with the reason."""
+    first = {OURS: our_update()}
+    unmeasured = []
+    sides: dict[str, Callable[[], object]] = {OURS: our_update}
+    # all gradients before the first update of the peer's weights
+    for head in heads:
+        name = f"Hugging Face, head: {head}"
+        if time.monotonic() > deadline:
+            unmeasured.append(f"{name}: the time was up")
+            continue
+        try:
+            first[name] = peer.gradients(batch, targets, head)
+        # a peer may fail in its own ways, running out of memory among them
+        except Exception as error:
+            unmeasured.append(f"{name}: {type(error).__name__}: {error}"[:300])
+            continue
+        if difference := differs(first[name], first[OURS], peer.dtype):
+            unmeasured.append(f"{name}: {difference}")
+        else:
+            sides[name] = partial(peer.update, batch, targets, head)
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    if len(sides) > 1:
+        for update in sides.values():
+            update()  # compiles, and makes the optimizers' state
+        orders = itertools.cycle(itertools.permutations(sides))
+        for _ in range(rounds):
+            if time.monotonic() > deadline:
+                break
+            for name in next(orders):
+                samples[name].append(wall_seconds(sides[name], peer.device))
+    return {"seconds": samples, "first": first, "unmeasured": unmeasured}
+
+
+def differs(theirs: dict[str, float], ours: dict[str, float], dtype: torch.dtype) -> str:
+    """Return how the first update differs from ours, "" if it does not."""
+    limits = {
+        "policy_loss": LOSS_TOLERANCE[dtype],
+        "policy_grad_norm": NORM_TOLERANCE[dtype] * ours["policy_grad_norm"],
+    }
+    for name, limit in limits.items():
+        if abs(theirs[name] - ours[name]) > limit:
+            return f"computes a {name} of {theirs[name]}, not {ours[name]}"
+    return ""
+
+
+if __name__ == "__main__":
+    main()
