@@ -14,9 +14,7 @@ from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, l
 from rlef_mega.run.launch import (
     FAILED,
     STOPPED,
-    die_with_parent,
     launch,
-    launch_again,
     sandbox_token,
 )
 
@@ -37,7 +35,6 @@ Step = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing folder")]
 Verify = Annotated[bool, typer.Option("--verify", help="compare the result with the source")]
-ProcessCount = Annotated[int, typer.Option(min=1, help="processes that write in parallel")]
 
 
 @app.command()
@@ -131,36 +128,27 @@ def export_hf(
     ] = None,
     overwrite: Overwrite = False,
     verify: Verify = False,
-    processes: ProcessCount = 1,
 ) -> None:
     """Write a checkpoint's network as a Hugging Face folder; a killed export resumes."""
     asked = locals()
-    if converts_here(asked.pop("processes")):
-        from rlef_mega.megatron.convert.command import export_checkpoint
+    from rlef_mega.megatron.convert.to_hf import export_checkpoint
 
-        export_checkpoint(**asked, verify_outputs=verify)
+    export_checkpoint(**asked)
 
 
 @app.command("import-hf")
 def import_hf(
     folder: Annotated[Path, typer.Argument(help="a Hugging Face folder")],
     out: Annotated[Path, typer.Argument(help="the checkpoint folder to write")],
-    role: Annotated[str, typer.Option(help="policy, critic or both")] = "policy",
     dtype: Dtype = None,
-    pad_vocabulary_to_multiple: Annotated[
-        int, typer.Option(help="pad the vocabulary with rows of zeros, as Megatron-LM does")
-    ] = 1,
-    seed: Annotated[int, typer.Option(help="seed of a new critic's value head")] = 0,
     overwrite: Overwrite = False,
     verify: Verify = False,
-    processes: ProcessCount = 1,
 ) -> None:
-    """Write a Hugging Face folder as a checkpoint, for any layout; a killed import resumes."""
+    """Write a Hugging Face folder as a checkpoint of a policy; a killed import resumes."""
     asked = locals()
-    if converts_here(asked.pop("processes")):
-        from rlef_mega.megatron.convert.command import import_folder
+    from rlef_mega.megatron.convert.from_hf import import_folder
 
-        import_folder(**asked, verify_outputs=verify)
+    import_folder(**asked)
 
 
 @app.command("import-smollm2")
@@ -405,25 +393,6 @@ def demo() -> None:
     from rlef_mega.demo.command import run_demo
 
     run_demo()
-
-
-def converts_here(processes: int) -> bool:
-    """Return whether this process converts, alone or as one rank of a torchrun launch. Otherwise
-    the conversion has run in `processes` new ones."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 and processes > 1:
-        if code := launch_again(processes, "rlef_mega.cli", sys.argv[1:]):
-            raise typer.Exit(code)
-        return False
-    if count > 1:
-        die_with_parent()  # an orphan would write into the files of the next attempt
-        from torch import distributed
-
-        from rlef_mega.run.ranks import meet
-
-        rank = int(os.environ.get("RANK", "0"))
-        distributed.init_process_group("gloo", store=meet(), rank=rank, world_size=count)
-    return True
 
 
 def finish(code: int, run_dir: Path) -> None:

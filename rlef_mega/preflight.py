@@ -23,7 +23,7 @@ from rlef_mega.dialogues.judge import check_servers
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
-from rlef_mega.megatron.convert.weights import tensors_of
+from rlef_mega.megatron.hf_names import tensors_of
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import write_atomically

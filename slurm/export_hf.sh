@@ -10,9 +10,8 @@
 #   sbatch slurm/export_hf.sh RUN OUT [options of rlef export-hf]
 
 ROOT=${RLEF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
-PROCESSES=${PROCESSES:-8}      # that write side by side
 GPUS_PER_NODE=0
 # shellcheck source=slurm/lib/one_node.sh
 . "$ROOT/slurm/lib/one_node.sh"
 [ $# -gt 1 ] || die "name a run and a folder to write: sbatch slurm/export_hf.sh RUN OUT"
-on_node -m rlef_mega.cli export-hf --processes "$PROCESSES" "$@"
+on_node -m rlef_mega.cli export-hf "$@"

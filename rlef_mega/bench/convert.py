@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,9 +29,7 @@ REPEATS = 2
 SHAPE = LLAMA_31_70B.with_layers(2)
 
 
-def benchmark(
-    shape: LlamaShape = SHAPE, *, repeats: int = REPEATS, process_counts: Sequence[int] = (1, 2)
-) -> Results:
+def benchmark(shape: LlamaShape = SHAPE, *, repeats: int = REPEATS) -> Results:
     seconds, peaks = defaultdict(list), defaultdict(list)
     load = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="rlef-bench-", dir=".") as name:
@@ -42,7 +40,7 @@ def benchmark(
         if shutil.disk_usage(folder).free < 3 * size:
             raise ConfigError(f"the disk has no room for three times {size / 1e9:,.0f} GB here")
         for _ in range(repeats):
-            for step, step_s, peak_bytes in steps(folder, process_counts):
+            for step, step_s, peak_bytes in steps(folder):
                 seconds[step].append(step_s)
                 peaks[step].append(peak_bytes)
     figures = [
@@ -52,7 +50,7 @@ def benchmark(
     for step, each in seconds.items():
         ratios = tuple(copy / s for copy, s in zip(copies, each, strict=True))
         figures.append(Figure(f"{step}, against cp", "ratio", ratios))
-    for step in ("import, one process", "export, one process"):
+    for step in ("import", "export"):
         resident = tuple(peak / 1e9 for peak in peaks[step])
         figures.append(Figure(f"{step}: largest resident set", "GB", resident))
     about = describe_benchmark(
@@ -69,23 +67,18 @@ def benchmark(
     return Results("rlef bench convert", about, tuple(figures), notes)
 
 
-def steps(folder: Path, process_counts: Sequence[int]) -> Iterator[tuple[str, float, int]]:
+def steps(folder: Path) -> Iterator[tuple[str, float, int]]:
     """Copy, import and export. Yields each step's name, seconds and bytes of memory."""
     source, checkpoint, back = (folder / name for name in ("hf", "checkpoint", "back"))
     yield "cp", *run(["cp", "-r", str(source), str(back)], source, back)
     shutil.rmtree(back)
     rlef = [sys.executable, "-P", "-m", "rlef_mega.cli"]
-    for count in process_counts:
-        title = "one process" if count == 1 else f"{count} processes"
-        options = ["--processes", str(count)]
-        command = [*rlef, "import-hf", str(source), str(checkpoint), *options]
-        yield f"import, {title}", *run(command, source, checkpoint)
-        command = [*rlef, "export-hf", str(checkpoint), str(back), *options]
-        yield f"export, {title}", *run(command, checkpoint, back)
-        for path in source.glob("*.safetensors"):
-            subprocess.run(["cmp", str(path), str(back / path.name)], check=True)
-        shutil.rmtree(checkpoint)
-        shutil.rmtree(back)
+    yield "import", *run([*rlef, "import-hf", str(source), str(checkpoint)], source, checkpoint)
+    yield "export", *run([*rlef, "export-hf", str(checkpoint), str(back)], checkpoint, back)
+    for path in source.glob("*.safetensors"):
+        subprocess.run(["cmp", str(path), str(back / path.name)], check=True)
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(back)
 
 
 def run(command: list[str], source: Path, written: Path) -> tuple[float, int]:

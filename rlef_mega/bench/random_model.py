@@ -77,4 +77,4 @@ def write_model(
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="5GB")  # of `rlef export-hf`, too

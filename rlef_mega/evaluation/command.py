@@ -197,7 +197,7 @@ def find_source(request: EvalRequest) -> Source:
         )
     # only exporting needs megatron, which takes seconds to import
     from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
-    from rlef_mega.megatron.convert.command import export_checkpoint
+    from rlef_mega.megatron.convert.to_hf import export_checkpoint
 
     checkpoint = find_checkpoint(path, request.step).folder
     is_of_run = (path / "config.toml").is_file()

@@ -5,15 +5,13 @@ checkpoints (`model.layers.3.self_attn.q_proj.weight`) and Megatron's parameters
 along which tensor parallelism splits it, the Megatron parameter that holds it, and in which rows.
 Megatron packs queries, keys and values by key-value group, [q..q k v] a group, and gate above up in
 one matrix. In a live stage a tensor is a *view* of its parameter: loading writes through it,
-publishing reads from it. In a checkpoint on disk it is the rows of `PackedRows.runs`. Loading,
-publication, checkpoints and conversion use this map alone.
+publishing reads from it. Loading, publication, checkpoints and conversion use this map alone.
 
 Legend: G key-value groups of this rank, D head dimension, H hidden size.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -24,6 +22,7 @@ if TYPE_CHECKING:  # converting files needs the names, not Megatron
     from rlef_mega.megatron.network.packed_llama import PackedLlama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Role = Literal["policy", "critic"]
 VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
 
@@ -43,16 +42,6 @@ class PackedRows:
     def view(self, packed: torch.Tensor) -> torch.Tensor:
         shape = (self.blocks, self.pieces, self.piece_rows, *packed.shape[1:])
         return packed.view(shape)[:, self.first : self.last]
-
-    def runs(self, packed_rows: int) -> Iterator[tuple[int, int]]:
-        """Yield (first row, number of rows) of each run in a parameter of `packed_rows` rows, in
-        the tensor's own order."""
-        if self.blocks == -1:
-            piece_rows = self.piece_rows
-        else:
-            piece_rows = packed_rows // (self.blocks * self.pieces)
-        for block in range(0, packed_rows, self.pieces * piece_rows):
-            yield block + self.first * piece_rows, (self.last - self.first) * piece_rows
 
 
 @dataclass(frozen=True)
@@ -75,16 +64,12 @@ class HFTensor:
         """The layer that the parameter belongs to, if it belongs to one."""
         return None if self.layer == -1 else self.layer
 
-    @property
-    def columns(self) -> int:
-        return torch.Size(self.shape[1:]).numel()
-
-    def runs(self, packed_rows: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (first row in the parameter, first row of the tensor, number of rows)."""
-        row = 0
-        for packed, count in self.rows.runs(packed_rows) if self.rows else [(0, self.shape[0])]:
-            yield packed, row, count
-            row += count
+    def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """View or copy the tensor out of the whole Megatron parameter, without the rows that pad a
+        vocabulary. Raises RuntimeError if the parameter's rows do not divide into heads."""
+        if self.rows:
+            return self.rows.view(parameter).reshape(-1, *parameter.shape[1:])
+        return parameter[: self.shape[0]] if self.name in (EMBEDDING, HEAD) else parameter
 
     def view(self, model: "PackedLlama") -> torch.Tensor:
         """View this rank's part of the tensor in a stage that holds it; with `rows`, as [blocks,
@@ -106,6 +91,10 @@ class HFTensor:
         if self.split_dim is not None:
             shape[self.split_dim] //= tensor_parallel_size
         return shape
+
+
+def tensors_of(role: Role, config: DenseConfig) -> list[HFTensor]:
+    return name_map(config) if role == "policy" else critic_map(config)
 
 
 def name_map(config: DenseConfig) -> list[HFTensor]:

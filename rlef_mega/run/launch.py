@@ -83,7 +83,8 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
         "PYTHONUNBUFFERED": "1",
     }
     print(f"starting {processes} ranks of {module} in {run_dir}", flush=True)
-    command = agent_command(processes, module, str(run_dir))
+    # an agent (`run_agent`) starts the ranks
+    command = [*PYTHON, "-m", "rlef_mega.run.launch", str(processes), module, str(run_dir)]
     child = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=die_with_parent
     )
@@ -103,23 +104,6 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
         stop_file.unlink(missing_ok=True)
-
-
-def launch_again(processes: int, module: str, arguments: list[str]) -> int:
-    """Run `python -m module arguments` as this many ranks of one thread each; Ctrl-C ends them all.
-
-    Returns the exit code of the first rank that failed, else 0.
-    """
-    command = agent_command(processes, module, *arguments)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run(
-        command, env=environment, preexec_fn=die_with_parent, check=False
-    ).returncode
-
-
-def agent_command(processes: int, module: str, *arguments: str) -> list[str]:
-    """Return the command of an agent that starts this many ranks (`run_agent`)."""
-    return [*PYTHON, "-m", "rlef_mega.run.launch", str(processes), module, *arguments]
 
 
 def run_agent(processes: int, module: str, *arguments: str) -> int:

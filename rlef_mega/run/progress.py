@@ -30,7 +30,7 @@ class StepProgress(Progress):
             TextColumn("[cyan]{task.fields[phase]:<12}", markup=True),
             TextColumn("{task.description}", markup=False),
             console=Console(soft_wrap=True),
-            disable=not (shown and sys.stdout.isatty()),
+            disable=not sys.stdout.isatty(),
         )
         self.label, self.total, self.shown = label, total, shown
         self.every = every  # steps a line, without a terminal
@@ -69,7 +69,7 @@ class ByteProgress(Progress):
     """Progress of a conversion in bytes; a context manager. Without a terminal it prints only one
     line at the end."""
 
-    def __init__(self, label: str, *, shown: bool) -> None:
+    def __init__(self, label: str) -> None:
         super().__init__(
             TextColumn(f"[bold]{label}"),
             BarColumn(bar_width=24),
@@ -77,27 +77,23 @@ class ByteProgress(Progress):
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             console=Console(soft_wrap=True),
-            disable=not (shown and sys.stdout.isatty()),
+            disable=not sys.stdout.isatty(),
         )
-        self.label, self.shown = label, shown
-        self.first: int | None = None  # bytes that an earlier, resumed conversion had written
+        self.label = label
         self.done = 0
         self.started = time.perf_counter()
         self.bar = self.add_task(label, total=None)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         super().__exit__(kind, *rest)
-        if self.shown and kind is None:
+        if kind is None:
             seconds = time.perf_counter() - self.started
-            moved = self.done - (self.first or 0)
             print(
                 f"{self.label}: {self.done / 1e9:,.2f} GB in {seconds:,.1f} s, "
-                f"{moved / 1e6 / seconds:,.0f} MB/s"
+                f"{self.done / 1e6 / seconds:,.0f} MB/s"
             )
 
     def __call__(self, done: int, total: int) -> None:
-        if self.first is None:
-            self.first = done
         self.done = done
         self.update(self.bar, completed=done, total=total)
 

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from rlef_mega.dialogues.chat import CONTROLS
-from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
+from rlef_mega.megatron.convert.from_hf import import_folder
+from rlef_mega.megatron.convert.to_hf import export_checkpoint
 from tests.rlef_mega.dialogues.test_chat import byte_tokenizer
 from tests.rlef_mega.tiny_llama import tiny_llama
 

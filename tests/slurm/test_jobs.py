@@ -29,7 +29,7 @@ def submit(runs, folder: Path, script: str, *arguments: object, **settings: obje
 
 
 def test_a_run_is_exported_and_evaluated(runs, undisturbed_run, tmp_path):
-    submit(runs, tmp_path, "export_hf.sh", undisturbed_run, tmp_path / "hf", PROCESSES=2)
+    submit(runs, tmp_path, "export_hf.sh", undisturbed_run, tmp_path / "hf")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").num_parameters() > 0
     words = ["--problems", 4, "--n-at-k", "1@3", "--max-new-tokens", 40, "--max-context", 320]
     submit(

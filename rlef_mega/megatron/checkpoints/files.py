@@ -127,11 +127,6 @@ def read_manifest(path: Path) -> Manifest:
             int(entry["bytes"]), str(entry["sha256"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(damaged(path, MANIFEST, "it is missing, truncated or changed")) from None
-    if f"{NETWORKS}/.metadata" not in manifest:
-        raise ConfigError(
-            f"checkpoint {path} has the form of an older version (a folder for each network); this "
-            f"one reads a joint folder {NETWORKS}/. Export it with the version that wrote it"
-        )
     return manifest
 
 
@@ -157,8 +152,7 @@ def write_score(path: Path, score: float) -> None:
 
 def networks_in(path: Path) -> set[str]:
     """Return the names of the networks whose weights a checkpoint holds."""
-    meta = read_meta(path)
-    return set(meta.get("imported") or meta.get("models", ()))
+    return set(read_meta(path).get("models", ()))
 
 
 def fault_in(path: Path) -> str | None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -38,8 +37,8 @@ class ChecksummedFile:
     writer would end the process over an exception.
     """
 
-    def __init__(self, path: Path, on_write: Callable[[int], None] = lambda count: None) -> None:
-        self.name, self.on_write = path.name, on_write
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
         self.file = path.open("wb", buffering=FILE_BUFFER)
         self.checksum, self.hasher = hashlib.sha256(), ThreadPoolExecutor(1)
         self.bytes = 0
@@ -68,7 +67,6 @@ class ChecksummedFile:
         if hashing is not None:
             hashing.result()
         self.bytes += len(view)
-        self.on_write(len(view))
         return len(view)
 
     def flush(self) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from rlef_mega.config import ConfigError, TrainConfig, load_config
 from rlef_mega.megatron.checkpoints.files import NETWORKS, fault_in, latest_checkpoint
 from rlef_mega.megatron.checkpoints.torch_dist import METADATA
-from rlef_mega.megatron.convert.config_and_tokenizer import Role
 from rlef_mega.megatron.convert.stored_network import StoredNetwork
-from rlef_mega.megatron.hf_names import HFTensor
+from rlef_mega.megatron.hf_names import HFTensor, Role
 
 MODEL = "hf"  # in an imported checkpoint: config and tokenizer
 

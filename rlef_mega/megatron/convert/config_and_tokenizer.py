@@ -4,7 +4,7 @@ template, licence."""
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.models.auto.modeling_auto import (
@@ -14,10 +14,17 @@ from transformers.models.auto.modeling_auto import (
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.safetensors_files import INDEX
+from rlef_mega.megatron.hf_names import Role
 
-Role = Literal["policy", "critic"]
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TEMPLATES = "additional_chat_templates"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"--dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
 
 
 def copy_companions(source: Path, out: Path, *, role: Role, dtype: torch.dtype) -> None:

@@ -2,12 +2,13 @@
 
     CKPT/manifest.json  meta.json  networks/  hf/
 
-The folder has weights alone, under `policy.` and `critic.`: no optimizer, no random state. `hf/`
-keeps config, tokenizer and licence. The weights are divided into chunks of at most `CHUNK_BYTES`,
-each a range of rows, in files of at most `FILE_BYTES`; each rank of any layout reads from them what
-it needs.
+The folder has a policy's weights alone: no critic, no optimizer, no random state. `hf/` keeps
+config, tokenizer and licence. The weights are divided into chunks of at most `CHUNK_BYTES`, each a
+range of rows, in files of about `FILE_BYTES`; each rank of any layout reads from them what it
+needs.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,28 +25,22 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from rlef_mega.config import ConfigError
 from rlef_mega.megatron.checkpoints.files import META, NETWORKS, describe_file, write_manifest
 from rlef_mega.megatron.checkpoints.torch_dist import ChecksummedFile, Locations, write_index
-from rlef_mega.megatron.convert.checkpoint_folder import MODEL
-from rlef_mega.megatron.convert.config_and_tokenizer import Role, copy_companions
+from rlef_mega.megatron.convert.checkpoint_folder import MODEL, Checkpoint
+from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions, dtype_named
 from rlef_mega.megatron.convert.resumable_folder import (
     FINISHED,
-    FileMark,
     PlannedFile,
     ResumableFolder,
     fingerprint,
 )
-from rlef_mega.megatron.convert.weights import (
-    Weights,
-    open_folder,
-    read_as,
-    tensors_of,
-)
-from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor
+from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
+from rlef_mega.megatron.convert.verify import compare_weights
+from rlef_mega.megatron.hf_names import HFTensor, name_map
 from rlef_mega.megatron.network.families import read_config
 
-CHUNK_BYTES = 16 * 2**20  # glibc's limit, as in `weights`
+CHUNK_BYTES = 16 * 2**20
 FILE_BYTES = 4 * 2**30
 
 
@@ -56,181 +51,131 @@ class PackedParameter:
 
     key: str
     layer: int | None
-    shape: tuple[int, ...]
+    tensors: Sequence[HFTensor]
     dtype: torch.dtype
-    tensors: tuple[HFTensor, ...]
-    weights: Weights
 
     @property
-    def row_bytes(self) -> int:
-        return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Pack these rows of the parameter. Rows of no tensor are padding, and zero."""
-        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-        out[max(0, sum(tensor.shape[0] for tensor in self.tensors) - start) :] = 0
-        for tensor in self.tensors:
-            for packed, row, count in tensor.runs(self.shape[0]):
-                first, last = max(packed, start), min(packed + count, stop)
-                if first < last:
-                    offset = row - packed
-                    target = out[first - start : last - start].view(last - first, -1)
-                    read_as(self.weights, tensor, first + offset, target)
-        return out
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """Rows of a parameter: one chunk of a checkpoint."""
-
-    parameter: PackedParameter
-    start: int
-    stop: int
+    def shape(self) -> tuple[int, ...]:
+        return sum(tensor.shape[0] for tensor in self.tensors), *self.tensors[0].shape[1:]
 
     @property
     def bytes(self) -> int:
-        return (self.stop - self.start) * self.parameter.row_bytes
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    @property
-    def in_stack(self) -> ChunkStorageMetadata:
-        """The chunk, with the layers' dimension if the parameter has one."""
-        layer, rest = self.parameter.layer, self.parameter.shape[1:]
-        offsets, sizes = (self.start, *(0 for _ in rest)), (self.stop - self.start, *rest)
-        if layer is not None:
-            offsets, sizes = (layer, *offsets), (1, *sizes)
-        return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+    def chunks(self) -> Iterator[ChunkStorageMetadata]:
+        """Divide the rows; a chunk has the layers' dimension if the parameter has one."""
+        rows, *rest = self.shape
+        step = max(1, CHUNK_BYTES * rows // self.bytes)
+        for start in range(0, rows, step):
+            offsets, sizes = [start, *(0 for _ in rest)], [min(step, rows - start), *rest]
+            if self.layer is not None:
+                offsets, sizes = [self.layer, *offsets], [1, *sizes]
+            yield ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
-    def append_to(self, file: ChecksummedFile) -> _StorageInfo:
-        rows = self.parameter.read(self.start, self.stop)
-        return file.append(rows.view(self.in_stack.sizes))
+    def copy(self, weights: SafetensorsFolder, file: ChecksummedFile) -> Iterator[tuple[int, int]]:
+        """Pack the parameter and write its chunks. Yields where each one begins, and its length."""
+        packed = torch.empty(self.shape, dtype=self.dtype)
+        for tensor in self.tensors:
+            part = tensor.rows.view(packed) if tensor.rows else packed
+            part.copy_(weights.read(tensor).view(part.shape))
+        for chunk in self.chunks():
+            start, rows = (part[-len(self.shape)] for part in (chunk.offsets, chunk.sizes))
+            # cloned: torch saves the whole storage that a view is part of
+            info = file.append(packed[start : start + rows].clone().view(chunk.sizes))
+            yield info.offset, info.length
 
 
-def plan_import(
+def import_folder(
     folder: Path,
     out: Path,
     *,
-    roles: tuple[Role, ...] = ("policy",),
-    dtype: torch.dtype | None = None,
-    pad_vocabulary_to_multiple: int = 1,
-    seed: int = 0,
+    dtype: str | None = None,
     overwrite: bool = False,
-) -> ResumableFolder:
-    """Plan the files of the checkpoint. `dtype` None keeps the folder's; a value head is fp32 in
-    any. `seed` draws the value head of a critic that is made from a language model. Raises
-    ConfigError where the folder's tensors do not fit its config."""
-    config = read_config(folder)
-    parameters: list[PackedParameter] = []
-    dtypes: dict[Role, torch.dtype] = {}
-    for role in roles:
-        tensors = tensors_of(role, config)
-        weights = open_folder(role, folder, tensors, seed)
-        dtypes[role] = dtype or the_dtype(weights, tensors, folder)
-        parameters += pack(role, tensors, weights, dtypes[role], pad_vocabulary_to_multiple)
+    verify: bool = False,
+) -> None:
+    """Write a Hugging Face folder as a checkpoint of a policy's weights. `dtype` None keeps the
+    folder's. Raises ConfigError; `out` is complete or does not exist."""
+    plan = plan_import(folder, out, dtype_named(dtype))
+    plan.write(source=folder, overwrite=overwrite)
+    if verify:
+        compare_weights(Checkpoint(out, folder), folder, "policy", exported=False)
+
+
+def plan_import(folder: Path, out: Path, dtype: torch.dtype | None) -> ResumableFolder:
+    """Plan the files of the checkpoint. Raises ConfigError where the folder's tensors do not fit
+    its config."""
+    config, weights = read_config(folder), SafetensorsFolder(folder)
+    tensors = name_map(config)
+    weights.check(tensors)
+    dtype = dtype or weights.dtype_of(tensors)
     files = {
-        f"{NETWORKS}/__0_{number}.distcp": ranges
-        for number, ranges in enumerate(divide(parameters))
+        f"{NETWORKS}/__0_{number}.distcp": part
+        for number, part in enumerate(divide(pack(tensors, dtype)))
     }
 
-    def planned(name: str, ranges: Sequence[RowRange]) -> PlannedFile:
-        def write(file: ChecksummedFile) -> list[tuple[int, int]]:
-            stored = [rows.append_to(file) for rows in ranges]
-            return [(info.offset, info.length) for info in stored]
+    def write(part: Sequence[PackedParameter], path: Path) -> dict[str, Any]:
+        with ChecksummedFile(path) as file:
+            chunks = [place for parameter in part for place in parameter.copy(weights, file)]
+            return {"chunks": chunks, "file": file.to_disk()}
 
-        return PlannedFile(name, sum(rows.bytes for rows in ranges), write)
-
-    def finish(partial: Path, marks: dict[str, FileMark]) -> None:
-        index_files(partial / NETWORKS, files, marks, config.num_hidden_layers)
+    def finish(partial: Path, facts: dict[str, Any]) -> None:
+        index_files(partial / NETWORKS, files, facts, config.num_hidden_layers)
         (partial / MODEL).mkdir(exist_ok=True)
-        kept: Role = "critic" if roles == ("critic",) else "policy"
-        copy_companions(folder, partial / MODEL, role=kept, dtype=dtypes[kept])
-        meta = {"step": 0, "updates": {}, "state": {}, "imported": list(roles)}
+        copy_companions(folder, partial / MODEL, role="policy", dtype=dtype)
+        meta = {"step": 0, "updates": {}, "state": {}, "models": {"policy": {}}}
         (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
-        seal_files(partial, marks)
+        names = [str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()]
+        manifest = {
+            name: facts[name]["file"] if name in facts else describe_file(partial / name)
+            for name in names
+            if not name.startswith(FINISHED)
+        }
+        write_manifest(partial, manifest)
 
-    request: dict[str, Any] = {
-        "import": [roles, {role: str(dtype) for role, dtype in dtypes.items()}],
-        "padding": pad_vocabulary_to_multiple,
-        "seed": seed,
-        "folder": fingerprint(folder),
-    }
-    plan = [planned(name, ranges) for name, ranges in files.items()]
-    return ResumableFolder(out, request, plan, finish, overwrite)
-
-
-def the_dtype(weights: Weights, tensors: Sequence[HFTensor], folder: Path) -> torch.dtype:
-    found = {weights.dtype(tensor) for tensor in tensors if tensor.dtype is None}
-    if len(found) > 1:
-        names = ", ".join(sorted(str(dtype) for dtype in found))
-        raise ConfigError(f"{folder} stores {names}; choose one with --dtype")
-    return found.pop()
+    request = {"import": str(dtype), "folder": fingerprint(folder)}
+    planned = [
+        PlannedFile(name, sum(each.bytes for each in part), functools.partial(write, part))
+        for name, part in files.items()
+    ]
+    return ResumableFolder(out, request, planned, finish)
 
 
-def pack(
-    role: Role,
-    tensors: Sequence[HFTensor],
-    weights: Weights,
-    dtype: torch.dtype,
-    multiple: int,
-) -> Iterator[PackedParameter]:
-    """Yield Megatron's parameters, in the order of their first tensors."""
+def pack(tensors: Sequence[HFTensor], dtype: torch.dtype) -> list[PackedParameter]:
+    """List Megatron's parameters, in the order of their first tensors."""
     parts: dict[tuple[str, int | None], list[HFTensor]] = {}
     for tensor in tensors:
         parts.setdefault((tensor.parameter, tensor.own_layer), []).append(tensor)
-    for (name, layer), group in parts.items():
-        rows = sum(tensor.shape[0] for tensor in group)
-        if group[0].name in (EMBEDDING, HEAD):
-            rows = -(-rows // multiple) * multiple
-        shape = (rows, *group[0].shape[1:])
-        stored_dtype = group[0].dtype or dtype
-        key = f"{role}.{name}"
-        yield PackedParameter(key, layer, shape, stored_dtype, tuple(group), weights)
+    return [
+        PackedParameter(f"policy.{name}", layer, part, dtype)
+        for (name, layer), part in parts.items()
+    ]
 
 
-def divide(parameters: Iterable[PackedParameter]) -> list[list[RowRange]]:
-    """Divide the parameters into chunks. Returns the chunks of each file, in order."""
-    files: list[list[RowRange]] = [[]]
-    filled = 0
+def divide(parameters: Iterable[PackedParameter]) -> list[list[PackedParameter]]:
+    """Divide the parameters over files."""
+    files: list[list[PackedParameter]] = [[]]
     for parameter in parameters:
-        step = max(1, CHUNK_BYTES // parameter.row_bytes)
-        for start in range(0, parameter.shape[0], step):
-            rows = RowRange(parameter, start, min(start + step, parameter.shape[0]))
-            if files[-1] and filled + rows.bytes > FILE_BYTES:
-                files.append([])
-                filled = 0
-            files[-1].append(rows)
-            filled += rows.bytes
+        if files[-1] and sum(each.bytes for each in files[-1]) + parameter.bytes > FILE_BYTES:
+            files.append([])
+        files[-1].append(parameter)
     return files
 
 
 def index_files(
-    folder: Path,
-    files: dict[str, list[RowRange]],
-    marks: dict[str, FileMark],
-    layers: int,
+    folder: Path, files: dict[str, list[PackedParameter]], facts: dict[str, Any], layers: int
 ) -> None:
-    """Write the index of all files, from their marks."""
-    entries: dict[str, TensorStorageMetadata] = {}
+    """Write the index of all files, from what their writers returned."""
+    entries: dict[str, Any] = {}
     locations: Locations = {}
-    for name, ranges in files.items():
-        for rows, (offset, length) in zip(ranges, marks[name]["facts"], strict=True):
-            parameter, chunk = rows.parameter, rows.in_stack
+    for name, part in files.items():
+        places = iter(facts[name]["chunks"])
+        for parameter in part:
             whole = parameter.shape if parameter.layer is None else (layers, *parameter.shape)
             properties = TensorProperties(dtype=parameter.dtype)
             empty = TensorStorageMetadata(properties, torch.Size(whole), [])
-            entries.setdefault(parameter.key, empty).chunks.append(chunk)
-            index = MetadataIndex(parameter.key, chunk.offsets)
-            locations[index] = _StorageInfo(Path(name).name, offset, length)
-    write_index(folder, Metadata(dict(entries)), locations)
-
-
-def seal_files(folder: Path, marks: dict[str, FileMark]) -> None:
-    """Write the manifest. The marks have the checksums of the large files already."""
-    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    manifest = {
-        name: {key: marks[name][key] for key in ("bytes", "sha256")}
-        if name in marks
-        else describe_file(folder / name)
-        for name in names
-        if not name.startswith(FINISHED)
-    }
-    write_manifest(folder, manifest)
+            entry = entries.setdefault(parameter.key, empty)
+            for chunk in parameter.chunks():
+                entry.chunks.append(chunk)
+                index = MetadataIndex(parameter.key, chunk.offsets)
+                locations[index] = _StorageInfo(Path(name).name, *next(places))
+    write_index(folder, Metadata(entries), locations)

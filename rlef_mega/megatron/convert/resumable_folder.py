@@ -1,47 +1,34 @@
-"""A folder whose files are written by one process or several, and which survives a kill.
+"""A folder of planned files, which survives a kill.
 
-Theory of operation. Every process plans the same files. Process r of n writes files r, r + n, ...
-into `.OUT.partial`, beside the final folder. A file that is on the disk gets a mark: a small file
-in `.OUT.partial/.done` with its size, its sha256 and what its writer returned. Process 0 waits
-for the other processes' marks, writes what remains (an index, a manifest), removes the marks and
-renames the folder. So a folder under its final name is complete. After a kill the same command
-resumes: files that still match their marks are kept. If the source or the request has
-changed, everything is written again.
-
-Several processes are the ranks of torch.distributed's world; no weights travel between them. If one
-fails, torch.distributed ends the others' waits.
+Theory of operation. The files are written into `.OUT.partial`, beside the final folder, one after
+the other. A file that is on the disk gets a mark, a small file in `.OUT.partial/.done`, with its
+size, its time and what its writer returned. When all have one, the rest is written (an index, a
+manifest), the marks are removed and the folder is renamed. So a folder under its final name is
+complete. After a kill the same command resumes: files that still match their marks are kept. If the
+source or the request has changed, everything is written again.
 """
 
 import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from safetensors import SafetensorError
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.checkpoints.files import describe_file
-from rlef_mega.megatron.checkpoints.torch_dist import ChecksummedFile
 from rlef_mega.run.directory import (
     DISK_IS_FULL,
     flush_to_disk,
     replace_folder,
     write_atomically,
 )
-from rlef_mega.run.ranks import gather, my_share
+from rlef_mega.run.progress import ByteProgress
 
 FINISHED, REQUEST, LOCK = ".done", "order.json", "lock"
-Report = Callable[[int, int], None]  # bytes written, bytes in all
-FileMark = dict[str, Any]
-
-
-def is_first() -> bool:
-    """Whether this process is alone or the first of several."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @dataclass(frozen=True)
@@ -51,55 +38,47 @@ class PlannedFile:
 
     name: str
     bytes: int
-    write: Callable[[ChecksummedFile], Any]
+    write: Callable[[Path], Any]
 
 
 @dataclass(frozen=True)
 class ResumableFolder:
     """A folder to be written. `request` identifies source and options; a partial folder of another
-    request is discarded. `finish` writes what remains when all files have their marks."""
+    request is discarded. `finish` writes what remains, given what each file's writer returned."""
 
     out: Path
     request: dict[str, Any]
     files: Sequence[PlannedFile]
-    finish: Callable[[Path, dict[str, FileMark]], None]
-    overwrite: bool = False
+    finish: Callable[[Path, dict[str, Any]], None]
 
     @property
     def partial(self) -> Path:
         return self.out.with_name(f".{self.out.name}.partial")
 
-    @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
-
-    def write(self, report: Report) -> None:
-        """Write all that is not written yet. Raises ConfigError if `out` exists, another process
-        writes it, or the disk is full."""
-        written, count = 0, dist.get_world_size() if dist.is_initialized() else 1
-
-        def progress(more: int) -> None:
-            nonlocal written
-            written += more
-            report(written * count, self.bytes)  # the other processes are about as far
-
-        with explain_full_disk(self.partial), self.prepared() if is_first() else nullcontext():
-            gather(None)  # the partial folder exists
-            mine = {file.name: self.write_file(file, progress) for file in my_share(self.files)}
-            marks = {name: mark for each in gather(mine) for name, mark in each.items()}
-            if is_first():
-                self.finish(self.partial, marks)
-                shutil.rmtree(self.partial / FINISHED)
-                for path in self.partial.rglob("*"):
-                    flush_to_disk(path)
-                replace_folder(self.partial, self.out)
-            gather(None)  # the folder has its name
+    def write(self, *, source: Path, overwrite: bool) -> None:
+        """Write all that is not written yet, with a progress bar. Raises ConfigError if `out` is
+        the source, exists and is not to be overwritten, is being written by another process, or if
+        the disk is full."""
+        if self.out.resolve() == source.resolve():
+            raise ConfigError(f"{self.out} is the source itself; choose another name")
+        if self.out.exists() and not overwrite:
+            raise ConfigError(f"{self.out} exists; choose another name, or give --overwrite")
+        bar = ByteProgress(f"writing {self.out}")
+        with bar, explain_full_disk(self.partial), self.prepared():
+            written, total, facts = 0, sum(file.bytes for file in self.files), {}
+            for file in self.files:
+                facts[file.name] = self.write_file(file)
+                written += file.bytes
+                bar(written, total)
+            self.finish(self.partial, facts)
+            shutil.rmtree(self.partial / FINISHED)
+            for path in self.partial.rglob("*"):
+                flush_to_disk(path)
+            replace_folder(self.partial, self.out)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Make and lock the partial folder, without files of another request."""
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} exists; choose another name, or give --overwrite")
         (self.partial / FINISHED).mkdir(parents=True, exist_ok=True)
         with (self.partial / FINISHED / LOCK).open("a") as lock:
             try:
@@ -112,46 +91,43 @@ class ResumableFolder:
                     if path.is_file() and path.name != LOCK:
                         path.unlink()
                 request.write_text(text)
-            self.check_room()
+            needed = sum(file.bytes for file in self.files if not self.mark_path(file).is_file())
+            free = shutil.disk_usage(self.partial).free
+            if needed > free:
+                raise ConfigError(
+                    f"{self.out} needs {needed / 1e9:,.1f} GB more, but {free / 1e9:,.1f} GB are "
+                    f"free on its disk; make room"
+                )
             yield
-
-    def check_room(self) -> None:
-        written = sum(file.bytes for file in self.files if self.mark_path(file).is_file())
-        free, needed = shutil.disk_usage(self.partial).free, self.bytes - written
-        if needed > free:
-            raise ConfigError(
-                f"{self.out} needs {needed / 1e9:,.1f} GB more, but {free / 1e9:,.1f} GB are free "
-                f"on its disk; make room"
-            )
 
     def mark_path(self, file: PlannedFile) -> Path:
         return self.partial / FINISHED / f"{file.name.replace('/', '--')}.json"
 
-    def write_file(self, file: PlannedFile, progress: Callable[[int], None]) -> FileMark:
-        """Write a file and its mark, unless the file still matches its mark."""
+    def write_file(self, file: PlannedFile) -> Any:
+        """Write a file and its mark, unless the file still matches its mark. Returns what its
+        writer returned."""
         path, marked = self.partial / file.name, self.mark_path(file)
         if marked.is_file():
-            mark: FileMark = json.loads(marked.read_text())
-            if path.is_file() and describe_file(path).items() <= mark.items():
-                progress(mark["bytes"])
-                return mark
+            mark = json.loads(marked.read_text())
+            if path.is_file() and size_and_time(path) == mark["file"]:
+                return mark["facts"]
             marked.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ChecksummedFile(path, progress) as content:
-            facts = file.write(content)
-            mark = {**content.to_disk(), "facts": facts}
-        write_atomically(marked, json.dumps(mark))
-        return mark
+        facts = file.write(path)
+        flush_to_disk(path)
+        write_atomically(marked, json.dumps({"file": size_and_time(path), "facts": facts}))
+        return facts
+
+
+def size_and_time(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
     """Return sizes and times of a folder's files, by which a source is recognised."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = {path: path.stat() for path in files}
-    return {
-        str(path.relative_to(folder)): [fact.st_size, fact.st_mtime_ns]
-        for path, fact in facts.items()
-    }
+    return {str(path.relative_to(folder)): size_and_time(path) for path in files}
 
 
 @contextmanager
@@ -159,10 +135,12 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     """Turn the error of a full disk into a ConfigError with the remedy."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_IS_FULL:
+    except (OSError, SafetensorError) as error:
+        # safetensors has the system's error in its text alone
+        full = [f"os error {number})" in str(error) for number in DISK_IS_FULL]
+        if getattr(error, "errno", None) not in DISK_IS_FULL and not any(full):
             raise
         raise ConfigError(
-            f"the disk is full ({error.strerror}) while writing into {folder}; make room and give "
-            f"the same command again: finished files are kept"
+            f"the disk is full ({error}) while writing into {folder}; make room and give the same "
+            f"command again: finished files are kept"
         ) from None

@@ -1,5 +1,5 @@
 """One network's weights in a checkpoint of Megatron's torch_dist format (`checkpoints.torch_dist`),
-read by ranges of rows, without Megatron.
+read one tensor at a time, without Megatron.
 
 The format knows no layout: a chunk is a rectangle of the whole tensor, whichever rank wrote it.
 Megatron stacks layers along a first dimension (`decoder.layers.mlp.linear_fc1.weight` is
@@ -9,11 +9,12 @@ Megatron stacks layers along a first dimension (`decoder.layers.mlp.linear_fc1.w
 import pickle
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -25,8 +26,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.checkpoints.torch_dist import METADATA
-from rlef_mega.megatron.convert.safetensors_files import read_into
-from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor
+from rlef_mega.megatron.hf_names import HFTensor
 from rlef_mega.megatron.network.families import FUSED_NORMS
 
 LAYERS = "decoder.layers."
@@ -34,36 +34,23 @@ LAYERS = "decoder.layers."
 OWN_NAMES = {f"{LAYERS}{fused}": f"{LAYERS}{own}" for own, fused in FUSED_NORMS.items()}
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A rectangle of one layer's tensor, in the archive at `offset` of a file. `element` counts the
-    numbers before it there.
-    """
-
-    row: int
-    column: int
-    rows: int
-    columns: int
-    path: Path
-    offset: int
-    length: int
-    element: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class StoredParameter:
-    """A parameter of one layer, [rows, columns]; a vector has one column."""
+    """A parameter of one layer: a stored tensor, or number `in_stack` of a stack of layers."""
 
     key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: list[Chunk]
+    entry: TensorStorageMetadata
+    in_stack: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.entry.size if self.in_stack is None else self.entry.size[1:])
 
 
 class StoredNetwork:
     """The weights whose keys begin with `prefix`, read under the names of `tensors`. The checkpoint
     may have more rows of embedding and head than the model's vocabulary: Megatron's padding, which
-    is never read.
+    is cut off.
 
     Raises ConfigError where the folder is not of this format, incomplete, damaged or of another
     model.
@@ -72,8 +59,6 @@ class StoredNetwork:
     def __init__(self, folder: Path, prefix: str, tensors: Sequence[HFTensor]) -> None:
         self.folder, self.metadata = folder, read_metadata(folder)
         self.parameters: dict[tuple[str, int | None], StoredParameter] = {}
-        self.data_offsets: dict[tuple[Path, int], int] = {}
-        self.fake = FakeTensorMode()  # one for all chunks: each one has caches of megabytes
         for key, entry in self.metadata.state_dict_metadata.items():
             name = key.removeprefix(prefix)
             ours = key.startswith(prefix) and not name.startswith("optimizer.")
@@ -82,35 +67,27 @@ class StoredNetwork:
         if not self.parameters:
             raise ConfigError(f"{folder} holds no weights under {prefix or 'their plain names'!r}")
         self.check(tensors)
+        # queries, keys and values come from one weight and perhaps one bias
+        self.parameter = lru_cache(2)(self.read_parameter)
 
     def add(self, key: str, name: str, entry: TensorStorageMetadata) -> None:
         """Add a stored tensor: one parameter, or one of each layer."""
-        size, number = list(entry.size), re.match(rf"{LAYERS}(\d+)\.", name)
-        stacked = name.startswith(LAYERS) and not number
-        layers: Sequence[int | None] = [int(number[1]) if number else None]
-        if stacked:
-            layers = range(size.pop(0))
+        for chunk in entry.chunks:
+            self.locate(key, chunk)
+        number = re.match(rf"{LAYERS}(\d+)\.", name)
         name = re.sub(rf"^({LAYERS})\d+\.", r"\1", name)
-        chunks: list[list[Chunk]] = [[] for _ in layers]
-        for part in entry.chunks:
-            path, info = self.locate(key, part)
-            offsets, sizes = list(part.offsets), list(part.sizes)
-            first, count = (offsets.pop(0), sizes.pop(0)) if stacked else (0, 1)
-            (row, column), (rows, columns) = [*offsets, 0][:2], [*sizes, 1][:2]
-            for index in range(count):
-                element = index * rows * columns
-                chunks[first + index].append(
-                    Chunk(row, column, rows, columns, path, info.offset, info.length, element)
-                )
-        for layer, found in zip(layers, chunks, strict=True):
-            self.parameters[OWN_NAMES.get(name, name), layer] = StoredParameter(
-                key, tuple(size), entry.properties.dtype, found
-            )
+        name = OWN_NAMES.get(name, name)
+        if name.startswith(LAYERS) and not number:
+            for layer in range(entry.size[0]):
+                self.parameters[name, layer] = StoredParameter(key, entry, layer)
+        else:
+            layer = int(number[1]) if number else None
+            self.parameters[name, layer] = StoredParameter(key, entry, None)
 
-    def locate(self, key: str, part: ChunkStorageMetadata) -> tuple[Path, _StorageInfo]:
+    def locate(self, key: str, chunk: ChunkStorageMetadata) -> tuple[Path, _StorageInfo]:
         """Find a chunk's file, and where in it the chunk is."""
         try:
-            info = self.metadata.storage_data[MetadataIndex(key, part.offsets)]
+            info = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         except KeyError:
             raise ConfigError(
                 f"{self.folder / METADATA} is damaged: it does not locate {key}"
@@ -139,13 +116,12 @@ class StoredNetwork:
         if held != layers:
             raise ConfigError(f"{self.folder} holds {held} layers, config.json says {layers}")
         for tensor in tensors:
-            rows, *rest = self.find(tensor).shape
-            if tensor.rows is not None:
-                rows = sum(count for _, _, count in tensor.runs(rows))
-            padded = tensor.name in (EMBEDDING, HEAD) and rows >= tensor.shape[0]
-            if (not padded and rows != tensor.shape[0]) or tuple(rest) != tensor.shape[1:]:
+            shape = self.find(tensor).shape
+            with suppress(RuntimeError):  # the rows do not divide into heads
+                shape = tuple(tensor.part_of(torch.empty(shape, device="meta")).shape)
+            if shape != tensor.shape:
                 raise ConfigError(
-                    f"{self.folder}: {tensor.name} would have shape {(rows, *rest)}, "
+                    f"{self.folder}: {tensor.name} would have shape {shape}, "
                     f"config.json says {tensor.shape}"
                 )
 
@@ -159,57 +135,43 @@ class StoredNetwork:
             ) from None
 
     def dtype(self, tensor: HFTensor) -> torch.dtype:
-        return self.find(tensor).dtype
+        return self.find(tensor).entry.properties.dtype
 
-    def read(self, tensor: HFTensor, start: int, out: torch.Tensor) -> None:
-        """Fill `out` [rows, columns], contiguous and of the stored dtype, from row `start` on."""
-        stored = self.find(tensor)
-        for packed, row, count in tensor.runs(stored.shape[0]):
-            first, last = max(start, row), min(start + len(out), row + count)
-            if first < last:
-                self.read_rows(stored, packed + first - row, out[first - start : last - start])
+    def read(self, tensor: HFTensor) -> torch.Tensor:
+        """Read one tensor, in the stored dtype. It may share memory with the next ones."""
+        return tensor.part_of(self.parameter(self.find(tensor)))
 
-    def read_rows(self, stored: StoredParameter, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with rows of a parameter."""
-        missing = out.numel()
-        for chunk in stored.chunks:
-            first = max(start, chunk.row)
-            last = min(start + out.shape[0], chunk.row + chunk.rows)
-            if first >= last:
-                continue
-            target = out[first - start : last - start]
-            whole_rows = chunk.columns == out.shape[1]
-            piece = target if whole_rows else target.new_empty(last - first, chunk.columns)
-            element = chunk.element + (first - chunk.row) * chunk.columns
-            offset = self.data_offset(chunk) + element * out.dtype.itemsize
-            read_into(chunk.path, offset, piece)
-            if not whole_rows:  # a chunk of a tensor-parallel rank
-                target[:, chunk.column : chunk.column + chunk.columns] = piece
-            missing -= piece.numel()
+    def read_parameter(self, stored: StoredParameter) -> torch.Tensor:
+        """Read a parameter of one layer from all its chunks."""
+        whole = torch.empty(stored.shape, dtype=stored.entry.properties.dtype)
+        missing = whole.numel()
+        for chunk in stored.entry.chunks:
+            offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+            if stored.in_stack is not None:
+                index = stored.in_stack - offsets.pop(0)
+                if not 0 <= index < sizes.pop(0):
+                    continue
+            values = self.read_chunk(stored.key, chunk)
+            if stored.in_stack is not None:
+                values = values[index]
+            whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = values
+            missing -= values.numel()
         if missing:
             raise ConfigError(
                 f"{self.folder} is incomplete: {missing} numbers of {stored.key} are in no file"
             )
+        return whole
 
-    def data_offset(self, chunk: Chunk) -> int:
-        """Find where in its file the archive of a chunk has the numbers. `torch.load` finds it
-        without reading them when it makes fake tensors.
-        """
-        known = chunk.path, chunk.offset
-        if known not in self.data_offsets:
-            try:
-                with chunk.path.open("rb") as file, self.fake:
-                    archive = _create_file_view(file, chunk.offset, chunk.length)
-                    tensor = torch.load(archive, weights_only=True)  # type: ignore[arg-type]
-                start = tensor.untyped_storage()._checkpoint_offset
-            except (RuntimeError, pickle.UnpicklingError, EOFError):
-                raise ConfigError(
-                    f"{chunk.path} is damaged: no tensor is stored at byte {chunk.offset}; copy it "
-                    f"again"
-                ) from None
-            assert tensor.is_contiguous() and tensor.storage_offset() == 0, chunk
-            self.data_offsets[known] = chunk.offset + start
-        return self.data_offsets[known]
+    def read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        path, info = self.locate(key, chunk)
+        try:
+            with path.open("rb") as file:
+                archive = _create_file_view(file, info.offset, info.length)
+                return torch.load(archive, weights_only=True)  # type: ignore[arg-type]
+        except (RuntimeError, pickle.UnpicklingError, EOFError):
+            raise ConfigError(
+                f"{path} is damaged: no tensor is stored at byte {info.offset}; copy it again"
+            ) from None
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -1,49 +1,56 @@
 """A network of a checkpoint to a Hugging Face folder: `rlef export-hf`."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.checkpoints.torch_dist import ChecksummedFile
-from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint
-from rlef_mega.megatron.convert.config_and_tokenizer import Role, copy_companions
-from rlef_mega.megatron.convert.resumable_folder import (
-    FileMark,
-    PlannedFile,
-    ResumableFolder,
-    fingerprint,
-)
-from rlef_mega.megatron.convert.safetensors_files import (
-    MAX_SHARD_SIZE,
-    Shard,
-    StoredTensor,
-    bytes_of,
-    plan_shards,
-    write_index,
-)
-from rlef_mega.megatron.convert.weights import (
-    BLOCK_BYTES,
-    blocks,
-    read_as,
-    tensors_of,
-)
+from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint, find_checkpoint
+from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions, dtype_named
+from rlef_mega.megatron.convert.resumable_folder import PlannedFile, ResumableFolder, fingerprint
+from rlef_mega.megatron.convert.safetensors_files import INDEX
+from rlef_mega.megatron.convert.verify import compare_weights
+from rlef_mega.megatron.hf_names import Role, tensors_of
 from rlef_mega.megatron.network.families import read_config
 
+PATTERN = "model{suffix}.safetensors"
+MAX_SHARD_SIZE = "5GB"  # of one file, Hugging Face's default for hosting
 
-def plan_export(
-    checkpoint: Checkpoint,
+
+def export_checkpoint(
+    path: Path,
     out: Path,
     *,
     role: Role = "policy",
-    dtype: torch.dtype | None = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    dtype: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    step: int | None = None,
+    model: Path | None = None,
     overwrite: bool = False,
+    verify: bool = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder: the one at `path`, or the run's newest one or
+    that of `step`. `dtype` None keeps the checkpoint's; a value head is fp32 in any. Raises
+    ConfigError; `out` is complete or does not exist."""
+    if role not in ("policy", "critic"):
+        raise ConfigError(f"--role {role!r}: use one of critic, policy")
+    checkpoint = find_checkpoint(path, step, model)
+    plan = plan_export(checkpoint, out, role, dtype_named(dtype), max_shard_size)
+    plan.write(source=checkpoint.folder, overwrite=overwrite)
+    if verify:
+        compare_weights(checkpoint, out, role, exported=True)
+
+
+def plan_export(
+    checkpoint: Checkpoint, out: Path, role: Role, dtype: torch.dtype | None, max_shard_size: str
 ) -> ResumableFolder:
-    """Plan the files of the folder. `dtype` None keeps the checkpoint's; a value head is fp32 in
-    any. Raises ConfigError where the checkpoint does not fit the model's config."""
+    """Plan the files of the folder, each of which is in memory while it is written. Raises
+    ConfigError where the checkpoint does not fit the model's config."""
     model = checkpoint.model
     if model is None:
         raise ConfigError(
@@ -53,29 +60,32 @@ def plan_export(
     tensors = tensors_of(role, read_config(model))
     weights = checkpoint.network(role, tensors)
     dtype = dtype or weights.dtype(tensors[0])
-    stored = [StoredTensor(t.name, t.shape, t.dtype or dtype) for t in tensors]
-    shards = plan_shards(stored, max_shard_size)
-    by_name = {tensor.name: tensor for tensor in tensors}
+    dtypes = {tensor.name: tensor.dtype or dtype for tensor in tensors}
+    empty = {t.name: torch.empty(t.shape, dtype=dtypes[t.name], device="meta") for t in tensors}
+    try:
+        split = split_torch_state_dict_into_shards(
+            empty, filename_pattern=PATTERN, max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise ConfigError(f"--max-shard-size {max_shard_size!r}: {error}") from None
 
-    def planned(shard: Shard) -> PlannedFile:
-        def write(file: ChecksummedFile) -> None:
-            file.write(shard.header)
-            # reused: freed blocks of many sizes would leave holes in the heap
-            room = torch.empty(
-                max(BLOCK_BYTES, *(t.row_bytes for t in shard.tensors)), dtype=torch.uint8
-            )
-            for each in shard.tensors:
-                for start, stop in blocks(each.shape[0], each.row_bytes):
-                    block = room[: (stop - start) * each.row_bytes]
-                    rows = block.view(each.dtype).view(stop - start, -1)
-                    read_as(weights, by_name[each.name], start, rows)
-                    file.write(bytes_of(block))
-                    file.raise_fault()
+    def write(names: list[str], path: Path) -> None:
+        # copies: safetensors refuses tensors that share memory
+        state = {
+            tensor.name: weights.read(tensor).to(dtypes[tensor.name], copy=True)
+            for tensor in tensors
+            if tensor.name in names
+        }
+        save_file(state, path, metadata={"format": "pt"})
 
-        return PlannedFile(shard.file, shard.bytes, write)
-
-    def finish(folder: Path, marks: dict[str, FileMark]) -> None:
-        write_index(folder, shards)
+    def finish(folder: Path, _: dict[str, Any]) -> None:
+        if split.is_sharded:
+            numbers = {"total_parameters": sum(each.numel() for each in empty.values())}
+            index = {
+                "metadata": numbers | split.metadata,
+                "weight_map": split.tensor_to_filename,
+            }
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         copy_companions(model, folder, role=role, dtype=dtype)
 
     request: dict[str, Any] = {
@@ -83,4 +93,8 @@ def plan_export(
         "checkpoint": fingerprint(checkpoint.folder),
         "config": json.loads((model / "config.json").read_text()),
     }
-    return ResumableFolder(out, request, [planned(s) for s in shards], finish, overwrite)
+    files = [
+        PlannedFile(file, sum(empty[n].nbytes for n in names), functools.partial(write, names))
+        for file, names in split.filename_to_tensors.items()
+    ]
+    return ResumableFolder(out, request, files, finish)

@@ -20,7 +20,7 @@ from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, key_of, read_dialogues
 from rlef_mega.evaluation.numbers import numbers_of
 from rlef_mega.evaluation.protocols import SINGLE, PlannedDialogues
-from rlef_mega.megatron.convert.command import import_folder
+from rlef_mega.megatron.convert.from_hf import import_folder
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import to_row
 from rlef_mega.types import PrivateTests, Problem

@@ -1,5 +1,5 @@
-"""Checkpoints to Hugging Face folders and back: the same bytes, whatever the sizes of blocks and
-files, killed or not, by one process or two. What trained networks export to, in every layout, is in
+"""Checkpoints to Hugging Face folders and back: the same bytes, whatever the sizes of chunks and
+files, killed or not. What trained networks export to, in every layout, is in
 test_layouts.py.
 """
 
@@ -22,15 +22,16 @@ from torch.distributed import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from rlef_mega.config import ConfigError
-from rlef_mega.megatron.convert import from_hf, resumable_folder, weights
+from rlef_mega.megatron.convert import from_hf, resumable_folder
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
-from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
-from rlef_mega.megatron.convert.from_hf import plan_import
+from rlef_mega.megatron.convert.from_hf import import_folder
 from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
 from rlef_mega.megatron.convert.stored_network import OWN_NAMES
-from rlef_mega.megatron.convert.to_hf import plan_export
+from rlef_mega.megatron.convert.to_hf import export_checkpoint
+from rlef_mega.megatron.convert.verify import compare_weights
+from rlef_mega.megatron.hf_names import name_map
 from rlef_mega.megatron.network.families import read_config
-from tests.rlef_mega.distributed import ROOT, address, keep_store
+from tests.rlef_mega.distributed import ROOT
 from tests.rlef_mega.megatron.families_worker import CASES, make_family
 from tests.rlef_mega.megatron.megatron_worker import make_model
 
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("imported") / "checkpoint"
-    import_folder(folder, path, role="both", seed=3)
+    import_folder(folder, path)
     return path
 
 
@@ -72,7 +73,7 @@ def test_a_round_trip_gives_the_bytes_that_transformers_wrote(
 ) -> None:
     model = make_family(tmp_path / "float32", case).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
-    import_folder(tmp_path / "hf", tmp_path / "checkpoint", role="both", verify=True)
+    import_folder(tmp_path / "hf", tmp_path / "checkpoint", verify=True)
     export_checkpoint(
         tmp_path / "checkpoint", tmp_path / "again", max_shard_size="20KB", verify=True
     )
@@ -82,30 +83,18 @@ def test_a_round_trip_gives_the_bytes_that_transformers_wrote(
     assert configs[0] == configs[1]
     assert first == again
 
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "critic", role="critic")
-    critic, report = AutoModelForTokenClassification.from_pretrained(
-        tmp_path / "critic", output_loading_info=True
-    )
-    assert not any(report.values())
-    trunk = model.model.state_dict()
-    assert trunk.keys() == critic.model.state_dict().keys()
-    assert all(torch.equal(trunk[k], v) for k, v in critic.model.state_dict().items())
 
-
-def test_blocks_chunks_and_files_of_any_size_hold_the_same(
+def test_chunks_and_files_of_any_size_hold_the_same(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of 128 and 192 bytes: blocks that end within a head, chunks within gate and up, and
-    files within a layer."""
-    monkeypatch.setattr(weights, "BLOCK_BYTES", 5 * 128)
+    """Rows of 128 and 192 bytes: chunks that end within a head or within gate and up, and files
+    that end within a layer."""
     monkeypatch.setattr(from_hf, "CHUNK_BYTES", 7 * 192)
     monkeypatch.setattr(from_hf, "FILE_BYTES", 20_000)
-    import_folder(folder, tmp_path / "checkpoint", role="both", seed=3, verify=True)
-    assert len(list((tmp_path / "checkpoint").rglob("*.distcp"))) > 10
-    for role in ("policy", "critic"):
-        export_checkpoint(tmp_path / "checkpoint", tmp_path / "small" / role, role=role)
-        monkeypatch.undo()
-        export_checkpoint(imported, tmp_path / "large" / role, role=role)
+    import_folder(folder, tmp_path / "checkpoint", verify=True)
+    assert len(list((tmp_path / "checkpoint").rglob("*.distcp"))) > 5
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "small")
+    export_checkpoint(imported, tmp_path / "large")
     assert same_bytes(tmp_path / "small", tmp_path / "large")
 
 
@@ -120,17 +109,16 @@ def test_a_policy_keeps_what_stood_beside_the_weights(imported: Path, tmp_path: 
     assert not any(report.values())
 
 
-def test_a_new_critic_is_a_token_classifier_with_our_drawn_value_head(
-    folder: Path, imported: Path, tmp_path: Path
-) -> None:
-    from rlef_mega.megatron.network.packed_llama import draw_value_head
-
-    export_checkpoint(imported, tmp_path / "critic", role="critic", verify=True)
+def test_a_critic_is_a_token_classifier(folder: Path, tmp_path: Path) -> None:
+    weight, bias = torch.randn(1, 32), torch.randn(1)
+    value_head = {"output_layer.weight": weight, "output_layer.bias": bias}
+    write_megatron(tmp_path / "checkpoint", packed(folder) | value_head)
+    options: dict[str, Any] = {"role": "critic", "model": folder, "verify": True}
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "critic", **options)
     critic, report = AutoModelForTokenClassification.from_pretrained(
         tmp_path / "critic", output_loading_info=True
     )
     assert not any(report.values())
-    weight, bias = draw_value_head(32, seed=3)
     assert torch.equal(critic.score.weight, weight) and torch.equal(critic.score.bias, bias)
     token_ids = torch.arange(20)[None]
     trunk = AutoModelForCausalLM.from_pretrained(folder).model
@@ -138,57 +126,29 @@ def test_a_new_critic_is_a_token_classifier_with_our_drawn_value_head(
         values = critic(token_ids).logits[..., 0]
         hidden = trunk(token_ids).last_hidden_state
     torch.testing.assert_close(values, (hidden @ weight.T + bias)[..., 0], rtol=0, atol=1e-6)
-    # its head is fp32 in any dtype, and stays what it is on the way back
-    export_checkpoint(imported, tmp_path / "half", role="critic", dtype="bfloat16")
+    # its head is fp32 in any dtype
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "half", dtype="bfloat16", **options)
     stored = load_file(tmp_path / "half/model.safetensors")
     assert stored["score.weight"].dtype == torch.float32
     assert stored["model.norm.weight"].dtype == torch.bfloat16
-    import_folder(tmp_path / "half", tmp_path / "back", role="critic")
-    export_checkpoint(tmp_path / "back", tmp_path / "again", role="critic")
-    assert same_bytes(tmp_path / "half", tmp_path / "again")
-
-
-def silent(done: int, total: int) -> None:
-    """Show no progress."""
-
-
-def start_process(work: Callable[[], None]) -> Any:
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    return child
+    with pytest.raises(ConfigError, match=r"lacks 1 tensor\(s\): lm_head\.weight"):
+        import_folder(tmp_path / "half", tmp_path / "back", dtype="bfloat16")
 
 
 def in_another_process(work: Callable[[], None]) -> int | None:
-    child = start_process(work)
+    child: Any = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
     child.join(60)
     return child.exitcode
 
 
-def test_two_processes_write_what_one_does(
-    folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = keep_store()
-    for name, value in address(store).items():
-        monkeypatch.setenv(name, value)
-
-    def export_as(rank: int) -> None:
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-        export_checkpoint(imported, tmp_path / "two", max_shard_size="20KB", verify=True)
-
-    children = [start_process(lambda rank=rank: export_as(rank)) for rank in range(2)]
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0, 0]
-    export_checkpoint(imported, tmp_path / "one", max_shard_size="20KB")
-    assert same_bytes(tmp_path / "one", tmp_path / "two")
-
-
-def test_the_command_starts_processes(folder: Path, imported: Path, tmp_path: Path) -> None:
+def test_the_command_verifies(folder: Path, imported: Path, tmp_path: Path) -> None:
+    """Also in a pod that has the variables of a distributed job."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "rlef_mega.cli", "import-hf", str(folder)]
-    options = ["--role", "both", "--seed", "3", "--verify", "--processes", "2"]
+    environment |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    command = [sys.executable, "-m", "rlef_mega.cli", "import-hf"]
     done = subprocess.run(
-        [*command, str(tmp_path / "checkpoint"), *options],
+        [*command, str(folder), str(tmp_path / "checkpoint"), "--verify"],
         cwd=ROOT,
         env=environment,
         timeout=200,
@@ -196,8 +156,7 @@ def test_the_command_starts_processes(folder: Path, imported: Path, tmp_path: Pa
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "verified: 40 tensors of the critic are equal bit by bit" in done.stdout
-    assert "largest difference of a log-prob to transformers': " in done.stdout
+    assert "verified: 39 tensors of the policy are equal bit by bit" in done.stdout
     assert same_bytes(tmp_path / "checkpoint", imported)
 
 
@@ -205,45 +164,52 @@ def test_a_killed_conversion_resumes(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(from_hf, "FILE_BYTES", 20_000)
+    marked: list[Path] = []
+    write_mark = resumable_folder.write_atomically
 
-    def die_at_half(done: int, total: int) -> None:
-        if done > total / 2:
+    def die_after_two(path: Path, content: str) -> None:
+        if len(marked) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        write_mark(path, content)
+        marked.append(path)
 
-    def plans(name: str) -> list[resumable_folder.ResumableFolder]:
-        return [
-            plan_export(
-                find_checkpoint(imported, None), tmp_path / f"{name}-hf", max_shard_size=20_000
-            ),
-            plan_import(folder, tmp_path / f"{name}-checkpoint"),
-        ]
+    def export(out: Path) -> None:
+        export_checkpoint(imported, out, max_shard_size="20KB")
 
-    for killed, whole in zip(plans("killed"), plans("whole"), strict=True):
-        exit_code = in_another_process(lambda planned=killed: planned.write(die_at_half))
-        assert exit_code == -signal.SIGKILL
-        assert not killed.out.exists()
-        marked = [file.name for file in killed.files if killed.mark_path(file).is_file()]
-        assert 0 < len(marked) < len(killed.files)
-        before = {file: (killed.partial / file).stat().st_mtime_ns for file in marked}
-        # a finished file that was damaged since is written again
-        damaged = killed.partial / marked[0]
-        damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
-        killed.write(silent)
-        whole.write(silent)
-        assert same_bytes(killed.out, whole.out)
-        after = {file: (killed.out / file).stat().st_mtime_ns for file in marked}
-        assert [file for file in marked if after[file] != before[file]] == [marked[0]]
-        assert not killed.partial.exists()
+    def import_again(out: Path) -> None:
+        import_folder(folder, out)
+
+    for convert in (export, import_again):
+        killed, whole = (tmp_path / name / convert.__name__ for name in ("killed", "whole"))
+        partial = killed.with_name(f".{killed.name}.partial")
+        with monkeypatch.context() as patch:
+            patch.setattr(resumable_folder, "write_atomically", die_after_two)
+            exit_code = in_another_process(lambda run=convert, out=killed: run(out))
+        assert exit_code == -signal.SIGKILL and not killed.exists()
+        finished = sorted(
+            path
+            for path in partial.rglob("*")
+            if (
+                partial / f".done/{str(path.relative_to(partial)).replace('/', '--')}.json"
+            ).is_file()
+        )
+        assert len(finished) == 2
+        before = [path.stat().st_mtime_ns for path in finished]
+        # a finished file that was changed since is written again
+        finished[0].write_bytes(finished[0].read_bytes()[:-1] + b"\0")
+        convert(killed)
+        convert(whole)
+        assert same_bytes(killed, whole)
+        after = [(killed / path.relative_to(partial)).stat().st_mtime_ns for path in finished]
+        assert before[0] != after[0] and before[1] == after[1]
+        assert not partial.exists()
 
 
 def test_a_partial_folder_of_another_request_is_not_resumed(imported: Path, tmp_path: Path) -> None:
-    checkpoint = find_checkpoint(imported, None)
-    half = plan_export(checkpoint, tmp_path / "hf", dtype=torch.bfloat16)
-    (half.partial / resumable_folder.FINISHED).mkdir(parents=True)
-    (half.partial / resumable_folder.FINISHED / resumable_folder.REQUEST).write_text(
-        json.dumps(half.request)
-    )
-    (half.partial / "leftover.safetensors").write_text("of another order")
+    partial = tmp_path / ".hf.partial"
+    (partial / resumable_folder.FINISHED).mkdir(parents=True)
+    (partial / resumable_folder.FINISHED / resumable_folder.REQUEST).write_text("another")
+    (partial / "leftover.safetensors").write_text("of another request")
     export_checkpoint(imported, tmp_path / "hf")
     assert "leftover.safetensors" not in contents(tmp_path / "hf")
 
@@ -251,31 +217,28 @@ def test_a_partial_folder_of_another_request_is_not_resumed(imported: Path, tmp_
 def test_a_full_disk_loses_nothing(
     folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = [
-        plan_export(find_checkpoint(imported, None), tmp_path / "hf"),
-        plan_import(folder, tmp_path / "checkpoint"),
-    ]
-
-    def run_in_small_files(planned: resumable_folder.ResumableFolder) -> None:
+    def in_small_files(convert: Callable[..., None], source: Path, out: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         try:
-            planned.write(silent)
+            convert(source, out)
         except ConfigError as error:
             os._exit(7 if "the disk is full" in str(error) else 1)
         os._exit(0)
 
-    for planned in jobs:
-        assert in_another_process(lambda each=planned: run_in_small_files(each)) == 7
-        assert not planned.out.exists()
+    hf, checkpoint = tmp_path / "hf", tmp_path / "checkpoint"
+    jobs = [(export_checkpoint, imported, hf), (import_folder, folder, checkpoint)]
+    for job in jobs:
+        assert in_another_process(lambda each=job: in_small_files(*each)) == 7
+        assert not job[-1].exists()
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ConfigError, match=r"needs 0.0 GB more, but 0.0 GB are free"):
-            jobs[0].write(silent)
-    for planned in jobs:
-        planned.write(silent)  # the same command again
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again")
-    assert same_bytes(tmp_path / "hf", tmp_path / "again")
+            export_checkpoint(imported, hf)
+    for convert, source, out in jobs:
+        convert(source, out)  # the same command again
+    export_checkpoint(checkpoint, tmp_path / "again")
+    assert same_bytes(hf, tmp_path / "again")
 
 
 def test_an_existing_folder_is_replaced_only_if_asked_for(imported: Path, tmp_path: Path) -> None:
@@ -291,44 +254,35 @@ def test_an_existing_folder_is_replaced_only_if_asked_for(imported: Path, tmp_pa
         export_checkpoint(imported, imported, overwrite=True)
 
 
-def test_the_padding_of_a_vocabulary_is_zero_and_cut_off(folder: Path, tmp_path: Path) -> None:
-    import_folder(folder, tmp_path / "padded", pad_vocabulary_to_multiple=48, verify=True)
-    tensors = weights.tensors_of("policy", read_config(folder))
-    network = find_checkpoint(tmp_path / "padded", None).network("policy", tensors)
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        stored = network.parameters[name, None]
-        assert stored.shape == (96, 32)  # 64 rows are real
-        padding = torch.ones(32, 32)
-        network.read_rows(stored, 64, padding)
-        assert not padding.any()
-    export_checkpoint(tmp_path / "padded", tmp_path / "hf")
-    assert (tmp_path / "hf/model.safetensors").read_bytes() == (
-        folder / "model.safetensors"
-    ).read_bytes()
+def packed(folder: Path) -> dict[str, torch.Tensor]:
+    """Pack the folder's weights under Megatron's names, layers numbered, norms under Transformer
+    Engine's names."""
+    stored = load_file(folder / "model.safetensors")
+    parts: dict[str, list[torch.Tensor]] = {}
+    fused = {own: name for name, own in OWN_NAMES.items()}
+    for tensor in name_map(read_config(folder)):
+        name = fused.get(tensor.parameter, tensor.parameter)
+        name = name.replace("decoder.layers.", f"decoder.layers.{tensor.layer}.")
+        parts.setdefault(name, []).append(stored[tensor.name])
+    for name, values in parts.items():
+        if "qkv.weight" in name:  # [q q k v] for each of two groups, heads of 8
+            heads = torch.cat([value.view(2, -1, 32) for value in values], dim=1)
+            parts[name] = [heads.view(-1, 32)]
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def write_megatron(path: Path, state: dict[str, torch.Tensor]) -> None:
+    writer = torch_checkpoint.FileSystemWriter(path)
+    torch_checkpoint.save(state, storage_writer=writer, no_dist=True)
 
 
 def test_a_checkpoint_of_megatron_alone_is_read(folder: Path, tmp_path: Path) -> None:
-    """Plain names, layers numbered, norms under Transformer Engine's names, columns in two chunks,
-    beside an optimizer's state; written by torch itself."""
-    from torch.distributed.checkpoint import FileSystemWriter
-
-    stored = load_file(folder / "model.safetensors")
-    packed: dict[str, list[tuple[Any, torch.Tensor]]] = {}
-    fused = {own: name for name, own in OWN_NAMES.items()}
-    for tensor in weights.tensors_of("policy", read_config(folder)):
-        name = fused.get(tensor.parameter, tensor.parameter)
-        name = name.replace("decoder.layers.", f"decoder.layers.{tensor.layer}.")
-        packed.setdefault(name, []).append((tensor, stored[tensor.name]))
-    state = {f"optimizer.state.exp_avg.{name}": torch.zeros(3) for name in packed}
-    for name, parts in packed.items():
-        if "qkv.weight" in name:  # [q q k v] for each of two groups, heads of 8
-            heads = [value.view(2, -1, 32) for _, value in parts]
-            state[name] = torch.cat(heads, dim=1).view(-1, 32)
-        else:
-            state[name] = torch.cat([value for _, value in parts])
-    torch_checkpoint.save(
-        state, storage_writer=FileSystemWriter(tmp_path / "megatron"), no_dist=True
-    )
+    """Plain names, beside an optimizer's state, with a padded vocabulary; written by torch."""
+    state = packed(folder)
+    state |= {f"optimizer.state.exp_avg.{name}": torch.zeros(3) for name in state}
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        state[name] = torch.cat([state[name], torch.zeros(32, 32)])
+    write_megatron(tmp_path / "megatron", state)
     with pytest.raises(ConfigError, match="does not name its model; give --model"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
     export_checkpoint(tmp_path / "megatron", tmp_path / "hf", model=folder, verify=True)
@@ -388,9 +342,8 @@ def test_checkpoints_that_do_not_fit_are_refused(
         export_checkpoint(imported, out, role="both")
     with pytest.raises(ConfigError, match="max-shard-size"):
         export_checkpoint(imported, out, max_shard_size="many")
-    import_folder(folder, tmp_path / "policy")
     with pytest.raises(ConfigError, match=r"holds no weights under 'critic\.'"):
-        export_checkpoint(tmp_path / "policy", out, role="critic")
+        export_checkpoint(imported, out, role="critic")
     for shape, message in [
         ({"num_hidden_layers": 3}, "holds 4 layers, config.json says 3"),
         ({"intermediate_size": 64}, r"gate_proj.weight would have shape \(48, 32\)"),
@@ -416,18 +369,14 @@ def test_checkpoints_that_do_not_fit_are_refused(
 
 
 def test_verify_finds_one_wrong_bit(imported: Path, tmp_path: Path) -> None:
-    from rlef_mega.megatron.convert.verify import compare_weights
-
     export_checkpoint(imported, tmp_path / "hf", max_shard_size="20KB")
     checkpoint = find_checkpoint(imported, None)
     compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True)
     name = "model.layers.2.self_attn.k_proj.weight"
-    place = SafetensorsFolder(tmp_path / "hf").tensors[name]
-    with (tmp_path / "hf" / place.file).open("r+b") as file:
-        file.seek(place.offset + place.bytes - 1)
-        bit = file.read(1)[0] ^ 1
-        file.seek(place.offset + place.bytes - 1)
-        file.write(bytes([bit]))
+    file = tmp_path / "hf" / SafetensorsFolder(tmp_path / "hf").tensors[name].file
+    tensors = load_file(file)
+    tensors[name].view(torch.int32)[-1, -1] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=f"{name} differs between"):
         compare_weights(checkpoint, tmp_path / "hf", "policy", exported=True)
 
@@ -442,11 +391,10 @@ def test_the_benchmark_compares_a_round_trip_with_cp(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     shape = LlamaShape(1, 1024, 2048, 8, 2, 128, vocabulary=4096)
-    report = benchmark(shape, repeats=1, process_counts=(1,))
+    report = benchmark(shape, repeats=1)
     figures = {figure.name: figure.median for figure in report.figures}
     assert report.about["bytes"] > 2 * 2 * 4096 * 1024  # embedding and head alone
     for step in ("import", "export"):
-        name = f"{step}, one process"
-        assert figures[f"{name}, against cp"] == pytest.approx(figures[name] / figures["cp"])
-        assert 0.2 < figures[f"{name}: largest resident set"] < 4
+        assert figures[f"{step}, against cp"] == pytest.approx(figures[step] / figures["cp"])
+        assert 0.2 < figures[f"{step}: largest resident set"] < 4
     assert not list(tmp_path.iterdir())

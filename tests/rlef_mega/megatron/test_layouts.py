@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from rlef_mega.config import ConfigError, ParallelConfig, check_layout
-from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
+from rlef_mega.megatron.convert.from_hf import import_folder
+from rlef_mega.megatron.convert.to_hf import export_checkpoint
 from rlef_mega.megatron.network.stages import split_layers
 from tests.rlef_mega.distributed import launch
 from tests.rlef_mega.megatron.megatron_worker import LLAMA31_ROPE, layout, make_model
@@ -37,9 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(path / "model", rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
 
     make_model(path / "other", seed=1, rope_parameters=LLAMA31_ROPE, tie_word_embeddings=True)
-    import_folder(
-        path / "other", path / "imported", role="both", seed=3, pad_vocabulary_to_multiple=48
-    )
+    import_folder(path / "other", path / "imported")
 
     def run(processes: int, *jobs: str) -> None:
         launch(WORKER, str(path), *jobs, processes=processes)

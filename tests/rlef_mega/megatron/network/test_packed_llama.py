@@ -24,9 +24,9 @@ from rlef_mega.config import (
     PPOConfig,
 )
 from rlef_mega.megatron import hf_weights
-from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
-from rlef_mega.megatron.convert.command import export_checkpoint, import_folder
-from rlef_mega.megatron.convert.compare_outputs import LARGEST_DIFFERENCE, largest_difference
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
+from rlef_mega.megatron.convert.from_hf import import_folder
+from rlef_mega.megatron.convert.to_hf import export_checkpoint
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.parallel import Ranks, initialize
 from rlef_mega.megatron.supervised import SupervisedLearner
@@ -300,15 +300,6 @@ def test_exported_networks_score_in_transformers_as_in_ours(
     torch.testing.assert_close(scores.old_logprobs_A, logprobs_A, rtol=0, atol=2e-5)
     torch.testing.assert_close(scores.values_M, values_N, rtol=0, atol=1e-5)
 
-    # what `--verify` says of them, and of one whose keys and values have changed places
-    assert largest_difference(saved, tmp_path / "policy", "policy", ranks) < 2e-5
-    assert largest_difference(saved, tmp_path / "critic", "critic", ranks) < 1e-5
-    stored = load_file(tmp_path / "policy/model.safetensors")
-    keys, values = (f"model.layers.3.self_attn.{kind}_proj.weight" for kind in "kv")
-    stored[keys], stored[values] = stored[values], stored[keys]
-    save_file(stored, tmp_path / "policy/model.safetensors", metadata={"format": "pt"})
-    assert largest_difference(saved, tmp_path / "policy", "policy", ranks) > LARGEST_DIFFERENCE
-
 
 def test_a_run_starts_from_a_checkpoint_of_another(
     ranks: Ranks, folder: Path, tmp_path: Path
@@ -355,7 +346,7 @@ def test_bfloat16_trains_and_resumes_bit_for_bit(
     one_batch(learner, batch, seed=1)
     saved = save(tmp_path, learner, {"seen": [1, 2]})
     resumed = make_learner(ranks, folder, dtype="bfloat16")
-    assert load_checkpoint(saved, resumed) == (1, {"seen": [1, 2]})
+    assert Checkpoints(saved.parent, resumed, keep=1).resume() == (1, {"seen": [1, 2]})
     expected, got = (one_batch(each, batch, seed=2) for each in (learner, resumed))
     assert got["stats"] == expected["stats"]
     assert all(torch.equal(got["weights"][n], t) for n, t in expected["weights"].items())
