@@ -35,22 +35,6 @@ PROBES = {"transformer_engine": "transformer_engine.pytorch"}  # else the packag
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What one part of training uses; if a package is lacking, which one and what that costs."""
-
-    part: str
-    used: str
-    lacking: str = ""  # a package, and why it is not used
-    cost: str = ""
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        if not self.lacking:
-            return self.used
-        return f"{self.used}; {self.lacking}, so {self.cost} (remedy: {self.remedy})"
-
-
-@dataclass(frozen=True)
 class Accelerations:
     """The decision, for a device and a dtype."""
 
@@ -155,73 +139,66 @@ def varlen_options(function: Callable) -> dict[str, Any]:
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def choices(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> list[Choice]:
-    """Report what is used, and what it costs not to have the rest. No cost is a number, because
-    none was measured."""
+def report(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> dict[str, str]:
+    """Say by part what is used and what it costs not to have the rest, for `rlef doctor` and
+    `manifest.json`. No cost is a number, because none was measured."""
     chosen = choose(device.type, dtype, layers)
     local = "megatron-core's local layers"
     if device.type != "cuda":
-        idle = [p for p in INSTALL if fault(p) not in (None, NOT_INSTALLED) and p != "triton"]
-        return [
-            Choice("attention", "PyTorch SDPA, a call a sequence"),
-            Choice("layers", local),
-            Choice("optimizer", optimizer()),
-            Choice("head", "PyTorch"),
-            *(Choice(package, f"not used: {fault(package)}") for package in idle),
-        ]
-    found = [attention_choice(chosen, dtype)]
-    if chosen.layers == "transformer_engine":
-        found.append(Choice("layers", "Transformer Engine"))
-    elif layers == "local" or dtype == torch.float32:
-        found.append(Choice("layers", local))
-    else:
-        cost = "norms and products are kernels of their own"
-        found.append(without("layers", local, "transformer_engine", cost))
-    if (adam := optimizer()).startswith("PyTorch"):
+        idle = {name: fault(name) or NOT_INSTALLED for name in INSTALL if name != "triton"}
+        return {
+            "attention": "PyTorch SDPA, a call a sequence",
+            "layers": local,
+            "optimizer": optimizer(),
+            "head": "PyTorch",
+            **{name: f"not used: {why}" for name, why in idle.items() if why != NOT_INSTALLED},
+        }
+    found = {
+        "attention": attention_report(chosen.attention, dtype),
+        "layers": "Transformer Engine",
+        "optimizer": optimizer(),
+        "weight gradients": "fused into the main gradients",
+        "head": "Triton kernels",
+    }
+    if chosen.layers == "local":
+        found["layers"] = local
+        if layers == "auto" and dtype != torch.float32:
+            cost = "norms and products are kernels of their own"
+            found["layers"] = without("transformer_engine", local, cost)
+    if found["optimizer"].startswith("PyTorch"):
         cost = "a step is several passes over the optimizer's state"
-        found.append(without("optimizer", adam, "apex", cost))
-    else:
-        found.append(Choice("optimizer", adam))
-    if chosen.fused_weight_gradients:
-        found.append(Choice("weight gradients", "fused into the main gradients"))
-    else:
+        found["optimizer"] = without("apex", found["optimizer"], cost)
+    if not chosen.fused_weight_gradients:
         cost = "each weight gradient is written in bf16, then added to the fp32 main gradient"
-        found.append(without("weight gradients", "PyTorch", WEIGHT_GRADIENTS, cost))
-    if chosen.triton_head:
-        found.append(Choice("head", "Triton kernels"))
-    else:
-        cost = "logits are stored, a piece at a time"
-        found.append(without("head", "PyTorch", "triton", cost))
+        found["weight gradients"] = without(WEIGHT_GRADIENTS, "PyTorch", cost)
+    if not chosen.triton_head:
+        found["head"] = without("triton", "PyTorch", "logits are stored, a piece at a time")
     return found
 
 
-def without(part: str, used: str, package: str, cost: str) -> Choice:
+def without(package: str, used: str, cost: str) -> str:
     """Report a part that lacks a package."""
-    return Choice(part, used, f"{package} {fault(package) or 'not used'}", cost, INSTALL[package])
+    lacking = f"{package} {fault(package) or 'not used'}"
+    return f"{used}; {lacking}, so {cost} (remedy: {INSTALL[package]})"
 
 
-def attention_choice(chosen: Accelerations, dtype: torch.dtype) -> Choice:
-    if chosen.attention == "flash-attn":
-        return Choice("attention", "flash_attn_varlen_func")
-    if chosen.attention == "transformer-engine":
-        return Choice("attention", "Transformer Engine DotProductAttention")
+def attention_report(kernel: str, dtype: torch.dtype) -> str:
+    if kernel == "flash-attn":
+        return "flash_attn_varlen_func"
+    if kernel == "transformer-engine":
+        return "Transformer Engine DotProductAttention"
     calls = "attention is a call a sequence"
     if dtype == torch.float32:
         lacking, remedy = "float32 has no varlen kernel", "model.dtype = 'bfloat16'"
-        return Choice("attention", "PyTorch SDPA", lacking, calls, remedy)
-    if chosen.attention == "sdpa":
-        return without("attention", "PyTorch SDPA", "flash_attn", calls)
+        return f"PyTorch SDPA; {lacking}, so {calls} (remedy: {remedy})"
+    if kernel == "sdpa":
+        return without("flash_attn", "PyTorch SDPA", calls)
     from torch.nn.attention.varlen import varlen_attn
 
     cost = "PyTorch's kernel of the same family is used"
     if "enable_gqa" not in varlen_options(varlen_attn):
         cost += ", with keys and values copied for each query head before PyTorch 2.12"
-    return without("attention", "torch.nn.attention.varlen", "flash_attn", cost)
-
-
-def report(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> dict[str, str]:
-    """Return `choices` as text by part, for `rlef doctor` and `manifest.json`."""
-    return {choice.part: str(choice) for choice in choices(device, dtype, layers)}
+    return without("flash_attn", "torch.nn.attention.varlen", cost)
 
 
 def announce(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> None:

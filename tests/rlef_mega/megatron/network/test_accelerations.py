@@ -19,10 +19,10 @@ from rlef_mega.megatron.network import accelerations
 from rlef_mega.megatron.network.accelerations import (
     NOT_INSTALLED,
     attention_kernel,
-    choices,
     choose,
     fault,
     hide_unusable,
+    report,
 )
 from rlef_mega.megatron.network.attention import PackedAttention, packed_sequences
 
@@ -60,9 +60,9 @@ def test_a_package_that_cannot_be_imported_is_reported_and_skipped(
     forget(monkeypatch, "flash_attn")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert attention_kernel("cuda", torch.bfloat16) == "torch-varlen"
-    (attention, *_) = choices(CUDA, torch.bfloat16)
-    assert "cannot be imported: OSError: undefined symbol" in attention.lacking
-    assert attention.remedy == "pip install 'rlef-mega[gpu]'"
+    attention = report(CUDA, torch.bfloat16)["attention"]
+    assert "cannot be imported: OSError: undefined symbol" in attention
+    assert "(remedy: pip install 'rlef-mega[gpu]')" in attention
     hide_unusable()
     with pytest.raises(ImportError):  # what megatron-core and transformers are ready for
         import flash_attn  # noqa: F401
@@ -142,10 +142,10 @@ def test_everything_that_is_missing_on_a_gpu_has_a_cost_and_a_remedy(
 ) -> None:
     monkeypatch.setattr(accelerations, "fault", lambda package: NOT_INSTALLED)
     monkeypatch.setattr(accelerations, "optimizer", lambda: "PyTorch AdamW")
-    found = {choice.part: choice for choice in choices(CUDA, torch.bfloat16)}
+    found = report(CUDA, torch.bfloat16)
     assert set(found) == {"attention", "layers", "optimizer", "weight gradients", "head"}
-    assert found["attention"].used == "torch.nn.attention.varlen"
-    assert all(choice.lacking and choice.cost and choice.remedy for choice in found.values())
+    assert found["attention"].startswith("torch.nn.attention.varlen; flash_attn not installed, so")
+    assert all(", so " in text and "(remedy: " in text for text in found.values())
 
 
 def test_the_reported_optimizer_is_the_one_that_megatron_core_imported(
