@@ -21,7 +21,7 @@ from rlef_mega.bench.results import Figure, Results
 from rlef_mega.bench.workload import Workload, random_batch, run_rank, workload
 from rlef_mega.config import TrainConfig, dump_toml, load_config
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.checkpoints.files import read_manifest, step_folder
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import pack, shuffled
@@ -83,8 +83,7 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         seconds["training waits, asynchronous"].append(waits)
         seconds["training waits, synchronous"].append(timed(partial(waiting.save, number, {})))
         newest = step_folder(folder / "asynchronous", number)
-        resuming = timed(partial(load_checkpoint, newest, learner))
-        seconds["resuming: checksums and reading"].append(resuming)
+        seconds["resuming: checksums and reading"].append(timed(checkpoints.resume))
     return {
         "tokens": batch.num_tokens,
         "bytes": sum(entry["bytes"] for entry in read_manifest(newest).values()),

@@ -106,7 +106,6 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.saving: Saving | None = None
         self.failures = 0  # saves that were given up
-        self.waits = 0  # saves that had to wait for the one before
         self.fault: str | None = None  # why the last save was given up
         self.saved_last: int | None = None  # the step last saved or resumed from
 
@@ -114,9 +113,7 @@ class Checkpoints:
         """Start to write a checkpoint of this step. `state` is small and JSON: data order, weight
         version; `score` rates the policy. Collective.
         """
-        if self.saving is not None:
-            self.waits += 1
-            self.finish()
+        self.finish()
         learner = self.learner
         with learner.whole():
             trained = learner.trained.items()
@@ -304,18 +301,6 @@ def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]
         flush_to_disk(folder / name)
         manifest[name] = files.describe_file(folder / name)
     files.seal(folder, manifest)
-
-
-def load_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
-    """Load this checkpoint into the learner. Returns (step, state). Collective.
-
-    Raises ConfigError, on every rank, if it is missing, damaged, or of another model; the learner
-    is then unchanged.
-    """
-    fault = fault_for(path, learner)
-    if fault is not None:
-        raise ConfigError(f"{fault}; name another one")
-    return read_checkpoint(path, learner)
 
 
 def fault_for(path: Path, learner: Checkpointable) -> str | None:

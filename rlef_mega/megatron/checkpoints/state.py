@@ -89,10 +89,9 @@ def weights(
     """View the weights that this rank holds, or these ranges of them."""
     parts: list[ShardedTensor] = []
     for weight, first, piece in pieces(chunks, ranks):
-        low, high = overlap(piece, first, ranges.get(weight, (0, 0)) if ranges else None)
-        if low < high:
-            flat_F = weight.detach().view(-1)[low:high]
-            parts += boxes(piece, f"{name}.{piece.key}", flat_F, low - first)
+        start, end = (0, weight.numel()) if ranges is None else ranges.get(weight, (0, 0))
+        flat_F = weight.detach().view(-1)[start:end]
+        parts += boxes(piece, f"{name}.{piece.key}", flat_F, start - first)
     return parts
 
 
@@ -102,25 +101,16 @@ def optimizer_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
     optimizer = spread_optimizer(model)
     ranges = owned_ranges(optimizer)
     for weight, first, piece in pieces(model.chunks, model.ranks):
-        start, end = ranges.get(weight, (0, 0))
-        low, high = overlap(piece, first, (start, end))
-        if low >= high:
+        if weight not in ranges:
             continue
         state = optimizer._get_main_param_and_optimizer_states(weight)
         found = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}
         if state["param"].untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
             found["param"] = state["param"]
         for kind, values in found.items():
-            flat_F = values.detach().view(-1)[low - start : high - start]
             key = f"{name}.optimizer.state.{kind}.{piece.key}"
-            parts += boxes(piece, key, flat_F, low - first)
+            parts += boxes(piece, key, values.detach().view(-1), ranges[weight][0] - first)
     return parts
-
-
-def overlap(piece: ShardedTensor, first: int, owned: tuple[int, int] | None) -> tuple[int, int]:
-    """Intersect a piece of a weight's flat values with the owned range of them."""
-    end = first + piece.data.numel()
-    return (max(owned[0], first), min(owned[1], end)) if owned else (first, end)
 
 
 def pieces(
@@ -143,10 +133,16 @@ def pieces(
 def boxes(
     piece: ShardedTensor, key: str, flat_F: torch.Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """Yield boxes of a piece's flat values from `start` on, as views of `flat_F`."""
+    """Yield boxes of those of a piece's flat values that `flat_F` has, as views of it. Its first
+    value is number `start` of the piece, which may be negative."""
+    end = min(start + flat_F.numel(), prod(piece.local_shape))
+    if max(0, start) >= end:
+        return
+    flat_F = flat_F[max(0, -start) : end - start]
+    start = max(0, start)
     layers = piece.prepend_axis_num  # a leading axis of the global tensor that the piece lacks
     *replica, _ = piece.replica_id  # Megatron's last entry is the data-parallel rank: we cut by it
-    for offset, size in box_corners(piece.local_shape, start, start + flat_F.numel()):
+    for offset, size in box_corners(piece.local_shape, start, end):
         values_F, flat_F = flat_F.split([prod(size), flat_F.numel() - prod(size)])
         data = values_F.view((1,) * layers + size)
         within = zip(piece.global_offset[layers:], offset, strict=True)

@@ -52,7 +52,7 @@ def run(folder: Path, steps: int) -> None:
 
 
 def faults(folder: Path, disk: str) -> None:
-    from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
+    from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, fault_for
     from rlef_mega.megatron.parallel import initialize
 
     parallel = ParallelConfig(data_parallel_size=2)
@@ -84,7 +84,7 @@ def faults(folder: Path, disk: str) -> None:
     checkpoints.save(2, {"at": 2}, score=0.75)
     checkpoints.save(3, {"at": 3}, score=0.25)
     found["saved"] = checkpoints.finish()
-    found["waits"], found["kept"] = checkpoints.waits, names(saves)
+    found["kept"] = names(saves)
     # polled, it ends as well
     checkpoints.save(4, {"at": 4})
     deadline = time.monotonic() + 60
@@ -128,7 +128,7 @@ def faults(folder: Path, disk: str) -> None:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     dist.barrier()
-    found["refusal"] = refusal(lambda: load_checkpoint(folder / "flipped/step_000002", learner))
+    found["refusal"] = fault_for(folder / "flipped/step_000002", learner)
     found["resumed"] = other.resume()
     found["moments"].append(moments())
     found["updates"] = [model.updates for model in learner.trained.values()]
@@ -144,7 +144,7 @@ def faults(folder: Path, disk: str) -> None:
     # a run with another model
     wide = make_learner(ranks, folder / "wide")
     newest = saves / "step_000006"
-    found["other_model"] = refusal(lambda: load_checkpoint(newest, wide))
+    found["other_model"] = fault_for(newest, wide)
 
     if disk:
         found["disk"] = fill_disk(Path(disk), learner, ranks.is_writer, names)

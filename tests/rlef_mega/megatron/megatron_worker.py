@@ -155,8 +155,7 @@ def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
 
 def run_layout(folder: Path, start: str, layout: str) -> None:
     """From the model: a batch, a checkpoint, another batch. From a checkpoint: the other batch."""
-    from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
-    from rlef_mega.megatron.checkpoints.files import latest_checkpoint
+    from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
     from rlef_mega.megatron.parallel import initialize, shutdown
 
     chosen = LAYOUTS[layout]
@@ -179,9 +178,7 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
         results["second"] = one_batch(learner, batch, seed=2)
         checkpoints.require_saved()
     else:
-        newest = latest_checkpoint(folder / start)
-        assert newest is not None
-        results["loaded"] = load_checkpoint(newest, learner)
+        results["loaded"] = Checkpoints(folder / start, learner, keep=1).resume()
         # what was loaded, saved again from this layout
         checkpoints = Checkpoints(folder / f"{start}_{layout}", learner, keep=1)
         checkpoints.save(1, {"note": start})

@@ -115,17 +115,6 @@ def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> Non
     assert sorted(tmp_path.iterdir()) == [good, aside]
 
 
-def test_the_form_of_an_older_version_is_refused_by_name(tmp_path: Path) -> None:
-    old = tmp_path / "step_000001"
-    for name in ("policy", "critic"):
-        (old / name).mkdir(parents=True)
-        (old / name / ".metadata").write_text("index")
-    files = ("policy/.metadata", "critic/.metadata")
-    manifest = {name: describe_file(old / name) for name in files}
-    (old / "manifest.json").write_text(json.dumps(manifest))
-    assert "the form of an older version" in (fault_in(old) or "")
-
-
 # ------------------------------------------------------------------------------------ kill -9
 
 
@@ -201,7 +190,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_a_second_save_waits_for_the_first_and_retention_follows(found: list[dict]) -> None:
     for rank in found:
-        assert rank["saved"] and rank["waits"] == 2
+        assert rank["saved"]
         assert rank["kept"] == ["step_000002", "step_000003"]
         assert rank["kept_best"] == ["step_000002", "step_000003", "step_000004"]
 

@@ -18,8 +18,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.identity_op import IdentityOp
 from transformers import LlamaConfig, Qwen3Config
 
-from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints, load_checkpoint
-from rlef_mega.megatron.checkpoints.files import latest_checkpoint
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.network import packed_llama
 from rlef_mega.megatron.network.accelerations import Accelerations
 from rlef_mega.megatron.network.attention import PackedAttention
@@ -104,7 +103,7 @@ def test_layers_of_the_engine_train_and_are_saved_as_local_ones(
     checkpoints = Checkpoints(tmp_path / "run", fused, keep=1)
     checkpoints.save(1, {})
     checkpoints.finish()
-    load_checkpoint(latest_checkpoint(tmp_path / "run"), local)
+    Checkpoints(tmp_path / "run", local, keep=1).resume()
     for name, value in local.policy_weights():
         assert torch.equal(value, found["weights"][name]), name
     again, went_on = one_batch(local, batch, seed=2), one_batch(fused, batch, seed=2)
