@@ -77,12 +77,12 @@ class StoredNetwork:
         number = re.match(rf"{LAYERS}(\d+)\.", name)
         name = re.sub(rf"^({LAYERS})\d+\.", r"\1", name)
         name = OWN_NAMES.get(name, name)
-        if name.startswith(LAYERS) and not number:
-            for layer in range(entry.size[0]):
-                self.parameters[name, layer] = StoredParameter(key, entry, layer)
-        else:
+        if number or not name.startswith(LAYERS):
             layer = int(number[1]) if number else None
             self.parameters[name, layer] = StoredParameter(key, entry, None)
+        else:
+            for index in range(entry.size[0]):
+                self.parameters[name, index] = StoredParameter(key, entry, index)
 
     def locate(self, key: str, chunk: ChunkStorageMetadata) -> tuple[Path, _StorageInfo]:
         """Find a chunk's file, and where in it the chunk is."""
