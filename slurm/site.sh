@@ -17,7 +17,7 @@ DISK_GIB=${DISK_GIB:-200}         # free space that a run needs in its folder,
 TMP_GIB=${TMP_GIB:-5}             # in /tmp,
 SHM_GIB=${SHM_GIB:-8}             # and in /dev/shm, on each node
 CLOCK_SKEW_S=${CLOCK_SKEW_S:-5}   # largest difference of the nodes' clocks
-SHARED_WAIT_S=${SHARED_WAIT_S:-60} # until all nodes see a file that one wrote
+SHARED_WAIT_S=${SHARED_WAIT_S:-60} # time within which all nodes must see a file that one wrote
 
 # Network settings. NCCL finds most of them; these are usually set by hand.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0

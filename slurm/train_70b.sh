@@ -23,7 +23,7 @@
 #SBATCH --mem=0
 #
 # The paper's 70B run, a het job: 128 nodes of 8 GPUs train, 160 sample, 16 without GPUs grade.
-# Checked and planned; never run on GPUs by us.
+# Checked and planned, but never run on GPUs.
 #
 #   bash slurm/train_70b.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
 #   DRY_RUN=1 bash slurm/train_70b.sh   print the plan, submit nothing
@@ -35,7 +35,7 @@ SETS=(rollout.servers.count=1)                                       # section.k
 ROLLOUT_NODES=${ROLLOUT_NODES:-160}      # nodes that sample with SGLang; 0: each training rank samples in its own process
 SANDBOX_NODES=${SANDBOX_NODES:-16}       # nodes that only grade; 0: the sampling nodes grade too, or the training nodes
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}       # 0: no GPUs
-HET=${HET:-1}                           # 1: a het job, one component a role; 0: one allocation
+HET=${HET:-1}                           # 1: a het job, one component per role; 0: one allocation
 
 JOB_NAME=${JOB_NAME:-rlef-70b}       # jobs of one name run one after another, each resuming the run
 TIME=${TIME:-2-00:00:00}            # time limit of a job
@@ -44,7 +44,7 @@ CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, to run one a
 
 MAX_FAILURES=${MAX_FAILURES:-3}         # attempts from the same checkpoint before the run is given up
 RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # wait between attempts of a job
-HANG_S=${HANG_S:-5400}                  # the ranks hang if no phase (rollout, update, evaluation) begins or ends for so long
+HANG_S=${HANG_S:-5400}                  # the ranks count as hung if no phase (rollout, update, evaluation) begins or ends for this long
 START_S=${START_S:-3600}               # deadline for the ranks to load the model or a checkpoint
 SANDBOX_READY_S=${SANDBOX_READY_S:-120} # deadline for the grading servers to start
 SERVERS_READY_S=${SERVERS_READY_S:-1800} # deadline for the SGLang servers to load the model

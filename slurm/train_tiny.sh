@@ -10,8 +10,8 @@
 #SBATCH --dependency=singleton
 #SBATCH --signal=B:USR1@120
 #
-# A run of seconds without GPUs, with all parts of a large one: 2 nodes train, 1 grades, and with ROLLOUT_NODES=1
-# one samples. Make its model first: rlef sft demo_base --set dir=runs/tiny-base --set steps=1
+# A run of a few seconds without GPUs, with all components of a large one: 2 nodes train, 1 grades and, with
+# ROLLOUT_NODES=1, one samples. Make its model first: rlef sft demo_base --set dir=runs/tiny-base --set steps=1
 #
 #   bash slurm/train_tiny.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
 #   DRY_RUN=1 bash slurm/train_tiny.sh   print the plan, submit nothing
@@ -36,7 +36,7 @@ SETS=(
 ROLLOUT_NODES=${ROLLOUT_NODES:-0}      # nodes that sample with SGLang; 0: each training rank samples in its own process
 SANDBOX_NODES=${SANDBOX_NODES:-1}       # nodes that only grade; 0: the sampling nodes grade too, or the training nodes
 GPUS_PER_NODE=${GPUS_PER_NODE:-0}       # 0: no GPUs
-HET=${HET:-0}                           # 1: a het job, one component a role; 0: one allocation
+HET=${HET:-0}                           # 1: a het job, one component per role; 0: one allocation
 
 JOB_NAME=${JOB_NAME:-rlef-tiny}       # jobs of one name run one after another, each resuming the run
 TIME=${TIME:-10:00}            # time limit of a job
@@ -45,7 +45,7 @@ CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, to run one a
 
 MAX_FAILURES=${MAX_FAILURES:-3}         # attempts from the same checkpoint before the run is given up
 RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # wait between attempts of a job
-HANG_S=${HANG_S:-120}                  # the ranks hang if no phase (rollout, update, evaluation) begins or ends for so long
+HANG_S=${HANG_S:-120}                  # the ranks count as hung if no phase (rollout, update, evaluation) begins or ends for this long
 START_S=${START_S:-600}               # deadline for the ranks to load the model or a checkpoint
 SANDBOX_READY_S=${SANDBOX_READY_S:-120} # deadline for the grading servers to start
 SERVERS_READY_S=${SERVERS_READY_S:-1800} # deadline for the SGLang servers to load the model

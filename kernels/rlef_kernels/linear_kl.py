@@ -40,7 +40,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class ChunkedLinearKl(torch.autograd.Function):
-    """Saves the inputs and five numbers a token; backward recomputes each chunk's logits."""
+    """Save the inputs and five numbers per token; backward recomputes each chunk's logits."""
 
     @staticmethod
     def forward(
@@ -164,8 +164,8 @@ def linear_kl(
     """Compute KL(policy || reference) at each token.
 
     With `group`, both heads are this rank's shard of the same columns, and the hidden states are
-    the same on every rank. Every rank must call, with an empty batch too; the gradient of hidden is
-    summed over the group.
+    the same on every rank. Every rank must call it, even with an empty batch; the gradient of
+    hidden is summed over the group.
 
     Returns kl_T, fp32, in nats, differentiable with respect to the policy's hidden and weight.
 
@@ -176,8 +176,8 @@ def linear_kl(
     check_temperature(temperature)
     if len(hidden_TD) != len(ref_hidden_TE) or len(weight_VD) != len(ref_weight_VE):
         raise ValueError(
-            f"the policy has {len(hidden_TD)} tokens and {len(weight_VD)} words, the reference "
-            f"{len(ref_hidden_TE)} and {len(ref_weight_VE)}; both must be equal"
+            f"the policy has {len(hidden_TD)} tokens and {len(weight_VD)} vocabulary entries, "
+            f"the reference {len(ref_hidden_TE)} and {len(ref_weight_VE)}; both must be equal"
         )
     if torch.is_grad_enabled() and (ref_hidden_TE.requires_grad or ref_weight_VE.requires_grad):
         raise ValueError(

@@ -8,9 +8,9 @@ With upstream gradients g of logprob and h of entropy:
     dz_tj   = g_t [j = target_t] - p_tj (g_t + h_t (log p_tj + entropy_t))
     dhidden = dz weight / temperature        dweight = dz^T hidden / temperature
 
-FLOPs: P = 2 T V D a matrix product; forward P, backward 3 P (the logits are recomputed). Bytes that
-must move, forward: hidden and weight read once, 4 T numbers written. Saved for backward: the inputs
-and 3 T numbers.
+FLOPs: P = 2 T V D per matrix product; forward P, backward 3 P (the logits are recomputed). Bytes
+that must move, forward: hidden and weight read once, 4 T numbers written. Saved for backward: the
+inputs and 3 T numbers.
 
 Vocab-parallel: each rank of `group` holds an equal shard of the rows of the head. Forward gathers
 [T, 4] numbers, backward sums dhidden over the group.
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.dispatch import uses_kernels
-from rlef_kernels.main_grad import check_main_grad, stand_in_gradient, weight_gradient_sum
+from rlef_kernels.main_grad import check_main_grad, placeholder_gradient, weight_gradient_sum
 from rlef_kernels.rows import check_mask, rows_with_gradient, scatter_rows, select_rows
 from rlef_kernels.vocab_parallel import (
     NUM_PARTIALS,
@@ -49,7 +49,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class ChunkedLinearLogprob(torch.autograd.Function):
-    """Saves the inputs and three numbers a token; backward recomputes each chunk's logits."""
+    """Save the inputs and three numbers per token; backward recomputes each chunk's logits."""
 
     @staticmethod
     def forward(
@@ -126,7 +126,7 @@ class ChunkedLinearLogprob(torch.autograd.Function):
             grad_hidden_TD = sum_over_shards_(grad_hidden_TD, ctx.group).to(hidden_TD.dtype)
             grad_hidden_TD = scatter_rows(grad_hidden_TD, rows_R, whole_TD.shape[0])
         if into_main_grad:
-            grad_weight_VD = stand_in_gradient(weight_VD)
+            grad_weight_VD = placeholder_gradient(weight_VD)
         elif grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None, None, None
@@ -165,9 +165,10 @@ def linear_logprob(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log-prob and entropy of softmax(hidden weight^T / temperature), in nats.
 
-    With `group`, weight_VD is this rank's shard, of one size on all ranks, and targets are ids of
+    With `group`, weight_VD is this rank's shard, of equal size on all ranks, and targets are ids of
     the whole vocabulary. Hidden, targets, mask and upstream gradients are the same on every rank.
-    Every rank must call, with an empty batch too; the gradient of hidden is summed over the group.
+    Every rank must call it, even with an empty batch; the gradient of hidden is summed over the
+    group.
 
     Tokens outside `mask_T` (bool) get zeros and no gradient, whatever their targets, and cost
     nothing. Tokens whose upstream gradients are zero cost nothing in the backward pass. With

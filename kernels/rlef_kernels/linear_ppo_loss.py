@@ -8,10 +8,10 @@ Because dL/dlogprob_t depends on row t alone, the gradient of a row's logits can
 as the row's sum of exponentials is known, while its logits are still in memory. So the forward pass
 computes the gradients, chunk by chunk of rows, and the backward pass only scales them by its
 upstream gradient. FLOPs: 3 P = 6 T V D, all of them forward; P without gradients. Bytes that must
-move: hidden and weight read, and their gradients written, once a chunk.
+move: hidden and weight read, and their gradients written, once per chunk.
 
 Vocab-parallel: a chunk's rows need the sums of every rank before the gradient, so there is one
-small all-gather ([C, 4]) a chunk, and dhidden is summed over the group.
+small all-gather ([C, 4]) per chunk, and dhidden is summed over the group.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
 """
@@ -51,7 +51,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class ChunkedLinearPpoLoss(torch.autograd.Function):
-    """Computes the gradients in the forward pass and saves them."""
+    """Compute the gradients in the forward pass, and save them."""
 
     @staticmethod
     def forward(
@@ -175,11 +175,11 @@ def linear_ppo_loss(
 
     Returns (loss, metrics), fp32; the loss is differentiable with respect to hidden and weight.
     With `accumulate_main_grad` the weight's gradient is added to `weight.main_grad` in the
-    *forward* pass, where gradients are enabled; `loss.backward()` must follow, with an upstream
+    *forward* pass, if gradients are enabled; `loss.backward()` must follow, with an upstream
     gradient of 1.
 
-    Raises ValueError as `linear_logprob` does, and for clip_eps <= 0; `backward` raises it for
-    another upstream gradient (on a GPU, an assertion on the device).
+    Raises ValueError as `linear_logprob` does, and for clip_eps <= 0; `backward` raises it if the
+    upstream gradient is not 1 (on a GPU, a device-side assertion fails).
     """
     check_head(hidden_TD, weight_VD)
     check_temperature(temperature)

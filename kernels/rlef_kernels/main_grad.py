@@ -23,8 +23,8 @@ def weight_gradient_sum(
     return torch.zeros_like(weight_VD, dtype=dtype) if needed else None
 
 
-def stand_in_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
-    """Mark main_grad as already holding the gradient, and return what autograd is given instead.
+def placeholder_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
+    """Mark main_grad as already containing the gradient, and return a placeholder for autograd.
 
     Megatron's data-parallel hook asserts that `.grad` is not None. With this flag set it ignores
     `.grad`, except with tied embeddings, where `.grad` also holds the embedding's part. Hence

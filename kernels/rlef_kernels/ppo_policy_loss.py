@@ -12,7 +12,7 @@ Shape suffixes: T tokens; D hidden size, V vocabulary shard.
 
 import torch
 
-from rlef_kernels.main_grad import check_upstream_is_one, stand_in_gradient
+from rlef_kernels.main_grad import check_upstream_is_one, placeholder_gradient
 from rlef_kernels.vocab_parallel import SavedForBackward
 
 METRICS = (
@@ -82,13 +82,13 @@ def scaled_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Multiply the saved gradients by the loss's upstream gradient; returns (dhidden, dweight).
 
-    Raises ValueError where main_grad already holds the weight's and the upstream gradient is not 1
-    (on a GPU, an assertion on the device).
+    Raises ValueError if main_grad already contains the weight's and the upstream gradient is not 1
+    (on a GPU, a device-side assertion fails).
     """
     grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
     if ctx.accumulate_main_grad:
         check_upstream_is_one(grad_loss)
-        return grad_hidden_TD, stand_in_gradient(grad_weight_VD)
+        return grad_hidden_TD, placeholder_gradient(grad_weight_VD)
     grads = (
         None if grad is None else grad * grad_loss.to(grad.dtype)
         for grad in (grad_hidden_TD, grad_weight_VD)

@@ -11,9 +11,9 @@ The four numbers of every rank, reduced over the ranks, give the whole row's log
 Both stay accurate for logits of any size, because m is subtracted before anything is rounded.
 
 Theory of operation. Every rank of the tensor-parallel group calls the same operation on its own
-shard of the head, with the same hidden states; forward gathers the partial sums once (once a chunk
-in `linear_ppo_loss`), backward sums dhidden once. A rank waits in these collectives for all others
-of the group, so each must call, with an empty batch too.
+shard of the head, with the same hidden states; forward gathers the partial sums once (once per
+chunk in `linear_ppo_loss`), backward sums dhidden once. A rank waits in these collectives for all
+others of the group, so each must call the operation, even with an empty batch.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums,
 R ranks of the group.
@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 
 NUM_PARTIALS = 4
 CPU_CHUNK_ELEMENTS = 2**18  # 1 MiB of fp32 logits: stays in a core's L2 cache
-GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a 128,256-word vocabulary
+GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a vocabulary of 128,256
 # Each chunk reads the whole head; with fewer tokens, reading it would take most of the time.
 FEWEST_CHUNK_TOKENS = 256
 
@@ -59,7 +59,7 @@ def group_size(group: ProcessGroup | None) -> int:
 
 
 def shard_start(shard_size: int, group: ProcessGroup | None) -> int:
-    """Return the id of this rank's first word; Megatron pads the shards to one size."""
+    """Return the first token id of this rank's shard; Megatron pads all shards to one size."""
     return 0 if group is None else dist.get_rank(group) * shard_size
 
 
@@ -124,7 +124,7 @@ def combine_shards(
     vocabulary_size: int,
     group: ProcessGroup | None,
 ) -> Softmax:
-    """Gather the partial sums of all ranks; returns the statistics over the whole vocabulary."""
+    """Gather the partial sums of all ranks into the statistics over the whole vocabulary."""
     if group_size(group) > 1:
         partials_TP = reduce_partials(gather_partials(partials_TP, group))
     row_max_T, sum_exp_T, weighted_T, target_logit_T = partials_TP.unbind(-1)
@@ -149,7 +149,7 @@ def gather_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> to
 
 
 def reduce_partials(partials_RTP: torch.Tensor) -> torch.Tensor:
-    """Reduce the partial sums over the ranks, in the same order on every rank: bits are equal."""
+    """Reduce the partial sums over the ranks in one order, so that all ranks get equal bits."""
     max_RT, sum_exp_RT, weighted_RT, target_logit_RT = partials_RTP.unbind(-1)
     row_max_T = max_RT.amax(0)
     shift_RT = max_RT - row_max_T

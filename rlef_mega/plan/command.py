@@ -1,4 +1,4 @@
-"""`rlef plan`: the facts of a recipe, then what it takes on a device, as tables and as JSON."""
+"""`rlef plan`: print the facts of a recipe, and its memory, time and cost on a device."""
 
 import json
 from collections.abc import Sequence
@@ -37,10 +37,8 @@ PAPERS_RUNS: dict[LlamaShape, dict[str, Any]] = {
     LLAMA_31_8B: dict(zip(PAPERS_COLUMNS, ("8B", 128, 160, 20, 12000), strict=True)),
     LLAMA_31_70B: dict(zip(PAPERS_COLUMNS, ("70B", 1024, 1280, 20, 8000), strict=True)),
 }
-ASSUMED = (
-    "Computed, not measured; lengths of dialogues are assumed (docs/scaling.md says what else)."
-)
-FLOOR = " On a CPU the time is a floor: of a small model most goes to calls, which are not counted."
+ASSUMED = "Computed, not measured; dialogue lengths and more are assumed (docs/scaling.md)."
+FLOOR = " On a CPU the time is a lower bound: the cost of Python calls is not counted."
 
 
 def run_plan(
@@ -55,7 +53,7 @@ def run_plan(
 ) -> None:
     """Print the plan of a recipe, and write it to `out`.
 
-    Raises ConfigError if the recipe's layout, or with `gpus` every layout, has no room.
+    Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit.
     """
     console = Console()
     facts = plan_train(config)
@@ -66,7 +64,7 @@ def run_plan(
     content: dict[str, Any] = {"recipe": title, "facts": facts}
     shape = shape_of(config)
     if shape is None:
-        console.print("no [model.shape] with `hidden`: memory and time are not planned")
+        console.print("the recipe has no model.shape.hidden: memory and time are not planned")
     else:
         device = find_device(gpu or (CPU if config.model.dtype == "float32" else "h100-80gb"))
         run = PlannedRun.of(config, shape, on_cpu=device.name == CPU)
@@ -86,7 +84,7 @@ def run_plan(
 def show_recipe(
     console: Console, run: PlannedRun, device: Device, sampling_gpus: int | None
 ) -> dict[str, Any]:
-    """Print the plan of the recipe's own layout; returns it for the JSON file."""
+    """Print the plan of the recipe's own layout, and return it for the JSON file."""
     console.print(memory_table(run.memory(), run, device))
     refuse_without_room(run, device)
     sampling = 0
@@ -103,18 +101,18 @@ def show_recipe(
 
 
 def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) -> dict[str, Any]:
-    """Print the best layouts on `gpus` GPUs, and the plan of the first; returns it."""
+    """Print the best layouts on `gpus` GPUs and the plan of the first, and return both."""
     found = splits(run, device, gpus)
     table = Table(
-        "layout", "recompute", "idle", "train", "sample", "GiB", "s/step", "stopped by",
-        title=f"{len(found)} layouts fit {gpus:,} x {device.name}; the quickest",
+        "layout", "recompute", "idle", "train", "sample", "GiB", "s/step", "bound by",
+        title=f"{len(found)} layouts fit {gpus:,} x {device.name}; the fastest",
     )  # fmt: skip
     for each in found[:SHOWN]:
-        layout, train, sample, seconds, stopped_by = cells(each)
-        idle = "host" if each.run.offloads else "stays"
+        layout, train, sample, seconds, bound_by = cells(each)
+        idle = "host" if each.run.offloads else "GPU"
         fullest = max(rank.total for rank in each.run.memory()) / GIB
         table.add_row(
-            layout, each.run.recompute, idle, train, sample, f"{fullest:.1f}", seconds, stopped_by
+            layout, each.run.recompute, idle, train, sample, f"{fullest:.1f}", seconds, bound_by
         )
     console.print(table)
     best = found[0]
@@ -124,41 +122,41 @@ def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) ->
 
 
 def show_scaling(console: Console, run: PlannedRun, device: Device) -> list[dict[str, Any]]:
-    """Print the quickest split of each number of GPUs; returns them."""
+    """Print the fastest split of each number of GPUs, and return them."""
     found = scaling(run, device, SCALES)
     table = Table(
-        "GPUs", "layout", "train", "sample", "s/step", "hours", "GPU hours", "stopped by",
-        title="the quickest step as GPUs grow",
+        "GPUs", "layout", "train", "sample", "s/step", "hours", "GPU hours", "bound by",
+        title="the fastest step for each number of GPUs",
     )  # fmt: skip
     for gpus, each in found:
-        *first, stopped_by = cells(each)
+        *first, bound_by = cells(each)
         hours = run.config.run.steps * each.step.seconds / 3600
-        table.add_row(f"{gpus:,}", *first, f"{hours:.1f}", f"{hours * each.gpus:,.0f}", stopped_by)
+        table.add_row(f"{gpus:,}", *first, f"{hours:.1f}", f"{hours * each.gpus:,.0f}", bound_by)
     console.print(table)
     return [{"gpus": gpus} | summary(each) for gpus, each in found]
 
 
 def cells(split: Split) -> tuple[str, str, str, str, str]:
-    """Return layout, training GPUs, sampling GPUs, seconds a step, and what bounds it."""
+    """Return layout, training GPUs, sampling GPUs, seconds per step, and what bounds it."""
     run = split.run
     chunks = run.parallel.virtual_pipeline_model_parallel_size
     pipeline = f"{run.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
     return (
         f"TP{run.policy.tensor} PP{pipeline} DP{run.policy.data}",
         f"{run.training_gpus:,}",
-        f"{split.sampling:,}/{run.server_gpus}" if run.has_servers else "the same",
+        f"{split.sampling:,}/{run.server_gpus}" if run.has_servers else "same GPUs",
         f"{split.step.seconds:.1f}",
-        split.step.stopped_by,
+        split.step.bound_by,
     )
 
 
 def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -> Table:
     parts = [SHORT.get(part, part) for part in ranks[0].parts]
     at = ", ".join(sorted({rank.phase for rank in ranks}))
-    unit, name = (2**20, "MiB a process") if device.name == CPU else (GIB, "GiB a GPU")
+    unit, name = (2**20, "MiB per process") if device.name == CPU else (GIB, "GiB per GPU")
     table = Table(
         "rank", *parts, "all", "host",
-        title=f"{name}, fullest moment: {at}; there are {device.usable / unit:,.1f}",
+        title=f"{name} in the fullest phase, {at}; {device.usable / unit:,.1f} are usable",
     )  # fmt: skip
     for rank in ranks:
         sizes = [*rank.parts.values(), rank.total, rank.parked]
@@ -168,25 +166,25 @@ def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -
         f"{mode} {size / unit:.1f}" for mode, size in modes.items()
     )
     if device.context_gib:
-        table.caption += f"; beside all this {device.context_gib} GiB that are no tensors"
+        table.caption += f"; in addition {device.context_gib} GiB outside tensors"
     return table
 
 
 def show_step(console: Console, split: Split, device: Device) -> None:
-    """Print a step's phases, the servers' room, the run's cost, and the paper's run beside it."""
+    """Print a step's phases, the servers' capacity, the run's cost, and the paper's run."""
     run, step, sampling = split.run, split.step, split.sampling
     table = Table("phase", "seconds", title="a step")
     for phase, value in phases(step).items():
         table.add_row(phase, f"{value:.1f}" if value >= 1 else f"{value:.3f}")
     table.add_section()
     table.add_row("step, " + ("async" if step.is_async else "sync"), f"{step.seconds:.1f}")
-    table.caption = f"stopped by {step.stopped_by}"
+    table.caption = f"bound by {step.bound_by}"
     console.print(table)
     if run.has_servers:
         server = run.server(device)
         console.print(
             f"{sampling // server.gpus:,} servers of {server.gpus} GPUs: weights "
-            f"{gib(server.weights)}, contexts {gib(server.cache)} a GPU, room for "
+            f"{gib(server.weights)}, contexts {gib(server.cache)} per GPU, room for "
             f"{server.cached_tokens:,} tokens ({server.cached_tokens / run.dialogues.tokens:,.0f} "
             "dialogues of average length)"
         )
@@ -212,7 +210,7 @@ def phases(step: StepTime) -> dict[str, float]:
     found |= {"move idle state": step.move, "publish": step.publish}
     if step.generation:
         found["servers' work on a batch"] = step.generation.work
-        found["its longest dialogue, of this step"] = step.generation.longest
+        found["longest dialogue's share of a step"] = step.generation.longest
     return found
 
 
@@ -227,7 +225,7 @@ def summary(split: Split) -> dict[str, Any]:
         "server_gpus": run.server_gpus,
         "step_s": step.seconds,
         "bounds_s": step.bounds,
-        "stopped_by": step.stopped_by,
+        "bound_by": step.bound_by,
         "gpu_hours": run.gpu_hours(step, split.sampling),
     }
 

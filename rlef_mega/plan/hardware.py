@@ -1,7 +1,7 @@
-"""Devices by their data sheets, and the parts of those rates that are reached.
+"""Devices' data-sheet rates, and the fractions of them that are reached.
 
-The parts are constants, the same for every layout. `products` is fitted to one published run of
-each kind of GPU, if there is one; tests compare all other published runs with it
+The fractions are the same for every layout. `products` is fitted to one published run of each kind
+of GPU, if there is one; tests compare all other published runs with it
 (tests/rlef_mega/plan/published.toml). The others are round numbers.
 """
 
@@ -9,26 +9,26 @@ from dataclasses import dataclass
 
 from rlef_mega.config import ConfigError
 
-MEMORY = 0.8  # of a device's bandwidth, by norms, activations and the optimizer
+MEMORY = 0.8  # of a device's memory bandwidth, by norms, activations and the optimizer
 LINK = 0.8  # of NVLink, by collectives
 NETWORK = 0.8  # of a node's network cards, by collectives
 HOST_LINK = 0.8  # of PCIe, by copies from and to pinned memory
 # SGLang's (assumed): bandwidth in decoding, products in prefill, an all-reduce
 DECODE_MEMORY, PREFILL_PRODUCTS, ALL_REDUCE_S = 0.7, 0.5, 20e-6
 DISK = 5e9  # bytes/s of a shared file system, written by one rank or read by all servers (assumed)
-# Memory outside PyTorch's allocations: context, cuBLAS, NCCL's buffers (assumed). And what the
-# caching allocator loses to fragments, as a part of its allocations (assumed).
+# Memory outside PyTorch's allocations: context, cuBLAS, NCCL's buffers. And what the caching
+# allocator loses to fragmentation, as a fraction of its allocations. Both assumed.
 CONTEXT_GIB, FRAGMENTS = 2.0, 0.05
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device's rates, in bytes and operations a second; links in each direction."""
+    """A device's rates, in bytes and operations per second; links in each direction."""
 
     name: str
     flops: float  # dense bf16 products
-    products: float  # part of it that a layer's products reach
+    products: float  # fraction of it that a layer's products reach
     memory_gib: float  # as CUDA reports, rounded down
     bandwidth: float
     link: float  # to the other GPUs of the node
@@ -53,7 +53,7 @@ class Device:
 
 
 # NVIDIA's data sheets (dense rates; NVLink's printed rate is for both directions, so half of it),
-# and the network of DGX systems: A100 200 Gb/s, the others 400 Gb/s a GPU.
+# and the network of DGX systems: A100 200 Gb/s, the others 400 Gb/s per GPU.
 DEVICES = {
     device.name: device
     for device in (

@@ -1,7 +1,7 @@
 """Bytes of one network on each rank of its layout.
 
-    weights     2 a parameter in bfloat16, 4 in fp32; a tensor-parallel rank has 1/t of each matrix
-    gradients   4 a parameter (Megatron's buffer, fp32)
+    weights     2 per parameter in bfloat16, 4 in fp32; a tensor-parallel rank has 1/t of a matrix
+    gradients   4 per parameter (Megatron's buffer, fp32)
     optimizer   12 for main copy and two moments, 8 for two moments in fp32, over the data-parallel
                 ranks
     activations what backward keeps, by token and layer, in units of b bytes (2 or 4), with h
@@ -11,15 +11,15 @@
         3 f / t             gate and up, and their product; not with "selective" recomputation
         h                   the layer's input, instead of all these, with "full"
         2 h + (a + 2 k) / t also on a CPU, where norms keep their normalised input, and attention
-                            the product from which queries, keys and values are cut
+                            the fused projection of queries, keys and values
       times the micro-batches in flight: P - r on a pipeline's rank r, and with V chunks, each of
       1/V of the layers, 2 (P - r - 1) + (V - 1) P + 1 (Narayanan et al., 2104.04473; Megatron's
       schedules.py)
     scratch     the largest temporary memory: in a layer's backward the gradients of its
                 feed-forward block (3 f) and what is recomputed; at the head its inputs and a
                 chunk of logits; and, where weight gradients are accumulated inside their product,
-                the uninitialised tensor of each matrix of a layer that autograd is given instead
-                (Transformer Engine keeps one of each shape)
+                an uninitialised placeholder for each matrix of a layer, which autograd receives as
+                its gradient (Transformer Engine keeps one of each shape)
 
 After Korthikanti et al., 2205.05198, for gated blocks, grouped heads, and attention that does not
 store its scores.
@@ -68,7 +68,7 @@ class Network:
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks over which tokens are split between the matrices."""
+        """Ranks over which tokens are split between the matrix products."""
         return self.tensor if self.parallel.sequence_parallel else 1
 
     @cached_property
@@ -91,7 +91,7 @@ class Network:
         return rank == self.pipeline - 1
 
     def parameters(self, rank: int) -> int:
-        """Count those on each of a pipeline rank's tensor-parallel ranks."""
+        """Count the parameters on each of a pipeline rank's tensor-parallel ranks."""
         shape, t = self.shape, self.tensor
         count = self.layers[rank] * (shape.layer_products // t + 2 * shape.hidden)
         if rank == 0:
@@ -147,11 +147,11 @@ class Network:
 
     def scratch(self, rank: int, tokens: int, read: int) -> float:
         """Return the largest temporary memory; the head reads `read` tokens."""
-        moments = [self.layer_scratch(tokens)]
+        peaks = [self.layer_scratch(tokens)]
         if self.is_last(rank):
-            moments.append(self.head_scratch(tokens, read))
+            peaks.append(self.head_scratch(tokens, read))
         matrices = 0.0 if self.on_cpu else self.shape.layer_products / self.tensor
-        return max(moments) + self.weight_bytes * matrices
+        return max(peaks) + self.weight_bytes * matrices
 
     def layer_scratch(self, tokens: int) -> float:
         """Return what the backward pass of a layer allocates."""

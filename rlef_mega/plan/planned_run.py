@@ -1,10 +1,10 @@
 """A planned run: its networks on their ranks, the parts of a step, and its cost.
 
-A step scores the batch (policy, reference, critic), makes its updates of critic and policy, one
-network after the other where they share ranks (the longer of the two where they do not), and
-publishes the policy's weights. In sync mode it samples the batch first. In async mode it takes as
-long as the longest of training, the servers' work, and the longest dialogue's share. Evaluations,
-checkpoints, grading and start-up are not included.
+A step scores the batch (policy, reference, critic), updates critic and policy (one after the other
+if they share ranks, else at the same time), and publishes the policy's weights. In sync mode it
+samples the batch first. In async mode it takes as long as the longest of training, the servers'
+work, and the longest dialogue's share. Evaluations, checkpoints, grading and start-up are not
+included.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from rlef_mega.plan.rollouts import (
     draw_dialogues,
     generation,
 )
-from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, Terms, divided, plus, seconds
+from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, Terms, fullest_load, plus, seconds
 
 RECOMPUTE = ("none", "selective", "full")
 STATE = ("weights", "gradients", "optimizer", "reference")
@@ -35,7 +35,7 @@ class RankMemory:
 
     name: str
     parts: dict[str, float]  # allocated in the fullest phase
-    phase: str  # the fullest
+    phase: str  # the one with the most memory
     parked: float  # in the host's memory in that phase
 
     @property
@@ -77,8 +77,8 @@ class StepTime:
         return self.training + self.generation.seconds
 
     @property
-    def stopped_by(self) -> str:
-        """The largest term of what bounds the step."""
+    def bound_by(self) -> str:
+        """The largest term of the longest of `bounds`."""
         parts = self.terms | {"move": self.move, "publish": self.publish}
         if self.generation and self.is_async:
             bound = max(self.bounds, key=self.bounds.__getitem__)
@@ -92,7 +92,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A recipe, and what the search may change of it."""
+    """A recipe, and the settings of it that the search may change."""
 
     config: TrainConfig
     shape: LlamaShape
@@ -186,7 +186,7 @@ class PlannedRun:
             phases[f"update {network}"] = (state[network] if self.offloads else resident) | {
                 "activations": self.activations(net, rank),
                 "scratch": net.scratch(
-                    rank, self.config.learner.microbatch_tokens, self.read_at_most
+                    rank, self.config.learner.microbatch_tokens, self.head_tokens
                 ),
             }
         if self.offloads:  # a checkpoint saves both networks
@@ -204,12 +204,12 @@ class PlannedRun:
 
     @property
     def embedded_engine(self) -> float:
-        """transformers' model, whole on every rank, where the trainer's processes sample."""
+        """Bytes of the engine's transformers model, whole on every rank; 0 with servers."""
         return 0.0 if self.has_servers else self.weight_bytes * self.shape.parameters
 
     @property
-    def read_at_most(self) -> int:
-        """Tokens of a full micro-batch that the head reads, at their average share."""
+    def head_tokens(self) -> int:
+        """The tokens of a full micro-batch that the head reads, on average."""
         return round(
             self.config.learner.microbatch_tokens * self.dialogues.sampled / self.dialogues.tokens
         )
@@ -232,7 +232,7 @@ class PlannedRun:
         """Return the load of an update (TRAINING), or of scoring the batch (FORWARD)."""
         size = self.batch // self.updates if passes == TRAINING else self.batch
         # micro-batches are a multiple of the stages (`Ranks.microbatch_multiple`)
-        return divided(
+        return fullest_load(
             self.shape,
             self.dialogues,
             size,
@@ -312,14 +312,14 @@ def total(terms: Terms) -> float:
 
 
 def refuse_without_room(run: PlannedRun, device: Device) -> None:
-    """Raise ConfigError if a rank or a server lacks memory, with how much is missing."""
+    """Raise ConfigError, which says how much is missing, if a rank or a server lacks memory."""
     fullest = max(run.memory(), key=lambda rank: rank.total)
     if fullest.total > device.usable:
         largest = sorted(fullest.parts, key=fullest.parts.__getitem__)[-2:][::-1]
         raise ConfigError(
-            f"it does not fit {device.name}: rank {fullest.name} needs {gib(fullest.total)} in "
-            f"'{fullest.phase}', and {gib(device.usable)} of {device.memory_gib:.0f} GiB are for "
-            f"tensors: {gib(fullest.total - device.usable)} too much. Most are "
+            f"the run does not fit {device.name}: rank {fullest.name} needs {gib(fullest.total)} "
+            f"in '{fullest.phase}', and {gib(device.usable)} of {device.memory_gib:.0f} GiB are "
+            f"usable: {gib(fullest.total - device.usable)} too much. The largest parts are "
             + " and ".join(f"{part} ({gib(fullest.parts[part])})" for part in largest)
         )
     if run.has_servers:

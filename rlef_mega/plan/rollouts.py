@@ -4,7 +4,7 @@ A server decodes one token for each of its c requests in
 
     pace(c) = bytes of its weights / rate + c x bytes of a context / rate + 2 L all-reduces
 
-and computes prompts at a part of its FLOP/s. A batch takes as long as the servers' work on it
+and computes prompts at a fraction of its FLOP/s. A batch takes as long as the servers' work on it
 (`work`), but no less than its longest dialogue, whose tokens are sampled one after another and may
 take max_staleness + 1 steps (`longest`).
 """

@@ -69,7 +69,7 @@ def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[Paralle
 
 
 def candidates(run: PlannedRun, device: Device, most_gpus: int) -> list[Split]:
-    """Return every layout of up to `most_gpus` that fits, without servers, the quickest first."""
+    """Return every layout of up to `most_gpus` that fits, without servers, the fastest first."""
     fitting = (
         lightest_that_fits(replace(run, parallel=layout, critic_parallel=None), device)
         for layout in layouts(run, device, most_gpus)
@@ -89,41 +89,42 @@ def lightest_that_fits(run: PlannedRun, device: Device) -> PlannedRun | None:
 
 
 def refuse_if_nothing_fits(run: PlannedRun, device: Device, gpus: int) -> None:
-    """Raise ConfigError if no layout fits, with what the one with the most room lacks."""
+    """Raise ConfigError, with what the smallest layout lacks, if no layout fits."""
     tried = [
         replace(run, parallel=layout, critic_parallel=None, recompute="full", offloads=True)
         for layout in layouts(run, device, gpus)
     ]
     if not tried:
-        raise ConfigError(f"--gpus {gpus}: no layout of this model has so few ranks")
-    roomiest = min(tried, key=lambda each: max(rank.total for rank in each.memory()))
+        raise ConfigError(f"--gpus {gpus}: no layout of this model has so few ranks; give more")
+    smallest = min(tried, key=lambda each: max(rank.total for rank in each.memory()))
     try:
-        refuse_without_room(roomiest, device)
+        refuse_without_room(smallest, device)
     except ConfigError as error:
         raise ConfigError(
-            f"--gpus {gpus}: no layout fits; the roomiest has TP "
-            f"{roomiest.policy.tensor} x PP {roomiest.policy.pipeline} x DP "
-            f"{roomiest.policy.data} with full recomputation and offloading, and {error}"
+            f"--gpus {gpus}: no layout fits. The one that needs least memory has TP "
+            f"{smallest.policy.tensor} x PP {smallest.policy.pipeline} x DP "
+            f"{smallest.policy.data}, full recomputation and offloading: {error}"
         ) from None
 
 
 def splits(
     run: PlannedRun, device: Device, gpus: int, found: Sequence[Split] | None = None
 ) -> list[Split]:
-    """Find for each layout the quickest split of `gpus`, and the quickest size of a server.
+    """Find for each layout the split of `gpus` and the size of a server with the fastest step.
 
-    Returns the quickest step first; among steps within 5% of it, the one with the fewest GPUs.
+    Returns the fastest step first; among steps within 5% of it, the one with the fewest GPUs.
     Raises ConfigError if nothing fits.
     """
     if found is None:
         found = candidates(run, device, gpus)
     sizes = server_sizes(run, device)
-    tried = (quickest_servers(each, device, gpus - each.gpus, sizes) for each in found)
+    tried = (fastest_servers(each, device, gpus - each.gpus, sizes) for each in found)
     ranked = [split for split in tried if split is not None]
     if not ranked:
         refuse_if_nothing_fits(run, device, gpus)
         raise ConfigError(
-            f"--gpus {gpus}: a layout fits, but leaves no {min(sizes)} GPUs for a server"
+            f"--gpus {gpus}: a layout fits, but leaves fewer than {min(sizes)} GPUs for a server; "
+            "give more"
         )
     limit_s = EQUAL * min(each.step.seconds for each in ranked)
     equals = [
@@ -139,7 +140,7 @@ def splits(
 
 
 def server_sizes(run: PlannedRun, device: Device) -> list[int]:
-    """Return the numbers of GPUs with which a server has room for the model and a dialogue.
+    """Return the sizes, in GPUs, at which a server has room for the model and a dialogue.
 
     Raises ConfigError if there are none.
     """
@@ -158,10 +159,10 @@ def server_sizes(run: PlannedRun, device: Device) -> list[int]:
     return fitting
 
 
-def quickest_servers(
+def fastest_servers(
     candidate: Split, device: Device, left: int, sizes: Sequence[int]
 ) -> Split | None:
-    """Give the `left` GPUs to servers of the quickest size; returns None if that is impossible."""
+    """Give the `left` GPUs to servers of the fastest size. Returns None if they are too few."""
     run, step = candidate.run, candidate.step
     if not run.has_servers:
         return with_servers(run, step, device, 0) if left >= 0 else None
@@ -192,7 +193,7 @@ def without_idle_servers(split: Split, device: Device, limit_s: float) -> Split:
 
 
 def balanced_sampling(run: PlannedRun, device: Device, most_gpus: int = 16384) -> int:
-    """Return the fewest GPUs of servers with which a step is within 5% of the quickest.
+    """Return the fewest GPUs of servers with which a step is within 5% of the fastest.
 
     More servers would wait for training, or for the longest dialogue.
     """
@@ -208,7 +209,7 @@ def balanced_sampling(run: PlannedRun, device: Device, most_gpus: int = 16384) -
 
 
 def scaling(run: PlannedRun, device: Device, counts: Sequence[int]) -> list[tuple[int, Split]]:
-    """Return the quickest split of each number of GPUs, leaving out numbers that are too small."""
+    """Return the fastest split of each number of GPUs, leaving out numbers that are too small."""
     found = candidates(run, device, max(counts))
     reached = []
     for gpus in counts:

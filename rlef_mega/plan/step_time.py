@@ -3,18 +3,18 @@
 The terms add up, except where the trainer overlaps them. They are those of the slowest pipeline
 stage of the fullest data-parallel rank:
 
-    products     FLOPs (flops.py) / t / (flops x products); backward is two forwards,
-                 recomputation a part of one more
+    products     FLOPs (flops.py) / t / (flops x products); backward takes two forwards,
+                 recomputation up to one more
     head         its products, for the tokens that it reads
     memory       reads and writes of norms, rotations, activations and residuals: about 20 h +
-                 4 (a + k) + 6 f bytes a token and layer forward, twice that backward; each
-                 micro-batch also reads and writes the fp32 gradients, 8 bytes a parameter
-    tensor       tensor-parallel exchange: with sequence parallelism 4 collectives of [T, h] a layer
-                 forward and 6 backward, each moving (t - 1) / t of it; none is overlapped
+                 4 (a + k) + 6 f bytes per token and layer forward, twice that backward; each
+                 micro-batch also reads and writes the fp32 gradients, 8 bytes per parameter
+    tensor       tensor-parallel exchange: with sequence parallelism 4 collectives of [T, h] per
+                 layer forward and 6 backward, each moving (t - 1) / t of it; none is overlapped
     bubble       (P - 1) / V of a micro-batch's time; and, without chunks, 2 exchanges of [T, h]
     data         reducing the gradients (4 bytes) and gathering new weights, less what the last
                  micro-batch's backward and the first one's forward overlap
-    optimizer    38 bytes a parameter of this rank's share: gradient norm, clipping, Adam
+    optimizer    38 bytes per parameter of this rank's share: gradient norm, clipping, Adam
 
 Latencies of kernels and collectives, and the host's launches, are left out: a pass of many small
 kernels takes longer than this.
@@ -45,7 +45,7 @@ class Load:
 
 
 @cache
-def divided(
+def fullest_load(
     shape: LlamaShape,
     dialogues: DialogueSample,
     sequences: int,
@@ -53,7 +53,7 @@ def divided(
     ranks: int,
     multiple: int,
 ) -> Load:
-    """Cut a batch into the trainer's micro-batches; returns the fullest rank's load."""
+    """Cut a batch into micro-batches as the trainer does, and return the fullest rank's load."""
     lengths, reads = dialogues.batch(sequences)
     costs = list(map(shape.flops, lengths, reads))
     plan = microbatches(lengths, budget, ranks, costs=costs, multiple=multiple)

@@ -1,7 +1,7 @@
-"""Show what a run did: a page, and tables in the terminal.
+"""Reports of a run: a page, plots, and tables in the terminal.
 
-This package only reads files of a run directory, so a report can be made while the run is going on,
-after it was killed, or on another machine.
+This package only reads files of a run directory, so a report can be made during the run, after it
+was killed, or on another machine.
 """
 
 from rlef_mega.report.live import LiveServer

@@ -1,5 +1,5 @@
-// The list beside the dialogue: filters, a list that only creates its visible rows, keys, and a state that the address
-// contains, so that a reload or a link restores the view.
+// The episode list: filters, a list that only creates its visible rows, keyboard shortcuts, and a state that is kept in
+// the URL, so that a reload or a link restores the view.
 const ROW = 46; // pixels, as in the style sheet
 const SPARE = 6; // rows created above and below the visible ones
 const START = { stage: "", outcome: "", family: "", kind: "", turn: "", query: "", deep: "", order: "", colour: "syntax", diff: "1", episode: "" };
@@ -91,7 +91,7 @@ class Browser {
       this.state.episode = episode.name;
       if (this.ready) this.remember();
     }
-    this.ready = true; // the first choice is automatic: the address stays as it is
+    this.ready = true; // the first choice is automatic: the URL stays as it is
     this.drawRows();
     return this.showDialogue();
   }

@@ -17,7 +17,7 @@ const COLOURS = {
   versions: "weight version",
 };
 const SCALES = {
-  // its ends, and its first step of eighths
+  // [label of the low end, label of the high end, first step in eighths]
   logprobs: ["certain", "improbable", 0],
   kl: ["2 nats less likely than initially", "2 nats more likely", -8],
   advantages: ["−2: worse than expected", "+2: better", -8],

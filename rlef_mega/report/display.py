@@ -1,8 +1,8 @@
 """Format values and untrusted text for a reader.
 
-Programs and their output may contain control characters, marks that reverse the reading direction,
-half of a surrogate pair, or ten megabytes. `visible` and `clip` make such text readable; the
-template escapes it for HTML (autoescape).
+Programs and their output may contain control characters, bidirectional overrides, lone surrogates,
+or ten megabytes. `visible` and `clip` make such text readable; the template escapes it for HTML
+(autoescape).
 """
 
 import math
@@ -13,11 +13,11 @@ DASH = "—"
 SEPARATORS_AND_BIDI = (0x200B, *range(0x2028, 0x202F))
 BIDI_MARKS = (0x061C, 0x200E, 0x200F, *range(0x2066, 0x206A))
 C1_CONTROLS = range(0x80, 0xA0)
-SURROGATES = range(0xD800, 0xE000)  # half of a pair has no UTF-8
+SURROGATES = range(0xD800, 0xE000)  # a lone one has no UTF-8 encoding
 
 
 def unseen_characters() -> dict[int, str]:
-    """Map characters that do not show, or change how their neighbours show, to what to show."""
+    """Map invisible characters, and those that reorder their neighbours, to visible ones."""
     named = (*C1_CONTROLS, *SEPARATORS_AND_BIDI, *BIDI_MARKS, 0xFEFF)
     return (
         {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
@@ -32,14 +32,14 @@ ANY_UNSEEN = re.compile(f"[{re.escape(''.join(map(chr, UNSEEN)))}]")
 
 
 def visible(text: str) -> str:
-    """Return `text` with every character visible, and none that changes how its neighbours show."""
+    """Return `text` with every character visible, and none that reorders its neighbours."""
     if not ANY_UNSEEN.search(text):  # true of nearly all texts, and much faster than translate
         return text
     return text.replace("\r\n", "\n").translate(UNSEEN)
 
 
 def clip(text: str, characters: int) -> str:
-    """Return head and tail of a text that is too long, and how much is left out between them."""
+    """Shorten a long text to its head and tail, with a note of how much is left out."""
     if len(text) <= characters:
         return text
     head, tail = characters * 2 // 3, characters - characters * 2 // 3

@@ -38,7 +38,7 @@ class PackedEpisodes:
 
 def pack_episodes(stages: Mapping[str, Iterable[Json]], limit: int) -> PackedEpisodes:
     """Pack at most `limit` episodes. Stages share the limit evenly; of each stage the first
-    episodes in file order are taken, so that nobody picks the good ones."""
+    episodes in file order are taken, so that the choice is not biased."""
     numbers: dict[str, dict[str, int]] = {
         name: {} for name in ("stages", "problems", "families", "kinds")
     }
@@ -179,7 +179,7 @@ def turn_facts(turn: Json) -> dict[str, float]:
 
 
 def mean_kl(turn: Json) -> float | None:
-    """Return the KL of the recorded tokens as the reward has it: the mean of log pi_b - log rho."""
+    """Return the KL of the recorded tokens as in the reward: the mean of log pi_b - log rho."""
     sampled, reference = integers(turn, "logprobs"), integers(turn, "ref_logprobs")
     if not sampled or len(sampled) != len(reference):
         return None
@@ -195,8 +195,8 @@ def view_versions(turn: Json) -> list[list[int]]:
 
 
 def view_tokens(turn: Json) -> Json:
-    """Return the lengths of the tokens in the text shown and their numbers in hundredths; nothing
-    if the lengths do not fit the text."""
+    """Return the tokens' lengths in the shown text, and their numbers times 100; an empty object if
+    the lengths do not fit the text."""
     lengths = integers(turn, "pieces")[:TOKENS_SHOWN]
     response = text(turn, "response")
     covered = sum(lengths)

@@ -1,4 +1,4 @@
-// Poll the server, and reload the page when the run has changed: the address contains the filters, the browser restores
+// Poll the server, and reload the page when the run has changed: the URL contains the filters, the browser restores
 // the scroll position. Do not reload while the user types or has selected text.
 const POLL_MS = 3000;
 

@@ -1,4 +1,4 @@
-"""Serve the page of a running run on this machine.
+"""Serve the report page of a run, while it continues, on this machine.
 
 Theory of operation: each request has a thread. One thread at a time renders the page, and only if a
 file of the run has changed since. The page requests `state` every few seconds, and reloads when the
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         port = self.server.server_port
         if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
-            self.send_error(403, "ask for 127.0.0.1 or localhost")
+            self.send_error(403, "open the page by the name 127.0.0.1 or localhost")
         elif self.path == "/":
             self.answer("text/html; charset=utf-8", self.server.page())
         elif self.path == "/state":

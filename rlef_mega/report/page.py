@@ -2,7 +2,7 @@
 
 Style, script and drawings are inside the page, and a content security policy forbids everything
 else. Text that a model or a program wrote passes three filters: `clip` bounds its length, `visible`
-replaces characters that do not show or would mislead, and the template's autoescape keeps it text.
+replaces invisible and misleading characters, and the template's autoescape keeps it text.
 """
 
 import base64

@@ -234,7 +234,7 @@ def set_limits(axes: Axes, panel: Panel, curves: Sequence[Points]) -> None:
         return
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     if low >= 0:
-        # a rate of zero still needs an axis, and a percent or two should look like little
+        # a rate of zero still needs an axis, and one or two percent should look small
         axes.set_ylim(0, max(1.1 * high, 0.05 if panel.unit == "%" else 1e-9))
     if panel.unit == "%":
         axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
@@ -289,7 +289,7 @@ def draw_throughput(runs: Runs) -> Drawing | None:
     for color, (label, metrics) in enumerate(runs.items()):
         points = throughput(metrics)
         lines.append(Line(label or "tokens/s", color, 0, summary(points[1], ""), points))
-    return draw_lines(Panel("Tokens a second", meaning, {}), lines)
+    return draw_lines(Panel("Tokens per second", meaning, {}), lines)
 
 
 def throughput(metrics: tuple[Json, ...]) -> Points:

@@ -1,4 +1,4 @@
-"""The style of all our pictures, and the picture of an evaluation."""
+"""The style of all plots, and the plots of an evaluation."""
 
 from collections.abc import Callable
 from itertools import cycle
@@ -36,8 +36,8 @@ KINDS_SHOWN = 8
 
 
 def save_evaluation_figure(evaluation: Json, path: Path) -> Path:
-    """Draw n@k with intervals and, if recorded, the turn budget, failures with their repair, and
-    chrF. The suffix of `path` selects the format."""
+    """Draw n@k with intervals and, if recorded, n@k by turn limit, failures and repairs, and chrF.
+    The suffix of `path` selects the format."""
     protocols = table(evaluation, "protocols")
     dialogues: Json = next(
         (numbers for numbers in protocols.values() if table(numbers, "became")), {}
@@ -96,8 +96,8 @@ def draw_turn_budget(axes: Axes, protocols: Json) -> None:
                 markevery=marked,
                 label=label,
             )
-    axes.set_title("Turns, at equal samples")
-    axes.set_xlabel("turns a dialogue may have")
+    axes.set_title("n@k by turn limit, at equal k")
+    axes.set_xlabel("turns that a dialogue may have")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axes, legend_size=6)
 

@@ -20,7 +20,7 @@ import zstandard
 
 Json = dict[str, Any]
 NOT_DIALOGUES = {"rlef_eval", "session", "dropped"}  # keys of other lines of dialogue_file.py
-STEPS_SHOWN = 20  # of the training steps whose episodes were recorded
+STEPS_SHOWN = 20  # at most, of the training steps with recorded episodes
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RunFiles:
     config_text: str
     config: Json
     manifest: Json
-    metrics: tuple[Json, ...]  # one per step, in order; of two records of a step the later
+    metrics: tuple[Json, ...]  # one per step, in order; the later of two records of a step
     evaluations: dict[str, Json]  # file stem -> content, "before" first and "after" last
     episode_files: dict[str, Path]  # "before", "after", other evaluations, "step N"
     notes: tuple[str, ...]
@@ -60,12 +60,12 @@ def read_runs(runs: Sequence[Path]) -> dict[str, RunFiles]:
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Return an empty label for a single run, else the shortest distinct ends of the paths."""
+    """Return an empty label for a single run, else the shortest path suffixes that differ."""
     if len(runs) == 1:
         return [""]
     parts = [run.resolve().parts for run in runs]
     if len(set(parts)) < len(parts):
-        raise ValueError(f"{runs[0]} beside itself: give different run directories")
+        raise ValueError(f"{runs[0]} is given twice; give different run directories")
     depth = next(d for d in count(1) if len({part[-d:] for part in parts}) == len(parts))
     return ["/".join(part[-depth:]) for part in parts]
 
@@ -148,7 +148,7 @@ def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:
             records = json_lines(lines, path.name, notes)
             yield from (record for record in records if not record.keys() & NOT_DIALOGUES)
         except zstandard.ZstdError as error:
-            notes.append(f"{path.name}: read up to damaged bytes ({error})")
+            notes.append(f"{path.name}: damaged, read in part ({error})")
 
 
 def json_lines(lines: Iterable[str], name: str, notes: list[str]) -> Iterator[Json]:

@@ -48,7 +48,7 @@ class Store {
     return found;
   }
 
-  // Read the texts of all dialogues, in lower case; call `report` with the share that is read.
+  // Read the texts of all dialogues, in lower case; call `report` with the fraction read so far.
   async readTexts(report) {
     if (this.texts) return;
     const texts = [], count = Math.ceil(this.episodes.length / this.index.chunk);

@@ -82,7 +82,7 @@ def budget_table(protocols: Json) -> Table:
         for pair, curve in table(numbers, "turn_budget").items()
     }
     turns = list(dict.fromkeys(turn for curve in budgets.values() for turn in curve))
-    shown = plain_table("turns at equal samples", *turns)
+    shown = plain_table("n@k by turn limit", *turns)
     for label, curve in budgets.items():
         values = (number(curve, turn, "value") for turn in turns)
         shown.add_row(readable(label), *(percent(value, "") for value in values))
@@ -90,8 +90,8 @@ def budget_table(protocols: Json) -> Table:
 
 
 def repair_table(name: str, numbers: Json) -> Table:
-    """Return a table of the kinds of failure of each turn: the count, and the share of those with a
-    next turn that it solved."""
+    """Return a table of each turn's kinds of failure: how many, and the share that the next turn
+    solved, of those that had one."""
     turns = list(table(numbers, "error_kinds"))
     headings = (turn.replace("turn", "turn ") for turn in turns)
     shown = plain_table(f"{name}: failures, repaired next", *headings)
@@ -106,12 +106,12 @@ def repair_table(name: str, numbers: Json) -> Table:
     similarity = [number(numbers, "chrf", turn, "mean") for turn in turns]
     if any(mean is not None for mean in similarity):
         cells = ["" if mean is None else f"{mean:.0f}" for mean in similarity]
-        shown.add_row("chrF, with the program before", *cells, style="dim")
+        shown.add_row("chrF to the previous program", *cells, style="dim")
     return shown
 
 
 def warnings_of(protocols: Json) -> list[str]:
-    """Name what the numbers do not cover."""
+    """Return a line for each thing that the numbers do not cover."""
     lines = []
     for name, numbers in protocols.items():
         for reason, count in table(numbers, "dropped").items():
@@ -119,8 +119,8 @@ def warnings_of(protocols: Json) -> list[str]:
         if left_out := lookup(numbers, "problems_left_out"):
             lines.append(f"{name}: {len(left_out)} problems have no dialogue and are left out")
         lines += [
-            f"{name}: {pair} draws {found['draws']} dialogues with repetition from fewer, which is "
-            "biased downwards; increase --rollouts"
+            f"{name}: {pair} draws {found['draws']} dialogues with replacement from fewer, which "
+            "is biased downwards; increase --rollouts"
             for pair, found in table(numbers, "n_at_k").items()
             if number(found, "bootstrapped")
         ]
@@ -128,7 +128,7 @@ def warnings_of(protocols: Json) -> list[str]:
 
 
 def plain_table(*headings: str) -> Table:
-    """Return a table with left-aligned row names; 80 columns hold the rows of MEASURES unbroken."""
+    """Return a table with left-aligned row names; the rows of MEASURES fit 80 columns."""
     first, *others = map(readable, headings)
     shown = Table(
         box=SIMPLE_HEAD,

@@ -58,7 +58,7 @@ check_nodes() {
     fi
 }
 
-check_network() { # one process a rank, as in training
+check_network() { # one process per rank, as in training
     [ "$ALLREDUCE_GBPS" != 0 ] && [ "$RANKS" -gt 1 ] || return 0
     (MASTER_PORT=$((PORT + 1)) step check_network train "$RANKS_PER_NODE" \
         timeout "$NETWORK_S" "$PYTHON" -m rlef_mega.cluster.allreduce_check "$ALLREDUCE_GBPS") &
@@ -71,13 +71,13 @@ check_network() { # one process a rank, as in training
 }
 
 start_services() {
-    local deaf=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while the ranks still need the services
-    (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${deaf[@]}" "$PYTHON" -m rlef_sandbox serve \
+    local unsignalled=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while ranks still need the services
+    (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "$PYTHON" -m rlef_sandbox serve \
         --host 0.0.0.0 --port "$SANDBOX_PORT") &
     PIDS[sandbox]=$!
     [ "$ROLLOUT_NODES" != 0 ] || return 0
     # shellcheck disable=SC2016 # expanded on the node
-    (step rollout rollout 1 "${deaf[@]}" bash -c 'exec "$0" -m rlef_mega.cli serve "$@" --set rollout.servers.host="$SLURMD_NODENAME"' \
+    (step rollout rollout 1 "${unsignalled[@]}" bash -c 'exec "$0" -m rlef_mega.cli serve "$@" --set rollout.servers.host="$SLURMD_NODENAME"' \
         "$PYTHON" "$RECIPE" "${SET_WORDS[@]}") &
     PIDS[rollout]=$!
 }
@@ -116,7 +116,7 @@ wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: wait until each ser
 }
 
 prepare() { # run the checks of `rlef train`, and write the run directory
-    # only the first task works, so the others may end much earlier
+    # only task 0 does the work; the others exit at once
     # shellcheck disable=SC2016 # expanded in the task
     (STEP_WAIT_S=0 step prepare train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
         "$PYTHON" -m rlef_mega.cluster.slurm prepare "$RECIPE" "${SETS[@]}") &
@@ -169,7 +169,7 @@ all_but_train_running() {
     return $code
 }
 
-stop_all() { # kill the services: they hold nothing that is needed
+stop_all() { # kill the services, which have no state to save
     local name
     for name in "${!PIDS[@]}"; do kill "${PIDS[$name]}" 2>/dev/null; done
     sleep 0.2

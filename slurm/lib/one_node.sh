@@ -12,9 +12,9 @@ export PYTHONSAFEPATH=1 # and no module that the working directory happens to ho
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 set_software
 
-on_node() { # on_node ARGUMENTS...: run Python with them
-    [ -n "${SLURM_JOB_ID:-}" ] || die "submit it with sbatch"
+on_node() { # on_node ARGUMENTS...: run Python with these arguments
+    [ -n "${SLURM_JOB_ID:-}" ] || die "submit this script with sbatch"
     say "on $(hostname): $*"
-    in_software "$PYTHON" "$@" || die "it ended with code $?"
-    say "done"
+    in_software "$PYTHON" "$@" || die "the command ended with code $?"
+    say "finished"
 }

@@ -9,7 +9,7 @@ read_layout() { # set RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
     [ "$ROLLOUT_NODES" = 0 ] || [ "$ENGINE" = sglang ] || die "rollout.engine is $ENGINE; ROLLOUT_NODES must be 0"
     [ "$ROLLOUT_NODES" != 0 ] || [ "$ENGINE" = local ] || die "rollout.engine is $ENGINE; ROLLOUT_NODES must not be 0"
     TRAIN_GPUS=$((GPUS_PER_NODE ? RANKS_PER_NODE : 0))
-    # torch.distributed, network check, grading; from 10 on, SGLang
+    # PORT: torch.distributed; +1: network check; +2: grading; from +10: SGLang
     PORT=${PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 1000 * 10))}
     SANDBOX_PORT=$((PORT + 2)) SERVER_PORT=$((PORT + 10))
 }
@@ -20,7 +20,7 @@ run        $RECIPE, $STEPS steps, in $RUN
 train      $TRAIN_NODES nodes x $RANKS_PER_NODE ranks = $RANKS ranks (srun), port $PORT of the first node
 rollout    $ROLLOUT_NODES nodes x ${SERVERS_PER_NODE} SGLang servers x ${GPUS_PER_SERVER} GPUs, ports from $SERVER_PORT (engine: $ENGINE)
 sandbox    $SANDBOX_NODES nodes of their own, port $SANDBOX_PORT
-allocation $(if [ "$HET" = 1 ]; then echo "a het job, a component a role"; else echo "one, $((TRAIN_NODES + ROLLOUT_NODES + SANDBOX_NODES)) nodes alike"; fi)
+allocation $(if [ "$HET" = 1 ]; then echo "a het job, one component per role"; else echo "one, of $((TRAIN_NODES + ROLLOUT_NODES + SANDBOX_NODES)) equal nodes"; fi)
 software   ${CONTAINER:-$VENV}${CONTAINER:+ ($CONTAINER_RUNTIME)}
 END
     local words=() setting
@@ -40,7 +40,7 @@ require_nodes() { # require_nodes PARTITION COUNT GPUS WHAT: stop if the cluster
             if (match($2, /gpu:([^:,(]*:)?[0-9]+/)) { n = split(substr($2, RSTART, RLENGTH), part, ":"); found = part[n] }
             if (found >= gpus && !seen[$1]++) count++ } END { print count + 0 }')
     [ "$have" -ge "$2" ] ||
-        die "$4 need $2 nodes with $3 GPUs, and partition '${1:-the default}' has $have that work; it would wait for ever." \
+        die "$4 need $2 nodes with $3 GPUs, and partition '${1:-the default}' has $have that work; the job would never start." \
             "Change the layout, the nodes, or PARTITION"
 }
 
@@ -52,9 +52,9 @@ submit() { # check the run and submit CHAIN jobs (`bash slurm/train_8b.sh`)
     [ -z "$CPU_PARTITION" ] || cpu+=(--partition="$CPU_PARTITION")
     [ "$GPUS_PER_NODE" = 0 ] || gpu+=(--gpus-per-node="$GPUS_PER_NODE")
     [ "$RANKS_PER_NODE" -le "$GPUS_PER_NODE" ] || [ "$GPUS_PER_NODE" = 0 ] ||
-        die "$RANKS_PER_NODE ranks a node, but GPUS_PER_NODE=$GPUS_PER_NODE"
+        die "$RANKS_PER_NODE ranks per node, but GPUS_PER_NODE=$GPUS_PER_NODE"
     [ $((SERVERS_PER_NODE * GPUS_PER_SERVER)) -le "$GPUS_PER_NODE" ] || [ "$ROLLOUT_NODES" = 0 ] ||
-        die "$SERVERS_PER_NODE servers x $GPUS_PER_SERVER GPUs a node, but GPUS_PER_NODE=$GPUS_PER_NODE"
+        die "$SERVERS_PER_NODE servers x $GPUS_PER_SERVER GPUs per node, but GPUS_PER_NODE=$GPUS_PER_NODE"
     local all=(--exclusive --mem=0 "--job-name=$JOB_NAME" "--time=$TIME" "--signal=B:USR1@$GRACE_S" --requeue
         --open-mode=append "--output=${JOB_LOG:-$JOB_NAME-%j.log}" --dependency=singleton)
     if [ "$HET" = 1 ]; then # components need different names, or `singleton` makes them wait for each other

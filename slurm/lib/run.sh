@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# A whole run, inside a job or before it. Sourced at the end of slurm/train_*.sh, whose settings it uses.
+# Submit a run, or, inside a job, execute it. Sourced at the end of slurm/train_*.sh, whose settings it uses.
 #
 # In a job, this script runs on the first node and starts services and ranks as steps. A component that ends,
 # fails or hangs ends the attempt. The run is restarted
@@ -39,7 +39,7 @@ ask_to_stop() { # Slurm signals before a time limit or a preemption; the ranks s
     say "asked to stop by SIG$1; the current step is finished and saved"
     [ -z "${RUN:-}" ] || touch "$RUN/stop"
 }
-is_preempted() { # Slurm has sent SIGTERM to the steps only, and will kill the job after the grace time
+is_preempted() { # in a preemption Slurm sends SIGTERM to the steps only, and kills the job after the grace time
     scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
 }
 
@@ -59,7 +59,7 @@ if [ -f "$STATE/done" ] && [ "$(<"$STATE/done")" -ge "$STEPS" ]; then
     say "all $STEPS steps are finished already"
     exit 0
 fi
-deal_nodes
+assign_nodes
 
 RLEF_SANDBOX_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n') # of this job only, stored in no file
 MASTER_ADDR=${NODES[train]%% *} MASTER_PORT=$PORT
@@ -87,7 +87,7 @@ while :; do
         "$STOPPED")
             echo "stopped 0" >"$STATE/tries"
             say "stopped and saved; the next job resumes from step $(newest_checkpoint)"
-            ! is_preempted || requeue "it was preempted"
+            ! is_preempted || requeue "the job was preempted"
             exit $STOPPED
             ;;
     esac

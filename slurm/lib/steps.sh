@@ -11,7 +11,7 @@ die() {
 
 declare -A NODES=() GROUP=() # by role: its nodes, separated by spaces; its component of a het job
 
-deal_nodes() { # set NODES and GROUP from Slurm's variables, or stop
+assign_nodes() { # set NODES and GROUP from Slurm's variables, or stop
     local role list all wanted group=0
     declare -A count=([train]=$TRAIN_NODES [rollout]=$ROLLOUT_NODES [sandbox]=$SANDBOX_NODES)
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -44,7 +44,7 @@ step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: become srun, with output in
     local nodes=${NODES[$role]} flags=("${STEP_FLAGS[@]}") count
     count=$(wc -w <<<"$nodes")
     [ -z "${SLURM_HET_SIZE:-}" ] || flags+=(--het-group="${GROUP[$role]}")
-    # srun would add these options of the job to ours
+    # srun would read these options of the job from the environment
     unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS SLURM_NPROCS
     # no --kill-on-bad-exit: every rank that stops on request must return its own exit code
     exec srun --quiet --job-name="$name" --nodes="$count" --ntasks=$((count * per_node)) --ntasks-per-node="$per_node" \
@@ -71,7 +71,7 @@ set_software() { # set PYTHON, RUNNER (a prefix of commands) and STEP_FLAGS (opt
     fi
 }
 
-in_software() { # run Python here, in a job's container or, before a job, with the login node's Python
+in_software() { # run a command on this node; with CONTAINER, in it or, outside a job, with the login node's Python
     if [ -n "$CONTAINER" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
         srun --nodes=1 --ntasks=1 --overlap --mem=0 --quiet "${STEP_FLAGS[@]}" "${RUNNER[@]}" "$@"
     elif [ -n "$CONTAINER" ]; then

@@ -1,7 +1,7 @@
-"""Compiles, without a GPU, exactly the kernels that the code would launch on one.
+"""Compile, without a GPU, exactly the kernels that the code would launch on one.
 
-`compiled_for(arch)` shows Triton an NVIDIA GPU of that architecture, which accepts every launch and
-does nothing. The code under test runs on "meta" tensors, of real sizes but without memory. Each
+`compiled_for(arch)` gives Triton a fake NVIDIA GPU of that architecture, which accepts every launch
+and does nothing. The code under test runs on "meta" tensors, of real sizes but without memory. Each
 kernel that it launches is compiled to machine code, specialised as it would be on the device. The
 NVIDIA tools in Triton's wheel then report what the machine code uses.
 """
@@ -108,10 +108,10 @@ def compiled_for(arch: int, folder: Path) -> Iterator[dict[str, MachineCode]]:
 
 
 class AllocatedOnMeta(AllocatedBytes):
-    """Counts the bytes of tensors on the device "meta", which have a size but no memory.
+    """Count the bytes of tensors on the device "meta", which have a size but no memory.
 
-    "meta" does not know how many entries are nonzero: here all are. It has no products with fp32
-    results: here they do nothing.
+    "meta" cannot know how many entries are nonzero, so here all are. It has no products with fp32
+    results, so here they do nothing.
     """
 
     def call(self, func, args, kwargs):

@@ -1,4 +1,4 @@
-"""Corrects the bf16 arithmetic of Triton's interpreter, which stores bf16 as 16-bit integers.
+"""Correct the bf16 arithmetic of Triton's interpreter, which stores bf16 as 16-bit integers.
 
 `tl.dot` multiplies those integers as if they were the numbers, and fp32 is truncated to bf16, not
 rounded to nearest even. This module replaces both operations with what the hardware does. Import it

@@ -1,4 +1,4 @@
-"""On a GPU only: sizes of real use, where offsets exceed 2^31 and memory counts.
+"""GPU tests at real sizes: offsets beyond 2^31, and memory within its budget.
 
 Not yet run: no GPU was available.
 """

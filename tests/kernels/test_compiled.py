@@ -1,8 +1,8 @@
-"""The kernels' machine code: no register spilled, tensor cores and the tensor memory accelerator
-used where meant, shared memory within the hardware's limits. And the memory that is allocated.
+"""The kernels' machine code: no register is spilled, products use tensor cores and the tensor
+memory accelerator, shared memory is within the hardware's limits. And the memory that is allocated.
 
-All at the sizes of Llama 3.1 8B's head (4,096 x 128,256) with 8,192 tokens, on tensors without
-memory (`compiler.py`). What this cannot show: speed, and that the machine code computes the right
+All at the sizes of Llama 3.1 8B's head (4,096 x 128,256) with 8,192 tokens, on meta tensors
+(`compiler.py`). What this cannot show: speed, and that the machine code computes the right
 numbers; tests/kernels/device tests those, in the interpreter and on a GPU.
 """
 

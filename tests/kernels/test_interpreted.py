@@ -1,4 +1,4 @@
-"""Runs tests/kernels/device in Triton's interpreter, in a process of its own: Triton reads
+"""Run tests/kernels/device in Triton's interpreter, in a process of its own: Triton reads
 TRITON_INTERPRET when it is first imported.
 
 What this cannot catch: races (programs run one after another), and anything specific to hardware.

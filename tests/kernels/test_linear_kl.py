@@ -12,7 +12,7 @@ def truth(hidden, weight, ref_hidden, ref_weight, temperature=1.0):
     return torch.nn.functional.kl_div(ref, logprobs, reduction="none", log_target=True).sum(-1)
 
 
-def problem(tokens, width, ref_width, vocabulary, dtype=torch.float32):
+def make_inputs(tokens, width, ref_width, vocabulary, dtype=torch.float32):
     generator = torch.Generator().manual_seed(tokens)
     shapes = ((tokens, width), (vocabulary, width), (tokens, ref_width), (vocabulary, ref_width))
     hidden, weight, ref_hidden, ref_weight = (
@@ -27,7 +27,7 @@ def problem(tokens, width, ref_width, vocabulary, dtype=torch.float32):
     [(1, 4, 4, 3, None), (0, 4, 4, 3, None), (33, 17, 9, 257, 8), (65, 8, 8, 1280, 64)],
 )
 def test_agrees_with_float64_truth(tokens, width, ref_width, vocabulary, chunk, temperature):
-    inputs = problem(tokens, width, ref_width, vocabulary)
+    inputs = make_inputs(tokens, width, ref_width, vocabulary)
     kl = linear_kl_reference(*inputs, temperature=temperature, chunk_tokens=chunk)
     expected = truth(*inputs, temperature)
     torch.testing.assert_close(kl.double(), expected, atol=2e-5, rtol=2e-6)
@@ -41,7 +41,7 @@ def test_agrees_with_float64_truth(tokens, width, ref_width, vocabulary, chunk, 
 
 
 def test_gradcheck():
-    hidden, weight, ref_hidden, ref_weight = problem(5, 3, 4, 7, torch.float64)
+    hidden, weight, ref_hidden, ref_weight = make_inputs(5, 3, 4, 7, torch.float64)
     assert torch.autograd.gradcheck(
         lambda hidden, weight: linear_kl_reference(
             hidden, weight, ref_hidden, ref_weight, temperature=0.7, chunk_tokens=2
@@ -51,7 +51,7 @@ def test_gradcheck():
 
 
 def test_a_model_has_no_divergence_from_itself():
-    hidden, weight, *_ = problem(20, 16, 16, 300)
+    hidden, weight, *_ = make_inputs(20, 16, 16, 300)
     kl = linear_kl(hidden, weight, hidden.detach(), weight.detach())
     assert kl.abs().max() < 1e-5
     (grad,) = torch.autograd.grad(kl.sum(), hidden)
@@ -66,8 +66,8 @@ def test_extreme_logits_stay_finite():
 
 
 def test_bad_input_is_named():
-    hidden, weight, ref_hidden, ref_weight = problem(5, 4, 4, 7)
-    with pytest.raises(ValueError, match="5 tokens and 7 words, the reference 5 and 6"):
+    hidden, weight, ref_hidden, ref_weight = make_inputs(5, 4, 4, 7)
+    with pytest.raises(ValueError, match="7 vocabulary entries, the reference 5 and 6"):
         linear_kl(hidden, weight, ref_hidden, ref_weight[:6])
     with pytest.raises(ValueError, match="detach ref_hidden_TE"):
         linear_kl(hidden, weight, ref_hidden.clone().requires_grad_(), ref_weight)

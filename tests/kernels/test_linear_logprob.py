@@ -19,7 +19,7 @@ def truth(hidden, weight, target, temperature=1.0):
     return logprobs_TV.gather(1, target[:, None])[:, 0], entropy_T
 
 
-def problem(tokens, width, vocabulary, dtype=torch.float32, scale=1.0):
+def make_inputs(tokens, width, vocabulary, dtype=torch.float32, scale=1.0):
     generator = torch.Generator().manual_seed(tokens * 31 + vocabulary)
     hidden = torch.randn(tokens, width, generator=generator).to(dtype)
     weight = (scale * torch.randn(vocabulary, width, generator=generator)).to(dtype)
@@ -28,7 +28,7 @@ def problem(tokens, width, vocabulary, dtype=torch.float32, scale=1.0):
 
 
 def gradients(outputs, inputs):
-    """Differentiate with another upstream gradient for each token and each output."""
+    """Differentiate with a different upstream gradient for each token and each output."""
     logprob, entropy = outputs
     ramp = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype)
     return torch.autograd.grad((logprob * ramp + 0.7 * entropy * ramp.flip(0)).sum(), inputs)
@@ -41,14 +41,14 @@ def gradients(outputs, inputs):
         (1, 8, 5, None),  # one token
         (7, 3, 1, 2),  # a vocabulary of one: log-prob and entropy are 0
         (13, 17, 1280, 5),  # the last chunk is ragged; more columns than tokens
-        (129, 33, 257, 64),  # nothing is a multiple of anything
+        (129, 33, 257, 64),  # no size is a multiple of another
         (64, 16, 640, 64),  # exactly one chunk
     ],
 )
 def test_agrees_with_float64_truth_forward_and_backward(
     tokens, width, vocabulary, chunk, temperature
 ):
-    hidden, weight, target = problem(tokens, width, vocabulary)
+    hidden, weight, target = make_inputs(tokens, width, vocabulary)
     outputs = linear_logprob_reference(
         hidden, weight, target, temperature=temperature, chunk_tokens=chunk
     )
@@ -63,7 +63,7 @@ def test_agrees_with_float64_truth_forward_and_backward(
 
 
 def test_bf16_inputs_are_accumulated_in_fp32():
-    hidden, weight, target = problem(50, 64, 1000, dtype=torch.bfloat16, scale=0.5)
+    hidden, weight, target = make_inputs(50, 64, 1000, dtype=torch.bfloat16, scale=0.5)
     outputs = linear_logprob(hidden, weight, target)
     expected = truth(hidden, weight, target)
     for output, value in zip(outputs, expected, strict=True):
@@ -78,7 +78,7 @@ def test_bf16_inputs_are_accumulated_in_fp32():
 
 @pytest.mark.parametrize("uses", ["logprob", "entropy", "both"])
 def test_gradcheck(uses):
-    hidden, weight, target = problem(5, 4, 7, dtype=torch.float64)
+    hidden, weight, target = make_inputs(5, 4, 7, dtype=torch.float64)
 
     def function(hidden, weight):
         logprob, entropy = linear_logprob_reference(
@@ -125,13 +125,13 @@ def test_no_tokens_give_empty_outputs_and_zero_gradients():
 def test_result_is_bitwise_repeatable():
     first, second = (
         gradients(linear_logprob(*inputs), inputs[:2])
-        for inputs in (problem(40, 16, 300), problem(40, 16, 300))
+        for inputs in (make_inputs(40, 16, 300), make_inputs(40, 16, 300))
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor created under it."""
+    """Record the number of elements of the largest tensor created under it."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_logits_are_never_stored_whole():
     tokens, width, vocabulary, chunk = 1000, 4, 500, 50
-    hidden, weight, target = problem(tokens, width, vocabulary)
+    hidden, weight, target = make_inputs(tokens, width, vocabulary)
     with LargestTensor() as naive:
         truth(hidden, weight, target)
     with LargestTensor() as chunked:
@@ -158,7 +158,7 @@ def test_logits_are_never_stored_whole():
 
 
 def test_gradient_is_added_to_main_grad_on_request():
-    hidden, weight, target = problem(9, 6, 20)
+    hidden, weight, target = make_inputs(9, 6, 20)
     (expected,) = torch.autograd.grad(linear_logprob(hidden, weight, target)[0].sum(), weight)
     weight.main_grad = torch.ones_like(weight)
     weight.grad_added_to_main_grad = False
@@ -168,7 +168,7 @@ def test_gradient_is_added_to_main_grad_on_request():
 
 
 def test_masked_tokens_get_zeros_whatever_their_targets():
-    hidden, weight, target = problem(12, 6, 20)
+    hidden, weight, target = make_inputs(12, 6, 20)
     mask = torch.arange(12) % 4 != 1
     outputs = linear_logprob(hidden, weight, target.masked_fill(~mask, -100), mask_T=mask)
     expected = linear_logprob(hidden[mask], weight, target[mask])
@@ -179,14 +179,14 @@ def test_masked_tokens_get_zeros_whatever_their_targets():
 
 
 def test_all_masked_is_zero_with_zero_gradients():
-    hidden, weight, target = problem(5, 6, 20)
+    hidden, weight, target = make_inputs(5, 6, 20)
     outputs = linear_logprob(hidden, weight, target, mask_T=torch.zeros(5, dtype=torch.bool))
     assert not any(output.any() for output in outputs)
     assert not any(grad.any() for grad in gradients(outputs, (hidden, weight)))
 
 
 def test_tokens_without_a_gradient_cost_nothing_and_change_nothing():
-    hidden, weight, target = problem(60, 8, 500)
+    hidden, weight, target = make_inputs(60, 8, 500)
     used = torch.arange(60) % 3 == 0
     few = hidden.detach()[used].requires_grad_()
     whole, part = (

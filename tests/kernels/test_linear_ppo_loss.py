@@ -7,7 +7,7 @@ from rlef_kernels import linear_logprob, linear_ppo_loss, linear_ppo_loss_refere
 from rlef_kernels.ppo_policy_loss import policy_loss_reference
 
 
-def problem(tokens, width=8, vocabulary=50, dtype=torch.float32):
+def make_inputs(tokens, width=8, vocabulary=50, dtype=torch.float32):
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, width, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(vocabulary, width, generator=generator, dtype=dtype).requires_grad_()
@@ -34,7 +34,7 @@ def composed(hidden, weight, target, *policy, temperature=1.0, denominator=None)
 @pytest.mark.parametrize("denominator", [None, 90.0, torch.tensor(90.0)])
 @pytest.mark.parametrize("tokens", [0, 1, 300])
 def test_agrees_with_the_loss_of_the_logprobs(tokens, denominator):
-    inputs = problem(tokens)
+    inputs = make_inputs(tokens)
     options = {"temperature": 0.8, "denominator": denominator}
     found = linear_ppo_loss(*inputs, clip_eps=0.2, **options)
     expected = composed(*inputs, **options)
@@ -45,8 +45,8 @@ def test_agrees_with_the_loss_of_the_logprobs(tokens, denominator):
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 
 
-def test_masked_tokens_do_not_exist_whatever_stands_there():
-    hidden, weight, target, *policy = problem(40)
+def test_masked_tokens_are_ignored_even_if_their_values_are_nan():
+    hidden, weight, target, *policy = make_inputs(40)
     mask = torch.arange(40) % 4 != 1
     poisoned = [tensor.masked_fill(~mask, torch.nan) for tensor in policy]
     target = target.masked_fill(~mask, -100)
@@ -60,16 +60,16 @@ def test_masked_tokens_do_not_exist_whatever_stands_there():
 
 
 def test_all_masked_is_zero_with_zero_gradients():
-    inputs = problem(7)
+    inputs = make_inputs(7)
     loss, _ = linear_ppo_loss(*inputs, clip_eps=0.2, mask_T=torch.zeros(7, dtype=torch.bool))
     assert loss == 0
     assert not any(grad.any() for grad in torch.autograd.grad(loss, inputs[:2]))
 
 
 def test_gradcheck():
-    """Under a behaviour policy for which the tokens are far less likely: its factor is then 1, so
-    finite differences do not see the stop-gradient factor move."""
-    hidden, weight, target, old, behaviour, advantages = problem(6, 3, 7, torch.float64)
+    """With behaviour log-probs so low that min(pi / pi_b, 1) is constant at 1: finite differences
+    would otherwise differentiate this factor, which has a stop-gradient."""
+    hidden, weight, target, old, behaviour, advantages = make_inputs(6, 3, 7, torch.float64)
     policy = (old.double(), behaviour.double() - 9, advantages.double())
 
     def loss(hidden, weight):
@@ -81,7 +81,7 @@ def test_gradcheck():
 
 
 def test_chunks_add_up():
-    hidden, weight, target, *policy = problem(50)
+    hidden, weight, target, *policy = make_inputs(50)
     whole, parts = (
         linear_ppo_loss_reference(
             hidden, weight, target, tuple(policy), clip_eps=0.2, chunk_tokens=chunk
@@ -97,7 +97,7 @@ def test_chunks_add_up():
 
 
 def test_gradient_is_added_to_main_grad_and_only_for_an_upstream_gradient_of_one():
-    inputs = problem(30)
+    inputs = make_inputs(30)
     (expected,) = torch.autograd.grad(linear_ppo_loss(*inputs, clip_eps=0.2)[0], inputs[1])
     weight = inputs[1]
     weight.main_grad = torch.ones_like(weight)
@@ -112,7 +112,7 @@ def test_gradient_is_added_to_main_grad_and_only_for_an_upstream_gradient_of_one
 
 
 def test_without_gradients_nothing_is_added():
-    inputs = problem(30)
+    inputs = make_inputs(30)
     inputs[1].main_grad = torch.zeros_like(inputs[1])
     with torch.no_grad():
         loss, _ = linear_ppo_loss(*inputs, clip_eps=0.2, accumulate_main_grad=True)
@@ -132,6 +132,6 @@ def test_without_gradients_nothing_is_added():
 )
 def test_bad_input_is_named(change, message):
     names = ("hidden_TD", "weight_VD", "target_T", "old_logprobs_T", "behaviour_logprobs_T")
-    arguments = dict(zip((*names, "advantages_T"), problem(3), strict=True)) | {"clip_eps": 0.2}
+    arguments = dict(zip((*names, "advantages_T"), make_inputs(3), strict=True)) | {"clip_eps": 0.2}
     with pytest.raises(ValueError, match=message):
         linear_ppo_loss(**(arguments | change))

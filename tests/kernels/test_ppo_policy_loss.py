@@ -1,4 +1,4 @@
-"""The policy loss on an example worked by hand; tests/rlef_mega/test_ppo.py holds it to `ppo`'s."""
+"""The policy loss on an example worked by hand; test_ppo.py compares it with `ppo.policy_loss`."""
 
 import math
 
@@ -17,7 +17,7 @@ def test_policy_loss_worked_by_hand():
     2. ratio 2, behaviour ratio 1/2, A = 1:  r = 1, min(1, 1) = 1
     3. ratio 1/2, behaviour ratio 1/2 -> r = 1/4, A = -1: min(-0.25, -0.8) = -0.8
     4. ratio 1, behaviour ratio 2, truncated to 1, A = 3: 3
-    Sum 4.4, over 4 tokens, negated: -1.1. Gradients: clipped tokens 1 and 3 none; r A / 4
+    Sum 4.4, over 4 tokens, negated: -1.1. Gradients: 0 for the clipped tokens 1 and 3; -r A / 4
     elsewhere.
     """
     logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0])

@@ -8,7 +8,7 @@ and without: if one left out a collective, the others would wait, and the fixtur
 
 Rounding differs (sums over parts), so results agree within a tolerance of the largest entry, not to
 the bit; between the ranks of a group, which add in the same order, log-probs are equal to the bit.
-What this cannot catch: anything of NCCL's.
+NCCL is not tested.
 """
 
 import os
@@ -28,12 +28,12 @@ from rlef_kernels import (
 
 TOKENS, WIDTH, VOCABULARY = 23, 16, 52
 RANKS = 4
-# way -> dtype of the inputs: the kernels take fp32 by way of cuBLAS, bf16 fused
+# way of computing -> dtype of the inputs: fp32 uses cuBLAS, bf16 the fused kernels
 WAYS = {"pytorch": torch.float32, "cublas": torch.float32, "fused": torch.bfloat16}
 
 
 def operations(way: str):
-    """linear_logprob, linear_ppo_loss, linear_kl."""
+    """Return linear_logprob, linear_ppo_loss and linear_kl."""
     if way == "pytorch":
         return (
             lambda *args, **options: linear_logprob_reference(*args, chunk_tokens=7, **options),

@@ -37,7 +37,7 @@ def test_the_newest_checkpoint_is_none_that_was_refused(tmp_path):
             [
                 "16 nodes x 8 ranks = 128 ranks",
                 "20 nodes x 8 SGLang servers x 1 GPUs",
-                "GiB a GPU",
+                "GiB per GPU",
                 "160 servers of 1 GPUs",
             ],
         ),
@@ -47,7 +47,7 @@ def test_the_newest_checkpoint_is_none_that_was_refused(tmp_path):
                 "128 nodes x 8 ranks = 1024 ranks",
                 "160 nodes x 1 SGLang servers x 8",
                 "a het job",
-                "GiB a GPU",
+                "GiB per GPU",
                 "160 servers of 8 GPUs",
             ],
         ),

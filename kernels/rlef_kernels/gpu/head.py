@@ -1,8 +1,8 @@
 """The forward pass over a head: it reduces each row of logits to four numbers (`vocab_parallel`).
 
 A program stores (max, sum exp, weighted sum) of the rows of one tile of logits, and a small kernel
-combines the tiles of a row in a fixed order. The tiles' numbers are in units of hidden weight^T;
-the temperature enters with the exponent, and once more in the combination.
+combines the tiles of a row in a fixed order. A tile's max and weighted sum are stored before the
+division by the temperature, which the small kernel does.
 
 FLOPs: P = 2 T V D, and about 8 T V for the statistics. Bytes: hidden and head, read from memory
 about T / 1024 times and from the L2 cache otherwise; 12 T V / tile_columns of partial sums, written
@@ -31,7 +31,7 @@ from rlef_kernels.gpu.tiles import (
 from rlef_kernels.vocab_parallel import NUM_PARTIALS
 
 LOG2_E = math.log2(math.e)
-ROW_KERNEL_ELEMENTS = 4096  # of a tile: 32 a thread
+ROW_KERNEL_ELEMENTS = 4096  # per program: 32 per thread
 COMBINE_ROWS, COMBINE_TILES = 32, 32
 
 
@@ -97,7 +97,7 @@ def logits_statistics_kernel(
     C: tl.constexpr,
     KEEPS_LOGITS: tl.constexpr,
 ):
-    """Do the same from fp32 logits in memory, whose columns start at `first_column`."""
+    """Reduce one tile of fp32 logits in memory, whose columns start at `first_column`."""
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     within_C = tl.program_id(1) * C + tl.arange(0, C)
     inside_RC = (row_R < num_tokens)[:, None] & (within_C < columns)[None, :]
@@ -174,7 +174,8 @@ def head_partials(
     inverse_temperature: float,
     plan: HeadPlan,
 ) -> torch.Tensor:
-    """Return this shard's partials_TP. `column_T`: the target's column, in the shard or not."""
+    """Return this shard's partial sums, [T, P]. `column_T`: the targets' columns, which may lie
+    outside the shard."""
     num_tokens = hidden_TD.shape[0]
     partials_TP = torch.empty(
         num_tokens, NUM_PARTIALS, dtype=torch.float32, device=hidden_TD.device

@@ -108,7 +108,7 @@ def logits_gradient_kernel(
     HAS_ENTROPY: tl.constexpr,
     ARE_SHIFTED: tl.constexpr,
 ):
-    """Do the same from logits in memory, in place if both pointers are equal.
+    """Compute the gradient from logits in memory, in place if both pointers are equal.
 
     ARE_SHIFTED: each logit is stored minus its tile's maximum.
     """

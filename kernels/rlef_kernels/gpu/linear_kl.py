@@ -1,7 +1,7 @@
 """`linear_kl` on a GPU; the equations are in `rlef_kernels.linear_kl`.
 
-As in `linear_logprob`, with two products a tile: 128 x 128 logits of each model, so that both
-accumulators fit the registers. A tile stores five partial sums, which combine as shards do.
+Works like `linear_logprob`, but a tile has 128 x 128 logits of each model, so that both
+accumulators fit in registers. A tile stores five partial sums, which combine like those of shards.
 
 FLOPs: P + P' forward, 3 P + P' backward, P = 2 T V D and P' = 2 T V E. Memory: 48 MiB of partial
 sums forward; backward a block of gradients and the fp32 gradient of hidden, as in `linear_logprob`;
@@ -37,7 +37,7 @@ from rlef_kernels.vocab_parallel import combine_two_shards, gather_partials
 
 NUM_SUMS = 5
 FUSED_COLUMNS = 128
-ROW_KERNEL_ROWS = 4  # of two tiles of 1,024 columns
+ROW_KERNEL_ROWS = 4  # per program, in two tiles of 1,024 columns
 
 
 class Models(NamedTuple):
@@ -70,7 +70,7 @@ class Models(NamedTuple):
 
 
 class LinearKl(torch.autograd.Function):
-    """Saves the inputs and five numbers a token; backward recomputes the logits."""
+    """Save the inputs and five numbers per token; backward recomputes the logits."""
 
     @staticmethod
     def forward(

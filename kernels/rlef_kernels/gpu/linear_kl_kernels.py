@@ -126,7 +126,7 @@ def two_logits_statistics_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Do what `two_products_statistics_kernel` does from fp32 logits in memory."""
+    """Store the sums of one tile of both models' fp32 logits, which are in memory."""
     row_R = tl.program_id(0) * R + tl.arange(0, R)
     column_C = tl.program_id(1) * C + tl.arange(0, C)
     inside_RC = (row_R < num_tokens)[:, None] & (column_C < columns)[None, :]

@@ -17,7 +17,7 @@ from rlef_kernels.gpu.head import head_partials
 from rlef_kernels.gpu.head_gradient import RecomputedGradient, pack_rows
 from rlef_kernels.gpu.plan import HeadPlan, choose_plan
 from rlef_kernels.gpu.products import multiply_blocks
-from rlef_kernels.main_grad import stand_in_gradient
+from rlef_kernels.main_grad import placeholder_gradient
 from rlef_kernels.rows import rows_with_gradient, scatter_rows, select_rows
 from rlef_kernels.vocab_parallel import (
     SavedForBackward,
@@ -32,7 +32,7 @@ class KernelContext(SavedForBackward):
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Saves the inputs and three numbers a token; backward recomputes the logits."""
+    """Save the inputs and three numbers per token; backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -96,7 +96,7 @@ class LinearLogprob(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = scatter_rows(grad_hidden, rows_R, num_tokens)
         if into_main_grad:
-            grad_weight = stand_in_gradient(weight_VD)
+            grad_weight = placeholder_gradient(weight_VD)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 

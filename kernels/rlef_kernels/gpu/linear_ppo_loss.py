@@ -8,7 +8,7 @@ probability: less than the rounding of dz itself. The target's log-prob, the ent
 are exact.
 
 FLOPs: 3 P, P = 2 T V D. Bytes: 2 T V written, read, and written again, and 4 T V read by cuBLAS;
-8 V D of main_grad a chunk. Memory: at most 1 GiB for a chunk, whatever T, and the gradient of
+8 V D of main_grad per chunk. Memory: at most 1 GiB for a chunk, for any T, and the gradient of
 hidden; without main_grad, and with several chunks, an fp32 gradient of the weight (4 V D).
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
@@ -38,7 +38,7 @@ from rlef_kernels.vocab_parallel import (
 
 
 class LinearPpoLoss(torch.autograd.Function):
-    """Computes the gradients in the forward pass and saves them."""
+    """Compute the gradients in the forward pass, and save them."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class LinearPpoLoss(torch.autograd.Function):
 
 
 class LogitsChunk:
-    """The buffers for one chunk of rows of logits, used again for every chunk."""
+    """The buffers for one chunk of rows of logits, reused for every chunk."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How a head is computed: by which matrix product, in tiles of which size, in how much memory.
+"""How a head is computed: the matrix product, the tile size, and the memory budgets.
 
 There are two ways, with the same results up to rounding and the same layout of partial sums:
 
@@ -25,7 +25,7 @@ class HeadPlan:
 
     fused: bool
     tile_columns: int
-    # Partial sums of the forward pass. 48 MiB: all of 8,192 tokens x 128,256 words.
+    # Partial sums of the forward pass. 48 MiB: all of 8,192 tokens x 128,256 columns.
     partials_bytes: int = 48 * MIB
     # cuBLAS only: fp32 logits, small enough for the L2 cache.
     logits_bytes: int = 32 * MIB

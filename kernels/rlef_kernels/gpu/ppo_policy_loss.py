@@ -71,7 +71,7 @@ def policy_loss_kernel(
         r_B = tl.exp(log_ratio_B) * truncated_B
         surrogate_B = r_B * advantage_B
         limit_B = smaller(larger(r_B, 1 - clip_eps), 1 + clip_eps) * advantage_B
-        # where the clipped term is the smaller one, nothing depends on the policy
+        # where the clipped term is the smaller one, it does not depend on the policy
         gradient_B = tl.where(surrogate_B > limit_B, 0.0, -surrogate_B)
         tl.store(gradient_ptr + at_B, gradient_B * scale, mask=inside_B)
         loss_B -= smaller(surrogate_B, limit_B)

@@ -8,7 +8,7 @@ Both accumulate in fp32, in a fixed order, without atomics. The blocks are of co
 tokens, so that each entry of the weight's gradient (fp32, in Megatron's main_grad) is read and
 written once.
 
-FLOPs: 2 P, P = 2 T V D. Bytes: 4 T V for dz, 8 V D for main_grad, 8 T D a block for dhidden. fp32
+FLOPs: 2 P, P = 2 T V D. Bytes: 4 T V for dz, 8 V D for main_grad, 8 T D per block for dhidden. fp32
 matrices are multiplied as PyTorch is set to (`torch.backends.cuda.matmul.allow_tf32`).
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block.
@@ -32,7 +32,7 @@ def write_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """Write left right to `out`, which is fp32 or of the factors' dtype."""
     if out.device.type == "cpu":
         # For the interpreter's tests: rounds once, as cuBLAS does. (PyTorch 2.13's bf16 product on
-        # CPUs, given `out`, lets NaN through that was there before.)
+        # CPUs keeps NaN that `out` contained before.)
         out.copy_(left.float() @ right.float())
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)

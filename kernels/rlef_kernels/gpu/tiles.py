@@ -1,4 +1,4 @@
-"""What the head's kernels share: the order of tiles, a tile's product, a tile's statistics.
+"""Shared by the head's kernels: the order of tiles, a tile's product, a tile's statistics.
 
 FLOPs of a tile: 2 R C D for the product, about 8 R C for the statistics. Bytes: 12 R written.
 

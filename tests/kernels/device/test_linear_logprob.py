@@ -1,4 +1,4 @@
-"""`linear_logprob` in Triton against float64 truth, both ways of computing it."""
+"""`linear_logprob` in Triton against float64 truth, fused and with cuBLAS."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def truth(hidden, weight, target, temperature=1.0):
     return [tensor.detach() for tensor in outputs], gradients(outputs, (hidden, weight))
 
 
-def problem(device, tokens, width, vocabulary, dtype=torch.bfloat16, scale=0.3):
+def make_inputs(device, tokens, width, vocabulary, dtype=torch.bfloat16, scale=0.3):
     generator = torch.Generator().manual_seed(tokens * 31 + vocabulary)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype)
     weight = (scale * torch.randn(vocabulary, width, generator=generator)).to(device, dtype)
@@ -29,7 +29,7 @@ def problem(device, tokens, width, vocabulary, dtype=torch.bfloat16, scale=0.3):
 
 
 def gradients(outputs, inputs):
-    """Differentiate with another upstream gradient for each token and each output."""
+    """Differentiate with a different upstream gradient for each token and each output."""
     logprob, entropy = outputs
     ramp = torch.linspace(-1, 2, len(logprob), dtype=logprob.dtype, device=logprob.device)
     return torch.autograd.grad((logprob * ramp + 0.7 * entropy * ramp.flip(0)).sum(), inputs)
@@ -53,7 +53,7 @@ def error(found, expected):
     ],
 )
 def test_agrees_with_float64_truth(device, way, tokens, width, vocabulary, temperature):
-    hidden, weight, target = problem(device, tokens, width, vocabulary)
+    hidden, weight, target = make_inputs(device, tokens, width, vocabulary)
     plan = PLANS[way]
     outputs = linear_logprob_kernels(hidden, weight, target, temperature=temperature, plan=plan)
     expected, expected_grads = truth(hidden, weight, target, temperature)
@@ -64,13 +64,13 @@ def test_agrees_with_float64_truth(device, way, tokens, width, vocabulary, tempe
         return  # all gradients are 0
     for found, value in zip(gradients(outputs, (hidden, weight)), expected_grads, strict=True):
         assert found.dtype == torch.bfloat16
-        # of a single token nothing averages: roundings to bf16, up to 2e-3 each, and cancellation
+        # a single token's rounding errors, up to 2e-3 each in bf16, do not average out
         assert error(found, value) < (3e-3 if tokens > 1 else 6e-3)
 
 
 @pytest.mark.parametrize("way", PLANS)
 def test_error_is_no_worse_than_pytorch_in_bf16(device, way):
-    hidden, weight, target = problem(device, 64, 128, 700)
+    hidden, weight, target = make_inputs(device, 64, 128, 700)
     outputs = linear_logprob_kernels(hidden, weight, target, plan=PLANS[way])
     expected, expected_grads = truth(hidden, weight, target)
     logprobs_TV = torch.log_softmax((hidden @ weight.t()).float(), dim=-1)
@@ -91,7 +91,7 @@ def test_error_is_no_worse_than_pytorch_in_bf16(device, way):
 @pytest.mark.parametrize("way", PLANS)
 def test_blocks_do_not_change_the_result(device, way):
     """Small budgets: several chunks forward, several blocks of tokens and of columns backward."""
-    hidden, weight, target = problem(device, 100, 40, 600)
+    hidden, weight, target = make_inputs(device, 100, 40, 600)
     few = {"gradient_bytes": 2 * 32 * 256, "gradient_tokens": 32, "logits_bytes": 4 * 64 * 256}
     small = replace(PLANS[way], partials_bytes=12 * 3 * 40, **few)
     whole, parts = (
@@ -138,7 +138,7 @@ def test_identical_logits_have_the_log_of_the_vocabulary_as_entropy(device, way)
 def test_result_is_bitwise_repeatable(device, way):
     runs = []
     for _ in range(2):
-        hidden, weight, target = problem(device, 70, 72, 600)
+        hidden, weight, target = make_inputs(device, 70, 72, 600)
         outputs = linear_logprob_kernels(hidden, weight, target, plan=PLANS[way])
         runs.append((*outputs, *gradients(outputs, (hidden, weight))))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
@@ -146,7 +146,7 @@ def test_result_is_bitwise_repeatable(device, way):
 
 @pytest.mark.parametrize("way", PLANS)
 def test_nan_is_not_hidden(device, way):
-    hidden, weight, target = problem(device, 5, 8, 300)
+    hidden, weight, target = make_inputs(device, 5, 8, 300)
     hidden.data[2, 3] = torch.nan
     outputs = linear_logprob_kernels(hidden, weight, target, plan=PLANS[way])
     for output in outputs:
@@ -156,7 +156,7 @@ def test_nan_is_not_hidden(device, way):
 
 
 def test_tokens_without_a_gradient_change_nothing(device):
-    hidden, weight, target = problem(device, 60, 24, 300)
+    hidden, weight, target = make_inputs(device, 60, 24, 300)
     logprob, _ = linear_logprob_kernels(hidden, weight, target)
     used = torch.arange(60, device=device) % 3 == 0
     found = torch.autograd.grad((logprob * used).sum(), (hidden, weight))
@@ -168,14 +168,14 @@ def test_tokens_without_a_gradient_change_nothing(device):
 
 
 def test_no_tokens_give_empty_outputs_and_zero_gradients(device):
-    hidden, weight, target = problem(device, 0, 8, 20)
+    hidden, weight, target = make_inputs(device, 0, 8, 20)
     logprob, entropy = linear_logprob_kernels(hidden, weight, target)
     grads = torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight))
     assert grads[0].shape == (0, 8) and not grads[1].any()
 
 
 def test_gradient_is_added_to_fp32_main_grad(device):
-    hidden, weight, target = problem(device, 40, 16, 300)
+    hidden, weight, target = make_inputs(device, 40, 16, 300)
     logprob, _ = linear_logprob_kernels(hidden, weight, target)
     (expected,) = torch.autograd.grad(logprob.sum(), weight)
     weight.main_grad = torch.ones(weight.shape, device=device)
@@ -186,8 +186,8 @@ def test_gradient_is_added_to_fp32_main_grad(device):
 
 
 @pytest.mark.parametrize("width", [17, 32])
-def test_fp32_inputs_and_odd_widths_take_the_way_without_tma(device, width):
-    hidden, weight, target = problem(device, 20, width, 90, torch.float32)
+def test_fp32_inputs_and_odd_widths_use_cublas(device, width):
+    hidden, weight, target = make_inputs(device, 20, width, 90, torch.float32)
     assert not choose_plan(hidden, weight).fused
     outputs = linear_logprob_kernels(hidden, weight, target)
     expected, expected_grads = truth(hidden, weight, target)
@@ -199,9 +199,9 @@ def test_fp32_inputs_and_odd_widths_take_the_way_without_tma(device, width):
         torch.testing.assert_close(found.double(), value.double(), atol=2e-5, rtol=1e-4)
 
 
-def test_bf16_rows_that_tma_cannot_reach_are_right_too(device):
+def test_bf16_rows_without_16_byte_alignment_use_cublas(device):
     """17 columns: rows of 34 bytes."""
-    hidden, weight, target = problem(device, 40, 17, 300)
+    hidden, weight, target = make_inputs(device, 40, 17, 300)
     assert not choose_plan(hidden, weight).fused
     outputs = linear_logprob_kernels(hidden, weight, target)
     expected, expected_grads = truth(hidden, weight, target)

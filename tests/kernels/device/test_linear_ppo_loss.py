@@ -13,7 +13,7 @@ from rlef_kernels.gpu.plan import CUBLAS, FUSED
 PLANS = {"fused": FUSED, "cublas": CUBLAS}
 
 
-def problem(device, tokens, width, vocabulary, dtype=torch.bfloat16):
+def make_inputs(device, tokens, width, vocabulary, dtype=torch.bfloat16):
     generator = torch.Generator().manual_seed(tokens * 31 + vocabulary)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype)
     weight = (0.3 * torch.randn(vocabulary, width, generator=generator)).to(device, dtype)
@@ -40,7 +40,7 @@ def error(found, expected):
 @pytest.mark.parametrize("rows", [None, 40], ids=["one chunk", "several"])
 @pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(70, 72, 1000), (128, 64, 512)])
 def test_agrees_with_float64_truth(device, way, rows, tokens, width, vocabulary):
-    hidden, weight, target, policy = problem(device, tokens, width, vocabulary)
+    hidden, weight, target, policy = make_inputs(device, tokens, width, vocabulary)
     plan = PLANS[way]
     if rows is not None:
         padded = -(-vocabulary // plan.tile_columns) * plan.tile_columns
@@ -60,7 +60,7 @@ def test_agrees_with_float64_truth(device, way, rows, tokens, width, vocabulary)
 @pytest.mark.parametrize("way", PLANS)
 @pytest.mark.parametrize("rows", [None, 30], ids=["one chunk", "several"])
 def test_without_main_grad_the_gradient_is_returned(device, way, rows):
-    hidden, weight, target, policy = problem(device, 70, 40, 600)
+    hidden, weight, target, policy = make_inputs(device, 70, 40, 600)
     plan = PLANS[way] if rows is None else replace(PLANS[way], row_bytes=rows * 1024 * 2)
     options = {"clip_eps": 0.2, "temperature": 0.9}
     values = linear_ppo_loss_kernels(hidden, weight, target, policy, plan=plan, **options)
@@ -74,8 +74,8 @@ def test_without_main_grad_the_gradient_is_returned(device, way, rows):
 
 @pytest.mark.parametrize("way", PLANS)
 def test_a_confident_policy_has_right_gradients(device, way):
-    """Logits so far apart that one stored in bf16 has an error of 0.1 and more."""
-    hidden, weight, target, policy = problem(device, 60, 64, 700)
+    """Logits so large that storing one in bf16 has an error of 0.1 or more."""
+    hidden, weight, target, policy = make_inputs(device, 60, 64, 700)
     hidden = (6 * hidden.detach()).requires_grad_()
     logprob = linear_logprob_kernels(hidden, weight, target)[0].detach()
     policy = (logprob + 0.1, logprob, policy[2])
@@ -90,18 +90,18 @@ def test_a_confident_policy_has_right_gradients(device, way):
 def test_result_is_bitwise_repeatable(device):
     runs = []
     for _ in range(2):
-        hidden, weight, target, policy = problem(device, 70, 40, 600)
+        hidden, weight, target, policy = make_inputs(device, 70, 40, 600)
         values = linear_ppo_loss_kernels(hidden, weight, target, policy, clip_eps=0.2)
         runs.append((values, *torch.autograd.grad(values[0], (hidden, weight))))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 def test_no_tokens_and_no_gradients(device):
-    hidden, weight, target, policy = problem(device, 0, 8, 20)
+    hidden, weight, target, policy = make_inputs(device, 0, 8, 20)
     values = linear_ppo_loss_kernels(hidden, weight, target, policy, clip_eps=0.2)
     grads = torch.autograd.grad(values[0], (hidden, weight))
     assert not values.any() and grads[0].shape == (0, 8) and not grads[1].any()
-    hidden, weight, target, policy = problem(device, 9, 8, 20)
+    hidden, weight, target, policy = make_inputs(device, 9, 8, 20)
     with torch.no_grad():
         values = linear_ppo_loss_kernels(hidden, weight, target, policy, clip_eps=0.2)
     expected, _ = truth(hidden, weight, target, policy, clip_eps=0.2)

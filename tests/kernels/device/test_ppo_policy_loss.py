@@ -7,7 +7,7 @@ from rlef_kernels.gpu.ppo_policy_loss import policy_loss
 from rlef_kernels.ppo_policy_loss import METRICS, policy_loss_reference
 
 
-def problem(device, tokens):
+def make_inputs(device, tokens):
     """Log-probs, entropies, and (old log-probs, behaviour log-probs, advantages)."""
     generator = torch.Generator().manual_seed(tokens)
     logprobs = -torch.rand(tokens, generator=generator)
@@ -22,7 +22,7 @@ def problem(device, tokens):
 @pytest.mark.parametrize("denominator", [900.0, torch.tensor(900)])
 @pytest.mark.parametrize("tokens", [0, 1, 2500])
 def test_agrees_with_its_definition(device, tokens, denominator):
-    inputs = problem(device, tokens)
+    inputs = make_inputs(device, tokens)
     if isinstance(denominator, torch.Tensor):
         denominator = denominator.to(device)
     options = {"clip_eps": 0.2, "denominator": denominator}
@@ -41,7 +41,7 @@ def test_small_steps_have_an_exact_kl(device):
 
 @pytest.mark.parametrize("poisoned", ["logprobs", "old", "behaviour", "advantages"])
 def test_nan_in_any_input_reaches_the_loss(device, poisoned):
-    logprobs, entropy, policy = problem(device, 30)
+    logprobs, entropy, policy = make_inputs(device, 30)
     names = ("logprobs", "old", "behaviour", "advantages")
     dict(zip(names, (logprobs, *policy), strict=True))[poisoned][7] = torch.nan
     metrics, _ = policy_loss(logprobs, entropy, policy, clip_eps=0.2, denominator=30)

@@ -1,4 +1,4 @@
-"""The rows of published.toml, each beside what the planner computes for it."""
+"""Compare each row of published.toml with what the planner computes for it."""
 
 import tomllib
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class PublishedFigure:
 
     @property
     def error(self) -> float:
-        """Of the plan, relative to what was published."""
+        """The planner's error, relative to the published figure."""
         return self.planned / self.published - 1
 
 
@@ -34,8 +34,8 @@ def rows(table: str) -> list[dict[str, Any]]:
 
 
 def even_load(sequences: int, length: int, microbatches: int, ranks: int = 1) -> Load:
-    """Return the load of sequences of one length, all of whose tokens the head reads; with context
-    parallelism, of one of its `ranks`."""
+    """Return the load of sequences of one length, of which the head reads every token, on one of
+    `ranks` context-parallel ranks."""
     tokens = sequences * length / ranks
     return Load(tokens, tokens * length, tokens, microbatches)
 
@@ -77,7 +77,7 @@ def peak(network: Network, rank: int, tokens: int, microbatches: int) -> float:
 
 
 def memory() -> list[PublishedFigure]:
-    """SimuMax's GiB of the fullest rank."""
+    """Compare with SimuMax's GiB on the fullest rank."""
     length = TABLES["simumax"]["length"]
     found = []
     for row in rows("simumax"):
@@ -88,7 +88,7 @@ def memory() -> list[PublishedFigure]:
 
 
 def slice_seconds() -> list[PublishedFigure]:
-    """SimuMax's steps on B200."""
+    """Compare with SimuMax's step times on B200."""
     table = TABLES["simumax"]
     device, fitted = DEVICES[table["device"]], table["fitted"]
     found = []
@@ -103,7 +103,7 @@ def slice_seconds() -> list[PublishedFigure]:
 
 
 def training_seconds() -> list[PublishedFigure]:
-    """NVIDIA's steps on H100."""
+    """Compare with NVIDIA's step times on H100."""
     table = TABLES["dgx_cloud"]
     device, length = DEVICES[table["device"]], table["length"]
     found = []

@@ -71,7 +71,7 @@ def test_training_takes_as_long_as_nvidia_publishes():
         assert abs(row.error) < 0.12, row
 
 
-def test_slices_on_another_gpu_take_as_long_as_published_but_where_they_are_cut_smallest():
+def test_slices_on_b200_take_as_long_as_published_except_the_smallest_shards():
     """SimuMax's, with one row fitted. The plan leaves out latencies: it is a quarter too short for
     TP 8 of the 70B's layers with 4,096 tokens; three quarters of the rows are within 12%."""
     rows = published.slice_seconds()
@@ -107,7 +107,7 @@ def test_a_tied_head_is_stored_once_on_one_stage_and_twice_on_two():
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 8, 64])
 @pytest.mark.parametrize(("pipeline", "chunks"), [(1, 1), (2, 1), (4, 1), (4, 5), (8, 2)])
 def test_micro_batches_in_flight_are_those_of_megatrons_schedule(pipeline, chunks, microbatches):
-    """After its warm-up a rank has one more, while any remain."""
+    """After its warm-up a rank has one more micro-batch in flight, while any remain."""
     layout = ParallelConfig(
         pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=chunks
     )
@@ -128,9 +128,9 @@ def test_micro_batches_in_flight_are_those_of_megatrons_schedule(pipeline, chunk
     [("float32", "none"), ("float32", "selective"), ("float32", "full"), ("bfloat16", "full")],
 )
 def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, recompute):
-    """Weights, gradients and optimizer state exactly, but for Adam's step counters; in fp32 what an
-    update allocates besides, at its peak, within 6%. bfloat16 on a CPU converts to fp32 in places,
-    which is no GPU's way, so there only the state is compared."""
+    """Weights, gradients and optimizer state match, except Adam's step counters; in fp32, the peak
+    of an update's other allocations matches within 6%. In bfloat16 only the state is compared,
+    because a CPU, unlike a GPU, converts to fp32 in places."""
     write_model(tmp_path / "model", SMALL, torch.float32, torch.device("cpu"))
     overrides = (
         f'model.path="{tmp_path / "model"}"',
@@ -245,7 +245,7 @@ def test_less_memory_costs_time():
     (here,), (there,) = run.memory(), offloaded.memory()
     assert there.total < here.total
     assert offloaded.step(H100, 0).training > run.step(H100, 0).training
-    # what is parked are critic and reference, without the critic's gradients
+    # critic and reference are on the host, without the critic's gradients
     assert there.parked == pytest.approx(
         run.critic.weights(0) + run.critic.optimizer(0) + run.policy.weights(0)
     )
@@ -255,7 +255,7 @@ def test_less_memory_costs_time():
 
 
 def test_a_server_worked_by_hand():
-    """One layer of width 2, so 2 weights a matrix row; a GPU that reads 10 bytes/s."""
+    """One layer of width 2, so 2 weights per matrix row; a GPU that reads 10 bytes/s."""
     shape = LlamaShape(1, 2, 3, 1, 1, 2, vocabulary=8)
     device = replace(H100, bandwidth=10 / DECODE_MEMORY, flops=20 / PREFILL_PRODUCTS)
     server = SamplingServer(shape, device, gpus=1)
@@ -284,7 +284,7 @@ def test_steps_take_as_long_as_simulated_ones():
     assert max(map(abs, errors)) < 0.3 and sum(map(abs, errors)) / len(errors) < 0.1, errors
 
 
-def test_the_longest_dialogue_is_for_staleness_to_hide_not_for_more_servers():
+def test_staleness_hides_the_longest_dialogue_and_more_servers_do_not():
     run = run_of("llama31_70b")
     server = run.server(H100)
     few, many = (generation(run.dialogues, server, count, 1024, 2) for count in (80, 640))
@@ -310,7 +310,7 @@ def test_what_does_not_fit_is_refused_with_what_is_missing():
         refuse_without_room(flat, H100)
     with pytest.raises(ConfigError, match="tensor_parallel_size = 1: a server's weights take"):
         refuse_small_servers(replace(run, server_gpus=1), H100)
-    with pytest.raises(ConfigError, match="no layout fits; the roomiest has TP 8 x PP 1"):
+    with pytest.raises(ConfigError, match=r"no layout fits.*needs least memory has TP 8 x PP 1"):
         search.splits(run, H100, 8)
 
 
@@ -328,7 +328,7 @@ def test_every_layout_found_fits_and_the_recipes_is_no_better_than_the_best(cand
         refuse_without_room(each.run, H100)
 
 
-def test_splits_use_no_more_gpus_than_there_are_and_more_never_hurt(candidates):
+def test_splits_use_no_more_gpus_than_given_and_more_gpus_are_never_slower(candidates):
     run = run_of("llama31_8b")
     best = []
     for gpus in (16, 64, 288, 512):
@@ -359,7 +359,7 @@ def test_the_command_writes_what_it_prints(tmp_path):
     assert [rank["rank"] for rank in content["memory"]] == ["PP 0", "PP 1", "PP 2", "PP 3"]
     hours = content["step_s"] * 2000 / 3600
     assert content["gpu_hours"] == pytest.approx(hours * 2304)
-    # all that a step waits for is among the phases
+    # in async mode a step takes as long as the longest of its bounds
     assert content["step_s"] == max(content["bounds_s"].values())
 
 
@@ -368,10 +368,10 @@ def test_a_recipe_for_a_cpu_is_planned_for_one(tmp_path):
     words = ["plan", "demo", "--set", f'model.path="{tmp_path / "model"}"']
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "MiB a process" in result.output and "a floor" in result.output
+    assert "MiB per process" in result.output and "lower bound" in result.output
 
 
-def test_hopeless_requests_are_refused():
+def test_too_few_gpus_and_unknown_gpus_are_refused():
     result = CliRunner().invoke(app, ["plan", "llama31_70b", "--gpus", "16"])
     assert isinstance(result.exception, ConfigError) and "too much" in str(result.exception)
     result = CliRunner().invoke(app, ["plan", "llama31_8b", "--gpu", "abacus"])

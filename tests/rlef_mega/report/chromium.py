@@ -1,5 +1,5 @@
-"""A headless Chromium to look at pages with, over its debugging pipe: messages end with a NUL, ours
-go to its file descriptor 3, its own come from 4."""
+"""Control a headless Chromium over its debugging pipe: messages end with a NUL; we write to its
+file descriptor 3, and read from 4."""
 
 import base64
 import json
@@ -80,7 +80,7 @@ class Chromium:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self.writer)  # the end of its commands ends it
+        os.close(self.writer)  # Chromium exits when this pipe closes
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -130,7 +130,7 @@ class Chromium:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, address: str | Path) -> None:
-        """Returns when the page has loaded, with the scripts that it ends with."""
+        """Return when the page has loaded and its scripts have run."""
         self.events.clear()
         url = address.as_uri() if isinstance(address, Path) else address
         self.call("Page.navigate", url=url)
@@ -138,7 +138,7 @@ class Chromium:
             self.events.append(self.receive())
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression of JavaScript, awaited; RuntimeError where it throws."""
+        """Return a JavaScript expression's awaited value. Raises RuntimeError if it throws."""
         answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -147,7 +147,7 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 20) -> Any:
-        """The value of the expression, once it is true."""
+        """Return the value of the expression, once it is true."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
             if time.monotonic() > end:
@@ -163,8 +163,8 @@ class Chromium:
             self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def faults(self) -> list[str]:
-        """Of the page since it was opened: exceptions, refused loads and scripts."""
-        self.evaluate("0")  # what has been sent before comes before the answer
+        """Return the exceptions, refused loads and refused scripts since the page was opened."""
+        self.evaluate("0")  # earlier events arrive before the answer
         found = []
         for event in self.events:
             parameters = event.get("params", {})
@@ -175,7 +175,7 @@ class Chromium:
         return found
 
     def requests(self) -> list[str]:
-        """Addresses that the page has asked for since it was opened."""
+        """Return the URLs that the page has requested since it was opened."""
         return [
             event["params"]["request"]["url"]
             for event in self.events

@@ -1,5 +1,5 @@
-"""The page in a real browser: what is chosen is shown, what a program wrote stays text, and
-thousands of episodes cost no more than the one that is read."""
+"""The report page in a real browser: filters, keys and links work, untrusted text stays text, and
+only the visible episodes of thousands cost time."""
 
 import json
 import time
@@ -38,7 +38,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def page(chromium: Chromium, finished: Path) -> Iterator[Chromium]:
-    """The browser with the finished run's page, which must come to its end without a fault."""
+    """Open the finished run's page; the test fails if the page reports a fault."""
     if not (finished / "report.html").exists():
         write_report(finished)
     chromium.open(finished / "report.html")
@@ -64,7 +64,7 @@ def choose(page: Chromium, **values: str) -> None:
 
 
 def count(page: Chromium) -> int:
-    """Of the episodes that fit the filters."""
+    """Return the number of episodes that match the filters."""
     shown = page.wait_for(f"{TEXT.format('count')}.match(/^[\\d,]+(?= of)/)")[0]
     return int(shown.replace(",", ""))
 
@@ -74,7 +74,7 @@ def dialogue(page: Chromium) -> str:
     return page.evaluate(TEXT.format("dialogue"))
 
 
-def test_the_page_asks_for_nothing_and_shows_the_first_episode(page, finished):
+def test_the_page_requests_only_itself_and_shows_the_first_episode(page, finished):
     assert [url.partition(":")[0] for url in page.requests()] == ["file"]
     stage, first = records(finished)[0]
     assert count(page) == len(records(finished)) == 150
@@ -131,7 +131,7 @@ def test_keys_move_search_and_change_what_is_shown(page):
     assert page.evaluate("document.getElementById('colour').value") == "logprobs"
 
 
-def test_the_address_keeps_what_was_chosen(page):
+def test_the_url_restores_the_view_after_a_reload(page):
     choose(page, by_stage="after", by_outcome="repair", colour="versions")
     page.press("j", "j")
     before = (count(page), dialogue(page))
@@ -163,7 +163,7 @@ def test_coloured_tokens_are_the_response_with_the_recorded_numbers(page, finish
         assert "".join(page.evaluate(PARTS.format("#turn-1 .token"))) == turn["response"]
 
 
-def test_a_program_is_shown_with_what_changed_since_the_one_before(page, finished):
+def test_changes_since_the_previous_program_are_marked(page, finished):
     choose(page, by_stage="after", by_turn="2", by_outcome="repair")
     known = [e for stage, e in records(finished) if stage == "after" and e["solved"]]
     both = [e for e in known if len(e["turns"]) == 2 and e["turns"][0]["program"]]
@@ -175,7 +175,7 @@ def test_a_program_is_shown_with_what_changed_since_the_one_before(page, finishe
     assert less and less[0] in before and more[0] in after and less != more
 
 
-def test_hostile_text_makes_no_element_and_runs_nothing(chromium, tmp_path):
+def test_injected_markup_creates_no_element_and_runs_no_script(chromium, tmp_path):
     run = hostile_run(tmp_path / "<b>run<script>", INJECTION)
     chromium.open(write_report(run))
     chromium.wait_for(OPENED)
@@ -191,7 +191,7 @@ def test_hostile_text_makes_no_element_and_runs_nothing(chromium, tmp_path):
     assert clip(INJECTION, 80) in chromium.evaluate(TEXT.format("list"))
 
 
-def test_text_that_would_turn_or_hide_its_neighbours_is_named(chromium, tmp_path):
+def test_bidirectional_overrides_are_shown_by_name(chromium, tmp_path):
     run = hostile_run(tmp_path / "run", "a\x00\u202egnp.exe\u2066 שלום 😀")
     chromium.open(write_report(run))
     chromium.wait_for(OPENED)
@@ -199,7 +199,7 @@ def test_text_that_would_turn_or_hide_its_neighbours_is_named(chromium, tmp_path
 
 
 @pytest.mark.timing
-def test_ten_thousand_episodes_cost_the_page_no_more_than_those_seen(chromium, tmp_path):
+def test_of_ten_thousand_episodes_only_visible_rows_are_created(chromium, tmp_path):
     turn = make_turn("prompt", "Hi", "Hello", valid=True, last=False)
     episodes = [
         {"problem_id": f"p-{n}", "family": "f", "tags": [], "solved": False, "turns": [turn] * 3}
@@ -209,7 +209,7 @@ def test_ten_thousand_episodes_cost_the_page_no_more_than_those_seen(chromium, t
     started = time.monotonic()
     chromium.open(write_report(tmp_path))
     chromium.wait_for(OPENED)
-    assert time.monotonic() - started < 60  # on a busy machine; docs/seeing.md has it measured
+    assert time.monotonic() - started < 60  # on a busy machine; docs/seeing.md has measured times
     assert count(chromium) == 10_000
     rows = 'document.querySelectorAll("#rows .row").length'
     assert 10 < chromium.evaluate(rows) < 60
@@ -279,7 +279,7 @@ def test_highlighting_takes_time_in_proportion_to_the_text(functions, piece):
         assert time.monotonic() - started < 8  # quadratic: minutes
 
 
-def test_a_difference_leads_from_one_program_to_the_next(functions):
+def test_a_diff_reproduces_both_programs(functions):
     wrong = functions.evaluate(
         """(() => {
           let seed = 7;

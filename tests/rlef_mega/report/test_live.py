@@ -1,4 +1,4 @@
-"""The page of a run that goes on comes from this machine, for this machine, and has what is new."""
+"""The live page follows a run, and is served to this machine only."""
 
 import http.client
 import json
@@ -41,7 +41,7 @@ def add_a_step(run: Path, step: int) -> None:
         file.write(json.dumps(json.loads(last) | {"step": step}) + "\n")
 
 
-def test_the_page_is_new_when_the_run_is_and_only_then(server, run):
+def test_the_page_is_rendered_again_only_when_the_run_has_changed(server, run):
     (run / "progress").write_text("update begins\n")
     first = get(server, "/")[1]
     state = json.loads(get(server, "/state")[1])
@@ -54,22 +54,22 @@ def test_the_page_is_new_when_the_run_is_and_only_then(server, run):
     assert not (run / "report.html").exists()
 
 
-def test_it_answers_its_own_machine_alone_and_gives_no_files(server, run):
+def test_it_answers_only_requests_to_localhost_and_serves_no_files(server, run):
     port = server.server_port
     assert server.server_address[0] == "127.0.0.1"
     assert get(server, "/", f"localhost:{port}")[0] == 200
-    assert get(server, "/", f"evil.example:{port}")[0] == 403  # a name that was led here
+    assert get(server, "/", f"evil.example:{port}")[0] == 403  # as in DNS rebinding
     for path in ("/config.toml", "/../config.toml", "//etc/passwd", "/state/"):
         assert get(server, path)[0] == 404
 
 
-def test_a_run_that_is_none_is_refused_at_once(tmp_path):
+def test_a_path_that_is_no_run_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="is not a run directory"):
         LiveServer([tmp_path / "absent"], port=0, episodes=10)
 
 
 @pytest.mark.skipif(not find_chromium(), reason="needs Chromium (Debian: chromium)")
-def test_an_open_page_takes_up_a_new_step_and_keeps_what_was_chosen(server, run):
+def test_an_open_page_shows_a_new_step_and_keeps_the_chosen_episode(server, run):
     with Chromium() as browser:
         browser.open(server.address)
         browser.wait_for("document.documentElement?.dataset.openedMs")

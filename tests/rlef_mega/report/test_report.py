@@ -1,4 +1,4 @@
-"""The page of a run shows what was measured, and what a program wrote stays text."""
+"""The report page shows what was measured, and untrusted text stays text."""
 
 import base64
 import hashlib
@@ -34,7 +34,7 @@ INJECTION = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)
 
 
 class Page(HTMLParser):
-    """Elements, attributes and text of a page; says so when its tags do not pair up."""
+    """Parse a page's elements, attributes and text; fails if its tags do not match."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -48,7 +48,7 @@ class Page(HTMLParser):
         assert self.open == [], f"never closed: {self.open}"
 
     def handle_starttag(self, tag, attrs):
-        assert len({name for name, _ in attrs}) == len(attrs), f"twice an attribute: {tag} {attrs}"
+        assert len({name for name, _ in attrs}) == len(attrs), f"duplicate attribute: {tag} {attrs}"
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
@@ -135,7 +135,7 @@ def test_the_page_needs_nothing_from_outside(finished_report):
     html, page = finished_report
     html = re.sub(
         '(<script type="text/plain"[^>]*>)[^<]*', r"\1", html
-    )  # base64 can spell anything
+    )  # base64 may contain "http" by chance
     assert "http" not in html.replace("http-equiv", "")
     assert "url(" not in html.replace("url(#", "") and "@import" not in html
     for tag, attributes in page.elements:
@@ -145,7 +145,7 @@ def test_the_page_needs_nothing_from_outside(finished_report):
             assert (attributes.get(name) or "#").startswith("#")
 
 
-def test_links_lead_somewhere_and_drawings_keep_their_text_as_text(finished_report):
+def test_links_have_targets_and_the_text_of_plots_stays_text(finished_report):
     _, page = finished_report
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     for tag, attributes in page.elements:
@@ -197,7 +197,7 @@ def test_every_recorded_episode_can_be_read(finished, finished_report):
 
 
 def hostile_run(run: Path, text: str) -> Path:
-    """`text` in every place that holds text."""
+    """Write a run with `text` in every field that holds text."""
     turn = make_turn(text, "Hi", "Hello", valid=True, last=False)
     turn |= {"response": f"{text}\n```python\n{text}\n```", "program": text}
     turn["public"] = [dict.fromkeys(("input", "expected", "observed", "status", "stderr"), text)]
@@ -232,7 +232,7 @@ def test_injected_markup_stays_text(tmp_path):
     assert all(turn["program"] == INJECTION for d in page.dialogues for turn in d["turns"])
 
 
-def test_text_that_does_not_show_or_misleads_is_shown_by_name(tmp_path):
+def test_invisible_and_misleading_characters_are_shown_by_name(tmp_path):
     deceit = "a\x00b\x1b[31m\u202egnp.exe\u2066\u200b\ud800\x85 שלום 😀"
     html, page = report(hostile_run(tmp_path / "run", deceit))
     unseen = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ud800]"
@@ -258,7 +258,7 @@ def test_ten_megabytes_of_output_are_cut_to_head_and_tail(tmp_path):
             assert "characters left out" in shown["response"] and "pieces" not in shown
 
 
-def test_a_missing_piece_leaves_the_rest(run, tmp_path):
+def test_a_missing_file_leaves_the_rest_of_the_page(run, tmp_path):
     heads = {
         "manifest.json": "CPU, 2 cores",
         "metrics.jsonl": "Gradient norm",
@@ -310,13 +310,13 @@ def test_a_line_cut_off_by_a_kill_is_named_and_the_rest_is_shown(run):
     assert "before.json: left out" in page.text
 
 
-def test_bytes_that_are_no_archive_are_named(run):
+def test_a_damaged_archive_is_named(run):
     (run / "eval" / "after_episodes.jsonl.zst").write_bytes(b"not zstandard at all")
     _, page = report(run)
-    assert "after_episodes.jsonl.zst: read up to damaged bytes" in page.text
+    assert "after_episodes.jsonl.zst: damaged, read in part" in page.text
 
 
-def test_a_step_done_again_after_a_resume_counts_once(run):
+def test_a_step_repeated_after_a_resume_counts_once(run):
     write_metrics(run, [{"step": 1, "kl": 1}, {"step": 2, "kl": 2}, {"step": 2, "kl": 3}])
     assert [record["kl"] for record in read_run(run).metrics] == [1, 3]
 
@@ -359,7 +359,7 @@ def test_of_many_recorded_steps_some_are_shown_over_the_whole_run(run):
     assert len(stages) == STEPS_SHOWN and (stages[0], stages[-1]) == ("step 99", "step 1")
 
 
-def test_the_page_says_when_it_holds_no_more_episodes(run):
+def test_the_page_says_when_it_leaves_episodes_out(run):
     page = Page(write_report(run, episodes=20).read_text(encoding="utf-8"))
     assert len(page.dialogues) == 20 and "recorded, at most 20." in page.text
     assert Page(write_report(run).read_text(encoding="utf-8")).text.count("at most") == 0
@@ -377,7 +377,7 @@ def shown_turn(run: Path, turn: Any) -> Any:
     return Page(write_report(run).read_text(encoding="utf-8")).dialogues[0]["turns"][0]
 
 
-def test_pieces_fit_the_text_that_is_shown_as_javascript_counts(tmp_path):
+def test_pieces_are_lengths_of_the_shown_text_in_utf16_units(tmp_path):
     shown = shown_turn(tmp_path, token_turn("a\x00\u202e😀 end", [2, 1, 1]))
     assert shown["response"] == "a␀⟨U+202E⟩😀 end"
     assert shown["pieces"] == [2, 8, 2]  # a character beyond U+FFFF is two to JavaScript
@@ -403,7 +403,7 @@ def side_by_side(tmp_path_factory) -> tuple[list[Path], Page]:
     return runs, Page(path.read_text(encoding="utf-8"))
 
 
-def test_two_runs_side_by_side_tell_in_what_they_differ(side_by_side):
+def test_a_page_of_two_runs_lists_their_differences(side_by_side):
     _, page = side_by_side
     assert re.search(r"Differences between the runs settingab run\.seed78 Result", page.text)
     assert "a: multi-turn" in page.text and "b: multi-turn" in page.text
@@ -433,10 +433,10 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     runs = [tmp_path / place / "run" for place in ("x", "y")]
     assert list(read_runs(runs)) == ["x/run", "y/run"]
     assert write_report(*runs).name == "against_y_run.html"
-    with pytest.raises(ValueError, match="beside itself"):
+    with pytest.raises(ValueError, match="given twice"):
         write_report(runs[0], runs[0])
 
 
-def test_not_a_run_directory_is_said_plainly(tmp_path):
+def test_a_path_that_is_no_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a run directory"):
         write_report(tmp_path / "absent")
