@@ -37,7 +37,7 @@ def placeholder_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
 
 
 def check_upstream_is_one(grad_loss: torch.Tensor) -> None:
-    """Raise if the upstream gradient is not 1, for which the forward pass filled main_grad."""
+    """Raise if the upstream gradient is not 1, as the forward pass assumed in main_grad."""
     if grad_loss.device.type == "cpu" and grad_loss != 1:
         raise ValueError(
             f"the loss has the upstream gradient {float(grad_loss)}, but main_grad already holds "

@@ -73,7 +73,7 @@ class Network:
 
     @cached_property
     def stages(self) -> Stages:
-        """The stages, by the trainer's own rule."""
+        """The pipeline stages, as the trainer divides them."""
         one_copy = self.parallel.model_copy(update={"data_parallel_size": 1})
         head_cost = self.shape.table_parameters / self.shape.layer_products
         return cut(self.shape.layers, one_copy, 0.0 if self.head == "value" else head_cost)
@@ -116,7 +116,7 @@ class Network:
         return (12 if self.weight_bytes == 2 else 8) * self.parameters(rank) / self.data
 
     def layer_bytes(self, recompute: str) -> float:
-        """Return what backward keeps of one layer for a token."""
+        """Return the bytes per token that backward keeps of one layer."""
         shape, t = self.shape, self.tensor
         norms = 4 * shape.hidden / self.sequence_shards
         attention = 2 * (shape.heads + shape.key_value_heads) * shape.head_dim / t
@@ -139,7 +139,7 @@ class Network:
         return min(microbatches * chunks, warmup + 1) / chunks
 
     def activations(self, rank: int, tokens: int, microbatches: int) -> float:
-        """Return what backward keeps of micro-batches of `tokens` tokens."""
+        """Return the bytes that backward keeps of micro-batches of `tokens` tokens."""
         kept = self.layers[rank] * self.layer_bytes(self.recompute)
         if self.is_last(rank):  # the final norm's input and output
             kept += 2 * self.weight_bytes * self.shape.hidden / self.sequence_shards
@@ -154,14 +154,14 @@ class Network:
         return max(peaks) + self.weight_bytes * matrices
 
     def layer_scratch(self, tokens: int) -> float:
-        """Return what the backward pass of a layer allocates."""
+        """Return the bytes that the backward pass of a layer allocates."""
         block = 3 * self.weight_bytes * self.shape.ffn / self.tensor
         again = {"none": 0.0, "selective": block, "full": self.layer_bytes("none")}
         return tokens * (block + again[self.recompute] + self.gathered_bytes)
 
     @property
     def gathered_bytes(self) -> float:
-        """What sequence parallelism gathers of a token for a product."""
+        """Bytes per token that sequence parallelism gathers for a matrix product."""
         return self.weight_bytes * self.shape.hidden if self.sequence_shards > 1 else 0.0
 
     def head_scratch(self, tokens: int, read: int) -> float:

@@ -78,7 +78,7 @@ class StepTime:
 
     @property
     def bound_by(self) -> str:
-        """The largest term of the longest of `bounds`."""
+        """What limits the step: the longest of `bounds`, or the largest term of training."""
         parts = self.terms | {"move": self.move, "publish": self.publish}
         if self.generation and self.is_async:
             bound = max(self.bounds, key=self.bounds.__getitem__)
@@ -231,7 +231,7 @@ class PlannedRun:
     def load(self, network: Network, passes: str) -> Load:
         """Return the load of an update (TRAINING), or of scoring the batch (FORWARD)."""
         size = self.batch // self.updates if passes == TRAINING else self.batch
-        # micro-batches are a multiple of the stages (`Ranks.microbatch_multiple`)
+        # the number of micro-batches is a multiple of the stages (`Ranks.microbatch_multiple`)
         return fullest_load(
             self.shape,
             self.dialogues,
@@ -242,7 +242,7 @@ class PlannedRun:
         )
 
     def step(self, device: Device, sampling_gpus: int) -> StepTime:
-        """Compute a step's time; `sampling_gpus` are the servers', not the embedded engine's."""
+        """Compute a step's time. `sampling_gpus` counts the servers' GPUs; 0 without servers."""
 
         def of(network: Network, passes: str, times: int = 1) -> Terms:
             terms = seconds(network, device, self.load(network, passes), passes)

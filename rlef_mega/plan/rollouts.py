@@ -129,7 +129,7 @@ class SamplingServer:
 
     @property
     def step_s(self) -> float:
-        """A decoding step without the contexts."""
+        """Seconds of a decoding step, without reading the contexts."""
         all_reduces = 2 * self.shape.layers * ALL_REDUCE_S if self.gpus > 1 else 0.0
         return 2 * self.shape.parameters / self.bandwidth + all_reduces
 

@@ -1,5 +1,5 @@
 // Highlight keywords, strings, numbers and comments. One regular expression rather than a parser, because much of what a
-// model writes does not parse. No alternative matches and then gives back text, so hostile text takes linear time. A piece
+// model writes does not parse. No alternative backtracks over text it has matched, so hostile text takes linear time. A piece
 // is [class, text]; the texts of all pieces joined are the input.
 const WORDS = {
   python: {

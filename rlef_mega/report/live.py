@@ -22,7 +22,7 @@ FILES = ("config.toml", "manifest.json", "metrics.jsonl", "eval/*", "episodes/*.
 
 
 class LiveServer(ThreadingHTTPServer):
-    """A server of the page of these runs; `serve_forever` serves it.
+    """Serve the page of these runs, with `serve_forever`.
 
     Raises ValueError if a run is not a directory, OSError if the port is in use.
     """

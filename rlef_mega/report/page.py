@@ -119,7 +119,7 @@ def leaves(tree: Json) -> dict[str, str]:
 
 def differences(runs: Mapping[str, RunFiles]) -> dict[str, list[str]]:
     """Return the keys of recipes and manifests whose values differ between runs, with the values.
-    Each run has its own folder and time, so these are left out."""
+    Folder and start time always differ, so these are left out."""
     trees = [leaves(files.config) | leaves(files.manifest) for files in runs.values()]
     keys = dict.fromkeys(key for tree in trees for key in tree if key not in OWN_KEYS)
     values = {key: [tree.get(key, display.DASH) for tree in trees] for key in keys}

@@ -38,7 +38,7 @@ assign_nodes() { # set NODES and GROUP from Slurm's variables, or stop
     GROUP[sandbox]=${GROUP[sandbox]:-${GROUP[rollout]:-0}}
 }
 
-step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: become srun, with output in LOGS/NAME.log, labelled by task
+step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: exec srun, with output in LOGS/NAME.log, labelled by task
     local name=$1 role=$2 per_node=$3
     shift 3
     local nodes=${NODES[$role]} flags=("${STEP_FLAGS[@]}") count

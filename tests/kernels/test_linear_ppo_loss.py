@@ -19,7 +19,7 @@ def make_inputs(tokens, width=8, vocabulary=50, dtype=torch.float32):
 
 
 def composed(hidden, weight, target, *policy, temperature=1.0, denominator=None):
-    """The loss by its definition, with clip_eps 0.2, and its metrics."""
+    """Compute the loss by its definition, with clip_eps 0.2, and its metrics."""
     logprob, entropy = linear_logprob(hidden, weight, target, temperature=temperature)
     old, behaviour, advantages = policy
     denominator = max(1, len(target)) if denominator is None else denominator

@@ -8,7 +8,7 @@ from rlef_kernels.ppo_policy_loss import METRICS, policy_loss_reference
 
 
 def make_inputs(device, tokens):
-    """Log-probs, entropies, and (old log-probs, behaviour log-probs, advantages)."""
+    """Return log-probs, entropies, and (old log-probs, behaviour log-probs, advantages)."""
     generator = torch.Generator().manual_seed(tokens)
     logprobs = -torch.rand(tokens, generator=generator)
     noise = [0.3 * torch.randn(tokens, generator=generator) for _ in range(2)]

@@ -218,7 +218,7 @@ def test_a_pipelines_bubble_shrinks_with_chunks_and_micro_batches():
 
     assert bubble(5, 4) == pytest.approx(3 / (5 * 4))
     assert bubble(5, 8) == pytest.approx(3 / (5 * 8))
-    # without chunks there are exchanges that nothing hides, too
+    # without chunks, the exchanges between stages are not overlapped
     assert 3 / 4 < bubble(1, 4) < 0.8
 
 
@@ -269,8 +269,8 @@ def test_a_server_worked_by_hand():
 
 
 def test_steps_take_as_long_as_simulated_ones():
-    """The simulation plays the same dialogues request by request: each row is within 30%, their
-    mean error within a tenth."""
+    """The simulation ran the same dialogues request by request: each row is within 30%, the mean
+    error within 10%."""
     errors = []
     for row in published.rows("simulated"):
         run = run_of(f"llama31_{row['model'].lower()}")
