@@ -45,7 +45,7 @@ def test_a_job_that_is_requeued_and_then_preempted_goes_on(runs, undisturbed, tm
     other = runs.cluster.run(*words, "--output=/dev/null", "--wrap=sleep 1").strip()
     runs.cluster.wait_for(lambda: runs.cluster.state(other) == "COMPLETED", 200)
     said = runs.wait(run, job)
-    assert "stopped and saved" in said and "it was preempted" in said, said
+    assert "stopped and saved" in said and "the job was preempted" in said, said
     assert runs.cluster.field(job, "Restarts") == "2"
     assert metrics(run) == undisturbed
 
