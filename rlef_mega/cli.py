@@ -307,21 +307,6 @@ def view(
 
 
 @app.command()
-def track(
-    run: Annotated[Path, typer.Argument(help="a run directory")], overrides: Overrides = None
-) -> None:
-    """Send all recorded steps of a run to its recipe's trackers, or to those of --set track.…"""
-    from rlef_mega.run.directory import RunDirectory
-    from rlef_mega.run.trackers import asked_for, check_trackers, send_recorded
-
-    config = load_config(run / "config.toml", [*(overrides or []), f"run.dir={run}"], TrainConfig)
-    check_trackers(config.track)
-    records = RunDirectory(run).read_metrics()
-    send_recorded(config, records)
-    print(f"{len(records)} steps to {', '.join(asked_for(config.track)) or 'no tracker'}")
-
-
-@app.command()
 def doctor() -> None:
     """Show this machine's device, package versions, accelerations and sandbox layers."""
     import torch

@@ -149,7 +149,7 @@ class ServersConfig(Section):
 class RolloutConfig(Section):
     episodes_per_batch: int = Field(1024, gt=0)
     turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
-    feedback: Literal["true", "none", "random", "private"] = "true"
+    feedback: Literal["true", "none", "private"] = "true"
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(1024, gt=0)
     max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")
@@ -284,10 +284,6 @@ class TrackConfig(Section):
     wandb_mode: Literal["online", "offline"] = Field(
         "online", description="offline: write into the run's wandb/, for `wandb sync`"
     )
-    mlflow_experiment: str | None = None
-    mlflow_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI")
-    trackio_project: str | None = None
-    trackio_space: str | None = Field(None, description="a Space of the Hub; default: local")
 
 
 class TrainConfig(Section):

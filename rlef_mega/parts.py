@@ -7,7 +7,7 @@ as long as the process.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from rlef_mega import metrics
 from rlef_mega.config import TrainConfig
 from rlef_mega.dialogues.batches import NumberedDialogues
 from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.dialogues.distractors import collect_distractors
 from rlef_mega.dialogues.judge import Grader, Judge, open_grader
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import TrainingEngine
@@ -112,11 +111,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
             StepProgress("RLEF", done=done, total=config.run.steps, shown=ranks.is_writer)
         )
         trackers = stack.enter_context(Trackers(config, done=done, writer=ranks.is_writer))
-        judge = Judge(grader)
-        if rules.feedback == "random":
-            found = collect_distractors(problems, config.data.train, judge, seed=config.run.seed)
-            rules = replace(rules, distractors=found)
-        loop = DialogueLoop(engine, judge, chat, rules)
+        loop = DialogueLoop(engine, Judge(grader), chat, rules)
         if ranks.is_writer:
             run.write_json("manifest.json", run_manifest(config, grader, ranks.device))
         yield Parts(

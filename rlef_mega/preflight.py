@@ -18,7 +18,6 @@ from rlef_mega.config import (
     load_config,
     requires_extra,
 )
-from rlef_mega.dialogues.distractors import with_wrong_programs
 from rlef_mega.dialogues.judge import check_servers
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
@@ -61,10 +60,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
         check_weights(Path(config.model.weights), Path(config.model.path))
     check_trackers(config.track)
     check_servers(config.judge, grading_token)
-    problems = load_problems(config.data.train)
-    if config.rollout.feedback == "random":
-        with_wrong_programs(problems, config.data.train, config.run.seed)
-    for source in (config.data.valid, config.data.test):
+    for source in (config.data.train, config.data.valid, config.data.test):
         if source:
             load_problems(source)
 

@@ -22,8 +22,8 @@ Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes}, `chec
 codecontests, livecodebench, unordered_lines, or {"program": "def check(stdin, expected, actual):
 ..."}, which gets bytes and returns a bool), `language` (python, cpp), `template` (codecontests,
 humaneval, mbpp, curriculum), `entry_point`, `prelude` (code that stands before every program),
-`family`, `difficulty` and `tags` (breakdowns in reports), `wrong_programs` (known to fail: random
-feedback is made from them). Unknown keys are refused.
+`family`, `difficulty` and `tags` (breakdowns in reports), `wrong_programs` (known to fail).
+Unknown keys are refused.
 """
 
 import ast

@@ -1,5 +1,4 @@
-"""Wrong programs made from right ones, for data sets that have solutions but no wrong programs:
-random feedback is made from them (RLEF C.2).
+"""Wrong programs made from right ones, for data sets that have solutions but no wrong programs.
 
 A mutant differs from the solution in one comparison, operator or number, or returns nothing. Most
 mutants are wrong; the sandbox decides which.

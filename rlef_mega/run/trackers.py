@@ -1,10 +1,10 @@
-"""Experiment trackers: TensorBoard, W&B, MLflow and trackio receive the numbers of metrics.jsonl.
+"""Experiment trackers: TensorBoard and W&B receive the numbers of metrics.jsonl.
 
 Theory of operation: in the process that writes the run directory, each tracker has a thread that
 opens it and sends it each step's numbers from a queue. Training never waits for a tracker. One that
 cannot be opened, or fails, is reported on stderr and dropped; at the end of a run all have
 `CLOSE_S` seconds to empty their queues. The threads are daemons, so none keeps a process alive.
-metrics.jsonl is the record: `send_recorded` sends it again.
+metrics.jsonl is the record.
 """
 
 import contextlib
@@ -16,69 +16,55 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from time import monotonic, time
-from types import TracebackType
+from time import monotonic
 from typing import Any
 
 from rlef_mega.config import ConfigError, TrackConfig, TrainConfig, flatten
 
 CLOSE_S = 60.0
-SEND_S = 3600.0  # to send all steps of a run at once
-MLFLOW_PARAMETERS = 100  # MLflow's limit for one request
-MLFLOW_CHARACTERS = 500  # MLflow's limit for one parameter
 
-Numbers = dict[str, float]
-Log = Callable[[int, Numbers], None]
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """A run as trackers see it. `name` stays the same when the run resumes; steps after `done` are
-    new."""
-
-    path: Path
-    name: str
-    settings: dict[str, Any]  # the resolved recipe, by dotted keys
-    done: int
+Log = Callable[[int, dict[str, float]], None]
+Opener = Callable[[TrainConfig, int], AbstractContextManager[Log]]
 
 
 @contextmanager
-def tensorboard(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
+def tensorboard(config: TrainConfig, done: int) -> Iterator[Log]:
     """Write event files into the run's folder tensorboard/."""
     from torch.utils.tensorboard import SummaryWriter
 
     # hide what a killed run wrote after the checkpoint from which it resumes
-    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=run.done + 1)
+    writer = SummaryWriter(str(Path(config.run.dir, "tensorboard")), purge_step=done + 1)
 
-    def log(step: int, numbers: Numbers) -> None:
+    def log(step: int, numbers: dict[str, float]) -> None:
         for name, number in numbers.items():
             writer.add_scalar(name, number, step)
         writer.flush()
 
     try:
-        if not run.done:
-            writer.add_text("recipe", f"```\n{json.dumps(run.settings, indent=1)}\n```")
+        if not done:
+            recipe = json.dumps(flatten(config.model_dump()), indent=1)
+            writer.add_text("recipe", f"```\n{recipe}\n```")
         yield log
     finally:
         writer.close()
 
 
 @contextmanager
-def wandb(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
+def wandb(config: TrainConfig, done: int) -> Iterator[Log]:
     """Log online, or into the run's folder wandb/ for `wandb sync`."""
     import wandb
 
+    path = Path(config.run.dir)
     tracked = wandb.init(
-        project=asked.wandb_project,
-        id=run.name,
-        name=run.path.resolve().name,
-        dir=str(run.path),
-        mode=asked.wandb_mode,
+        project=config.track.wandb_project,
+        id=own_name(path),
+        name=path.resolve().name,
+        dir=str(path),
+        mode=config.track.wandb_mode,
         resume="allow",
-        config=run.settings,
+        config=flatten(config.model_dump()),
         settings=wandb.Settings(console="off", silent=True),
     )
     # W&B's own step must not decrease, and that of a resumed run does
@@ -89,75 +75,12 @@ def wandb(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
         tracked.finish()
 
 
-@contextmanager
-def mlflow(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
-    """Log to `mlflow_uri`, or to MLFLOW_TRACKING_URI."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param, RunTag
-
-    client = MlflowClient(tracking_uri=asked.mlflow_uri)
-    found = client.get_experiment_by_name(str(asked.mlflow_experiment))
-    experiment = (
-        found.experiment_id if found else client.create_experiment(str(asked.mlflow_experiment))
-    )
-    known = client.search_runs([experiment], f"tags.rlef_run = '{run.name}'")
-    if known:
-        run_id = known[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-    else:
-        name = run.path.resolve().name
-        run_id = client.create_run(experiment, run_name=name).info.run_id
-        client.log_batch(run_id, tags=[RunTag("rlef_run", run.name)])
-        settings = [Param(k, str(v)[:MLFLOW_CHARACTERS]) for k, v in run.settings.items()]
-        for start in range(0, len(settings), MLFLOW_PARAMETERS):
-            client.log_batch(run_id, params=settings[start : start + MLFLOW_PARAMETERS])
-
-    def log(step: int, numbers: Numbers) -> None:
-        now = int(1000 * time())
-        client.log_batch(run_id, [Metric(k, v, now, step) for k, v in numbers.items()])
-
-    try:
-        yield log
-    finally:
-        client.set_terminated(run_id)
-
-
-@contextmanager
-def trackio(run: TrackedRun, asked: TrackConfig) -> Iterator[Log]:
-    """Log to trackio's local database, or to a Space of the Hub."""
-    import trackio
-
-    tracked = trackio.init(
-        project=str(asked.trackio_project),
-        name=run.name,
-        space_id=asked.trackio_space,
-        resume="allow",
-        config=run.settings,
-        embed=False,
-    )
-    try:
-        yield lambda step, numbers: tracked.log(dict(numbers), step=step)
-    finally:
-        tracked.finish()
-
-
-Opener = Callable[[TrackedRun, TrackConfig], AbstractContextManager[Log]]
-OPENERS: dict[str, Opener] = {
-    "tensorboard": tensorboard,
-    "wandb": wandb,
-    "mlflow": mlflow,
-    "trackio": trackio,
-}
+OPENERS: dict[str, Opener] = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def asked_for(asked: TrackConfig) -> list[str]:
     """Return the names of the trackers that a recipe asks for."""
-    switches = {
-        "tensorboard": asked.tensorboard,
-        "wandb": asked.wandb_project,
-        "mlflow": asked.mlflow_experiment,
-        "trackio": asked.trackio_project,
-    }
+    switches = {"tensorboard": asked.tensorboard, "wandb": asked.wandb_project}
     return [name for name, switch in switches.items() if switch]
 
 
@@ -185,12 +108,8 @@ class Trackers:
         openers: Mapping[str, Opener] = OPENERS,
     ) -> None:
         self.close_s = close_s
-        path = Path(config.run.dir)
         names = asked_for(config.track) if writer else []
-        self.followers: list[Follower] = []
-        if names:
-            run = TrackedRun(path, own_name(path), flatten(config.model_dump(), "."), done)
-            self.followers = [Follower(name, openers[name], run, config.track) for name in names]
+        self.followers = [Follower(name, openers[name](config, done)) for name in names]
 
     def __enter__(self) -> "Trackers":
         for follower in self.followers:
@@ -202,12 +121,7 @@ class Trackers:
         for follower in self.followers:
             follower.waiting.put((record["step"], numbers_of(record)))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         end = monotonic() + self.close_s
         for follower in self.followers:
             follower.waiting.put(None)
@@ -220,28 +134,22 @@ class Trackers:
 class Follower:
     """The thread of one tracker."""
 
-    def __init__(self, name: str, opener: Opener, run: TrackedRun, asked: TrackConfig) -> None:
-        self.name, self.opener, self.run, self.asked = name, opener, run, asked
-        self.waiting: queue.SimpleQueue[tuple[int, Numbers] | None] = queue.SimpleQueue()
+    def __init__(self, name: str, tracker: AbstractContextManager[Log]) -> None:
+        self.name, self.tracker = name, tracker
+        self.waiting: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.follow, name=f"tracker {name}", daemon=True)
-        self.done = False  # all numbers were sent
 
     def follow(self) -> None:
         try:
-            with self.opener(self.run, self.asked) as log:
+            with self.tracker as log:
                 while (numbers := self.waiting.get()) is not None:
                     log(*numbers)
-            self.done = True
         except Exception as error:  # a tracker's package or service may raise anything
             warn(self.name, f"is dropped from now on: {type(error).__name__}: {error}")
 
 
 def warn(name: str, what: str) -> None:
-    print(
-        f"WARNING: {name} {what}; metrics.jsonl has the numbers, `rlef track RUN` sends them again",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"WARNING: {name} {what}; metrics.jsonl has the numbers", file=sys.stderr, flush=True)
 
 
 def own_name(run: Path) -> str:
@@ -255,7 +163,7 @@ def own_name(run: Path) -> str:
     return name
 
 
-def numbers_of(record: Mapping[str, Any]) -> Numbers:
+def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Return a record's finite numbers by names such as "time/rollout", without the step."""
     return {
         name: float(value)
@@ -265,15 +173,3 @@ def numbers_of(record: Mapping[str, Any]) -> Numbers:
         and not isinstance(value, bool)
         and math.isfinite(value)
     }
-
-
-def send_recorded(config: TrainConfig, records: list[dict[str, Any]], **options: Any) -> None:
-    """Send all steps of a run to its trackers, again or for the first time.
-
-    `options` are those of `Trackers`. Raises RuntimeError if a tracker did not accept them all.
-    """
-    with Trackers(config, done=0, **{"close_s": SEND_S, **options}) as trackers:
-        for record in records:
-            trackers.log(record)
-    if missed := [follower.name for follower in trackers.followers if not follower.done]:
-        raise RuntimeError(f"not all steps were sent to {', '.join(missed)}")

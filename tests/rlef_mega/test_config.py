@@ -91,7 +91,7 @@ def test_overrides_take_toml_values_and_bare_words():
         ("[rollout]\nturns = 11", r"rollout.turns: .* less than or equal to 10"),
         (
             "[rollout]\nfeedback = 'maybe'",
-            r"rollout.feedback: .*'true', 'none', 'random' or 'private'",
+            r"rollout.feedback: .*'true', 'none' or 'private'",
         ),
     ],
 )

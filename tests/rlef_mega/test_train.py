@@ -220,13 +220,13 @@ def test_other_layouts_give_the_numbers_of_tensor_parallel_2(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["ppo.token_level_value=true", "rollout.feedback=random"], {}),
+        (["ppo.token_level_value=true", "rollout.feedback=private"], {}),
         (["ppo.beta=0.0"], {"kl": 0.0}),
         (["rollout.turns=1"], {"turns_mean": 1.0}),
         (["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}),
     ],
     ids=[
-        "token-level value, random feedback",
+        "token-level value, private feedback",
         "no KL",
         "single-turn",
         "no feedback, critic warm-up",

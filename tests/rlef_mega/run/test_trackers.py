@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from rlef_mega.cli import app
 from rlef_mega.config import ConfigError, TrackConfig, TrainConfig, load_config
 from rlef_mega.run import trackers
-from rlef_mega.run.trackers import Trackers, asked_for, check_trackers, numbers_of, send_recorded
+from rlef_mega.run.trackers import (
+    OPENERS,
+    Trackers,
+    asked_for,
+    check_trackers,
+    numbers_of,
+    own_name,
+)
 
 RECIPE = Path(trackers.__file__).parents[1] / "recipes" / "demo.toml"
 RECORDS: list[dict[str, Any]] = [
@@ -27,6 +32,12 @@ def config(run: Path, *overrides: str) -> TrainConfig:
     return load_config(RECIPE, [f"run.dir={run}", *overrides], TrainConfig)
 
 
+def send(asked: TrainConfig, records: list[dict[str, Any]], done: int = 0, openers=OPENERS) -> None:
+    with Trackers(asked, done=done, openers=openers) as following:
+        for record in records:
+            following.log(record)
+
+
 def test_what_can_be_drawn_is_sent_and_the_rest_is_not():
     record = {"step": 3, "time": {"step": 1, "a": {"b": 2.5}}, "nan": float("nan"), "flag": True}
     record |= {"alarms": ["x"], "text": "y", "none": None}
@@ -37,39 +48,34 @@ def test_a_tracker_that_fails_is_named_and_left_out_and_the_others_go_on(tmp_pat
     got = []
 
     @contextmanager
-    def good(run, asked):
+    def good(config, done):
         yield lambda step, numbers: got.append((step, numbers["solved"]))
 
     @contextmanager
-    def failing(run, asked):
+    def failing(config, done):
         def log(step, numbers):
             raise OSError(f"no network at step {step}")
 
         yield log
 
     @contextmanager
-    def closed(run, asked):
+    def closed(config, done):
         raise RuntimeError("not logged in")
         yield
 
-    asked = config(
-        tmp_path, "track.tensorboard=true", "track.wandb_project=p", "track.mlflow_experiment=e"
-    )
-    openers = {"tensorboard": good, "wandb": failing, "mlflow": closed}
-    with Trackers(asked, done=0, openers=openers) as following:
-        for record in RECORDS:
-            following.log(record)
-    assert got == [(1, 0.25), (2, 0.5), (3, 0.75)]
-    said = capsys.readouterr().err
-    assert said.count("WARNING") == 2 and "wandb is dropped" in said
-    assert "OSError: no network at step 1" in said and "RuntimeError: not logged in" in said
+    asked = config(tmp_path, "track.tensorboard=true", "track.wandb_project=p")
+    for broken, error in ((failing, "OSError: no network at step 1"), (closed, "not logged in")):
+        send(asked, RECORDS, openers={"tensorboard": good, "wandb": broken})
+        said = capsys.readouterr().err
+        assert said.count("WARNING") == 1 and "wandb is dropped" in said and error in said
+    assert got == 2 * [(1, 0.25), (2, 0.5), (3, 0.75)]
 
 
 def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys):
     free = threading.Event()
 
     @contextmanager
-    def hanging(run, asked):
+    def hanging(config, done):
         free.wait(30)
         yield lambda step, numbers: None
 
@@ -82,33 +88,6 @@ def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys
     free.set()
 
 
-def test_sending_again_says_which_tracker_has_not_got_it_all(tmp_path):
-    got = []
-
-    @contextmanager
-    def good(run, asked):
-        yield lambda step, numbers: got.append(step)
-
-    @contextmanager
-    def failing(run, asked):
-        yield lambda step, numbers: 1 / 0
-
-    asked = config(tmp_path, "track.tensorboard=true", "track.wandb_project=p")
-    with pytest.raises(RuntimeError, match="were sent to wandb"):
-        send_recorded(asked, RECORDS, openers={"tensorboard": good, "wandb": failing})
-    assert got == [1, 2, 3]
-
-
-def test_the_command_sends_what_the_run_directory_has(tmp_path):
-    pytest.importorskip("tensorboard")
-    (tmp_path / "config.toml").write_text(RECIPE.read_text())
-    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    done = CliRunner().invoke(app, ["track", str(tmp_path), "--set", "track.tensorboard=true"])
-    assert done.exit_code == 0 and "3 steps to tensorboard" in done.output
-    assert list((tmp_path / "tensorboard").glob("events*"))
-
-
 def test_only_the_process_that_writes_the_run_directory_has_trackers(tmp_path):
     asked = config(tmp_path, "track.tensorboard=true")
     assert Trackers(asked, done=0, writer=False).followers == []
@@ -117,18 +96,16 @@ def test_only_the_process_that_writes_the_run_directory_has_trackers(tmp_path):
 
 
 def test_a_run_keeps_its_name_and_another_has_its_own(tmp_path):
-    asked = "track.tensorboard=true"
-    first = Trackers(config(tmp_path / "run", asked), done=0).followers[0].run.name
-    assert Trackers(config(tmp_path / "run", asked), done=5).followers[0].run.name == first
     (tmp_path / "other").mkdir()
-    other = Trackers(config(tmp_path / "other" / "run", asked), done=0).followers[0].run.name
-    assert first.startswith("run-") and other.startswith("run-") and other != first
+    first = own_name(tmp_path / "run")
+    assert own_name(tmp_path / "run") == first and first.startswith("run-")
+    assert own_name(tmp_path / "other" / "run") != first
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'rlef-mega\[mlflow\]'"):
-        check_trackers(TrackConfig(mlflow_experiment="e"))
+    with pytest.raises(ConfigError, match=r"pip install 'rlef-mega\[wandb\]'"):
+        check_trackers(TrackConfig(wandb_project="p"))
     check_trackers(TrackConfig())
 
 
@@ -143,9 +120,8 @@ def test_tensorboard_has_the_numbers_and_forgets_what_came_after_the_checkpoint(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     asked = config(tmp_path, "track.tensorboard=true")
-    send_recorded(asked, RECORDS)
-    with Trackers(asked, done=2) as following:
-        following.log({**RECORDS[2], "solved": 0.875})
+    send(asked, RECORDS)
+    send(asked, [{**RECORDS[2], "solved": 0.875}], done=2)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("solved")]
@@ -175,7 +151,7 @@ def test_wandb_offline_has_the_numbers_in_the_run_directory(tmp_path, capsys):
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    send_recorded(config(tmp_path, "track.wandb_project=p", "track.wandb_mode=offline"), RECORDS)
+    send(config(tmp_path, "track.wandb_project=p", "track.wandb_mode=offline"), RECORDS)
     assert capsys.readouterr().err == ""
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     history, runs = [], []
@@ -189,35 +165,3 @@ def test_wandb_offline_has_the_numbers_in_the_run_directory(tmp_path, capsys):
     assert runs[0].run_id == (tmp_path / "tracked_as").read_text().strip()
     assert [(row["step"], row["solved"]) for row in history] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert [row["time/step"] for row in history] == [3.0, 4.0, 5.0]
-
-
-def test_mlflow_has_the_numbers_and_a_resumed_run_is_the_same_one(tmp_path, monkeypatch, capsys):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    address = (tmp_path / "mlruns").as_uri()
-    asked = config(tmp_path, "track.mlflow_experiment=rlef", f"track.mlflow_uri={address}")
-    with Trackers(asked, done=0) as following:
-        for record in RECORDS[:2]:
-            following.log(record)
-    with Trackers(asked, done=2) as following:
-        following.log(RECORDS[2])
-    assert capsys.readouterr().err == ""
-    client = mlflow.MlflowClient(tracking_uri=address)
-    experiment = client.get_experiment_by_name("rlef").experiment_id
-    (run,) = client.search_runs([experiment])
-    history = client.get_metric_history(run.info.run_id, "solved")
-    assert [(m.step, m.value) for m in history] == [(1, 0.25), (2, 0.5), (3, 0.75)]
-    assert run.data.params["ppo.beta"] == "0.05" and run.info.status == "FINISHED"
-
-
-def test_trackio_has_the_numbers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
-    send_recorded(config(tmp_path, "track.trackio_project=rlef"), RECORDS)
-    assert "WARNING" not in capsys.readouterr().err
-    (run,) = trackio.Api().runs("rlef")
-    assert run.name == (tmp_path / "tracked_as").read_text().strip()
-    from trackio.sqlite_storage import SQLiteStorage
-
-    rows = SQLiteStorage.get_logs("rlef", run.name)
-    assert [(row["step"], row["solved"]) for row in rows] == [(1, 0.25), (2, 0.5), (3, 0.75)]
