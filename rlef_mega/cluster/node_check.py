@@ -9,7 +9,6 @@ standard library, so that it starts at once, even where nothing else is installe
 """
 
 import argparse
-import contextlib
 import os
 import platform
 import shutil
@@ -22,7 +21,6 @@ from pathlib import Path
 
 GIB = 2**30
 POLL_S = 0.1
-OUR_MODULES = ("rlef_mega", "rlef_sandbox", "sglang")  # in the command lines of leftovers
 
 
 def check_shared_folder(
@@ -103,41 +101,6 @@ def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
         )
 
 
-def check_leftovers(job: str, attempt: int) -> Iterator[str]:
-    """Find processes that an ended job, or this job before it was requeued, left on this node: they
-    hold memory and ports, and would write into the run directory."""
-    others: dict[str, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            words = (folder / "cmdline").read_bytes()
-            if not any(name.encode() in words for name in OUR_MODULES):
-                continue
-            pairs = (
-                pair.partition(b"=") for pair in (folder / "environ").read_bytes().split(b"\0")
-            )
-            its = {name.decode(): value.decode() for name, _, value in pairs}
-            if its.get("SLURMD_NODENAME") != os.environ.get("SLURMD_NODENAME"):
-                continue  # of no job, or of another Slurm node on the same machine
-            owner = its.get("SLURM_JOB_ID", job)
-            earlier = int(its.get("SLURM_RESTART_COUNT", "0")) < attempt
-            if owner != job or earlier:
-                others.setdefault(owner, []).append(int(folder.name))
-    for owner, processes in others.items():
-        if owner == job or not is_running(owner):
-            yield (
-                f"job {owner} has left processes behind: kill -9 {' '.join(map(str, processes))}"
-            )
-
-
-def is_running(job: str) -> bool:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(
-            ["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=30
-        )
-        return job in listing.stdout
-    return False
-
-
 def check_isolation(level: str) -> Iterator[str]:
     """Check the isolation layers that the sandbox requires."""
     if not level:
@@ -152,8 +115,6 @@ def faults(asked: argparse.Namespace, node: str) -> Iterator[str]:
     yield from check_room(asked.folder, asked.disk_gib)
     yield from check_room(Path("/tmp"), asked.tmp_gib)
     yield from check_room(Path("/dev/shm"), asked.shm_gib)
-    job, attempt = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-    yield from check_leftovers(job, int(attempt))
     yield from check_gpus(asked.gpus)
     yield from check_ports(*asked.ports)
     yield from check_isolation(asked.isolation)

@@ -7,7 +7,6 @@ sampled, `ref_logprobs` under the initial policy. Only the report reads records 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -31,17 +30,6 @@ from rlef_sandbox import AnyTest, CallTest, Status, Test
 TEXT_LIMIT = 10_000  # characters of any one text
 
 
-@dataclass(frozen=True)
-class TurnNumbers:
-    """The trainer's numbers of a turn, and of its tokens where each has its own."""
-
-    value: float
-    turn_return: float
-    advantage: float
-    ref_logprobs: list[float] | None  # None: there is no KL penalty
-    advantages: list[float] | None  # None: all tokens have the turn's advantage
-
-
 def episode_records(
     episodes: Sequence[Episode],
     problems: Sequence[Problem],
@@ -61,33 +49,31 @@ def episode_records(
     return records
 
 
-def turn_numbers(batch: Batch, scores: Scores, targets: Targets) -> list[TurnNumbers]:
-    """Return the numbers of all turns of the batch, in order."""
+def turn_numbers(batch: Batch, scores: Scores, targets: Targets) -> list[dict[str, Any]]:
+    """Return the trainer's numbers of each turn of the batch, in order. Those of its tokens are
+    tensors: `ref_logprobs` with a KL penalty, `advantages` with token-level values.
+    """
     lengths = torch.bincount(batch.turn_of_action_A, minlength=batch.num_turns)
     first_action_N = lengths.cumsum(0) - lengths
     by_token = targets.returns_M.numel() != batch.num_turns
     of_turn = first_action_N if by_token else torch.arange(batch.num_turns)
-
-    def split(numbers_A: torch.Tensor | None) -> list[list[float] | None]:
-        if numbers_A is None:
-            return [None] * batch.num_turns
-        return [part.tolist() for part in numbers_A.split(lengths.tolist())]
-
-    columns = (
-        targets.old_values_M[of_turn].tolist(),
-        targets.returns_M[of_turn].tolist(),
-        targets.advantages_A[first_action_N].tolist(),
-        split(scores.ref_logprobs_A),
-        split(targets.advantages_A if by_token else None),
-    )
-    return list(map(TurnNumbers, *columns))
+    columns = {
+        "value": targets.old_values_M[of_turn].tolist(),
+        "return": targets.returns_M[of_turn].tolist(),
+        "advantage": targets.advantages_A[first_action_N].tolist(),
+    }
+    if scores.ref_logprobs_A is not None:
+        columns["ref_logprobs"] = scores.ref_logprobs_A.split(lengths.tolist())
+    if by_token:
+        columns["advantages"] = targets.advantages_A.split(lengths.tolist())
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def episode_record(
     episode: Episode,
     chat: ChatFormat,
     problem: Problem,
-    numbers: Sequence[TurnNumbers] | None = None,
+    numbers: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return an episode's record. `numbers` are those of its turns, if it was trained on."""
     turns = []
@@ -99,7 +85,7 @@ def episode_record(
                 **judged_record(turn.program, turn.verdict, problem),
                 "tokens": len(logprobs),
                 "logprob_mean": sum(logprobs) / len(logprobs),
-                **token_records(turn.completion, chat, numbers[place] if numbers else None),
+                **token_records(turn.completion, chat, numbers[place] if numbers else {}),
             }
         )
     return {**problem_record(problem), "solved": episode.solved, "turns": turns}
@@ -125,34 +111,23 @@ def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> di
     }
 
 
-def token_records(
-    sampled: Completion, chat: ChatFormat, numbers: TurnNumbers | None
-) -> dict[str, Any]:
+def token_records(sampled: Completion, chat: ChatFormat, numbers: dict[str, Any]) -> dict[str, Any]:
     """Return the response with the numbers of the turn and of its tokens."""
     pieces = chat.pieces(sampled.token_ids)
     shown = whole_tokens(pieces)
-    record: dict[str, Any] = {
+    return {
         "response": "".join(pieces)[:TEXT_LIMIT],
         "pieces": [len(piece) for piece in pieces[:shown]],
         "logprobs": thousandths(sampled.logprobs[:shown]),
         "versions": [
             [version, len(list(run))] for version, run in groupby(sampled.weight_versions)
         ],
-        "value": None,
-        "return": None,
-        "advantage": None,
+        **dict.fromkeys(("value", "return", "advantage")),
+        **{
+            name: thousandths(found[:shown].tolist()) if isinstance(found, torch.Tensor) else found
+            for name, found in numbers.items()
+        },
     }
-    if numbers:
-        record |= {
-            "value": numbers.value,
-            "return": numbers.turn_return,
-            "advantage": numbers.advantage,
-        }
-        if numbers.ref_logprobs is not None:
-            record["ref_logprobs"] = thousandths(numbers.ref_logprobs[:shown])
-        if numbers.advantages is not None:
-            record["advantages"] = thousandths(numbers.advantages[:shown])
-    return record
 
 
 def whole_tokens(pieces: Sequence[str]) -> int:

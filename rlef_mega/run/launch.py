@@ -19,19 +19,17 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import psutil
 
 # Python that imports nothing from the working directory: a file there may be named like a module.
 PYTHON = (sys.executable, "-P")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3  # exit code of a run that was asked to stop; the same command resumes it
 FAILED = 2  # exit code of a run that ended with an error message
+FAILURE_MARK = ".failed"  # in the run directory
 STEPS_A_COLLECTION = 50
 PR_SET_PDEATHSIG = 1
 
@@ -75,7 +73,8 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
     Returns the exit code of the first rank that failed, else 0.
     """
     stop_file = run_dir / "stop"
-    stop_file.unlink(missing_ok=True)
+    for left_behind in (stop_file, run_dir / FAILURE_MARK):
+        left_behind.unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0))
     environment = {
         "OMP_NUM_THREADS": str(max(1, cores // processes)),  # more threads than cores cost time
@@ -131,9 +130,6 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
         elastic_launch(settings, sys.executable)(*PYTHON[1:], "-m", module, *arguments)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
-    finally:
-        os.environ["TORCHELASTIC_RUN_ID"] = settings.run_id  # as the ranks have it
-        failure_mark().unlink(missing_ok=True)
     return 0
 
 
@@ -149,17 +145,17 @@ def worker_main(work: Callable[[Path], int]) -> None:
     die_with_parent()
     take_rank_from_slurm()
     dump_stacks_when_asked()
-    launched = psutil.Process(os.getppid()).create_time()  # torchrun's agent, or srun's
     # Megatron's overlapped communication needs kernels to start in launch order; CUDA reads this
     # when it starts
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     collect_garbage_by_hand()
+    run_dir = Path(sys.argv[1])
     try:
-        code = work(Path(sys.argv[1]))
+        code = work(run_dir)
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("RLEF_TRACEBACK"):
             raise
-        if fails_first(failure_mark(), since=launched):
+        if fails_first(run_dir / FAILURE_MARK):
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
             where = "" if rank == "0" else f" on rank {rank}"
             hint = "(RLEF_TRACEBACK=1 shows where)"
@@ -214,26 +210,16 @@ def dump_stacks_when_asked() -> None:
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
 
 
-def fails_first(mark: Path, *, since: float) -> bool:
-    """Return whether this is the first rank of the launch on this machine to fail: the others fail
-    for the same reason or because of it. A mark older than `since` is of an earlier launch."""
-    try:
-        if mark.stat().st_mtime < since:
-            mark.unlink()
-    except FileNotFoundError:
-        pass
+def fails_first(mark: Path) -> bool:
+    """Return whether this is the first rank of the launch to fail: the others fail for the same
+    reason or because of it. Whoever starts the ranks removes the mark before."""
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
         return False
+    except OSError:
+        return True  # the disk is full, say: better each rank's message than none
     return True
-
-
-def failure_mark() -> Path:
-    """Return a path that is unique to this launch, named by torchrun's agent or by Slurm's job."""
-    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    launched = [os.environ[name] for name in names if name in os.environ] or [str(os.getpid())]
-    return Path(tempfile.gettempdir(), "-".join(["rlef-failed", *launched]))
 
 
 def say(message: str) -> None:

@@ -66,8 +66,7 @@ class StepProgress(Progress):
 
 
 class ByteProgress(Progress):
-    """Progress of a conversion in bytes; a context manager. Without a terminal it prints only one
-    line at the end."""
+    """Progress of a conversion in bytes, on a terminal; a context manager."""
 
     def __init__(self, label: str) -> None:
         super().__init__(
@@ -79,22 +78,9 @@ class ByteProgress(Progress):
             console=Console(soft_wrap=True),
             disable=not sys.stdout.isatty(),
         )
-        self.label = label
-        self.done = 0
-        self.started = time.perf_counter()
         self.bar = self.add_task(label, total=None)
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        super().__exit__(kind, *rest)
-        if kind is None:
-            seconds = time.perf_counter() - self.started
-            print(
-                f"{self.label}: {self.done / 1e9:,.2f} GB in {seconds:,.1f} s, "
-                f"{self.done / 1e6 / seconds:,.0f} MB/s"
-            )
-
     def __call__(self, done: int, total: int) -> None:
-        self.done = done
         self.update(self.bar, completed=done, total=total)
 
 

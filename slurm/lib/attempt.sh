@@ -128,7 +128,7 @@ prepare() { # run the checks of `rlef train`, and write the run directory
 }
 
 start_ranks() {
-    rm -f "$RUN/stop"
+    rm -f "$RUN/stop" "$RUN/.failed"
     echo starting >"$RUN/progress"
     (step train train "$RANKS_PER_NODE" "$PYTHON" -m rlef_mega.train "$RUN") &
     PIDS[train]=$!

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rlef_mega.cluster.node_check import (
     check_gpus,
-    check_leftovers,
     check_ports,
     check_room,
     check_shared_folder,
@@ -83,29 +82,6 @@ def test_gpus_are_counted_as_the_driver_shows_them(tmp_path, monkeypatch):
     assert list(check_gpus(3)) == []
     (fault,) = check_gpus(8)
     assert "8 GPUs are wanted, the driver shows 3 and Slurm gave 8" in fault
-
-
-def test_what_a_job_that_is_over_left_behind_is_named(monkeypatch):
-    """Of another job on this node, and of this one before it was requeued; not of this attempt, nor
-    of another node on the same host."""
-    monkeypatch.setenv("SLURMD_NODENAME", "node-of-this-test")
-    words = [sys.executable, "-c", "import time; time.sleep(60)", "rlef_mega.train"]
-
-    def start(job: str, attempt: str, node: str = "node-of-this-test") -> subprocess.Popen:
-        its = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": attempt, "SLURMD_NODENAME": node}
-        return subprocess.Popen(words, env={**os.environ, **its})
-
-    started = [start("71", "0"), start("72", "0"), start("72", "1"), start("71", "0", "elsewhere")]
-    try:
-        time.sleep(0.2)  # until they are what they will be
-        found = "\n".join(check_leftovers("72", attempt=1))
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    named = [str(process.pid) in found for process in started]
-    assert named == [True, True, False, False], found
-    assert "job 71 has left processes behind: kill -9" in found
 
 
 def test_a_rank_takes_its_place_from_slurm_and_dumps_its_stacks(tmp_path):
