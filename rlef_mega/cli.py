@@ -1,5 +1,6 @@
 """The command `rlef`: parse arguments, validate, and call or launch the command's own module."""
 
+import json
 import os
 import sys
 from contextlib import nullcontext, suppress
@@ -44,11 +45,17 @@ def train(
     serve: Annotated[
         bool, typer.Option("--serve", help="also start and stop the recipe's SGLang servers")
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="such as learner.policy.lr, for a resumed run"),
+    ] = None,
 ) -> None:
     """Train with RLEF, or resume the run in the recipe's directory."""
     from rlef_mega.engines.sglang.serve import serving
     from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
 
+    if allow_change:
+        overrides = [*(overrides or []), f"run.allow_change={json.dumps(allow_change)}"]
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
     check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)

@@ -40,6 +40,9 @@ class RunConfig(Section):
     checkpoint_async: bool = Field(True, description="write checkpoints while training continues")
     keep_checkpoints: int = Field(2, gt=0, description="how many of the newest to keep")
     keep_best: bool = Field(True, description="also keep the best one on data.valid")
+    allow_change: tuple[str, ...] = Field(
+        (), description="learning rates and schedules that a resumed run may change"
+    )
 
 
 class ModelShape(Section):

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils.data import Dataset, Subset
 
 from rlef_mega import metrics
 from rlef_mega.config import TrainConfig
@@ -30,6 +31,7 @@ from rlef_mega.megatron.network import accelerations
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import Clock, RunDirectory
 from rlef_mega.run.guards import Guards
+from rlef_mega.run.inputs import read_left_out
 from rlef_mega.run.launch import StopRequest
 from rlef_mega.run.manifest import describe, versions
 from rlef_mega.run.progress import StepProgress, training_line
@@ -98,7 +100,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
     if ranks.is_writer:
         run.lock()
         accelerations.announce(ranks.device, *kernels_for(config))
-    problems = load_problems(config.data.train)
+    problems = training_problems(config)
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
     learner = make_learner(config, ranks)
@@ -138,6 +140,15 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
             trackers=trackers,
             servers=len(config.rollout.servers.addresses),
         )
+
+
+def training_problems(config: TrainConfig) -> Sequence[Problem]:
+    """Return the problems of data.train, without those that the run leaves out."""
+    problems = load_problems(config.data.train)
+    if not (left_out := read_left_out(Path(config.run.dir))):
+        return problems
+    kept = [number for number in range(len(problems)) if number not in left_out]
+    return cast("Sequence[Problem]", Subset(cast("Dataset[Problem]", problems), kept))
 
 
 @contextmanager

@@ -1,8 +1,14 @@
 """Check everything about a run that can be checked before a rank starts. A failed check raises one
 clear message, and nothing is lost."""
 
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from rich.progress import track
 
 from rlef_mega.config import (
     ConfigError,
@@ -18,19 +24,26 @@ from rlef_mega.config import (
     load_config,
     requires_extra,
 )
+from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import check_servers
+from rlef_mega.dialogues.rollout import first_context
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.hf_names import tensors_of
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.problems import load_problems
+from rlef_mega.problems.store import digest_of_problems
 from rlef_mega.run.directory import write_atomically
+from rlef_mega.run.inputs import claim_inputs, digest_files, digest_model, read_left_out
 from rlef_mega.run.manifest import refuse_untested_megatron
 from rlef_mega.run.trackers import check_trackers
+from rlef_mega.types import Problem
 
-# Settings that a resumed run may change: where it samples and grades, how often it saves.
+# Settings that a resumed run may change: where it computes, samples and grades, how often it saves.
 FREE_TO_CHANGE = {
+    "run.allow_change",
+    "run.dir",  # a moved run
     "run.steps",
     "run.checkpoint_every",
     "run.checkpoint_async",
@@ -39,6 +52,15 @@ FREE_TO_CHANGE = {
     "checkpoint_every",  # of the supervised stage
     "checkpoint_async",
     "model.layers",  # whose modules compute; checkpoints are the same
+    "model.recompute",
+    "learner.offload",
+    "learner.microbatch_tokens",
+    "critic_parallel",
+    *(
+        f"{section}.{key}"
+        for section in ("parallel", "critic_parallel")
+        for key in ParallelConfig.model_fields
+    ),
     "judge.servers",
     "judge.deadline_s",
     "rollout.max_staleness",
@@ -46,6 +68,12 @@ FREE_TO_CHANGE = {
     "rollout.open_dialogues",
     *(f"rollout.servers.{key}" for key in ServersConfig.model_fields),
     *(f"track.{key}" for key in TrackConfig.model_fields),
+}
+# Settings that a resumed run may change if run.allow_change names them.
+ALLOWED_WHEN_NAMED = {
+    f"learner.{network}.{key}"
+    for network in ("policy", "critic")
+    for key in ("lr", "min_lr_ratio", "warmup_updates", "decay_start_update", "decay_updates")
 }
 
 
@@ -58,11 +86,32 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
     plan_train(config)
     if config.model.weights:
         check_weights(Path(config.model.weights), Path(config.model.path))
+    check_positions(config)
     check_trackers(config.track)
     check_servers(config.judge, grading_token)
     for source in (config.data.train, config.data.valid, config.data.test):
         if source:
             load_problems(source)
+
+
+def check_positions(config: TrainConfig) -> None:
+    """Raise ConfigError if a dialogue may be longer than the model's positions, or its tokenizer
+    knows more tokens than the embedding has rows."""
+    model = Path(config.model.path)
+    about = read_config(model)
+    if config.rollout.max_context > about.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_context = {config.rollout.max_context}, but {model / 'config.json'} has "
+            f"max_position_embeddings = {about.max_position_embeddings}; lower max_context"
+        )
+    tokenizer = ChatFormat.from_folder(model, config.model.chat_format).tokenizer
+    if max(tokenizer.get_vocab().values()) >= about.vocab_size:
+        beyond = [w for w, number in tokenizer.get_vocab().items() if number >= about.vocab_size]
+        raise ConfigError(
+            f"the tokenizer in {model} has tokens without a row in the embedding of "
+            f"{about.vocab_size} rows: {', '.join(map(repr, sorted(beyond)[:5]))}. Enlarge the "
+            "embedding (transformers' resize_token_embeddings), or take the model's own tokenizer"
+        )
 
 
 def check_weights(checkpoint: Path, model: Path) -> None:
@@ -181,16 +230,87 @@ def check_rollout_servers(config: TrainConfig) -> None:
 
 
 def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:
-    """Write the resolved config into the run directory. Raises ConfigError if the directory holds a
-    run of other settings."""
+    """Write the resolved config into the run directory, and what changed in changes.jsonl. Raises
+    ConfigError if the directory holds a run of other settings or, of a training run, other inputs.
+    """
     path = run_dir / "config.toml"
+    changes: dict[str, Any] = {}
     if path.exists():
         before = flatten(load_config(path, [], type(config)).model_dump())
         asked = flatten(config.model_dump())
-        fixed = {key: value for key, value in asked.items() if key not in FREE_TO_CHANGE}
+        free = FREE_TO_CHANGE | allowed_changes(config)
+        fixed = {key: value for key, value in asked.items() if key not in free}
         if other := differences(before, fixed):
             raise ConfigError(
                 f"{run_dir} holds a run with other settings ({other}); "
                 "choose another folder, or remove that one to start again"
             )
+        changes = {
+            key: [before.get(key), asked.get(key)]
+            for key in before.keys() | asked.keys()
+            if key not in ("run.allow_change", "run.dir") and before.get(key) != asked.get(key)
+        }
+    if isinstance(config, TrainConfig):
+        claim_inputs(run_dir, *inputs_of(config, run_dir))
+    if changes:
+        words = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in sorted(changes.items()))
+        print(f"settings of the run in {run_dir} changed: {words}")
+        record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
+        with (run_dir / "changes.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
     write_atomically(path, dump_toml(config))
+
+
+def allowed_changes(config: TrainConfig | SFTConfig) -> set[str]:
+    """Return the settings that run.allow_change frees. Raises ConfigError for any other."""
+    named = set(config.run.allow_change) if isinstance(config, TrainConfig) else set()
+    if refused := named - ALLOWED_WHEN_NAMED:
+        raise ConfigError(
+            f"run.allow_change: {', '.join(sorted(refused))} cannot change within a run; "
+            f"these can: {', '.join(sorted(ALLOWED_WHEN_NAMED))}"
+        )
+    return named
+
+
+def inputs_of(config: TrainConfig, run_dir: Path) -> tuple[dict[str, str], Iterable[int]]:
+    """Return the digests of a run's inputs, and which training problems to leave out."""
+    digests = digest_model(Path(config.model.path))
+    if config.model.weights:
+        files = (path for path in Path(config.model.weights).rglob("*") if path.is_file())
+        digests["model.weights"] = digest_files(files)
+    for name in ("train", "valid", "test"):
+        if source := getattr(config.data, name):
+            digests[f"data.{name}"] = digest_of_problems(load_problems(source))
+    if (run_dir / "inputs.json").is_file():  # of the same problems, or it is refused
+        return digests, read_left_out(run_dir)
+    return digests, without_room(config, load_problems(config.data.train))
+
+
+def without_room(config: TrainConfig, problems: Sequence[Problem]) -> list[int]:
+    """Return which problems' prompts leave no room for a response of the greatest length. Raises
+    ConfigError if they are more than `rollout.max_drop_fraction` of all."""
+    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    rollout, longest, where = config.rollout, 0, ""
+    most = rollout.max_context - rollout.max_new_tokens
+    left_out = []
+    for index, problem in enumerate(
+        track(problems, "reading prompts", total=len(problems), transient=True)
+    ):
+        length = len(first_context(problem, chat)[0])
+        if length > most:
+            left_out.append(index)
+        if length > longest:
+            longest, where = length, problem.id
+    if left_out:
+        words = (
+            f"{len(left_out)} of {len(problems)} problems of data.train = {config.data.train} have "
+            f"prompts of more than rollout.max_context - rollout.max_new_tokens = {most} tokens "
+            f"(the longest, {where!r}: {longest})"
+        )
+        if len(left_out) > rollout.max_drop_fraction * len(problems):
+            raise ConfigError(
+                f"{words}, more than rollout.max_drop_fraction = {rollout.max_drop_fraction:g} of "
+                f"them. Raise rollout.max_context, or filter the problems"
+            )
+        print(f"WARNING: {words}; they are left out", file=sys.stderr)
+    return left_out

@@ -144,12 +144,8 @@ class DialogueLoop:
         encoded again."""
         chat, rules = self.chat, self.rules
         async with self.text():
-            question = templates.first_prompt(
-                problem.statement, problem.template, problem.public_tests
-            )
-            begun = templates.response_start(problem.statement, problem.template)
-            # tuples: the garbage collector does not scan their thousands of ids again and again
-            observed_ids = context = self.open(question, begun)
+            observed_ids, begun = first_context(problem, chat, rules.example)
+            context = observed_ids
         if self.room(len(context)) < 0:
             return "prompt too long"
         if rules.feedback == "private":
@@ -179,14 +175,6 @@ class DialogueLoop:
                 observed_ids = tuple(feedback)
                 context += observed_ids
 
-    def open(self, question: str, begun: str) -> tuple[int, ...]:
-        """Return the first prompt, after the few-shot example if the rules have one."""
-        example = self.rules.example
-        if not example:
-            return tuple(self.chat.open(question, begun))
-        ended = example[-1] in self.chat.stop_token_ids
-        return (*example, *self.chat.observe(question, ended, begun))
-
     def room(self, context_len: int) -> int:
         """Return how many tokens fit between this context and a response of the greatest length."""
         return self.rules.max_context - self.rules.sampling.max_new_tokens - context_len
@@ -209,6 +197,22 @@ class DialogueLoop:
             if limit is not None and len(told) > limit:
                 return None  # the last try was the shortest possible
             limit = shorter
+
+
+def first_context(
+    problem: Problem, chat: ChatFormat, example: tuple[int, ...] = ()
+) -> tuple[tuple[int, ...], str]:
+    """Return a dialogue's first prompt, after the few-shot example if there is one, and the text
+    with which the response begins.
+
+    A tuple, so that the garbage collector does not scan its thousands of ids again and again.
+    """
+    question = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
+    begun = templates.response_start(problem.statement, problem.template)
+    if not example:
+        return tuple(chat.open(question, begun)), begun
+    ended = example[-1] in chat.stop_token_ids
+    return (*example, *chat.observe(question, ended, begun)), begun
 
 
 def join_shares(share: Callable[[], Rollout]) -> Rollout:

@@ -25,8 +25,7 @@ from rlef_mega.megatron import parallel
 from rlef_mega.megatron.hf_weights import export_hf
 from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.packing import pack
-from rlef_mega.parts import dialogue_rules, open_engine
-from rlef_mega.problems import load_problems
+from rlef_mega.parts import dialogue_rules, open_engine, training_problems
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.launch import StopRequest, sandbox_token, worker_main
 from rlef_mega.run.progress import StepProgress
@@ -70,7 +69,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
 
         publish(learner.policy_weights, engine, version=0)
         dialogues = NumberedDialogues(
-            load_problems(config.data.train),
+            training_problems(config),
             loop,
             batch=config.rollout.episodes_per_batch,
             seed=config.run.seed,

@@ -94,6 +94,16 @@ def digest_of(source: str, files: Sequence[Path], *, version: int = 5) -> str:
     return digest.hexdigest()
 
 
+def digest_of_problems(problems: Sequence[Problem]) -> str:
+    """Return a digest of problems as they are trained on, whatever file they came from."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(problems, ProblemStore):
+        return digest_of("", [Path(problems.file.name)])
+    for problem in problems:
+        digest.update(json.dumps(to_row(problem), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def write_store(outcomes: Iterable[Read], index: Path) -> None:
     """Write the store, with one problem in memory at a time.
 

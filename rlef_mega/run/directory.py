@@ -1,7 +1,7 @@
 """The run directory: the files that a run writes and a resumed run reads.
 
-    config.toml  manifest.json  metrics.jsonl  eval/*.json  episodes/step_*.jsonl.zst  checkpoints/
-    report.html
+    config.toml  inputs.json  manifest.json  changes.jsonl  metrics.jsonl  eval/*.json
+    episodes/step_*.jsonl.zst  checkpoints/  report.html
 
 metrics.jsonl has one line a step. A killed run may have written lines beyond its last checkpoint;
 `resume` removes them, so that the file reads as if the run had never stopped. A full disk does not

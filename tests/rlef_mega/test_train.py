@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,8 +103,15 @@ def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, model) -> list[dict]:
-    return train(tmp_path_factory.mktemp("undisturbed") / "run", model)
+def undisturbed_run(tmp_path_factory, model) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(run, model)
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run) -> list[dict]:
+    return metrics(undisturbed_run)
 
 
 def test_the_same_seed_gives_the_same_metrics_profiled_or_not(undisturbed, model, tmp_path):
@@ -202,16 +210,27 @@ ALONE = "parallel.tensor_model_parallel_size=1"
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [[ALONE, "learner.offload=idle"], [ALONE, "critic_parallel.tensor_model_parallel_size=1"]],
-    ids=["one process, idle state on the host", "critic on its own rank"],
+    ("overrides", "resumed"),
+    [
+        ([ALONE, "learner.offload=idle"], False),
+        ([ALONE, "critic_parallel.tensor_model_parallel_size=1"], True),
+    ],
+    ids=["one process, idle state on the host", "resumed with the critic on its own rank"],
 )
 def test_other_layouts_give_the_numbers_of_tensor_parallel_2(
-    undisturbed, model, tmp_path, overrides
+    undisturbed, undisturbed_run, model, tmp_path, overrides, resumed
 ):
     """The whole loop in fp32: sums in another order differ by rounding, which a few updates enlarge
     a little. megatron/test_layouts.py has the learner in all layouts."""
-    other = train(tmp_path / "layout", model, *overrides)
+    run = tmp_path / "layout"
+    if resumed:
+        shutil.copytree(undisturbed_run, run)
+        for checkpoint in ("step_000003", "step_000004"):
+            shutil.rmtree(run / "checkpoints" / checkpoint, ignore_errors=True)
+    other = train(run, model, *overrides)
+    if resumed:
+        changes = json.loads((run / "changes.jsonl").read_text())["changes"]
+        assert changes["parallel.tensor_model_parallel_size"] == [2, 1]
     gaps = ("logprob_gap_max", "logprob_gap_mean")  # rounding itself
     assert_close(without(other, gaps), without(undisturbed, gaps), tolerance=2e-4)
     assert all(line["logprob_gap_max"] < 1e-4 for line in other + undisturbed)
@@ -280,7 +299,8 @@ def refusal(words: list[str], monkeypatch, capsys) -> str:
 
 def test_a_run_directory_with_other_settings_is_refused(model, tmp_path, monkeypatch, capsys):
     run = tmp_path / "claimed"
-    claim = load_config(find_recipe("demo"), [f"run.dir={json.dumps(str(run))}"], TrainConfig)
+    words = [f"run.dir={json.dumps(str(run))}", f"model.path={json.dumps(str(model))}"]
+    claim = load_config(find_recipe("demo"), words, TrainConfig)
     claim_run_directory(claim, run)
     before = (run / "config.toml").read_text()
     said = refusal(command(run, model), monkeypatch, capsys)

@@ -1,0 +1,65 @@
+"""What a run was started with, in its inputs.json: digests of model, tokenizer and problems, and
+which training problems it leaves out.
+
+A path in a recipe may come to hold something else between two starts of a run. The KL's reference
+or the problems would change without a word; so a resumed run compares digests first.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlef_mega.config import ConfigError
+from rlef_mega.run.directory import write_atomically
+
+NAME = "inputs.json"
+BLOCKS, BLOCK_BYTES = 64, 64 << 10  # read of a large file
+TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """Return a digest of these files' names, sizes and content. Of a file beyond 4 MiB only 64
+    evenly spaced blocks are read: all of a 70B model would take minutes at each start."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(repr((path.name, size)).encode())
+        with path.open("rb") as file:
+            if size <= BLOCKS * BLOCK_BYTES:
+                digest.update(file.read())
+                continue
+            for number in range(BLOCKS):
+                file.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def digest_model(folder: Path) -> dict[str, str]:
+    """Return the digests of a Hugging Face folder's weights, and of its config and tokenizer."""
+    described = [path for path in folder.iterdir() if path.suffix in TOKENIZER_FILES]
+    return {
+        "weights of model.path": digest_files(folder.glob("*.safetensors")),
+        "config and tokenizer of model.path": digest_files(described),
+    }
+
+
+def read_left_out(run_dir: Path) -> frozenset[int]:
+    """Return the places in data.train of the problems that the run leaves out."""
+    path = run_dir / NAME
+    return frozenset(json.loads(path.read_text())["left_out"]) if path.is_file() else frozenset()
+
+
+def claim_inputs(run_dir: Path, digests: dict[str, str], left_out: Iterable[int]) -> None:
+    """Record the inputs of a new run. Raises ConfigError if the directory holds a run that was
+    started with others."""
+    path = run_dir / NAME
+    if path.is_file():
+        before = json.loads(path.read_text())["digests"]
+        if changed := [name for name in before if before[name] != digests.get(name)]:
+            raise ConfigError(
+                f"since the run in {run_dir} began, these have changed: {', '.join(changed)}. "
+                "Restore them to resume it, or start anew with another run.dir"
+            )
+    record = {"digests": digests, "left_out": sorted(left_out)}
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
