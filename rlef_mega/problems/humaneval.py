@@ -120,19 +120,16 @@ def with_name(condition: ast.expr, entry_point: str) -> str:
 
 
 def call_test(condition: ast.expr, entry_point: str) -> CallTest | None:
-    """Convert a condition on one call: `call == literal`, `call is literal`, `call`, `not call`.
+    """Convert a condition `call == literal` on one call.
 
     Returns None for any other condition, and if an argument is not a literal.
     """
     match condition:
-        case ast.Compare(left=call, ops=[ast.Eq() | ast.Is()], comparators=[value]):
-            pass
-        case ast.UnaryOp(op=ast.Not(), operand=call):
-            value = ast.Constant(False)
-        case call:
-            value = ast.Constant(True)
-    match call:
-        case ast.Call(func=ast.Name(id="candidate"), args=args, keywords=[]):
+        case ast.Compare(
+            left=ast.Call(func=ast.Name(id="candidate"), args=args, keywords=[]),
+            ops=[ast.Eq()],
+            comparators=[value],
+        ):
             with contextlib.suppress(ValueError):
                 arguments = tuple(map(ast.literal_eval, args))
                 return CallTest(entry_point, arguments, ast.literal_eval(value))

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, NonNegativeInt
 
@@ -47,9 +47,16 @@ MODULES = (
 )
 PRELUDE = (
     "; ".join(f"from {name} import *" for name in ALL_NAMES.split())
-    + f"; import {MODULES}; sys.setrecursionlimit(50000)\n"
+    + f"; import {MODULES}; sys.setrecursionlimit(50000); sys.set_int_max_str_digits(50000)\n"
+    # the grader ignores exit codes, and calls a function of a program without class Solution
+    + """\
+class SystemExit(SystemExit): code = 0
+def exit(code=None): raise SystemExit
+sys.exit = quit = exit
+class Solution:
+    def __getattr__(self, name): return getattr(sys.modules["solution"], name)
+"""
 )
-
 
 Day = Annotated[date, BeforeValidator(date.fromisoformat)]
 
@@ -64,6 +71,7 @@ class LiveCodeBenchOptions(SourceOptions):
     platforms: Words = ()  # leetcode, atcoder, codeforces; empty: all
     max_tests: NonNegativeInt = 0  # private ones; 0: all
     max_test_bytes: NonNegativeInt = 8 << 20  # of input and output together; private tests only
+    checker: Literal["livecodebench", "livecodebench_floats"] = "livecodebench"
 
 
 def read(files: Sequence[Path], options: LiveCodeBenchOptions, _: Path) -> Iterator[Read]:
@@ -80,7 +88,7 @@ def parse(row: Row, options: LiveCodeBenchOptions) -> Parsed:
     if reason:
         return None, [(reason, "")]
     starter = expect(row, "starter_code", str, "") or ""
-    entry_point = parse_entry_point(row, starter)
+    entry_point = parse_entry_point(row)
     public = parse_tests(row, "public_test_cases", entry_point)
     every = parse_tests(row, "private_test_cases", entry_point)
     private, lost = without_enormous(every, "private", options.max_test_bytes)
@@ -93,7 +101,7 @@ def parse(row: Row, options: LiveCodeBenchOptions) -> Parsed:
         public_tests=public,
         private_tests=PrivateTests(private[: options.max_tests or None]),
         limits=LIMITS,
-        checker="livecodebench",
+        checker=options.checker,
         template="codecontests",
         entry_point=entry_point,
         prelude=PRELUDE,
@@ -123,15 +131,12 @@ def unwanted(platform: str, difficulty: str, day: date, options: LiveCodeBenchOp
     return "" if options.since <= day <= options.until else "left out: date"
 
 
-def parse_entry_point(row: Row, starter: str) -> str | None:
-    """Return the method of class Solution, or the function; None if the tests run programs."""
+def parse_entry_point(row: Row) -> str | None:
+    """Return the method of class Solution; None if the tests run programs."""
     metadata = from_json(row.get("metadata") or "{}", "metadata")
     if not isinstance(metadata, dict):
         raise FieldError(f"metadata: a {type(metadata).__name__} instead of an object")
-    name = metadata.get("func_name")
-    if not name:
-        return None
-    return f"Solution.{name}" if "class Solution" in starter else str(name)
+    return f"Solution.{metadata['func_name']}" if metadata.get("func_name") else None
 
 
 def parse_tests(row: Row, column: str, entry_point: str | None) -> tuple[Test | CallTest, ...]:

@@ -34,7 +34,7 @@ def tokens(expected: bytes, actual: bytes) -> bool:
 
 
 def _all_match(match: Checker, expected: bytes, actual: bytes) -> bool:
-    """Return whether both have the same number of tokens, and each matches."""
+    """Return whether both have the same number of tokens, and each is equal or matches."""
     wanted = expected.split()
     got = actual.split(None, len(wanted))  # the last token is all the rest
     return len(wanted) == len(got) and (wanted == got or all(map(match, wanted, got)))
@@ -95,21 +95,37 @@ def livecodebench(expected: bytes, actual: bytes) -> bool:
     """Apply LiveCodeBench's rule: the same number of lines, each, without the space around it, of
     the same text or exactly the same numbers: 1.0 equals 1, and 0.333 differs from 0.3333.
     """
+    return _all_lines_match(_numbers_equal, expected, actual)
+
+
+def livecodebench_floats(expected: bytes, actual: bytes) -> bool:
+    """Compare lines as `livecodebench` does, and numbers too, but for an expected decimal (with a
+    point or an exponent) any number within 1e-6, absolute or relative, is right.
+    """
+    return _all_lines_match(
+        lambda wanted, got: _tokens_match(wanted, got) or _numbers_equal(wanted, got),
+        expected,
+        actual,
+    )
+
+
+def _all_lines_match(match: Checker, expected: bytes, actual: bytes) -> bool:
+    """Return whether both have the same number of lines, each of the same text, but for the space
+    around it, or of tokens that match."""
     wanted = expected.strip().split(b"\n")
     got = actual.strip().split(b"\n", len(wanted))  # the last token is all the rest
-    return len(wanted) == len(got) and all(map(_number_lines_match, wanted, got))
-
-
-def _number_lines_match(expected: bytes, actual: bytes) -> bool:
-    return expected.strip() == actual.strip() or _all_match(_numbers_equal, expected, actual)
+    return len(wanted) == len(got) and all(
+        one.strip() == other.strip()
+        # equal words with other space between them do not match as numbers do
+        or (_all_match(match, one, other) and all(map(match, one.split(), other.split())))
+        for one, other in zip(wanted, got, strict=True)
+    )
 
 
 def _numbers_equal(expected: bytes, actual: bytes) -> bool:
-    if not (NUMBER.fullmatch(expected) and NUMBER.fullmatch(actual)):
-        return False
     try:
         return Decimal(expected.decode()) == Decimal(actual.decode())
-    except ArithmeticError:  # an exponent of more than 18 digits
+    except (ArithmeticError, ValueError):  # text, or an exponent of more than 18 digits
         return False
 
 
@@ -119,6 +135,7 @@ CHECKERS: dict[str, Checker] = {
     "codecontests": codecontests,
     "unordered_lines": unordered_lines,
     "livecodebench": livecodebench,
+    "livecodebench_floats": livecodebench_floats,
 }
 
 

@@ -17,7 +17,9 @@ import hashlib
 import itertools
 import json
 import math
+import numbers
 import re
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 TOLERANCE = 1e-6  # absolute or relative, where a float is expected
@@ -52,7 +54,7 @@ def _to_wire(value: object, depth: int) -> object:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return str(value)
+        return str.__str__(value)  # of an Enum, `str` would return its name
     if isinstance(value, int):
         # JSON readers refuse very long decimal integers.
         return int(value) if -(2**63) < value < 2**63 else {"int": hex(value)}
@@ -68,6 +70,9 @@ def _to_wire(value: object, depth: int) -> object:
     for kind, container in CONTAINERS.items():
         if isinstance(value, container):
             return {kind: [_to_wire(item, depth + 1) for item in value]}
+    if isinstance(value, numbers.Real | Decimal):  # a Fraction, for example
+        whole = math.isfinite(value) and value == math.trunc(value)
+        return _to_wire(math.trunc(value) if whole else float(value), depth)
     raise TypeError(f"a value of type {type(value).__name__} cannot be judged; use plain data")
 
 
@@ -121,10 +126,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_tagged, parse_int=_integer)
 def matches(expected: object, wire: bytes) -> bool:
     """Return whether the untrusted encoded value in `wire` is the expected one.
 
-    Types must be the same, with three exceptions. An integer and a float compare as numbers (a
-    boolean is neither). A float may differ by 1e-6, absolute or relative (NaN equals NaN). A tuple
-    is accepted for an expected list, since tests read from JSON cannot distinguish them, but an
-    expected tuple needs a tuple. Keys and members of sets must be exactly equal.
+    They are compared as by `==`: True equals 1 and 1.0, a set equals a frozenset. Three rules
+    differ. Where a float is expected, a number may differ by 1e-6, absolute or relative. NaN equals
+    NaN. A tuple is accepted for an expected list, since tests read from JSON cannot distinguish
+    them, but an expected tuple needs a tuple. Keys and members of sets must be exactly equal.
     """
     try:
         if len(wire) > MAX_LENGTH_RATIO * len(encode(expected)):
@@ -136,10 +141,10 @@ def matches(expected: object, wire: bytes) -> bool:
 
 def _matches(expected: Any, wire: Any) -> bool:
     kind, body = _kind_and_body(wire)
-    if isinstance(expected, bool) or expected is None or isinstance(body, bool):
-        return expected is body
+    if expected is None:
+        return body is None
     if isinstance(expected, int | float):
-        return kind in ("int", "float") and _numbers_match(expected, body)
+        return kind in ("bool", "int", "float") and _numbers_match(expected, body)
     if isinstance(expected, str):
         return kind == "str" and str(expected) == body
     if isinstance(expected, bytes | bytearray):
@@ -152,9 +157,7 @@ def _matches(expected: Any, wire: Any) -> bool:
         return kind == "tuple" and all(map(_matches, expected, body))
     if isinstance(expected, dict):
         return kind == "dict" and _dicts_match(expected, body)
-    if isinstance(expected, frozenset):
-        return kind == "frozenset" and _sets_match(expected, body)
-    return kind == "set" and _sets_match(expected, body)
+    return kind in ("set", "frozenset") and _sets_match(expected, body)
 
 
 def _kind_and_body(wire: Any) -> tuple[str, Any]:
@@ -190,9 +193,8 @@ def _sets_match(expected: set | frozenset, items: list) -> bool:
 
 
 def _fingerprint(wire: Any) -> bytes:
-    """Return a digest that is equal for two keys or members if their types and values are, at every
-    level: True, 1 and 1.0 differ; NaN equals NaN. Raises ValueError if it is not hashable in
-    Python.
+    """Return a digest that is equal for two keys or members if Python calls them equal, and for two
+    NaN. Raises ValueError if it is not hashable in Python.
     """
     if isinstance(wire, dict):  # from `_to_wire`, unparsed
         ((kind, body),) = wire.items()
@@ -206,8 +208,8 @@ def _fingerprint(wire: Any) -> bytes:
         raise ValueError("malformed value: an unhashable key")
     elif kind == "str":
         content = body.encode("utf-8", "surrogatepass")
-    elif kind == "int":
-        content = b"%x" % body
+    elif kind in ("bool", "int") or (kind == "float" and body.is_integer()):
+        kind, content = "number", b"%x" % int(body)
     else:
-        content = repr(body + 0.0 if kind == "float" else body).encode()  # -0.0 equals 0.0
+        content = repr(body).encode()
     return hashlib.blake2b(kind.encode() + b":" + content, digest_size=32).digest()

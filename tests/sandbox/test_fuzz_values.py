@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,8 @@ wires = st.recursive(
 
 def same(expected: object, actual: object) -> bool:
     """The documented rule, on two Python values."""
-    for one in (expected, actual):
-        if one is None or isinstance(one, bool):
-            return expected is actual
+    if expected is None or actual is None:
+        return expected is actual
     if isinstance(expected, float) and isinstance(actual, int | float):
         if math.isnan(expected):
             return math.isnan(actual)
@@ -74,12 +74,14 @@ def same(expected: object, actual: object) -> bool:
         return isinstance(actual, int | float) and expected == actual
     if isinstance(expected, list):
         return isinstance(actual, list | tuple) and all_same(expected, actual)
+    if isinstance(expected, set | frozenset):
+        if not isinstance(actual, set | frozenset):
+            return False
+        return sorted(map(exactly, expected)) == sorted(map(exactly, actual))
     if type(expected) is not type(actual):
         return False
     if isinstance(expected, tuple):
         return all_same(expected, actual)
-    if isinstance(expected, set | frozenset):
-        return sorted(map(exactly, expected)) == sorted(map(exactly, actual))
     if isinstance(expected, dict):
         wanted = {exactly(key): value for key, value in expected.items()}
         got = {exactly(key): value for key, value in actual.items()}
@@ -92,12 +94,14 @@ def all_same(expected, actual) -> bool:  # type: ignore[no-untyped-def]
 
 
 def exactly(key: object) -> str:
-    """A text that two keys share where they are the same value of the same type, within too."""
+    """A text that two keys share where Python calls them equal, or both are NaN, within too."""
     if isinstance(key, frozenset):
         return f"frozenset({sorted(map(exactly, key))})"
     if isinstance(key, tuple):
         return f"tuple({list(map(exactly, key))})"
-    return f"{type(key).__name__}({key + 0.0 if isinstance(key, float) else key!r})"
+    if isinstance(key, int | float):
+        return f"number({Fraction(key) if math.isfinite(key) else key})"
+    return f"{type(key).__name__}({key!r})"
 
 
 def types_of(value: object) -> object:
