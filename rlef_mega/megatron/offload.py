@@ -20,10 +20,6 @@ class HostMemory:
         self.waiting: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
         self.free: dict[int, list[torch.Tensor]] = defaultdict(list)  # pinned bytes, by size
 
-    @property
-    def holds_some(self) -> bool:
-        return bool(self.waiting)
-
     def offload(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the storages of these tensors to the host and free them. A storage that several
         tensors share is moved once, an empty one not at all.

@@ -306,9 +306,9 @@ class TrainedModel:
         if residence < Residence.TRAINING <= self.residence:
             for wrapped in self.wrapped:
                 wrapped.offload_grad_buffers(synchronize=False, empty_cache=False)
-        if residence >= Residence.WEIGHTS and self.weights_memory.holds_some:
+        if residence >= Residence.WEIGHTS:
             self.weights_memory.reload()
-        if residence >= Residence.STATE and self.optimizer_memory.holds_some:
+        if residence >= Residence.STATE:
             self.optimizer_memory.reload()
         if residence >= Residence.TRAINING:
             for wrapped in self.wrapped:
