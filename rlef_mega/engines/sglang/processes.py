@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
@@ -42,6 +43,7 @@ HEALTH_S = 5.0  # for an answer
 # a server that is paused or receives weights does not answer.
 HANG_S = 600.0
 MARK = "RLEF_SERVER"  # an environment variable of a server and all its processes
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy reaches no node
 STOP_S = 15.0  # for a server to end by itself
 MOST_FAILED_STARTS = 3  # in a row
 TAIL_LINES = 15
@@ -92,6 +94,9 @@ class ServerProcess:
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)  # our packages are not the server's
         environment[MARK] = self.mark = uuid.uuid4().hex
+        host = urllib.parse.urlsplit(self.url).hostname
+        for name in ("NO_PROXY", "no_proxy"):  # at its start a server asks itself, with `requests`
+            environment[name] = f"localhost,127.0.0.1,{host},{os.environ.get(name, '')}"
         self.started_at_s = self.heard_at_s = time.monotonic()
         with self.log.open("ab") as log:
             try:
@@ -117,7 +122,7 @@ class ServerProcess:
     def answers(self, path: str = "/health") -> bool:
         """Return whether the server answers; on /health, whether it generates."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=HEALTH_S) as answer:
+            with DIRECT.open(self.url + path, timeout=HEALTH_S) as answer:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError):
             return False

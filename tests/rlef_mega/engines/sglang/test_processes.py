@@ -84,6 +84,26 @@ def test_a_port_that_is_taken_is_not_mistaken_for_the_server(tmp_path):
         servers(tmp_path, HEALTHY, port=port).__enter__()
 
 
+def test_a_proxy_hides_no_server(tmp_path, monkeypatch):
+    """Neither from us nor from itself: a server asks itself at its start, by way of `requests`."""
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("no_proxy", "example.org")
+    asks_itself = """
+import threading, time, urllib.request
+def ask():
+    time.sleep(0.3)
+    print("asked", urllib.request.urlopen(f"http://127.0.0.1:{port}/health").status, flush=True)
+threading.Thread(target=ask).start()
+"""
+    program = HEALTHY.replace('print("serving"', asks_itself + 'print("serving"')
+    with servers(tmp_path, program):
+        (log,) = (tmp_path / "logs").iterdir()
+        deadline = time.monotonic() + 10
+        while "asked" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "asked 200" in log.read_text()
+
+
 def test_there_is_no_python(tmp_path):
     with pytest.raises(EngineError, match="make setup-sglang"):
         servers(tmp_path, "", python=str(tmp_path / "absent")).__enter__()
@@ -241,7 +261,7 @@ def test_the_command_of_each_server_follows_from_the_recipe(tmp_path):
     config = recipe(tmp_path, count=2, port=4000, tensor_parallel_size=4, arguments=["--x", "y"])
     command = servers_for(config).servers[1].command
     assert command[1:4] == ["-P", "-m", "sglang.launch_server"] and command[-2:] == ["--x", "y"]
-    options = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
+    options = dict(zip(command[4:-2:2], command[5:-2:2], strict=True))
     assert options["--tp-size"] == "4" and options["--port"] == "4001"
     assert options["--dtype"] == "bfloat16" and options["--model-path"] == str(tmp_path)
     assert options["--context-length"] == "1002"
