@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from rlef_mega.config import explain
 from rlef_mega.problems import (
+    apps,
     codecontests,
     curriculum,
     evalplus,
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 SHOWN_DROPS = 5
 KNOWN_SOURCES = (
     "sources are a JSONL file, curriculum:SPLIT, humaneval:SPLIT, functions:SPLIT (SPLIT: train, "
-    "valid, test), codecontests:PATH, evalplus:FILE, mbpp:FILE and livecodebench:PATH"
+    "valid, test), codecontests:PATH, apps:PATH, taco:PATH, evalplus:FILE, mbpp:FILE and "
+    "livecodebench:PATH"
 )
 
 
@@ -41,10 +43,10 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
     """Return the problems of a source.
 
     A source is `curriculum:SPLIT`, `humaneval:SPLIT` or `functions:SPLIT` (SPLIT is train, valid or
-    test), a data set (`codecontests:PATH?OPTIONS`, `evalplus:FILE`, `mbpp:FILE?OPTIONS`,
-    `livecodebench:PATH?OPTIONS`; PATH is a file, a folder or, for CodeContests, a repository of the
-    Hugging Face hub), or a file in our own JSONL. Problems of data sets are stored in `cache` and
-    read again from there.
+    test), a data set (`evalplus:FILE`, or `NAME:PATH?OPTIONS` where NAME is codecontests, apps,
+    taco, mbpp or livecodebench and PATH is a file, a folder or, for CodeContests, a repository of
+    the Hugging Face hub), or a file in our own JSONL. Problems of data sets are stored in `cache`
+    and read again from there.
 
     Raises ValueError with file, row, field and remedy if anything is wrong.
     """
@@ -81,6 +83,11 @@ class DataSet:
     remedy: str
 
 
+SplitOptions = (
+    codecontests.CodeContestsOptions | livecodebench.LiveCodeBenchOptions | apps.AppsOptions
+)
+
+
 def is_data_set(source: str) -> bool:
     name, separator, _ = source.partition(":")
     return bool(separator) and name in DATA_SETS
@@ -93,7 +100,7 @@ def read_data_set(source: str, cache: Path | None = None) -> ProblemStore:
     data_set = DATA_SETS[name]
     options = parse_options(source, query, data_set.options)
     path, split = Path(location), ""
-    if isinstance(options, codecontests.CodeContestsOptions | livecodebench.LiveCodeBenchOptions):
+    if isinstance(options, SplitOptions):
         split = options.split
     if name == "codecontests" and not path.exists() and len(path.parts) == 2 and not path.suffix:
         path = codecontests.download(source, location, split)
@@ -135,6 +142,10 @@ DATA_SETS = {
         codecontests.read,
         "codecontests:deepmind/code_contests?split=train takes the hub's copy",
     ),
+    "apps": DataSet(
+        apps.AppsOptions, apps.read, "download train.jsonl or test.jsonl of codeparrot/apps"
+    ),
+    "taco": DataSet(apps.AppsOptions, apps.read, "download the Parquet files of BAAI/TACO"),
     "evalplus": DataSet(
         SourceOptions, evalplus.read, "download HumanEvalPlus.jsonl.gz or MbppPlus.jsonl.gz"
     ),

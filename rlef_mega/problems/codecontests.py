@@ -22,6 +22,7 @@ from rlef_mega.problems.rows import (
     Read,
     Row,
     SourceOptions,
+    TimeFactor,
     Words,
     class_names,
     expect,
@@ -83,6 +84,7 @@ class CodeContestsOptions(SourceOptions):
     max_test_bytes: NonNegativeInt = 8 << 20  # of input and output together
     wrong_programs: NonNegativeInt = 0  # of the shortest incorrect Python 3 solutions
     enums: Literal["hub", "proto"] = "hub"
+    time_factor: TimeFactor = 1.0
 
 
 def download(source: str, repository: str, split: str) -> Path:
@@ -143,7 +145,7 @@ def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parse
         statement=statement,
         public_tests=public,
         private_tests=PrivateTests(hidden[: options.max_tests or None]),
-        limits=parse_limits(row),
+        limits=parse_limits(row, options.time_factor),
         checker="codecontests",  # its own rule: reference outputs differ in case, or as 20.0
         template="codecontests",
         family="codecontests" if source == "unknown" else source,
@@ -232,14 +234,14 @@ def parse_tests(row: Row, column: str) -> tuple[Test, ...]:
     return tuple(Test(i.encode(), o.encode()) for i, o in zip(inputs, outputs, strict=True))
 
 
-def parse_limits(row: Row) -> Limits:
+def parse_limits(row: Row, time_factor: float) -> Limits:
     """Return the problem's own limits; the paper's where a limit is 0, null or missing."""
     time_limit = expect(row, "time_limit", dict, None) or {}
     seconds, nanos = (expect(time_limit, unit, int, None) or 0 for unit in ("seconds", "nanos"))
     memory_bytes = expect(row, "memory_limit_bytes", int, None) or DEFAULT_MEMORY_BYTES
     try:
         return Limits(
-            cpu_s=seconds + nanos / 1e9 or DEFAULT_TIME_S,
+            cpu_s=(seconds + nanos / 1e9 or DEFAULT_TIME_S) * time_factor,
             memory_bytes=max(memory_bytes, LEAST_MEMORY_BYTES),
         )
     except ValueError as error:

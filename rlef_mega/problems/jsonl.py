@@ -18,17 +18,19 @@ A test is one of:
 
 The function is the problem's `entry_point`, or the test's own.
 
-Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes}, `checker` (tokens, exact,
-codecontests, livecodebench, unordered_lines, or {"program": "def check(stdin, expected, actual):
-..."}, which gets bytes and returns a bool), `language` (python, cpp), `template` (codecontests,
-humaneval, mbpp, curriculum), `entry_point`, `prelude` (code that stands before every program),
-`family`, `difficulty` and `tags` (breakdowns in reports), `wrong_programs` (known to fail).
-Unknown keys are refused.
+Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes, time_factors}, where
+"time_factors": {"python": 3} multiplies the times of problems in that language; `checker` (tokens,
+exact, codecontests, livecodebench, livecodebench_floats, unordered_lines, or {"program": "def
+check(stdin, expected, actual): ..."}, which gets bytes and returns a bool, or {"program": CODE,
+"language": "cpp"}, a checker in the style of testlib), `language` (python, cpp), `template`
+(codecontests, humaneval, mbpp, curriculum), `entry_point`, `prelude` (code that stands before every
+program), `family`, `difficulty` and `tags` (breakdowns in reports), `wrong_programs` (known to
+fail). Unknown keys are refused.
 """
 
 import ast
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def parse_problem(row: Row) -> Problem:
         statement=expect(row, "statement", str),
         public_tests=tuple(public),
         private_tests=PrivateTests(private),
-        limits=parse_limits(expect(row, "limits", dict, {})),
+        limits=parse_limits(expect(row, "limits", dict, {}), language),
         checker=parse_checker(row),
         language=language,
         template=one_of(row, "template", TEMPLATE_NAMES),
@@ -144,16 +146,23 @@ def refuse_unknown(row: Row, keys: Iterable[str], section: str) -> None:
         raise FieldError(f"{section}{unknown[0]}: unknown key; known: {', '.join(keys)}")
 
 
-def parse_limits(row: Row) -> Limits:
-    refuse_unknown(row, LIMIT_KEYS, "limits.")
-    for key, value in row.items():
+def parse_limits(row: Row, language: str) -> Limits:
+    """Return the limits, with the time multiplied by the factor of the problem's language."""
+    refuse_unknown(row, (*LIMIT_KEYS, "time_factors"), "limits.")
+    factors = expect(row, "time_factors", dict, {})
+    refuse_unknown(factors, LANGUAGES, "limits.time_factors.")
+    bounds = {key: value for key, value in row.items() if key != "time_factors"}
+    for key, value in (*bounds.items(), *factors.items()):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise FieldError(f"limits.{key}: {value!r} is not a number")
-        if not key.endswith("_s") and not isinstance(value, int):
+        if key in LIMIT_KEYS and not key.endswith("_s") and not isinstance(value, int):
             raise FieldError(f"limits.{key}: {value!r} is not a whole number")
+    factor = factors.get(language, 1.0)
     try:
-        return Limits(**row)
-    except ValueError as error:
+        limits = Limits(**bounds)
+        wall_s = limits.wall_s and limits.wall_s * factor
+        return replace(limits, cpu_s=limits.cpu_s * factor, wall_s=wall_s)
+    except (ValueError, OverflowError) as error:
         raise FieldError(f"limits: {error}") from None
 
 

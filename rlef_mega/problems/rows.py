@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rlef_mega.problems.literals import parse_json, to_literal
 from rlef_mega.problems.splits import SPLITS
@@ -40,6 +40,10 @@ class SourceOptions(BaseModel):
 Words = Annotated[
     tuple[str, ...], BeforeValidator(lambda text: tuple(word for word in text.split(",") if word))
 ]
+
+
+# How many times a problem's time limit a program gets; contests make limits for C++.
+TimeFactor = Annotated[float, Field(gt=0, le=1000)]
 
 
 class FieldError(ValueError):

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from rlef_mega.problems import load_problems, sample
-from rlef_mega.problems.jsonl import read_jsonl, to_row
+from rlef_mega.problems.jsonl import parse_problem, read_jsonl, to_row
 from rlef_mega.types import PrivateTests, Problem
-from rlef_sandbox import CallTest, CheckerProgram, CheckTest, Limits, Test
+from rlef_sandbox import CallTest, CheckerProgram, CheckTest, Limits, Sandbox, Status, Test
 
 GOOD = {
     "id": "double",
@@ -80,6 +80,35 @@ def test_jsonl_gives_back_what_was_written(tmp_path):
     assert read_jsonl(write(tmp_path, *map(to_row, problems))) == problems
 
 
+def test_times_are_multiplied_by_the_factor_of_the_language(tmp_path):
+    limits = {"cpu_s": 2, "wall_s": 10, "time_factors": {"python": 2.5}}
+    rows = [{**GOOD, "id": name, "language": name, "limits": limits} for name in ("python", "cpp")]
+    python, cpp = read_jsonl(write(tmp_path, *rows))
+    assert python.limits == Limits(cpu_s=5, wall_s=25) and cpp.limits == Limits(cpu_s=2, wall_s=10)
+    assert parse_problem(to_row(python)) == python
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "-" + "1" * 5000, f"[{'1' * 5000}, {{'a': (2,)}}]"])
+def test_integers_of_more_than_4300_digits_are_read_and_written(tmp_path, text):
+    test = {"args": "(5000,)", "expected": text, "entry_point": "f"}
+    (problem,) = read_jsonl(write(tmp_path, {**GOOD, "public_tests": [test]}))
+    (call,) = problem.public_tests
+    found = call.expected[0] if isinstance(call.expected, list) else call.expected
+    assert abs(found) == (10**5000 - 1) // 9
+    assert parse_problem(to_row(problem)) == problem
+    with Sandbox(workers=1) as sandbox:
+        program = (
+            f"def f(n):\n    ones = (10**n - 1) // 9\n    return {text.replace('1' * 5000, 'ones')}"
+        )
+        assert sandbox.grade(program, [call])[0].status is Status.OK
+
+
+def test_integers_of_more_than_50000_digits_are_refused(tmp_path):
+    test = {"args": "(1,)", "expected": "1" * 50_001, "entry_point": "f"}
+    with pytest.raises(ValueError, match=r"public_tests\[0\].expected"):
+        read_jsonl(write(tmp_path, {**GOOD, "public_tests": [test]}))
+
+
 def test_what_the_format_cannot_hold_is_not_written():
     problem = Problem("a", "x", (CallTest("f", (frozenset({1}),), 1),), PrivateTests(()))
     with pytest.raises(ValueError, match="'a' cannot be written"):
@@ -138,6 +167,11 @@ WRONG = {
     "unknown key": ({**GOOD, "test": []}, "test: unknown key; known: id, statement, public_tests"),
     "unknown limit": ({**GOOD, "limits": {"cpu": 1}}, "limits.cpu: unknown key; known: cpu_s"),
     "text as a limit": ({**GOOD, "limits": {"cpu_s": "1"}}, "limits.cpu_s: '1' is not a number"),
+    "an unknown language": (
+        {**GOOD, "limits": {"time_factors": {"c": 2}}},
+        "time_factors.c: unknown",
+    ),
+    "a factor of 0": ({**GOOD, "limits": {"time_factors": {"python": 0}}}, "limits: .*cpu_s is 0"),
     "a limit out of bounds": ({**GOOD, "limits": {"cpu_s": 0}}, "limits: .*cpu_s"),
     "half a letter": ({**GOOD, "statement": "x \ud83d"}, "statement: not valid text"),
     "half a letter in a test": (
