@@ -156,7 +156,7 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
         "critic": layout_words(config.critic_parallel) + ", ranks of its own"
         if config.critic_parallel
         else "on the policy's ranks",
-        "rollouts a batch": config.rollout.episodes_per_batch,
+        "rollouts per batch": config.rollout.episodes_per_batch,
         "updates": f"{config.run.steps * updates:,} of {sequences} sequences",
     }
 

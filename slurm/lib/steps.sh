@@ -71,7 +71,7 @@ set_software() { # set PYTHON, RUNNER (a prefix of commands) and STEP_FLAGS (opt
     fi
 }
 
-in_software() { # run a command on this node; with CONTAINER, in it or, outside a job, with the login node's Python
+in_software() { # run a command; with CONTAINER, run it in the container or, before a job, with the login node's Python
     if [ -n "$CONTAINER" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
         srun --nodes=1 --ntasks=1 --overlap --mem=0 --quiet "${STEP_FLAGS[@]}" "${RUNNER[@]}" "$@"
     elif [ -n "$CONTAINER" ]; then

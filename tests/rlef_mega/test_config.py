@@ -35,7 +35,7 @@ def test_the_papers_runs_have_its_arithmetic(recipe, world_size, updates):
     config = load_config(find_recipe(recipe), [], TrainConfig)
     plan = plan_train(config)
     assert plan["world size"] == world_size
-    assert plan["rollouts a batch"] == 1024
+    assert plan["rollouts per batch"] == 1024
     assert plan["updates"] == f"{updates} of 256 sequences"
     for optimizer in (config.learner.policy, config.learner.critic):
         assert (optimizer.lr, optimizer.weight_decay, optimizer.warmup_updates) == (2e-7, 0.1, 50)

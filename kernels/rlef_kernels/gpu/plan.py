@@ -57,7 +57,7 @@ def choose_plan(*matrices: torch.Tensor) -> HeadPlan:
 def can_fuse(*matrices: torch.Tensor) -> bool:
     """Return whether the matrices are bf16 with 16-byte aligned rows, on Hopper or newer.
 
-    Off GPUs (in the interpreter, and when only compiling) the device does not count.
+    Without a GPU (in the interpreter, or when only compiling) the device is not checked.
     """
     device = matrices[0].device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):

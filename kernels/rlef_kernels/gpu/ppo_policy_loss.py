@@ -50,7 +50,7 @@ def policy_loss_kernel(
     clip_eps,
     B: tl.constexpr,
 ):
-    """Read the denominator from `denominator_ptr` unless that is None."""
+    """Compute METRICS and the gradient; `denominator_ptr`, unless None, replaces `denominator`."""
     loss_B, ratio_B = tl.zeros((B,), tl.float32), tl.zeros((B,), tl.float32)
     clipped_B, factor_B = tl.zeros((B,), tl.float32), tl.zeros((B,), tl.float32)
     k1_B, k3_B = tl.zeros((B,), tl.float32), tl.zeros((B,), tl.float32)
