@@ -1,5 +1,4 @@
-"""`linear_logprob` against float64 truth, its memory, and its vocab-parallel form against one
-process.
+"""`linear_logprob` against float64 truth, and its memory.
 
 Tolerances are slightly above the error of fp32 PyTorch on the same problem: for logits of size z,
 an fp32 matrix product has an error of about z * 1e-6.
