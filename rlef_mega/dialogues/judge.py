@@ -10,6 +10,7 @@ so that it outlives the event loops of the rollouts (one for each step) and keep
 engine blocks them.
 """
 
+import ast
 import asyncio
 import contextlib
 import re
@@ -17,7 +18,8 @@ import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from itertools import takewhile
+from typing import Any, Protocol, TypeGuard
 
 from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.run.event_loop import LivesInLoop
@@ -148,9 +150,10 @@ class Judge:
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         """Return the grader's results. Raises JudgeError if the sandbox failed on any test."""
-        results = await self.grader.grade(problem, problem.prelude + program)
-        if problem.prelude:
-            results = [own_lines(result, problem.prelude.count("\n")) for result in results]
+        prelude, program = with_prelude(problem, program)
+        results = await self.grader.grade(problem, prelude + program)
+        if prelude:
+            results = [own_lines(result, prelude.count("\n")) for result in results]
         self.runs += len(results)
         for result in results:
             if result.status is Status.SANDBOX_ERROR:
@@ -167,6 +170,31 @@ def grading_options(problem: Problem) -> dict[str, Any]:
         "language": problem.language,
         "run_at_least": len(problem.public_tests),
     }
+
+
+def is_future_import(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+def with_prelude(problem: Problem, program: str) -> tuple[str, str]:
+    """Return the lines to put before a program, and the program. Its `from __future__` imports,
+    which must stand first in a file, move before the prelude; its lines keep their numbers.
+    """
+    if not problem.prelude or problem.language != "python" or "__future__" not in program:
+        return problem.prelude, program
+    try:
+        body = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return problem.prelude, program  # its own error is the verdict
+    body = body[1:] if ast.get_docstring(ast.Module(body, []), clean=False) is not None else body
+    imports = list(takewhile(is_future_import, body))  # one that stands later stays an error
+    lines = program.encode().splitlines(keepends=True)
+    for node in reversed(imports):  # so that those before it keep their columns
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        start, rest = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+        lines[first : last + 1] = [start + b"pass" + rest, *[b"\n"] * (last - first)]
+    moved = "".join(f"{ast.unparse(node)}\n" for node in imports)
+    return moved + problem.prelude, b"".join(lines).decode()
 
 
 FRAME_LINE = re.compile(rb'(  File "solution\.py", line )(\d+)')

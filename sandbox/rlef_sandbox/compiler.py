@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 
-from . import landlock
+from . import callers_state, landlock
 from .confinement import VisibleFiles, confine_zygote
 from .probes import holds_in_a_child, refused
 from .protocol import (
@@ -191,6 +191,7 @@ def main() -> None:
     """Become a compiler. The arguments are the descriptors of the control channel and the
     controller, g++'s flags, the scratch directory, and the cgroup, which may be empty.
     """
+    callers_state.reset()
     channel, controller, *flags, scratch, cgroup = sys.argv[1:]
     namespaces = leave_reaper_behind(int(channel), int(controller), cgroup, scratch)
     control = socket.socket(fileno=int(channel))

@@ -12,7 +12,6 @@ whether the others are enough. The layers of children are probed in children (`p
 from __future__ import annotations
 
 import os
-import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -76,7 +75,6 @@ def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
     if has_landlock and succeeds(files.restrict):
         effective += [f"landlock_abi_{landlock.abi()}"] * _fails_with(PermissionError, "/")
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kernel.die_with_parent()  # again: the change of user undid it
     return {
         "namespaces": namespaces,

@@ -22,7 +22,7 @@ from . import native
 from .program_runner import RETRIES
 from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import Result, Status
-from .worker import ANSWER_GRACE_S, Layers, Worker, ZygoteLostError, memory_files
+from .worker import ANSWER_GRACE_S, ENVIRONMENT, Layers, Worker, ZygoteLostError, memory_files
 
 STANDARD = ("-std=c++17", "-O2", "-DONLINE_JUDGE", "-w", "-fmax-errors=20")
 COMPILE = ZygoteRequest(
@@ -75,7 +75,8 @@ class Cpp:
 
     @staticmethod
     def compiler() -> str | None:
-        return shutil.which("g++")
+        """Return the path of g++, if it is where the confined compiler looks for it."""
+        return shutil.which("g++", path=ENVIRONMENT["PATH"])
 
     def _new_worker(self) -> Worker:
         return Worker(self._accept, module="compiler", scratch=True)

@@ -5,6 +5,9 @@ The program's side serves calls of its function. The other side runs the test's 
 preceded by its length, so neither side has an object, a frame or a line of the other. An exception
 of the program arrives as the built-in exception of that name, if there is one, and a result that is
 not plain data as an object that only tells that it is not None.
+
+A check that passes a limit may do so by its own fault, or because of what the program returned. So
+it marks in its exchange file whether a call is under way and whether a large value has arrived.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import builtins
 import contextlib
 import json
 import os
+import re
 import struct
 import sys
 import traceback
@@ -27,6 +31,13 @@ NAME_CHARACTERS, WORDS_CHARACTERS = 200, 4000  # of an exception
 RETURNED, OPAQUE, RAISED = b"=", b"?", b"!"
 # Exit codes of the checking side, beside 0 and 1 (program_runner.py).
 CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
+
+# Marks of the checking side in its exchange file, a byte each.
+IN_A_CALL, HAS_LARGE_REPLY = 0, 1
+# What may cost a check much: a reply of more bytes, or with a number of 6 digits or more before the
+# point. Loops and tables over smaller values stay within seconds and megabytes.
+LARGE_REPLY_BYTES = 4096
+LARGE_NUMBER = re.compile(rb'(?<![.\d])\d{6}|e\+|"int"')
 
 
 class GoneError(Exception):
@@ -85,8 +96,10 @@ def breaking_the_check() -> Iterator[None]:
         _leave(CHECK_BROKEN, error)
 
 
-def check(check_function: Callable[..., object], descriptor: int) -> None:
-    """Run the test's code on a stand-in for the program's function. Exits if it fails."""
+def check(check_function: Callable[..., object], descriptor: int, marks: int) -> None:
+    """Run the test's code on a stand-in for the program's function, with marks in the file `marks`.
+    Exits if it fails.
+    """
     raised: list[BaseException] = []
     replies = 0
 
@@ -99,8 +112,12 @@ def check(check_function: Callable[..., object], descriptor: int) -> None:
             _leave(CANDIDATE_RAISED if replies else CHECK_BROKEN, error)
         replies += 1
         try:
+            os.pwrite(marks, b"1", IN_A_CALL)
             _send(descriptor, call)
             reply = _receive(descriptor)
+            if len(reply) > LARGE_REPLY_BYTES or LARGE_NUMBER.search(reply):
+                os.pwrite(marks, b"1", HAS_LARGE_REPLY)
+            os.pwrite(marks, b"0", IN_A_CALL)
             kind, body = reply[:1], reply[1:]
             if kind == RETURNED:
                 return values.decode(body)

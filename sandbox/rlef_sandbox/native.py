@@ -36,7 +36,8 @@ def cache_folder() -> Path | None:
     for root in roots:
         folder = root / "rlef_sandbox"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for made in (folder.parent, folder):  # with these modes whatever the umask
+                made.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = [folder.stat(), folder.parent.stat()]
         except OSError:
             continue
@@ -73,6 +74,8 @@ def built(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / key / name
         output.parent.mkdir(parents=True)
+        for made in {Path(scratch, key), output.parent}:
+            made.chmod(0o755)  # for the unprivileged compiler, whatever the umask
         try:
             subprocess.run(
                 build(output),
@@ -81,6 +84,8 @@ def built(
                 capture_output=True,
                 timeout=BUILD_TIMEOUT_S,
                 cwd=scratch,
+                env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": scratch},
+                umask=0o022,
             )
             Path(scratch, key).rename(folder / key)
         except (OSError, subprocess.SubprocessError):  # or another process built it first

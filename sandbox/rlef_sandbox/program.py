@@ -10,6 +10,7 @@ trusted once the program's first line has run.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import linecache
@@ -21,7 +22,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from . import exchange, values
 
@@ -76,9 +77,11 @@ def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
     if threading.active_count() > 1:
         exit_code = exit_code or _exit_code_of(threading._shutdown, source)  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    exit_code = exit_code or _flush(sys.stdout, sys.__stdout__, sys.stderr)
+    # the exit code depends on what the program calls its streams, which may be none
+    exit_code = exit_code or _flush("stdout", "stderr")
     _finalize(name)
-    os._exit(exit_code or _flush(sys.__stdout__))
+    _flush("__stdout__", "__stderr__")
+    os._exit(exit_code)
 
 
 def _execute(name: str, code: types.CodeType, call: bytes | None) -> None:
@@ -91,7 +94,7 @@ def _execute(name: str, code: types.CodeType, call: bytes | None) -> None:
         with exchange.breaking_the_check():
             exec(code, module.__dict__)
             check = _callable_of(module, request["check"])
-        exchange.check(check, PEER_DESCRIPTOR)
+        exchange.check(check, PEER_DESCRIPTOR, EXCHANGE_DESCRIPTOR)
         return
     exec(code, module.__dict__)
     if "serve" in request:
@@ -125,7 +128,8 @@ def _finalize(name: str) -> None:
     """Drop the program's module, so that files left open are closed, and so flushed, while the
     functions that this needs still exist.
     """
-    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    for stream in ("stdin", "stdout", "stderr"):
+        setattr(sys, stream, getattr(sys, f"__{stream}__", None))
     sys.modules.pop(name, None)
     gc.collect()
 
@@ -137,7 +141,8 @@ def _exit_code_of(step: Callable[[], None], source: bytes) -> int:
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             return (error.code or 0) & 0xFF
-        print(error.code, file=sys.stderr)
+        with contextlib.suppress(Exception):
+            print(error.code, file=getattr(sys, "stderr", None) or sys.__stderr__)
         return 1
     except BaseException as error:
         _report(error, source)
@@ -161,12 +166,13 @@ def _report(error: BaseException, source: bytes) -> None:
         os.write(2, f"{type(error).__name__}\n".encode())
 
 
-def _flush(*streams: TextIO | None) -> int:
-    """Flush `streams`. Returns 120, as the interpreter does, if that fails."""
+def _flush(*names: str) -> int:
+    """Flush these streams of `sys`. Returns 120, as the interpreter does, if that fails."""
     failed = 0
-    for stream in streams:
+    for name in names:
+        stream = getattr(sys, name, None)
         try:
-            if stream is not None and not stream.closed:
+            if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
         except BaseException:
             failed = 120

@@ -7,19 +7,29 @@ import json
 import os
 import signal
 import socket
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 from . import values
-from .exchange import CANDIDATE_GONE, CANDIDATE_RAISED, CHECK_BROKEN
+from .exchange import (
+    CANDIDATE_GONE,
+    CANDIDATE_RAISED,
+    CHECK_BROKEN,
+    HAS_LARGE_REPLY,
+    IN_A_CALL,
+)
 from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
 from .worker import Worker, ZygoteLostError, ZygoteSession, memory_file, memory_files
 
 RETRIES = 2  # of a run that ended in a fault of the sandbox
+EXCHANGE = 3  # among the files of a function call, after the standard streams
 STDERR_BYTES = 64 << 10
 SHOWN_BYTES = 64 << 10  # of a returned value's repr
+PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # of ELF
+PT_LOAD, PT_TLS = 1, 7
 OUT_OF_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
 
 
@@ -128,7 +138,12 @@ class ProgramRunner(contextlib.AbstractContextManager):
         with files_of_test(test) as files:
             outcome = self._ask(task, [*files.descriptors, self._program])
             self._end_session()
-            return files.finished(outcome, self._limits)
+            run = files.finished(outcome, self._limits)
+        failed = self._executable and run.result.status is Status.RUNTIME_ERROR
+        if failed and static_bytes(self._program) > self._limits.memory_bytes:
+            # the kernel cannot place its variables, or the C library those of its first thread
+            return FinishedRun(replace(run.result, status=Status.MEMORY_LIMIT))
+        return run
 
     def _attempt_again(self, test: Test | CallTest) -> FinishedRun:
         if self._compile_failure is None and not self._server_runs:
@@ -173,6 +188,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
             return verdict_of_check(
                 candidate.finished(served, self._limits).result,
                 checker.finished(checked, self._limits).result,
+                os.pread(checker.descriptors[EXCHANGE], 2, 0).ljust(2, b"0"),
             )
 
     def _request(self, task: Task) -> ZygoteRequest:
@@ -225,6 +241,18 @@ class StreamFiles(contextlib.AbstractContextManager):
         return FinishedRun(result, wire)
 
 
+def static_bytes(executable: int) -> int:
+    """Return what the segments of a 64-bit ELF file, its variables among them, take in memory."""
+    (table_at,) = struct.unpack("<Q", os.pread(executable, 8, 32))
+    (count,) = struct.unpack("<H", os.pread(executable, 2, 56))
+    segments = os.pread(executable, PROGRAM_HEADER.size * count, table_at)
+    return sum(
+        memory_bytes
+        for kind, *_, memory_bytes, _ in PROGRAM_HEADER.iter_unpack(segments)
+        if kind in (PT_LOAD, PT_TLS)
+    )
+
+
 def files_of_test(test: Test | CallTest) -> StreamFiles:
     """Return the files of a run. Raises ValueError if a value of the test is not plain data."""
     if isinstance(test, Test):
@@ -272,22 +300,30 @@ def ran_out_of_memory(stderr: bytes) -> bool:
     return any(line.startswith(OUT_OF_MEMORY) for line in last_lines)
 
 
-def verdict_of_check(candidate: Result, checker: Result) -> FinishedRun:
-    """Return the verdict on the ends of a CheckTest's two processes. Raises FaultError if the code
-    of the test is broken.
+def verdict_of_check(candidate: Result, checker: Result, marks: bytes) -> FinishedRun:
+    """Return the verdict on the ends of a CheckTest's two processes. `marks` are those of
+    `exchange.check`. Raises FaultError if the code of the test is broken or passes a limit itself.
     """
-    if candidate.status is not Status.OK:
+    broken = checker.exit_code == CHECK_BROKEN
+    answered = checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE)
+    # Other than by an exception, its end depends on the program's values only if one is large.
+    stopped = checker.exit_code not in (0, 1) or checker.status not in (
+        Status.OK,
+        Status.RUNTIME_ERROR,
+    )
+    if stopped and not broken and not answered and marks[HAS_LARGE_REPLY:] != b"1":
+        broken = marks[IN_A_CALL : IN_A_CALL + 1] != b"1"
+    # While no call is under way the program waits, until its wall clock limit, for the check.
+    if broken and candidate.status in (Status.OK, Status.IDLE_LIMIT):
+        errors = checker.stderr.decode(errors="replace")
+        raise FaultError(f"the code of a CheckTest is broken: {checker.status} {errors}")
+    if candidate.status is not Status.OK or checker.status is Status.OK:
         return FinishedRun(candidate)
-    if checker.exit_code == 0 and checker.status is Status.OK:
-        return FinishedRun(candidate)
-    if checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE):
+    if answered:
         reason = checker.stderr or b"the program ended before the check did\n"
         status = Status.MEMORY_LIMIT if ran_out_of_memory(reason) else Status.RUNTIME_ERROR
         return FinishedRun(replace(candidate, status=status, stderr=reason))
     if checker.status in (Status.TIME_LIMIT, Status.IDLE_LIMIT, Status.MEMORY_LIMIT):
         return FinishedRun(replace(candidate, status=checker.status))
-    if checker.exit_code == CHECK_BROKEN:
-        errors = checker.stderr.decode(errors="replace")
-        raise FaultError(f"the code of a CheckTest is broken: {errors}")
     # It ended after the program had answered, so the answers did not satisfy it.
     return FinishedRun(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))

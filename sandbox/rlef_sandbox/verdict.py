@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import enum
-import math
 import threading
 from dataclasses import dataclass, field
 
@@ -23,6 +22,15 @@ class Status(enum.StrEnum):
     COMPILE_ERROR = "COMPILE_ERROR"
     SANDBOX_ERROR = "SANDBOX_ERROR"
 
+
+# Bounds of the Limits: what the kernel and the sandbox's own messages can represent.
+LIMITS_WITHIN = {
+    "cpu_s": (0.001, 24 * 3600),
+    "wall_s": (0.001, 6 * 24 * 3600),  # more than the default for the longest cpu_s
+    "memory_bytes": (32 << 20, 1 << 40),
+    "output_bytes": (1, 1 << 30),
+    "processes": (1, 1 << 16),
+}
 
 _parsing = threading.Lock()  # two threads break Python 3.11's parser (gh-106905)
 
@@ -44,18 +52,13 @@ class Limits:
     processes: int = 64
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("cpu_s", 0.001),
-            ("wall_s", 0.001),
-            ("memory_bytes", 32 << 20),
-            ("output_bytes", 1),
-            ("processes", 1),
-        ):
+        for name, (least, most) in LIMITS_WITHIN.items():
             value = getattr(self, name)
             if name == "wall_s" and value is None:
                 continue
-            if not math.isfinite(value) or value < least:
-                raise ValueError(f"Limits.{name} is {value}; it must be finite and >= {least}")
+            if not least <= value <= most:  # NaN is not
+                shown = "huge" if abs(value) > 1e30 else value
+                raise ValueError(f"Limits.{name} is {shown}; it must be within {least} and {most}")
 
     @property
     def effective_wall_s(self) -> float:

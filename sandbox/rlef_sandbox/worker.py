@@ -7,6 +7,7 @@ request, the outputs are read after the answer, so nothing streams and no progra
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -94,11 +95,15 @@ class Worker:
             passed_on.callback(remote.close)
             controller = os.pidfd_open(os.getpid())
             passed_on.callback(os.close, controller)
+            passed = []
+            for opened in (remote.fileno(), controller):  # 0, 1 or 2 where the caller closed those
+                passed.append(fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3))
+                passed_on.callback(os.close, passed[-1])
             stdin, stdout, stderr = memory_files(b"", b"", b"")
             passed_on.callback(os.close, stdin)
             passed_on.callback(os.close, stdout)
             on_failure.callback(os.close, stderr)
-            arguments = [str(remote.fileno()), str(controller), *self.arguments]
+            arguments = [*map(str, passed), *self.arguments]
             on_failure.callback(self._remove_folders)
             self._cgroup = cgroups.create(self._memory_bytes)
             if self._has_scratch:
@@ -111,7 +116,7 @@ class Worker:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                pass_fds=(remote.fileno(), controller),
+                pass_fds=passed,
                 env=ENVIRONMENT,
                 cwd="/",
             )

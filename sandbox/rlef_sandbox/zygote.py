@@ -33,7 +33,7 @@ import sys
 import types
 from typing import NamedTuple
 
-from . import program
+from . import callers_state, program
 from .confinement import confine_zygote, library_files
 from .launch_plan import Bounds, LaunchPlan
 from .probes import probe_child_layers
@@ -44,7 +44,6 @@ from .supervisor_native import NativeSupervisor
 from .supervisor_python import PythonSupervisor
 from .syscalls import Profile
 
-STACK_BYTES = 256 << 20  # of the main thread, for deep recursion; fixed when a process is exec'd
 STREAMS = 3
 SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER = 3, 4, 5
 
@@ -162,12 +161,11 @@ def _reserve_low_descriptors() -> None:
     os.close(descriptor)
 
 
-def _raise_stack_limit() -> None:
-    """Start this interpreter anew if its main thread's stack could not grow to STACK_BYTES."""
+def _set_stack_limit() -> None:
+    """Start this interpreter anew unless its main thread's stack grows to STACK_BYTES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
+    if soft != callers_state.STACK_BYTES:
+        resource.setrlimit(resource.RLIMIT_STACK, (callers_state.STACK_BYTES, hard))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -175,7 +173,8 @@ def main() -> None:
     """Become a zygote. The arguments are the descriptors of the control channel and the controller,
     the path of the C library, and the cgroup; the last two may be empty.
     """
-    _raise_stack_limit()
+    callers_state.reset()
+    _set_stack_limit()
     *descriptors, library, cgroup = sys.argv[1:]
     channel, controller = (_moved_out_of_the_way(int(number)) for number in descriptors)
     _reserve_low_descriptors()

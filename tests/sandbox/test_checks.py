@@ -143,6 +143,51 @@ def test_a_broken_check_is_no_verdict(sandbox: Sandbox, code: str) -> None:
     assert b"CheckTest is broken" in result.stderr
 
 
+TABLE = "table = [[i] for i in range(5_000_000)]"
+EXHAUSTED = {
+    "memory": f"def check(f):\n    {TABLE}\n    assert f(1) == 1",
+    "memory_at_import": f"{TABLE}\ndef check(f): assert f(1) == 1",
+    "memory_afterwards": f"def check(f):\n    assert f(1) == 1\n    {TABLE}",
+    "time": "def check(f):\n    while True: pass",
+    "time_at_import": "while True: pass",
+    "time_between_calls": "def check(f):\n    assert f(7) == 7\n    while True: pass",
+    "waiting": "import time\ndef check(f):\n    assert f([0.25]) == [0.25]\n    time.sleep(60)",
+    "output": "def check(f):\n    while True: print('x' * 999)",
+    "stack": (
+        "import sys\nsys.setrecursionlimit(10**8)\ndef g(n): return max(0, g(n + 1))\n"
+        "def check(f): f(1); g(0)"
+    ),
+    "a_crash": "import ctypes\ndef check(f): f(1); ctypes.string_at(0)",
+}
+
+
+@pytest.mark.parametrize("code", EXHAUSTED.values(), ids=EXHAUSTED)
+def test_a_check_that_exhausts_itself_is_no_verdict(sandbox: Sandbox, code: str) -> None:
+    limits = Limits(cpu_s=0.5, wall_s=2, memory_bytes=128 << 20, output_bytes=1 << 20)
+    (result,) = sandbox.grade("def f(x): return x", [CheckTest("f", code)], limits)
+    assert result.status is Status.SANDBOX_ERROR, result
+    assert b"CheckTest is broken" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("returned", "use"),
+    [
+        ("10**12", "sum(range(got))"),
+        ("1e12", "sum(range(int(got)))"),
+        ("10**40", "[0] * min(got, 10**9)"),
+        ("[0] * 10**6", "[[i] * 99 for i in got]"),
+        ("'x' * 10**6", "[x * 999 for x in got]"),
+    ],
+)
+def test_a_check_exhausted_by_what_the_program_returned_is_a_verdict(
+    sandbox: Sandbox, returned: str, use: str
+) -> None:
+    code = f"def check(f):\n    got = f(1)\n    got = {use}\n    assert got == 5"
+    limits = Limits(cpu_s=0.5, wall_s=5, memory_bytes=128 << 20)
+    (result,) = sandbox.grade(f"def f(n): return {returned}", [CheckTest("f", code)], limits)
+    assert result.status in (Status.TIME_LIMIT, Status.MEMORY_LIMIT), result
+
+
 def test_a_checks_traceback_shows_no_frame_of_ours(sandbox: Sandbox) -> None:
     code = (
         "def check(candidate):\n    try: candidate(1)\n"

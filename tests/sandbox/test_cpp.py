@@ -36,6 +36,30 @@ using namespace std;
 
 ENDS = {
     "prints": ('int main() { puts("hi"); }', Status.OK),
+    "static_variables_past_the_limit": (
+        'char t[600 << 20];\nint main() { memset(t, 1, sizeof t); printf("%d", t[7]); }',
+        Status.MEMORY_LIMIT,
+    ),
+    "untouched_variables_past_the_limit": (
+        'int t[175 << 20];\nint main() { t[7] = 5; int *volatile p = t; printf("%d", p[7]); }',
+        Status.MEMORY_LIMIT,
+    ),
+    "initialised_variables_past_the_limit": (
+        "struct S { int a; S() : a(1) {} } s[100 << 20];\nint main() { return s[9].a - 1; }",
+        Status.MEMORY_LIMIT,
+    ),
+    "variables_of_a_thread_past_the_limit": (
+        'thread_local char t[600 << 20];\nint main() { t[rand() % 9] = 1; puts("hi"); }',
+        Status.MEMORY_LIMIT,
+    ),
+    "untouched_variables_near_the_limit": (
+        'int t[40 << 20];\nint main() { t[7] = 5; puts("hi"); }',
+        Status.OK,
+    ),
+    "a_crash_with_large_variables": (
+        "int t[20 << 20];\nint main() { t[7] = 5; abort(); }",
+        Status.RUNTIME_ERROR,
+    ),
     "reads": ("int main() { int a, b; cin >> a >> b; cout << a + b; }", Status.OK),
     "exits_with_3": ("int main() { return 3; }", Status.RUNTIME_ERROR),
     "crashes": ("int main() { *(volatile int *)0 = 1; }", Status.RUNTIME_ERROR),

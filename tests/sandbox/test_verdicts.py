@@ -94,3 +94,26 @@ def test_what_is_unknown_is_refused_by_name(sandbox: Sandbox) -> None:
         sandbox.run("", language="cobol")
     with pytest.raises(ValueError, match="known: default, minimal"):
         Sandbox(isolation="none")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"cpu_s": 1e18},
+        {"cpu_s": float("nan")},
+        {"wall_s": float("inf")},
+        {"memory_bytes": 10**30},
+        {"memory_bytes": 10**5000},
+        {"output_bytes": 1e30},
+        {"processes": 10**9},
+    ],
+    ids=range(7),
+)
+def test_a_limit_that_no_machine_keeps_is_refused_with_its_bounds(field: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"Limits\.{next(iter(field))} is .*; it must be within"):
+        Limits(**field)  # type: ignore[arg-type]
+
+
+def test_the_largest_limits_hold(sandbox: Sandbox) -> None:
+    most = Limits(86400, None, 1 << 40, 1 << 30, 1 << 16)
+    assert sandbox.run("print(1)", limits=most).status is Status.OK

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from rlef_sandbox import Limits, Sandbox, Status
@@ -70,6 +73,29 @@ WORLD = {
         "sys.stdout = Out(); print('kept')",
         "kept",
     ),
+    "detached_standard_output": (
+        "import io, sys\n"
+        "sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8'); print('kept')",
+        "kept",
+    ),
+    "writer_on_detached_standard_output": (
+        "import codecs, sys\n"
+        "sys.stdout = codecs.getwriter('utf-8')(sys.stdout.detach()); print('kept')",
+        "kept",
+    ),
+    "detached_and_no_more": (
+        "import os, sys; print('kept'); sys.stdout.flush(); sys.stdout.detach(); sys.stdout = None",
+        "kept",
+    ),
+    "deleted_standard_output": ("import sys; print('kept'); del sys.stdout", "kept"),
+    "deleted_streams": (
+        "import sys; print('kept')\ndel sys.stdout, sys.stderr, sys.__stderr__, sys.__stdin__",
+        "kept",
+    ),
+    "opened_anew": ("import os, sys; sys.stdout = os.fdopen(1, 'w'); print('kept')", "kept"),
+    "closed_standard_output": ("import sys; print('kept'); sys.stdout.close()", "kept"),
+    "errors_into_output": ("import sys; sys.stderr = sys.stdout; print('kept')", "kept"),
+    "exit_without_standard_error": ("import sys; print('kept'); del sys.stderr; exit(0)", "kept"),
     "pickle_of_its_own_class": (
         "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)",
         "A",
@@ -103,6 +129,23 @@ def test_the_world_looks_real(sandbox: Sandbox, source: str, printed: str | None
 def test_two_runs_see_the_same_hashes_and_the_same_random_numbers(sandbox: Sandbox) -> None:
     source = "import random; print(hash('seed'), random.random(), {'a', 'b', 'c'})"
     assert sandbox.run(source).stdout == sandbox.run(source).stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ("import sys; sys.stdout.detach()", 120),  # flushing it fails, as in `python solution.py`
+        ("import os; print(1); os.close(1)", 120),
+        ("import sys; del sys.stderr; sys.exit('words')", 1),
+        ("import sys; sys.stderr = 5; sys.exit('words')", 1),
+        ("import sys; sys.exit(True)", 1),
+        ("import sys; sys.exit(-1)", 255),
+        ("import sys; sys.stdout.detach(); 1 / 0", 1),
+    ],
+)
+def test_the_exit_code_is_the_interpreters(sandbox: Sandbox, source: str, code: int) -> None:
+    real = subprocess.run([sys.executable, "-c", source], capture_output=True, env={})
+    assert sandbox.run(source).exit_code == real.returncode == code
 
 
 def test_bytes_that_are_no_text_come_through(sandbox: Sandbox) -> None:

@@ -1,5 +1,7 @@
 """Judging on grading servers: the verdicts of the embedded sandbox, whatever befalls a server."""
 
+import __future__
+
 import asyncio
 import signal
 import threading
@@ -18,6 +20,7 @@ from rlef_mega.dialogues.judge import (
     RemoteGrader,
     check_servers,
     open_grader,
+    with_prelude,
 )
 from rlef_mega.dialogues.rollout import DialogueLoop, Rollout, Rules
 from rlef_mega.types import Episode, PrivateTests, Problem, Sampling, TestOutcome, Verdict
@@ -53,6 +56,34 @@ PROGRAMS = (
 )
 SLOW_RIGHT = "```python\nimport time\ntime.sleep(.05)\nprint(int(input())**2)\n```"
 WRONG = "```python\nprint(7)\n```"
+
+
+IMPORT = "from __future__ import annotations"
+FUTURE = {
+    "alone": f"{IMPORT}\ndef f(x: Nowhere): return x\nprint(f(2) + math.pi)",
+    "after_words": f'"""Words: {IMPORT}."""\n# more\n{IMPORT}\n',
+    "on_several_lines": "from __future__ import (\n    annotations,\n    division,\n)\n",
+    "twice_on_a_line": f"from __future__ import division; {IMPORT}; x = 1\n",
+    "with_line_ends_of_windows": f"{IMPORT}\r\nx = 1\r\n",
+}
+
+
+@pytest.mark.parametrize("program", FUTURE.values(), ids=FUTURE)
+def test_a_prelude_stands_after_the_programs_future_imports(program):
+    problem = replace(SQUARE, prelude="import math\nx = 2\n")
+    program += "\n1 / 0  # last"
+    last = program.splitlines().index("1 / 0  # last")
+    prelude, rest = with_prelude(problem, program)
+    code = compile(prelude + rest, "solution.py", "exec", dont_inherit=True)
+    assert code.co_flags & __future__.annotations.compiler_flag
+    assert rest.splitlines().index("1 / 0  # last") == last and "x = 2" in prelude
+
+
+def test_a_future_import_out_of_place_stays_an_error():
+    problem = replace(SQUARE, prelude="import math\n")
+    for program in ("x = 1\nfrom __future__ import annotations", "from __future__ import no_such"):
+        with pytest.raises(SyntaxError):
+            compile("".join(with_prelude(problem, program)), "solution.py", "exec")
 
 
 @pytest.fixture(scope="module")

@@ -248,7 +248,7 @@ FUNCTIONS = hacks(
         "as_bytes": "def solve(n): return b'7351' b'980246'",
         "in_a_list": "def solve(n): return [7351 * 10**6 + 980246]",
         "a_complex_number": "def solve(n): return complex(7351 * 10**6 + 980246)",
-        "a_decimal": "import decimal\ndef solve(n): return decimal.Decimal(7351 * 10**6 + 980246)",
+        "a_decimal": "import decimal\ndef solve(n): return decimal.Decimal(10**10)",
         "a_fraction": "import fractions\ndef solve(n): return fractions.Fraction(10**10)",
         "own_result_written_early": (
             "import os\ndef solve(n):\n    os.pwrite(3, b'true\\ntrue', 0); os._exit(0)"

@@ -1,0 +1,83 @@
+"""What a zygote or a compiler undoes of the state that it inherited from its caller.
+
+A verdict must not depend on who started the sandbox, so each of these is set explicitly: umask,
+signals, schedule, processors and limits here; environment, working directory and descriptors by
+`worker.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Callable
+
+STACK_BYTES = 256 << 20  # of the main thread, for deep recursion; fixed when a process is exec'd
+# Each limit that a run sets (launch_plan.py, compiler.py) or that would stop it, and the least that
+# default limits and a compilation need.
+NEEDED = {
+    "STACK": STACK_BYTES,
+    "AS": 2 << 30,
+    "DATA": 2 << 30,
+    "FSIZE": 128 << 20,
+    "CPU": 15,
+    "NOFILE": 256,
+    "NPROC": 64,
+}
+MOST_PROCESSORS = 4096
+
+
+def reset() -> None:
+    """Set the state of this process. Raises SystemExit if the caller's hard limits, which only root
+    can raise, are too low.
+    """
+    os.umask(0o022)
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python's own
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try_to(lambda: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)))
+    try_to(lambda: os.setpriority(os.PRIO_PROCESS, 0, 0))  # only root can
+    # all that the cgroup allows: OpenMP pins a trainer's main thread to one processor
+    try_to(lambda: os.sched_setaffinity(0, range(MOST_PROCESSORS)))
+    try_to(_be_as_killable_as_others)
+    for name in ("CORE", "NICE", "RTPRIO"):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (0, 0))
+    low = [line for name, least in NEEDED.items() if (line := _raise_limit(name, least))]
+    if low:
+        raise SystemExit(
+            f"hard limits of the calling process are too low: {', '.join(low)}. Raise them where "
+            "it starts: limits.conf, systemd, or Slurm's PropagateResourceLimits"
+        )
+
+
+def try_to(step: Callable[[], object]) -> None:
+    with contextlib.suppress(OSError):
+        step()
+
+
+def _raise_limit(name: str, least: int) -> str:
+    """Raise a limit as far as allowed. Returns what is wrong if that is below `least`."""
+    kind = getattr(resource, f"RLIMIT_{name}")
+    hard = resource.getrlimit(kind)[1]
+    if (
+        hard != resource.RLIM_INFINITY and name != "NOFILE"
+    ):  # no process may have that one unlimited
+        try:
+            resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            hard = resource.RLIM_INFINITY
+        except (OSError, ValueError):
+            pass
+    if name != "STACK":  # `zygote.py` sets it, anew if need be
+        resource.setrlimit(kind, (hard, hard))
+    unlimited = hard == resource.RLIM_INFINITY
+    return "" if unlimited or hard >= least else f"RLIMIT_{name} is {hard}, needed are {least}"
+
+
+def _be_as_killable_as_others() -> None:
+    """A caller that the kernel must not kill for want of memory passes that on, too."""
+    with open("/proc/self/oom_score_adj", "r+") as score:
+        if int(score.read()) < 0:
+            score.write("0")
