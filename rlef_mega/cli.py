@@ -70,8 +70,8 @@ def train(
 
 @app.command()
 def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Run the paper's few-shot and supervised ablations: imitate the dialogues that a recipe's base
-    model solves, with RLEF's budget."""
+    """Run the paper's supervised ablation: imitate the dialogues that a recipe's base model solves,
+    with RLEF's budget."""
     from rlef_mega.preflight import check_train, claim_run_directory
 
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)

@@ -58,7 +58,6 @@ class Rules:
     max_context: int
     feedback: Literal["true", "none", "random", "private"] = "true"
     distractors: tuple[Distractor, ...] = ()
-    example: tuple[int, ...] = ()  # few-shot: a dialogue put before each question
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class DialogueLoop:
         encoded again."""
         chat, rules = self.chat, self.rules
         async with self.text():
-            observed_ids, begun = first_context(problem, chat, rules.example)
+            observed_ids, begun = first_context(problem, chat)
             context = observed_ids
         if self.room(len(context)) < 0:
             return "prompt too long"
@@ -199,20 +198,14 @@ class DialogueLoop:
             limit = shorter
 
 
-def first_context(
-    problem: Problem, chat: ChatFormat, example: tuple[int, ...] = ()
-) -> tuple[tuple[int, ...], str]:
-    """Return a dialogue's first prompt, after the few-shot example if there is one, and the text
-    with which the response begins.
+def first_context(problem: Problem, chat: ChatFormat) -> tuple[tuple[int, ...], str]:
+    """Return a dialogue's first prompt, and the text with which the response begins.
 
     A tuple, so that the garbage collector does not scan its thousands of ids again and again.
     """
     question = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
     begun = templates.response_start(problem.statement, problem.template)
-    if not example:
-        return tuple(chat.open(question, begun)), begun
-    ended = example[-1] in chat.stop_token_ids
-    return (*example, *chat.observe(question, ended, begun)), begun
+    return tuple(chat.open(question, begun)), begun
 
 
 def join_shares(share: Callable[[], Rollout]) -> Rollout:

@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from rlef_mega.config import (
     ConfigError,
@@ -34,7 +34,7 @@ from rlef_mega.config import (
 )
 from rlef_mega.intervals import interval_over_seeds
 from rlef_mega.report.plots import PALETTE, STYLE
-from rlef_mega.run.directory import RunDirectory, write_atomically
+from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.launch import stage
 from rlef_mega.run.manifest import describe
 
@@ -63,7 +63,6 @@ class TableRow:
 
 ROWS = (
     TableRow("base", "rlef", "before", "8.9 / 10.5"),
-    TableRow("few-shot", IMITATION, "few_shot"),
     TableRow("SFT on solved dialogues", IMITATION, "after", "10.3 / 10.0"),
     TableRow("single-turn RL", "single_turn", "after", "10.2 / 10.9"),
     TableRow("RLEF", "rlef", "after", "17.2 / 16.1"),
@@ -88,12 +87,19 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
     results = collect(out, seeds)
     command = " ".join(["rlef reproduce", recipe, f"--seeds {len(seeds)}", *sets])
     about = describe(
-        command=command, recipe=recipe, overrides=list(overrides), seeds=list(seeds), **size(config)
+        command=command,
+        recipe=recipe,
+        overrides=list(overrides),
+        seeds=list(seeds),
+        updates=config.run.steps * config.ppo.updates_per_batch,
+        dialogues=config.run.steps * config.rollout.episodes_per_batch,
+        test=config.data.test,
+        turn_budget_problems=config.eval.problems,
     )
     write_atomically(out / "reproduce.json", json.dumps({**about, **results}, indent=1) + "\n")
     write_atomically(out / "reproduce.md", markdown(results))
     save_turn_budgets(results["turn_budget"], out / "reproduce.png")
-    show(results)
+    Console().print(Markdown(markdown(results)))
     print(f"wrote {out / 'reproduce.json'}, .md and .png")
 
 
@@ -108,15 +114,6 @@ def refuse_another(path: Path, config: TrainConfig) -> None:
         raise ConfigError(
             f"{path.parent} has runs of other settings ({other}); choose another --out or remove it"
         )
-
-
-def size(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "updates": config.run.steps * config.ppo.updates_per_batch,
-        "dialogues": config.run.steps * config.rollout.episodes_per_batch,
-        "test": config.data.test,
-        "turn_budget_problems": config.eval.problems,
-    }
 
 
 def run_once(recipe: str, run: Path, name: str, seed: int, sets: Sequence[str]) -> None:
@@ -165,14 +162,7 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     return {
         "rows": rows,
         "turn_budget": {name: budgets(out, name, seeds) for name in BUDGETS},
-        "training_minutes": {name: minutes(out, name, seeds) for name in RUNS},
     }
-
-
-def minutes(out: Path, name: str, seeds: Sequence[int]) -> list[float]:
-    """Return the minutes of a run's steps, per seed, without start-up and full evaluations."""
-    of_seeds = [RunDirectory(out / f"{name}-{seed}").read_metrics() for seed in seeds]
-    return [round(sum(s["time"]["step"] for s in steps) / 60, 2) for steps in of_seeds]
 
 
 def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:
@@ -192,31 +182,24 @@ def interval(outcomes: Sequence[Sequence[float | None]]) -> dict[str, Any]:
     return interval_over_seeds(outcomes) | {"seeds": [round(mean(one), 4) for one in known]}
 
 
-HEADINGS = ("", "1@3 dialogues", "1@3 independent", "random feedback", "paper, 8B: valid / test")
-
-
-def cells(name: str, row: dict[str, Any]) -> list[str]:
-    rates = (row.get(protocol) for protocol in PROTOCOLS)
-    return [
-        name,
-        *(
-            f"{100 * r['value']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if r else ""
-            for r in rates
-        ),
-        row["paper"] or "-",
-    ]
-
-
-def show(results: dict[str, Any]) -> None:
-    table = Table(*HEADINGS, title="solved, % [95%]")
-    for name, row in results["rows"].items():
-        table.add_row(*cells(name, row))
-    Console().print(table)
+HEADINGS = (
+    "solved, %",
+    "1@3 dialogues",
+    "1@3 independent",
+    "random feedback",
+    "paper, 8B: valid / test",
+)
 
 
 def markdown(results: dict[str, Any]) -> str:
+    """Return the table, rates in percent."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
-    lines += [f"| {' | '.join(cells(name, row))} |" for name, row in results["rows"].items()]
+    for name, row in results["rows"].items():
+        rates = [
+            f"{100 * r['value']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" if r else ""
+            for r in map(row.get, PROTOCOLS)
+        ]
+        lines.append(f"| {' | '.join([name, *rates, row['paper'] or '-'])} |")
     return "\n".join(lines) + "\n"
 
 

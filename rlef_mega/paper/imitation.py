@@ -1,8 +1,7 @@
-"""`rlef imitate`: the paper's few-shot and supervised ablations, which imitate solved dialogues.
+"""`rlef imitate`: the paper's supervised ablation, which imitates solved dialogues.
 
 The command runs the base model on the problems of an RLEF run, with as many dialogues, and keeps
-the solved ones. Few-shot prompting puts one of them before each question: `eval/few_shot.json`. The
-supervised ablation fine-tunes the base model on them, with the loss on the last response only, in
+the solved ones. It fine-tunes the base model on them, with the loss on the last response only, in
 as many updates of as many sequences as RLEF: `eval/after.json` and `model/`.
 """
 
@@ -18,7 +17,7 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.dialogues.batches import NumberedDialogues, RolloutsOnDemand
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, open_grader
-from rlef_mega.dialogues.rollout import DialogueLoop, Rules, derive_seed
+from rlef_mega.dialogues.rollout import DialogueLoop, derive_seed
 from rlef_mega.engines.publish import publish
 from rlef_mega.evaluation.during_training import Evaluator
 from rlef_mega.megatron import parallel
@@ -34,7 +33,7 @@ from rlef_mega.types import Episode
 
 
 def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
-    """Run both ablations on this rank. Returns 0, or STOPPED after a stop request; the next call
+    """Run the ablation on this rank. Returns 0, or STOPPED after a stop request; the next call
     then starts over. Raises RuntimeError if the base model solved nothing."""
     run = RunDirectory(Path(config.run.dir))
     stop = StopRequest(run.stop_request)
@@ -43,7 +42,6 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         run.lock()
         run.resume(0)
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
-    rules = dialogue_rules(config, chat)
     learner = SupervisedLearner(
         ranks,
         Path(config.model.path),
@@ -60,13 +58,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         progress = stack.enter_context(
             StepProgress("imitation", done=0, total=config.run.steps, shown=ranks.is_writer)
         )
-        loop = DialogueLoop(engine, Judge(grader), chat, rules)
-
-        def evaluate(name: str, rules: Rules, version: int) -> None:
-            Evaluator(
-                config, run, loop.under(rules), writer=ranks.is_writer, say=progress.say
-            ).full(name, version=version)
-
+        loop = DialogueLoop(engine, Judge(grader), chat, dialogue_rules(config, chat))
         publish(learner.policy_weights, engine, version=0)
         dialogues = NumberedDialogues(
             training_problems(config),
@@ -77,9 +69,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         mined = mine(config, RolloutsOnDemand(dialogues), run, stop, writer=ranks.is_writer)
         if mined is None:
             return stop.obeyed(writer=ranks.is_writer)
-        turns = Counter(len(episode.turns) for episode in mined)
-        progress.say(f"{len(mined)} dialogues were solved; number by turns: {dict(turns)}")
-        evaluate("few_shot", with_example(rules, mined), 0)
+        progress.say(f"{len(mined)} dialogues were solved")
         batches = batches_of_last_responses(mined, config)
         for step in range(1, config.run.steps + 1):
             losses = [
@@ -99,7 +89,9 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             getattr(torch, config.model.dtype),
             is_writer=ranks.is_writer,
         )
-        evaluate("after", rules, 1)
+        Evaluator(config, run, loop, writer=ranks.is_writer, say=progress.say).full(
+            "after", version=1
+        )
     parallel.shutdown(ranks)
     return 0
 
@@ -129,16 +121,6 @@ def mine(
         turns = Counter(len(episode.turns) for episode in mined)
         run.write_json("mined.json", {"held": held, "solved_in_turns": turns})
     return mined
-
-
-def with_example(rules: Rules, mined: Sequence[Episode]) -> Rules:
-    """Return rules that put the shortest solved dialogue with a repair before each question, and
-    extend the context by its length."""
-    repairing = [episode for episode in mined if len(episode.turns) > 1]
-    chosen = min(repairing or mined, key=lambda e: (len(e.token_ids), e.problem_id, e.token_ids))
-    return replace(
-        rules, example=chosen.token_ids, max_context=rules.max_context + len(chosen.token_ids)
-    )
 
 
 def last_response(episode: Episode) -> Episode:
