@@ -7,7 +7,7 @@ dialogue are what a dialogue of at most t turns would have been.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,11 +22,13 @@ CHRF_PAIRS = 300  # scored per turn: a pair of 1,500 characters takes 14 ms
 
 @dataclass(frozen=True)
 class DialogueOutcomes:
-    """The outcomes of a dialogue's responses (`outcome_of`), and their programs."""
+    """The outcomes of a dialogue's responses (`outcome_of`), their programs, and all their tokens
+    if those were counted."""
 
     problem_id: str
     outcomes: tuple[str, ...]
     programs: tuple[str | None, ...]
+    tokens: int = 0
 
     @classmethod
     def of(cls, episode: Episode) -> Self:
@@ -45,19 +47,6 @@ def outcome_of(program: str | None, verdict: Verdict) -> str:
         statuses = (outcome.result.status.name for outcome in verdict.public)
         return next(status for status in statuses if status != SOLVED)
     return SOLVED if verdict.solved else PRIVATE_TEST
-
-
-def tally(dialogues: Iterable[DialogueOutcomes], turns: int) -> dict[str, tuple[int, int, int]]:
-    """Return counts of each problem, within at most `turns` turns: dialogues, those that passed the
-    public tests, and the correct ones among these."""
-    found: dict[str, list[int]] = {}
-    for dialogue in dialogues:
-        counts = found.setdefault(dialogue.problem_id, [0, 0, 0])
-        last = dialogue.outcomes[:turns][-1]
-        counts[0] += 1
-        counts[1] += last in PASSED
-        counts[2] += last == SOLVED
-    return {name: (total, passed, correct) for name, (total, passed, correct) in found.items()}
 
 
 def failures(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, int]:

@@ -36,13 +36,8 @@ from rlef_mega.evaluation.protocols import (
     run_missing,
     sampling,
 )
-from rlef_mega.evaluation.recorded import (
-    RecordedResponses,
-    grade_again,
-    read_recorded,
-    refuse_unknown,
-)
-from rlef_mega.megatron.convert.safetensors_files import open_safetensors
+from rlef_mega.evaluation.recorded import RecordedResponses, grade_again, read_recorded
+from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder, open_safetensors
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
 from rlef_mega.problems.store import digest_of
@@ -54,6 +49,7 @@ from rlef_mega.run.manifest import describe
 from rlef_mega.types import Problem, Sampling
 
 LOCAL_AT_ONCE, SERVER_AT_ONCE = 128, 256
+DETERMINING = ("turns", "temperature", "top_p", "max_new_tokens", "max_context", "seed")
 
 
 @dataclass(frozen=True)
@@ -162,12 +158,7 @@ def dialogue_settings(
         "data": request.data,
         "problems": len(problems),
         "problems_digest": digest.hexdigest(),
-        "turns": request.turns,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "max_new_tokens": request.max_new_tokens,
-        "max_context": request.max_context,
-        "seed": request.seed,
+        **{name: getattr(request, name) for name in DETERMINING},
     }
 
 
@@ -223,8 +214,13 @@ def plan(
     whose failures it shows."""
     if source.recorded:
         parts = source.recorded.parts(request.turns)
-        known = {problem.id: problem for problem in problems}
-        refuse_unknown((key for part in parts for key in part.keys), known, request.model)
+        found = {key.problem_id for part in parts for key in part.keys}
+        if unknown := sorted(found - {problem.id for problem in problems}):
+            raise ConfigError(
+                f"{request.model} has responses to {len(unknown)} problems that --data does not "
+                f"have, such as {', '.join(unknown[:3])}; give the problem source that they were "
+                "sampled for"
+            )
         return parts
     each, parts = request.dialogues_each, []
     if request.single_turn:
@@ -304,11 +300,7 @@ def open_engine(
     if request.sglang:
         with requires_extra("--sglang", "serve"):
             from rlef_mega.engines.sglang.engine import SGLangEngine
-        facts: dict[str, Any] = {
-            "kind": "sglang",
-            "servers": list(request.sglang),
-            "weights": "verified",
-        }
+        facts = {"kind": "sglang", "servers": list(request.sglang), "weights": "verified"}
         with SGLangEngine(
             request.sglang,
             folder,
@@ -316,20 +308,14 @@ def open_engine(
             weights_folder=request.out / "weights",
             take_over=facts in file.engines(),  # claimed by this evaluation before it was killed
         ) as engine:
-            engine.update_weights(stored_weights(folder), version=0)
+            stored = SafetensorsFolder(folder).tensors.values()
+            one_by_one = (
+                (tensor.name, open_safetensors(folder / tensor.file).get_tensor(tensor.name))
+                for tensor in stored
+            )
+            engine.update_weights(one_by_one, version=0)
             yield engine, facts
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         local = LocalEngine(folder, dtype=request.dtype, device=device)
         yield local, {"kind": "local", "dtype": request.dtype}
-
-
-def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield stored tensors one at a time, so that only one is in memory."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"no *.safetensors in {folder}; give a folder that contains the weights")
-    for file in files:
-        with open_safetensors(file) as stored:
-            for name in stored.keys():  # noqa: SIM118 - not a dictionary
-                yield name, stored.get_tensor(name)

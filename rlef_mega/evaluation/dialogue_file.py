@@ -14,7 +14,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rlef_mega.config import ConfigError, differences
 from rlef_mega.run.directory import append_whole
@@ -40,7 +40,7 @@ class DialogueFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.locked = path.open("ab")
         try:
-            lock(self.locked, path)
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             drop_torn_line(path)
             if path.stat().st_size == 0:
                 self.append({"rlef_eval": FORMAT, "asked": asked})
@@ -50,6 +50,11 @@ class DialogueFile:
                     "choose another --name, or remove the file to start over"
                 )
             self.settled = {key_of(r) for r in read_dialogues(path) if is_settled(r)}
+        except BlockingIOError:
+            self.locked.close()
+            raise ConfigError(
+                f"{path} is being written by another process; stop it, or choose another --name"
+            ) from None
         except BaseException:
             self.locked.close()
             raise
@@ -69,16 +74,6 @@ class DialogueFile:
         append_whole(self.path, json.dumps(record) + "\n")
         if "protocol" in record and is_settled(record):
             self.settled.add(key_of(record))
-
-
-def lock(file: IO[bytes], path: Path) -> None:
-    """Lock the file until it is closed or the process ends. Raises ConfigError if it is locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            f"{path} is being written by another process; stop it, or choose another --name"
-        ) from None
 
 
 def drop_torn_line(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlef_mega.evaluation import behaviour
-from rlef_mega.evaluation.behaviour import NO_VALID_CODE, DialogueOutcomes, tally
+from rlef_mega.evaluation.behaviour import NO_VALID_CODE, PASSED, SOLVED, DialogueOutcomes
 from rlef_mega.evaluation.dialogue_file import (
     Key,
     Record,
@@ -44,8 +44,12 @@ class FinishedDialogues:
         """Return how many dialogues of each problem there are, passed the public tests and are
         correct (3 x problems), as if at most `turns` turns had been allowed. Problems without
         dialogues are left out."""
-        counts = tally(self.dialogues, turns)
-        return np.array([counts[problem.id] for problem in problems if problem.id in counts]).T
+        last: dict[str, list[str]] = {}
+        for dialogue in self.dialogues:
+            last.setdefault(dialogue.problem_id, []).append(dialogue.outcomes[:turns][-1])
+        found = [last[problem.id] for problem in problems if problem.id in last]
+        passed = [sum(outcome in PASSED for outcome in each) for each in found]
+        return np.array([[*map(len, found)], passed, [each.count(SOLVED) for each in found]])
 
 
 def summarize(
@@ -151,10 +155,6 @@ def raise_all_dropped(drops: Mapping[str, Any]) -> None:
     raise RuntimeError(f"every dialogue of the evaluation was dropped: {dict(drops) or 'none ran'}")
 
 
-# key -> the outcomes of the dialogue, or why it was dropped; response tokens
-Finished = dict[Key, tuple[DialogueOutcomes | str, int]]
-
-
 def numbers_of(
     path: Path,
     problems: Sequence[Problem],
@@ -172,7 +172,7 @@ def numbers_of(
     Raises RuntimeError if all dialogues of all parts were dropped.
     """
     # of two records with the same key, the later counts
-    records: Finished = {key_of(record): outcomes(record) for record in read_dialogues(path)}
+    records = {key_of(record): outcome(record) for record in read_dialogues(path)}
     parts = [part for part in parts if any(key in records for key in part.keys)]
     finished = {part.protocol: finished_of(part, records) for part in parts}
     lost = {name: dict(one.drops) for name, one in finished.items() if not one.dialogues}
@@ -184,7 +184,7 @@ def numbers_of(
         "protocols": {
             part.protocol: {
                 "asked": len(part.keys),
-                "response_tokens": sum(records[key][1] for key in part.keys),
+                "response_tokens": sum(d.tokens for d in finished[part.protocol].dialogues),
                 **summarize(
                     problems,
                     finished[part.protocol],
@@ -203,24 +203,26 @@ def numbers_of(
     }
 
 
-def outcomes(record: Record) -> tuple[DialogueOutcomes | str, int]:
+def outcome(record: Record) -> DialogueOutcomes | str:
     if "dropped" in record:
-        return record["dropped"], 0
+        return str(record["dropped"])
     turns = record["turns"]
-    dialogue = DialogueOutcomes(
+    return DialogueOutcomes(
         record["problem_id"],
         tuple(turn["outcome"] for turn in turns),
         tuple(turn["program"] for turn in turns),
+        sum(turn.get("tokens", 0) for turn in turns),
     )
-    return dialogue, sum(turn.get("tokens", 0) for turn in turns)
 
 
-def finished_of(part: PlannedDialogues, records: Finished) -> FinishedDialogues:
+def finished_of(
+    part: PlannedDialogues, records: Mapping[Key, DialogueOutcomes | str]
+) -> FinishedDialogues:
     missing = sum(key not in records for key in part.keys)
     assert not missing, f"{missing} dialogues of {part.protocol} neither finished nor were dropped"
-    found = [records[key][0] for key in part.keys]
+    each = [records[key] for key in part.keys]
     return FinishedDialogues(
         part.turns,
-        [outcome for outcome in found if isinstance(outcome, DialogueOutcomes)],
-        Counter(outcome for outcome in found if isinstance(outcome, str)),
+        [found for found in each if isinstance(found, DialogueOutcomes)],
+        Counter(found for found in each if isinstance(found, str)),
     )

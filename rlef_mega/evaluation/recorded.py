@@ -1,7 +1,7 @@
 """Read recorded responses from a file and grade them again."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.judge import Judge, JudgeError
 from rlef_mega.dialogues.records import problem_record
 from rlef_mega.dialogues.rollout import TRIES, show_private_tests
-from rlef_mega.evaluation.dialogue_file import Key, Record, key_of
+from rlef_mega.evaluation.dialogue_file import Key, Record
 from rlef_mega.evaluation.protocols import (
     PROTOCOLS,
     SINGLE,
@@ -52,61 +52,50 @@ def read_recorded(path: Path) -> RecordedResponses:
     turns: int | None = None
     count: Counter[tuple[str, str]] = Counter()
     for place, row in read_rows(path):
-        if isinstance(row, FieldError):
-            raise ConfigError(f"{place}: {row}")
-        if "rlef_eval" in row:
-            turns = turns_asked(row, str(place))
-        elif "protocol" in row:
-            key, texts = own_responses(row, str(place))
-            responses[key] = texts
-        elif "session" not in row:
-            protocol, name, texts = foreign_responses(row, str(place))
-            responses[Key(protocol, name, count[protocol, name])] = texts
-            count[protocol, name] += 1
+        match row:
+            case FieldError():
+                raise ConfigError(f"{place}: {row}")
+            case {"rlef_eval": _, "asked": {"turns": int(asked)}}:
+                turns = asked
+            case {"session": _}:
+                pass
+            case _:
+                protocol, name, number, texts = read_dialogue(row, str(place))
+                if number is None:
+                    number = count[protocol, name]
+                    count[protocol, name] += 1
+                responses[Key(protocol, name, number)] = texts
     if not responses:
         raise ConfigError(f"{path}: holds no responses")
     return RecordedResponses(responses, turns)
 
 
-def turns_asked(header: Record, place: str) -> int:
-    asked = header.get("asked")
-    turns = asked.get("turns") if isinstance(asked, dict) else None
-    if not isinstance(turns, int):
-        raise ConfigError(f"{place}: the header has no number of turns; the file is damaged")
-    return turns
-
-
-def own_responses(row: Record, place: str) -> tuple[Key, tuple[str, ...] | str]:
-    known = (*PROTOCOLS.values(), SINGLE)
-    if row["protocol"] not in known:
+def read_dialogue(row: Record, place: str) -> tuple[str, str, int | None, tuple[str, ...] | str]:
+    """Return a line's protocol, problem, number (if it has one) and responses, or why it was
+    dropped."""
+    protocol = row.get("protocol", SINGLE if "response" in row else PROTOCOLS["true"])
+    if protocol not in (known := (*PROTOCOLS.values(), SINGLE)):
+        raise ConfigError(f"{place}: unknown protocol {protocol!r}; known: {', '.join(known)}")
+    name, number = row.get("problem_id", row.get("task_id")), row.get("number")
+    texts: tuple[Any, ...] | str
+    match row:
+        case {"dropped": str(reason)} if reason:
+            texts = reason
+        case {"response": str(text)}:
+            texts = (text,)
+        case {"responses": [*found]} | {"turns": [*found]}:
+            texts = tuple(
+                turn.get("response") if isinstance(turn, dict) else turn for turn in found
+            )
+        case _:
+            texts = ()
+    whole = texts and all(isinstance(text, str) for text in texts)
+    if not (whole and isinstance(name, str) and isinstance(number, int | None)):
         raise ConfigError(
-            f"{place}: unknown protocol {row['protocol']!r}; known: {', '.join(known)}"
+            f"{place}: no dialogue, but {', '.join(sorted(row))}; give each line problem_id, and "
+            "response (a text) or responses (a list of texts)"
         )
-    dropped, turns = row.get("dropped"), row.get("turns")
-    if not (isinstance(row.get("problem_id"), str) and isinstance(row.get("number"), int)):
-        raise ConfigError(f"{place}: this dialogue lacks problem_id or number")
-    if isinstance(dropped, str) and dropped:
-        return key_of(row), dropped
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        turns = []
-    texts = [turn.get("response") for turn in turns]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{place}: this dialogue lacks turns, or a turn lacks its response")
-    return key_of(row), tuple(texts)
-
-
-def foreign_responses(row: Record, place: str) -> tuple[str, str, tuple[str, ...]]:
-    name = row.get("problem_id", row.get("task_id"))
-    single = "response" in row
-    texts = [row["response"]] if single else row.get("responses")
-    if not (isinstance(name, str) and isinstance(texts, list) and texts):
-        raise ConfigError(
-            f"{place}: has {', '.join(sorted(row))}; give each line problem_id, and response (a "
-            "text) or responses (a list of texts)"
-        )
-    if not all(isinstance(response, str) for response in texts):
-        raise ConfigError(f"{place}: a response is not a text")
-    return SINGLE if single else PROTOCOLS["true"], name, tuple(texts)
+    return protocol, name, number, texts
 
 
 def grade_again(recorded: RecordedResponses, judge: Judge, part: PlannedDialogues) -> RunDialogue:
@@ -141,12 +130,3 @@ def grade_again(recorded: RecordedResponses, judge: Judge, part: PlannedDialogue
         return {**problem_record(problem), "solved": bool(turns[-1]["solved"]), "turns": turns}
 
     return run
-
-
-def refuse_unknown(keys: Iterable[Key], problems: Mapping[str, Problem], path: Path) -> None:
-    unknown = sorted({key.problem_id for key in keys} - problems.keys())
-    if unknown:
-        raise ConfigError(
-            f"{path} has responses to {len(unknown)} problems that --data does not have, such as "
-            f"{', '.join(unknown[:3])}; give the problem source that they were sampled for"
-        )

@@ -15,7 +15,6 @@ import pytest
 
 from rlef_mega.config import ConfigError
 from rlef_mega.dialogues.chat import CONTROLS, ChatFormat
-from rlef_mega.engines.sglang.weights import ServedModel
 from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, key_of, read_dialogues
 from rlef_mega.evaluation.numbers import numbers_of
@@ -68,7 +67,7 @@ def data(tmp_path_factory) -> Path:
 
 class SpeakingServer(ServerDouble):
     def __init__(self, folder: Path) -> None:
-        super().__init__(1, str(folder), "default", ServedModel(folder).served_names())
+        super().__init__(1, str(folder), "default")
         self.chat = ChatFormat.from_folder(folder)
 
     async def server_info(self, body):
@@ -353,15 +352,15 @@ def test_foreign_responses_are_graded_as_far_as_their_dialogue_would_have_gone(d
     for row, message in (
         ({"problem_id": "greet-Ann", "response": RIGHT}, "greet-Ann"),
         ({"problem_id": "greet-Bob", "responses": []}, "give each line problem_id"),
-        ({"problem_id": "greet-Bob", "responses": [3]}, "not a text"),
+        ({"problem_id": "greet-Bob", "responses": [3]}, r"line 1: .*responses \(a list of texts"),
         (
             {"protocol": "greedy", "problem_id": "a", "number": 0},
             "unknown protocol 'greedy'; known",
         ),
-        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "lacks turns"),
-        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "lacks turns"),
-        ({"protocol": "multi_turn", "turns": []}, "lacks problem_id or number"),
-        ({"rlef_eval": 1}, "file is damaged"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "no dialogue"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "no dialogue"),
+        ({"protocol": "multi_turn", "turns": []}, "no dialogue"),
+        ({"rlef_eval": 1}, "no dialogue"),
     ):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(ConfigError, match=message):
