@@ -54,7 +54,6 @@ def generate_batch(
     requests: Sequence[GenerationRequest],
     *,
     weight_version: int,
-    pad_token_id: int,
 ) -> list[Completion]:
     """Return a completion for each request, generated as one batch. The model must have full
     attention in every layer.
@@ -69,7 +68,7 @@ def generate_batch(
     ]
     capacity = max(lengths_B) + max(row.limit for row in rows)
     cache = PreallocatedCache(model.config.num_hidden_layers, len(rows), max(lengths_B), capacity)
-    logits_BV = prefill(model, requests, cache, pad_token_id)
+    logits_BV = prefill(model, requests, cache)
     cache.begin_decoding()
     decode(model, rows, lengths_B, capacity, cache, logits_BV)
     return [
@@ -87,7 +86,6 @@ def prefill(
     model: PreTrainedModel,
     requests: Sequence[GenerationRequest],
     cache: PreallocatedCache,
-    pad_token_id: int,
 ) -> torch.Tensor:
     """Fill the cache with the prompts, in groups; returns the logits after each prompt."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
@@ -97,7 +95,7 @@ def prefill(
         size = max(1, budget // len(requests[start].token_ids))
         group = requests[start : start + size]
         cache.begin_prefill(slice(start, start + len(group)))
-        token_ids_GP, position_ids_GP, mask_GP = pad_left(group, pad_token_id)
+        token_ids_GP, position_ids_GP, mask_GP = pad_left(group)
         output = model(
             input_ids=token_ids_GP.to(model.device),
             position_ids=position_ids_GP.to(model.device),
@@ -112,14 +110,14 @@ def prefill(
 
 
 def pad_left(
-    requests: Sequence[GenerationRequest], pad_token_id: int
+    requests: Sequence[GenerationRequest],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (token_ids, position_ids, is_token), each [G, P]. Positions count from 0 at a prompt's
-    start."""
+    start. The id of padding, 0, has no effect."""
     lengths_G = numpy.array([len(request.token_ids) for request in requests])
     columns_P = numpy.arange(lengths_G.max())
     position_ids_GP = columns_P - (lengths_G.max() - lengths_G)[:, None]
-    token_ids_GP = numpy.full(position_ids_GP.shape, pad_token_id, dtype=numpy.int64)
+    token_ids_GP = numpy.zeros(position_ids_GP.shape, dtype=numpy.int64)
     token_ids_GP[position_ids_GP >= 0] = [i for request in requests for i in request.token_ids]
     return (
         torch.from_numpy(token_ids_GP),

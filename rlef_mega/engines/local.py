@@ -67,7 +67,6 @@ class LocalEngine:
         dtype: torch.dtype | str = "float32",
         device: str | torch.device = "cpu",
         max_batch: int = 128,
-        pad_token_id: int = 0,
         weights_from_folder: bool = True,
     ) -> None:
         if max_batch < 1:
@@ -75,7 +74,7 @@ class LocalEngine:
         self.model = load_model(
             Path(model_folder), dtype, torch.device(device), weights_from_folder
         )
-        self.max_batch, self.pad_token_id = max_batch, pad_token_id
+        self.max_batch = max_batch
         self.weight_version = 0 if weights_from_folder else NO_WEIGHTS
         self.sessions_opened = 0
         self.open_sessions: set[int] = set()
@@ -140,7 +139,6 @@ class LocalEngine:
                 self.model,
                 requests[start : start + self.max_batch],
                 weight_version=self.weight_version,
-                pad_token_id=self.pad_token_id,
             )
         return completions
 

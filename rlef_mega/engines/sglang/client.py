@@ -1,71 +1,39 @@
-"""Requests to one SGLang server over HTTP, and the checks of its answers.
+"""Requests to one SGLang server over HTTP.
 
-Only this file knows the paths and fields of SGLang's interface. They were verified for the versions
-in SUPPORTED; others are refused, because a weight update that a server accepts with status 200 but
-does not perform would be noticed only after training has gone wrong.
+Only this file knows the paths of SGLang's interface, and answers.py its fields. They were verified
+for the versions in SUPPORTED; others are refused, because a weight update that a server accepts
+with status 200 but does not perform would be noticed only after training has gone wrong.
 """
 
 import asyncio
 import contextlib
-import math
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import aiohttp
 import torch
-from pydantic import BaseModel
 
 from rlef_mega.engines import GenerationRequest
-from rlef_mega.engines.sglang.http import ServerError, call
+from rlef_mega.engines.sglang.answers import (
+    ServerError,
+    ServerInfo,
+    completion_of,
+    sampling_parameters,
+)
 from rlef_mega.types import Completion
 
 SUPPORTED = ("0.5.23",)
 FREE = "default"  # the weight version of a server to which nobody has published since its start
 WEIGHTS, CACHE = "weights", "kv_cache"  # tags of SGLang's memory saver
 ABORT_S = 2.0
+CONNECT_S = 10.0
 NO_LIMIT = 0.0  # seconds, as aiohttp reads it
 PROBE_S = 10.0  # for a short question to an idle server
 
 T = TypeVar("T")
-
-
-class ServerInfo(BaseModel):
-    """What a server reports of itself, under SGLang's names."""
-
-    version: str
-    model_path: str  # the folder it started from; /model_info has that of the last update
-    dtype: str
-    device: str
-    tp_size: int
-    max_req_input_len: int
-    internal_states: list[dict[str, Any]]
-
-    @property
-    def longest_prompt(self) -> int:
-        return self.max_req_input_len - 1  # a prompt must be shorter
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of a prompt with its response."""
-        return self.max_req_input_len + 4  # it uses all but one token, and reports that less 5
-
-    @property
-    def weight_version(self) -> str:
-        """The version known to the scheduler, which stamps tokens with it."""
-        return str(self.internal_states[0]["weight_version"])
-
-
-@dataclass(frozen=True)
-class ServedCompletion:
-    """A completion, and how many tokens of its prompt came from the server's cache."""
-
-    completion: Completion
-    context_tokens: int
-    cached_tokens: int
 
 
 class Client:
@@ -81,10 +49,29 @@ class Client:
     async def call(
         self, path: str, body: Mapping[str, Any] | None = None, *, within_s: float | None = None
     ) -> dict[str, Any]:
-        """Return the server's answer. Raises ServerError if none comes in time (default:
-        `publish_s`) or its status is not 200."""
-        limit_s = self.publish_s if within_s is None else within_s
-        return await call(self.http, self.url, path, body, within_s=limit_s)
+        """POST the body, or GET without one. Returns the answer's JSON object; another answer is
+        returned as {"text": ...}.
+
+        Raises ServerError if no answer comes in time (default: `publish_s`) or its status is not
+        200.
+        """
+        total_s = self.publish_s if within_s is None else within_s
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S)
+        method, address = "GET" if body is None else "POST", self.url + path
+        try:
+            async with self.http.request(method, address, json=body, timeout=timeout) as response:
+                status, text = response.status, await response.text(errors="replace")
+        except TimeoutError:
+            raise ServerError(f"{address}: no answer in time") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerError(f"{address}: {str(error) or type(error).__name__}") from None
+        if status != 200:
+            raise ServerError(f"{address}: {status} {text[:500]}", status)
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = None
+        return answer if isinstance(answer, dict) else {"text": text}
 
     async def read(
         self,
@@ -127,8 +114,9 @@ class Client:
         server generates a token for it."""
         await self.call("/health", within_s=within_s)
 
-    async def generate(self, request: GenerationRequest) -> ServedCompletion:
-        """Sample a response, without a time limit: the caller watches the server's health.
+    async def generate(self, request: GenerationRequest) -> tuple[Completion, int]:
+        """Return a response and how many tokens of its prompt the server had cached. There is no
+        time limit: the caller watches the server's health.
 
         When cancelled, also ends the request on the server, which notices a closed connection only
         after up to 4 s. Raises ValueError if the server refuses the request as wrong.
@@ -259,55 +247,3 @@ class Client:
             return [dict(rank["checksums"]) for rank in ranks]
 
         return await self.read("/weights_checker", read, {"action": "checksum"})
-
-
-def sampling_parameters(request: GenerationRequest) -> dict[str, Any]:
-    """Return SGLang's form of a sampling. The seed has an effect only in deterministic servers."""
-    sampling = request.sampling
-    return {
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "stop_token_ids": list(sampling.stop_token_ids),
-        # otherwise the model's own end-of-text token would end the response too
-        "ignore_eos": not sampling.stop_token_ids,
-        "skip_special_tokens": False,
-        "sampling_seed": request.seed,
-    }
-
-
-def completion_of(answer: Any, request: GenerationRequest) -> ServedCompletion:
-    """Read an answer of /generate. Raises ValueError, KeyError or TypeError if it is incomplete."""
-    meta = answer["meta_info"]
-    entries = meta["output_token_logprobs"]
-    token_ids = tuple(int(entry[1]) for entry in entries)
-    logprobs = tuple(float(entry[0]) for entry in entries)
-    if list(token_ids) != list(answer["output_ids"]):
-        raise ValueError("the ids beside the log-probs are not those of the output")
-    if not token_ids or len(token_ids) > request.sampling.max_new_tokens:
-        raise ValueError(f"{len(token_ids)} tokens for at most {request.sampling.max_new_tokens}")
-    if not all(math.isfinite(logprob) and logprob <= 1e-3 for logprob in logprobs):
-        raise ValueError("a log-prob is NaN, infinite or positive")
-    reason = meta["finish_reason"]["type"]
-    if reason not in ("stop", "length"):
-        raise ValueError(f"it ended by {reason!r}")
-    versions = token_versions(meta["weight_versions"], len(token_ids))
-    completion = Completion(token_ids, logprobs, versions, reason)
-    return ServedCompletion(completion, len(request.token_ids), int(meta["cached_tokens"]))
-
-
-def token_versions(spans: Sequence[Mapping[str, Any]], tokens: int) -> tuple[int, ...]:
-    """Return the version of each token. Raises ValueError unless the spans cover all tokens once,
-    in order."""
-    bounds = [(int(span["start"]), int(span["end"])) for span in spans]
-    whole = bounds and bounds[0][0] == 0 and bounds[-1][1] == tokens
-    if not whole or any(left[1] != right[0] for left, right in pairwise(bounds)):
-        raise ValueError(f"weight versions {bounds} do not cover {tokens} tokens")
-    return tuple(
-        int(span["version"])  # ValueError for FREE, where none was published
-        for span, (start, end) in zip(spans, bounds, strict=True)
-        for _ in range(start, end)
-    )

@@ -27,9 +27,9 @@ import torch
 from rlef_mega.config import ConfigError
 from rlef_mega.engines import EngineError, GenerationRequest
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request
-from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client, ServerInfo
+from rlef_mega.engines.sglang.answers import ServerInfo
+from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client
 from rlef_mega.engines.sglang.fleet import Affinity, Fleet, RequestLimits
-from rlef_mega.engines.sglang.http import new_http_session
 from rlef_mega.engines.sglang.members import Member, on_each
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.publication import BucketPublication, DiskPublication
@@ -39,6 +39,9 @@ from rlef_mega.run.event_loop import LivesInLoop
 from rlef_mega.types import Completion, Sampling
 
 WAYS = ("disk", "distributed", "tensor")
+# How long an idle connection is kept. SGLang's server closes it after 5 s; a connection that it
+# closes while a request is being sent would look like a dead server.
+KEEP_ALIVE_S = 2.0
 OPEN_S = 60.0  # for a running server to report its settings
 
 
@@ -51,21 +54,10 @@ class SGLangSession:
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
         """Continue the prompt. Raises ValueError for a request that no server can serve,
         EngineError if none answered."""
-        engine, asked = self.engine, GenerationRequest(tuple(token_ids), sampling, seed)
-        most = engine.token_limit(asked)
-        so_far = Completion((), (), (), "length")
-        while True:
-            rest = replace(sampling, max_new_tokens=most - len(so_far.token_ids))
-            request = GenerationRequest(asked.token_ids + so_far.token_ids, rest, seed)
-            answer = await asyncio.wrap_future(
-                engine.thread.submit(engine.fleet.generate(self.affinity, request))
-            )
-            so_far = joined(so_far, answer.completion)
-            # the model's own end-of-text token ends a response even if it is no stop token
-            if so_far.finish_reason == "length" or so_far.token_ids[-1] in sampling.stop_token_ids:
-                return so_far
-            if len(so_far.token_ids) == most:
-                return replace(so_far, finish_reason="length")
+        engine, request = self.engine, GenerationRequest(tuple(token_ids), sampling, seed)
+        room = replace(sampling, max_new_tokens=engine.token_limit(request))
+        asked = engine.fleet.generate(self.affinity, replace(request, sampling=room))
+        return await asyncio.wrap_future(engine.thread.submit(asked))
 
 
 class SGLangEngine(LivesInLoop):
@@ -107,13 +99,15 @@ class SGLangEngine(LivesInLoop):
 
     async def open(self) -> None:
         """Connect. Raises ValueError unless all servers run a supported version with this model."""
-        self.http: aiohttp.ClientSession = new_http_session()
+        # without a limit: the fleet bounds requests
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self.http = aiohttp.ClientSession(connector=connector, trust_env=False)
         clients = [Client(url, self.http, publish_s=self.limits.publish_s) for url in self.urls]
         logs = [log_file(self.logs, url) if self.logs else None for url in self.urls]
         self.fleet = Fleet(map(Member, clients, logs), self.limits)
         infos = await asyncio.gather(*(client.info(within_s=OPEN_S) for client in clients))
         for client, info in zip(clients, infos, strict=True):
-            await self.check_server(client, info)
+            self.check_server(client, info)
         alike = {(i.dtype, i.device, i.tp_size) for i in infos}
         if len(alike) > 1:
             raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(alike)}")
@@ -121,28 +115,19 @@ class SGLangEngine(LivesInLoop):
         self.context_length = self.info.context_length
         self.publication = self.make_publication() if self.way else None
 
-    async def check_server(self, client: Client, info: ServerInfo) -> None:
+    def check_server(self, client: Client, info: ServerInfo) -> None:
         """Raise ValueError if the engine cannot use the server, or must not publish to it."""
         if info.version not in SUPPORTED:
             raise ValueError(
                 f"{client.url} is SGLang {info.version}; supported: {', '.join(SUPPORTED)}"
             )
         check_same_model(self.folder, Path(info.model_path))
-        if not self.way:
-            return
-        if info.weight_version != FREE and not self.take_over:
+        if self.way and info.weight_version != FREE and not self.take_over:
             raise ConfigError(
                 f"{client.url} has weights of version {info.weight_version}, so a training run or "
                 "another evaluation uses it and would continue with ours; use other servers "
                 "(`rlef serve` with another rollout.servers.port), or restart it if it is unused"
             )
-        expected = self.model.served_names()
-        for rank in await client.checksums():
-            if unlike := sorted(rank.keys() ^ expected):
-                raise ValueError(
-                    f"{client.url} has parameters that cannot be verified: {unlike}; serve the "
-                    "model of model.path"
-                )
 
     def make_publication(self) -> DiskPublication | BucketPublication:
         """Return the way to publish that was asked for."""
@@ -264,13 +249,3 @@ class SGLangEngine(LivesInLoop):
         check_request(request, vocabulary=vocabulary, longest_prompt=longest)
         room = self.context_length - len(request.token_ids)
         return min(request.sampling.max_new_tokens, room)
-
-
-def joined(first: Completion, then: Completion) -> Completion:
-    """Return a completion and its continuation as one."""
-    return Completion(
-        first.token_ids + then.token_ids,
-        first.logprobs + then.logprobs,
-        first.weight_versions + then.weight_versions,
-        then.finish_reason,
-    )

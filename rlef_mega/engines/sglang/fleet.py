@@ -29,10 +29,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlef_mega.engines import BUSY, EngineError, EngineLostError, GenerationRequest
-from rlef_mega.engines.sglang.client import PROBE_S, Client, ServedCompletion
-from rlef_mega.engines.sglang.http import ServerError
+from rlef_mega.engines.sglang.answers import ServerError
+from rlef_mega.engines.sglang.client import PROBE_S, Client
 from rlef_mega.engines.sglang.members import Member, on_each, reasons
 from rlef_mega.engines.sglang.processes import log_tail
+from rlef_mega.types import Completion
 
 MOST_TRIES = 4  # of a request: one that kills servers must not kill all of them
 FIRST_PROBE_S = 0.2
@@ -78,7 +79,7 @@ class Fleet:
 
     # ---------------------------------------------------------------- requests
 
-    async def generate(self, affinity: Affinity, request: GenerationRequest) -> ServedCompletion:
+    async def generate(self, affinity: Affinity, request: GenerationRequest) -> Completion:
         """Sample at the dialogue's server or, if that fails, at another.
 
         Raises EngineError if no server succeeded in time, EngineLostError if none was ready.
@@ -101,7 +102,7 @@ class Fleet:
 
     async def ask(
         self, member: Member, affinity: Affinity, request: GenerationRequest
-    ) -> ServedCompletion:
+    ) -> Completion:
         """Try one server, for as long as it is healthy. Raises ServerError for old weights too."""
         expected = self.version
         asking = self.start(member.client.generate(request))
@@ -110,13 +111,12 @@ class Fleet:
                 await asyncio.wait({asking}, timeout=self.limits.heartbeat_s)
                 if not asking.done():
                     await self.require_alive(member)
-            answer = asking.result()
+            completion, cached = asking.result()
         finally:
             asking.cancel()  # which ends the request on the server
             await asyncio.gather(asking, return_exceptions=True)
         member.heard_at_s = asyncio.get_running_loop().time()
-        versions = answer.completion.weight_versions
-        first, newest = versions[0], versions[-1]
+        first, newest = completion.weight_versions[0], completion.weight_versions[-1]
         if expected is None or newest < expected:
             raise ServerError(f"{member.client.url} serves version {newest}, not {expected}")
         if first < affinity.version:  # other servers were updated before it
@@ -124,17 +124,13 @@ class Fleet:
                 f"{member.client.url} serves version {first}, the dialogue has had "
                 f"{affinity.version}"
             )
-        self.count(answer, follow_up=affinity.version >= 0)
-        affinity.member, affinity.version = member, newest
-        return answer
-
-    def count(self, answer: ServedCompletion, *, follow_up: bool) -> None:
-        context, cached = answer.context_tokens, answer.cached_tokens
-        sampled = len(answer.completion.token_ids)
+        context, sampled = len(request.token_ids), len(completion.token_ids)
         self.counts.update(requests=1, sampled_tokens=sampled)
         self.counts.update(context_tokens=context, cached_tokens=cached)
-        if follow_up:
+        if affinity.version >= 0:
             self.counts.update(follow_up_tokens=context, follow_up_cached_tokens=cached)
+        affinity.member, affinity.version = member, newest
+        return completion
 
     async def take_stock(self) -> dict[str, float]:
         """Return the counts, each server's busy time, and the longest paused time of a server."""

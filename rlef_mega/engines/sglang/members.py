@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang.answers import ServerError
 from rlef_mega.engines.sglang.client import Client
-from rlef_mega.engines.sglang.http import ServerError
 from rlef_mega.engines.sglang.processes import log_tail
 
 

@@ -84,9 +84,9 @@ class ServerProcess:
         self.command, self.url, self.log = command, url, log
         self.process: subprocess.Popen[bytes] | None = None
         self.mark = ""
-        self.starting = False  # restarted, and not healthy yet
+        self.starting = False  # not healthy yet
         self.failed_starts = 0
-        self.started_at_s = self.heard_at_s = 0.0
+        self.heard_at_s = 0.0
 
     def start(self) -> None:
         """Start the server, from the main thread. Raises EngineError if there is no such Python."""
@@ -97,7 +97,7 @@ class ServerProcess:
         host = urllib.parse.urlsplit(self.url).hostname
         for name in ("NO_PROXY", "no_proxy"):  # at its start a server asks itself, with `requests`
             environment[name] = f"localhost,127.0.0.1,{host},{os.environ.get(name, '')}"
-        self.started_at_s = self.heard_at_s = time.monotonic()
+        self.starting, self.heard_at_s = True, time.monotonic()
         with self.log.open("ab") as log:
             try:
                 self.process = subprocess.Popen(
@@ -190,7 +190,11 @@ class ServerProcesses:
                         "rollout.servers.port"
                     )
                 server.start()
-            self.wait_until_ready()
+            while any(server.starting for server in self.servers):
+                for server in self.servers:
+                    if reason := self.reason_to_restart(server):
+                        raise EngineError(f"{server.url} {reason}.{log_tail(server.log)}")
+                time.sleep(POLL_S)
         except BaseException:
             self.close()
             raise
@@ -206,29 +210,16 @@ class ServerProcesses:
         for server in self.servers:
             server.stop()
 
-    def wait_until_ready(self) -> None:
-        until_s = time.monotonic() + self.ready_s
-        waiting = self.servers
-        while waiting := [s for s in waiting if not (s.running and s.answers())]:
-            for server in waiting:
-                fault = None if server.running else "ended as it started"
-                if time.monotonic() > until_s:
-                    fault = fault or f"was not ready after {self.ready_s:g} s"
-                if fault:
-                    raise EngineError(f"{server.url} {fault}.{log_tail(server.log)}")
-            time.sleep(POLL_S)
-
     def supervise(self, report: Callable[[str], None]) -> None:
         """Restart servers that have ended or hang, until an exception; `report` gets each event.
 
         Raises EngineError with the end of the log if a server keeps ending before it is ready.
         """
-        for server in self.servers:
-            server.heard_at_s = time.monotonic()
         while True:
             for server in self.servers:
+                starting = server.starting
                 if reason := self.reason_to_restart(server):
-                    server.failed_starts += server.starting
+                    server.failed_starts += starting
                     if server.failed_starts == MOST_FAILED_STARTS:
                         raise EngineError(
                             f"{server.url} ended {MOST_FAILED_STARTS} times before it was ready."
@@ -237,21 +228,20 @@ class ServerProcesses:
                     report(f"{server.url} {reason}; it is started again (log: {server.log})")
                     server.stop(patience_s=0)
                     server.start()
-                    server.starting = True
-                elif server.starting and server.heard_at_s > server.started_at_s:
-                    server.starting, server.failed_starts = False, 0
+                elif starting and not server.starting:
+                    server.failed_starts = 0
                     report(f"{server.url} is ready again")
             time.sleep(POLL_S)
 
     def reason_to_restart(self, server: ServerProcess) -> str | None:
-        """Return why the server must be restarted, if it must. A server that was silent for a while
-        is asked for a sign of life."""
+        """Return why the server must be restarted, if it must. A server that starts or was silent
+        for a while is asked for a sign of life."""
         if not server.running:
             return "has ended"
         silent_s = time.monotonic() - server.heard_at_s
         if silent_s > ASK_EVERY_S or server.starting:
             if server.answers("/health" if server.starting else self.sign_of_life):
-                server.heard_at_s = time.monotonic()
+                server.starting, server.heard_at_s = False, time.monotonic()
             elif silent_s > (self.ready_s if server.starting else self.hang_s):
                 return f"did not answer for {silent_s:.0f} s"
         return None

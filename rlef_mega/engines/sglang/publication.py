@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rlef_mega.engines import EngineError
+from rlef_mega.engines.sglang.answers import ServerError
 from rlef_mega.engines.sglang.client import Client
 from rlef_mega.engines.sglang.fleet import Fleet
-from rlef_mega.engines.sglang.http import ServerError
 from rlef_mega.engines.sglang.members import on_all, on_each, reasons
 from rlef_mega.engines.sglang.transfer import Broadcast, SharedTensors
 from rlef_mega.engines.sglang.weights import Checksums, SentWeights, differing_parameters

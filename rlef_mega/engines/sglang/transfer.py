@@ -6,7 +6,6 @@ this node: HTTP carries handles of the tensors, CUDA IPC on a GPU, names of shar
 """
 
 import base64
-import io
 import socket
 import time
 from collections.abc import Sequence
@@ -123,6 +122,8 @@ class SharedTensors:
         self.thread = thread
         self.members: list[Member] = []
         self.ranks = 0
+        # on a CPU by name: file descriptors do not travel over HTTP
+        torch.multiprocessing.set_sharing_strategy("file_system")
 
     def prepare(self, members: list[Member], ranks: int, *, same_processes: bool) -> None:
         self.members, self.ranks = members, ranks
@@ -142,15 +143,7 @@ class SharedTensors:
 
 def handle_of(bucket: Bucket) -> str:
     """Return what SGLang needs to open the tensors in another process of this node."""
-    before = torch.multiprocessing.get_sharing_strategy()
-    # on a CPU by name: file descriptors do not travel over HTTP
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        pickled = io.BytesIO()
-        ForkingPickler(pickled).dump(list(bucket))
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
-    return base64.b64encode(pickled.getvalue()).decode()
+    return base64.b64encode(ForkingPickler.dumps(list(bucket))).decode()
 
 
 def make_group(

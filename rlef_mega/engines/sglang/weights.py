@@ -11,7 +11,6 @@ Shape suffixes: W 32-bit words, T tiles of words.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 from rlef_mega.config import differences
 from rlef_mega.engines.checks import HEAD, checked_weights, listed
+from rlef_mega.flops import LlamaShape
 
 FUSED = {  # HF's module: (SGLang's module, its index in it)
     "q_proj": ("qkv_proj", 0),
@@ -40,17 +40,6 @@ HASH_LANES = (
     (0x27D4EB2D, 0x243F6A88, 15),
     (0x165667B1, (0x243F6A88 * 0x9E3779B1 ^ 0xDEADBEEF) & LOW_32, 13),
 )
-ARCHITECTURE = (  # settings that the shapes depend on
-    "architectures",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-)
 
 Checksums = list[dict[str, str]]  # one for each tensor-parallel rank, by SGLang's names
 
@@ -66,11 +55,6 @@ class ServedModel:
             model = AutoModelForCausalLM.from_config(self.config)
         self.shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self.tied = bool(self.config.tie_word_embeddings)
-
-    def served_names(self) -> set[str]:
-        """Return SGLang's names of all parameters; tied weights are one."""
-        needed = set(self.shapes) - ({HEAD} if self.tied else set())
-        return {served_name(name)[0] for name in needed}
 
     def shard(self, name: str, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
         """Return the part of a whole tensor that a tensor-parallel rank has, contiguous."""
@@ -212,17 +196,15 @@ def differing_parameters(expected: Checksums, found: Checksums) -> str:
 
 
 def check_same_model(folder: Path, served: Path) -> None:
-    """Raise ValueError unless the server's folder has the same architecture."""
+    """Raise ValueError unless the server's folder has a model of the same type and sizes."""
+    from transformers import AutoConfig
 
-    def architecture(folder: Path) -> dict[str, Any]:
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except OSError as error:
-            raise ValueError(
-                f"cannot read {folder / 'config.json'}: {error.strerror}; servers and trainer need "
-                "the model at the same path of a shared file system"
-            ) from None
-        return {key: config.get(key) for key in ARCHITECTURE}
-
-    if other := differences(architecture(served), architecture(folder)):
+    if not (served / "config.json").is_file():
+        raise ValueError(
+            f"cannot read {served / 'config.json'}; servers and trainer need the model at the same "
+            "path of a shared file system"
+        )
+    configs = [AutoConfig.from_pretrained(f, local_files_only=True) for f in (served, folder)]
+    settings = [{"type": c.model_type, **LlamaShape.of(c).hf_settings()} for c in configs]
+    if other := differences(*settings):
         raise ValueError(f"{served} is not the model of {folder}: {other}")

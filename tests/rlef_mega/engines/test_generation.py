@@ -29,7 +29,7 @@ def prompts(count, shortest=1, longest=40):
 
 
 def generate(model, requests):
-    return generate_batch(model, requests, weight_version=7, pad_token_id=0)
+    return generate_batch(model, requests, weight_version=7)
 
 
 def requests_with_stops():

@@ -18,9 +18,9 @@ class ServerDouble(ServerInThread):
     answer (changed by `spoil`), hang, or drop the connection. When it hangs, only the HTTP process
     answers. A paused server is not healthy."""
 
-    def __init__(self, number: int, model: str, version: str = "3", names: frozenset = frozenset()):
+    def __init__(self, number: int, model: str, version: str = "3") -> None:
         super().__init__()
-        self.number, self.model, self.weight_version, self.names = number, model, version, names
+        self.number, self.model, self.weight_version = number, model, version
         self.sglang, self.checksums = "0.5.23", {}
         self.mode, self.spoil, self.delay_s = "answer", lambda said: None, 0.0
         self.end_of_text, self.paused, self.released = None, False, set()
@@ -103,9 +103,8 @@ class ServerDouble(ServerInThread):
         return {"success": True}
 
     async def weights_checker(self, body):
-        """Return the checksums of the loaded weights, or empty ones."""
-        checksums = self.checksums or dict.fromkeys(self.names, "")
-        return {"ranks": [{"parallelism_info": [{"tp_rank": 0}], "checksums": dict(checksums)}]}
+        checksums = dict(self.checksums)
+        return {"ranks": [{"parallelism_info": [{"tp_rank": 0}], "checksums": checksums}]}
 
     async def abort_request(self, body):
         self.aborted.append(body["rid"])

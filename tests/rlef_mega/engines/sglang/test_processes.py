@@ -63,13 +63,13 @@ def servers(folder: Path, program: str, hang_s: float = 20.0, **asked) -> Server
 
 def test_a_server_that_ends_as_it_starts_is_an_error_with_the_end_of_its_log(tmp_path):
     program = "import sys; print('CUDA out of memory'); sys.exit(1)"
-    with pytest.raises(EngineError, match=r"(?s)ended as it started.*CUDA out of memory"):
+    with pytest.raises(EngineError, match=r"(?s)has ended\..*CUDA out of memory"):
         servers(tmp_path, program).__enter__()
 
 
 def test_a_server_that_is_not_ready_in_time_is_an_error_and_ends(tmp_path):
     program = "import os, time; print('loading', os.getpid(), flush=True); time.sleep(60)"
-    with pytest.raises(EngineError, match=r"(?s)not ready after 1 s.*loading"):
+    with pytest.raises(EngineError, match=r"(?s)did not answer for 1 s.*loading"):
         servers(tmp_path, program, ready_s=1.0).__enter__()
     (log,) = (tmp_path / "logs").iterdir()
     assert not psutil.pid_exists(int(log.read_text().split()[-1]))

@@ -63,7 +63,6 @@ def test_checksums_are_those_of_fused_split_and_padded_parameters(model):
         assert found[f"{LAYER}mlp.down_proj.weight"] == sha(down[:, columns])
         assert found["lm_head.weight"] == sha(padded[64 * rank : 64 * rank + 64])
         assert found["model.norm.weight"] == sha(weights["model.norm.weight"])
-        assert found.keys() == model.served_names()
 
 
 def test_parts_of_a_parameter_may_come_in_any_order_and_are_not_copied(model):
@@ -106,7 +105,7 @@ def test_tied_weights_are_one(tmp_path):
     model = ServedModel(tmp_path)
     sent = SentWeights(weights_of(model).items(), model, torch.float32, ranks=1)
     assert "lm_head.weight" not in dict(sent)
-    assert sent.checksums[0].keys() == model.served_names()
+    assert "lm_head.weight" not in sent.checksums[0]
 
 
 GPU_HASHES = {  # by SGLang 0.5.23's kernel in Triton's interpreter, of 0, 1, 2, ...
