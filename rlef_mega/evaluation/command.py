@@ -308,10 +308,9 @@ def open_engine(
             weights_folder=request.out / "weights",
             take_over=facts in file.engines(),  # claimed by this evaluation before it was killed
         ) as engine:
-            stored = SafetensorsFolder(folder).tensors.values()
             one_by_one = (
-                (tensor.name, open_safetensors(folder / tensor.file).get_tensor(tensor.name))
-                for tensor in stored
+                (name, open_safetensors(folder / stored.file).get_tensor(name))
+                for name, stored in SafetensorsFolder(folder).tensors.items()
             )
             engine.update_weights(one_by_one, version=0)
             yield engine, facts
