@@ -125,9 +125,10 @@ def parse_checker(row: Row) -> str | CheckerProgram:
     checker = row.get("checker")
     if not isinstance(checker, dict):
         return one_of(row, "checker", tuple(CHECKERS))
-    refuse_unknown(checker, ("program",), "checker.")
+    refuse_unknown(checker, ("program", "language"), "checker.")
     try:
-        return CheckerProgram(expect(checker, "program", str))
+        source, language = expect(checker, "program", str), one_of(checker, "language", LANGUAGES)
+        return CheckerProgram(source, language=language)
     except ValueError as error:
         raise FieldError(f"checker.program: {error}") from None
 
@@ -248,7 +249,8 @@ def to_row(problem: Problem) -> Row:
 
 def plain(value: object) -> object:
     if isinstance(value, CheckerProgram):
-        return {"program": value.source}
+        is_python = value.language == LANGUAGES[0]
+        return {"program": value.source, **({} if is_python else {"language": value.language})}
     if isinstance(value, Limits):
         return {k: v for k, v in asdict(value).items() if v != getattr(DEFAULT_LIMITS, k)}
     return list(value) if isinstance(value, tuple) else value

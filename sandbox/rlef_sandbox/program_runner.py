@@ -26,6 +26,7 @@ from .worker import Worker, ZygoteLostError, ZygoteSession, memory_file, memory_
 
 RETRIES = 2  # of a run that ended in a fault of the sandbox
 EXCHANGE = 3  # among the files of a function call, after the standard streams
+CHECKER_FAILED = 3  # exit code of testlib's checkers for a fault of the test
 STDERR_BYTES = 64 << 10
 SHOWN_BYTES = 64 << 10  # of a returned value's repr
 PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # of ELF
@@ -97,8 +98,26 @@ class ProgramRunner(contextlib.AbstractContextManager):
         return Result(Status.SANDBOX_ERROR, stderr=fault.encode())
 
     def _checked(self, test: Test, stdout: bytes) -> FinishedRun:
+        if self._executable:
+            return self._with_retries(lambda: self._attempt_checker(test, stdout))
         call = CallTest("check", (test.stdin, test.expected, stdout))
         return self._with_retries(lambda: self._attempt_once(call))
+
+    def _attempt_checker(self, test: Test, stdout: bytes) -> FinishedRun:
+        """Run a checker in C++. It accepts or refuses by its exit code, as testlib does."""
+        with StreamFiles(test.stdin) as files, contextlib.ExitStack() as passed_on:
+            texts = memory_files(stdout, test.expected)
+            for text in texts:
+                passed_on.callback(os.close, text)
+            outcome = self._ask(Task.EXECUTE, [*files.descriptors, *texts, self._program])
+            self._end_session()
+            result = files.finished(outcome, self._limits).result
+        is_answer = result.status in (Status.OK, Status.RUNTIME_ERROR) and result.exit_code not in (
+            None,
+            CHECKER_FAILED,
+        )
+        answer = b"false" if result.exit_code else b"true"
+        return FinishedRun(result, answer if is_answer else b"")
 
     def _with_retries(self, attempt: Callable[[], FinishedRun]) -> FinishedRun:
         fault = ""

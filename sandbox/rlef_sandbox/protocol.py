@@ -34,7 +34,7 @@ class Task(enum.IntEnum):
     RUN = 1  # STREAMS [, EXCHANGE [, PEER]], source: compile and run once
     PROGRAM = 2  # STREAMS, source: compile once and serve TESTs until the session ends
     TEST = 3  # STREAMS [, EXCHANGE]: run the program in a fresh fork
-    EXECUTE = 4  # STREAMS, executable: become that program
+    EXECUTE = 4  # STREAMS [, output, answer], executable: become that program, or checker
     COMPILE = 5  # STREAMS: compile the text on standard input (compiler.py only)
 
 

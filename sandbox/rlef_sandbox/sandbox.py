@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from . import native, values
 from .checkers import Checker, checker_named
-from .cpp import CompileFailedError
+from .cpp import CHECKER_FILES, CompileFailedError
 from .languages import Languages
 from .program_runner import FinishedRun, ProgramRunner
 from .verdict import (
@@ -36,7 +36,7 @@ from .verdict import (
     as_bytes,
 )
 from .work_slots import WorkSlots
-from .worker import FLOOR, Layers, Worker, memory_file
+from .worker import FLOOR, Layers, Worker
 
 ISOLATION_LEVELS = ("default", "minimal")
 JOBS_A_WORKER = 16
@@ -154,6 +154,8 @@ class Sandbox:
         limits = limits or Limits()
         check = checker if isinstance(checker, CheckerProgram) else checker_named(checker)
         self._languages.check(language, tests)
+        if isinstance(check, CheckerProgram):
+            self._languages.check(check.language)
         results: list[Result] = []
         failed = False
         try:
@@ -186,15 +188,19 @@ class Sandbox:
         return result if passed else replace(result, status=Status.WRONG_ANSWER)
 
     def _ask_checker(self, checker: CheckerProgram, test: Test, stdout: bytes) -> bool | Result:
-        source = memory_file(checker.source.encode())
+        source = as_bytes(checker.source)
+        if checker.language != "python":
+            source += CHECKER_FILES
         try:
             with (
+                self._languages.prepared(source, checker.language) as (program, is_executable),
                 self._least_loaded() as worker,
-                ProgramRunner(worker, source, checker.limits) as runner,
+                ProgramRunner(worker, program, checker.limits, executable=is_executable) as runner,
             ):
                 return runner.accepted_by(test, stdout)
-        finally:
-            os.close(source)
+        except CompileFailedError as failure:
+            fault = b"the checker program does not compile: " + failure.result.stderr
+            return Result(Status.SANDBOX_ERROR, stderr=fault)
 
     @contextlib.contextmanager
     def _runner(

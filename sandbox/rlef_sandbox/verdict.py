@@ -153,7 +153,9 @@ AnyTest = Test | CallTest | CheckTest
 @dataclass(frozen=True)
 class CheckerProgram:
     """A checker of the problem's own, for problems with many right outputs: Python that defines
-    `check(stdin, expected, actual)`, which takes three `bytes` and returns True or False.
+    `check(stdin, expected, actual)`, which takes three `bytes` and returns True or False, or a C++
+    program in the style of testlib. That is given the paths of the input, the output and the
+    expected output, and exits with 0 to accept, or 3 if it is broken.
 
     It runs confined, with `limits`. If it raises, exceeds them or returns anything else, the output
     is a WRONG_ANSWER, provided that it accepts the expected output. Otherwise it is broken: a
@@ -162,6 +164,8 @@ class CheckerProgram:
 
     source: str
     limits: Limits = field(default_factory=Limits)
+    language: str = "python"
 
     def __post_init__(self) -> None:
-        _check_python("CheckerProgram.source", self.source)
+        if self.language == "python":
+            _check_python("CheckerProgram.source", self.source)

@@ -310,3 +310,58 @@ def test_without_the_c_launcher_python_still_runs(monkeypatch: pytest.MonkeyPatc
         assert sandbox.isolation["launcher"] == "python"
         assert sandbox.languages == ("python",)
         assert sandbox.run("print(1)").stdout == b"1\n"
+
+
+# Accepts two numbers whose sum is the input. Like testlib's, it opens its files by their paths,
+# each of them twice. It cannot open another file.
+SUM_CHECKER = """\
+#include <bits/stdc++.h>
+using namespace std;
+int main(int argc, char **argv) {
+    if (argc != 4 || fopen("/etc/passwd", "r") || ifstream("solution.py")) return 3;
+    for (int n = 1; n < 4; n++) if (!ifstream(argv[n])) return 3;
+    FILE *input = fopen(argv[1], "rb"), *output = fopen(argv[2], "rb");
+    ifstream answer(argv[3]);
+    long n, a, b, x;
+    if (fscanf(input, "%ld", &n) != 1 || !(answer >> x)) return 3;
+    if (fscanf(output, "%ld%ld", &a, &b) != 2) return 2;
+    return a + b == n ? 0 : 1;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        ("print(1, int(input()) - 1)", Status.OK),
+        ("print(0, 5)", Status.OK),
+        ("print(1, 5)", Status.WRONG_ANSWER),
+        ("print('x')", Status.WRONG_ANSWER),
+        ("pass", Status.WRONG_ANSWER),
+    ],
+)
+def test_a_checker_in_cpp_decides_by_its_exit_code(
+    sandbox: Sandbox, program: str, status: Status
+) -> None:
+    checker = CheckerProgram(SUM_CHECKER, language="cpp")
+    (result,) = sandbox.grade(program, [Test("5", "2 3")], checker=checker)
+    assert result.status is status
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("int main() { return 3; }", b"the checker program is broken: RUNTIME_ERROR"),
+        ("int main() { for (;;); }", b"the checker program is broken: TIME_LIMIT"),
+        ("int main() {", b"the checker program does not compile"),
+    ],
+)
+def test_a_broken_checker_in_cpp_is_no_verdict(sandbox: Sandbox, source: str, words: bytes) -> None:
+    checker = CheckerProgram(source, Limits(cpu_s=0.3, wall_s=15), "cpp")
+    (result,) = sandbox.grade("print(1)", [Test("", "1")], checker=checker)
+    assert result.status is Status.SANDBOX_ERROR and result.stderr.startswith(words)
+
+
+def test_a_checker_in_another_language_is_refused(sandbox: Sandbox) -> None:
+    with pytest.raises(ValueError, match="unknown language 'java'"):
+        sandbox.grade("print(1)", [Test("", "1")], checker=CheckerProgram("", language="java"))

@@ -30,6 +30,7 @@
 
 #include "zygote.h"
 
+#define STREAMS 3
 #define BORROWED_STACK_BYTES (64 << 10) /* of a child that shares our memory until it execs */
 #ifndef SYS_close_range
 #define SYS_close_range 436
@@ -98,7 +99,10 @@ static int install_filter(const struct plan *plan)
 
 static int become_program(const struct plan *plan)
 {
-    static char *const arguments[] = {"solution", NULL};
+    /* a checker's input, output and answer; it opens them by cpp.CHECKER_FILES */
+    static char *const paths[] = {"checker", "/dev/fd/0", "/dev/fd/3", "/dev/fd/4", NULL};
+    static char *const no_paths[] = {"solution", NULL};
+    char *const *arguments = plan->file_count > STREAMS + 1 ? paths : no_paths;
     static char *const environment[] = {"LANG=C.UTF-8", "PATH=/usr/bin:/bin", NULL};
     struct sigaction standard = {.sa_handler = SIG_DFL};
     sigset_t none;

@@ -211,7 +211,7 @@ LIMITS = Record(
 )
 LIMITS_FIELD = Field(LIMITS.encode, LIMITS.decode)
 CHECKERS = {  # those that are more than a name
-    "program": Record(CheckerProgram, {"source": TEXT, "limits": LIMITS_FIELD}),
+    "program": Record(CheckerProgram, {"source": TEXT, "limits": LIMITS_FIELD, "language": TEXT}),
 }
 
 

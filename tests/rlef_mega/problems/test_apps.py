@@ -85,6 +85,7 @@ def test_a_problem_is_kept_if_one_of_its_shortest_solutions_passes(tmp_path):
             {"input_output": '{"fn_name": "f", "inputs": ["1"], "outputs": ["1"]}'},
             "not lists of arguments",
         ),
+        ({"time_limit": "1000000 seconds"}, "time_limit, memory_limit: Limits.cpu_s is"),
         ({"question": None}, "question: None is not a string"),
     ],
 )

@@ -1,6 +1,7 @@
 """Sampling and our own JSONL: what is read, what is written, and what a wrong line says."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -178,6 +179,13 @@ WRONG = {
         {**GOOD, "public_tests": [{"stdin": "\ud83d", "expected": ""}]},
         r"public_tests\[0\].stdin: not valid text",
     ),
+    "endless time": (
+        {**GOOD, "limits": {"cpu_s": 1e18}},
+        "limits: .*cpu_s is .*86400",
+    ),
+    "endless memory": ({**GOOD, "limits": {"memory_bytes": 10**30}}, "limits: Limits.memory_bytes"),
+    "an endless product": ({**GOOD, "limits": {"time_factors": {"python": 1e9}}}, "Limits.cpu_s"),
+    "infinite time": ({**GOOD, "limits": {"wall_s": math.inf}}, "limits: Limits.wall_s"),
     "bytes by halves": ({**GOOD, "limits": {"memory_bytes": 1.5e9}}, "memory_bytes: .*whole"),
     "a complex argument": (
         {**GOOD, "entry_point": "f", "public_tests": [{**CALL, "args": "(1j,)"}]},
@@ -245,6 +253,10 @@ def test_checks_and_checker_programs_are_read_and_written(tmp_path):
     assert problem.private_tests.tests == (CheckTest("double", CHECK),)
     assert problem.checker == CheckerProgram(JUDGE)
     assert read_jsonl(write(tmp_path, to_row(problem))) == [problem]
+    row["checker"] = {"program": "int main() {}", "language": "cpp"}
+    (problem,) = read_jsonl(write(tmp_path, row))
+    assert problem.checker == CheckerProgram("int main() {}", language="cpp")
+    assert read_jsonl(write(tmp_path, to_row(problem))) == [problem]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +267,7 @@ def test_checks_and_checker_programs_are_read_and_written(tmp_path):
         ({"private_tests": [{"check": "def", "entry_point": "f"}]}, "is not? ?(valid)? Python"),
         ({"checker": {"program": "def"}}, "checker.program: .* is not? ?(valid)? Python"),
         ({"checker": {"source": ""}}, "checker.source: unknown key"),
+        ({"checker": {"program": "x", "language": "c"}}, "language: unknown language 'c'"),
     ],
 )
 def test_code_that_cannot_judge_is_refused(tmp_path, change, message):
