@@ -23,6 +23,8 @@ CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
+LC_ALL_MASK = 0x1FBF
+
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
 MS_REC, MS_PRIVATE = 16384, 1 << 18
 MNT_DETACH = 2
@@ -55,6 +57,14 @@ def prctl(option: int, value: int = 0) -> int:
     return checked(
         LIBC.prctl(option, word(value), word(0), word(0), word(0)), f"prctl({option}, {value})"
     )
+
+
+def load_locale(name: str) -> bool:
+    """Load a locale's files for good; they may be out of reach later. Returns False if there are
+    none.
+    """
+    LIBC.newlocale.restype = ctypes.c_void_p
+    return LIBC.newlocale(LC_ALL_MASK, name.encode(), None) is not None
 
 
 def die_with_parent() -> None:

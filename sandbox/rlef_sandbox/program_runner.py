@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,6 +32,13 @@ STDERR_BYTES = 64 << 10
 SHOWN_BYTES = 64 << 10  # of a returned value's repr
 PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # of ELF
 PT_LOAD, PT_TLS = 1, 7
+# What messages show in place of this machine's paths.
+LIBRARY = sysconfig.get_path("stdlib")
+SHOWN_PATHS = {
+    os.fsencode(os.path.dirname(os.path.abspath(__file__))): b"rlef_sandbox",
+    os.fsencode(os.path.realpath(LIBRARY)): b"/usr/lib/python3",
+    os.fsencode(LIBRARY): b"/usr/lib/python3",
+}
 OUT_OF_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
 
 
@@ -239,6 +247,8 @@ class StreamFiles(contextlib.AbstractContextManager):
         stdout_bytes, stderr_bytes = os.fstat(stdout).st_size, os.fstat(stderr).st_size
         stderr_start = max(0, stderr_bytes - STDERR_BYTES)
         stderr_end = os.pread(stderr, min(STDERR_BYTES, limits.output_bytes), stderr_start)
+        for path, shown in SHOWN_PATHS.items():
+            stderr_end = stderr_end.replace(path, shown)
         overflowed = max(stdout_bytes, stderr_bytes) > limits.output_bytes
         status = status_of(outcome, limits, overflowed, stderr_end)
         wire, returned = b"", None

@@ -49,6 +49,7 @@ FUTEX_COMMAND = 0x7F  # the rest are flags
 # WAIT WAKE REQUEUE CMP_REQUEUE WAKE_OP WAIT_BITSET WAKE_BITSET; no priority inheritance
 FUTEX_COMMANDS = (0, 1, 3, 4, 5, 9, 10)
 SIGKILL = 9
+AF_UNIX, SOCK_STREAM, SOCKET_FLAGS = 1, 1, 0o2004000  # SOCK_CLOEXEC SOCK_NONBLOCK
 AT_EMPTY_PATH = 0x1000
 ARCH_SET_FS, ARCH_GET_FS = 0x1002, 0x1003
 NAMESPACE_FLAGS = 0x7E020080  # every CLONE_NEW* flag
@@ -111,6 +112,12 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
     if action is Action.PRLIMIT:
         own = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, 0), denied]
         return [*own, *none_of(LOW[1], KILLING_LIMITS), *if_null(2, denied)]
+    if action is Action.SOCKET_PAIR:
+        local = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, AF_UNIX), denied]
+        load, *rest = one_of(LOW[1], (SOCK_STREAM,), denied)
+        return [*local, load, (AND, 0, 0, ~SOCKET_FLAGS & 0xFFFFFFFF), *rest]
+    if action is Action.TO_PEER:
+        return [(LOAD, 0, 0, LOW[3]), (JUMP_EQUAL, 1, 0, 0), denied, *if_null(4, denied)]
     if action is Action.EXECUTE_GIVEN:
         return one_of(LOW[4], (AT_EMPTY_PATH,), denied)
     return {

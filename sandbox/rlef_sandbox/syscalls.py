@@ -27,6 +27,8 @@ class Action(enum.Enum):
     SIGNAL_SELF = "to itself, no SIGKILL; EPERM otherwise"
     ABOUT_SELF = "about itself; EPERM otherwise"
     CLOCK = "the machine's and its own clocks; EINVAL otherwise"
+    SOCKET_PAIR = "a pair of local streams allowed; EPERM otherwise"
+    TO_PEER = "without flags and address allowed; EPERM otherwise"
     PROCESS = "allowed without a new namespace; EPERM otherwise"
     EXECUTE_GIVEN = "an open file allowed; EPERM otherwise"
     THREAD_POINTER = "to set and read it; EINVAL otherwise"

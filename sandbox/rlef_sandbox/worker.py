@@ -35,6 +35,7 @@ ANSWER_GRACE_S = 20.0  # past the last wall clock limit, then the zygote is give
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "LANG": "C.UTF-8",
+    "ONLINE_JUDGE": "true",  # as on contest sites: a program reads standard input, not a file
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
 }

@@ -33,7 +33,7 @@ import sys
 import types
 from typing import NamedTuple
 
-from . import callers_state, program
+from . import callers_state, kernel, program
 from .confinement import confine_zygote, library_files
 from .launch_plan import Bounds, LaunchPlan
 from .probes import probe_child_layers
@@ -181,6 +181,8 @@ def main() -> None:
     namespaces = leave_reaper_behind(channel, controller, cgroup)
     zygote = Zygote(channel, controller, library)
     program.preload()
+    if not kernel.load_locale(os.environ["LANG"]):
+        os.environ["LANG"] = "C"
     for name in [name for name in sys.modules if name.startswith("rlef_sandbox")]:
         del sys.modules[name]  # a program must not find these modules
     layers = zygote.confine(namespaces)

@@ -87,6 +87,11 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
             return ALLOWED if low(whom) in (0, PID) else permission
         case Action.CLOCK:
             return FAILS | errno.EINVAL if low(a) >> 31 else ALLOWED
+        case Action.SOCKET_PAIR:
+            is_stream = low(a) == 1 and low(b) & ~(0o2000000 | 0o4000) == 1
+            return ALLOWED if is_stream else permission
+        case Action.TO_PEER:
+            return ALLOWED if low(arguments[3]) == 0 and arguments[4] == 0 else permission
         case Action.EXECUTE_GIVEN:
             return ALLOWED if low(arguments[4]) == 0x1000 else permission
         case Action.THREAD_POINTER:

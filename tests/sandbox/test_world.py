@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,31 @@ WORLD = {
     "closed_standard_output": ("import sys; print('kept'); sys.stdout.close()", "kept"),
     "errors_into_output": ("import sys; sys.stderr = sys.stdout; print('kept')", "kept"),
     "exit_without_standard_error": ("import sys; print('kept'); del sys.stderr; exit(0)", "kept"),
+    "asyncio": (
+        "import asyncio\n"
+        "async def main(): await asyncio.sleep(0); print(await asyncio.to_thread(lambda: 5))\n"
+        "asyncio.run(main())",
+        "5",
+    ),
+    "null_device": (
+        "import os, sys, pathlib; sys.stderr = open(os.devnull, 'w'); print(9, file=sys.stderr)\n"
+        "with open(os.devnull, 'wb') as f: print(f.write(b'abc'), os.fsdecode(f.name))\n"
+        "print(repr(open('/dev/null').read()), pathlib.Path('/dev/null').write_text('x'))",
+        "3 /dev/null\n'' 1",
+    ),
+    "redirected_to_the_null_device": (
+        "import contextlib, os\n"
+        "with contextlib.redirect_stdout(open(os.devnull, 'w+', encoding='utf-8')): print('no')\n"
+        "print('yes')",
+        "yes",
+    ),
+    "judge": ("import os; print(bool(os.environ.get('ONLINE_JUDGE')))", "True"),
+    "locale": (
+        "import locale as l\nfirst = l.setlocale(l.LC_ALL, '')\nl.setlocale(l.LC_ALL, 'C')\n"
+        "print(l.setlocale(l.LC_ALL, '') == first, l.getpreferredencoding())",
+        "True utf-8",
+    ),
+    "many_digits": ("print(len(str(10**49_999)), int('7' * 9999) % 10)", "50000 7"),
     "pickle_of_its_own_class": (
         "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)",
         "A",
@@ -137,15 +163,22 @@ def test_two_runs_see_the_same_hashes_and_the_same_random_numbers(sandbox: Sandb
         ("import sys; sys.stdout.detach()", 120),  # flushing it fails, as in `python solution.py`
         ("import os; print(1); os.close(1)", 120),
         ("import sys; del sys.stderr; sys.exit('words')", 1),
-        ("import sys; sys.stderr = 5; sys.exit('words')", 1),
+        ("import sys; sys.stderr = 5; sys.exit('words')", 120),
         ("import sys; sys.exit(True)", 1),
         ("import sys; sys.exit(-1)", 255),
-        ("import sys; sys.stdout.detach(); 1 / 0", 1),
+        ("import sys; sys.stdout.detach(); 1 / 0", 120),
     ],
 )
 def test_the_exit_code_is_the_interpreters(sandbox: Sandbox, source: str, code: int) -> None:
     real = subprocess.run([sys.executable, "-c", source], capture_output=True, env={})
     assert sandbox.run(source).exit_code == real.returncode == code
+
+
+def test_a_traceback_shows_no_path_of_this_machine(sandbox: Sandbox) -> None:
+    for source in ("open('input.txt')", "import json; json.loads('{')", "import no_such_module"):
+        stderr = sandbox.run(source).stderr.decode()
+        assert sys.base_prefix + "/lib" not in stderr and str(Path.cwd()) not in stderr
+        assert "rlef_sandbox" not in stderr and 'File "solution.py", line 1' in stderr, stderr
 
 
 def test_bytes_that_are_no_text_come_through(sandbox: Sandbox) -> None:

@@ -103,7 +103,8 @@ static int become_program(const struct plan *plan)
     static char *const paths[] = {"checker", "/dev/fd/0", "/dev/fd/3", "/dev/fd/4", NULL};
     static char *const no_paths[] = {"solution", NULL};
     char *const *arguments = plan->file_count > STREAMS + 1 ? paths : no_paths;
-    static char *const environment[] = {"LANG=C.UTF-8", "PATH=/usr/bin:/bin", NULL};
+    /* a static program cannot load the files of another locale, so std::locale("") takes this one */
+    static char *const environment[] = {"LANG=C", "PATH=/usr/bin:/bin", "ONLINE_JUDGE=true", NULL};
     struct sigaction standard = {.sa_handler = SIG_DFL};
     sigset_t none;
     sigemptyset(&none);

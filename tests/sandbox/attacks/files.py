@@ -120,7 +120,7 @@ WRITING = (
                 "import os; os.mknod('/dev/shm/rlef-attack-s', 0o140600)\n"
                 "os.unlink('/dev/shm/rlef-attack-s'); print('ESCAPED')"
             ),
-            "write_only_device": "open('/dev/null', 'wb').write(b'x'); print('ESCAPED')",
+            "write_only_device": "import os; os.open('/dev/null', os.O_WRONLY); print('ESCAPED')",
             "shared_memory": (
                 "from multiprocessing.shared_memory import SharedMemory\n"
                 "m = SharedMemory(create=True, size=9); m.unlink(); print('ESCAPED')"

@@ -20,7 +20,20 @@ NETWORK = (
                 "print('ESCAPED')"
             ),
             "netlink_socket": "import socket; socket.socket(16, 3, 0); print('ESCAPED')",
-            "socket_pair": "import socket; socket.socketpair(); print('ESCAPED')",
+            "socket_pair_of_datagrams": (
+                "import socket; socket.socketpair(1, socket.SOCK_DGRAM); print('ESCAPED')"
+            ),
+            "socket_pair_of_packets": (
+                "import socket; socket.socketpair(1, socket.SOCK_SEQPACKET); print('ESCAPED')"
+            ),
+            "descriptor_through_a_socket_pair": (
+                "import socket; a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [0])\n"
+                "print('ESCAPED')"
+            ),
+            "socket_pair_becomes_a_server": (
+                "import socket; a, b = socket.socketpair(); c = socket.socket(fileno=a.fileno())\n"
+                "print('ESCAPED') if c.getsockopt(1, 3) else None"
+            ),
         },
         ("seccomp",),
     ),
@@ -34,6 +47,10 @@ NETWORK = (
     ),
     *attacks(
         {
+            "urgent_byte_through_a_socket_pair": (
+                "import socket; a, b = socket.socketpair(); a.send(b'x', socket.MSG_OOB)\n"
+                "print('ESCAPED')"
+            ),
             "kernel_crypto_socket": "import socket; socket.socket(38, 5, 0); print('ESCAPED')",
             "virtual_machine_socket": "import socket; socket.socket(40, 1, 0); print('ESCAPED')",
         },
