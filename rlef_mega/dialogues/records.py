@@ -14,6 +14,7 @@ import torch
 
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.problems import named
+from rlef_mega.problems.literals import to_literal
 from rlef_mega.types import (
     AssertTest,
     Batch,
@@ -173,8 +174,8 @@ def outcome_record(outcome: TestOutcome) -> dict[str, str]:
 
 def test_record(test: AnyTest | AssertTest) -> dict[str, str]:
     if isinstance(test, CallTest):
-        arguments = ", ".join(map(repr, test.args))
-        given, expected = f"{test.entry_point}({arguments})", repr(test.expected)
+        arguments = ", ".join(map(to_literal, test.args))
+        given, expected = f"{test.entry_point}({arguments})", to_literal(test.expected)
     elif isinstance(test, AssertTest):
         given, expected = test.statement, ""
     elif isinstance(test, Test):

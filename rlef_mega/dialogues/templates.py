@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlef_mega.problems.literals import to_literal
 from rlef_mega.types import AssertTest, PublicTest, TestOutcome
 from rlef_sandbox import CallTest, Result, Status, Test
 
@@ -177,7 +178,7 @@ def assertion_line(outcome: TestOutcome, wording: Template) -> str:
     if isinstance(test, AssertTest):  # its code has compared, and printed the values
         return f"- Failure: '{quoted}': '{clip(error_of(result.stderr), wording.field_chars)}'"
     if isinstance(test, CallTest):
-        got, expected = result.returned or "None", repr(test.expected)
+        got, expected = result.returned or "None", to_literal(test.expected)
     else:
         got, expected = repr(text_of(result.stdout)), repr(text_of(test.expected))
     got, expected = clip(got, wording.field_chars), clip(expected, wording.field_chars)
@@ -238,7 +239,8 @@ def assertion(test: PublicTest) -> str:
         return test.statement
     if isinstance(test, Test):
         return f"assert run({text_of(test.stdin)!r}) == {text_of(test.expected)!r}"
-    return f"assert {test.entry_point}({', '.join(map(repr, test.args))}) == {test.expected!r}"
+    arguments = ", ".join(map(to_literal, test.args))
+    return f"assert {test.entry_point}({arguments}) == {to_literal(test.expected)}"
 
 
 def readable(raw: bytes, wording: Template) -> str:

@@ -127,7 +127,9 @@ def test_feedback_on_real_runs_names_what_happened():
 def test_every_way_to_fail_has_words_in_every_template():
     for template in templates.TEMPLATES:
         for status in set(Status) - {Status.OK, Status.SANDBOX_ERROR}:
-            for test in (DOUBLE, CallTest("f", (1,), 2)):
+            # `repr` refuses the last one's integers
+            for test in (DOUBLE, CallTest("f", (1,), 2), CallTest("f", (10**5000,), [10**5000])):
+                assert templates.first_prompt("x", template, [test])
                 died = outcome(status, test, returned="3", signal=11)
                 told = templates.feedback([died], template)
                 assert "None" not in told and len(told.splitlines()[1]) > 20
