@@ -65,9 +65,6 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     chat_format: Literal["auto", "llama3", "chatml"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
-    layers: Literal["auto", "local", "transformer_engine"] = Field(
-        "auto", description="auto: Transformer Engine's on a GPU where it is installed"
-    )
     shape: ModelShape | None = None
 
 

@@ -99,7 +99,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
     )
     if ranks.is_writer:
         run.lock()
-        accelerations.announce(ranks.device, *kernels_for(config))
+        accelerations.announce(ranks.device, getattr(torch, config.model.dtype))
     problems = training_problems(config)
     chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
@@ -190,21 +190,15 @@ def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         recompute=config.model.recompute,
-        layers=config.model.layers,
         weights=Path(config.model.weights) if config.model.weights else None,
     )
-
-
-def kernels_for(config: TrainConfig) -> tuple[torch.dtype, accelerations.Layers]:
-    """Return what the choice of kernels depends on, besides the machine."""
-    return getattr(torch, config.model.dtype), config.model.layers
 
 
 def run_manifest(config: TrainConfig, grader: Grader, device: torch.device) -> dict[str, Any]:
     return describe(
         layout=config.parallel.model_dump(),
         critic_layout=config.critic_parallel.model_dump() if config.critic_parallel else "policy's",
-        accelerations=accelerations.report(device, *kernels_for(config)),
+        accelerations=accelerations.report(device, getattr(torch, config.model.dtype)),
         isolation=grader.isolation,
     )
 

@@ -51,7 +51,6 @@ FREE_TO_CHANGE = {
     "run.keep_best",
     "checkpoint_every",  # of the supervised stage
     "checkpoint_async",
-    "model.layers",  # whose modules compute; checkpoints are the same
     "model.recompute",
     "learner.offload",
     "learner.microbatch_tokens",

@@ -26,7 +26,6 @@ from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
-from rlef_mega.megatron.network.accelerations import Layers
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
@@ -72,7 +71,6 @@ class Learner:
         dtype: str,
         temperature: float,
         recompute: str = "none",
-        layers: Layers = "auto",
         weights: Path | None = None,
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
@@ -84,7 +82,6 @@ class Learner:
             folder=model_folder,
             dtype=self.dtype,
             recompute=recompute,
-            layers=layers,
             weights=weights,
         )
         self.cutting = Cutting(

@@ -8,7 +8,6 @@ from rlef_mega.megatron.checkpoints.checkpoints import load_weights
 from rlef_mega.megatron.checkpoints.files import networks_in
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.hf_weights import load_hf
-from rlef_mega.megatron.network.accelerations import Layers
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
@@ -23,7 +22,6 @@ def build_network(
     *,
     dtype: torch.dtype,
     recompute: str,
-    layers: Layers,
     weights: Path | None,
 ) -> list[PackedLlama]:
     """Build and load this rank's chunks of policy or critic; none if it has no part of it. With
@@ -37,9 +35,7 @@ def build_network(
         return []
     kind = CriticModel if name == CRITIC else PolicyModel
     chunks: list[PackedLlama] = [
-        kind(config, ranks, chunk=chunk, dtype=dtype, recompute=recompute, layers=layers).to(
-            ranks.device
-        )
+        kind(config, ranks, chunk=chunk, dtype=dtype, recompute=recompute).to(ranks.device)
         for chunk in range(ranks.layout.virtual_pipeline_model_parallel_size)
     ]
     if weights is None:

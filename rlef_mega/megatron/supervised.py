@@ -11,7 +11,6 @@ from rlef_mega.config import OptimizerConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
-from rlef_mega.megatron.network.accelerations import Layers
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.parallel import POLICY, Ranks
 from rlef_mega.megatron.starting_point import build_network
@@ -31,7 +30,6 @@ class SupervisedLearner:
         microbatch_tokens: int,
         dtype: str,
         recompute: str = "none",
-        layers: Layers = "auto",
         weights: Path | None = None,
     ) -> None:
         """Start from the folder's weights, or from those of the checkpoint `weights`."""
@@ -44,7 +42,6 @@ class SupervisedLearner:
             model_folder,
             dtype=getattr(torch, dtype),
             recompute=recompute,
-            layers=layers,
             weights=weights,
         )
         self.cutting = Cutting(

@@ -49,7 +49,6 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         microbatch_tokens=config.learner.microbatch_tokens,
         dtype=config.model.dtype,
         recompute=config.model.recompute,
-        layers=config.model.layers,
         weights=Path(config.model.weights) if config.model.weights else None,
     )
     with ExitStack() as stack:

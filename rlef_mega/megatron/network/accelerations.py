@@ -21,43 +21,31 @@ import torch
 
 from rlef_mega.config import ConfigError
 
-Layers = Literal["auto", "local", "transformer_engine"]
 NOT_INSTALLED = "not installed"
 WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 INSTALL = {
     "flash_attn": "pip install 'rlef-mega[gpu]'",
     "triton": "pip install 'rlef-mega[gpu]'",
-    "transformer_engine": "pip install 'rlef-mega[te]'",
     "apex": "docs/install.md says how to build it",
     WEIGHT_GRADIENTS: "docs/install.md says how to build apex",
 }
-PROBES = {"transformer_engine": "transformer_engine.pytorch"}  # else the package itself
+TRANSFORMER_ENGINE = "transformer_engine"  # not used here, but megatron-core imports it
 
 
 @dataclass(frozen=True)
 class Accelerations:
     """The decision, for a device and a dtype."""
 
-    attention: Literal["flash-attn", "torch-varlen", "sdpa", "transformer-engine"]
-    layers: Literal["local", "transformer_engine"]
+    attention: Literal["flash-attn", "torch-varlen", "sdpa"]
     fused_weight_gradients: bool
     triton_head: bool
 
 
 @functools.cache
-def choose(device_type: str, dtype: torch.dtype, layers: Layers = "auto") -> Accelerations:
-    """Choose the kernels. Raises ConfigError if Transformer Engine is required but unusable."""
-    half = device_type == "cuda" and dtype != torch.float32
-    engine_fault = fault("transformer_engine") or (None if half else "its attention takes bfloat16")
-    if layers == "transformer_engine" and engine_fault:
-        raise ConfigError(
-            f"model.layers = 'transformer_engine', but Transformer Engine: {engine_fault}; "
-            f"{INSTALL['transformer_engine']}, or set model.layers = 'auto'"
-        )
-    engine = layers != "local" and not engine_fault
+def choose(device_type: str, dtype: torch.dtype) -> Accelerations:
+    """Choose the kernels."""
     return Accelerations(
-        attention="transformer-engine" if engine else attention_kernel(device_type, dtype),
-        layers="transformer_engine" if engine else "local",
+        attention=attention_kernel(device_type, dtype),
         # a kernel of NVIDIA's apex adds them directly to the fp32 main gradients
         fused_weight_gradients=device_type == "cuda" and fault(WEIGHT_GRADIENTS) is None,
         triton_head=device_type == "cuda" and fault("triton") is None,
@@ -93,7 +81,8 @@ def fault(package: str) -> str | None:
     if not torch.cuda.is_available():
         return "installed, but there is no NVIDIA GPU"
     try:
-        importlib.import_module(PROBES.get(package, package))
+        module = f"{package}.pytorch" if package == TRANSFORMER_ENGINE else package
+        importlib.import_module(module)
     except Exception as error:  # a foreign binary may raise anything: ImportError, OSError, ...
         return f"installed, but cannot be imported: {type(error).__name__}: {error}"
     if package == "apex" and is_nvidias_apex() and not importlib.util.find_spec("amp_C"):
@@ -104,7 +93,7 @@ def fault(package: str) -> str | None:
 def hide_unusable() -> None:
     """Hide packages that cannot work. Called before megatron-core is imported: it tries them and
     catches nothing but an ImportError."""
-    for package in INSTALL:
+    for package in (*INSTALL, TRANSFORMER_ENGINE):
         useless = fault(package) not in (None, NOT_INSTALLED)
         # Triton's interpreter runs the kernels' tests on CPUs
         if useless and (package != "triton" or torch.cuda.is_available()):
@@ -139,32 +128,24 @@ def varlen_options(function: Callable) -> dict[str, Any]:
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def report(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> dict[str, str]:
+def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Say by part what is used and what it costs not to have the rest, for `rlef doctor` and
     `manifest.json`. No cost is a number, because none was measured."""
-    chosen = choose(device.type, dtype, layers)
-    local = "megatron-core's local layers"
+    chosen = choose(device.type, dtype)
     if device.type != "cuda":
         idle = {name: fault(name) or NOT_INSTALLED for name in INSTALL if name != "triton"}
         return {
             "attention": "PyTorch SDPA, a call a sequence",
-            "layers": local,
             "optimizer": optimizer(),
             "head": "PyTorch",
             **{name: f"not used: {why}" for name, why in idle.items() if why != NOT_INSTALLED},
         }
     found = {
         "attention": attention_report(chosen.attention, dtype),
-        "layers": "Transformer Engine",
         "optimizer": optimizer(),
         "weight gradients": "fused into the main gradients",
         "head": "Triton kernels",
     }
-    if chosen.layers == "local":
-        found["layers"] = local
-        if layers == "auto" and dtype != torch.float32:
-            cost = "norms and products are kernels of their own"
-            found["layers"] = without("transformer_engine", local, cost)
     if found["optimizer"].startswith("PyTorch"):
         cost = "a step is several passes over the optimizer's state"
         found["optimizer"] = without("apex", found["optimizer"], cost)
@@ -185,8 +166,6 @@ def without(package: str, used: str, cost: str) -> str:
 def attention_report(kernel: str, dtype: torch.dtype) -> str:
     if kernel == "flash-attn":
         return "flash_attn_varlen_func"
-    if kernel == "transformer-engine":
-        return "Transformer Engine DotProductAttention"
     calls = "attention is a call a sequence"
     if dtype == torch.float32:
         lacking, remedy = "float32 has no varlen kernel", "model.dtype = 'bfloat16'"
@@ -201,7 +180,7 @@ def attention_report(kernel: str, dtype: torch.dtype) -> str:
     return without("flash_attn", "torch.nn.attention.varlen", cost)
 
 
-def announce(device: torch.device, dtype: torch.dtype, layers: Layers = "auto") -> None:
+def announce(device: torch.device, dtype: torch.dtype) -> None:
     """Print the first lines of a run, on one rank."""
-    for part, used in report(device, dtype, layers).items():
+    for part, used in report(device, dtype).items():
         print(f"{part:17} {used}", flush=True)

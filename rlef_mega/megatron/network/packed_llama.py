@@ -42,7 +42,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from rlef_kernels import linear_logprob, linear_ppo_loss
 from rlef_mega.config import ParallelConfig, check_layout
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.network.accelerations import Layers, choose
+from rlef_mega.megatron.network.accelerations import choose
 from rlef_mega.megatron.network.attention import PackedAttention
 from rlef_mega.megatron.network.families import (
     DenseConfig,
@@ -202,7 +202,6 @@ class PackedLlama(GPTModel):
         *,
         dtype: torch.dtype,
         recompute: str = "none",
-        layers: Layers = "auto",
         chunk: int = 0,
     ) -> None:
         parallel = ranks.layout
@@ -210,17 +209,10 @@ class PackedLlama(GPTModel):
         stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
         position = StagePosition(ranks.pipeline_parallel_rank, chunk)
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
-        spec, norm = layer_spec(hf_config), RMSNorm
-        if choose(ranks.device.type, dtype, layers).layers == "transformer_engine":
-            from rlef_mega.megatron.network.transformer_engine import (
-                TENorm,
-                with_transformer_engine,
-            )
-
-            spec, norm = with_transformer_engine(spec), TENorm
+        specs = [layer_spec(hf_config)] * len(stages.layers_at(position))
         super().__init__(
             config,
-            TransformerBlockSubmodules([spec] * len(stages.layers_at(position)), layer_norm=norm),
+            TransformerBlockSubmodules(specs, layer_norm=RMSNorm),
             vocab_size=hf_config.vocab_size,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=position == stages.first,

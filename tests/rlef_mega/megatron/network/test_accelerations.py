@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlef_mega.config import ConfigError
 from rlef_mega.megatron.network import accelerations
 from rlef_mega.megatron.network.accelerations import (
     NOT_INSTALLED,
@@ -108,33 +107,8 @@ def test_whatever_needs_a_gpu_is_left_alone_without_one(tmp_path: Path) -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "transformer_engine not used: installed, but there is no NVIDIA GPU" in done.stdout
+    assert "flash_attn        not used: installed, but there is no NVIDIA GPU" in done.stdout
     assert "PyTorch AdamW" in done.stdout
-
-
-def test_transformer_engine_is_refused_by_name_where_it_cannot_be_had(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accelerations, "fault", lambda package: NOT_INSTALLED)
-    assert choose("cpu", torch.bfloat16).layers == "local"
-    with pytest.raises(ConfigError, match=r"model\.layers .* Transformer Engine: not installed"):
-        choose("cuda", torch.bfloat16, "transformer_engine")
-
-
-def test_transformer_engine_is_used_on_a_gpu_in_half_precision_unless_local_is_asked_for(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package(fresh, "transformer_engine", "")
-    (fresh / "transformer_engine" / "pytorch.py").write_text("")
-    for name in ("transformer_engine", "transformer_engine.pytorch"):
-        forget(monkeypatch, name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    chosen = choose("cuda", torch.bfloat16)
-    assert (chosen.layers, chosen.attention) == ("transformer_engine", "transformer-engine")
-    assert choose("cuda", torch.bfloat16, "local").layers == "local"
-    assert choose("cuda", torch.float32).layers == "local"
-    with pytest.raises(ConfigError, match="its attention takes bfloat16"):
-        choose("cuda", torch.float32, "transformer_engine")
 
 
 def test_everything_that_is_missing_on_a_gpu_has_a_cost_and_a_remedy(
