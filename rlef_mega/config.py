@@ -6,6 +6,8 @@ take the values that they use, not the config. Defaults are the paper's (RLEF A.
 gives one.
 """
 
+import codecs
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,31 @@ RECIPES = Path(__file__).parent / "recipes"
 
 class ConfigError(ValueError):
     """A recipe that cannot run. The message names the file, the key and the remedy."""
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, which is UTF-8 whatever the locale. Raises ConfigError that names the file
+    and what it is instead."""
+    content = path.expanduser().read_bytes()
+    marks = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    found = next((name for mark, name in marks.items() if content.startswith(mark)), "not UTF-8")
+    try:
+        if found == "UTF-16":
+            raise ValueError("PowerShell's > writes it")
+        return content.removeprefix(codecs.BOM_UTF8).decode()
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is {found} ({error}); save it as UTF-8, or convert it: "
+            f"iconv -f {'UTF-16' if found == 'UTF-16' else 'LATIN1'} -t UTF-8 {path}"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises ConfigError that names the file if it is damaged."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}; copy the file again") from None
 
 
 class Section(BaseModel):
@@ -63,7 +90,9 @@ class ModelConfig(Section):
         None, description="a checkpoint folder to start from, instead of the weights in path"
     )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    chat_format: Literal["auto", "llama3", "chatml"] = "auto"
+    chat_format: Literal["auto", "llama3", "chatml"] = Field(
+        "auto", description="auto: the model's own chat template"
+    )
     recompute: Literal["none", "selective", "full"] = "none"
     shape: ModelShape | None = None
 
@@ -445,7 +474,7 @@ def read_recipe(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any
     if path in extended_by:
         raise ConfigError(f"{path} extends itself; remove one `extends`")
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     base = tree.pop("extends", None)

@@ -37,7 +37,7 @@ def convert(out: Path) -> None:
         write_tokenizer(source, folder)
         model = read_model(source)
         model.save_pretrained(folder)
-        ChatFormat.from_folder(folder, "chatml")  # refuses a tokenizer that text could control
+        ChatFormat.from_folder(folder)  # refuses a tokenizer that text could control
 
 
 def find_gguf() -> Path:

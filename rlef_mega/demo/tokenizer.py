@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from rlef_mega.demo.taught_dialogues import sft_dialogues
+from rlef_mega.dialogues.chat import TEMPLATES
 
 CONTROL_TOKENS = (
     "<|begin_of_text|>",
@@ -24,13 +25,6 @@ CONTROL_TOKENS = (
 )
 DIALOGUES = 4000  # enough for every word of the curriculum to become a token
 PIECES = r"```python\n|```| ?\p{L}+|\d| ?['\"]|[^\s\p{L}\d'\"]+|\n+|\s"
-CHAT_TEMPLATE = (
-    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
 
 
 def train_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -70,7 +64,7 @@ def train_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerF
         additional_special_tokens=["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = TEMPLATES["llama3"]
     tokenizer.save_pretrained(str(folder))
     return tokenizer
 

@@ -1,25 +1,58 @@
 """Chat formats: dialogues to token ids, token-in token-out.
 
-Messages are encoded one by one and appended to the ids that the engine sampled, which are never
-decoded and encoded again. Pure functions, except for reading a tokenizer.
+A format is read from the model's own chat template: it is rendered once, with two turns, and cut
+into the ids around the messages. Messages are then encoded one by one and appended to the ids that
+the engine sampled, which are never decoded and encoded again. Pure functions, except for reading a
+model folder.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from rlef_mega.config import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONTROLS = {
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+TEMPLATES = {
+    "llama3": (
+        "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' "
+        "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
+        "+ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+}
+OTHER_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>")  # of responses, where they exist
+# Two turns, as every template is rendered.
+QUESTION, ANSWER, FEEDBACK = "Sum it: <3 äöü\n\n  x = 1", "```python\nprint(1)\n```", "Try again."
+DATES = ("strftime_now", "date_string")  # what templates read the current date from
+
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Encodes the messages of a dialogue. A control token that is spelled out in a message is
-    encoded as ordinary characters.
+    """Encodes the messages of a dialogue as the model's chat template does. A control token that is
+    spelled out in a message is encoded as ordinary characters.
 
-    `llama3` is Llama 3.1's format without its system message, which contains the current date.
-    `chatml` has no default system message either.
+    The template's default system message is kept, except one with the current date (Llama 3.1's):
+    the ids of a run would change from day to day.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -33,17 +66,44 @@ class ChatFormat:
     texts: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # of tokens seen
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase", name: str = "auto") -> Self:
-        """Return the format llama3 or chatml; auto chooses by the tokenizer's control tokens."""
+    def from_folder(cls, folder: Path, name: str = "auto") -> Self:
+        """Return the chat format of a Hugging Face model folder, whose responses end with every
+        token that its tokenizer, config.json or generation_config.json declares.
+
+        Raises ValueError, with the remedy, if there is none that text could not control.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder}: transformers reads no tokenizer there "
+                f"({str(error).strip().partition(chr(10))[0]}); copy tokenizer.json and "
+                "tokenizer_config.json from where the model was published"
+            ) from None
+        return cls.for_tokenizer(tokenizer, name, declared_ends(folder))
+
+    @classmethod
+    def for_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", name: str = "auto", ends: Sequence[int] = ()
+    ) -> Self:
+        """Return the format of the tokenizer's chat template. One without a template gets llama3 or
+        chatml: the one named, or with auto the one whose control tokens it has. `ends` are further
+        tokens that end a response."""
         known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-        if name == "auto":
+        own = tokenizer.chat_template and tokenizer.get_chat_template()
+        if name == "auto" and not own:
             fits = [f for f, controls in CONTROLS.items() if known.issuperset(controls)]
             if not fits:
                 raise ValueError(
-                    f"the tokenizer {tokenizer.name_or_path!r} has the control tokens of no chat "
-                    f"format ({', '.join(CONTROLS)}); take an instruction-tuned model"
+                    f"the tokenizer {tokenizer.name_or_path!r} has no chat template, and the "
+                    f"control tokens of no chat format ({', '.join(CONTROLS)}); take an "
+                    "instruction-tuned model"
                 )
             name = fits[0]
+        if name == "auto":
+            return cls.of_template(tokenizer, own, ends)
         if name not in CONTROLS:
             raise ValueError(f"unknown chat format {name!r}; known: auto, {', '.join(CONTROLS)}")
         missing = [control for control in CONTROLS[name] if control not in known]
@@ -53,47 +113,75 @@ class ChatFormat:
                 f"{tokenizer.name_or_path!r} lacks; set model.chat_format to auto, or take another "
                 "model"
             )
-        return cls.llama3(tokenizer) if name == "llama3" else cls.chatml(tokenizer)
+        named = cls.of_template(tokenizer, TEMPLATES[name], ends)
+        if own and named != cls.of_template(tokenizer, own, ends):
+            raise ValueError(
+                f"chat format {name!r} differs from the chat template of the tokenizer "
+                f"{tokenizer.name_or_path!r}; set model.chat_format to auto, which follows it"
+            )
+        return named
 
     @classmethod
-    def from_folder(cls, folder: Path, name: str = "auto") -> Self:
-        """Return the chat format of a Hugging Face model folder."""
-        from transformers import AutoTokenizer
+    def of_template(
+        cls, tokenizer: "PreTrainedTokenizerBase", template: str, ends: Sequence[int] = ()
+    ) -> Self:
+        """Read the format from a template. Raises ValueError if the template's dialogues are not
+        made of the same ids around each message, or if text could control them."""
+        added = tokenizer.get_added_vocab()
+        whole, pieces = render(tokenizer, template)
+        opening, _, following, assistant = pieces
 
-        return cls.for_tokenizer(AutoTokenizer.from_pretrained(folder), name)
+        def cut(text: str) -> tuple[tuple[int, ...], str]:
+            """Return the ids up to the last control token, and the plain text after it."""
+            end = max((text.rfind(c) + len(c) for c in added if c in text), default=0)
+            return encode_controls(tokenizer, text[:end]), text[end:]
 
-    @classmethod
-    def llama3(cls, tokenizer: "PreTrainedTokenizerBase") -> Self:
-        begin, header, end_header, end = control_ids(tokenizer, CONTROLS["llama3"])
-
-        def role(name: str) -> tuple[int, ...]:
-            return (header, *encode_plain(tokenizer, name), end_header)
-
-        return cls(
+        (first, lead), (later, later_lead) = cut(opening), cut(following)
+        controls = [n for n, token in enumerate(later) if token in added.values()]
+        user = later[controls[1] :] if len(controls) > 1 else ()
+        if not (user and controls[0] == 0 and lead == later_lead and first[-len(user) :] == user):
+            raise unfollowed(
+                tokenizer, "its messages do not begin and end with control tokens, each alike"
+            )
+        known_begin = first.index(user[0]) if any(d in template for d in DATES) else -len(user)
+        found = cls(
             tokenizer,
-            begin=(begin,),
-            user_header=role("user"),
-            user_lead="\n\n",
-            assistant_header=(end, *role("assistant"), *encode_plain(tokenizer, "\n\n")),
-            end_of_turn=end,
-            between=(),
-            stop_token_ids=stops(tokenizer, end, "<|end_of_text|>", "<|eom_id|>"),
+            begin=first[:known_begin],
+            user_header=user,
+            user_lead=lead,
+            assistant_header=encode_controls(tokenizer, assistant),
+            end_of_turn=later[0],
+            between=later[1 : controls[1]],
+            stop_token_ids=stops(tokenizer, later[0], ends),
         )
+        frame = {*user, *found.assistant_header, found.end_of_turn} & set(added.values())
+        for control in (c for c, token in added.items() if token in frame):
+            if added[control] in found.encode(control):
+                raise unfollowed(tokenizer, f"text that spells {control!r} is encoded as it")
+        ours = [*found.open(QUESTION), *found.respond(ANSWER), *found.observe(FEEDBACK, True)]
+        theirs = [*found.begin, *whole[len(first) - len(user) :]]
+        for n, (our, their) in enumerate(zip_longest(ours, theirs)):
+            if our != their:
+                said, sent = (
+                    tokenizer.decode(ids[max(0, n - 4) : n + 8]) for ids in (theirs, ours)
+                )
+                raise unfollowed(
+                    tokenizer, f"it says {said!r} where messages appended say {sent!r}"
+                )
+        return found
 
-    @classmethod
-    def chatml(cls, tokenizer: "PreTrainedTokenizerBase") -> Self:
-        start, end = control_ids(tokenizer, CONTROLS["chatml"])
-        newline = encode_plain(tokenizer, "\n")
-        return cls(
-            tokenizer,
-            begin=(),
-            user_header=(start,),
-            user_lead="user\n",
-            assistant_header=(end, *newline, start, *encode_plain(tokenizer, "assistant\n")),
-            end_of_turn=end,
-            between=tuple(newline),
-            stop_token_ids=stops(tokenizer, end, "<|endoftext|>"),
-        )
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """The tokenizer without its added tokens, so that text that spells one is characters."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        plain.no_truncation()
+        plain.no_padding()
+        return plain
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text` as characters, whatever control tokens it spells."""
+        return self.plain.encode(text, add_special_tokens=False).ids
 
     def open(self, text: str, begun: str = "") -> list[int]:
         """Return the first user message and the assistant's header, followed by the text `begun`
@@ -107,14 +195,14 @@ class ChatFormat:
         return [*end, *self.between, *self.ask(text, begun)]
 
     def ask(self, text: str, begun: str = "") -> list[int]:
-        message = encode_plain(self.tokenizer, self.user_lead + text.strip())
-        start = encode_plain(self.tokenizer, begun) if begun else []
+        message = self.encode(self.user_lead + text.strip())
+        start = self.encode(begun) if begun else []
         return [*self.user_header, *message, *self.assistant_header, *start]
 
     def respond(self, text: str) -> list[int]:
         """Return a response as a model would sample it, end of turn included, for supervised
         training."""
-        return [*encode_plain(self.tokenizer, text), self.end_of_turn]
+        return [*self.encode(text), self.end_of_turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a response, without its end-of-turn token."""
@@ -150,34 +238,55 @@ class ChatFormat:
         return pieces if same else [*[""] * (len(token_ids) - 1), whole]
 
 
-CONTROLS = {
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-}
+def render(
+    tokenizer: "PreTrainedTokenizerBase", template: str
+) -> tuple[tuple[int, ...], list[str]]:
+    """Render two turns. Returns their ids, and the texts before, between and after the messages."""
+    contents = (QUESTION, ANSWER, FEEDBACK)
+    roles = ("user", "assistant", "user")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    try:
+        said = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except (TemplateError, TypeError) as error:
+        raise unfollowed(
+            tokenizer, f"it refuses two turns of user and assistant ({error})"
+        ) from None
+    pieces, rest = [], str(said)
+    for content in contents:
+        piece, content, rest = rest.partition(content)
+        if not content:
+            raise unfollowed(tokenizer, "it changes the text of messages")
+        pieces.append(piece)
+    return encode_controls(tokenizer, str(said)), [*pieces, rest]
 
 
-def control_ids(tokenizer: "PreTrainedTokenizerBase", controls: Sequence[str]) -> list[int]:
-    """Return the ids of control tokens. Raises ValueError if text that spells one would be encoded
-    as one."""
-    vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[control] for control in controls]
-    for control, token_id in zip(controls, ids, strict=True):
-        if token_id in encode_plain(tokenizer, control):
-            raise ValueError(
-                f"{control!r} is not a special token of the tokenizer {tokenizer.name_or_path!r}: "
-                "text that spells it would control the dialogue; mark it special in tokenizer.json"
-            )
-    return ids
+def unfollowed(tokenizer: "PreTrainedTokenizerBase", why: str) -> ValueError:
+    return ValueError(
+        f"the chat template of the tokenizer {tokenizer.name_or_path!r} cannot be followed token "
+        f"by token: {why}; take a model with a template like Llama 3's or ChatML, or correct "
+        "chat_template (chat_template.jinja or tokenizer_config.json in the model's folder)"
+    )
 
 
-def stops(tokenizer: "PreTrainedTokenizerBase", end: int, *others: str) -> tuple[int, ...]:
+def stops(tokenizer: "PreTrainedTokenizerBase", end: int, ends: Sequence[int]) -> tuple[int, ...]:
     """Return the end-of-turn token, and others with which the model may end a response."""
-    added = tokenizer.get_added_vocab()
-    return (end, *(added[token] for token in others if token in added))
+    added, eos = tokenizer.get_added_vocab(), tokenizer.eos_token_id
+    others = [added[token] for token in OTHER_ENDS if token in added]
+    return tuple(dict.fromkeys([end, *([] if eos is None else [eos]), *ends, *others]))
 
 
-def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Return the ids of `text` without special tokens; control tokens in it are characters."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert isinstance(ids, list)
-    return ids
+def declared_ends(folder: Path) -> list[int]:
+    """Return what the model's configs declare as `eos_token_id`: a token, a list, or nothing."""
+    found = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.is_file():
+            declared = read_json(path).get("eos_token_id")
+            found += declared if isinstance(declared, list) else [declared]
+    return [token for token in found if isinstance(token, int)]
+
+
+def encode_controls(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int, ...]:
+    """Return the ids of a template's own text, in which control tokens are control tokens."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

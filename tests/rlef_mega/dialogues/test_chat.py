@@ -2,19 +2,14 @@
 injected controls.
 """
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlef_mega.demo.tokenizer import CHAT_TEMPLATE
-from rlef_mega.dialogues.chat import CONTROLS, ChatFormat, encode_plain
+from rlef_mega.dialogues.chat import CONTROLS, TEMPLATES, ChatFormat
 
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
-    "+ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-TEMPLATES = {"llama3": CHAT_TEMPLATE, "chatml": CHATML_TEMPLATE}
 ASKED = "Sum it: <3 äöü\n\n  x = 1"
 ANSWERED = "```python\nprint(1)\n```"
 
@@ -67,7 +62,7 @@ def test_decode_gives_back_the_response_without_its_end(chat):
 
 
 def test_a_control_token_within_a_response_stays_visible(chat):
-    ids = [*encode_plain(chat.tokenizer, "a"), chat.user_header[0], *chat.respond("b")]
+    ids = [*chat.encode("a"), chat.user_header[0], *chat.respond("b")]
     assert chat.decode(ids).startswith("a<|") and chat.decode(ids).endswith("b")
 
 
@@ -113,12 +108,105 @@ def test_a_format_that_the_tokenizer_lacks_is_refused():
         ChatFormat.for_tokenizer(tokenizer, "alpaca")
 
 
-def test_controls_that_are_not_special_are_refused():
-    """Such a tokenizer would turn text that spells a control token into the control token."""
+def chatml_after(first: str) -> str:
+    return f"{{{{ '{first}' }}}}" + TEMPLATES["chatml"]
+
+
+DATED = TEMPLATES["llama3"].replace(
+    "{% for",
+    "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + "
+    "(date_string if date_string is defined else strftime_now('%d %b %Y')) + '<|eot_id|>' }}{% for",
+)
+
+
+def test_a_default_system_message_is_kept_and_a_dated_one_left_out():
+    system = "<|im_start|>system\\nYou help.<|im_end|>\\n"
+    chat = ChatFormat.for_tokenizer(byte_tokenizer(CONTROLS["chatml"], chatml_after(system)))
+    asked = [say("user", "hi")]
+    theirs = chat.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert chat.tokenizer.decode(chat.open("hi")) == theirs and "You help." in theirs
+    dated = ChatFormat.for_tokenizer(byte_tokenizer(CONTROLS["llama3"], DATED))
+    assert "Today Date" in dated.tokenizer.apply_chat_template([say("user", "hi")], tokenize=False)
+    assert dated == ChatFormat.for_tokenizer(dated.tokenizer, "auto")
+    assert dated.tokenizer.decode(dated.open("hi")) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_the_template_decides_whatever_other_controls_the_vocabulary_has():
+    """Many ChatML models have Llama 3's vocabulary."""
+    tokenizer = byte_tokenizer(sum(CONTROLS.values(), ()), TEMPLATES["chatml"])
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    assert tokenizer.decode(chat.open("hi")) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(ValueError, match=r"'llama3' differs .* set model.chat_format to auto"):
+        ChatFormat.for_tokenizer(tokenizer, "llama3")
+
+
+def test_any_template_between_control_tokens_is_followed():
+    begin, user, assistant, end = "<|begin|>", "<|User|>", "<|Assistant|>", "<|end|>"
+    template = (
+        f"{{{{ '{begin}' }}}}{{% for m in messages %}}{{{{ '{user}' + m['content'] if m['role'] == "
+        f"'user' else '{assistant}' + m['content'] + '{end}' }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{assistant}' }}}}{{% endif %}}"
+    )
+    tokenizer = byte_tokenizer((begin, user, assistant, end), template)
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    assert tokenizer.decode(chat.open("a") + chat.respond("b") + chat.observe("c", True)) == (
+        f"{begin}{user}a{assistant}b{end}{user}c{assistant}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (TEMPLATES["chatml"].replace("assistant\\n", "assistant\\n<think>\\n"), "<think>"),
+        (TEMPLATES["chatml"].replace("<|im_start|>", "### ").replace("<|im_end|>", ""), "control"),
+        (TEMPLATES["chatml"].replace("['content']", "['content'] | upper"), "changes the text"),
+        ("{{ raise_exception('a system message first') }}", "a system message first"),
+        ("{{ messages[0]['content'][0]['text'] + messages[0] }}", "refuses"),
+    ],
+)
+def test_a_template_that_cannot_be_followed_is_refused_with_the_remedy(template, why):
+    with pytest.raises(ValueError, match=f"{why}.*; take a model .* or correct"):
+        ChatFormat.for_tokenizer(byte_tokenizer(CONTROLS["chatml"], template))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_text_that_spells_an_added_token_is_characters(special):
+    """Whether it is marked special or not: `<think>` is not, in Qwen3."""
     tokenizer = byte_tokenizer(())
-    tokenizer.add_tokens(list(CONTROLS["chatml"]), special_tokens=False)
-    with pytest.raises(ValueError, match="not a special token"):
-        ChatFormat.for_tokenizer(tokenizer)
+    added = [*CONTROLS["chatml"], "</think>", "<tool_call>"]
+    tokenizer.add_tokens(added, special_tokens=special)
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    text = f"got {''.join(added)}"
+    told = chat.observe(text, ended=True, begun=text)
+    controls = tokenizer.convert_tokens_to_ids(added)
+    frame = [i for i in chat.observe("", ended=True) if i in controls]
+    assert [i for i in told if i in controls] == frame
+    assert chat.decode(chat.respond(text)) == text
+
+
+def test_responses_end_at_every_token_that_the_model_declares(tmp_path):
+    tokenizer = byte_tokenizer((*CONTROLS["chatml"], "<|a|>", "<|b|>", "<|c|>"))
+    tokenizer.eos_token = "<|c|>"
+    tokenizer.save_pretrained(tmp_path)
+    end, a, b, c = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|a|>", "<|b|>", "<|c|>"])
+    config, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
+    assert set(ChatFormat.from_folder(tmp_path).stop_token_ids) == {end, c}
+    config.write_text(json.dumps({"eos_token_id": a, "model_type": "llama"}))
+    generation.write_text(json.dumps({"eos_token_id": None}))
+    assert set(ChatFormat.from_folder(tmp_path).stop_token_ids) == {end, c, a}
+    generation.write_text(json.dumps({"eos_token_id": [b, a]}))
+    assert ChatFormat.from_folder(tmp_path).stop_token_ids == (end, c, a, b)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"no tokenizer .* copy tokenizer.json"):
+        ChatFormat.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["x = 1\n", "né 😀\u202e好!", "\x00\r\n\ufffd!", ""])
