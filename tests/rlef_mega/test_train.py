@@ -1,8 +1,10 @@
 """The whole loop through the command a user gives, on a model that trains in seconds.
 
-Each run below starts its own ranks, engine and sandbox, as `rlef train` does; so these tests also
-hold the promises about killed runs, layouts and bad input. What they cannot catch: a fault that
-shows only on GPUs or at scale.
+Each run below starts its own ranks, engine and sandbox; so these tests also hold the promises about
+killed runs, layouts and bad input. The command itself runs where a test is about it: the first run,
+those that are killed, stopped or out of disk. The others do what it does, with ranks forked from a
+process that has imported torch and Megatron (`train`). What they cannot catch: a fault that shows
+only on GPUs or at scale.
 """
 
 import contextlib
@@ -24,9 +26,11 @@ from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.base_model import make_initial_model
 from rlef_mega.evaluation.during_training import PROTOCOLS
 from rlef_mega.megatron.checkpoints.files import fault_in, steps_in
-from rlef_mega.preflight import claim_run_directory
+from rlef_mega.preflight import check_train, claim_run_directory
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import to_row
+from rlef_mega.run.launch import sandbox_token
+from tests.rlef_mega.distributed import launch
 from tests.rlef_mega.megatron.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
 
@@ -55,15 +59,18 @@ def model(tmp_path_factory) -> Path:
     return folder / "init"
 
 
-def command(run: Path, model: Path, *overrides: str) -> list[str]:
-    settings = [
+def settings(run: Path, model: Path, *overrides: str) -> list[str]:
+    return [
         f"run.dir={json.dumps(str(run))}",
         f"model.path={json.dumps(str(model))}",
         "data.test=''",
         *TINY_RUN,
         *overrides,
     ]
-    sets = [part for setting in settings for part in ("--set", setting)]
+
+
+def command(run: Path, model: Path, *overrides: str) -> list[str]:
+    sets = [part for each in settings(run, model, *overrides) for part in ("--set", each)]
     return [*RLEF, "train", "demo", *sets]
 
 
@@ -72,15 +79,11 @@ def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def train(run: Path, model: Path, *overrides: str) -> list[dict]:
-    """Run to the end; the metrics without times."""
-    result = subprocess.run(
-        command(run, model, *overrides),
-        env=ENVIRONMENT,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    """Run or resume to the end as `rlef train` does. Returns the metrics without times."""
+    config = load_config(find_recipe("demo"), settings(run, model, *overrides), TrainConfig)
+    check_train(config, grading_token=sandbox_token())
+    claim_run_directory(config, run)
+    launch("rlef_mega.train", str(run), processes=config.world_size)
     return metrics(run)
 
 
@@ -104,8 +107,10 @@ def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory, model) -> Path:
+    """By the command a user gives."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(run, model)
+    result = run_command(command(run, model))
+    assert result.returncode == 0, result.stdout + result.stderr
     return run
 
 
@@ -131,8 +136,8 @@ def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_p
     rows = (json.dumps(to_row(problem)) + "\n" for problem in problems)
     (tmp_path / "three.jsonl").write_text("".join(rows))
     run = tmp_path / "run"
-    settings = ("run.steps=1", f"data.test={json.dumps(str(tmp_path / 'three.jsonl'))}")
-    train(run, model, *settings)
+    overrides = ("run.steps=1", f"data.test={json.dumps(str(tmp_path / 'three.jsonl'))}")
+    train(run, model, *overrides)
     written = {name: (run / f"eval/{name}.json").read_text() for name in ("before", "after")}
     for version, name in enumerate(written):
         about = json.loads(written[name])
@@ -142,7 +147,7 @@ def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_p
             assert len(protocol["outcomes"]) == 3 and protocol["solve_rate"]["value"] == 0
         with zstandard.open(run / f"eval/{name}_episodes.jsonl.zst", "rt") as lines:
             assert [json.loads(line)["problem_id"] for line in lines] == [p.id for p in problems]
-    train(run, model, *settings)  # all of it is done
+    train(run, model, *overrides)  # all of it is done
     assert written == {name: (run / f"eval/{name}.json").read_text() for name in written}
 
 
@@ -198,7 +203,7 @@ def test_grading_on_servers_changes_no_number(undisturbed, model, tmp_path, monk
     """Both ranks reach both servers with the token of the environment, which no file of the run
     holds. This model writes no code yet, so nothing is graded: test_judge.py holds the verdicts."""
     with ServerProcess(token=TOKEN) as one, ServerProcess(token=TOKEN) as two:
-        monkeypatch.setitem(ENVIRONMENT, "RLEF_SANDBOX_TOKEN", TOKEN)
+        monkeypatch.setenv("RLEF_SANDBOX_TOKEN", TOKEN)
         run = tmp_path / "served"
         assert train(run, model, f"judge.servers=['{one.url}', '{two.url}']") == undisturbed
     manifest = json.loads((run / "manifest.json").read_text())

@@ -26,6 +26,7 @@ from tests.rlef_mega.test_train import (  # noqa: F401 - the model is a fixture
     metrics,
     model,
     run_command,
+    train,
     wait_for,
 )
 
@@ -38,11 +39,9 @@ def servers(model):  # noqa: F811
         yield one, two
 
 
-def asynchronous(run: Path, model: Path, servers, *overrides: str) -> list[str]:  # noqa: F811
+def asynchronous(servers, *overrides: str) -> list[str]:
     urls = json.dumps([server.url for server in servers])
-    return command(
-        run,
-        model,
+    return [
         "rollout.engine=sglang",
         f"rollout.servers.urls={urls}",
         "rollout.mode=async",
@@ -51,7 +50,7 @@ def asynchronous(run: Path, model: Path, servers, *overrides: str) -> list[str]:
         "run.checkpoint_every=1",
         "run.keep_checkpoints=99",
         *overrides,
-    )
+    ]
 
 
 def trained_on(run: Path) -> Counter[str]:
@@ -75,9 +74,7 @@ def test_training_goes_on_while_dialogues_do(model, servers, tmp_path):  # noqa:
     """Two ranks, each with its share. The first batch has the trainer's own weights, so the gap is
     that of two implementations; later ones are stale, and within the bound."""
     run = tmp_path / "run"
-    result = run_command(asynchronous(run, model, servers))
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = metrics(run)
+    lines = train(run, model, *asynchronous(servers))
     assert len(lines) == STEPS
     for line in lines:
         assert line["dropped"] == {} and line["episodes"] == BATCH
@@ -100,7 +97,8 @@ def test_training_goes_on_while_dialogues_do(model, servers, tmp_path):  # noqa:
 
 def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  # noqa: F811
     run = tmp_path / "killed"
-    words = asynchronous(run, model, servers)
+    overrides = asynchronous(servers)
+    words = command(run, model, *overrides)
     child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3, child)
     child.kill()
@@ -110,18 +108,16 @@ def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  
     step = int(newest.name.removeprefix("step_"))
     state = json.loads((newest / "meta.json").read_text())["state"]
     assert state["next_dialogue"] - len(state["dialogues_passed_over"]) == step * BATCH
-    result = run_command(words)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    lines = train(run, model, *overrides)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert trained_on(run) == drawn()
 
 
 def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  # noqa: F811
     """And resumes when there are servers again."""
     run = tmp_path / "lost"
-    words = asynchronous(
-        run, model, servers, "rollout.servers.lost_s=3", "run.checkpoint_every=100"
-    )
+    overrides = asynchronous(servers, "rollout.servers.lost_s=3", "run.checkpoint_every=100")
+    words = command(run, model, *overrides)
     child = subprocess.Popen(
         words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -136,9 +132,7 @@ def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  
     assert newest.name == f"step_{len(metrics(run)):06d}"
     for server in servers:
         server.mode = "answer"
-    result = run_command(words)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert len(metrics(run)) == STEPS
+    assert len(train(run, model, *overrides)) == STEPS
 
 
 def test_asynchronous_training_needs_servers_and_equal_shares(tmp_path):
