@@ -172,7 +172,8 @@ def test_limits_follow_from_what_the_solution_takes(tmp_path):
 
 
 def test_memory_follows_from_what_the_solution_takes(tmp_path):
-    row = {**HALVES, "canonical_solution": "    return [x / 2 for x in xs][: len('x' * 10**9)]\n"}
+    row = {**HALVES, "base_input": [[[1]]], "plus_input": []}
+    row["canonical_solution"] = "    return [x / 2 for x in xs][: len('x' * 7 * 10**8)]\n"
     (problem,) = read(tmp_path, row)
     assert 1 << 30 < problem.limits.memory_bytes <= 8 << 30
 
@@ -211,7 +212,7 @@ def test_a_match_is_an_answer_and_complex_numbers_are_left_out_by_name(tmp_path,
 def test_a_reader_that_was_killed_continues(tmp_path, capsys):
     """The second start finds the first row in the journal, after which a line was cut off."""
     slow = {**HALVES, "task_id": "HumanEval/903", "plus_input": []}
-    slow["canonical_solution"] = f"    sum(range(10**8))\n{HALVES['canonical_solution']}"
+    slow["canonical_solution"] = f"    sum(range(3 * 10**7))\n{HALVES['canonical_solution']}"
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(HALVES) + "\n" + json.dumps(slow) + "\n")
     call = f"read_data_set({f'evalplus:{file}'!r}, Path({str(tmp_path / 'cache')!r}))"
