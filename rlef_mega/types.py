@@ -30,6 +30,7 @@ from rlef_sandbox import (
     Status,
     Test,
 )
+from rlef_sandbox.languages import LANGUAGES as LANGUAGES
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class AssertTest(CheckTest):
     statement: str = ""
 
 
-LANGUAGES = ("python", "cpp")
 TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "curriculum")  # RLEF C.1, C.4, C.5, ours
 PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlef_mega.problems.literals import to_literal
-from rlef_mega.types import AssertTest, PublicTest, TestOutcome
+from rlef_mega.types import LANGUAGES, AssertTest, PublicTest, TestOutcome
 from rlef_sandbox import CallTest, Result, Status, Test
 
 # --- templates
@@ -268,7 +268,10 @@ def clip(text: str, limit: int) -> str:
 
 # --- code extraction
 
-INFO_STRINGS = {"python": ("", "python", "python3", "py"), "cpp": ("", "cpp", "c++")}
+
+INFO_STRINGS = dict.fromkeys(LANGUAGES, ("", "cpp", "c++")) | {
+    "python": ("", "python", "python3", "py")
+}
 FENCED = re.compile(r"[ \t]*([\w+]*)[ \t]*\r?\n(.*)", re.DOTALL)
 
 

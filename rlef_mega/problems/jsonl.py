@@ -22,10 +22,10 @@ Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes, time_f
 "time_factors": {"python": 3} multiplies the times of problems in that language; `checker` (tokens,
 exact, codecontests, livecodebench, livecodebench_floats, unordered_lines, or {"program": "def
 check(stdin, expected, actual): ..."}, which gets bytes and returns a bool, or {"program": CODE,
-"language": "cpp"}, a checker in the style of testlib), `language` (python, cpp), `template`
-(codecontests, humaneval, mbpp, curriculum), `entry_point`, `prelude` (code that stands before every
-program), `family`, `difficulty` and `tags` (breakdowns in reports), `wrong_programs` (known to
-fail). Unknown keys are refused.
+"language": "cpp"}, a checker in the style of testlib), `language` (python; cpp for gnu++17; cpp11,
+cpp14, cpp17, cpp20, cpp23), `template` (codecontests, humaneval, mbpp, curriculum), `entry_point`,
+`prelude` (code that stands before every program), `family`, `difficulty` and `tags` (breakdowns in
+reports), `wrong_programs` (known to fail). Unknown keys are refused.
 """
 
 import ast

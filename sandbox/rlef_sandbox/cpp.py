@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import Result, Status
 from .worker import ANSWER_GRACE_S, ENVIRONMENT, Layers, Worker, ZygoteLostError, memory_files
 
-STANDARD = ("-std=c++17", "-O2", "-DONLINE_JUDGE", "-w", "-fmax-errors=20")
+STANDARDS = {"cpp": "gnu++17"} | {f"cpp{year}": f"gnu++{year}" for year in (11, 14, 17, 20, 23)}
+FLAGS = ("-O2", "-DONLINE_JUDGE", "-w", "-fmax-errors=20")
 COMPILE = ZygoteRequest(
     Task.COMPILE,
     cpu_s=10.0,
@@ -77,9 +78,12 @@ class ReportsAKillError(Exception):
 
 
 class Cpp:
-    """The C++ compilers of a sandbox, and the executables they made."""
+    """The compilers of a sandbox for one standard of C++, and the executables they made."""
 
-    def __init__(self, accept: Callable[[Layers], None], workers: int) -> None:
+    def __init__(
+        self, accept: Callable[[Layers], None], workers: int, standard: str = STANDARDS["cpp"]
+    ) -> None:
+        self._flags = (f"-std={standard}", *FLAGS)
         self._accept = accept
         self._free = [self._new_worker() for _ in range(workers)]
         self._all = list(self._free)
@@ -147,8 +151,8 @@ class Cpp:
                     self._free.append(worker)
 
     def _with_retries(self, worker: Worker, source: bytes) -> int:
-        headers = precompiled_headers()
-        worker.arguments = [*STANDARD, *([f"-I{headers}"] if headers else [])]
+        headers = precompiled_headers(self._flags)
+        worker.arguments = [*self._flags, *([f"-I{headers}"] if headers else [])]
         fault = ""
         for attempt in range(1 + RETRIES):
             try:
@@ -253,7 +257,7 @@ def sealed_copy(source: int) -> int:
     return copy
 
 
-def precompiled_headers() -> Path | None:
+def precompiled_headers(flags: Sequence[str]) -> Path | None:
     """Return a folder for -I with <bits/stdc++.h> precompiled. That saves three quarters of the
     compilation of a program that begins with this header, as most do. Compiled without confinement,
     since the text is ours.
@@ -261,11 +265,11 @@ def precompiled_headers() -> Path | None:
     compiler = Cpp.compiler()
     if compiler is None:
         return None
-    recipe = " ".join([os.path.realpath(compiler), *STANDARD]).encode()
+    recipe = " ".join([os.path.realpath(compiler), *flags]).encode()
     made = native.built(
         "bits/stdc++.h.gch",
         recipe + native.version_of(compiler),
-        lambda to: [compiler, *STANDARD, "-x", "c++-header", "-o", str(to), "/dev/stdin"],
+        lambda to: [compiler, *flags, "-x", "c++-header", "-o", str(to), "/dev/stdin"],
         text=b"#include <bits/stdc++.h>\n",
     )
     return made.parent.parent if made else None

@@ -10,11 +10,11 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from .cpp import Cpp
+from .cpp import STANDARDS, Cpp
 from .verdict import AnyTest, Test
 from .worker import Layers, memory_file
 
-LANGUAGES = ("python", "cpp")
+LANGUAGES = ("python", *STANDARDS)
 
 
 class Languages:
@@ -23,7 +23,8 @@ class Languages:
     def __init__(
         self, accept: Callable[[Layers], None], workers: int, *, has_launcher: bool
     ) -> None:
-        self._cpp = Cpp(accept, workers) if has_launcher and Cpp.compiler() else None
+        standards = STANDARDS if has_launcher and Cpp.compiler() else {}
+        self._cpp = {name: Cpp(accept, workers, flag) for name, flag in standards.items()}
         self.available = LANGUAGES if self._cpp else LANGUAGES[:1]
 
     def check(self, language: str, tests: Sequence[AnyTest] = ()) -> None:
@@ -31,7 +32,7 @@ class Languages:
         if language not in LANGUAGES:
             raise ValueError(f"unknown language {language!r}; known: {', '.join(LANGUAGES)}")
         if language not in self.available:
-            raise ValueError("language 'cpp' takes g++ and a C compiler (Debian: g++)")
+            raise ValueError(f"language {language!r} takes g++ and a C compiler (Debian: g++)")
         if language != "python":
             for test in tests:
                 if not isinstance(test, Test):
@@ -49,13 +50,12 @@ class Languages:
         if language == "python":
             file = memory_file(source)
         else:
-            assert self._cpp is not None
-            file = self._cpp.executable(source)
+            file = self._cpp[language].executable(source)
         try:
             yield file, language != "python"
         finally:
             os.close(file)
 
     def close(self) -> None:
-        if self._cpp:
-            self._cpp.close()
+        for compilers in self._cpp.values():
+            compilers.close()

@@ -15,6 +15,7 @@ import pytest
 
 from rlef_sandbox import CallTest, CheckerProgram, Limits, Sandbox, Status, Test, native, worker
 from rlef_sandbox.cpp import COMPILE, Cpp, compile_error
+from rlef_sandbox.languages import LANGUAGES
 from rlef_sandbox.protocol import Ending, Outcome, Phase
 from rlef_sandbox.worker import ZygoteLostError
 from tests.sandbox.test_attacks_compiled import COMPILATIONS
@@ -93,7 +94,7 @@ ENDS = {
 @pytest.fixture(scope="module")
 def cpp() -> Iterator[Sandbox]:
     with Sandbox(workers=2) as sandbox:
-        assert sandbox.languages == ("python", "cpp")
+        assert sandbox.languages == LANGUAGES
         yield sandbox
 
 
@@ -244,8 +245,9 @@ def test_the_program_sees_a_world_of_its_own(cpp: Sandbox) -> None:
     )
     result = cpp.run(source, b"12345", language="cpp")
     assert result.stdout.decode().split() == [
-        "LANG=C.UTF-8",
+        "LANG=C",
         "PATH=/usr/bin:/bin",
+        "ONLINE_JUDGE=true",
         "solution",
         "005",
     ]
@@ -261,7 +263,8 @@ def test_what_a_program_does_to_its_input_is_its_own(cpp: Sandbox) -> None:
 
 def test_the_compilers_layers_are_proved_like_a_zygotes(cpp: Sandbox) -> None:
     assert cpp.run("int main() {}", language="cpp").status is Status.OK
-    compiler_layers = cpp._languages._cpp._all[0].layers or cpp._languages._cpp._all[1].layers
+    compilers = cpp._languages._cpp["cpp"]._all
+    compiler_layers = compilers[0].layers or compilers[1].layers
     for layer in ("no_new_privs", "rlimits", "seccomp", "unprivileged_user", "files"):
         assert compiler_layers[layer] == cpp.isolation[layer], layer
 
@@ -289,7 +292,7 @@ def test_landlock_alone_confines_the_compiler(monkeypatch: pytest.MonkeyPatch) -
 def test_without_a_precompiled_header_it_is_only_slower(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rlef_sandbox.cpp.precompiled_headers", lambda: None)
+    monkeypatch.setattr("rlef_sandbox.cpp.precompiled_headers", lambda flags: None)
     with Sandbox(workers=1) as sandbox:
         assert sandbox.run(HEADER + "int main() {}", language="cpp").status is Status.OK
 
@@ -365,3 +368,13 @@ def test_a_broken_checker_in_cpp_is_no_verdict(sandbox: Sandbox, source: str, wo
 def test_a_checker_in_another_language_is_refused(sandbox: Sandbox) -> None:
     with pytest.raises(ValueError, match="unknown language 'java'"):
         sandbox.grade("print(1)", [Test("", "1")], checker=CheckerProgram("", language="java"))
+
+
+@pytest.mark.parametrize(
+    ("language", "year"),
+    [("cpp", 2017), ("cpp11", 2011), ("cpp14", 2014), ("cpp17", 2017), ("cpp20", 2020)],
+)
+def test_the_language_names_the_standard(sandbox: Sandbox, language: str, year: int) -> None:
+    source = HEADER + 'int main() { typeof(1) gnu = 1; printf("%ld", __cplusplus / 100 * gnu); }'
+    (result,) = sandbox.grade(source, [Test("", str(year))], language=language)
+    assert result.status is Status.OK, result
