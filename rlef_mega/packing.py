@@ -130,5 +130,5 @@ def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> lis
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
-    """Return a permutation of `count` items that follows from the seed."""
+    """Return a permutation of `count` items, determined by the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

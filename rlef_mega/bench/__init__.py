@@ -2,8 +2,8 @@
 versions and command they were measured with.
 
 A figure is a median over repeats, after a warm-up, with its lowest and highest sample. Figures of
-one run share a machine and a minute; compare figures of different runs only if the machine was
-quiet in both. docs/benchmarks.md says what each one means.
+one run can be compared; those of different runs only if the machine was otherwise idle in both.
+docs/benchmarks.md defines each figure.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""`rlef bench e2e`: the whole loop as users run it, by what its metrics.jsonl says.
+"""`rlef bench e2e`: the whole loop as users run it, measured by its metrics.jsonl.
 
-Runs some steps of `rlef train` in a folder of its own, and its SGLang servers if the recipe has
-some. Without the recipe's model on this machine, random weights of the demo's shape are used; they
-write hardly any valid code, so grading is next to nothing (the results name the model).
+Runs a few steps of `rlef train` in a temporary folder, with SGLang servers if the recipe has some.
+Without the recipe's model on this machine, random weights of the demo's shape are used; they write
+hardly any valid code, so grading takes almost no time (the results name the model).
 """
 
 from typing import Any

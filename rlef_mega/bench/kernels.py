@@ -1,14 +1,14 @@
-"""`rlef bench kernels`: the head's kernels beside what others publish, on one GPU, in one run.
+"""`rlef bench kernels`: compare the output head's kernels with published ones, on one GPU.
 
-`rlef bench kernels cpu` measures, on the CPU, the PyTorch forms that the learner uses there, beside
-logits stored whole.
+`rlef bench kernels cpu` compares the PyTorch implementations that the learner uses on a CPU with
+one that stores all logits.
 
 Theory of operation. One process. Cases (a shape, a number of tokens, masked or not) run in order of
 importance until the time is up. Skipped measurements, and peers that cannot run, are listed in the
-results with their reasons. A GPU's times are taken by its own events, its memory by PyTorch's
-allocator; a CPU's by the clock, its memory by counting tensors. Figures are named
-"shape | tokens | masked | method | quantity"; the rate counts the products of the definition, for
-unmasked tokens.
+results with their reasons. On a GPU, CUDA events measure time and PyTorch's allocator memory; on a
+CPU, the clock measures time, and the bytes of tensors are counted. Figures are named
+"shape | tokens | masked | method | quantity"; the rate counts the method's matrix products
+(`Method.products`) for unmasked tokens.
 """
 
 import math
@@ -29,7 +29,7 @@ TIME_LIMIT_S = 420.0  # of the 8 minutes that the whole command may take
 
 @dataclass(frozen=True)
 class HeadCase:
-    shape: str  # its name
+    shape: str  # name of the shape
     width: int
     vocabulary: int
     tokens: int
@@ -61,8 +61,8 @@ class Measurements:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def attempt(self, name: str, measure: Callable[[], None]) -> None:
-        """Measure unless the time is up. A method may fail on a shape in its own ways, running out
-        of memory among them; that costs its own figures only."""
+        """Measure unless the time is up. A method that fails on a shape, for example by running
+        out of memory, loses only its own figures."""
         if time.monotonic() - self.started > self.limit_s:
             self.skipped[name] = "the time was up"
             return
@@ -84,14 +84,14 @@ class Measurements:
 
 
 def benchmark(where: str) -> Results:
-    """Measure on the CPU if `where` is "cpu", else on the GPU. Raises ConfigError without one."""
+    """Measure on the CPU if `where` is "cpu", else on the GPU; raises ConfigError without a GPU."""
     if where == "cpu":
         run = Measurements(torch.device("cpu"), torch.float32)
         return measure_heads(run, CPU_CASES, METHODS, "rlef bench kernels cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
             "`rlef bench kernels` needs an NVIDIA GPU, and PyTorch finds none; "
-            "`rlef bench kernels cpu` measures the forms that CPUs use"
+            "`rlef bench kernels cpu` measures the CPU implementations"
         )
     run = Measurements(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
     return measure_heads(run, GPU_CASES, METHODS, "rlef bench kernels")

@@ -1,9 +1,9 @@
-"""`rlef bench publish`: seconds and bytes a second of each way in which weights reach SGLang
-servers, verification included.
+"""`rlef bench publish`: time and throughput of each way to send weights to SGLang servers,
+verification included.
 
 Two real servers on this machine serve a Llama with random weights, large enough that copying
-counts. Nothing is gathered: the weights are at hand, as in a trainer of one process. The recipe
-says how servers are started (`rollout.servers`: device, Python, arguments).
+dominates. Nothing is gathered: one process has all weights, as in a trainer with one rank. The
+recipe says how servers are started (`rollout.servers`: device, Python, arguments).
 """
 
 import tempfile
@@ -31,7 +31,7 @@ def benchmark(recipe: str, shape: LlamaShape = SHAPE) -> Results:
     asked = config.rollout.servers
     if config.rollout.engine != "sglang":
         raise ConfigError(
-            f"recipe {recipe} has no SGLang servers; `rlef bench publish tiny_sglang_cpu` has"
+            f"recipe {recipe} has no SGLang servers; try `rlef bench publish tiny_sglang_cpu`"
         )
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as name:
         folder = Path(name)
@@ -64,14 +64,14 @@ def benchmark(recipe: str, shape: LlamaShape = SHAPE) -> Results:
         shape=vars(shape),
         weights_bytes=size,
     )
-    notes = ("hashing what is sent, and on the servers what arrived, is part of each publication",)
+    notes = ("each publication includes hashing the weights, by the trainer and by the servers",)
     return Results(f"rlef bench publish: {recipe}", about, tuple(figures), notes)
 
 
 def measure(
     way: str, urls: list[str], folder: Path, weights: dict[str, torch.Tensor]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the seconds of each publication after the first, and those that servers paused."""
+    """Return the durations of all publications but the first, and of the pauses in them."""
     wall_s, paused_s = [], []
     with SGLangEngine(
         urls, folder / "model", way=way, weights_folder=folder / "weights", logs=folder / "logs"

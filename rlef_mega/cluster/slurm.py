@@ -17,16 +17,16 @@ from rlef_mega.run.launch import FAILED, sandbox_token
 def layout(config: TrainConfig) -> dict[str, str | int]:
     """Return a run's shell variables. Raises ConfigError if its ranks do not fill whole nodes."""
     ranks = config.world_size
-    a_node = min(config.parallel.processes_per_node, ranks)
-    if ranks % a_node:
+    per_node = min(config.parallel.processes_per_node, ranks)
+    if ranks % per_node:
         raise ConfigError(
-            f"{ranks} ranks do not fill nodes of parallel.processes_per_node = {a_node}; "
+            f"{ranks} ranks do not fill nodes of parallel.processes_per_node = {per_node}; "
             "change the layout or the processes per node"
         )
     servers = config.rollout.servers
     return {
         "RANKS": ranks,
-        "RANKS_PER_NODE": a_node,
+        "RANKS_PER_NODE": per_node,
         "RUN": config.run.dir,
         "STEPS": config.run.steps,
         "ENGINE": config.rollout.engine,

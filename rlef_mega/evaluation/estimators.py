@@ -88,7 +88,7 @@ def counts(
     arrays = [np.asarray(each, dtype=np.int64)[..., None] for each in (total, passed, correct)]
     total_, passed_, correct_ = np.broadcast_arrays(*arrays)
     if draws < 1:
-        raise ValueError(f"draws = {draws} must be at least 1; give a k of at least the turns")
+        raise ValueError(f"draws = {draws} must be at least 1; raise k to the number of turns")
     assert np.all((correct_ >= 0) & (correct_ <= passed_) & (passed_ <= total_)), "wrong counts"
     return total_, passed_, correct_, np.arange(draws + 1)
 
@@ -117,9 +117,10 @@ def estimate(
 ) -> dict[str, Any]:
     """Return the mean n@k over problems, each of which has at least one dialogue.
 
-    `low` and `high` bound it for other problems of this kind: problems are resampled. `sampling`
-    bounds it for the same problems: the dialogues of each are resampled, as in RLEF B.1; None if
-    there are too few of them. `bootstrapped` counts the problems with fewer dialogues than `draws`.
+    `low` and `high` are its interval for other problems of this kind: problems are resampled.
+    `sampling` is its interval for the same problems: the dialogues of each are resampled, as in
+    RLEF B.1; None if there are too few. `bootstrapped` counts the problems with fewer dialogues
+    than `draws`.
 
     Raises ValueError if a problem has no dialogue.
     """

@@ -3,8 +3,8 @@ with the same contents.
 
 What moves is the storage of a tensor, not the tensor: parameters, Megatron's views into its buffers
 and the optimizer's references stay valid objects, which have no memory until `reload`. Host memory
-is pinned where there is CUDA, and kept for the next time. On a CPU the same code copies memory to
-other memory, which is useless but lets every test run it.
+is pinned if there is CUDA, and reused. On a CPU the same code copies host memory to host memory,
+which is useless but lets every test run it.
 """
 
 from collections import defaultdict

@@ -25,8 +25,8 @@ def build_network(
     weights: Path | None,
 ) -> list[PackedLlama]:
     """Build and load this rank's chunks of policy or critic; none if it has no part of it. With
-    `weights`, a checkpoint's weights are loaded, imported or of another run; a critic that it does
-    not hold starts from its policy. Every rank calls this: reading a checkpoint is collective over
+    `weights`, load them from that checkpoint (imported, or another run's); if it has no critic, the
+    critic starts from its policy. Every rank calls this: reading a checkpoint is collective over
     the world.
     """
     if name not in ranks.networks:

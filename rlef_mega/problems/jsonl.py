@@ -1,4 +1,4 @@
-"""Our own problem files: JSON Lines, one problem a line.
+"""Our own problem files: JSON Lines, one problem per line.
 
     {"id": "double", "statement": "Read n and print 2n.",
      "public_tests": [{"stdin": "2\\n", "expected": "4\\n"}],
@@ -24,7 +24,7 @@ exact, codecontests, livecodebench, livecodebench_floats, unordered_lines, or {"
 check(stdin, expected, actual): ..."}, which gets bytes and returns a bool, or {"program": CODE,
 "language": "cpp"}, a checker in the style of testlib), `language` (python; cpp for gnu++17; cpp11,
 cpp14, cpp17, cpp20, cpp23), `template` (codecontests, humaneval, mbpp, curriculum), `entry_point`,
-`prelude` (code that stands before every program), `family`, `difficulty` and `tags` (breakdowns in
+`prelude` (code put before every program), `family`, `difficulty` and `tags` (breakdowns in
 reports), `wrong_programs` (known to fail). Unknown keys are refused.
 """
 
@@ -73,7 +73,7 @@ def read_jsonl(path: str | Path) -> list[Problem]:
         problems[problem.id] = problem
         line_of[problem.id] = location.number
     if not problems:
-        raise ValueError(f"{path}: holds no problems; write one JSON object a line")
+        raise ValueError(f"{path}: holds no problems; write one JSON object per line")
     return list(problems.values())
 
 
@@ -134,7 +134,7 @@ def parse_checker(row: Row) -> str | CheckerProgram:
 
 
 def one_of(row: Row, key: str, names: tuple[str, ...]) -> str:
-    """Return the row's name, by default the first one. Raises FieldError if it is unknown."""
+    """Return `row[key]`, by default names[0]. Raises FieldError if it is none of `names`."""
     name = expect(row, key, str, names[0])
     if name not in names:
         raise FieldError(f"{key}: unknown {key} {name!r}; known: {', '.join(names)}")
@@ -173,7 +173,7 @@ def parse_tests(row: Row, key: str, entry_point: str | None) -> tuple[AnyTest, .
 
 
 def parse_test(test: Any, name: str, entry_point: str | None) -> AnyTest:
-    """Return a test; `name` stands for it in errors, as in public_tests[0]."""
+    """Return a test; errors call it `name`, such as public_tests[0]."""
     if not isinstance(test, dict):
         raise FieldError(f"{name}: {test!r} is not an object; write stdin or args, and expected")
     for key, value in test.items():
@@ -201,7 +201,7 @@ def parse_test(test: Any, name: str, entry_point: str | None) -> AnyTest:
     return CallTest(called, args, expected)
 
 
-# of a test that calls a function; the last is an assert whose code does not follow from its text
+# keys of a test that calls a function; the last: an assert whose code is not made from its text
 CALL_FORMS = ({"args", "expected"}, {"check"}, {"assert"}, {"assert", "setup"}, {"assert", "check"})
 
 

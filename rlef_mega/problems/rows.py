@@ -162,7 +162,7 @@ def parse_line(line: bytes) -> Row | FieldError:
     except UnicodeDecodeError as error:
         return FieldError(f"not UTF-8 text ({error}); write it as UTF-8")
     except (ValueError, RecursionError) as error:
-        return FieldError(f"not valid JSON ({error}); write one JSON object a line")
+        return FieldError(f"not valid JSON ({error}); write one JSON object per line")
     return row_of(row)
 
 

@@ -48,7 +48,7 @@ def describe(**more: Any) -> dict[str, Any]:
     }
 
 
-# from the first to before the second; pyproject.toml says the same
+# from the first to below the second, as in pyproject.toml
 MEGATRON_CORE = ("0.16.1", "0.20")
 
 
@@ -62,7 +62,7 @@ def refuse_untested_megatron() -> None:
         raise ConfigError(
             f"megatron-core is not installed; pip install 'megatron-core>={first},<{before}'"
         ) from None
-    # compare minor versions, so that a release candidate of the first refused one is refused too
+    # compare release numbers, so that a release candidate of the upper bound is refused too
     if Version(found) < Version(first) or Version(found).release >= Version(before).release:
         raise ConfigError(
             f"megatron-core {found} was not tested with this version of rlef-mega; "

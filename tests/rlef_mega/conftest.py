@@ -1,4 +1,4 @@
-"""What tests of the networks share."""
+"""Fixtures of the networks' tests."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from rlef_mega.config import ParallelConfig
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator:
-    """This process alone as Megatron's world."""
+    """Megatron with this process as its only rank."""
     from rlef_mega.megatron import parallel  # imports Megatron, which most tests do not need
 
     world = parallel.initialize(ParallelConfig(), seed=7)

@@ -1,4 +1,4 @@
-"""What is known of model and data before the first step is checked before the first step."""
+"""Faults of the model and the data are reported before the first step."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
 """Publish weights to SGLang servers, by disk or in buckets.
 
-Theory of operation. The trainer's thread draws the weights and waits; calls to servers run in the
-engine's event loop, to all servers at the same time. Each publication pauses sampling (running
+Theory of operation. The trainer's thread iterates over the weights and waits; calls to servers run
+in the engine's event loop, to all servers concurrently. Each publication pauses sampling (running
 requests are retracted), loads the weights and their version, verifies them, and resumes. Nothing is
 sampled between pause and verification, so no token comes from unverified weights: each server must
 report the version and the checksums of what was sent.
@@ -11,8 +11,7 @@ and every server reads it. The folder stays until the next publication, so that 
 can load it at any time. A server that fails is taken out, and the others continue.
 
 `BucketPublication` sends buckets by broadcast or as shared tensors (transfer.py). The weights are
-gone once sent, so a server that fails fails the publication, and a restarted one waits for the
-next.
+not kept, so if one server fails the publication fails, and a restarted server waits for the next.
 """
 
 import shutil
@@ -45,12 +44,12 @@ class DiskPublication:
         self.folder, self.model = folder.absolute(), model
 
     def publish(self, weights: SentWeights, version: int) -> None:
-        """Bring the weights to all servers that answer. Raises EngineError if none takes them."""
+        """Load the weights on all servers that answer. Raises EngineError if none succeeds."""
         folder = self.folder / f"version_{version:06d}"
         try:
             self.write(folder, weights)
         except (OSError, SafetensorError) as error:
-            raise EngineError(f"cannot write {folder}: {error}; make room there") from None
+            raise EngineError(f"cannot write {folder}: {error}; free space there") from None
         self.thread.wait_for(self.load_everywhere(folder, version, weights.checksums))
         for old in self.folder.glob("version_*"):
             if old != folder:
@@ -88,7 +87,7 @@ class DiskPublication:
 
 
 class BucketPublication:
-    """Publishes in buckets, which `transfer` carries."""
+    """Publishes in buckets, which `transfer` sends."""
 
     def __init__(
         self, fleet: Fleet, thread: LoopThread, transfer: Broadcast | SharedTensors
@@ -96,7 +95,7 @@ class BucketPublication:
         self.fleet, self.thread, self.transfer = fleet, thread, transfer
 
     def publish(self, weights: SentWeights, version: int) -> None:
-        """Bring the weights to all servers that answer. Raises EngineError if one of them fails."""
+        """Load the weights on all servers that answer. Raises EngineError if one of them fails."""
         self.thread.wait_for(self.fleet.control.acquire())
         try:
             self.send(weights, version)

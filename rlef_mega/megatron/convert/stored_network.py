@@ -1,7 +1,7 @@
 """One network's weights in a checkpoint of Megatron's torch_dist format (`checkpoints.torch_dist`),
 read one tensor at a time, without Megatron.
 
-The format knows no layout: a chunk is a rectangle of the whole tensor, whichever rank wrote it.
+The format is independent of layouts: a chunk is a box of the whole tensor, whoever wrote it.
 Megatron stacks layers along a first dimension (`decoder.layers.mlp.linear_fc1.weight` is
 [L, 2F, H]) or, where layers differ, numbers them in the key; both are read.
 """
@@ -65,7 +65,7 @@ class StoredNetwork:
             if ours and isinstance(entry, TensorStorageMetadata):
                 self.add(key, name, entry)
         if not self.parameters:
-            raise ConfigError(f"{folder} holds no weights under {prefix or 'their plain names'!r}")
+            raise ConfigError(f"{folder} holds no weights{prefix and f' under {prefix!r}'}")
         self.check(tensors)
         # queries, keys and values come from one weight and perhaps one bias
         self.parameter = lru_cache(2)(self.read_parameter)
@@ -131,7 +131,7 @@ class StoredNetwork:
         except KeyError:
             where = "" if tensor.own_layer is None else f" of layer {tensor.own_layer}"
             raise ConfigError(
-                f"{self.folder} lacks {tensor.parameter}{where}; it is of another kind of model"
+                f"{self.folder} lacks {tensor.parameter}{where}; it belongs to another model type"
             ) from None
 
     def dtype(self, tensor: HFTensor) -> torch.dtype:
@@ -158,7 +158,7 @@ class StoredNetwork:
             missing -= values.numel()
         if missing:
             raise ConfigError(
-                f"{self.folder} is incomplete: {missing} numbers of {stored.key} are in no file"
+                f"{self.folder} is incomplete: no file holds {missing} elements of {stored.key}"
             )
         return whole
 

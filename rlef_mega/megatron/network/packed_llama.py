@@ -220,17 +220,17 @@ class PackedLlama(GPTModel):
             share_embeddings_and_output_weights=(
                 self.has_language_head and hf_config.tie_word_embeddings
             ),
-            position_embedding_type="none",  # the attention turns queries and keys itself
+            position_embedding_type="none",  # `PackedAttention` applies rotary embeddings
             pg_collection=ranks.groups,
             vp_stage=chunk if stages.chunks > 1 else None,
         )
         self.hf_config, self.stages = hf_config, stages
         mark_shards(self)
-        for module in self.modules():  # without one it would ask Megatron's globals
+        for module in self.modules():  # its absence means Megatron's global group
             if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
                 module.tp_group = ranks.groups.tp
         # Hugging Face's own frequencies, one formula for all families, with Llama 3.1's scaling
-        with torch.device("cpu"):  # real numbers, also where weights are made on the meta device
+        with torch.device("cpu"):  # real values, even if weights are on the meta device
             frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
         frequencies_E = frequencies.to(ranks.device, torch.float32)
         for layer in self.decoder.layers:
@@ -246,8 +246,8 @@ class PackedLlama(GPTModel):
         """Select rows of [T, 1, D], or of this rank's part of it under sequence parallelism.
         Returns [R, D] on every tensor-parallel rank.
 
-        All of them compute the same from it, and have the same gradient; so backward keeps this
-        rank's part and sums nothing.
+        Every rank computes the same from them and has the same gradient, so backward keeps this
+        rank's slice without a sum.
         """
         if self.config.sequence_parallel:
             # tensor-parallel group: gathers the tokens

@@ -21,7 +21,7 @@ class StagePosition:
 
 @dataclass(frozen=True)
 class Stages:
-    """`layers[s]` is how many layers stage s holds."""
+    """`layers[s]` is the number of layers of stage s."""
 
     layers: tuple[int, ...]
     pipeline_size: int

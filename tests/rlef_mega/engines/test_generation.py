@@ -33,7 +33,7 @@ def generate(model, requests):
 
 
 def requests_with_stops():
-    """Ten of 61 words end a response, so that the rows finish at different times."""
+    """Ten of 61 tokens end a response, so that the rows finish at different times."""
     sampling = Sampling(max_new_tokens=30, stop_token_ids=tuple(range(10)))
     return [GenerationRequest(prompt, sampling, seed) for seed, prompt in enumerate(prompts(24))]
 
@@ -146,7 +146,7 @@ def draw(logits, count, temperature=1.0, top_p=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 def test_tokens_of_many_seeds_are_distributed_as_the_softmax(temperature):
-    """Chi-square with 11 degrees of freedom: 99.99% of right samplers stay below 37.4."""
+    """Chi-square with 11 degrees of freedom: a correct sampler exceeds 37.4 in 0.01% of cases."""
     generator = torch.Generator().manual_seed(0)
     logits, count = torch.randn(12, generator=generator), 20_000
     tokens, logprobs = draw(logits, count, temperature)
@@ -157,7 +157,7 @@ def test_tokens_of_many_seeds_are_distributed_as_the_softmax(temperature):
 
 
 def test_top_p_narrows_the_choice_but_not_the_logprob():
-    """Probabilities 0.4, 0.3, 0.2, 0.1: two words reach 0.6, and are then drawn 4 to 3."""
+    """Probabilities 0.4, 0.3, 0.2, 0.1: two tokens reach 0.6, and are then drawn 4 to 3."""
     probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
     tokens, logprobs = draw(probabilities.log(), 4000, top_p=0.6)
     assert set(tokens.tolist()) == {1, 3}
@@ -165,9 +165,8 @@ def test_top_p_narrows_the_choice_but_not_the_logprob():
     torch.testing.assert_close(logprobs, probabilities.log()[tokens])
 
 
-def test_a_word_of_probability_zero_is_never_drawn():
-    """At both ends of [0, 1), where rounding would first step outside the words that are
-    possible."""
+def test_a_token_of_probability_zero_is_never_drawn():
+    """At both ends of [0, 1), where rounding could first select an impossible token."""
     logits = torch.full((3, 100_000), -torch.inf)
     logits[:, 5:50_000] = 0.0
     uniforms = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)

@@ -1,5 +1,5 @@
-"""`rlef eval` from end to end: killed and gone on with, graded again, refused. Responses come from
-a server that samples one of some by the request's seed; grading is real."""
+"""`rlef eval` end to end: resumed after a kill, regraded, refused. Responses come from a server
+that selects one of five by the request's seed; grading is real."""
 
 import asyncio
 import json
@@ -122,7 +122,7 @@ def request_of(folder: Path, data: Path, out: Path, server: ServerDouble | None)
 
 
 def words(request: EvalRequest) -> list[str]:
-    """As the command takes it."""
+    """Return the command line."""
     return [
         *(sys.executable, "-m", "rlef_mega.cli", "eval", str(request.model)),
         *("--data", request.data, "--out", str(request.out), "--n-at-k", str(request.n_at_k)),
@@ -137,7 +137,7 @@ def result(out: Path, name: str = "tiny") -> dict:
 
 
 def dialogues(out: Path, name: str = "tiny") -> dict:
-    """Without what a try may add beside them."""
+    """Return the dialogue records by key."""
     records = read_dialogues(out / f"eval/{name}.dialogues.jsonl")
     return {key_of(record): record for record in records}
 
@@ -188,10 +188,10 @@ def test_feedback_is_what_was_asked_for(undisturbed):
     assert any("Julia" in text for _, text in told["private_feedback"])
 
 
-def test_a_killed_evaluation_goes_on_and_comes_to_the_same(
+def test_a_killed_evaluation_resumes_with_the_same_results(
     undisturbed, folder, data, server, tmp_path
 ):
-    """SIGKILL while dialogues are held, and the last line cut as a kill may cut it."""
+    """SIGKILL while dialogues are sampled, and a last line that was cut."""
     request = request_of(folder, data, tmp_path, server)
     path = tmp_path / "eval/tiny.dialogues.jsonl"
     server.delay_s = 0.05
@@ -237,7 +237,7 @@ def test_more_may_be_asked_for_later_but_nothing_else(undisturbed, folder, data,
             run_evaluation(replace(small, **change))
 
 
-def test_what_a_fault_dropped_is_counted_and_tried_again(folder, data, server, tmp_path):
+def test_dialogues_dropped_by_a_fault_are_sampled_again(folder, data, server, tmp_path):
     request = replace(request_of(folder, data, tmp_path, server), feedback=("true",))
     run_evaluation(request)
     path = tmp_path / "eval/tiny.dialogues.jsonl"
@@ -277,7 +277,7 @@ def test_a_file_of_a_process_that_was_killed_before_its_header_is_started_over(t
     assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbed, data, tmp_path):
+def test_a_protocol_whose_dialogues_all_failed_does_not_hide_others(undisturbed, data, tmp_path):
     lines = (undisturbed / "eval/tiny.dialogues.jsonl").read_text().splitlines()
     path = tmp_path / "one.dialogues.jsonl"
     with path.open("w") as file:
@@ -314,7 +314,7 @@ def test_a_protocol_that_faults_have_taken_withholds_no_other_numbers(undisturbe
 # -------------------------------------------------------------------------------- graded again
 
 
-def test_recorded_responses_come_to_the_same_numbers(undisturbed, folder, data, tmp_path):
+def test_recorded_responses_give_the_same_numbers(undisturbed, folder, data, tmp_path):
     file = undisturbed / "eval/tiny.dialogues.jsonl"
     run_evaluation(request_of(file, data, tmp_path, None))
     again, before = result(tmp_path, "tiny-regraded"), result(undisturbed)
@@ -327,7 +327,7 @@ def test_recorded_responses_come_to_the_same_numbers(undisturbed, folder, data, 
         run_evaluation(replace(request_of(file, data, tmp_path, None), turns=4, n_at_k=None))
 
 
-def test_foreign_responses_are_graded_as_far_as_their_dialogue_would_have_gone(data, tmp_path):
+def test_foreign_responses_are_graded_until_their_dialogue_would_have_ended(data, tmp_path):
     file = tmp_path / "said.jsonl"
     rows = [
         {"problem_id": "greet-Bob", "responses": [WRONG, RIGHT, WRONG]},

@@ -1,6 +1,6 @@
-"""Checkpoints survive: kill -9 at any moment of a save, faults of the disk on one rank, damaged and
-foreign folders. That they are exact, in the same layout and in others, is held by
-test_layouts.py and, for the whole loop, by test_train.py.
+"""Checkpoints survive kill -9 at any moment of a save, disk faults on one rank, and damaged or
+foreign folders. test_layouts.py tests that they are exact, in the same layout and in others, and
+test_train.py tests it for the whole loop.
 """
 
 import contextlib
@@ -69,13 +69,13 @@ def test_a_score_that_comes_late_counts_and_changes_nothing_that_was_sealed(tmp_
     assert read_score(first) == 0.2 and read_score(second) == 0.7
 
 
-def test_a_damaged_checkpoint_costs_no_good_one_its_place(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         checkpoint(tmp_path, step)
     with (tmp_path / "step_000003/networks/__0_0.distcp").open("r+b") as file:
         file.truncate(999)
     prune(tmp_path, keep=2, keep_best=True)
-    assert steps(tmp_path) == [2, 3, 4]  # 2 and 4 are the newest whole ones; 3 is left alone
+    assert steps(tmp_path) == [2, 3, 4]  # 2 and 4 are the newest good ones; 3 is not touched
     assert latest_checkpoint(tmp_path) == tmp_path / "step_000004"
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_costs_no_good_one_its_place(tmp_path: Path) -> Non
         (lambda path: (path / "meta.json").write_text("{"), "meta.json: it is missing, truncated"),
     ],
 )
-def test_what_is_damaged_is_named_and_passed_over(
+def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     good, bad = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
@@ -108,7 +108,7 @@ def test_what_is_damaged_is_named_and_passed_over(
 
 def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> None:
     good = checkpoint(tmp_path, 2)
-    checkpoint(tmp_path, 3).rename(tmp_path / "step_000003.tmp")  # just before it got its name
+    checkpoint(tmp_path, 3).rename(tmp_path / "step_000003.tmp")  # just before its final rename
     checkpoint(tmp_path, 1).rename(tmp_path / "step_000001.deleted")  # in the middle of pruning
     aside = checkpoint(tmp_path, 4).rename(tmp_path / "step_000004.refused")
     remove_leftovers(tmp_path)
@@ -119,7 +119,7 @@ def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> Non
 
 
 def killed(run: Path, moment: Callable[[Path], bool]) -> bool:
-    """Resume the run and kill it at this moment. Returns whether the moment came."""
+    """Resume the run and kill it once `moment` holds. Returns whether it did."""
     process, before = start_process(checkpoint_worker.run, run, STEPS), names_in(run)
     while process.is_alive():
         if names_in(run) - before and moment(run / "checkpoints"):
@@ -152,13 +152,13 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 
 def test_a_run_killed_at_any_moment_of_a_save_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
-    """One run, killed again and again; bit for bit in its metrics, generators, and final state."""
+    """One run is killed repeatedly; metrics, generators and final state are equal bit for bit."""
     make_model(tmp_path / "large", **checkpoint_worker.LARGE)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     alone = start_process(checkpoint_worker.run, undisturbed, STEPS)
     hits = [name for name, moment in MOMENTS.items() if killed(disturbed, moment)]
-    # the other moments are sometimes shorter than a millisecond; tests above make the folders that
-    # they leave
+    # the other moments are sometimes shorter than a millisecond; the tests above create the folders
+    # that they leave
     assert "a share is being written" in hits and len(hits) >= 3, hits
     for process in (start_process(checkpoint_worker.run, disturbed, STEPS), alone):
         process.join(200)
@@ -195,7 +195,7 @@ def test_a_second_save_waits_for_the_first_and_retention_follows(found: list[dic
         assert rank["kept_best"] == ["step_000002", "step_000003", "step_000004"]
 
 
-def test_a_fault_on_one_rank_gives_the_save_up_on_all_and_keeps_what_is_old(
+def test_a_fault_on_one_rank_cancels_the_save_on_all_and_keeps_old_checkpoints(
     found: list[dict],
 ) -> None:
     for rank in found:

@@ -25,7 +25,7 @@ time.sleep(60)
 """
 
 
-def test_resuming_forgets_what_came_after_the_checkpoint_and_a_line_cut_by_a_kill(tmp_path):
+def test_resuming_removes_lines_after_the_checkpoint_and_a_line_cut_by_a_kill(tmp_path):
     run = RunDirectory(tmp_path)
     for step in (1, 2, 3):
         run.append_metrics({"step": step, "solved": step / 4})
@@ -54,7 +54,7 @@ def test_a_run_directory_has_one_owner_and_a_killed_owner_leaves_it_free(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_or_a_file_asks_a_rank_to_stop_once(tmp_path, number):
-    """As srun starts ranks: no command in between. A file that was obeyed stops no later run."""
+    """srun signals ranks directly, without a launcher. The file is removed once it was obeyed."""
     before = [signal.getsignal(each) for each in STOP_SIGNALS]
     try:
         stop = StopRequest(tmp_path / "stop")
@@ -69,7 +69,7 @@ def test_a_signal_or_a_file_asks_a_rank_to_stop_once(tmp_path, number):
     assert not (tmp_path / "stop").exists()
 
 
-def test_lines_wait_for_room_on_a_full_disk(tmp_path, capsys):
+def test_lines_wait_for_space_on_a_full_disk(tmp_path, capsys):
     with small_disk(tmp_path / "disk", "64k") as disk:
         if disk is None:
             pytest.skip("mounting a small tmpfs needs root")
@@ -88,7 +88,7 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path, capsys):
         assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
 
 
-def test_a_step_is_its_phases_and_what_none_of_them_claims():
+def test_a_step_takes_its_phases_and_the_time_between_them():
     clock = Clock()
     with clock("rollout"):
         time.sleep(0.02)

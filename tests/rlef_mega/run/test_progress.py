@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal."""
+"""A run's progress in the terminal."""
 
 import os
 import pty
@@ -20,7 +20,7 @@ with StepProgress("RLEF", done=2, total=5, shown=True) as progress:
 """
 
 
-def test_without_a_terminal_each_step_is_a_line_with_the_time_that_is_left(capsys):
+def test_without_a_terminal_each_step_is_a_line_with_the_remaining_time(capsys):
     progress = StepProgress("RLEF", done=2, total=5, shown=True)
     progress.started -= 90
     for _ in range(3):
@@ -45,7 +45,7 @@ def test_a_terminal_shows_phase_and_message_as_text():
     while True:
         try:
             read = os.read(ours, 65536)
-        except OSError:  # its end, on a terminal
+        except OSError:  # end of file on a terminal
             break
         if not read:
             break

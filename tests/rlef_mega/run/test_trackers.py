@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl gets, and a run goes on whatever becomes of them."""
+"""Trackers get what metrics.jsonl gets, and a run goes on when they fail."""
 
 import json
 import struct
@@ -38,7 +38,7 @@ def send(asked: TrainConfig, records: list[dict[str, Any]], done: int = 0, opene
             following.log(record)
 
 
-def test_what_can_be_drawn_is_sent_and_the_rest_is_not():
+def test_only_finite_numbers_are_sent():
     record = {"step": 3, "time": {"step": 1, "a": {"b": 2.5}}, "nan": float("nan"), "flag": True}
     record |= {"alarms": ["x"], "text": "y", "none": None}
     assert numbers_of(record) == {"time/step": 1.0, "time/a/b": 2.5}
@@ -71,7 +71,7 @@ def test_a_tracker_that_fails_is_named_and_left_out_and_the_others_go_on(tmp_pat
     assert got == 2 * [(1, 0.25), (2, 0.5), (3, 0.75)]
 
 
-def test_training_waits_for_no_tracker_and_its_end_only_so_long(tmp_path, capsys):
+def test_training_waits_for_no_tracker_and_its_end_only_for_close_s(tmp_path, capsys):
     free = threading.Event()
 
     @contextmanager
@@ -131,8 +131,8 @@ def test_tensorboard_has_the_numbers_and_forgets_what_came_after_the_checkpoint(
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
-    """Of W&B's file, after its own header: LevelDB's log, of blocks of 32 KiB that count from the
-    file's start. A record is a checksum, a length, a kind (whole, first, middle, last) and data."""
+    """Yield the records of W&B's file without its header: a LevelDB log, whose blocks of 32 KiB
+    start at the header. A record: checksum, length, kind (whole, first, middle, last) and data."""
     at, whole = 7, b""
     log = bytes(7) + log
     while at + 7 <= len(log):

@@ -1,4 +1,4 @@
-"""A server with the part of SGLang's HTTP interface that the client uses, failing on command."""
+"""A server with the part of SGLang's HTTP API that the client uses, which fails on command."""
 
 import asyncio
 import contextlib
@@ -124,7 +124,7 @@ class ServerDouble(ServerInThread):
         count = body["sampling_params"]["max_new_tokens"]
         ids = list(range(self.next_id, self.next_id + count))
         reason = "length"
-        if self.end_of_text in ids:  # as SGLang: it stops, whether it was asked for or not
+        if self.end_of_text in ids:  # SGLang stops there even if the request does not say so
             ids, reason = ids[: ids.index(self.end_of_text) + 1], "stop"
         self.next_id += len(ids)
         version = {"version": self.weight_version, "start": 0, "end": len(ids)}

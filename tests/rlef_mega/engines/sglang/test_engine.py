@@ -1,4 +1,4 @@
-"""The engine for SGLang servers, against doubles that fail on command; real ones: tests/sglang."""
+"""The SGLang engine with server doubles that fail on command; tests/sglang uses real servers."""
 
 import asyncio
 import contextlib
@@ -251,7 +251,7 @@ def test_a_cancelled_dialogue_frees_its_slot_and_ends_on_the_server(servers, mod
         (first,) = server.under_way
         for task in tasks[::2]:
             task.cancel()
-        server.delay_s = 0.0  # for those after it
+        server.delay_s = 0.0  # for later requests
         await asyncio.gather(*tasks, return_exceptions=True)
         assert sum(not task.cancelled() for task in tasks) == 3
         await asyncio.to_thread(wait_until, lambda: server.aborted == [first])
@@ -290,7 +290,7 @@ def test_a_server_ends_a_response_at_the_models_own_end_of_text_too(engine, serv
         ([1] * 194, "194 tokens.*at most 193"),
     ],
 )
-def test_requests_that_a_server_dies_of_are_not_sent(engine, servers, prompt, reason):
+def test_requests_that_would_crash_a_server_are_not_sent(engine, servers, prompt, reason):
     async def ask() -> None:
         async with engine.session() as session:
             await session.generate(prompt, SAMPLING, 0)
@@ -342,17 +342,17 @@ def test_a_publication_reaches_all_servers_and_later_those_that_were_started_aga
 
 
 def test_a_folder_that_cannot_be_written_fails_the_publication(servers, model, tmp_path):
-    """A full disk does so; all ranks learn of it, and the publication is retried."""
+    """As on a full disk. All ranks get the error, and the publication is retried."""
     (tmp_path / "file").touch()
     with (
         publishing(servers, model, tmp_path, weights_folder=tmp_path / "file/weights") as engine,
-        pytest.raises(EngineError, match=r"cannot write .*make room"),
+        pytest.raises(EngineError, match=r"cannot write .*free space"),
     ):
         engine.update_weights(weights_of(model).items(), 7)
 
 
 class RestoredClient:
-    """A restarted server, as far as a probe asks it."""
+    """The calls of a probe to a restarted server."""
 
     url = "http://restored"
 
@@ -427,11 +427,9 @@ def test_dialogues_go_on_while_weights_are_published(servers, model, tmp_path):
     assert len({v for of_one in versions for v in of_one}) > 2
 
 
-def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
-    servers, model, tmp_path
-):
-    """Its HTTP process answers, its scheduler does not. It costs the publication a heartbeat, not
-    `publish_s`."""
+def test_a_server_that_hangs_is_left_out_and_if_all_hang_it_is_an_error(servers, model, tmp_path):
+    """Its HTTP process answers, its scheduler does not. The publication waits for one heartbeat,
+    not for `publish_s`."""
     one, two = servers
     with publishing(servers, model, tmp_path, publish_s=60.0) as engine:
         two.mode = "hang"
@@ -448,7 +446,7 @@ def test_a_server_that_hangs_is_left_behind_and_all_that_hang_are_an_error(
         one.mode = two.mode = "answer"
 
 
-def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_later(
+def test_a_server_that_fails_within_a_publication_is_left_out_and_restored_later(
     servers, model, tmp_path
 ):
     """It stays paused, and so unhealthy, until it has loaded the weights."""
@@ -472,10 +470,10 @@ def test_a_server_that_fails_within_a_publication_is_left_behind_and_brought_up_
         assert two.weight_version == "4" and not two.paused
 
 
-def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path):
-    """They are paused, because a server without weights must not generate. They take back the
-    memory of weights before those come, and that of the cache afterwards. A server that was
-    restarted meanwhile must not be asked to, because that ends a real one."""
+def test_servers_release_their_memory_while_they_rest(servers, model, tmp_path):
+    """They are paused, because a server without weights must not generate. They allocate memory
+    for weights before an update, and for the cache after it. A server that was restarted meanwhile
+    must not be asked to allocate, because a real one would exit."""
     one, two = servers
     with publishing(servers, model, tmp_path, release_memory=True, publish_s=5.0) as engine:
         engine.update_weights(weights_of(model).items(), 1)
@@ -484,7 +482,7 @@ def test_servers_give_their_memory_back_while_they_rest(servers, model, tmp_path
         engine.rest()
         assert one.released == {"weights", "kv_cache"} and one.paused
         two.weight_version, two.paused, two.released = "default", False, set()  # as after a start
-        time.sleep(0.5)  # it is not brought to weights while there is no room for them
+        time.sleep(0.5)  # no weights are loaded on it while there is no memory for them
         assert two.order[-1] == "release weights"
         engine.update_weights(weights_of(model).items(), 2)
         assert all(len(turns) == 1 for turns in talk(engine, 4))
@@ -548,7 +546,7 @@ def test_versions_never_go_back_in_a_dialogue(engine, servers):
     async def two_turns() -> list[int]:
         async with engine.session() as session:
             versions = []
-            while not versions or versions[0] != 4:  # until it is one's
+            while not versions or versions[0] != 4:  # until server `one` answers
                 session.affinity.member, session.affinity.version = None, -1
                 versions = list((await session.generate([1, 2], SAMPLING, 0)).weight_versions)
             one.mode = "drop"

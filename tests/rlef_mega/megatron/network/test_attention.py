@@ -1,4 +1,4 @@
-"""Packed attention by PyTorch's SDPA, a call a sequence, which CPUs use."""
+"""Packed attention with one SDPA call per sequence, as on CPUs."""
 
 import torch
 
