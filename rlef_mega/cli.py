@@ -11,7 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.config import (
+    ConfigError,
+    SFTConfig,
+    TrainConfig,
+    at_home,
+    find_recipe,
+    load_config,
+)
 from rlef_mega.run.launch import (
     FAILED,
     STOPPED,
@@ -398,10 +405,15 @@ def finish(code: int, run_dir: Path) -> None:
 def main() -> None:
     # transformers reads this at import, here and in the ranks
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.getfilesystemencoding() != "utf-8":  # recipes are UTF-8, and so are the paths in them
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
-        app()
+        app([at_home(word) for word in sys.argv[1:]])
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from rlef_mega.run.directory import explain_error
+
+        print(f"error: {explain_error(error)}", file=sys.stderr)
         sys.exit(FAILED)
 
 

@@ -8,6 +8,8 @@ gives one.
 
 import codecs
 import json
+import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,18 +30,15 @@ class ConfigError(ValueError):
 def read_text(path: Path) -> str:
     """Read a text file, which is UTF-8 whatever the locale. Raises ConfigError that names the file
     and what it is instead."""
-    content = path.expanduser().read_bytes()
-    marks = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-    found = next((name for mark, name in marks.items() if content.startswith(mark)), "not UTF-8")
+    content = path.read_bytes()
+    marks = {codecs.BOM_UTF8: "begins with a byte order mark (BOM)"}
+    marks |= {mark: "is UTF-16" for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    if found := next((name for mark, name in marks.items() if content.startswith(mark)), ""):
+        raise ConfigError(f"{path} {found}; save it as UTF-8 without a byte order mark")
     try:
-        if found == "UTF-16":
-            raise ValueError("PowerShell's > writes it")
-        return content.removeprefix(codecs.BOM_UTF8).decode()
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is {found} ({error}); save it as UTF-8, or convert it: "
-            f"iconv -f {'UTF-16' if found == 'UTF-16' else 'LATIN1'} -t UTF-8 {path}"
-        ) from None
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
 
 
 def read_json(path: Path) -> Any:
@@ -48,6 +47,16 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}; copy the file again") from None
+
+
+def at_home(value: Any) -> Any:
+    """Return the value with `~` as the home directory where a path begins, in its tables and lists
+    too: `~/model`, `mbpp:~/mbpp.jsonl`, `model.path=~/model`."""
+    if isinstance(value, str):
+        return re.sub(r"(?:^|(?<=[:=]))~[\w.-]*(?=/|$)", lambda m: os.path.expanduser(m[0]), value)
+    if isinstance(value, dict):
+        return {name: at_home(below) for name, below in value.items()}
+    return [at_home(one) for one in value] if isinstance(value, list) else value
 
 
 class Section(BaseModel):
@@ -450,7 +459,7 @@ def divisors(count: int) -> list[int]:
 
 def find_recipe(name: str) -> Path:
     """Find a recipe by its path, or by its name in the package."""
-    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.toml"):
+    for path in (Path(at_home(name)), RECIPES / name, RECIPES / f"{name}.toml"):
         if path.is_file():
             return path
     known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
@@ -464,7 +473,7 @@ def load_config(path: Path, overrides: Sequence[str], model: type[AnyConfig]) ->
     for override in overrides:
         apply_override(tree, override)
     try:
-        return model.model_validate(tree)
+        return model.model_validate(at_home(tree))
     except ValidationError as error:
         raise ConfigError(f"{path}:\n" + "\n".join(explain(error, model))) from None
 

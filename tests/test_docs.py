@@ -17,7 +17,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub derives from a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     kept = (re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()) for heading in headings)
     return {heading.strip().replace(" ", "-") for heading in kept}
 

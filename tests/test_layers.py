@@ -35,7 +35,7 @@ def is_module(name: str) -> bool:
 def imported_modules(path: Path) -> set[str]:
     """Absolute imports; a relative one stays within its package."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

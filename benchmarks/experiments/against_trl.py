@@ -231,6 +231,6 @@ def settings(request: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--trl-side"]:
-        trl_side(json.loads(Path(sys.argv[2]).read_text()))
+        trl_side(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
     else:
         main()

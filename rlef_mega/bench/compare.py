@@ -64,7 +64,7 @@ def better_direction(unit: str) -> int:
 
 def read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["figures"]:
             return content
     except (OSError, ValueError, KeyError, TypeError):

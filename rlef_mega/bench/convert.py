@@ -89,7 +89,7 @@ def run(command: list[str], source: Path, written: Path) -> tuple[float, int]:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output)
         peak = 0
         while process.poll() is None:
@@ -109,7 +109,7 @@ def resident_peak(process: int) -> int:
     """Return the kernel's high-water mark in bytes; getrusage's would include the memory that the
     parent had when it started the process."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     match = re.search(r"VmHWM:\s+(\d+) kB", status)  # missing once the process has ended

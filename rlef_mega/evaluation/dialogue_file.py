@@ -8,7 +8,6 @@ dialogue is protocol, problem and number. Of two lines with the same key the lat
 the next session retries a dialogue that a fault dropped.
 """
 
-import fcntl
 import json
 import mmap
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlef_mega.config import ConfigError, differences
-from rlef_mega.run.directory import append_whole
+from rlef_mega.run.directory import append_whole, lock_file
 
 FORMAT = 1
 PERMANENT = "prompt too long"  # a drop that a retry would not change
@@ -40,7 +39,7 @@ class DialogueFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.locked = path.open("ab")
         try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self.locked)
             drop_torn_line(path)
             if path.stat().st_size == 0:
                 self.append({"rlef_eval": FORMAT, "asked": asked})
@@ -85,7 +84,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def read_header(path: Path) -> Record:
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         try:
             header = json.loads(lines.readline())
         except ValueError:
@@ -99,7 +98,7 @@ def read_header(path: Path) -> Record:
 
 def read_lines(path: Path) -> Iterator[Record]:
     """Yield all lines but the first, without a truncated last line."""
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         lines.readline()
         for line in lines:
             if line.endswith("\n"):

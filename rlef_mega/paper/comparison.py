@@ -109,7 +109,7 @@ def refuse_another(path: Path, config: TrainConfig) -> None:
     if not path.exists():
         write_atomically(path, json.dumps(asked, indent=1) + "\n")
         return
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     if other := differences(flatten(found), flatten(asked)):
         raise ConfigError(
             f"{path.parent} has runs of other settings ({other}); choose another --out or remove it"

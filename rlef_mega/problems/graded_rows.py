@@ -30,7 +30,7 @@ def read_graded(
     total = sum(1 for path in files for _ in read_rows(path))
     with (
         Sandbox(workers=1) as sandbox,
-        journal.open("a") as file,
+        journal.open("a", encoding="utf-8") as file,
         StepProgress(
             "grading solutions", done=len(finished), total=total, shown=True, every=total // 20 + 1
         ) as progress,
@@ -57,7 +57,7 @@ def read_journal(journal: Path) -> dict[str, Any]:
     if not journal.is_file():
         return {}
     finished = {}
-    for line in journal.read_text().splitlines():
+    for line in journal.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:

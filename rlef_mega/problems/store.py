@@ -30,7 +30,7 @@ class ProblemStore(Sequence[Problem]):
     """The problems of a store, each read when it is asked for, and the drops of its writing."""
 
     def __init__(self, index: Path) -> None:
-        about = json.loads(index.read_text())
+        about = json.loads(index.read_text(encoding="utf-8"))
         self.offsets: list[int] = about["offsets"]
         self.number_of = {name: number for number, name in enumerate(about["ids"])}
         self.drops = tuple(Drop(**drop) for drop in about["drops"])
@@ -128,7 +128,9 @@ def write_store(outcomes: Iterable[Read], index: Path) -> None:
             os.unlink(data.name)
             raise
     about = {"ids": ids, "offsets": offsets, "drops": [asdict(drop) for drop in drops]}
-    with tempfile.NamedTemporaryFile("w", dir=index.parent, suffix=".part", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=index.parent, suffix=".part", delete=False
+    ) as file:
         json.dump(about, file)
     os.replace(file.name, index)
 

@@ -19,11 +19,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import zstandard
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REMEDIES = {
+    errno.EEXIST: "a file has the name of this folder; move it, or choose another folder",
+    errno.ENOTDIR: "a file has the name of a folder; move it, or choose another folder",
+    errno.EISDIR: "this is a folder; give a file",
+    errno.ENOENT: "check the name; a folder cannot be created there",
+    errno.EACCES: "give this user access to it, or choose another path",
+    errno.EPERM: "give this user access to it, or choose another path",
+    errno.EROFS: "choose a path on a file system that can be written",
+    errno.ENOSPC: "free space, or choose a path on another file system",
+    errno.EDQUOT: "free space, or choose a path on another file system",
+}
 
 
 class Clock:
@@ -67,9 +78,9 @@ class RunDirectory:
         Raises RuntimeError if another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115 - open until the process ends
+        self.lock_file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open until the process ends
         try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self.lock_file)
         except BlockingIOError:
             self.lock_file.seek(0)
             holder = self.lock_file.read().strip() or "unknown"
@@ -126,6 +137,28 @@ class RunDirectory:
             write_atomically(self.path / name, zstandard.compress(text.encode()))
 
 
+def lock_file(file: IO[Any]) -> None:
+    """Lock a file for this process. Raises BlockingIOError if another process holds the lock, and
+    RuntimeError if the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise RuntimeError(
+            f"{file.name} cannot be locked: {error.strerror}. Two processes could write "
+            "it at once; choose a folder on a file system with locks (Lustre: mount it with flock)"
+        ) from None
+
+
+def explain_error(error: Exception) -> str:
+    """Return an error's message; of a file system's, the path, the reason and what to do."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    remedy = REMEDIES.get(error.errno or 0, "choose another path")
+    return f"{os.fsdecode(error.filename)}: {error.strerror}: {remedy}"
+
+
 @contextmanager
 def warn_if_disk_is_full(consequence: str) -> Iterator[None]:
     """Turn the error of a full disk into a warning that names its consequence."""
@@ -141,7 +174,7 @@ def append_whole(path: Path, text: str) -> None:
     """Append all of the text or nothing. Raises OSError if the disk is full."""
     before = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError:
         if path.exists():

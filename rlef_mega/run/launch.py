@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlef_mega.run.directory import explain_error
+
 # Python that imports nothing from the working directory: a file there may be named like a module.
 PYTHON = (sys.executable, "-P")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -159,7 +161,7 @@ def worker_main(work: Callable[[Path], int]) -> None:
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
             where = "" if rank == "0" else f" on rank {rank}"
             hint = "(RLEF_TRACEBACK=1 shows where)"
-            print(f"error{where}: {error}\n{hint}", file=sys.stderr, flush=True)
+            print(f"error{where}: {explain_error(error)}\n{hint}", file=sys.stderr, flush=True)
         code = FAILED
     sys.stdout.flush()
     os._exit(code)  # not through destructors of process groups whose peers may be gone
@@ -206,7 +208,7 @@ def dump_stacks_when_asked() -> None:
         return
     rank = os.environ.get("RANK", "0")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file = Path(folder, f"rank_{rank}.txt").open("a")  # noqa: SIM115 - until the process ends
+    file = Path(folder, f"rank_{rank}.txt").open("a", encoding="utf-8")  # noqa: SIM115 - until the process ends
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
 
 

@@ -1,6 +1,12 @@
 """Recipes: the shipped ones hold together, wrong ones are refused with what would have been
 right."""
 
+import codecs
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from rlef_mega.config import (
@@ -101,6 +107,44 @@ def test_a_wrong_recipe_is_refused_by_name_and_place(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as raised:
         load_config(path, [], TrainConfig)
     assert str(path) in str(raised.value) or "extends" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (codecs.BOM_UTF8 + b"[run]", "byte order mark"),
+        ("[run]".encode("utf-16"), "UTF-16"),
+        ("[run]".encode("utf-16-be").join([codecs.BOM_UTF16_BE, b""]), "UTF-16"),
+        ("[run]\ndir = 'größe'".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_a_recipe_of_another_encoding_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"recipe.toml .*{message}.*; save it as UTF-8"):
+        load_config(path, [], TrainConfig)
+
+
+def test_recipes_and_their_paths_are_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "größe.toml").write_text("extends = 'demo'\n[model]\npath = 'mödel'", "utf-8")
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", "from rlef_mega.cli import main; main()", "plan", "größe.toml"],
+        env={**os.environ, **ascii_locale, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert ended.returncode == 2 and "mödel/config.json" in ended.stderr, ended.stderr
+
+
+def test_a_tilde_is_the_home_directory_where_a_path_begins(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("extends = 'demo'\n[run]\ndir = '~/run'\n[data]\ntrain = 'mbpp:~/m?a=~'")
+    config = load_config(recipe, ["model.path=~/model", "data.test=a~b/~c"], TrainConfig)
+    assert config.run.dir == str(Path.home() / "run")
+    assert config.model.path == str(Path.home() / "model")
+    assert config.data.train == f"mbpp:{Path.home()}/m?a={Path.home()}"
+    assert config.data.test == "a~b/~c"
 
 
 def test_an_unknown_recipe_names_the_known_ones():

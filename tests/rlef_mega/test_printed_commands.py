@@ -97,7 +97,7 @@ def check_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if spec.submodule_search_locations:
         spec = importlib.util.find_spec(f"{module}.__main__")
     assert spec is not None and spec.origin is not None
-    if not arguments or "argparse" not in Path(spec.origin).read_text():
+    if not arguments or "argparse" not in Path(spec.origin).read_text(encoding="utf-8"):
         return
 
     class ParsedError(Exception):

@@ -8,7 +8,6 @@ Training brings the weights, also to a restarted server.
 `rlef train` dies, even by SIGKILL, the kernel ends this process, and with it the servers.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 from types import FrameType
 
-from rlef_mega.config import ConfigError, TrainConfig
+from rlef_mega.config import ConfigError, TrainConfig, read_json
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
 from rlef_mega.run.launch import die_with_parent
@@ -39,7 +38,7 @@ def servers_for(config: TrainConfig) -> ServerProcesses:
     model, context = Path(config.model.path), config.rollout.max_context
     if not (model / "config.json").is_file():
         raise ConfigError(f"model.path = {model} has no config.json; servers need the model here")
-    read = json.loads((model / "config.json").read_text())
+    read = read_json(model / "config.json")
     most = int(read["max_position_embeddings"]) - SPARE_TOKENS
     if context > most:
         raise ConfigError(

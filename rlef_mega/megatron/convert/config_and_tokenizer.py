@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, read_json
 from rlef_mega.megatron.convert.safetensors_files import INDEX
 from rlef_mega.megatron.hf_names import Role
 
@@ -35,7 +35,7 @@ def copy_companions(source: Path, out: Path, *, role: Role, dtype: torch.dtype) 
                 shutil.copyfile(path, out / path.name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, out / TEMPLATES, dirs_exist_ok=True)
-    config = config_for(json.loads((source / "config.json").read_text()), role, dtype)
+    config = config_for(read_json(source / "config.json"), role, dtype)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if role == "critic":  # it generates nothing
         (out / "generation_config.json").unlink(missing_ok=True)

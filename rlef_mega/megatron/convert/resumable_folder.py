@@ -8,7 +8,6 @@ complete. After a kill the same command resumes: files that still match their ma
 source or the request has changed, everything is written again.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from rlef_mega.config import ConfigError
 from rlef_mega.run.directory import (
     DISK_IS_FULL,
     flush_to_disk,
+    lock_file,
     replace_folder,
     write_atomically,
 )
@@ -82,7 +82,7 @@ class ResumableFolder:
         (self.partial / FINISHED).mkdir(parents=True, exist_ok=True)
         with (self.partial / FINISHED / LOCK).open("a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(lock)
             except BlockingIOError:
                 raise ConfigError(f"another process is writing {self.out}; wait for it") from None
             request, text = self.partial / FINISHED / REQUEST, json.dumps(self.request)

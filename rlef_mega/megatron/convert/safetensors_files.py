@@ -1,7 +1,6 @@
 """The weights of a Hugging Face folder: what it stores, checked against a model, and one whole
 tensor at a time."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, read_json
 from rlef_mega.megatron.hf_names import HEAD, HFTensor
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,7 +64,7 @@ class SafetensorsFolder:
         if not index.is_file():
             return [ONE_FILE]
         try:
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return sorted(set(read_json(index)["weight_map"].values()))
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{index} is damaged ({error!r}); download it again") from None
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, read_json
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint, find_checkpoint
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions, dtype_named
 from rlef_mega.megatron.convert.resumable_folder import PlannedFile, ResumableFolder, fingerprint
@@ -91,7 +91,7 @@ def plan_export(
     request: dict[str, Any] = {
         "export": [role, str(dtype), str(max_shard_size)],
         "checkpoint": fingerprint(checkpoint.folder),
-        "config": json.loads((model / "config.json").read_text()),
+        "config": read_json(model / "config.json"),
     }
     files = [
         PlannedFile(file, sum(empty[n].nbytes for n in names), functools.partial(write, names))

@@ -7,14 +7,14 @@ each query and key head over its own dimension. A config that differs is refused
 what differs: its weights might load and run, but as another model.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, read_json
 
 DenseConfig = LlamaConfig | Qwen2Config | Qwen3Config
 
@@ -51,20 +51,20 @@ def read_config(folder: Path) -> DenseConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text())
         model_type, _ = content.get("model_type"), [content[key] for key in SIZES]
-    except (ValueError, AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a model's config.json ({error!r}); export it again"
         ) from None
     if model_type not in FAMILIES:
         raise ConfigError(f"{path}: model_type {model_type!r} is not supported; {SUPPORTED}")
-    config = FAMILIES[model_type].config.from_pretrained(folder)
     try:
+        config = FAMILIES[model_type].config.from_pretrained(folder)
         check_family(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except (ValueError, ArithmeticError, StrictDataclassError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     return config
 
 
@@ -87,6 +87,17 @@ def check_family(config: DenseConfig) -> None:
     for option in ("attention_bias", "mlp_bias"):
         if getattr(config, option, False):
             raise ConfigError(f"{option} = true is not supported; {SUPPORTED}, without it")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads or 0
+    if min(heads, groups) < 1 or heads % groups:
+        raise ConfigError(
+            f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}; "
+            "copy config.json from where the model was published"
+        )
+    if not getattr(config, "head_dim", None) and config.hidden_size % heads:
+        raise ConfigError(
+            f"num_attention_heads = {heads} does not divide hidden_size = {config.hidden_size}; "
+            "copy config.json from where the model was published"
+        )
     if config.hidden_act != "silu":
         raise ConfigError(f"hidden_act {config.hidden_act!r} is not supported; it must be 'silu'")
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:

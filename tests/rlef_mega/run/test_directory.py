@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from rlef_mega.run.directory import Clock, RunDirectory
+from rlef_mega.run.directory import Clock, RunDirectory, explain_error, lock_file
 from rlef_mega.run.launch import STOP_SIGNALS, StopRequest
 from tests.rlef_mega.megatron.small_disk import small_disk
 
@@ -29,7 +30,7 @@ def test_resuming_removes_lines_after_the_checkpoint_and_a_line_cut_by_a_kill(tm
     run = RunDirectory(tmp_path)
     for step in (1, 2, 3):
         run.append_metrics({"step": step, "solved": step / 4})
-    with open(run.metrics_path, "a") as file:
+    with open(run.metrics_path, "a", encoding="utf-8") as file:
         file.write('{"step": 4, "sol')
     run.resume(2)
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
@@ -98,3 +99,25 @@ def test_a_step_takes_its_phases_and_the_time_between_them():
     times = clock.lap()
     assert 0.04 <= times["rollout"] <= times["step"] - 0.015
     assert clock.lap().keys() == {"step"}
+
+
+def test_an_error_of_the_file_system_names_the_path_and_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, remedy in (
+        (tmp_path / "file", "move it"),
+        (tmp_path / "file/run", "move it"),
+        (Path("/proc/run"), "cannot be created there"),
+    ):
+        with pytest.raises(OSError) as raised:
+            RunDirectory(path).lock()
+        told = explain_error(raised.value)
+        assert str(path) in told and remedy in told and "Errno" not in told
+
+
+def test_a_file_system_without_locks_is_named(tmp_path):
+    file = open(tmp_path / "lock", "w", encoding="utf-8")  # noqa: SIM115
+    folder = os.open(tmp_path, os.O_PATH)
+    os.dup2(folder, file.fileno())  # a descriptor that flock refuses, as some file systems do
+    os.close(folder)
+    with pytest.raises(RuntimeError, match=r"lock cannot be locked: .*; choose a folder"):
+        lock_file(file)
