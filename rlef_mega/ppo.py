@@ -96,7 +96,7 @@ def turn_advantages(
 
 def targets(
     batch: Batch, scores: Scores, ppo: PPOConfig, *, single_turn: bool = False
-) -> tuple[Targets, dict[str, float]]:
+) -> tuple[Targets, dict[str, float | None]]:
     """Return what the updates of the batch aim for, and the metrics of rewards and values.
 
     The KL in the reward is that of the policy which produced the rollout, so it uses the behaviour
@@ -128,14 +128,15 @@ def targets(
     advantages_A = turn_advantages(returns_M, values_M, normalize=ppo.normalize_advantages)
     if not ppo.token_level_value:  # one advantage for all tokens of a response (A.1)
         advantages_A = advantages_A[batch.turn_of_action_A]
-    residual = (returns_M - values_M).var(correction=0)
-    explained = 1 - residual / returns_M.var(correction=0).clamp(min=1e-8)
-    metrics = {
+    variance = float(returns_M.var(correction=0))
+    residual = float((returns_M - values_M).var(correction=0))
+    metrics: dict[str, float | None] = {
         "kl": kl,
         "reward": float(rewards_N.sum() / batch.num_sequences),
         "return": float(returns_M.mean()),
         "value": float(values_M.mean()),
-        "value_explained_variance": float(explained),
+        # None if all returns are equal to rounding: there was nothing to explain
+        "value_explained_variance": 1 - residual / variance if variance > 1e-8 else None,
     }
     return Targets(scores.old_logprobs_A, advantages_A, values_M, returns_M), metrics
 

@@ -30,13 +30,14 @@ from rlef_mega.dialogues.rollout import first_context
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
-from rlef_mega.megatron.hf_names import tensors_of
+from rlef_mega.megatron.hf_names import name_map, shapes_of, tensors_of
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.store import digest_of_problems
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.inputs import claim_inputs, digest_files, digest_model, read_left_out
 from rlef_mega.run.manifest import refuse_untested_megatron
+from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.run.trackers import check_trackers
 from rlef_mega.types import Problem
 
@@ -85,6 +86,8 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
     plan_train(config)
     if config.model.weights:
         check_weights(Path(config.model.weights), Path(config.model.path))
+    else:
+        check_stored_weights(Path(config.model.path))
     check_positions(config)
     check_trackers(config.track)
     check_servers(config.judge, grading_token)
@@ -111,6 +114,11 @@ def check_positions(config: TrainConfig) -> None:
             f"{about.vocab_size} rows: {', '.join(map(repr, sorted(beyond)[:5]))}. Enlarge the "
             "embedding (transformers' resize_token_embeddings), or take the model's own tokenizer"
         )
+
+
+def check_stored_weights(model: Path) -> None:
+    """Raise ConfigError unless the folder's weights are those of its config.json."""
+    SafetensorsFolder(model).check(shapes_of(name_map(read_config(model))))
 
 
 def check_weights(checkpoint: Path, model: Path) -> None:

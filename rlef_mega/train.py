@@ -85,7 +85,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
                 checkpoints.save(step - 1, position(config, step - 1, rollouts))
             checkpoints.require_saved()
             raise
-        guards.check_drops(rollout.drops, len(rollout.outcomes))
+        guards.check_drops(rollout.reasons, len(rollout.outcomes))
         parts.engine.rest()
         batch = pack(rollout.episodes)
         with clock("score"):

@@ -24,6 +24,7 @@ from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, JudgeError
 from rlef_mega.dialogues.stream import START_TOGETHER
 from rlef_mega.engines import Engine, EngineError, EngineLostError, Session
+from rlef_mega.run.guards import kinds_of, reason_of
 from rlef_mega.run.ranks import Item, gather, interleave, my_share
 from rlef_mega.types import (
     Episode,
@@ -72,6 +73,11 @@ class Rollout:
 
     @property
     def drops(self) -> Counter[str]:
+        """Count the drops by kind of fault."""
+        return kinds_of(self.reasons)
+
+    @property
+    def reasons(self) -> Counter[str]:
         return Counter(o for o in self.outcomes if isinstance(o, str))
 
 
@@ -128,7 +134,7 @@ class DialogueLoop:
                 async with self.engine.session() as session:
                     return await self.run_once(problem, session, seed)
             except (EngineError, JudgeError) as fault:
-                reason = type(fault).__name__
+                reason = reason_of(fault)
         return reason
 
     @asynccontextmanager

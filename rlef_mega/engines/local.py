@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from rlef_mega.engines import EngineError, GenerationRequest
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request, checked_weights, listed
 from rlef_mega.engines.generation import generate_batch
+from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.types import Completion, Sampling
 
 
@@ -193,6 +194,7 @@ def load_model(
     # sdpa accepts the prepared masks of generation.py
     options: Any = {"dtype": dtype, "attn_implementation": "sdpa"}
     if weights_from_folder:
+        SafetensorsFolder(folder)  # refuses what transformers would read in another way
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, **options

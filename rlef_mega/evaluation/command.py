@@ -37,7 +37,6 @@ from rlef_mega.evaluation.protocols import (
     sampling,
 )
 from rlef_mega.evaluation.recorded import RecordedResponses, grade_again, read_recorded
-from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder, open_safetensors
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
 from rlef_mega.problems.store import digest_of
@@ -46,6 +45,7 @@ from rlef_mega.report.plots import save_evaluation_figure
 from rlef_mega.report.tables import print_evaluation
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.manifest import describe
+from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.types import Problem, Sampling
 
 LOCAL_AT_ONCE, SERVER_AT_ONCE = 128, 256
@@ -180,6 +180,7 @@ def find_source(request: EvalRequest) -> Source:
             )
         return Source(f"{name}-regraded", digest_of("responses", [path]), recorded=recorded)
     if (path / "config.json").is_file():
+        SafetensorsFolder(path)  # refuses a folder whose weights cannot be read
         return Source(path.name, weights_key(path), folder=path)
     if not path.is_dir():
         raise ConfigError(
@@ -308,10 +309,8 @@ def open_engine(
             weights_folder=request.out / "weights",
             take_over=facts in file.engines(),  # claimed by this evaluation before it was killed
         ) as engine:
-            one_by_one = (
-                (name, open_safetensors(folder / stored.file).get_tensor(name))
-                for name, stored in SafetensorsFolder(folder).tensors.items()
-            )
+            stored = SafetensorsFolder(folder)
+            one_by_one = ((name, stored.read(name)) for name in stored.tensors)
             engine.update_weights(one_by_one, version=0)
             yield engine, facts
     else:

@@ -115,7 +115,7 @@ class Evaluator:
             seed = derive_seed(derive_seed(self.config.run.seed, "test"), name)
             rollout = self.loop.under(rules).run_on_all_ranks(problems, seed)
             outcomes = [DialogueOutcomes.of(episode) for episode in rollout.episodes]
-            finished = FinishedDialogues(rules.turns, outcomes, rollout.drops)
+            finished = FinishedDialogues(rules.turns, outcomes, rollout.reasons)
             protocols[name] = summarize(self.test, finished, samples=self.loop.rules.turns)
             return rollout.episodes
 

@@ -21,6 +21,7 @@ from rlef_mega.evaluation.dialogue_file import (
 from rlef_mega.evaluation.estimators import Ints, NAtK, estimate, per_problem
 from rlef_mega.evaluation.protocols import PROTOCOLS, SINGLE, PlannedDialogues
 from rlef_mega.intervals import bootstrap_interval
+from rlef_mega.run.guards import kinds_of, most_frequent
 from rlef_mega.types import Problem
 
 # name of each breakdown -> the groups that a problem belongs to
@@ -104,7 +105,7 @@ def summarize(
             }
     return numbers | {
         "dialogues": len(dialogues),
-        "dropped": dict(finished.drops),
+        "dropped": dict(kinds_of(finished.drops)),
         "problems_left_out": [problem.id for problem in problems if problem.id not in present],
     }
 
@@ -151,8 +152,9 @@ def breakdowns(problems: Sequence[Problem], solved: Sequence[float]) -> dict[str
     return tables
 
 
-def raise_all_dropped(drops: Mapping[str, Any]) -> None:
-    raise RuntimeError(f"every dialogue of the evaluation was dropped: {dict(drops) or 'none ran'}")
+def raise_all_dropped(reasons: Mapping[str, int]) -> None:
+    told = most_frequent(reasons) or "none ran"
+    raise RuntimeError(f"every dialogue of the evaluation was dropped: {told}")
 
 
 def numbers_of(
@@ -175,9 +177,9 @@ def numbers_of(
     records = {key_of(record): outcome(record) for record in read_dialogues(path)}
     parts = [part for part in parts if any(key in records for key in part.keys)]
     finished = {part.protocol: finished_of(part, records) for part in parts}
-    lost = {name: dict(one.drops) for name, one in finished.items() if not one.dialogues}
+    lost = {name: dict(kinds_of(one.drops)) for name, one in finished.items() if not one.dialogues}
     if len(lost) == len(finished):
-        raise_all_dropped(lost)
+        raise_all_dropped(sum((one.drops for one in finished.values()), Counter[str]()))
     single = None if SINGLE in lost else finished.get(SINGLE)
     return {
         "n_at_k": [f"{n}@{k}" for n, k in n_at_k],

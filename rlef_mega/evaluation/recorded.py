@@ -21,6 +21,7 @@ from rlef_mega.evaluation.protocols import (
     graded_record,
 )
 from rlef_mega.problems.rows import FieldError, read_rows
+from rlef_mega.run.guards import reason_of
 from rlef_mega.types import Problem
 
 
@@ -115,7 +116,7 @@ def grade_again(recorded: RecordedResponses, judge: Judge, part: PlannedDialogue
             try:
                 return await regrade(shown, responses[: part.turns])
             except JudgeError as fault:
-                reason = type(fault).__name__
+                reason = reason_of(fault)
         return {"dropped": reason}
 
     async def regrade(problem: Problem, responses: Sequence[str]) -> Record:

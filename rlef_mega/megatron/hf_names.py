@@ -10,6 +10,7 @@ publishing reads from it. Loading, publication, checkpoints and conversion use t
 Legend: G key-value groups of this rank, D head dimension, H hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,11 +18,11 @@ import torch
 
 from rlef_mega.megatron.network.families import FUSED_NORMS, DenseConfig, family_of, head_dim
 from rlef_mega.megatron.network.stages import StagePosition, Stages
+from rlef_mega.run.model_folder import EMBEDDING, HEAD
 
 if TYPE_CHECKING:  # converting files needs the names, not Megatron
     from rlef_mega.megatron.network.packed_llama import PackedLlama
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Role = Literal["policy", "critic"]
 VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
@@ -91,6 +92,10 @@ class HFTensor:
         if self.split_dim is not None:
             shape[self.split_dim] //= tensor_parallel_size
         return shape
+
+
+def shapes_of(tensors: Sequence[HFTensor]) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in tensors}
 
 
 def tensors_of(role: Role, config: DenseConfig) -> list[HFTensor]:

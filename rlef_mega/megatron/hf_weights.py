@@ -10,13 +10,13 @@ import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
-from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder, open_safetensors
-from rlef_mega.megatron.hf_names import EMBEDDING, HEAD, HFTensor, name_map, position_of
+from rlef_mega.megatron.hf_names import HFTensor, name_map, position_of, shapes_of
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import PackedLlama
 from rlef_mega.megatron.network.stages import StagePosition, Stages
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.run.directory import folder_written_whole
+from rlef_mega.run.model_folder import EMBEDDING, HEAD, SafetensorsFolder, open_safetensors
 
 BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
 
@@ -31,7 +31,7 @@ def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
     """
     config, stages = chunks[0].hf_config, chunks[0].stages
     found, tensors = SafetensorsFolder(folder), name_map(config)
-    found.check(tensors)
+    found.check(shapes_of(tensors))
     for tensor in tensors:
         position = position_of(tensor, stages)
         targets = []

@@ -2,10 +2,31 @@
 machine."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlef_mega.config import GuardConfig
+
+
+def reason_of(fault: Exception) -> str:
+    """Return why a dialogue was dropped: the kind of fault, a colon, and what its error says."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:500]}"
+
+
+def kinds_of(reasons: Mapping[str, int]) -> Counter[str]:
+    """Count drops by kind of fault."""
+    kinds = Counter[str]()
+    for reason, count in reasons.items():
+        kinds[reason.partition(":")[0]] += count
+    return kinds
+
+
+def most_frequent(reasons: Mapping[str, int]) -> str:
+    """Return the three most frequent reasons with their counts, and how many others there are."""
+    shown = Counter(reasons).most_common(3)
+    others = sum(reasons.values()) - sum(count for _, count in shown)
+    told = [f"{count} x {reason}" for reason, count in shown]
+    return "; ".join([*told, *([f"{others} for other reasons"] if others else [])])
 
 
 class GuardError(RuntimeError):
@@ -22,16 +43,17 @@ class Guards:
         self.max_drop_fraction, self.max_staleness = max_drop_fraction, max_staleness
         self.recent: list[dict[str, Any]] = []  # records of the last guard.window steps
 
-    def check_drops(self, drops: Counter[str], dialogues: int) -> None:
-        """Raise GuardError if more than max_drop_fraction of a batch's dialogues were dropped.
+    def check_drops(self, reasons: Mapping[str, int], dialogues: int) -> None:
+        """Raise GuardError, with the most frequent reasons, if more than max_drop_fraction of a
+        batch's dialogues were dropped.
 
         A few drops are the price of faults; many mean that the engine or the sandbox is broken.
         """
-        dropped, allowed = drops.total(), self.max_drop_fraction
+        dropped, allowed = sum(reasons.values()), self.max_drop_fraction
         if dropped > allowed * dialogues:
             raise GuardError(
-                f"{dropped} of {dialogues} dialogues were dropped: {dict(drops)}; "
-                f"rollout.max_drop_fraction = {allowed}"
+                f"{dropped} of {dialogues} dialogues were dropped, more than "
+                f"rollout.max_drop_fraction = {allowed} allows: {most_frequent(reasons)}"
             )
 
     def alarms(self, record: dict[str, Any]) -> list[str]:

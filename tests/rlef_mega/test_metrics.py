@@ -9,7 +9,7 @@ import torch
 from rlef_mega import metrics
 from rlef_mega.config import GuardConfig
 from rlef_mega.packing import pack
-from rlef_mega.run.guards import GuardError, Guards
+from rlef_mega.run.guards import GuardError, Guards, kinds_of, most_frequent
 from rlef_mega.types import Scores
 from tests.rlef_mega.episodes import episode
 
@@ -110,6 +110,17 @@ def test_a_gap_between_engine_and_trainer_is_an_alarm_at_half_and_the_end_at_onc
     with pytest.raises(GuardError, match="their weights differ"):
         watch({"logprob_gap_max": 1.5})
     assert watch({"logprob_gap_max": None, "logprob_gap_mean": None}) == [[]]
+
+
+def test_too_many_drops_end_the_run_with_the_reasons_that_were_given():
+    guards = Guards(GuardConfig(), max_drop_fraction=0.5, max_staleness=1)
+    reasons = {"EngineError: weights are broken": 3, "prompt too long": 1}
+    guards.check_drops(reasons, 8)
+    with pytest.raises(GuardError, match=r"4 of 7 .* 3 x EngineError: weights are broken; 1 x"):
+        guards.check_drops(reasons, 7)
+    reasons |= {f"JudgeError: {n}": 1 for n in range(3)}
+    assert most_frequent(reasons).endswith("1 x JudgeError: 0; 2 for other reasons")
+    assert kinds_of(reasons) == {"EngineError": 3, "prompt too long": 1, "JudgeError": 3}
 
 
 @pytest.mark.parametrize("lag", ["-1", "2"])

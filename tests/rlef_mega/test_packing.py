@@ -95,6 +95,20 @@ def test_a_sequence_over_the_budget_is_refused_with_the_remedy():
         packing.microbatches([50, 120], 100, 1)
 
 
+def test_equal_returns_leave_no_variance_to_explain():
+    def explained(*episodes, values):
+        batch = packing.pack(episodes)
+        logprobs_A = batch.behaviour_logprobs_A
+        scores = Scores(logprobs_A, logprobs_A, torch.tensor(values))
+        return ppo.targets(batch, scores, PPOConfig())[1]["value_explained_variance"]
+
+    failed = episode([(2, 3)], solved=False, first_id=200)
+    assert explained(failed, failed, values=[-1.0, 0.5]) is None
+    # returns -1 and 1, of variance 1; residuals -0.5 and 0.5, of variance 0.25
+    solved = episode([(2, 3)], solved=True, first_id=200)
+    assert explained(failed, solved, values=[-0.5, 0.5]) == pytest.approx(0.75)
+
+
 def test_advantages_are_invariant_to_packing():
     """The same episodes in another order give each turn the same target."""
     forward, backward = packing.pack(EPISODES), packing.pack(EPISODES[::-1])

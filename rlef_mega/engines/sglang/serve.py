@@ -21,6 +21,7 @@ from rlef_mega.config import ConfigError, TrainConfig, read_json
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
 from rlef_mega.run.launch import die_with_parent
+from rlef_mega.run.model_folder import SafetensorsFolder
 
 READY = "ready: "  # begins the line that names the servers once all are ready
 
@@ -39,6 +40,7 @@ def servers_for(config: TrainConfig) -> ServerProcesses:
     if not (model / "config.json").is_file():
         raise ConfigError(f"model.path = {model} has no config.json; servers need the model here")
     read = read_json(model / "config.json")
+    SafetensorsFolder(model)  # refuses a folder whose weights cannot be read
     most = int(read["max_position_embeddings"]) - SPARE_TOKENS
     if context > most:
         raise ConfigError(

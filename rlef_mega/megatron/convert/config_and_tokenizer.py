@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlef_mega.config import ConfigError, read_json
-from rlef_mega.megatron.convert.safetensors_files import INDEX
 from rlef_mega.megatron.hf_names import Role
+from rlef_mega.run.model_folder import INDEX
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TEMPLATES = "additional_chat_templates"

@@ -35,10 +35,10 @@ from rlef_mega.megatron.convert.resumable_folder import (
     ResumableFolder,
     fingerprint,
 )
-from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
 from rlef_mega.megatron.convert.verify import compare_weights
-from rlef_mega.megatron.hf_names import HFTensor, name_map
+from rlef_mega.megatron.hf_names import HFTensor, name_map, shapes_of
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.run.model_folder import SafetensorsFolder
 
 CHUNK_BYTES = 16 * 2**20
 FILE_BYTES = 4 * 2**30
@@ -77,7 +77,7 @@ class PackedParameter:
         packed = torch.empty(self.shape, dtype=self.dtype)
         for tensor in self.tensors:
             part = tensor.rows.view(packed) if tensor.rows else packed
-            part.copy_(weights.read(tensor).view(part.shape))
+            part.copy_(weights.read(tensor.name).view(part.shape))
         for chunk in self.chunks():
             start, rows = (part[-len(self.shape)] for part in (chunk.offsets, chunk.sizes))
             # cloned: torch saves the whole storage that a view is part of
@@ -106,8 +106,8 @@ def plan_import(folder: Path, out: Path, dtype: torch.dtype | None) -> Resumable
     its config."""
     config, weights = read_config(folder), SafetensorsFolder(folder)
     tensors = name_map(config)
-    weights.check(tensors)
-    dtype = dtype or weights.dtype_of(tensors)
+    weights.check(shapes_of(tensors))
+    dtype = dtype or weights.dtype_of(tensor.name for tensor in tensors)
     files = {
         f"{NETWORKS}/__0_{number}.distcp": part
         for number, part in enumerate(divide(pack(tensors, dtype)))

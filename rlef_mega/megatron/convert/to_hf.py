@@ -13,10 +13,10 @@ from rlef_mega.config import ConfigError, read_json
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint, find_checkpoint
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions, dtype_named
 from rlef_mega.megatron.convert.resumable_folder import PlannedFile, ResumableFolder, fingerprint
-from rlef_mega.megatron.convert.safetensors_files import INDEX
 from rlef_mega.megatron.convert.verify import compare_weights
 from rlef_mega.megatron.hf_names import Role, tensors_of
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.run.model_folder import INDEX
 
 PATTERN = "model{suffix}.safetensors"
 MAX_SHARD_SIZE = "5GB"  # of one file, Hugging Face's default for hosting

@@ -6,9 +6,9 @@ import torch
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint
-from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
-from rlef_mega.megatron.hf_names import Role, tensors_of
+from rlef_mega.megatron.hf_names import Role, shapes_of, tensors_of
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.run.progress import ByteProgress
 
 
@@ -20,11 +20,11 @@ def compare_weights(checkpoint: Checkpoint, folder: Path, role: Role, *, exporte
     """
     tensors = tensors_of(role, read_config(folder))
     ours, theirs = checkpoint.network(role, tensors), SafetensorsFolder(folder)
-    theirs.check(tensors)
+    theirs.check(shapes_of(tensors))
     sizes = [torch.Size(t.shape).numel() * ours.dtype(t).itemsize for t in tensors]
     with ByteProgress(f"verifying {role}") as progress:
         for index, tensor in enumerate(tensors):
-            pair = [ours.read(tensor), theirs.read(tensor)]
+            pair = [ours.read(tensor), theirs.read(tensor.name)]
             bits = [x.to(pair[exported].dtype).contiguous().view(torch.uint8) for x in pair]
             if not torch.equal(*bits):
                 raise ConfigError(

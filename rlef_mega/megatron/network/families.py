@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from rlef_mega.config import ConfigError, read_json
+from rlef_mega.run.model_folder import refuse_quantized
 
 DenseConfig = LlamaConfig | Qwen2Config | Qwen3Config
 
@@ -58,6 +59,7 @@ def read_config(folder: Path) -> DenseConfig:
         raise ConfigError(
             f"{path}: not a model's config.json ({error!r}); export it again"
         ) from None
+    refuse_quantized(folder, content)
     if model_type not in FAMILIES:
         raise ConfigError(f"{path}: model_type {model_type!r} is not supported; {SUPPORTED}")
     try:

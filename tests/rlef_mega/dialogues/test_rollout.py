@@ -156,6 +156,7 @@ def test_a_fault_of_the_engine_is_tried_again_then_dropped_and_counted_never_sco
     assert [episode.solved for episode in held.episodes] == [True]
     held = hold(chat, judge, always)
     assert not held.episodes and held.drops == {"EngineError": 1}
+    assert held.reasons == {"EngineError: lost": 1}
 
 
 def test_a_faulty_dialogue_costs_the_others_nothing(chat, judge):
@@ -166,7 +167,7 @@ def test_a_faulty_dialogue_costs_the_others_nothing(chat, judge):
     held = asyncio.run(DialogueLoop(engine, judge, chat, RULES).run_all([GREET] * 3, range(3)))
     assert [len(o.turns) if not isinstance(o, str) else o for o in held.outcomes] == [
         1,
-        "EngineError",
+        "EngineError: lost",
         2,
     ]
 

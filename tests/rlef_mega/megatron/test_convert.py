@@ -25,12 +25,12 @@ from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert import from_hf, resumable_folder
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.convert.from_hf import import_folder
-from rlef_mega.megatron.convert.safetensors_files import SafetensorsFolder
 from rlef_mega.megatron.convert.stored_network import OWN_NAMES
 from rlef_mega.megatron.convert.to_hf import export_checkpoint
 from rlef_mega.megatron.convert.verify import compare_weights
 from rlef_mega.megatron.hf_names import name_map
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.run.model_folder import SafetensorsFolder
 from tests.rlef_mega.distributed import ROOT
 from tests.rlef_mega.megatron.families_worker import CASES, make_family
 from tests.rlef_mega.megatron.megatron_worker import make_model
@@ -308,7 +308,7 @@ def test_folders_that_do_not_fit_their_config_are_refused(folder: Path, tmp_path
         "dtype": (lambda t: t.update({norm: t[norm].half()}), "choose one with --dtype"),
         "codes": (
             lambda t: t.update({norm: t[norm].to(torch.float8_e4m3fn)}),
-            "dtype F8_E4M3, which is not supported",
+            "dtype F8_E4M3, as quantized weights",
         ),
     }
     for name, (change, message) in changes.items():
@@ -323,7 +323,7 @@ def test_folders_that_do_not_fit_their_config_are_refused(folder: Path, tmp_path
     with pytest.raises(ConfigError, match=r"model.safetensors is truncated or damaged"):
         import_folder(cut, tmp_path / "checkpoint")
     (cut / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"no file .*model.safetensors"):
+    with pytest.raises(ConfigError, match="cut holds no weights"):
         import_folder(cut, tmp_path / "checkpoint")
     assert not list(tmp_path.glob("*checkpoint*")), "nothing is begun"
 
