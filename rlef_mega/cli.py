@@ -34,7 +34,8 @@ app = typer.Typer(
 )
 Recipe = Annotated[str, typer.Argument(help="a TOML file, or the name of a recipe of the package")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, as in run.steps=5")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override, such as run.steps=5"),
 ]
 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as stored")]
@@ -203,14 +204,14 @@ def evaluate(
         typer.Option(help="such as 1@3,10@100; default 1@TURNS. Each turn counts as a sample"),
     ] = None,
     rollouts: Annotated[
-        int | None, typer.Option(min=1, help="dialogues a problem; default: as n@k needs")
+        int | None, typer.Option(min=1, help="dialogues per problem; default: what n@k needs")
     ] = None,
     turns: Annotated[int, typer.Option(min=1)] = 3,
     feedback: Annotated[
-        str, typer.Option(help="kinds of feedback, of true, random, private, none")
+        str, typer.Option(help="kinds of feedback: true, random, private, none")
     ] = "true,random",
     single_turn: Annotated[
-        bool, typer.Option(help="also sample independent responses, equally many")
+        bool, typer.Option(help="also sample as many independent responses")
     ] = True,
     temperature: float = 0.2,
     top_p: float = 0.95,
@@ -221,14 +222,14 @@ def evaluate(
     at_once: Annotated[int | None, typer.Option(min=1, help="concurrent dialogues")] = None,
     servers: Annotated[
         list[str] | None,
-        typer.Option("--server", help="a grading server, as http://node7:8765; repeatable"),
+        typer.Option("--server", help="a grading server: http://node7:8765; repeatable"),
     ] = None,
     sglang: Annotated[
         list[str] | None,
-        typer.Option(help="an SGLang server to sample from, as http://node7:30000; repeatable"),
+        typer.Option(help="an SGLang server to sample from: http://node7:30000; repeatable"),
     ] = None,
 ) -> None:
-    """Estimate a model's n@k with 95% intervals, from dialogues, independent samples and false
+    """Estimate a model's n@k with 95% intervals, from dialogues, independent samples and random
     feedback; a killed evaluation resumes."""
     asked = locals()
     from rlef_mega.evaluation.command import EvalRequest, run_evaluation
@@ -268,14 +269,14 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="total number; search their best layout and split")
+        int | None, typer.Option(min=1, help="total number; search for the best layout and split")
     ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="a100-80gb, h100-80gb, h200, b200 or cpu; default: the recipe's kind"),
     ] = None,
     sampling_gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of the servers; default: as many as keep up")
+        int | None, typer.Option(min=1, help="GPUs of the servers; default: what training needs")
     ] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="show time and cost for up to 10,000 GPUs")
@@ -357,13 +358,13 @@ def bench(
     newer: Annotated[Path | None, typer.Argument(help="compare: the newer JSON")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
     layers: Annotated[
-        str | None, typer.Option(help="slice: a number, or auto (the default) for what fits")
+        str | None, typer.Option(help="slice: a number, or auto (default): as many as fit")
     ] = None,
     recompute: Annotated[
         str | None, typer.Option(help="slice: none (the default), selective or full")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="compare: the fraction by which a worse figure is reported")
+        float, typer.Option(help="compare: the fraction by which a figure may be worse")
     ] = 0.05,
 ) -> None:
     """Measure throughput and print a table; --json also writes device, versions and command.
@@ -388,7 +389,7 @@ def bench(
 
 @app.command()
 def demo() -> None:
-    """Run everything small on two CPU cores: base model, RLEF, evaluation, export, report."""
+    """Run every stage, small, on two CPU cores: base model, RLEF, evaluation, export, report."""
     from rlef_mega.demo.command import run_demo
 
     run_demo()

@@ -1,4 +1,4 @@
-"""Seconds and bytes of one call on a GPU or a CPU, and what a device could reach."""
+"""Time and memory of one call on a GPU or a CPU, and the peak FLOP/s of devices."""
 
 import time
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def measure_call(
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a call: on a GPU, those between two of its events."""
+    """Return the seconds of a call: on a GPU, those between two CUDA events."""
     if device.type != "cuda":
         return wall_seconds(function, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -77,7 +77,7 @@ def wait(device: torch.device) -> None:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that a call allocates at once."""
+    """Return the peak of the bytes that a call allocates."""
     if device.type != "cuda":
         with AllocatedBytes() as memory:
             function()

@@ -62,7 +62,7 @@ PRODUCTS = 10  # samples of the largest product's rate
 
 
 def benchmark(recipe: str, *, layers: str = "auto", recompute: str = "none") -> Results:
-    """Measure the slice; `layers` is a number, or "auto" for what fits."""
+    """Measure the slice; `layers` is a number, or "auto" for as many as fit."""
     with slice_workload(recipe, layers, recompute) as work:
         measured = work.run("rlef_mega.bench.slice")
         shape = LlamaShape.of(read_config(Path(work.config.model.path)))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rlef_mega.megatron.parallel import Ranks
 
 # Observed in the demo's dialogues (prompts of 30 to 54 tokens, feedback of 28 to 52, responses of 6
-# to 25), as fractions of the recipe's limits, so that other recipes get theirs in proportion.
+# to 25), as fractions of the recipe's limits, so that lengths scale with those of other recipes.
 OBSERVED = (1 / 10, 1 / 6)  # of rollout.max_context: a prompt, or one turn's feedback
 ANSWERED = (0.15, 0.65)  # of rollout.max_new_tokens: a response
 UNGRADED = Verdict((), public_passed=False, solved=None)
@@ -72,7 +72,7 @@ class Workload:
 
 
 def run_rank(measure: Callable[[Path, TrainConfig, "Ranks"], dict[str, Any]]) -> None:
-    """Be a rank of a worker: measure, and as rank 0 write what was measured. A Ctrl-C leaves a file
+    """Run one rank of a worker: measure, and on rank 0 write the result. Ctrl-C creates the file
     `stop`; a benchmark has nothing to save, so it ends at once."""
     from rlef_mega.megatron import parallel  # not needed by the command
 
@@ -96,7 +96,7 @@ def run_rank(measure: Callable[[Path, TrainConfig, "Ranks"], dict[str, Any]]) ->
 
 @contextmanager
 def workload(recipe: str) -> Iterator[Workload]:
-    """Open the recipe with its model, or if that is not on this machine, with random weights of the
+    """Load the recipe with its model or, if that is not on this machine, with random weights of the
     demo's shape. Raises ConfigError if the recipe states another shape."""
     source = find_recipe(recipe)
     config = load_config(source, [], TrainConfig)

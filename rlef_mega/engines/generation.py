@@ -2,8 +2,8 @@
 
 Prompts are padded on the left, so that all rows write their next token into the same column of the
 cache. The prefill runs in groups of similar length, each padded to its own longest prompt only. The
-decode loop calls `model.forward` on one column a step and drops finished rows from the batch when
-enough have finished.
+decode loop calls `model.forward` on one column per step and drops finished rows from the batch
+when enough have finished.
 
 transformers' `generate` is not used: its mask construction, cache growth and logits processors take
 longer than a small model's arithmetic.
@@ -127,7 +127,7 @@ def pad_left(
 
 
 def prefill_mask(is_token_GP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the additive mask, [G, 1, P, P], or None if plain causal attention will do.
+    """Return the additive mask, [G, 1, P, P], or None if plain causal attention suffices.
 
     Padding attends to itself: the softmax of a row of -inf is NaN.
     """
@@ -217,7 +217,7 @@ def decode_mask(
 
 
 def uniforms_of(rows: Sequence[BatchRow]) -> torch.Tensor:
-    """Return the uniform numbers of each row's request, [B, K]. K: the most tokens of a row."""
+    """Return the uniform numbers of each row's request, [B, K]. K: the largest limit of a row."""
     uniforms_BK = numpy.zeros((len(rows), max(row.limit for row in rows)))
     for uniforms_K, row in zip(uniforms_BK, rows, strict=True):
         uniforms_K[: row.limit] = request_uniforms(row.request.seed, row.limit)

@@ -7,15 +7,14 @@ which word?). Its problems come in three wordings:
 - `vague` leaves the variant open. The public test reveals it, but only as feedback: a first
   response can only guess, and a model that reads the feedback is right at the second.
 - `word` names the variant.
-- `example` is vague and quotes the public test: the inference that feedback asks for, within one
-  turn.
+- `example` is vague and quotes the public test: what feedback would show, within one turn.
 
-No two variants print the same on a public input, so one test settles the variant. Private tests
+No two variants print the same on a public input, so one test reveals the variant. Private tests
 have other inputs and more than one output, so printing the public output solves nothing.
 
 The splits share no (family, variant, public input), whatever the wording: no split shows a public
-test of another. All problems follow from `curriculum.json`, on every machine; no program is run to
-make them. To add a family, add an entry to that file:
+test of another. All problems are computed from `curriculum.json`, alike on every machine, without
+running a program. To add a family, add an entry to that file:
 
 - `vague`: two statements; `word`: a third, with {0}, {1} for the parts of the variant;
 - `variants`: the hidden parts, a string or a list of strings each;
@@ -38,7 +37,7 @@ from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Limits, Test
 
 Wording = Literal["vague", "word", "example"]
-Variant = tuple[str, ...]  # what the program's text has that the statement may withhold
+Variant = tuple[str, ...]  # parts of the program that the statement may withhold
 
 PRIVATE_TESTS = 4
 HELD_OUT = {"test": 50, "valid": 30}  # public tests of each family; the rest is for training

@@ -1,4 +1,4 @@
-"""HumanEval+ and MBPP+ (Liu et al. 2023), from evalplus' files: base tests are shown, all decide.
+"""HumanEval+ and MBPP+ (Liu et al. 2023), from evalplus' files: base tests public, all private.
 
 The files hold inputs and a canonical solution, but no expected outputs. The solution, run in the
 sandbox, gives them, and they are stored with the problems. Outputs are compared as evalplus 0.3.1
@@ -23,11 +23,11 @@ from rlef_sandbox.values import encode
 LIMITS = Limits(cpu_s=10.0)  # RLEF A.2; of each public test and of each private check
 REFERENCE_LIMITS = Limits(cpu_s=120.0, memory_bytes=4 << 30, output_bytes=256 << 20)
 SHOWN = 16  # base inputs; six tasks of HumanEval have more, up to 105
-INPUTS_A_CHECK = 25
-BYTES_A_CHECK = 1 << 20  # of Python literals; the check holds them as objects
+INPUTS_PER_CHECK = 25
+BYTES_PER_CHECK = 1 << 20  # of Python literals; the check holds them as objects
 TIME_FACTOR = 4  # over the canonical solution, as evalplus allows for each input
 
-# --- argument types of MBPP that JSON has no form for, by the task's number
+# --- argument types of MBPP that JSON cannot express, by the task's number
 
 Convert = Callable[[list[Any]], list[Any]]
 
@@ -51,7 +51,7 @@ def at(position: int, convert: Callable[[Any], Any] = tuple) -> Convert:
     return lambda given: [convert(a) if n == position else a for n, a in enumerate(given)]
 
 
-# 124 and 252 take complex numbers, which do not cross into the sandbox: their solutions fail
+# 124 and 252 take complex numbers, which the sandbox cannot pass: their solutions fail
 CONVERSIONS: tuple[tuple[Convert, str], ...] = (
     (each(tuple), "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740"),
     (each(tuple), "744 809"),
@@ -146,7 +146,7 @@ def rule_of(entry_point: str) -> str:
 
 
 class Case(NamedTuple):
-    """One input of a task: its arguments, the expected output, what it takes."""
+    """One input of a task: its arguments, the expected output and the CPU time."""
 
     given: list[Any]
     expected: Any
@@ -168,15 +168,15 @@ def check_code(entry_point: str, atol: float, cases: Sequence[str]) -> str:
 
 
 def checks(entry_point: str, atol: float, cases: Sequence[Case]) -> Iterator[CheckTest]:
-    """Yield tests of all cases. One test has a limited number of inputs, bytes, and seconds of the
-    canonical solution, since one limit holds for all that it does."""
+    """Yield tests of all cases. The inputs, bytes and CPU seconds of the canonical solution are
+    bounded per test, since one limit holds for the whole test."""
     literals: list[str] = []
     cpu_s = 0.0
     for case in cases:
         literal = case.literal
         if literals and (
-            len(literals) == INPUTS_A_CHECK
-            or sum(map(len, literals)) + len(literal) > BYTES_A_CHECK
+            len(literals) == INPUTS_PER_CHECK
+            or sum(map(len, literals)) + len(literal) > BYTES_PER_CHECK
             or (cpu_s + case.cpu_s) * TIME_FACTOR > LIMITS.cpu_s
         ):
             yield CheckTest(entry_point, check_code(entry_point, atol, literals))
@@ -211,7 +211,7 @@ for _given in eval(_sys.stdin.read(), dict(inf=_math.inf, nan=_math.nan)):
     _out = ENTRY(*_given)
     _took = _time.process_time() - _began
     try:
-        if _leaves(_out, 1 << 19) <= 1 << 19:  # of 3 characters each, with what parts them
+        if _leaves(_out, 1 << 19) <= 1 << 19:  # of 3 characters each, with separators
             _text = repr(_out is not None if NONE else _plain(_out))
     except ValueError:  # an integer of more digits
         pass

@@ -1,8 +1,8 @@
 """Many problems on disk, read one at a time: our own JSONL, each line a Zstandard frame of its own.
 
 CodeContests' training set has gigabytes of tests, and a step needs only those of its own problems.
-A store is written once, from a stream, and found again by a key made of its source. In memory are
-the offsets of the lines. `zstdcat` prints a store as JSONL.
+A store is written once, from a stream, and found by a key computed from its source. Only the lines'
+offsets are in memory. `zstdcat` prints a store as JSONL.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_mega.problems.rows import Drop, Read
 from rlef_mega.types import Problem
 
-FORMAT = 7  # part of every key: raise it when readers make other problems or drops of a row
-WHOLE_BYTES = 64 << 20  # larger files are identified by their ends, size and time of change
+FORMAT = 7  # part of every key: raise it when a reader's output for the same row changes
+WHOLE_BYTES = 64 << 20  # larger files: only size, modification time, first and last bytes
 END_BYTES = 1 << 20
 
 
 class ProblemStore(Sequence[Problem]):
-    """The problems of a store, each read when it is asked for, and the drops of its writing."""
+    """The problems of a store, each read on access, and the rows dropped when it was written."""
 
     def __init__(self, index: Path) -> None:
         about = json.loads(index.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def stored(
 ) -> ProblemStore:
     """Return the store of this source; write it first if these files have none.
 
-    `read` gets the path of a file in which it may keep what a reader that is killed has done.
+    `read` gets the path of a journal, for progress that survives a kill.
     """
     index = folder / f"{digest_of(source, files, version=FORMAT)}.json"
     if not index.is_file():
@@ -78,7 +78,7 @@ def stored(
 def digest_of(source: str, files: Sequence[Path], *, version: int = 5) -> str:
     """Return a digest of a version, a source's name and its files' content.
 
-    Evaluations store digests of the default version: another one would refuse to resume them.
+    Evaluations store digests of the default version; with another one they would not resume.
     """
     digest = hashlib.blake2b(repr((version, source)).encode(), digest_size=16)
     for path in files:

@@ -2,9 +2,9 @@
 
 Theory of operation. The workers are forked from a server process that has imported torch and
 Megatron and done nothing else, because importing them takes seconds in each process. The processes
-of a world meet at stores that the test's process keeps, on ports that the kernel chose, so that
-nobody else can take them. A store serves one world; a worker that makes a world for each of its
-arguments calls `next_world` before each.
+of a world meet at a TCPStore that the test's process hosts, on a port that the kernel chose, so
+that no other process can take it. A store serves one world; a worker that makes a world for each of
+its arguments calls `next_world` before each.
 """
 
 import multiprocessing
@@ -29,7 +29,7 @@ def keep_store() -> TCPStore:
 
 
 def address(store: TCPStore) -> dict[str, str]:
-    """Environment variables by which processes meet there: as under torchrun, no rank keeps it."""
+    """Return the environment by which ranks find the store; as with torchrun, none hosts it."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

@@ -1,4 +1,4 @@
-"""Every command line that a docs page, a recipe or a Slurm script prints is one that we accept.
+"""Every command line in a docs page, a recipe or a Slurm script is accepted.
 
 Nothing is run: click parses the words of `rlef`, argparse those of `python -m`, recipes are loaded
 with their settings, and scripts and targets of make must exist. Words in capitals (RUN, OUT) stand
@@ -28,7 +28,7 @@ COMMAND = re.compile(r"(\w+=\S+ )*(rlef|make|sbatch|bash|srun|python3?|torchrun)
 INLINE = re.compile(r"`((?:rlef|make|sbatch|bash|python -m|torchrun) [^`]+)`")
 OPTIONAL = re.compile(r" \[[A-Za-z][^\]\"']*\]")
 PLACEHOLDER = re.compile(r"[A-Z]+(\|[A-Z]+)*")
-EXAMPLE_RECIPE = "llama31_8b"  # for RECIPE: it has a section for whatever a page sets
+EXAMPLE_RECIPE = "llama31_8b"  # for RECIPE: it has every section that pages set
 
 
 def printed_lines() -> Iterator[tuple[str, str, bool]]:
@@ -71,7 +71,7 @@ def check_rlef(words: list[str], *, inline: bool) -> None:
                 context, [*context._protected_args, *context.args]
             )
         values = command.make_context(command.name, list(words), parent=context).params
-    except Exception as error:  # typer brings a click of its own, whose classes are private
+    except Exception as error:  # typer vendors click, whose classes are private there
         accepted = {"Exit", *(("MissingParameter", "BadOptionUsage") if inline else ())}
         if type(error).__name__ not in accepted:
             raise

@@ -2,10 +2,10 @@
 
 Theory of operation. Servers are processes of their own, on this node or others. An event loop in a
 thread of its own (`sglang-client`) holds the connections and the fleet (fleet.py); it outlives the
-rollouts' loops, of which each step has one. A dialogue's coroutine hands its request to that loop
+rollouts' event loops, one per step. A dialogue's coroutine hands its request to that loop
 and waits for an answer, or for EngineError after several servers were tried.
 
-Each process that rolls out has an engine over the same servers. One of them publishes: it blocks in
+Each process with rollouts has an engine for the same servers. One of them publishes: it blocks in
 `update_weights` until all ready servers have the verified weights. The others wait, and check no
 paused server meanwhile. At `end_update` they note the version, and use a server again once it
 reports that version. Dialogues may run all the while: their requests wait at the paused servers and
@@ -55,8 +55,8 @@ class SGLangSession:
         """Continue the prompt. Raises ValueError for a request that no server can serve,
         EngineError if none answered."""
         engine, request = self.engine, GenerationRequest(tuple(token_ids), sampling, seed)
-        room = replace(sampling, max_new_tokens=engine.token_limit(request))
-        asked = engine.fleet.generate(self.affinity, replace(request, sampling=room))
+        limited = replace(sampling, max_new_tokens=engine.token_limit(request))
+        asked = engine.fleet.generate(self.affinity, replace(request, sampling=limited))
         return await asyncio.wrap_future(engine.thread.submit(asked))
 
 
@@ -125,12 +125,12 @@ class SGLangEngine(LivesInLoop):
         if self.way and info.weight_version != FREE and not self.take_over:
             raise ConfigError(
                 f"{client.url} has weights of version {info.weight_version}, so a training run or "
-                "another evaluation uses it and would continue with ours; use other servers "
+                "another evaluation uses it and would get our weights; use other servers "
                 "(`rlef serve` with another rollout.servers.port), or restart it if it is unused"
             )
 
     def make_publication(self) -> DiskPublication | BucketPublication:
-        """Return the way to publish that was asked for."""
+        """Return the publication that `way` selects."""
         if self.way == "disk":
             if self.weights_folder is None:
                 raise ValueError("publication by disk needs a folder that servers can read")
@@ -166,10 +166,10 @@ class SGLangEngine(LivesInLoop):
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Bring the weights to all servers; without `way`, wait until `end_update`.
+        """Load the weights on all servers; without `way`, wait until `end_update`.
 
-        Raises EngineError unless every server that is ready afterwards has exactly what was sent.
-        Then none is ready, and requests wait until a publication succeeds.
+        Raises EngineError unless every server that is ready afterwards has exactly these weights.
+        After an error no server is ready, and requests wait until a publication succeeds.
         """
         if self.publication is None:
             self.thread.wait_for(self.fleet.control.acquire())  # paused servers are not checked
@@ -213,7 +213,7 @@ class SGLangEngine(LivesInLoop):
         self.resting = await on_each(ready, lambda client: client.release_memory())
 
     async def wake(self, resting: Sequence[Member]) -> None:
-        """Make room for weights again. A server that fails here fails in the publication too."""
+        """Allocate the weights again. A server that fails here fails in the publication too."""
         version, self.resting = str(self.fleet.version), None
         try:
             await on_each(resting, lambda client: client.make_room_for_weights(version))
@@ -240,8 +240,8 @@ class SGLangEngine(LivesInLoop):
     def token_limit(self, request: GenerationRequest) -> int:
         """Return how many tokens the servers have room for, at most `max_new_tokens`.
 
-        Raises ValueError for a request that a server refuses or dies of: a token id outside the
-        vocabulary ends it.
+        Raises ValueError for a request that a server would refuse or, with a token id outside the
+        vocabulary, crash on.
         """
         if self.weight_version == NO_WEIGHTS:
             raise EngineError("no weights were published")

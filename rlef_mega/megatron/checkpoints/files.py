@@ -68,14 +68,14 @@ def prune(folder: Path, *, keep: int, keep_best: bool) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint. A kill meanwhile leaves no part of it under its name."""
+    """Delete a checkpoint. A kill during this leaves no part of it under its name."""
     doomed = path.with_suffix(".deleted")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill during a save or a deletion left."""
+    """Remove the leftovers of a kill during a save or a deletion."""
     if folder.is_dir():
         for path in folder.iterdir():
             if LEFTOVER.fullmatch(path.name):
@@ -138,7 +138,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_score(path: Path) -> float | None:
-    """Return the policy's score, given when it was saved or by `write_score` since."""
+    """Return the policy's score: that of `write_score` if there is one, else that of the save."""
     try:
         return json.loads((path / LATE_SCORE).read_text())["score"]
     except (OSError, ValueError, KeyError):

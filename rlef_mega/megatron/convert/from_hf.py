@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a checkpoint of our own: `rlef import-hf`.
+"""Convert a Hugging Face folder to one of our checkpoints: `rlef import-hf`.
 
     CKPT/manifest.json  meta.json  networks/  hf/
 

@@ -1,4 +1,4 @@
-"""A network of a checkpoint to a Hugging Face folder: `rlef export-hf`."""
+"""Convert a checkpoint's network to a Hugging Face folder: `rlef export-hf`."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def export_checkpoint(
     verify: bool = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: the one at `path`, or the run's newest one or
-    that of `step`. `dtype` None keeps the checkpoint's; a value head is fp32 in any. Raises
+    that of `step`. `dtype` None keeps the checkpoint's; a value head is always fp32. Raises
     ConfigError; `out` is complete or does not exist."""
     if role not in ("policy", "critic"):
         raise ConfigError(f"--role {role!r}: use one of critic, policy")

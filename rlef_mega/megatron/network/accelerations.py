@@ -1,10 +1,10 @@
-"""Which optional packages for speed this machine has, and which of them are used. Only this file
-decides: attention, model and optimizer ask it; `rlef doctor`, a run's manifest and its first lines
-report it.
+"""Decides which optional packages for speed are used on this machine. Only this file decides:
+attention, model and optimizer ask it; `rlef doctor`, a run's manifest and its first lines report
+it.
 
 An optional package that cannot work here (no GPU; built for another PyTorch) is hidden before
 megatron-core is imported. So megatron-core, transformers and this package all fall back at the
-start, and no run fails over the package later.
+start, and the package cannot fail a run later.
 """
 
 import functools
@@ -97,7 +97,7 @@ def hide_unusable() -> None:
         useless = fault(package) not in (None, NOT_INSTALLED)
         # Triton's interpreter runs the kernels' tests on CPUs
         if useless and (package != "triton" or torch.cuda.is_available()):
-            sys.modules[package] = None  # type: ignore[assignment]  # the import system's own way
+            sys.modules[package] = None  # type: ignore[assignment]  # makes its import an ImportError
 
 
 def refuse_foreign_apex() -> None:
@@ -129,13 +129,13 @@ def varlen_options(function: Callable) -> dict[str, Any]:
 
 
 def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Say by part what is used and what it costs not to have the rest, for `rlef doctor` and
-    `manifest.json`. No cost is a number, because none was measured."""
+    """Report what each part uses and what each missing package costs, for `rlef doctor` and
+    `manifest.json`. Costs are not numbers, because none was measured."""
     chosen = choose(device.type, dtype)
     if device.type != "cuda":
         idle = {name: fault(name) or NOT_INSTALLED for name in INSTALL if name != "triton"}
         return {
-            "attention": "PyTorch SDPA, a call a sequence",
+            "attention": "PyTorch SDPA, one call per sequence",
             "optimizer": optimizer(),
             "head": "PyTorch",
             **{name: f"not used: {why}" for name, why in idle.items() if why != NOT_INSTALLED},
@@ -153,7 +153,7 @@ def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         cost = "each weight gradient is written in bf16, then added to the fp32 main gradient"
         found["weight gradients"] = without(WEIGHT_GRADIENTS, "PyTorch", cost)
     if not chosen.triton_head:
-        found["head"] = without("triton", "PyTorch", "logits are stored, a piece at a time")
+        found["head"] = without("triton", "PyTorch", "logits are stored, in chunks")
     return found
 
 
@@ -166,7 +166,7 @@ def without(package: str, used: str, cost: str) -> str:
 def attention_report(kernel: str, dtype: torch.dtype) -> str:
     if kernel == "flash-attn":
         return "flash_attn_varlen_func"
-    calls = "attention is a call a sequence"
+    calls = "attention is one call per sequence"
     if dtype == torch.float32:
         lacking, remedy = "float32 has no varlen kernel", "model.dtype = 'bfloat16'"
         return f"PyTorch SDPA; {lacking}, so {calls} (remedy: {remedy})"

@@ -3,7 +3,7 @@ sequence.
 
 Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one
 calls the varlen kernel that `attention_kernel` names; without one, on a CPU and in fp32, PyTorch's
-SDPA once a sequence.
+SDPA once per sequence.
 
 Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head
 dimension, S sequences.
@@ -120,7 +120,7 @@ class PackedAttention(MegatronModule):
         if "enable_gqa" not in options:
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        if self.scale is not None:  # PyTorch 2.10 knows its own default only
+        if self.scale is not None:  # PyTorch 2.10 has only the default
             options["scale"] = self.scale
         output_THD = varlen_attn(
             query,
@@ -132,7 +132,7 @@ class PackedAttention(MegatronModule):
             packed.max_seqlen_kv,
             **options,
         )
-        assert isinstance(output_THD, torch.Tensor)  # a pair only where more is asked for
+        assert isinstance(output_THD, torch.Tensor)  # a tuple only with `return_aux`
         return output_THD
 
     def attention_by_sequence(self, query, key, value, packed: PackedSequences) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""A real pretrained model: the conversion, and that engine and trainer read it as the same model.
+"""A real pretrained model: its conversion, and that engine and trainer agree on it.
 
-What these tests cannot catch: a fault of the conversion that leaves a working model, since engine
-and trainer both start from the converted folder; so the text that the model writes is looked at
-too.
+Both start from the converted folder, so their agreement does not show a wrong conversion; a test
+of the text that the model writes does.
 """
 
 import ast
@@ -97,7 +96,7 @@ def test_the_folder_is_a_plain_float32_llama_whose_control_tokens_text_cannot_sp
     assert spelled.count(chat.end_of_turn) == 1  # the one that closes the message
 
 
-def test_a_folder_that_is_there_already_is_left_as_it_is(folder):
+def test_an_existing_folder_is_not_changed(folder):
     before = (folder / "config.json").stat().st_mtime_ns
     smollm2.convert(folder)
     assert (folder / "config.json").stat().st_mtime_ns == before

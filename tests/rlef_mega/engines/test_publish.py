@@ -1,4 +1,4 @@
-"""A publication ends alike on all ranks; it is retried where that may help."""
+"""A publication has the same outcome on all ranks, and is retried if that may help."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.rlef_mega.tiny_llama import tiny_llama
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, list[tuple[int, str]]]:
-    """Of each case, tries and outcome of each of two ranks."""
+    """Return the tries and outcomes of two ranks, by case."""
     folder = tmp_path_factory.mktemp("model")
     tiny_llama(64).save_pretrained(folder)
     first, _ = launch("tests.rlef_mega.engines.publish_worker", str(folder), processes=2)

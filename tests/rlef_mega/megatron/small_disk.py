@@ -1,4 +1,4 @@
-"""A file system of a few megabytes, to be full."""
+"""A file system of a few megabytes, for tests of a full disk."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path | None]:
-    """A tmpfs at `folder`, or None where one may not be mounted."""
+    """Mount a tmpfs at `folder`. Yields None without the permission to."""
     folder.mkdir(parents=True)
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(words, capture_output=True).returncode == 0

@@ -1,4 +1,4 @@
-"""The easy functions: kinds stay together, tests cannot be met by a constant, JSONL holds them."""
+"""The easy functions: splits share no kind, no constant passes, and JSONL can store them."""
 
 import itertools
 
@@ -39,11 +39,11 @@ def test_the_prompt_names_the_function_and_quotes_the_public_test_alone():
         assert not any(templates.assertion(t) in prompt for t in problem.private_tests.tests)
 
 
-def test_jsonl_holds_them():
+def test_jsonl_can_store_them():
     assert [parse_problem(to_row(problem)) for problem in EVERY] == EVERY
 
 
-def test_a_right_program_passes_and_a_wrong_one_is_told_its_value():
+def test_a_right_program_passes_and_the_value_of_a_wrong_one_is_reported():
     problem = next(p for p in EVERY if p.entry_point == "square")
     tests = problem.public_tests + problem.private_tests.tests
     with Sandbox(workers=1) as sandbox:

@@ -1,4 +1,4 @@
-"""A launch that lacks a rank."""
+"""A launch with a missing rank."""
 
 import socket
 from datetime import timedelta
@@ -12,7 +12,7 @@ from rlef_mega.run.ranks import meet
     ("rank", "why"),
     [("0", r"ranks \[1\] did not connect"), ("1", "client socket has timed out")],
 )
-def test_a_rank_that_waits_in_vain_names_the_address_and_who_is_missing(rank, why, monkeypatch):
+def test_a_rank_that_waits_in_vain_names_the_address_and_missing_ranks(rank, why, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -39,7 +39,7 @@ def stand_in(folder: Path, program: str) -> str:
     """Write this program in place of the server's Python; returns its path."""
     python, script = folder / "python", folder / "program.py"
     script.write_text(program)
-    # not named in the first line itself, where no path may hold a space
+    # a shebang line could not hold a path with a space
     python.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n'
     )
@@ -85,7 +85,7 @@ def test_a_port_that_is_taken_is_not_mistaken_for_the_server(tmp_path):
 
 
 def test_a_proxy_hides_no_server(tmp_path, monkeypatch):
-    """Neither from us nor from itself: a server asks itself at its start, by way of `requests`."""
+    """Neither from us nor from itself: at its start a server sends itself requests."""
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("no_proxy", "example.org")
     asks_itself = """
@@ -104,7 +104,7 @@ threading.Thread(target=ask).start()
     assert "asked 200" in log.read_text()
 
 
-def test_there_is_no_python(tmp_path):
+def test_a_missing_python_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(EngineError, match="make setup-sglang"):
         servers(tmp_path, "", python=str(tmp_path / "absent")).__enter__()
 
@@ -157,7 +157,7 @@ RESTING = HEALTHY.replace(
 
 @pytest.mark.parametrize("may_rest", [True, False])
 def test_servers_that_released_their_memory_are_not_restarted(tmp_path, monkeypatch, may_rest):
-    """Such a server is unhealthy for longer than a server may hang."""
+    """Such a server is unhealthy for longer than `hang_s`."""
     monkeypatch.setattr(processes, "ASK_EVERY_S", 0.1)
     rests = tmp_path / "rests"
     program = f"RESTS = {str(rests)!r}\n{RESTING}"

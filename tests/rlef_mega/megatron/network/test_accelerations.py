@@ -32,7 +32,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A folder for packages of our own, and decisions made anew."""
+    """Yield a folder on Python's path for fake packages, and clear cached decisions."""
     monkeypatch.syspath_prepend(tmp_path)
     for function in CACHED:
         function.cache_clear()
@@ -47,7 +47,7 @@ def package(folder: Path, name: str, source: str) -> None:
 
 
 def forget(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What happens to sys.modules[name] from here on is undone after the test."""
+    """Remove sys.modules[name]; restore it after the test."""
     monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     del sys.modules[name]
 
@@ -63,7 +63,7 @@ def test_a_package_that_cannot_be_imported_is_reported_and_skipped(
     assert "cannot be imported: OSError: undefined symbol" in attention
     assert "(remedy: pip install 'rlef-mega[gpu]')" in attention
     hide_unusable()
-    with pytest.raises(ImportError):  # what megatron-core and transformers are ready for
+    with pytest.raises(ImportError):  # which megatron-core and transformers handle
         import flash_attn  # noqa: F401
 
 
@@ -91,9 +91,9 @@ def test_an_apex_without_its_extensions_is_skipped(
     assert fault("apex") == "installed, but built without its CUDA extensions"
 
 
-def test_whatever_needs_a_gpu_is_left_alone_without_one(tmp_path: Path) -> None:
-    """In a process of its own: megatron-core imports these as it is imported itself, and expects
-    nothing worse than an ImportError."""
+def test_packages_that_need_a_gpu_are_not_imported_without_one(tmp_path: Path) -> None:
+    """In a process of its own: megatron-core imports these when it is imported, and handles only
+    an ImportError."""
     for name in ("transformer_engine", "flash_attn"):
         package(tmp_path, name, "raise RuntimeError('no CUDA driver')")
     script = (
@@ -149,7 +149,7 @@ def sequence_by_sequence(query, key, value, bounds, *, causal: bool) -> torch.Te
 def torch_2_10(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
 ):
-    assert query.shape[1] == key.shape[1], "knows no grouped heads"
+    assert query.shape[1] == key.shape[1], "no grouped heads"
     return sequence_by_sequence(query, key, value, cu_seq_q, causal=is_causal)
 
 
@@ -203,7 +203,7 @@ def test_pytorchs_varlen_attention_is_called_by_its_signature(
     varlen_attn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stand-ins with the signatures of PyTorch 2.10 to 2.13, whose kernel needs a GPU, against
-    SDPA sequence by sequence; two query heads a key head."""
+    SDPA sequence by sequence; two query heads per key head."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     generator = torch.Generator().manual_seed(0)

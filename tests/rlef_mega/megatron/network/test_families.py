@@ -1,5 +1,5 @@
-"""Each family is transformers' own model: scores and all gradients, policy and critic, in one
-process and split. What is of no family is refused by name.
+"""Each family computes what transformers' model does: scores and all gradients, policy and critic,
+in one process and in two. Other models are refused by name.
 """
 
 import json
@@ -34,15 +34,15 @@ def test_scores_and_gradients_are_hugging_faces(ranks: Ranks, tmp_path: Path, ca
 
 
 def test_the_families_are_hugging_faces_in_split_layouts(tmp_path: Path) -> None:
-    """Norms that each tensor-parallel rank applies to its own heads, and biases that are split, are
-    among them: two processes compare their parts."""
+    """Two processes compare their parts; among them are norms that each tensor-parallel rank
+    applies to its own heads, and biases that are split."""
     for case in {case for cases in IN_LAYOUT.values() for case in cases}:
         make_family(tmp_path / case, case)
     launch("tests.rlef_mega.megatron.families_worker", str(tmp_path), *IN_LAYOUT, processes=2)
 
 
 def test_llama_31_scaling_shows_in_these_lengths(tmp_path: Path) -> None:
-    """Else equality would not prove that it is applied."""
+    """Otherwise equality would not prove that it is applied."""
     scaled = make_family(tmp_path / "scaled", "llama31")
     config = json.loads((tmp_path / "scaled" / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500_000.0}
@@ -91,7 +91,7 @@ def test_llama_31_scaling_shows_in_these_lengths(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_of_no_family_is_refused_by_name(
+def test_models_of_no_family_are_refused_by_name(
     tmp_path: Path, case: str, change: dict, message: str
 ) -> None:
     make_family(tmp_path, case)
@@ -112,8 +112,8 @@ def test_a_run_with_another_family_is_refused_before_a_rank_starts(tmp_path: Pat
         plan_train(config)
 
 
-def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
-    """Qwen2's own configs name one, switched off."""
+def test_a_sliding_window_that_no_layer_uses_is_accepted(tmp_path: Path) -> None:
+    """Qwen2's own configs have one, disabled."""
     make_family(tmp_path, "qwen2")
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 2}
@@ -122,7 +122,7 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
     assert read_config(tmp_path).sliding_window is None
 
 
-# What of each model's published config.json says which model it is
+# The keys of published config.json files that determine the model
 PUBLISHED = {
     "Llama-3.1-8B": {
         "model_type": "llama",
