@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import threading
@@ -174,7 +175,7 @@ class Cpp:
             session = worker.start(COMPILE, files)
             deadline = time.monotonic() + COMPILE.wall_s + ANSWER_GRACE_S
             message, made = session.receive_message(deadline)
-            errors = os.pread(files[2], STDERR_BYTES, 0)
+            errors = without_paths(os.pread(files[2], STDERR_BYTES, 0), worker)
             end = os.pread(
                 files[2], STDERR_BYTES, max(0, os.fstat(files[2]).st_size - STDERR_BYTES)
             )
@@ -202,6 +203,15 @@ class Cpp:
             for kept in self._kept.values():
                 os.close(kept)
             self._kept.clear()
+
+
+def without_paths(messages: bytes, worker: Worker) -> bytes:
+    """Replace this machine's paths of object file and precompiled headers in g++'s messages."""
+    messages = re.sub(re.escape(os.fsencode(worker.scratch)) + rb"/cc\w+", b"program", messages)
+    for flag in worker.arguments:
+        if flag.startswith("-I"):
+            messages = messages.replace(os.fsencode(flag[2:]), b"/usr/include")
+    return messages
 
 
 def out_of_memory_kills() -> int:

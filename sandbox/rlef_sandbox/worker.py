@@ -79,7 +79,7 @@ class Worker:
         self._module = module
         self.arguments = list(arguments)  # of the next zygote
         self._has_scratch = scratch
-        self._scratch = ""
+        self.scratch = ""  # of the zygote that runs
         self._memory_bytes = memory_bytes
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
@@ -108,9 +108,9 @@ class Worker:
             on_failure.callback(self._remove_folders)
             self._cgroup = cgroups.create(self._memory_bytes)
             if self._has_scratch:
-                self._scratch = tempfile.mkdtemp(prefix="rlef-sandbox-")
-                os.chmod(self._scratch, 0o1777)  # for the unprivileged user, without a private root
-                arguments.append(self._scratch)
+                self.scratch = tempfile.mkdtemp(prefix="rlef-sandbox-")
+                os.chmod(self.scratch, 0o1777)  # for the unprivileged user, without a private root
+                arguments.append(self.scratch)
             bootstrap = COMMAND[-1].replace("MODULE", self._module)
             self._process = subprocess.Popen(
                 [*COMMAND[:-1], bootstrap, *arguments, self._cgroup],
@@ -128,9 +128,9 @@ class Worker:
     def _remove_folders(self) -> None:
         if self._cgroup:
             cgroups.remove(self._cgroup)
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-        self._cgroup = self._scratch = ""
+        if self.scratch:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        self._cgroup = self.scratch = ""
 
     def greet(self) -> None:
         """Wait for the zygote just launched. Raises ZygoteLostError if it failed."""

@@ -197,6 +197,22 @@ def descendants_named(name: str) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("int f(); int main() { return f(); }", b"/ld: program.o: in function"),
+        (
+            "#include <bits/stdc++.h>\n#include_next <bits/stdc++.h>\n",
+            b"error: /usr/include/bits/stdc++.h: No such file",
+        ),
+    ],
+    ids=["linker", "precompiled_headers"],
+)
+def test_messages_show_no_path_of_this_machine(cpp: Sandbox, source: str, shown: bytes) -> None:
+    stderr = cpp.run(source, language="cpp").stderr
+    assert shown in stderr and b"rlef" not in stderr, stderr
+
+
 def test_tests_are_graded_by_any_checker(cpp: Sandbox) -> None:
     source = HEADER + 'int main() { double x; cin >> x; printf("%.9f\\n", x / 3); }'
     tests = [Test("1", "0.333333333"), Test("2", "0.66666667"), Test("3", "2")]
