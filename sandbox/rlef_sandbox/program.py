@@ -42,7 +42,8 @@ COMPILE_ERROR_CHARACTERS = 4096  # it quotes a source line, which may be the who
 PRELOAD = (
     "abc array bisect bz2 calendar cmath collections collections.abc copy dataclasses datetime "
     "decimal enum fractions functools hashlib heapq io itertools json lzma math numbers operator "
-    "os queue random re statistics string struct sys threading time traceback types typing zlib"
+    "os queue random re statistics string struct sys threading time traceback types typing zlib "
+    "_sqlite3 _ssl"  # the rest of sqlite3 and ssl loads on demand
 )
 
 

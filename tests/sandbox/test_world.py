@@ -126,6 +126,16 @@ WORLD = {
         "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)",
         "A",
     ),
+    "database_in_memory": (
+        "import sqlite3; c = sqlite3.connect(':memory:'); c.execute('create table t (n)')\n"
+        "c.executemany('insert into t values (?)', zip(range(9))); c.commit()\n"
+        "print(c.execute('select sum(n) from t').fetchone())",
+        "(36,)",
+    ),
+    "tls_without_a_network": (
+        "import ssl; print(ssl.create_default_context().check_hostname)",
+        "True",
+    ),
     "module_loaded_on_demand": ("import colorsys; print(colorsys.__name__)", "colorsys"),
     "extension_modules": ("import hashlib, zlib, bz2, decimal; print(decimal.Decimal(1))", "1"),
     "alarm": (
