@@ -226,6 +226,7 @@ class JudgeConfig(Section):
 
     workers: int = Field(1, gt=0, description="sandbox workers a process")
     isolation: Literal["default", "minimal"] = "default"
+    packages: tuple[str, ...] = Field((), description="that programs may import, as numpy")
     servers: tuple[str, ...] = Field((), description="grading servers, as http://node7:8765")
     deadline_s: float = Field(
         900.0, gt=0, description="of a grading request to servers, retries included"

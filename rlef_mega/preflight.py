@@ -25,7 +25,7 @@ from rlef_mega.config import (
     requires_extra,
 )
 from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.dialogues.judge import check_servers
+from rlef_mega.dialogues.judge import check_judge
 from rlef_mega.dialogues.rollout import first_context
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
@@ -90,7 +90,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
         check_stored_weights(Path(config.model.path))
     check_positions(config)
     check_trackers(config.track)
-    check_servers(config.judge, grading_token)
+    check_judge(config.judge, grading_token)
     for source in (config.data.train, config.data.valid, config.data.test):
         if source:
             load_problems(source)

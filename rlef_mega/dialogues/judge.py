@@ -25,6 +25,7 @@ from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.run.event_loop import LivesInLoop
 from rlef_mega.types import Problem, TestOutcome, Verdict, tests_of
 from rlef_sandbox import Result, Sandbox, Status
+from rlef_sandbox.packages import find_packages
 from rlef_sandbox.sandbox import JOBS_A_WORKER
 from rlef_sandbox.worker import ZygoteLostError
 
@@ -111,6 +112,7 @@ def open_grader(
     deadline_s: float,
     workers: int,
     isolation: str,
+    packages: Sequence[str],
 ) -> Iterator[Grader]:
     """Open a client of the grading servers, if any are given, else a sandbox with `workers`."""
     if servers:
@@ -120,7 +122,7 @@ def open_grader(
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         # each running program needs a dozen descriptors
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        with Sandbox(workers=workers, isolation=isolation) as sandbox:
+        with Sandbox(workers, isolation, packages=packages) as sandbox:
             yield EmbeddedGrader(sandbox, workers=workers)
 
 
@@ -214,10 +216,11 @@ def all_passed(results: Sequence[Result]) -> bool:
     return all(result.status is Status.OK for result in results)
 
 
-def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:
-    """Raise ConfigError unless every grading server is ready, accepts the token, and isolates
-    programs as the recipe asks."""
+def check_judge(judge: JudgeConfig, grading_token: str | None) -> None:
+    """Raise ConfigError unless every grading server is ready, accepts the token, isolates programs
+    as the recipe asks, and offers its packages; ValueError if, without servers, one is missing."""
     if not judge.servers:
+        find_packages(judge.packages)
         return
     with requires_extra("judge.servers", "serve"):
         import rlef_sandbox.service.client  # noqa: F401 - RemoteGrader imports it, too
@@ -235,4 +238,9 @@ def check_servers(judge: JudgeConfig, grading_token: str | None) -> None:
             raise ConfigError(
                 f"judge.servers: {url} runs with isolation {level!r}; start it without "
                 "--isolation, or set judge.isolation to the same"
+            )
+        if missing := sorted({*judge.packages}.difference(about["isolation"]["packages"])):
+            raise ConfigError(
+                f"judge.packages: programs on {url} cannot import {', '.join(missing)}; start it "
+                f"with `python -m rlef_sandbox --packages {','.join(judge.packages)} serve`"
             )

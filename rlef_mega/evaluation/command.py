@@ -20,7 +20,7 @@ import torch
 
 from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.dialogues.judge import Judge, check_servers, open_grader
+from rlef_mega.dialogues.judge import Judge, check_judge, open_grader
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
@@ -99,7 +99,7 @@ class Source:
 def run_evaluation(request: EvalRequest) -> None:
     """Run the missing dialogues, write the numbers, print the tables."""
     check_request(request)
-    check_servers(JudgeConfig(servers=request.servers), request.grading_token)
+    check_judge(JudgeConfig(servers=request.servers), request.grading_token)
     source = find_source(request)
     problems = {p.id: p for p in load_problems(request.data)[: request.problems or None]}
     parts = plan(request, source, list(problems.values()))

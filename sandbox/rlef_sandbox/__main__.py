@@ -15,7 +15,7 @@ from .worker import ZygoteLostError
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the layers this machine gives, as JSON."""
-    with Sandbox(workers=1, isolation=arguments.isolation) as sandbox:
+    with Sandbox(1, arguments.isolation, packages=arguments.packages) as sandbox:
         print(json.dumps(sandbox.isolation, indent=2))
     return 0
 
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one program; print its output, and the verdict on stderr."""
     stdin = arguments.stdin.read_bytes() if arguments.stdin else b""
     limits = Limits(cpu_s=arguments.cpu_s, memory_bytes=arguments.memory_mib << 20)
-    with Sandbox(workers=1, isolation=arguments.isolation) as sandbox:
+    with Sandbox(1, arguments.isolation, packages=arguments.packages) as sandbox:
         result = sandbox.run(arguments.file.read_bytes(), stdin, limits)
     sys.stdout.buffer.write(result.stdout)
     sys.stdout.flush()
@@ -40,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rlef_sandbox", description=__doc__)
     parser.add_argument("--isolation", choices=ISOLATION_LEVELS, default="default")
+    parser.add_argument(
+        "--packages", type=lambda names: names.split(","), default=[], help="such as numpy,sympy"
+    )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("doctor", help=doctor.__doc__)
     command.set_defaults(handler=doctor)

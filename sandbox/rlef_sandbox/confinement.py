@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from . import kernel, landlock, private_root
@@ -43,14 +43,15 @@ class VisibleFiles(NamedTuple):
 
     directories: list[str]
     restrict: Callable[[], None]  # by Landlock
+    packages: Sequence[str] = ()  # shown in addition, though third-party packages are hidden
     scratch: str = ""  # a directory that they may write to
     forbidden: str = HOST_FILE  # a file that must be out of reach
 
 
-def library_files() -> VisibleFiles:
-    """Return the standard library, read-only, without the third-party packages within it."""
+def library_files(packages: list[str]) -> VisibleFiles:
+    """Return the standard library, read-only, with no other third-party packages than these."""
     directories = library_directories()
-    return VisibleFiles(directories, lambda: _restrict_to_library(directories))
+    return VisibleFiles(directories, lambda: _restrict_to_library(directories, packages), packages)
 
 
 def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
@@ -65,7 +66,9 @@ def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
     effective = []
     process = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     has_landlock = landlock.abi() > 0
-    if "mount" in namespaces and succeeds(private_root.enter, files.directories, files.scratch):
+    if "mount" in namespaces and succeeds(
+        private_root.enter, files.directories, files.packages, files.scratch
+    ):
         effective += ["private_root"] * _fails_with(FileNotFoundError, files.forbidden)
     elif not has_landlock and not files.scratch and succeeds(private_root.enter_nothing):
         effective += ["empty_root"] * _fails_with(FileNotFoundError, files.forbidden)
@@ -125,7 +128,7 @@ def _become_unprivileged(namespaces: list[str], process: int) -> bool:
     return os.getuid() != 0 and not succeeds(os.setuid, 0)
 
 
-def _restrict_to_library(directories: list[str]) -> None:
+def _restrict_to_library(directories: list[str], packages: list[str]) -> None:
     entries = [
         entry.path
         for directory in directories
@@ -133,7 +136,7 @@ def _restrict_to_library(directories: list[str]) -> None:
         for entry in os.scandir(directory)
         if entry.name not in private_root.THIRD_PARTY and os.path.exists(entry.path)
     ]
-    landlock.restrict_to([d for d in directories if os.path.isdir(d)], entries)
+    landlock.restrict_to([d for d in directories if os.path.isdir(d)], [*entries, *packages])
 
 
 def _fails_with(error: type[OSError], path: str) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import tempfile
+from collections.abc import Sequence
 
 from . import kernel
 
@@ -20,19 +22,20 @@ THIRD_PARTY = ("site-packages", "dist-packages")
 LOCKED_FLAGS = os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME | os.ST_RELATIME
 
 
-def enter(directories: list[str], scratch: str = "") -> None:
-    """Make a read-only root of `directories` alone, and move this mount namespace into it. With
-    `scratch` it has a directory of that path too, in memory, that all may write to.
+def enter(directories: list[str], packages: Sequence[str], scratch: str = "") -> None:
+    """Make a read-only root of `directories` and `packages` alone, and move this mount namespace
+    into it. With `scratch` it has a directory of that path too, in memory, that all may write to.
 
     Needs CAP_SYS_ADMIN over a mount namespace of our own, and /proc.
     """
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     links = {path: os.readlink(path) for path in directories if os.path.islink(path)}
-    directories = [path for path in directories if path not in links]
-    sources = [os.open(path, os.O_PATH | os.O_CLOEXEC) for path in directories]
+    shown = [path for path in [*directories, *packages] if path not in links]
+    sources = [os.open(path, os.O_PATH | os.O_CLOEXEC) for path in shown]
     kernel.mount("tmpfs", MOUNT_POINT, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755")
-    for source, path in zip(sources, directories, strict=True):
-        _bind(source, MOUNT_POINT + path)
+    hidden: list[str] = []
+    for source, path in zip(sources, shown, strict=True):
+        hidden += _bind(source, MOUNT_POINT + path)
         os.close(source)
     for path, target in links.items():
         os.symlink(target, MOUNT_POINT + path)
@@ -45,18 +48,27 @@ def enter(directories: list[str], scratch: str = "") -> None:
     kernel.unmount(".")  # the old root, now lying over the new one
     os.chdir("/")
     read_only = kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY
-    kernel.mount("none", "/", "", read_only | kernel.MS_NOSUID | kernel.MS_NODEV)
+    for path in ["/", *(path.removeprefix(MOUNT_POINT) for path in hidden)]:
+        kernel.mount("none", path, "", read_only | kernel.MS_NOSUID | kernel.MS_NODEV)
 
 
-def _bind(source: int, target: str) -> None:
-    """Bind the directory open as `source` on `target`, read-only, third-party packages hidden."""
-    os.makedirs(target)
+def _bind(source: int, target: str) -> list[str]:
+    """Bind the file or directory open as `source` on `target`, read-only, with all third-party
+    packages hidden. Returns what hides them, which is not read-only yet.
+    """
+    if stat.S_ISDIR(os.fstat(source).st_mode):
+        os.makedirs(target)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.mknod(target)
     kernel.mount(f"/proc/self/fd/{source}", target, "", kernel.MS_BIND)
     flags = kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY
     flags |= kernel.MS_NOSUID | kernel.MS_NODEV | os.statvfs(target).f_flag & LOCKED_FLAGS
     kernel.mount("none", target, "", flags)
-    for packages in filter(os.path.isdir, third_party_in(target)):
-        kernel.mount("tmpfs", packages, "tmpfs", kernel.MS_RDONLY, "mode=755")
+    hidden = list(filter(os.path.isdir, third_party_in(target)))
+    for path in hidden:
+        kernel.mount("tmpfs", path, "tmpfs", 0, "mode=755")
+    return hidden
 
 
 def third_party_in(directory: str) -> list[str]:

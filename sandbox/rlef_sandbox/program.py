@@ -23,7 +23,8 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import spec_from_file_location
 from typing import Any, NoReturn
 
 from . import exchange, values
@@ -63,6 +64,23 @@ def preload() -> None:
     site.sethelper()
     sys.argv[:] = sys.orig_argv[:] = [FILE_NAME]
     compile_source(b"print(sum(map(int, input().split())))")  # builds the compiler's types once
+
+
+def load_packages(named: Sequence[str], modules: dict[str, str]) -> None:
+    """Import packages, in the zygote; `modules` has the file of each top-level module that may be
+    imported. Raises SystemExit if an import fails or starts a thread.
+    """
+    finder = types.SimpleNamespace(  # without a file there is no spec
+        find_spec=lambda name, *_: spec_from_file_location(name, modules.get(name))
+    )
+    sys.meta_path.append(finder)
+    for name in named:
+        try:
+            __import__(name)
+        except Exception as error:
+            raise SystemExit(f"package {name!r}: {type(error).__name__}: {error}") from None
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise SystemExit(f"package {name!r} starts threads when imported: no run could fork")
 
 
 class Null(io.RawIOBase):

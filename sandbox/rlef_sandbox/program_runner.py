@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from .exchange import (
     HAS_LARGE_REPLY,
     IN_A_CALL,
 )
+from .private_root import THIRD_PARTY
 from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
 from .worker import Worker, ZygoteLostError, ZygoteSession, memory_file, memory_files
@@ -34,12 +36,15 @@ PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")  # of ELF
 PT_LOAD, PT_TLS = 1, 7
 # What messages show in place of this machine's paths.
 LIBRARY = sysconfig.get_path("stdlib")
+PACKAGES = [path for path in sys.path if os.path.basename(path) in THIRD_PARTY]
 SHOWN_PATHS = {
     os.fsencode(os.path.dirname(os.path.abspath(__file__))): b"rlef_sandbox",
+    **dict.fromkeys(map(os.fsencode, PACKAGES), b"/usr/lib/python3/site-packages"),
     os.fsencode(os.path.realpath(LIBRARY)): b"/usr/lib/python3",
     os.fsencode(LIBRARY): b"/usr/lib/python3",
 }
 OUT_OF_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
+NUMPY_OUT_OF_MEMORY = b"._exceptions._ArrayMemoryError: "
 
 
 class FaultError(Exception):
@@ -326,7 +331,7 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
 def ran_out_of_memory(stderr: bytes) -> bool:
     """Return whether an uncaught exception reports it: the limit works by refusing memory."""
     last_lines = stderr.rstrip().rsplit(b"\n", 2)[-2:]
-    return any(line.startswith(OUT_OF_MEMORY) for line in last_lines)
+    return any(x.startswith(OUT_OF_MEMORY) or NUMPY_OUT_OF_MEMORY in x for x in last_lines)
 
 
 def verdict_of_check(candidate: Result, checker: Result, marks: bytes) -> FinishedRun:

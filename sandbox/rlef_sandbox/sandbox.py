@@ -14,6 +14,7 @@ is no verdict on the program.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from . import native, values
 from .checkers import Checker, checker_named
 from .cpp import CHECKER_FILES, CompileFailedError
 from .languages import Languages
+from .packages import find_packages
 from .program_runner import FinishedRun, ProgramRunner
 from .verdict import (
     AnyTest,
@@ -53,6 +55,8 @@ class Sandbox:
     IsolationError on a machine without the floor of layers: no_new_privs, rlimits, seccomp and one
     file layer. `"minimal"` runs with the layers that exist. `worker_memory_bytes` bounds all that
     runs in a worker together, if the caller has the memory controller of a version 2 cgroup.
+    `packages` are those of the caller's environment that Python programs may import, by the names
+    that `import` takes; what they require comes with them.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Sandbox:
         isolation: str = "default",
         *,
         worker_memory_bytes: int | None = None,
+        packages: Sequence[str] = (),
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers is {workers}; it must be at least 1")
@@ -71,9 +76,10 @@ class Sandbox:
         self._owner = os.getpid()
         self._closed = False
         self._slots = WorkSlots(workers, workers * JOBS_A_WORKER)
-        library = str(native.spawn_library() or "")
+        self._packages = find_packages(packages)
+        arguments = [str(native.spawn_library() or ""), json.dumps(self._packages)]
         self._workers = [
-            Worker(self._accept, arguments=[library], memory_bytes=worker_memory_bytes)
+            Worker(self._accept, arguments=arguments, memory_bytes=worker_memory_bytes)
             for _ in range(workers)
         ]
         self._load = [0] * workers
@@ -108,8 +114,9 @@ class Sandbox:
 
     @property
     def isolation(self) -> Layers:
-        """The layers in force, each proved by its effect, and the level that was asked for."""
-        return {"level": self._level, **self._workers[0].layers}
+        """The layers in force, each proved by its effect; the level and packages asked for."""
+        layers = self._workers[0].layers
+        return {"level": self._level, **layers, "packages": sorted(self._packages.modules)}
 
     @property
     def zygotes_started(self) -> int:

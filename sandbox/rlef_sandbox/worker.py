@@ -36,6 +36,8 @@ ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "ONLINE_JUDGE": "true",  # as on contest sites: a program reads standard input, not a file
+    "OPENBLAS_NUM_THREADS": "1",  # or importing numpy would start threads, in a zygote that forks
+    "OMP_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
 }

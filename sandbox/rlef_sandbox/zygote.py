@@ -34,7 +34,7 @@ import types
 from typing import NamedTuple
 
 from . import callers_state, kernel, program
-from .confinement import confine_zygote, library_files
+from .confinement import VisibleFiles, confine_zygote, library_files
 from .launch_plan import Bounds, LaunchPlan
 from .probes import probe_child_layers
 from .protocol import MAX_DESCRIPTORS, Ending, Outcome, Phase, Task, ZygoteRequest
@@ -85,9 +85,9 @@ class Zygote:
             self.library, channel, controller, self.plan, serves_program=serves_program
         )
 
-    def confine(self, namespaces: list[str]) -> dict[str, object]:
+    def confine(self, namespaces: list[str], files: VisibleFiles) -> dict[str, object]:
         """Put on the zygote's layers. Returns those that hold."""
-        layers = confine_zygote(namespaces, library_files())
+        layers = confine_zygote(namespaces, files)
         child_layers = probe_child_layers(
             self.supervisor.fork_confined, self.filters[Task.RUN], self.bounds
         )
@@ -171,21 +171,24 @@ def _set_stack_limit() -> None:
 
 def main() -> None:
     """Become a zygote. The arguments are the descriptors of the control channel and the controller,
-    the path of the C library, and the cgroup; the last two may be empty.
+    the path of the C library, the packages (`packages.Packages`) as JSON, and the cgroup; library
+    and cgroup may be empty.
     """
     callers_state.reset()
     _set_stack_limit()
-    *descriptors, library, cgroup = sys.argv[1:]
+    *descriptors, library, packages, cgroup = sys.argv[1:]
+    named, modules, paths = json.loads(packages)
     channel, controller = (_moved_out_of_the_way(int(number)) for number in descriptors)
     _reserve_low_descriptors()
     namespaces = leave_reaper_behind(channel, controller, cgroup)
-    zygote = Zygote(channel, controller, library)
     program.preload()
+    program.load_packages(named, modules)
+    zygote = Zygote(channel, controller, library)
     if not kernel.load_locale(os.environ["LANG"]):
         os.environ["LANG"] = "C"
     for name in [name for name in sys.modules if name.startswith("rlef_sandbox")]:
         del sys.modules[name]  # a program must not find these modules
-    layers = zygote.confine(namespaces)
+    layers = zygote.confine(namespaces, library_files(paths))
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -55,12 +55,14 @@ class ServerProcess:
         port: int = 0,
         token: str | None = None,
         isolation: str = "default",
+        packages: str = "",
     ) -> None:
         environment = {**os.environ, "PYTHONPATH": SANDBOX_PATH}
         environment.pop("RLEF_SANDBOX_TOKEN", None)
         if token:
             environment["RLEF_SANDBOX_TOKEN"] = token
         command = [sys.executable, "-m", "rlef_sandbox", "--isolation", isolation]
+        command += ["--packages", packages] if packages else []
         words = [*command, "serve", "--port", str(port), *options]
         self.token = token
         self.process = subprocess.Popen(

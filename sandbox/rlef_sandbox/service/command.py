@@ -70,6 +70,7 @@ def serve(arguments: argparse.Namespace) -> int:
             jobs=arguments.jobs,
             queue=arguments.queue,
             isolation=arguments.isolation,
+            packages=arguments.packages,
             max_body_bytes=arguments.max_body_mib << 20,
             max_held_bytes=arguments.max_held_mib << 20,
             keep=AnswerRetention(

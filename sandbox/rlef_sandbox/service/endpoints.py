@@ -54,6 +54,7 @@ class ServerSettings:
     jobs: int
     queue: int
     isolation: str
+    packages: list[str]
     max_body_bytes: int
     max_held_bytes: int
     keep: AnswerRetention

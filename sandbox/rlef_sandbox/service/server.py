@@ -33,7 +33,7 @@ def serve(settings: ServerSettings) -> int:
     allow_connections()
     with (
         contextlib.closing(listening_socket(settings.host, settings.port)) as listener,
-        Sandbox(workers=settings.workers, isolation=settings.isolation) as sandbox,
+        Sandbox(settings.workers, settings.isolation, packages=settings.packages) as sandbox,
     ):
         asyncio.run(serve_and_drain(sandbox, settings, listener))
     return 0

@@ -18,7 +18,7 @@ from rlef_mega.dialogues.judge import (
     Judge,
     JudgeError,
     RemoteGrader,
-    check_servers,
+    check_judge,
     open_grader,
     with_prelude,
 )
@@ -194,8 +194,8 @@ def test_the_manifest_tells_how_servers_confine(server):
 
 
 def test_preflight_finds_what_is_wrong_with_servers(server):
-    check_servers(JudgeConfig(), None)
-    check_servers(JudgeConfig(servers=(server.url,)), TOKEN)
+    check_judge(JudgeConfig(), None)
+    check_judge(JudgeConfig(servers=(server.url,)), TOKEN)
     for servers, token, words in (
         (("http://127.0.0.1:9",), TOKEN, "http://127.0.0.1:9: cannot connect"),
         ((server.url,), "another-wrong-token", f"{server.url}: 401 the token is missing or wrong"),
@@ -204,7 +204,7 @@ def test_preflight_finds_what_is_wrong_with_servers(server):
         (("node7:8765",), TOKEN, "write it like http://node7:8765"),
     ):
         with pytest.raises(ConfigError, match=r"^judge\.servers: ") as refusal:
-            check_servers(JudgeConfig(servers=servers), token)
+            check_judge(JudgeConfig(servers=servers), token)
         assert words in str(refusal.value)
         assert "RLEF_SANDBOX_TOKEN" in str(refusal.value)
 
@@ -212,5 +212,14 @@ def test_preflight_finds_what_is_wrong_with_servers(server):
 def test_preflight_refuses_a_server_that_confines_less_than_is_asked_for():
     with ServerProcess(*ONE_JOB, isolation="minimal") as lax:
         with pytest.raises(ConfigError, match="runs with isolation 'minimal'"):
-            check_servers(JudgeConfig(servers=(lax.url,)), None)
-        check_servers(JudgeConfig(servers=(lax.url,), isolation="minimal"), None)
+            check_judge(JudgeConfig(servers=(lax.url,)), None)
+        check_judge(JudgeConfig(servers=(lax.url,), isolation="minimal"), None)
+
+
+def test_preflight_refuses_packages_that_programs_could_not_import(server):
+    with pytest.raises(ValueError, match=r"^package 'nowhere' is not installed"):
+        check_judge(JudgeConfig(packages=("nowhere",)), None)
+    with pytest.raises(ConfigError, match=r"cannot import numpy; .* --packages numpy serve"):
+        check_judge(JudgeConfig(servers=(server.url,), packages=("numpy",)), TOKEN)
+    with ServerProcess(*ONE_JOB, packages="numpy") as wide:
+        check_judge(JudgeConfig(servers=(wide.url,), packages=("numpy",)), None)
