@@ -1,6 +1,6 @@
-"""From logits to tokens: inverse CDF of uniform numbers that belong to the request.
+"""Sample tokens from logits: the inverse CDF at uniform numbers that belong to the request.
 
-A request's k-th token depends on its seed, k and its logits alone, so what it is batched with
+A request's k-th token depends on its seed, k and its logits alone, so other requests in the batch
 cannot change it (beyond the rounding of the logits). Philox is counter-based: neighbouring seeds
 are as independent as any others.
 
@@ -33,13 +33,13 @@ def sample(
     if bool((temperature_B != 1).any()):
         logits_BV = logits_BV / torch.where(greedy_B, 1, temperature_B)[:, None]
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
-    # fp64: over a hundred thousand words the rounding of an fp32 sum would be a visible probability
+    # fp64: over 100,000 tokens, the rounding of an fp32 sum would be a noticeable probability
     weights_BV = logprobs_BV.double().exp_()
     if bool((top_p_B < 1).any()):
         weights_BV = nucleus(weights_BV, top_p_B)
     cumulative_BV = weights_BV.cumsum(-1)
     total_B = cumulative_BV[:, -1]
-    # u is at most 1 - 2^-53, so in fp64 this rounds to less than the total: some word exceeds it,
+    # u is at most 1 - 2^-53, so in fp64 this rounds to less than the total: some token exceeds it,
     # and the first one that does has a probability above 0
     threshold_B = uniforms_B * total_B
     tokens_B = torch.searchsorted(cumulative_BV, threshold_B[:, None], right=True)[:, 0]
@@ -51,9 +51,9 @@ def sample(
 
 
 def nucleus(weights_BV: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
-    """Keep the smallest set of likeliest words whose probability reaches top-p; zero the others."""
+    """Keep the smallest set of likeliest tokens whose probability reaches top-p; zero the rest."""
     sorted_BV, order_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
-    # a word stays while those before it have not reached top-p: the likeliest always stays
+    # a token stays while those before it have not reached top-p: the likeliest always stays
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
     sorted_BV = sorted_BV.masked_fill(before_BV >= top_p_B[:, None], 0)
     return torch.empty_like(weights_BV).scatter_(1, order_BV, sorted_BV)

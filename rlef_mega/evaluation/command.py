@@ -1,4 +1,4 @@
-"""`rlef eval`: run a model (or recorded responses) on problems, and write numbers and a picture.
+"""`rlef eval`: run a model (or recorded responses) on problems, and write numbers and a plot.
 
     OUT/eval/NAME.dialogues.jsonl   every dialogue, written as it finishes (dialogue_file.py)
     OUT/eval/NAME.json, NAME.png    computed from that file only

@@ -1,8 +1,8 @@
-"""What a run was started with, in its inputs.json: digests of model, tokenizer and problems, and
+"""The inputs of a run, recorded in its inputs.json: digests of model, tokenizer and problems, and
 which training problems it leaves out.
 
-A path in a recipe may come to hold something else between two starts of a run. The KL's reference
-or the problems would change without a word; so a resumed run compares digests first.
+What lies at a recipe's paths may change between two starts of a run, which would silently change
+the KL's reference or the problems; so a resumed run compares digests first.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def digest_model(folder: Path) -> dict[str, str]:
 
 
 def read_left_out(run_dir: Path) -> frozenset[int]:
-    """Return the places in data.train of the problems that the run leaves out."""
+    """Return the indices in data.train of the problems that the run leaves out."""
     path = run_dir / NAME
     return frozenset(json.loads(path.read_text())["left_out"]) if path.is_file() else frozenset()
 

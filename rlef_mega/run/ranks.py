@@ -21,7 +21,7 @@ MEETING_TIMEOUT = timedelta(minutes=10)  # long enough for imports from a busy f
 def meet(timeout: timedelta = MEETING_TIMEOUT) -> dist.Store:
     """Wait until all ranks of the launch have connected to rank 0. Returns the store they share.
 
-    Without this, a launch that lacks a rank would wait as long as a collective may, without a word.
+    Without this, a launch with a missing rank would wait silently for a collective's timeout.
     Raises RuntimeError with the address and the missing ranks after the timeout.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -27,7 +27,7 @@ def test_solve_and_repair_rates_by_hand():
     rates = metrics.episode_metrics(episodes)
     assert rates["solved"] == pytest.approx(4 / 5)
     assert rates["solved_turn1"] == pytest.approx(1 / 5)
-    assert rates["repaired_turn2"] == pytest.approx(2 / 4)  # four came to turn 2
+    assert rates["repaired_turn2"] == pytest.approx(2 / 4)  # four reached turn 2
     assert rates["repaired_turn3"] == pytest.approx(1 / 2)
     assert rates["turns_mean"] == pytest.approx(11 / 5)
     assert rates["tokens"] == 3 * 11
@@ -38,7 +38,7 @@ def test_rates_of_nothing_are_none_not_zero():
     assert rates["repaired_turn2"] is None
 
 
-# ------------------------------------------------------------------------- what is off-policy
+# ------------------------------------------------------------------------- off-policy metrics
 
 
 def stale_batch():
@@ -94,7 +94,7 @@ def watch(*records: dict) -> list[list[str]]:
 @pytest.mark.parametrize(
     "fault", [{"effective_sample_size": 0.3}, {"behaviour_k3": 0.5}, {"behaviour_k3": math.nan}]
 )
-def test_what_is_too_far_off_policy_is_an_alarm_and_then_the_end(fault):
+def test_tokens_too_far_off_policy_raise_an_alarm_and_then_end_the_run(fault):
     (name,) = fault
     assert watch({}, {}) == [[], []]
     (alarm,) = watch(fault)[0]
@@ -104,7 +104,7 @@ def test_what_is_too_far_off_policy_is_an_alarm_and_then_the_end(fault):
         watch(fault, fault)
 
 
-def test_a_gap_between_engine_and_trainer_is_an_alarm_at_half_and_the_end_at_once():
+def test_a_gap_of_half_the_limit_is_an_alarm_and_above_the_limit_ends_the_run():
     assert watch({"logprob_gap_mean": 0.02}) == [[]]
     assert "half" in watch({"logprob_gap_mean": 0.03})[0][0]
     with pytest.raises(GuardError, match="their weights differ"):
@@ -130,8 +130,8 @@ def test_tokens_of_versions_that_this_run_cannot_have_published_end_it(lag):
         watch({"staleness": {"0": 3, lag: 1}})
 
 
-def test_a_server_is_busy_for_as_long_as_the_rank_says_that_kept_it_so_the_longest():
-    """Two ranks, two servers; their own counts are added up."""
+def test_a_servers_busy_time_is_the_largest_that_a_rank_reports():
+    """Two ranks, two servers; other counts are summed over the ranks."""
     one = {"requests": 3, "server_busy_s a": 2.0, "server_busy_s b": 1.0}
     other = {"requests": 4, "server_busy_s b": 1.5, "follow_up_tokens": 8}
     counts = metrics.total_counts([one, other, {}])

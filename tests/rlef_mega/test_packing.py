@@ -60,7 +60,7 @@ def test_microbatches_hold_each_sequence_once_within_budget_and_equal_in_number(
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=8), st.integers(2, 3))
 def test_the_heaviest_part_is_near_the_best_that_there_is(costs, count):
-    """Of all divisions, tried out. The bound is the method's own (Michiels, Korst, Aarts and van
+    """The best is found by trying all. The bound is the method's (Michiels, Korst, Aarts and van
     Leeuwen, "Performance ratios for the differencing method", STACS 2003).
     """
     parts = packing.equal_parts(costs, range(len(costs)), count)
@@ -79,12 +79,12 @@ def test_differencing_by_hand():
 
 @given(st.integers(0, 1000))
 def test_a_batch_of_dialogues_is_balanced_over_ranks_to_a_few_percent(seed):
-    """The paper's update: 256 dialogues over 32 ranks; equal lengths would not do, for a token of a
-    long dialogue costs more.
+    """The paper's update: 256 dialogues over 32 ranks. Balancing lengths is not enough, because a
+    token of a long dialogue costs more.
     """
     generator = random.Random(seed)
     lengths = [min(8192, int(generator.lognormvariate(7.9, 0.5))) for _ in range(256)]
-    costs = [1000 * s + s * s // 50 for s in lengths]  # 16% more a token at 8,192
+    costs = [1000 * s + s * s // 50 for s in lengths]  # 16% more per token at 8,192
     plan = packing.microbatches(lengths, 16384, 32, costs=costs)
     loads = [sum(costs[i] for m in rank for i in m) for rank in plan]
     assert max(loads) * 32 < 1.05 * sum(loads)  # 1.013 in the median, 1.035 at most

@@ -36,7 +36,7 @@ def test_kl_does_not_grow_with_length():
     torch.testing.assert_close(short, long)
 
 
-def test_reward_takes_beta_times_kl_off():
+def test_beta_times_kl_is_subtracted_from_the_reward():
     rewards = ppo.turn_rewards(torch.tensor([0.0, 1.0]), torch.tensor([0.4, -0.2]), beta=0.05)
     torch.testing.assert_close(rewards, torch.tensor([-0.02, 1.01]))
 

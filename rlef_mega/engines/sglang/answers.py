@@ -1,5 +1,5 @@
-"""What is sent to SGLang servers for a response and what their answers hold, under SGLang's names;
-and the error of a server that fails."""
+"""The contents of requests to SGLang servers and of their answers, under SGLang's names, and the
+error of a server that fails."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ class ServerInfo(BaseModel):
     @property
     def context_length(self) -> int:
         """Tokens of a prompt with its response."""
-        return self.max_req_input_len + 4  # it uses all but one token, and reports that less 5
+        return self.max_req_input_len + 4  # SGLang reports context length - 1 - 5
 
     @property
     def weight_version(self) -> str:

@@ -1,7 +1,7 @@
 """How a bucket of weights reaches paused SGLang servers: by broadcast, or as shared tensors.
 
 `Broadcast` uses a process group of this process (rank 0) and every rank of every server, over NCCL
-or gloo; it is made anew when a server comes, goes or restarts. `SharedTensors` serves servers of
+or gloo; it is recreated when a server comes, goes or restarts. `SharedTensors` is for servers of
 this node: HTTP carries handles of the tensors, CUDA IPC on a GPU, names of shared memory on a CPU.
 """
 
@@ -37,13 +37,13 @@ class Broadcast:
         self.members: list[Member] = []
 
     def prepare(self, members: list[Member], ranks: int, *, same_processes: bool) -> None:
-        """Make a group with these servers, of `ranks` each, unless the last one will do."""
+        """Make a group with these servers, of `ranks` each, unless the last one still fits."""
         if self.group is None or members != self.members or not same_processes:
             self.leave()
             self.join(members, ranks)
 
     def carry(self, bucket: Bucket) -> None:
-        """Announce the bucket to all servers, then send it as one run of bytes; returns when all
+        """Announce the bucket to all servers, then send it as one byte tensor; returns when all
         have loaded it."""
 
         async def receive(client: Client) -> None:
@@ -66,7 +66,7 @@ class Broadcast:
         receiving.result()
 
     def leave(self) -> None:
-        """Destroy the group, here and on the servers that are left of it."""
+        """Destroy the group, here and on the servers that still answer."""
         if self.group is None:
             return
 
@@ -122,7 +122,7 @@ class SharedTensors:
         self.thread = thread
         self.members: list[Member] = []
         self.ranks = 0
-        # on a CPU by name: file descriptors do not travel over HTTP
+        # on a CPU by name: file descriptors cannot be sent over HTTP
         torch.multiprocessing.set_sharing_strategy("file_system")
 
     def prepare(self, members: list[Member], ranks: int, *, same_processes: bool) -> None:

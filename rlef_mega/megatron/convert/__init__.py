@@ -1,4 +1,4 @@
-"""Checkpoints to Hugging Face folders and back, on a CPU, one file at a time, without a model.
+"""Convert checkpoints to Hugging Face folders and back, on a CPU, file by file, without a model.
 
 `to_hf` and `from_hf` plan files, `resumable_folder` writes them and survives a kill, `verify`
 compares the result with its source. Both sides give whole tensors under their Hugging Face names: a

@@ -1,8 +1,8 @@
 """A folder of planned files, which survives a kill.
 
 Theory of operation. The files are written into `.OUT.partial`, beside the final folder, one after
-the other. A file that is on the disk gets a mark, a small file in `.OUT.partial/.done`, with its
-size, its time and what its writer returned. When all have one, the rest is written (an index, a
+the other. A finished file gets a mark, a small file in `.OUT.partial/.done`, with its size, its
+modification time and what its writer returned. When all have one, the rest is written (an index, a
 manifest), the marks are removed and the folder is renamed. So a folder under its final name is
 complete. After a kill the same command resumes: files that still match their marks are kept. If the
 source or the request has changed, everything is written again.
@@ -96,7 +96,7 @@ class ResumableFolder:
             if needed > free:
                 raise ConfigError(
                     f"{self.out} needs {needed / 1e9:,.1f} GB more, but {free / 1e9:,.1f} GB are "
-                    f"free on its disk; make room"
+                    f"free on its disk; free space"
                 )
             yield
 
@@ -136,11 +136,11 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors has the system's error in its text alone
+        # safetensors has the system's error in its message only
         full = [f"os error {number})" in str(error) for number in DISK_IS_FULL]
         if getattr(error, "errno", None) not in DISK_IS_FULL and not any(full):
             raise
         raise ConfigError(
-            f"the disk is full ({error}) while writing into {folder}; make room and give the same "
+            f"the disk is full ({error}) while writing into {folder}; free space and give the same "
             f"command again: finished files are kept"
         ) from None

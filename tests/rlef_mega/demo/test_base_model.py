@@ -50,7 +50,7 @@ def test_the_loss_starts_at_chance_and_falls(base):
     assert last < first / 3
 
 
-def test_a_killed_stage_goes_on_with_the_same_losses(base, tmp_path):
+def test_a_killed_stage_resumes_with_the_same_losses(base, tmp_path):
     folder = tmp_path / "killed"
     child = subprocess.Popen(command(folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while len(losses(folder)) < 30:
@@ -63,7 +63,7 @@ def test_a_killed_stage_goes_on_with_the_same_losses(base, tmp_path):
     assert losses(folder) == losses(base)
 
 
-def test_transformers_loads_what_it_leaves(base):
+def test_transformers_loads_the_result(base):
     model = AutoModelForCausalLM.from_pretrained(base / "model")
     tokenizer = AutoTokenizer.from_pretrained(base / "model")
     assert model.config.num_key_value_heads == 2

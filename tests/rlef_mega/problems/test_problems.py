@@ -1,4 +1,4 @@
-"""Sampling and our own JSONL: what is read, what is written, and what a wrong line says."""
+"""Sampling and our own JSONL: reading, writing, and the errors of wrong lines."""
 
 import json
 import math
@@ -30,14 +30,14 @@ def write(tmp_path, *rows) -> str:
 
 
 @pytest.mark.parametrize("problems, count", [(10, 3), (10, 10), (7, 16), (1, 5)])
-def test_sampling_takes_each_problem_once_an_epoch(problems, count):
+def test_sampling_takes_each_problem_once_per_epoch(problems, count):
     series = [p for step in range(3 * problems) for p in sample(numbered(problems), step, count, 0)]
     assert len(series) == 3 * problems * count
     for start in range(0, len(series), problems):
         assert set(Counter(p.id for p in series[start : start + problems]).values()) == {1}
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_have_different_orders():
     series = [
         [p.id for p in sample(numbered(50), step, 50, seed)] for seed in (0, 1) for step in (0, 1)
     ]
@@ -174,8 +174,8 @@ WRONG = {
     ),
     "a factor of 0": ({**GOOD, "limits": {"time_factors": {"python": 0}}}, "limits: .*cpu_s is 0"),
     "a limit out of bounds": ({**GOOD, "limits": {"cpu_s": 0}}, "limits: .*cpu_s"),
-    "half a letter": ({**GOOD, "statement": "x \ud83d"}, "statement: not valid text"),
-    "half a letter in a test": (
+    "a lone surrogate": ({**GOOD, "statement": "x \ud83d"}, "statement: not valid text"),
+    "a lone surrogate in a test": (
         {**GOOD, "public_tests": [{"stdin": "\ud83d", "expected": ""}]},
         r"public_tests\[0\].stdin: not valid text",
     ),
@@ -186,7 +186,7 @@ WRONG = {
     "endless memory": ({**GOOD, "limits": {"memory_bytes": 10**30}}, "limits: Limits.memory_bytes"),
     "an endless product": ({**GOOD, "limits": {"time_factors": {"python": 1e9}}}, "Limits.cpu_s"),
     "infinite time": ({**GOOD, "limits": {"wall_s": math.inf}}, "limits: Limits.wall_s"),
-    "bytes by halves": ({**GOOD, "limits": {"memory_bytes": 1.5e9}}, "memory_bytes: .*whole"),
+    "half a byte": ({**GOOD, "limits": {"memory_bytes": 1.5e9}}, "memory_bytes: .*whole"),
     "a complex argument": (
         {**GOOD, "entry_point": "f", "public_tests": [{**CALL, "args": "(1j,)"}]},
         "args: a value of type complex cannot be judged",
@@ -205,7 +205,7 @@ def test_a_wrong_line_is_named_with_file_line_and_field(tmp_path, row, message):
 
 
 def test_a_prelude_ends_its_last_line(tmp_path):
-    """The program stands right behind it."""
+    """The program follows it directly."""
     (problem,) = read_jsonl(write(tmp_path, {**GOOD, "prelude": "import math"}))
     assert problem.prelude == "import math\n"
 

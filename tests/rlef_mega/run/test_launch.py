@@ -1,4 +1,4 @@
-"""What a rank that fails tells the user."""
+"""How a failed rank is reported to the user."""
 
 import os
 import signal
@@ -51,13 +51,13 @@ def run_two_ranks(
 @pytest.mark.parametrize(
     ("failing", "message"),
     [
-        ("1", "error on rank 1: rank 1 has no memory left"),  # nobody else would say it
+        ("1", "error on rank 1: rank 1 has no memory left"),  # no other rank reports it
         ("01", "has no memory left"),  # the first of them, once
     ],
 )
 def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str) -> None:
     (tmp_path / failing).mkdir()
-    (tmp_path / failing / ".failed").touch()  # the mark of an earlier launch silences nobody
+    (tmp_path / failing / ".failed").touch()  # from an earlier launch: has no effect
     done = run_two_ranks(tmp_path, WORKER, failing)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
@@ -78,7 +78,7 @@ def test_ranks_of_one_machine_meet_whatever_its_name_resolves_to(
 
 
 def test_a_launch_leaves_neither_its_signal_handlers_nor_a_stop_file(tmp_path: Path) -> None:
-    """Else a later SIGTERM would create the file, and the next run would stop at its first step."""
+    """A later SIGTERM would create the file, and the next run would stop at its first step."""
     before = signal.getsignal(signal.SIGTERM)
     assert launch("this", tmp_path, 1) == 0  # a module of the standard library that only prints
     assert signal.getsignal(signal.SIGTERM) is before

@@ -3,7 +3,7 @@ import torch
 from rlef_mega.megatron.network.feed_forward import SwiGLU
 
 
-def test_the_gated_activation_is_autograds() -> None:
+def test_the_gated_activation_equals_autograds() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 1, 14, generator=generator)
     gradient = torch.randn(5, 1, 7, generator=generator)

@@ -1,8 +1,8 @@
-"""One layer of Llama 3.1 70B's shape, forward and backward on the CPU, is transformers': the real
-model's widths, head counts and rotary frequencies, in fp32.
+"""One layer of Llama 3.1 70B's shape equals transformers', forward and backward on the CPU: the
+real model's widths, head counts and rotary frequencies, in fp32.
 
 To save memory, transformers' model uses our weights where it can, and its gradients are compared
-and freed as they appear. What this cannot catch: depth, and bfloat16.
+and freed as they appear. This does not test depth and bfloat16.
 """
 
 import pytest
@@ -49,7 +49,7 @@ def available_gb() -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(available_gb() < NEEDED_GB, reason=f"needs {NEEDED_GB} GB of free memory")
-def test_a_layer_of_70b_is_transformers(ranks: Ranks) -> None:
+def test_a_layer_of_70b_equals_transformers(ranks: Ranks) -> None:
     generator = torch.Generator().manual_seed(0)
     ours = random_model(ranks, generator)
     token_ids_T = torch.randint(CONFIG.vocab_size, (sum(LENGTHS),), generator=generator)
@@ -84,13 +84,13 @@ def test_a_layer_of_70b_is_transformers(ranks: Ranks) -> None:
 
 
 def random_model(ranks: Ranks, generator: torch.Generator) -> CriticModel:
-    """The trunk of one layer; the head is not called."""
+    """Make a trunk of one layer; the head is not called."""
     model = CriticModel(CONFIG, ranks, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.decoder.parameters():
             if parameter.dim() == 1:
                 parameter.normal_(1, 0.2, generator=generator)
-            else:  # the spread that keeps activations' size
+            else:  # keeps the variance of activations
                 bound = (3 / parameter.shape[1]) ** 0.5
                 parameter.uniform_(-bound, bound, generator=generator)
         model.embedding.word_embeddings.weight.normal_(generator=generator)
@@ -98,7 +98,7 @@ def random_model(ranks: Ranks, generator: torch.Generator) -> CriticModel:
 
 
 def transformers_model(ours: CriticModel) -> LlamaModel:
-    """Transformers' with the same weights: the same memory, but for queries, keys and values."""
+    """Make transformers' model with our weights, which only queries, keys and values copy."""
     with torch.device("meta"):
         model = LlamaModel(CONFIG)
     model.rotary_emb = LlamaRotaryEmbedding(CONFIG)
@@ -111,6 +111,6 @@ def transformers_model(ours: CriticModel) -> LlamaModel:
 
 
 def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest difference, as a part of the largest entry; overwrites the truth."""
+    """Return the largest difference relative to the largest entry; overwrites `truth`."""
     size = max(truth.max().item(), -truth.min().item())
     return truth.sub_(ours).abs_().max().item() / size

@@ -88,7 +88,7 @@ def make_supervised(ranks: Ranks, folder: Path) -> SupervisedLearner:
 def gradients_under_hf_names(
     learner: SupervisedLearner | Learner,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name map reads views of parameters; put the gradients in the parameters' place."""
+    """Replace parameters by their gradients, and return them: the name map views parameters."""
     for parameter in learner.policy.last_chunk.parameters():
         parameter.data = parameter.main_grad.clone()
     return learner.policy_weights()
@@ -143,7 +143,7 @@ def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
 def test_micro_batches_change_an_update_by_rounding_alone(
     ranks: Ranks, folder: Path, plan: dict
 ) -> None:
-    """Against one micro-batch an update; five of them leave two empty."""
+    """Compared with one micro-batch per update; of five, two are empty."""
     batch = make_batch(6)
     whole, cut = make_learner(ranks, folder), make_learner(ranks, folder)
     whole.cutting = replace(whole.cutting, token_budget=10_000)
@@ -162,7 +162,7 @@ def test_recomputation_changes_no_number(ranks: Ranks, folder: Path, recompute: 
     assert again["stats"] == plain["stats"]
 
 
-def test_token_level_values_are_one_a_response_token(ranks: Ranks, folder: Path) -> None:
+def test_token_level_values_are_one_per_response_token(ranks: Ranks, folder: Path) -> None:
     batch = make_batch(6)
     settings = PPOConfig(updates_per_batch=2, token_level_value=True)
     learner = make_learner(ranks, folder, ppo=settings)
@@ -257,9 +257,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
         make_learner(ranks, tmp_path)
 
 
-def test_an_export_is_what_transformers_and_we_load(
-    ranks: Ranks, folder: Path, tmp_path: Path
-) -> None:
+def test_transformers_and_we_load_an_export(ranks: Ranks, folder: Path, tmp_path: Path) -> None:
     batch = make_batch(6)
     learner = make_learner(ranks, folder)
     one_batch(learner, batch, seed=1)
@@ -314,7 +312,7 @@ def test_a_run_starts_from_a_checkpoint_of_another(
     assert torch.equal(found.ref_logprobs_A, expected.old_logprobs_A)
     assert torch.equal(found.values_M, expected.values_M)
 
-    # of a policy alone, the critic takes the trunk and draws its head
+    # from a policy's checkpoint the critic takes the trunk, and draws its head
     export_checkpoint(saved, tmp_path / "hf", model=folder)
     import_folder(tmp_path / "hf", tmp_path / "policy")
     found = make_learner(ranks, folder, weights=tmp_path / "policy").score(batch)
@@ -329,7 +327,7 @@ def test_a_run_starts_from_a_checkpoint_of_another(
         check_weights(saved, tmp_path / "other")
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_accepted(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_tied_head_that_is_stored_nevertheless_is_accepted(ranks: Ranks, tmp_path: Path) -> None:
     make_model(tmp_path, tie_word_embeddings=True)
     stored = load_file(tmp_path / "model.safetensors")
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
