@@ -7,7 +7,8 @@ of the program arrives as the built-in exception of that name, if there is one, 
 not plain data as an object that only tells that it is not None.
 
 A check that passes a limit may do so by its own fault, or because of what the program returned. So
-it marks in its exchange file whether a call is under way and whether a large value has arrived.
+it marks in its exchange file whether a call is under way and whether a large value has arrived; and
+in the end that it returned, since a check that leaves by exit code 0 has judged nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 from . import values
@@ -33,7 +34,7 @@ RETURNED, OPAQUE, RAISED = b"=", b"?", b"!"
 CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
 
 # Marks of the checking side in its exchange file, a byte each.
-IN_A_CALL, HAS_LARGE_REPLY = 0, 1
+IN_A_CALL, HAS_LARGE_REPLY, HAS_RETURNED = 0, 1, 2
 # What may cost a check much: a reply of more bytes, or with a number of 6 digits or more before the
 # point. Loops and tables over smaller values stay within seconds and megabytes.
 LARGE_REPLY_BYTES = 4096
@@ -132,7 +133,7 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
         raise raised[-1]
 
     try:
-        check_function(candidate)
+        returned = check_function(candidate)
     except BaseException as error:
         if any(error is one for one in raised):
             _leave(CANDIDATE_RAISED, error)
@@ -141,6 +142,10 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
         for one in raised:
             one.__traceback__ = None  # hides the frames of this file
         raise
+    if isinstance(returned, Awaitable | AsyncIterator | Iterator):
+        kind = type(returned).__name__
+        _leave(CHECK_BROKEN, TypeError(f"check returned a {kind}, whose code has not run"))
+    os.pwrite(marks, b"1", HAS_RETURNED)
 
 
 def _description(error: Exception) -> list[str]:

@@ -20,6 +20,7 @@ from .exchange import (
     CANDIDATE_RAISED,
     CHECK_BROKEN,
     HAS_LARGE_REPLY,
+    HAS_RETURNED,
     IN_A_CALL,
 )
 from .private_root import THIRD_PARTY
@@ -220,7 +221,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
             return verdict_of_check(
                 candidate.finished(served, self._limits).result,
                 checker.finished(checked, self._limits).result,
-                os.pread(checker.descriptors[EXCHANGE], 2, 0).ljust(2, b"0"),
+                os.pread(checker.descriptors[EXCHANGE], 3, 0).ljust(3, b"0"),
             )
 
     def _request(self, task: Task) -> ZygoteRequest:
@@ -338,19 +339,23 @@ def verdict_of_check(candidate: Result, checker: Result, marks: bytes) -> Finish
     """Return the verdict on the ends of a CheckTest's two processes. `marks` are those of
     `exchange.check`. Raises FaultError if the code of the test is broken or passes a limit itself.
     """
-    broken = checker.exit_code == CHECK_BROKEN
+    broken = checker.exit_code == CHECK_BROKEN or checker.status is Status.COMPILE_ERROR
+    if checker.status is Status.OK and marks[HAS_RETURNED:] != b"1":
+        broken = True  # by SystemExit(0) or the like, which would pass any program
     answered = checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE)
     # Other than by an exception, its end depends on the program's values only if one is large.
     stopped = checker.exit_code not in (0, 1) or checker.status not in (
         Status.OK,
         Status.RUNTIME_ERROR,
     )
-    if stopped and not broken and not answered and marks[HAS_LARGE_REPLY:] != b"1":
+    if stopped and not broken and not answered and marks[HAS_LARGE_REPLY:HAS_RETURNED] != b"1":
         broken = marks[IN_A_CALL : IN_A_CALL + 1] != b"1"
     # While no call is under way the program waits, until its wall clock limit, for the check.
     if broken and candidate.status in (Status.OK, Status.IDLE_LIMIT):
-        errors = checker.stderr.decode(errors="replace")
-        raise FaultError(f"the code of a CheckTest is broken: {checker.status} {errors}")
+        why = checker.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        if checker.status is Status.OK:
+            why = "it exited before its check returned"
+        raise FaultError(f"the code of a CheckTest is broken: {checker.status} {why}")
     if candidate.status is not Status.OK or checker.status is Status.OK:
         return FinishedRun(candidate)
     if answered:

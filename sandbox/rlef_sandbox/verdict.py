@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import enum
+import inspect
+import symtable
 import threading
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import InitVar, dataclass, field
+from types import CodeType
 
 
 class Status(enum.StrEnum):
@@ -32,7 +35,9 @@ LIMITS_WITHIN = {
     "processes": (1, 1 << 16),
 }
 
-_parsing = threading.Lock()  # two threads break Python 3.11's parser (gh-106905)
+PARSED_CHARACTERS = 16 << 10  # of a stranger's code; some milliseconds
+LAZY = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_compiling = threading.Lock()  # the filters of warnings belong to the whole process
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ class CheckTest:
 
     The code runs confined, in a process of its own. Arguments and results of its calls cross by
     value, as plain data, and an exception of a call is raised in it as the built-in type. Raises
-    ValueError for code that does not parse.
+    ValueError for code that does not compile, and for an async or generator `check`, since a call
+    runs none of it. Code of strangers is not `compiled`, since that may take hours: only its syntax
+    is checked, if it is short, and a run reports the rest as a SANDBOX_ERROR.
     """
 
     __test__ = False
@@ -134,17 +141,37 @@ class CheckTest:
     entry_point: str
     code: str
     check: str = "check"
+    compiled: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
-        _check_python(f"CheckTest.code of {self.entry_point}", self.code)
+    def __post_init__(self, compiled: bool) -> None:
+        what = f"CheckTest.code of {self.entry_point}"
+        _refuse_broken(what, self.code, self.check, compiled)
 
 
-def _check_python(what: str, source: str) -> None:
+def _refuse_broken(what: str, source: str, path: str, compiled: bool) -> None:
+    """Raise ValueError if the source does not compile, or the function at `path` is async or a
+    generator.
+    """
     try:
-        with _parsing:
-            ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{what} is not Python: {error}") from None
+        if not compiled:
+            if len(source) <= PARSED_CHARACTERS:
+                # not `ast.parse`: two threads break that of Python 3.11 (gh-106905)
+                symtable.symtable(source, "<check>", "exec")
+            return
+        with _compiling, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # from bytes, as in the sandbox: an encoding that the source declares holds
+            code = compile(as_bytes(source), "<check>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        reason = str(error) or "nested too deep"
+        raise ValueError(f"{what} is not Python: {reason}") from None
+    for name in path.split("."):
+        inner = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name]
+        if not inner:
+            return
+        code = inner[-1]
+    if code.co_flags & LAZY:
+        raise ValueError(f"{what}: {path} is async or a generator; make it a plain function")
 
 
 AnyTest = Test | CallTest | CheckTest
@@ -159,13 +186,14 @@ class CheckerProgram:
 
     It runs confined, with `limits`. If it raises, exceeds them or returns anything else, the output
     is a WRONG_ANSWER, provided that it accepts the expected output. Otherwise it is broken: a
-    SANDBOX_ERROR, which is no verdict on the program.
+    SANDBOX_ERROR, which is no verdict on the program. Raises ValueError like `CheckTest`.
     """
 
     source: str
     limits: Limits = field(default_factory=Limits)
     language: str = "python"
+    compiled: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, compiled: bool) -> None:
         if self.language == "python":
-            _check_python("CheckerProgram.source", self.source)
+            _refuse_broken("CheckerProgram.source", self.source, "check", compiled)

@@ -128,6 +128,14 @@ def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> No
         "def check(candidate): candidate(object())",
         "def check(candidate):\n    import numpy\n    assert candidate(1) == 2",
         "def check(candidate):\n    x = helper(3)\n    assert candidate(1) == 2",
+        "def check(candidate): candidate(1)\nreturn",
+        "def check(candidate): candidate(1)\nbreak",
+        "import sys\ndef check(candidate):\n    candidate(1)\n    sys.exit()",
+        "import os\ndef check(candidate):\n    candidate(1)\n    os._exit(0)",
+        "import atexit, os\natexit.register(os._exit, 0)\ndef check(f): assert f(1) == 2",
+        "async def check(candidate): assert candidate(1) == 2",
+        "check = lambda candidate: (yield candidate(1))",
+        "def check(candidate): return map(candidate, [1])",
     ],
     ids=[
         "fails_on_its_own",
@@ -135,12 +143,20 @@ def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> No
         "calls_with_no_plain_data",
         "imports_what_is_not_there",
         "fails_before_it_calls",
+        "returns_outside_a_function",
+        "breaks_outside_a_loop",
+        "exits",
+        "exits_at_once",
+        "exits_in_place_of_its_failure",
+        "is_async",
+        "is_a_generator",
+        "returns_calls_not_made",
     ],
 )
 def test_a_broken_check_is_no_verdict(sandbox: Sandbox, code: str) -> None:
-    (result,) = sandbox.grade(RIGHT, [CheckTest("f", code)])
+    (result,) = sandbox.grade(RIGHT, [CheckTest("f", code, compiled=False)])
     assert result.status is Status.SANDBOX_ERROR
-    assert b"CheckTest is broken" in result.stderr
+    assert b"CheckTest is broken" in result.stderr.splitlines()[-1]
 
 
 TABLE = "table = [[i] for i in range(5_000_000)]"
@@ -198,9 +214,32 @@ def test_a_checks_traceback_shows_no_frame_of_ours(sandbox: Sandbox) -> None:
     assert b"exchange.py" not in result.stderr and b"rlef_sandbox" not in result.stderr
 
 
-def test_code_that_does_not_parse_is_refused_when_made() -> None:
-    with pytest.raises(ValueError, match=r"CheckTest\.code of f is not Python"):
-        CheckTest("f", "def check(")
+@pytest.mark.parametrize(
+    "code", ["def check(", "return", "await x", "nonlocal x", "def g(a, a): pass", "-" * 9999 + "1"]
+)
+def test_code_that_does_not_compile_is_refused_when_made(code: str) -> None:
+    with pytest.raises(ValueError, match=r"CheckTest\.code of f is not Python: ."):
+        CheckTest("f", code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "async def check(f): assert f(1)",
+        "def check(f):\n    assert f(1)\n    yield",
+        "def check(f): pass\nif True:\n    async def check(f):\n        yield",
+        "class Case:\n    async def check(self, f): assert f(1)",
+    ],
+)
+def test_a_check_that_a_call_does_not_run_is_refused_when_made(code: str) -> None:
+    with pytest.raises(ValueError, match="check is async or a generator"):
+        CheckTest("f", code, "Case.check" if "Case" in code else "check")
+    CheckTest("f", f"{code}\ndef check(f): pass\nclass Case:\n    def check(self, f): pass")
+
+
+def test_a_broken_checker_is_refused_when_made() -> None:
+    with pytest.raises(ValueError, match=r"CheckerProgram\.source: check is async"):
+        CheckerProgram("async def check(stdin, expected, actual): return True")
     with pytest.raises(ValueError, match=r"CheckerProgram\.source is not Python"):
         CheckerProgram("def check(")
 

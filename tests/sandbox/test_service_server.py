@@ -98,12 +98,43 @@ def test_a_body_that_is_too_large_is_a_413_with_the_bound(server):
     assert (
         reply.status == 413 and "1048576 bytes" in reply.error and "--max-body-mib" in reply.error
     )
-    bomb = zlib.compress(b" " * (100 << 20))
-    assert server.ask("POST", "/v1/run", bomb, {"Content-Encoding": "deflate"}).status == 415
     chunks = iter([b"x" * (64 << 10)] * 20)
     assert server.ask("POST", "/v1/run", chunks).status == 413  # of a length not told before
     assert server.grade(grade_body("print('done')")).status == 200
     assert server.metrics()["held_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    "encodings",
+    [
+        ["deflate"],
+        ["identity", "deflate"],
+        ["deflate", "identity"],
+        ["identity, deflate"],
+        ["", "DEFLATE"],
+    ],
+)
+def test_an_encoded_body_is_refused(server, encodings):
+    bomb = zlib.compress(b" " * (100 << 20))
+    lines = [f"Content-Encoding: {encoding}" for encoding in encodings]
+    with connect(server, "/v1/run", len(bomb), *lines) as sent:
+        sent.sendall(bomb)
+        assert sent.recv(12) == b"HTTP/1.1 415"
+
+
+def connect(server: ServerProcess, path: str, size_bytes: int, *headers: str) -> socket.socket:
+    """Return a connection on which the head of a request was sent."""
+    head = (
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {size_bytes}",
+        f"Authorization: Bearer {server.token}",
+        *headers,
+    )
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection.sendall("\r\n".join([*head, "", ""]).encode())
+    return connection
 
 
 def test_an_answer_carries_bytes_and_values(server):
@@ -249,7 +280,7 @@ def test_a_drain_sends_large_answers_to_slow_readers_before_it_ends():
     with ServerProcess(*ONE_JOB) as server:
         body = json.dumps({"source": "import time; print('x' * 8_000_000); time.sleep(0.5)"})
         with socket.create_connection(("127.0.0.1", server.port)) as reader:
-            head = f"POST /v1/run HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head = f"POST /v1/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             reader.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
             until(lambda: server.metrics()["running"] == 1)
             server.process.send_signal(signal.SIGTERM)
@@ -292,6 +323,108 @@ def test_bodies_are_held_within_a_bound():
         thread.join()
         assert replies[0].json["results"][0]["status"] == "OK"
         assert server.metrics()["held_bytes"] == 0
+
+
+def test_a_body_counts_as_it_arrives():
+    """Not as it is announced; whoever announces more than has room now is told to come again."""
+    with ServerProcess(*ONE_JOB, "--max-held-mib", "1", "--max-body-mib", "1") as server:
+        silent = [connect(server, "/v1/run", 1 << 20) for _ in range(9)]
+        silent += [connect(server, "/v1/grade", 1 << 20) for _ in range(9)]
+        assert server.grade(grade_body("print('done')")).status == 200
+        silent[0].sendall(b" " * 600_000)
+        until(lambda: server.metrics()["held_bytes"] == 600_000)
+        assert server.grade({"source": "#" * 500_000, "tests": []}).status == 429
+        silent[1].sendall(b" " * 600_000)
+        assert silent[1].recv(12) == b"HTTP/1.1 429"
+        for connection in silent:
+            connection.close()
+        until(lambda: server.metrics()["held_bytes"] == 0)
+
+
+@pytest.mark.slow
+def test_a_body_that_does_not_come_is_a_408():
+    with ServerProcess(*ONE_JOB) as server:
+        silent = connect(server, "/v1/run", 100)
+        dripping = connect(server, "/v1/run", 100)
+        for _ in range(28):
+            dripping.sendall(b" ")
+            time.sleep(1)
+        for connection, count in ((silent, b"0 bytes"), (dripping, b"28 bytes")):
+            answer = connection.recv(1 << 16)
+            assert answer.startswith(b"HTTP/1.1 408") and count in answer
+            connection.close()
+        until(lambda: server.metrics()["held_bytes"] == 0)
+
+
+def test_bodies_whose_clients_left_are_held_until_they_are_parsed_or_run():
+    slow = b'{"source":"","tests":[{"kind":"call","entry_point":"f","args":[[%s1]]}]}' % (
+        b"[1]," * 150_000
+    )
+    with ServerProcess(*ONE_JOB, "--max-held-mib", "2") as server:
+        with connect(server, "/v1/grade", len(slow)) as leaver:
+            leaver.sendall(slow)
+            until(lambda: server.metrics()["held_bytes"] == len(slow))
+        left = [connect(server, "/v1/grade", len(slow)) for _ in range(3)]
+        for leaver in left:
+            leaver.sendall(slow)
+        until(lambda: server.metrics()["held_bytes"] >= 3 * len(slow))
+        for leaver in left:
+            leaver.close()
+        time.sleep(0.05)
+        assert server.metrics()["held_bytes"] >= len(slow)
+        until(lambda: server.metrics()["held_bytes"] == 0, 60)
+        running = json.dumps(grade_body(f"{sleeper(1)}  # {'x' * 100_000}")).encode()
+        with connect(server, "/v1/grade", len(running)) as leaver:
+            leaver.sendall(running)
+            until(lambda: server.metrics()["running"] == 1)
+        time.sleep(0.1)
+        assert server.metrics()["held_bytes"] == len(running)
+        until(lambda: server.metrics()["held_bytes"] == 0)
+
+
+NESTED = "".join(f"{' ' * d}try: pass\n{' ' * d}finally:\n" for d in range(19)) + f"{' ' * 19}x\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["assert f(1) == 2\n" * 200_000, NESTED * 20, "f'" + "{a}" * 100_000 + "'"],
+    ids=["long", "with_blocks_that_double", "with_fields"],
+)
+@pytest.mark.timing
+def test_code_is_compiled_only_where_it_is_confined(code):
+    """It takes Python seconds to hours, in which no other thread runs."""
+    check = {"kind": "check", "entry_point": "f", "code": code}
+    checker = {"kind": "program", "source": code}
+    limits = {"cpu_s": 0.5, "memory_bytes": 64 << 20}
+    body = {"source": "def f(x): return x", "limits": limits}
+    stdin = {"stdin": "", "expected": "", "kind": "stdin"}
+    with ServerProcess(*ONE_JOB) as server:
+        for asked in (
+            {**body, "tests": [check]},
+            {**body, "tests": [stdin], "checker": {**checker, "limits": limits}},
+        ):
+            thread, replies = run_aside(lambda asked=asked: server.grade(asked))
+            slowest_s = 0.0
+            while thread.is_alive():
+                began_s = time.monotonic()
+                assert server.ask("GET", "/health").status == 200
+                slowest_s = max(slowest_s, time.monotonic() - began_s)
+                time.sleep(0.02)
+            assert replies[0].json["results"][0]["status"] == "SANDBOX_ERROR"
+            assert slowest_s < 1
+
+
+def test_a_server_without_a_token_answers_to_loopback_names_alone():
+    with ServerProcess(*ONE_JOB) as server:
+        for host in ("localhost:1", "LOCALHOST", "127.0.0.1", "127.9.9.9:8765", "[::1]:8765"):
+            assert server.ask("GET", "/health", headers={"Host": host}).status == 200
+        for host in ("evil.example", "localhost.evil.example", "0.0.0.0", "192.0.2.1:80", "", "["):
+            for method, path in (("POST", "/v1/run"), ("POST", "/v1/grade"), ("GET", "/health")):
+                reply = server.ask(method, path, {"source": "1"}, {"Host": host})
+                assert reply.status == 403 and "--token-file" in reply.error
+        assert server.ask("GET", "/metrics", headers={"Host": "any.example"}).status == 200
+    with ServerProcess(*ONE_JOB, token=TOKEN) as server:
+        assert server.ask("GET", "/health", headers={"Host": "node7"}).status == 200
 
 
 def test_a_server_that_others_reach_wants_a_token():

@@ -3,10 +3,10 @@
 Theory of operation. Everything runs in the caller's event loop. A call encodes its request once,
 gives it an id, and tries servers (`server_choice.py`) until one answers or the deadline passes. A
 server that cannot be reached, loses the connection, or answers 502, 503 or 504 is taken out, and
-the request goes to another. One that answers 429 rests for the time it asks for. A request waits
-between two tries, with random exponential backoff. Its id is the same in each try, so a server that
-already has the work does not repeat it, and a caller gets exactly one answer. Cancelling the call
-removes the request from the server's queue.
+the request goes to another. One that answers 408 or 429 rests for the time it asks for. A request
+waits between two tries, with random exponential backoff. Its id is the same in each try, so a
+server that already has the work does not repeat it, and a caller gets exactly one answer.
+Cancelling the call removes the request from the server's queue.
 
 The client waits for a slow request as long as its server is alive. It asks the server for its
 health every `heartbeat_s`, and takes out one that does not answer (it hangs, or its node is gone).
@@ -196,7 +196,7 @@ class SandboxClient:
         finally:
             posting.cancel()
         reason = f"{status} {refusal_in(answer)}"
-        if status == 429:
+        if status in (408, 429):
             self._servers.rest(server, seconds_in(retry_after), reason)
             raise TryAgainError
         if status in OUT_OF_SERVICE:

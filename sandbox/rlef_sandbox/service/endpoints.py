@@ -20,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from .. import Sandbox
 from . import wire
+from .command import is_loopback
 from .grading_queue import (
     SANDBOX_FAULTS,
     AnswerRetention,
@@ -39,7 +41,8 @@ from .wire import Record, WireError
 
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
-PARSED_IN_PLACE_BYTES = 16 << 10  # takes some milliseconds at most, even with code to parse
+PARSED_IN_PLACE_BYTES = 16 << 10  # takes some milliseconds at most
+BODY_TIMEOUT_S, BODY_BYTES_A_S = 30.0, 256 << 10  # a body arrives within 30 s, or at this rate
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -58,6 +61,14 @@ class ServerSettings:
     max_body_bytes: int
     max_held_bytes: int
     keep: AnswerRetention
+
+
+@dataclass
+class Body:
+    """The content of a request as it arrives, and what needs it even when the client has left."""
+
+    content: bytearray
+    user: asyncio.Future[Any] | None = None
 
 
 class GradingRefusedError(Exception):
@@ -80,11 +91,10 @@ class GradingService:
         self.queue = GradingQueue(settings.jobs, settings.queue, settings.keep, self.metrics)
         self._held_bytes = 0
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
-        self._parsing: set[asyncio.Future[Any]] = set()
         for name, read, meaning in (
             ("queue_length", lambda: self.queue.waiting, "Requests that wait for the sandbox."),
             ("running", lambda: self.queue.running, "Requests in the sandbox."),
-            ("held_bytes", lambda: self._held_bytes, "Size of the bodies of open requests."),
+            ("held_bytes", lambda: self._held_bytes, "Size of the bodies that arrived."),
             ("draining", lambda: self.draining, "1 since the first SIGTERM, else 0."),
         ):
             self.metrics.read_when_asked("gauge", name, read, meaning)
@@ -134,9 +144,19 @@ class GradingService:
                 self.metrics.latency_s.observe(time.monotonic() - arrived_s)
 
     def authorise(self, request: web.Request) -> None:
-        """Raise GradingRefusedError unless the request has the token, compared in constant time."""
+        """Raise GradingRefusedError unless the request has the token, compared in constant time.
+
+        Without a token, a loopback address keeps out all but this machine and the pages in its
+        browsers. A page reaches it by a name of its own that leads here, which is then the Host.
+        """
         if self.settings.token is None:
-            return
+            if request.path == "/metrics" or names_loopback(request.headers.get("Host", "")):
+                return
+            reason = (
+                "a server without a token answers to 127.0.0.1, [::1] and localhost alone; ask for "
+                "one of these, or start the server with a token (--token-file)"
+            )
+            raise GradingRefusedError(403, reason)
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         if not hmac.compare_digest(given, f"Bearer {self.settings.token}".encode()):
             reason = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
@@ -155,17 +175,11 @@ class GradingService:
         # A browser sends this type to another site only if that site agrees, and this one does not.
         if request.content_type != "application/json":
             raise GradingRefusedError(415, "send the body as Content-Type: application/json")
-        if request.headers.get("Content-Encoding", "identity") != "identity":
+        if set(request.headers.getall("Content-Encoding", ())) - {"identity"}:
             raise GradingRefusedError(415, "send the body as it is, without Content-Encoding")
-        most_bytes = self.settings.max_body_bytes
-        size_bytes = most_bytes if request.content_length is None else request.content_length
-        if size_bytes > most_bytes:
-            raise web.HTTPRequestEntityTooLarge(most_bytes, size_bytes)  # before it is read
-        if self._held_bytes + size_bytes > self.settings.max_held_bytes and self._held_bytes:
-            raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
-        self._held_bytes += size_bytes
+        body = Body(bytearray())
         try:
-            grading = await self.accept(record, request)
+            grading = await self.accept(record, request, body)
             try:
                 answer = await self.queue.answer(grading)
             except ValueError as error:
@@ -174,17 +188,52 @@ class GradingService:
                 raise GradingRefusedError(503, f"the sandbox failed: {error!r}") from None
             return web.Response(body=answer.body, content_type="application/json")
         finally:
-            self._held_bytes -= size_bytes
+            size_bytes = len(body.content)
+            if body.user is None or body.user.done():
+                self.let_go(size_bytes)
+            else:
+                body.user.add_done_callback(lambda _: self.let_go(size_bytes))
 
-    async def accept(self, record: Record, request: web.Request) -> Grading:
+    def let_go(self, size_bytes: int) -> None:
+        self._held_bytes -= size_bytes
+
+    async def read(self, request: web.Request, content: bytearray) -> bytes:
+        """Append what arrives to `content`, and return a digest of path and content. What has
+        arrived counts as held, not what a client only announces.
+        """
+        announced_bytes = request.content_length or 0
+        self.refuse_large(announced_bytes, self._held_bytes + announced_bytes)
+        digest = hashlib.sha256(request.path.encode() + b"\0")
+        started_s = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S) as timeout:
+                async for chunk in request.content.iter_any():
+                    content += chunk
+                    self._held_bytes += len(chunk)
+                    self.refuse_large(len(content), self._held_bytes)
+                    digest.update(chunk)
+                    allowed_s = BODY_TIMEOUT_S + len(content) / BODY_BYTES_A_S
+                    timeout.reschedule(started_s + allowed_s)
+        except TimeoutError:
+            reason = f"the body came too slowly, {len(content)} bytes so far; send it again"
+            raise GradingRefusedError(408, reason) from None
+        return digest.digest()
+
+    def refuse_large(self, body_bytes: int, held_bytes: int) -> None:
+        """Refuse a body beyond its own bound, or beside others beyond that of all bodies."""
+        if body_bytes > self.settings.max_body_bytes:
+            raise web.HTTPRequestEntityTooLarge(self.settings.max_body_bytes, body_bytes)
+        if held_bytes > self.settings.max_held_bytes and held_bytes > body_bytes:
+            raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
+
+    async def accept(self, record: Record, request: web.Request, body: Body) -> Grading:
         """Return the work of the request id, new or begun by an earlier request."""
         request_id = request.headers.get(wire.REQUEST_ID, "") or uuid.uuid4().hex
         if not REQUEST_ID_FORM.fullmatch(request_id):
             raise GradingRefusedError(
                 400, f"{wire.REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces"
             )
-        body = await request.read()
-        digest = hashlib.sha256(request.path.encode() + b"\0" + body).digest()
+        digest = await self.read(request, body.content)
         grading = self.earlier(request_id, digest)
         if grading is None:
             try:
@@ -200,9 +249,11 @@ class GradingService:
         if self.draining:
             raise GradingRefusedError(503, "draining: this server takes no new work")
         try:
-            return self.queue.submit(request_id, digest, lambda: answer_to(self.sandbox, asked))
+            grading = self.queue.submit(request_id, digest, lambda: answer_to(self.sandbox, asked))
         except QueueFullError as error:
             raise self.full(error.retry_after_s, "the queue is full") from None
+        body.user = grading.task
+        return grading
 
     def earlier(self, request_id: str, digest: bytes) -> Grading | None:
         try:
@@ -210,18 +261,14 @@ class GradingService:
         except IdTakenError as error:
             raise GradingRefusedError(409, str(error)) from None
 
-    async def parse(self, record: Record, body: bytes) -> Any:
-        """Return the request in the body. A small one is parsed in this thread, unless a large one
-        is being parsed: Python 3.11's parser fails with a SystemError if two threads use it
-        (CPython issue 106905).
-        """
-        if len(body) <= PARSED_IN_PLACE_BYTES and not self._parsing:
-            return wire.decode_request(record, body)
+    async def parse(self, record: Record, body: Body) -> Any:
+        """Return the request in the body. Only a small one is parsed in this thread."""
+        if len(body.content) <= PARSED_IN_PLACE_BYTES:
+            return wire.decode_request(record, body.content)
         loop = asyncio.get_running_loop()
-        parsing = loop.run_in_executor(self._parser, wire.decode_request, record, body)
-        self._parsing.add(parsing)
-        parsing.add_done_callback(self._parsing.discard)
-        return await asyncio.shield(parsing)  # it counts until it has really ended
+        parsing = loop.run_in_executor(self._parser, wire.decode_request, record, body.content)
+        body.user = parsing
+        return await asyncio.shield(parsing)  # it keeps the body until it has really ended
 
     def full(self, retry_after_s: int, reason: str) -> GradingRefusedError:
         reason = f"{reason}; come again in {retry_after_s} s"
@@ -259,6 +306,14 @@ def answer_to(sandbox: Sandbox, asked: wire.RunRequest | wire.GradeRequest) -> G
     else:
         results = sandbox.grade(**vars(asked))
     return GradingAnswer(wire.encode_results(results), tuple(result.status for result in results))
+
+
+def names_loopback(host: str) -> bool:
+    """Return whether a Host header names this machine."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
 
 
 def refused(status: int, reason: str, headers: Mapping[str, str]) -> web.Response:

@@ -25,6 +25,7 @@ from .. import Sandbox
 from .endpoints import GradingService, ServerSettings
 
 SEND_TIMEOUT_S = 30.0  # to send the last answers, once all work is finished
+UNREAD_TIMEOUT_MS = 120_000
 BACKLOG = 4096  # connections not yet accepted: a client may open all of its own at once
 
 
@@ -59,6 +60,7 @@ async def serve_and_drain(
         service.application(),
         access_log=None,
         handler_cancellation=True,
+        auto_decompress=False,  # a body is never larger than what arrived
         shutdown_timeout=SEND_TIMEOUT_S,
     )
     await runner.setup()
@@ -86,6 +88,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # of the connections: a client that reads nothing more does not keep its answer here
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_MS)
         listener.bind(address)
     except OSError as error:
         listener.close()

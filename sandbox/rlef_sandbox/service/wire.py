@@ -48,6 +48,7 @@ class Record(NamedTuple):
 
     type: Callable[..., Any]
     fields: Mapping[str, Field]
+    options: Mapping[str, Any] = {}  # further arguments of the type
 
     def encode(self, record: object) -> dict[str, object]:
         return {name: field.encode(getattr(record, name)) for name, field in self.fields.items()}
@@ -67,11 +68,9 @@ class Record(NamedTuple):
         if missing := _required(self.type) - arguments.keys():
             raise WireError(f"{prefix}{min(missing)}: this field is needed")
         try:
-            return self.type(**arguments)
+            return self.type(**arguments, **self.options)
         except (ValueError, OverflowError) as error:
             raise WireError(f"{path}: {error}") from None
-        except (RecursionError, MemoryError):  # of Python's parser, on code nested too deep
-            raise WireError(f"{path}: nested too deep") from None
 
 
 def _required(record_type: Callable[..., Any]) -> set[str]:
@@ -189,6 +188,7 @@ def _status_from_wire(wire: object, path: str) -> Status:
 
 BYTES = Field(bytes_to_wire, bytes_from_wire)
 TEXT, FLAG = typed(str), typed(bool)
+UNCOMPILED = {"compiled": False}  # a client's code is compiled where it is confined
 VALUE = Field(value_to_wire, value_from_wire)
 ARGUMENTS = Field(lambda arguments: value_to_wire(list(arguments)), _arguments_from_wire)
 MEASURED_SECONDS = number(float, float("inf"))
@@ -197,7 +197,7 @@ INTEGER = number(int, MAX_INTEGER, -MAX_INTEGER)
 TESTS = {
     "stdin": Record(Test, {"stdin": BYTES, "expected": BYTES}),
     "call": Record(CallTest, {"entry_point": TEXT, "args": ARGUMENTS, "expected": VALUE}),
-    "check": Record(CheckTest, {"entry_point": TEXT, "code": TEXT, "check": TEXT}),
+    "check": Record(CheckTest, {"entry_point": TEXT, "code": TEXT, "check": TEXT}, UNCOMPILED),
 }
 LIMITS = Record(
     Limits,
@@ -211,7 +211,9 @@ LIMITS = Record(
 )
 LIMITS_FIELD = Field(LIMITS.encode, LIMITS.decode)
 CHECKERS = {  # those that are more than a name
-    "program": Record(CheckerProgram, {"source": TEXT, "limits": LIMITS_FIELD, "language": TEXT}),
+    "program": Record(
+        CheckerProgram, {"source": TEXT, "limits": LIMITS_FIELD, "language": TEXT}, UNCOMPILED
+    ),
 }
 
 
@@ -285,7 +287,7 @@ RESULT = Record(
 )
 
 
-def parse(body: bytes) -> object:
+def parse(body: bytes | bytearray) -> object:
     try:
         return json.loads(body.decode())
     except (ValueError, RecursionError) as error:
@@ -297,7 +299,7 @@ def encode_request(record: Record, request: RunRequest | GradeRequest) -> bytes:
     return json.dumps(record.encode(request), separators=(",", ":")).encode()
 
 
-def decode_request(record: Record, body: bytes) -> Any:
+def decode_request(record: Record, body: bytes | bytearray) -> Any:
     """Return the request in a body. Raises WireError if it is malformed."""
     return record.decode(parse(body), "")
 
