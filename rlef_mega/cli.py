@@ -215,8 +215,12 @@ def evaluate(
     ] = True,
     temperature: float = 0.2,
     top_p: float = 0.95,
-    max_new_tokens: int = 512,
-    max_context: int = 2048,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="default: 512, or half of --max-context")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=2, help="default: 2048, or the model's positions")
+    ] = None,
     dtype: str = "float32",
     seed: int = 0,
     at_once: Annotated[int | None, typer.Option(min=1, help="concurrent dialogues")] = None,

@@ -16,6 +16,7 @@ from rlef_mega.types import Episode, Verdict
 SOLVED = "OK"
 PRIVATE_TEST = "PRIVATE_TEST"  # passes the public tests, and fails a private one
 NO_VALID_CODE = "NO_VALID_CODE"
+PROMPT_TOO_LONG = "PROMPT_TOO_LONG"  # no response was sampled
 PASSED = (SOLVED, PRIVATE_TEST)  # passes the public tests, which ends the dialogue
 CHRF_PAIRS = 300  # scored per turn: a pair of 1,500 characters takes 14 ms
 

@@ -12,13 +12,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
+from rlef_mega.config import ConfigError, JudgeConfig, read_json, requires_extra
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, check_judge, open_grader
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
@@ -67,8 +67,8 @@ class EvalRequest:
     single_turn: bool
     temperature: float
     top_p: float
-    max_new_tokens: int
-    max_context: int
+    max_new_tokens: int | None  # None: 512, or half of the context
+    max_context: int | None  # None: 2048, or the model's positions
     dtype: str
     seed: int
     at_once: int | None = None  # concurrent dialogues
@@ -101,6 +101,7 @@ def run_evaluation(request: EvalRequest) -> None:
     check_request(request)
     check_judge(JudgeConfig(servers=request.servers), request.grading_token)
     source = find_source(request)
+    request = with_lengths(request, source)
     problems = {p.id: p for p in load_problems(request.data)[: request.problems or None]}
     parts = plan(request, source, list(problems.values()))
     name = request.name or source.name
@@ -119,6 +120,27 @@ def run_evaluation(request: EvalRequest) -> None:
     print_comparison(request.out)
     print_evaluation(content)
     print(f"wrote {run.path / 'eval' / name}.json, .png and .dialogues.jsonl")
+
+
+def with_lengths(request: EvalRequest, source: Source) -> EvalRequest:
+    """Return the request with lengths that fit the model. Raises ConfigError if those asked for do
+    not."""
+    context = request.max_context or 2048
+    if source.folder:
+        positions = read_json(source.folder / "config.json")["max_position_embeddings"]
+        context = request.max_context or min(context, positions)
+    response = request.max_new_tokens or min(512, context // 2)
+    if source.folder and context > positions:
+        raise ConfigError(
+            f"--max-context {context}: {source.folder}/config.json has max_position_embeddings = "
+            f"{positions}; lower it to that"
+        )
+    if response >= context:
+        raise ConfigError(
+            f"--max-new-tokens {response} leaves no room for a prompt in a context of {context} "
+            "tokens; lower it, or raise --max-context"
+        )
+    return replace(request, max_context=context, max_new_tokens=response)
 
 
 def check_request(request: EvalRequest) -> None:
@@ -278,6 +300,7 @@ def rules_of(
     if part.feedback == "random" and len({d.problem_id for d in distractors}) < 2:
         print("random feedback is left out: it needs failed responses to at least two problems")
         return None
+    assert request.max_new_tokens and request.max_context, "with_lengths has filled them in"
     return Rules(
         turns=part.turns,
         sampling=Sampling(

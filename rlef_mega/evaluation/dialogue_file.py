@@ -19,7 +19,7 @@ from rlef_mega.config import ConfigError, differences
 from rlef_mega.run.directory import append_whole, lock_file
 
 FORMAT = 1
-PERMANENT = "prompt too long"  # a drop that a retry would not change
+TOO_LONG = "prompt too long"  # a drop that a retry would not change
 Record = dict[str, Any]
 
 
@@ -111,7 +111,7 @@ def read_dialogues(path: Path) -> Iterator[Record]:
 
 def is_settled(record: Record) -> bool:
     """Return whether the dialogue finished, or a retry would be dropped again."""
-    return record.get("dropped") in (None, PERMANENT)
+    return record.get("dropped") in (None, TOO_LONG)
 
 
 def key_of(record: Record) -> Key:

@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 
 from rlef_mega.evaluation import behaviour
-from rlef_mega.evaluation.behaviour import NO_VALID_CODE, PASSED, SOLVED, DialogueOutcomes
+from rlef_mega.evaluation.behaviour import (
+    NO_VALID_CODE,
+    PASSED,
+    PROMPT_TOO_LONG,
+    SOLVED,
+    DialogueOutcomes,
+)
 from rlef_mega.evaluation.dialogue_file import (
+    TOO_LONG,
     Key,
     Record,
     key_of,
@@ -206,6 +213,8 @@ def numbers_of(
 
 
 def outcome(record: Record) -> DialogueOutcomes | str:
+    if record.get("dropped") == TOO_LONG:  # no fault: the model cannot solve what it cannot read
+        return DialogueOutcomes(record["problem_id"], (PROMPT_TOO_LONG,), (None,))
     if "dropped" in record:
         return str(record["dropped"])
     turns = record["turns"]

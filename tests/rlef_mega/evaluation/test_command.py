@@ -4,6 +4,7 @@ that selects one of five by the request's seed; grading is real."""
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from rlef_mega.config import ConfigError
 from rlef_mega.dialogues.chat import CONTROLS, ChatFormat
-from rlef_mega.evaluation.command import EvalRequest, run_evaluation
+from rlef_mega.evaluation.command import EvalRequest, Source, run_evaluation, with_lengths
 from rlef_mega.evaluation.dialogue_file import DialogueFile, Key, key_of, read_dialogues
 from rlef_mega.evaluation.numbers import numbers_of
 from rlef_mega.evaluation.protocols import SINGLE, PlannedDialogues
@@ -250,8 +251,8 @@ def test_dialogues_dropped_by_a_fault_are_sampled_again(folder, data, server, tm
     path.write_text("\n".join(kept + [json.dumps(record) for record in faulty]) + "\n")
     run_evaluation(request)
     numbers = result(tmp_path)["protocols"][keys[0].protocol]
-    assert numbers["dropped"] == {"prompt too long": 1}
-    assert numbers["dialogues"] + 1 == numbers["asked"] == 45
+    assert numbers["dropped"] == {} and numbers["dialogues"] == numbers["asked"] == 45
+    assert numbers["error_kinds"]["turn1"]["PROMPT_TOO_LONG"] == 1  # the model's fault, if any
     assert dialogues(tmp_path)[keys[0]]["solved"] in (True, False)
     same = (found["protocols"]["multi_turn"]["n_at_k"] for found in (before, result(tmp_path)))
     assert next(same) == next(same)
@@ -409,6 +410,8 @@ def test_a_checkpoint_is_exported_once_and_sampled_by_the_embedded_engine(folder
         ({"feedback": ("maybe",)}, "give some of true, none, random, private"),
         ({"feedback": ("random",), "single_turn": False}, "leave --single-turn on"),
         ({"feedback": (), "single_turn": False}, "nothing to evaluate"),
+        ({"max_context": 10**6}, "config.json has max_position_embeddings = "),
+        ({"max_context": 100, "max_new_tokens": 100}, "leaves no room for a prompt"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused_before_work(
@@ -417,3 +420,24 @@ def test_requests_that_make_no_sense_are_refused_before_work(
     with pytest.raises(ValueError, match=message):
         run_evaluation(replace(request_of(folder, data, tmp_path, None), **change))
     assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("positions", "asked", "lengths"),
+    [
+        (8192, {}, (2048, 512)),
+        (512, {}, (512, 256)),
+        (512, {"max_new_tokens": 100}, (512, 100)),
+        (8192, {"max_context": 4096}, (4096, 512)),
+    ],
+)
+def test_default_lengths_fit_the_model(folder, data, tmp_path, positions, asked, lengths):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = positions
+    (model / "config.json").write_text(json.dumps(config))
+    request = request_of(model, data, tmp_path, None)
+    request = replace(request, **{"max_context": None, "max_new_tokens": None} | asked)
+    fitted = with_lengths(request, Source("model", "", folder=model))
+    assert (fitted.max_context, fitted.max_new_tokens) == lengths
