@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -143,10 +142,10 @@ class ChatFormat:
             raise unfollowed(
                 tokenizer, "its messages do not begin and end with control tokens, each alike"
             )
-        known_begin = first.index(user[0]) if any(d in template for d in DATES) else -len(user)
+        dated = any(word in template for word in DATES)
         found = cls(
             tokenizer,
-            begin=first[:known_begin],
+            begin=first[: first.index(user[0]) if dated else -len(user)],
             user_header=user,
             user_lead=lead,
             assistant_header=encode_controls(tokenizer, assistant),
@@ -160,14 +159,9 @@ class ChatFormat:
                 raise unfollowed(tokenizer, f"text that spells {control!r} is encoded as it")
         ours = [*found.open(QUESTION), *found.respond(ANSWER), *found.observe(FEEDBACK, True)]
         theirs = [*found.begin, *whole[len(first) - len(user) :]]
-        for n, (our, their) in enumerate(zip_longest(ours, theirs)):
-            if our != their:
-                said, sent = (
-                    tokenizer.decode(ids[max(0, n - 4) : n + 8]) for ids in (theirs, ours)
-                )
-                raise unfollowed(
-                    tokenizer, f"it says {said!r} where messages appended say {sent!r}"
-                )
+        if ours != theirs:
+            said, sent = tokenizer.decode(theirs), tokenizer.decode(ours)
+            raise unfollowed(tokenizer, f"it says {said!r}, messages appended say {sent!r}")
         return found
 
     @cached_property

@@ -37,6 +37,7 @@ from rlef_mega.evaluation.protocols import (
     sampling,
 )
 from rlef_mega.evaluation.recorded import RecordedResponses, grade_again, read_recorded
+from rlef_mega.megatron.network.families import FAMILIES, read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
 from rlef_mega.problems.store import digest_of
@@ -203,6 +204,8 @@ def find_source(request: EvalRequest) -> Source:
         return Source(f"{name}-regraded", digest_of("responses", [path]), recorded=recorded)
     if (path / "config.json").is_file():
         SafetensorsFolder(path)  # refuses a folder whose weights cannot be read
+        if read_json(path / "config.json").get("model_type") in FAMILIES:
+            read_config(path)  # refuses a config that contradicts itself
         return Source(path.name, weights_key(path), folder=path)
     if not path.is_dir():
         raise ConfigError(
