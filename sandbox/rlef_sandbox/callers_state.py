@@ -25,6 +25,8 @@ NEEDED = {
     "NOFILE": 256,
     "NPROC": 64,
 }
+# What no run needs. A core_pattern that is a pipe ignores a limit of 0, but not one of 1 (core(5)).
+FIXED = {"CORE": 1, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0}
 MOST_PROCESSORS = 4096
 
 
@@ -43,8 +45,9 @@ def reset() -> None:
     # all that the cgroup allows: OpenMP pins a trainer's main thread to one processor
     try_to(lambda: os.sched_setaffinity(0, range(MOST_PROCESSORS)))
     try_to(_be_as_killable_as_others)
-    for name in ("CORE", "NICE", "RTPRIO"):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (0, 0))
+    for name, bound in FIXED.items():
+        with contextlib.suppress(ValueError):  # a hard limit of core dumps that is 0 stays
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (bound, bound))
     low = [line for name, least in NEEDED.items() if (line := _raise_limit(name, least))]
     if low:
         raise SystemExit(

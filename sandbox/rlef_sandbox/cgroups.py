@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 PREFIX = "rlef-sandbox-"
-PIDS_MAX = 1024  # processes and threads of one worker
+PIDS_MAX = 4096  # processes and threads of one worker: 16 programs of 64 threads, twice, and more
 REMOVE_WITHIN_S = 2.0
 
 _numbers = itertools.count()

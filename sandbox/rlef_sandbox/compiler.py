@@ -120,7 +120,6 @@ def hold_to(request: ZygoteRequest, call_filter: Filter | None) -> None:
         (resource.RLIMIT_AS, request.memory_bytes),
         (resource.RLIMIT_FSIZE, request.output_bytes),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (bound, bound))
     if call_filter is not None:

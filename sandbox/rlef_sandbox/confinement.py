@@ -21,6 +21,7 @@ from . import kernel, landlock, private_root
 
 UNPRIVILEGED_ID = 65534  # nobody, on every distribution
 HOST_FILE = "/etc/passwd"
+HOST_NAME = "sandbox"  # the same on every machine
 
 NAMESPACES = {
     "mount": kernel.CLONE_NEWNS,
@@ -61,6 +62,8 @@ def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
     for name, flag in NAMESPACES.items():
         if succeeds(kernel.unshare, flag):
             namespaces.append(name)
+    if "uts" in namespaces:
+        socket.sethostname(HOST_NAME)
     if "net" in namespaces and socket.if_nameindex() != [(1, "lo")]:
         namespaces.remove("net")
     effective = []

@@ -263,6 +263,8 @@ def sealed_copy(source: int) -> int:
         if sent == 0:
             break
         done += sent
+    # an exec makes a process dumpable again, unless it cannot read the file
+    os.fchmod(copy, 0o111)
     fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
     return copy
 

@@ -16,6 +16,8 @@ UNLIMITED = 2**64 - 1  # RLIM_INFINITY as the kernel writes it; Python writes -1
 RESERVED_BYTES = 512 << 20
 EXECUTABLE_RESERVED_BYTES = 256 << 20  # compiled: thread stacks of 2 MiB, and no interpreter
 OPEN_FILES = 64
+# Queued real-time signals, which are counted for each user; as in csrc/spawn.c.
+PENDING_SIGNALS = 64
 # Main thread of a compiled program. If this is unlimited, the address space bounds it, and glibc
 # gives its other threads 2 MiB each; otherwise they get as much as the main thread.
 MAX_STACK_BYTES = resource.getrlimit(resource.RLIMIT_STACK)[1] & UNLIMITED

@@ -16,6 +16,7 @@ import gc
 import io
 import json
 import linecache
+import mmap
 import os
 import signal
 import site
@@ -58,6 +59,7 @@ def preload() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a run; the interpreter ignores it
     sys.set_int_max_str_digits(MAX_INTEGER_DIGITS)
     builtins.open = io.open = open_file
+    mmap.mmap = Mapping  # type: ignore[misc]
     threading.stack_size(THREAD_STACK_BYTES)  # pthreads would use the main thread's 256 MiB
     site.setquit()
     site.setcopyright()
@@ -112,6 +114,25 @@ def open_file(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> A
 
 io_open = io.open
 open_file.__name__ = open_file.__qualname__ = "open"
+
+
+class Mapping(mmap.mmap):
+    """Maps anonymous memory privately, which makes no difference within one process: shared memory
+    is refused, since it can leave the resident size and stay.
+    """
+
+    def __new__(
+        cls, fileno: int, length: int, flags: int = mmap.MAP_SHARED, *others: Any, **named: Any
+    ) -> Mapping:
+        if fileno == -1 and named.get("access"):
+            named["access"] = mmap.ACCESS_COPY
+        elif fileno == -1 and flags & mmap.MAP_SHARED:
+            flags ^= mmap.MAP_SHARED | mmap.MAP_PRIVATE
+        return super().__new__(cls, fileno, length, flags, *others, **named)
+
+
+Mapping.__name__ = Mapping.__qualname__ = "mmap"
+Mapping.__module__ = "mmap"
 
 
 def compile_source(source: bytes) -> types.CodeType | None:

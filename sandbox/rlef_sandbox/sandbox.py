@@ -19,11 +19,13 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from . import native, values
 from .checkers import Checker, checker_named
 from .cpp import CHECKER_FILES, CompileFailedError
 from .languages import Languages
+from .launch_plan import OPEN_FILES
 from .packages import find_packages
 from .program_runner import FinishedRun, ProgramRunner
 from .verdict import (
@@ -42,10 +44,23 @@ from .worker import FLOOR, Layers, Worker
 
 ISOLATION_LEVELS = ("default", "minimal")
 JOBS_A_WORKER = 16
+PIPE_PAGES_A_RUN = (OPEN_FILES - 3) // 2 * 16
 
 
 class IsolationError(RuntimeError):
     """This machine lacks layers that running untrusted programs needs."""
+
+
+def most_open_programs(workers: int) -> int:
+    """Return how many programs may be under way: at most so many that all their pipes fit into what
+    the kernel gives a user. Beyond it every new pipe holds 8 KiB, and honest programs hang.
+    """
+    most = workers * JOBS_A_WORKER
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
+        if pages > 0:
+            most = min(most, max(workers, pages // PIPE_PAGES_A_RUN))
+    return most
 
 
 class Sandbox:
@@ -75,7 +90,7 @@ class Sandbox:
         self._level = isolation
         self._owner = os.getpid()
         self._closed = False
-        self._slots = WorkSlots(workers, workers * JOBS_A_WORKER)
+        self._slots = WorkSlots(workers, most_open_programs(workers))
         self._packages = find_packages(packages)
         arguments = [str(native.spawn_library() or ""), json.dumps(self._packages)]
         self._workers = [

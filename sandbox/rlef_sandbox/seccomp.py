@@ -34,7 +34,13 @@ ALLOWED = (RETURN, 0, 0, 0x7FFF0000)
 KILLED = (RETURN, 0, 0, 0x80000000)
 
 WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000  # WRONLY RDWR CREAT TRUNC TMPFILE
-CLONE_THREAD = 0x00010000
+CLONE_FILES, CLONE_THREAD = 0x00000400, 0x00010000
+CLOSE_RANGE_CLOEXEC = 4
+# MAP_SHARED and MAP_SHARED_VALIDATE, which have its bit; MAP_ANONYMOUS; MAP_LOCKED MAP_HUGETLB
+MAP_SHARED, MAP_ANONYMOUS, MAP_UNCOUNTED = 0x01, 0x20, 0x42000
+# NORMAL RANDOM SEQUENTIAL WILLNEED DONTNEED FREE DONTFORK DOFORK HUGEPAGE NOHUGEPAGE DONTDUMP
+# DODUMP WIPEONFORK KEEPONFORK POPULATE_READ POPULATE_WRITE; not MERGEABLE PAGEOUT GUARD_INSTALL
+ADVICE = (0, 1, 2, 3, 4, 8, 10, 11, 14, 15, 16, 17, 18, 19, 22, 23)
 # VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID DETACHED, the flags with
 # which C libraries make threads: no namespace, pidfd, parent, trace, vfork or exit signal
 THREAD_FLAGS = 0x007D0F00
@@ -43,8 +49,9 @@ FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
 # TCGETS FIONREAD FIONBIO FIONCLEX FIOCLEX
 IOCTL_REQUESTS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 PRCTL_OPTIONS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
-# RLIMIT_CPU and RLIMIT_RTTIME: their hard limits end in a SIGKILL, which means the machine
-KILLING_LIMITS = (0, 15)
+# RLIMIT_CPU and RLIMIT_RTTIME: their hard limits end in a SIGKILL, which means the machine.
+# RLIMIT_CORE: 1 stops a core_pattern that is a pipe, 0 does not (core(5)).
+KEPT_LIMITS = (0, 4, 15)
 FUTEX_COMMAND = 0x7F  # the rest are flags
 # WAIT WAKE REQUEUE CMP_REQUEUE WAKE_OP WAIT_BITSET WAKE_BITSET; no priority inheritance
 FUTEX_COMMANDS = (0, 1, 3, 4, 5, 9, 10)
@@ -90,7 +97,13 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         return without_bits(flags, WRITING, refused(errno.EACCES))
     if action is Action.CLONE:
         thread_only = without_bits(LOW[0], ~THREAD_FLAGS & 0xFFFFFFFF, denied)
-        return [(LOAD, 0, 0, LOW[0]), (JUMP_ANY_BIT, 1, 0, CLONE_THREAD), denied, *thread_only]
+        files = [(JUMP_ANY_BIT, 1, 0, CLONE_FILES), denied]
+        thread = [(LOAD, 0, 0, LOW[0]), (JUMP_ANY_BIT, 1, 0, CLONE_THREAD), denied]
+        return [*thread, *files, *thread_only]
+    if action is Action.MMAP:
+        counted = [(LOAD, 0, 0, LOW[3]), (JUMP_ANY_BIT, 0, 1, MAP_UNCOUNTED), denied]
+        shared = [(JUMP_ANY_BIT, 1, 0, MAP_ANONYMOUS), ALLOWED, (JUMP_ANY_BIT, 0, 1, MAP_SHARED)]
+        return [*counted, *shared, denied, ALLOWED]
     if action is Action.SIGNAL_SELF:
         kill = {"x86_64": 62, "aarch64": 129}[machine]
         signal_at = LOW[1] if number == kill else LOW[2]
@@ -111,7 +124,7 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         return [load, (AND, 0, 0, FUTEX_COMMAND), *rest]
     if action is Action.PRLIMIT:
         own = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, 0), denied]
-        return [*own, *none_of(LOW[1], KILLING_LIMITS), *if_null(2, denied)]
+        return [*own, *none_of(LOW[1], KEPT_LIMITS), *if_null(2, denied)]
     if action is Action.SOCKET_PAIR:
         local = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, AF_UNIX), denied]
         load, *rest = one_of(LOW[1], (SOCK_STREAM,), denied)
@@ -126,9 +139,11 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         Action.READ_ONLY: [refused(errno.EACCES)],
         Action.ABSENT: [refused(errno.ENOSYS)],
         Action.KILL: [KILLED],
+        Action.CLOSE_RANGE: one_of(LOW[2], (0, CLOSE_RANGE_CLOEXEC), denied),
+        Action.MADVISE: one_of(LOW[2], ADVICE, refused(errno.EINVAL)),
         Action.FCNTL: one_of(LOW[1], FCNTL_COMMANDS, denied),
         Action.IOCTL: one_of(LOW[1], IOCTL_REQUESTS, refused(errno.ENOTTY)),
-        Action.SETRLIMIT: [*none_of(LOW[0], KILLING_LIMITS), denied],
+        Action.SETRLIMIT: [*none_of(LOW[0], KEPT_LIMITS), denied],
         Action.PRCTL: one_of(LOW[0], PRCTL_OPTIONS, denied),
         Action.PROCESS: without_bits(LOW[0], NAMESPACE_FLAGS, denied),
         Action.THREAD_POINTER: one_of(LOW[0], (ARCH_SET_FS, ARCH_GET_FS), refused(errno.EINVAL)),

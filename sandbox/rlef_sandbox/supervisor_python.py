@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import mmap
 import os
 import resource
 import select
@@ -17,9 +16,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from mmap import PAGESIZE, mmap  # programs get another `mmap.mmap`
 
 from . import kernel
-from .launch_plan import UNLIMITED, LaunchPlan
+from .launch_plan import PENDING_SIGNALS, UNLIMITED, LaunchPlan
 from .protocol import (
     SLEEPING,
     STARVED_EXTENSION,
@@ -44,7 +44,7 @@ READABLE = select.POLLIN | 0x2000  # POLLRDHUP
 class SupervisedChild:
     """A child, the page on which it reports while it is trusted, and the session of its outcome."""
 
-    def __init__(self, pid: int, page: mmap.mmap, session: int, request: ZygoteRequest) -> None:
+    def __init__(self, pid: int, page: mmap, session: int, request: ZygoteRequest) -> None:
         self.pid, self.pidfd = pid, pidfd_of(pid)
         self.page, self.session, self.request = page, session, request
         self.started = self.window_started = time.monotonic()
@@ -110,7 +110,7 @@ class PythonSupervisor:
         self._channel, self._controller = socket.socket(fileno=channel), controller
         self._plan_of = plan_of
         self._watched: dict[int, SupervisedChild] = {}  # by pidfd, and by descriptor of the session
-        self._page = mmap.mmap(-1, mmap.PAGESIZE)  # of the newest child
+        self._page = mmap(-1, PAGESIZE)  # of the newest child
         self._poller = select.poll()
         self._poller.register(channel, READABLE)
         self._poller.register(controller, select.POLLIN)
@@ -153,7 +153,7 @@ class PythonSupervisor:
             os._exit(0)  # the controller is gone
         request = ZygoteRequest.unpack(message)
         session = files.pop(0)
-        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+        self._page = mmap(-1, PAGESIZE)
         try:
             if request.task is not Task.RUN:
                 raise OSError(errno.ENOSYS, f"{request.task.name} needs the C library")
@@ -229,6 +229,7 @@ def set_limits(plan: LaunchPlan) -> None:
         (resource.RLIMIT_CPU, plan.cpu_s, hard_cpu_s),
         (resource.RLIMIT_FSIZE, plan.file_bytes, plan.file_bytes),
         (resource.RLIMIT_NOFILE, plan.open_files, plan.open_files),
+        (resource.RLIMIT_SIGPENDING, PENDING_SIGNALS, PENDING_SIGNALS),
         (resource.RLIMIT_NPROC, plan.threads, plan.threads),
     ):
         if kind != resource.RLIMIT_NPROC or plan.threads:

@@ -114,6 +114,13 @@ ATTACKS: dict[str, tuple[str, tuple[Status, ...]]] = {
     "output": ('for (;;) puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxx");', (Status.OUTPUT_LIMIT,)),
     "sparse_output": ('pwrite(1, "x", 1, 1 << 30); escaped(1);', (Status.OUTPUT_LIMIT,)),
     "stack": ("recurse(0);", (*ERROR, Status.MEMORY_LIMIT)),
+    "own_table_of_descriptors": ("escaped(syscall(436, 1000u, 1001u, 2u));", OK),
+    "shared_memory_without_a_file": (
+        "void *p = mmap(0, 4096, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);\n"
+        "escaped(p == MAP_FAILED ? -1 : 1);",
+        OK,
+    ),
+    "core_dumps_by_the_hosts_handler": ("rlimit r{0, 0}; escaped(setrlimit(RLIMIT_CORE, &r));", OK),
     "address_zero": ("*(volatile int *)0 = 1;", ERROR),
     "abort": ("abort();", ERROR),
     "exception": ("throw 5;", ERROR),
@@ -205,7 +212,8 @@ HARMLESS = (
     "password_file root_listing own_process_in_proc socket unix_socket memory_file fork clone "
     "clone3 exec_of_a_shell execveat_of_a_shell spawn signal_to_the_parent descriptors "
     "become_dumpable another_process_there live_on own_session trace hard_limit_of_cpu_time "
-    "timer_that_kills"
+    "timer_that_kills own_table_of_descriptors shared_memory_without_a_file "
+    "core_dumps_by_the_hosts_handler"
 )
 
 

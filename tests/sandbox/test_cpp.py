@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -275,6 +276,29 @@ def test_what_a_program_does_to_its_input_is_its_own(cpp: Sandbox) -> None:
     )
     results = cpp.grade(source, [Test("abc", "abc")] * 3, language="cpp")
     assert [r.status for r in results] == [Status.OK] * 3
+
+
+def running_solutions() -> list[Path]:
+    found = []
+    for folder in [Path(f"/proc/{pid}") for pid in descendants(os.getpid())]:
+        with contextlib.suppress(OSError):
+            found += [folder] * ((folder / "cmdline").read_bytes() == b"solution\0")
+    return found
+
+
+def test_a_compiled_program_cannot_be_dumped(cpp: Sandbox) -> None:
+    """An exec made it dumpable: /proc/PID/environ belongs to root where a process is not."""
+    with ThreadPoolExecutor(1) as pool:
+        source = "#include <unistd.h>\nint main() { sleep(2); }"
+        pool.submit(cpp.run, source, limits=Limits(cpu_s=3), language="cpp")
+        deadline = time.monotonic() + 30
+        while not (found := running_solutions()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        assert os.stat(found[0] / "environ").st_uid == 0
+        limits = (found[0] / "limits").read_text()
+        (core,) = [line.split()[4:6] for line in limits.splitlines() if "core" in line]
+        assert core == ["1", "1"]
 
 
 def test_the_compilers_layers_are_proved_like_a_zygotes(cpp: Sandbox) -> None:

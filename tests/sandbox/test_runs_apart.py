@@ -177,6 +177,16 @@ def test_a_failure_beats_the_right_output(sandbox: Sandbox) -> None:
     assert result.status is Status.RUNTIME_ERROR
 
 
+def test_the_pipes_of_one_run_leave_those_of_another_whole(sandbox: Sandbox) -> None:
+    hoard = "import os, time\ntry:\n    while True: os.pipe()\nexcept OSError: time.sleep(1.5)"
+    honest = "import os; r, w = os.pipe(); os.write(w, bytes(65536)); print(len(os.read(r, 65536)))"
+    with ThreadPoolExecutor(12) as pool:
+        hoarders = [pool.submit(sandbox.run, hoard) for _ in range(12)]
+        time.sleep(0.8)
+        assert sandbox.run(honest, limits=Limits(cpu_s=1, wall_s=2)).stdout == b"65536\n"
+        assert {hoarder.result().status for hoarder in hoarders} == {Status.OK}
+
+
 def test_memory_beyond_the_machine_is_the_programs_own_failure(sandbox: Sandbox) -> None:
     """A page of its own mapping that cannot be had is SIGBUS or MemoryError, not a lost machine."""
     source = (

@@ -30,6 +30,7 @@ WORDS = sorted(
     | {0o100, 0o101, 0o2000000, 0o10000000, 0o20000000, 0o20200000, 0x1002, 0x1003, 0x1000}
     | {0x5401, 0x5412, 0x541B, 0x5421, 0x5450, 0x5451, 0x5452, 1030, 1031, 1032, 1033, 1034}
     | {0x3D0F00, 0x7D0F00, 0x3D0F11, 0x10000, 0x3D0F00 | 0x10000000, 0x3D0F00 | 0x1000, 0x11}
+    | {0x7D0B00, 0x20, 0x21, 0x22, 0x23, 0x40022, 0x2022, 10, 14, 18, 19, 20, 21, 23, 25, 102}
     | {0x53564D41, 0x59616D61, 22, 36, LOW, 1 << 31, 0x7FFFFFFF}
 )
 FIRST_ARGUMENTS = [low | high for low, high in itertools.product(WORDS, RUBBISH)]
@@ -41,7 +42,7 @@ def low(argument: int) -> int:
 
 def answer(machine: str, number: int, action: Action, arguments: list[int]) -> int:
     """The policy in plain words: what the filter must return for a call in the table."""
-    a, b, c, *_ = arguments
+    a, b, c, d, *_ = arguments
     permission, access = FAILS | errno.EPERM, FAILS | errno.EACCES
     match action:
         case Action.ALLOW:
@@ -59,8 +60,16 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
             writes = flags & 0o3 or flags & 0o100 or flags & 0o1000 or flags & 0o20000000
             return access if writes else ALLOWED
         case Action.CLONE:
-            is_thread = a & 0x10000 and not low(a) & ~0x7D0F00
+            is_thread = a & 0x10000 and a & 0x400 and not low(a) & ~0x7D0F00
             return ALLOWED if is_thread else permission
+        case Action.CLOSE_RANGE:
+            return ALLOWED if low(c) in (0, 4) else permission
+        case Action.MMAP:
+            is_hidden = d & 0x40000 or d & 0x2000 or (d & 0x20 and d & 1)
+            return permission if is_hidden else ALLOWED
+        case Action.MADVISE:
+            plain = (0, 1, 2, 3, 4, 8, 10, 11, 14, 15, 16, 17, 18, 19, 22, 23)
+            return ALLOWED if low(c) in plain else FAILS | errno.EINVAL
         case Action.PROCESS:  # every CLONE_NEW* flag
             return permission if low(a) & (0x7E020000 | 0x80) else ALLOWED
         case Action.FCNTL:
@@ -71,9 +80,9 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
         case Action.PRCTL:
             return ALLOWED if low(a) in (15, 16, 0x53564D41) else permission
         case Action.SETRLIMIT:
-            return permission if low(a) in (0, 15) else ALLOWED
+            return permission if low(a) in (0, 4, 15) else ALLOWED
         case Action.PRLIMIT:
-            reads_or_is_harmless = c == 0 or low(b) not in (0, 15)
+            reads_or_is_harmless = c == 0 or low(b) not in (0, 4, 15)
             return ALLOWED if low(a) == 0 and reads_or_is_harmless else permission
         case Action.FUTEX:
             plain = low(b) & 0x7F in (0, 1, 3, 4, 5, 9, 10)
@@ -259,13 +268,15 @@ CONDITIONAL = {
     Action.FCNTL: ("EPERM", "ALLOW", one_of(1, seccomp.FCNTL_COMMANDS)),
     Action.IOCTL: ("ENOTTY", "ALLOW", one_of(1, seccomp.IOCTL_REQUESTS)),
     Action.PRCTL: ("EPERM", "ALLOW", one_of(0, seccomp.PRCTL_OPTIONS)),
-    Action.SETRLIMIT: ("ALLOW", "EPERM", one_of(0, seccomp.KILLING_LIMITS)),
+    Action.SETRLIMIT: ("ALLOW", "EPERM", one_of(0, seccomp.KEPT_LIMITS)),
     Action.FUTEX: ("ENOSYS", "ALLOW", [((1, 0x7F, n),) for n in seccomp.FUTEX_COMMANDS]),
+    Action.CLOSE_RANGE: ("EPERM", "ALLOW", one_of(2, (0, seccomp.CLOSE_RANGE_CLOEXEC))),
+    Action.MADVISE: ("EINVAL", "ALLOW", one_of(2, seccomp.ADVICE)),
     Action.CLOCK: ("ALLOW", "EINVAL", [((0, 1 << 31, 1 << 31),)]),
     Action.CLONE: (
         "EPERM",
         "ALLOW",
-        [((0, 0x10000 | LOW & ~seccomp.THREAD_FLAGS, 0x10000),)],
+        [((0, 0x10400 | LOW & ~seccomp.THREAD_FLAGS, 0x10400),)],
     ),
 }
 

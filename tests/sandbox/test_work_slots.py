@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from rlef_sandbox import Limits, Sandbox, Status, Test
-from rlef_sandbox.sandbox import JOBS_A_WORKER
+from rlef_sandbox.sandbox import JOBS_A_WORKER, most_open_programs
 from rlef_sandbox.work_slots import WorkSlots
 
 pytestmark = pytest.mark.timing
@@ -53,6 +54,14 @@ def test_who_has_slept_is_at_work_again_in_its_next_test() -> None:
                 assert not third.done()
                 slept.sleep()
                 third.result(timeout=5)
+
+
+def test_the_pipes_of_all_open_programs_fit_the_quota_of_a_user() -> None:
+    assert most_open_programs(1) == JOBS_A_WORKER
+    assert most_open_programs(1000) == 1000
+    quota = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
+    if quota:
+        assert most_open_programs(20) * 30 * 16 <= max(quota, 20 * 30 * 16)
 
 
 def test_programs_that_work_take_turns(sandbox: Sandbox) -> None:

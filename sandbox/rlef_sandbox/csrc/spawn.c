@@ -31,6 +31,7 @@
 #include "zygote.h"
 
 #define STREAMS 3
+#define PENDING_SIGNALS 64 /* as in launch_plan.py */
 #define BORROWED_STACK_BYTES (64 << 10) /* of a child that shares our memory until it execs */
 #ifndef SYS_close_range
 #define SYS_close_range 436
@@ -72,7 +73,8 @@ static int set_limits(const struct plan *plan)
     if (limit(RLIMIT_AS, plan->address_space_bytes, plan->address_space_bytes) != 0 ||
         limit(RLIMIT_CPU, plan->cpu_s, plan->cpu_s + (plan->cpu_s < RLIM_INFINITY)) != 0 ||
         limit(RLIMIT_FSIZE, plan->file_bytes, plan->file_bytes) != 0 ||
-        limit(RLIMIT_NOFILE, plan->open_files, plan->open_files) != 0)
+        limit(RLIMIT_NOFILE, plan->open_files, plan->open_files) != 0 ||
+        limit(RLIMIT_SIGPENDING, PENDING_SIGNALS, PENDING_SIGNALS) != 0)
         return -1;
     if (plan->stack_bytes && limit(RLIMIT_STACK, plan->stack_bytes, plan->stack_bytes) != 0)
         return -1;

@@ -85,6 +85,16 @@ READING = (
     ),
     *attacks(
         {
+            "name_of_the_host": (
+                "import os; name = os.uname().nodename\n"
+                "if name != 'sandbox': print('ESCAPED', name)"
+            ),
+        },
+        ("uts",),
+        Status.OK,
+    ),
+    *attacks(
+        {
             "third_party_package": (
                 "import os, sysconfig; d = sysconfig.get_path('purelib')\n"
                 "print('ESCAPED', open(os.path.join(d, 'pip', '__init__.py')).read())"

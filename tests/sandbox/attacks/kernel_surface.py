@@ -42,6 +42,7 @@ def refused(
 
 IOCTL = "print('ESCAPED') if {} >= 0 else ''"  # the filter answers as a file without any would
 CREATE = "if {} >= 0: os.unlink(SCRATCH); print('ESCAPED')"
+ADVISE = "if k(28, k(9, 0, 4096, 3, 0x22, -1, 0), 4096, {}) == 0: print('ESCAPED')"
 FORK_ENDS = "\nif r == 0: os._exit(0)"
 
 OTHER_PROCESSES = (
@@ -195,7 +196,6 @@ ARGUMENTS = (
         {
             "send_a_descriptor": "k(46, 1, buffer, 0)",
             "lock_all_memory": "k(151, 99)",
-            "lock_memory": "k(149, buffer, 1)",
             "become_dumpable": "k(157, 4, 1, 0, 0, 0)",
             "filter_by_prctl": "k(157, 22, 99, 0, 0, 0)",
             "dispatch_its_system_calls": "k(157, 59, 0, 0, 0, 0)",
@@ -207,7 +207,37 @@ ARGUMENTS = (
             "owner_of_a_descriptors_signals": "k(72, 0, 8, 0)",
             "size_of_a_pipe": "k(72, os.pipe()[0], 1031, 1 << 20)",
             "record_lock": "k(72, 0, 6, buffer)",
+            "own_table_of_descriptors": "k(436, 1000, 1001, 2)",
+            "own_table_of_descriptors_with_high_bits": "k(436, 1000, 1001, 2 | 1 << 32)",
+            "shared_memory_without_a_file": "k(9, 0, 4096, 3, 0x21, -1, 0)",
+            "shared_memory_without_a_file_validated": "k(9, 0, 4096, 3, 0x23, -1, 0)",
+            "huge_pages": "k(9, 0, 2 << 20, 3, 0x40022, -1, 0)",
+            "core_dumps_by_the_hosts_handler": "k(160, 4, buffer)",
+            "core_dumps_by_the_hosts_handler_by_prlimit": "k(302, 0, 4, buffer, 0)",
         }
+    ),
+    *refused(
+        {
+            "lock_memory": "k(149, buffer, 1)",
+            "locked_mapping": "k(9, 0, 4096, 3, 0x2022, -1, 0)",
+        },
+        "seccomp",
+        "rlimits",
+    ),
+    *refused(
+        {
+            "clone_a_thread_with_descriptors_of_its_own": "k(56, 0x10b00, 0, 0, 0, 0)",
+        },
+        safe=False,
+    ),
+    *attacks({"pages_out_of_sight_in_swap": CALL + ADVISE.format(21)}, ("seccomp",), Status.OK),
+    *attacks(
+        {
+            "pages_out_of_sight_by_merging": CALL + ADVISE.format(12),
+            "page_tables_without_pages": CALL + ADVISE.format(102),
+        },
+        ("seccomp", KERNEL),
+        Status.OK,
     ),
     *refused({"move_its_memory_map": "k(157, 35, 1, 0, 0, 0)"}, "seccomp", KERNEL),
     *attacks(

@@ -183,6 +183,20 @@ PROCESSES = (
         },
         (SUPERVISION,),
     ),
+    *attacks(
+        {
+            "pending_signals_of_all_runs": (
+                "import os, signal\n"
+                "signal.pthread_sigmask(signal.SIG_BLOCK, {40})\n"
+                "for _ in range(5000): os.kill(os.getpid(), 40)\n"
+                "count = 0\n"
+                "while signal.sigtimedwait({40}, 0): count += 1\n"
+                "if count > 100: print('ESCAPED', count)"
+            ),
+        },
+        ("rlimits",),
+        Status.OK,
+    ),
 )
 
 # Each means to end by SIGKILL, which is how a lost machine looks: three runs and a SANDBOX_ERROR.
