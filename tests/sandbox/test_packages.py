@@ -112,12 +112,17 @@ def test_the_wider_view_lets_nothing_else_be_read_or_written(
 def test_numpy_works_within_the_limits(supervisor: None) -> None:
     pytest.importorskip("numpy")
     source = "import numpy as np; a = np.random.rand(300, 300); print((a @ np.linalg.inv(a)).shape)"
+    in_threads = f"""
+import threading
+started = [threading.Thread(target=lambda: exec({source!r}, {{}})) for _ in range(3)]
+[thread.start() for thread in started]
+"""
     wants_much = "import numpy; numpy.ones(10**10)"
-    limits = Limits(processes=2, memory_bytes=256 << 20)
+    limits = Limits(memory_bytes=256 << 20)
     with Sandbox(workers=1, packages=("numpy",)) as sandbox:
-        results = [sandbox.run(text, b"", limits) for text in (source, wants_much)]
-        assert [result.status for result in results] == [Status.OK, Status.MEMORY_LIMIT]
-        assert sys.prefix not in results[1].stderr.decode()
+        results = [sandbox.run(text, b"", limits) for text in (source, in_threads, wants_much)]
+        assert [result.status for result in results] == [Status.OK, Status.OK, Status.MEMORY_LIMIT]
+        assert sys.prefix not in results[2].stderr.decode()
     with Sandbox(workers=1) as sandbox:
         assert b"ModuleNotFoundError" in sandbox.run(source).stderr
 
