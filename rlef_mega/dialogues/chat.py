@@ -81,6 +81,11 @@ class ChatFormat:
                 f"({str(error).strip().partition(chr(10))[0]}); copy tokenizer.json and "
                 "tokenizer_config.json from where the model was published"
             ) from None
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{folder} has no tokenizer.json; write one with transformers (AutoTokenizer."
+                "from_pretrained(FOLDER).save_pretrained(FOLDER), with sentencepiece installed)"
+            )
         return cls.for_tokenizer(tokenizer, name, declared_ends(folder))
 
     @classmethod

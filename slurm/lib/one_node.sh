@@ -8,6 +8,7 @@ TRAIN_NODES=1 ROLLOUT_NODES=0 SANDBOX_NODES=0
 . "$ROOT/slurm/lib/steps.sh"
 cd "$ROOT" || exit 2
 export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUTF8=1 # file names and texts, whatever the locale
 export PYTHONSAFEPATH=1 # import no module from the working directory
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 set_software

@@ -22,6 +22,7 @@ set -uo pipefail
 SETS+=(${MORE_SETS:-}) # more settings from the environment, separated by spaces
 cd "$ROOT" || die "no folder $ROOT"
 export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}" # run the code of this checkout
+export PYTHONUTF8=1 # file names and texts, whatever the locale
 export PYTHONSAFEPATH=1 # import no module from the working directory
 set_software
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
