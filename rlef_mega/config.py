@@ -112,7 +112,7 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
     virtual_pipeline_model_parallel_size: int = Field(
-        1, gt=0, description="model chunks a pipeline rank; above 1, the interleaved schedule"
+        1, gt=0, description="model chunks per pipeline rank; above 1, the interleaved schedule"
     )
     pipeline_layers: tuple[int, ...] | None = Field(
         None, description="layers of each stage, in the network's order; None: balanced"
@@ -147,12 +147,12 @@ class ServersConfig(Section):
     how training reaches them."""
 
     urls: tuple[str, ...] = Field(
-        (), description="as http://node7:30000; empty: those that `rlef serve` starts here"
+        (), description="like http://node7:30000; empty: those that `rlef serve` starts here"
     )
     count: int = Field(1, gt=0, description="servers that `rlef serve` starts on its node")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs of a server")
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(30000, gt=0, lt=65536, description="of the first server; the others count up")
+    port: int = Field(30000, gt=0, lt=65536, description="of the first server; the others follow")
     memory_fraction: float = Field(
         0.8, gt=0, lt=1, description="share of the device for weights and KV cache"
     )
@@ -224,10 +224,10 @@ class RolloutConfig(Section):
 class JudgeConfig(Section):
     """Grading: by servers or, if none are given, in a sandbox of each process."""
 
-    workers: int = Field(1, gt=0, description="sandbox workers a process")
+    workers: int = Field(1, gt=0, description="sandbox workers per process")
     isolation: Literal["default", "minimal"] = "default"
     packages: tuple[str, ...] = Field((), description="that programs may import, as numpy")
-    servers: tuple[str, ...] = Field((), description="grading servers, as http://node7:8765")
+    servers: tuple[str, ...] = Field((), description="grading servers, like http://node7:8765")
     deadline_s: float = Field(
         900.0, gt=0, description="of a grading request to servers, retries included"
     )
@@ -249,7 +249,7 @@ class PPOConfig(Section):
     )
     updates_per_batch: int = Field(4, gt=0)
     normalize_advantages: bool = True
-    token_level_value: bool = Field(False, description="RLEF B.6: one value a response token")
+    token_level_value: bool = Field(False, description="RLEF B.6: one value per response token")
     critic_warmup_steps: int = Field(0, ge=0, description="first batches train only the critic")
 
 
@@ -288,7 +288,7 @@ class EvalConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Profiler traces into the run's folder profile/, tens of MB a step and rank."""
+    """Profiler traces into the run's folder profile/, tens of MB per step and rank."""
 
     steps: tuple[int, ...] = Field((), description="steps to trace")
     ranks: tuple[int, ...] = (0,)
@@ -310,7 +310,7 @@ class GuardConfig(Section):
         0.5, ge=0, le=1, description="of the ratios pi_old / pi_b, mean of guard.window steps"
     )
     max_behaviour_k3: float = Field(
-        0.2, gt=0, description="KL a token between pi_b and pi_old, mean of guard.window steps"
+        0.2, gt=0, description="KL per token between pi_b and pi_old, mean of guard.window steps"
     )
     window: int = Field(3, gt=0)
 

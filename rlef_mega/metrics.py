@@ -91,8 +91,8 @@ def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
 def total_counts(by_rank: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return the sums over ranks of what engines have counted (`Engine.take_counts`) in this step.
 
-    All ranks watch the same servers, so a server was busy for as long as the rank reports that saw
-    it busy the longest; `server_busy_s` is the sum over servers.
+    All ranks use the same servers, so a server's busy time is the largest that a rank reports;
+    `server_busy_s` is the sum over servers.
     """
     total: dict[str, float] = dict(sum(map(Counter, by_rank), Counter()))
     servers = [name for name in total if name.startswith(BUSY)]

@@ -42,7 +42,7 @@ from rlef_mega.types import Problem, Sampling
 
 @dataclass(frozen=True)
 class Parts:
-    """One rank's parts. The networks have made `done` steps, and `position` is the state stored in
+    """One rank's parts. The networks have trained for `done` steps, and `position` is the state in
     their checkpoint; 0 and {} in a new run."""
 
     run: RunDirectory

@@ -1,11 +1,11 @@
 """THE LOOP: roll out, pack, score, targets, update, publish, evaluate, record, save.
 
 Theory of operation: SPMD under torchrun or srun; every rank runs this file. A rank runs its share
-of the dialogues, either while the trainer waits or beside it (dialogues/batches.py); then every
-rank has all episodes of the step. Packing, targets and metrics are computed on every rank alike,
+of the dialogues, while the trainer waits or concurrently (dialogues/batches.py); then every rank
+has all episodes of the step. Packing, targets and metrics are computed on every rank alike,
 and the learner splits its work by its layout. Rank 0 writes the run directory. Checkpoints are
 written in the background. A killed run resumes from its newest checkpoint; in sync mode it then
-ends with the same numbers as an undisturbed run.
+ends with the same numbers as an uninterrupted run.
 
 What ends it: the last step; a request to stop (SIGINT, SIGTERM, SIGUSR1 or a file `stop` in the run
 directory), which all ranks see together at the end of a step, and which is followed by a
@@ -70,8 +70,8 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
 def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iterable[int]) -> bool:
     """Run the steps. Returns False, after a checkpoint, if a stop was requested before the end.
 
-    Raises EngineLostError, after a checkpoint, if no engine is left, and GuardError if it would be
-    a waste to continue.
+    Raises EngineLostError, after a checkpoint, if no engine is left, and GuardError if a limit of
+    `[guard]` is exceeded.
     """
     learner, guards, checkpoints = parts.learner, parts.guards, parts.checkpoints
     clock = Clock(parts.note_phase)

@@ -1,6 +1,6 @@
-"""`rlef bench convert`: checkpoints to Hugging Face folders and back, at the layer shape of Llama
-3.1 70B with as many layers as most disks have room for: how fast beside `cp` of the same bytes, and
-in how much memory.
+"""`rlef bench convert`: speed (compared with `cp` of the same bytes) and memory of converting
+checkpoints to Hugging Face folders and back, with the layer shape of Llama 3.1 70B and few enough
+layers for most disks.
 
 Each step runs as the command that a user would give, reads from the disk (what was written before
 is dropped from the page cache) and ends with its bytes on the disk; `cp` too. The memory is the
@@ -83,8 +83,8 @@ def steps(folder: Path) -> Iterator[tuple[str, float, int]]:
 
 def run(command: list[str], source: Path, written: Path) -> tuple[float, int]:
     """Run the command. Returns the seconds until its bytes are on the disk, and its memory. A
-    conversion prints its own seconds, without the start of Python, which a model of full size does
-    not notice."""
+    conversion prints its own seconds, without the start of Python, which is negligible for a model
+    of full size."""
     for path in files(source):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

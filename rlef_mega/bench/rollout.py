@@ -2,7 +2,7 @@
 a wave of dialogues.
 
 Random weights write no valid code, so without the recipe's model hardly anything is graded and only
-generation means something. Run as a module it is the worker.
+generation is meaningful. Run as a module it is the worker.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""`rlef bench sandbox`: how fast programs are graded, beside other ways of running them.
+"""`rlef bench sandbox`: how fast programs are graded, compared with other ways to run them.
 
 Runs the sandbox's own benchmark (sandbox/benchmarks/bench_grade.py) and returns its figures in the
 form of the others."""

@@ -8,7 +8,7 @@ shape.
 
 Counting (`rlef_mega/flops.py`): causal attention, no embedding, no recomputation, the critic
 without a head, and of the head's products those for the response tokens, the only ones its loss
-reads. The usual convention counts the head for all tokens; that figure stands apart.
+reads. The usual convention counts the head for all tokens; that figure has its own row.
 """
 
 import dataclasses
@@ -54,7 +54,9 @@ from rlef_mega.plan.planned_run import RECOMPUTE
 from rlef_mega.types import Batch, Targets
 
 Phases = dict[str, Callable[[], object]]
-TIME_LIMIT_S = 390.0  # of the 7 minutes that the command may take: the last round ends too
+TIME_LIMIT_S = (
+    390.0  # of the 7 minutes that the command may take: a round that has begun is finished
+)
 REPEATS = 7
 MICROBATCHES = 4  # of an update
 GPU_TOKENS, CPU_TOKENS = 8192, 2048  # of a micro-batch
@@ -93,8 +95,8 @@ def measured_device() -> torch.device:
 def slice_workload(
     recipe: str, layers: str, recompute: str, *, beside: int = 0
 ) -> Iterator[Workload]:
-    """Open the recipe on one process, with a slice of its model with random weights. `beside` are
-    the bytes a parameter that something else needs on the device.
+    """Load the recipe for one process, with random weights for a slice of its model. `beside` is
+    the memory that something else needs on the device, in bytes per parameter.
 
     Raises ConfigError for a bad option, or if not even one layer fits.
     """
@@ -205,7 +207,7 @@ def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:
         "policy update": lambda: policy_update(learner, batch, targets),
         "policy optimizer step alone": policy.step,
         "weights gathered for publication": lambda: [None for _ in learner.policy_weights()],
-        # all that an idle policy leaves to others, and back: the two go together
+        # everything that an idle policy offloads, and back: in this order only
         "policy to the host": lambda: policy.reside(Residence.NOTHING),
         "policy back on the device": lambda: policy.reside(Residence.TRAINING),
     }

@@ -1,6 +1,6 @@
 """Check that a node can take part in a run: `python -m rlef_mega.cluster.node_check` on each node,
-before anything is started there. Prints one line a fault, with its remedy; exit code 2 if there is
-any.
+before anything is started there. Prints one line per fault, with its remedy; exit code 2 if there
+is any.
 
 Theory of operation: srun starts one process on each node of the run. Each writes its own time into
 a file of a shared folder and waits for the files of all others, which shows whether the folder is
@@ -63,13 +63,13 @@ def check_gpus(wanted: int) -> Iterator[str]:
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        yield f"{wanted} GPUs are wanted, but nvidia-smi -L fails ({error}); drain this node"
+        yield f"{wanted} GPUs are needed, but nvidia-smi -L fails ({error}); drain this node"
         return
     found = sum(line.startswith("GPU ") for line in listing.splitlines())
     given = os.environ.get("SLURM_GPUS_ON_NODE", "no count")
     if found < wanted:
         yield (
-            f"{wanted} GPUs are wanted, the driver shows {found} and Slurm gave {given}; ask for "
+            f"{wanted} GPUs are needed, the driver shows {found} and Slurm gave {given}; ask for "
             "more with --gpus-per-node, or drain this node if it has lost some"
         )
 
@@ -94,9 +94,9 @@ def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
         listed = ""
         if str(folder) == "/dev/shm":
             mine = [path.name for path in folder.iterdir() if path.stat().st_uid == os.getuid()]
-            listed = f"; of yours there: {', '.join(sorted(mine)[:5]) or 'nothing'}"
+            listed = f"; your files there: {', '.join(sorted(mine)[:5]) or 'none'}"
         yield (
-            f"{folder} has {free_gib:.1f} GiB free, {wanted_gib:g} are wanted; "
+            f"{folder} has {free_gib:.1f} GiB free, {wanted_gib:g} are needed; "
             f"remove what earlier runs left there{listed}"
         )
 

@@ -11,8 +11,8 @@ For repeatable runs, open all sessions of a batch of dialogues before the first 
 answer; tasks that are started together do.
 
 The wave runs in the event loop's own thread. Every dialogue waits for it at that moment, so another
-thread would overlap with nothing, and would bring thread-local state (torch's thread count,
-inference mode) and a race with `update_weights`. Everything else in the loop stops meanwhile.
+thread would overlap with nothing, and would need thread-local state (torch's thread count,
+inference mode) and a lock for `update_weights`. Everything else in the loop stops meanwhile.
 """
 
 import asyncio
@@ -172,7 +172,7 @@ class LocalEngine:
         self.weight_version = version
 
     def end_update(self, version: int | None) -> None:
-        pass  # no other process has part of this engine
+        pass  # no other process uses this engine
 
     def rest(self) -> None:
         pass  # the weights stay, and nothing else needs memory between batches

@@ -1,10 +1,10 @@
-"""Which file names the checkpoint's tensors? This one: the map between the names of Hugging Face
-checkpoints (`model.layers.3.self_attn.q_proj.weight`) and Megatron's parameters.
+"""The map between the names of tensors in Hugging Face checkpoints
+(`model.layers.3.self_attn.q_proj.weight`) and Megatron's parameters.
 
 `name_map` lists every tensor of a checkpoint in Hugging Face's order: its full shape, the dimension
 along which tensor parallelism splits it, the Megatron parameter that holds it, and in which rows.
-Megatron packs queries, keys and values by key-value group, [q..q k v] a group, and gate above up in
-one matrix. In a live stage a tensor is a *view* of its parameter: loading writes through it,
+Megatron packs queries, keys and values by key-value group, [q..q k v] per group, and gate above up
+in one matrix. In a live stage a tensor is a *view* of its parameter: loading writes through it,
 publishing reads from it. Loading, publication, checkpoints and conversion use this map alone.
 
 Legend: G key-value groups of this rank, D head dimension, H hidden size.
@@ -29,9 +29,9 @@ VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows of a packed parameter that are one tensor. The parameter is seen as [blocks, pieces,
-    rows a piece]; the tensor is the pieces from `first` to `last` of each block. One of `blocks`
-    and `piece_rows` is -1, and follows from the parameter's size.
+    """The rows of a packed parameter that are one tensor. The parameter is viewed as [blocks,
+    pieces, piece_rows]; the tensor is the pieces first:last of each block. One of `blocks` and
+    `piece_rows` is -1, and follows from the parameter's size.
     """
 
     blocks: int

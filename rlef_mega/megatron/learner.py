@@ -214,7 +214,7 @@ class Learner:
             return
         with self.phase(f"score_{name}", **{name: Residence.WEIGHTS}):
             outputs = self.outputs(model.chunks, microbatches, read)
-            if self.ranks.speaks_for_outputs:
+            if self.ranks.reports_outputs:
                 for index, values in zip(indices, outputs, strict=True):
                     results[index] = values
 

@@ -1,4 +1,4 @@
-"""Ranks: torch.distributed and the process groups of each network, set up once a process.
+"""Ranks: torch.distributed and the process groups of each network, set up once per process.
 
 Theory of operation. Every process runs the same program (SPMD). `torchrun` or `srun` sets RANK,
 WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. A layout's ranks are ordered
@@ -26,8 +26,8 @@ from rlef_mega.megatron.network.accelerations import refuse_foreign_apex
 from rlef_mega.run.manifest import refuse_untested_megatron
 from rlef_mega.run.ranks import meet
 
-# Ranks wait in a collective while one of them samples or grades: longer than any step, shorter than
-# a lost night.
+# Ranks wait in a collective while one of them samples or grades: longer than any step, but a hang
+# does not last a night.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 POLICY, CRITIC = "policy", "critic"
 
@@ -87,7 +87,7 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def speaks_for_outputs(self) -> bool:
+    def reports_outputs(self) -> bool:
         """Whether this rank's outputs count: one rank of each data-parallel part. Its
         tensor-parallel peers have the same outputs, other stages have none.
         """
@@ -169,7 +169,7 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCol
         # first and last stage hold a tied embedding
         embd=member_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines]),
         pos_embd=None,
-        # no experts: alone, or as for the dense part where Megatron asks
+        # no experts: each rank alone, or the dense part's groups if Megatron uses them
         ep=alone,
         expt_tp=alone,
         expt_dp=data,
@@ -184,7 +184,7 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCol
 
 
 def member_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
-    """Make these groups. Returns this rank's one; None for a rank that is in none of them."""
+    """Make these groups. Returns the one with this rank, or None if it is in none of them."""
     mine = None
     for ranks in enumeration:
         group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)

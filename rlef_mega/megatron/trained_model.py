@@ -246,7 +246,7 @@ class TrainedModel:
 
     def sum_metrics(self, parts: list[torch.Tensor], names: Sequence[str]) -> dict[str, float]:
         total = torch.zeros(len(names), device=self.ranks.device)
-        if self.ranks.speaks_for_outputs:
+        if self.ranks.reports_outputs:
             total = torch.stack(parts).sum(0)
         if self.ranks.layout.world_size > 1:
             # the layout's ranks: sums the data-parallel parts; the other ranks add zeros

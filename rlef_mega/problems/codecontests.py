@@ -146,7 +146,7 @@ def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parse
         public_tests=public,
         private_tests=PrivateTests(hidden[: options.max_tests or None]),
         limits=parse_limits(row, options.time_factor),
-        checker="codecontests",  # its own rule: reference outputs differ in case, or as 20.0
+        checker="codecontests",  # its own rule: case and number format may differ
         template="codecontests",
         family="codecontests" if source == "unknown" else source,
         difficulty=rated(rating),

@@ -1,7 +1,7 @@
 """Find problems of an evaluation set that are also in a training set.
 
-The statement may be the same but for case, space and punctuation, or share many of its runs of 13
-words (the length that GPT-3's authors took) with training statements. Two problems may have the
+The statement may be the same but for case, space and punctuation, or share many of its 13-grams
+(the length that GPT-3's authors used) with training statements. Two problems may have the
 same short statement and differ in their tests, so the tests are compared too.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from rlef_mega.problems.jsonl import to_test
 from rlef_mega.types import Problem
 
-WORDS_A_RUN = 13
-SUSPICIOUS = 0.5  # of an evaluation statement's runs, in one or several training statements
+NGRAM_WORDS = 13
+SUSPICIOUS = 0.5  # of an evaluation statement's n-grams, in one or several training statements
 WORD = re.compile(r"\w+")
 
 
@@ -25,7 +25,7 @@ class Overlap:
     id: str
     same_as: str | None  # the training problem with the same statement and most of the same tests
     tests_share: float  # of its tests, public and private, that are also tests of that problem
-    words_share: float  # of its runs of words that are in training statements
+    words_share: float  # of its n-grams that are in training statements
 
     @property
     def suspicious(self) -> bool:
@@ -33,7 +33,7 @@ class Overlap:
 
     def __str__(self) -> str:
         if self.same_as is None:
-            return f"- {self.id!r}: {self.words_share:.0%} of its runs of words"
+            return f"- {self.id!r}: {self.words_share:.0%} of its {NGRAM_WORDS}-grams"
         tests = f"and {self.tests_share:.0%} of its tests" if self.tests_share else "other tests"
         return f"- {self.id!r}: the statement of {self.same_as!r}, {tests}"
 
@@ -47,7 +47,7 @@ def describe(overlaps: Sequence[Overlap]) -> list[str]:
         f"of {len(overlaps)} problems, {sum(share == 1 for share in same)} have a statement of "
         f"these and all its tests, {sum(0 < share < 1 for share in same)} a statement and some of "
         f"its tests, {sum(share == 0 for share in same)} a statement but other tests, and "
-        f"{len(found) - len(same)} more share {SUSPICIOUS:.0%} of their runs of {WORDS_A_RUN} words"
+        f"{len(found) - len(same)} more share {SUSPICIOUS:.0%} of their {NGRAM_WORDS}-grams"
     )
     return [summary, *map(str, found)]
 
@@ -55,21 +55,21 @@ def describe(overlaps: Sequence[Overlap]) -> list[str]:
 def compare(train: Iterable[Problem], evaluation: Sequence[Problem]) -> list[Overlap]:
     """Compare each evaluation problem with the training problems, which are read once.
 
-    In memory are the evaluation set's runs of words, and digests of the tests of training problems
-    with the same statements.
+    In memory are the evaluation set's n-grams, and digests of the tests of training problems with
+    the same statements.
     """
     texts = [normalize(problem.statement) for problem in evaluation]
-    runs = [runs_of(text) for text in texts]
-    wanted = set().union(*runs)
+    ngrams = [ngrams_of(text) for text in texts]
+    wanted = set().union(*ngrams)
     same: dict[str, list[tuple[str, set[bytes]]]] = {text: [] for text in texts}
     found: set[bytes] = set()
     for problem in train:
         text = normalize(problem.statement)
         if text in same:
             same[text].append((problem.id, digests_of_tests(problem)))
-        found |= wanted & runs_of(text)
+        found |= wanted & ngrams_of(text)
     overlaps = []
-    for problem, text, own in zip(evaluation, texts, runs, strict=True):
+    for problem, text, own in zip(evaluation, texts, ngrams, strict=True):
         tests = digests_of_tests(problem)
         twins = [(len(tests & theirs) / len(tests), name) for name, theirs in same[text]]
         tests_share, name = max(twins, key=lambda twin: twin[0], default=(0.0, None))
@@ -87,10 +87,10 @@ def normalize(statement: str) -> str:
     return " ".join(WORD.findall(statement.lower()))
 
 
-def runs_of(text: str) -> set[bytes]:
-    """Return digests of the runs of words of a text; empty if it is shorter than a run."""
+def ngrams_of(text: str) -> set[bytes]:
+    """Return digests of the n-grams of a text; empty if it is shorter than one."""
     words = text.split(" ")
     return {
-        hashlib.blake2b(" ".join(words[at : at + WORDS_A_RUN]).encode(), digest_size=8).digest()
-        for at in range(len(words) - WORDS_A_RUN + 1)
+        hashlib.blake2b(" ".join(words[at : at + NGRAM_WORDS]).encode(), digest_size=8).digest()
+        for at in range(len(words) - NGRAM_WORDS + 1)
     }

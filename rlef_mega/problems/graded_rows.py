@@ -2,8 +2,8 @@
 on the tests and limits made from its own row. A task whose solution fails cannot be solved by
 anyone, so it is left out and named.
 
-This takes minutes. Finished rows are kept in a journal beside the store, a line each, until the
-store is complete: a reader that was killed continues there.
+This takes minutes. Finished rows are kept in a journal beside the store, one per line, until the
+store is complete: a reader that was killed resumes from it.
 """
 
 import hashlib

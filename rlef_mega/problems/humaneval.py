@@ -2,8 +2,8 @@
 
 Each task's `check` is a list of asserts. An assert on one call with literal arguments becomes a
 `CallTest`, another that needs nothing but the candidate an `AssertTest`. A third of them, at most
-3, drawn by the task's id, are public and the rest private. If a check holds more than such asserts
-(loops, random inputs, calls of the solution), the whole check is a private test too.
+3, drawn by the task's id, are public and the rest private. If a check has other statements (loops,
+random inputs, calls of the solution), the whole check is a private test too.
 """
 
 import ast
@@ -25,7 +25,7 @@ from rlef_sandbox import CallTest, CheckTest, Limits
 
 LIMITS = Limits(cpu_s=5.0)
 HELD_OUT = {"test": 40, "valid": 24}  # of 164 tasks
-# Checks draw from `random`. The seed gives the same inputs each time, so that a run repeats.
+# Checks use `random`. The seed gives the same inputs each time, so that a run is repeatable.
 SEEDED = "import random\nrandom.seed(0)\n"
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ MALFORMED = "malformed"
 
 
 class SourceOptions(BaseModel):
-    """Options of a data set, as they stand behind the question mark of a source."""
+    """Options of a data set, given after the question mark of a source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,12 +42,12 @@ Words = Annotated[
 ]
 
 
-# How many times a problem's time limit a program gets; contests make limits for C++.
+# Multiplies a problem's time limit, which contests choose for C++.
 TimeFactor = Annotated[float, Field(gt=0, le=1000)]
 
 
 class FieldError(ValueError):
-    """What is wrong with one field; the reader adds file and row."""
+    """A fault of one field; the reader adds file and row."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def parquet_file(path: Path) -> Any:
         raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'rlef-mega[data]'") from None
     try:
         # Without a buffer, or with pre_buffer, whole columns of a row group would be in memory;
-        # the default pool does not give back freed memory.
+        # the default pool does not return freed memory to the system.
         pyarrow.set_memory_pool(pyarrow.system_memory_pool())
         return pyarrow.parquet.ParquetFile(
             path, memory_map=False, pre_buffer=False, buffer_size=BUFFER_BYTES
@@ -281,7 +281,7 @@ def read_each(
     parse: Callable[[Row, Path], Parsed],
     columns: Sequence[str] = (),
 ) -> Iterator[Read]:
-    """Yield what `parse` makes of each row of the files.
+    """Yield the result of `parse` for each row of the files.
 
     A row that repeats the id of another is dropped if the statement is the same too; otherwise its
     id gets a number (CodeContests: "names could agree between different sources").

@@ -1,5 +1,4 @@
-"""Recipes: the shipped ones hold together, wrong ones are refused with what would have been
-right."""
+"""Recipes: the shipped ones are consistent, wrong ones are refused with what is allowed."""
 
 import codecs
 import os
@@ -101,7 +100,7 @@ def test_overrides_take_toml_values_and_bare_words():
         ),
     ],
 )
-def test_a_wrong_recipe_is_refused_by_name_and_place(tmp_path, text, message):
+def test_a_wrong_recipe_is_refused_with_file_and_key(tmp_path, text, message):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as raised:

@@ -51,5 +51,5 @@ def test_unfit_nodes_are_named_before_anything_starts(runs, tmp_path):
         port = taken.getsockname()[1]
         job = runs.submit(run, PORT=port, DISK_GIB=10**6)
         said = runs.wait(run, job, "FAILED")
-    assert f"port {port} is taken" in said and "GiB free, 1e+06 are wanted" in said, said
+    assert f"port {port} is taken" in said and "GiB free, 1e+06 are needed" in said, said
     assert "node checks failed" in said and not (run / "config.toml").exists()

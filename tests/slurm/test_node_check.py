@@ -70,7 +70,7 @@ def test_a_taken_port_is_named(tmp_path):
 def test_room_is_counted_where_the_folder_will_be(tmp_path):
     assert list(check_room(tmp_path / "not/yet", 0.001)) == []
     (fault,) = check_room(tmp_path / "not/yet", 1e6)
-    assert "GiB free, 1e+06 are wanted" in fault
+    assert "GiB free, 1e+06 are needed" in fault
 
 
 def test_gpus_are_counted_as_the_driver_shows_them(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_gpus_are_counted_as_the_driver_shows_them(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     assert list(check_gpus(3)) == []
     (fault,) = check_gpus(8)
-    assert "8 GPUs are wanted, the driver shows 3 and Slurm gave 8" in fault
+    assert "8 GPUs are needed, the driver shows 3 and Slurm gave 8" in fault
 
 
 def test_a_rank_takes_its_place_from_slurm_and_dumps_its_stacks(tmp_path):

@@ -1,5 +1,4 @@
-"""What the Megatron tests share, and the worker that runs the same updates in one layout after
-another.
+"""Helpers of the Megatron tests, and the worker that runs the same updates in several layouts.
 
 `python -m tests.rlef_mega.megatron.megatron_worker FOLDER START:LAYOUT...`: START is `model`, or a
 layout whose checkpoint is resumed. The writer of each leaves its results in FOLDER/START_LAYOUT.pt.
@@ -23,7 +22,7 @@ from tests.rlef_mega.distributed import next_world
 
 @dataclass(frozen=True)
 class Layout:
-    """The policy's, the critic's if it has ranks of its own, and how the learner runs there."""
+    """The policy's layout, the critic's if it has its own ranks, and the learner's offloading."""
 
     parallel: ParallelConfig
     critic: ParallelConfig | None = None
@@ -74,7 +73,7 @@ VOCABULARY = 64
 
 
 def make_model(folder: Path, *, seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    """A small Llama with weights large enough that every part of it shows in the log-probs."""
+    """Save a small Llama, with weights large enough that every part affects the log-probs."""
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -131,7 +130,7 @@ def make_learner(ranks, folder: Path, *, offload: str = "none", **options: Any):
 
     optimizer = OptimizerConfig(lr=3e-3, warmup_updates=2)
     settings: dict[str, Any] = {
-        # a budget of about a third of the batch: several micro-batches an update
+        # a budget of about a third of the batch: several micro-batches per update
         "learner": LearnerConfig(
             microbatch_tokens=120, policy=optimizer, critic=optimizer, offload=offload
         ),
@@ -143,7 +142,7 @@ def make_learner(ranks, folder: Path, *, offload: str = "none", **options: Any):
 
 
 def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
-    """Score, update, and what the learner is afterwards."""
+    """Score and update. Returns the results, and the weights afterwards."""
     scores = learner.score(batch)
     targets, _ = ppo.targets(batch, scores, learner.ppo)
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +153,7 @@ def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
 
 
 def run_layout(folder: Path, start: str, layout: str) -> None:
-    """From the model: a batch, a checkpoint, another batch. From a checkpoint: the other batch."""
+    """From the model: batch, checkpoint, second batch. From a checkpoint: the second batch."""
     from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
     from rlef_mega.megatron.parallel import initialize, shutdown
 
@@ -171,10 +170,10 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
         }
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
         results["first"] = one_batch(learner, batch, seed=1)
-        learner.make_room()  # whatever was parked comes back as it was
+        learner.make_room()  # what this offloads must come back unchanged
         checkpoints = Checkpoints(folder / layout, learner, keep=1)
         checkpoints.save(1, {"note": layout})
-        # trains on while it is written: the checkpoint must be of the moment of the call
+        # training continues during the write: the checkpoint must have the state of the call
         results["second"] = one_batch(learner, batch, seed=2)
         checkpoints.require_saved()
     else:

