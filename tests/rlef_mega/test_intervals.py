@@ -1,4 +1,4 @@
-"""Intervals of rates: by hand, and by what they must do."""
+"""Intervals of rates: by hand, and by their properties."""
 
 import random
 
@@ -17,13 +17,13 @@ def test_the_interval_holds_the_mean_and_narrows_with_the_sample():
 
 
 def outcomes(rng, *rates, problems=400):
-    """Of each seed's rate: a list of that many problems, solved or not."""
+    """Return random outcomes of `problems` problems for the rate of each seed."""
     return [[float(rng.random() < rate) for _ in range(problems)] for rate in rates]
 
 
 def test_an_interval_over_seeds_counts_problems_and_what_differs_between_seeds():
-    """Seeds that agree: no narrower than that of all their problems, and no wider than twice that,
-    for chance differences between seeds count as well. Seeds that differ: what is between."""
+    """If seeds agree, it is once to twice as wide as that of all problems together, because random
+    differences between seeds count too. If seeds differ, it spans them."""
     alike = outcomes(random.Random(0), 0.5, 0.5)
     found = interval_over_seeds(alike)
     assert found["value"] == pytest.approx(sum(map(sum, alike)) / 800)

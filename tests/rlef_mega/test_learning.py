@@ -7,7 +7,7 @@ the feedback, two responses solve at most a quarter of the problems; a model tha
 expected output from the feedback solves all of them. The start is a model that was shown dialogues
 in which the second response copies it now and then.
 
-What this cannot catch: faults that need long responses, several ranks or stale weights.
+Not tested: faults that need long responses, several ranks or stale weights.
 """
 
 import random
@@ -80,7 +80,7 @@ def judge() -> Iterator[Judge]:
 
 
 def shown_dialogue(chat: ChatFormat, source: random.Random) -> tuple[list[int], list[bool]]:
-    """Return the ids of a dialogue and which of them the model shall learn to say."""
+    """Return the ids of a dialogue, and which of them have a loss."""
     expected, printed = source.sample(DIGITS, 2)
     problem, first, second = PROBLEMS[expected], PROGRAMS[printed], source.choice(PROGRAMS)
     if source.random() < COPIES:
@@ -97,7 +97,7 @@ def shown_dialogue(chat: ChatFormat, source: random.Random) -> tuple[list[int], 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, chat: ChatFormat) -> Path:
-    """A model that answers in form, and copies the expected digit now and then."""
+    """A model that answers in the right format, and sometimes copies the expected digit."""
     model = tiny_llama(len(VOCABULARY), initializer_range=0.1, max_position_embeddings=128)
     source = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -154,7 +154,7 @@ def solve_rates(
 
 
 def late(rates: list[float]) -> float:
-    """Return the mean of the last three; its standard deviation by chance is below 0.03."""
+    """Return the mean of the last three rates; its standard error is below 0.03."""
     return sum(rates[-3:]) / 3
 
 

@@ -54,7 +54,7 @@ def asynchronous(servers, *overrides: str) -> list[str]:
 
 
 def trained_on(run: Path) -> Counter[str]:
-    """The problems of all episodes of all steps."""
+    """Count the problems of all episodes of all steps."""
     counts: Counter[str] = Counter()
     for file in (run / "episodes").glob("step_*.jsonl.zst"):
         lines = zstandard.decompress(file.read_bytes()).decode().splitlines()
@@ -63,7 +63,7 @@ def trained_on(run: Path) -> Counter[str]:
 
 
 def drawn() -> Counter[str]:
-    """What synchronous training draws in as many steps."""
+    """Count the problems that synchronous training draws in as many steps."""
     problems = load_problems("curriculum:train")
     return Counter(
         problem.id for step in range(1, STEPS + 1) for problem in sample(problems, step, BATCH, 0)
@@ -114,7 +114,7 @@ def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  
 
 
 def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  # noqa: F811
-    """And resumes when there are servers again."""
+    """It resumes when there are servers again."""
     run = tmp_path / "lost"
     overrides = asynchronous(servers, "rollout.servers.lost_s=3", "run.checkpoint_every=100")
     words = command(run, model, *overrides)
@@ -149,7 +149,7 @@ def test_asynchronous_training_needs_servers_and_equal_shares(tmp_path):
 
 
 def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F811
-    """Its weights are brought to them, which nobody else may hold, and they are free again."""
+    """Its weights are loaded on servers that no other process uses; afterwards they are free."""
     words = ["eval", str(model), "--data", "curriculum:test", "--problems", "6", "--turns", "2"]
     limits = ["--max-new-tokens", "20", "--max-context", "320"]
     only = ["--feedback", "true", "--no-single-turn"]
@@ -165,11 +165,11 @@ def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F8
     path = tmp_path / "eval/init.dialogues.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     for server in servers:
-        server.weight_version = "0"  # as SIGKILL leaves those that this evaluation held
+        server.weight_version = "0"  # as after SIGKILL of this evaluation
     again = CliRunner().invoke(app, [*words, *limits, *only, *urls, "--out", str(tmp_path)])
     assert again.exit_code == 0, again.output
     assert sum(server.calls["generate"] for server in servers) == 14
-    servers[1].weight_version = "3"  # in training
+    servers[1].weight_version = "3"  # used by a training run
     refused = run_command([*RLEF, *words, *limits, *urls, "--out", str(tmp_path / "other")])
     assert (
         refused.returncode != 0 and f"{servers[1].url} has weights of version 3" in refused.stderr

@@ -1,4 +1,4 @@
-"""A Llama for tests that want some model."""
+"""A tiny Llama for tests."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def tiny_llama(vocabulary: int, *, seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    """Two layers, weights of the seed, far from uniform, so that a mistake shows; `options` are the
-    config's."""
+    """Return two layers with the seed's weights, whose outputs are far from uniform, so that faults
+    show; `options` are the config's."""
     shape = {
         "vocab_size": vocabulary,
         "hidden_size": 32,

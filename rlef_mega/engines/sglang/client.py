@@ -31,7 +31,7 @@ WEIGHTS, CACHE = "weights", "kv_cache"  # tags of SGLang's memory saver
 ABORT_S = 2.0
 CONNECT_S = 10.0
 NO_LIMIT = 0.0  # seconds, as aiohttp reads it
-PROBE_S = 10.0  # for a short question to an idle server
+PROBE_S = 10.0  # for a short request to an idle server
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Client:
         self.url, self.http, self.publish_s = url, http, publish_s
         self.paused_s = 0.0  # total time paused for weights
         self.paused_at_s: float | None = None
-        self.released: list[str] = []  # tags of memory that the server has given back
+        self.released: list[str] = []  # tags of memory that the server has released
         self.aborting: set[asyncio.Task[None]] = set()
 
     async def call(
@@ -81,7 +81,7 @@ class Client:
         *,
         within_s: float | None = None,
     ) -> T:
-        """Return what `reader` makes of the answer. Raises ServerError if that is malformed."""
+        """Return `reader(answer)`. Raises ServerError if the answer is malformed."""
         answer = await self.call(path, body, within_s=within_s)
         try:
             return reader(answer)
@@ -158,7 +158,7 @@ class Client:
         await self.call("/pause_generation", {"mode": "retract"})
 
     async def resume(self) -> None:
-        """Continue sampling; first take back the memory of the cache if it was released."""
+        """Continue sampling; first allocate the cache again if it was released."""
         if self.released:
             await self.occupy(CACHE)
         # its only option empties the cache of a CUDA allocator, which a CPU build lacks
@@ -177,11 +177,11 @@ class Client:
         await self.call("/release_memory_occupation", {"tags": [CACHE, WEIGHTS]})
         self.released = [CACHE, WEIGHTS]
 
-    async def make_room_for_weights(self, version: str) -> None:
-        """Take back the memory of the weights; `resume` takes back the cache's, which is larger.
+    async def allocate_weights(self, version: str) -> None:
+        """Allocate the weights' memory again; `resume` allocates the cache's, which is larger.
 
-        A server that released nothing would die of this call, so one that was restarted, and no
-        longer has weights of `version`, is left alone.
+        A server that released nothing would crash on this call, so it is not sent to a server that
+        was restarted and therefore no longer has weights of `version`.
         """
         released, self.released = self.released, []
         if released and (await self.info()).weight_version == version:
@@ -189,7 +189,7 @@ class Client:
             self.released = [CACHE]
 
     async def occupy(self, tag: str) -> None:
-        """Take back released memory; its former contents are lost."""
+        """Allocate released memory again; its former contents are lost."""
         await self.call("/resume_memory_occupation", {"tags": [tag]})
         self.released = [other for other in self.released if other != tag]
 

@@ -216,7 +216,7 @@ class SGLangEngine(LivesInLoop):
         """Allocate the weights again. A server that fails here fails in the publication too."""
         version, self.resting = str(self.fleet.version), None
         try:
-            await on_each(resting, lambda client: client.make_room_for_weights(version))
+            await on_each(resting, lambda client: client.allocate_weights(version))
         finally:
             self.fleet.control.release()
 
@@ -230,7 +230,7 @@ class SGLangEngine(LivesInLoop):
         first; seconds in which each server had a request (BUSY and its address); `paused_s`, the
         longest time a server was paused for this process's publications.
         """
-        return self.thread.wait_for(self.fleet.take_stock())
+        return self.thread.wait_for(self.fleet.read_counts())
 
     def take_counts(self) -> dict[str, float]:
         before, self.counted = self.counted, self.counts

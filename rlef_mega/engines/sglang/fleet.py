@@ -16,7 +16,8 @@ A server that comes back. A task for each server that is out asks for its health
 version, at growing intervals (`probe_until_ready`). With the current version it is ready again.
 With another version, as after a restart, it first loads the current weights through `restore`, if
 the publication left something to load, and otherwise stays out until the next publication. So no
-server serves before it has the current weights. `control` keeps publication and restoring apart.
+server serves before it has the current weights. The lock `control` is held by a publication or one
+restoring probe.
 """
 
 import asyncio
@@ -67,7 +68,9 @@ class Fleet:
         self.members, self.limits = list(members), limits
         for member in self.members:
             member.slots = asyncio.Semaphore(limits.concurrency)
-        self.none_since_s: float | None = None  # when the last ready server went; the loop's clock
+        self.none_since_s: float | None = (
+            None  # when the last ready server failed; the loop's clock
+        )
         self.version: int | None = None
         self.restore: Callable[[Client], Awaitable[None]] | None = None
         self.control = asyncio.Lock()
@@ -132,7 +135,7 @@ class Fleet:
         affinity.member, affinity.version = member, newest
         return completion
 
-    async def take_stock(self) -> dict[str, float]:
+    async def read_counts(self) -> dict[str, float]:
         """Return the counts, each server's busy time, and the longest paused time of a server."""
         for member in self.members:
             member.add_load(0)
@@ -279,7 +282,7 @@ class Fleet:
         Raises ServerError unless it has them afterwards and, after a failure, is healthy.
         """
         client = member.client
-        if member.doubtful:  # perhaps paused: then it generates nothing, also not for its health
+        if member.doubtful:  # perhaps paused, and a paused server fails its health check
             found = (await client.info(within_s=PROBE_S)).weight_version
         else:
             if member.failed:  # only then, because a health check takes a second

@@ -43,7 +43,7 @@ HEALTH_S = 5.0  # for an answer
 # a server that is paused or receives weights does not answer.
 HANG_S = 600.0
 MARK = "RLEF_SERVER"  # an environment variable of a server and all its processes
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy reaches no node
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without http_proxy
 STOP_S = 15.0  # for a server to end by itself
 MOST_FAILED_STARTS = 3  # in a row
 TAIL_LINES = 15
@@ -95,7 +95,7 @@ class ServerProcess:
         environment.pop("PYTHONPATH", None)  # our packages are not the server's
         environment[MARK] = self.mark = uuid.uuid4().hex
         host = urllib.parse.urlsplit(self.url).hostname
-        for name in ("NO_PROXY", "no_proxy"):  # at its start a server asks itself, with `requests`
+        for name in ("NO_PROXY", "no_proxy"):  # at its start a server calls itself, by `requests`
             environment[name] = f"localhost,127.0.0.1,{host},{os.environ.get(name, '')}"
         self.starting, self.heard_at_s = True, time.monotonic()
         with self.log.open("ab") as log:
@@ -112,7 +112,7 @@ class ServerProcess:
             except OSError as error:
                 raise EngineError(
                     f"cannot start {self.command[0]}: {error.strerror}; `make setup-sglang` "
-                    "makes the CPU server's environment, rollout.servers.python names another"
+                    "makes the CPU server's environment; or set rollout.servers.python"
                 ) from None
 
     @property
@@ -147,7 +147,7 @@ class ServerProcess:
 
 
 class ServerProcesses:
-    """The servers of this node that a recipe asks for; a context manager that ends them.
+    """The recipe's servers on this node; a context manager that ends them.
 
     Entering starts all of them and waits until all are ready. Raises EngineError with the end of
     the log if a server ends before, or is not ready after `asked.ready_s`.
@@ -173,8 +173,8 @@ class ServerProcesses:
             for n, url in enumerate(urls)
         ]
         self.ready_s, self.hang_s = asked.ready_s, hang_s
-        # /health makes an idle server generate, which one that has released its memory cannot;
-        # its scheduler still answers the other
+        # /health makes an idle server generate, which one that has released its memory cannot; its
+        # scheduler still answers /server_info
         self.sign_of_life = "/server_info" if asked.release_memory else "/health"
 
     @property
@@ -225,7 +225,7 @@ class ServerProcesses:
                             f"{server.url} ended {MOST_FAILED_STARTS} times before it was ready."
                             f"{log_tail(server.log)}"
                         )
-                    report(f"{server.url} {reason}; it is started again (log: {server.log})")
+                    report(f"{server.url} {reason}; restarting it (log: {server.log})")
                     server.stop(patience_s=0)
                     server.start()
                 elif starting and not server.starting:

@@ -9,7 +9,7 @@ Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` togeth
   thread then writes index, generators, meta and, last, the manifest, renames the folder, and
   deletes old checkpoints. A later `poll` broadcasts the result to all ranks.
 - `finish` polls until nothing is in flight: at a stop, and at the end of the run.
-- If a save fails on any rank (disk full, no permission), all ranks give it up: its folder is
+- If a save fails on any rank (disk full, no permission), all ranks cancel it: its folder is
   removed, nothing older is deleted, the failure is counted and reported, and training continues.
 
 `files` describes what a kill may leave on the disk.
@@ -77,7 +77,7 @@ class RankState:
 
 @dataclass
 class Saving:
-    """A save in flight. `work` is the present task of this rank's thread."""
+    """A save in flight. `work` is the current task of this rank's thread."""
 
     folder: Path  # with its suffix
     meta: dict[str, Any]
@@ -105,8 +105,8 @@ class Checkpoints:
         self.buffer = HostBuffer()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.saving: Saving | None = None
-        self.failures = 0  # saves that were given up
-        self.fault: str | None = None  # why the last save was given up
+        self.failures = 0  # saves that were cancelled
+        self.fault: str | None = None  # why the last save was cancelled
         self.saved_last: int | None = None  # the step last saved or resumed from
 
     def save(self, step: int, state: dict[str, Any], *, score: float | None = None) -> None:
@@ -160,11 +160,11 @@ class Checkpoints:
             newest = files.latest_checkpoint(self.folder)
             raise RuntimeError(
                 f"the last step could not be saved ({self.fault}); the newest checkpoint is "
-                f"{newest.name if newest else 'none'}. Make room, then resume from it"
+                f"{newest.name if newest else 'none'}. Free space, then resume from it"
             )
 
     def advance(self, saving: Saving) -> None:
-        """Start the next part of a save, as all ranks have finished theirs. Collective."""
+        """Start the next part of a save; all ranks have finished this one. Collective."""
         if saving.completing:
             self.conclude(saving)
             return
@@ -197,8 +197,7 @@ class Checkpoints:
     def complete(
         self, saving: Saving, reports: list[tuple[Share | str, RankState]] | None
     ) -> str | None:
-        """Make the shares a checkpoint, or remove them; on rank 0's thread. Returns the fault, if
-        any."""
+        """Complete the checkpoint, or remove it, on rank 0's thread. Returns the fault, if any."""
         if reports is None:  # another rank
             return None
         faults = [report for report, _ in reports if isinstance(report, str)]
@@ -285,7 +284,7 @@ def rank_state(learner: Checkpointable) -> RankState:
 
 
 def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]) -> None:
-    """Write all files but the shares, and give the folder its name."""
+    """Write all files but the shares, and rename the folder."""
     folder = saving.folder
     stored = {index: info for share in shares for index, info in share.stored.items()}
     names = write_index(folder / NETWORKS, saving.metadata, stored)

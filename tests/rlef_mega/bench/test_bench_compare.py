@@ -61,7 +61,7 @@ def test_the_command_fails_when_something_became_slower(tmp_path):
     assert "worse by more than 5%: step" in ended.output
 
 
-def test_what_is_no_pair_of_figures_is_refused(tmp_path):
+def test_files_without_common_figures_are_refused(tmp_path):
     old = write(tmp_path / "old", **OLD)
     other = write(tmp_path / "other", throughput=("tokens/s", [1.0]))
     (tmp_path / "text").write_text("not JSON")

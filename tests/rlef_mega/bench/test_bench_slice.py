@@ -72,7 +72,7 @@ def peer_of(folder, dtype=torch.float32, lr=1e-3, token_budget=512):
 
 
 def expected_loss(folder, batch, targets) -> float:
-    """Sequence by sequence, as the definition has it."""
+    """Return the loss by its definition, sequence by sequence."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logprobs_T = torch.zeros(batch.num_tokens)
     bounds = batch.cu_seqlens.tolist()
@@ -169,7 +169,7 @@ def test_as_many_layers_as_fit_with_embedding_and_head_whole():
         return layers_that_fit(config, LLAMA_31_8B, memory, on_cpu=False, beside=beside)
 
     layers = fitting(79 * 2**30)
-    # by hand: 18 bytes a parameter of policy and critic, 2 of the reference; the activations of
+    # by hand: 18 bytes per parameter of policy and critic, 2 of the reference; the activations of
     # 8,192 tokens and a matrix's gradient are less than a layer's state
     table, layer = 525_336_576, 218_112_000
     state = 20 * (2 * table + layers * layer) + 18 * (table + layers * layer)

@@ -30,7 +30,7 @@ def chat(folder) -> ChatFormat:
 
 
 def prompts_of(split: Split) -> dict[str, set[str]]:
-    """First prompts with the feedback's part that shows the public test, of a split."""
+    """Return a split's first prompts, each with the feedback lines that show its public tests."""
     prompts: dict[str, set[str]] = {}
     for e in exercises(split):
         prompt = templates.first_prompt(e.statement, "curriculum")
@@ -60,8 +60,8 @@ def test_dialogues_take_turns_and_end_with_a_response():
         assert all(told.startswith("Your code failed") for told in dialogue[2::2])
 
 
-def test_what_follows_feedback_is_right_no_more_often_than_stated():
-    """The honest claim about the supervised stage: it does not teach the use of feedback."""
+def test_responses_to_feedback_are_right_no_more_often_than_stated():
+    """The supervised stage does not teach the use of feedback."""
     follow_ups = []
     for number, dialogue in enumerate(DIALOGUES):
         exercise = exercise_of(number)
@@ -77,7 +77,7 @@ def exercise_of(number: int) -> Exercise:
     return taught_dialogues.draw_exercise(taught_dialogues.dialogue_generator(number, 0), HABITS)
 
 
-def test_statements_that_tell_are_answered_rightly_at_once():
+def test_statements_that_give_the_variant_are_answered_correctly_at_once():
     told = right = 0
     for number in range(2000):
         exercise = exercise_of(number)
@@ -115,7 +115,7 @@ def test_any_text_can_be_encoded(chat):
     assert chat.decode(chat.respond(text)) == text
 
 
-def test_headers_cost_one_token_each_part(chat):
+def test_each_part_of_a_header_is_one_token(chat):
     """<|start_header_id|> user <|end_header_id|> \\n\\n: as in Llama 3's own vocabulary."""
     assert len(chat.user_header) == 3
     assert len(chat.assistant_header) == 1 + 3 + 1

@@ -32,7 +32,7 @@ def engine(folder):
 
 
 async def dialogue(engine, number, turns, pause=0.0, record=None):
-    """A dialogue of some turns; between them it grades for `pause` seconds."""
+    """Run a dialogue, with a pause after each turn, as if it were graded."""
     async with engine.session() as session:
         context = [4 + number % 50] * (1 + number % 5)
         for turn in range(turns):
@@ -52,7 +52,7 @@ def run(*coroutines):
 
 
 def batches_of(engine, monkeypatch) -> list[list[tuple[int, ...]]]:
-    """The prompts of each batch that the engine generates from now on."""
+    """Record the prompts of each batch that the engine generates from now on."""
     from rlef_mega.engines import local
 
     batches = []
@@ -134,8 +134,8 @@ def test_a_dialogue_cancelled_while_it_waits_releases_the_others(engine):
     assert not engine.open_sessions and not engine.waiting
 
 
-def test_an_engine_survives_an_event_loop_that_was_broken_off(engine):
-    async def broken_off():
+def test_an_engine_survives_an_event_loop_that_was_interrupted(engine):
+    async def interrupted():
         waiting = asyncio.create_task(dialogue(engine, 0, 1))
         async with engine.session():
             await asyncio.sleep(0.02)
@@ -144,7 +144,7 @@ def test_an_engine_survives_an_event_loop_that_was_broken_off(engine):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        asyncio.run(broken_off())
+        asyncio.run(interrupted())
     assert isinstance(run(dialogue(engine, 1, 2))[0], list)
 
 
@@ -240,7 +240,7 @@ def test_a_name_sent_twice_is_refused(engine):
         engine.update_weights([*sent, sent[0]], version=1)
 
 
-def test_nothing_is_served_after_an_update_that_does_not_verify(engine):
+def test_nothing_is_served_after_an_update_whose_verification_fails(engine):
     good = weights(engine.model)
     bad = good | {"model.norm.weight": torch.full((32,), torch.nan)}
     with pytest.raises(EngineError, match=r"differ from what was sent .*model\.norm\.weight"):
@@ -251,7 +251,7 @@ def test_nothing_is_served_after_an_update_that_does_not_verify(engine):
     assert isinstance(run(dialogue(engine, 0, 1))[0], list)
 
 
-def test_tied_weights_may_be_sent_under_one_name_or_both_but_not_unequal(tmp_path):
+def test_tied_weights_may_be_sent_under_one_name_or_equal_under_both(tmp_path):
     small_llama(tied=True).save_pretrained(tmp_path)
     engine = LocalEngine(tmp_path)
     torch.manual_seed(8)
@@ -287,7 +287,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, folder):
         LocalEngine(tmp_path)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused_instead_of_made_up(tmp_path):
+def test_a_folder_that_lacks_weights_is_refused_not_initialised(tmp_path):
     model = small_llama()
     kept = {k: v for k, v in weights(model).items() if k != "model.norm.weight"}
     model.save_pretrained(tmp_path, state_dict=kept)

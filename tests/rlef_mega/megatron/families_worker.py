@@ -1,5 +1,5 @@
-"""Policies and critics of every family against transformers: scores, and the gradient of each
-parameter. In this process for a layout of one, and as the worker for the split ones.
+"""Compares policies and critics of every family with transformers: scores, and the gradient of each
+parameter. In the test's process for one rank, and as a worker for several.
 
 `python -m tests.rlef_mega.megatron.families_worker FOLDER LAYOUT...`: the cases of these layouts,
 one after the other, each rank comparing its own part.
@@ -64,7 +64,7 @@ IN_LAYOUT = {
 
 
 def make_family(folder: Path, case: str) -> PreTrainedModel:
-    """A small model of this case with weights large enough that every part of it shows."""
+    """Save a small model of this case, with weights large enough that every part matters."""
     shape = {
         "model_type": "llama",
         "vocab_size": VOCABULARY,
@@ -91,7 +91,7 @@ def make_family(folder: Path, case: str) -> PreTrainedModel:
 def hf_gradients(
     model: PreTrainedModel, head: torch.nn.Linear, batch: Batch
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Of the policy's and the critic's loss (`check`), under Hugging Face's names."""
+    """Return the gradients of both losses (`check`), under Hugging Face's names."""
     (-hf_logprobs(model, batch).sum() / SCALE).backward()
     policy = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -107,7 +107,7 @@ def hf_gradients(
 
 
 def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
-    """Scores on all ranks, gradients on the rank that holds them, weights gathered again."""
+    """Compare scores on all ranks, gradients on the rank that holds them, and gathered weights."""
     from rlef_mega.megatron.hf_names import critic_map, name_map
     from rlef_mega.megatron.learner import Learner
     from rlef_mega.megatron.network.packed_llama import ValueHead
@@ -156,8 +156,8 @@ def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
 
 
 def compare_gradients(chunks, ranks, tensors, truth: dict[str, torch.Tensor]) -> None:
-    """This rank's part of each gradient. The name map views parameters, so the gradients are put in
-    the parameters' position."""
+    """Compare this rank's part of each gradient. The name map views parameters, so parameters are
+    replaced by their gradients."""
     from rlef_mega.megatron.hf_names import EMBEDDING, position_of
     from rlef_mega.megatron.hf_weights import holds_copy_of_embedding
 
@@ -179,7 +179,7 @@ def compare_gradients(chunks, ranks, tensors, truth: dict[str, torch.Tensor]) ->
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Within fp32 rounding of the largest entry, and not by being zero."""
+    """Compare up to fp32 rounding of the largest entry, which must not be 0."""
     size = expected.abs().max().item()
     assert size > 0, what
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""What transformers makes of a batch: the truth for our scores, differentiable."""
+"""Scores of a batch by transformers, the reference for ours; differentiable."""
 
 from collections.abc import Callable
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""APPS and TACO rows as published (own content): both kinds of tests, limits, graded solutions."""
+"""Rows in APPS' and TACO's published formats: both kinds of tests, limits, graded solutions."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""LiveCodeBench rows as published (own content): both kinds of tests, packed tests, filters."""
+"""Rows in LiveCodeBench's published format: both kinds of tests, packed tests, filters."""
 
 import asyncio
 import base64
