@@ -1,5 +1,5 @@
-"""The ways of getting from hidden states to a loss that `rlef bench kernels` compares: ours, and
-what others publish, each called through its own interface.
+"""The implementations of the head and its loss that `rlef bench kernels` compares: ours and
+published ones, each called through its own interface.
 
 Shape suffixes: T tokens, R tokens that count, D hidden size, V vocabulary, C tokens of a chunk.
 """
@@ -82,8 +82,7 @@ class Method:
             import_without_parents("verl", "verl.utils")
             try:
                 importlib.import_module(self.module)
-            # a package may fail to import in any way that its authors did not foresee
-            except Exception as error:
+            except Exception as error:  # importing a package may raise anything
                 return f"cannot import {self.module}: {error}"
         if self.capability is None:
             return ""
@@ -104,7 +103,7 @@ def both(inputs: HeadInputs, logprob_T: torch.Tensor, entropy_T: torch.Tensor) -
 
 
 def with_plan(operation: str, plan: str) -> Callable[..., Any]:
-    """Return an operation's GPU kernels with the named plan, or without one its PyTorch form."""
+    """Return an operation's GPU kernels with the named plan; without a plan, its reference."""
     if not plan:
         return getattr(rlef_kernels, f"{operation}_reference")
     kernels = importlib.import_module(f"rlef_kernels.gpu.{operation}")
@@ -150,12 +149,12 @@ def kl(inputs: HeadInputs, compute: Callable[..., torch.Tensor]) -> torch.Tensor
 
 
 def product_alone(inputs: HeadInputs) -> torch.Tensor:
-    """Compute the logits and nothing from them."""
+    """Compute the logits only."""
     return inputs.hidden_TD @ inputs.weight_VD.t()
 
 
 def stored_logits(inputs: HeadInputs) -> torch.Tensor:
-    """Store all logits, in the inputs' type and then in fp32, as one writes it first."""
+    """Store all logits, in the inputs' dtype and then in fp32: the obvious implementation."""
     chosen = inputs.unmasked()
     return both(chosen, *logprob_and_entropy(chosen.hidden_TD, chosen.weight_VD, chosen.target_T))
 
@@ -172,8 +171,7 @@ compiled = cache(torch.compile)
 
 
 def chunked_logits(inputs: HeadInputs) -> torch.Tensor:
-    """Go by chunks of tokens, computed again in the backward pass; on a GPU through
-    torch.compile."""
+    """Compute chunks of tokens, again in the backward pass; on a GPU with torch.compile."""
     chosen = inputs.unmasked()
     on_gpu = chosen.hidden_TD.is_cuda
     function = compiled(logprob_and_entropy) if on_gpu else logprob_and_entropy

@@ -1,5 +1,5 @@
 """Measure an all-reduce over the training ranks: `srun python -m rlef_mega.cluster.allreduce_check
-FLOOR_GBPS`, with one process a rank, as in training.
+FLOOR_GBPS`, with one process per rank, as in training.
 
 It uses NCCL on GPUs, else gloo. The figure is the bus bandwidth of NCCL's own tests, bytes x 2
 (n - 1) / n over seconds, which does not depend on the number of ranks n.
@@ -55,7 +55,7 @@ def main() -> int:
     if dist.get_rank() == 0:
         print(
             f"all-reduce over {dist.get_world_size()} ranks: {found:.2f} GB/s"
-            + (f", below the floor of {floor_gbps:g}; see which network is used" if slow else ""),
+            + (f", below the floor of {floor_gbps:g}; check which network is used" if slow else ""),
             flush=True,
         )
     dist.barrier()  # world: rank 0 has printed

@@ -36,7 +36,7 @@ class Microbatch:
 @dataclass(frozen=True)
 class Cutting:
     """How batches are cut into micro-batches; the same for the whole run. The number of
-    micro-batches is a multiple of `multiple`, which the pipeline's schedule asks for."""
+    micro-batches is a multiple of `multiple`, which the pipeline's schedule requires."""
 
     ranks: Ranks
     token_budget: int

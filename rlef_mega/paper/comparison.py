@@ -72,7 +72,7 @@ ROWS = (
 
 
 def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequence[str]) -> None:
-    """Run what is missing, then write and print the tables. If a run fails, exit with its code."""
+    """Run the missing runs, then write and print the tables. If one fails, exit with its code."""
     config = load_config(find_recipe(recipe), overrides, TrainConfig)
     refuse_another(out / "asked.json", config)
     if recipe == "demo" and not (Path(config.model.path) / "config.json").is_file():
@@ -214,7 +214,7 @@ def save_turn_budgets(curves: dict[str, dict[str, list[float]]], path: Path) -> 
             axes.fill_between(
                 turns, 100 * values.min(1), 100 * values.max(1), color=color, alpha=0.2, lw=0
             )
-        axes.set_xlabel(f"turns a dialogue may have, {TURNS} samples in all")
+        axes.set_xlabel(f"maximum turns of a dialogue, {TURNS} samples in all")
         axes.set_xticks(range(1, TURNS + 1))
         axes.set_ylabel(f"1@{TURNS}, % solved")
         axes.set_ylim(0, 100)

@@ -103,7 +103,7 @@ def parse(row: Row, options: AppsOptions) -> Parsed:
         limits=parse_limits(row, options.time_factor),
         template="codecontests",
         entry_point=entry_point,
-        prelude=PRELUDE,  # its grader descends from theirs
+        prelude=PRELUDE,  # LiveCodeBench's grader is derived from APPS'
         family=source,
         difficulty=difficulty,
     )
@@ -128,7 +128,7 @@ def parse_tests(row: Row) -> tuple[Test | CallTest, ...]:
         return tuple(Test(text(i), text(o)) for i, o in zip(inputs, outputs, strict=True))
     if not all(isinstance(given, list) for given in inputs):
         raise FieldError("input_output.inputs: not lists of arguments, though there is a fn_name")
-    # results are in lists of their own, in most rows
+    # most rows wrap each result in a list
     if all(isinstance(output, list) and len(output) == 1 for output in outputs):
         outputs = [output[0] for output in outputs]
     return tuple(
@@ -143,7 +143,7 @@ def text(value: Any) -> bytes:
 
 
 def with_numbers(value: Any) -> Any:
-    """Return a dict with integers for keys that are their digits, as both graders do."""
+    """Convert a dict's keys from digits to integers, as both graders do."""
     try:
         return {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
     except ValueError:

@@ -1,7 +1,7 @@
 """Easy functions for a small pretrained model: a name, a sentence, and tests.
 
 HumanEval is too hard for a model of 135M parameters to learn from: it hardly ever solves a task.
-It sometimes solves these. `functions.jsonl` holds one template a line:
+It sometimes solves these. `functions.jsonl` holds one template per line:
 
     {"name": "add", "parameters": "x", "does": "returns x plus {}", "returns": "x + {}",
      "constants": [3, 7], "inputs": [[5], [0]]}

@@ -3,7 +3,7 @@
 A row has `question_id`, `question_content`, `starter_code`, `platform`, `difficulty`,
 `contest_date`, `metadata`, `public_test_cases` (JSON as text) and `private_test_cases` (the same,
 or base64 of zlib of a pickled text of it). A test is of a program (`stdin`), or of the method
-`func_name` of class Solution (`functional`: arguments are JSON, one a line). Programs are given the
+`func_name` of class Solution (`functional`: arguments are JSON, one per line). Programs get the
 imports, time and comparison of the benchmark's own grader (lcb_runner/evaluation/testing_util.py).
 """
 
@@ -34,7 +34,9 @@ from rlef_mega.problems.rows import (
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import CallTest, Limits, Test
 
-LIMITS = Limits(cpu_s=6.0, memory_bytes=4 << 30)  # its grader: 6 s a test, 4 GB in its comment
+LIMITS = Limits(
+    cpu_s=6.0, memory_bytes=4 << 30
+)  # 6 s per test in its grader; 4 GB in a comment there
 MAX_UNPACKED_BYTES = 1 << 30  # of a row's private tests
 # The grader puts these imports before every program; of equal names the last import counts.
 ALL_NAMES = (

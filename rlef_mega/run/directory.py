@@ -3,7 +3,7 @@
     config.toml  inputs.json  manifest.json  changes.jsonl  metrics.jsonl  eval/*.json
     episodes/step_*.jsonl.zst  checkpoints/  report.html
 
-metrics.jsonl has one line a step. A killed run may have written lines beyond its last checkpoint;
+metrics.jsonl has one line per step. A killed run may have written lines beyond its last checkpoint;
 `resume` removes them, so that the file reads as if the run had never stopped. A full disk does not
 stop a run: lines of metrics wait for free space, and the step's episodes, which the run never reads
 back, are skipped.

@@ -1,5 +1,4 @@
-"""Alarms of a run, and the limits at which it stops itself because continuing would waste the
-machine."""
+"""Alarms of a run, and the limits at which it stops itself because it cannot succeed."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from rlef_mega.config import GuardConfig
 
 
 def reason_of(fault: Exception) -> str:
-    """Return why a dialogue was dropped: the kind of fault, a colon, and what its error says."""
+    """Return why a dialogue was dropped: the kind of fault, a colon, and the error's message."""
     return f"{type(fault).__name__}: {' '.join(str(fault).split())[:500]}"
 
 

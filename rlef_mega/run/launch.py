@@ -32,7 +32,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3  # exit code of a run that was asked to stop; the same command resumes it
 FAILED = 2  # exit code of a run that ended with an error message
 FAILURE_MARK = ".failed"  # in the run directory
-STEPS_A_COLLECTION = 50
+STEPS_PER_COLLECTION = 50
 PR_SET_PDEATHSIG = 1
 
 
@@ -179,8 +179,8 @@ def collect_garbage_by_hand() -> None:
 
 
 def collect_garbage(step: int) -> None:
-    """Collect garbage every STEPS_A_COLLECTION steps."""
-    if step % STEPS_A_COLLECTION == 0:
+    """Collect garbage every STEPS_PER_COLLECTION steps."""
+    if step % STEPS_PER_COLLECTION == 0:
         gc.collect()
 
 
@@ -214,13 +214,13 @@ def dump_stacks_when_asked() -> None:
 
 def fails_first(mark: Path) -> bool:
     """Return whether this is the first rank of the launch to fail: the others fail for the same
-    reason or because of it. Whoever starts the ranks removes the mark before."""
+    reason or because of it. The launcher removes the mark before it starts ranks."""
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
-        return True  # the disk is full, say: better each rank's message than none
+        return True  # on a full disk, for example: better each rank's message than none
     return True
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with an estimated time of arrival on a terminal, else one line a
+"""Progress of long work: a bar with an estimated time of arrival on a terminal, else one line per
 step."""
 
 import sys
@@ -33,7 +33,7 @@ class StepProgress(Progress):
             disable=not sys.stdout.isatty(),
         )
         self.label, self.total, self.shown = label, total, shown
-        self.every = every  # steps a line, without a terminal
+        self.every = every  # steps per line, without a terminal
         self.first = self.done = done
         self.started = time.monotonic()
         self.bar = self.add_task("", total=total, completed=done, eta="", phase="starting")

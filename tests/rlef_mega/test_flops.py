@@ -35,7 +35,7 @@ def config(shape: LlamaShape) -> LlamaConfig:
         (LLAMA_31_70B, 7002, 3147),
     ],
 )
-def test_flops_a_token_are_those_that_nvidia_publishes(shape, tokens_per_s, teraflops):
+def test_flops_per_token_are_those_that_nvidia_publishes(shape, tokens_per_s, teraflops):
     per_token = training_flops(shape, [8192]) / 8192
     assert per_token * tokens_per_s / 1e12 == pytest.approx(teraflops, rel=1e-3)
 
@@ -93,7 +93,7 @@ def test_sequences_count_one_by_one_and_the_head_where_it_reads():
     assert training_flops(SMALL, lengths, 10) - without_head == 6 * 10 * 96 * 48
 
 
-def test_recomputation_is_counted_apart():
+def test_recomputation_is_counted_separately():
     lengths = [5, 9]
     assert recomputed_flops(SMALL, lengths, "none") == 0
     assert recomputed_flops(SMALL, lengths, "selective") == 2 * 14 * 2 * 3 * 48 * 64

@@ -1,8 +1,8 @@
-"""What SGLang must have after it loaded weights: names, shapes and checksums.
+"""The weights that SGLang must have after an update: names, shapes and checksums.
 
 SGLang loads Hugging Face's names into parameters of its own: q, k and v are one, gate and up are
-one, each tensor-parallel rank has its rows or columns, and the vocabulary is padded. It ignores a
-name that it does not know, and dies of a wrong shape. So weights are checked before they are sent,
+one, each tensor-parallel rank has its rows or columns, and the vocabulary is padded. It ignores an
+unknown name, and crashes on a wrong shape. So weights are checked before they are sent,
 and afterwards the servers' own hashes (`/weights_checker`) are compared with those of what was
 sent, in SGLang's layout. A server on a CPU hashes a parameter with SHA-256, and reports its first
 64 bits; a server on a GPU uses a kernel of SGLang's, which `gpu_checksum` computes without it.
@@ -105,7 +105,7 @@ class SentWeights:
         assert not self.parts, "a fused parameter of which a part is missing"
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Note what each rank of a server must report of the tensor."""
+        """Note the checksum that each rank of a server must report for the tensor."""
         served, index, parts = served_name(name)
         for rank in range(self.ranks):
             mine = self.parts.setdefault((rank, served), {})

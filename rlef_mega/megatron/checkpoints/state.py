@@ -75,7 +75,7 @@ def owned_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
 
 @calls_megatron
 def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """View all that this rank holds, weights of other owners included: what loading fills."""
+    """View all that this rank holds, weights of other owners included, for loading to fill."""
     return weights(name, model.chunks, model.ranks) + optimizer_state(name, model)
 
 
@@ -256,7 +256,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Describe them: "hidden_size 4096, this run has 2048"."""
+    """Describe differing settings, such as "hidden_size 4096, this run has 2048"."""
     return ", ".join(
         f"{key} {theirs.get(key)}, this run has {ours.get(key)}"
         for key in sorted(theirs.keys() | ours.keys())

@@ -34,7 +34,7 @@ FAMILIES = {
     "qwen2": Family(Qwen2Config, qkv_bias=True),
     "qwen3": Family(Qwen3Config, qk_norm=True),
 }
-SIZES = (  # transformers would invent them
+SIZES = (  # transformers has defaults for them
     "vocab_size",
     "hidden_size",
     "intermediate_size",

@@ -1,6 +1,6 @@
 """Benchmarks: what they count, and that a small one runs through the command.
 
-Speeds themselves are not asserted: they belong to the machine, and its results file.
+Speeds are not asserted, because they depend on the machine.
 """
 
 import json
@@ -62,7 +62,7 @@ def test_shares_are_of_the_whole_step():
     ]
 
 
-def test_time_outside_the_phases_is_what_none_of_them_claims():
+def test_time_outside_the_phases_is_the_rest_of_the_step():
     times = {"rollout": 17.0, "update": 10.0, "step": 30.0}
     assert with_outside(times) == {**times, "outside": 3.0}
 
@@ -89,7 +89,7 @@ def test_ratios_to_trl_are_taken_within_a_round():
         phases = [{"pack": 0.0, "score": whole / 4, "targets": 0.0, "update": 3 * whole / 4}]
         return {"batch": {"tokens": 1000}, "phases": phases, "policy_alone": [policy]}
 
-    # in the second round everything takes twice as long; only the ratios stay as they are
+    # in the second round everything takes twice as long; only the ratios are unchanged
     rounds = [(ours(4.0, 2.0), [5.0, 4.0, 3.0]), (ours(8.0, 4.0), [8.0, 8.0, 9.0])]
     assert {figure.name: figure.samples for figure in trl_figures(rounds)} == {
         "TRL GRPOTrainer": (250.0, 125.0),

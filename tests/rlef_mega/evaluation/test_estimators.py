@@ -29,7 +29,7 @@ def tally(samples) -> tuple[int, int, int]:
 
 
 def any_of_the_selected(drawn, n: int) -> float:
-    """The share of all selections of n, among those that pass, with a correct one."""
+    """Return the share of all selections of n passing samples that have a correct one."""
     passing = [sample for sample in drawn if sample != FAILS]
     selections = list(itertools.combinations(passing, min(n, len(passing))))
     return sum(RIGHT in selection for selection in selections) / len(selections)
@@ -74,7 +74,7 @@ def test_one_of_n_selected_among_all_that_pass_by_hand(samples, n, expected):
     assert n_at_k(*tally(samples), n=n, draws=len(samples)) == pytest.approx(expected)
 
 
-def test_too_few_dialogues_are_drawn_with_repetition_and_said_so():
+def test_too_few_dialogues_are_drawn_with_repetition_and_counted():
     held, passed, correct = [2, 6], [1, 3], [1, 1]
     with pytest.raises(ValueError, match="4 dialogues cannot be drawn from 2"):
         n_at_k(held, passed, correct, n=2, draws=4)
@@ -90,13 +90,13 @@ def test_too_few_dialogues_are_drawn_with_repetition_and_said_so():
 
 
 def dialogues_of(rates, held: int, generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of each problem, of a model whose dialogues fail, are wrong and are right so often."""
+    """Draw counts for each problem from its rates of failed, wrong and correct dialogues."""
     drawn = np.array([generator.multinomial(held, rate) for rate in rates])
     return drawn.sum(-1), drawn[:, 1] + drawn[:, 2], drawn[:, 2]
 
 
 def true_rate(rates, n: int, draws: int) -> float:
-    """From the model's own probabilities: j of the draws pass, each correct with c / p."""
+    """Compute n@k from the rates: j of the draws pass, each is correct with probability c / p."""
     total = 0.0
     for fails, wrong, right in rates:
         passes = wrong + right
@@ -129,8 +129,8 @@ def test_the_estimate_is_unbiased_and_the_bootstrap_is_not():
 
 @pytest.mark.parametrize(("n", "draws"), [(1, 1), (3, 10)])  # of 40, 10 are the most
 def test_intervals_hold_the_truth_of_simulated_models(n, draws):
-    """Of these problems, when dialogues are drawn again; and of all such problems, when problems
-    are drawn too."""
+    """The rate of these problems, when dialogues are drawn again, and that of all such problems,
+    when problems are drawn too."""
     generator = np.random.default_rng(2)
     population = true_rate(random_rates(5_000, generator), n, draws)
     these = others = 0

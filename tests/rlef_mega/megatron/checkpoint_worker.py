@@ -1,7 +1,7 @@
-"""What the checkpoint tests run in processes of their own.
+"""The processes of the checkpoint tests.
 
 `run` is a training run without rollouts, large enough that a save can be killed in the middle. It
-resumes from what it finds, as every run does. `python -m ... FOLDER DISK` runs `faults` on two
+resumes from its newest checkpoint. `python -m ... FOLDER DISK` runs `faults` on two
 ranks, with faults on one of them; the results are in FOLDER/RANK.json. DISK is a folder on a small
 file system of its own, or empty.
 """
@@ -92,7 +92,7 @@ def faults(folder: Path, disk: str) -> None:
         checkpoints.poll()
     found["kept_best"] = names(saves)
 
-    # rank 1 may write no large file: given up by both, nothing old is gone, the next one succeeds
+    # rank 1 may write no large file: both cancel, no old one is deleted, the next one succeeds
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     if ranks.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
@@ -177,7 +177,7 @@ def fill_disk(disk: Path, learner, writer: bool, names) -> dict[str, Any]:
 
 
 def draws() -> list[float]:
-    """The next number of each generator, which this takes."""
+    """Draw a number from each generator."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     tracked = get_cuda_rng_tracker().get_states()["model-parallel-rng"].sum()

@@ -98,7 +98,7 @@ def test_chunks_and_files_of_any_size_hold_the_same(
     assert same_bytes(tmp_path / "small", tmp_path / "large")
 
 
-def test_a_policy_keeps_what_stood_beside_the_weights(imported: Path, tmp_path: Path) -> None:
+def test_a_policys_other_files_are_copied(imported: Path, tmp_path: Path) -> None:
     export_checkpoint(imported, tmp_path / "hf", dtype="bfloat16")
     for name in COMPANIONS:
         assert (tmp_path / "hf" / name).read_text() == f"{name} of the source"
@@ -143,7 +143,7 @@ def in_another_process(work: Callable[[], None]) -> int | None:
 
 
 def test_the_command_verifies(folder: Path, imported: Path, tmp_path: Path) -> None:
-    """Also in a pod that has the variables of a distributed job."""
+    """It works even if the variables of a distributed job are set, as in a pod."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     environment |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
     command = [sys.executable, "-m", "rlef_mega.cli", "import-hf"]

@@ -1,7 +1,7 @@
-"""The same batch in every layout: one process is the truth for two, three and four, in tensor,
-sequence, pipeline, virtual pipeline and data parallelism, with the critic on the policy's ranks or
-on its own, with idle state on the host or not. This cannot catch a fault that all layouts share;
-network/test_packed_llama.py does.
+"""The same batch in every layout: two, three and four processes against one, in tensor, sequence,
+pipeline, virtual pipeline and data parallelism, with the critic on the policy's ranks or on its
+own, with idle state on the host or not. Faults that all layouts share are tested by
+network/test_packed_llama.py.
 """
 
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_a_layout_ends_with_the_weights_of_one_process(folder: Path, layout: str
 
 
 @pytest.mark.parametrize("layout", ("one", *SPLIT))
-def test_weights_come_out_as_they_went_in(folder: Path, layout: str) -> None:
+def test_gathered_weights_equal_loaded_ones(folder: Path, layout: str) -> None:
     stored = load_file(folder / "model" / "model.safetensors")
     loaded = results(folder, f"model_{layout}")["loaded"]
     assert set(loaded) == set(stored)
@@ -201,7 +201,7 @@ def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) 
         (7, 9.0, layout(pp=3), (3, 3, 1)),
     ],
 )
-def test_layers_are_dealt_by_work(layers, head_cost, parallel, expected) -> None:
+def test_layers_are_assigned_by_work(layers, head_cost, parallel, expected) -> None:
     stages = split_layers(layers, parallel, head_cost=head_cost)
     assert stages.layers == expected
     # both directions of the map agree

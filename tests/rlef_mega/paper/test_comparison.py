@@ -1,5 +1,5 @@
-"""`rlef reproduce`: what it makes of finished runs, from files written by hand; and that a finished
-run is left alone."""
+"""`rlef reproduce`: its tables from finished runs, whose files are written by hand; and that it
+does not repeat a finished run."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_turn_budgets_are_drawn(finished):
     assert (finished / "budgets.png").stat().st_size > 5000
 
 
-def test_what_is_finished_is_not_run_again(finished, monkeypatch):
+def test_finished_runs_are_not_repeated(finished, monkeypatch):
     """Only imitation of the second seed is missing: it alone is run, with its seed and folder."""
     (finished / f"{IMITATION}-4/eval/after.json").unlink()
     for seed in SEEDS:

@@ -56,9 +56,9 @@ def problems(tmp_path_factory) -> list[Problem]:
     return list(store)
 
 
-def test_the_tests_that_only_decide_are_never_shown(tmp_path):
-    """The first base output is too large to write down: the second is shown, and not the first of
-    the plus tests in its place."""
+def test_plus_tests_are_never_shown(tmp_path):
+    """The first base output is too large to store: only the second base test is shown, and no plus
+    test replaces the first."""
     row = {**LARGE, "base_input": [[60000], [3]], "plus_input": [[7]]}
     file = tmp_path / "large.jsonl"
     file.write_text(json.dumps(row) + "\n")
@@ -94,7 +94,7 @@ def test_base_tests_are_shown_with_expected_outputs_and_all_decide(problems):
         "assert halves([1, 2]) == [0.5, 1.0]",
         "assert halves([]) == []",
     ]
-    assert len(halves.private_tests.tests) == 7  # 152 inputs, 25 a check
+    assert len(halves.private_tests.tests) == 7  # 152 inputs, 25 per check
     (shown,) = pairs.public_tests
     assert shown.statement.startswith("assert set(similar_elements((1, 2, 3), (3, 2))) == set((")
     assert pairs.statement == "Find the shared elements."
@@ -154,7 +154,7 @@ def read(tmp_path, *rows):
     return read_data_set(f"evalplus:{file}", tmp_path / "cache")
 
 
-def test_limits_follow_from_what_the_solution_takes(tmp_path):
+def test_limits_follow_from_the_solutions_time(tmp_path):
     """Every input has four times the solution's time, and inputs that are slow or large share no
     check: 3 s of CPU for one input, 1.1 s each for two others, half a megabyte each for three."""
     slow = {
@@ -171,7 +171,7 @@ def test_limits_follow_from_what_the_solution_takes(tmp_path):
     assert len(problem.private_tests.tests) == 4  # 0 s | 3 s | 2.2 s, two texts | a text
 
 
-def test_memory_follows_from_what_the_solution_takes(tmp_path):
+def test_memory_follows_from_the_solutions_memory(tmp_path):
     row = {**HALVES, "base_input": [[[1]]], "plus_input": []}
     row["canonical_solution"] = "    return [x / 2 for x in xs][: len('x' * 7 * 10**8)]\n"
     (problem,) = read(tmp_path, row)

@@ -1,9 +1,9 @@
 """The shipped 8B and 70B layouts, without their hardware: every rank's policy and critic is built
 on the meta device, and what the ranks hold adds up to Hugging Face's model.
 
-One process stands at one rank after the other, in a world whose process groups are torch's fake
-ones: they know sizes and ranks, and exchange nothing. What this cannot catch: whether the weights
-fit a GPU beside gradients and activations.
+One process takes each rank in turn, in a world whose process groups are torch's fake ones: they
+have sizes and ranks, and exchange nothing. Not tested: whether the weights fit a GPU beside
+gradients and activations.
 """
 
 import functools
@@ -160,7 +160,7 @@ def held_by(network: str, case: str, ranks: Ranks) -> Held:
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """The same for a parameter and its views."""
+    """Return an id that a parameter and its views share."""
     return tensor.untyped_storage()._cdata
 
 
@@ -195,7 +195,7 @@ def test_the_ranks_add_up_to_hugging_faces_model(case: str, network: str) -> Non
             whole[split_dim] *= len(found)
         assert tuple(whole) == expected[name], name
 
-    # and by Megatron's own marks, which its gradient norm goes by
+    # and by Megatron's own marks, which its gradient norm uses
     parameters = sum(held.split - held.copied for held in everyone)
     parameters += sum(held.replicated for held in everyone if held.tensor_parallel_rank == 0)
     assert parameters == truth.num_parameters()
@@ -208,8 +208,8 @@ def test_the_ranks_add_up_to_hugging_faces_model(case: str, network: str) -> Non
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("case", ["70B", "70B-virtual"])
 def test_pipeline_stages_have_equal_work(case: str, network: str, read_by_head: float) -> None:
-    """Of sequences of 8,192 tokens, whatever part of them the policy's head reads. A layer is the
-    grain: 21 of them where 20.3 would be even.
+    """For sequences of 8,192 tokens, whatever part of them the policy's head reads. Only whole
+    layers can be assigned: 21 where 20.3 would be even.
     """
     parallel, config = LAYOUTS[case], config_of(case)
     flops, tokens = LlamaShape.of(config).flops, 8192
@@ -229,7 +229,7 @@ def test_pipeline_stages_have_equal_work(case: str, network: str, read_by_head: 
 
 @pytest.mark.parametrize("recipe, case", [("llama31_8b", "8B"), ("llama31_70b", "70B")])
 def test_replicas_hold_the_same(recipe: str, case: str) -> None:
-    """First and last of the shipped recipe's data-parallel ranks, in its whole world."""
+    """Compare the shipped recipe's first and last data-parallel rank, in its whole world."""
     parallel = recipe_layout(recipe)
     tensor, data = parallel.tensor_model_parallel_size, parallel.data_parallel_size
     last_stage = (parallel.pipeline_model_parallel_size - 1) * data * tensor

@@ -15,7 +15,7 @@ def theirs(x_THD: torch.Tensor, frequencies_E: torch.Tensor) -> torch.Tensor:
     return turned[0].transpose(0, 1)
 
 
-def test_a_rotation_is_transformers_forward_and_backward() -> None:
+def test_a_rotation_equals_transformers_forward_and_backward() -> None:
     generator = torch.Generator().manual_seed(0)
     x_THD = torch.randn(POSITIONS_T.numel(), 3, 8, generator=generator, dtype=torch.float32)
     gradient_THD = torch.randn(x_THD.shape, generator=generator)
@@ -30,8 +30,8 @@ def test_a_rotation_is_transformers_forward_and_backward() -> None:
         torch.testing.assert_close(ours.grad, truth.grad)
 
 
-def test_angles_are_fp32_whatever_the_heads_are() -> None:
-    """bfloat16 positions would put tokens beyond 256 in each other's places."""
+def test_angles_are_fp32_whatever_the_heads_dtype() -> None:
+    """In bfloat16, neighbouring positions beyond 256 would be equal."""
     positions_T = torch.arange(5000, 5004)
     x_THD = torch.ones(4, 1, 2, dtype=torch.bfloat16)
     turned = Rotation(positions_T)(x_THD, torch.ones(1))
