@@ -26,6 +26,7 @@ from .exchange import (
 from .private_root import THIRD_PARTY
 from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
+from .work_slots import WorkSlot
 from .worker import Worker, ZygoteLostError, ZygoteSession, memory_file, memory_files
 
 RETRIES = 2  # of a run that ended in a fault of the sandbox
@@ -63,7 +64,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
     """Runs a program, once or often, in the zygote of `worker`.
 
     `program` is a descriptor of its file, which the caller closes: an `executable`, or Python.
-    `on_sleep` is called when a run waits instead of working, `on_test` before each test.
+    A run gives its `slot` away while it waits instead of working.
     """
 
     def __init__(
@@ -71,15 +72,14 @@ class ProgramRunner(contextlib.AbstractContextManager):
         worker: Worker,
         program: int,
         limits: Limits,
-        on_sleep: Callable[[], None] = lambda: None,
+        slot: WorkSlot | None = None,
         *,
         executable: bool = False,
-        on_test: Callable[[], None] = lambda: None,
     ) -> None:
         self._worker = worker
         self._program = program
         self._limits = limits
-        self._on_sleep, self._on_test = on_sleep, on_test
+        self._slot = slot
         self._executable = executable
         self._session: ZygoteSession | None = None
         self._server_runs = False
@@ -92,7 +92,8 @@ class ProgramRunner(contextlib.AbstractContextManager):
         """Run the program on a test. With `again`, which announces other tests of this program, a
         program server compiles it once for all, if the zygote can make one.
         """
-        self._on_test()
+        if self._slot is not None:
+            self._slot.wake()
         return self._with_retries(lambda: self._attempt(test, again))
 
     def accepted_by(self, test: Test, stdout: bytes) -> bool | Result:
@@ -157,7 +158,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         """Start a task in the zygote, and wait for its outcome."""
         request = self._request(task)
         self._session = self._worker.start(request, descriptors)
-        return self._session.receive(request.wall_s, self._on_sleep)
+        return self._session.receive(request.wall_s, self._slot)
 
     def _attempt(self, test: AnyTest, again: bool) -> FinishedRun:
         if isinstance(test, CheckTest):
@@ -186,7 +187,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         with files_of_test(test) as files:
             assert self._session is not None
             request = self._request(Task.TEST)
-            outcome = self._session.ask(request, files.descriptors, self._on_sleep)
+            outcome = self._session.ask(request, files.descriptors, self._slot)
             return files.finished(outcome, self._limits)
 
     def _start_server(self) -> None:
@@ -215,7 +216,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
                 checker_files = [*checker.descriptors, theirs.fileno(), code]
                 checking = self._worker.start(request, checker_files)
             with contextlib.closing(checking):
-                served = self._session.receive(request.wall_s, self._on_sleep)
+                served = self._session.receive(request.wall_s, self._slot, [checking])
                 checked = checking.receive(request.wall_s)
             self._end_session()
             return verdict_of_check(
@@ -312,7 +313,7 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
     killed_by = outcome.killed_by
     if outcome.ending is Ending.CPU_LIMIT or outcome.cpu_s > limits.cpu_s:
         return Status.TIME_LIMIT
-    if outcome.max_rss_bytes > limits.memory_bytes:
+    if outcome.ending is Ending.MEMORY_LIMIT or outcome.max_rss_bytes > limits.memory_bytes:
         return Status.MEMORY_LIMIT
     if outcome.ending is Ending.WALL_LIMIT:
         return Status.IDLE_LIMIT

@@ -21,6 +21,9 @@ OUTCOME = struct.Struct("<BBiddQ")
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_DESCRIPTORS = 8  # MAX_FILES in csrc/zygote.h; a zygote keeps these numbers occupied
 SLEEPING = b"~"  # the run waits instead of working: another program may use its core
+WOKE = b"!"  # it works again: the controller answers TURN, after PAUSE and a while if others work
+# The controller's words about a run. The wall clock limit does not count while it is paused.
+PAUSE, RESUME, TURN = b"p", b"r", b"t"
 # A program that worked until its wall clock limit, though slowly, was starved by other processes.
 # It gets this many times the limit.
 STARVED_EXTENSION = 2
@@ -52,6 +55,7 @@ class Ending(enum.IntEnum):
     ITSELF = 0
     CPU_LIMIT = 1
     WALL_LIMIT = 2
+    MEMORY_LIMIT = 3
 
 
 class ZygoteRequest(NamedTuple):

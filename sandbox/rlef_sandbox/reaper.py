@@ -41,7 +41,7 @@ def leave_reaper_behind(control: int, controller: int, cgroup: str, scratch: str
 def _reap(pid: int, controller: int, cgroup: str, scratch: str, go: int) -> NoReturn:
     import shutil  # not in the zygote: every module makes its forks slower
 
-    from . import cgroups
+    from . import cgroups, page_tables
 
     zygote = os.pidfd_open(pid)
     if cgroup:
@@ -50,7 +50,9 @@ def _reap(pid: int, controller: int, cgroup: str, scratch: str, go: int) -> NoRe
     poller = select.poll()
     for descriptor in (zygote, controller):
         poller.register(descriptor, select.POLLIN)
-    poller.poll()
+    # the processes of a compiler, which has a scratch directory, run no code of a program
+    while not poller.poll(None if scratch else page_tables.MEASURE_EVERY_S * 1000):
+        page_tables.bound(pid)
     signal.pidfd_send_signal(zygote, signal.SIGKILL)
     os.waitpid(pid, 0)
     if cgroup:

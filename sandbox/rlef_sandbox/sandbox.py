@@ -239,9 +239,8 @@ class Sandbox:
                 worker,
                 program,
                 limits,
-                slot.sleep,
+                slot,
                 executable=is_executable,
-                on_test=slot.wake,
             ) as runner,
         ):
             yield runner

@@ -1,7 +1,7 @@
 """The supervisor in Python, for machines without a C compiler: csrc/serve.c and spawn.c, smaller.
 
 It runs Python programs only, and each run (RUN) compiles its program anew. It forks children, keeps
-their limits, reports once of a child that it sleeps, and sends the outcome when a child ends.
+their limits, reports that a child sleeps or works again, and sends the outcome when a child ends.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from mmap import PAGESIZE, mmap  # programs get another `mmap.mmap`
 from . import kernel
 from .launch_plan import PENDING_SIGNALS, UNLIMITED, LaunchPlan
 from .protocol import (
+    PAUSE,
     SLEEPING,
     STARVED_EXTENSION,
+    TURN,
+    WOKE,
     Ending,
     Outcome,
     Phase,
@@ -51,7 +54,8 @@ class SupervisedChild:
         self.window_cpu_s = 0.0
         self.clock = ~pid << 3 | 2  # the process's CPU clock, as clock_getcpuclockid(3) makes it
         self.ending = Ending.ITSELF
-        self.slept = False
+        self.told = TURN  # or SLEEPING, or WOKE: what the controller knows
+        self.paused = 0.0  # since when
         self.next_check = self.started + min(request.cpu_s, request.wall_s, SLEEP_WINDOW_S)
 
     def kill(self) -> None:
@@ -59,7 +63,7 @@ class SupervisedChild:
         self.next_check = math.inf
 
     def check(self, now: float) -> None:
-        """Kill the child if it passed a limit; report if it sleeps."""
+        """Kill the child if it passed a limit; report if it sleeps, and if it works again."""
         cpu_s = time.clock_gettime(self.clock)
         cpu_left_s = self.request.cpu_s - cpu_s
         elapsed_s, wall_s = now - self.started, self.request.wall_s
@@ -68,20 +72,44 @@ class SupervisedChild:
         left_s = min(cpu_left_s, wall_s - elapsed_s)
         if left_s <= 0:
             self.ending = Ending.CPU_LIMIT if cpu_left_s <= 0 else Ending.WALL_LIMIT
+        elif self.lost_its_memory():
+            self.ending = Ending.MEMORY_LIMIT
+        if self.ending is not Ending.ITSELF:
             self.kill()
             return
-        if not self.slept:
+        if self.told != WOKE:
             window_s = now - self.window_started
             if window_s >= SLEEP_WINDOW_S:
-                self.slept = cpu_s - self.window_cpu_s < SLEEP_SHARE * window_s
-                if self.slept:
-                    send(self.session, SLEEPING)
+                sleeps = cpu_s - self.window_cpu_s < SLEEP_SHARE * window_s
+                if sleeps != (self.told == SLEEPING):
+                    self.told = SLEEPING if sleeps else WOKE
+                    send(self.session, self.told)
                 self.window_started, self.window_cpu_s = now, cpu_s
             left_s = min(left_s, SLEEP_WINDOW_S)
         self.next_check = now + max(LEAST_WAIT_S, left_s)
 
+    def obey(self, word: bytes) -> None:
+        """Do what the controller says. The time of a pause is not charged."""
+        now = time.monotonic()
+        if word == PAUSE and not self.paused and self.next_check < math.inf:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGSTOP)
+            self.paused, self.next_check = now, math.inf
+        elif word != PAUSE and self.paused:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
+            self.started += now - self.paused
+            self.paused, self.next_check = 0.0, now
+        if word == TURN:
+            self.told = TURN
+            self.window_started, self.window_cpu_s = now, time.clock_gettime(self.clock)
+
+    def lost_its_memory(self) -> bool:
+        """Whether the reaper took its address space, for too many page tables (page_tables.py)."""
+        return resource.prlimit(self.pid, resource.RLIMIT_AS)[1] == 0
+
     def finish(self) -> None:
         """Send the outcome of this child, which has ended, and let go of it."""
+        if self.ending is Ending.ITSELF and self.lost_its_memory():
+            self.ending = Ending.MEMORY_LIMIT
         os.close(self.pidfd)
         _, wait_status, usage = os.wait4(self.pid, 0)
         fault = self.page[1:].rstrip(b"\0").decode()
@@ -141,6 +169,8 @@ class PythonSupervisor:
                 self._poller.unregister(watched)
                 del self._watched[watched]
             child.finish()
+        elif word := received(descriptor):
+            child.obey(word)
         else:
             self._poller.unregister(descriptor)
             del self._watched[descriptor]
@@ -234,6 +264,13 @@ def set_limits(plan: LaunchPlan) -> None:
     ):
         if kind != resource.RLIMIT_NPROC or plan.threads:
             resource.setrlimit(kind, (soft, hard))
+
+
+def received(session: int) -> bytes:
+    """Return the controller's word; empty if it gave the session up."""
+    with contextlib.suppress(OSError):
+        return os.read(session, 1)
+    return b""
 
 
 def send(session: int, message: bytes) -> None:

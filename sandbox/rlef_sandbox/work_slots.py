@@ -4,42 +4,72 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Iterator
 
 
 class WorkSlots:
-    """At most `working` programs at work and `open_programs` under way. Threads wait for a slot in
-    no promised order.
+    """At most `working` programs at work and `open_programs` under way. Threads get a slot in the
+    order in which they asked, whether their programs begin or work again after a sleep.
     """
 
     def __init__(self, working: int, open_programs: int) -> None:
-        self.condition = threading.Condition()
+        self.lock = threading.Lock()
         self.working, self._open = working, open_programs
+        self._waiting: deque[tuple[threading.Event, int]] = deque()
         self._closed = False
 
     @contextlib.contextmanager
     def take(self) -> Iterator[WorkSlot]:
         """Wait for a slot. Raises RuntimeError if the sandbox is closed meanwhile."""
-        with self.condition:
-            self.condition.wait_for(lambda: self._closed or min(self.working, self._open) > 0)
-            if self._closed:
-                raise RuntimeError("the sandbox is closed")
-            self.working -= 1
-            self._open -= 1
+        self.acquire(1)
         slot = WorkSlot(self)
         try:
             yield slot
         finally:
             slot.sleep()
-            with self.condition:
-                self._open += 1
-                self.condition.notify()
+            with self.lock:
+                self.release(0, 1)
+
+    def acquire(self, opened: int) -> None:
+        """Wait until one more program may work and `opened` more may be under way."""
+        asked = (threading.Event(), opened)
+        with self.lock:
+            self._waiting.append(asked)
+            self.release(0, 0)
+            if self._closed:
+                asked[0].set()
+        try:
+            asked[0].wait()
+        except BaseException:  # a keyboard interrupt
+            with self.lock:
+                if asked in self._waiting:
+                    self._waiting.remove(asked)
+                else:
+                    self.release(1, opened)
+            raise
+        if self._closed:
+            raise RuntimeError("the sandbox is closed")
+
+    def release(self, working: int, opened: int) -> None:
+        """Give back, with the lock held, and let those begin that now may."""
+        self.working += working
+        self._open += opened
+        while self.working > 0:
+            first = next((one for one in self._waiting if one[1] <= self._open), None)
+            if first is None:
+                return
+            self._waiting.remove(first)
+            self.working -= 1
+            self._open -= first[1]
+            first[0].set()
 
     def close(self) -> None:
         """End the waiting of all threads with an error."""
-        with self.condition:
+        with self.lock:
             self._closed = True
-            self.condition.notify_all()
+            for turn, _ in self._waiting:
+                turn.set()
 
 
 class WorkSlot:
@@ -51,17 +81,21 @@ class WorkSlot:
 
     def sleep(self) -> None:
         """Let another program start: this one waits instead of working."""
-        with self._slots.condition:
+        with self._slots.lock:
             if not self._asleep:
                 self._asleep = True
-                self._slots.working += 1
-                self._slots.condition.notify()
+                self._slots.release(1, 0)
 
-    def wake(self) -> None:
-        """Count as working again, at once. If others have started meanwhile, more than `working`
-        programs are at work until some end, and none starts.
+    def wake(self, *, wait: bool = True) -> bool:
+        """Count as working again, once that is allowed. Without `wait`, return False if it is not
+        allowed now. Raises RuntimeError if the sandbox is closed meanwhile.
         """
-        with self._slots.condition:
-            if self._asleep:
+        with self._slots.lock:
+            if self._asleep and self._slots.working > 0:
                 self._asleep = False
                 self._slots.working -= 1
+            if not self._asleep or not wait:
+                return not self._asleep
+        self._slots.acquire(0)
+        self._asleep = False
+        return True

@@ -19,15 +19,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from . import cgroups
+from . import cgroups, page_tables
 from .protocol import (
     MAX_MESSAGE_BYTES,
+    PAUSE,
+    RESUME,
     SLEEPING,
     STARVED_EXTENSION,
+    TURN,
+    WOKE,
     Outcome,
     ZygoteRequest,
     receive,
 )
+from .work_slots import WorkSlot
 
 FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")  # without these no sandbox starts
 START_TIMEOUT_S = 60.0
@@ -153,6 +158,12 @@ class Worker:
             raise ZygoteLostError(f"the zygote's greeting lacks layers: {message[:200]!r}")
         # the reaper put the zygote into its cgroup; the zygote does not know
         layers["cgroup"] = cgroups.layers(self._cgroup)
+        assert self._process is not None
+        layers["memory"] = [
+            *("address_space", "resident"),
+            *["page_tables"] * page_tables.can_be_bound(self._process.pid),
+            *["cgroup"] * ("memory" in cgroups.layers(self._cgroup)),
+        ]
         self.layers = layers
         self._accept(layers)
 
@@ -230,29 +241,51 @@ class ZygoteSession:
         self.generation = 0  # of the zygote
 
     def ask(
-        self, request: ZygoteRequest, descriptors: Sequence[int], on_sleep: Callable[[], None]
+        self, request: ZygoteRequest, descriptors: Sequence[int], slot: WorkSlot | None
     ) -> Outcome:
         """Return the outcome of a test that a program server runs."""
         try:
             socket.send_fds(self._channel, [request.pack()], descriptors)
         except OSError as error:
             raise ZygoteLostError(f"the program server is gone: {error}") from None
-        return self.receive(request.wall_s, on_sleep)
+        return self.receive(request.wall_s, slot)
 
-    def receive(self, wall_s: float, on_sleep: Callable[[], None] = lambda: None) -> Outcome:
-        """Wait for an outcome. `on_sleep` is called if the run sleeps.
+    def receive(
+        self, wall_s: float, slot: WorkSlot | None = None, beside: Sequence[ZygoteSession] = ()
+    ) -> Outcome:
+        """Wait for an outcome. The run gives its `slot` away while it sleeps. To work again it
+        waits for it, paused together with those `beside` it, whose time depends on it.
 
         Raises ZygoteLostError if the zygote died, TimeoutError if it does not answer.
         """
         deadline = time.monotonic() + STARVED_EXTENSION * wall_s + ANSWER_GRACE_S
         while True:
             message, _ = self.receive_message(deadline)
-            if message != SLEEPING:
+            if message == SLEEPING and slot is not None:
+                slot.sleep()
+            elif message == WOKE:
+                asked = time.monotonic()
+                self._take_turn(slot, [self, *beside])
+                deadline += time.monotonic() - asked
+            elif message != SLEEPING:
                 try:
                     return Outcome.unpack(message)
                 except ValueError as error:
                     raise ZygoteLostError(f"the zygote's answer is malformed: {error}") from None
-            on_sleep()
+
+    def _take_turn(self, slot: WorkSlot | None, sessions: Sequence[ZygoteSession]) -> None:
+        if slot is not None and not slot.wake(wait=False):
+            for session in sessions:
+                session.tell(PAUSE)
+            slot.wake()
+            for session in sessions:
+                session.tell(RESUME)
+        self.tell(TURN)
+
+    def tell(self, word: bytes) -> None:
+        """Send a word about the run, which may have ended."""
+        with contextlib.suppress(OSError):
+            self._channel.send(word)
 
     def receive_message(self, deadline: float) -> tuple[bytes, list[int]]:
         """Wait for a message. Returns it with its descriptors (`compiler.py` sends one)."""

@@ -111,6 +111,22 @@ ATTACKS: dict[str, tuple[str, tuple[Status, ...]]] = {
         "memset(p, 1, 1 << 20); }",
         (Status.MEMORY_LIMIT,),
     ),
+    "page_tables": (
+        "for (long i = 1; i < 64000; i++) {\n"
+        "char *p = (char *)mmap((void *)(i * (2L << 30)), 4096,\n"
+        "PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);\n"
+        "if (p != MAP_FAILED) keep = (void *)(long)*(volatile char *)p; }\n"
+        "for (int i = 0; i < 20; i++) usleep(10000);",
+        (Status.MEMORY_LIMIT,),
+    ),
+    "page_tables_where_the_kernel_maps": (
+        "for (int i = 0; i < 60000; i++) { long size = 128L << 20;\n"
+        "char *p = (char *)mmap(0, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);\n"
+        "if (p == MAP_FAILED) break; keep = (void *)(long)*(volatile char *)p;\n"
+        "munmap(p + 4096, size - 4096); }\n"
+        "for (int i = 0; i < 20; i++) usleep(10000);",
+        (Status.MEMORY_LIMIT,),
+    ),
     "output": ('for (;;) puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxx");', (Status.OUTPUT_LIMIT,)),
     "sparse_output": ('pwrite(1, "x", 1, 1 << 30); escaped(1);', (Status.OUTPUT_LIMIT,)),
     "stack": ("recurse(0);", (*ERROR, Status.MEMORY_LIMIT)),

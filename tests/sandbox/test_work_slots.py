@@ -46,8 +46,9 @@ def test_who_has_slept_is_at_work_again_in_its_next_test() -> None:
     with slots.take() as slept:
         slept.sleep()
         with slots.take() as other:
-            slept.wake()  # two at work
-            other.sleep()  # one, and as many are allowed
+            assert not slept.wake(wait=False)  # the other is at work
+            other.sleep()
+            assert slept.wake()
             with ThreadPoolExecutor(1) as pool:
                 third = pool.submit(lambda: slots.take().__enter__())
                 time.sleep(0.1)

@@ -46,7 +46,9 @@
 
 enum { CHILD = 0, PREPARE = 1 };                         /* why rlef_serve returns */
 enum { TASK_PROGRAM = 2, TASK_TEST = 3 };                 /* protocol.Task */
-enum { ENDED_ITSELF = 0, CPU_LIMIT = 1, WALL_LIMIT = 2 }; /* protocol.Ending */
+enum turn { HAS_TURN, SLEEPS, ASKS_FOR_TURN };              /* what the controller was told */
+enum { PAUSE = 'p', RESUME = 'r', TURN = 't' };             /* its words: protocol.py */
+enum { ENDED_ITSELF = 0, CPU_LIMIT = 1, WALL_LIMIT = 2, MEMORY_LIMIT = 3 }; /* protocol.Ending */
 
 struct prepared {
     uint8_t message[MAX_REQUEST_BYTES]; /* the request, with its number of files */
@@ -62,7 +64,8 @@ struct child {
     int awaited; /* whether the session is polled for the controller giving it up */
     int task;
     int ending;
-    int slept;
+    enum turn turn;
+    double paused; /* since when, or 0 */
     double cpu_s, wall_s;
     double started, next_check, window_started, window_cpu_s;
 };
@@ -116,9 +119,42 @@ static void send_outcome(int session, int phase, int ending, int wait_status, do
     send_message(session, message, OUTCOME_BYTES + fault_bytes);
 }
 
-static void kill_child(const struct child *child)
+static void signal_child(const struct child *child, int number)
 {
-    syscall(SYS_pidfd_send_signal, child->pidfd, SIGKILL, NULL, 0);
+    syscall(SYS_pidfd_send_signal, child->pidfd, number, NULL, 0);
+}
+
+static double cpu_s_of(const struct child *child)
+{
+    return now_s((clockid_t)((~(unsigned)child->pid << 3) | 2));
+}
+
+/* Does what the controller says about a child. The time of a pause is not charged. */
+static void obey(struct child *child, uint8_t word)
+{
+    double now = now_s(CLOCK_MONOTONIC);
+    if (word == PAUSE && child->paused == 0 && child->next_check < NEVER) {
+        signal_child(child, SIGSTOP);
+        child->paused = now;
+        child->next_check = NEVER;
+    } else if (word != PAUSE && child->paused != 0) {
+        signal_child(child, SIGCONT);
+        child->started += now - child->paused;
+        child->paused = 0;
+        child->next_check = now;
+    }
+    if (word == TURN) {
+        child->turn = HAS_TURN;
+        child->window_started = now;
+        child->window_cpu_s = cpu_s_of(child);
+    }
+}
+
+/* Whether the reaper took a child's address space, for too many page tables (page_tables.py). */
+static int lost_its_memory(const struct child *child)
+{
+    struct rlimit limit;
+    return prlimit(child->pid, RLIMIT_AS, NULL, &limit) == 0 && limit.rlim_max == 0;
 }
 
 static void close_files(struct server *server)
@@ -146,6 +182,12 @@ static int receive(struct server *server)
         return 0;
     if (length == 0)
         _exit(0);
+    if (length == 1) { /* to a program server, about its only child */
+        for (int cell = 0; cell < MAX_CHILDREN; cell++)
+            if (server->children[cell].pid != 0)
+                obey(&server->children[cell], server->message[0]);
+        return 0;
+    }
     for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header != NULL;
          header = CMSG_NXTHDR(&message, header)) {
         count = (int)((header->cmsg_len - CMSG_LEN(0)) / sizeof(int));
@@ -250,6 +292,8 @@ static void finish(struct server *server, int number)
     const struct progress *cell = &server->page[number];
     struct rusage usage;
     int wait_status = 0;
+    if (child->ending == ENDED_ITSELF && lost_its_memory(child))
+        child->ending = MEMORY_LIMIT;
     wait4(child->pid, &wait_status, 0, &usage);
     close(child->pidfd);
     if (!(child->task == TASK_PROGRAM && cell->phase == PHASE_RUNNING && cell->step == 0)) {
@@ -274,31 +318,35 @@ static void finish(struct server *server, int number)
     child->pid = 0;
 }
 
-/* Kills a child that passed a limit; reports if it sleeps. */
+/* Kills a child that passed a limit; reports if it sleeps, and if it works again. */
 static void check(struct server *server, struct child *child, int cell, double now)
 {
     if (child->task == TASK_PROGRAM && server->page[cell].phase == PHASE_RUNNING) {
         child->next_check = NEVER; /* its own children have limits of their own */
         return;
     }
-    double cpu_s = now_s((clockid_t)((~(unsigned)child->pid << 3) | 2));
+    double cpu_s = cpu_s_of(child);
     double wall_s = child->wall_s, elapsed_s = now - child->started;
     if (elapsed_s >= wall_s && cpu_s >= STARVED_SHARE * wall_s)
         wall_s *= STARVED_EXTENSION;
     double cpu_left_s = child->cpu_s - cpu_s, wall_left_s = wall_s - elapsed_s;
-    if (cpu_left_s <= 0 || wall_left_s <= 0) {
-        child->ending = cpu_left_s <= 0 ? CPU_LIMIT : WALL_LIMIT;
-        kill_child(child);
+    child->ending = cpu_left_s <= 0           ? CPU_LIMIT
+                    : lost_its_memory(child) ? MEMORY_LIMIT
+                    : wall_left_s <= 0       ? WALL_LIMIT
+                                             : ENDED_ITSELF;
+    if (child->ending != ENDED_ITSELF) {
+        signal_child(child, SIGKILL);
         child->next_check = NEVER;
         return;
     }
     double left_s = cpu_left_s < wall_left_s ? cpu_left_s : wall_left_s;
-    if (!child->slept) {
+    if (child->turn != ASKS_FOR_TURN) {
         double window_s = now - child->window_started;
         if (window_s >= SLEEP_WINDOW_S) {
-            child->slept = cpu_s - child->window_cpu_s < SLEEP_SHARE * window_s;
-            if (child->slept)
-                send_message(child->session, "~", 1);
+            int sleeps = cpu_s - child->window_cpu_s < SLEEP_SHARE * window_s;
+            if (sleeps != (child->turn == SLEEPS))
+                send_message(child->session, sleeps ? "~" : "!", 1);
+            child->turn = sleeps ? SLEEPS : child->turn == SLEEPS ? ASKS_FOR_TURN : HAS_TURN;
             child->window_started = now;
             child->window_cpu_s = cpu_s;
         }
@@ -323,15 +371,19 @@ static int until_next_check_ms(const struct server *server)
 static void supervise(struct server *server, const struct pollfd *polled, const int *cells,
                       int count)
 {
+    uint8_t word;
     for (int index = 2; index < count; index++) {
         struct child *child = &server->children[cells[index]];
         if (polled[index].revents == 0 || child->pid == 0)
             continue;
         if (polled[index].fd == child->pidfd) {
             finish(server, cells[index]);
+        } else if (recv(child->session, &word, 1, MSG_DONTWAIT) == 1) {
+            obey(child, word);
         } else if (child->awaited) { /* the controller gave the session up */
             child->awaited = 0;
-            kill_child(child);
+            signal_child(child, SIGKILL);
+            child->next_check = NEVER;
         }
     }
     double now = now_s(CLOCK_MONOTONIC);

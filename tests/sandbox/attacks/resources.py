@@ -52,6 +52,14 @@ MEMORY = bounded(
             "    while True: x.append(bytearray(10**6))\n"
             "for _ in range(8): threading.Thread(target=eat).start()"
         ),
+        "page_tables": (
+            "import ctypes, time; c = ctypes.CDLL(None); c.mmap.restype = ctypes.c_void_p\n"
+            "L = ctypes.c_long\n"
+            "for i in range(1, 20000):\n"
+            "    p = c.mmap(L(i * (2 << 30)), L(4096), 1, 0x100022, -1, L(0))\n"
+            "    if p != 2**64 - 1: ctypes.string_at(p, 1)\n"
+            "time.sleep(0.2)"
+        ),
         "large_integer": "x = 1 << 10**10",
         "a_string_that_doubles": "x = 'x'\nwhile True: x += x",
         "decompression_bomb": (
