@@ -12,8 +12,10 @@ while it waits in a collective.
 """
 
 import ctypes
+import errno
 import faulthandler
 import gc
+import io
 import logging
 import os
 import signal
@@ -24,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlef_mega.run.directory import explain_error
+from rlef_mega.run.directory import DISK_IS_FULL, explain_error
 
 # Python that imports nothing from the working directory: a file there may be named like a module.
 PYTHON = (sys.executable, "-P")
@@ -34,6 +36,7 @@ FAILED = 2  # exit code of a run that ended with an error message
 FAILURE_MARK = ".failed"  # in the run directory
 STEPS_PER_COLLECTION = 50
 PR_SET_PDEATHSIG = 1
+OUTPUT_IS_GONE = (errno.EPIPE, errno.EIO, *DISK_IS_FULL)  # its reader, terminal, or room
 
 
 def sandbox_token() -> str | None:
@@ -69,11 +72,33 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+class Output(io.FileIO):
+    """A descriptor to print to, which drops what it cannot write."""
+
+    def write(self, text: Any) -> int:
+        try:
+            return super().write(text) or 0
+        except OSError as error:
+            if error.errno not in OUTPUT_IS_GONE:
+                raise
+            return len(text)
+
+
+def outlive_output() -> None:
+    """Let printing never fail: a run continues when `tee` ends or the disk of its log is full."""
+    for name, stream in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        if stream is not None and getattr(sys, name) is stream:
+            output: Any = Output(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(output, stream.encoding, stream.errors, write_through=True)
+            setattr(sys, name, text)
+
+
 def launch(module: str, run_dir: Path, processes: int) -> int:
     """Run `python -m module run_dir` as this many ranks on this machine.
 
     Returns the exit code of the first rank that failed, else 0.
     """
+    outlive_output()
     stop_file = run_dir / "stop"
     for left_behind in (stop_file, run_dir / FAILURE_MARK):
         left_behind.unlink(missing_ok=True)
@@ -145,6 +170,7 @@ def worker_main(work: Callable[[Path], int]) -> None:
     """Run the main function of a rank. A user error is printed as one message, by the rank that
     failed first; the exit code is the work's, or FAILED."""
     die_with_parent()
+    outlive_output()
     take_rank_from_slurm()
     dump_stacks_when_asked()
     # Megatron's overlapped communication needs kernels to start in launch order; CUDA reads this

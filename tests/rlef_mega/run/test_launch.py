@@ -64,6 +64,14 @@ def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str
     assert done.stderr.count("no memory") == 1
 
 
+@pytest.mark.parametrize("output", ["| true", "> /dev/full 2>&1"])  # no reader; no room
+def test_ranks_outlive_their_output(tmp_path: Path, output: str) -> None:
+    worker = "from rlef_mega.run.launch import *; worker_main(lambda folder: print('step 1') or 0)"
+    wrapper = ("bash", "-o", "pipefail", "-c", f'"$@" {output}', "bash")
+    done = run_two_ranks(tmp_path, worker, ".", *wrapper)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another host name")
 @pytest.mark.parametrize("hosts", ["", "10.99.88.77 weird-host"])  # of no machine; of another one
 def test_ranks_of_one_machine_meet_whatever_its_name_resolves_to(
