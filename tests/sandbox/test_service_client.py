@@ -194,8 +194,7 @@ NONSENSE = (
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
     b'HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{"results":[{"status":"PASS"}]}',
     b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>",
-    b"HTTP/1.1 429 Slow Down\r\nRetry-After: soon\r\nContent-Length: 0\r\n\r\n",
-    b"HTTP/1.1 408 Request Timeout\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 408 Request Timeout\r\nRetry-After: soon\r\nContent-Length: 0\r\n\r\n",
 )
 
 
