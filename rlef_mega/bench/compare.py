@@ -1,4 +1,4 @@
-"""`rlef bench compare OLD.json NEW.json`: the figures of two files beside each other.
+"""`rlef bench compare OLD.json NEW.json`: compare the figures of two files.
 
 Whether more is better follows from the unit. A figure is worse if its median is beyond the
 tolerance *and* the samples of the two files do not overlap: on a shared machine medians alone move.

@@ -153,4 +153,4 @@ def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distrac
     # a pool of one problem has no other problem's outcomes
     wide = (pool for pool in pools.values() if len({key.problem_id for key in pool}) > 1)
     chosen: dict[Key, Distractor] = next(wide, {})
-    return tuple(chosen[key] for key in sorted(chosen))  # in any order of finishing
+    return tuple(chosen[key] for key in sorted(chosen))  # whichever finished first

@@ -4,7 +4,7 @@ megatron-core 0.16 writes `device="cuda"` and calls `torch.cuda` where no GPU is
 schedule's token counter, the gradient norm, the random-number tracker. On a machine without CUDA,
 `install` replaces a few `torch.cuda` functions, and `device_mode` is a torch function mode for
 tensors. The mode is active only during our calls into Megatron, because it costs a microsecond or
-two an operation.
+two per operation.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The learner: policy, critic and frozen reference. It scores and updates on batches, and gives out
+"""The learner: policy, critic and frozen reference. It scores batches, updates on them, and yields
 the policy's weights.
 
 Theory of operation. Every rank has the whole packed batch in host memory and computes its
@@ -144,7 +144,7 @@ class Learner:
 
     def make_room(self) -> None:
         """Free device memory for servers on the same devices: keep only the policy's weights, and
-        empty the allocator's cache. Collective: on return, all ranks' devices have room."""
+        empty the allocator's cache. Collective: on return, all ranks have freed theirs."""
         self.settle(policy=Residence.WEIGHTS)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
@@ -182,7 +182,7 @@ class Learner:
 
     def score(self, batch: Batch) -> Scores:
         """Return log-probs of policy and reference, and values, before the updates. Without a KL
-        penalty the reference does not run."""
+        penalty the reference is not run."""
         actions, turns = batch.num_actions, batch.num_turns
         values = actions if self.ppo.token_level_value else turns
         scores = torch.zeros(2 * actions + values, device=self.ranks.device)

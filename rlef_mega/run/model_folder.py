@@ -67,7 +67,8 @@ class StoredTensor:
 
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder. Raises ConfigError for files that are missing, damaged,
-    ambiguous or of another format, for quantized weights, and for a head that the config denies."""
+    ambiguous or of another format, for quantized weights, and for an untied head if the config ties
+    it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -121,7 +122,7 @@ class SafetensorsFolder:
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ConfigError if the folder lacks one of these tensors, has one that is not among
         them, or one of another shape. A language model's head is allowed: a tied one may be stored
-        all the same, and a critic does not read it.
+        too, and a critic does not read it.
         """
         found, expected = self.tensors, set(shapes)
         unknown = {n for n in found.keys() - expected - {HEAD} if not n.endswith(IGNORED)}

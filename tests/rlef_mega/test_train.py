@@ -1,10 +1,10 @@
 """The whole loop through the command a user gives, on a model that trains in seconds.
 
-Each run below starts its own ranks, engine and sandbox; so these tests also hold the promises about
-killed runs, layouts and bad input. The command itself runs where a test is about it: the first run,
-those that are killed, stopped or out of disk. The others do what it does, with ranks forked from a
-process that has imported torch and Megatron (`train`). What they cannot catch: a fault that shows
-only on GPUs or at scale.
+Each run below starts its own ranks, engine and sandbox; so these tests also cover killed runs,
+layouts and bad input. The command itself runs where a test is about it: the first run, and those
+that are killed, stopped or out of disk. The others do what it does, with ranks forked from a
+process that has imported torch and Megatron (`train`). Not tested: faults that show only on GPUs or
+at scale.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ TINY_RUN = [
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """Tokenizer and random weights, as the demo's supervised stage starts with."""
+    """Tokenizer and random weights, with which the demo's supervised stage starts."""
     folder = tmp_path_factory.mktemp("with a space") / "base"
     overrides = [f"dir={json.dumps(str(folder))}", "hidden_size=32", "num_layers=2"]
     make_initial_model(
@@ -107,7 +107,7 @@ def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory, model) -> Path:
-    """By the command a user gives."""
+    """A run by the command that a user gives."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     result = run_command(command(run, model))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_metrics_profiled_or_not(undisturbed, model
 
 
 def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_path):
-    """By all protocols; a command that finds both evaluations leaves them."""
+    """With all protocols; a command that finds both evaluations does not repeat them."""
     problems = list(load_problems("curriculum:test"))[:3]
     rows = (json.dumps(to_row(problem)) + "\n" for problem in problems)
     (tmp_path / "three.jsonl").write_text("".join(rows))
@@ -151,7 +151,7 @@ def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_p
     assert written == {name: (run / f"eval/{name}.json").read_text() for name in written}
 
 
-def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path):
+def test_a_killed_run_resumes_with_the_same_numbers(undisturbed, model, tmp_path):
     """SIGKILL to the command while the third step runs: two steps are in the checkpoint, the file
     may hold three."""
     run = tmp_path / "killed"
@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(undisturbed, model, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_go_on(undisturbed, model, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_resume(undisturbed, model, tmp_path, number):
     """Ctrl-C to the command, and what Slurm sends to every process of a job before its time is up;
     the save is whole when the command ends."""
     run = tmp_path / "stopped"
@@ -184,7 +184,7 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, model, tmp_path, numb
 
 
 def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
-    """Room for metrics, but for no checkpoint; once there is room, the same command resumes."""
+    """Space for metrics, but for no checkpoint; once there is space, the same command resumes."""
     with small_disk(tmp_path / "disk", "1M") as disk:
         if disk is None:
             pytest.skip("mounting a small tmpfs needs root; test_checkpoint.py has a stand-in")
@@ -201,7 +201,7 @@ def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
 
 def test_grading_on_servers_changes_no_number(undisturbed, model, tmp_path, monkeypatch):
     """Both ranks reach both servers with the token of the environment, which no file of the run
-    holds. This model writes no code yet, so nothing is graded: test_judge.py holds the verdicts."""
+    holds. This model writes no code yet, so nothing is graded: test_judge.py tests the verdicts."""
     with ServerProcess(token=TOKEN) as one, ServerProcess(token=TOKEN) as two:
         monkeypatch.setenv("RLEF_SANDBOX_TOKEN", TOKEN)
         run = tmp_path / "served"
@@ -317,7 +317,7 @@ def wait_for(condition, child: subprocess.Popen | None = None, timeout_s: float 
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert child is None or child.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.05)
 
 
@@ -326,7 +326,7 @@ def alive(run: Path) -> bool:
 
 
 def processes_of(run: Path) -> list[int]:
-    """Those with this run directory in their command lines: the command, the agent, the ranks."""
+    """Find those with this directory in their command lines: the command, the agent, the ranks."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""One of several ranks that publish weights to an engine which only the first of them has.
+"""A rank that takes part in publications to an engine which only rank 0 has.
 
-The weights are wrong in the ways that a test names; the outcome on each rank is printed.
+The weights are wrong in the ways of CASES; the outcome on each rank is printed.
 """
 
 import sys
@@ -16,7 +16,7 @@ from rlef_mega.engines.publish import publish
 
 
 class Sender:
-    """Takes the learner's part; `spoil` changes the weights of its first `wrong_tries`
+    """Stands in for the learner; `spoil` changes the weights of its first `wrong_tries`
     publications."""
 
     def __init__(self, folder: str, spoil, wrong_tries: int) -> None:
@@ -30,7 +30,7 @@ class Sender:
         if self.tries <= self.wrong_tries:
             self.spoil(weights)
         for name, tensor in weights.items():
-            dist.barrier()  # as weights are gathered: all ranks draw each of them
+            dist.barrier()  # like a gather: all ranks take part for each weight
             yield name, tensor
 
 

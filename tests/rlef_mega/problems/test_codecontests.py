@@ -1,4 +1,4 @@
-"""CodeContests rows in the published column shape (own content)."""
+"""Rows in CodeContests' published format."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_problems_that_cannot_be_graded_are_dropped_and_counted(tmp_path):
     assert [d.location[-6:] for d in store.drops] == ["line 2", "line 3", "line 4"]
 
 
-def test_a_file_of_which_nothing_is_left_is_refused(tmp_path):
+def test_a_file_without_gradable_problems_is_refused(tmp_path):
     empty = dict.fromkeys(("public_tests", "private_tests", "generated_tests"), NONE)
     with pytest.raises(ValueError, match=r"no problem that can be graded.*no tests"):
         load_problems("codecontests:" + write(tmp_path, {**ROW, **empty}))
@@ -278,7 +278,7 @@ def test_inspection_prints_counts_drops_with_their_rows_and_what_two_sets_share(
 
 
 def test_a_large_file_streams(tmp_path):
-    """40 MB of tests, a few rows at once as Python's objects (Arrow's own are not traced)."""
+    """40 MB of tests, of which a few rows are Python objects at a time (Arrow's are not traced)."""
     import tracemalloc
 
     pytest.importorskip("pyarrow", reason="the extra `data` is not installed")

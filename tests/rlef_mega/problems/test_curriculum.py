@@ -1,5 +1,5 @@
-"""The bundled curriculum: its splits are disjoint, its public tests settle the variant, hard-coding
-fails.
+"""The bundled curriculum: its splits are disjoint, its public tests reveal the variant, and
+hard-coding fails.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def test_ids_are_unique_over_all_splits():
     assert len(set(ids)) == len(ids)
 
 
-def test_held_out_problems_are_as_many_in_each_family_and_each_public_test_comes_once():
+def test_held_out_families_have_equally_many_problems_and_each_public_test_comes_once():
     for split, count in (("test", 50), ("valid", 30)):
         assert set(Counter(e.family.name for e in EVERY[split]).values()) == {count}
         public = {(e.family.name, e.variant, e.public_input) for e in EVERY[split]}
@@ -65,13 +65,13 @@ def test_four_fifths_of_the_statements_are_vague(split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_any_first_part_of_a_split_has_all_families(split):
+def test_any_prefix_of_a_split_has_all_families(split):
     counts = Counter(e.family.name for e in EVERY[split][:100])
     assert len(counts) == len(FAMILIES) >= 6 and max(counts.values()) - min(counts.values()) <= 1
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_public_test_settles_the_variant(family):
+def test_the_public_test_reveals_the_variant(family):
     """Feedback must carry what the statement withholds: all variants print differently on a public
     input.
     """
@@ -81,7 +81,7 @@ def test_the_public_test_settles_the_variant(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_vague_statements_say_nothing_of_the_variant_and_named_ones_all(family):
+def test_vague_statements_do_not_depend_on_the_variant_and_named_ones_do(family):
     vague = {e.statement for e in EVERY["train"] if e.family is family and e.wording == "vague"}
     assert vague == set(family.vague)
     named = [family.word.format(*variant) for variant in family.variants]

@@ -1,4 +1,4 @@
-"""Which megatron-core a run starts with."""
+"""Which versions of megatron-core a run accepts."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def test_an_untested_megatron_core_is_refused_by_name(found, monkeypatch):
         manifest.refuse_untested_megatron()
 
 
-def test_the_package_asks_for_what_was_tested():
+def test_the_package_requires_the_tested_versions():
     first, before = manifest.MEGATRON_CORE
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     assert f"megatron-core>={first},<{before}" in project["dependencies"]
