@@ -57,6 +57,15 @@ def test_who_has_slept_is_at_work_again_in_its_next_test() -> None:
                 third.result(timeout=5)
 
 
+def test_programs_that_wake_take_turns_and_their_wait_is_not_charged(sandbox: Sandbox) -> None:
+    """Twelve that slept together would share the cores beyond their wall clock limits."""
+    source = "import time; time.sleep(0.3)\nwhile time.process_time() < 0.4: pass\nprint(1)"
+    limits = Limits(cpu_s=1.0, wall_s=1.2)
+    with ThreadPoolExecutor(12) as pool:
+        jobs = [pool.submit(sandbox.grade, source, [Test("", "1")], limits) for _ in range(12)]
+        assert {job.result()[0].status for job in jobs} == {Status.OK}
+
+
 def test_the_pipes_of_all_open_programs_fit_the_quota_of_a_user() -> None:
     assert most_open_programs(1) == JOBS_A_WORKER
     assert most_open_programs(1000) == 1000
