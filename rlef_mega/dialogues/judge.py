@@ -239,7 +239,7 @@ def check_judge(judge: JudgeConfig, grading_token: str | None) -> None:
                 f"judge.servers: {url} runs with isolation {level!r}; start it without "
                 "--isolation, or set judge.isolation to the same"
             )
-        if missing := sorted({*judge.packages}.difference(about["isolation"]["packages"])):
+        if missing := sorted({*judge.packages}.difference(about["isolation"].get("packages", ()))):
             raise ConfigError(
                 f"judge.packages: programs on {url} cannot import {', '.join(missing)}; start it "
                 f"with `python -m rlef_sandbox --packages {','.join(judge.packages)} serve`"
