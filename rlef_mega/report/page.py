@@ -19,8 +19,8 @@ from markupsafe import Markup
 from rlef_mega.config import flatten
 from rlef_mega.report import display
 from rlef_mega.report.comparison import compare, evaluations_of
+from rlef_mega.report.curves import draw_panels, phase_seconds
 from rlef_mega.report.episodes import PackedEpisodes, pack_episodes
-from rlef_mega.report.panels import draw_panels, phase_seconds
 from rlef_mega.report.run_files import (
     Json,
     RunFiles,

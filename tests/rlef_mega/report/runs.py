@@ -12,7 +12,7 @@ import zstandard
 
 from rlef_mega.evaluation.behaviour import NO_VALID_CODE, SOLVED, DialogueOutcomes
 from rlef_mega.evaluation.numbers import FinishedDialogues, summarize
-from rlef_mega.report.panels import PANELS, Panel
+from rlef_mega.report.curves import PANELS, Panel
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Test
 
