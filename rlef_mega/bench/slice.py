@@ -234,7 +234,7 @@ def measure_phases(found: Phases, device: torch.device, deadline: float) -> dict
 
 def product_rates(device: torch.device, dtype: torch.dtype, config: TrainConfig) -> list[float]:
     """Return samples of the FLOP/s that the vendor's library reaches in a layer's largest product
-    (hidden to gate and up): what a step made of nothing but such products would reach."""
+    (hidden to gate and up): the rate of a step that had only such products."""
     shape = LlamaShape.of(read_config(Path(config.model.path)))
     tokens = config.learner.microbatch_tokens
     hidden_TD = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)

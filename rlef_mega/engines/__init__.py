@@ -67,7 +67,7 @@ class TrainingEngine(Engine, Protocol):
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Load weights that come under their Hugging Face names, and verify them.
+        """Load weights, named as in Hugging Face's model, and verify them.
 
         Raises EngineError unless the engine then serves exactly what was sent;
         WeightsMismatchError if names or shapes are not the model's.

@@ -89,7 +89,7 @@ def iter_hf_weights(
 def buckets(
     config: DenseConfig, stages: Stages, tensor_parallel_size: int, dtype: torch.dtype
 ) -> Iterator[list[HFTensor]]:
-    """Divide the tensors into runs of neighbours on one stage, of at most BUCKET_BYTES a rank."""
+    """Group consecutive tensors of one stage into buckets of at most BUCKET_BYTES per rank."""
     bucket: list[HFTensor] = []
     bucket_bytes = 0
     for tensor in name_map(config):

@@ -29,7 +29,7 @@ def most_frequent(reasons: Mapping[str, int]) -> str:
 
 
 class GuardError(RuntimeError):
-    """The run stopped itself. Its records stay, and checkpoints from before the fault resume."""
+    """The run stopped itself. It can be resumed from a checkpoint from before the fault."""
 
 
 class Guards:

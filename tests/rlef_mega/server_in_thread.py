@@ -8,7 +8,7 @@ from aiohttp import web
 
 
 class ServerInThread:
-    """A context manager; what subclasses add to `routes` is served at `url`."""
+    """A context manager that serves at `url` the routes that subclasses add in `routes`."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()

@@ -133,8 +133,8 @@ def pieces(
 def boxes(
     piece: ShardedTensor, key: str, flat_F: torch.Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """Yield boxes of those of a piece's flat values that `flat_F` has, as views of it. Its first
-    value is number `start` of the piece, which may be negative."""
+    """Yield the boxes of a piece that `flat_F` covers, as views of `flat_F`, whose first value is
+    flat value `start` of the piece (negative if it begins before the piece)."""
     end = min(start + flat_F.numel(), prod(piece.local_shape))
     if max(0, start) >= end:
         return
