@@ -103,11 +103,10 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
     for left_behind in (stop_file, run_dir / FAILURE_MARK):
         left_behind.unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0))
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, cores // processes)),  # more threads than cores cost time
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-    }
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if os.environ.get("OMP_NUM_THREADS", "0").strip() in ("", "0"):
+        # more threads than cores cost time
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // processes))
     print(f"starting {processes} ranks of {module} in {run_dir}", flush=True)
     # an agent (`run_agent`) starts the ranks
     command = [*PYTHON, "-m", "rlef_mega.run.launch", str(processes), module, str(run_dir)]

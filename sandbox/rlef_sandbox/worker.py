@@ -61,7 +61,7 @@ COMMAND = [sys.executable, "-s", "-S", "-P", "-B", "-c", BOOTSTRAP]
 Layers = dict[str, object]
 
 
-class ZygoteLostError(Exception):
+class ZygoteLostError(RuntimeError):
     """The zygote died or does not answer: a fault of the sandbox, never of the program."""
 
 
