@@ -47,8 +47,8 @@ def test_a_run_is_exported_and_evaluated(runs, undisturbed_run, tmp_path):
 
 
 def test_a_benchmark_writes_its_figures(runs, tmp_path):
-    submit(runs, tmp_path, "bench.sh", "kernels", "cpu", OUT=tmp_path / "figures/kernels.json")
-    assert json.loads((tmp_path / "figures/kernels.json").read_text())["figures"]
+    submit(runs, tmp_path, "bench.sh", "slice", "demo", OUT=tmp_path / "figures/slice.json")
+    assert json.loads((tmp_path / "figures/slice.json").read_text())["figures"]
 
 
 def test_a_job_without_arguments_says_what_it_wants(runs, tmp_path):
