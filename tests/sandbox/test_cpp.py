@@ -24,7 +24,7 @@ from tests.sandbox.test_lifetime import descendants, kill_all
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
 
-LIMITS = Limits(cpu_s=0.5, wall_s=20.0, memory_bytes=128 << 20, output_bytes=64 << 10)
+LIMITS = Limits(cpu_s=1.0, wall_s=20.0, memory_bytes=128 << 20, output_bytes=64 << 10)
 HEADER = """\
 #include <bits/stdc++.h>
 #include <fcntl.h>

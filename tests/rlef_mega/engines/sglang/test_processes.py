@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rlef_mega.config import ConfigError, ServersConfig, TrainConfig, dump_toml
 from rlef_mega.engines import EngineError
@@ -242,6 +244,7 @@ def test_training_does_not_begin_without_its_servers(tmp_path, capfd):
 
 def recipe(folder: Path, engine: str = "sglang", **servers) -> TrainConfig:
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 1002}))
+    save_file({"model.norm.weight": torch.ones(2)}, folder / "model.safetensors")
     return TrainConfig.model_validate(
         {
             "run": {"dir": str(folder / "run"), "steps": 1},
