@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -24,6 +23,7 @@ from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError
 from rlef_mega.flops import LLAMA_31_70B, LlamaShape
+from rlef_mega.run.launch import PYTHON
 
 REPEATS = 2
 SHAPE = LLAMA_31_70B.with_layers(2)
@@ -72,7 +72,7 @@ def steps(folder: Path) -> Iterator[tuple[str, float, int]]:
     source, checkpoint, back = (folder / name for name in ("hf", "checkpoint", "back"))
     yield "cp", *run(["cp", "-r", str(source), str(back)], source, back)
     shutil.rmtree(back)
-    rlef = [sys.executable, "-P", "-m", "rlef_mega.cli"]
+    rlef = [*PYTHON, "-m", "rlef_mega.cli"]
     yield "import", *run([*rlef, "import-hf", str(source), str(checkpoint)], source, checkpoint)
     yield "export", *run([*rlef, "export-hf", str(checkpoint), str(back)], checkpoint, back)
     for path in source.glob("*.safetensors"):
@@ -82,27 +82,21 @@ def steps(folder: Path) -> Iterator[tuple[str, float, int]]:
 
 
 def run(command: list[str], source: Path, written: Path) -> tuple[float, int]:
-    """Run the command. Returns the seconds until its bytes are on the disk, and its memory. A
-    conversion prints its own seconds, without the start of Python, which is negligible for a model
-    of full size."""
+    """Run the command. Returns the seconds until its bytes are on the disk, a start of Python
+    included, and its memory."""
     for path in files(source):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output)
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, resident_peak(process.pid))
-            time.sleep(0.05)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
-        flush(written)
-        seconds = time.perf_counter() - started
-        output.seek(0)
-        if match := re.search(r"in ([\d.,]+) s", output.read()):
-            seconds = float(match[1].replace(",", ""))
-    return seconds, peak
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident_peak(process.pid))
+        time.sleep(0.05)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
+    flush(written)
+    return time.perf_counter() - started, peak
 
 
 def resident_peak(process: int) -> int:
