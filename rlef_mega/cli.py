@@ -65,12 +65,12 @@ def train(
     if allow_change:
         overrides = [*(overrides or []), f"run.allow_change={json.dumps(allow_change)}"]
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
-    check_train(config, grading_token=sandbox_token())
+    inputs = check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
     sets = [word for override in overrides or [] for word in ("--set", override)]
     with serving(config, [recipe, *sets]) if serve else nullcontext():
         check_rollout_servers(config)
-        claim_run_directory(config, run_dir)
+        claim_run_directory(config, run_dir, inputs)
         code = launch("rlef_mega.train", run_dir, config.world_size)
     finish(code, run_dir)
     print(f"done; `rlef view {run_dir}` plots it, `rlef export-hf {run_dir} OUT` exports the model")
@@ -88,9 +88,9 @@ def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
             "rlef imitate samples with the embedded engine and has no critic: "
             "set rollout.engine=local and remove critic_parallel"
         )
-    check_train(config, grading_token=sandbox_token())
+    inputs = check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
-    claim_run_directory(config, run_dir)
+    claim_run_directory(config, run_dir, inputs)
     finish(launch("rlef_mega.paper.imitation", run_dir, config.parallel.world_size), run_dir)
 
 

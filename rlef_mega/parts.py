@@ -145,7 +145,8 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
 def training_problems(config: TrainConfig) -> Sequence[Problem]:
     """Return the problems of data.train, without those that the run leaves out."""
     problems = load_problems(config.data.train)
-    if not (left_out := read_left_out(Path(config.run.dir))):
+    left_out = frozenset(read_left_out(Path(config.run.dir)) or ())
+    if not left_out:
         return problems
     kept = [number for number in range(len(problems)) if number not in left_out]
     return cast("Sequence[Problem]", Subset(cast("Dataset[Problem]", problems), kept))

@@ -3,7 +3,8 @@ clear message, and nothing is lost."""
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from rlef_mega.megatron.hf_names import name_map, shapes_of, tensors_of
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.store import digest_of_problems
-from rlef_mega.run.directory import write_atomically
+from rlef_mega.run.directory import append_whole, write_atomically
 from rlef_mega.run.inputs import claim_inputs, digest_files, digest_model, read_left_out
 from rlef_mega.run.manifest import refuse_untested_megatron
 from rlef_mega.run.model_folder import SafetensorsFolder
@@ -77,8 +78,18 @@ ALLOWED_WHEN_NAMED = {
 }
 
 
-def check_train(config: TrainConfig, *, grading_token: str | None = None) -> None:
-    """Check everything that a training run needs. Raises ConfigError or ValueError with the remedy.
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What the checks of a training run have read: its chat format, and the problems of each key of
+    [data]."""
+
+    chat: ChatFormat
+    problems: dict[str, Sequence[Problem]]
+
+
+def check_train(config: TrainConfig, *, grading_token: str | None = None) -> TrainingInputs:
+    """Check everything that a training run needs. Returns what it has read. Raises ConfigError or
+    ValueError with the remedy.
 
     Rollout servers are checked later, by `check_rollout_servers`: they may not have been started.
     """
@@ -88,15 +99,18 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Non
         check_weights(Path(config.model.weights), Path(config.model.path))
     else:
         check_stored_weights(Path(config.model.path))
-    check_positions(config)
+    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    check_positions(config, chat)
     check_trackers(config.track)
     check_judge(config.judge, grading_token)
-    for source in (config.data.train, config.data.valid, config.data.test):
-        if source:
-            load_problems(source)
+    sources = config.data.model_dump().items()
+    problems = {
+        name: load_problems(source) for name, source in sources if source or name == "train"
+    }
+    return TrainingInputs(chat, problems)
 
 
-def check_positions(config: TrainConfig) -> None:
+def check_positions(config: TrainConfig, chat: ChatFormat) -> None:
     """Raise ConfigError if a dialogue may be longer than the model's positions, or its tokenizer
     knows more tokens than the embedding has rows."""
     model = Path(config.model.path)
@@ -106,9 +120,8 @@ def check_positions(config: TrainConfig) -> None:
             f"rollout.max_context = {config.rollout.max_context}, but {model / 'config.json'} has "
             f"max_position_embeddings = {about.max_position_embeddings}; lower max_context"
         )
-    tokenizer = ChatFormat.from_folder(model, config.model.chat_format).tokenizer
-    if max(tokenizer.get_vocab().values()) >= about.vocab_size:
-        beyond = [w for w, number in tokenizer.get_vocab().items() if number >= about.vocab_size]
+    vocabulary = chat.tokenizer.get_vocab()
+    if beyond := [token for token, number in vocabulary.items() if number >= about.vocab_size]:
         raise ConfigError(
             f"the tokenizer in {model} has tokens without a row in the embedding of "
             f"{about.vocab_size} rows: {', '.join(map(repr, sorted(beyond)[:5]))}. Enlarge the "
@@ -236,10 +249,12 @@ def check_rollout_servers(config: TrainConfig) -> None:
         )
 
 
-def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:
-    """Write the resolved config into the run directory, and what changed in changes.jsonl. Raises
-    ConfigError if the directory holds a run of other settings or, of a training run, other inputs.
-    """
+def claim_run_directory(
+    config: TrainConfig | SFTConfig, run_dir: Path, inputs: TrainingInputs | None = None
+) -> None:
+    """Write the resolved config into the run directory, and what changed in changes.jsonl.
+    `inputs` are those of a training run. Raises ConfigError if the directory holds a run of other
+    settings or inputs."""
     path = run_dir / "config.toml"
     changes: dict[str, Any] = {}
     if path.exists():
@@ -258,13 +273,17 @@ def claim_run_directory(config: TrainConfig | SFTConfig, run_dir: Path) -> None:
             if key not in ("run.allow_change", "run.dir") and before.get(key) != asked.get(key)
         }
     if isinstance(config, TrainConfig):
-        claim_inputs(run_dir, *inputs_of(config, run_dir))
+        assert inputs is not None, "check_train returns them"
+        digests = digests_of(config, inputs)
+        left_out = read_left_out(run_dir)
+        if left_out is None:
+            left_out = without_room(config, inputs)
+        claim_inputs(run_dir, digests, left_out)
     if changes:
         words = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in sorted(changes.items()))
         print(f"settings of the run in {run_dir} changed: {words}")
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
-        with (run_dir / "changes.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_whole(run_dir / "changes.jsonl", json.dumps(record) + "\n")
     write_atomically(path, dump_toml(config))
 
 
@@ -279,31 +298,27 @@ def allowed_changes(config: TrainConfig | SFTConfig) -> set[str]:
     return named
 
 
-def inputs_of(config: TrainConfig, run_dir: Path) -> tuple[dict[str, str], Iterable[int]]:
-    """Return the digests of a run's inputs, and which training problems to leave out."""
+def digests_of(config: TrainConfig, inputs: TrainingInputs) -> dict[str, str]:
+    """Return a digest of each of a run's inputs."""
     digests = digest_model(Path(config.model.path))
     if config.model.weights:
         files = (path for path in Path(config.model.weights).rglob("*") if path.is_file())
         digests["model.weights"] = digest_files(files)
-    for name in ("train", "valid", "test"):
-        if source := getattr(config.data, name):
-            digests[f"data.{name}"] = digest_of_problems(load_problems(source))
-    if (run_dir / "inputs.json").is_file():  # of the same problems, or it is refused
-        return digests, read_left_out(run_dir)
-    return digests, without_room(config, load_problems(config.data.train))
+    found = {name: digest_of_problems(problems) for name, problems in inputs.problems.items()}
+    return digests | {f"data.{name}": digest for name, digest in found.items()}
 
 
-def without_room(config: TrainConfig, problems: Sequence[Problem]) -> list[int]:
-    """Return which problems' prompts leave no room for a response of the greatest length. Raises
-    ConfigError if they are more than `rollout.max_drop_fraction` of all."""
-    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+def without_room(config: TrainConfig, inputs: TrainingInputs) -> list[int]:
+    """Return which training problems' prompts leave no room for a response of the greatest length.
+    Raises ConfigError if they are more than `rollout.max_drop_fraction` of all."""
+    problems = inputs.problems["train"]
     rollout, longest, where = config.rollout, 0, ""
     most = rollout.max_context - rollout.max_new_tokens
     left_out = []
     for index, problem in enumerate(
         track(problems, "reading prompts", total=len(problems), transient=True)
     ):
-        length = len(first_context(problem, chat)[0])
+        length = len(first_context(problem, inputs.chat)[0])
         if length > most:
             left_out.append(index)
         if length > longest:

@@ -39,9 +39,9 @@ def prepare(config: TrainConfig) -> None:
     """Check a run and write its directory. Raises ConfigError, ValueError or RuntimeError."""
     from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
 
-    check_train(config, grading_token=sandbox_token())
+    inputs = check_train(config, grading_token=sandbox_token())
     check_rollout_servers(config)
-    claim_run_directory(config, Path(config.run.dir))
+    claim_run_directory(config, Path(config.run.dir), inputs)
 
 
 def main() -> int:

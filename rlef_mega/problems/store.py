@@ -19,6 +19,7 @@ import zstandard
 
 from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_mega.problems.rows import Drop, Read
+from rlef_mega.run.inputs import sampled
 from rlef_mega.types import Problem
 
 FORMAT = 7  # part of every key: raise it when a reader's output for the same row changes
@@ -95,12 +96,17 @@ def digest_of(source: str, files: Sequence[Path], *, version: int = 5) -> str:
 
 
 def digest_of_problems(problems: Sequence[Problem]) -> str:
-    """Return a digest of problems as they are trained on, whatever file they came from."""
+    """Return a digest of problems as they are trained on, whatever file they came from and whenever
+    their store was written."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(problems, ProblemStore):
-        return digest_of("", [Path(problems.file.name)])
-    for problem in problems:
-        digest.update(json.dumps(to_row(problem), sort_keys=True).encode())
+        digest.update(repr(problems.offsets).encode())
+        contents = sampled(Path(problems.file.name))
+    else:
+        rows = (to_row(problem) for problem in problems)
+        contents = (json.dumps(row, sort_keys=True).encode() for row in rows)
+    for content in contents:
+        digest.update(content)
     return digest.hexdigest()
 
 

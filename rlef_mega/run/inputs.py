@@ -7,7 +7,7 @@ the KL's reference or the problems; so a resumed run compares digests first.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rlef_mega.config import ConfigError
@@ -19,20 +19,26 @@ TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """Return a digest of these files' names, sizes and content. Of a file beyond 4 MiB only 64
-    evenly spaced blocks are read: all of a 70B model would take minutes at each start."""
+    """Return a digest of these files' names and content (`sampled`)."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(repr((path.name, size)).encode())
-        with path.open("rb") as file:
-            if size <= BLOCKS * BLOCK_BYTES:
-                digest.update(file.read())
-                continue
-            for number in range(BLOCKS):
-                file.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
+        digest.update(repr((path.name, path.stat().st_size)).encode())
+        for content in sampled(path):
+            digest.update(content)
     return digest.hexdigest()
+
+
+def sampled(path: Path) -> Iterator[bytes]:
+    """Yield a file's content; of a file beyond 4 MiB only 64 evenly spaced blocks, since reading a
+    whole 70B model would take minutes at each start."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= BLOCKS * BLOCK_BYTES:
+            yield file.read()
+            return
+        for number in range(BLOCKS):
+            file.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            yield file.read(BLOCK_BYTES)
 
 
 def digest_model(folder: Path) -> dict[str, str]:
@@ -44,10 +50,11 @@ def digest_model(folder: Path) -> dict[str, str]:
     }
 
 
-def read_left_out(run_dir: Path) -> frozenset[int]:
-    """Return the indices in data.train of the problems that the run leaves out."""
+def read_left_out(run_dir: Path) -> list[int] | None:
+    """Return the indices in data.train of the problems that the run leaves out; None if there is no
+    run yet."""
     path = run_dir / NAME
-    return frozenset(json.loads(path.read_text())["left_out"]) if path.is_file() else frozenset()
+    return json.loads(path.read_text())["left_out"] if path.is_file() else None
 
 
 def claim_inputs(run_dir: Path, digests: dict[str, str], left_out: Iterable[int]) -> None:

@@ -49,8 +49,7 @@ def configured(model: Path, data: Path, *overrides: str) -> TrainConfig:
 
 def claim(model: Path, data: Path, *overrides: str) -> None:
     config = configured(model, data, *overrides)
-    check_train(config)
-    claim_run_directory(config, Path(config.run.dir))
+    claim_run_directory(config, Path(config.run.dir), check_train(config))
 
 
 def test_a_resumed_run_refuses_other_problems_under_the_same_path(model, data):

@@ -81,8 +81,8 @@ def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
 def train(run: Path, model: Path, *overrides: str) -> list[dict]:
     """Run or resume to the end as `rlef train` does. Returns the metrics without times."""
     config = load_config(find_recipe("demo"), settings(run, model, *overrides), TrainConfig)
-    check_train(config, grading_token=sandbox_token())
-    claim_run_directory(config, run)
+    inputs = check_train(config, grading_token=sandbox_token())
+    claim_run_directory(config, run, inputs)
     launch("rlef_mega.train", str(run), processes=config.world_size)
     return metrics(run)
 
@@ -306,7 +306,7 @@ def test_a_run_directory_with_other_settings_is_refused(model, tmp_path, monkeyp
     run = tmp_path / "claimed"
     words = [f"run.dir={json.dumps(str(run))}", f"model.path={json.dumps(str(model))}"]
     claim = load_config(find_recipe("demo"), words, TrainConfig)
-    claim_run_directory(claim, run)
+    claim_run_directory(claim, run, check_train(claim))
     before = (run / "config.toml").read_text()
     said = refusal(command(run, model), monkeypatch, capsys)
     assert "rollout.episodes_per_batch = 256 there, 8 here" in said
