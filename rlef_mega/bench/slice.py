@@ -217,7 +217,7 @@ def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:
 
 
 def measure_phases(found: Phases, device: torch.device, deadline: float) -> dict[str, Any]:
-    """Measure each phase's memory after a warm-up, then the seconds of all of them in turn."""
+    """Run every phase once to warm up, measure the peak memory of each, then time them in turn."""
     samples: dict[str, list[float]] = {name: [] for name in found}
     for phase in found.values():
         phase()  # compiles, and makes the optimizer's state

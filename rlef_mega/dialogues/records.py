@@ -102,7 +102,7 @@ def problem_record(problem: Problem) -> dict[str, Any]:
 
 
 def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> dict[str, Any]:
-    """Return a response's program and its grading."""
+    """Return the record of a response: its program and the results of its tests."""
     return {
         "program": program,
         "public": [outcome_record(outcome) for outcome in verdict.public],

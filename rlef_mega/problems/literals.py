@@ -33,10 +33,10 @@ def to_literal(value: object) -> str:
 
 
 def python_literal(text: str) -> Any:
-    """Evaluate a literal, as `ast.literal_eval` does, but with inf and nan as `repr` writes them
-    and long integers.
+    """Evaluate a Python literal like `ast.literal_eval`, which knows neither the names `inf` and
+    `nan` nor integers of more than `MAX_DIGITS` digits.
 
-    Raises ValueError, SyntaxError and others if the text is not one.
+    Raises the errors of `ast.literal_eval`, mostly ValueError and SyntaxError, for any other text.
     """
     if LONG_INTEGER.search(text):
         text = with_short_integers(text)

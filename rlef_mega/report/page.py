@@ -151,7 +151,8 @@ def environment() -> Environment:
 
 
 def run_facts(files: RunFiles) -> list[tuple[str, str]]:
-    """Return the facts of the page's head that the files record."""
+    """Return what the page's header shows of a run, such as model and device, as far as its files
+    record it."""
     config, manifest = files.config, files.manifest
     layout = ", ".join(
         f"{name.removesuffix('_parallel_size').removesuffix('_model')} {value}"

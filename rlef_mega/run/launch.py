@@ -73,7 +73,7 @@ def die_with_parent() -> None:
 
 
 class Output(io.FileIO):
-    """A descriptor to print to, which drops what it cannot write."""
+    """An output file that discards what cannot be written, instead of raising an error."""
 
     def write(self, text: Any) -> int:
         try:
@@ -238,8 +238,9 @@ def dump_stacks_when_asked() -> None:
 
 
 def fails_first(mark: Path) -> bool:
-    """Return whether this is the first rank of the launch to fail: the others fail for the same
-    reason or because of it. The launcher removes the mark before it starts ranks."""
+    """Return whether this rank is the first of its launch to fail, by creating the file `mark`.
+    Other ranks then fail for the same reason or because of it, and print nothing. The launcher
+    removes the mark before it starts ranks."""
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:

@@ -100,7 +100,7 @@ class ConfinedCompiler:
         return outcome, _regular_file(output) if ended and wait_status == 0 else None
 
     def clean(self) -> None:
-        """Wait for the killed processes, and empty the scratch."""
+        """Wait for the killed processes to end, and empty the scratch folder."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)

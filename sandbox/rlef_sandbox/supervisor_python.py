@@ -103,7 +103,8 @@ class SupervisedChild:
             self.window_started, self.window_cpu_s = now, time.clock_gettime(self.clock)
 
     def lost_its_memory(self) -> bool:
-        """Whether the reaper took its address space, for too many page tables (page_tables.py)."""
+        """Return whether the reaper took its address space, for too many page tables
+        (page_tables.py)."""
         return resource.prlimit(self.pid, resource.RLIMIT_AS)[1] == 0
 
     def finish(self) -> None:

@@ -293,8 +293,8 @@ class PolicyModel(PackedLlama):
         *,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute (log-prob of the target, entropy), fp32, at these rows of the last stage's
-        output."""
+        """Return the log-prob of the target and the entropy, both fp32, at these rows of the last
+        stage's output."""
         return linear_logprob(
             self.rows(hidden, rows_R),
             self.output_weight,
