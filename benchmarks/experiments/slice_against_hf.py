@@ -264,7 +264,7 @@ def main() -> None:
 
 
 def figures(found: dict[str, Any]) -> Iterator[Figure]:
-    """Return tokens a second of each side, and ours over each peer's, with a sample a round."""
+    """Return tokens per second of each side, and ours over each peer's, one sample per round."""
     seconds = {name: samples for name, samples in found["seconds"].items() if samples}
     for name, samples in seconds.items():
         speeds = tuple(found["batch"]["tokens"] / s for s in samples)

@@ -26,7 +26,7 @@ from rlef_mega.run.event_loop import LivesInLoop
 from rlef_mega.types import Problem, TestOutcome, Verdict, tests_of
 from rlef_sandbox import Result, Sandbox, Status
 from rlef_sandbox.packages import find_packages
-from rlef_sandbox.sandbox import JOBS_A_WORKER
+from rlef_sandbox.sandbox import JOBS_PER_WORKER
 from rlef_sandbox.worker import ZygoteLostError
 
 
@@ -53,7 +53,7 @@ class EmbeddedGrader:
     def __init__(self, sandbox: Sandbox, *, workers: int) -> None:
         self.sandbox = sandbox
         # more threads than workers: a sleeping program keeps its thread but frees its worker
-        self.threads = ThreadPoolExecutor(workers * JOBS_A_WORKER, thread_name_prefix="judge")
+        self.threads = ThreadPoolExecutor(workers * JOBS_PER_WORKER, thread_name_prefix="judge")
 
     @property
     def isolation(self) -> dict[str, object]:

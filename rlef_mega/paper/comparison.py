@@ -67,7 +67,7 @@ ROWS = (
     TableRow("single-turn RL", "single_turn", "after", "10.2 / 10.9"),
     TableRow("RLEF", "rlef", "after", "17.2 / 16.1"),
     TableRow("RLEF, no feedback", "no_feedback", "after", "12.2 / 10.9"),
-    TableRow("RLEF, a value a token", "token_value", "after", "13.1 / 13.7"),
+    TableRow("RLEF, one value per token", "token_value", "after", "13.1 / 13.7"),
 )
 
 

@@ -3,7 +3,7 @@
 The files hold inputs and a canonical solution, but no expected outputs. The solution, run in the
 sandbox, gives them, and they are stored with the problems. Outputs are compared as evalplus 0.3.1
 does, including its special oracles; the constants below are from its `eval/_special_oracle.py` and
-`data/mbpp.py`. A private test checks a hundred inputs in one run of the program.
+`data/mbpp.py`. A private test checks up to 25 inputs in one run of the program.
 """
 
 from collections.abc import Callable, Iterator, Sequence

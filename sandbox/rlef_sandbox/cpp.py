@@ -1,6 +1,6 @@
-"""C++ to executables: compiled in confinement (`compiler.py`), kept by the hash of their source.
+"""C++ to executables, compiled in confinement (`compiler.py`) and cached by their source's hash.
 
-Compilers start with the first C++ program, at most one a worker. Their executables are copied into
+The first C++ program starts a compiler; each worker has at most one. Executables are copied into
 sealed files in memory, which no run can change; the most recent are kept.
 """
 

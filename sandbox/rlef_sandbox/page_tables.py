@@ -1,8 +1,9 @@
-"""A bound on the page tables of programs, which no limit of the kernel counts but a cgroup's.
+"""A bound on the page tables of programs, which only a cgroup's limit would count.
 
-Many small mappings far apart cost 8 KiB of page tables each and next to no resident memory. The
-reaper, which alone sees /proc, reads their size every MEASURE_EVERY_S. A program that has too many
-may map no more: its address space limit becomes 0, from which its supervisor knows MEMORY_LIMIT.
+Many small mappings far apart cost 8 KiB of page tables each and almost no resident memory. The
+reaper, the only process that sees /proc, reads their size every MEASURE_EVERY_S. A program that has
+too many may map no more: its address space limit becomes 0, which its supervisor reports as
+MEMORY_LIMIT.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import os
 import resource
 
 MEASURE_EVERY_S = 0.05
-FREE_BYTES = 16 << 20  # beside twice what a dense address space takes, 8 bytes for each page
+FREE_BYTES = 16 << 20  # in addition to 16 bytes per mapped page, twice what dense mappings need
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the children of a process with one thread. Empty if the kernel does not tell."""
+    """Return the children of a process with one thread; none if the kernel does not list them."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as children:
         return [int(child) for child in children.read().split()]
     return []
@@ -33,7 +34,7 @@ def _facts(pid: int) -> dict[str, str]:
 
 
 def bound(zygote: int) -> None:
-    """Stop each program below a zygote, or its program servers, that has too many page tables."""
+    """Stop each program of a zygote, or of its program servers, that has too many page tables."""
     for child in children_of(zygote):
         for program in (child, *children_of(child)):
             with contextlib.suppress(OSError):
@@ -46,7 +47,7 @@ def bound(zygote: int) -> None:
 
 
 def _take_address_space(program: int, facts: dict[str, str]) -> None:
-    """Set its limit to 0 as its own user, since root may lack CAP_SYS_RESOURCE."""
+    """Set a program's limit to 0, as its own user, since root may lack CAP_SYS_RESOURCE."""
     user, group = os.getuid(), os.getgid()
     os.setresgid(int(facts["Gid"].split()[0]), -1, -1)
     os.setresuid(int(facts["Uid"].split()[0]), -1, -1)

@@ -1,4 +1,6 @@
-"""Proof by effect, when a zygote starts, of the layers that only children put on."""
+"""Checks, when a zygote starts, of the layers that only its children apply: a child tries what each
+layer must refuse.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def probe_child_layers(
     call_filter: Filter | None,
     bounds: Bounds,
 ) -> dict[str, bool]:
-    """Start children as for a run, and let them try what each layer must refuse."""
+    """Start children as for a run, which try what each layer must refuse. Returns which hold."""
 
     def holds(probe: Callable[[], bool], bounds: Bounds, call_filter: Filter | None) -> bool:
         files = [os.dup(descriptor) for descriptor in range(3)]
@@ -57,7 +59,7 @@ def probe_child_layers(
 
 
 def _limits_hold(base_bytes: int) -> bool:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # answer with an error instead
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails instead
     output = os.memfd_create("probe")
     beyond_bytes = base_bytes + PROBE_LIMITS.memory_bytes + RESERVED_BYTES
     past_end = PROBE_LIMITS.output_bytes + 1

@@ -2,9 +2,9 @@
 
 A request to a zygote comes over its control channel. Its first descriptor is the session on which
 the zygote answers: one Outcome, perhaps after a SLEEPING notice. The session with a program server
-stays open for TESTs and their outcomes. Files travel as descriptors (SCM_RIGHTS). No message in
+stays open for TESTs and their outcomes. Files are passed as descriptors (SCM_RIGHTS). No message in
 either direction ever holds an expected output, and no program can write one: a child closes these
-sockets before it runs a line.
+sockets before the program's first line.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ OUTCOME = struct.Struct("<BBiddQ")
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_DESCRIPTORS = 8  # MAX_FILES in csrc/zygote.h; a zygote keeps these numbers occupied
 SLEEPING = b"~"  # the run waits instead of working: another program may use its core
-WOKE = b"!"  # it works again: the controller answers TURN, after PAUSE and a while if others work
-# The controller's words about a run. The wall clock limit does not count while it is paused.
+WOKE = b"!"  # it wants to work again: the controller answers TURN, or PAUSE, RESUME and TURN
+# The controller's messages about a run. A pause does not count towards the wall clock limit.
 PAUSE, RESUME, TURN = b"p", b"r", b"t"
 # A program that worked until its wall clock limit, though slowly, was starved by other processes.
 # It gets this many times the limit.

@@ -1,9 +1,10 @@
 """The process between the controller and a zygote, which cleans up after both.
 
-A zygote is process 1 of a pid namespace. Only a child can become that, and only a parent learns of
-its end, so the process that the controller started stays as the zygote's parent. It keeps none of
-the zygote's channels and sees no program. It puts the zygote into its cgroup, if there is one. When
-the zygote or the controller ends, it kills what is left and removes the cgroup and the scratch.
+A zygote is process 1 of a pid namespace. Only a forked child can become that, and only a parent can
+wait for it, so the process that the controller started stays as the zygote's parent. It keeps none
+of the zygote's channels and runs no program. It puts the zygote into its cgroup, if there is one.
+When the zygote or the controller ends, it kills what is left and removes the cgroup and the scratch
+directory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def leave_reaper_behind(control: int, controller: int, cgroup: str, scratch: str
     if pid == 0:
         kernel.die_with_parent()
         os.close(go)
-        os.read(wait, 1)  # until it is in its cgroup
+        os.read(wait, 1)  # returns when the reaper has put this process into its cgroup
         os.close(wait)
         return namespaces
     os.close(control)
@@ -50,7 +51,7 @@ def _reap(pid: int, controller: int, cgroup: str, scratch: str, go: int) -> NoRe
     poller = select.poll()
     for descriptor in (zygote, controller):
         poller.register(descriptor, select.POLLIN)
-    # the processes of a compiler, which has a scratch directory, run no code of a program
+    # compilers, which have a scratch directory, run no program whose page tables need a bound
     while not poller.poll(None if scratch else page_tables.MEASURE_EVERY_S * 1000):
         page_tables.bound(pid)
     signal.pidfd_send_signal(zygote, signal.SIGKILL)

@@ -3,7 +3,7 @@
 Theory of operation. A Sandbox owns `workers` zygotes (`worker.py`, `zygote.py`). Each is an
 interpreter process of its own, exec'd rather than forked from the caller. A call of `run` or
 `grade` first waits for a slot (`work_slots.py`): at most `workers` programs work at a time, but one
-that sleeps lets another start, so up to JOBS_A_WORKER are under way in a zygote. The call then
+that sleeps lets another start, so up to JOBS_PER_WORKER are under way in a zygote. The call then
 opens a session with the least loaded zygote, so any number of threads may share a Sandbox. Expected
 outputs never leave this process, except to a checker of the problem's own (`CheckerProgram`), which
 is confined apart from the program. A child gets source and input; its output is compared here. If a
@@ -43,8 +43,8 @@ from .work_slots import WorkSlots
 from .worker import FLOOR, Layers, Worker
 
 ISOLATION_LEVELS = ("default", "minimal")
-JOBS_A_WORKER = 16
-PIPE_PAGES_A_RUN = (OPEN_FILES - 3) // 2 * 16
+JOBS_PER_WORKER = 16
+PIPE_PAGES_PER_RUN = (OPEN_FILES - 3) // 2 * 16
 
 
 class IsolationError(RuntimeError):
@@ -55,18 +55,18 @@ def most_open_programs(workers: int) -> int:
     """Return how many programs may be under way: at most so many that all their pipes fit into what
     the kernel gives a user. Beyond it every new pipe holds 8 KiB, and honest programs hang.
     """
-    most = workers * JOBS_A_WORKER
+    most = workers * JOBS_PER_WORKER
     with contextlib.suppress(OSError, ValueError):
         pages = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
         if pages > 0:
-            most = min(most, max(workers, pages // PIPE_PAGES_A_RUN))
+            most = min(most, max(workers, pages // PIPE_PAGES_PER_RUN))
     return most
 
 
 class Sandbox:
     """Runs and grades untrusted programs; a context manager that threads may share.
 
-    `workers` is how many programs may work at once: one a core. `isolation="default"` raises
+    `workers` is how many programs may work at once: one per core. `isolation="default"` raises
     IsolationError on a machine without the floor of layers: no_new_privs, rlimits, seccomp and one
     file layer. `"minimal"` runs with the layers that exist. `worker_memory_bytes` bounds all that
     runs in a worker together, if the caller has the memory controller of a version 2 cgroup.
@@ -135,7 +135,7 @@ class Sandbox:
 
     @property
     def zygotes_started(self) -> int:
-        """The number of zygotes started: one a worker, and one for each that was lost."""
+        """The number of zygotes started: one per worker, and one for each that was lost."""
         return sum(worker.starts for worker in self._workers)
 
     @property

@@ -1,4 +1,4 @@
-"""The system call policy compiled to a seccomp-BPF filter, once a zygote, and its installation.
+"""The system call policy compiled to a seccomp-BPF filter, once per zygote, and its installation.
 
 The filter checks the architecture (and on x86-64 refuses the x32 numbers). Then it finds the call
 by binary search over runs of numbers with the same action, which takes about ten instructions. The

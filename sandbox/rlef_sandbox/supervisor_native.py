@@ -1,4 +1,4 @@
-"""The supervisor in C (csrc/serve.c): what it asks of Python."""
+"""The Python side of the supervisor in C (csrc/serve.c)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .launch_plan import LaunchPlan
 from .protocol import Started, Task, ZygoteRequest
 
 MAX_REQUEST_BYTES = 64
-PREPARE = 1  # rlef_serve returned because a request has no plan yet; 0 means: in a child
+PREPARE = 1  # rlef_serve returned because a request has no plan yet; 0: it returned in a child
 
 
 class SupervisorState(ctypes.Structure):
@@ -25,7 +25,7 @@ class SupervisorState(ctypes.Structure):
 
 
 class NativeSupervisor:
-    """Supervises the children that are asked for over one channel; one at a time in a process."""
+    """Supervises the children requested over one channel. A process has one supervisor."""
 
     name = "native"
 
@@ -38,16 +38,16 @@ class NativeSupervisor:
         *,
         serves_program: bool,
     ) -> None:
-        # PyDLL keeps the interpreter lock, as a fork requires. Sound in a process with one thread.
+        # PyDLL holds the GIL, as a fork requires. This is safe in a process with one thread.
         self._functions = ctypes.PyDLL(library, use_errno=True)
         self._functions.rlef_listen.restype = ctypes.POINTER(SupervisorState)
         self._plan_of = plan_of
         self._state = self._functions.rlef_listen(channel, controller, int(serves_program))
-        # looked up here: each child would do it anew
+        # looked up here once, rather than in each child
         self._leave_trust = self._functions.rlef_leave_trust
 
     def serve(self) -> Started:
-        """Answer requests for ever. Returns only in forked children."""
+        """Answer requests until the process ends. Returns only in forked children."""
         while self._functions.rlef_serve(self._state) == PREPARE:
             state = self._state.contents
             request = ZygoteRequest.unpack(bytes(state.message[: state.length]))

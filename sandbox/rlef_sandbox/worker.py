@@ -1,7 +1,7 @@
 """The controller's handle on one zygote: starts it, sends requests to it, replaces it.
 
-Files travel as descriptors of memory files. The source and the input are written before the
-request, the outputs are read after the answer, so nothing streams and no program waits for us.
+Files are passed as memfd descriptors. The source and the input are written before the request, and
+the outputs are read after the answer, so nothing is streamed and no program waits for us.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from .work_slots import WorkSlot
 
 FLOOR = ("no_new_privs", "rlimits", "seccomp", "files")  # without these no sandbox starts
 START_TIMEOUT_S = 60.0
-ANSWER_GRACE_S = 20.0  # past the last wall clock limit, then the zygote is given up
+ANSWER_GRACE_S = 20.0  # after the wall clock limit; then the zygote is killed
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "ONLINE_JUDGE": "true",  # as on contest sites: a program reads standard input, not a file
-    "OPENBLAS_NUM_THREADS": "1",  # or importing numpy would start threads, in a zygote that forks
+    "OPENBLAS_NUM_THREADS": "1",  # numpy must start no threads in a zygote, which forks
     "OMP_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
@@ -104,7 +104,10 @@ class Worker:
             controller = os.pidfd_open(os.getpid())
             passed_on.callback(os.close, controller)
             passed = []
-            for opened in (remote.fileno(), controller):  # 0, 1 or 2 where the caller closed those
+            for opened in (
+                remote.fileno(),
+                controller,
+            ):  # may be 0, 1 or 2 if the caller closed those
                 passed.append(fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3))
                 passed_on.callback(os.close, passed[-1])
             stdin, stdout, stderr = memory_files(b"", b"", b"")
@@ -116,7 +119,7 @@ class Worker:
             self._cgroup = cgroups.create(self._memory_bytes)
             if self._has_scratch:
                 self.scratch = tempfile.mkdtemp(prefix="rlef-sandbox-")
-                os.chmod(self.scratch, 0o1777)  # for the unprivileged user, without a private root
+                os.chmod(self.scratch, 0o1777)  # the unprivileged user may write here
                 arguments.append(self.scratch)
             bootstrap = COMMAND[-1].replace("MODULE", self._module)
             self._process = subprocess.Popen(
@@ -156,7 +159,7 @@ class Worker:
             raise ZygoteLostError(f"the zygote's greeting is malformed: {error}") from None
         if not isinstance(layers, dict) or not layers.keys() >= set(FLOOR):
             raise ZygoteLostError(f"the zygote's greeting lacks layers: {message[:200]!r}")
-        # the reaper put the zygote into its cgroup; the zygote does not know
+        # the zygote does not know this: the reaper put it into its cgroup
         layers["cgroup"] = cgroups.layers(self._cgroup)
         assert self._process is not None
         layers["memory"] = [
@@ -168,8 +171,8 @@ class Worker:
         self._accept(layers)
 
     def start(self, request: ZygoteRequest, descriptors: Sequence[int]) -> ZygoteSession:
-        """Send a request, to a new zygote if the last one is gone. Returns the session on which the
-        outcome comes. Raises ZygoteLostError if no zygote starts.
+        """Send a request, to a new zygote if the last one is gone. Returns the session that
+        receives the outcome. Raises ZygoteLostError if no zygote starts.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         session = ZygoteSession(ours)
@@ -184,7 +187,7 @@ class Worker:
         return session
 
     def _send(self, request: ZygoteRequest, descriptors: list[int]) -> int:
-        """Send to the zygote. Returns the number of its start."""
+        """Send a request to the zygote. Returns its generation."""
         if self._closed:
             raise RuntimeError("the sandbox is closed")
         fault = ""
@@ -194,7 +197,7 @@ class Worker:
                 try:
                     self.greet()
                 except BaseException:
-                    self._dispose()  # its layers are not proved: nothing may run in it
+                    self._dispose()  # its layers are not proven: nothing may run in it
                     raise
             assert self._control is not None
             try:
@@ -206,7 +209,7 @@ class Worker:
         raise ZygoteLostError(f"the zygote is gone: {fault}")
 
     def give_up(self, session: ZygoteSession) -> None:
-        """Kill the zygote that does not answer in `session`. Its other sessions run again."""
+        """Kill the zygote that does not answer in `session`. Other sessions' runs are repeated."""
         with self._lock:
             if session.generation == self.starts:
                 self._dispose()
@@ -217,7 +220,7 @@ class Worker:
             self._dispose()
 
     def close(self) -> None:
-        """Kill the zygote and all it forked, and start none again."""
+        """Kill the zygote and all its descendants, and never start another."""
         with self._lock:
             self._closed = True
             self._dispose()
@@ -243,7 +246,7 @@ class ZygoteSession:
     def ask(
         self, request: ZygoteRequest, descriptors: Sequence[int], slot: WorkSlot | None
     ) -> Outcome:
-        """Return the outcome of a test that a program server runs."""
+        """Let a program server run a test. Returns the outcome."""
         try:
             socket.send_fds(self._channel, [request.pack()], descriptors)
         except OSError as error:
@@ -253,8 +256,8 @@ class ZygoteSession:
     def receive(
         self, wall_s: float, slot: WorkSlot | None = None, beside: Sequence[ZygoteSession] = ()
     ) -> Outcome:
-        """Wait for an outcome. The run gives its `slot` away while it sleeps. To work again it
-        waits for it, paused together with those `beside` it, whose time depends on it.
+        """Wait for an outcome. A run releases its `slot` while it sleeps. When it wakes, it is
+        paused until it has a slot again, and so are the runs `beside` it, which depend on it.
 
         Raises ZygoteLostError if the zygote died, TimeoutError if it does not answer.
         """
@@ -283,7 +286,7 @@ class ZygoteSession:
         self.tell(TURN)
 
     def tell(self, word: bytes) -> None:
-        """Send a word about the run, which may have ended."""
+        """Send a one-byte message about the run, which may have ended."""
         with contextlib.suppress(OSError):
             self._channel.send(word)
 

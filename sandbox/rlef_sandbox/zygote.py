@@ -86,7 +86,7 @@ class Zygote:
         )
 
     def confine(self, namespaces: list[str], files: VisibleFiles) -> dict[str, object]:
-        """Put on the zygote's layers. Returns those that hold."""
+        """Apply the zygote's layers. Returns those that hold."""
         layers = confine_zygote(namespaces, files)
         child_layers = probe_child_layers(
             self.supervisor.fork_confined, self.filters[Task.RUN], self.bounds
@@ -102,7 +102,7 @@ class Zygote:
         return self.bounds.plan(request, file_count, self.filters.get(task))
 
     def serve(self) -> Child:
-        """Serve for ever. Returns only in a forked child, with what it is to run."""
+        """Serve until the process ends. Returns only in a forked child, with what it must run."""
         task, file_count = self.supervisor.serve()
         if task is Task.TEST:
             assert self.program is not None
@@ -121,7 +121,7 @@ class Zygote:
         return Child(code, source, call)
 
     def serve_program(self, code: types.CodeType, source: bytes) -> Child:
-        """In a program server: serve the one session. Returns in its forked children."""
+        """Serve the session of a program server. Returns in its forked children."""
         self.program = code, source
         session = _moved_out_of_the_way(SESSION_OF_A_SERVER)
         controller = _moved_out_of_the_way(CONTROLLER_OF_A_SERVER)
@@ -155,14 +155,14 @@ def _moved_out_of_the_way(descriptor: int) -> int:
 
 
 def _reserve_low_descriptors() -> None:
-    """Occupy the numbers that a child's files get, so that none of these files has one already."""
+    """Occupy the numbers that a child's files will get, so that no file has one of them before."""
     while (descriptor := os.dup(2)) < MAX_DESCRIPTORS:
         pass
     os.close(descriptor)
 
 
 def _set_stack_limit() -> None:
-    """Start this interpreter anew unless its main thread's stack grows to STACK_BYTES."""
+    """Restart this interpreter unless its main thread's stack may grow to STACK_BYTES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     if soft != callers_state.STACK_BYTES:
         resource.setrlimit(resource.RLIMIT_STACK, (callers_state.STACK_BYTES, hard))

@@ -31,7 +31,7 @@ END
     in_software "$PYTHON" -m rlef_mega.cli plan "$RECIPE" "${words[@]}" || die "rlef plan refuses the recipe"
 }
 
-require_nodes() { # require_nodes PARTITION COUNT GPUS WHAT: stop if the cluster has fewer, busy or not
+require_nodes() { # require_nodes PARTITION COUNT GPUS WHAT: stop if the cluster has fewer, counting busy ones
     local where=() have
     [ -z "$1" ] || where=(--partition="$1")
     have=$(sinfo --noheader --Node --format='%N %G %t' "${where[@]}" |

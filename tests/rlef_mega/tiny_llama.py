@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def tiny_llama(vocabulary: int, *, seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    """Return two layers with the seed's weights, whose outputs are far from uniform, so that faults
-    show; `options` are the config's."""
+    """Return a Llama of two layers with random weights, whose outputs are far from uniform, so that
+    faults show. `options` are fields of its LlamaConfig."""
     shape = {
         "vocab_size": vocabulary,
         "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""An interpreter of seccomp's BPF, after the kernel's documentation, for tests of filters."""
+"""An interpreter of seccomp's BPF, from the kernel's documentation, to test filters with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parsed(program: bytes) -> list[Instruction]:
 def run(
     program: Sequence[Instruction], architecture: int, number: int, arguments: Sequence[int] = ()
 ) -> int:
-    """What the filter returns for a call. IndexError for a jump past its end."""
+    """Return what the filter returns for a call. Raises IndexError at a jump past its end."""
     words = [argument & 2**64 - 1 for argument in (*arguments, 0, 0, 0, 0, 0, 0)][:6]
     data = struct.pack("<IIQ6Q", number & 2**32 - 1, architecture, 0xDEAD, *words)
     accumulator, position = 0, 0

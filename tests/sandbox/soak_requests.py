@@ -1,4 +1,6 @@
-"""The requests of a soak (`soak.py`): their verdicts are known, their answers hold a token."""
+"""The requests of the soak test (`soak.py`): their verdicts are known, and each one's output
+contains its own token.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ Judge = Callable[[Sandbox, str], str]  # what is wrong with the answer; empty if
 def grades(
     source: str, expected: list[Status], tests: Callable[[str], list], **options: Any
 ) -> Judge:
-    """A request to grade, whose verdicts are known."""
+    """Return a judge that grades a program and compares the verdicts with `expected`."""
 
     def judge(sandbox: Sandbox, token: str) -> str:
         results = sandbox.grade(
@@ -28,7 +30,8 @@ def grades(
 
 
 def runs(source: str, expected: Status, says: str = "", **options: Any) -> Judge:
-    """A request to run: the verdict, and the output, in which {token} is the run's own."""
+    """Return a judge that runs a program and compares its status and output with `expected` and
+    `says`, in which TOKEN stands for the run's own token."""
 
     def judge(sandbox: Sandbox, token: str) -> str:
         limits = options.get("limits", QUICK)
@@ -43,7 +46,7 @@ def runs(source: str, expected: Status, says: str = "", **options: Any) -> Judge
 
 
 class FaultError(Exception):
-    """A SANDBOX_ERROR: no verdict, to be asked for again."""
+    """A SANDBOX_ERROR, which is no verdict: the request is repeated."""
 
 
 def _raise_fault(results: list) -> None:

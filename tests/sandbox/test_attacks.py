@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "sandbox" / "ATTACKS.md"
 @pytest.fixture(params=ATTACKS)
 def attack(request: pytest.FixtureRequest) -> Attack:
     if request.param.partition(".")[0] in X86 and platform.machine() != "x86_64":
-        pytest.skip("calls by x86-64 number")
+        pytest.skip("calls x86-64 system-call numbers")
     return ATTACKS[request.param]
 
 

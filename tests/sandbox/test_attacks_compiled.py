@@ -203,7 +203,7 @@ def cpp_sandbox() -> Iterator[Sandbox]:
         yield sandbox
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="calls by x86-64 number")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="calls x86-64 system-call numbers")
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_compiled_attack_gets_nowhere(cpp_sandbox: Sandbox, name: str) -> None:
     number = [*ATTACKS].index(name)
@@ -233,7 +233,7 @@ HARMLESS = (
 )
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="calls by x86-64 number")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="calls x86-64 system-call numbers")
 @pytest.mark.parametrize("name", HARMLESS.split())
 def test_a_compiled_attack_succeeds_without_a_sandbox(unconfined: Path, name: str) -> None:
     number = f"{[*ATTACKS].index(name)}\n".encode()

@@ -1,8 +1,8 @@
-"""The attacks again, started by root and by an ordinary user, with layers missing one by one.
+"""The attacks again, as root and as an ordinary user, with one layer missing at a time.
 
-What must hold in a world follows from the table alone: an attack is stopped where one of its
-layers is on, and succeeds where none is. A world is a process of its own (`attacks/worlds.py`);
-test_attacks.py tries the world with all layers that this process is in.
+A world is a process of its own with a given set of layers (`attacks/worlds.py`). What must happen
+in it follows from the table alone: an attack is stopped where one of its layers is on, and succeeds
+where none is. test_attacks.py tries this process's own world, with all its layers.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ from tests.sandbox.attacks.worlds import OWN_WORLD, ROOT, WORLDS, is_stopped
 
 OTHERS = [name for name in WORLDS if name != OWN_WORLD]
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="calls by x86-64 number")
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="calls x86-64 system-call numbers"
+)
 
 
 @functools.cache
 def tried_in(name: str) -> dict:
-    """What `worlds.py` says of a world. Skips where this machine cannot make it."""
+    """Return what `worlds.py` reports of a world. Skips if this machine cannot create it."""
     if WORLDS[name].root and os.getuid() != 0:
-        pytest.skip("takes root to begin as")
+        pytest.skip("needs root")
     command = [sys.executable, "-m", "tests.sandbox.attacks.worlds", name]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "sandbox")])}
     ended = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     if "IsolationError" in ended.stderr:
-        pytest.skip(f"this machine gives too little: {ended.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"this machine isolates too little: {ended.stderr.strip().splitlines()[-1]}")
     assert ended.returncode == 0, ended.stderr
     world = json.loads(ended.stdout)
     if missing := WORLDS[name].layers - set(world["layers"]):
-        pytest.skip(f"this machine gives no {', '.join(sorted(missing))}")
+        pytest.skip(f"this machine has no {', '.join(sorted(missing))}")
     return world
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_world_has_just_the_layers_it_is_said_to_have(name: str) -> None:
+def test_a_world_has_exactly_its_declared_layers(name: str) -> None:
     assert set(tried_in(name)["layers"]) == WORLDS[name].layers
 
 
@@ -68,7 +70,7 @@ def test_an_attack_succeeds_where_no_layer_against_it_is_on(name: str) -> None:
 
 
 def test_every_safe_attack_that_a_layer_stops_succeeds_somewhere() -> None:
-    """So that no row of the table is an attack in name only."""
+    """No row of the table is an attack in name only."""
     through = {
         key for name in OTHERS for key, end in tried_in(name)["ends"].items() if end["broke_out"]
     }

@@ -1,4 +1,4 @@
-"""Threads, deaths and ends: every request is answered once, and nothing is left behind."""
+"""Threads, killed processes and shutdown: each request is answered once, and nothing is left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLEEP = "import time; time.sleep(30)"
 
 
 def descendants(pid: int) -> set[int]:
-    """The processes below `pid`, itself left out."""
+    """Return the descendants of `pid`, without itself."""
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():

@@ -1,8 +1,9 @@
-"""The filter of system calls, interpreted here: against the table in plain words, and libseccomp.
+"""The system-call filter, interpreted here and compared with a second statement of the policy and
+with libseccomp.
 
-Every number is tried, with arguments at and around the bounds of every rule and with rubbish in
-the high words: the kernel takes the low word of an `int` (its definitions of the calls say which
-argument is one), so a filter that looked elsewhere would judge something else than is done.
+Every number is tried, with arguments at and around the bounds of every rule and with garbage in
+the high words. The kernel reads only the low word of an `int` argument, so a filter that read the
+high word too would judge another call than the one that is made.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.sandbox.berkeley_packet_filter import Instruction, parsed, run
 
 MACHINES = ("x86_64", "aarch64")
 ALLOWED, KILLED, FAILS = 0x7FFF0000, 0x80000000, 0x00050000
-PID = seccomp.OWN_PID  # left in an assembled filter until a child has one
+PID = seccomp.OWN_PID  # stands in an assembled filter for the pid of the child that installs it
 LOW = 2**32 - 1
 RUBBISH = (0, 1 << 32, 0xFFFFFFFF << 32)  # for a high word
 WORDS = sorted(
@@ -41,7 +42,7 @@ def low(argument: int) -> int:
 
 
 def answer(machine: str, number: int, action: Action, arguments: list[int]) -> int:
-    """The policy in plain words: what the filter must return for a call in the table."""
+    """Return what the filter must return for a call in the table: the policy, stated again."""
     a, b, c, d, *_ = arguments
     permission, access = FAILS | errno.EPERM, FAILS | errno.EACCES
     match action:
@@ -105,7 +106,7 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
             return ALLOWED if low(arguments[4]) == 0x1000 else permission
         case Action.THREAD_POINTER:
             return ALLOWED if low(a) in (0x1002, 0x1003) else FAILS | errno.EINVAL
-    raise AssertionError(f"no words for {action}")
+    raise AssertionError(f"no case for {action}")
 
 
 KILL = {"x86_64": 62, "aarch64": 129}
@@ -118,7 +119,7 @@ def assembled(machine: str, profile: Profile) -> list[Instruction]:
 
 
 def argument_lists(action: Action) -> Iterator[list[int]]:
-    """Arguments to try an action with: for one that looks at them, in every place it may look."""
+    """Yield arguments to try with an action: if it reads any, each value in each position."""
     if action in UNCONDITIONAL:
         yield from ([0] * 6, [2**64 - 1] * 6)
         return
@@ -153,7 +154,7 @@ def test_a_call_outside_the_table_is_absent(machine: str, profile: Profile) -> N
 
 
 @pytest.mark.parametrize("number", [0x40000000, 0x40000000 + 39, 0x7FFFFFFF, 0xFFFFFFFF, -1])
-def test_numbers_of_the_x32_kind_kill(number: int) -> None:
+def test_x32_numbers_kill(number: int) -> None:
     for profile in Profile:
         architecture = seccomp.AUDIT_ARCHITECTURE["x86_64"]
         assert run(assembled("x86_64", profile), architecture, number) == KILLED
@@ -185,7 +186,7 @@ def test_no_call_is_in_two_groups() -> None:
 
 
 def test_the_kernel_reads_the_words_that_the_filter_reads(sandbox: Sandbox) -> None:
-    """With rubbish above an int, a call is still the one that the filter took it for."""
+    """With garbage above an int, the kernel makes the call that the filter judged."""
     source = (
         "import ctypes, os, threading\n"
         "c = ctypes.CDLL(None, use_errno=True); c.syscall.restype = ctypes.c_long\n"
@@ -196,7 +197,7 @@ def test_the_kernel_reads_the_words_that_the_filter_reads(sandbox: Sandbox) -> N
         "      k(257, -100, os.__file__.encode(), high, 0) > 0)"
     )
     if seccomp.kernel.MACHINE != "x86_64":
-        pytest.skip("calls by x86-64 number")
+        pytest.skip("calls x86-64 system-call numbers")
     result = sandbox.run(source, limits=Limits(cpu_s=2))
     assert result.status is Status.OK
     assert result.stdout == b"True 0 0 0 True\n"
@@ -207,7 +208,7 @@ def libseccomp():  # type: ignore[no-untyped-def]
     try:
         import pyseccomp
     except (ImportError, OSError, RuntimeError) as error:  # no package, or no library behind it
-        pytest.skip(f"libseccomp is not to be had: {error}")
+        pytest.skip(f"libseccomp is not available: {error}")
     return pyseccomp
 
 
@@ -223,7 +224,7 @@ def test_the_numbers_are_those_that_libseccomp_knows(machine: str) -> None:
 
 
 def exported(oracle, machine: str, default: int, rules: list) -> list[Instruction]:  # type: ignore[no-untyped-def]
-    """A filter as libseccomp makes it. A rule is (action, number, *(argument, mask, value))."""
+    """Return libseccomp's filter. A rule is (action, number, *(argument, mask, value))."""
     made = oracle.SyscallFilter(default)
     arch = {"x86_64": oracle.Arch.X86_64, "aarch64": oracle.Arch.AARCH64}[machine]
     if oracle.system_arch() != arch:
@@ -239,8 +240,8 @@ def exported(oracle, machine: str, default: int, rules: list) -> list[Instructio
         return parsed(file.read())
 
 
-def test_a_filter_that_libseccomp_makes_of_the_table_decides_alike() -> None:
-    """For the machine we are on; libseccomp resolves numbers by the native names."""
+def test_libseccomps_filter_of_the_same_table_decides_the_same() -> None:
+    """For this machine only: libseccomp resolves numbers by their native names."""
     oracle, machine = libseccomp(), seccomp.kernel.MACHINE
     plain = {
         Action.ALLOW: oracle.ALLOW,
@@ -262,7 +263,7 @@ def one_of(index: int, values: tuple[int, ...]) -> list[tuple]:
     return [((index, LOW, value),) for value in values]
 
 
-# By action: what holds where no rule matches, what holds where one does, and the rules, each a
+# For each action: the result if no rule matches, the result if one does, and the rules, each a
 # conjunction of (argument, mask, value).
 CONDITIONAL = {
     Action.FCNTL: ("EPERM", "ALLOW", one_of(1, seccomp.FCNTL_COMMANDS)),

@@ -1,4 +1,4 @@
-"""What each end of a program is called."""
+"""The status of each way in which a program can end."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ LIMITS = Limits(cpu_s=1.0, wall_s=20.0, memory_bytes=128 << 20, output_bytes=64 
         ("(" * 100_000, Status.COMPILE_ERROR),
     ],
 )
-def test_an_end_has_one_name(sandbox: Sandbox, source: str, status: Status) -> None:
+def test_each_way_to_end_has_its_status(sandbox: Sandbox, source: str, status: Status) -> None:
     assert sandbox.run(source, limits=LIMITS).status is status
 
 
-def test_waiting_instead_of_working_is_an_idle_limit(sandbox: Sandbox) -> None:
+def test_a_program_that_only_waits_reaches_the_idle_limit(sandbox: Sandbox) -> None:
     limits = Limits(cpu_s=0.2, wall_s=0.4)
     assert sandbox.run("import time; time.sleep(9)", limits=limits).status is Status.IDLE_LIMIT
 
@@ -60,7 +60,7 @@ def test_the_traceback_shows_the_programs_frames_only(sandbox: Sandbox) -> None:
     )
 
 
-def test_grading_stops_at_the_first_failure_unless_told(sandbox: Sandbox) -> None:
+def test_grading_stops_at_the_first_failure_unless_told_otherwise(sandbox: Sandbox) -> None:
     tests = [Test(b"1", b"1"), Test(b"2", b"0"), Test(b"3", b"3")]
     passed, wrong = Status.OK, Status.WRONG_ANSWER
     stopped = sandbox.grade("print(input())", tests)
@@ -76,7 +76,7 @@ def test_a_program_without_code_fails_every_test(sandbox: Sandbox, count: int) -
     assert b"SyntaxError" in results[0].stderr
 
 
-def test_no_tests_is_no_results(sandbox: Sandbox) -> None:
+def test_no_tests_give_no_results(sandbox: Sandbox) -> None:
     assert sandbox.grade("print(1)", []) == []
 
 
@@ -87,7 +87,7 @@ def test_limits_are_checked_when_made() -> None:
         Limits(memory_bytes=1000)
 
 
-def test_what_is_unknown_is_refused_by_name(sandbox: Sandbox) -> None:
+def test_unknown_names_are_refused_with_the_known_ones(sandbox: Sandbox) -> None:
     with pytest.raises(ValueError, match="known: tokens"):
         sandbox.grade("", [], checker="no such checker")
     with pytest.raises(ValueError, match="known: python"):
@@ -109,7 +109,7 @@ def test_what_is_unknown_is_refused_by_name(sandbox: Sandbox) -> None:
     ],
     ids=range(7),
 )
-def test_a_limit_that_no_machine_keeps_is_refused_with_its_bounds(field: dict[str, float]) -> None:
+def test_a_limit_out_of_bounds_is_refused_with_its_bounds(field: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"Limits\.{next(iter(field))} is .*; it must be within"):
         Limits(**field)  # type: ignore[arg-type]
 

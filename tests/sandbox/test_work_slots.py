@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlef_sandbox import Limits, Sandbox, Status, Test
-from rlef_sandbox.sandbox import JOBS_A_WORKER, most_open_programs
+from rlef_sandbox.sandbox import JOBS_PER_WORKER, most_open_programs
 from rlef_sandbox.work_slots import WorkSlots
 
 pytestmark = pytest.mark.timing
@@ -67,7 +67,7 @@ def test_programs_that_wake_take_turns_and_their_wait_is_not_charged(sandbox: Sa
 
 
 def test_the_pipes_of_all_open_programs_fit_the_quota_of_a_user() -> None:
-    assert most_open_programs(1) == JOBS_A_WORKER
+    assert most_open_programs(1) == JOBS_PER_WORKER
     assert most_open_programs(1000) == 1000
     quota = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
     if quota:
@@ -143,4 +143,4 @@ def test_turns_bound_those_that_work_and_those_that_wait() -> None:
             done.result()
     with slots.take(), slots.take():
         pass
-    assert JOBS_A_WORKER > 1
+    assert JOBS_PER_WORKER > 1

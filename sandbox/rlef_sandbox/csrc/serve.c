@@ -1,14 +1,14 @@
-/* The supervisor: takes requests, starts children, keeps their limits, sends their outcomes.
+/* The supervisor: takes requests, starts children, enforces their limits, sends their outcomes.
  *
- * Theory of operation. Each fork shares all pages of the zygote again, so whatever Python does
- * between two runs costs the zygote a page fault for every page that it touches. This loop touches
- * a handful. Policy stays in Python (zygote.py), which is asked once for the plan of a request; the
- * plan is kept. `rlef_serve` returns in the zygote when a request has no plan yet (PREPARE), and in
- * a forked child that runs a Python program next (CHILD).
+ * Theory of operation. After each fork all pages of the zygote are copy-on-write again, so Python
+ * code between two runs costs a page fault for every page that it writes. This loop writes only a
+ * few. Policy stays in Python (zygote.py), which makes the plan of each kind of request once.
+ * `rlef_serve` returns in the zygote when a request has no plan yet (PREPARE), and in a forked
+ * child that runs a Python program next (CHILD).
  *
- * One thread polls the channel of the requests, the controller's pidfd and, of each child, its
- * pidfd and the session on which the controller waits for its outcome. supervisor_python.py is the
- * form for machines without a compiler; protocol.py defines the messages.
+ * One thread polls the channel of the requests, the controller's pidfd and, for each child, its
+ * pidfd and the session on which the controller waits for its outcome. supervisor_python.py does
+ * the same on machines without a compiler; protocol.py defines the messages.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -47,7 +47,7 @@
 enum { CHILD = 0, PREPARE = 1 };                         /* why rlef_serve returns */
 enum { TASK_PROGRAM = 2, TASK_TEST = 3 };                 /* protocol.Task */
 enum turn { HAS_TURN, SLEEPS, ASKS_FOR_TURN };              /* what the controller was told */
-enum { PAUSE = 'p', RESUME = 'r', TURN = 't' };             /* its words: protocol.py */
+enum { PAUSE = 'p', RESUME = 'r', TURN = 't' };             /* protocol.py */
 enum { ENDED_ITSELF = 0, CPU_LIMIT = 1, WALL_LIMIT = 2, MEMORY_LIMIT = 3 }; /* protocol.Ending */
 
 struct prepared {
@@ -61,7 +61,7 @@ struct child {
     pid_t pid; /* 0: this cell is free */
     int pidfd;
     int session;
-    int awaited; /* whether the session is polled for the controller giving it up */
+    int awaited; /* whether the session is polled, to see when the controller closes it */
     int task;
     int ending;
     enum turn turn;
@@ -97,7 +97,7 @@ static double now_s(clockid_t clock)
     return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
 }
 
-/* Sends to a controller that may have given the session up. */
+/* Sends to a controller that may have closed the session. */
 static void send_message(int session, const void *message, size_t length)
 {
     (void)!send(session, message, length, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -129,7 +129,7 @@ static double cpu_s_of(const struct child *child)
     return now_s((clockid_t)((~(unsigned)child->pid << 3) | 2));
 }
 
-/* Does what the controller says about a child. The time of a pause is not charged. */
+/* Pauses or resumes a child, as the controller's message says. A pause does not count as wall time. */
 static void obey(struct child *child, uint8_t word)
 {
     double now = now_s(CLOCK_MONOTONIC);
@@ -150,7 +150,8 @@ static void obey(struct child *child, uint8_t word)
     }
 }
 
-/* Whether the reaper took a child's address space, for too many page tables (page_tables.py). */
+/* Returns whether the reaper set a child's address-space limit to 0, because it had too many page
+ * tables (page_tables.py). */
 static int lost_its_memory(const struct child *child)
 {
     struct rlimit limit;
@@ -253,7 +254,7 @@ static int start(struct server *server, struct plan *plan)
     server->cell = cell;
     pid_t pid = rlef_spawn(plan, &pidfd);
     if (pid == 0) {
-        if (server->task == TASK_TEST) /* the next line is the program's own */
+        if (server->task == TASK_TEST) /* the program runs next */
             rlef_leave_trust(server);
         else
             server->page[cell].phase = PHASE_COMPILING;
@@ -380,7 +381,7 @@ static void supervise(struct server *server, const struct pollfd *polled, const 
             finish(server, cells[index]);
         } else if (recv(child->session, &word, 1, MSG_DONTWAIT) == 1) {
             obey(child, word);
-        } else if (child->awaited) { /* the controller gave the session up */
+        } else if (child->awaited) { /* the controller closed the session */
             child->awaited = 0;
             signal_child(child, SIGKILL);
             child->next_check = NEVER;
@@ -407,7 +408,7 @@ struct server *rlef_listen(int channel, int controller, int serves_program)
     return &server;
 }
 
-/* Keeps a plan for the request that waits; when all are taken, the old plans go. */
+/* Stores the plan of the pending request; discards all older plans if there is no room. */
 void rlef_prepare(struct server *server, const struct plan *plan)
 {
     if (server->plan_count == MAX_PLANS)
@@ -420,7 +421,7 @@ void rlef_prepare(struct server *server, const struct plan *plan)
 }
 
 /* In a child, the last step before the program's first line, or before a program server's first
- * test: it cannot report in memory that it no longer has. */
+ * test: unmaps the memory in which it reports, so that the program cannot report anything. */
 void rlef_leave_trust(struct server *server)
 {
     server->page[server->cell].phase = PHASE_RUNNING;

@@ -12,7 +12,7 @@ import re
 import stat
 from pathlib import Path
 
-from ..sandbox import JOBS_A_WORKER
+from ..sandbox import JOBS_PER_WORKER
 
 TOKEN_VARIABLE = "RLEF_SANDBOX_TOKEN"
 TOKEN_FORM = re.compile(
@@ -29,7 +29,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any free one")
     command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     command.add_argument(
-        "--jobs", type=int, help=f"under way at once, if they sleep; {JOBS_A_WORKER} a worker"
+        "--jobs", type=int, help=f"under way at once, if they sleep; {JOBS_PER_WORKER} per worker"
     )
     command.add_argument("--queue", type=int, default=2048, help="requests that may wait")
     command.add_argument(
@@ -45,7 +45,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
 def serve(arguments: argparse.Namespace) -> int:
     """Grade over HTTP until SIGTERM; needs aiohttp."""
     if arguments.jobs is None:
-        arguments.jobs = arguments.workers * JOBS_A_WORKER
+        arguments.jobs = arguments.workers * JOBS_PER_WORKER
     check_bounds(arguments)
     token = read_token(arguments.token_file, os.environ.get(TOKEN_VARIABLE))
     if token is None and not is_loopback(arguments.host):
@@ -85,7 +85,7 @@ def check_bounds(arguments: argparse.Namespace) -> None:
     for option, least, most in (
         ("port", 0, 65535),
         ("workers", 1, 1024),
-        ("jobs", 1, arguments.workers * JOBS_A_WORKER),
+        ("jobs", 1, arguments.workers * JOBS_PER_WORKER),
         ("queue", 0, 1 << 20),
         ("max_body_mib", 1, 2048),
         ("max_held_mib", 1, 1 << 20),

@@ -42,7 +42,7 @@ from .wire import Record, WireError
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
 PARSED_IN_PLACE_BYTES = 16 << 10  # takes some milliseconds at most
-BODY_TIMEOUT_S, BODY_BYTES_A_S = 30.0, 256 << 10  # a body arrives within 30 s, or at this rate
+BODY_TIMEOUT_S, BODY_BYTES_PER_S = 30.0, 256 << 10  # a body arrives within 30 s, or at this rate
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -102,7 +102,7 @@ class GradingService:
             "counter",
             "zygotes_started_total",
             lambda: sandbox.zygotes_started,
-            "Zygotes started: one a worker, and one for each that was lost.",
+            "Zygotes started: one per worker, and one for each that was lost.",
         )
 
     def application(self) -> web.Application:
@@ -212,7 +212,7 @@ class GradingService:
                     self._held_bytes += len(chunk)
                     self.refuse_large(len(content), self._held_bytes)
                     digest.update(chunk)
-                    allowed_s = BODY_TIMEOUT_S + len(content) / BODY_BYTES_A_S
+                    allowed_s = BODY_TIMEOUT_S + len(content) / BODY_BYTES_PER_S
                     timeout.reschedule(started_s + allowed_s)
         except TimeoutError:
             reason = f"the body came too slowly, {len(content)} bytes so far; send it again"

@@ -1,4 +1,4 @@
-"""The life of a grading server: one Sandbox behind HTTP, from its start to its drain.
+"""A grading server, one Sandbox behind HTTP, from its start to its drain.
 
 Theory of operation. There is one process. The event loop's thread speaks HTTP, checks tokens and
 requests (`endpoints.py`), and keeps the queue (`grading_queue.py`). A pool of threads, one for each
@@ -88,7 +88,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # of the connections: a client that reads nothing more does not keep its answer here
+        # inherited by connections: the answer to a client that stops reading is dropped
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_MS)
         listener.bind(address)
     except OSError as error:
@@ -103,6 +103,6 @@ def address_of(listener: socket.socket) -> str:
 
 
 def allow_connections() -> None:
-    """Raise the limit of open descriptors to its maximum: each connection needs one."""
+    """Raise the limit on open descriptors to its maximum: each connection needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -24,7 +24,7 @@ from rlef_sandbox import Sandbox, Test
 
 
 class ScriptedEngine:
-    """Answers dialogue number n with the responses of script n, one a turn; an exception is
+    """Answers dialogue number n with the responses of script n, one per turn; an exception is
     raised."""
 
     weight_version = 7

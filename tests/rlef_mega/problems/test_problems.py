@@ -140,7 +140,7 @@ WRONG = {
         {**GOOD, "public_tests": [{"stdin": ""}]},
         r"public_tests\[0\]: has the keys stdin",
     ),
-    "bytes in a test": (
+    "a number in a test": (
         {**GOOD, "private_tests": [{"stdin": 3, "expected": "4"}]},
         r"private_tests\[0\].stdin: 3 is not a string",
     ),

@@ -1,8 +1,8 @@
-"""How long a page of ten thousand episodes takes to write, to open and to move in:
+"""Measure how long a page of ten thousand episodes takes to write, to open and to navigate:
 `python -m tests.rlef_mega.report.report_speed --json benchmarks/results/report.json`.
 
-The episodes are made up of Python's own library: 40 lines a program, one of which changes from turn
-to turn, with the log-probs of each token; 2.4 turns an episode.
+The episodes are made from Python's own library: programs of 40 lines, one of which changes from
+turn to turn, with the log-probs of each token; 2.4 turns per episode.
 """
 
 import argparse

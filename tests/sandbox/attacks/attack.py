@@ -1,8 +1,8 @@
 """An attack as data: a program, and the layers each of which alone stops it.
 
 The same table is tried in every world of `worlds.py`. Where one of its layers is on, an attack must
-get nowhere; where none is, it must succeed, which proves that the attack is one and that the
-test of it can fail.
+fail; where none is, it must succeed, which proves that the attack is real and that its test can
+fail.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ STDIN = b"input\n"
 
 # Names of layers, as `Sandbox.isolation` has them. Any one of FILES confines reading.
 FILES = ("private_root", "landlock", "empty_root")
-# Not layers but how the sandbox is built, so never off: the answer is in no process that runs a
-# program; a run's supervisor is told by the kernel alone; processes of it cannot be dumped.
+# Not layers but the sandbox's design, so never off: no process that runs a program holds the
+# expected output; a supervisor believes only the kernel; no other process can read its memory.
 SEPARATION = "separation"
 SUPERVISION = "supervision"
 UNDUMPABLE = "undumpable"
 ALWAYS = frozenset({SEPARATION, SUPERVISION, UNDUMPABLE, "rlimits", "no_new_privs"})
-# The kernel's own rule or setting on most machines: nothing is claimed about it, so an attack that
-# only this stops need not succeed anywhere.
+# A rule or default setting of the kernel itself, about which we claim nothing: an attack that only
+# this stops need not succeed anywhere.
 KERNEL = "kernel"
 
 
 @dataclass(frozen=True)
 class Attack:
-    """`statuses` are the verdicts allowed where `stopped_by` is; elsewhere they do not matter."""
+    """An attack; `statuses` are the verdicts allowed where a layer of `stopped_by` is on."""
 
     name: str
     source: str
     stopped_by: tuple[str, ...]
     statuses: tuple[Status, ...] = (Status.RUNTIME_ERROR,)
-    test: Test | CallTest | None = None  # to be passed without solving it
+    test: Test | CallTest | None = None  # which the attack tries to pass without solving it
     # False where success would harm the machine: then it is tried only where it is stopped.
     safe: bool = True
     limits: Limits = LIMITS
 
     def broke_out(self, status: Status, stdout: bytes) -> bool:
-        """Whether a run of this attack achieved what it tried."""
+        """Return whether a run of this attack achieved what it tried."""
         if status is Status.SANDBOX_ERROR:
             return True
         return status is Status.OK if self.test else ESCAPED in stdout
@@ -58,7 +58,7 @@ def attacks(
     safe: bool = True,
     limits: Limits = LIMITS,
 ) -> tuple[Attack, ...]:
-    """Attacks of one kind, by name."""
+    """Return one attack for each named source, all with the same layers and statuses."""
     allowed = statuses or (Status.RUNTIME_ERROR,)
     return tuple(
         Attack(name, source, stopped_by, allowed, safe=safe, limits=limits)
