@@ -14,7 +14,7 @@ from .worker import ZygoteLostError
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print the layers this machine gives, as JSON."""
+    """Print the isolation layers of this machine, as JSON."""
     with Sandbox(1, arguments.isolation, packages=arguments.packages) as sandbox:
         print(json.dumps(sandbox.isolation, indent=2))
     return 0
@@ -49,7 +49,7 @@ def main() -> int:
     command = commands.add_parser("run", help=run.__doc__)
     command.set_defaults(handler=run)
     command.add_argument("file", type=Path, help="a Python program")
-    command.add_argument("--stdin", type=Path, help="a file to be its input")
+    command.add_argument("--stdin", type=Path, help="a file with its input")
     command.add_argument("--cpu-s", type=float, default=10.0)
     command.add_argument("--memory-mib", type=int, default=1024)
     add_serve(commands)

@@ -1,4 +1,4 @@
-"""What a zygote or a compiler undoes of the state that it inherited from its caller.
+"""Resets the process state that a zygote or a compiler inherits from its caller.
 
 A verdict must not depend on who started the sandbox, so each of these is set explicitly: umask,
 signals, schedule, processors and limits here; environment, working directory and descriptors by
@@ -35,7 +35,7 @@ def reset() -> None:
     can raise, are too low.
     """
     os.umask(0o022)
-    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python's own
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python ignores these
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,7 +44,7 @@ def reset() -> None:
     try_to(lambda: os.setpriority(os.PRIO_PROCESS, 0, 0))  # only root can
     # all that the cgroup allows: OpenMP pins a trainer's main thread to one processor
     try_to(lambda: os.sched_setaffinity(0, range(MOST_PROCESSORS)))
-    try_to(_be_as_killable_as_others)
+    try_to(_allow_oom_kill)
     for name, bound in FIXED.items():
         with contextlib.suppress(ValueError):  # a hard limit of core dumps that is 0 stays
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (bound, bound))
@@ -73,14 +73,14 @@ def _raise_limit(name: str, least: int) -> str:
             hard = resource.RLIM_INFINITY
         except (OSError, ValueError):
             pass
-    if name != "STACK":  # `zygote.py` sets it, anew if need be
+    if name != "STACK":  # `zygote.py` sets this one
         resource.setrlimit(kind, (hard, hard))
     unlimited = hard == resource.RLIM_INFINITY
-    return "" if unlimited or hard >= least else f"RLIMIT_{name} is {hard}, needed are {least}"
+    return "" if unlimited or hard >= least else f"RLIMIT_{name} is {hard} and must be {least}"
 
 
-def _be_as_killable_as_others() -> None:
-    """A caller that the kernel must not kill for want of memory passes that on, too."""
+def _allow_oom_kill() -> None:
+    """Give up a protection from the OOM killer that this process inherited."""
     with open("/proc/self/oom_score_adj", "r+") as score:
         if int(score.read()) < 0:
             score.write("0")

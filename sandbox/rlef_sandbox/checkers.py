@@ -58,7 +58,8 @@ def exact(expected: bytes, actual: bytes) -> bool:
 
 def codecontests(expected: bytes, actual: bytes) -> bool:
     """Apply the rule published with CodeContests: lower-cased tokens, equal as text or as doubles
-    less than 1e-5 apart. It accepts 9007199254740993 for ...992; for comparing published scores.
+    less than 1e-5 apart. It accepts 9007199254740993 for ...992. It serves to compare with
+    published scores.
     """
     return _all_match(_codecontests_tokens_match, expected.lower(), actual.lower())
 
@@ -92,8 +93,8 @@ def _lines(text: bytes) -> Iterator[bytes]:
 
 
 def livecodebench(expected: bytes, actual: bytes) -> bool:
-    """Apply LiveCodeBench's rule: the same number of lines, each, without the space around it, of
-    the same text or exactly the same numbers: 1.0 equals 1, and 0.333 differs from 0.3333.
+    """Apply LiveCodeBench's rule: the same number of lines, and each line, stripped, has the same
+    text or exactly the same numbers: 1.0 equals 1, and 0.333 differs from 0.3333.
     """
     return _all_lines_match(_numbers_equal, expected, actual)
 
@@ -110,13 +111,13 @@ def livecodebench_floats(expected: bytes, actual: bytes) -> bool:
 
 
 def _all_lines_match(match: Checker, expected: bytes, actual: bytes) -> bool:
-    """Return whether both have the same number of lines, each of the same text, but for the space
-    around it, or of tokens that match."""
+    """Return whether both have the same number of lines, and each line, stripped, has the same text
+    or tokens that all match."""
     wanted = expected.strip().split(b"\n")
     got = actual.strip().split(b"\n", len(wanted))  # the last token is all the rest
     return len(wanted) == len(got) and all(
         one.strip() == other.strip()
-        # equal words with other space between them do not match as numbers do
+        # words must be spaced alike, numbers need not be
         or (_all_match(match, one, other) and all(map(match, one.split(), other.split())))
         for one, other in zip(wanted, got, strict=True)
     )

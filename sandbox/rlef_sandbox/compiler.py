@@ -112,9 +112,9 @@ class ConfinedCompiler:
 
 
 def hold_to(request: ZygoteRequest, call_filter: Filter | None) -> None:
-    """Bound this process, a child that will become the compiler."""
+    """Set limits and filter of this process, a child that will become the compiler."""
     cpu_s = int(request.cpu_s)
-    # the soft limit sends SIGXCPU; SIGKILL would mean the machine
+    # the soft limit sends SIGXCPU; a SIGKILL would count as a fault of the machine
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))
     for kind, bound in (
         (resource.RLIMIT_AS, request.memory_bytes),
@@ -127,12 +127,12 @@ def hold_to(request: ZygoteRequest, call_filter: Filter | None) -> None:
 
 
 def probe_layers(call_filter: Filter | None) -> dict[str, bool]:
-    """Prove by effect the layers that only the compiler itself puts on."""
+    """Return which of the layers that only the compiler's process applies have an effect."""
     small = ZygoteRequest(Task.COMPILE, 1.0, 1.0, memory_bytes=256 << 20, output_bytes=1 << 10)
 
     def limits_hold() -> bool:
         hold_to(small, None)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # answer with an error instead
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails instead
         output = os.memfd_create("probe")
         return refused(errno.EFBIG, os.pwrite, output, b"x", small.output_bytes) and refused(
             errno.ENOMEM, mmap.mmap, -1, small.memory_bytes
@@ -176,7 +176,7 @@ def serve(control: socket.socket, compiler: ConfinedCompiler) -> None:
                 outcome, made = compiler.compile(ZygoteRequest.unpack(message), streams)
             except (OSError, subprocess.SubprocessError) as error:
                 outcome, made = failed_to_start(f"the compiler does not start: {error}"), None
-            with contextlib.suppress(OSError):  # a controller that gave up
+            with contextlib.suppress(OSError):  # the controller closed the session
                 if made is None:
                     session.send(outcome.pack())
                 else:

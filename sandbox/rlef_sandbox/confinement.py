@@ -1,11 +1,11 @@
 """The isolation layers of a zygote, which its children inherit.
 
 Theory of operation. The zygote starts in a pid namespace (`reaper.py`). It enters, in this order,
-the other namespaces (which give it mounts to arrange) and the private root, becomes an unprivileged
-user, and takes on the loss of all capabilities, no_new_privs and Landlock. A forked child inherits
-all of them at no cost. It adds a user namespace in which its threads are counted, the limits of its
-run and, last, the system call filter (`csrc/spawn.c`). A layer counts only after a probe of its
-effect. A layer that this machine lacks is left out of the report, and the controller decides
+the other namespaces (which let it arrange mounts) and the private root, becomes an unprivileged
+user, drops all capabilities, and sets no_new_privs and Landlock. A forked child inherits all of
+these at no cost. It adds a user namespace in which its threads are counted, the limits of its run
+and, last, the system call filter (`csrc/spawn.c`). A layer is reported only after a probe has shown
+its effect. A layer that this machine lacks is left out of the report, and the controller decides
 whether the others are enough. The layers of children are probed in children (`probes.py`).
 """
 
@@ -56,7 +56,7 @@ def library_files(packages: list[str]) -> VisibleFiles:
 
 
 def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
-    """Put on every layer that this machine gives, in addition to `namespaces`, which this process
+    """Apply every layer that this machine supports, in addition to `namespaces`, which this process
     is in already. Returns the layers that proved effective.
     """
     for name, flag in NAMESPACES.items():
@@ -104,7 +104,7 @@ def enter_user_namespace(process: int | None = None) -> None:
     no further namespace. `process` is this process's directory in /proc, if the path to it is gone.
     """
     uid, gid = os.getuid(), os.getgid()
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or root would own these files
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # otherwise root would own these files
     kernel.unshare(kernel.CLONE_NEWUSER)
     for name, text in (
         ("setgroups", "deny"),
@@ -120,7 +120,7 @@ def enter_user_namespace(process: int | None = None) -> None:
 
 
 def _become_unprivileged(namespaces: list[str], process: int) -> bool:
-    """Give up root and all capabilities. Returns False if the process could still regain them."""
+    """Drop root and all capabilities. Returns False if the process could still regain them."""
     if os.getuid() == 0:
         succeeds(os.setgroups, [])
         succeeds(os.setresgid, *[UNPRIVILEGED_ID] * 3)

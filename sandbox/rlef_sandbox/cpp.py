@@ -70,7 +70,7 @@ class CompileFailedError(Exception):
 
 class ReportsAKillError(Exception):
     """The compiler's messages report a kill, but a source can write messages too. `result` is the
-    verdict if it was the source.
+    verdict if the source wrote them.
     """
 
     def __init__(self, result: Result) -> None:
@@ -160,7 +160,7 @@ class Cpp:
                 return self._attempt(worker, source)
             except ReportsAKillError as error:
                 fault = "the compiler was killed from outside"
-                if attempt == RETRIES:  # each time, though the kernel counts no kill
+                if attempt == RETRIES:  # every time, though the kernel counted no kill
                     raise CompileFailedError(error.result) from None
             except (ZygoteLostError, TimeoutError) as error:
                 fault = str(error) or "the compiler does not answer"
@@ -215,7 +215,7 @@ def without_paths(messages: bytes, worker: Worker) -> bytes:
 
 
 def out_of_memory_kills() -> int:
-    """Return how many processes the kernel has killed for want of memory since it started."""
+    """Return how many processes the kernel has killed for lack of memory since it started."""
     try:
         fields = Path("/proc/vmstat").read_bytes().split()
         return int(fields[fields.index(b"oom_kill") + 1])
@@ -225,8 +225,8 @@ def out_of_memory_kills() -> int:
 
 def compile_error(outcome: Outcome, errors: bytes, end: bytes, *, starved: bool) -> Result:
     """Return the verdict on a compilation without an executable. `errors` and `end` are the first
-    and the last bytes of its messages; `starved` is whether the kernel has killed a process
-    meanwhile for want of memory. Raises ZygoteLostError for a fault, ReportsAKillError if only the
+    and the last bytes of its messages; `starved` is whether the kernel has meanwhile killed any
+    process for lack of memory. Raises ZygoteLostError for a fault, ReportsAKillError if only the
     messages report one.
     """
     if outcome.phase is Phase.SETUP:
@@ -251,7 +251,7 @@ def compile_error(outcome: Outcome, errors: bytes, end: bytes, *, starved: bool)
 
 
 def sealed_copy(source: int) -> int:
-    """Return a copy of an executable in a file in memory that cannot be changed any more."""
+    """Return a copy of an executable in a sealed memfd, which nobody can change."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         copy = os.memfd_create("program", flags | MFD_EXEC)

@@ -3,12 +3,12 @@
 The program's side serves calls of its function. The other side runs the test's code, for which
 `candidate` is a stand-in that sends each call across and waits. Only plain data crosses (`values`),
 preceded by its length, so neither side has an object, a frame or a line of the other. An exception
-of the program arrives as the built-in exception of that name, if there is one, and a result that is
-not plain data as an object that only tells that it is not None.
+of the program arrives as the built-in exception of that name, if there is one. A result that is not
+plain data arrives as an object that can only be compared with None.
 
-A check that passes a limit may do so by its own fault, or because of what the program returned. So
+A check that exceeds a limit may do so by its own fault, or because of what the program returned. So
 it marks in its exchange file whether a call is under way and whether a large value has arrived; and
-in the end that it returned, since a check that leaves by exit code 0 has judged nothing.
+at the end that it returned, since a check that exits with code 0 has judged nothing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _reply(returned: object) -> bytes:
 
 
 class Opaque:
-    """A result that is not plain data. Asking it more than `is None` is the program's error."""
+    """A result that is not plain data. Any use of it but `is None` is the program's error."""
 
     def __init__(self, kind: str, raised: list[BaseException]) -> None:
         self._kind, self._raised = kind, raised
@@ -90,7 +90,7 @@ class Opaque:
 
 @contextlib.contextmanager
 def breaking_the_check() -> Iterator[None]:
-    """Report any failure within as one of the test's own code, which has called nothing yet."""
+    """Report any failure inside as a fault of the test's code, which has called nothing yet."""
     try:
         yield
     except BaseException as error:

@@ -35,8 +35,8 @@ SYS_CLOSE_RANGE = 436
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
 
-# The C library's fork with the interpreter lock held, without Python's at-fork handlers (they
-# cost more than the fork). Sound only in a process with one thread.
+# The C library's fork with the GIL held, without Python's at-fork handlers (they cost more than
+# the fork). Safe only in a process with one thread.
 fork = ctypes.PyDLL(None).fork
 
 
@@ -60,8 +60,8 @@ def prctl(option: int, value: int = 0) -> int:
 
 
 def load_locale(name: str) -> bool:
-    """Load a locale's files for good; they may be out of reach later. Returns False if there are
-    none.
+    """Load a locale's files and keep them; they may be out of reach later. Returns False if there
+    are none.
     """
     LIBC.newlocale.restype = ctypes.c_void_p
     return LIBC.newlocale(LC_ALL_MASK, name.encode(), None) is not None
@@ -99,7 +99,7 @@ def close_from(first: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, effective, permitted and inheritable."""
+    """Drop every capability, effective, permitted and inheritable."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
     none = (ctypes.c_uint32 * 6)()
     checked(LIBC.capset(ctypes.byref(header), ctypes.byref(none)), "capset")

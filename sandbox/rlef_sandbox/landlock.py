@@ -36,7 +36,7 @@ def restrict_to(
 ) -> None:
     """Deny this process, for good, every file access except listing `directories`, reading
     `files_beneath`, executing what is below `executable`, and changing what is below `writable`.
-    TCP, and signals and abstract sockets to other processes, are denied if the ABI can.
+    TCP, and signals and abstract sockets to other processes, are denied if the ABI supports it.
     """
     version = abi()
     handled_files = (1 << FILE_ACCESS_KINDS.get(version, NEWEST_FILE_ACCESS_KINDS)) - 1

@@ -32,7 +32,7 @@ class Languages:
         if language not in LANGUAGES:
             raise ValueError(f"unknown language {language!r}; known: {', '.join(LANGUAGES)}")
         if language not in self.available:
-            raise ValueError(f"language {language!r} takes g++ and a C compiler (Debian: g++)")
+            raise ValueError(f"language {language!r} needs g++ and a C compiler (Debian: g++)")
         if language != "python":
             for test in tests:
                 if not isinstance(test, Test):
@@ -43,7 +43,7 @@ class Languages:
 
     @contextlib.contextmanager
     def prepared(self, source: bytes, language: str) -> Iterator[tuple[int, bool]]:
-        """Give a descriptor of the program's file, and whether it is an executable. Raises
+        """Yield a descriptor of the program's file, and whether it is an executable. Raises
         CompileFailedError if the source is not a program.
         """
         self.check(language)

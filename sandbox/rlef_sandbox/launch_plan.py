@@ -46,7 +46,7 @@ class LaunchPlan(ctypes.Structure):
 
 
 class Bounds(NamedTuple):
-    """What the limits of a child are counted from on this machine."""
+    """What the limits of a child depend on, apart from its request."""
 
     base_bytes: int  # the address space that the zygote has mapped already
     own_user_namespace: bool  # whether RLIMIT_NPROC can count the threads of each run apart
@@ -62,7 +62,7 @@ class Bounds(NamedTuple):
         own_bytes = EXECUTABLE_RESERVED_BYTES if executes else self.base_bytes + RESERVED_BYTES
         plan = LaunchPlan(
             address_space_bytes=own_bytes + request.memory_bytes,
-            # A backstop: the supervisor keeps the exact time, also that of a server's children.
+            # A backstop: the supervisor enforces the exact limit, also for a server's children.
             cpu_s=UNLIMITED if serves else math.ceil(request.cpu_s) + 1,
             # One byte more than allowed, to distinguish a full output from an overflowing one.
             file_bytes=request.output_bytes + 1,

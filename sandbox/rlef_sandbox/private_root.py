@@ -24,7 +24,7 @@ LOCKED_FLAGS = os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME | os.ST_RELATIME
 
 def enter(directories: list[str], packages: Sequence[str], scratch: str = "") -> None:
     """Make a read-only root of `directories` and `packages` alone, and move this mount namespace
-    into it. With `scratch` it has a directory of that path too, in memory, that all may write to.
+    into it. At the path `scratch`, if given, it has a directory in memory that all may write to.
 
     Needs CAP_SYS_ADMIN over a mount namespace of our own, and /proc.
     """
@@ -54,7 +54,7 @@ def enter(directories: list[str], packages: Sequence[str], scratch: str = "") ->
 
 def _bind(source: int, target: str) -> list[str]:
     """Bind the file or directory open as `source` on `target`, read-only, with all third-party
-    packages hidden. Returns what hides them, which is not read-only yet.
+    packages hidden. Returns the mounts that hide them, which are not read-only yet.
     """
     if stat.S_ISDIR(os.fstat(source).st_mode):
         os.makedirs(target)

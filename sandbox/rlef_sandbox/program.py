@@ -1,4 +1,4 @@
-"""The program's side of a child: it compiles the source and runs it in a world that looks real.
+"""Compiles a source in a child and runs it as an ordinary interpreter would.
 
 The zygote is an ordinary interpreter whose standard streams are descriptors 0, 1 and 2. A child has
 the run's files there, so `sys.stdin`, `input()`, buffering and encodings are the real ones. This
@@ -118,7 +118,7 @@ open_file.__name__ = open_file.__qualname__ = "open"
 
 class Mapping(mmap.mmap):
     """Maps anonymous memory privately, which makes no difference within one process: shared memory
-    is refused, since it can leave the resident size and stay.
+    is refused, since it can stay allocated without counting as resident.
     """
 
     def __new__(
@@ -146,14 +146,14 @@ def compile_source(source: bytes) -> types.CodeType | None:
 
 
 def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
-    """Run the program, then the `call`, if given, to the end of the process."""
+    """Run the program, then the `call`, if given, and exit."""
     gc.enable()
     name = "__main__" if call is None else "solution"
     exit_code = _exit_code_of(lambda: _execute(name, code, call), source)
     if threading.active_count() > 1:
         exit_code = exit_code or _exit_code_of(threading._shutdown, source)  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    # the exit code depends on what the program calls its streams, which may be none
+    # as in the interpreter, sys.stdout and sys.stderr decide, which the program may have replaced
     exit_code = _flush("stdout", "stderr") or exit_code
     _finalize(name)
     _flush("__stdout__", "__stderr__")

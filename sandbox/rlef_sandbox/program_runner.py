@@ -1,4 +1,4 @@
-"""Runs one program on tests: retries after faults, and the verdict on each end."""
+"""Runs one program on tests: retries after faults, and the verdict on each run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
     """Runs a program, once or often, in the zygote of `worker`.
 
     `program` is a descriptor of its file, which the caller closes: an `executable`, or Python.
-    A run gives its `slot` away while it waits instead of working.
+    A run releases its `slot` while it waits instead of working.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class ProgramRunner(contextlib.AbstractContextManager):
         self._end_session()
 
     def run(self, test: AnyTest, *, again: bool = False) -> FinishedRun:
-        """Run the program on a test. With `again`, which announces other tests of this program, a
-        program server compiles it once for all, if the zygote can make one.
+        """Run the program on a test. With `again`, because more tests of this program follow, a
+        program server compiles it once for all of them, if the zygote can start one.
         """
         if self._slot is not None:
             self._slot.wake()
@@ -149,7 +149,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         return FinishedRun(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
 
     def _end_session(self) -> None:
-        """Let the zygote kill whatever runs in the session."""
+        """Close the session; the zygote then kills whatever runs in it."""
         if self._session is not None:
             self._session.close()
         self._session, self._server_runs = None, False
@@ -200,8 +200,8 @@ class ProgramRunner(contextlib.AbstractContextManager):
                 self._end_session()  # its server is gone
 
     def _attempt_check(self, test: CheckTest) -> FinishedRun:
-        """Run at once, with a socket between them, the program, which answers calls, and the test's
-        code, which makes them.
+        """Run two processes at the same time with a socket between them: the program, which answers
+        calls, and the test's code, which makes them.
         """
         serve = json.dumps({"serve": test.entry_point}).encode()
         check = json.dumps({"check": test.check}).encode()
@@ -278,7 +278,7 @@ class StreamFiles(contextlib.AbstractContextManager):
 
 
 def static_bytes(executable: int) -> int:
-    """Return what the segments of a 64-bit ELF file, its variables among them, take in memory."""
+    """Return how much memory the segments of a 64-bit ELF file need, global variables included."""
     (table_at,) = struct.unpack("<Q", os.pread(executable, 8, 32))
     (count,) = struct.unpack("<H", os.pread(executable, 2, 56))
     segments = os.pread(executable, PROGRAM_HEADER.size * count, table_at)
@@ -307,7 +307,7 @@ def _encoded(field: str, value: object, test: CallTest) -> bytes:
 
 
 def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes) -> Status:
-    """Return the verdict on an end. Raises FaultError if the sandbox or the machine failed."""
+    """Return the verdict on a run. Raises FaultError if the sandbox or the machine failed."""
     if outcome.phase is Phase.SETUP:
         raise FaultError(outcome.fault or "a child ended before its program began")
     killed_by = outcome.killed_by
@@ -331,20 +331,20 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
 
 
 def ran_out_of_memory(stderr: bytes) -> bool:
-    """Return whether an uncaught exception reports it: the limit works by refusing memory."""
+    """Return whether an uncaught exception reports a lack of memory, as the limit causes."""
     last_lines = stderr.rstrip().rsplit(b"\n", 2)[-2:]
     return any(x.startswith(OUT_OF_MEMORY) or NUMPY_OUT_OF_MEMORY in x for x in last_lines)
 
 
 def verdict_of_check(candidate: Result, checker: Result, marks: bytes) -> FinishedRun:
-    """Return the verdict on the ends of a CheckTest's two processes. `marks` are those of
-    `exchange.check`. Raises FaultError if the code of the test is broken or passes a limit itself.
+    """Return the verdict on the two processes of a CheckTest, which ended. `marks` are those of
+    `exchange.check`. Raises FaultError if the test's code is broken or exceeds a limit by itself.
     """
     broken = checker.exit_code == CHECK_BROKEN or checker.status is Status.COMPILE_ERROR
     if checker.status is Status.OK and marks[HAS_RETURNED:] != b"1":
         broken = True  # by SystemExit(0) or the like, which would pass any program
     answered = checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE)
-    # Other than by an exception, its end depends on the program's values only if one is large.
+    # If it did not end by an exception, the program's values can be the cause only if one is large.
     stopped = checker.exit_code not in (0, 1) or checker.status not in (
         Status.OK,
         Status.RUNTIME_ERROR,
@@ -365,5 +365,5 @@ def verdict_of_check(candidate: Result, checker: Result, marks: bytes) -> Finish
         return FinishedRun(replace(candidate, status=status, stderr=reason))
     if checker.status in (Status.TIME_LIMIT, Status.IDLE_LIMIT, Status.MEMORY_LIMIT):
         return FinishedRun(replace(candidate, status=checker.status))
-    # It ended after the program had answered, so the answers did not satisfy it.
+    # It raised after the program had answered, so the answers were wrong.
     return FinishedRun(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))

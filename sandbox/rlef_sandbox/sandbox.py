@@ -5,10 +5,10 @@ interpreter process of its own, exec'd rather than forked from the caller. A cal
 `grade` first waits for a slot (`work_slots.py`): at most `workers` programs work at a time, but one
 that sleeps lets another start, so up to JOBS_PER_WORKER are under way in a zygote. The call then
 opens a session with the least loaded zygote, so any number of threads may share a Sandbox. Expected
-outputs never leave this process, except to a checker of the problem's own (`CheckerProgram`), which
-is confined apart from the program. A child gets source and input; its output is compared here. If a
-zygote is lost, its tests run again on a new one. After RETRIES a test is a SANDBOX_ERROR, which
-is no verdict on the program.
+outputs never leave this process, except to a problem's own checker (`CheckerProgram`), which is
+confined in a process of its own. A child gets source and input; its output is compared here. If a
+zygote is lost, its tests run again on a new one. After RETRIES a test is a SANDBOX_ERROR, which is
+no verdict on the program.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class IsolationError(RuntimeError):
 
 
 def most_open_programs(workers: int) -> int:
-    """Return how many programs may be under way: at most so many that all their pipes fit into what
-    the kernel gives a user. Beyond it every new pipe holds 8 KiB, and honest programs hang.
+    """Return how many programs may be under way. All their pipes must fit into the kernel's
+    allowance for a user: beyond it a new pipe holds only 8 KiB, and honest programs hang.
     """
     most = workers * JOBS_PER_WORKER
     with contextlib.suppress(OSError, ValueError):
@@ -228,7 +228,7 @@ class Sandbox:
     def _runner(
         self, source: str | bytes, limits: Limits, language: str
     ) -> Iterator[ProgramRunner]:
-        """Wait for a slot; give a runner of the program in the least loaded worker."""
+        """Wait for a slot; yield a runner of the program in the least loaded worker."""
         if os.getpid() != self._owner:
             raise RuntimeError("a Sandbox serves the process that made it; make one per process")
         with (
@@ -247,7 +247,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def _least_loaded(self) -> Iterator[Worker]:
-        """Give the worker with the fewest programs, counting one more while it is used."""
+        """Yield the worker with the fewest programs, and count one more while it is used."""
         with self._load_lock:
             index = min(range(len(self._load)), key=self._load.__getitem__)
             self._load[index] += 1

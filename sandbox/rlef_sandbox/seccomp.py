@@ -1,8 +1,8 @@
 """The system call policy compiled to a seccomp-BPF filter, once per zygote, and its installation.
 
 The filter checks the architecture (and on x86-64 refuses the x32 numbers). Then it finds the call
-by binary search over runs of numbers with the same action, which takes about ten instructions. The
-policy names calls whose arguments are checked; what a pointer points to cannot be.
+by binary search over runs of numbers with the same action, which takes about ten instructions. For
+some calls it checks arguments; it cannot check what a pointer points to.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
 # TCGETS FIONREAD FIONBIO FIONCLEX FIOCLEX
 IOCTL_REQUESTS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 PRCTL_OPTIONS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
-# RLIMIT_CPU and RLIMIT_RTTIME: their hard limits end in a SIGKILL, which means the machine.
+# RLIMIT_CPU and RLIMIT_RTTIME: their hard limits send SIGKILL, which counts as the machine's fault.
 # RLIMIT_CORE: 1 stops a core_pattern that is a pipe, 0 does not (core(5)).
 KEPT_LIMITS = (0, 4, 15)
 FUTEX_COMMAND = 0x7F  # the rest are flags
@@ -117,7 +117,7 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
             ALLOWED,
         ]
     if action is Action.ABOUT_SELF:
-        priority = {"x86_64": 140, "aarch64": 141}[machine]  # asks (of a kind, whom)
+        priority = {"x86_64": 140, "aarch64": 141}[machine]  # getpriority(which, who)
         return one_of(LOW[1 if number == priority else 0], (0, OWN_PID), denied)
     if action is Action.FUTEX:
         load, *rest = one_of(LOW[1], FUTEX_COMMANDS, refused(errno.ENOSYS))
@@ -218,7 +218,7 @@ class Filter:
         self._arguments = (ctypes.c_long(number), 1, 0, ctypes.byref(self._program))
 
     def install(self, pid: int) -> None:
-        """Put this process, whose id is `pid`, under the filter for good."""
+        """Install the filter in this process, whose id is `pid`; nothing can remove it."""
         for own_pid in self._own_pids:
             own_pid.value = pid
         kernel.checked(kernel.LIBC.syscall(*self._arguments), "seccomp")

@@ -1,7 +1,8 @@
-"""The supervisor in Python, for machines without a C compiler: csrc/serve.c and spawn.c, smaller.
+"""The supervisor in Python, a smaller csrc/serve.c and spawn.c for machines without a C compiler.
 
-It runs Python programs only, and each run (RUN) compiles its program anew. It forks children, keeps
-their limits, reports that a child sleeps or works again, and sends the outcome when a child ends.
+It runs Python programs only, and each run (RUN) compiles its program again. It forks children,
+enforces their limits, reports when a child sleeps or works again, and sends the outcome when a
+child ends.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from .protocol import (
 
 LEAST_WAIT_S = 0.005  # between two readings of a child's CPU clock
 # A child that used less than this share of a core over this long is asleep: a busy child gets 0.2
-# of a core even on a machine that is overloaded four times.
+# of a core even on a machine with five busy processes per core.
 SLEEP_WINDOW_S, SLEEP_SHARE = 0.1, 0.05
 STARVED_SHARE = 0.01  # of its wall clock limit; a child that worked at least this much is starved
 READABLE = select.POLLIN | 0x2000  # POLLRDHUP
 
 
 class SupervisedChild:
-    """A child, the page on which it reports while it is trusted, and the session of its outcome."""
+    """A child, the page where it reports while it is trusted, and the session for its outcome."""
 
     def __init__(self, pid: int, page: mmap, session: int, request: ZygoteRequest) -> None:
         self.pid, self.pidfd = pid, pidfd_of(pid)
@@ -89,7 +90,7 @@ class SupervisedChild:
         self.next_check = now + max(LEAST_WAIT_S, left_s)
 
     def obey(self, word: bytes) -> None:
-        """Do what the controller says. The time of a pause is not charged."""
+        """Pause or resume, as the controller's message says. Paused time is not wall time."""
         now = time.monotonic()
         if word == PAUSE and not self.paused and self.next_check < math.inf:
             signal.pidfd_send_signal(self.pidfd, signal.SIGSTOP)
@@ -103,12 +104,12 @@ class SupervisedChild:
             self.window_started, self.window_cpu_s = now, time.clock_gettime(self.clock)
 
     def lost_its_memory(self) -> bool:
-        """Return whether the reaper took its address space, for too many page tables
-        (page_tables.py)."""
+        """Return whether the reaper set the address-space limit to 0, because of too many page
+        tables (page_tables.py)."""
         return resource.prlimit(self.pid, resource.RLIMIT_AS)[1] == 0
 
     def finish(self) -> None:
-        """Send the outcome of this child, which has ended, and let go of it."""
+        """Send the outcome of this child, which has ended, and close its files."""
         if self.ending is Ending.ITSELF and self.lost_its_memory():
             self.ending = Ending.MEMORY_LIMIT
         os.close(self.pidfd)
@@ -129,7 +130,7 @@ class SupervisedChild:
 
 
 class PythonSupervisor:
-    """Supervises the children that are asked for over the control channel."""
+    """Supervises the children requested over the control channel."""
 
     name = "python"
 
@@ -145,7 +146,7 @@ class PythonSupervisor:
         self._poller.register(controller, select.POLLIN)
 
     def serve(self) -> Started:
-        """Answer requests for ever. Returns only in forked children."""
+        """Answer requests until the process ends. Returns only in forked children."""
         while True:
             soonest = min((child.next_check for child in self._watched.values()), default=math.inf)
             wait_s = max(0.0, soonest - time.monotonic())
@@ -164,7 +165,7 @@ class PythonSupervisor:
                     child.check(now)
 
     def _end(self, child: SupervisedChild, descriptor: int) -> None:
-        """Finish a child that ended, or kill one whose session the controller gave up."""
+        """Finish a child that ended, or kill one whose session the controller closed."""
         if descriptor == child.pidfd:
             for watched in [fd for fd, other in self._watched.items() if other is child]:
                 self._poller.unregister(watched)
@@ -225,7 +226,7 @@ class PythonSupervisor:
             kernel.die_with_parent()
             if os.getppid() != parent:
                 os._exit(1)
-            os.setsid()  # its threads share one process's part of the machine
+            os.setsid()  # one scheduling group (autogroup), however many threads
             step = "LIMITS"
             set_limits(plan)
             step = "FILES"
@@ -243,7 +244,7 @@ class PythonSupervisor:
 
 
 def pidfd_of(child: int) -> int:
-    """Return a descriptor of a child, which is killed if there can be none."""
+    """Return a pidfd of a child. Kills the child if there can be none."""
     try:
         return os.pidfd_open(child)
     except OSError:
@@ -253,7 +254,7 @@ def pidfd_of(child: int) -> int:
 
 
 def set_limits(plan: LaunchPlan) -> None:
-    """Bound this process."""
+    """Set the limits of this process."""
     hard_cpu_s = plan.cpu_s + 1 if plan.cpu_s < UNLIMITED else plan.cpu_s
     for kind, soft, hard in (
         (resource.RLIMIT_AS, plan.address_space_bytes, plan.address_space_bytes),
@@ -268,13 +269,13 @@ def set_limits(plan: LaunchPlan) -> None:
 
 
 def received(session: int) -> bytes:
-    """Return the controller's word; empty if it gave the session up."""
+    """Return the controller's message; empty if it closed the session."""
     with contextlib.suppress(OSError):
         return os.read(session, 1)
     return b""
 
 
 def send(session: int, message: bytes) -> None:
-    """Send to a controller that may have given the session up."""
+    """Send to a controller that may have closed the session."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         os.write(session, message)

@@ -18,27 +18,27 @@ class Action(enum.Enum):
     # Decided by the arguments:
     OPEN = "allowed to read; EACCES to write"
     CLONE = "threads that share all descriptors allowed; EPERM otherwise"
-    CLOSE_RANGE = "allowed without a table of its own; EPERM otherwise"
+    CLOSE_RANGE = "allowed without CLOSE_RANGE_UNSHARE; EPERM with it"
     MMAP = "allowed unless shared and anonymous, huge or locked; EPERM for those"
     MADVISE = "listed advice allowed; EINVAL otherwise"
     FCNTL = "listed commands allowed; EPERM otherwise"
     IOCTL = "listed requests allowed; ENOTTY otherwise"
     SETRLIMIT = "allowed except for three limits; EPERM for those"
-    PRLIMIT = "its own; EPERM otherwise"
+    PRLIMIT = "its own limits allowed, with exceptions; EPERM otherwise"
     FUTEX = "listed operations allowed; ENOSYS otherwise"
     PRCTL = "listed options allowed; EPERM otherwise"
-    SIGNAL_SELF = "to itself, no SIGKILL; EPERM otherwise"
-    ABOUT_SELF = "about itself; EPERM otherwise"
-    CLOCK = "the machine's and its own clocks; EINVAL otherwise"
+    SIGNAL_SELF = "to itself allowed, except SIGKILL; EPERM otherwise"
+    ABOUT_SELF = "about itself allowed; EPERM otherwise"
+    CLOCK = "the machine's and its own clocks allowed; EINVAL otherwise"
     SOCKET_PAIR = "a pair of local streams allowed; EPERM otherwise"
-    TO_PEER = "without flags and address allowed; EPERM otherwise"
+    TO_PEER = "allowed without flags and address; EPERM otherwise"
     PROCESS = "allowed without a new namespace; EPERM otherwise"
     EXECUTE_GIVEN = "an open file allowed; EPERM otherwise"
-    THREAD_POINTER = "to set and read it; EINVAL otherwise"
+    THREAD_POINTER = "to set and read it allowed; EINVAL otherwise"
 
 
 class Profile(enum.Enum):
-    """Who a filter is for. Each has the common table, with the exceptions of its own section."""
+    """What a filter is for. Each has the common table, with the exceptions of its own section."""
 
     PROGRAM = "program"  # in an interpreter that runs already
     EXECUTABLE = "executable"  # a compiled program, which a child has yet to become
@@ -75,7 +75,7 @@ def read_groups() -> dict[Profile, list[CallGroup]]:
 
 
 def policy(machine: str, profile: Profile = Profile.PROGRAM) -> dict[int, Action]:
-    """Return system call number to action on `machine`, as `platform.machine()` names it.
+    """Return the action for each system call number on `machine` (as `platform.machine()`).
 
     Raises ValueError if there is no table for the machine.
     """

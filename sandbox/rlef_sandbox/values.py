@@ -1,11 +1,11 @@
-"""Python values across the process border, for function-call problems.
+"""Python values passed between processes, for function-call problems.
 
 Arguments travel to the child by `encode` and `decode`. The returned value travels back by `encode`
-and is compared by `matches`, the only one of the three that meets untrusted bytes. It walks the
-parsed wire form beside the expected value, so an object with an `__eq__` of the program's own never
-exists where the expected value is known. No untrusted value is put into a set or a dict, where
-chosen hash collisions would take quadratic time. A wire form that is much longer or deeper than the
-expected value is refused before it is parsed.
+and is compared by `matches`, the only one of the three that reads untrusted bytes. It walks the
+parsed wire form alongside the expected value, so an object with an `__eq__` of the program's own
+never exists where the expected value is known. No untrusted value is put into a set or a dict,
+where chosen hash collisions would take quadratic time. A wire form that is much longer or deeper
+than the expected value is refused before it is parsed.
 
 JSON carries None, booleans, numbers, strings and lists. Other values are one-key objects:
 {"int": hex}, {"tuple": [...]}, {"set": [...]}, {"dict": [[key, value], ...]}, {"bytes": hex}.

@@ -35,7 +35,7 @@ LIMITS_WITHIN = {
     "processes": (1, 1 << 16),
 }
 
-PARSED_CHARACTERS = 16 << 10  # of a stranger's code; some milliseconds
+PARSED_CHARACTERS = 16 << 10  # of untrusted code; takes some milliseconds
 LAZY = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _compiling = threading.Lock()  # the filters of warnings belong to the whole process
 
@@ -45,9 +45,9 @@ class Limits:
     """Bounds of one run.
 
     `cpu_s` decides TIME_LIMIT. `wall_s` is a backstop against programs that wait instead of working
-    (IDLE_LIMIT). By default it is 5 * cpu_s + 2, so that a machine overloaded four times gives no
+    (IDLE_LIMIT). By default it is 5 * cpu_s + 2, so that five busy processes per core cause no
     false verdict. `memory_bytes` bounds resident memory, `output_bytes` each of stdout and stderr,
-    `processes` the program's threads, if this machine gives user namespaces.
+    `processes` the program's threads, if this machine has user namespaces.
     """
 
     cpu_s: float = 10.0
@@ -132,8 +132,8 @@ class CheckTest:
     The code runs confined, in a process of its own. Arguments and results of its calls cross by
     value, as plain data, and an exception of a call is raised in it as the built-in type. Raises
     ValueError for code that does not compile, and for an async or generator `check`, since a call
-    runs none of it. Code of strangers is not `compiled`, since that may take hours: only its syntax
-    is checked, if it is short, and a run reports the rest as a SANDBOX_ERROR.
+    runs none of it. Untrusted code must not be `compiled` here, since that may take hours: then
+    only its syntax is checked, if it is short, and a run reports other faults as a SANDBOX_ERROR.
     """
 
     __test__ = False
@@ -160,7 +160,7 @@ def _refuse_broken(what: str, source: str, path: str, compiled: bool) -> None:
             return
         with _compiling, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # from bytes, as in the sandbox: an encoding that the source declares holds
+            # from bytes, as in the sandbox, so that an encoding declared in the source applies
             code = compile(as_bytes(source), "<check>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         reason = str(error) or "nested too deep"
@@ -181,8 +181,8 @@ AnyTest = Test | CallTest | CheckTest
 class CheckerProgram:
     """A checker of the problem's own, for problems with many right outputs: Python that defines
     `check(stdin, expected, actual)`, which takes three `bytes` and returns True or False, or a C++
-    program in the style of testlib. That is given the paths of the input, the output and the
-    expected output, and exits with 0 to accept, or 3 if it is broken.
+    program in the style of testlib, which gets the paths of the input, the output and the expected
+    output, and exits with 0 to accept, or 3 if it is broken.
 
     It runs confined, with `limits`. If it raises, exceeds them or returns anything else, the output
     is a WRONG_ANSWER, provided that it accepts the expected output. Otherwise it is broken: a

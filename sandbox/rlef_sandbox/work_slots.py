@@ -1,4 +1,4 @@
-"""Which programs may run now: a bounded number that work, and a larger one that also sleep."""
+"""Decides which programs may run: a bounded number that work, and more of them if some sleep."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WorkSlots:
             raise RuntimeError("the sandbox is closed")
 
     def release(self, working: int, opened: int) -> None:
-        """Give back, with the lock held, and let those begin that now may."""
+        """Give back what is named, with the lock held, and start those that may run now."""
         self.working += working
         self._open += opened
         while self.working > 0:
@@ -65,7 +65,7 @@ class WorkSlots:
             first[0].set()
 
     def close(self) -> None:
-        """End the waiting of all threads with an error."""
+        """Make `acquire` raise an error in all threads that wait."""
         with self.lock:
             self._closed = True
             for turn, _ in self._waiting:
@@ -80,7 +80,7 @@ class WorkSlot:
         self._asleep = False
 
     def sleep(self) -> None:
-        """Let another program start: this one waits instead of working."""
+        """Let another program start, because this one waits instead of working."""
         with self._slots.lock:
             if not self._asleep:
                 self._asleep = True

@@ -1,4 +1,4 @@
-"""Every attack of the suite, tried with all layers that this machine gives."""
+"""Every attack of the suite, tried with all layers of this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def attack(request: pytest.FixtureRequest) -> Attack:
 
 def test_an_attack_gets_nowhere(sandbox: Sandbox, attack: Attack) -> None:
     if not is_stopped(attack, layers_reported(sandbox.isolation)):
-        pytest.skip(f"this machine gives none of {', '.join(attack.stopped_by)}")
+        pytest.skip(f"this machine has none of {', '.join(attack.stopped_by)}")
     end = attempt(sandbox, attack)
     assert end["held"], end
     (after,) = sandbox.grade("print(input())", [Test(b"alive", b"alive")])

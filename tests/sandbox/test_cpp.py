@@ -321,7 +321,7 @@ def test_landlock_alone_confines_the_compiler(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(worker, "COMMAND", [*worker.COMMAND[:-1], bootstrap])
     with Sandbox(workers=1) as sandbox:
         if not any(layer.startswith("landlock") for layer in sandbox.isolation["files"]):
-            pytest.skip("this machine gives no Landlock")
+            pytest.skip("this machine has no Landlock")
         assert sandbox.run(HEADER + "int main() {}", language="cpp").status is Status.OK
         for name in ("password_file_included", "password_file_embedded"):
             result = sandbox.run(COMPILATIONS[name], language="cpp")

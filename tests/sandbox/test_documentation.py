@@ -18,7 +18,7 @@ def test_the_page_of_system_calls_is_the_policy() -> None:
     assert (ROOT / "sandbox/SYSCALLS.md").read_text() == syscall_page.page(), remedy
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="an example in C++ takes g++")
+@pytest.mark.skipif(not shutil.which("g++"), reason="an example in C++ needs g++")
 def test_the_example_runs_as_it_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,7 @@ def test_one_file_layer_is_enough(machine_without, lacking: str, layer: str) -> 
     machine_without(lacking)
     with Sandbox(workers=1) as sandbox:
         if not any(name.startswith(layer) for name in sandbox.isolation["files"]):
-            pytest.skip(f"this machine gives no {layer}")
+            pytest.skip(f"this machine has no {layer}")
         for attack in ("open('/etc/passwd')", "import os; os.listdir('/etc')", "open('/x', 'w')"):
             assert sandbox.run(attack).status is Status.RUNTIME_ERROR
         assert sandbox.grade("print(input())", [Test(b"1", b"1")])[0].status is Status.OK

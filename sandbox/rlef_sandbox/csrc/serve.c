@@ -129,7 +129,7 @@ static double cpu_s_of(const struct child *child)
     return now_s((clockid_t)((~(unsigned)child->pid << 3) | 2));
 }
 
-/* Pauses or resumes a child, as the controller's message says. A pause does not count as wall time. */
+/* Pauses or resumes a child, as the controller's message says. Paused time is not wall time. */
 static void obey(struct child *child, uint8_t word)
 {
     double now = now_s(CLOCK_MONOTONIC);

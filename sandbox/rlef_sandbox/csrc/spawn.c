@@ -51,7 +51,7 @@ static int die_with_parent(pid_t parent)
     return 0;
 }
 
-/* A user namespace of its own, in which RLIMIT_NPROC counts this run's threads alone; entering it
+/* Enters a new user namespace, in which RLIMIT_NPROC counts this run's threads alone; entering it
  * gives capabilities over it, which are dropped at once. */
 static int enter_user_namespace(void)
 {
@@ -81,7 +81,8 @@ static int set_limits(const struct plan *plan)
     return plan->threads ? limit(RLIMIT_NPROC, plan->threads, plan->threads) : 0;
 }
 
-/* The zygote keeps the numbers below MAX_FILES occupied, so that no file lies where another goes. */
+/* The zygote keeps the numbers below MAX_FILES occupied, so that no dup3 here replaces a file that
+ * has yet to be placed. */
 static int place_files(const struct plan *plan)
 {
     for (int target = 0; target < plan->file_count; target++)
@@ -110,7 +111,7 @@ static int become_program(const struct plan *plan)
     struct sigaction standard = {.sa_handler = SIG_DFL};
     sigset_t none;
     sigemptyset(&none);
-    /* The interpreter ignores these two; a program starts without. */
+    /* The interpreter ignores these two; a program starts with the defaults. */
     if (sigaction(SIGPIPE, &standard, NULL) != 0 || sigaction(SIGXFSZ, &standard, NULL) != 0 ||
         sigprocmask(SIG_SETMASK, &none, NULL) != 0)
         return -1;
@@ -130,7 +131,7 @@ static void confine(const struct plan *plan, pid_t parent)
         fail(plan, STEP_NAMESPACE);
     if (die_with_parent(parent) != 0) /* after a change of credentials, which would undo it */
         fail(plan, STEP_PARENT);
-    setsid(); /* its threads share one process's part of the machine, where the kernel groups so */
+    setsid(); /* one scheduling group (autogroup), however many threads */
     if (set_limits(plan) != 0)
         fail(plan, STEP_LIMITS);
     if (place_files(plan) != 0)
@@ -154,8 +155,8 @@ static int run_executable(void *argument)
     return 1;
 }
 
-/* A child that shares this process's memory until it becomes the program; all signals wait, so
- * that no handler runs in it. */
+/* Starts a child that shares this process's memory until it becomes the program. All signals are
+ * blocked meanwhile, so that no handler runs in it. */
 static pid_t spawn_executable(const struct plan *plan)
 {
     char *stack = mmap(NULL, BORROWED_STACK_BYTES, PROT_READ | PROT_WRITE,

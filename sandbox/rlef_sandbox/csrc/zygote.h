@@ -24,7 +24,7 @@ struct plan {
     uint64_t file_bytes;
     uint64_t open_files;
     uint64_t threads;         /* 0: not bounded */
-    uint64_t stack_bytes;     /* 0: as it is */
+    uint64_t stack_bytes;     /* 0: not changed */
     int32_t files[MAX_FILES]; /* become 0, 1, ... */
     int32_t file_count;
     int32_t executable; /* the file among `files` to become, or -1: return in the child */
