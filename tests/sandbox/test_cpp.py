@@ -343,7 +343,7 @@ def test_where_there_is_no_compiler_the_language_is_refused_by_name(
     monkeypatch.setattr(Cpp, "compiler", staticmethod(lambda: None))
     with Sandbox(workers=1) as sandbox:
         assert sandbox.languages == ("python",)
-        with pytest.raises(ValueError, match=r"takes g\+\+"):
+        with pytest.raises(ValueError, match=r"needs g\+\+"):
             sandbox.run("int main() {}", language="cpp")
 
 
