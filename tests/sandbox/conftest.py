@@ -1,4 +1,4 @@
-"""One sandbox a test module, and the way attacks are tried in it."""
+"""One sandbox per test module, and a fixture that tries attacks in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def attempt(sandbox: Sandbox) -> Iterator[Callable[[str], Result]]:
-    """Run an attack, which prints ESCAPED where it succeeds. The sandbox must grade on after it."""
+    """Return a function that runs an attack, which prints ESCAPED if it succeeds. The sandbox must
+    still grade afterwards."""
 
     def run(source: str) -> Result:
         result = sandbox.run(source, b"input\n", ATTACK_LIMITS)

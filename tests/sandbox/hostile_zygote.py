@@ -1,8 +1,8 @@
-"""What a zygote that has gone mad may do: a program in place of ours, for `test_fuzz_protocol.py`.
+"""A zygote that sends any bytes: a program in place of ours, for `test_fuzz_protocol.py`.
 
-Run as the zygote's command, it greets as one should, then answers every request with the bytes
-that the request's program consists of: so a test says by `Sandbox.run(answer)` what it is to send.
-An answer that begins with DIE is its death; with SILENT, nothing is sent.
+Started as the zygote, it sends a valid greeting, then answers every request with the bytes of the
+request's program: a test calls `Sandbox.run(answer)` to say what it must send. If the answer begins
+with DIE, it exits; if with SILENT, it sends nothing.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ while True:
 
 
 def command(greeting: bytes = GREETING.encode()) -> str:
-    """The Python text to start in place of a zygote's."""
+    """Return the Python text to start in place of a zygote's."""
     return SCRIPT.replace("GREETING_BYTES", repr(greeting))

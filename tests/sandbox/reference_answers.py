@@ -1,8 +1,8 @@
-"""Answers of solutions that are trusted, computed in a process of its own without a sandbox.
+"""Computes the answers of trusted solutions, in a process of its own without a sandbox.
 
-`python reference_answers.py` reads one JSON object a line, {"source", "entry_point", "inputs"}, and
-prints one list a line: for each input the wire form of what the function returned, or null
-where it raised, or returned what is no plain data, or very much of it. It is the trusted half of
+`python reference_answers.py` reads one JSON object per line, {"source", "entry_point", "inputs"},
+and prints one list per line: for each input the wire form of what the function returned, or null if
+it raised, or returned something that is not plain data or is too large. It is the trusted half of
 `test_reference_solutions.py`; nothing untrusted runs here.
 """
 

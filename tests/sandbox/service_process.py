@@ -47,7 +47,7 @@ class Reply(NamedTuple):
 
 
 class ServerProcess:
-    """`python -m rlef_sandbox serve`; a context manager that kills it in the end."""
+    """`python -m rlef_sandbox serve`; a context manager that kills it at the end."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class ServerProcess:
     def ask(
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
     ) -> Reply:
-        """One request on a connection of its own; a dict travels as JSON, all else as it is."""
+        """Send a request on a new connection: a dict as JSON, anything else unchanged."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         content = json.dumps(body).encode() if isinstance(body, dict) else body
         authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -107,7 +107,7 @@ class ServerProcess:
         return self.ask("POST", "/v1/grade", body, headers)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample by its name and labels."""
+        """Return every sample by its name and labels."""
         lines = self.ask("GET", "/metrics").body.decode().splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name.removeprefix("rlef_sandbox_"): float(value) for name, _, value in pairs}

@@ -1,13 +1,13 @@
-"""Many runs under faults: every request answered once and rightly, and nothing left behind.
+"""Many runs with faults: each request is answered once and correctly, and nothing is left behind.
 
     PYTHONPATH=.:sandbox python -m tests.sandbox.soak --runs 50000 --json soak.json
 
 Threads ask one Sandbox for runs whose verdicts are known, each with a token of its own that the
-answer must hold, while faults come in: a random process of the sandbox is killed, the controller
-has no descriptors left, or no address space, or the disk for scratch is full. What may come of that
-is a right answer, a SANDBOX_ERROR or an OSError or MemoryError, after which the request is made
-again. At the end, with the faults over, the process must hold what it held at the start.
-Prints a summary; the exit status is 1 if anything was wrong.
+output must contain, while faults are injected: a random process of the sandbox is killed, the
+controller runs out of descriptors or address space, or the scratch disk is full. A request may then
+get the right answer, or a SANDBOX_ERROR, OSError or MemoryError, after which it is repeated. At the
+end, when the faults are over, the process must hold no more than at the start. Prints a summary;
+the exit status is 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from typing import Any
 from rlef_sandbox import Sandbox
 from tests.sandbox.soak_requests import CPP_KINDS, KINDS, FaultError
 
-PR_SET_CHILD_SUBREAPER = 36  # so that what the sandbox orphans becomes ours, and is seen
+PR_SET_CHILD_SUBREAPER = 36  # so that processes which the sandbox orphans become our children
 TRIES = 50  # of one request
 RSS_GROWTH_BYTES = 48 << 20  # allowed: arenas that the allocator keeps
-FIRST_FAULT_S = 0.2  # of each kind, also of a soak that is soon over
+FIRST_FAULT_S = 0.2  # of each kind, so that a short soak has every kind
 FAULTS_S = {"kill": 0.4, "descriptors": 3.0, "memory": 5.0, "disk": 4.0}  # mean time between
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """The processes below `pid` and their states."""
+    """Return the descendants of `pid` and their states."""
     found: dict[int, str] = {}
     parents: dict[int, tuple[int, str]] = {}
     for entry in os.listdir("/proc"):
@@ -65,7 +65,7 @@ def rss_bytes(pid: int) -> int:
 
 
 def holdings(scratch: str) -> dict[str, int]:
-    """What this process and the system hold that a run could leave behind."""
+    """Count what this process and the system hold that a run could leave behind."""
     below = descendants(os.getpid())
     return {
         "descriptors": len(os.listdir("/proc/self/fd")) - 1,
@@ -98,7 +98,7 @@ class Soak:
         self.over = threading.Event()
 
     def work(self) -> None:
-        """Make requests until there are enough. In a thread."""
+        """Make requests, in a thread, until there are enough."""
         while True:
             with self.lock:
                 if self.asked == self.count:
@@ -106,7 +106,7 @@ class Soak:
                 number, self.asked = self.asked, self.asked + 1
                 weights = [weight for weight, _ in self.kinds.values()]
                 (kind,) = self.random.choices([*self.kinds], weights)
-                if number < 2 * len(self.kinds):  # every kind, so that all there is has started
+                if number < 2 * len(self.kinds):  # every kind, so that every process has started
                     kind = [*self.kinds][number % len(self.kinds)]
             self.request(number, kind)
 
@@ -130,7 +130,7 @@ class Soak:
             self.wrong.append(f"{kind} {number}: no answer in {TRIES} tries")
 
     def disturb(self, kind: str) -> None:
-        """Bring in one kind of fault until all is over, the first one soon. In a thread."""
+        """Inject one kind of fault, in a thread, until the soak is over; the first one soon."""
         wait_s = FIRST_FAULT_S
         while not self.over.wait(wait_s):
             wait_s = self.random.expovariate(1 / FAULTS_S[kind])
@@ -185,7 +185,7 @@ def lowered(kind: int, bound: int) -> Iterator[None]:
 
 
 def settled(scratch: str, wanted: dict[str, int], within_s: float = 20.0) -> dict[str, int]:
-    """What is held once it has come down to what is wanted, or when the time is over."""
+    """Wait until no more is held than `wanted`, or the time is over. Returns what is held."""
     deadline = time.monotonic() + within_s
     held = holdings(scratch)
     while leaks(wanted, held) and time.monotonic() < deadline:
@@ -196,7 +196,7 @@ def settled(scratch: str, wanted: dict[str, int], within_s: float = 20.0) -> dic
 
 
 def _reap_orphans() -> None:
-    """What lost its parent came to us, as it would to process 1, which reaps."""
+    """Reap processes that lost their parent, which is what process 1 would do."""
     for pid, state in descendants(os.getpid()).items():
         if state == "Z" and pid not in {child.pid for child in subprocess._active}:  # type: ignore[attr-defined]
             with contextlib.suppress(ChildProcessError):
@@ -204,7 +204,7 @@ def _reap_orphans() -> None:
 
 
 def leaks(before: dict[str, int], after: dict[str, int], kept: int = 0) -> list[str]:
-    """What grew. `kept` descriptors may be of executables that are kept for the next time."""
+    """Return what grew. `kept` descriptors may be those of cached executables."""
     allowed = {"descriptors": kept, "controller_rss_bytes": RSS_GROWTH_BYTES}
     allowed["largest_process_rss_bytes"] = RSS_GROWTH_BYTES
     return [
@@ -215,7 +215,7 @@ def leaks(before: dict[str, int], after: dict[str, int], kept: int = 0) -> list[
 
 
 def soak(count: int, workers: int, threads: int, seed: int, faults: list[str]) -> dict[str, Any]:
-    """Run it all; the summary. `leaks` and `wrong` are empty if all was well."""
+    """Run the soak. Returns the summary, in which `leaks` and `wrong` are empty if all was well."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     scratch = tempfile.mkdtemp(prefix="rlef-soak-")
     small_disk = _mount_small_disk(scratch)
@@ -260,7 +260,7 @@ def soak(count: int, workers: int, threads: int, seed: int, faults: list[str]) -
 
 
 def _mount_small_disk(path: str) -> bool:
-    """A disk of 64 MB in a mount namespace of our own, if that may be."""
+    """Mount a disk of 64 MB in our own mount namespace. Returns whether that is allowed."""
     libc = ctypes.CDLL(None)
     if os.getuid() != 0 or libc.unshare(0x00020000) != 0:
         return False

@@ -1,4 +1,4 @@
-"""The system call policy as a page: python -m tests.sandbox.syscall_page > sandbox/SYSCALLS.md"""
+"""Print the system call policy: python -m tests.sandbox.syscall_page > sandbox/SYSCALLS.md"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ HEADINGS = {
     Profile.PROGRAM: """\
 # System calls
 
-What a program may ask of the kernel, and why. This page is written from
+What a program may ask of the kernel, and why. This page is generated from
 `rlef_sandbox/syscalls.txt`, from which the filter is assembled. A call that is not listed gets
 ENOSYS, as on an older kernel. On x86-64 the x32 numbers and the 32-bit entry end the run. Numbers
 are x86-64/aarch64; a test compares them with libseccomp's.

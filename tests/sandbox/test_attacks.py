@@ -27,7 +27,7 @@ def attack(request: pytest.FixtureRequest) -> Attack:
     return ATTACKS[request.param]
 
 
-def test_an_attack_gets_nowhere(sandbox: Sandbox, attack: Attack) -> None:
+def test_an_attack_is_stopped(sandbox: Sandbox, attack: Attack) -> None:
     if not is_stopped(attack, layers_reported(sandbox.isolation)):
         pytest.skip(f"this machine has none of {', '.join(attack.stopped_by)}")
     end = attempt(sandbox, attack)
@@ -45,7 +45,7 @@ def test_no_hack_passes_one_of_several_tests(sandbox: Sandbox, attack: Attack) -
 
 
 @pytest.mark.parametrize("name", BEATS_A_NAIVE_GRADER)
-def test_a_hack_is_one_since_a_naive_grader_falls_for_it(name: str) -> None:
+def test_a_hack_fools_a_naive_grader(name: str) -> None:
     kind = "function" if name in {attack.name for attack in FUNCTIONS} else "program"
     (source,) = [attack.source for attack in HACKS if attack.name == name]
     command = [sys.executable, naive_grader.__file__, kind]

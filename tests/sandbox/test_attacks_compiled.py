@@ -1,6 +1,6 @@
 """The same attacks in C++, with no interpreter in the way, and those that only a compiler allows.
 
-One program holds them all, so that it is compiled once; a line of input says which it is to try.
+One program contains them all, so that it is compiled once; its input says which one to try.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def cpp_sandbox() -> Iterator[Sandbox]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="calls x86-64 system-call numbers")
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_compiled_attack_gets_nowhere(cpp_sandbox: Sandbox, name: str) -> None:
+def test_a_compiled_attack_is_stopped(cpp_sandbox: Sandbox, name: str) -> None:
     number = [*ATTACKS].index(name)
     result = cpp_sandbox.run(SOURCE, str(number), LIMITS, "cpp")
     assert b"ESCAPED" not in result.stdout, result
@@ -215,7 +215,7 @@ def test_a_compiled_attack_gets_nowhere(cpp_sandbox: Sandbox, name: str) -> None
 
 @pytest.fixture(scope="module")
 def unconfined(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The attacks, compiled for a run without a sandbox."""
+    """Compile the attacks for runs without a sandbox."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("this machine compiles no C++")
@@ -246,7 +246,7 @@ def test_a_compiled_attack_succeeds_without_a_sandbox(unconfined: Path, name: st
 
 
 @pytest.mark.parametrize("source", COMPILATIONS.values(), ids=COMPILATIONS)
-def test_a_compilation_reads_nothing_and_fails_as_the_programs_own(
+def test_a_compilation_reads_nothing_and_its_failure_is_the_programs(
     cpp_sandbox: Sandbox, source: str
 ) -> None:
     result = cpp_sandbox.run(source, language="cpp")

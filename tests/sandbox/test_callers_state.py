@@ -84,7 +84,7 @@ STATES = {
 
 
 def found_in(state: str, languages: dict[str, str], report: str) -> list[list[str]]:
-    """Return the ends of the programs in a sandbox of a process that is in this state."""
+    """Return how the programs end in a sandbox of a process that is in this state."""
     process = subprocess.run(
         [sys.executable, "-c", CALLER, report],
         input=json.dumps([languages, state]),
@@ -98,7 +98,7 @@ def found_in(state: str, languages: dict[str, str], report: str) -> list[list[st
 
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], list[list[str]]]:
-    """The programs of this machine's languages, and their ends where nothing is unusual."""
+    """Return a program for each of this machine's languages, and how they end in a usual state."""
     with Sandbox(workers=1) as sandbox:
         languages = {"python": PYTHON, "cpp": CPP}
         languages = {

@@ -1,4 +1,4 @@
-"""Tests that are code, and checkers that are programs: each confined, apart from what it judges."""
+"""Tests that are code, and checkers that are programs: each confined in a process of its own."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_code_that_does_not_compile_is_refused_when_made(code: str) -> None:
         "class Case:\n    async def check(self, f): assert f(1)",
     ],
 )
-def test_a_check_that_a_call_does_not_run_is_refused_when_made(code: str) -> None:
+def test_an_async_or_generator_check_is_refused_when_made(code: str) -> None:
     with pytest.raises(ValueError, match="check is async or a generator"):
         CheckTest("f", code, "Case.check" if "Case" in code else "check")
     CheckTest("f", f"{code}\ndef check(f): pass\nclass Case:\n    def check(self, f): pass")
@@ -279,7 +279,7 @@ def test_a_broken_checker_is_no_verdict(sandbox: Sandbox, source: str) -> None:
 
 
 def test_a_checker_cannot_be_reached_from_the_output(sandbox: Sandbox) -> None:
-    """What a program prints comes to its checker as bytes, whatever they look like."""
+    """What a program prints reaches its checker as bytes, whatever they look like."""
     for output in (r"\xff\xfe", "true", "__import__('os')._exit(0)", "1\\n" * 1000):
         source = f"import sys; sys.stdout.buffer.write(b'''{output}''')"
         (result,) = sandbox.grade(source, [Test("", "1 2")], checker=ANY_ORDER)
@@ -294,7 +294,7 @@ def test_a_checker_is_confined(sandbox: Sandbox) -> None:
 
 
 def test_the_answer_is_not_in_the_programs_process(sandbox: Sandbox) -> None:
-    """A search of the whole heap of the process that the calls are served from."""
+    """The program searches the whole heap of its process, which serves the calls."""
     source = (
         "import gc, re, hashlib\n"
         "def f(n):\n"

@@ -71,7 +71,7 @@ ENDS = {
         "int main() { vector<char> v; for (;;) v.resize(v.size() + (1 << 20), 1); }",
         Status.MEMORY_LIMIT,
     ),
-    "recurses_for_ever": (
+    "recurses_endlessly": (
         "int f(int x) { volatile char b[1000]; b[0] = x; return f(x + 1) + b[0]; }\n"
         "int main() { return f(0); }",
         Status.MEMORY_LIMIT,
@@ -100,11 +100,13 @@ def cpp() -> Iterator[Sandbox]:
 
 
 @pytest.mark.parametrize(("source", "status"), ENDS.values(), ids=ENDS)
-def test_an_end_has_the_name_it_has_in_python(cpp: Sandbox, source: str, status: Status) -> None:
+def test_each_way_to_end_has_the_same_status_as_in_python(
+    cpp: Sandbox, source: str, status: Status
+) -> None:
     assert cpp.run(HEADER + source, b"1 2", LIMITS, language="cpp").status is status
 
 
-def test_the_reaction_to_an_attack_at_compile_time_leaves_a_compiler_that_works(
+def test_the_compiler_works_after_an_attack_at_compile_time(
     cpp: Sandbox,
 ) -> None:
     for source in ("int main() {", 'asm(".incbin \\"/dev/zero\\""); int main() {}'):
@@ -125,7 +127,7 @@ def test_a_source_that_takes_the_compiler_too_long_is_the_programs_failure(
 
 @pytest.mark.parametrize("ending", [Ending.WALL_LIMIT, Ending.ITSELF])
 def test_only_a_compiler_that_we_did_not_end_was_killed_by_the_machine(ending: Ending) -> None:
-    """At its limit of time we kill it, and that is the program's failure."""
+    """At its time limit we kill it, and that is the program's failure."""
     outcome = Outcome(Phase.COMPILING, ending, signal.SIGKILL, 1.0, 60.0, 1 << 20)
     if ending is Ending.WALL_LIMIT:
         result = compile_error(outcome, b"", b"", starved=True)
@@ -137,7 +139,7 @@ def test_only_a_compiler_that_we_did_not_end_was_killed_by_the_machine(ending: E
 
 @pytest.mark.parametrize("victim", ["g++", "cc1plus"])
 def test_a_compiler_killed_by_the_machine_is_no_compile_error(victim: str) -> None:
-    """It is tried again; here the second try ends as the source deserves."""
+    """It is tried again, and here the second try succeeds."""
     slow = HEADER + "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\n"
     slow += "constexpr long x = f(27); int main() { cout << x; }"
     with Sandbox(workers=1) as sandbox, ThreadPoolExecutor(1) as pool:
@@ -173,7 +175,7 @@ def test_an_executable_that_the_kernel_refuses_is_the_programs_failure(cpp: Sand
 
 
 def test_the_compiler_sees_no_packages_of_others(cpp: Sandbox) -> None:
-    """Those of the system's Pythons, where tests of data sets may lie."""
+    """Packages of the system's Pythons may contain the tests of data sets."""
     places = ("/usr/lib/python3*", "/usr/local/lib/python3*")
     found = [
         file
@@ -226,7 +228,7 @@ def test_tests_are_graded_by_any_checker(cpp: Sandbox) -> None:
     assert [r.status for r in results] == [Status.OK] * 3
 
 
-def test_a_compile_error_is_every_tests(cpp: Sandbox) -> None:
+def test_a_compile_error_is_the_result_of_every_test(cpp: Sandbox) -> None:
     results = cpp.grade("int", [Test("", "")] * 3, language="cpp", stop_at_first_failure=False)
     assert [r.status for r in results] == [Status.COMPILE_ERROR] * 3
     assert b"error" in results[0].stderr
@@ -270,7 +272,7 @@ def test_the_program_sees_a_world_of_its_own(cpp: Sandbox) -> None:
     ]
 
 
-def test_what_a_program_does_to_its_input_is_its_own(cpp: Sandbox) -> None:
+def test_a_program_that_overwrites_its_input_changes_no_other_test(cpp: Sandbox) -> None:
     source = HEADER + (
         'int main() { string s; cin >> s; cout << s; ftruncate(0, 0); write(0, "spoilt", 6); }'
     )
@@ -287,7 +289,7 @@ def running_solutions() -> list[Path]:
 
 
 def test_a_compiled_program_cannot_be_dumped(cpp: Sandbox) -> None:
-    """An exec made it dumpable: /proc/PID/environ belongs to root where a process is not."""
+    """An exec may make a process dumpable; if it does not, /proc/PID/environ belongs to root."""
     with ThreadPoolExecutor(1) as pool:
         source = "#include <unistd.h>\nint main() { sleep(2); }"
         pool.submit(cpp.run, source, limits=Limits(cpu_s=3), language="cpp")

@@ -1,4 +1,4 @@
-"""The checkers on generated pairs of outputs, beside their rules written once more and naively."""
+"""The checkers on generated pairs of outputs, compared with naive versions of their rules."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ outputs = st.lists(st.tuples(words, gaps), max_size=6).map(
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """Two outputs, often almost the same."""
+    """Draw two outputs, often almost the same."""
     expected = draw(outputs)
     if draw(st.booleans()):
         return expected, draw(outputs)
@@ -58,7 +58,7 @@ def pairs(draw: st.DrawFn) -> tuple[bytes, bytes]:
 
 
 def split(text: bytes) -> list[bytes]:
-    """At the six ASCII characters of whitespace, a byte at a time."""
+    """Split at the six ASCII whitespace characters, one byte at a time."""
     found: list[bytes] = []
     word = b""
     for byte in text:
@@ -71,7 +71,7 @@ def split(text: bytes) -> list[bytes]:
 
 
 def is_number(token: bytes) -> bool:
-    """[sign] digits with at most one point among them [e [sign] digits]."""
+    """Return whether this is [sign] digits with at most one point among them [e [sign] digits]."""
     mantissa, has_exponent, exponent = token.lower().partition(b"e")
     if has_exponent and not (exponent[exponent[:1] in (b"+", b"-") :]).isdigit():
         return False
@@ -85,7 +85,8 @@ def is_decimal(token: bytes) -> bool:
 
 
 def near(expected: bytes, actual: bytes, tolerance: Decimal) -> bool:
-    """Within the tolerance, absolute or relative, in exact arithmetic; finite as doubles are."""
+    """Return whether two numbers, finite as doubles, are within the tolerance, absolute or
+    relative, in exact arithmetic."""
     if any(abs(float(token)) == float("inf") for token in (expected, actual)):
         return False
     wanted, got = Decimal(expected.decode()), Decimal(actual.decode())
@@ -153,10 +154,10 @@ def test_any_bytes_are_judged(expected: bytes, actual: bytes) -> None:
 
 @given(pairs())
 @settings(max_examples=100, deadline=None)
-def test_what_tokens_accepts_of_the_same_form_codecontests_and_lines_accept(
+def test_equal_outputs_pass_and_two_rules_are_symmetric(
     pair: tuple[bytes, bytes],
 ) -> None:
-    """Equal texts pass everywhere, and two rules do not know which side is the expected one."""
+    """Equal outputs pass, and two of the rules treat both sides alike."""
     expected, actual = pair
     for name in ("codecontests", "unordered_lines"):
         assert CHECKERS[name](expected, actual) is CHECKERS[name](actual, expected)

@@ -1,7 +1,7 @@
-"""The wire between controller and zygote: round trips, and a zygote that sends anything at all.
+"""Messages between controller and zygote: round trips, and a zygote that sends arbitrary bytes.
 
-A zygote is trusted, but a broken one must be a fault: never a verdict that its bytes do not spell
-out, never an exception other than the documented ones, never a passed test.
+A zygote is trusted, but a broken one must be a fault: never a verdict that its bytes do not encode,
+never an exception other than the documented ones, never a passed test.
 """
 
 from __future__ import annotations
@@ -67,22 +67,22 @@ def test_bytes_that_are_no_outcome_are_a_value_error(message: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def mad_sandbox() -> Iterator[Sandbox]:
+def hostile_sandbox() -> Iterator[Sandbox]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "COMMAND", [*worker.COMMAND[:-1], hostile_zygote.command()])
         with Sandbox(workers=1) as sandbox:
             yield sandbox
 
 
-def test_an_answer_that_makes_sense_is_believed(mad_sandbox: Sandbox) -> None:
-    """So the others fail by what is sent, not because nothing arrives."""
+def test_an_answer_that_makes_sense_is_believed(hostile_sandbox: Sandbox) -> None:
+    """So the other tests fail because of what is sent, not because nothing arrives."""
     ended = Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.01, 0.02, 1 << 20)
-    result = mad_sandbox.run(ended.pack(), limits=Limits(cpu_s=0.1, wall_s=0.1))
+    result = hostile_sandbox.run(ended.pack(), limits=Limits(cpu_s=0.1, wall_s=0.1))
     assert (result.status, result.cpu_s) == (Status.OK, 0.01)
 
 
 def says_nothing(message: bytes) -> bool:
-    """Whether these bytes are no outcome, nor the notice of a sleep before one."""
+    """Return whether these bytes are neither an outcome nor the notice of a sleep."""
     try:
         Outcome.unpack(message)
     except ValueError:
@@ -92,37 +92,37 @@ def says_nothing(message: bytes) -> bool:
 
 @given(message=st.binary(min_size=1, max_size=60).filter(says_nothing))
 @FUZZ
-def test_a_zygote_that_makes_no_sense_is_a_fault(mad_sandbox: Sandbox, message: bytes) -> None:
-    result = mad_sandbox.run(message, limits=Limits(cpu_s=0.1, wall_s=0.1))
+def test_a_zygote_that_makes_no_sense_is_a_fault(hostile_sandbox: Sandbox, message: bytes) -> None:
+    result = hostile_sandbox.run(message, limits=Limits(cpu_s=0.1, wall_s=0.1))
     assert result.status is Status.SANDBOX_ERROR
 
 
 @given(outcome=outcomes, tail=st.binary(max_size=9))
 @FUZZ
 def test_no_outcome_passes_a_test_by_itself(
-    mad_sandbox: Sandbox, outcome: Outcome, tail: bytes
+    hostile_sandbox: Sandbox, outcome: Outcome, tail: bytes
 ) -> None:
-    """It wrote nothing, so nothing can match, whatever the zygote says of its end."""
+    """The program wrote nothing, so nothing can match, whatever outcome the zygote sends."""
     message = outcome.pack() + tail
     tests = [Test(b"", b"1"), CallTest("f", (), 1), Test(b"", b"x")]
     limits = Limits(cpu_s=0.1, wall_s=0.1)
-    for result in mad_sandbox.grade(message, tests, limits, stop_at_first_failure=False):
+    for result in hostile_sandbox.grade(message, tests, limits, stop_at_first_failure=False):
         assert result.status is not Status.OK
 
 
 @given(numbers=st.tuples(*[st.integers(0, 255)] * 2, st.floats(), st.floats()))
 @FUZZ
-def test_numbers_that_are_none_are_reported_as_no_verdict_or_a_failure(
-    mad_sandbox: Sandbox, numbers: tuple[int, int, float, float]
+def test_an_outcome_with_unknown_numbers_never_passes(
+    hostile_sandbox: Sandbox, numbers: tuple[int, int, float, float]
 ) -> None:
     phase, ending, cpu_s, wall_s = numbers
     message = struct.pack(OUTCOME.format, phase, ending, 0, cpu_s, wall_s, 0)
-    (result,) = mad_sandbox.grade(message, [Test(b"", b"1")], Limits(cpu_s=0.1, wall_s=0.1))
+    (result,) = hostile_sandbox.grade(message, [Test(b"", b"1")], Limits(cpu_s=0.1, wall_s=0.1))
     assert result.status is not Status.OK
 
 
-def test_a_zygote_that_dies_at_every_request_is_a_fault(mad_sandbox: Sandbox) -> None:
-    assert mad_sandbox.run("DIE").status is Status.SANDBOX_ERROR
+def test_a_zygote_that_dies_at_every_request_is_a_fault(hostile_sandbox: Sandbox) -> None:
+    assert hostile_sandbox.run("DIE").status is Status.SANDBOX_ERROR
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Values across the border: generated ones, and wire forms that no encoder of ours wrote."""
+"""Values passed between processes: generated ones, and wire forms that our encoder never writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ floats = st.floats() | st.sampled_from([0.0, -0.0, 1.0, 1e308, math.inf])
 integers = st.integers() | st.integers(-2, 2) | st.integers(2**62, 2**65)
 texts = st.text(st.characters(exclude_categories=())) | st.sampled_from(["", "true", "\ud800"])
 atoms = st.none() | st.booleans() | integers | floats | texts | st.binary(max_size=8)
-# NaN is no use as a key or a member: Python itself tells two of them apart.
+# No NaN as a key or a member: in Python two NaNs are two different keys.
 key_atoms = atoms.filter(lambda value: not (isinstance(value, float) and math.isnan(value)))
 keys = st.recursive(
     key_atoms,
@@ -60,7 +60,7 @@ wires = st.recursive(
 
 
 def same(expected: object, actual: object) -> bool:
-    """The documented rule, on two Python values."""
+    """Return whether the documented rule accepts one Python value for another."""
     if expected is None or actual is None:
         return expected is actual
     if isinstance(expected, float) and isinstance(actual, int | float):
@@ -94,7 +94,8 @@ def all_same(expected, actual) -> bool:  # type: ignore[no-untyped-def]
 
 
 def exactly(key: object) -> str:
-    """A text that two keys share where Python calls them equal, or both are NaN, within too."""
+    """Return a text that is the same for two keys if Python calls them equal, or both are NaN, also
+    inside tuples and frozensets."""
     if isinstance(key, frozenset):
         return f"frozenset({sorted(map(exactly, key))})"
     if isinstance(key, tuple):
@@ -134,10 +135,10 @@ def test_two_values_match_where_the_rule_says_so(expected: object, actual: objec
 
 @given(plain, st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_value_beside_the_expected_one_is_judged_by_the_rule(
+def test_a_value_close_to_the_expected_one_is_judged_by_the_rule(
     expected: object, data: st.DataObject
 ) -> None:
-    """Almost the same: one leaf is another, a number is nudged, a list is a tuple."""
+    """One leaf is another, a number is slightly different, or a list is a tuple."""
     actual = mutated(expected, data)
     assert values.matches(expected, values.encode(actual)) is same(expected, actual)
 
@@ -176,7 +177,7 @@ def test_a_malformed_wire_form_is_a_value_error(wire: bytes) -> None:
 
 @given(wires, st.integers(0, 200), st.binary(max_size=3))
 @settings(max_examples=100, deadline=None)
-def test_a_wire_form_cut_and_mended_is_judged(wire: object, place: int, patch: bytes) -> None:
+def test_a_wire_form_with_bytes_replaced_is_judged(wire: object, place: int, patch: bytes) -> None:
     text = json.dumps(wire).encode()
     place %= len(text)
     assert values.matches([1], text[:place] + patch + text[place + 1 :]) in (True, False)
@@ -226,7 +227,7 @@ def test_a_long_answer_to_a_short_question_costs_no_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
-def test_deep_nesting_crashes_nobody_whose_recursion_limit_is_high() -> None:
+def test_deep_nesting_crashes_no_process_with_a_high_recursion_limit() -> None:
     """In a process of its own, which the parser of the standard library would crash."""
     script = (
         "import sys; sys.setrecursionlimit(10**6)\n"

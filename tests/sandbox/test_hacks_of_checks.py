@@ -1,7 +1,7 @@
-"""Passing, or escaping the verdict of, a test that is itself code: CheckTest and CheckerProgram.
+"""Attempts to pass a test that is itself code (CheckTest, CheckerProgram), or to evade its verdict.
 
-The code of a CheckTest runs in a process of its own and calls the program across a socket, so here
-the program may send what it likes, to code that was not written with that in mind.
+The code of a CheckTest runs in a process of its own and calls the program across a socket, so the
+program may send anything, to code that does not expect it.
 """
 
 from __future__ import annotations

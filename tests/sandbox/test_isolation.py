@@ -1,4 +1,4 @@
-"""Layers taken away, one by one: what still holds, and when a sandbox refuses to start."""
+"""Layers removed one by one: what still holds, and when a sandbox refuses to start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_SECCOMP = "rlef_sandbox.zygote.filter_for_this_machine = lambda profile: None
 
 @pytest.fixture
 def machine_without(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Make zygotes find a machine that lacks what the given lines take away."""
+    """Return a function that makes zygotes find a machine without what the given lines remove."""
 
     def lacking(lines: str) -> None:
         modules = "import rlef_sandbox.zygote, rlef_sandbox.private_root\n"
@@ -34,7 +34,7 @@ def machine_without(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         pytest.param(
             NO_NAMESPACES + NO_LANDLOCK,
             "empty_root",
-            marks=pytest.mark.skipif(os.getuid() != 0, reason="chroot takes root"),
+            marks=pytest.mark.skipif(os.getuid() != 0, reason="chroot needs root"),
         ),
     ],
     ids=["all", "no_namespaces", "no_landlock", "neither"],
@@ -78,7 +78,7 @@ def test_a_zygote_that_comes_back_below_the_floor_runs_nothing(machine_without) 
                 sandbox.run(socket_made)
 
 
-def test_root_is_left_for_good(sandbox: Sandbox) -> None:
+def test_a_program_never_runs_as_root(sandbox: Sandbox) -> None:
     result = sandbox.run("import os; print(os.getuid(), os.getgid(), os.geteuid())")
     assert sandbox.isolation["unprivileged_user"]
     assert b"0" not in result.stdout.split()

@@ -38,7 +38,8 @@ time.sleep(60)
 
 
 def left_by(pid: int, scratch: Path) -> set[str]:
-    """Scratch folders and cgroups of the controller `pid`, whose temporary folder is `scratch`."""
+    """Return the scratch folders and cgroups of the controller `pid`, whose temporary folder is
+    `scratch`."""
     own = cgroups.own_group()
     groups = list(own.glob(f"{cgroups.PREFIX}{pid}-*")) if own is not None else []
     return {str(path) for path in [*groups, *scratch.iterdir()]}
@@ -109,7 +110,7 @@ def test_a_group_whose_owner_was_killed_with_its_reaper_is_removed_by_the_next(
         assert not orphan.exists()
 
 
-def test_a_machine_without_cgroups_is_no_less_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sandbox_works_without_cgroups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "own_group", lambda: None)
     with Sandbox(workers=1) as sandbox:
         assert sandbox.isolation["cgroup"] == []

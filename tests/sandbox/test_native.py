@@ -1,4 +1,4 @@
-"""Where what is built in C is kept: a folder of our own, or none."""
+"""Where the built C library is kept: in a folder that is ours alone, or nowhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C co
 
 @pytest.fixture
 def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]:
-    """The user's cache and the temporary folder, both new."""
+    """Return the user's cache and the temporary folder, both new."""
     cache, temporary = tmp_path / "cache", tmp_path / "tmp"
     cache.mkdir(mode=0o700)
     temporary.mkdir()
@@ -53,7 +53,9 @@ def test_a_user_without_a_home_builds_among_the_temporary_files(
     assert built is not None and built.is_relative_to(places[1])
 
 
-def test_without_any_place_it_runs_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_folder_the_supervisor_is_the_one_in_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(native, "cache_folder", lambda: None)
     with Sandbox(workers=1) as sandbox:
         assert sandbox.isolation["launcher"] == "python"
@@ -61,7 +63,7 @@ def test_without_any_place_it_runs_in_python(monkeypatch: pytest.MonkeyPatch) ->
         assert sandbox.run("print(1)").stdout == b"1\n"
 
 
-def test_a_library_that_cannot_be_loaded_is_done_without(
+def test_a_library_that_cannot_be_loaded_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = tmp_path / "zygote.so"

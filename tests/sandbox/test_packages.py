@@ -1,4 +1,4 @@
-"""Packages that a sandbox names become importable, and nothing beside them readable."""
+"""Packages that a sandbox names become importable, and nothing else becomes readable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.sandbox.conftest import ATTACK_LIMITS, ESCAPED
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on `sys.path` that any user may enter."""
+    """Yield a folder on `sys.path` that any user may enter."""
     folder = Path(tempfile.mkdtemp()) / "site-packages"
     folder.mkdir()
     folder.parent.chmod(0o755)
@@ -89,7 +89,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("lacking", ["", NO_NAMESPACES, NO_LANDLOCK], ids=["all", "no_ns", "no_ll"])
 @pytest.mark.parametrize("in_library", [False, True])
-def test_the_wider_view_lets_nothing_else_be_read_or_written(
+def test_named_packages_let_nothing_else_be_read_or_written(
     installed: Path, monkeypatch: pytest.MonkeyPatch, lacking: str, in_library: bool
 ) -> None:
     modules = "import rlef_sandbox.zygote, rlef_sandbox.private_root, rlef_sandbox.confinement\n"

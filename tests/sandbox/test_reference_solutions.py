@@ -1,6 +1,6 @@
-"""Solutions known to be right pass: the sandbox's world and its comparisons fail nobody.
+"""Solutions known to be right pass: neither the sandbox nor its comparisons fail them.
 
-A part of the inputs by default; all of them, which takes minutes, with RLEF_ALL_REFERENCES=1.
+The tests run a part of the inputs, or with RLEF_ALL_REFERENCES=1 all of them, which takes minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 EVERYTHING = os.environ.get("RLEF_ALL_REFERENCES") == "1"
 PLUS_INPUTS = 10**6 if EVERYTHING else 4  # of a problem, beside its few base inputs
 OTHER_TESTS = 10**6 if EVERYTHING else 2  # of a CodeContests problem, beside the public ones
-AT_ONCE = 8 if EVERYTHING else 64  # problems whose answers, which may be long, are kept at a time
+AT_ONCE = 8 if EVERYTHING else 64  # problems whose answers are in memory at a time
 LIMITS = Limits(cpu_s=20.0)
 
 # Checks that call functions of the program's own file, which the checking side does not have: they
@@ -69,7 +69,7 @@ def function_problems(name: str) -> Iterator[Problem]:
 
 
 def answered(problems: list[Problem]) -> Iterator[tuple[Problem, list[CallTest]]]:
-    """The problems with their tests: those inputs that the solution has an answer for."""
+    """Yield each problem with tests of the inputs for which its solution has an answer."""
     asked = "".join(
         json.dumps({"source": p.source, "entry_point": p.entry_point, "inputs": p.inputs}) + "\n"
         for p in problems
@@ -95,7 +95,7 @@ def answered(problems: list[Problem]) -> Iterator[tuple[Problem, list[CallTest]]
 
 
 def shown(value: object) -> str:
-    """By its wire form, since `repr` refuses the longest integers."""
+    """Return the wire form, since `repr` refuses the longest integers."""
     return values.encode(value)[:200].decode()
 
 
@@ -151,7 +151,7 @@ def test_right_solutions_pass_their_tests(wide_sandbox: Sandbox) -> None:
     rows = [row for row in map(json.loads, lines) if row["solution_passes_all_tests"]]
 
     def grade(row: dict[str, Any]) -> tuple[list[str], bool]:
-        """What fails by the published rule, and whether the default accepts all as well."""
+        """Return what fails by the published rule, and whether the default rule accepts all."""
         public, other = row["public_tests"], row["other_tests"]
         pairs = [
             *zip(public["input"], public["output"], strict=True),

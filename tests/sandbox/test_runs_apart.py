@@ -19,7 +19,7 @@ Attempt = Callable[[str], Result]
 
 SECRET = "5190264837"
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
-# Sixty threads that spin in machine code, without the interpreter's lock.
+# Sixty threads that spin in machine code, without the GIL.
 SPINNERS = """\
 import ctypes, mmap, threading
 m = mmap.mmap(-1, 4096, prot=7)
@@ -28,7 +28,8 @@ spin = ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(m)))
 threading.stack_size(65536)
 for _ in range(60): threading.Thread(target=spin).start()
 """
-# Looks for the secret of another run in its own memory and descriptors, and names whom it finds.
+# Looks for the secret of another run in its own memory, for foreign descriptors and for other
+# processes, and prints what it finds.
 SPY = f"""\
 {SCAN}
 import hashlib, re, time
@@ -65,7 +66,7 @@ print(hasattr(builtins, 'left'), hasattr(sys, 'left'), 'LEFT' in os.environ,
 
 @pytest.fixture
 def crowd(sandbox: Sandbox) -> Callable[[list[str], Limits], list[Result]]:
-    """Runs programs at once: with one worker, in one zygote, for those that sleep at first."""
+    """Return a function that runs programs at the same time, in one zygote if they sleep first."""
 
     def run(sources: list[str], limits: Limits) -> list[Result]:
         with ThreadPoolExecutor(len(sources)) as pool:
@@ -117,7 +118,7 @@ def test_the_threads_of_one_run_are_not_counted_against_another(
 
 @pytest.mark.timing
 def test_a_program_of_many_threads_starves_no_other() -> None:
-    """A false IDLE_LIMIT would be the starved one's, which works as fast as it may."""
+    """The starved program works as fast as it can, so an IDLE_LIMIT would be false."""
     if Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() != "1":
         pytest.skip("this kernel shares the machine among threads, not among programs")
     honest = "import time\nwhile time.process_time() < 0.7: pass\nprint(1)"
@@ -167,7 +168,7 @@ def test_a_sleeper_holds_a_worker_no_longer_than_its_wall_clock_limit(sandbox: S
     assert time.monotonic() - started < 10
 
 
-def test_the_sandbox_fault_cannot_be_claimed(attempt: Attempt) -> None:
+def test_a_program_cannot_claim_a_sandbox_fault(attempt: Attempt) -> None:
     result = attempt("import os, sys\nprint('child set-up: failed', file=sys.stderr)\nos._exit(1)")
     assert result.status is Status.RUNTIME_ERROR
 
@@ -188,7 +189,7 @@ def test_the_pipes_of_one_run_leave_those_of_another_whole(sandbox: Sandbox) -> 
 
 
 def test_memory_beyond_the_machine_is_the_programs_own_failure(sandbox: Sandbox) -> None:
-    """A page of its own mapping that cannot be had is SIGBUS or MemoryError, not a lost machine."""
+    """A page of its mapping that does not exist is a SIGBUS, not a fault of the machine."""
     source = (
         "import mmap, os; os.ftruncate(1, 8192); m = mmap.mmap(1, 8192); os.ftruncate(1, 0)\n"
         "m[5000] = 1"

@@ -1,4 +1,4 @@
-"""The client against real servers that are full, slow, refusing, draining, killed and started anew:
+"""The client against real servers that are full, slow, refusing, draining, killed and restarted:
 every call is answered exactly once, as the embedded sandbox would answer it."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def server() -> Iterator[ServerProcess]:
 
 
 def within(*urls: str, work, token: str | None = TOKEN, **options: Any) -> Any:
-    """What `work`, a coroutine function of a client, returns."""
+    """Return what `work`, a coroutine function of a client, returns."""
 
     async def use() -> Any:
         async with SandboxClient(urls, token, **options) as client:
@@ -51,13 +51,13 @@ def within(*urls: str, work, token: str | None = TOKEN, **options: Any) -> Any:
 
 
 def results_of(*servers: ServerProcess) -> float:
-    """How many programs these servers have run."""
+    """Return how many programs these servers have run."""
     samples = (sample for server in servers for sample in server.metrics().items())
     return sum(value for name, value in samples if name.startswith("results_total"))
 
 
 def judged(result: Result) -> Result:
-    """Without what differs between two runs of one program."""
+    """Remove from a result what differs between two runs of one program."""
     return dataclasses.replace(result, cpu_s=0, wall_s=0, max_rss_bytes=0)
 
 
@@ -318,7 +318,7 @@ def test_a_fault_of_the_sandbox_is_never_a_verdict():
 @pytest.mark.parametrize(
     "url", ["node7:8765", "ftp://node7", "http://", "http://node7/v1", "http://a b"]
 )
-def test_an_address_that_is_none_is_refused(url):
+def test_a_malformed_address_is_refused(url):
     with pytest.raises(ValueError, match="write it like http://node7:8765"):
         SandboxClient([url])
 

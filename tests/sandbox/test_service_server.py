@@ -31,7 +31,7 @@ from tests.sandbox.service_process import (
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """With a token, one worker, and one place to wait."""
+    """Start a server with a token, one worker and a queue of one."""
     options = (*ONE_JOB, "--queue", "1", "--max-body-mib", "1")
     with ServerProcess(*options, token=TOKEN) as process:
         yield process
@@ -40,12 +40,12 @@ def server() -> Iterator[ServerProcess]:
 def until(condition, within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.02)
 
 
 def refused_start(*options: str, token: str | None = None) -> str:
-    """What `serve` says where it will not start."""
+    """Return what `serve` prints when it refuses to start."""
     environment = {**os.environ, "PYTHONPATH": SANDBOX_PATH}
     environment.pop("RLEF_SANDBOX_TOKEN", None)
     if token is not None:
@@ -56,7 +56,7 @@ def refused_start(*options: str, token: str | None = None) -> str:
     return done.stderr
 
 
-def test_every_endpoint_wants_the_token(server):
+def test_every_endpoint_needs_the_token(server):
     for method, path in (
         ("POST", "/v1/run"),
         ("POST", "/v1/grade"),
@@ -326,7 +326,7 @@ def test_bodies_are_held_within_a_bound():
 
 
 def test_a_body_counts_as_it_arrives():
-    """Not as it is announced; whoever announces more than has room now is told to come again."""
+    """An announced body does not count, but one that would not fit now is refused with a 429."""
     with ServerProcess(*ONE_JOB, "--max-held-mib", "1", "--max-body-mib", "1") as server:
         silent = [connect(server, "/v1/run", 1 << 20) for _ in range(9)]
         silent += [connect(server, "/v1/grade", 1 << 20) for _ in range(9)]
@@ -427,7 +427,7 @@ def test_a_server_without_a_token_answers_to_loopback_names_alone():
         assert server.ask("GET", "/health", headers={"Host": "node7"}).status == 200
 
 
-def test_a_server_that_others_reach_wants_a_token():
+def test_a_server_that_others_reach_needs_a_token():
     for host in ("0.0.0.0", "::", "192.0.2.1", "node7"):
         assert "give a token" in refused_start("--host", host)
     assert "16 to 4096" in refused_start("--host", "0.0.0.0", token="short")
@@ -449,7 +449,7 @@ def test_the_token_file_is_for_its_owner_alone(tmp_path: Path):
         assert server.ask("GET", "/health").status == 200
 
 
-def test_a_start_that_cannot_be_is_one_message(server):
+def test_a_start_that_fails_prints_one_message(server):
     for options, words in (
         (("--port", "99999"), "--port is 99999; it must be within 0 and 65535"),
         (("--workers", "0"), "--workers is 0"),

@@ -1,4 +1,4 @@
-"""What travels carries every byte and value exactly, and whatever else arrives is refused."""
+"""Messages carry every byte and value exactly, and whatever else arrives is refused."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ JSON_VALUES = st.recursive(
 
 
 def typed(value: object) -> object:
-    """Tells 1 from 1.0 and True, which == does not; members of sets and dicts in any order."""
+    """Return a form that distinguishes 1 from 1.0 and True, as == does not, and in which members of
+    sets and dicts are sorted."""
     if isinstance(value, dict):
         return "dict", sorted(repr((typed(key), typed(item))) for key, item in value.items())
     if isinstance(value, set | frozenset):
@@ -121,7 +122,7 @@ def test_results_arrive_as_they_were_sent(results):
 
 
 def test_a_body_is_what_a_person_would_write():
-    """So that the examples in the docs are the format, not a second one."""
+    """The client writes what the examples in the docs show."""
     request = wire.GradeRequest("print('é')".encode(), [CallTest("f", ([1, 2],), (3, b"\xff"))])
     written = json.loads(wire.encode_request(wire.GRADE, request))
     assert written["source"] == "print('é')"
@@ -156,7 +157,7 @@ def test_any_bytes_are_a_request_or_refused(body):
 
 
 def replaced(tree: object, place: int, by: object) -> tuple[object, int]:
-    """The tree with its node number `place`, counted from the root, replaced."""
+    """Return the tree with its node number `place`, counted from the root, replaced."""
     if place == 0:
         return by, -1
     place -= 1
@@ -174,7 +175,7 @@ def replaced(tree: object, place: int, by: object) -> tuple[object, int]:
 @settings(max_examples=200)
 @given(REQUESTS, st.integers(0, 40), JSON_VALUES)
 def test_a_request_with_a_part_replaced_is_a_request_or_refused(request, place, by):
-    """Whatever is let in can be sent on: a hostile value is refused before it reaches a test."""
+    """Whatever is accepted can be encoded again: a hostile value never reaches a test."""
     tree = json.loads(wire.encode_request(wire.GRADE, request))
     body = json.dumps(replaced(tree, place, by)[0]).encode()
     try:

@@ -1,4 +1,4 @@
-"""A short soak: faults come in by the dozen, and every request is answered once and rightly.
+"""A short soak: with dozens of faults, every request is answered once and correctly.
 
 The long one is `python -m tests.sandbox.soak`, with 50,000 runs.
 """
@@ -30,6 +30,6 @@ def test_faults_cost_no_answer_and_leave_nothing_behind(tmp_path: Path, faults: 
     summary = json.loads(told.read_text())
     assert summary["answered_exactly_once"]
     assert not summary["wrong"] and not summary["asked_again_in_calm"]
-    # On a busy machine one soak in fifty kept a single zombie to its end; whose, is not known yet.
+    # On a busy machine one soak in fifty kept a single zombie to its end, of unknown origin.
     assert not set(summary["leaks"]) - {"zombies: 0 before, 1 after"}
     assert sum(summary["faults"].values()) > 0

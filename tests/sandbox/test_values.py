@@ -1,4 +1,4 @@
-"""Function-call problems: values that cross the border and how they compare."""
+"""Function-call problems: how values are encoded and how they compare."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Number(enum.IntEnum):
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_a_value_survives_the_border_and_matches_itself(value: object) -> None:
+def test_a_value_survives_encoding_and_matches_itself(value: object) -> None:
     assert values.decode(values.encode(value)) == value
     assert values.matches(value, values.encode(value))
 

@@ -91,7 +91,7 @@ def test_the_layers_are_those_of_the_supervisor_in_c(
         "output.sparse_output",
     ],
 )
-def test_an_attack_on_what_the_supervisor_does_gets_nowhere(
+def test_an_attack_on_what_the_supervisor_does_is_stopped(
     python_sandbox: Sandbox, name: str
 ) -> None:
     end = attempt(python_sandbox, ATTACKS[name])

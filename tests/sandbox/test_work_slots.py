@@ -41,7 +41,7 @@ def test_a_sleeper_among_the_tests_of_a_program_holds_up_nobody(sandbox: Sandbox
         assert [result.status for result in slow.result()] == [Status.OK] * 2
 
 
-def test_who_has_slept_is_at_work_again_in_its_next_test() -> None:
+def test_a_program_that_wakes_counts_as_working_again() -> None:
     slots = WorkSlots(1, 4)
     with slots.take() as slept:
         slept.sleep()
@@ -58,7 +58,7 @@ def test_who_has_slept_is_at_work_again_in_its_next_test() -> None:
 
 
 def test_programs_that_wake_take_turns_and_their_wait_is_not_charged(sandbox: Sandbox) -> None:
-    """Twelve that slept together would share the cores beyond their wall clock limits."""
+    """If all twelve woke together, each would exceed its wall clock limit on the shared cores."""
     source = "import time; time.sleep(0.3)\nwhile time.process_time() < 0.4: pass\nprint(1)"
     limits = Limits(cpu_s=1.0, wall_s=1.2)
     with ThreadPoolExecutor(12) as pool:

@@ -113,7 +113,7 @@ class SandboxClient:
         limits: Limits | None = None,
         language: str = "python",
     ) -> Result:
-        """Like `Sandbox.run`. Raises ServiceError if no server answers before the deadline."""
+        """Do `Sandbox.run` on a server. Raises ServiceError if none answers within the deadline."""
         request = wire.RunRequest(as_bytes(source), as_bytes(stdin), limits, language)
         (result,) = await self._ask("/v1/run", wire.RUN, request)
         return result
@@ -128,7 +128,7 @@ class SandboxClient:
         language: str = "python",
         run_at_least: int = 0,
     ) -> list[Result]:
-        """Like `Sandbox.grade`. Raises ServiceError if no server answers before the deadline."""
+        """Do `Sandbox.grade` on a server. Raises ServiceError if none answers in time."""
         request = wire.GradeRequest(
             as_bytes(source),
             tests,

@@ -1,4 +1,4 @@
-"""The endpoints of the grading service: HTTP requests to work of the queue, and back.
+"""The endpoints of the grading service: they turn HTTP requests into work for the queue.
 
 An answer to /v1/run or /v1/grade reports what the program did. A failure of the sandbox is a 503,
 which the client retries elsewhere, or a SANDBOX_ERROR result; never a verdict. Every refusal is
@@ -65,7 +65,7 @@ class ServerSettings:
 
 @dataclass
 class Body:
-    """The content of a request as it arrives, and what needs it even when the client has left."""
+    """The content of a request as it arrives, and the work that uses it even without a client."""
 
     content: bytearray
     user: asyncio.Future[Any] | None = None
@@ -146,8 +146,8 @@ class GradingService:
     def authorise(self, request: web.Request) -> None:
         """Raise GradingRefusedError unless the request has the token, compared in constant time.
 
-        Without a token, a loopback address keeps out all but this machine and the pages in its
-        browsers. A page reaches it by a name of its own that leads here, which is then the Host.
+        Without a token, the loopback address keeps out all but this machine's programs and the web
+        pages in its browsers. A page reaches it only under another host name, given in `Host`.
         """
         if self.settings.token is None:
             if request.path == "/metrics" or names_loopback(request.headers.get("Host", "")):
@@ -198,8 +198,8 @@ class GradingService:
         self._held_bytes -= size_bytes
 
     async def read(self, request: web.Request, content: bytearray) -> bytes:
-        """Append what arrives to `content`, and return a digest of path and content. What has
-        arrived counts as held, not what a client only announces.
+        """Append what arrives to `content`, and return a digest of path and content. Bytes count
+        as held once they have arrived, not when a client announces them.
         """
         announced_bytes = request.content_length or 0
         self.refuse_large(announced_bytes, self._held_bytes + announced_bytes)
@@ -220,7 +220,7 @@ class GradingService:
         return digest.digest()
 
     def refuse_large(self, body_bytes: int, held_bytes: int) -> None:
-        """Refuse a body beyond its own bound, or beside others beyond that of all bodies."""
+        """Refuse a body that exceeds the bound of one, or with the others the bound of all."""
         if body_bytes > self.settings.max_body_bytes:
             raise web.HTTPRequestEntityTooLarge(self.settings.max_body_bytes, body_bytes)
         if held_bytes > self.settings.max_held_bytes and held_bytes > body_bytes:
@@ -268,14 +268,14 @@ class GradingService:
         loop = asyncio.get_running_loop()
         parsing = loop.run_in_executor(self._parser, wire.decode_request, record, body.content)
         body.user = parsing
-        return await asyncio.shield(parsing)  # it keeps the body until it has really ended
+        return await asyncio.shield(parsing)  # the thread needs the body until it has ended
 
     def full(self, retry_after_s: int, reason: str) -> GradingRefusedError:
-        reason = f"{reason}; come again in {retry_after_s} s"
+        reason = f"{reason}; retry in {retry_after_s} s"
         return GradingRefusedError(429, reason, **{"Retry-After": str(retry_after_s)})
 
     def shut_down(self) -> None:
-        """End the threads, once no request is open."""
+        """Stop the threads, once no request is open."""
         self.queue.shut_down()
         self._parser.shutdown(wait=False)
 
@@ -300,7 +300,7 @@ class GradingService:
 
 
 def answer_to(sandbox: Sandbox, asked: wire.RunRequest | wire.GradeRequest) -> GradingAnswer:
-    """Do what was asked, in a thread of the pool."""
+    """Run or grade what was asked, in a thread of the pool."""
     if isinstance(asked, wire.RunRequest):
         results = [sandbox.run(**vars(asked))]
     else:

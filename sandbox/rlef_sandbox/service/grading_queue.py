@@ -1,4 +1,4 @@
-"""What waits for the sandbox, what runs in it, and the answers that are kept.
+"""The work that waits for the sandbox or runs in it, and the answers that are kept.
 
 Theory of operation. Everything here runs in the event loop's thread, except `work`, which blocks
 and runs in a pool of threads. The pool has more threads than the sandbox has workers, so a program

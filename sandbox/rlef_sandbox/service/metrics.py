@@ -77,7 +77,7 @@ class GradingMetrics:
             ("results_total", self.results, "Programs run on a test, by verdict."),
             ("faults_total", self.faults, "Failures of the sandbox, never verdicts."),
             ("joined_total", self.joined, "Requests answered with work of an earlier one."),
-            ("cancelled_total", self.cancelled, "Requests given up by their client while queued."),
+            ("cancelled_total", self.cancelled, "Requests abandoned by their client in the queue."),
             ("request_seconds", self.latency_s, "From a request's arrival to its answer."),
             ("wait_seconds", self.wait_s, "From a request's arrival to its start in the sandbox."),
         ):

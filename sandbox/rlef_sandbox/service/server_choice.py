@@ -1,4 +1,4 @@
-"""Which server gets the next request: among those that are up, the one with the fewest open.
+"""Chooses the server of each request: among those that are up, the one with the fewest open ones.
 
 Theory of operation. A request takes a server for one try, and gives it back when the try is over. A
 server that failed is out: no request takes it, and a task asks for its health, less and less often,
@@ -57,7 +57,7 @@ class GradingServers:
                 await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
-                    self._wake_one()  # it was woken, so another must be
+                    self._wake_one()  # another, since this one was woken in vain
                 raise
         server.open_requests += 1
         return server
@@ -67,8 +67,8 @@ class GradingServers:
         self._wake_one()
 
     def rest(self, server: GradingServer, seconds: float, reason: str) -> None:
-        """Send nothing to a busy server for as long as it asked for, and a random part more, so
-        that clients do not return at once.
+        """Send nothing to a busy server for as long as it asked for, plus a random part, so that
+        clients do not return all at once.
         """
         loop = asyncio.get_running_loop()
         seconds *= random.uniform(1.0, 1.25)

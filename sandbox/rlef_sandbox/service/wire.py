@@ -3,7 +3,7 @@
 Everything is a `Record`: a frozen dataclass, and how each of its fields is encoded and decoded. A
 new kind of test or checker is a line in TESTS or CHECKERS. Arguments and expected values of
 function calls have the form of `values.py`. Bytes are a JSON string if they are UTF-8, otherwise
-{"base64": "..."}: programs are readable in a request, and no byte is lost. Decoding meets untrusted
+{"base64": "..."}: programs are readable in a request, and no byte is lost. Decoding reads untrusted
 bytes: it returns a value, or raises WireError, which names the field.
 """
 
@@ -37,7 +37,7 @@ class WireError(ValueError):
 
 
 class Field(NamedTuple):
-    """How one field is encoded to JSON, and decoded from JSON and its path, for error messages."""
+    """How one field is encoded, and decoded, given its JSON and its path for error messages."""
 
     encode: Callable[[Any], object]
     decode: Callable[[object, str], Any]
@@ -95,7 +95,7 @@ def typed(kind: type) -> Field:
 
 
 def optional(field: Field) -> Field:
-    """Return the field, or null for None."""
+    """Return a field that may also be None, which is null in JSON."""
     return Field(
         lambda value: None if value is None else field.encode(value),
         lambda wire, path: None if wire is None else field.decode(wire, path),
@@ -103,7 +103,7 @@ def optional(field: Field) -> Field:
 
 
 def number(kind: type[int] | type[float], most: float, least: float = 0) -> Field:
-    """Return a finite number within bounds; an integer if `kind` is int."""
+    """Return a field for a finite number within bounds; an integer if `kind` is int."""
 
     def decode(wire: object, path: str) -> float:
         found = of_type(wire, int if isinstance(wire, int) else kind, path)
@@ -116,14 +116,14 @@ def number(kind: type[int] | type[float], most: float, least: float = 0) -> Fiel
 
 
 def any_of(kinds: Mapping[str, Record]) -> Field:
-    """Return a record of one of these kinds, which it names; the first kind may go unnamed."""
+    """Return a field for records of several kinds. Each names its kind, the first kind need not."""
     by_type = {record.type: kind for kind, record in kinds.items()}
 
     def encode(item: object) -> object:
         kind = by_type.get(type(item))
         if kind is None:
             known = ", ".join(record.type.__name__ for record in kinds.values())
-            raise ValueError(f"a {type(item).__name__} cannot travel; known: {known}")
+            raise ValueError(f"a {type(item).__name__} cannot be sent; known: {known}")
         return {"kind": kind, **kinds[kind].encode(item)}
 
     def decode(wire: object, path: str) -> Any:
@@ -159,11 +159,11 @@ def bytes_from_wire(wire: object, path: str) -> bytes:
 
 
 def value_to_wire(value: object) -> object:
-    """Raise ValueError if the value is not plain data."""
+    """Return the JSON form of a value. Raises ValueError if it is not plain data."""
     try:
         return json.loads(values.encode(value))
     except TypeError as error:
-        raise ValueError(f"a test cannot travel: {error}") from None
+        raise ValueError(f"a test cannot be sent: {error}") from None
 
 
 def value_from_wire(wire: object, path: str) -> Any:

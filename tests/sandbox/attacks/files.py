@@ -1,4 +1,4 @@
-"""Reading what is not the program's, and writing anything at all."""
+"""Attacks that read what is not the program's, or write anything at all."""
 
 from __future__ import annotations
 

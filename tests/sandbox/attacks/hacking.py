@@ -1,7 +1,8 @@
 """Programs that try to pass a test without solving it.
 
 The answers are numbers and values that no honest program of this kind prints by chance.
-`naive_grader.py`, which compares in the process that runs the program, falls for those in BEATS.
+`naive_grader.py`, which compares in the process that runs the program, is fooled by those in
+BEATS_A_NAIVE_GRADER.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ FAILED = (Status.WRONG_ANSWER, Status.RUNTIME_ERROR, Status.MEMORY_LIMIT, Status
 FAILED = (*FAILED, Status.SECURITY_VIOLATION, Status.TIME_LIMIT)
 
 
-# Where the answer may lie in a file that somebody left about, and where the program has it: what
-# stops these is a layer, not that the answer is nowhere.
+# Here the answer may be in some file of the machine, or the program has it, so a layer must stop
+# these.
 OTHERWISE_STOPPED = {
-    "files_around": (*FILES, KERNEL),
+    "files_on_the_disk": (*FILES, KERNEL),
     "right_output_then_a_forbidden_call": ("seccomp",),
 }
 
@@ -37,7 +38,7 @@ def hacks(test: Test | CallTest, sources: dict[str, str]) -> tuple[Attack, ...]:
     )
 
 
-# Prints every ten-digit number that it finds, as long as its digest is right.
+# Prints the ten-digit number with the right digest, if it finds it.
 FIND = f"""\
 import hashlib, re
 def find(text):
@@ -46,8 +47,8 @@ def find(text):
             print(number); raise SystemExit
 """
 
-# All memory near an object, near the top of the heap and near the stack, where it can be read; what
-# cannot is an error of write(), not a crash.
+# Yields all readable memory near an object, near the top of the heap and near the stack; an
+# unreadable page is an error of write(), not a crash.
 SCAN = """\
 import ctypes, os
 c = ctypes.CDLL(None); c.sbrk.restype = ctypes.c_void_p; r, w = os.pipe()
@@ -106,7 +107,7 @@ PROGRAMS = hacks(
         "arguments_and_environment": (
             FIND + "import os, sys; find(repr((sys.argv, sys.orig_argv, os.environ, sys.flags)))"
         ),
-        "files_around": (
+        "files_on_the_disk": (
             FIND + "import os\n"
             "for d, _, names in os.walk('/'):\n"
             "    if d.count('/') > 3 or d.startswith(('/proc', '/sys')): continue\n"
@@ -180,7 +181,7 @@ PROGRAMS = hacks(
         "zero_bytes_around": "print('\\0' '7351' '980246' '\\0')",
         "wide_digits": "print(''.join(chr(ord(d) + 0xfee0) for d in '7351' '980246'))",
         "invisible_characters": "print('73519\\u200b80246')",
-        "a_space_that_is_none": "print('735198\\u00a00246')",
+        "no_break_space": "print('735198\\u00a00246')",
         "underscores": "print('7_351_980_246')",
         "leading_zeros": "print('0000007351' '980246')",
         "as_a_float": "print('7351' '980246.0')",
@@ -191,8 +192,8 @@ PROGRAMS = hacks(
         "endless_number": "print('7351' '980246' * 5000)",
         "backspaces": "print('x\\b7351' '980246')",
         "terminal_colours": "print('\\x1b[0m7351' '980246')",
-        "a_mark_of_byte_order": "import os; os.write(1, b'\\xef\\xbb\\xbf7351' b'980246')",
-        "in_two_bytes_each": "import os; os.write(1, ('7351' '980246').encode('utf-16'))",
+        "byte_order_mark": "import os; os.write(1, b'\\xef\\xbb\\xbf7351' b'980246')",
+        "in_utf_16": "import os; os.write(1, ('7351' '980246').encode('utf-16'))",
     },
 )
 
@@ -242,7 +243,7 @@ FUNCTIONS = hacks(
         "a_range_of_all": "def solve(n): return range(10**10)",
         "a_set_of_many": "def solve(n): return set(range(10**4))",
         "a_coroutine": "async def solve(n): return 7351 * 10**6 + 980246",
-        "a_function_of_the_answer": "def solve(n): return lambda: 7351 * 10**6 + 980246",
+        "a_function_that_returns_the_answer": "def solve(n): return lambda: 7351 * 10**6 + 980246",
         "a_type": "def solve(n): return int",
         "as_text": "def solve(n): return '7351' '980246'",
         "as_bytes": "def solve(n): return b'7351' b'980246'",
@@ -258,7 +259,7 @@ FUNCTIONS = hacks(
             "def solve(n):\n"
             "    os.pwrite(3, b'1 7351' b'980246\\n7351' b'980246', 0); os._exit(0)"
         ),
-        "a_result_of_a_kind_unknown": (
+        "a_result_of_unknown_kind": (
             "import os\ndef solve(n):\n    os.pwrite(3, b'{\"any\":[]}\\n', 0); os._exit(0)"
         ),
         "a_result_with_two_keys": (
@@ -327,7 +328,7 @@ FUNCTIONS = hacks(
 
 HACKS = PROGRAMS + FUNCTIONS
 
-# What a grader that runs and compares in one process falls for.
+# The hacks that fool a grader which runs and compares in one process.
 BEATS_A_NAIVE_GRADER = (
     "heap",
     "frames",

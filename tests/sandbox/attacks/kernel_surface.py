@@ -1,7 +1,7 @@
 """System calls that no honest program makes, and the arguments of those that it does.
 
-A native call counts as an escape as soon as the kernel's own code answers it: where the filter
-kills, by the program living on; where it refuses, by any answer but EPERM, EACCES and ENOSYS.
+A call counts as an escape if the kernel's own code answers it: where the filter should kill, if the
+program survives; where it should refuse, if the answer is not EPERM, EACCES or ENOSYS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ buffer = ctypes.create_string_buffer(256)
 
 
 def killed(calls: dict[str, str], safe: bool = True) -> tuple[Attack, ...]:
-    """Calls for which the filter ends the program."""
+    """Return attacks by calls for which the filter ends the program."""
     sources = {name: f"{CALL}k({call}); print('ESCAPED')" for name, call in calls.items()}
     return attacks(sources, ("seccomp",), Status.SECURITY_VIOLATION, safe=safe)
 
@@ -32,7 +32,7 @@ def killed(calls: dict[str, str], safe: bool = True) -> tuple[Attack, ...]:
 def refused(
     calls: dict[str, str], *stopped_by: str, safe: bool = True, after: str = ""
 ) -> tuple[Attack, ...]:
-    """Calls that the filter answers with an error; `call` is an expression of `k`."""
+    """Return attacks by calls that the filter refuses; each is an expression that calls `k`."""
     sources = {
         name: f"{CALL}r = {call}{after}\nif reached(r): print('ESCAPED', r)"
         for name, call in calls.items()
@@ -40,7 +40,7 @@ def refused(
     return attacks(sources, stopped_by or ("seccomp",), Status.OK, safe=safe)
 
 
-IOCTL = "print('ESCAPED') if {} >= 0 else ''"  # the filter answers as a file without any would
+IOCTL = "print('ESCAPED') if {} >= 0 else ''"  # the filter answers as a file without ioctls would
 CREATE = "if {} >= 0: os.unlink(SCRATCH); print('ESCAPED')"
 ADVISE = "if k(28, k(9, 0, 4096, 3, 0x22, -1, 0), 4096, {}) == 0: print('ESCAPED')"
 FORK_ENDS = "\nif r == 0: os._exit(0)"
@@ -80,7 +80,7 @@ OTHER_PROCESSES = (
     ),
     *refused(
         {
-            # a process that shares the memory, with a stack of nothing: it would crash the caller
+            # a process that shares the memory, without a stack: it would crash the caller
             "vfork": "k(58)",
             "clone_a_thread_beside_its_parent": "k(56, 0x10f00 | 0x8000, 0, 0, 0, 0)",
             "clone_a_traced_thread": "k(56, 0x10f00 | 0x2000, 0, 0, 0, 0)",
@@ -130,13 +130,13 @@ NEW_INTERFACES = (
             "protection_keys": "k(330, 0, 0)",
             "secret_memory": "k(447, 0)",
             "memory_file_by_number": "k(319, b'x', 0)",
-            "openat2_with_a_way_of_its_own": "k(437, -100, b'/', (ctypes.c_uint64 * 3)(), 24)",
+            "openat2_to_read": "k(437, -100, b'/', (ctypes.c_uint64 * 3)(), 24)",
             "several_futexes": "k(449, buffer, 1, 0, 0, 0)",
             "priority_inheriting_futex": "k(202, buffer, 6, 0, 0, 0, 0)",
             "requeue_to_a_priority_inheriting_futex": "k(202, buffer, 12, 1, 1, buffer, 0)",
             "wait_for_a_requeue_with_inheritance": "k(202, buffer, 11, 1, 0, buffer, 0)",
             "list_mounts": "k(458, buffer, buffer, 1, 0)",
-            "a_call_yet_unknown": "k(999, 0, 0)",
+            "an_unknown_call": "k(999, 0, 0)",
         },
         "seccomp",
         KERNEL,
@@ -160,7 +160,7 @@ THE_MACHINE = (
             "enter_a_namespace": "308, 0, 0",
             "file_handle": "303, -100, b'/', buffer, buffer, 0",
             "open_by_handle": "304, -100, buffer, 0",
-            "notify_of_the_whole_system": "300, 0, 0",
+            "fanotify": "300, 0, 0",
             "kernel_module": "313, 0, b'', 0",
             "unload_a_module": "176, b'rlef', 0",
             "another_kernel": "246, 0, 0, 0, 0",
@@ -169,8 +169,8 @@ THE_MACHINE = (
             "kernel_log": "103, 3, buffer, 256",
             "set_the_clock": "227, 0, buffer",
             "adjust_the_clock": "305, 0, buffer",
-            "ports": "172, 3",
-            "port_range": "173, 0, 1, 1",
+            "io_privilege_level": "172, 3",
+            "io_port_permissions": "173, 0, 1, 1",
             "segment_descriptors": "154, 0, buffer, 16",
             "personality_without_randomisation": "135, 0x0040000",
             "personality_that_reads_as_executable": "135, 0x0400000",
@@ -201,10 +201,10 @@ ARGUMENTS = (
             "dispatch_its_system_calls": "k(157, 59, 0, 0, 0, 0)",
             "become_a_reaper": "k(157, 36, 0, 0, 0, 0)",
             "name_a_tracer": "k(157, 0x59616d61, -1, 0, 0, 0)",
-            "bind_the_bounding_set": "k(157, 23, 0, 0, 0, 0)",
+            "read_the_bounding_set": "k(157, 23, 0, 0, 0, 0)",
             "speculation_control": "k(157, 53, 99, 0, 0, 0)",
             "segment_base": "k(158, 0x1003, buffer)",
-            "owner_of_a_descriptors_signals": "k(72, 0, 8, 0)",
+            "signal_owner_of_a_descriptor": "k(72, 0, 8, 0)",
             "size_of_a_pipe": "k(72, os.pipe()[0], 1031, 1 << 20)",
             "record_lock": "k(72, 0, 6, buffer)",
             "own_table_of_descriptors": "k(436, 1000, 1001, 2)",
@@ -230,10 +230,10 @@ ARGUMENTS = (
         },
         safe=False,
     ),
-    *attacks({"pages_out_of_sight_in_swap": CALL + ADVISE.format(21)}, ("seccomp",), Status.OK),
+    *attacks({"pages_hidden_in_swap": CALL + ADVISE.format(21)}, ("seccomp",), Status.OK),
     *attacks(
         {
-            "pages_out_of_sight_by_merging": CALL + ADVISE.format(12),
+            "pages_hidden_by_merging": CALL + ADVISE.format(12),
             "page_tables_without_pages": CALL + ADVISE.format(102),
         },
         ("seccomp", KERNEL),
@@ -253,7 +253,7 @@ ARGUMENTS = (
         ("seccomp",),
         Status.OK,
     ),
-    # Bits above an int: the kernel drops them, so the filter must look at what is left.
+    # Bits above an int: the kernel drops them, so the filter must judge what is left.
     *attacks(
         {
             "create_with_high_bits": CALL + CREATE.format("k(2, SCRATCH, 0o101 | 1 << 32, 0o600)"),
@@ -299,7 +299,7 @@ OTHER_ENTRIES = (
     ),
     *attacks(
         {
-            # a call of the vsyscall page's gettimeofday with a bad pointer, and a bad rseq area
+            # a write to the kernel's memory, and a bad rseq area
             "a_page_of_the_kernel": "import ctypes; ctypes.memmove(0xffffffff81000000, b'x', 1)",
             "a_bad_restartable_sequence": (
                 CALL + "print('ESCAPED') if k(334, buffer, 9, 0, 0) >= 0 else exit(1)"

@@ -199,7 +199,8 @@ PROCESSES = (
     ),
 )
 
-# Each means to end by SIGKILL, which is how a lost machine looks: three runs and a SANDBOX_ERROR.
+# Each tries to end by SIGKILL, which looks like a fault of the machine: it would be run three times
+# and end as a SANDBOX_ERROR.
 SANDBOX_FAULTS = attacks(
     {
         "kill_itself": "import os; os.kill(os.getpid(), 9)",

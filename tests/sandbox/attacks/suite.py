@@ -39,5 +39,5 @@ ATTACKS = {
     for attack in attacks
 }
 SLOW = ("memory", "time", "output", "crashes")
-# Their calls go by number.
+# These call x86-64 system-call numbers.
 X86 = ("other_processes", "new_interfaces", "the_machine", "arguments", "other_entries")

@@ -13,11 +13,11 @@ HEAD = """\
 # Attacks, and what stops them
 
 {count} programs try to break out, to take more than they are given, or to pass a test without
-solving it. `tests/sandbox` runs each of them with all layers on, and again in the worlds below;
-slow attacks are repeated only where resource limits and no_new_privs alone are on.
-This page is written from the table of the tests: `python -m tests.sandbox.attacks.table`.
+solving it. `tests/sandbox` runs each of them with all layers on, and again in the worlds below,
+most of which lack some layers; slow attacks are repeated only in the last, which lacks most.
+This page is generated from the tests' table: `python -m tests.sandbox.attacks.table`.
 
-An attack must get nowhere where a layer in its list is on. Where none is, it must succeed, or the
+An attack must fail where a layer in its list is on. Where none is, it must succeed, otherwise its
 test would prove nothing. There are two exceptions: attacks that the kernel's own rules or settings
 may stop as well, about which nothing is claimed, and {unsafe} attacks that would harm the machine,
 which are tried only where they are stopped.
@@ -43,7 +43,7 @@ def world_row(world: World) -> str:
 
 
 def category_rows(category: str) -> list[str]:
-    """The attacks of a category, those with the same list of layers in one line."""
+    """Return the rows of a category: one for all attacks with the same list of layers."""
     by_layers: dict[tuple[str, ...], list[str]] = {}
     for attack in CATEGORIES[category]:
         by_layers.setdefault(attack.stopped_by, []).append(attack.name.replace("_", " "))

@@ -1,8 +1,8 @@
-"""The worlds that every attack is tried in: by whom the sandbox is started, and what is missing.
+"""The worlds in which every attack is tried: who starts the sandbox, and which layers are missing.
 
 `python -m tests.sandbox.attacks.worlds NAME` tries the suite in one world and prints, as JSON, the
-layers that were on and the end of every attack. It is a process of its own, since a world may
-start with giving root up for good.
+layers that were on and how every attack ended. It is a process of its own, since some worlds begin
+by giving up root.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rlef_sandbox import Sandbox, kernel, worker
 from .attack import ALWAYS, KERNEL, STDIN, Attack
 from .suite import ATTACKS, SLOW
 
-ORDINARY_USER = 60001  # nobody else's
+ORDINARY_USER = 60001  # an id that no one else has
 ROOT = Path(__file__).parents[3]
 
-# What a world takes away is taken from the kernel's answers, in the zygote before it begins.
+# A world removes a layer by making the kernel seem to refuse it, in the zygote before it begins.
 NO_NAMESPACES = """
 def refuse(flags): raise OSError(1, "no namespaces here")
 rlef_sandbox.kernel.unshare = refuse
@@ -53,8 +53,8 @@ NO_LAYERS: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class World:
-    """`missing` are lines run in each zygote, which turn `off` some layers, and may turn one `on`
-    that only replaces them. `root`: whether root starts the sandbox.
+    """A world. The lines `missing`, run in each zygote, turn `off` some layers, and may turn `on`
+    one that only replaces them. `root`: whether root starts the sandbox.
     """
 
     what: str
@@ -66,7 +66,7 @@ class World:
 
     @property
     def layers(self) -> frozenset[str]:
-        """The layers here, on a machine that gives them all."""
+        """The layers here, on a machine that has them all."""
         return (ALL - self.off) | self.on
 
 
@@ -83,7 +83,7 @@ WORLDS = {
     "no_landlock": World("no Landlock", NO_LANDLOCK, LANDLOCK),
     "no_private_root": World("no private root", NO_PRIVATE_ROOT, frozenset({"private_root"})),
     "empty_root": World(
-        "no namespaces and no Landlock; a chroot to nothing",
+        "no namespaces and no Landlock; a chroot to an empty directory",
         NO_NAMESPACES + NO_LANDLOCK,
         WITH_NAMESPACES | LANDLOCK,
         frozenset({"empty_root"}),
@@ -115,13 +115,13 @@ SLOW_SUCCESSES = [key for key in ATTACKS if key.startswith("sandbox_faults.hard_
 
 
 def take_away(missing: str) -> None:
-    """Let every zygote that this process starts find a machine without some layers."""
+    """Make every zygote that this process starts find a machine without some layers."""
     modules = "import rlef_sandbox.zygote, rlef_sandbox.private_root, rlef_sandbox.seccomp\n"
     worker.COMMAND[-1] = worker.BOOTSTRAP.replace("main()\n", modules + missing + "main()\n")
 
 
-def bring_the_interpreter_within_reach() -> None:
-    """Open, in a mount namespace of our own, the way for any user to the interpreter and to us."""
+def let_everyone_read_the_interpreter() -> None:
+    """Let any user read the interpreter and this code, in a mount namespace of our own."""
     paths = [sys.base_prefix, sys.prefix, str(ROOT), str(Path(rlef_sandbox.__file__).parents[1])]
     if blocked := {top for path in paths if (top := _closed_directory(os.path.realpath(path)))}:
         kernel.unshare(kernel.CLONE_NEWNS)
@@ -131,14 +131,14 @@ def bring_the_interpreter_within_reach() -> None:
 
 
 def become_an_ordinary_user() -> None:
-    """Leave root for good, and no way back."""
+    """Give up root, with no way back."""
     os.setgroups([])
     os.setresgid(*[ORDINARY_USER] * 3)
     os.setresuid(*[ORDINARY_USER] * 3)
 
 
 def _closed_directory(path: str) -> str | None:
-    """The first directory on the way to `path` that other users may not cross."""
+    """Return the first directory on the way to `path` that other users may not cross."""
     way = [*reversed(Path(path).parents), Path(path)]
     return next((str(p) for p in way if p.is_dir() and not p.stat().st_mode & 0o001), None)
 
@@ -154,7 +154,7 @@ def _open_up(top: str, paths: list[str]) -> None:
 
 
 def layers_reported(isolation: dict[str, object]) -> set[str]:
-    """The names of the layers that a sandbox reports, as `Attack.stopped_by` has them."""
+    """Return the names of the layers that a sandbox reports, as `Attack.stopped_by` has them."""
     files, namespaces = isolation["files"], isolation["namespaces"]
     assert isinstance(files, list) and isinstance(namespaces, list)
     named = {name for name in ("seccomp", "unprivileged_user") if isolation[name]}
@@ -169,8 +169,8 @@ def is_stopped(attack: Attack, on: Set[str]) -> bool:
 
 
 def proves(key: str, on: Set[str], world: str) -> bool:
-    """Whether to try an attack where these layers are on: if its end is asserted, and was not
-    asserted elsewhere with the same layers against it.
+    """Return whether to try an attack where these layers are on: only if a test asserts how it ends
+    there, and no other world tries it with the same layers against it.
     """
     attack, category = ATTACKS[key], key.partition(".")[0]
     if is_stopped(attack, on):
@@ -180,7 +180,7 @@ def proves(key: str, on: Set[str], world: str) -> bool:
 
 
 def try_all(name: str) -> dict[str, object]:
-    """The ends of the attacks tried in this world, by their names, and the layers that were on."""
+    """Try the attacks in this world. Returns how each ended, and the layers that were on."""
     world = WORLDS[name]
     take_away(world.missing)
     with Sandbox(workers=2, isolation=world.isolation) as sandbox, ThreadPoolExecutor(2) as pool:
@@ -206,7 +206,7 @@ def attempt(sandbox: Sandbox, attack: Attack) -> dict[str, object]:
 def main() -> None:
     name = sys.argv[1]
     if os.getuid() == 0:
-        bring_the_interpreter_within_reach()
+        let_everyone_read_the_interpreter()
         if not WORLDS[name].root:
             become_an_ordinary_user()
     print(json.dumps(try_all(name)))
