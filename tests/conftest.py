@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def start_in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """For fixtures of modules and classes, which run before those of a test."""
+    """Change to an empty folder for the fixtures of modules, which run before those of a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("empty"))
         yield
@@ -15,5 +15,6 @@ def start_in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a checkout holds, such as the runs/ of a demo, can change a test's outcome."""
+    """Change to an empty folder, so that nothing in a checkout, such as a demo's runs/, can affect
+    a test."""
     monkeypatch.chdir(tmp_path)

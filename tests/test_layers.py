@@ -33,7 +33,7 @@ def is_module(name: str) -> bool:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Absolute imports; a relative one stays within its package."""
+    """Return a file's absolute imports; a relative one stays within its package."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

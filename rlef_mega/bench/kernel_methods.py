@@ -190,7 +190,7 @@ def chunked_logits(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
-    """Liger's log-prob and entropy of each token, on a tensor-parallel group of one."""
+    """Compute log-prob and entropy with Liger, on a tensor-parallel group of one."""
     from liger_kernel.transformers import functional
 
     if not dist.is_initialized():
@@ -203,7 +203,7 @@ def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
 
 
 def cut_cross_entropy(inputs: HeadInputs, filter_eps: str | None) -> torch.Tensor:
-    """Log-prob of each token, no entropy; `filter_eps` skips small gradients."""
+    """Compute log-probs, without entropy; `filter_eps` skips small gradients."""
     from cut_cross_entropy import linear_cross_entropy
 
     nll_T = linear_cross_entropy(
@@ -213,7 +213,7 @@ def cut_cross_entropy(inputs: HeadInputs, filter_eps: str | None) -> torch.Tenso
 
 
 def verl_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
-    """verl's log-prob and entropy of each token; it supports no mask."""
+    """Compute log-prob and entropy with verl, which supports no mask."""
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     outputs = linear_cross_entropy(inputs.hidden_TD, inputs.weight_VD, inputs.target_T, 1.0, "none")

@@ -48,8 +48,8 @@ def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
 
 
 def holds_copy_of_embedding(chunk: PackedLlama) -> bool:
-    """Whether this chunk has a second copy of a tied embedding: on the last of several pipeline
-    stages it is the head."""
+    """Return whether this chunk has a second copy of a tied embedding: on the last of several
+    pipeline stages it is the head."""
     tied = chunk.share_embeddings_and_output_weights
     return tied and chunk.post_process and not chunk.pre_process
 

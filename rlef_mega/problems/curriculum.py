@@ -185,15 +185,15 @@ def exercises(split: Split) -> list[Exercise]:
 
 
 def training_wordings(number: int) -> Sequence[tuple[Wording, int]]:
-    """Give each public test both vague statements; every fourth one also `word`, and every fourth
-    one `example`."""
+    """Return the wordings of a training test: both vague statements, for every fourth test also
+    `word`, and for another fourth `example`."""
     vague: list[tuple[Wording, int]] = [("vague", 0), ("vague", 1)]
     extra: dict[int, tuple[Wording, int]] = {0: ("word", 0), 1: ("example", number // 4 % 2)}
     return [*vague, extra[number % 4]] if number % 4 in extra else vague
 
 
 def held_out_wordings(number: int) -> Sequence[tuple[Wording, int]]:
-    """Give each public test one statement, so that held-out problems are independent."""
+    """Return a held-out test's one wording: one, so that held-out problems are independent."""
     named: dict[int, Wording] = {0: "word", 1: "example"}
     wording = named.get(number % 10, "vague")
     return [(wording, 0 if wording == "word" else number // 2 % 2)]

@@ -85,7 +85,7 @@ class Output(io.FileIO):
 
 
 def outlive_output() -> None:
-    """Let printing never fail: a run continues when `tee` ends or the disk of its log is full."""
+    """Ignore errors of printing: a run continues when `tee` ends or the disk of its log is full."""
     for name, stream in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         if stream is not None and getattr(sys, name) is stream:
             output: Any = Output(stream.fileno(), "w", closefd=False)

@@ -52,7 +52,7 @@ class WorkSlots:
             raise RuntimeError("the sandbox is closed")
 
     def release(self, working: int, opened: int) -> None:
-        """Give back what is named, with the lock held, and start those that may run now."""
+        """Give back so many slots, with the lock held, and start those that may run now."""
         self.working += working
         self._open += opened
         while self.working > 0:

@@ -89,7 +89,7 @@ def results(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[tuple[str, int, int], dict[str, torch.Tensor]]]:
-    """Results by rank, then by (way, ranks of the group, tokens)."""
+    """Run all ranks. Returns the results by rank, then by (way, ranks of the group, tokens)."""
     pytest.importorskip("triton", reason="Triton is not installed")
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {

@@ -9,7 +9,7 @@ from rlef_mega.config import ParallelConfig
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator:
-    """Megatron with this process as its only rank."""
+    """Initialise Megatron with this process as its only rank."""
     from rlef_mega.megatron import parallel  # imports Megatron, which most tests do not need
 
     world = parallel.initialize(ParallelConfig(), seed=7)

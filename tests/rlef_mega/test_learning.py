@@ -56,7 +56,7 @@ STEPS, DIALOGUES = 8, 96
 
 @pytest.fixture(scope="module")
 def chat() -> ChatFormat:
-    """All text between digits and programs is one token."""
+    """Return a chat format in which all text between digits and programs is one token."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, "<text>"))
     programs = r"```python\nprint\(\d\)\n```"
     words.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{programs}|\d"), "isolated")
@@ -97,7 +97,7 @@ def shown_dialogue(chat: ChatFormat, source: random.Random) -> tuple[list[int], 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, chat: ChatFormat) -> Path:
-    """A model that answers in the right format, and sometimes copies the expected digit."""
+    """Train a model that answers in the right format, and sometimes copies the expected digit."""
     model = tiny_llama(len(VOCABULARY), initializer_range=0.1, max_position_embeddings=128)
     source = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

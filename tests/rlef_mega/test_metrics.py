@@ -42,8 +42,8 @@ def test_rates_of_nothing_are_none_not_zero():
 
 
 def stale_batch():
-    """Two episodes, of one turn of two tokens each; versions 3, 3 and 2, 3; the trainer has 3.
-    log pi_old - log pi_b is 0, log 2, log 3, 0."""
+    """Return a batch of two episodes of one turn of two tokens, and its scores. The tokens have the
+    versions 3, 3 and 2, 3, the trainer has 3. log pi_old - log pi_b is 0, log 2, log 3, 0."""
     batch = pack([episode([(1, 2)], solved=True), episode([(2, 2)], solved=False)])
     difference_A = torch.tensor([0.0, math.log(2), math.log(3), 0.0])
     behaviour_A = batch.behaviour_logprobs_A

@@ -50,7 +50,7 @@ TINY_RUN = [
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """Tokenizer and random weights, with which the demo's supervised stage starts."""
+    """Write the tokenizer and random weights with which the demo's supervised stage starts."""
     folder = tmp_path_factory.mktemp("with a space") / "base"
     overrides = [f"dir={json.dumps(str(folder))}", "hidden_size=32", "num_layers=2"]
     make_initial_model(
@@ -107,7 +107,7 @@ def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory, model) -> Path:
-    """A run by the command that a user gives."""
+    """Train with the command that a user would give. Returns the run's directory."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     result = run_command(command(run, model))
     assert result.returncode == 0, result.stdout + result.stderr

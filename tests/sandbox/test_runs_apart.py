@@ -106,7 +106,7 @@ def test_the_threads_of_one_run_are_not_counted_against_another(
     sandbox: Sandbox, crowd: Callable
 ) -> None:
     if not sandbox.isolation.get("threads"):
-        pytest.skip("counting threads takes a user namespace")
+        pytest.skip("counting threads needs a user namespace")
     source = (
         "import threading, time; time.sleep(0.4)\n"
         "for _ in range(50): threading.Thread(target=time.sleep, args=(0.8,)).start()\n"
@@ -150,7 +150,7 @@ def test_a_world_readable_file_of_the_host_is_not_there(attempt: Attempt, tmp_pa
 
 def test_threads_are_bounded(sandbox: Sandbox) -> None:
     if not sandbox.isolation.get("threads"):
-        pytest.skip("counting threads takes a user namespace")
+        pytest.skip("counting threads needs a user namespace")
     source = (
         "import threading, time\n"
         "threading.stack_size(65536)\n"

@@ -43,7 +43,7 @@ class Serving:
 
 
 def save_tiny_model(folder: Path) -> Path:
-    """Two layers, with the control tokens of both chat formats."""
+    """Save a model of two layers, and a tokenizer with the control tokens of both chat formats."""
     model = tiny_llama(
         VOCABULARY,
         hidden_size=64,

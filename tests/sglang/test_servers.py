@@ -1,6 +1,6 @@
 """Rollouts against real SGLang servers: ids, log-probs, weights, versions, and failures.
 
-One start of two servers serves all of it. The truth is transformers' model in this process.
+All tests share two servers. They are compared with transformers' model in this process.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ def wait_for(condition, engine: SGLangEngine) -> None:
 
 
 def judge() -> Judge:
-    """A model with random weights writes no program, so none is graded."""
+    """Return a judge that grades nothing: a model with random weights writes no program."""
     return Judge(grader=None)
 
 
@@ -95,7 +95,7 @@ def change(model: PreTrainedModel, seed: int) -> None:
 
 @torch.no_grad()
 def logprobs(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """Of each token but the first."""
+    """Return the log-prob of each token but the first."""
     ids = torch.tensor([ids])
     scaled = (model(ids).logits[0] / temperature).log_softmax(-1)
     return scaled[:-1].gather(1, ids[0, 1:, None])[:, 0]
@@ -229,7 +229,9 @@ def call(url: str, path: str, body: dict) -> dict:
 
 
 @pytest.mark.parametrize("mode", ["abort", "in_place"])
-def test_other_ways_to_pause_a_server_would_not_do(disk_engine, serving, model, tmp_path, mode):
+def test_other_ways_to_pause_a_server_end_requests_or_mix_weights(
+    disk_engine, serving, model, tmp_path, mode
+):
     """Why a publication retracts requests: `abort` ends them, and in place the new weights continue
     from the old ones' cache, which gives log-probs of neither."""
     disk_engine.update_weights(model.state_dict().items(), 1)
@@ -470,8 +472,8 @@ def test_a_server_killed_during_a_broadcast_fails_it_and_joins_a_later_one(
             assert set(answer.weight_versions) == {5}
 
 
-class PolicyOnTheWay:
-    """Weights during whose first publication something happens."""
+class InterruptedPolicy:
+    """A policy that calls `happens` in the middle of its first publication."""
 
     def __init__(self, model: PreTrainedModel, happens) -> None:
         self.model, self.happens, self.tries = model, happens, 0
@@ -490,7 +492,7 @@ def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
 ):
     """Its HTTP process continues, and answers what it can answer alone."""
     scheduler = serving.scheduler_process(serving.urls[0])
-    policy = PolicyOnTheWay(model, scheduler.suspend)
+    policy = InterruptedPolicy(model, scheduler.suspend)
     with open_engine(serving, tmp_path, "distributed", publish_s=8, heartbeat_s=4) as engine:
         engine.update_weights(model.state_dict().items(), 1)
         change(model, seed=1)

@@ -29,7 +29,7 @@ HOSTS = Path("/etc/hosts")
 
 
 def why_not() -> str | None:
-    """What this host lacks; None if a cluster can be started."""
+    """Return what this host lacks; None if a cluster can be started."""
     missing = [name for name in DAEMONS if not shutil.which(name, path="/usr/sbin:/usr/bin")]
     if missing:
         return f"no {', '.join(missing)}; `make test-slurm` installs them on Debian as root"
@@ -37,7 +37,8 @@ def why_not() -> str | None:
 
 
 def configuration(folder: Path) -> str:
-    """cred_expire: or a requeued job waits for two minutes. Preemption requeues after a grace."""
+    """Return slurm.conf. Without cred_expire a requeued job would wait for two minutes. Preemption
+    requeues a job after a grace time."""
     nodes = "\n".join(
         f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={FIRST_NODE_PORT + number} "
         "CPUs=4 RealMemory=4096 State=UNKNOWN"
@@ -84,7 +85,7 @@ def stepds_above(process: psutil.Process) -> list[psutil.Process]:
 
 
 class Cluster:
-    """A context manager."""
+    """A Slurm cluster on this host, in a folder of its own; a context manager."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rlef-slurm-"))
@@ -129,7 +130,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *words: str, **settings: str) -> str:
-        """A command of Slurm's; its output. CalledProcessError with what it said."""
+        """Run a command of Slurm's. Returns its output. Raises CalledProcessError if it fails."""
         done = subprocess.run(
             words,
             env={**self.environment, **settings},
@@ -161,8 +162,8 @@ class Cluster:
         self.start(node, "unshare", "--uts", "bash", "-c", daemon)
 
     def kill_node(self, node: str) -> None:
-        """As by a power failure: what bears its name in its environment, and the daemon with the
-        slurmstepd that it has started, which bear it in their command lines or not at all."""
+        """Kill a node as a power failure would: the processes with its name in their environment,
+        the slurmstepd processes above them, and its daemon."""
         if node not in self.daemons:
             return
         daemon = self.daemons.pop(node)
@@ -184,7 +185,7 @@ class Cluster:
         return self.field(job, "JobState")
 
     def field(self, job: str, name: str) -> str:
-        """Of a het job, of its first component."""
+        """Return a field of a job; of a het job, that of its first component."""
         shown = self.run("scontrol", "show", "job", job)
         found = [word.partition("=")[2] for word in shown.split() if word.startswith(name + "=")]
         return found[0]
@@ -192,5 +193,5 @@ class Cluster:
     def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, "waited in vain"
+            assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.2)

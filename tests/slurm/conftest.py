@@ -41,13 +41,13 @@ class Runs:
     def submit(
         self, run: Path, *options: str, script: str = "train_tiny.sh", **more: object
     ) -> str:
-        """As a user does; the job's number."""
+        """Submit a script as a user does. Returns the job's number."""
         words = ["sbatch", "--parsable", f"--chdir={run.parent}", f"--job-name={run.name}"]
         words += [f"--output={self.log(run)}", *options, str(ROOT / "slurm" / script)]
         return self.cluster.run(*words, **self.settings(run, **more)).strip()
 
     def start(self, run: Path, **more: object) -> subprocess.CompletedProcess[str]:
-        """`bash slurm/train_tiny.sh`, which checks first."""
+        """Run `bash slurm/train_tiny.sh`, which checks the run before it submits it."""
         named = {"JOB_NAME": run.name, "JOB_LOG": self.log(run)}
         return subprocess.run(
             ["bash", str(ROOT / "slurm/train_tiny.sh")],
@@ -65,7 +65,7 @@ class Runs:
         return run.with_suffix(".log")
 
     def said(self, run: Path) -> str:
-        """All that the launcher has said; nothing before the job begins."""
+        """Return all that the launcher has printed; nothing before the job begins."""
         return self.log(run).read_text() if self.log(run).exists() else ""
 
     def wait(self, run: Path, job: str, state: str = "COMPLETED", timeout_s: float = 400) -> str:
@@ -75,12 +75,12 @@ class Runs:
         return self.said(run)
 
     def wait_for_step(self, run: Path, step: int) -> None:
-        """Until this many steps are recorded."""
+        """Wait until this many steps are recorded."""
         self.cluster.wait_for(lambda: len(metrics(run)) >= step, 300)
 
 
 def metrics(run: Path) -> list[dict]:
-    """Without times."""
+    """Return the lines of metrics.jsonl without times."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in lines]
@@ -101,7 +101,7 @@ def runs(tmp_path_factory) -> Iterator[Runs]:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(runs, tmp_path_factory) -> Path:
-    """By sbatch in one allocation of 2 nodes to train and 1 to grade."""
+    """Submit a run with sbatch in one allocation: 2 nodes train and 1 grades."""
     run = tmp_path_factory.mktemp("whole") / "undisturbed"
     said = runs.wait(run, runs.submit(run, ALLREDUCE_GBPS=0.001))
     assert "all-reduce over 2 ranks" in said and "finished: 12 steps" in said, said
@@ -110,7 +110,7 @@ def undisturbed_run(runs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(undisturbed_run) -> list[dict]:
-    """The metrics, from a run that nothing happened to."""
+    """Return the metrics of a run that was not interrupted."""
     found = metrics(undisturbed_run)
     assert len(found) == STEPS
     return found

@@ -15,7 +15,7 @@ OPTIONS = ("--gpus-per-node=0", "--cpus-per-task=2")  # over the scripts' own: s
 
 
 def submit(runs, folder: Path, script: str, *arguments: object, **settings: object) -> str:
-    """What the job said."""
+    """Run a script as a job. Returns what it printed."""
     log = folder / f"{script}.log"
     words = ["sbatch", "--parsable", f"--output={log}", *OPTIONS]
     script_path = str(ROOT / "slurm" / script)

@@ -1,8 +1,8 @@
 """A run with every part on nodes of its own, on a real Slurm: 2 nodes train, 1 generates with a
 real SGLang server, 1 grades.
 
-Servers do not repeat bit for bit, so what is compared is the account: who answered, with which
-weights, and that nothing was dropped.
+Servers do not sample the same tokens again, so the test checks only that the server answered, with
+which weights, and that nothing was dropped.
 """
 
 import json

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slurm
 
 
 def processes_of(node: str, words: str) -> list[psutil.Process]:
-    """Those of a node whose command line has these words, but srun itself."""
+    """Return the processes of a node whose command line has these words, except srun itself."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

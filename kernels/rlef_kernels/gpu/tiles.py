@@ -24,7 +24,7 @@ PRODUCT_STAGES = 4
 
 @triton.jit
 def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Return row and column of the n-th tile: first down the rows of a group, then along."""
+    """Return row and column of the n-th tile, counted column by column within a group of rows."""
     tiles_of_group = GROUP * column_tiles
     first_row = tile // tiles_of_group * GROUP
     rows = tl.minimum(row_tiles - first_row, GROUP)
@@ -88,6 +88,6 @@ def store_statistics(
 
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Describe to the tensor memory accelerator blocks of [rows, columns], zeros past the edges."""
+    """Return a TMA descriptor of [rows, columns] blocks; past the matrix's edges they are zero."""
     shape, stride = list(matrix.shape), list(matrix.stride())
     return TensorDescriptor(matrix, shape, stride, [rows, columns])

@@ -202,7 +202,7 @@ class Fleet:
     # ------------------------------------------------------------ who is ready
 
     async def expect(self, version: int) -> None:
-        """From now on use only servers with this version, which another process published.
+        """Use from now on only servers with this version, which another process published.
 
         Each is asked for it. Requests wait for all that were ready, or the first server with the
         weights would get all of them; after SETTLE_S they do not wait for the others.

@@ -1,4 +1,4 @@
-"""Finding a checkpoint's networks: the only file that knows their folders and key prefixes."""
+"""Finds the networks in a checkpoint. Only this file knows their folders and key prefixes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

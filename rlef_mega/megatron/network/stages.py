@@ -59,7 +59,7 @@ class Stages:
         raise IndexError(f"the network has {sum(self.layers)} layers")
 
     def megatron_layout(self) -> list[list[str]]:
-        """`TransformerConfig.pipeline_model_parallel_layout`."""
+        """Return the layout as `TransformerConfig.pipeline_model_parallel_layout` has it."""
         layout = [["decoder"] * count for count in self.layers]
         layout[0].insert(0, "embedding")
         layout[-1].append("loss")

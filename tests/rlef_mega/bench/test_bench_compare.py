@@ -12,7 +12,7 @@ from rlef_mega.run.launch import FAILED
 
 
 def write(path, device="CPU", **figures):
-    """Each figure as (unit, samples), with its median in the middle."""
+    """Write a benchmark's file. A figure is (unit, samples); their median is its middle value."""
     content = {
         name: {"unit": unit, "low": min(s), "median": sorted(s)[len(s) // 2], "high": max(s)}
         for name, (unit, s) in figures.items()

@@ -50,7 +50,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def work():
-    """A batch whose old and behaviour log-probs are like a random model's, and its targets."""
+    """Return a batch with old and behaviour log-probs like a random model's, and its targets."""
     episodes = random_episodes(ROLLOUT, TINY.vocabulary, seed=1)
     batch = pack(fill_microbatches(episodes, 320, 3))
     torch.manual_seed(0)

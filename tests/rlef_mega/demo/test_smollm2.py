@@ -41,7 +41,7 @@ def engine(folder):
 
 
 def hold(engine, chat, *prompts: str, tokens: int, temperature: float) -> Episode:
-    """An ungraded dialogue, in the shape of a rolled-out one."""
+    """Hold an ungraded dialogue. Returns it as an episode."""
     sampling = Sampling(tokens, temperature, stop_token_ids=chat.stop_token_ids)
     ungraded = Verdict((), public_passed=False, solved=None)
     token_ids, turns = [], []

@@ -17,7 +17,7 @@ ANSWERED = "```python\nprint(1)\n```"
 def byte_tokenizer(
     controls: tuple[str, ...], template: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """One token a byte, plus control tokens."""
+    """Return a tokenizer with one token per byte, plus control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE({char: n for n, char in enumerate(alphabet)}, []))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

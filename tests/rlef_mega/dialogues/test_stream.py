@@ -33,7 +33,8 @@ class Dialogues:
 
 
 async def train(stream: Stream, dialogues: Dialogues, steps: int, pace: random.Random):
-    """Batches of so many steps, with the version of the weights that each dialogue started with."""
+    """Take the batches of `steps` steps. Returns, for each dialogue of each batch, the version of
+    the weights with which it started."""
     batches = []
     for _ in range(steps):
         started = dict(stream.versions)

@@ -33,7 +33,7 @@ def generate(model, requests):
 
 
 def requests_with_stops():
-    """Ten of 61 tokens end a response, so that the rows finish at different times."""
+    """Return requests in which ten of 61 tokens end a response, so that rows finish apart."""
     sampling = Sampling(max_new_tokens=30, stop_token_ids=tuple(range(10)))
     return [GenerationRequest(prompt, sampling, seed) for seed, prompt in enumerate(prompts(24))]
 
@@ -134,7 +134,7 @@ def test_weights_that_give_nan_are_an_engine_error(model):
 
 
 def draw(logits, count, temperature=1.0, top_p=1.0):
-    """One token each from `count` requests with seeds 0, 1, ..."""
+    """Sample one token for each of `count` requests with seeds 0, 1, ..."""
     uniforms = torch.tensor([request_uniforms(seed, 1)[0] for seed in range(count)])
     return sample(
         logits.expand(count, -1),

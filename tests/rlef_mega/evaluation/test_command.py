@@ -40,7 +40,7 @@ RESPONSES = [RIGHT, WRONG, ONLY_PUBLIC, NO_CODE, WRONG]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model's folder."""
+    """Write a tiny model and its tokenizer. Returns their folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_llama(262).save_pretrained(folder)
     byte_tokenizer(CONTROLS["llama3"]).save_pretrained(folder)

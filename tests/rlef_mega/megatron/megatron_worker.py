@@ -153,7 +153,8 @@ def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
 
 
 def run_layout(folder: Path, start: str, layout: str) -> None:
-    """From the model: batch, checkpoint, second batch. From a checkpoint: the second batch."""
+    """Train a layout: from the model two batches with a checkpoint between them, from a checkpoint
+    the second batch."""
     from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
     from rlef_mega.megatron.parallel import initialize, shutdown
 

@@ -136,7 +136,7 @@ def names_in(run: Path) -> set[str]:
 
 
 def being_written(checkpoints: Path) -> bool:
-    """A share has grown beyond its first megabyte."""
+    """Return whether a rank's file has grown beyond its first megabyte."""
     for file in checkpoints.glob("*.tmp/networks/__0_0.distcp"):
         with contextlib.suppress(OSError):
             return file.stat().st_size > 1 << 20

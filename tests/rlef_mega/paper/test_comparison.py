@@ -20,7 +20,7 @@ def write(path, content):
 
 @pytest.fixture
 def finished(tmp_path):
-    """Every run of both seeds; the n-th row's dialogues solve n of 10 problems."""
+    """Write every run of both seeds; the n-th row's dialogues solve n of 10 problems."""
     for seed in SEEDS:
         for number, row in enumerate(ROWS):
             outcomes = [float(n < number) for n in range(10)]

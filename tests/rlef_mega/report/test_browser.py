@@ -230,7 +230,7 @@ def test_without_scripts_the_page_says_what_it_needs(chromium, finished):
 
 @pytest.fixture
 def functions(chromium: Chromium) -> Chromium:
-    """A blank page with the page's own functions in it."""
+    """Open a blank page that has the report's own functions."""
     chromium.open("about:blank")
     for name in ("highlight.js", "diff.js"):
         chromium.evaluate((HERE / name).read_text())

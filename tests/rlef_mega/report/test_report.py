@@ -105,7 +105,7 @@ def finished_report(finished):
 
 @pytest.fixture
 def run(tmp_path):
-    """A small run to damage."""
+    """Write a small run that a test may damage."""
     return write_run(tmp_path / "run", problems=12, panels=FEW_PANELS)
 
 
