@@ -52,7 +52,7 @@ class WorkSlots:
             raise RuntimeError("the sandbox is closed")
 
     def release(self, working: int, opened: int) -> None:
-        """Give back so many slots, with the lock held, and start those that may run now."""
+        """Release these numbers, with the lock held, and start the programs that may run now."""
         self.working += working
         self._open += opened
         while self.working > 0:
