@@ -195,7 +195,7 @@ class PlannedRun:
         phase, parts = max(phases.items(), key=lambda item: total(item[1]))
         parked = 0.0
         if self.offloads:
-            # gradients are not moved to the host but dropped, and allocated anew
+            # gradients are not moved to the host but freed, and allocated again
             dropped = sum(of["gradients"] for net, of in state.items() if not phase.endswith(net))
             parked = total(resident) - sum(parts[part] for part in STATE) - dropped
         if self.embedded_engine:

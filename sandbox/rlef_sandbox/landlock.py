@@ -34,7 +34,7 @@ def restrict_to(
     executable: Iterable[str] = (),
     writable: Iterable[str] = (),
 ) -> None:
-    """Deny this process, for good, every file access except listing `directories`, reading
+    """Irrevocably deny this process every file access except listing `directories`, reading
     `files_beneath`, executing what is below `executable`, and changing what is below `writable`.
     TCP, and signals and abstract sockets to other processes, are denied if the ABI supports it.
     """

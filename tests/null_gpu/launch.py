@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCES = ("memory.c", "runtime.c", "driver.c", "libraries.c", "nccl.c")
-LIBRARY = "libcuda.so.1"  # whoever loads the driver by this name gets ours
+LIBRARY = "libcuda.so.1"  # code that loads the driver by this name gets ours
 FLAGS = ["-shared", "-fPIC", "-O1", "-std=gnu11"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-cast-function-type"]
 DEVICES = ("h100", "h200", "b200")

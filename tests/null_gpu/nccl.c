@@ -1,11 +1,11 @@
 /* NCCL between processes of one machine.
  *
  * A communicator is a file in shared memory: a slot of memory for each rank, and a barrier. A
- * collective is made chunk by chunk: every rank writes its chunk to its slot, all wait, every rank
+ * collective runs chunk by chunk: every rank writes its chunk to its slot, all wait, every rank
  * reads what it needs from the others' slots, all wait. Calls block until that is done. A message
  * (ncclSend) is a file of its own, so that sending never waits. Above NULL_GPU_COPY_MIB ranks only
- * meet, and no data is moved. Whoever waits looks whether the others live: a dead peer is
- * ncclRemoteError.
+ * meet, and no data is moved. A rank that waits checks that the others are alive, and returns
+ * ncclRemoteError if one is not.
  */
 #define _GNU_SOURCE
 #include "null_gpu.h"
@@ -74,7 +74,7 @@ static bool lost(Communicator *communicator)
     return false;
 }
 
-/* All ranks wait for all; false if one is gone. */
+/* Waits until all ranks have called it. Returns false if one of them has died. */
 static bool meet(Communicator *communicator)
 {
     Meeting *meeting = communicator->meeting;
@@ -165,7 +165,7 @@ static uint16_t to_bfloat16(float value)
             ((ctype *)total)[i] /= (ctype)ranks; \
     } while (0)
 
-/* Every type as itself, except that bf16 and fp16 are added in fp32 and rounded by each addition. */
+/* Combines items in their own type; bf16 and fp16 are added in fp32 and rounded by each addition. */
 static void combine(void *total, const void *other, size_t count, int type, int operation)
 {
     switch (type) {
@@ -207,7 +207,7 @@ static void average(void *total, size_t count, int type, int ranks)
 
 typedef enum { ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL } Kind;
 
-/* One chunk of a part: `count` items from item `first` of each part, which have `stride` items. */
+/* A collective of this rank. */
 typedef struct {
     Kind kind;
     const char *send;
@@ -231,7 +231,8 @@ static void reduce_slots(Communicator *communicator, char *to, size_t at, size_t
     free(total);
 }
 
-/* Items of each part that fit a slot together with those of the other parts. */
+/* Runs a collective, at each step with as many items as fit into the slots. Returns false if a rank
+ * has died. */
 static bool exchange(Communicator *communicator, const Collective *what)
 {
     int ranks = communicator->ranks, own = communicator->rank;

@@ -1,4 +1,4 @@
-"""The pages that are written from code say what the code says, and their examples run."""
+"""The page generated from code is up to date, and the README's example runs."""
 
 from __future__ import annotations
 

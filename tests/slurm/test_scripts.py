@@ -21,7 +21,7 @@ def test_scripts_pass_shellcheck():
     assert checked.returncode == 0, checked.stdout
 
 
-def test_the_newest_checkpoint_is_none_that_was_refused(tmp_path):
+def test_the_newest_checkpoint_is_never_a_refused_one(tmp_path):
     for name in ("step_000010", "step_000020.refused", "step_000020.refused2", "step_000015.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     script = f"RUN='{tmp_path}'; . '{ROOT}/slurm/lib/attempt.sh'; newest_checkpoint"

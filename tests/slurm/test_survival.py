@@ -115,7 +115,7 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_and_is_restarted(runs, undisturbe
 
 
 def test_a_run_that_gets_nowhere_stops(runs, tmp_path):
-    """A policy that the guard refuses at the first step, each time anew."""
+    """The guard refuses the policy at the first step of every attempt."""
     run = tmp_path / "nowhere"
     job = runs.submit(run, MAX_FAILURES=2, MORE_SETS="guard.max_logprob_gap=1e-12")
     said = runs.wait(run, job, "FAILED")

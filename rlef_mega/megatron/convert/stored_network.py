@@ -1,7 +1,7 @@
 """One network's weights in a checkpoint of Megatron's torch_dist format (`checkpoints.torch_dist`),
 read one tensor at a time, without Megatron.
 
-The format is independent of layouts: a chunk is a box of the whole tensor, whoever wrote it.
+The format is independent of layouts: a chunk is a box of the whole tensor, whichever rank wrote it.
 Megatron stacks layers along a first dimension (`decoder.layers.mlp.linear_fc1.weight` is
 [L, 2F, H]) or, where layers differ, numbers them in the key; both are read.
 """

@@ -57,7 +57,7 @@ class GradingServers:
                 await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
-                    self._wake_one()  # another, since this one was woken in vain
+                    self._wake_one()  # this one was woken but leaves
                 raise
         server.open_requests += 1
         return server

@@ -45,7 +45,7 @@ def test_what_became_worse(tmp_path, changed, worse):
     assert compare(old, new, tolerance=0.05) == worse
 
 
-def test_a_change_within_the_tolerance_is_none(tmp_path):
+def test_a_change_within_the_tolerance_is_not_reported(tmp_path):
     old = write(tmp_path / "old", step=("s", [10.0, 10.0]))
     new = write(tmp_path / "new", step=("s", [10.8, 10.8]))
     assert compare(old, new, tolerance=0.1) == []
