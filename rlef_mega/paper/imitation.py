@@ -131,7 +131,7 @@ def last_response(episode: Episode) -> Episode:
 def batches_of_last_responses(
     mined: Sequence[Episode], config: TrainConfig
 ) -> Iterator[list[Episode]]:
-    """Yield the sequences of each update, in a new order in each epoch; their actions are the tokens
+    """Yield each update's sequences, in a new order in each epoch; their actions are the tokens
     of the last response."""
     size = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
     last = [last_response(episode) for episode in mined]
