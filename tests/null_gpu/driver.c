@@ -84,13 +84,16 @@ EXPORT int cuModuleLoadData(void **loaded, const void *image)
 {
     return (void)image, *loaded = &module, null_error();
 }
+EXPORT int cuModuleLoad(void **loaded, const char *path)
+{
+    return (void)path, *loaded = &module, null_error();
+}
 EXPORT int cuModuleGetFunction(void **function, void *loaded, const char *name)
 {
     (void)loaded, (void)name;
     return *function = &module, null_error();
 }
 RETURNS_SUCCESS(cuModuleUnload)
-IS_UNSUPPORTED(cuModuleLoad)
 IS_UNSUPPORTED(cuModuleLoadDataEx)
 IS_UNSUPPORTED(cuLinkCreate_v2)
 IS_UNSUPPORTED(cuLinkAddData_v2)

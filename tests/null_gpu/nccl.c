@@ -501,7 +501,8 @@ EXPORT int ncclCommDestroy(Communicator *communicator)
 
 EXPORT int ncclCommAbort(Communicator *communicator)
 {
-    return communicator->error = NCCL_REMOTE; /* others may still wait; memory stays */
+    communicator->error = NCCL_REMOTE; /* a thread may still wait in it, so its memory stays */
+    return NCCL_SUCCESS;
 }
 
 EXPORT int ncclCommFinalize(Communicator *communicator)
