@@ -2,7 +2,7 @@
 
 Each RUN is a finished run directory with eval/before.json and eval/after.json. A solve rate is the
 mean over problems of a problem's mean over seeds, its 95% interval a bootstrap over problems: the
-seeds share them. Each seed's own rate stands beside it.
+seeds share them. Each seed's own rate is given too.
 """
 
 import argparse

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Packages that only one folder may import (and the benchmarks).
 ONLY_IN = {"megatron": "rlef_mega/megatron", "rlef_kernels": "rlef_mega/megatron"}
-ALONE = {  # a standalone package, and what it may import beside the standard library
+ALONE = {  # a standalone package, and what it may import besides the standard library
     "kernels/rlef_kernels": {"torch", "triton", "rlef_kernels"},
     "sandbox/rlef_sandbox": {"rlef_sandbox"},
 }

@@ -1,10 +1,10 @@
-"""Our learner beside TRL's GRPOTrainer: same model, same episodes, same threads.
+"""Our learner against TRL's GRPOTrainer: same model, same episodes, same threads.
 
     python -m venv .venv-bench
     .venv-bench/bin/python -m pip install --requirement benchmarks/experiments/requirements-trl.txt
     .venv/bin/python benchmarks/experiments/against_trl.py --json FILE.json
 
-TRL 1.16 has no PPO trainer; GRPO has no critic. So two of our figures stand beside its one: the
+TRL 1.16 has no PPO trainer; GRPO has no critic. So two of our figures compare with its one: the
 whole learner (policy and critic, as RLEF trains) and the policy alone, which is the same work as
 TRL's. Both trainers are given the same token ids, responses and feedback alike, with feedback
 masked; both compute old and reference log-probs of the batch and then make the same number of
@@ -51,7 +51,7 @@ def main() -> None:
         config = work.config
         vocabulary = model_shape(config)["vocab_size"]
         episodes = random_batch(config.rollout, vocabulary, config.run.seed)
-        trial = work.run("rlef_mega.bench.train")  # tells the threads
+        trial = work.run("rlef_mega.bench.train")  # also reports its threads
         request = request_of(work.folder, config, episodes)
         request["threads"] = trial["threads"] * config.parallel.world_size
         update = len(episodes) // config.ppo.updates_per_batch

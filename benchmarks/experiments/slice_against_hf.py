@@ -1,4 +1,4 @@
-"""Our policy update beside Hugging Face's, on a slice of the recipe's model (`rlef bench slice`):
+"""Our policy update against Hugging Face's, on a slice of the recipe's model (`rlef bench slice`):
 
     python -m pip install --no-deps --requirement benchmarks/requirements-kernels.txt
     python benchmarks/experiments/slice_against_hf.py llama31_8b --json FILE.json

@@ -39,7 +39,7 @@ def benchmark(recipe: str) -> Results:
         work = enlarged(work)
         measured = work.run("rlef_mega.bench.checkpoint")
     about = work.about(
-        tokens_a_step=measured["tokens"], checkpoint_MiB=round(measured["bytes"] / 2**20)
+        tokens_per_step=measured["tokens"], checkpoint_MiB=round(measured["bytes"] / 2**20)
     )
     figures = [Figure(name, "s", tuple(samples)) for name, samples in measured["seconds"].items()]
     return Results(f"rlef bench checkpoint: {recipe}", about, tuple(figures))
@@ -76,7 +76,7 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     for number in range(1, 1 + REPEATS):
         seconds["a step with nothing in flight"].append(timed(step))
         waits = timed(partial(checkpoints.save, number, {}))
-        seconds["a step beside a save"].append(timed(step))
+        seconds["a step during a save"].append(timed(step))
         while checkpoints.saving is not None:
             waits += timed(checkpoints.poll)
             time.sleep(0.001)

@@ -103,7 +103,7 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
     if not wording.reminder:
         return asked
     # C.1 puts a full stop after the problem, whatever it ends with; we leave it out where it would
-    # be a second one, and give a problem of many lines a line of its own end.
+    # be a second one, and end a problem of several lines with a line break instead.
     separator = "\n" if "\n" in asked else " " if asked.endswith((".", "?", "!")) else ". "
     return f"{asked}{separator}{wording.reminder}"
 
@@ -300,9 +300,7 @@ def extract_program(text: str, language: str = "python", begun: str = "") -> str
 def is_python(program: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # doubtful escapes and comparisons are the program's affair
+            warnings.simplefilter("ignore")  # of invalid escapes, `is` with a literal ...
             return bool(ast.parse(program).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False  # the last two are how the parser refuses deep nesting

@@ -105,7 +105,7 @@ def checks_nothing(statement: ast.stmt) -> bool:
 
 
 def stands_alone(condition: ast.expr) -> bool:
-    """Return whether a condition uses `candidate` and, beside it, only builtins."""
+    """Return whether a condition uses `candidate` and, besides it, only builtins."""
     names = {node.id for node in ast.walk(condition) if isinstance(node, ast.Name)}
     return "candidate" in names and names <= {"candidate", *dir(builtins)}
 

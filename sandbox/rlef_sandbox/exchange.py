@@ -30,7 +30,7 @@ LENGTH = struct.Struct("<Q")
 MAX_MESSAGE_BYTES = 64 << 20
 NAME_CHARACTERS, WORDS_CHARACTERS = 200, 4000  # of an exception
 RETURNED, OPAQUE, RAISED = b"=", b"?", b"!"
-# Exit codes of the checking side, beside 0 and 1 (program_runner.py).
+# Exit codes of the checking side, besides 0 and 1 (program_runner.py).
 CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
 
 # Marks of the checking side in its exchange file, a byte each.

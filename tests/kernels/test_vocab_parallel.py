@@ -141,7 +141,7 @@ def compare(
 
 
 def main(folder: Path, rank: int) -> None:
-    import interpreter  # noqa: F401  (fixes bf16; stands beside this file)
+    import interpreter  # noqa: F401  (fixes bf16; in this file's folder)
 
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)

@@ -70,7 +70,7 @@ EXPORT int cuGetErrorString(int error, const char **words)
 }
 EXPORT int cuGetErrorName(int error, const char **name) { return cuGetErrorString(error, name); }
 
-/* Of a kernel: 1,024 threads, no local memory, few registers; as good as any, for a host. */
+/* Every kernel: up to 1,024 threads, no local memory, 64 registers. */
 EXPORT int cuFuncGetAttribute(int *value, int attribute, void *function)
 {
     (void)function;
@@ -107,7 +107,7 @@ EXPORT int cuLaunchKernelEx(void) { return null_launch(); }
 EXPORT int cuLaunchCooperativeKernel(void) { return null_launch(); }
 RETURNS_SUCCESS(cuTensorMapEncodeTiled)
 
-/* 1 context, 2 memory type, 9 device ordinal, 3 device pointer; the rest is not asked for. */
+/* 1 context, 2 memory type, 9 device ordinal, 3 device pointer; PyTorch asks for no others. */
 EXPORT int cuPointerGetAttribute(void *value, int attribute, uint64_t pointer)
 {
     int device = null_device_of((void *)pointer);

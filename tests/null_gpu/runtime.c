@@ -643,7 +643,7 @@ EXPORT int __cudaLaunchKernel(void) { return null_launch(); }
 EXPORT int cudaGetSymbolAddress(void **pointer) { return *pointer = NULL, null_error(); }
 RETURNS_SUCCESS(cudaMemcpyToSymbol)
 
-/* What nvcc puts around kernels: nothing is registered, a launch needs no function. */
+/* The calls that nvcc generates around kernels: nothing is registered, a launch needs no function. */
 EXPORT void **__cudaRegisterFatBinary(void *binary)
 {
     (void)binary;

@@ -22,8 +22,8 @@ from tests.sandbox import reference_answers
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 EVERYTHING = os.environ.get("RLEF_ALL_REFERENCES") == "1"
-PLUS_INPUTS = 10**6 if EVERYTHING else 4  # of a problem, beside its few base inputs
-OTHER_TESTS = 10**6 if EVERYTHING else 2  # of a CodeContests problem, beside the public ones
+PLUS_INPUTS = 10**6 if EVERYTHING else 4  # of a problem, besides its few base inputs
+OTHER_TESTS = 10**6 if EVERYTHING else 2  # of a CodeContests problem, besides the public ones
 AT_ONCE = 8 if EVERYTHING else 64  # problems whose answers are in memory at a time
 LIMITS = Limits(cpu_s=20.0)
 

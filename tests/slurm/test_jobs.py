@@ -1,4 +1,4 @@
-"""The jobs beside training, by sbatch: export of a run, evaluation of the exported model, a
+"""The jobs other than training, by sbatch: export of a run, evaluation of the exported model, a
 benchmark."""
 
 import json

@@ -93,7 +93,7 @@ class Client:
     async def succeed(
         self, path: str, body: Mapping[str, Any], *, within_s: float | None = None
     ) -> None:
-        """Make a call whose answer reports success beside HTTP's status."""
+        """Make a call whose answer reports success in its body, besides HTTP's status."""
         answer = await self.call(path, body, within_s=within_s)
         if answer.get("success") is not True:
             raise ServerError(f"{self.url}{path}: {answer}")

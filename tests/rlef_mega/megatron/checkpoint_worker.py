@@ -85,7 +85,7 @@ def faults(folder: Path, disk: str) -> None:
     checkpoints.save(3, {"at": 3}, score=0.25)
     found["saved"] = checkpoints.finish()
     found["kept"] = names(saves)
-    # polled, it ends as well
+    # a save that is only polled ends as well
     checkpoints.save(4, {"at": 4})
     deadline = time.monotonic() + 60
     while checkpoints.saving is not None and time.monotonic() < deadline:
@@ -135,7 +135,7 @@ def faults(folder: Path, disk: str) -> None:
     found["draws"] = [random_at_1, draws()]
     found["set_aside"] = names(folder / "flipped")
 
-    # none is left that could be resumed from
+    # no checkpoint is left to resume from
     if ranks.is_writer:
         (folder / "flipped/step_000001/rng.pt").unlink()
     dist.barrier()

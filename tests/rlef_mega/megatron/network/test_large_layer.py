@@ -16,7 +16,7 @@ from rlef_mega.megatron.network.attention import packed_sequences
 from rlef_mega.megatron.network.packed_llama import CriticModel
 from rlef_mega.megatron.parallel import Ranks
 
-NEEDED_GB = 14  # it peaks at 8.3, and other tests may run beside it
+NEEDED_GB = 14  # it peaks at 8.3, and other tests may run at the same time
 LENGTHS = [29, 19]
 TOLERANCE = 1e-5
 # https://huggingface.co/meta-llama/Llama-3.1-70B-Instruct/blob/main/config.json
