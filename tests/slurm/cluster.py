@@ -1,10 +1,10 @@
-"""A real Slurm of several nodes on this host: munged, slurmctld and a slurmd per node, each in a UTS
-namespace of its own, so that `hostname` in a job is the node's name.
+"""A real Slurm of several nodes on this host: munged, slurmctld and a slurmd per node, each in a
+UTS namespace of its own, so that `hostname` in a job is the node's name.
 
-Theory of operation: everything lives in one folder, on ports of its own, so a Slurm
-that the host has is not disturbed. `Cluster` starts the daemons, in the foreground, and ends exactly those; if it is
-killed, the kernel kills them (PR_SET_PDEATHSIG). A node is killed as a machine is: its slurmd and
-all that it has started get SIGKILL at once. Needs root, for the namespaces and /etc/hosts, and
+Theory of operation: everything lives in one folder, on ports of its own, so a Slurm that the host
+has is not disturbed. `Cluster` starts the daemons, in the foreground, and ends exactly those; if it
+is killed, the kernel kills them (PR_SET_PDEATHSIG). A node is killed as a machine is: its slurmd
+and all that it has started get SIGKILL at once. Needs root, for the namespaces and /etc/hosts, and
 Debian's slurm-wlm (22.05) or a newer one.
 """
 

@@ -3,14 +3,14 @@
 Theory of operation. Training waits for `take_snapshot`, which is collective: rank 0 learns which
 rank saves which boxes of which tensors (one gather), and each rank copies its boxes to host memory.
 That memory is pinned if there is a GPU, and reused by the next save. `write_share` then runs on a
-thread of the process: it serialises the boxes, computes the checksum, writes one file and flushes it to
-the disk. It has no collective and touches nothing that training touches.
+thread of the process: it serialises the boxes, computes the checksum, writes one file and flushes
+it to the disk. It has no collective and touches nothing that training touches.
 
 Why a thread and not a process: writing, hashing and flushing release Python's lock. Training was
 measured to be as fast as with a forked process, with pauses a few milliseconds longer
-(benchmarks/results/checkpoint.json). A fork may hang on a lock that a thread of gloo, NCCL
-or CUDA held; a spawned process imports the main module again and needs a second copy of the
-snapshot; and either would outlive a killed trainer and keep writing during the next run.
+(benchmarks/results/checkpoint.json). A fork may hang on a lock that a thread of gloo, NCCL or CUDA
+held; a spawned process imports the main module again and needs a second copy of the snapshot; and
+either would outlive a killed trainer and keep writing during the next run.
 """
 
 from collections import defaultdict
