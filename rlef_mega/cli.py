@@ -211,7 +211,7 @@ def evaluate(
         str, typer.Option(help="kinds of feedback: true, random, private, none")
     ] = "true,random",
     single_turn: Annotated[
-        bool, typer.Option(help="also sample as many independent responses")
+        bool, typer.Option(help="also sample independent single responses, TURNS per dialogue")
     ] = True,
     temperature: float = 0.2,
     top_p: float = 0.95,

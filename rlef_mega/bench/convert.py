@@ -38,7 +38,7 @@ def benchmark(shape: LlamaShape = SHAPE, *, repeats: int = REPEATS) -> Results:
         flush(folder)
         size = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
         if shutil.disk_usage(folder).free < 3 * size:
-            raise ConfigError(f"the disk has no room for three times {size / 1e9:,.0f} GB here")
+            raise ConfigError(f"not enough disk space here: {3 * size / 1e9:,.0f} GB are needed")
         for _ in range(repeats):
             for step, step_s, peak_bytes in steps(folder):
                 seconds[step].append(step_s)

@@ -73,7 +73,7 @@ class Method:
     loss: Callable[[HeadInputs], torch.Tensor]
     products: tuple[int, int | None]
     masks: bool = True  # whether it can skip masked tokens
-    capability: tuple[int, int] | None = None  # smallest of a GPU; None: a CPU suffices
+    capability: tuple[int, int] | None = None  # the least that it needs; None: no GPU
     module: str = ""  # the peer's, to import
 
     def unavailable(self, device: torch.device) -> str:

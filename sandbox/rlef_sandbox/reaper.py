@@ -19,7 +19,7 @@ from .confinement import enter_user_namespace, succeeds
 
 
 def leave_reaper_behind(control: int, controller: int, cgroup: str, scratch: str = "") -> list[str]:
-    """Fork. Returns in the child alone, with the namespaces that it is in: it is process 1 of a new
+    """Fork. Returns only in the child, with the namespaces that it is in: it is process 1 of a new
     pid namespace if the machine allows one. The parent becomes the reaper.
     """
     namespaces = []

@@ -146,7 +146,7 @@ def test_a_lost_zygote_costs_a_rerun_and_closing_leaves_nothing(
     assert gone(below) and isinstance(results[0], RuntimeError)
 
 
-def test_it_runs_python_alone(python_sandbox: Sandbox) -> None:
+def test_it_runs_only_python(python_sandbox: Sandbox) -> None:
     assert python_sandbox.languages == ("python",)
     with pytest.raises(ValueError, match=r"needs g\+\+ and a C compiler"):
         python_sandbox.run("int main() {}", language="cpp")

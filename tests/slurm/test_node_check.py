@@ -22,12 +22,12 @@ def shared(folder: Path, others: dict[str, float], **bounds: float) -> list[str]
     return list(check_shared_folder(folder, "n0", ["n0", *others], **settings))
 
 
-def test_nodes_that_see_each_other_are_fit(tmp_path):
+def test_nodes_that_see_each_other_are_accepted(tmp_path):
     assert shared(tmp_path, {"n1": time.time()}) == []
 
 
 def test_a_node_of_two_roles_is_checked_twice_at_once(tmp_path):
-    """As where nodes that generate grade, too."""
+    """As on nodes that both generate and grade."""
     words = [sys.executable, "-c", CHECK_AGAIN, str(tmp_path)]
     both = [subprocess.Popen(words) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]

@@ -96,7 +96,7 @@ def weights(
 
 
 def optimizer_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """View this rank's moments and main copies. A fp32 weight is its own main copy."""
+    """View this rank's moments and main copies. An fp32 weight is its own main copy."""
     parts: list[ShardedTensor] = []
     optimizer = spread_optimizer(model)
     ranges = owned_ranges(optimizer)

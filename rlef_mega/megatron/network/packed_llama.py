@@ -131,9 +131,9 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         batch_p2p_sync=not on_cpu,
-        # No batched exchange between interleaved stages. With two ranks, where the next is also the
-        # one before, Megatron 0.16 computes wrong gradients with it, without an error (measured: a
-        # gradient norm of 13951 in place of 2.88).
+        # No batched exchange between interleaved stages: with two ranks, where the next stage's
+        # rank is also the previous one's, Megatron 0.16 then computes wrong gradients without an
+        # error (measured: a gradient norm of 13951 in place of 2.88).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=pipelined,
@@ -226,7 +226,7 @@ class PackedLlama(GPTModel):
         )
         self.hf_config, self.stages = hf_config, stages
         mark_shards(self)
-        for module in self.modules():  # its absence means Megatron's global group
+        for module in self.modules():  # one without tp_group would use Megatron's global group
             if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
                 module.tp_group = ranks.groups.tp
         # Hugging Face's own frequencies, one formula for all families, with Llama 3.1's scaling
@@ -234,7 +234,7 @@ class PackedLlama(GPTModel):
             frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
         frequencies_E = frequencies.to(ranks.device, torch.float32)
         for layer in self.decoder.layers:
-            if type(layer.mlp) is MLP:  # Megatron's specs know its own class only
+            if type(layer.mlp) is MLP:  # Megatron's specs accept only this class
                 layer.mlp.__class__ = GatedMLP
             layer.self_attention.core_attention.frequencies_E = frequencies_E
 
@@ -353,7 +353,7 @@ def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Te
 
 
 class ValueHead(torch.nn.Linear):
-    """A fp32 projection to one number, the same on every tensor-parallel rank."""
+    """An fp32 projection to one number, the same on every tensor-parallel rank."""
 
     def __init__(self, hidden_size: int, ranks: Ranks) -> None:
         super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)

@@ -272,7 +272,7 @@ def test_a_slice_is_measured_phase_by_phase(ranks, monkeypatch):
     assert hardware > model > 0
 
 
-def test_our_update_is_measured_beside_the_peers(ranks, monkeypatch):
+def test_our_update_is_measured_against_the_peers(ranks, monkeypatch):
     """Both begin with the same loss, or the peer would be left out."""
     monkeypatch.setattr(slice_against_hf, "ROUNDS", 2)
     monkeypatch.setattr(slice_of_model, "MICROBATCHES", 2)

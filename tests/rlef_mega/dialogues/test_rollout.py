@@ -265,7 +265,7 @@ def test_feedback_from_private_tests_shows_them_and_their_success_ends_the_dialo
     assert shown.public_tests[1:] + shown.private_tests.tests == many
 
 
-def test_a_response_that_was_begun_counts_what_the_model_said_alone(chat, judge):
+def test_a_response_that_was_begun_counts_only_what_the_model_said(chat, judge):
     statement = "def greet():\n    name = input()"
     problem = replace(GREET, template="humaneval", statement=statement)
     answer = "    print('Hello', name)\n\ngreet()\n```"

@@ -72,7 +72,7 @@ def test_only_mbpp_quotes_public_tests_in_its_prompt(template):
 
 
 @pytest.mark.parametrize("template", templates.TEMPLATES)
-def test_a_response_without_code_is_told_so_in_the_same_frame(template):
+def test_feedback_on_a_response_without_code_says_so_in_the_same_frame(template):
     told = templates.feedback((), template).splitlines()
     wording = templates.TEMPLATES[template]
     assert told[:2] == [wording.failed, "- No valid code."]
@@ -106,7 +106,7 @@ def test_clip_never_exceeds_its_limit(length):
     assert length > 20 or templates.clip(text[:length], 20) == text[:length]
 
 
-def test_curriculum_feedback_has_the_last_line_of_a_trace_alone():
+def test_curriculum_feedback_has_only_the_last_line_of_a_trace():
     told = templates.feedback([outcome(Status.RUNTIME_ERROR, stderr=TRACE)], "curriculum")
     assert told.splitlines()[1] == "- input '3' failed: ValueError: no"
 
@@ -253,7 +253,7 @@ def test_anything_but_one_assert_is_refused(text):
         assert_test(text, "f")
 
 
-def test_a_trace_shows_the_programs_own_frames_alone():
+def test_a_trace_shows_only_the_programs_own_frames():
     program = "import json\n\ndef read(text):\n    return json.loads(text)\n\nread(input())"
     with Sandbox(workers=1) as sandbox:
         (result,) = sandbox.grade(program, [Test("x", "")])

@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         "hidden_size": 54,
         "tie_word_embeddings": True,
     },
-    "one-query-a-key": {"num_key_value_heads": 4, "head_dim": 16},
+    "one-query-per-key": {"num_key_value_heads": 4, "head_dim": 16},
     "qwen2": {"model_type": "qwen2", "rope_parameters": ROPE_QWEN, "rms_norm_eps": 1e-6},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
     # heads wider than the model, as in Qwen3's small ones

@@ -280,7 +280,7 @@ def test_steps_take_as_long_as_simulated_ones():
         train_s = row["training_s"]
         step_s = max(made, train_s) if staleness else made + train_s
         step_s += published.TABLES["simulated"]["publish_s"]
-        errors.append(step_s * row["steps_an_hour"] / 3600 - 1)
+        errors.append(step_s * row["steps_per_hour"] / 3600 - 1)
     assert max(map(abs, errors)) < 0.3 and sum(map(abs, errors)) / len(errors) < 0.1, errors
 
 
@@ -342,7 +342,7 @@ def test_splits_use_no_more_gpus_than_given_and_more_gpus_are_never_slower(candi
 # ---------------------------------------------------------------------- the command
 
 
-def test_gpus_that_make_no_whole_server_are_refused():
+def test_sampling_gpus_that_are_no_multiple_of_a_server_are_refused():
     words = ["plan", "llama31_70b", "--sampling-gpus", "4"]
     with pytest.raises(ConfigError, match=r"a server takes 8 .*give a multiple"):
         CliRunner().invoke(app, words, catch_exceptions=False)

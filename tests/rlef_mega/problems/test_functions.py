@@ -31,7 +31,7 @@ def test_private_arguments_are_other_arguments():
         assert not any(test.args in shown for test in problem.private_tests.tests), problem.id
 
 
-def test_the_prompt_names_the_function_and_quotes_the_public_test_alone():
+def test_the_prompt_names_the_function_and_quotes_only_the_public_test():
     for problem in EVERY:
         prompt = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
         assert f"`{problem.entry_point}(" in prompt

@@ -427,7 +427,7 @@ def test_the_change_between_two_runs_is_that_of_their_last_evaluations(side_by_s
     assert f"{100 * (b - a):+.1f}".replace("-", "−") in page.text
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
     for place in ("x", "y"):
         (tmp_path / place / "run").mkdir(parents=True)
     runs = [tmp_path / place / "run" for place in ("x", "y")]
