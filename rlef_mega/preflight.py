@@ -125,7 +125,7 @@ def check_positions(config: TrainConfig, chat: ChatFormat) -> None:
         raise ConfigError(
             f"the tokenizer in {model} has tokens without a row in the embedding of "
             f"{about.vocab_size} rows: {', '.join(map(repr, sorted(beyond)[:5]))}. Enlarge the "
-            "embedding (transformers' resize_token_embeddings), or take the model's own tokenizer"
+            "embedding (transformers' resize_token_embeddings), or use the model's own tokenizer"
         )
 
 

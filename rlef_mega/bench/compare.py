@@ -22,7 +22,9 @@ def compare(old: Path, new: Path, *, tolerance: float) -> list[str]:
     before, after = read(old), read(new)
     names = [name for name in before["figures"] if name in after["figures"]]
     if not names:
-        raise ConfigError(f"{old} and {new} have no figure in common; are they of one benchmark?")
+        raise ConfigError(
+            f"{old} and {new} have no figure in common; are they of the same benchmark?"
+        )
     for what in ("device", "layout", "dtype", "model"):
         if before.get(what) != after.get(what):
             print(f"WARNING: {what} differs: {before.get(what)} and {after.get(what)}")
@@ -69,4 +71,4 @@ def read(path: Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise ConfigError(f"{path} is no file of figures; `rlef bench WHAT --json {path}` writes one")
+    raise ConfigError(f"{path} holds no figures; `rlef bench WHAT --json {path}` writes one")

@@ -51,7 +51,7 @@ def layers_that_fit(
             return layers
     raise ConfigError(
         f"one layer with embedding and head needs {need / 1e9:.0f} GB, of {memory / 1e9:.0f} "
-        "GB here; choose a smaller recipe, or give --layers to try nevertheless"
+        "GB here; choose a smaller recipe, or give --layers to try anyway"
     )
 
 
@@ -77,4 +77,4 @@ def write_model(
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    model.save_pretrained(folder, max_shard_size="5GB")  # of `rlef export-hf`, too
+    model.save_pretrained(folder, max_shard_size="5GB")  # as `rlef export-hf` writes it

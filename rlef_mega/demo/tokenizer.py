@@ -37,7 +37,7 @@ def train_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerF
     if vocab_size < least:
         raise ValueError(
             f"vocab_size = {vocab_size} is too small for bytes and control tokens; "
-            f"take at least {least}"
+            f"use at least {least}"
         )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -114,7 +114,7 @@ class ChatFormat:
         if missing:
             raise ValueError(
                 f"chat format {name!r} needs the tokens {', '.join(missing)}, which the tokenizer "
-                f"{tokenizer.name_or_path!r} lacks; set model.chat_format to auto, or take another "
+                f"{tokenizer.name_or_path!r} lacks; set model.chat_format to auto, or use another "
                 "model"
             )
         named = cls.of_template(tokenizer, TEMPLATES[name], ends)
@@ -264,7 +264,7 @@ def render(
 def unfollowed(tokenizer: "PreTrainedTokenizerBase", why: str) -> ValueError:
     return ValueError(
         f"the chat template of the tokenizer {tokenizer.name_or_path!r} cannot be followed token "
-        f"by token: {why}; take a model with a template like Llama 3's or ChatML, or correct "
+        f"by token: {why}; use a model with a template like Llama 3's or ChatML, or correct "
         "chat_template (chat_template.jinja or tokenizer_config.json in the model's folder)"
     )
 

@@ -14,9 +14,9 @@ of version v or before, at most
 
     batch * (v + max_staleness - version)
 
-may be left, because that many fit into the batches until then. This always becomes true, because
-before each `take` there is at most one batch more. Finished dialogues are taken in the order in
-which they started. Of the oldest dialogues (one batch of them), at most the share
+may be left, because that many fit into the batches until then. Waiting suffices to reach this:
+before each `take` at most one batch more than that is left. Finished dialogues are taken in the
+order in which they started. Of the oldest dialogues (one batch of them), at most the share
 `max_passed_over` may be missing; without this bound, one batch would have the short dialogues and
 the next one the long ones.
 

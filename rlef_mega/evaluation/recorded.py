@@ -93,8 +93,8 @@ def read_dialogue(row: Record, place: str) -> tuple[str, str, int | None, tuple[
     whole = texts and all(isinstance(text, str) for text in texts)
     if not (whole and isinstance(name, str) and isinstance(number, int | None)):
         raise ConfigError(
-            f"{place}: no dialogue; it has {', '.join(sorted(row))}. Give each line problem_id "
-            "and response (a text) or responses (a list of texts)"
+            f"{place}: not a dialogue: its keys are {', '.join(sorted(row))}; give each line "
+            "problem_id and response (a text) or responses (a list of texts)"
         )
     return protocol, name, number, texts
 

@@ -54,7 +54,7 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
     if separator and name in BUNDLED:
         if rest not in SPLITS:
             raise ValueError(
-                f"problem source {source!r}: no split {rest!r}; take one of {', '.join(SPLITS)}"
+                f"problem source {source!r}: no split {rest!r}; use one of {', '.join(SPLITS)}"
             )
         return BUNDLED[name](rest)
     if is_data_set(source):
@@ -140,7 +140,7 @@ DATA_SETS = {
     "codecontests": DataSet(
         codecontests.CodeContestsOptions,
         codecontests.read,
-        "codecontests:deepmind/code_contests?split=train takes the hub's copy",
+        "codecontests:deepmind/code_contests?split=train reads the hub's copy",
     ),
     "apps": DataSet(
         apps.AppsOptions, apps.read, "download train.jsonl or test.jsonl of codeparrot/apps"

@@ -152,7 +152,7 @@ def lock_file(file: IO[Any]) -> None:
 
 
 def explain_error(error: Exception) -> str:
-    """Return an error's message; of a file system's, the path, the reason and what to do."""
+    """Return an error's message; for one of the file system, the path, the reason and a remedy."""
     if not isinstance(error, OSError) or error.filename is None:
         return str(error)
     remedy = REMEDIES.get(error.errno or 0, "choose another path")

@@ -249,7 +249,7 @@ class StreamFiles(contextlib.AbstractContextManager):
             os.close(descriptor)
 
     def finished(self, outcome: Outcome, limits: Limits) -> FinishedRun:
-        """Return the run that ended with `outcome`. Raises FaultError if that is no verdict."""
+        """Return the run that ended with `outcome`. Raises FaultError if that is not a verdict."""
         _, stdout, stderr, *exchange = self.descriptors
         stdout_bytes, stderr_bytes = os.fstat(stdout).st_size, os.fstat(stderr).st_size
         stderr_start = max(0, stderr_bytes - STDERR_BYTES)

@@ -186,7 +186,7 @@ class CheckerProgram:
 
     It runs confined, with `limits`. If it raises, exceeds them or returns anything else, the output
     is a WRONG_ANSWER, provided that it accepts the expected output. Otherwise it is broken: a
-    SANDBOX_ERROR, which is no verdict on the program. Raises ValueError like `CheckTest`.
+    SANDBOX_ERROR, which is not a verdict on the program. Raises ValueError like `CheckTest`.
     """
 
     source: str

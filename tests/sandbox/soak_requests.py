@@ -46,7 +46,7 @@ def runs(source: str, expected: Status, says: str = "", **options: Any) -> Judge
 
 
 class FaultError(Exception):
-    """A SANDBOX_ERROR, which is no verdict: the request is repeated."""
+    """A SANDBOX_ERROR, which is not a verdict: the request is repeated."""
 
 
 def _raise_fault(results: list) -> None:

@@ -19,7 +19,7 @@ from tests.rlef_mega.tiny_llama import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sglang/bin/python"
-VOCABULARY = 262  # no multiple of 64: a server pads it
+VOCABULARY = 262  # not a multiple of 64: a server pads it
 END_OF_TEXT = 5  # of the model's config; in no chat format
 CONTEXT = 2048
 

@@ -68,7 +68,7 @@ def test_a_dead_node_is_replaced(runs, undisturbed, tmp_path):
 
 
 def test_a_chain_of_jobs_goes_through_time_limits(runs, undisturbed, tmp_path):
-    """Three jobs of one name, of which the first two are told that their time is up."""
+    """Three jobs of the same name, of which the first two are told that their time is up."""
     run = tmp_path / "chained"
     jobs = [runs.submit(run) for _ in range(3)]
     for number, job in enumerate(jobs[:2]):

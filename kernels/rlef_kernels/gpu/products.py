@@ -1,4 +1,4 @@
-"""cuBLAS: products of bf16 matrices with fp32 results, and the backward pass of a head from them.
+"""cuBLAS: products of bf16 matrices with fp32 results, and a head's backward pass made of them.
 
 Two products read each block of gradients of logits, [T, columns]:
 
@@ -9,7 +9,7 @@ tokens, so that each entry of the weight's gradient (fp32, in Megatron's main_gr
 written once.
 
 FLOPs: 2 P, P = 2 T V D. Bytes: 4 T V for dz, 8 V D for main_grad, 8 T D per block for dhidden. fp32
-matrices are multiplied as PyTorch is set to (`torch.backends.cuda.matmul.allow_tf32`).
+matrices are multiplied with TF32 if `torch.backends.cuda.matmul.allow_tf32` is set.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block.
 """
@@ -29,7 +29,7 @@ WriteGradient = Callable[[slice, slice, torch.Tensor], None]
 
 
 def write_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Write left right to `out`, which is fp32 or of the factors' dtype."""
+    """Write left @ right to `out`, which is fp32 or of the factors' dtype."""
     if out.device.type == "cpu":
         # For the interpreter's tests: rounds once, as cuBLAS does. (PyTorch 2.13's bf16 product on
         # CPUs keeps NaN that `out` contained before.)
@@ -41,7 +41,7 @@ def write_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left right to `out`, accumulating in fp32 and rounding at most once."""
+    """Add left @ right to `out`, accumulating in fp32 and rounding at most once."""
     if out.device.type == "cpu":
         out += left.float() @ right.float()
     elif out.dtype == left.dtype:

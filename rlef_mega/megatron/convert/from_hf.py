@@ -2,7 +2,7 @@
 
     CKPT/manifest.json  meta.json  networks/  hf/
 
-The folder has a policy's weights alone: no critic, no optimizer, no random state. `hf/` keeps
+The folder has only a policy's weights: no critic, no optimizer, no random state. `hf/` keeps
 config, tokenizer and licence. The weights are divided into chunks of at most `CHUNK_BYTES`, each a
 range of rows, in files of about `FILE_BYTES`; each rank of any layout reads from them what it
 needs.

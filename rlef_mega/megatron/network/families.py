@@ -92,7 +92,7 @@ def check_family(config: DenseConfig) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads or 0
     if min(heads, groups) < 1 or heads % groups:
         raise ConfigError(
-            f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}; "
+            f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}; "
             "copy config.json from where the model was published"
         )
     if not getattr(config, "head_dim", None) and config.hidden_size % heads:

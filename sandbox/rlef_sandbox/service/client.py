@@ -39,7 +39,7 @@ OUT_OF_SERVICE = (502, 503, 504)
 
 
 class ServiceError(RuntimeError):
-    """No server graded the request. It is no verdict on the program."""
+    """No server graded the request. This is not a verdict on the program."""
 
 
 class RequestRefusedError(ValueError):
@@ -240,7 +240,7 @@ class SandboxClient:
         except ValueError:
             about = None
         is_ours = isinstance(about, dict) and isinstance(about.get("isolation"), dict)
-        return about if is_ours else "it is no grading server"
+        return about if is_ours else "it is not a grading server"
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

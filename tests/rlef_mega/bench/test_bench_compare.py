@@ -68,5 +68,5 @@ def test_files_without_common_figures_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no figure in common"):
         compare(old, other, tolerance=0.05)
     for bad in ("text", "missing"):
-        with pytest.raises(ConfigError, match="no file of figures"):
+        with pytest.raises(ConfigError, match="holds no figures"):
             compare(old, tmp_path / bad, tolerance=0.05)

@@ -1,7 +1,7 @@
 """A real pretrained model: its conversion, and that engine and trainer agree on it.
 
-Both start from the converted folder, so their agreement does not show a wrong conversion; a test
-of the text that the model writes does.
+Both start from the converted folder, so their agreement would not reveal a wrong conversion; a test
+of the text that the model writes would.
 """
 
 import ast
@@ -87,7 +87,7 @@ def test_trainer_and_engine_agree_on_the_log_probs_of_a_dialogue(engine, chat, f
     torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-4)
 
 
-def test_the_folder_is_a_plain_float32_llama_whose_control_tokens_text_cannot_spell(folder, chat):
+def test_the_folder_is_a_plain_float32_llama_and_text_never_encodes_as_control_tokens(folder, chat):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llama" and config["dtype"] == "float32"
     assert "quantization_config" not in config

@@ -100,7 +100,7 @@ def test_training_a_tokenizer_twice_gives_the_same_files(folder, tmp_path):
 
 def test_the_vocabulary_has_exactly_the_size_asked_for(tmp_path):
     assert len(train_tokenizer(tmp_path, 2048)) == 2048  # more than the dialogues fill
-    with pytest.raises(ValueError, match="take at least"):
+    with pytest.raises(ValueError, match="use at least"):
         train_tokenizer(tmp_path, 100)
 
 

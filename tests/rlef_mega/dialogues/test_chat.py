@@ -170,7 +170,7 @@ def test_any_template_between_control_tokens_is_followed():
     ],
 )
 def test_a_template_that_cannot_be_followed_is_refused_with_the_remedy(template, why):
-    with pytest.raises(ValueError, match=f"{why}.*; take a model .* or correct"):
+    with pytest.raises(ValueError, match=f"{why}.*; use a model .* or correct"):
         ChatFormat.for_tokenizer(byte_tokenizer(CONTROLS["chatml"], template))
 
 

@@ -33,7 +33,8 @@ def generate(model, requests):
 
 
 def requests_with_stops():
-    """Return requests in which ten of 61 tokens end a response, so that rows finish apart."""
+    """Return requests in which ten of 61 tokens end a response, so that rows finish at different
+    steps."""
     sampling = Sampling(max_new_tokens=30, stop_token_ids=tuple(range(10)))
     return [GenerationRequest(prompt, sampling, seed) for seed, prompt in enumerate(prompts(24))]
 

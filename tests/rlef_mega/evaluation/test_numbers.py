@@ -56,7 +56,8 @@ def test_rates_by_hand(numbers):
     assert numbers["outcomes"] == [1, 0.5, 0, None]  # one dialogue of two
     assert numbers["solve_rate"]["value"] == pytest.approx(0.5)
     assert numbers["turn1"]["value"] == pytest.approx((0.5 + 0 + 0) / 3)
-    # both dialogues: of b's, both pass the public tests, so one selected is right half of the time
+    # 6 samples are both dialogues; both of b's pass the public tests, so one of them, selected at
+    # random, is right half of the time
     assert numbers["n_at_k"]["1@6"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert numbers["n_at_k"]["2@6"]["value"] == pytest.approx((1 + 1 + 0) / 3)
     assert numbers["pass_at_k"]["6"]["value"] == pytest.approx(2 / 3)
@@ -106,8 +107,8 @@ def test_the_turn_budget_cuts_dialogues_and_keeps_the_samples(numbers):
     assert [budget[t]["draws"] for t in "123"] == [3, 1, 1]
     assert budget["3"]["value"] == pytest.approx(0.5)
     assert budget["2"]["value"] == pytest.approx((1 + 0 + 0) / 3)
-    # 3 of 4 single turns: SOLVED is among them in 3 of 4 draws, and selected beside PRIVATE_TEST
-    # in half of the 2 that have both
+    # of the 4 ways to draw 3 of 4 single turns, one has SOLVED without PRIVATE_TEST, and two have
+    # both, of which one is selected at random
     assert budget["1"]["value"] == pytest.approx(0.25 * 1 + 0.5 * 0.5)
 
 
@@ -119,7 +120,7 @@ def test_chrf_is_of_each_program_and_the_one_before():
     found = chrf_of_next([of(same, same), of(same, other), of(None, same), of(same)], 0)
     assert found["pairs"] == found["scored"] == 2 and found["unchanged"] == 0.5
     assert found["mean"] == pytest.approx(50, abs=1) and found["by_ten"][9] == 1
-    # abcde against abcdx: of n = 1 to 6, 4/5, 3/4, 2/3, 1/2, 0 and none, in both directions alike
+    # abcde against abcdx: for n = 1 to 6, precision and recall are 4/5, 3/4, 2/3, 1/2, 0 and none
     found = chrf_of_next([of("abcdx", "abcde")], 0)
     assert found["mean"] == pytest.approx(100 * (4 / 5 + 3 / 4 + 2 / 3 + 1 / 2 + 0) / 5)
     assert chrf_of_next([of(None, same), of(same)], 0) is None

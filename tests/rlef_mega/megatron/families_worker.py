@@ -37,7 +37,7 @@ ROPE_QWEN = {"rope_type": "default", "rope_theta": 1_000_000.0}
 CASES: dict[str, dict[str, Any]] = {
     "llama31": {"rope_parameters": ROPE_31},
     "llama32-tied": {"rope_parameters": ROPE_31, "tie_word_embeddings": True},
-    # SmolLM2's heads: nine queries on three keys, tied; their dimension is no power of two
+    # SmolLM2's heads: nine queries on three keys, tied; their dimension is not a power of two
     "nine-heads": {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,

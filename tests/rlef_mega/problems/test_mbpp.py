@@ -33,7 +33,7 @@ DROPPED = [
         "code": "class Node: pass\ndef double(n): return 2*n",
         "test_setup_code": "root = Node()",
     },
-    {**DOUBLE, "task_id": 14, "test_list": ["assert double(2j) == 4j"]},  # no plain data
+    {**DOUBLE, "task_id": 14, "test_list": ["assert double(2j) == 4j"]},  # not plain data
     {**DOUBLE, "task_id": 15, "test_list": ["assert double(2) == 5"]},
     {**DOUBLE, "task_id": 16, "test_list": []},
 ]

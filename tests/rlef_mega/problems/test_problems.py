@@ -191,7 +191,7 @@ WRONG = {
         {**GOOD, "entry_point": "f", "public_tests": [{**CALL, "args": "(1j,)"}]},
         "args: a value of type complex cannot be judged",
     ),
-    "a prelude that is no program": ({**GOOD, "prelude": "def ("}, "prelude: not valid Python"),
+    "a prelude that is not a program": ({**GOOD, "prelude": "def ("}, "prelude: not valid Python"),
     "tags of numbers": ({**GOOD, "tags": [1]}, "tags: .*strings"),
 }
 
@@ -233,7 +233,7 @@ def test_an_unknown_source_names_the_known_ones(source):
 
 
 def test_an_unknown_split_names_the_known_ones():
-    with pytest.raises(ValueError, match="no split 'dev'; take one of train, valid, test"):
+    with pytest.raises(ValueError, match="no split 'dev'; use one of train, valid, test"):
         load_problems("curriculum:dev")
 
 

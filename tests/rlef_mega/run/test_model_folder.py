@@ -77,7 +77,7 @@ def test_a_damaged_index_is_refused_by_name(tmp_path, damage):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int8, torch.float8_e4m3fn])
 def test_quantized_weights_are_refused_by_their_tensors(tmp_path, dtype):
     save_file({**EMBEDDED, "q": torch.zeros(2, 2).to(dtype)}, tmp_path / ONE_FILE)
-    with pytest.raises(ConfigError, match=r"q has dtype .* take the model's unquantized weights"):
+    with pytest.raises(ConfigError, match=r"q has dtype .* use the model's unquantized weights"):
         SafetensorsFolder(write(tmp_path))
 
 

@@ -2,8 +2,8 @@
 on the meta device, and what the ranks hold adds up to Hugging Face's model.
 
 One process takes each rank in turn, in a world whose process groups are torch's fake ones: they
-have sizes and ranks, and exchange nothing. Not tested: whether the weights fit a GPU beside
-gradients and activations.
+have sizes and ranks, and exchange nothing. Not tested: whether the weights fit a GPU
+together with gradients and activations.
 """
 
 import functools
