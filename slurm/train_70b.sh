@@ -37,7 +37,7 @@ SANDBOX_NODES=${SANDBOX_NODES:-16}       # nodes that only grade; 0: the samplin
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}       # 0: no GPUs
 HET=${HET:-1}                           # 1: a het job, one component per role; 0: one allocation
 
-JOB_NAME=${JOB_NAME:-rlef-70b}       # jobs of one name run one after another, each resuming the run
+JOB_NAME=${JOB_NAME:-rlef-70b}       # jobs of the same name run one after another, each resuming the run
 TIME=${TIME:-2-00:00:00}            # time limit of a job
 GRACE_S=${GRACE_S:-1800}                 # seconds before the limit to finish the step and save; must suffice for both
 CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, to run one after another; they end at once when the run is finished

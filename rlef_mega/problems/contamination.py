@@ -1,6 +1,6 @@
 """Find problems of an evaluation set that are also in a training set.
 
-The statement may be the same but for case, space and punctuation, or share many of its 13-grams
+The statement may be the same apart from case, space and punctuation, or share many of its 13-grams
 (the length that GPT-3's authors used) with training statements. Two problems may have the
 same short statement and differ in their tests, so the tests are compared too.
 """
@@ -23,7 +23,9 @@ class Overlap:
     """An evaluation problem, compared with a training set."""
 
     id: str
-    same_as: str | None  # the training problem with the same statement and most of the same tests
+    same_as: (
+        str | None
+    )  # of the training problems with its statement, the one that shares most tests
     tests_share: float  # of its tests, public and private, that are also tests of that problem
     words_share: float  # of its n-grams that are in training statements
 
@@ -44,10 +46,10 @@ def describe(overlaps: Sequence[Overlap]) -> list[str]:
     found.sort(key=lambda overlap: (overlap.same_as is None, -overlap.tests_share))
     same = [overlap.tests_share for overlap in found if overlap.same_as is not None]
     summary = (
-        f"of {len(overlaps)} problems, {sum(share == 1 for share in same)} have a statement of "
-        f"these and all its tests, {sum(0 < share < 1 for share in same)} a statement and some of "
-        f"its tests, {sum(share == 0 for share in same)} a statement but other tests, and "
-        f"{len(found) - len(same)} more share {SUSPICIOUS:.0%} of their {NGRAM_WORDS}-grams"
+        f"of {len(overlaps)} problems, {sum(share == 1 for share in same)} have the same statement "
+        f"and tests as one of these, {sum(0 < share < 1 for share in same)} the same statement and "
+        f"some of the tests, {sum(share == 0 for share in same)} the same statement but other "
+        f"tests; {len(found) - len(same)} more share {SUSPICIOUS:.0%} of their {NGRAM_WORDS}-grams"
     )
     return [summary, *map(str, found)]
 

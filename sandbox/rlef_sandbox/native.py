@@ -28,7 +28,7 @@ BUILD_TIMEOUT_S = 120
 
 def cache_folder() -> Path | None:
     """Return the folder of built files: in the user's cache or, if that cannot be written, among
-    the temporary files. Returns None if neither is ours alone.
+    the temporary files. Returns None if there is no such folder that only this user can write to.
     """
     roots = [Path(tempfile.gettempdir(), f"cache-{os.getuid()}")]
     with contextlib.suppress(RuntimeError):  # a user without a home

@@ -23,7 +23,7 @@ LOCKED_FLAGS = os.ST_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME | os.ST_RELATIME
 
 
 def enter(directories: list[str], packages: Sequence[str], scratch: str = "") -> None:
-    """Make a read-only root of `directories` and `packages` alone, and move this mount namespace
+    """Make a read-only root of only `directories` and `packages`, and move this mount namespace
     into it. At the path `scratch`, if given, it has a directory in memory that all may write to.
 
     Needs CAP_SYS_ADMIN over a mount namespace of our own, and /proc.

@@ -153,7 +153,7 @@ def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> No
         "returns_calls_not_made",
     ],
 )
-def test_a_broken_check_is_no_verdict(sandbox: Sandbox, code: str) -> None:
+def test_a_broken_check_is_not_a_verdict(sandbox: Sandbox, code: str) -> None:
     (result,) = sandbox.grade(RIGHT, [CheckTest("f", code, compiled=False)])
     assert result.status is Status.SANDBOX_ERROR
     assert b"CheckTest is broken" in result.stderr.splitlines()[-1]
@@ -178,7 +178,7 @@ EXHAUSTED = {
 
 
 @pytest.mark.parametrize("code", EXHAUSTED.values(), ids=EXHAUSTED)
-def test_a_check_that_exhausts_itself_is_no_verdict(sandbox: Sandbox, code: str) -> None:
+def test_a_check_that_exhausts_itself_is_not_a_verdict(sandbox: Sandbox, code: str) -> None:
     limits = Limits(cpu_s=0.5, wall_s=2, memory_bytes=128 << 20, output_bytes=1 << 20)
     (result,) = sandbox.grade("def f(x): return x", [CheckTest("f", code)], limits)
     assert result.status is Status.SANDBOX_ERROR, result
@@ -271,7 +271,7 @@ def test_a_programs_failure_beats_its_checker(sandbox: Sandbox) -> None:
         "import os; os._exit(0)",
     ],
 )
-def test_a_broken_checker_is_no_verdict(sandbox: Sandbox, source: str) -> None:
+def test_a_broken_checker_is_not_a_verdict(sandbox: Sandbox, source: str) -> None:
     checker = CheckerProgram(source, Limits(cpu_s=0.3, wall_s=15))
     (result,) = sandbox.grade("print(1)", [Test("", "1")], checker=checker)
     assert result.status is Status.SANDBOX_ERROR

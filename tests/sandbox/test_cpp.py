@@ -138,7 +138,7 @@ def test_only_a_compiler_that_we_did_not_end_was_killed_by_the_machine(ending: E
 
 
 @pytest.mark.parametrize("victim", ["g++", "cc1plus"])
-def test_a_compiler_killed_by_the_machine_is_no_compile_error(victim: str) -> None:
+def test_a_compiler_killed_by_the_machine_is_not_a_compile_error(victim: str) -> None:
     """It is tried again, and here the second try succeeds."""
     slow = HEADER + "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\n"
     slow += "constexpr long x = f(27); int main() { cout << x; }"
@@ -401,7 +401,9 @@ def test_a_checker_in_cpp_decides_by_its_exit_code(
         ("int main() {", b"the checker program does not compile"),
     ],
 )
-def test_a_broken_checker_in_cpp_is_no_verdict(sandbox: Sandbox, source: str, words: bytes) -> None:
+def test_a_broken_checker_in_cpp_is_not_a_verdict(
+    sandbox: Sandbox, source: str, words: bytes
+) -> None:
     checker = CheckerProgram(source, Limits(cpu_s=0.3, wall_s=15), "cpp")
     (result,) = sandbox.grade("print(1)", [Test("", "1")], checker=checker)
     assert result.status is Status.SANDBOX_ERROR and result.stderr.startswith(words)

@@ -198,7 +198,7 @@ NONSENSE = (
 )
 
 
-def test_a_peer_that_talks_nonsense_is_no_grading_server_and_no_verdict():
+def test_a_peer_that_talks_nonsense_is_not_a_grading_server():
     """Whatever it says to a grading request, it seems healthy, so that it is asked again and
     again; every call is answered by the real server."""
     about = b'{"status": "ready", "isolation": {}}'

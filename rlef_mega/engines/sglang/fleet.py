@@ -179,8 +179,8 @@ class Fleet:
                 member.add_load(-1)
 
     async def wait_for_some(self) -> None:
-        """Wait until a server is ready. Raises EngineLostError if none was for `lost_s`, without
-        the time of publications, in which all servers are paused."""
+        """Wait until a server is ready. Raises EngineLostError if none was for `lost_s`, not
+        counting publications, in which all servers are paused."""
         while not self.some_ready.is_set():
             now = asyncio.get_running_loop().time()
             if self.none_since_s is None or self.control.locked():

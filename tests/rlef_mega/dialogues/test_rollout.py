@@ -116,7 +116,7 @@ def test_printing_the_public_output_ends_the_dialogue_unsolved(chat, judge):
     assert episode.turns[0].verdict.public_passed
 
 
-def test_a_response_without_code_is_told_so_and_is_no_program(chat, judge):
+def test_a_response_without_code_is_not_a_program_and_feedback_says_so(chat, judge):
     (episode,) = hold(chat, judge, [NO_CODE, RIGHT]).episodes
     assert episode.turns[0].program is None and episode.solved
     assert "No valid code" in text(chat, episode)

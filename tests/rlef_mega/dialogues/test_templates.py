@@ -135,7 +135,7 @@ def test_every_way_to_fail_has_words_in_every_template():
                 assert "None" not in told and len(told.splitlines()[1]) > 20
 
 
-def test_a_fault_of_the_sandbox_is_no_feedback():
+def test_a_fault_of_the_sandbox_is_not_feedback():
     with pytest.raises(AssertionError, match="fault"):
         templates.feedback([outcome(Status.SANDBOX_ERROR)], "codecontests")
 

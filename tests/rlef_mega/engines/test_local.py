@@ -275,7 +275,7 @@ def test_an_engine_without_weights_serves_after_the_first_update_only(folder, tm
     assert run(dialogue(engine, 0, 2)) == run(dialogue(published, 0, 2))
 
 
-def test_a_folder_that_is_no_model_is_named(tmp_path, folder):
+def test_a_folder_that_is_not_a_model_is_named(tmp_path, folder):
     with pytest.raises(ValueError, match=r"no config\.json"):
         LocalEngine(tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())

@@ -358,10 +358,10 @@ def test_foreign_responses_are_graded_until_their_dialogue_would_have_ended(data
             {"protocol": "greedy", "problem_id": "a", "number": 0},
             "unknown protocol 'greedy'; known",
         ),
-        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "no dialogue"),
-        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "no dialogue"),
-        ({"protocol": "multi_turn", "turns": []}, "no dialogue"),
-        ({"rlef_eval": 1}, "no dialogue"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0}, "not a dialogue"),
+        ({"protocol": "multi_turn", "problem_id": "a", "number": 0, "turns": []}, "not a dialogue"),
+        ({"protocol": "multi_turn", "turns": []}, "not a dialogue"),
+        ({"rlef_eval": 1}, "not a dialogue"),
     ):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(ConfigError, match=message):

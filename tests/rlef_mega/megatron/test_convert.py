@@ -276,8 +276,8 @@ def write_megatron(path: Path, state: dict[str, torch.Tensor]) -> None:
     torch_checkpoint.save(state, storage_writer=writer, no_dist=True)
 
 
-def test_a_checkpoint_of_megatron_alone_is_read(folder: Path, tmp_path: Path) -> None:
-    """Plain names, beside an optimizer's state, with a padded vocabulary; written by torch."""
+def test_a_plain_megatron_checkpoint_is_read(folder: Path, tmp_path: Path) -> None:
+    """Plain names, an optimizer's state, a padded vocabulary; written by torch."""
     state = packed(folder)
     state |= {f"optimizer.state.exp_avg.{name}": torch.zeros(3) for name in state}
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):

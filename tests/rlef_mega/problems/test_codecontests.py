@@ -266,8 +266,8 @@ def test_inspection_prints_counts_drops_with_their_rows_and_what_two_sets_share(
     wrong = f"{path}, line 2 'bad': malformed time_limit: 3 is not an object"
     assert wrong in told.replace("\n", "")
     told = " ".join(told.split())
-    assert "of 5 problems, 1 have a statement of these and all its tests, 1 a statement and" in told
-    assert "some of its tests, 1 a statement but other tests, and 1 more share 50%" in told
+    assert "of 5 problems, 1 have the same statement and tests as one of these, 1 the same" in told
+    assert "some of the tests, 1 the same statement but other tests; 1 more share 50%" in told
     twin, half, other = (
         told.index(f"- {name!r}: the statement of") for name in ("twin", "half", "e0")
     )

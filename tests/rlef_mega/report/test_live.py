@@ -63,7 +63,7 @@ def test_it_answers_only_requests_to_localhost_and_serves_no_files(server, run):
         assert get(server, path)[0] == 404
 
 
-def test_a_path_that_is_no_run_is_refused_at_once(tmp_path):
+def test_a_path_that_is_not_a_run_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="is not a run directory"):
         LiveServer([tmp_path / "absent"], port=0, episodes=10)
 

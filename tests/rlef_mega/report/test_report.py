@@ -437,6 +437,6 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
         write_report(runs[0], runs[0])
 
 
-def test_a_path_that_is_no_directory_is_refused(tmp_path):
+def test_a_path_that_is_not_a_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a run directory"):
         write_report(tmp_path / "absent")

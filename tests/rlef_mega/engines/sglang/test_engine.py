@@ -159,7 +159,7 @@ SPOILERS = [spoil_ids, spoil_logprob, spoil_versions, spoil_version, age, abort,
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)
-def test_an_incomplete_answer_is_asked_of_another_server(engine, servers, spoil):
+def test_a_request_with_an_incomplete_answer_goes_to_another_server(engine, servers, spoil):
     one, _two = servers
     one.spoil = spoil
     answers = talk(engine, 6)

@@ -140,7 +140,7 @@ def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("plan", [{"token_budget": 60}, {"multiple": 5}], ids=["many", "empty"])
-def test_micro_batches_change_an_update_by_rounding_alone(
+def test_micro_batches_change_an_update_only_by_rounding(
     ranks: Ranks, folder: Path, plan: dict
 ) -> None:
     """Compared with one micro-batch per update; of five, two are empty."""
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(ranks: Ranks, folder: P
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.policy_weights())
 
 
-def test_an_order_that_is_no_permutation_is_refused(ranks: Ranks, folder: Path) -> None:
+def test_an_order_that_is_not_a_permutation_is_refused(ranks: Ranks, folder: Path) -> None:
     learner = make_learner(ranks, folder)
     batch = make_batch(4)
     targets = zero_advantages(batch, learner.score(batch))
