@@ -1,8 +1,8 @@
-"""Several seeds of the demo into one JSON: python benchmarks/collect_demo.py RUN... --json OUT
+"""Collect several seeds of the demo: python benchmarks/collect_demo.py RUN... --json OUT
 
 Each RUN is a finished run directory with eval/before.json and eval/after.json. A solve rate is the
-mean over problems of a problem's mean over seeds, its 95% interval a bootstrap over problems: the
-seeds share them. Each seed's own rate is given too.
+mean over problems of a problem's mean over seeds. Its 95% interval is a bootstrap over problems,
+because the seeds share them. Each seed's own rate is given too.
 """
 
 import argparse

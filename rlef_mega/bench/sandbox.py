@@ -1,7 +1,7 @@
 """`rlef bench sandbox`: how fast programs are graded, compared with other ways to run them.
 
-Runs the sandbox's own benchmark (sandbox/benchmarks/bench_grade.py) and returns its figures in the
-form of the others."""
+Runs the sandbox's own benchmark (sandbox/benchmarks/bench_grade.py) and returns its figures as
+the other benchmarks do."""
 
 import json
 import subprocess

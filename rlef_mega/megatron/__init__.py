@@ -2,8 +2,8 @@
 weights under Hugging Face's names.
 
 Packages that cannot work here are hidden before megatron-core tries them; `accelerations` reports
-once what is missing. megatron-core's warnings, which repeat that on every rank, and torch's, which
-repeat at every call that a name will change, are silenced here.
+once what is missing. megatron-core's warnings, which repeat that on every rank, and torch's
+deprecation warnings, which appear at every call, are silenced here.
 """
 
 import warnings

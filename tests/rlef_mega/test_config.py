@@ -34,7 +34,7 @@ def test_a_written_config_reads_back_as_the_same(recipe, tmp_path):
     ("recipe", "world_size", "updates"),
     [("llama31_8b", 128, "12,000"), ("llama31_70b", 1024, "8,000")],
 )
-def test_the_papers_runs_have_its_arithmetic(recipe, world_size, updates):
+def test_the_recipes_of_the_papers_runs_have_its_numbers(recipe, world_size, updates):
     """RLEF A.1: training GPUs, updates of 256 sequences out of 1,024 rollouts, learning rate, KL
     weight."""
     config = load_config(find_recipe(recipe), [], TrainConfig)

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slurm
 
 
 def test_a_het_job_gives_the_same_numbers(runs, undisturbed, tmp_path):
-    """A component of two nodes trains, one of one grades."""
+    """One component, of two nodes, trains; the other, of one node, grades."""
     run = tmp_path / "het"
     settings = {"HET": 1, "TIME": "5:00", "DISK_GIB": 0.1}
     submitted = runs.start(run, **settings)
@@ -43,7 +43,7 @@ def test_a_job_with_the_wrong_number_of_nodes_says_so(runs, tmp_path):
 
 
 def test_unfit_nodes_are_named_before_anything_starts(runs, tmp_path):
-    """A taken port, a full disk and GPUs that nobody has; each with its node."""
+    """A taken port and a full disk."""
     run = tmp_path / "unfit"
     with socket.socket() as taken:
         taken.bind(("", 0))

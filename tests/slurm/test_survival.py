@@ -1,5 +1,5 @@
-"""Runs on a real Slurm that are disturbed in every way that a cluster has, and end with the metrics
-of an undisturbed one, to the bit.
+"""Runs on a real Slurm that are disturbed in the ways a cluster disturbs them, and end with exactly
+the metrics of an undisturbed run.
 
 Slurm is Debian's, its nodes are on one host: what these tests cannot catch is a fault of a shared
 file system or of a network. The engine is the embedded one, so that numbers repeat.

@@ -160,7 +160,7 @@ class LogitsChunk:
         return metrics, logits_CV
 
     def write_hidden_gradient(self, gradient_CV: torch.Tensor, out_CD: torch.Tensor) -> None:
-        """Write gradient_CV weight, summed over the tensor-parallel group, to `out_CD`."""
+        """Write gradient_CV @ weight, summed over the tensor-parallel group, to `out_CD`."""
         if self.group is None:
             write_product_(out_CD, gradient_CV, self.weight_VD)
             return

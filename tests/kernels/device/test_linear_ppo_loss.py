@@ -73,7 +73,7 @@ def test_without_main_grad_the_gradient_is_returned(device, way, rows):
 
 
 @pytest.mark.parametrize("way", PLANS)
-def test_a_confident_policy_has_right_gradients(device, way):
+def test_a_confident_policy_has_correct_gradients(device, way):
     """Logits so large that storing one in bf16 has an error of 0.1 or more."""
     hidden, weight, target, policy = make_inputs(device, 60, 64, 700)
     hidden = (6 * hidden.detach()).requires_grad_()

@@ -1,5 +1,5 @@
-"""Dialogues as token ids: equal to the tokenizer's own template, exact for sampled ids, deaf to
-injected controls.
+"""Dialogues as token ids: equal to the tokenizer's own template, exact for sampled ids,
+unaffected by injected control tokens.
 """
 
 import json
@@ -84,7 +84,7 @@ def test_the_format_is_found_by_the_tokenizers_controls():
         assert len(found.user_header) > 1 or name == "chatml"
 
 
-def test_what_else_ends_a_response_stops_too():
+def test_the_models_other_end_tokens_stop_a_response_too():
     tokenizer = byte_tokenizer((*CONTROLS["llama3"], "<|eom_id|>", "<|end_of_text|>"))
     chat = ChatFormat.for_tokenizer(tokenizer)
     assert set(tokenizer.convert_ids_to_tokens(chat.stop_token_ids)) == {
@@ -175,7 +175,7 @@ def test_a_template_that_cannot_be_followed_is_refused_with_the_remedy(template,
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_text_that_spells_an_added_token_is_characters(special):
+def test_text_that_spells_an_added_token_is_encoded_as_characters(special):
     """Whether it is marked special or not: `<think>` is not, in Qwen3."""
     tokenizer = byte_tokenizer(())
     added = [*CONTROLS["chatml"], "</think>", "<tool_call>"]
@@ -210,7 +210,7 @@ def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["x = 1\n", "né 😀\u202e好!", "\x00\r\n\ufffd!", ""])
-def test_pieces_of_tokens_are_the_text_in_a_row(chat, text):
+def test_pieces_of_tokens_join_to_the_text(chat, text):
     ids = chat.respond(text)
     pieces = chat.pieces(ids)
     assert len(pieces) == len(ids) and "".join(pieces) == text == chat.decode(ids)
@@ -220,6 +220,6 @@ def test_pieces_of_tokens_are_the_text_in_a_row(chat, text):
         assert pieces[place - 3 : place] == [""] * 3
 
 
-def test_pieces_of_bytes_that_are_no_text_are_still_the_text_in_a_row(chat):
+def test_pieces_of_incomplete_characters_join_to_the_decoded_text(chat):
     broken = chat.respond("é好")[1:-2] + chat.respond("a")  # starts and ends within a character
     assert "".join(chat.pieces(broken)) == chat.decode(broken)

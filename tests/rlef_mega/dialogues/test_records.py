@@ -76,7 +76,7 @@ def test_texts_pieces_and_versions_are_those_of_the_tokens(chat):
     assert "ref_logprobs" not in first and first["value"] is None
 
 
-def test_of_private_tests_is_recorded_what_the_reward_saw(chat):
+def test_the_record_of_private_tests_is_what_the_reward_saw(chat):
     def private(statuses):
         return episode_record(held(chat, ["x"], [failing(statuses)]), chat, PROBLEM)["turns"][0][
             "private"

@@ -150,7 +150,7 @@ def test_random_feedback_is_another_problems_but_the_real_tests_end_the_dialogue
     assert episode.solved
 
 
-def test_a_fault_of_the_engine_is_tried_again_then_dropped_and_counted_never_scored(chat, judge):
+def test_a_dialogue_whose_engine_fails_is_retried_then_dropped_and_counted(chat, judge):
     once, always = [EngineError("lost"), RIGHT], [EngineError("lost"), EngineError("lost")]
     held = hold(chat, judge, once)
     assert [episode.solved for episode in held.episodes] == [True]
@@ -184,7 +184,7 @@ class CountingChat:
         return getattr(self.chat, name)
 
 
-def test_one_turn_of_the_loop_works_on_one_text_however_many_are_answered_together(chat, judge):
+def test_the_loop_processes_one_text_per_turn_however_many_answers_arrive_at_once(chat, judge):
     counting = CountingChat(chat)
     engine = ScriptedEngine(chat, *[[NO_CODE, NO_CODE]] * 300)
     most = 0
@@ -207,8 +207,8 @@ def test_one_turn_of_the_loop_works_on_one_text_however_many_are_answered_togeth
     assert counting.pieces == 300 * 4 and most == 1
 
 
-def test_all_have_their_session_before_the_first_asks(chat, judge):
-    """As the embedded engine's waves need it, also of more dialogues than start in one turn."""
+def test_all_sessions_are_open_before_the_first_request(chat, judge):
+    """The embedded engine's waves need this, also with more dialogues than start in one turn."""
     opened = []
 
     class Watching(ScriptedEngine):

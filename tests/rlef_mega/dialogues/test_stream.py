@@ -1,5 +1,5 @@
-"""What the stream promises, for dialogues of every length that chance brings: each is taken once,
-none too old, and never more are under way than the bound says."""
+"""What the stream promises, for dialogues of random lengths: each is taken once, none too old, and
+never more are under way than the bound allows."""
 
 import asyncio
 import itertools
