@@ -158,7 +158,7 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
         raise ConfigError(
             f"rollout.max_context = {config.rollout.max_context} exceeds "
             f"learner.microbatch_tokens = {config.learner.microbatch_tokens}: "
-            "the longest dialogue would fit no micro-batch"
+            "the longest dialogue would not fit a micro-batch"
         )
     if config.rollout.mode == "async" and config.rollout.episodes_per_batch % config.world_size:
         raise ConfigError(
@@ -309,7 +309,7 @@ def digests_of(config: TrainConfig, inputs: TrainingInputs) -> dict[str, str]:
 
 
 def without_room(config: TrainConfig, inputs: TrainingInputs) -> list[int]:
-    """Return which training problems' prompts leave no room for a response of the greatest length.
+    """Return which training problems' prompts leave no room for a response of the maximum length.
     Raises ConfigError if they are more than `rollout.max_drop_fraction` of all."""
     problems = inputs.problems["train"]
     rollout, longest, where = config.rollout, 0, ""

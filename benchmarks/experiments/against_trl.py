@@ -72,7 +72,7 @@ def main() -> None:
         }
     padded = theirs["padded_tokens"] / trial["batch"]["tokens"]
     notes = (f"TRL pads the batch to {padded:.2f} times as many tokens",)
-    results = Results(f"our learner beside TRL: {asked.recipe}", about, figures(rounds), notes)
+    results = Results(f"our learner against TRL: {asked.recipe}", about, figures(rounds), notes)
     results.write(asked.json)
     results.show()
 

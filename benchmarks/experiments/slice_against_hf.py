@@ -6,7 +6,7 @@
 The peer is LlamaForCausalLM with PyTorch's AdamW in a plain training loop, with Liger's kernels and
 head if they can run, and with a head that stores logits. Same weights, sequences, response tokens,
 loss (`ppo.policy_loss`), gradient clipping and optimizer arithmetic; micro-batches of its own, of
-sequences of similar lengths, padded. What favours the peer: the head runs on response tokens alone,
+sequences of similar lengths, padded. What favours the peer: its head runs only on response tokens,
 as ours does; there is no mask, since right padding and causality need none; gradients of bfloat16
 weights add up in bfloat16 over micro-batches, ours in fp32; no entropy is computed. Main weights
 and moments are fp32 on both sides.
@@ -50,7 +50,7 @@ Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 TIME_LIMIT_S = 180.0
 ROUNDS = 7
-# Bytes a parameter of the peer: weight and gradient in bfloat16, and main copy, its gradient and
+# The peer's bytes per parameter: weight and gradient in bfloat16, and main copy, its gradient and
 # two moments in fp32.
 PEER_BYTES = 20
 OURS = "ours"
@@ -256,7 +256,7 @@ def main() -> None:
         )
         parallel.shutdown(ranks)
     notes = tuple(f"not measured: {what}" for what in found["unmeasured"])
-    title = f"our policy update beside Hugging Face's: {asked.recipe}"
+    title = f"our policy update against Hugging Face's: {asked.recipe}"
     about["command"] = " ".join(sys.argv)
     results = Results(title, about, tuple(figures(found)), notes)
     results.write(asked.json)
@@ -316,8 +316,8 @@ def compare_updates(
     rounds: int,
     deadline: float,
 ) -> dict[str, Any]:
-    """Return seconds of an update by side, a sample a round; the first losses and gradient norms;
-    and what was not measured, with the reason."""
+    """Return each side's seconds per update, one sample per round; the first losses and gradient
+    norms; and what was not measured, with the reason."""
     first = {OURS: our_update()}
     unmeasured = []
     sides: dict[str, Callable[[], object]] = {OURS: our_update}

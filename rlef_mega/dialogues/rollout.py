@@ -37,7 +37,7 @@ from rlef_mega.types import (
     Verdict,
 )
 
-TRIES = 2  # how often a dialogue is started at most
+TRIES = 2  # how often a dialogue is started, at most
 TESTS_WITH_PRIVATE = 20  # RLEF B.3
 
 
@@ -181,14 +181,14 @@ class DialogueLoop:
                 context += observed_ids
 
     def room(self, context_len: int) -> int:
-        """Return how many tokens fit between this context and a response of the greatest length."""
+        """Return how many tokens fit between this context and a response of the maximum length."""
         return self.rules.max_context - self.rules.sampling.max_new_tokens - context_len
 
     def observe(
         self, problem: Problem, turn: Turn, seed: int, begun: str, context_len: int
     ) -> list[int] | None:
         """Return the feedback on a turn as tokens, shortened until it leaves room for a response of
-        the greatest length; None if even the shortest does not."""
+        the maximum length; None if even the shortest does not."""
         room = self.room(context_len)
         limit: int | None = None
         while True:

@@ -2,8 +2,8 @@
 
 Each task's `check` is a list of asserts. An assert on one call with literal arguments becomes a
 `CallTest`, one that otherwise uses only the candidate and builtins an `AssertTest`. A third of
-them, at most 3, drawn by the task's id, are public and the rest private. If a check has other statements (loops,
-random inputs, calls of the solution), the whole check is a private test too.
+them, at most 3, drawn by the task's id, are public and the rest private. If a check has other
+statements (loops, random inputs, calls of the solution), the whole check is a private test too.
 """
 
 import ast

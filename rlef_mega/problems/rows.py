@@ -68,7 +68,8 @@ LocatedRow = tuple[RowLocation, Row | FieldError]
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that did not become a problem, or whose problem lost tests (then `id` is that problem's)."""
+    """A row that did not become a problem, or whose problem lost tests (then `id` is that
+    problem's)."""
 
     location: str
     id: str

@@ -103,7 +103,7 @@ def test_too_many_prompts_without_room_are_refused(model, data):
         claim(model, data, "rollout.max_drop_fraction=0.01")
 
 
-def test_a_context_beyond_the_model_s_positions_is_refused(model, data):
+def test_a_context_beyond_the_models_positions_is_refused(model, data):
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 160}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"max_position_embeddings = 160; lower max_context"):

@@ -36,7 +36,7 @@ class Serving:
         return found
 
     def scheduler_process(self, url: str) -> psutil.Process:
-        """Return the process that samples, beside the HTTP process."""
+        """Return the process that samples (not the HTTP process)."""
         started = self.server_process(url).children()
         (found,) = [p for p in started if p.name().startswith("sglang::schedul")]
         return found
@@ -80,7 +80,7 @@ def serving(tmp_path_factory) -> Iterator[Serving]:
     if not PYTHON.exists():
         pytest.skip("no .venv-sglang; `make test-sglang` makes it")
     folder = tmp_path_factory.mktemp("serving")
-    # what is served came out of a checkpoint of ours, so all log-probs here are an export's
+    # the served model is exported from one of our checkpoints, so these tests check the export
     import_folder(save_tiny_model(folder / "made"), folder / "checkpoint")
     model = folder / "model"
     export_checkpoint(folder / "checkpoint", model)

@@ -8,7 +8,7 @@ owns, nothing is saved twice and nothing is gathered; any layout loads the boxes
 directly into its own memory. (Megatron's layout-free form, "fully_reshardable", gathers the
 optimizer of all data-parallel ranks on each of them, on host and device.) Weights are saved by
 their owners too, which is right even if an overlapped parameter gather has not reached the other
-ranks yet. Keys and global shapes are Megatron's own, behind the network's name:
+ranks yet. Keys and global shapes are Megatron's own, after the network's name:
 
     policy.decoder.layers.mlp.linear_fc1.weight
     policy.optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight

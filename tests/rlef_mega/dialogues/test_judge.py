@@ -1,4 +1,4 @@
-"""Judging on grading servers: the verdicts of the embedded sandbox, whatever befalls a server."""
+"""Judging on grading servers: the verdicts of the embedded sandbox, even when servers fail."""
 
 import __future__
 
@@ -184,7 +184,7 @@ def test_one_grader_serves_the_event_loops_of_many_steps(server):
             assert verdicts[0].solved
 
 
-def test_the_manifest_tells_how_servers_confine(server):
+def test_the_manifest_tells_how_servers_confine_programs(server):
     settings = JudgeConfig(servers=(server.url,))
     with open_grader(**settings.model_dump(), token=TOKEN) as grader:
         confined = grader.isolation["servers"][server.url]
