@@ -38,7 +38,7 @@ def interval_over_seeds(
 
 def wilson_interval(rates: Sequence[float], counts: Sequence[float]) -> tuple[Floats, Floats]:
     """Return the lower and upper bounds of Wilson's 95% interval (1927) of each rate among its
-    count of trials. It stays within 0 and 1, and is all of it where the count is 0."""
+    count of trials. It lies within [0, 1], and is [0, 1] where the count is 0."""
     rate, count = np.clip(rates, 0, 1), np.asarray(counts, dtype=float)
     trials = np.where(count > 0, count, 1)
     middle = (rate + Z**2 / (2 * trials)) / (1 + Z**2 / trials)

@@ -69,7 +69,8 @@ class ChatFormat:
         """Return the chat format of a Hugging Face model folder, whose responses end with every
         token that its tokenizer, config.json or generation_config.json declares.
 
-        Raises ValueError, with the remedy, if there is none that text could not control.
+        Raises ValueError, with the remedy, if there is none, or if the text of a message could
+        become control tokens.
         """
         from transformers import AutoTokenizer
 
@@ -77,7 +78,7 @@ class ChatFormat:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder}: transformers reads no tokenizer there "
+                f"{folder}: transformers cannot load its tokenizer "
                 f"({str(error).strip().partition(chr(10))[0]}); copy tokenizer.json and "
                 "tokenizer_config.json from where the model was published"
             ) from None
@@ -101,8 +102,8 @@ class ChatFormat:
             fits = [f for f, controls in CONTROLS.items() if known.issuperset(controls)]
             if not fits:
                 raise ValueError(
-                    f"the tokenizer {tokenizer.name_or_path!r} has no chat template, and the "
-                    f"control tokens of no chat format ({', '.join(CONTROLS)}); take an "
+                    f"the tokenizer {tokenizer.name_or_path!r} has neither a chat template nor "
+                    f"the control tokens of a known chat format ({', '.join(CONTROLS)}); use an "
                     "instruction-tuned model"
                 )
             name = fits[0]
@@ -129,8 +130,8 @@ class ChatFormat:
     def of_template(
         cls, tokenizer: "PreTrainedTokenizerBase", template: str, ends: Sequence[int] = ()
     ) -> Self:
-        """Read the format from a template. Raises ValueError if the template's dialogues are not
-        made of the same ids around each message, or if text could control them."""
+        """Read the format from a template. Raises ValueError if the template does not put the same
+        ids around each message, or if the text of a message could become control tokens."""
         added = tokenizer.get_added_vocab()
         whole, pieces = render(tokenizer, template)
         opening, _, following, assistant = pieces
@@ -145,7 +146,7 @@ class ChatFormat:
         user = later[controls[1] :] if len(controls) > 1 else ()
         if not (user and controls[0] == 0 and lead == later_lead and first[-len(user) :] == user):
             raise unfollowed(
-                tokenizer, "its messages do not begin and end with control tokens, each alike"
+                tokenizer, "its messages do not all begin and end with the same control tokens"
             )
         dated = any(word in template for word in DATES)
         found = cls(
@@ -161,12 +162,12 @@ class ChatFormat:
         frame = {*user, *found.assistant_header, found.end_of_turn} & set(added.values())
         for control in (c for c, token in added.items() if token in frame):
             if added[control] in found.encode(control):
-                raise unfollowed(tokenizer, f"text that spells {control!r} is encoded as it")
+                raise unfollowed(tokenizer, f"the text {control!r} becomes that token")
         ours = [*found.open(QUESTION), *found.respond(ANSWER), *found.observe(FEEDBACK, True)]
         theirs = [*found.begin, *whole[len(first) - len(user) :]]
         if ours != theirs:
             said, sent = tokenizer.decode(theirs), tokenizer.decode(ours)
-            raise unfollowed(tokenizer, f"it says {said!r}, messages appended say {sent!r}")
+            raise unfollowed(tokenizer, f"it renders {said!r}, appended messages {sent!r}")
         return found
 
     @cached_property
@@ -179,7 +180,7 @@ class ChatFormat:
         return plain
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` as characters, whatever control tokens it spells."""
+        """Return the ids of `text` as ordinary characters, even if it spells control tokens."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def open(self, text: str, begun: str = "") -> list[int]:

@@ -148,7 +148,7 @@ def check_request(request: EvalRequest) -> None:
     unknown = set(request.feedback) - PROTOCOLS.keys()
     if unknown:
         raise ConfigError(
-            f"--feedback {','.join(sorted(unknown))}: give some of {', '.join(PROTOCOLS)}"
+            f"--feedback {','.join(sorted(unknown))}: use one or more of {', '.join(PROTOCOLS)}"
         )
     for n, k in request.pairs:
         if k < request.turns:

@@ -1,8 +1,8 @@
 """How a bucket of weights reaches paused SGLang servers: by broadcast, or as shared tensors.
 
 `Broadcast` uses a process group of this process (rank 0) and every rank of every server, over NCCL
-or gloo; it is recreated when a server comes, goes or restarts. `SharedTensors` is for servers of
-this node: HTTP carries handles of the tensors, CUDA IPC on a GPU, names of shared memory on a CPU.
+or gloo; it is recreated when a server joins, leaves or restarts. `SharedTensors` is for servers on
+this node: HTTP carries handles of the tensors (CUDA IPC on a GPU, names of shared memory on a CPU).
 """
 
 import base64
@@ -25,8 +25,8 @@ Bucket = Sequence[tuple[str, torch.Tensor]]
 
 
 class Broadcast:
-    """Sends buckets through a process group. `host` is this machine's address for the servers,
-    `backend` nccl or gloo."""
+    """Sends buckets through a process group. The servers connect to this machine at the address
+    `host`; `backend` is nccl or gloo."""
 
     def __init__(self, thread: LoopThread, host: str, *, backend: str, deadline_s: float) -> None:
         self.thread, self.host, self.backend = thread, host, backend

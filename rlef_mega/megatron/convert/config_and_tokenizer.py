@@ -1,5 +1,5 @@
-"""The files of a Hugging Face folder beside its weights: config, generation config, tokenizer, chat
-template, licence."""
+"""The files of a Hugging Face folder other than its weights: config, generation config, tokenizer,
+chat template, licence."""
 
 import json
 import shutil

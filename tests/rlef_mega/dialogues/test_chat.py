@@ -205,7 +205,7 @@ def test_responses_end_at_every_token_that_the_model_declares(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=r"no tokenizer .* copy tokenizer.json"):
+    with pytest.raises(ValueError, match=r"cannot load its tokenizer .* copy tokenizer.json"):
         ChatFormat.from_folder(tmp_path)
 
 

@@ -220,7 +220,9 @@ def test_a_killed_evaluation_resumes_with_the_same_results(
     assert len(server.prompts) == asked and result(tmp_path)["protocols"] == before["protocols"]
 
 
-def test_more_may_be_asked_for_later_but_nothing_else(undisturbed, folder, data, server, tmp_path):
+def test_a_later_request_may_add_dialogues_but_not_change_settings(
+    undisturbed, folder, data, server, tmp_path
+):
     small = replace(
         request_of(folder, data, tmp_path, server),
         feedback=("true",),
@@ -407,7 +409,7 @@ def test_a_checkpoint_is_exported_once_and_sampled_by_the_embedded_engine(folder
     [
         ({"n_at_k": "1@2"}, "counts as 3 samples"),
         ({"n_at_k": "3"}, "is not n@k"),
-        ({"feedback": ("maybe",)}, "give some of true, none, random, private"),
+        ({"feedback": ("maybe",)}, "use one or more of true, none, random, private"),
         ({"feedback": ("random",), "single_turn": False}, "leave --single-turn on"),
         ({"feedback": (), "single_turn": False}, "nothing to evaluate"),
         ({"max_context": 10**6}, "config.json has max_position_embeddings = "),

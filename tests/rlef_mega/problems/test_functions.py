@@ -25,7 +25,7 @@ def test_returning_the_public_value_fails_a_private_test_of_every_problem():
         assert any(repr(value) != repr(public.expected) for value in others), problem.id
 
 
-def test_private_arguments_are_other_arguments():
+def test_private_arguments_differ_from_public_ones():
     for problem in EVERY:
         shown = [test.args for test in problem.public_tests]
         assert not any(test.args in shown for test in problem.private_tests.tests), problem.id

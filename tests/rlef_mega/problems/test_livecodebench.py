@@ -66,7 +66,7 @@ def test_programs_and_methods_are_read_with_their_tests(tmp_path):
     assert [parse_problem(to_row(problem)) for problem in (double, total)] == [double, total]
 
 
-def test_programs_have_the_imports_of_the_benchmarks_grader_and_tracebacks_their_own_lines(
+def test_programs_have_the_imports_of_the_benchmarks_grader_and_tracebacks_count_their_own_lines(
     tmp_path,
 ):
     double, total = load_problems(write(tmp_path, DOUBLE, TOTAL), tmp_path)
