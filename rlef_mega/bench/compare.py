@@ -1,7 +1,8 @@
 """`rlef bench compare OLD.json NEW.json`: compare the figures of two files.
 
 Whether more is better follows from the unit. A figure is worse if its median is beyond the
-tolerance *and* the samples of the two files do not overlap: on a shared machine medians alone move.
+tolerance *and* the samples of the two files do not overlap: on a shared machine a median moves
+without a change of the code.
 Files of different devices are compared with a warning.
 """
 

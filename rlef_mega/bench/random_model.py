@@ -62,12 +62,14 @@ def write_model(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> None:
-    """Write a Hugging Face folder with random weights; `settings` are more of its config. Raises
+    """Write a Hugging Face folder with random weights; `settings` go into its config. Raises
     ConfigError if the disk is full."""
     size = shape.parameters * dtype.itemsize
     folder.mkdir(parents=True)
     if shutil.disk_usage(folder).free < size + 10**9:
-        raise ConfigError(f"{folder} has no room for {size / 1e9:.0f} GB; set TMPDIR elsewhere")
+        raise ConfigError(
+            f"{folder} has no room for {size / 1e9:.0f} GB; set TMPDIR to a larger disk"
+        )
     config = LlamaConfig(
         **shape.hf_settings(),
         rms_norm_eps=1e-5,

@@ -148,7 +148,7 @@ def fill_microbatches(episodes: Iterator[Episode], token_budget: int, count: int
 
 
 def random_episodes(rollout: RolloutConfig, vocab_size: int, seed: int) -> Iterator[Episode]:
-    """Make dialogues of one to `rollout.turns` turns without end, with lengths like the demo's.
+    """Yield dialogues of one to `rollout.turns` turns, without end, with lengths like the demo's.
     Log-probs are what an untrained model assigns."""
     generator = random.Random(seed)
 

@@ -1,8 +1,8 @@
 """Plan the dialogues of an evaluation's protocols, and run those that its file lacks.
 
 Theory of operation: a fixed number of workers, all in one event loop, take missing dialogues from a
-queue. A worker runs a dialogue and writes it to the file before it takes the next one. It opens its
-next session as it closes the last one, so the embedded engine's waves stay full. A fault of engine
+queue. A worker runs a dialogue and writes it to the file before it takes the next one. It opens the
+next session as soon as it closes one, so the embedded engine's waves stay full. A fault of engine
 or sandbox drops the dialogue, and the file records why. A lost engine, a full disk or a wrong
 request ends the evaluation; the dialogues in the file remain.
 """
@@ -153,4 +153,5 @@ def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distrac
     # a pool of one problem has no other problem's outcomes
     wide = (pool for pool in pools.values() if len({key.problem_id for key in pool}) > 1)
     chosen: dict[Key, Distractor] = next(wide, {})
-    return tuple(chosen[key] for key in sorted(chosen))  # whichever finished first
+    # sorted: the order does not depend on which finished first
+    return tuple(chosen[key] for key in sorted(chosen))

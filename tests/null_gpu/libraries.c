@@ -1,4 +1,4 @@
-/* cuBLAS and cuBLASLt: products that are not computed. compute.py computes the small ones. */
+/* cuBLAS and cuBLASLt: products that are not computed. hook/null_gpu_compute.py computes small ones. */
 #define _GNU_SOURCE
 #include "null_gpu.h"
 

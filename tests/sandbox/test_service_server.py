@@ -414,7 +414,7 @@ def test_code_is_compiled_only_where_it_is_confined(code):
             assert slowest_s < 1
 
 
-def test_a_server_without_a_token_answers_to_loopback_names_alone():
+def test_a_server_without_a_token_answers_only_to_loopback_names():
     with ServerProcess(*ONE_JOB) as server:
         for host in ("localhost:1", "LOCALHOST", "127.0.0.1", "127.9.9.9:8765", "[::1]:8765"):
             assert server.ask("GET", "/health", headers={"Host": host}).status == 200
@@ -437,7 +437,7 @@ def test_a_server_that_others_reach_needs_a_token():
         assert server.ask("GET", "/health").status == 200
 
 
-def test_the_token_file_is_for_its_owner_alone(tmp_path: Path):
+def test_only_its_owner_may_read_the_token_file(tmp_path: Path):
     file = tmp_path / "token"
     file.write_text(TOKEN + "\n")
     file.chmod(0o640)

@@ -153,7 +153,7 @@ class Client:
 
     async def pause(self) -> None:
         """Retract running requests: they keep their tokens, and their context is computed again on
-        `resume`, so that what follows comes from the new weights alone."""
+        `resume`, so that what follows comes only from the new weights."""
         self.paused_at_s = time.monotonic()
         await self.call("/pause_generation", {"mode": "retract"})
 

@@ -1,4 +1,4 @@
-/* Starts one confined child: everything between fork and the program, in system calls alone.
+/* Starts one confined child: everything between fork and the program, with system calls only.
  *
  * Theory of operation. The zygote, an interpreter with one thread, fills in a plan and calls
  * `rlef_spawn`. For a Python program this forks, and returns in the child with the run's files in
@@ -51,7 +51,7 @@ static int die_with_parent(pid_t parent)
     return 0;
 }
 
-/* Enters a new user namespace, in which RLIMIT_NPROC counts this run's threads alone; entering it
+/* Enters a new user namespace, in which RLIMIT_NPROC counts only this run's threads; entering it
  * gives capabilities over it, which are dropped at once. */
 static int enter_user_namespace(void)
 {

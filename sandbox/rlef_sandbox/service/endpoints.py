@@ -153,8 +153,8 @@ class GradingService:
             if request.path == "/metrics" or names_loopback(request.headers.get("Host", "")):
                 return
             reason = (
-                "a server without a token answers to 127.0.0.1, [::1] and localhost alone; ask for "
-                "one of these, or start the server with a token (--token-file)"
+                "a server without a token answers only to 127.0.0.1, [::1] and localhost; use one "
+                "of these, or start the server with a token (--token-file)"
             )
             raise GradingRefusedError(403, reason)
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")

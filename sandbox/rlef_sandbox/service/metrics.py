@@ -1,6 +1,6 @@
 """The service's numbers in Prometheus' text format (version 0.0.4).
 
-Everything is changed from the event loop's thread alone, so nothing needs a lock.
+Everything is changed only in the event loop's thread, so nothing needs a lock.
 """
 
 from __future__ import annotations

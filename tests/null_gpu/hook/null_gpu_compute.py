@@ -1,6 +1,6 @@
 """Computes small tensors on the null GPU, so that what a host reads from a device is true.
 
-Theory of operation. A device's memory is memory of the host. So behind each CUDA kernel of PyTorch
+Theory of operation. A device's memory is memory of the host. So after each CUDA kernel of a PyTorch
 operation (registered with the dispatcher, in every thread) this module runs PyTorch's CPU kernel of
 the same operation on the same memory: first the CUDA kernel, which makes its checks, allocates its
 results and launches nothing, then the CPU kernel, whose results are written into those. A Triton

@@ -187,7 +187,7 @@ def test_a_slice_of_an_unknown_size_or_mode_is_refused():
         slice_of_model.benchmark("demo", recompute="none,most")
 
 
-def test_published_peaks_go_by_the_devices_name():
+def test_published_peaks_are_found_by_the_devices_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H200") == 989e12

@@ -149,7 +149,7 @@ def test_a_word_of_the_curriculum_is_the_same_token_in_feedback_and_in_code(chat
             word = variant[0]
             output = family.output(family.public_inputs[0], variant)
             if not output.startswith(word):
-                continue  # units follow a space, signs another word
+                continue  # units follow a space, signs follow another word
             (token,) = chat.tokenizer(word, add_special_tokens=False)["input_ids"]
             told = chat.tokenizer(f"Expected output '{output}'", add_special_tokens=False)
             assert token in told["input_ids"]

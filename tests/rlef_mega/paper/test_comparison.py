@@ -57,7 +57,7 @@ def test_turn_budgets_are_drawn(finished):
 
 
 def test_finished_runs_are_not_repeated(finished, monkeypatch):
-    """Only imitation of the second seed is missing: it alone is run, with its seed and folder."""
+    """Only imitation of the second seed is missing: only it is run, with its seed and folder."""
     (finished / f"{IMITATION}-4/eval/after.json").unlink()
     for seed in SEEDS:
         for name in RUNS:

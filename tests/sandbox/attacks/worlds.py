@@ -109,7 +109,7 @@ WORLDS = {
 # The world of test_attacks.py, which tries every attack in it.
 OWN_WORLD = "root" if os.getuid() == 0 else "user"
 # Attacks on resources take long, and so do some that succeed. The layers in which worlds differ do
-# not affect them, so they are tried in the world with the fewest layers alone.
+# not affect them, so they are tried only in the world with the fewest layers.
 SLOW_WORLD = "bare"
 SLOW_SUCCESSES = [key for key in ATTACKS if key.startswith("sandbox_faults.hard_limit_of_cpu_time")]
 
@@ -144,7 +144,7 @@ def _closed_directory(path: str) -> str | None:
 
 
 def _open_up(top: str, paths: list[str]) -> None:
-    """Cover `top`, in this mount namespace alone, with an open directory that leads to `paths`."""
+    """Cover `top`, only in this mount namespace, with an open directory that leads to `paths`."""
     sources = [os.open(path, os.O_PATH) for path in paths]
     kernel.mount("tmpfs", top, "tmpfs", 0, "mode=755")
     for source, path in zip(sources, paths, strict=True):
