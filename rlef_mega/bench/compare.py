@@ -2,8 +2,7 @@
 
 Whether more is better follows from the unit. A figure is worse if its median is beyond the
 tolerance *and* the samples of the two files do not overlap: on a shared machine a median moves
-without a change of the code.
-Files of different devices are compared with a warning.
+without a change of the code. Files of different devices are compared with a warning.
 """
 
 import json

@@ -8,9 +8,9 @@ order. At most `open_dialogues` run at a time. While the trainer's weights have 
 dialogues have been started in all. So at most `max_staleness` + 1 batches are started and not yet
 taken: this bounds the queue, and makes the engine wait for the trainer.
 
-`take` waits for a batch of finished dialogues, and until those that it leaves can still be taken
-before they are more than `max_staleness` versions old: of the dialogues that started with weights
-of version v or before, at most
+`take` waits until a batch of dialogues has finished, and until the dialogues that it would leave
+for later batches can still be taken before they are more than `max_staleness` versions old: of the
+dialogues that started with weights of version v or before, at most
 
     batch * (v + max_staleness - version)
 
@@ -23,7 +23,7 @@ the next one the long ones.
 So every dialogue is taken exactly once, and before it is too old. A batch closes without the
 longest dialogues; these are in a later batch. With `max_staleness` 0 this is synchronous training.
 
-`close` ends it and cancels what runs. `take` raises the error of a dialogue.
+`close` cancels the running dialogues. If a dialogue raises an error, `take` raises it.
 """
 
 import asyncio

@@ -76,7 +76,8 @@ def chrf_of_next(dialogues: Sequence[DialogueOutcomes], turn: int) -> dict[str, 
     """Return chrF (0 to 100) of the next turn's program, with this turn's (from 0) as reference;
     None if no dialogue has both.
 
-    Many pairs are sampled evenly. `unchanged` is the share of identical programs.
+    At most `CHRF_PAIRS` pairs, evenly spaced, are scored. `unchanged` is the share of
+    identical programs among all pairs.
     """
     from sacrebleu.metrics import CHRF  # takes a third of a second to import
 

@@ -4,7 +4,7 @@ the policy's weights.
 Theory of operation. Every rank has the whole packed batch in host memory and computes its
 data-parallel share of it. `score` and `update` are collective and return the same on every rank.
 The three networks share one set of ranks, and run one phase after the other; or the critic has
-ranks of its own, which work at the same time as the policy's. Both ways a network gets the same
+ranks of its own, which work at the same time as the policy's. Either way a network gets the same
 micro-batches in the same order, so the numbers are the same. Between its phases a network may wait
 in host memory (`offload`).
 

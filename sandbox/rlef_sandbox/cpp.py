@@ -52,7 +52,7 @@ extern "C" FILE *fopen64(const char *path, const char *mode) { return rlef_open_
 """
 KEPT_BYTES, KEPT_EXECUTABLES = 512 << 20, 128  # each of them is an open descriptor
 STDERR_BYTES = 16 << 10
-MFD_EXEC = 0x10  # since Linux 6.3, some of which require it
+MFD_EXEC = 0x10  # since Linux 6.3; some systems require it
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 # Messages of g++ about its own child. The limits send other signals before SIGKILL, so a killed
 # child is the machine's fault.

@@ -166,7 +166,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(undisturbed, model, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_resume(undisturbed, model, tmp_path, number):
     """Ctrl-C to the command, and what Slurm sends to every process of a job before its time is up;
-    the save is whole when the command ends."""
+    the checkpoint is complete when the command ends."""
     run = tmp_path / "stopped"
     child = subprocess.Popen(
         command(run, model), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
@@ -184,7 +184,7 @@ def test_a_signal_saves_and_says_how_to_resume(undisturbed, model, tmp_path, num
 
 
 def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
-    """Space for metrics, but for no checkpoint; once there is space, the same command resumes."""
+    """The disk has space for metrics, not for a checkpoint; with more, the same command resumes."""
     with small_disk(tmp_path / "disk", "1M") as disk:
         if disk is None:
             pytest.skip("mounting a small tmpfs needs root; test_checkpoint.py has a stand-in")

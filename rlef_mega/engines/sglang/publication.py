@@ -78,7 +78,7 @@ class DiskPublication:
             members = list(await self.fleet.answering())
             done = await on_each(members, load)
             if not done:
-                raise EngineError(f"no server took version {version}: {reasons(members)}")
+                raise EngineError(f"no server loaded version {version}: {reasons(members)}")
             self.fleet.restore = load
             await self.fleet.install(version, done)
 

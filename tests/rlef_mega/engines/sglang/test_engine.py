@@ -461,7 +461,7 @@ def test_a_server_that_fails_within_a_publication_is_left_out_and_restored_later
         engine.update_weights(weights_of(model).items(), 2)
         assert two.paused and {a[0].token_ids[0] // 100 for a in talk(engine, 4)} == {1}
         one.update_weights_from_disk = refuse
-        with pytest.raises(EngineError, match=r"no server took version 3.*disk full"):
+        with pytest.raises(EngineError, match=r"no server loaded version 3.*disk full"):
             engine.update_weights(weights_of(model).items(), 3)
         del one.update_weights_from_disk
         engine.update_weights(weights_of(model).items(), 4)

@@ -86,8 +86,8 @@ def test_a_port_that_is_taken_is_not_mistaken_for_the_server(tmp_path):
         servers(tmp_path, HEALTHY, port=port).__enter__()
 
 
-def test_a_proxy_hides_no_server(tmp_path, monkeypatch):
-    """Neither from us nor from itself: at its start a server sends itself requests."""
+def test_servers_are_reached_although_a_proxy_is_configured(tmp_path, monkeypatch):
+    """By us and by themselves: a server sends itself requests when it starts."""
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("no_proxy", "example.org")
     asks_itself = """
