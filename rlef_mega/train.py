@@ -2,7 +2,7 @@
 
 Theory of operation: SPMD under torchrun or srun; every rank runs this file. A rank runs its share
 of the dialogues, while the trainer waits or concurrently (dialogues/batches.py); then every rank
-has all episodes of the step. Packing, targets and metrics are computed on every rank alike,
+has all episodes of the step. Every rank computes the same packing, targets and metrics,
 and the learner splits its work by its layout. Rank 0 writes the run directory. Checkpoints are
 written in the background. A killed run resumes from its newest checkpoint; in sync mode it then
 ends with the same numbers as an uninterrupted run.

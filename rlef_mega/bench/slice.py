@@ -2,13 +2,13 @@
 one device, phase by phase.
 
 Run as a module it is the worker, one process, so that the networks begin with an empty device. It
-measures phases in turn, round after round, so other work on the machine affects all alike, and
+measures phases in turn, round after round, so other work on the machine affects all equally, and
 starts no round once its time is up. Nothing needs CUDA: on a CPU the same code runs on the demo's
 shape.
 
-Counting (`rlef_mega/flops.py`): causal attention, no embedding, no recomputation, the critic
-without a head, and of the head's products those for the response tokens, the only ones its loss
-reads. The usual convention counts the head for all tokens; that figure has its own row.
+What is counted (`rlef_mega/flops.py`): causal attention, no embedding, no recomputation, no head
+for the critic, and the policy's head only for response tokens, since its loss reads no others. The
+usual convention counts the head for all tokens; that figure has its own row.
 """
 
 import dataclasses
@@ -54,9 +54,8 @@ from rlef_mega.plan.planned_run import RECOMPUTE
 from rlef_mega.types import Batch, Targets
 
 Phases = dict[str, Callable[[], object]]
-TIME_LIMIT_S = (
-    390.0  # of the 7 minutes that the command may take: a round that has begun is finished
-)
+# Of the 7 minutes that the command may take: a round that has begun is finished.
+TIME_LIMIT_S = 390.0
 REPEATS = 7
 MICROBATCHES = 4  # of an update
 GPU_TOKENS, CPU_TOKENS = 8192, 2048  # of a micro-batch

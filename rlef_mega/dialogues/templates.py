@@ -71,7 +71,7 @@ TEMPLATES = {
         style="assertions",
         remind_again=False,
     ),
-    # Ours: codecontests', cut to what a model of a few 100,000 parameters reads in minutes.
+    # Ours: codecontests', cut to what a model of a few 100,000 parameters learns in minutes.
     "curriculum": Template(
         prompt="Provide a Python solution for the following question: {problem}",
         failed="Your code failed the following tests:",
@@ -111,7 +111,7 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
 def response_start(statement: str, template: str) -> str:
     """Return the text with which every response begins and which the model continues (RLEF C.4):
     the problem's code in an open block; empty for most templates. The paper does not say
-    whether later responses begin so; ours do, so that all are parsed alike.
+    whether later responses begin with it too; ours do, so that all are parsed in the same way.
     """
     return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
 
@@ -119,8 +119,8 @@ def response_start(statement: str, template: str) -> str:
 def feedback(
     outcomes: Sequence[TestOutcome], template: str, max_characters: int | None = None
 ) -> str:
-    """Return the feedback on a program's public tests. No outcomes mean that the response held no
-    valid code.
+    """Return the feedback on a program's public tests. If there are no outcomes, the response had
+    no valid code.
 
     The part about the tests is shortened in its middle to fit `max_characters`; the sentences
     around it always stay.

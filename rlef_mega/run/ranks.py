@@ -1,7 +1,7 @@
 """Work split over ranks: the ranks of a launch meet, each drives its share of the dialogues, then
 every rank gets all results.
 
-No process is a bottleneck, and all ranks compute packing, targets and metrics alike.
+No process is a bottleneck, and every rank computes the same packing, targets and metrics.
 """
 
 import os
@@ -79,7 +79,7 @@ def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Return whether the flag is set on any rank, so that all ranks decide alike."""
+    """Return whether the flag is set on any rank, so that all ranks decide the same."""
     if not dist.is_initialized():
         return flag
     flags = torch.tensor(int(flag))

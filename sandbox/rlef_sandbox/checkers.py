@@ -117,7 +117,7 @@ def _all_lines_match(match: Checker, expected: bytes, actual: bytes) -> bool:
     got = actual.strip().split(b"\n", len(wanted))  # the last token is all the rest
     return len(wanted) == len(got) and all(
         one.strip() == other.strip()
-        # words must be spaced alike, numbers need not be
+        # words must have the same spacing, numbers need not
         or (_all_match(match, one, other) and all(map(match, one.split(), other.split())))
         for one, other in zip(wanted, got, strict=True)
     )

@@ -4,7 +4,7 @@ Theory of operation. This process owns the servers: it starts them, prints their
 are ready, and restarts those that end. SIGINT or SIGTERM ends them, and so does its own death.
 Training publishes the weights, also to a restarted server.
 
-`rlef train --serve` starts this process beside its ranks (`serving`), and ends it after them. If
+`rlef train --serve` starts this process in addition to its ranks (`serving`), and ends it last. If
 `rlef train` dies, even by SIGKILL, the kernel ends this process, and with it the servers.
 """
 

@@ -98,5 +98,5 @@ def write_index(folder: Path, metadata: Metadata, stored: Locations) -> list[str
     metadata.storage_data, metadata.version = stored, CURRENT_DCP_VERSION
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
-    torch.save({}, folder / "common.pt")  # nothing is common to all ranks: all is in chunks
+    torch.save({}, folder / "common.pt")  # nothing is common to all ranks: everything is in chunks
     return [METADATA, "common.pt", "metadata.json"]

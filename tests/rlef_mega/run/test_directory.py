@@ -89,7 +89,7 @@ def test_lines_wait_for_space_on_a_full_disk(tmp_path, capsys):
         assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
 
 
-def test_a_step_takes_its_phases_and_the_time_between_them():
+def test_the_time_of_a_step_includes_its_phases_and_the_time_between_them():
     clock = Clock()
     with clock("rollout"):
         time.sleep(0.02)
