@@ -13,8 +13,8 @@ No two variants print the same on a public input, so one test reveals the varian
 have other inputs and more than one output, so printing the public output solves nothing.
 
 The splits share no (family, variant, public input), whatever the wording: no split shows a public
-test of another. All problems are computed from `curriculum.json`, the same on every machine, without
-running a program. To add a family, add an entry to that file:
+test of another. All problems are computed from `curriculum.json`, without running a program, and
+are the same on every machine. To add a family, add an entry to that file:
 
 - `vague`: two statements; `word`: a third, with {0}, {1} for the parts of the variant;
 - `variants`: the hidden parts, a string or a list of strings each;

@@ -33,8 +33,8 @@ def to_literal(value: object) -> str:
 
 
 def python_literal(text: str) -> Any:
-    """Evaluate a Python literal like `ast.literal_eval`, which knows neither the names `inf` and
-    `nan` nor integers of more than `MAX_DIGITS` digits.
+    """Evaluate a Python literal as `ast.literal_eval` does, but also the names `inf` and `nan`, and
+    integers of more than `MAX_DIGITS` digits.
 
     Raises the errors of `ast.literal_eval`, mostly ValueError and SyntaxError, for any other text.
     """

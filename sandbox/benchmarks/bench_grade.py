@@ -103,7 +103,7 @@ class Samples:
             wall_s, cpu_s = time.perf_counter() - started, tree_cpu_s() - cpu_s
         runs = calls * runs_per_call
         self.add(name, "runs/s", runs / wall_s)
-        self.add(f"{name}: cpu a run", "ms", 1e3 * cpu_s / runs)
+        self.add(f"{name}: cpu per run", "ms", 1e3 * cpu_s / runs)
         if runs_per_call == 1:
             self.add(f"{name}: p50", "ms", 1e3 * latencies_s[calls // 2])
             self.add(f"{name}: p99", "ms", 1e3 * latencies_s[calls * 99 // 100])

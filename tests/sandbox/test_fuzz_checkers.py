@@ -157,7 +157,7 @@ def test_any_bytes_are_judged(expected: bytes, actual: bytes) -> None:
 def test_equal_outputs_pass_and_two_rules_are_symmetric(
     pair: tuple[bytes, bytes],
 ) -> None:
-    """Equal outputs pass, and two of the rules treat both sides alike."""
+    """Two of the rules do not depend on which of the outputs is the expected one."""
     expected, actual = pair
     for name in ("codecontests", "unordered_lines"):
         assert CHECKERS[name](expected, actual) is CHECKERS[name](actual, expected)

@@ -48,7 +48,8 @@ class ServerInfo(BaseModel):
 
 
 def sampling_parameters(request: GenerationRequest) -> dict[str, Any]:
-    """Return SGLang's form of a sampling. The seed has an effect only in deterministic servers."""
+    """Return the request's sampling parameters under SGLang's names. The seed has an effect only in
+    deterministic servers."""
     sampling = request.sampling
     return {
         "max_new_tokens": sampling.max_new_tokens,
@@ -73,7 +74,7 @@ def completion_of(answer: Any, request: GenerationRequest) -> tuple[Completion, 
     token_ids = tuple(int(entry[1]) for entry in entries)
     logprobs = tuple(float(entry[0]) for entry in entries)
     if list(token_ids) != list(answer["output_ids"]):
-        raise ValueError("the ids beside the log-probs are not those of the output")
+        raise ValueError("the ids given with the log-probs are not those of the output")
     if not token_ids or len(token_ids) > request.sampling.max_new_tokens:
         raise ValueError(f"{len(token_ids)} tokens for at most {request.sampling.max_new_tokens}")
     if not all(math.isfinite(logprob) and logprob <= 1e-3 for logprob in logprobs):
@@ -81,7 +82,7 @@ def completion_of(answer: Any, request: GenerationRequest) -> tuple[Completion, 
     reason = meta["finish_reason"]["type"]
     if reason not in ("stop", "length"):
         raise ValueError(f"it ended by {reason!r}")
-    # ValueError for FREE, where none was published
+    # raises ValueError for FREE: no weights were published to this server
     spans = [(int(s["start"]), int(s["end"]), int(s["version"])) for s in meta["weight_versions"]]
     versions = tuple(version for start, end, version in spans for _ in range(start, end))
     starts, ends, _ = zip(*spans, strict=True)

@@ -22,7 +22,7 @@ def index(*files: str) -> dict:
     return {"weight_map": {f"tensor{n}": file for n, file in enumerate(files)}}
 
 
-def test_shards_are_those_of_the_index_and_a_single_file_may_have_one_too(tmp_path):
+def test_shards_are_those_of_the_index_and_a_single_file_may_have_an_index_too(tmp_path):
     shard = "model-00001-of-00001.safetensors"
     save_file(EMBEDDED, tmp_path / shard)
     (tmp_path / INDEX).write_text(json.dumps(index(shard)))

@@ -100,7 +100,7 @@ def test_what_is_not_the_servers_model_is_not_sent(model, change, reason):
         list(SentWeights(weights.items(), model, torch.float32, ranks=1))
 
 
-def test_tied_weights_are_one(tmp_path):
+def test_tied_weights_are_sent_once(tmp_path):
     LlamaConfig(**CONFIG, tie_word_embeddings=True).save_pretrained(tmp_path)
     model = ServedModel(tmp_path)
     sent = SentWeights(weights_of(model).items(), model, torch.float32, ranks=1)
@@ -142,7 +142,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path, model):
         check_same_model(tmp_path, tmp_path / "absent")
 
 
-def test_names():
+def test_names_of_fused_parameters():
     assert served_name(f"{LAYER}self_attn.k_proj.bias") == (f"{LAYER}self_attn.qkv_proj.bias", 1, 3)
     assert served_name(f"{LAYER}mlp.up_proj.weight") == (f"{LAYER}mlp.gate_up_proj.weight", 1, 2)
     assert served_name("model.norm.weight") == ("model.norm.weight", 0, 1)
