@@ -12,7 +12,7 @@ CONTAINER=${CONTAINER:-}          # image with rlef-mega, instead of VENV; empty
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis} # runtime of the image: pyxis (srun's plugin) or apptainer
 MOUNTS=${MOUNTS:-$ROOT:$ROOT}     # mounts of the container, in the runtime's syntax; include data and models
 
-PORT=${PORT:-}                    # first of 10 ports on each node, then SGLang's; empty: from the job's number
+PORT=${PORT:-}                    # first of 10 ports on each node, followed by SGLang's; empty: derived from the job's number
 DISK_GIB=${DISK_GIB:-200}         # free space that a run needs in its folder,
 TMP_GIB=${TMP_GIB:-5}             # in /tmp,
 SHM_GIB=${SHM_GIB:-8}             # and in /dev/shm, on each node

@@ -167,7 +167,7 @@ class ChatFormat:
         theirs = [*found.begin, *whole[len(first) - len(user) :]]
         if ours != theirs:
             said, sent = tokenizer.decode(theirs), tokenizer.decode(ours)
-            raise unfollowed(tokenizer, f"it renders {said!r}, appended messages {sent!r}")
+            raise unfollowed(tokenizer, f"it renders {said!r}, but messages one by one {sent!r}")
         return found
 
     @cached_property

@@ -1,11 +1,11 @@
 """The dialogues of an evaluation, in an append-only file. A killed evaluation resumes from it, and
 all numbers are computed from it.
 
-The format is JSON Lines. The first line holds the settings. Every dialogue that
-finishes or is dropped adds a line at once, and every start of the command adds a `session` line. A
-kill can truncate the last line, which is removed when the file is next opened. The key of a
-dialogue is protocol, problem and number. Of two lines with the same key the later counts, because
-the next session retries a dialogue that a fault dropped.
+The format is JSON Lines. The first line holds the settings. Every dialogue that finishes or is
+dropped adds a line at once, and every start of the command adds a `session` line. A kill can
+truncate the last line, which is removed when the file is next opened. The key of a dialogue is
+protocol, problem and number. Of two lines with the same key the later counts, because the next
+session retries a dialogue that a fault dropped.
 """
 
 import json

@@ -49,9 +49,9 @@ class FinishedDialogues:
     drops: Counter[str] = field(default_factory=Counter)
 
     def counts(self, problems: Sequence[Problem], turns: int) -> Ints:
-        """Return how many dialogues of each problem there are, passed the public tests and are
-        correct (3 x problems), as if at most `turns` turns had been allowed. Problems without
-        dialogues are left out."""
+        """Return for each problem how many dialogues there are, how many passed the public tests,
+        and how many are correct (3 x problems), as if at most `turns` turns had been allowed.
+        Problems without dialogues are left out."""
         last: dict[str, list[str]] = {}
         for dialogue in self.dialogues:
             last.setdefault(dialogue.problem_id, []).append(dialogue.outcomes[:turns][-1])

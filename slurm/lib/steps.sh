@@ -24,7 +24,7 @@ assign_nodes() { # set NODES and GROUP from Slurm's variables, or stop
         [ "${count[$role]}" -gt 0 ] || continue
         if [ -n "${SLURM_HET_SIZE:-}" ]; then
             list=SLURM_JOB_NODELIST_HET_GROUP_$group
-            [ -n "${!list:-}" ] || die "the het job has no component $group for the role $role"
+            [ -n "${!list:-}" ] || die "the het job has no component $group for the role $role; add one to the #SBATCH lines"
             mapfile -t all < <(scontrol show hostnames "${!list}")
             [ ${#all[@]} = "${count[$role]}" ] ||
                 die "component $group has ${#all[@]} nodes, $role needs ${count[$role]}; change #SBATCH --nodes"

@@ -1,4 +1,4 @@
-"""The supervisor in Python: on a machine without a C compiler the same duties, layers, verdicts."""
+"""Without a C compiler, the supervisor in Python has the same duties, layers and verdicts."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path | None]:
-    """Mount a tmpfs at `folder`. Yields None without the permission to."""
+    """Mount a tmpfs at `folder`. Yields None if that is not permitted."""
     folder.mkdir(parents=True)
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(words, capture_output=True).returncode == 0

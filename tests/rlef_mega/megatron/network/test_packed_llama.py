@@ -257,7 +257,9 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
         make_learner(ranks, tmp_path)
 
 
-def test_transformers_and_we_load_an_export(ranks: Ranks, folder: Path, tmp_path: Path) -> None:
+def test_an_export_loads_in_transformers_and_in_the_learner(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
     batch = make_batch(6)
     learner = make_learner(ranks, folder)
     one_batch(learner, batch, seed=1)
@@ -279,7 +281,7 @@ def save(folder: Path, learner: Learner, state: dict) -> Path:
     return folder / "step_000001"
 
 
-def test_exported_networks_score_in_transformers_as_in_ours(
+def test_exported_networks_give_the_same_scores_in_transformers(
     ranks: Ranks, folder: Path, tmp_path: Path
 ) -> None:
     batch = make_batch(6)
