@@ -1,7 +1,8 @@
 """Shards of the vocabulary in two and four gloo processes against one process that has all of it:
 the PyTorch forms, and the Triton kernels in the interpreter (on GPUs the same code runs over NCCL).
 
-Theory of operation. Four processes start once for the module. For each way of computing, rank 0
+Theory of operation. Four processes, forked from one that has imported Triton for its interpreter,
+start once for the module. For each way of computing, rank 0
 computes alone, ranks 0 and 1 in a group of two, and all in a group of four; each rank saves its
 results to a file, which the tests compare. Each process calls every operation twice, with tokens
 and without: if one left out a collective, the others would wait, and the fixture would time out.
@@ -11,9 +12,11 @@ the bit; between the ranks of a group, which add in the same order, log-probs ar
 NCCL is not tested.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,17 +102,8 @@ def found(tmp_path_factory) -> list[dict[tuple[str, int, int], dict[str, torch.T
         "TRITON_INTERPRET": "1",
     }
     command = [sys.executable, str(Path(__file__)), str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(RANKS)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    ended = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
@@ -140,9 +134,7 @@ def compare(
             assert error < (1e-5 if expected.dtype == torch.float32 else 2e-2), (name, rank)
 
 
-def main(folder: Path, rank: int) -> None:
-    import interpreter  # noqa: F401  (fixes bf16; in this file's folder)
-
+def run_rank(folder: Path, rank: int) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     groups = {1: None, 2: dist.new_group([0, 1]), 4: dist.group.WORLD}
@@ -158,5 +150,22 @@ def main(folder: Path, rank: int) -> None:
     dist.destroy_process_group()
 
 
+def main(folder: Path) -> None:
+    import interpreter  # noqa: F401  (fixes bf16; in this file's folder)
+
+    operations("fused")
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=run_rank, args=(folder, rank), daemon=True) for rank in range(RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks):
+        time.sleep(0.02)
+        if any(process.exitcode for process in ranks):
+            break  # the others wait for it; they end with this process
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -75,34 +75,73 @@ def run_module(
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+class Ranks:
+    """Processes that run `python -m module arguments` as the ranks of a world."""
+
+    def __init__(self, module: str, *arguments: str, processes: int) -> None:
+        self.stores = [keep_store() for _ in range(max(1, len(arguments)))]
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(processes),
+            **address(self.stores[0]),
+            "WORLD_PORTS": " ".join(str(store.port) for store in self.stores),
+        }
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / str(rank) for rank in range(processes)]
+        self.started = []
+        for rank, file in enumerate(self.files):
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.started.append(start_process(run_module, module, arguments, own, str(file)))
+
+    def poll(self) -> list[int | None] | None:
+        """Return the exit codes once all have ended or one has failed."""
+        codes = [process.exitcode for process in self.started]
+        return None if None in codes and not any(codes) else codes
+
+    def kill(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.join()
+
+    def wait(self, timeout_s: float = 240) -> tuple[list[int | None], list[str]]:
+        """Return the exit code of each, None if it still ran once another had failed or after the
+        timeout, and its output."""
+        deadline = time.monotonic() + timeout_s
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        codes = [process.exitcode for process in self.started]
+        self.kill()
+        outputs = [file.read_text() if file.exists() else "" for file in self.files]
+        self.folder.cleanup()
+        return codes, outputs
+
+
 def launch(module: str, *arguments: str, processes: int, timeout_s: float = 240) -> list[str]:
     """Run `python -m module arguments` in `processes` processes. Returns the output of each; fails
     with it if one fails."""
-    stores = [keep_store() for _ in range(max(1, len(arguments)))]
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(processes),
-        **address(stores[0]),
-        "WORLD_PORTS": " ".join(str(store.port) for store in stores),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / str(rank) for rank in range(processes)]
-        started = []
-        for rank, file in enumerate(files):
-            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(start_process(run_module, module, arguments, own, str(file)))
-        deadline = time.monotonic() + timeout_s
-        while any(process.is_alive() for process in started):
-            failed = any(process.exitcode not in (None, 0) for process in started)
-            if failed or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        codes = [process.exitcode for process in started]  # None: still running, so it is killed
-        for process in started:
-            process.kill()
-            process.join()
-        outputs = [file.read_text() if file.exists() else "" for file in files]
+    codes, outputs = Ranks(module, *arguments, processes=processes).wait(timeout_s)
     assert codes == [0] * processes, f"exit codes {codes}\n" + "\n".join(
         output[-3000:] for output in outputs
     )
     return outputs
+
+
+def run_command(
+    command: Callable[[], object], meanwhile: Callable[[Ranks], object] = lambda ranks: None
+) -> tuple[list[int | None], list[str]]:
+    """Call a function of rlef_mega.cli that launches ranks, here without torchrun's agent, and do
+    something while they run. Returns their exit codes and outputs."""
+    ended: list[tuple[list[int | None], list[str]]] = []
+
+    def launch(module: str, run_dir: Path, processes: int) -> int:
+        ranks = Ranks(module, str(run_dir), processes=processes)
+        try:
+            meanwhile(ranks)
+        finally:
+            ended.append(ranks.wait())
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlef_mega.cli.launch", launch)
+        command()
+    return ended[0]

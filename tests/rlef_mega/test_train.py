@@ -1,10 +1,10 @@
 """The whole loop through the command a user gives, on a model that trains in seconds.
 
 Each run below starts its own ranks, engine and sandbox; so these tests also cover killed runs,
-layouts and bad input. The command itself runs where a test is about it: the first run, and those
-that are killed, stopped or out of disk. The others do what it does, with ranks forked from a
-process that has imported torch and Megatron (`train`). Not tested: faults that show only on GPUs or
-at scale.
+layouts and bad input. The command is a process of its own where a test is about that: in the run
+that is stopped, killed and resumed. The others call its function, with ranks forked from a process
+that has imported torch and Megatron (`train`). Not tested: faults that show only on GPUs or at
+scale.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -29,8 +31,7 @@ from rlef_mega.megatron.checkpoints.files import fault_in, steps_in
 from rlef_mega.preflight import check_train, claim_run_directory
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import to_row
-from rlef_mega.run.launch import sandbox_token
-from tests.rlef_mega.distributed import launch
+from tests.rlef_mega.distributed import Ranks, run_command
 from tests.rlef_mega.megatron.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
 
@@ -74,16 +75,16 @@ def command(run: Path, model: Path, *overrides: str) -> list[str]:
     return [*RLEF, "train", "demo", *sets]
 
 
-def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=ENVIRONMENT, timeout=300, capture_output=True, text=True)
+def ended_ranks(
+    run: Path, model: Path, *overrides: str, meanwhile: Callable[[Ranks], object] = lambda _: None
+) -> tuple[list[int | None], list[str]]:
+    return run_command(lambda: cli.train("demo", settings(run, model, *overrides)), meanwhile)
 
 
 def train(run: Path, model: Path, *overrides: str) -> list[dict]:
-    """Run or resume to the end as `rlef train` does. Returns the metrics without times."""
-    config = load_config(find_recipe("demo"), settings(run, model, *overrides), TrainConfig)
-    inputs = check_train(config, grading_token=sandbox_token())
-    claim_run_directory(config, run, inputs)
-    launch("rlef_mega.train", str(run), processes=config.world_size)
+    """Run or resume to the end. Returns the metrics without times."""
+    codes, outputs = ended_ranks(run, model, *overrides)
+    assert not any(codes), "\n".join([f"exit codes {codes}", *outputs])
     return metrics(run)
 
 
@@ -107,10 +108,8 @@ def assert_close(one: list[dict], other: list[dict], tolerance: float) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory, model) -> Path:
-    """Train with the command that a user would give. Returns the run's directory."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = run_command(command(run, model))
-    assert result.returncode == 0, result.stdout + result.stderr
+    train(run, model)
     return run
 
 
@@ -151,36 +150,32 @@ def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_p
     assert written == {name: (run / f"eval/{name}.json").read_text() for name in written}
 
 
-def test_a_killed_run_resumes_with_the_same_numbers(undisturbed, model, tmp_path):
-    """SIGKILL to the command while the third step runs: two steps are in the checkpoint, the file
-    may hold three."""
-    run = tmp_path / "killed"
-    child = subprocess.Popen(command(run, model), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3, child)
-    child.kill()
-    child.wait()
-    wait_for(lambda: not alive(run))  # the ranks die with it, or they would go on writing
-    assert train(run, model) == undisturbed
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_resume(undisturbed, model, tmp_path, number):
-    """Ctrl-C to the command, and what Slurm sends to every process of a job before its time is up;
-    the checkpoint is complete when the command ends."""
-    run = tmp_path / "stopped"
-    child = subprocess.Popen(
-        command(run, model), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 1, child)
-    everyone = [child.pid] if number == signal.SIGINT else processes_of(run)
-    for process in everyone:
-        os.kill(process, number)
-    output, _ = child.communicate(timeout=120)
-    assert child.returncode == 3, output
+def test_a_run_that_is_stopped_and_killed_resumes_with_the_same_numbers(
+    undisturbed, model, tmp_path
+):
+    """The same command three times. Ctrl-C to the first: its checkpoint is complete when it ends, and it
+    says how to resume. SIGKILL to the second while it trains: its last checkpoint is that of the
+    second step, the file of metrics may hold three. (test_launch.py has the other signals.)"""
+    run = tmp_path / "a run"
+    first = start(run, model, stdout=subprocess.PIPE)
+    wait_for(lambda: steps_done(run) >= 1, first)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 3, output
     assert "the same command resumes it" in output
     newest = steps_in(run / "checkpoints")[-1]
-    assert fault_in(newest) is None and newest.name == f"step_{len(metrics(run)):06d}"
-    assert train(run, model) == undisturbed
+    assert fault_in(newest) is None and newest.name == f"step_{steps_done(run):06d}"
+
+    second = start(run, model, stdout=subprocess.DEVNULL)
+    wait_for(lambda: steps_done(run) >= 3, second)
+    second.kill()
+    second.wait()
+    wait_for(lambda: not processes_of(run))  # the ranks die with it, or they would go on writing
+
+    third = start(run, model, stdout=subprocess.PIPE)
+    output, _ = third.communicate(timeout=300)
+    assert third.returncode == 0 and f"done; `rlef view {run}` plots it" in output
+    assert metrics(run) == undisturbed
 
 
 def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
@@ -189,10 +184,11 @@ def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
         if disk is None:
             pytest.skip("mounting a small tmpfs needs root; test_checkpoint.py has a stand-in")
         run = disk / "run"
-        result = run_command(command(run, model, "run.checkpoint_async=false"))
-        assert result.returncode == 2
-        assert "step_000002 was NOT saved: [Errno 28] No space left on device" in result.stderr
-        assert "the last step could not be saved" in result.stderr
+        codes, outputs = ended_ranks(run, model, "run.checkpoint_async=false")
+        said = "\n".join(outputs)
+        assert 2 in codes
+        assert "step_000002 was NOT saved: [Errno 28] No space left on device" in said
+        assert "the last step could not be saved" in said
         assert [line["checkpoint_failures"] for line in metrics(run)] == [0, 0, 1, 1]
         assert list((run / "checkpoints").iterdir()) == []
         subprocess.run(["mount", "-o", "remount,size=64M", str(disk)], check=True)
@@ -244,14 +240,12 @@ def test_other_layouts_give_the_numbers_of_tensor_parallel_2(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["ppo.token_level_value=true", "rollout.feedback=private"], {}),
-        (["ppo.beta=0.0"], {"kl": 0.0}),
+        (["ppo.token_level_value=true", "rollout.feedback=private", "ppo.beta=0.0"], {"kl": 0.0}),
         (["rollout.turns=1"], {"turns_mean": 1.0}),
         (["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}),
     ],
     ids=[
-        "token-level value, private feedback",
-        "no KL",
+        "token-level value, private feedback, no KL",
         "single-turn",
         "no feedback, critic warm-up",
     ],
@@ -313,16 +307,20 @@ def test_a_run_directory_with_other_settings_is_refused(model, tmp_path, monkeyp
     assert (run / "config.toml").read_text() == before
 
 
-def wait_for(condition, child: subprocess.Popen | None = None, timeout_s: float = 180) -> None:
+def start(run: Path, model: Path, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(run, model), env=ENVIRONMENT, text=True, **options)
+
+
+def steps_done(run: Path) -> int:
+    return len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def wait_for(condition, running: Any = None, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert child is None or child.poll() is None, "the run ended too early"
+        assert running is None or running.poll() is None, "the run ended too early"
         assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.05)
-
-
-def alive(run: Path) -> bool:
-    return bool(processes_of(run))
 
 
 def processes_of(run: Path) -> list[int]:

@@ -1,10 +1,9 @@
-"""Asynchronous training through the command a user gives, on servers that sample from a real model.
+"""Asynchronous training through the command's function, on servers that sample from a real model.
 
 They speak SGLang's HTTP (tests/sglang has the real ones) in this test's process.
 """
 
 import json
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -17,15 +16,13 @@ from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.checkpoints.files import fault_in, read_score, steps_in
 from rlef_mega.preflight import plan_train
 from rlef_mega.problems import load_problems, sample
+from tests.rlef_mega.distributed import Ranks
 from tests.rlef_mega.engines.sglang.model_double import ModelDouble
 from tests.rlef_mega.test_train import (  # noqa: F401 - the model is a fixture
-    ENVIRONMENT,
-    RLEF,
-    alive,
-    command,
+    ended_ranks,
     metrics,
     model,
-    run_command,
+    steps_done,
     train,
     wait_for,
 )
@@ -98,12 +95,12 @@ def test_training_goes_on_while_dialogues_do(model, servers, tmp_path):  # noqa:
 def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  # noqa: F811
     run = tmp_path / "killed"
     overrides = asynchronous(servers)
-    words = command(run, model, *overrides)
-    child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3, child)
-    child.kill()
-    child.wait()
-    wait_for(lambda: not alive(run))
+
+    def kill(ranks: Ranks) -> None:
+        wait_for(lambda: steps_done(run) >= 3, ranks)
+        ranks.kill()
+
+    ended_ranks(run, model, *overrides, meanwhile=kill)
     newest = steps_in(run / "checkpoints")[-1]
     step = int(newest.name.removeprefix("step_"))
     state = json.loads((newest / "meta.json").read_text())["state"]
@@ -117,15 +114,15 @@ def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  
     """It resumes when there are servers again."""
     run = tmp_path / "lost"
     overrides = asynchronous(servers, "rollout.servers.lost_s=3", "run.checkpoint_every=100")
-    words = command(run, model, *overrides)
-    child = subprocess.Popen(
-        words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2, child)
-    for server in servers:
-        server.mode = "drop"
-    _, said = child.communicate(timeout=120)
-    assert child.returncode == 2
+
+    def lose_the_servers(ranks: Ranks) -> None:
+        wait_for(lambda: steps_done(run) >= 2, ranks)
+        for server in servers:
+            server.mode = "drop"
+
+    codes, outputs = ended_ranks(run, model, *overrides, meanwhile=lose_the_servers)
+    said = "\n".join(outputs)
+    assert 2 in codes
     assert "no server" in said and servers[0].url in said, said
     newest = steps_in(run / "checkpoints")[-1]
     assert fault_in(newest) is None
@@ -154,8 +151,9 @@ def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F8
     limits = ["--max-new-tokens", "20", "--max-context", "320"]
     only = ["--feedback", "true", "--no-single-turn"]
     urls = [word for server in servers for word in ("--sglang", server.url)]
-    result = run_command([*RLEF, *words, *limits, *only, *urls, "--out", str(tmp_path)])
-    assert result.returncode == 0, result.stdout + result.stderr
+    evaluate = [*words, *limits, *only, *urls]
+    result = CliRunner().invoke(app, [*evaluate, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "eval/init.json").read_text())["protocols"]["multi_turn"]
     assert summary["dropped"] == {} and summary["solve_rate"]["value"] == 0.0
     for server in servers:
@@ -166,11 +164,9 @@ def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F8
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     for server in servers:
         server.weight_version = "0"  # as after SIGKILL of this evaluation
-    again = CliRunner().invoke(app, [*words, *limits, *only, *urls, "--out", str(tmp_path)])
+    again = CliRunner().invoke(app, [*evaluate, "--out", str(tmp_path)])
     assert again.exit_code == 0, again.output
     assert sum(server.calls["generate"] for server in servers) == 14
     servers[1].weight_version = "3"  # used by a training run
-    refused = run_command([*RLEF, *words, *limits, *urls, "--out", str(tmp_path / "other")])
-    assert (
-        refused.returncode != 0 and f"{servers[1].url} has weights of version 3" in refused.stderr
-    )
+    refused = CliRunner().invoke(app, [*evaluate, "--out", str(tmp_path / "other")])
+    assert f"{servers[1].url} has weights of version 3" in str(refused.exception)

@@ -2,18 +2,16 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.rlef_mega.distributed import launch
+from rlef_mega import cli
+from tests.rlef_mega.distributed import Ranks, run_command
+from tests.rlef_mega.test_train import wait_for
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SETTINGS = [
     "steps=60",
     "optimizer.warmup_updates=5",
@@ -25,10 +23,10 @@ SETTINGS = [
 ]
 
 
-def command(folder: Path) -> list[str]:
-    words = [sys.executable, "-m", "rlef_mega.cli", "sft", "demo_base"]
+def sft(folder: Path, meanwhile: Callable[[Ranks], object] = lambda ranks: None) -> list:
+    """Run or resume `rlef sft`. Returns the exit codes of its ranks."""
     settings = [f"dir={json.dumps(str(folder))}", *SETTINGS]
-    return words + [part for setting in settings for part in ("--set", setting)]
+    return run_command(lambda: cli.sft("demo_base", settings), meanwhile)[0]
 
 
 def losses(folder: Path) -> list[float]:
@@ -40,7 +38,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sft") / "base"
-    subprocess.run(command(folder), env=ENVIRONMENT, timeout=300, check=True)
+    assert sft(folder) == [0, 0]
     return folder
 
 
@@ -52,14 +50,14 @@ def test_the_loss_starts_at_chance_and_falls(base):
 
 def test_a_killed_stage_resumes_with_the_same_losses(base, tmp_path):
     folder = tmp_path / "killed"
-    child = subprocess.Popen(command(folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    while len(losses(folder)) < 30:
-        assert child.poll() is None
-        time.sleep(0.05)
-    child.kill()
-    child.wait()
-    time.sleep(1)  # the ranks die with it
-    launch("rlef_mega.demo.base_model", str(folder), processes=2)  # as the same command does
+
+    def kill(ranks: Ranks) -> None:
+        wait_for(lambda: len(losses(folder)) >= 30, ranks)
+        ranks.kill()
+
+    sft(folder, kill)
+    assert 30 <= len(losses(folder)) < 60
+    assert sft(folder) == [0, 0]
     assert losses(folder) == losses(base)
 
 

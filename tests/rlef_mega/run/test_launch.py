@@ -1,9 +1,10 @@
-"""How a failed rank is reported to the user."""
+"""What becomes of ranks that fail or are asked to stop, and what the user is told."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,20 +33,26 @@ sys.exit(launch("worker", Path(sys.argv[1]), 2))
 """
 
 
-def run_two_ranks(
+def start_two_ranks(
     folder: Path, worker: str, argument: str, *wrapper: str
-) -> subprocess.CompletedProcess[str]:
+) -> subprocess.Popen[str]:
     (folder / "modules").mkdir()
     (folder / "modules" / "worker.py").write_text(worker)
     (folder / "random.py").write_text("raise SystemExit('imported from the working directory')")
-    return subprocess.run(
+    return subprocess.Popen(
         [*wrapper, sys.executable, "-P", "-c", LAUNCH, argument],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": ":".join([str(folder / "modules"), *sys.path[1:]])},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
     )
+
+
+def run_two_ranks(folder: Path, worker: str, argument: str, *wrapper: str) -> tuple[int, str]:
+    """Return the exit code and what the command said on stderr."""
+    command = start_two_ranks(folder, worker, argument, *wrapper)
+    _, said = command.communicate(timeout=100)
+    return command.returncode, said
 
 
 @pytest.mark.parametrize(
@@ -58,31 +65,67 @@ def run_two_ranks(
 def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str) -> None:
     (tmp_path / failing).mkdir()
     (tmp_path / failing / ".failed").touch()  # from an earlier launch: has no effect
-    done = run_two_ranks(tmp_path, WORKER, failing)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert done.stderr.count("no memory") == 1
+    code, said = run_two_ranks(tmp_path, WORKER, failing)
+    assert code == 2, said
+    assert message in said
+    assert said.count("no memory") == 1
+
+
+def test_a_signal_to_every_process_stops_the_ranks_and_no_other(tmp_path: Path) -> None:
+    """As Slurm sends SIGUSR1 before a job's time is up. The ranks finish what they do."""
+    worker = """
+import os, time
+from rlef_mega.run.launch import STOPPED, StopRequest, worker_main
+
+def work(folder):
+    stop = StopRequest(folder / "stop")
+    (folder / f"started_{os.environ['RANK']}").touch()
+    while not stop.requested():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    (folder / f"saved_{os.environ['RANK']}").touch()
+    return STOPPED
+
+worker_main(work)
+"""
+    command = start_two_ranks(tmp_path, worker, str(tmp_path))
+    deadline = time.monotonic() + 60
+    while len([*tmp_path.glob("started_*")]) < 2:
+        assert command.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    lines = {entry: (entry / "cmdline") for entry in Path("/proc").glob("[0-9]*")}
+    everyone = [int(p.name) for p, line in lines.items() if str(tmp_path).encode() in read(line)]
+    assert len(everyone) == 4  # the command, the agent, the ranks
+    for process in everyone:
+        os.kill(process, signal.SIGUSR1)
+    _, said = command.communicate(timeout=100)
+    assert command.returncode == 3, said
+    assert len([*tmp_path.glob("saved_*")]) == 2
+
+
+def read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""  # the process has ended
 
 
 @pytest.mark.parametrize("output", ["| true", "> /dev/full 2>&1"])  # no reader; no room
 def test_ranks_outlive_their_output(tmp_path: Path, output: str) -> None:
     worker = "from rlef_mega.run.launch import *; worker_main(lambda folder: print('step 1') or 0)"
     wrapper = ("bash", "-o", "pipefail", "-c", f'"$@" {output}', "bash")
-    done = run_two_ranks(tmp_path, worker, ".", *wrapper)
-    assert done.returncode == 0, done.stderr
+    code, said = run_two_ranks(tmp_path, worker, ".", *wrapper)
+    assert code == 0, said
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another host name")
-@pytest.mark.parametrize("hosts", ["", "10.99.88.77 weird-host"])  # of no machine; of another one
-def test_ranks_of_one_machine_meet_whatever_its_name_resolves_to(
-    tmp_path: Path, hosts: str
-) -> None:
+def test_ranks_of_one_machine_meet_whatever_its_name_resolves_to(tmp_path: Path) -> None:
     worker = "from rlef_mega.run.ranks import *; meet(timedelta(seconds=20))"
-    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}\n")
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.88.77 weird-host\n")
     script = f'mount --bind {tmp_path}/hosts /etc/hosts && hostname weird-host && exec "$@"'
     wrapper = ("unshare", "--uts", "--mount", "sh", "-c", script, "sh")
-    done = run_two_ranks(tmp_path, worker, "", *wrapper)
-    assert done.returncode == 0, done.stderr
+    code, said = run_two_ranks(tmp_path, worker, "", *wrapper)
+    assert code == 0, said
 
 
 def test_a_launch_leaves_neither_its_signal_handlers_nor_a_stop_file(tmp_path: Path) -> None:
