@@ -153,9 +153,9 @@ def test_the_test_problems_are_evaluated_once_before_and_once_after(model, tmp_p
 def test_a_run_that_is_stopped_and_killed_resumes_with_the_same_numbers(
     undisturbed, model, tmp_path
 ):
-    """The same command three times. Ctrl-C to the first: its checkpoint is complete when it ends, and it
-    says how to resume. SIGKILL to the second while it trains: its last checkpoint is that of the
-    second step, the file of metrics may hold three. (test_launch.py has the other signals.)"""
+    """The same command three times. Ctrl-C to the first: it says how to resume, and its checkpoint
+    is complete when it ends. SIGKILL to the second while it trains: its last checkpoint is that of
+    the second step, the file of metrics may hold three. (run/test_launch.py has SIGUSR1.)"""
     run = tmp_path / "a run"
     first = start(run, model, stdout=subprocess.PIPE)
     wait_for(lambda: steps_done(run) >= 1, first)
