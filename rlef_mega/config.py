@@ -107,7 +107,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """One network's layout: tensor x pipeline x data parallel ranks, in Megatron's words."""
+    """One network's layout: tensor x pipeline x data parallel ranks, in Megatron's terms."""
 
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
@@ -209,7 +209,9 @@ class RolloutConfig(Section):
         "belong to a later one",
     )
     open_dialogues: int | None = Field(
-        None, gt=0, description="async: concurrent dialogues of a process; None: as servers allow"
+        None,
+        gt=0,
+        description="async: concurrent dialogues of a process; None: as many as servers accept",
     )
     max_drop_fraction: float = Field(
         0.05, ge=0, le=1, description="dropped share of a batch above which the run stops"
@@ -226,7 +228,9 @@ class JudgeConfig(Section):
 
     workers: int = Field(1, gt=0, description="sandbox workers per process")
     isolation: Literal["default", "minimal"] = "default"
-    packages: tuple[str, ...] = Field((), description="that programs may import, as numpy")
+    packages: tuple[str, ...] = Field(
+        (), description="packages that programs may import, like numpy"
+    )
     servers: tuple[str, ...] = Field((), description="grading servers, like http://node7:8765")
     deadline_s: float = Field(
         900.0, gt=0, description="of a grading request to servers, retries included"
@@ -353,14 +357,14 @@ class TrainConfig(Section):
         episodes, updates = self.rollout.episodes_per_batch, self.ppo.updates_per_batch
         if episodes % updates:
             raise ValueError(
-                f"rollout.episodes_per_batch = {episodes} does not divide into "
+                f"rollout.episodes_per_batch = {episodes} cannot be divided into "
                 f"ppo.updates_per_batch = {updates} equal updates"
             )
         layouts = {"parallel": self.parallel, "critic_parallel": self.critic_parallel}
         for name, layout in layouts.items():
             if layout and (episodes // updates) % layout.data_parallel_size:
                 raise ValueError(
-                    f"an update of {episodes // updates} episodes does not divide over "
+                    f"an update of {episodes // updates} episodes cannot be divided evenly by "
                     f"{name}.data_parallel_size = {layout.data_parallel_size}"
                 )
         servers = self.rollout.servers
@@ -423,7 +427,8 @@ def check_layout(
     ):
         if count % tensor:
             raise ConfigError(
-                f"{count} {what} do not divide by parallel.tensor_model_parallel_size = {tensor}; "
+                f"{count} {what} are not divisible by "
+                f"parallel.tensor_model_parallel_size = {tensor}; "
                 f"use one of {divisors(count)}"
             )
     virtual = parallel.virtual_pipeline_model_parallel_size

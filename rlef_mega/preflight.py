@@ -163,7 +163,7 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
     if config.rollout.mode == "async" and config.rollout.episodes_per_batch % config.world_size:
         raise ConfigError(
             f'rollout.mode = "async": rollout.episodes_per_batch = '
-            f"{config.rollout.episodes_per_batch} does not divide over {config.world_size} "
+            f"{config.rollout.episodes_per_batch} is not divisible by {config.world_size} "
             "processes, each of which drives its share of the dialogues"
         )
     parallel, updates = config.parallel, config.ppo.updates_per_batch

@@ -67,7 +67,7 @@ class HFTensor:
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """View or copy the tensor out of the whole Megatron parameter, without the rows that pad a
-        vocabulary. Raises RuntimeError if the parameter's rows do not divide into heads."""
+        vocabulary. Raises RuntimeError if the parameter's rows are not whole heads."""
         if self.rows:
             return self.rows.view(parameter).reshape(-1, *parameter.shape[1:])
         return parameter[: self.shape[0]] if self.name in (EMBEDDING, HEAD) else parameter

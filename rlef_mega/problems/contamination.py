@@ -23,9 +23,8 @@ class Overlap:
     """An evaluation problem, compared with a training set."""
 
     id: str
-    same_as: (
-        str | None
-    )  # of the training problems with its statement, the one that shares most tests
+    # of the training problems with its statement, the one that shares most of its tests
+    same_as: str | None
     tests_share: float  # of its tests, public and private, that are also tests of that problem
     words_share: float  # of its n-grams that are in training statements
 
@@ -41,7 +40,7 @@ class Overlap:
 
 
 def describe(overlaps: Sequence[Overlap]) -> list[str]:
-    """Return a summary, then a line for each suspicious problem, most alike first."""
+    """Return a summary, then a line for each suspicious problem, most similar first."""
     found = [overlap for overlap in overlaps if overlap.suspicious]
     found.sort(key=lambda overlap: (overlap.same_as is None, -overlap.tests_share))
     same = [overlap.tests_share for overlap in found if overlap.same_as is not None]

@@ -68,7 +68,7 @@ def parse(row: Row, options: MBPPOptions, sandbox: Sandbox) -> Parsed:
     called = functions_called(code, (*statements, *challenges, setup))
     if len(called) != 1:
         names = ", ".join(sorted(called)) or "none"
-        return None, [("tests use no or several names of the program", names)]
+        return None, [("tests do not use exactly one name of the program", names)]
     (entry_point,) = called
     try:
         tests = [assert_test(text, entry_point, setup) for text in (*statements, *challenges)]

@@ -22,7 +22,7 @@ def outcomes(rng, *rates, problems=400):
 
 
 def test_an_interval_over_seeds_counts_problems_and_what_differs_between_seeds():
-    """If seeds agree, it is once to twice as wide as that of all problems together, because random
+    """If seeds agree, it is 1 to 2 times as wide as that of all problems together, because random
     differences between seeds count too. If seeds differ, it spans them."""
     alike = outcomes(random.Random(0), 0.5, 0.5)
     found = interval_over_seeds(alike)

@@ -266,14 +266,14 @@ def without(lines: list[dict], names: tuple[str, ...]) -> list[dict]:
     ("override", "message"),
     [
         ("ppo.betta=1", "unknown key 'ppo.betta'; known there: beta"),
-        ("parallel.tensor_model_parallel_size=3", "do not divide by"),
+        ("parallel.tensor_model_parallel_size=3", "are not divisible by"),
         ("parallel.pipeline_model_parallel_size=5", "cannot be split into 5 stages"),
         (
             "critic_parallel.tensor_model_parallel_size=3",
-            "critic_parallel: 4 attention heads do not divide by",
+            "critic_parallel: 4 attention heads are not divisible by",
         ),
-        ("parallel.data_parallel_size=3", "does not divide over"),
-        ("ppo.updates_per_batch=3", "does not divide into"),
+        ("parallel.data_parallel_size=3", "cannot be divided evenly by"),
+        ("ppo.updates_per_batch=3", "cannot be divided into"),
         ("data.train=nowhere.jsonl", "nowhere.jsonl"),
         ("model.path=nowhere", "nowhere/config.json"),
         ("judge.servers=['http://127.0.0.1:9']", "judge.servers: grading servers are not ready"),

@@ -25,7 +25,7 @@ def test_a_het_job_gives_the_same_numbers(runs, undisturbed, tmp_path):
     [
         ({"SANDBOX_NODES": 9}, "need 11 nodes with 0 GPUs, and partition 'the default' has 5"),
         ({"GPUS_PER_NODE": 8}, "need 3 nodes with 8 GPUs, and partition 'the default' has 0"),
-        ({"MORE_SETS": "parallel.tensor_model_parallel_size=3"}, "do not divide by"),
+        ({"MORE_SETS": "parallel.tensor_model_parallel_size=3"}, "are not divisible by"),
     ],
 )
 def test_what_cannot_run_is_not_submitted(runs, tmp_path, settings, message):

@@ -117,7 +117,7 @@ class StoredNetwork:
             raise ConfigError(f"{self.folder} holds {held} layers, config.json says {layers}")
         for tensor in tensors:
             shape = self.find(tensor).shape
-            with suppress(RuntimeError):  # the rows do not divide into heads
+            with suppress(RuntimeError):  # the rows are not whole heads
                 shape = tuple(tensor.part_of(torch.empty(shape, device="meta")).shape)
             if shape != tensor.shape:
                 raise ConfigError(

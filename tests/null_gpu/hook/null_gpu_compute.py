@@ -4,7 +4,7 @@ Theory of operation. A device's memory is memory of the host. So after each CUDA
 operation (registered with the dispatcher, in every thread) this module runs PyTorch's CPU kernel of
 the same operation on the same memory: first the CUDA kernel, which makes its checks, allocates its
 results and launches nothing, then the CPU kernel, whose results are written into those. A Triton
-kernel is compiled and launched as ever, and then run by Triton's interpreter on the same memory.
+kernel is compiled and launched as usual, and then run by Triton's interpreter on the same memory.
 
 An operation with a tensor above NULL_GPU_COMPUTE_MIB is not computed, and its new results are zero:
 so no run depends on what memory held before, and pages that nobody wrote take no room. `skipped`

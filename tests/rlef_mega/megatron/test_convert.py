@@ -1,6 +1,5 @@
 """Checkpoints to Hugging Face folders and back: the same bytes, whatever the sizes of chunks and
-files, killed or not. What trained networks export to, in every layout, is in
-test_layouts.py.
+files, killed or not. test_layouts.py exports trained networks of every layout.
 """
 
 import json

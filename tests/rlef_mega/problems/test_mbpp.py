@@ -37,7 +37,7 @@ DROPPED = [
     {**DOUBLE, "task_id": 15, "test_list": ["assert double(2) == 5"]},
     {**DOUBLE, "task_id": 16, "test_list": []},
 ]
-TWO_NAMES = "tests use no or several names of the program"
+TWO_NAMES = "tests do not use exactly one name of the program"
 FAILS = "its own solution fails"
 
 
