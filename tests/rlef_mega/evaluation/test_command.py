@@ -354,7 +354,7 @@ def test_foreign_responses_are_graded_until_their_dialogue_would_have_ended(data
     assert found["independent"]["n_at_k"]["1@3"]["bootstrapped"] == 1
     for row, message in (
         ({"problem_id": "greet-Ann", "response": RIGHT}, "greet-Ann"),
-        ({"problem_id": "greet-Bob", "responses": []}, "Give each line problem_id"),
+        ({"problem_id": "greet-Bob", "responses": []}, "give each line problem_id"),
         ({"problem_id": "greet-Bob", "responses": [3]}, r"line 1: .*responses \(a list of texts"),
         (
             {"protocol": "greedy", "problem_id": "a", "number": 0},
