@@ -56,6 +56,18 @@ def reset() -> None:
         )
 
 
+def core_dumps_stopped_by(zygote: int) -> list[str]:
+    """Return what keeps a crash from being dumped, or given to this machine's handler of dumps."""
+    bound = resource.prlimit(zygote, resource.RLIMIT_CORE)[1]
+    with open("/proc/sys/kernel/core_pattern") as file:
+        pattern = file.read()
+    with open("/proc/sys/fs/suid_dumpable") as file:
+        undumpable = int(file.read()) == 0  # which includes executables that nobody may read
+    # a pipe heeds a limit of 1 alone, and a socket none (core(5))
+    heeded = bound == 1 if pattern.startswith("|") else bound < 2 and not pattern.startswith("@")
+    return ["limit"] * heeded + ["undumpable"] * undumpable
+
+
 def try_to(step: Callable[[], object]) -> None:
     with contextlib.suppress(OSError):
         step()

@@ -36,7 +36,7 @@ class LaunchPlan(ctypes.Structure):
         ("files", ctypes.c_int32 * MAX_DESCRIPTORS),
         ("file_count", ctypes.c_int32),
         ("executable", ctypes.c_int32),
-        ("own_user_namespace", ctypes.c_int32),
+        ("namespaces", ctypes.c_int32),
         ("own_pid_count", ctypes.c_int32),
         ("filter", ctypes.c_void_p),
         ("own_pids", ctypes.c_void_p),
@@ -49,16 +49,17 @@ class Bounds(NamedTuple):
     """What the limits of a child depend on, apart from its request."""
 
     base_bytes: int  # the address space that the zygote has mapped already
-    own_user_namespace: bool  # whether RLIMIT_NPROC can count the threads of each run apart
+    # of each run: CLONE_NEWUSER, where RLIMIT_NPROC counts its threads, and CLONE_NEWPID; or 0
+    namespaces: int
 
     def plan(
         self, request: ZygoteRequest, file_count: int, call_filter: Filter | None
     ) -> LaunchPlan:
         """Return the plan for a child that gets `file_count` files."""
         serves, executes = request.task is Task.PROGRAM, request.task is Task.EXECUTE
-        # The children of a program server enter a user namespace each. That needs a mapped user,
-        # which the server would not have in a namespace of its own.
-        counts_threads = self.own_user_namespace and not serves
+        # The children of a program server get namespaces each. That needs a mapped user, which the
+        # server would not have in a user namespace of its own.
+        namespaces = 0 if serves else self.namespaces
         own_bytes = EXECUTABLE_RESERVED_BYTES if executes else self.base_bytes + RESERVED_BYTES
         plan = LaunchPlan(
             address_space_bytes=own_bytes + request.memory_bytes,
@@ -67,11 +68,11 @@ class Bounds(NamedTuple):
             # One byte more than allowed, to distinguish a full output from an overflowing one.
             file_bytes=request.output_bytes + 1,
             open_files=OPEN_FILES,
-            threads=request.processes if counts_threads else 0,
+            threads=request.processes if namespaces else 0,
             stack_bytes=MAX_STACK_BYTES if executes else 0,
             file_count=file_count,
             executable=file_count - 1 if executes else -1,
-            own_user_namespace=counts_threads,
+            namespaces=namespaces,
         )
         if call_filter is not None:
             plan.call_filter = call_filter

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+from collections.abc import Iterator
 
 MEASURE_EVERY_S = 0.05
 FREE_BYTES = 16 << 20  # in addition to 16 bytes per mapped page, twice what dense mappings need
@@ -33,17 +34,22 @@ def _facts(pid: int) -> dict[str, str]:
         return dict(line.split(":\t", 1) for line in status if ":\t" in line)
 
 
+def programs_below(process: int) -> Iterator[int]:
+    """Give the descendants that have no children, unlike program servers and process 1 of a run."""
+    for child in children_of(process):
+        yield from list(programs_below(child)) or [child]
+
+
 def bound(zygote: int) -> None:
-    """Stop each program of a zygote, or of its program servers, that has too many page tables."""
-    for child in children_of(zygote):
-        for program in (child, *children_of(child)):
-            with contextlib.suppress(OSError):
-                facts = _facts(program)
-                mapped_kib, tables_kib = (
-                    int(facts.get(name, "0").split()[0]) for name in ("VmPeak", "VmPTE")
-                )
-                if tables_kib > (FREE_BYTES >> 10) + (mapped_kib >> 8):
-                    _take_address_space(program, facts)
+    """Stop each program of a zygote that has too many page tables."""
+    for program in programs_below(zygote):
+        with contextlib.suppress(OSError):
+            facts = _facts(program)
+            mapped_kib, tables_kib = (
+                int(facts.get(name, "0").split()[0]) for name in ("VmPeak", "VmPTE")
+            )
+            if tables_kib > (FREE_BYTES >> 10) + (mapped_kib >> 8):
+                _take_address_space(program, facts)
 
 
 def _take_address_space(program: int, facts: dict[str, str]) -> None:

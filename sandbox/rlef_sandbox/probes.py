@@ -11,10 +11,15 @@ import signal
 import socket
 from collections.abc import Callable
 
-from .launch_plan import RESERVED_BYTES, Bounds, LaunchPlan
+from . import kernel
+from .launch_plan import RESERVED_BYTES, Bounds
 from .protocol import Task, ZygoteRequest
 from .seccomp import Filter
+from .supervisor_native import NativeSupervisor
+from .supervisor_python import PythonSupervisor
 
+FIRST_ID = 2  # of a program in a pid namespace of its own; process 1 waits for it (csrc/spawn.c)
+Supervisor = NativeSupervisor | PythonSupervisor
 PROBE_LIMITS = ZygoteRequest(
     Task.RUN, 1.0, 1.0, memory_bytes=64 << 20, output_bytes=1 << 10, processes=1
 )
@@ -22,10 +27,10 @@ PROBE_LIMITS = ZygoteRequest(
 
 def holds_in_a_child(probe: Callable[[], bool]) -> bool:
     """Return whether the probe succeeds in a plain fork of this process."""
-    return _succeeds_in(os.fork(), probe)
+    return _succeeds_in(os.fork(), probe, lambda pid: os.waitpid(pid, 0)[1])
 
 
-def _succeeds_in(pid: int, probe: Callable[[], bool]) -> bool:
+def _succeeds_in(pid: int, probe: Callable[[], bool], wait: Callable[[int], int]) -> bool:
     """Run the probe in the child, which sees 0 as `pid`. Returns, in the parent, its success."""
     if pid == 0:
         held = False
@@ -33,28 +38,35 @@ def _succeeds_in(pid: int, probe: Callable[[], bool]) -> bool:
             held = probe()
         finally:
             os._exit(0 if held else 1)
-    return os.waitpid(pid, 0)[1] == 0
+    return wait(pid) == 0
 
 
 def probe_child_layers(
-    fork_confined: Callable[[LaunchPlan, list[int]], int],
-    call_filter: Filter | None,
-    bounds: Bounds,
+    supervisor: Supervisor, call_filter: Filter | None, bounds: Bounds
 ) -> dict[str, bool]:
-    """Start children as for a run, which try what each layer must refuse. Returns which hold."""
+    """Start children as for a run, which try what each layer must refuse. Returns which hold.
+    `bounds` has the namespaces of a run.
+    """
 
     def holds(probe: Callable[[], bool], bounds: Bounds, call_filter: Filter | None) -> bool:
         files = [os.dup(descriptor) for descriptor in range(3)]
         plan = bounds.plan(PROBE_LIMITS, len(files), call_filter)
-        held = _succeeds_in(fork_confined(plan, files), probe)
-        for descriptor in files:
-            os.close(descriptor)
-        return held
+        try:
+            return _succeeds_in(supervisor.fork_confined(plan, files), probe, supervisor.wait)
+        except OSError:  # no namespaces
+            return False
+        finally:
+            for descriptor in files:
+                os.close(descriptor)
 
+    without = bounds._replace(namespaces=0)
+    user = bounds._replace(namespaces=bounds.namespaces & kernel.CLONE_NEWUSER)
     return {
-        "rlimits": holds(lambda: _limits_hold(bounds.base_bytes), bounds, None),
-        "seccomp": call_filter is not None and holds(_filter_holds, bounds, call_filter),
-        "threads": holds(_threads_are_counted, bounds._replace(own_user_namespace=True), None),
+        "rlimits": holds(lambda: _limits_hold(bounds.base_bytes), without, None),
+        "seccomp": call_filter is not None and holds(_filter_holds, without, call_filter),
+        # twice, since the second child must not know that there was a first
+        "process_ids": all(holds(_has_first_id, bounds, None) for _ in range(2)),
+        "threads": holds(_threads_are_counted, user, None),
     }
 
 
@@ -70,6 +82,10 @@ def _limits_hold(base_bytes: int) -> bool:
 
 def _threads_are_counted() -> bool:
     return refused(errno.EAGAIN, os.fork)
+
+
+def _has_first_id() -> bool:
+    return os.getpid() == FIRST_ID
 
 
 def _filter_holds() -> bool:

@@ -10,13 +10,10 @@ trusted once the program's first line has run.
 from __future__ import annotations
 
 import atexit
-import builtins
 import contextlib
 import gc
-import io
 import json
 import linecache
-import mmap
 import os
 import signal
 import site
@@ -28,7 +25,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import spec_from_file_location
 from typing import Any, NoReturn
 
-from . import exchange, values
+from . import exchange, stand_ins, values
 
 FILE_NAME = "solution.py"
 EXCHANGE_DESCRIPTOR = 3  # the call on the way in, its result on the way out
@@ -58,8 +55,7 @@ def preload() -> None:
             continue
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a run; the interpreter ignores it
     sys.set_int_max_str_digits(MAX_INTEGER_DIGITS)
-    builtins.open = io.open = open_file
-    mmap.mmap = Mapping  # type: ignore[misc]
+    stand_ins.install()
     threading.stack_size(THREAD_STACK_BYTES)  # pthreads would use the main thread's 256 MiB
     site.setquit()
     site.setcopyright()
@@ -83,56 +79,6 @@ def load_packages(named: Sequence[str], modules: dict[str, str]) -> None:
             raise SystemExit(f"package {name!r}: {type(error).__name__}: {error}") from None
         if len(os.listdir("/proc/self/task")) > 1:
             raise SystemExit(f"package {name!r} starts threads when imported: no run could fork")
-
-
-class Null(io.RawIOBase):
-    """Stands for the null device: no layer has to let a program open a file for writing."""
-
-    name, mode = os.devnull, "rb+"
-
-    def readable(self) -> bool:
-        return True
-
-    writable = readable
-
-    def readinto(self, buffer: object) -> int:
-        return 0
-
-    def write(self, data: Any) -> int:
-        return memoryview(data).nbytes
-
-
-def open_file(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
-    """Open like `open`, but with `Null` for the null device."""
-    if not isinstance(file, str | bytes | os.PathLike) or os.fsdecode(file) != os.devnull:
-        return io_open(file, mode, *arguments, **keywords)
-    stream: Any = io.BufferedReader(Null()) if "r" in mode else io.BufferedWriter(Null())
-    if "+" in mode:
-        stream = io.BufferedRWPair(Null(), Null())
-    return stream if "b" in mode else io.TextIOWrapper(stream, "utf-8", keywords.get("errors"))
-
-
-io_open = io.open
-open_file.__name__ = open_file.__qualname__ = "open"
-
-
-class Mapping(mmap.mmap):
-    """Maps anonymous memory privately, which makes no difference within one process: shared memory
-    is refused, since it can stay allocated without counting as resident.
-    """
-
-    def __new__(
-        cls, fileno: int, length: int, flags: int = mmap.MAP_SHARED, *others: Any, **named: Any
-    ) -> Mapping:
-        if fileno == -1 and named.get("access"):
-            named["access"] = mmap.ACCESS_COPY
-        elif fileno == -1 and flags & mmap.MAP_SHARED:
-            flags ^= mmap.MAP_SHARED | mmap.MAP_PRIVATE
-        return super().__new__(cls, fileno, length, flags, *others, **named)
-
-
-Mapping.__name__ = Mapping.__qualname__ = "mmap"
-Mapping.__module__ = "mmap"
 
 
 def compile_source(source: bytes) -> types.CodeType | None:
@@ -233,7 +179,7 @@ def _report(error: BaseException, source: bytes) -> None:
         frames = frames.tb_next
     frame = frames
     while frame is not None and frame.tb_next is not None:
-        if frame.tb_next.tb_frame.f_code is open_file.__code__:
+        if frame.tb_next.tb_frame.f_code is stand_ins.open_file.__code__:
             frame.tb_next = frame.tb_next.tb_next  # a built-in function has no frame
         frame = frame.tb_next
     try:

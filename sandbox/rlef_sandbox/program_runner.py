@@ -24,10 +24,17 @@ from .exchange import (
     IN_A_CALL,
 )
 from .private_root import THIRD_PARTY
-from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
+from .protocol import STARVED_EXTENSION, Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
 from .work_slots import WorkSlot
-from .worker import Worker, ZygoteLostError, ZygoteSession, memory_file, memory_files
+from .worker import (
+    Worker,
+    ZygoteLostError,
+    ZygoteSession,
+    memory_file,
+    memory_files,
+    receive_all,
+)
 
 RETRIES = 2  # of a run that ended in a fault of the sandbox
 EXCHANGE = 3  # among the files of a function call, after the standard streams
@@ -211,13 +218,15 @@ class ProgramRunner(contextlib.AbstractContextManager):
                 passed_on.callback(os.close, code)
                 ours, theirs = map(passed_on.enter_context, socket.socketpair())
                 request = self._request(Task.RUN)
+                # it waits for a check that may be starved, and so get its limit more than once
+                patient = request._replace(wall_s=STARVED_EXTENSION * request.wall_s)
                 program_files = [*candidate.descriptors, ours.fileno(), self._program]
-                self._session = self._worker.start(request, program_files)
+                self._session = self._worker.start(patient, program_files)
                 checker_files = [*checker.descriptors, theirs.fileno(), code]
                 checking = self._worker.start(request, checker_files)
             with contextlib.closing(checking):
-                served = self._session.receive(request.wall_s, self._slot, [checking])
-                checked = checking.receive(request.wall_s)
+                sessions = [self._session, checking]
+                served, checked = receive_all(sessions, patient.wall_s, self._slot)
             self._end_session()
             return verdict_of_check(
                 candidate.finished(served, self._limits).result,

@@ -34,6 +34,7 @@ class NativeSupervisor:
         library: str,
         channel: int,
         controller: int,
+        last_id: int,
         plan_of: Callable[[ZygoteRequest, int], LaunchPlan],
         *,
         serves_program: bool,
@@ -42,7 +43,7 @@ class NativeSupervisor:
         self._functions = ctypes.PyDLL(library, use_errno=True)
         self._functions.rlef_listen.restype = ctypes.POINTER(SupervisorState)
         self._plan_of = plan_of
-        self._state = self._functions.rlef_listen(channel, controller, int(serves_program))
+        self._state = self._functions.rlef_listen(channel, controller, last_id, int(serves_program))
         # looked up here once, rather than in each child
         self._leave_trust = self._functions.rlef_leave_trust
 
@@ -61,8 +62,12 @@ class NativeSupervisor:
         self._leave_trust(self._state)
 
     def fork_confined(self, plan: LaunchPlan, files: list[int]) -> int:
-        """Fork. Returns the child's id, and 0 in the child, which is confined by `plan`."""
+        """Fork. Returns 1, and 0 in the child, which is confined by `plan`."""
         progress = ctypes.c_uint64()  # `struct progress`; it is not read here
         plan.files[: len(files)] = files
         plan.progress = ctypes.addressof(progress)
         return kernel.checked(self._functions.rlef_fork(ctypes.byref(plan)), "fork")
+
+    def wait(self, _: int) -> int:
+        """Return the wait status of the child that `fork_confined` started."""
+        return self._functions.rlef_wait()

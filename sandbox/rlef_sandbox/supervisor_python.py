@@ -219,7 +219,7 @@ class PythonSupervisor:
             return pid
         step = "NAMESPACE"
         try:
-            if plan.own_user_namespace:
+            if plan.namespaces:  # but not a pid namespace, which takes another fork
                 kernel.unshare(kernel.CLONE_NEWUSER)
                 kernel.drop_capabilities()
             step = "PARENT"
@@ -241,6 +241,10 @@ class PythonSupervisor:
             self._page[1 : 1 + len(fault)] = fault
             os._exit(1)
         return 0
+
+    def wait(self, child: int) -> int:
+        """Return the wait status of the child that `fork_confined` started."""
+        return os.waitpid(child, 0)[1]
 
 
 def pidfd_of(child: int) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from . import cgroups, page_tables
+from . import callers_state, cgroups, page_tables
 from .protocol import (
     MAX_MESSAGE_BYTES,
     PAUSE,
@@ -167,6 +168,7 @@ class Worker:
             *["page_tables"] * page_tables.can_be_bound(self._process.pid),
             *["cgroup"] * ("memory" in cgroups.layers(self._cgroup)),
         ]
+        layers["core_dumps_stopped_by"] = callers_state.core_dumps_stopped_by(self._process.pid)
         self.layers = layers
         self._accept(layers)
 
@@ -253,37 +255,12 @@ class ZygoteSession:
             raise ZygoteLostError(f"the program server is gone: {error}") from None
         return self.receive(request.wall_s, slot)
 
-    def receive(
-        self, wall_s: float, slot: WorkSlot | None = None, beside: Sequence[ZygoteSession] = ()
-    ) -> Outcome:
-        """Wait for an outcome. A run releases its `slot` while it sleeps. When it wakes, it is
-        paused until it has a slot again, and so are the runs `beside` it, which depend on it.
+    def receive(self, wall_s: float, slot: WorkSlot | None = None) -> Outcome:
+        """Wait for an outcome, as `receive_all` does."""
+        return receive_all([self], wall_s, slot)[0]
 
-        Raises ZygoteLostError if the zygote died, TimeoutError if it does not answer.
-        """
-        deadline = time.monotonic() + STARVED_EXTENSION * wall_s + ANSWER_GRACE_S
-        while True:
-            message, _ = self.receive_message(deadline)
-            if message == SLEEPING and slot is not None:
-                slot.sleep()
-            elif message == WOKE:
-                asked = time.monotonic()
-                self._take_turn(slot, [self, *beside])
-                deadline += time.monotonic() - asked
-            elif message != SLEEPING:
-                try:
-                    return Outcome.unpack(message)
-                except ValueError as error:
-                    raise ZygoteLostError(f"the zygote's answer is malformed: {error}") from None
-
-    def _take_turn(self, slot: WorkSlot | None, sessions: Sequence[ZygoteSession]) -> None:
-        if slot is not None and not slot.wake(wait=False):
-            for session in sessions:
-                session.tell(PAUSE)
-            slot.wake()
-            for session in sessions:
-                session.tell(RESUME)
-        self.tell(TURN)
+    def fileno(self) -> int:
+        return self._channel.fileno()
 
     def tell(self, word: bytes) -> None:
         """Send a one-byte message about the run, which may have ended."""
@@ -306,6 +283,55 @@ class ZygoteSession:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._channel.close()
+
+
+def receive_all(
+    sessions: Sequence[ZygoteSession], wall_s: float, slot: WorkSlot | None = None
+) -> list[Outcome]:
+    """Wait for the outcomes of runs whose time depends on one another. They give their `slot` away
+    while all of them sleep. To work again they wait for it, paused together.
+
+    Raises ZygoteLostError if the zygote died, TimeoutError if it does not answer.
+    """
+    deadline = time.monotonic() + STARVED_EXTENSION * wall_s + ANSWER_GRACE_S
+    outcomes: dict[ZygoteSession, Outcome] = {}
+    working = set(sessions)
+    poller = select.poll()
+    of_descriptor = {session.fileno(): session for session in sessions}
+    for descriptor in of_descriptor:
+        poller.register(descriptor, select.POLLIN)
+    while len(outcomes) < len(sessions):
+        ready = poller.poll(max(1.0, (deadline - time.monotonic()) * 1e3))
+        if not ready:
+            raise TimeoutError("the zygote does not answer")
+        session = of_descriptor[ready[0][0]]
+        message, _ = session.receive_message(deadline)
+        if message == WOKE:
+            asked = time.monotonic()
+            _take_turn(slot, [one for one in sessions if one not in outcomes])
+            deadline += time.monotonic() - asked
+            session.tell(TURN)
+            working.add(session)
+            continue
+        working.discard(session)
+        if message != SLEEPING:
+            poller.unregister(session.fileno())
+            try:
+                outcomes[session] = Outcome.unpack(message)
+            except ValueError as error:
+                raise ZygoteLostError(f"the zygote's answer is malformed: {error}") from None
+        if slot is not None and not working and len(outcomes) < len(sessions):
+            slot.sleep()
+    return [outcomes[session] for session in sessions]
+
+
+def _take_turn(slot: WorkSlot | None, sessions: Sequence[ZygoteSession]) -> None:
+    if slot is not None and not slot.wake(wait=False):
+        for session in sessions:
+            session.tell(PAUSE)
+        slot.wake()
+        for session in sessions:
+            session.tell(RESUME)
 
 
 def memory_file(content: bytes = b"") -> int:

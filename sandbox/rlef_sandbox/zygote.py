@@ -12,9 +12,11 @@ uses the session as its channel, and forks a child for each TEST until the sessi
 program server each supervise their children in one loop (csrc/serve.c; supervisor_python.py without
 a C compiler, where every run is a RUN). The loop polls the children's pidfds, reads their CPU
 clocks, kills a child that passes a limit, reports once that a child sleeps, and sends what the
-kernel reported of its end. It never waits for one child alone, so a sleeper delays no other run. A
-child reports how far it came in shared memory. Before its program's first line it unmaps that
-memory and closes every descriptor but its own files, so no program can reach zygote or controller.
+kernel reported of its end. Each child is alone with its parent in a pid namespace (csrc/spawn.c),
+if the machine allows one, so that its ids say nothing of other runs. The loop never waits for one
+child alone, so a sleeper delays no other run. A child reports how far it came in shared memory.
+Before its program's first line it unmaps that memory and closes every descriptor but its own files,
+so no program can reach zygote or controller.
 
 What ends them: the end of a session kills its child or program server. The end of the channel, or
 the controller's death (seen by its pidfd), ends the zygote. The death of a parent kills its
@@ -45,7 +47,9 @@ from .supervisor_python import PythonSupervisor
 from .syscalls import Profile
 
 STREAMS = 3
-SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER = 3, 4, 5
+SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER, LAST_ID_OF_A_SERVER = 3, 4, 5, 6
+# To write 1 to it makes 2 the next id in the writer's pid namespace. It takes a capability there.
+LAST_ID_FILE = "/proc/sys/kernel/ns_last_pid"
 
 
 class Child(NamedTuple):
@@ -68,32 +72,34 @@ class Zygote:
             Task.RUN: filter_for_this_machine(Profile.PROGRAM),
             Task.EXECUTE: filter_for_this_machine(Profile.EXECUTABLE),
         }
-        self.bounds = Bounds(base_bytes=_mapped_bytes(), own_user_namespace=False)
+        last_id = _open_for_writing(LAST_ID_FILE)
+        namespaces = kernel.CLONE_NEWUSER | (kernel.CLONE_NEWPID if last_id >= 0 else 0)
+        self.bounds = Bounds(_mapped_bytes(), namespaces)
         self.program: tuple[types.CodeType, bytes] | None = None
         self.supervisor: NativeSupervisor | PythonSupervisor
         try:
-            self.supervisor = self.native_supervisor(channel, controller)
+            self.supervisor = self.native_supervisor(channel, controller, last_id)
         except OSError:  # no library, or one that was built on another machine
             self.supervisor = PythonSupervisor(channel, controller, self.plan)
 
-    def native_supervisor(self, channel: int, controller: int) -> NativeSupervisor:
+    def native_supervisor(self, channel: int, controller: int, last_id: int) -> NativeSupervisor:
         """Return the supervisor in C. Raises OSError if its library cannot be loaded."""
         if not self.library:
             raise OSError("there is no C library")
         serves_program = self.program is not None
         return NativeSupervisor(
-            self.library, channel, controller, self.plan, serves_program=serves_program
+            self.library, channel, controller, last_id, self.plan, serves_program=serves_program
         )
 
     def confine(self, namespaces: list[str], files: VisibleFiles) -> dict[str, object]:
         """Apply the zygote's layers. Returns those that hold."""
         layers = confine_zygote(namespaces, files)
-        child_layers = probe_child_layers(
-            self.supervisor.fork_confined, self.filters[Task.RUN], self.bounds
-        )
+        child_layers = probe_child_layers(self.supervisor, self.filters[Task.RUN], self.bounds)
         if not child_layers["seccomp"]:
             self.filters = dict.fromkeys(self.filters)
-        self.bounds = self.bounds._replace(own_user_namespace=bool(child_layers["threads"]))
+        if not child_layers["process_ids"]:
+            of_a_run = kernel.CLONE_NEWUSER if child_layers["threads"] else 0
+            self.bounds = self.bounds._replace(namespaces=of_a_run)
         return {**layers, **child_layers, "launcher": self.supervisor.name}
 
     def plan(self, request: ZygoteRequest, file_count: int) -> LaunchPlan:
@@ -125,8 +131,11 @@ class Zygote:
         self.program = code, source
         session = _moved_out_of_the_way(SESSION_OF_A_SERVER)
         controller = _moved_out_of_the_way(CONTROLLER_OF_A_SERVER)
+        last_id = -1
+        if self.bounds.namespaces & kernel.CLONE_NEWPID:
+            last_id = _moved_out_of_the_way(LAST_ID_OF_A_SERVER)
         _reserve_low_descriptors()
-        self.supervisor = self.native_supervisor(session, controller)
+        self.supervisor = self.native_supervisor(session, controller, last_id)
         os.write(session, Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.0, 0.0, 0).pack())
         return self.serve()
 
@@ -141,6 +150,14 @@ def _read_call() -> bytes:
     call = _read(program.EXCHANGE_DESCRIPTOR)
     os.ftruncate(program.EXCHANGE_DESCRIPTOR, 0)
     return call
+
+
+def _open_for_writing(path: str) -> int:
+    """Return a descriptor, or -1 if this machine does not allow that."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _mapped_bytes() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +90,8 @@ def test_the_layers_are_reported(sandbox: Sandbox) -> None:
     layers = sandbox.isolation
     assert layers["level"] == "default"
     assert layers["no_new_privs"] and layers["rlimits"] and layers["seccomp"] and layers["files"]
+    bound = resource.prlimit(sandbox._workers[0]._process.pid, resource.RLIMIT_CORE)[1]
+    to_a_pipe = Path("/proc/sys/kernel/core_pattern").read_text().startswith("|")
+    assert ("limit" in layers["core_dumps_stopped_by"]) == (bound == 1 if to_a_pipe else bound < 2)
+    private = Path("/proc/sys/fs/suid_dumpable").read_text() == "0\n"
+    assert ("undumpable" in layers["core_dumps_stopped_by"]) == private

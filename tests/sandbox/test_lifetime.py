@@ -146,7 +146,7 @@ def test_the_controllers_sudden_death_leaves_no_process() -> None:
     ) as controller:
         controller.stdout.readline()
         below = descendants(controller.pid)
-        assert len(below) == 3  # reaper, zygote, child
+        assert len(below) in (3, 4)  # reaper, zygote, perhaps process 1 of the run, child
         controller.kill()
     assert gone(below)
 

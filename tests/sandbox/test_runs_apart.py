@@ -102,6 +102,22 @@ def test_a_spy_would_find_a_secret_that_was_there(sandbox: Sandbox) -> None:
     assert b"FOUND " + SECRET.encode() in result.stdout
 
 
+def test_the_ids_of_processes_and_threads_carry_nothing_to_the_next_run(sandbox: Sandbox) -> None:
+    if not sandbox.isolation.get("process_ids"):
+        pytest.skip("ids of its own take a pid namespace and the C library")
+    source = (
+        "import os, threading; ids = [os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0)]\n"
+        "for _ in range(int(input())):\n"
+        "    t = threading.Thread(target=lambda: ids.append(threading.get_native_id()))\n"
+        "    t.start(); t.join()\n"
+        "print(*ids)"
+    )
+    of_three = b"2 1 2 2 3 4 5\n"
+    assert sandbox.run(source, "3").stdout == sandbox.run(source, "3").stdout == of_three
+    results = sandbox.grade(source, [Test("3", of_three), Test("1", b"2 1 2 2 3")] * 2)
+    assert [result.status for result in results] == [Status.OK] * 4
+
+
 def test_the_threads_of_one_run_are_not_counted_against_another(
     sandbox: Sandbox, crowd: Callable
 ) -> None:

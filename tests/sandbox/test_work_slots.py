@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_sandbox import Limits, Sandbox, Status, Test
+from rlef_sandbox import CheckTest, Limits, Sandbox, Status, Test
 from rlef_sandbox.sandbox import JOBS_PER_WORKER, most_open_programs
 from rlef_sandbox.work_slots import WorkSlots
 
@@ -63,6 +63,16 @@ def test_programs_that_wake_take_turns_and_their_wait_is_not_charged(sandbox: Sa
     limits = Limits(cpu_s=1.0, wall_s=1.2)
     with ThreadPoolExecutor(12) as pool:
         jobs = [pool.submit(sandbox.grade, source, [Test("", "1")], limits) for _ in range(12)]
+        assert {job.result()[0].status for job in jobs} == {Status.OK}
+
+
+def test_checks_that_work_take_turns_though_their_programs_wait(sandbox: Sandbox) -> None:
+    """All at once would share the cores beyond their wall clock limits, or their programs'."""
+    check = "import time\ndef check(f):\n    while time.process_time() < 0.4: pass\n    f()"
+    limits = Limits(cpu_s=1.0, wall_s=1.2)
+    with ThreadPoolExecutor(12) as pool:
+        tests = [CheckTest("f", check)]
+        jobs = [pool.submit(sandbox.grade, "def f(): 0", tests, limits) for _ in range(12)]
         assert {job.result()[0].status for job in jobs} == {Status.OK}
 
 

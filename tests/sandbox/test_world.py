@@ -103,6 +103,26 @@ WORLD = {
         "asyncio.run(main())",
         "5",
     ),
+    "thread_pool": (
+        "from multiprocessing.pool import ThreadPool\n"
+        "with ThreadPool(3) as pool: print(pool.map(abs, [-1, 2]))",
+        "[1, 2]",
+    ),
+    "semaphores_of_multiprocessing": (
+        "import multiprocessing as m, threading\n"
+        "lock, many, again = m.Lock(), m.Semaphore(2), m.RLock()\n"
+        "with lock, again, again, many:\n"
+        "    print(lock.acquire(False), lock.acquire(timeout=0.01), many, again)\n"
+        "    thread = threading.Thread(target=lambda: print(again.acquire(block=False)))\n"
+        "    thread.start(); thread.join()\n"
+        "for release in (lock.release, again.release):\n"
+        "    try: release()\n"
+        "    except (ValueError, AssertionError) as error: print(error)\n"
+        "queue = m.Queue(); queue.put(7); print(queue.get())",
+        "False False <Semaphore(value=1)> <RLock(MainProcess, 2)>\nFalse\n"
+        "semaphore or lock released too many times\n"
+        "attempt to release recursive lock not owned by thread\n7",
+    ),
     "null_device": (
         "import os, sys, pathlib; sys.stderr = open(os.devnull, 'w'); print(9, file=sys.stderr)\n"
         "with open(os.devnull, 'wb') as f: print(f.write(b'abc'), os.fsdecode(f.name))\n"

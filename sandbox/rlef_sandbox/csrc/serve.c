@@ -26,7 +26,6 @@
 
 #include "zygote.h"
 
-#define MAX_CHILDREN 64
 #define MAX_PLANS 32
 #define MAX_REQUEST_BYTES 64
 #define FAULT_BYTES 256
@@ -58,8 +57,7 @@ struct prepared {
 };
 
 struct child {
-    pid_t pid; /* 0: this cell is free */
-    int pidfd;
+    struct started process; /* with an id of 0 this cell is free */
     int session;
     int awaited; /* whether the session is polled, to see when the controller closes it */
     int task;
@@ -81,6 +79,7 @@ struct server {
     int pending; /* the request waits for its plan, or for its child's start */
     int channel;
     int controller;
+    int last_id;
     int serves_program;    /* a program server: answers go to its channel */
     int cell;              /* of the child that rlef_serve returns in */
     struct progress *page; /* MAX_CHILDREN cells */
@@ -121,12 +120,12 @@ static void send_outcome(int session, int phase, int ending, int wait_status, do
 
 static void signal_child(const struct child *child, int number)
 {
-    syscall(SYS_pidfd_send_signal, child->pidfd, number, NULL, 0);
+    syscall(SYS_pidfd_send_signal, child->process.pidfd, number, NULL, 0);
 }
 
 static double cpu_s_of(const struct child *child)
 {
-    return now_s((clockid_t)((~(unsigned)child->pid << 3) | 2));
+    return now_s((clockid_t)((~(unsigned)child->process.pid << 3) | 2));
 }
 
 /* Pauses or resumes a child, as the controller's message says. Paused time is not wall time. */
@@ -148,14 +147,6 @@ static void obey(struct child *child, uint8_t word)
         child->window_started = now;
         child->window_cpu_s = cpu_s_of(child);
     }
-}
-
-/* Returns whether the reaper set a child's address-space limit to 0, because it had too many page
- * tables (page_tables.py). */
-static int lost_its_memory(const struct child *child)
-{
-    struct rlimit limit;
-    return prlimit(child->pid, RLIMIT_AS, NULL, &limit) == 0 && limit.rlim_max == 0;
 }
 
 static void close_files(struct server *server)
@@ -185,7 +176,7 @@ static int receive(struct server *server)
         _exit(0);
     if (length == 1) { /* to a program server, about its only child */
         for (int cell = 0; cell < MAX_CHILDREN; cell++)
-            if (server->children[cell].pid != 0)
+            if (server->children[cell].process.pid != 0)
                 obey(&server->children[cell], server->message[0]);
         return 0;
     }
@@ -225,9 +216,11 @@ static void put_files(struct server *server, struct plan *plan)
 {
     memcpy(plan->files, server->files, sizeof plan->files);
     plan->file_count = server->file_count;
-    if (server->task == TASK_PROGRAM) { /* a program server continues with these two */
+    if (server->task == TASK_PROGRAM) { /* a program server continues with these */
         plan->files[plan->file_count++] = server->session;
         plan->files[plan->file_count++] = server->controller;
+        if (server->last_id >= 0)
+            plan->files[plan->file_count++] = server->last_id;
     }
 }
 
@@ -241,8 +234,9 @@ static double seconds_in_request(const struct server *server, size_t offset)
 /* Starts the request's child. Returns CHILD in it, else -1. */
 static int start(struct server *server, struct plan *plan)
 {
-    int cell = 0, pidfd = -1;
-    while (cell < MAX_CHILDREN && server->children[cell].pid != 0)
+    int cell = 0;
+    struct started process;
+    while (cell < MAX_CHILDREN && server->children[cell].process.pid != 0)
         cell++;
     if (cell == MAX_CHILDREN) {
         refuse(server, "too many children of one zygote");
@@ -252,15 +246,15 @@ static int start(struct server *server, struct plan *plan)
     put_files(server, plan);
     plan->progress = &server->page[cell];
     server->cell = cell;
-    pid_t pid = rlef_spawn(plan, &pidfd);
-    if (pid == 0) {
+    int started = rlef_spawn(plan, cell, &process);
+    if (started == 0) {
         if (server->task == TASK_TEST) /* the program runs next */
             rlef_leave_trust(server);
         else
             server->page[cell].phase = PHASE_COMPILING;
         return CHILD;
     }
-    if (pid < 0) {
+    if (started < 0) {
         char fault[FAULT_BYTES];
         snprintf(fault, sizeof fault, "start of a child: %s", strerror(errno));
         refuse(server, fault);
@@ -271,8 +265,7 @@ static int start(struct server *server, struct plan *plan)
     double wall_s = seconds_in_request(server, REQUEST_WALL_S_AT);
     double first = cpu_s < wall_s ? cpu_s : wall_s;
     server->children[cell] = (struct child){
-        .pid = pid,
-        .pidfd = pidfd,
+        .process = process,
         .session = server->session,
         .awaited = !server->serves_program && server->task != TASK_PROGRAM,
         .task = server->task,
@@ -291,12 +284,13 @@ static void finish(struct server *server, int number)
 {
     struct child *child = &server->children[number];
     const struct progress *cell = &server->page[number];
-    struct rusage usage;
-    int wait_status = 0;
-    if (child->ending == ENDED_ITSELF && lost_its_memory(child))
+    struct ended ended = {0};
+    rlef_reap(number, &child->process, &ended);
+    if (child->task == TASK_PROGRAM) /* its inits, in its group, end with it, and are ours now */
+        while (waitpid(-child->process.pid, NULL, 0) > 0)
+            continue;
+    if (child->ending == ENDED_ITSELF && ended.lost_memory)
         child->ending = MEMORY_LIMIT;
-    wait4(child->pid, &wait_status, 0, &usage);
-    close(child->pidfd);
     if (!(child->task == TASK_PROGRAM && cell->phase == PHASE_RUNNING && cell->step == 0)) {
         static const char *const names[] = {"", "PARENT", "NAMESPACE", "LIMITS",
                                             "FILES", "FILTER", "EXEC"};
@@ -308,15 +302,16 @@ static void finish(struct server *server, int number)
                                         (cell->step == STEP_EXEC && shortage)))
             snprintf(fault, sizeof fault, "child set-up: %s: %s", names[cell->step],
                      strerror(cell->error));
-        double cpu_s = (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
-                       (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+        const struct rusage *usage = &ended.usage;
+        double cpu_s = (double)(usage->ru_utime.tv_sec + usage->ru_stime.tv_sec) +
+                       (double)(usage->ru_utime.tv_usec + usage->ru_stime.tv_usec) * 1e-6;
         send_outcome(child->session, fault[0] ? PHASE_SETUP : cell->phase, child->ending,
-                     wait_status, cpu_s, now_s(CLOCK_MONOTONIC) - child->started,
-                     (uint64_t)usage.ru_maxrss * 1024, fault);
+                     ended.wait_status, cpu_s, now_s(CLOCK_MONOTONIC) - child->started,
+                     (uint64_t)usage->ru_maxrss * 1024, fault);
     }
     if (!server->serves_program)
         close(child->session);
-    child->pid = 0;
+    child->process.pid = 0;
 }
 
 /* Kills a child that passed a limit; reports if it sleeps, and if it works again. */
@@ -332,7 +327,7 @@ static void check(struct server *server, struct child *child, int cell, double n
         wall_s *= STARVED_EXTENSION;
     double cpu_left_s = child->cpu_s - cpu_s, wall_left_s = wall_s - elapsed_s;
     child->ending = cpu_left_s <= 0           ? CPU_LIMIT
-                    : lost_its_memory(child) ? MEMORY_LIMIT
+                    : rlef_lost_memory(child->process.pid) ? MEMORY_LIMIT
                     : wall_left_s <= 0       ? WALL_LIMIT
                                              : ENDED_ITSELF;
     if (child->ending != ENDED_ITSELF) {
@@ -361,7 +356,7 @@ static int until_next_check_ms(const struct server *server)
 {
     double soonest = NEVER;
     for (int cell = 0; cell < MAX_CHILDREN; cell++)
-        if (server->children[cell].pid != 0 && server->children[cell].next_check < soonest)
+        if (server->children[cell].process.pid != 0 && server->children[cell].next_check < soonest)
             soonest = server->children[cell].next_check;
     if (soonest == NEVER)
         return -1;
@@ -375,9 +370,9 @@ static void supervise(struct server *server, const struct pollfd *polled, const 
     uint8_t word;
     for (int index = 2; index < count; index++) {
         struct child *child = &server->children[cells[index]];
-        if (polled[index].revents == 0 || child->pid == 0)
+        if (polled[index].revents == 0 || child->process.pid == 0)
             continue;
-        if (polled[index].fd == child->pidfd) {
+        if (polled[index].fd == child->process.pidfd) {
             finish(server, cells[index]);
         } else if (recv(child->session, &word, 1, MSG_DONTWAIT) == 1) {
             obey(child, word);
@@ -389,18 +384,21 @@ static void supervise(struct server *server, const struct pollfd *polled, const 
     }
     double now = now_s(CLOCK_MONOTONIC);
     for (int cell = 0; cell < MAX_CHILDREN; cell++)
-        if (server->children[cell].pid != 0 && server->children[cell].next_check <= now)
+        if (server->children[cell].process.pid != 0 && server->children[cell].next_check <= now)
             check(server, &server->children[cell], cell, now);
 }
 
-/* Makes this process a supervisor of the requests on `channel`, with no child yet. */
-struct server *rlef_listen(int channel, int controller, int serves_program)
+/* Makes this process a supervisor of the requests on `channel`, with no child yet. `last_id` is a
+ * file of the kernel (launch_plan.py), or -1. */
+struct server *rlef_listen(int channel, int controller, int last_id, int serves_program)
 {
     static struct server server;
     memset(&server, 0, sizeof server);
     server.channel = channel;
     server.controller = controller;
     server.serves_program = serves_program;
+    rlef_own_children(last_id);
+    server.last_id = last_id;
     server.page = mmap(NULL, sizeof(struct progress) * MAX_CHILDREN, PROT_READ | PROT_WRITE,
                        MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (server.page == MAP_FAILED)
@@ -425,6 +423,7 @@ void rlef_prepare(struct server *server, const struct plan *plan)
 void rlef_leave_trust(struct server *server)
 {
     server->page[server->cell].phase = PHASE_RUNNING;
+    memset(server->children, 0, sizeof server->children); /* ids and times of other runs */
     munmap((void *)server->page, sizeof(struct progress) * MAX_CHILDREN);
 }
 
@@ -447,10 +446,10 @@ int rlef_serve(struct server *server)
         polled[1] = (struct pollfd){server->controller, POLLIN, 0};
         for (int cell = 0; cell < MAX_CHILDREN; cell++) {
             const struct child *child = &server->children[cell];
-            if (child->pid == 0)
+            if (child->process.pid == 0)
                 continue;
             cells[count] = cell;
-            polled[count++] = (struct pollfd){child->pidfd, POLLIN, 0};
+            polled[count++] = (struct pollfd){child->process.pidfd, POLLIN, 0};
             if (child->awaited) {
                 cells[count] = cell;
                 polled[count++] = (struct pollfd){child->session, POLLIN | POLLRDHUP, 0};

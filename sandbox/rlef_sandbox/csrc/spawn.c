@@ -8,6 +8,12 @@
  * waits) and becomes the program. A step that fails is recorded in the child's progress cell, in
  * memory shared with the zygote, and ends the child: a fault of the sandbox, never a verdict.
  *
+ * Where the machine allows, a child runs in a user namespace, in which its threads are counted, and
+ * in a pid namespace, in which its ids begin with 2. A zygote cannot fork into these, and a program
+ * that is their process 1 would not be ended by signals. So each cell has an `init`, made once, which
+ * shares the zygote's memory and descriptors. It starts one child after another, and reaps them when
+ * the zygote asks. The two share errno and the C library's thread too, so one of them always waits.
+ *
  * launch_plan.py mirrors `struct plan`; supervisor_python.py takes the same steps in Python. Each
  * layer is one function here, which returns 0, or -1 with errno set.
  */
@@ -16,11 +22,15 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/futex.h>
 #include <linux/seccomp.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -33,12 +43,38 @@
 #define STREAMS 3
 #define PENDING_SIGNALS 64 /* as in launch_plan.py */
 #define BORROWED_STACK_BYTES (64 << 10) /* of a child that shares our memory until it execs */
+#define INIT_STACK_BYTES (16 << 10)
+#define FIRST_ID 2 /* in a pid namespace, after that of its init */
 #ifndef SYS_close_range
 #define SYS_close_range 436
 #endif
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
+#ifndef CAP_CHECKPOINT_RESTORE
+#define CAP_CHECKPOINT_RESTORE 40
+#endif
+
+enum order { START, REAP };
+
+/* What zygote and init share about the child of one cell. */
+struct init {
+    uint8_t stack[INIT_STACK_BYTES];
+    const struct plan *plan;
+    sigset_t signals; /* of the child */
+    void *resume[5];  /* where the child goes on, on the zygote's stack */
+    enum order order;
+    uint32_t answered;
+    pid_t child; /* its id in its namespace */
+    int pidfd;
+    int error; /* errno, if there is no child */
+    struct ended ended;
+};
+
+static struct init inits[MAX_CHILDREN] __attribute__((aligned(16)));
+static pid_t init_pids[MAX_CHILDREN]; /* or 0 */
+static int init_bells[MAX_CHILDREN];  /* eventfds that tell of an order */
+static int own_pidfd, last_id;        /* see rlef_own_children */
 
 static int die_with_parent(pid_t parent)
 {
@@ -51,15 +87,13 @@ static int die_with_parent(pid_t parent)
     return 0;
 }
 
-/* Enters a new user namespace, in which RLIMIT_NPROC counts only this run's threads; entering it
- * gives capabilities over it, which are dropped at once. */
-static int enter_user_namespace(void)
+/* Gives up all capabilities, which a new user namespace gives over it, but those in `kept`. */
+static int keep_capabilities(uint64_t kept)
 {
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {{0, 0, 0}};
-    if (unshare(CLONE_NEWUSER) != 0)
-        return -1;
-    return (int)syscall(SYS_capset, &header, none);
+    uint32_t low = (uint32_t)kept, high = (uint32_t)(kept >> 32);
+    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {{low, low, 0}, {high, high, 0}};
+    return (int)syscall(SYS_capset, &header, data);
 }
 
 static int limit(int resource, uint64_t soft, uint64_t hard)
@@ -78,7 +112,8 @@ static int set_limits(const struct plan *plan)
         return -1;
     if (plan->stack_bytes && limit(RLIMIT_STACK, plan->stack_bytes, plan->stack_bytes) != 0)
         return -1;
-    return plan->threads ? limit(RLIMIT_NPROC, plan->threads, plan->threads) : 0;
+    uint64_t counted = plan->threads + 1; /* init too */
+    return plan->threads ? limit(RLIMIT_NPROC, counted, counted) : 0;
 }
 
 /* The zygote keeps the numbers below MAX_FILES occupied, so that no dup3 here replaces a file that
@@ -127,7 +162,7 @@ static void fail(const struct plan *plan, enum step step)
 
 static void confine(const struct plan *plan, pid_t parent)
 {
-    if (plan->own_user_namespace && enter_user_namespace() != 0)
+    if (plan->namespaces && keep_capabilities(0) != 0)
         fail(plan, STEP_NAMESPACE);
     if (die_with_parent(parent) != 0) /* after a change of credentials, which would undo it */
         fail(plan, STEP_PARENT);
@@ -176,29 +211,198 @@ static pid_t spawn_executable(const struct plan *plan)
     return pid;
 }
 
-/* Forks a child confined by `plan`, with its files in place. Returns its id, and 0 in the child. */
-int rlef_fork(const struct plan *plan)
+/* Returns the child's id, and 0 in the child of a plan without an executable. */
+static pid_t start(const struct plan *plan)
 {
+    if (plan->executable >= 0)
+        return spawn_executable(plan);
     pid_t parent = getpid(), pid = fork();
     if (pid == 0)
         confine(plan, parent);
     return pid;
 }
 
-/* Starts a child by `plan`. Returns its id, and in `pidfd` a descriptor of it; 0 in the child of a
- * plan without an executable; -1 with errno set if there is no child. */
-int rlef_spawn(const struct plan *plan, int *pidfd)
+/* In init: starts the child. Returns 0 or errno. */
+static int start_second(struct init *init)
 {
-    pid_t pid = plan->executable >= 0 ? spawn_executable(plan) : rlef_fork(plan);
-    if (pid <= 0)
-        return pid;
-    *pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-    if (*pidfd < 0) {
+    int has_ids = (init->plan->namespaces & CLONE_NEWPID) != 0;
+    if (keep_capabilities(1ULL << CAP_CHECKPOINT_RESTORE) != 0 ||
+        (has_ids && pwrite(last_id, "1", 1, 0) != 1)) /* the next is 2, whatever ran here before */
+        return errno;
+    init->child = start(init->plan);
+    if (init->child == 0) { /* the child, in a copy of the zygote's memory */
+        sigprocmask(SIG_SETMASK, &init->signals, NULL);
+        __builtin_longjmp(init->resume, 1);
+    }
+    if (init->child < 0)
+        return errno;
+    /* who reads a descriptor's owner gets the id that the process has in the reader's namespace */
+    init->pidfd = (int)syscall(SYS_pidfd_open, init->child, 0);
+    int error = init->pidfd < 0 || fcntl(init->pidfd, F_SETOWN, init->child) != 0 ? errno : 0;
+    if (error == 0 && has_ids && init->child != FIRST_ID)
+        error = EEXIST;
+    if (error) {
+        kill(init->child, SIGKILL);
+        waitpid(init->child, NULL, 0);
+        close(init->pidfd);
+    }
+    return error;
+}
+
+static int be_init(void *argument)
+{
+    struct init *init = argument;
+    struct pollfd awaited[] = {{init_bells[init - inits], POLLIN, 0}, {own_pidfd, POLLIN, 0}};
+    uint64_t rung;
+    for (;;) {
+        if (poll(awaited, 2, -1) < 0 || awaited[1].revents != 0 ||
+            read(awaited[0].fd, &rung, sizeof rung) < 0)
+            _exit(1); /* the zygote ended, so the kernel may end the namespaces */
+        if (init->order == START) {
+            init->error = start_second(init);
+        } else {
+            init->ended.lost_memory = rlef_lost_memory(init->child);
+            wait4(init->child, &init->ended.wait_status, 0, &init->ended.usage);
+            /* what a program forked, without a filter, is now a child of process 1 */
+            if (getpid() == 1 && waitpid(-1, NULL, WNOHANG) >= 0) {
+                kill(-1, SIGKILL);
+                while (waitpid(-1, NULL, 0) > 0)
+                    continue;
+            }
+        }
+        __atomic_store_n(&init->answered, 1, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, &init->answered, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+    }
+}
+
+/* Gives an order to a cell's init, and waits until it is done. If init is gone, this process ends:
+ * a fault, after which its runs are repeated. */
+static void ask(int cell, enum order order)
+{
+    static const struct timespec patience = {1, 0};
+    static const uint64_t ring = 1;
+    struct init *init = &inits[cell];
+    init->order = order;
+    init->answered = 0;
+    if (write(init_bells[cell], &ring, sizeof ring) < 0)
+        _exit(1);
+    while (!__atomic_load_n(&init->answered, __ATOMIC_SEQ_CST))
+        if (syscall(SYS_futex, &init->answered, FUTEX_WAIT_PRIVATE, 0, &patience, NULL, 0) != 0 &&
+            waitpid(init_pids[cell], NULL, WNOHANG) != 0)
+            _exit(1);
+}
+
+/* Makes the init of a cell, in new namespaces. Returns 0, or -1 with errno set. */
+static int make_init(int cell, int namespaces)
+{
+    struct init *init = &inits[cell];
+    sigset_t all, before;
+    init_bells[cell] = eventfd(0, EFD_CLOEXEC);
+    if (init_bells[cell] < 0)
+        return -1;
+    sigfillset(&all); /* no handler may run on its stack */
+    sigprocmask(SIG_SETMASK, &all, &before);
+    pid_t pid = clone(be_init, init->stack + sizeof init->stack,
+                      CLONE_VM | CLONE_FILES | namespaces | SIGCHLD, init);
+    int error = errno;
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    if (pid < 0) {
+        close(init_bells[cell]);
+        errno = error;
+        return -1;
+    }
+    init_pids[cell] = pid;
+    return 0;
+}
+
+/* Starts a child by its cell's init. Returns 1, or 0 in the child, or -1 with errno set. */
+static __attribute__((noinline)) int start_in_namespaces(const struct plan *plan, int cell,
+                                                         struct started *child)
+{
+    struct init *init = &inits[cell];
+    if (init_pids[cell] == 0 && make_init(cell, plan->namespaces) != 0)
+        return -1;
+    init->plan = plan;
+    sigprocmask(SIG_SETMASK, NULL, &init->signals);
+    if (__builtin_setjmp(init->resume) != 0) {
+        memset(init_pids, 0, sizeof init_pids); /* they count the processes that there were */
+        return 0;
+    }
+    ask(cell, START);
+    if (init->error) {
+        errno = init->error;
+        return -1;
+    }
+    *child = (struct started){fcntl(init->pidfd, F_GETOWN), init->pidfd, 1};
+    return 1;
+}
+
+/* Prepares this process to start children. Their namespaces end with it. `last_id_file` is as in
+ * `rlef_listen`. */
+void rlef_own_children(int last_id_file)
+{
+    memset(init_pids, 0, sizeof init_pids);
+    own_pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    if (own_pidfd < 0)
+        _exit(1);
+    last_id = last_id_file;
+}
+
+/* Starts a child by `plan`, in a cell that no other has. Returns 1, or 0 in the child of a plan
+ * without an executable, or -1 with errno set if there is no child. */
+int rlef_spawn(const struct plan *plan, int cell, struct started *child)
+{
+    if (plan->namespaces)
+        return start_in_namespaces(plan, cell, child);
+    child->by_init = 0;
+    child->pid = start(plan);
+    if (child->pid <= 0)
+        return child->pid;
+    child->pidfd = (int)syscall(SYS_pidfd_open, child->pid, 0);
+    if (child->pidfd < 0) {
         int number = errno;
-        kill(pid, SIGKILL);
-        waitpid(pid, NULL, 0);
+        kill(child->pid, SIGKILL);
+        waitpid(child->pid, NULL, 0);
         errno = number;
         return -1;
     }
-    return pid;
+    return 1;
+}
+
+/* Waits for a child to end, and lets go of it. */
+void rlef_reap(int cell, const struct started *child, struct ended *ended)
+{
+    if (child->by_init) {
+        ask(cell, REAP);
+        *ended = inits[cell].ended;
+        memset(&inits[cell].ended, 0, sizeof *ended);
+    } else {
+        ended->lost_memory = rlef_lost_memory(child->pid);
+        wait4(child->pid, &ended->wait_status, 0, &ended->usage);
+    }
+    close(child->pidfd);
+}
+
+/* Returns whether the reaper set a process's address-space limit to 0, because it had too many page
+ * tables (page_tables.py). */
+int rlef_lost_memory(pid_t pid)
+{
+    struct rlimit limit;
+    return prlimit(pid, RLIMIT_AS, NULL, &limit) == 0 && limit.rlim_max == 0;
+}
+
+static struct started probe;
+
+/* Starts a child that probes its layers, as `rlef_spawn` does. */
+int rlef_fork(const struct plan *plan)
+{
+    return rlef_spawn(plan, 0, &probe);
+}
+
+/* Returns the wait status of the child that `rlef_fork` started. */
+int rlef_wait(void)
+{
+    struct ended ended;
+    rlef_reap(0, &probe, &ended);
+    return ended.wait_status;
 }

@@ -4,8 +4,11 @@
 
 #include <linux/filter.h>
 #include <stdint.h>
+#include <sys/resource.h>
+#include <sys/types.h>
 
 #define MAX_FILES 8 /* protocol.MAX_DESCRIPTORS */
+#define MAX_CHILDREN 64
 
 enum phase { PHASE_SETUP, PHASE_COMPILING, PHASE_RUNNING };
 enum step { STEP_NONE, STEP_PARENT, STEP_NAMESPACE, STEP_LIMITS, STEP_FILES, STEP_FILTER, STEP_EXEC };
@@ -28,17 +31,35 @@ struct plan {
     int32_t files[MAX_FILES]; /* become 0, 1, ... */
     int32_t file_count;
     int32_t executable; /* the file among `files` to become, or -1: return in the child */
-    int32_t own_user_namespace;
+    int32_t namespaces; /* its own: CLONE_NEWUSER and perhaps CLONE_NEWPID, or 0 */
     int32_t own_pid_count;
     struct sock_fprog *filter; /* or NULL */
     uint32_t **own_pids;       /* constants of the filter that stand for the child's id */
     struct progress *progress;
 };
 
+/* A child that was started. */
+struct started {
+    pid_t pid;
+    int pidfd;
+    int by_init; /* process 1 of its own namespaces is its parent */
+};
+
+/* How a child ended. */
+struct ended {
+    int wait_status;
+    int lost_memory; /* to too many page tables (page_tables.py) */
+    struct rusage usage;
+};
+
 struct server; /* serve.c */
 
+void rlef_own_children(int last_id_file);
 int rlef_fork(const struct plan *plan);
-int rlef_spawn(const struct plan *plan, int *pidfd);
+int rlef_wait(void);
+int rlef_spawn(const struct plan *plan, int cell, struct started *child);
+void rlef_reap(int cell, const struct started *child, struct ended *ended);
+int rlef_lost_memory(pid_t pid);
 void rlef_leave_trust(struct server *server);
 
 #endif

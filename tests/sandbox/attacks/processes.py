@@ -138,6 +138,19 @@ PROCESSES = (
     ),
     *attacks(
         {
+            "number_of_its_process": "import os\nif os.getpid() != 2: print('ESCAPED')",
+            "number_of_its_thread": (
+                "import threading as t; n = []\n"
+                "a = t.Thread(target=lambda: n.append(t.get_native_id())); a.start(); a.join()\n"
+                "if n != [3]: print('ESCAPED')"
+            ),
+            "number_of_its_session": "import os\nif os.getsid(0) != 2: print('ESCAPED')",
+        },
+        ("process_ids",),
+        Status.OK,
+    ),
+    *attacks(
+        {
             "own_session": "import os; os.setsid(); print('ESCAPED')",
             "own_process_group": "import os; os.setpgid(0, 0); print('ESCAPED')",
         },

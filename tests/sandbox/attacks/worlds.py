@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[3]
 NO_NAMESPACES = """
 def refuse(flags): raise OSError(1, "no namespaces here")
 rlef_sandbox.kernel.unshare = refuse
+rlef_sandbox.kernel.CLONE_NEWUSER = rlef_sandbox.kernel.CLONE_NEWPID = 0
 """
 NO_LANDLOCK = "rlef_sandbox.landlock.abi = lambda: 0\n"
 NO_PRIVATE_ROOT = """
@@ -46,9 +47,10 @@ rlef_sandbox.seccomp.Filter.__init__ = refuse
 
 NAMESPACES = frozenset({"user", "mount", "net", "ipc", "uts", "pid"})
 LANDLOCK = frozenset({"landlock", "landlock_network"})
-ALL = ALWAYS | NAMESPACES | LANDLOCK | {"private_root", "seccomp", "unprivileged_user"}
-WITH_NAMESPACES = NAMESPACES | {"private_root"}
+WITH_NAMESPACES = NAMESPACES | {"private_root", "process_ids"}
+ALL = ALWAYS | WITH_NAMESPACES | LANDLOCK | {"seccomp", "unprivileged_user"}
 NO_LAYERS: frozenset[str] = frozenset()
+OTHER_LAYERS = ("seccomp", "unprivileged_user", "process_ids")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def layers_reported(isolation: dict[str, object]) -> set[str]:
     """Return the names of the layers that a sandbox reports, as `Attack.stopped_by` has them."""
     files, namespaces = isolation["files"], isolation["namespaces"]
     assert isinstance(files, list) and isinstance(namespaces, list)
-    named = {name for name in ("seccomp", "unprivileged_user") if isolation[name]}
+    named = {name for name in OTHER_LAYERS if isolation[name]}
     for name in files:
         layer, _, abi = name.partition("_abi_")
         named |= {layer} | ({"landlock_network"} if int(abi or 0) >= 4 else set())
