@@ -277,7 +277,10 @@ def plan(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="a100-80gb, h100-80gb, h200, b200 or cpu; default: the recipe's kind"),
+        typer.Option(
+            help="a100-80gb, h100-80gb, h200, b200 or cpu; default: h100-80gb, or cpu if the "
+            "recipe's dtype is float32"
+        ),
     ] = None,
     sampling_gpus: Annotated[
         int | None, typer.Option(min=1, help="GPUs of the servers; default: what training needs")

@@ -11,9 +11,9 @@ as ours does; there is no mask, since right padding and causality need none; gra
 weights add up in bfloat16 over micro-batches, ours in fp32; no entropy is computed. Main weights
 and moments are fp32 on both sides.
 
-One process. The peer must begin with our loss and gradient norm, or it is left out with the reason:
-then the same work is compared. Each round updates every side once, and a ratio is taken within a
-round, so that other work on the machine affects both.
+One process. The peer must begin with our loss and gradient norm, or it is left out with the reason;
+this ensures that the same work is compared. Each round updates every side once, and a ratio is
+taken within a round, so that other work on the machine affects both.
 
 Shape suffixes: B sequences, L tokens of the longest, T tokens of a batch, R response tokens.
 """

@@ -9,7 +9,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def uses_kernels(*tensors: torch.Tensor) -> bool:
-    """Return whether the kernels take these tensors: on an NVIDIA GPU, all bf16 or all fp32.
+    """Return whether the kernels accept these tensors: on an NVIDIA GPU, all bf16 or all fp32.
 
     The PyTorch form runs for the rest: CPUs, mixed types, fp64 (gradcheck), fp16 (whose range is
     too small for the gradient of a logit), other vendors' GPUs, installations without Triton.

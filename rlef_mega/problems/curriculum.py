@@ -193,7 +193,7 @@ def training_wordings(number: int) -> Sequence[tuple[Wording, int]]:
 
 
 def held_out_wordings(number: int) -> Sequence[tuple[Wording, int]]:
-    """Return a held-out test's one wording: one, so that held-out problems are independent."""
+    """Return the wording of a held-out test: only one, so that the problems are independent."""
     named: dict[int, Wording] = {0: "word", 1: "example"}
     wording = named.get(number % 10, "vague")
     return [(wording, 0 if wording == "word" else number // 2 % 2)]

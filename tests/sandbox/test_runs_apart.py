@@ -194,7 +194,7 @@ def test_a_failure_beats_the_right_output(sandbox: Sandbox) -> None:
     assert result.status is Status.RUNTIME_ERROR
 
 
-def test_the_pipes_of_one_run_leave_those_of_another_whole(sandbox: Sandbox) -> None:
+def test_the_pipes_of_one_run_do_not_shrink_those_of_another(sandbox: Sandbox) -> None:
     hoard = "import os, time\ntry:\n    while True: os.pipe()\nexcept OSError: time.sleep(1.5)"
     honest = "import os; r, w = os.pipe(); os.write(w, bytes(65536)); print(len(os.read(r, 65536)))"
     with ThreadPoolExecutor(12) as pool:

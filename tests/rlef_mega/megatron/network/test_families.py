@@ -29,11 +29,13 @@ ALONE = ParallelConfig()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scores_and_gradients_are_hugging_faces(ranks: Ranks, tmp_path: Path, case: str) -> None:
+def test_scores_and_gradients_agree_with_hugging_face(
+    ranks: Ranks, tmp_path: Path, case: str
+) -> None:
     check(tmp_path, ranks, make_family(tmp_path, case))
 
 
-def test_the_families_are_hugging_faces_in_split_layouts(tmp_path: Path) -> None:
+def test_the_families_agree_with_hugging_face_in_split_layouts(tmp_path: Path) -> None:
     """Two processes compare their parts; among them are norms that each tensor-parallel rank
     applies to its own heads, and biases that are split."""
     for case in {case for cases in IN_LAYOUT.values() for case in cases}:
@@ -91,7 +93,7 @@ def test_llama_31_scaling_shows_in_these_lengths(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_models_of_no_family_are_refused_by_name(
+def test_models_of_other_families_are_refused_by_name(
     tmp_path: Path, case: str, change: dict, message: str
 ) -> None:
     make_family(tmp_path, case)
