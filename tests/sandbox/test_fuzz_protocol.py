@@ -57,7 +57,7 @@ def test_an_outcome_comes_back_as_it_went(outcome: Outcome) -> None:
 
 @given(st.binary(max_size=80))
 @settings(max_examples=500, deadline=None)
-def test_bytes_that_are_no_outcome_are_a_value_error(message: bytes) -> None:
+def test_bytes_that_are_not_an_outcome_are_a_value_error(message: bytes) -> None:
     try:
         outcome = Outcome.unpack(message)
     except ValueError:

@@ -134,7 +134,7 @@ CHECKERS = {
 OUTPUTS = {
     "nothing": "",
     "a_word": "print('x')",
-    "bytes_that_are_no_text": "import os; os.write(1, b'\\xff\\xfe')",
+    "bytes_that_are_not_text": "import os; os.write(1, b'\\xff\\xfe')",
     "many_digits": "print('9' * 100000)",
     "many_lines": "print('\\n' * 100000)",
     "brackets": "print('(' * 100000)",

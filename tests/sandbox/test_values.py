@@ -149,7 +149,7 @@ def test_the_main_guard_does_not_run_where_a_function_is_called(sandbox: Sandbox
     assert sandbox.grade(source, [CallTest("f", (), 1)])[0].status is Status.OK
 
 
-def test_arguments_that_are_no_plain_data_are_refused(sandbox: Sandbox) -> None:
+def test_arguments_that_are_not_plain_data_are_refused(sandbox: Sandbox) -> None:
     with pytest.raises(ValueError, match=r"CallTest\.args of f"):
         sandbox.grade("def f(x): pass", [CallTest("f", (object(),), 1)])
     assert sandbox.run("print(1)").status is Status.OK

@@ -211,7 +211,7 @@ def test_a_traceback_shows_no_path_of_this_machine(sandbox: Sandbox) -> None:
         assert "rlef_sandbox" not in stderr and 'File "solution.py", line 1' in stderr, stderr
 
 
-def test_bytes_that_are_no_text_come_through(sandbox: Sandbox) -> None:
+def test_bytes_that_are_not_text_come_through(sandbox: Sandbox) -> None:
     source = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
     assert sandbox.run(source, bytes(range(256))).stdout == bytes(range(256))
 

@@ -182,14 +182,14 @@ def test_one_fenced_block_is_the_program(text):
         f"{FENCE}python\nx = '\0'\n{FENCE}",
     ],
 )
-def test_anything_else_is_no_valid_code(text):
+def test_anything_else_is_not_valid_code(text):
     assert templates.extract_program(text) is None
 
 
 @pytest.mark.parametrize(
     "program", ["(" * 50_000, "-" * 50_000 + "1", "x" + ".a" * 50_000, "1" + "**1" * 50_000]
 )
-def test_a_program_that_overwhelms_the_parser_is_no_valid_code(program):
+def test_a_program_that_overwhelms_the_parser_is_not_valid_code(program):
     assert templates.extract_program(f"{FENCE}python\n{program}\n{FENCE}") is None
 
 

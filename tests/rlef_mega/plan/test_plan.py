@@ -194,7 +194,7 @@ def test_activations_worked_by_hand():
 
 
 def test_a_pass_worked_by_hand():
-    """One layer of one head, one token, no head: products alone have a closed form."""
+    """One layer of one head, one token, no head: only products have a closed form."""
     shape = LlamaShape(1, 2, 3, 1, 1, 2, vocabulary=8)
     network = Network(shape, ParallelConfig(), "value")
     device = replace(H100, flops=100.0, products=0.5, bandwidth=1e30)
@@ -342,7 +342,7 @@ def test_splits_use_no_more_gpus_than_given_and_more_gpus_are_never_slower(candi
 # ---------------------------------------------------------------------- the command
 
 
-def test_sampling_gpus_that_are_no_multiple_of_a_server_are_refused():
+def test_sampling_gpus_that_are_not_a_multiple_of_a_server_are_refused():
     words = ["plan", "llama31_70b", "--sampling-gpus", "4"]
     with pytest.raises(ConfigError, match=r"a server takes 8 .*give a multiple"):
         CliRunner().invoke(app, words, catch_exceptions=False)
