@@ -49,7 +49,7 @@ class Client:
     async def call(
         self, path: str, body: Mapping[str, Any] | None = None, *, within_s: float | None = None
     ) -> dict[str, Any]:
-        """POST the body, or GET without one. Returns the answer's JSON object; another answer is
+        """POST the body, or GET without one. Returns the answer's JSON object; any other answer is
         returned as {"text": ...}.
 
         Raises ServerError if no answer comes in time (default: `publish_s`) or its status is not

@@ -64,9 +64,9 @@ class SGLangEngine(LivesInLoop):
     """Samples on the servers at `urls`; a context manager, which checks them as it opens.
 
     `model` is the Hugging Face folder that the servers were started with. With `way` (one of WAYS)
-    this engine publishes to them, for disk through `weights_folder`; without, another process does.
-    With `release_memory` servers free theirs in `rest`. `take_over` allows servers that another
-    process published to. `logs` is the folder that `rlef serve` writes logs to.
+    this engine publishes to them ("disk" through `weights_folder`); without it, another process
+    does. With `release_memory` servers free theirs in `rest`. `take_over` allows servers that
+    another process published to. `logs` is the folder that `rlef serve` writes logs to.
     """
 
     def __init__(

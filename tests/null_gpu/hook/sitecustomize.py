@@ -1,4 +1,4 @@
-"""Has null_gpu_compute.py prepare PyTorch and Triton once a process on the null GPU imports them."""
+"""Has null_gpu_compute.py prepare PyTorch and Triton in processes on the null GPU."""
 
 import importlib.abc
 import importlib.machinery

@@ -161,7 +161,7 @@ def test_a_checkpoint_saved_again_from_another_layout_holds_the_same_bits(
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of the newest checkpoint, with torch alone."""
+    """Read all tensors of the newest checkpoint, using only torch."""
     networks = folder / "step_000001" / "networks"
     stored = FileSystemReader(networks).read_metadata().state_dict_metadata
     tensors: dict = {
