@@ -4,6 +4,7 @@
 # make test    lint, types, and the tests that need no GPU, SGLang server or Slurm
 # make test-slow     the tests that take more than a minute each
 # make test-sglang   rollouts from the real SGLang server, in an environment of its own (3.3 GB)
+# make test-null-gpu   the host's side of the GPU path on a GPU that is not there; an environment of its own (5 GB)
 # make test-slurm    runs on a real Slurm of five nodes on this host; installs it as root on Debian
 #
 # Downloaded wheels are kept in $(WHEELS), so that another checkout installs without a network.
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang demo demo-sglang test lint test-slow test-sglang test-slurm test-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -31,6 +32,13 @@ setup-sglang: .venv-sglang/installed
 
 .venv-sglang/installed: requirements-sglang-cpu.txt scripts/install.sh
 	sh scripts/install.sh "$(PYTHON)" .venv-sglang "$(WHEELS)" requirements-sglang-cpu.txt
+	touch "$@"
+
+# The trainer with a CUDA build of PyTorch, whose wheels are kept apart: the CPU build has the same version.
+setup-gpu: .venv-gpu/installed
+
+.venv-gpu/installed: pyproject.toml requirements-gpu.txt scripts/install.sh
+	sh scripts/install.sh "$(PYTHON)" .venv-gpu "$(WHEELS)-gpu" requirements-gpu.txt
 	touch "$@"
 
 demo: setup
@@ -48,7 +56,7 @@ lint: setup
 
 # Tests run in parallel, in the order of their folders: the sandbox's many short files come last, so that all workers end
 # together. Those that measure time run alone after them, from the files that have any.
-LOCAL := not gpu and not sglang and not slurm
+LOCAL := not gpu and not null_gpu and not sglang and not slurm
 test: lint
 	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and not timing" --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=10
 	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and timing" --durations=5 $$(grep -rl "mark\.timing" tests --include="*.py")
@@ -60,6 +68,11 @@ test-slow: setup
 SGLANG_TESTS ?= sglang
 test-sglang: setup setup-sglang
 	"$(BIN)/python" -m pytest -m "$(SGLANG_TESTS)" tests/sglang -rs --durations=10
+
+# PYTHON=python3.12 if python3 is another version: .venv-gpu is for that one.
+test-null-gpu: setup-gpu
+	.venv-gpu/bin/python -m tests.null_gpu.launch --gpus 2 -- \
+		.venv-gpu/bin/python -m pytest -m null_gpu tests/null_gpu -rs --durations=10
 
 test-slurm: setup
 	sh scripts/install_slurm.sh

@@ -1,6 +1,6 @@
 #!/bin/sh
 # install.sh PYTHON VENV WHEELS [REQUIREMENTS]: make VENV with the pinned CPU packages and this project in it; with
-# REQUIREMENTS, with only the packages of that file (the SGLang server's environment).
+# REQUIREMENTS, with only the packages of that file, and this project if they include megatron-core.
 #
 # Packages are installed only from the folder WHEELS, without a network; missing ones are downloaded into it once. The
 # CPU build of torch has an index of its own: the build on the default index pulls in several GB of CUDA packages. If
@@ -22,13 +22,20 @@ echo "installing from $wheels"
 if ! from_folder --requirement "$requirements" 2>/dev/null; then
     echo "fetching PyTorch and the other packages of $requirements into $wheels (once)"
     torch=$(grep '^torch==' "$requirements")
-    # Three ways to the same version, by cost: kept here, the CPU index, whatever indexes are configured.
-    pip download --quiet --no-index --find-links "$wheels" --no-deps --dest "$wheels" "$torch" 2>/dev/null ||
-        pip download --quiet --retries 0 --timeout 10 --index-url "$cpu_torch" --no-deps --dest "$wheels" \
-            "$torch" 2>/dev/null ||
+    # Three ways to the same version, by cost: kept here, the CPU index, whatever indexes are configured. A CUDA build
+    # is not on the CPU index, which has another build of its version.
+    kept() { pip download --quiet --no-index --find-links "$wheels" "$@" 2>/dev/null; }
+    cpu_build() {
+        ! grep -q '^nvidia-' "$requirements" &&
+            pip download --quiet --retries 0 --timeout 10 --index-url "$cpu_torch" "$@" 2>/dev/null
+    }
+    kept --no-deps --dest "$wheels" "$torch" ||
+        cpu_build --no-deps --dest "$wheels" "$torch" ||
         pip download --quiet --no-deps --dest "$wheels" "$torch"
     pip download --quiet --no-deps --find-links "$wheels" --dest "$wheels" --requirement "$requirements"
     echo "installing them"
     from_folder --requirement "$requirements"
 fi
-[ -n "${4:-}" ] || from_folder --no-build-isolation --editable .
+if grep -q '^megatron-core==' "$requirements"; then
+    from_folder --no-build-isolation --editable .
+fi
