@@ -1,11 +1,24 @@
 """Starts processes on the null GPU, or without it."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 
 from tests.null_gpu.conftest import ROOT
+
+COUNTERS = (
+    "launches", "allocations", "host_waits", "pageable_copies", "collectives", "collective_bytes",
+    "copied_bytes", "skipped_copies", "pinned_bytes", "pinned_peak",
+)  # fmt: skip
+
+
+def counter(name: str) -> int:
+    """Return what the runtime has counted in this process."""
+    counters = ctypes.CDLL(None).null_gpu_counters
+    counters.restype = ctypes.POINTER(ctypes.c_uint64)
+    return counters()[COUNTERS.index(name)]
 
 
 def environment(*, gpus: int | None = None, **settings: object) -> dict[str, str]:

@@ -194,6 +194,9 @@ static int wait_for_device(void)
     return null_error();
 }
 
+/* For an operation that compute.py runs in the place of a CUDA kernel that would wait. */
+EXPORT void null_gpu_wait(void) { wait_for_device(); }
+
 /* ------------------------------------------------------------------ devices */
 
 EXPORT int cudaGetDeviceCount(int *count)

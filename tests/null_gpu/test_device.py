@@ -4,23 +4,15 @@ import ctypes
 import pickle
 import subprocess
 import sys
-from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.null_gpu.processes import environment, python
+from tests.null_gpu.processes import counter, environment, python
 
 pytestmark = pytest.mark.null_gpu
 MIB = 2**20
-
-
-def pinned_bytes() -> int:
-    """Host memory that this process has pinned, as the runtime counts it."""
-    counters = ctypes.CDLL(None).null_gpu_counters
-    counters.restype = ctypes.POINTER(ctypes.c_uint64)
-    return counters()[8]
 
 
 def test_pytorch_finds_the_devices():
@@ -115,14 +107,14 @@ def test_a_large_result_is_zero_whatever_memory_held_before():
 
 
 def test_pinned_memory_is_counted():
-    before = pinned_bytes()
+    before = counter("pinned_bytes")
     host = torch.empty(5 * MIB, dtype=torch.uint8, pin_memory=True)
     assert host.is_pinned()
-    assert pinned_bytes() - before == 8 * MIB  # PyTorch rounds up to a power of two
+    assert counter("pinned_bytes") - before == 8 * MIB  # PyTorch rounds up to a power of two
     memory = torch.empty(5 * MIB + 1, dtype=torch.uint8)
     cudart = torch.cuda.cudart()
     assert int(cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
-    assert memory.is_pinned() and pinned_bytes() - before == 13 * MIB + 1
+    assert memory.is_pinned() and counter("pinned_bytes") - before == 13 * MIB + 1
     assert int(cudart.cudaHostUnregister(memory.data_ptr())) == 0
 
 
@@ -191,6 +183,3 @@ for work in (lambda: x + 1, lambda: torch.zeros(3, device="cuda"), torch.cuda.sy
 """
     printed = python("-c", script, env=environment(fail_launch=2)).stdout
     assert printed.count("unspecified launch failure") == 3
-
-
-assert ForkingPickler  # its reductions of tensors are registered by torch.multiprocessing
