@@ -78,9 +78,9 @@ test-slurm: setup
 	sh scripts/install_slurm.sh
 	"$(BIN)/python" -m pytest -m slurm tests/slurm -rs --durations=10
 
-# .venv has a CPU build of PyTorch: GPU_PYTHON is an environment with a CUDA build and `pip install -e .[dev]`.
+# .venv has a CPU build of PyTorch: GPU_PYTHON is an environment with a CUDA build, Triton and pytest.
 test-gpu:
-	"$(GPU_PYTHON)" -m pytest -m gpu
+	"$(GPU_PYTHON)" -m pytest -m gpu tests/kernels/device tests/kernels/test_at_size.py tests/kernels/test_sanitizer.py
 
 # Kernels and a slice of the 8B model, and their peers; three commands of at most 8 minutes each
 bench-gpu:

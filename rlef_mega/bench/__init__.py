@@ -8,9 +8,10 @@ docs/benchmarks.md defines each figure.
 
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlef_mega.bench.results import Results
-from rlef_mega.config import ConfigError
+if TYPE_CHECKING:  # the kernels' tests import `bench.measure` where the trainer is not installed
+    from rlef_mega.bench.results import Results
 
 # Each is a module of this package with a function `benchmark`.
 OF_A_RECIPE = ("kernels", "slice", "train", "rollout", "e2e", "publish", "checkpoint")
@@ -37,7 +38,9 @@ def run_benchmark(
     results.show()
 
 
-def measured(what: str, recipe: str, **options: str | None) -> Results:
+def measured(what: str, recipe: str, **options: str | None) -> "Results":
+    from rlef_mega.config import ConfigError
+
     if what not in (*OF_A_RECIPE, *OF_NO_RECIPE):
         raise ConfigError(f"no benchmark {what!r}; known: {', '.join(OF_A_RECIPE + OF_NO_RECIPE)}")
     given = {name: value for name, value in options.items() if value is not None}

@@ -47,6 +47,7 @@ class MachineCode:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def count(self, instruction: str) -> int:
+        """Count an instruction, which may end with operands."""
         return len(re.findall(rf"\b{re.escape(instruction)}\b", self.assembly))
 
 

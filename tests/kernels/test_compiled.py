@@ -1,5 +1,6 @@
 """The kernels' machine code: no register is spilled, products use tensor cores and the tensor
-memory accelerator, shared memory is within the hardware's limits. And the memory that is allocated.
+memory accelerator and overlap with each other, shared memory is within the hardware's limits. And
+the memory that is allocated.
 
 All at the sizes of Llama 3.1 8B's head (4,096 x 128,256) with 8,192 tokens, on meta tensors
 (`compiler.py`). What this cannot show: speed, and that the machine code computes the right
@@ -30,6 +31,7 @@ SIZES = (TOKENS, WIDTH, VOCABULARY)
 # No size is a multiple of a tile; the width is a multiple of 8, as the fused way needs.
 RAGGED = (8191, 4104, 128257)
 SPILLS = ("STL", "LDL")  # stores to and loads from local memory
+WAIT_FOR_ALL = "DEPBAR.LE gsb0, 0x0"
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -117,6 +119,10 @@ def test_on_sm_90_nothing_spills_and_products_use_tensor_cores_and_tma(operation
         check_budgets(code)
         if "product" in code.name:
             assert code.count("HGMMA") and code.count("UTMALDG"), code.name
+            # A wait for all products, only at the end of each loop. ptxas inserts one after each
+            # product ("wgmma will be serialized", C7515) if it cannot follow the accumulator.
+            assert code.count(WAIT_FOR_ALL) == code.name.startswith("two_products") + 1, code.name
+            assert code.count("HGMMA") == 4 * code.count(WAIT_FOR_ALL)
         else:
             assert not code.count("HMMA") and not code.count("HGMMA")
     products = [name for name in found if "product" in name]

@@ -1,9 +1,12 @@
-"""CPU tensors never reach Triton, and the package works where Triton is not installed."""
+"""CPU tensors never reach Triton, the package works where Triton is not installed, and its tests
+where the trainer's packages are not."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from rlef_kernels.dispatch import uses_kernels
@@ -34,3 +37,23 @@ def test_everything_computes_on_a_cpu_without_triton():
 def test_tensors_off_the_gpu_stay_with_pytorch():
     for device in ("cpu", "meta"):
         assert not uses_kernels(torch.empty(2, 2, dtype=torch.bfloat16, device=device))
+
+
+WITHOUT_THE_TRAINER = """
+import sys
+sys.modules.update(dict.fromkeys(("megatron", "pydantic", "tomli_w", "typer", "zstandard")))
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def test_make_test_gpu_collects_the_kernels_tests_alone():
+    """An image with a GPU, PyTorch, Triton and pytest is enough."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    root = Path(__file__).parents[2]
+    recipe = (root / "Makefile").read_text().partition("\ntest-gpu:")[2].partition("\n\n")[0]
+    paths = re.findall(r"tests/\S+", recipe)
+    assert paths and all(path.startswith("tests/kernels") for path in paths)
+    command = [sys.executable, "-c", WITHOUT_THE_TRAINER, *paths, "tests/kernels/test_compiled.py"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0 and "tests collected" in run.stdout, run.stdout + run.stderr

@@ -45,7 +45,7 @@ def product_statistics_kernel(
     shifted_TV,
     num_tokens,
     vocabulary,
-    width,
+    width: tl.constexpr,
     exponent_scale,
     R: tl.constexpr,
     C: tl.constexpr,

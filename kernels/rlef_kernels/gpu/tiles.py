@@ -34,11 +34,19 @@ def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def product_tile(
-    hidden_TD, weight_VD, row, column, width, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr
+    hidden_TD,
+    weight_VD,
+    row,
+    column,
+    width: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
 ):
     """Return hidden[row : row + R] weight[column : column + C]^T, accumulated in fp32.
 
-    Past the edges the descriptors read zeros.
+    Past the edges the descriptors read zeros. `width` is a constant because, if the loop could run
+    zero times, Triton 3.6.0 would wait for each product before it issues the next one.
     """
     product_RC = tl.zeros((R, C), tl.float32)
     for step in range(0, tl.cdiv(width, D)):
