@@ -7,10 +7,63 @@ is pinned if there is CUDA, and reused. On a CPU the same code copies host memor
 which is useless but lets every test run it.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
+import mmap
+import weakref
+from collections.abc import Iterable, Sequence
 
 import torch
+
+ALIGNMENT = 64  # bytes; of tensors in a host buffer
+
+
+class HostBuffer:
+    """Host memory for copies of tensors. It is kept for the next copies, because the first use of
+    fresh pages costs more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy tensors to the host. The copies are valid until the next call."""
+        starts = [0]
+        for tensor in tensors:
+            starts.append(starts[-1] + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        if self.memory.numel() < starts[-1]:
+            self.memory = self.memory.new_empty(0)  # frees the old memory first
+            self.memory = host_bytes(starts[-1], pinned=on_gpu)
+        copies = []
+        for tensor, start in zip(tensors, starts[:-1], strict=True):
+            room = self.memory[start : start + tensor.nbytes]
+            copies.append(room.view(tensor.dtype).view(tensor.shape))
+            copies[-1].copy_(tensor, non_blocking=True)
+        if on_gpu:  # copies to pinned memory return early
+            torch.cuda.synchronize()
+        return copies
+
+
+def host_bytes(size: int, *, pinned: bool) -> torch.Tensor:
+    """Return uninitialised host memory, which is unpinned before it is freed.
+
+    PyTorch's own pinned memory takes the next power of two: 8 GiB for 5. Pages are pinned here in
+    whole, so that no two pieces of memory share one. Raises RuntimeError if they cannot be pinned.
+    """
+    if not pinned:
+        return torch.empty(size, dtype=torch.uint8)
+    page = mmap.PAGESIZE
+    pages = -(-size // page) * page
+    memory = torch.empty(pages + page, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % page :][:pages]
+    driver, address = torch.cuda.cudart(), memory.data_ptr()
+    if (fault := driver.cudaHostRegister(address, pages, 0)) != driver.cudaError.success:
+        raise RuntimeError(
+            f"cannot pin {pages / 2**30:.2f} GiB of host memory ({fault}): free memory of the host "
+            '(`ulimit -l` limits it), use more ranks, or set learner.offload = "none"'
+        )
+    unpin = weakref.finalize(memory.untyped_storage(), driver.cudaHostUnregister, address)
+    unpin.atexit = False
+    return memory[:size]
 
 
 class HostMemory:
@@ -18,7 +71,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self.waiting: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
-        self.free: dict[int, list[torch.Tensor]] = defaultdict(list)  # pinned bytes, by size
+        self.buffer = HostBuffer()
 
     def offload(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the storages of these tensors to the host and free them. A storage that several
@@ -29,37 +82,23 @@ class HostMemory:
             for storage in (tensor.untyped_storage() for tensor in tensors)
             if storage.nbytes()
         }
-        for storage in storages.values():
-            host = self.take(storage)
-            host.copy_(as_bytes(storage), non_blocking=True)
-            self.waiting.append((storage, host))
-        synchronize(storages.values())
+        if not storages:
+            return
+        assert not self.waiting, "reload what is on the host first"
+        copies = self.buffer.copy([as_bytes(storage) for storage in storages.values()])
+        self.waiting = list(zip(storages.values(), copies, strict=True))
         for storage in storages.values():
             storage.resize_(0)
 
     def reload(self) -> None:
         """Copy all contents back to the device."""
-        storages = [storage for storage, _ in self.waiting]
         for storage, host in self.waiting:
             storage.resize_(host.numel())
             as_bytes(storage).copy_(host, non_blocking=True)
-        synchronize(storages)
-        for _, host in self.waiting:
-            self.free[host.numel()].append(host)
+        if any(storage.is_cuda for storage, _ in self.waiting):
+            torch.cuda.synchronize()
         self.waiting.clear()
-
-    def take(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        size = storage.nbytes()
-        if self.free[size]:
-            return self.free[size].pop()
-        return torch.empty(size, dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
 
 
 def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def synchronize(storages: Iterable[torch.UntypedStorage]) -> None:
-    """Wait for copies to and from pinned memory, which return early."""
-    if any(storage.device.type == "cuda" for storage in storages):
-        torch.cuda.synchronize()

@@ -28,13 +28,14 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import (
     ParamKey,
+    clip_grads,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from rlef_mega.config import OptimizerConfig
 from rlef_mega.megatron.cpu_shim import calls_megatron, without_mode
@@ -46,6 +47,26 @@ from rlef_mega.megatron.parallel import Ranks
 Metrics = dict[str, torch.Tensor]
 OutputFunction = Callable[[torch.Tensor, Microbatch], torch.Tensor]
 LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]]
+
+
+def l2_norm(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Return the norm of the tensors in the first list as a vector of one, and None."""
+    return torch.stack(torch._foreach_norm(lists[0])).norm()[None], None
+
+
+# Without Transformer Engine and apex, Megatron would wait for the device once a parameter.
+if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+    clip_grads.l2_norm_impl = l2_norm
+
+
+def fuse_adam(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let PyTorch's AdamW use one kernel on a GPU; its default there makes temporaries of 4 bytes a
+    parameter. Does nothing to the optimizers of Transformer Engine and apex, which are fused."""
+    if isinstance(optimizer, torch.optim.AdamW) and device.type != "cpu":
+        for group in optimizer.param_groups:
+            group["fused"] = True
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:
@@ -202,6 +223,8 @@ class TrainedModel:
             use_gloo_process_groups=False,
             pg_collection=ranks.groups,
         )
+        for optimizer in self.optimizer.chained_optimizers:
+            fuse_adam(optimizer.optimizer, ranks.device)
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_summed_gradients
             if overlap:
@@ -269,10 +292,11 @@ class TrainedModel:
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {norm} at update {self.updates}")
-        if self.config.clip_grad:
+        if self.config.clip_grad and (scale := self.config.clip_grad / (norm + 1e-6)) < 1:
             for optimizer in self.optimizer.chained_optimizers:
-                if parameters := optimizer.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
+                found = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+                if found:  # a rank may own no parameter
+                    torch._foreach_mul_(found, scale)
         self.optimizer.step_with_ready_grads()
         self.updates += 1
         return norm, rate
@@ -330,6 +354,7 @@ class TrainedModel:
                     for tensor in held:
                         if (
                             torch.is_tensor(tensor)
+                            and tensor.dim()  # not a fused AdamW's count of steps
                             and tensor.device.type == self.ranks.device.type
                             and tensor.untyped_storage()._cdata not in weights
                         ):

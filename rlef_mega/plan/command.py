@@ -162,7 +162,7 @@ def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -
         title=f"{name} in the fullest phase, {at}; {device.usable / unit:,.1f} are usable",
     )  # fmt: skip
     for rank in ranks:
-        sizes = [*rank.parts.values(), rank.total, rank.parked]
+        sizes = [*rank.parts.values(), rank.total, rank.pinned]
         table.add_row(rank.name, *(f"{size / unit:.1f}" for size in sizes))
     modes = run.activations_by_mode()
     table.caption = "activations with recomputation: " + ", ".join(
@@ -239,7 +239,7 @@ def describe(split: Split, device: Device) -> dict[str, Any]:
     found = summary(split) | {
         "usable_bytes": device.usable,
         "memory": [
-            {"rank": rank.name, "phase": rank.phase, "parked_bytes": rank.parked}
+            {"rank": rank.name, "phase": rank.phase, "pinned_bytes": rank.pinned}
             | {f"{part}_bytes": size for part, size in rank.parts.items()}
             for rank in run.memory()
         ],

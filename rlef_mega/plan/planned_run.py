@@ -36,7 +36,7 @@ class RankMemory:
     name: str
     parts: dict[str, float]  # allocated in the fullest phase
     phase: str  # the one with the most memory
-    parked: float  # in the host's memory in that phase
+    pinned: float  # in the host's memory, kept from phase to phase
 
     @property
     def total(self) -> float:
@@ -193,14 +193,13 @@ class PlannedRun:
             saved = {part: resident[part] for part in ("weights", "optimizer")}
             phases["checkpoint"] = dict.fromkeys((*STATE, "activations", "scratch"), 0.0) | saved
         phase, parts = max(phases.items(), key=lambda item: total(item[1]))
-        parked = 0.0
-        if self.offloads:
-            # gradients are not moved to the host but freed, and allocated again
-            dropped = sum(of["gradients"] for net, of in state.items() if not phase.endswith(net))
-            parked = total(resident) - sum(parts[part] for part in STATE) - dropped
+        # the copy that a checkpoint is written from: of a weight's data-parallel owners, one
+        pinned = sum(net.weights(rank) / net.data + net.optimizer(rank) for net in trained.values())
+        if self.offloads:  # gradients are not moved to the host but freed, and allocated again
+            pinned += total(resident) - resident["gradients"]
         if self.embedded_engine:
             parts = parts | {"engine": self.embedded_engine}
-        return RankMemory(name, parts, phase, parked)
+        return RankMemory(name, parts, phase, pinned)
 
     @property
     def embedded_engine(self) -> float:

@@ -39,14 +39,10 @@ from rlef_mega.megatron.checkpoints import files
 from rlef_mega.megatron.checkpoints import state as state_of
 from rlef_mega.megatron.checkpoints.files import GENERATORS, META, NETWORKS
 from rlef_mega.megatron.checkpoints.torch_dist import write_index
-from rlef_mega.megatron.checkpoints.writer import (
-    HostBuffer,
-    Share,
-    take_snapshot,
-    write_share,
-)
+from rlef_mega.megatron.checkpoints.writer import Share, take_snapshot, write_share
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.network.packed_llama import PackedLlama
+from rlef_mega.megatron.offload import HostBuffer
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
 from rlef_mega.run.directory import flush_to_disk

@@ -210,8 +210,9 @@ def make_adam_state(inner: torch.optim.Optimizer) -> None:
                 continue
             for moment in ("exp_avg", "exp_avg_sq"):
                 inner.state[parameter][moment] = torch.zeros_like(parameter)
-            if isinstance(inner, torch.optim.AdamW):  # fused optimizers count in their groups
-                inner.state[parameter]["step"] = torch.tensor(0.0)
+            if isinstance(inner, torch.optim.AdamW):  # those of apex count in their groups
+                device = parameter.device if group["fused"] else "cpu"
+                inner.state[parameter]["step"] = torch.zeros((), device=device)
 
 
 def set_updates(model: TrainedModel, updates: int) -> None:

@@ -31,34 +31,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from rlef_mega.megatron.checkpoints.files import NETWORKS, Manifest
 from rlef_mega.megatron.checkpoints.torch_dist import ChecksummedFile, Locations
 from rlef_mega.megatron.cpu_shim import calls_megatron
-
-ALIGNMENT = 64  # bytes; of tensors in the host buffer
-
-
-class HostBuffer:
-    """Host memory for one snapshot. It is kept for the next one, because the first use of fresh
-    pages costs more than the copy.
-    """
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-
-    def copy(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copy tensors to the host. The copies are valid until the next call."""
-        starts = [0]
-        for tensor in tensors:
-            starts.append(starts[-1] + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
-        if self.memory.numel() < starts[-1]:
-            pinned = torch.cuda.is_available()
-            self.memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
-        copies = []
-        for tensor, start in zip(tensors, starts[:-1], strict=True):
-            room = self.memory[start : start + tensor.nbytes]
-            copies.append(room.view(tensor.dtype).view(tensor.shape))
-            copies[-1].copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        return copies
+from rlef_mega.megatron.offload import HostBuffer
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ def is_nvidias_apex() -> bool:
 
 def varlen_options(function: Callable) -> dict[str, Any]:
     """Return the options that make `torch.nn.attention.varlen.varlen_attn` causal with grouped
-    heads, by its signature: `is_causal` in PyTorch 2.10, `window_size` from 2.11, `enable_gqa`
-    from 2.12.
+    heads, by its signature: `is_causal` in PyTorch 2.10, which has no grouped heads; `window_size`
+    from 2.11, which takes them as they are; `enable_gqa` from 2.12.
     """
     known = inspect.signature(function).parameters
     causal: dict[str, Any]
@@ -175,8 +175,8 @@ def attention_report(kernel: str, dtype: torch.dtype) -> str:
     from torch.nn.attention.varlen import varlen_attn
 
     cost = "PyTorch's kernel of the same family is used"
-    if "enable_gqa" not in varlen_options(varlen_attn):
-        cost += ", with keys and values copied for each query head before PyTorch 2.12"
+    if "is_causal" in varlen_options(varlen_attn):
+        cost += ", with keys and values copied for each query head before PyTorch 2.11"
     return without("flash_attn", "torch.nn.attention.varlen", cost)
 
 

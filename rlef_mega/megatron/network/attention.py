@@ -89,6 +89,8 @@ class PackedAttention(MegatronModule):
         """Attend from [T, H, D] to [T, K, D]. Returns [T, H * D]."""
         assert packed_seq_params is not None, "our batches are always packed"
         query, key = rotated(query, key, packed_seq_params, self.frequencies_E)
+        # a view would keep the product of queries, keys and values for the backward pass
+        value = value.contiguous()
         kernel = attention_kernel(query.device.type, query.dtype)
         if kernel == "flash-attn":
             output_THD = self.flash_attention(query, key, value, packed_seq_params)
@@ -117,7 +119,7 @@ class PackedAttention(MegatronModule):
         from torch.nn.attention.varlen import varlen_attn
 
         options = varlen_options(varlen_attn)
-        if "enable_gqa" not in options:
+        if "is_causal" in options:  # PyTorch 2.10 has no grouped heads
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         if self.scale is not None:  # PyTorch 2.10 has only the default

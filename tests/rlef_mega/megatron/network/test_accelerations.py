@@ -166,8 +166,8 @@ def torch_2_11(
     scale=None,
     window_size=(-1, -1),
 ):
-    causal = window_size == (-1, 0)
-    return torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=causal)
+    assert query.shape[1] == 2 * key.shape[1], "grouped heads need no copies"
+    return sequence_by_sequence(query, key, value, cu_seq_q, causal=window_size == (-1, 0))
 
 
 def torch_2_12(
@@ -187,7 +187,7 @@ def torch_2_12(
     block_table=None,
     num_splits=None,
 ):
-    assert enable_gqa
+    assert enable_gqa and query.shape[1] == 2 * key.shape[1]
     return sequence_by_sequence(query, key, value, cu_seq_q, causal=window_size == (-1, 0))
 
 
