@@ -71,7 +71,9 @@ def train(
     with serving(config, [recipe, *sets]) if serve else nullcontext():
         check_rollout_servers(config)
         claim_run_directory(config, run_dir, inputs)
-        code = launch("rlef_mega.train", run_dir, config.world_size)
+        layouts = filter(None, (config.parallel, config.critic_parallel))
+        uses_ipc = config.rollout.servers.publish == "tensor"
+        code = launch("rlef_mega.train", run_dir, *layouts, uses_ipc=uses_ipc)
     finish(code, run_dir)
     print(f"done; `rlef view {run_dir}` plots it, `rlef export-hf {run_dir} OUT` exports the model")
 
@@ -91,7 +93,7 @@ def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
     inputs = check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
     claim_run_directory(config, run_dir, inputs)
-    finish(launch("rlef_mega.paper.imitation", run_dir, config.parallel.world_size), run_dir)
+    finish(launch("rlef_mega.paper.imitation", run_dir, config.parallel), run_dir)
 
 
 @app.command()
@@ -125,7 +127,7 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
     from rlef_mega.demo.base_model import make_initial_model
 
     make_initial_model(config)
-    finish(launch("rlef_mega.demo.base_model", run_dir, config.parallel.world_size), run_dir)
+    finish(launch("rlef_mega.demo.base_model", run_dir, config.parallel), run_dir)
 
 
 @app.command("export-hf")

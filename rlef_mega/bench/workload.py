@@ -56,7 +56,7 @@ class Workload:
         RuntimeError if it failed."""
         result = self.folder / RESULT
         result.unlink(missing_ok=True)
-        code = launch(module, self.folder, self.config.parallel.world_size)
+        code = launch(module, self.folder, self.config.parallel)
         if code or not result.is_file():
             raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
         return json.loads(result.read_text())

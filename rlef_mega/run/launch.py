@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.run.directory import DISK_IS_FULL, explain_error
 
 # Python that imports nothing from the working directory: a file there may be named like a module.
@@ -93,17 +94,21 @@ def outlive_output() -> None:
             setattr(sys, name, text)
 
 
-def launch(module: str, run_dir: Path, processes: int) -> int:
-    """Run `python -m module run_dir` as this many ranks on this machine.
+def launch(module: str, run_dir: Path, *layouts: ParallelConfig, uses_ipc: bool = False) -> int:
+    """Run `python -m module run_dir` as the ranks of these layouts, on this machine. `uses_ipc`:
+    other processes will map the ranks' GPU memory.
 
-    Returns the exit code of the first rank that failed, else 0.
+    Returns the exit code of the first rank that failed, else 0. Raises ConfigError if there are
+    GPUs but fewer than ranks.
     """
+    processes = sum(layout.world_size for layout in layouts)
+    check_gpus(processes, layouts[0])
     outlive_output()
     stop_file = run_dir / "stop"
     for left_behind in (stop_file, run_dir / FAILURE_MARK):
         left_behind.unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0))
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**gpu_settings(uses_ipc), **os.environ, "PYTHONUNBUFFERED": "1"}
     if os.environ.get("OMP_NUM_THREADS", "0").strip() in ("", "0"):
         # more threads than cores cost time
         environment["OMP_NUM_THREADS"] = str(max(1, cores // processes))
@@ -129,6 +134,39 @@ def launch(module: str, run_dir: Path, processes: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
         stop_file.unlink(missing_ok=True)
+
+
+def check_gpus(processes: int, layout: ParallelConfig) -> None:
+    """Raise ConfigError if this machine has GPUs, but not one for each rank."""
+    import torch  # here, because commands that start no ranks do without it
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else processes
+    if processes <= gpus:
+        return
+    sets, left = [], gpus
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"):
+        size = getattr(layout, key)
+        most = max(n for n in range(1, size + 1) if size % n == 0 and n <= left)
+        left //= most
+        if most != size:
+            sets.append(f"--set parallel.{key}={most}")
+    others = "" if layout.world_size == processes else " and remove [critic_parallel]"
+    raise ConfigError(
+        f"the layout has {processes} ranks, which need a GPU each, and PyTorch finds {gpus} here: "
+        f"add {' '.join(sets)}{others}, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
+    )
+
+
+def gpu_settings(uses_ipc: bool) -> dict[str, str]:
+    """Return environment variables that CUDA and PyTorch read when a rank starts to use a GPU.
+
+    Megatron's overlapped communication needs kernels to start in launch order. Segments of memory
+    that can grow leave fewer gaps, but other processes cannot map them everywhere.
+    """
+    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if not uses_ipc and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return settings
 
 
 def run_agent(processes: int, module: str, *arguments: str) -> int:
@@ -172,9 +210,6 @@ def worker_main(work: Callable[[Path], int]) -> None:
     outlive_output()
     take_rank_from_slurm()
     dump_stacks_when_asked()
-    # Megatron's overlapped communication needs kernels to start in launch order; CUDA reads this
-    # when it starts
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     collect_garbage_by_hand()
     run_dir = Path(sys.argv[1])
     try:

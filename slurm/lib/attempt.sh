@@ -130,7 +130,10 @@ prepare() { # run the checks of `rlef train`, and write the run directory
 start_ranks() {
     rm -f "$RUN/stop" "$RUN/.failed"
     echo starting >"$RUN/progress"
-    (step train train "$RANKS_PER_NODE" "$PYTHON" -m rlef_mega.train "$RUN") &
+    # CUDA and PyTorch read these, as in rlef_mega/run/launch.py (gpu_settings)
+    (export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+        [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+        step train train "$RANKS_PER_NODE" "$PYTHON" -m rlef_mega.train "$RUN") &
     PIDS[train]=$!
     say "training: $RANKS ranks resume from step $(newest_checkpoint) of $STEPS"
 }

@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from rlef_mega.run.launch import launch
+from rlef_mega.config import ConfigError, ParallelConfig
+from rlef_mega.run.launch import gpu_settings, launch
 
 WORKER = """
 import os, sys, time
@@ -28,8 +30,9 @@ worker_main(work)
 LAUNCH = """
 import sys
 from pathlib import Path
+from rlef_mega.config import ParallelConfig
 from rlef_mega.run.launch import launch
-sys.exit(launch("worker", Path(sys.argv[1]), 2))
+sys.exit(launch("worker", Path(sys.argv[1]), ParallelConfig(data_parallel_size=2)))
 """
 
 
@@ -131,6 +134,40 @@ def test_ranks_of_one_machine_meet_whatever_its_name_resolves_to(tmp_path: Path)
 def test_a_launch_leaves_neither_its_signal_handlers_nor_a_stop_file(tmp_path: Path) -> None:
     """A later SIGTERM would create the file, and the next run would stop at its first step."""
     before = signal.getsignal(signal.SIGTERM)
-    assert launch("this", tmp_path, 1) == 0  # a module of the standard library that only prints
+    assert (
+        launch("this", tmp_path, ParallelConfig()) == 0
+    )  # a module of the standard library that only prints
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "stop").exists()
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    demo = ParallelConfig(tensor_model_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"2 ranks.*finds 1 .*tensor_model_parallel_size=1, or"):
+        launch("this", tmp_path, demo)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    wide = ParallelConfig(tensor_model_parallel_size=4, data_parallel_size=4)
+    message = r"20 ranks.*--set parallel.data_parallel_size=1 and remove \[critic_parallel\], or"
+    with pytest.raises(ConfigError, match=message):
+        launch("this", tmp_path, wide, wide.model_copy(update={"data_parallel_size": 1}))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert launch("this", tmp_path, demo) == 0
+
+
+def test_ranks_have_the_settings_of_a_gpu_before_they_import_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    worker = "import os; print({n: v for n, v in os.environ.items() if n[:3] in ('CUD', 'PYT')})"
+    done = run_two_ranks(tmp_path, worker, ".")
+    assert done.stdout.count("'CUDA_DEVICE_MAX_CONNECTIONS': '1'") == 2, done.stderr
+    assert done.stdout.count("'PYTORCH_ALLOC_CONF': 'expandable_segments:True'") == 2
+    # CUDA IPC cannot map such segments everywhere, and the user's own settings count
+    assert "PYTORCH_ALLOC_CONF" not in gpu_settings(uses_ipc=True)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert "PYTORCH_ALLOC_CONF" not in gpu_settings(uses_ipc=False)
