@@ -372,6 +372,13 @@ def bench(
     recompute: Annotated[
         str | None, typer.Option(help="slice: none (the default), selective or full")
     ] = None,
+    cases: Annotated[
+        str | None,
+        typer.Option(help="kernels: only those whose names contain one of these, like '8B | 8192'"),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="kernels, slice: start no measurement after these")
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(help="compare: the fraction by which a figure may be worse")
     ] = 0.05,
@@ -393,7 +400,8 @@ def bench(
         raise ConfigError(f"`rlef bench {what}` takes one recipe; remove {str(newer)!r}")
     from rlef_mega.bench import run_benchmark
 
-    run_benchmark(what, recipe, out, layers=layers, recompute=recompute)
+    options = {"layers": layers, "recompute": recompute, "cases": cases, "minutes": minutes}
+    run_benchmark(what, recipe, out, **options)
 
 
 @app.command()

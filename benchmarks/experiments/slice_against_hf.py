@@ -19,7 +19,9 @@ Shape suffixes: B sequences, L tokens of the longest, T tokens of a batch, R res
 """
 
 import argparse
+import functools
 import gc
+import importlib
 import importlib.util
 import itertools
 import sys
@@ -36,6 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from rlef_mega import ppo
+from rlef_mega.bench.kernel_methods import LIGER_CUTE
 from rlef_mega.bench.measure import wall_seconds
 from rlef_mega.bench.results import Figure, Results
 from rlef_mega.bench.slice import on_policy_targets, policy_update, slice_batch, slice_workload
@@ -48,7 +51,7 @@ from rlef_mega.types import Batch, Targets
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
-TIME_LIMIT_S = 180.0
+MINUTES = 3.0  # after which no round is started
 ROUNDS = 7
 # The peer's bytes per parameter: weight and gradient in bfloat16, and main copy, its gradient and
 # two moments in fp32.
@@ -132,13 +135,27 @@ def logits_head(
 def liger_head(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, ids_R: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return log-probs by Liger's fused head on a tensor-parallel group of one, the form that is
-    differentiable token by token and needs no further package on Hopper."""
+    """Return log-probs by Liger's CuTe kernels for Hopper, or without their package on a
+    tensor-parallel group of one: the forms that are differentiable token by token."""
+    if torch.cuda.get_device_capability(hidden_RD.device) == (9, 0) and has_module(LIGER_CUTE):
+        from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as liger
+
+        compute = liger.LigerFusedScaledCrossEntropySM90Function.apply
+        return -compute(hidden_RD, weight_VD, ids_R, temperature).float()
     from liger_kernel.transformers.functional import liger_fused_linear_scaled_cross_entropy_tp
 
     group = torch.distributed.group.WORLD
     compute = liger_fused_linear_scaled_cross_entropy_tp
     return -compute(hidden_RD, weight_VD, ids_R, group, temperature).float()
+
+
+@functools.cache
+def has_module(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 HEADS: dict[str, Head] = {"Liger": liger_head, "logits": logits_head}
@@ -246,10 +263,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--layers", default="auto")
     parser.add_argument("--recompute", default="none")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     asked = parser.parse_args()
     with slice_workload(asked.recipe, asked.layers, asked.recompute, beside=PEER_BYTES) as work:
         ranks = parallel.initialize(work.config.parallel, seed=work.config.run.seed)
-        found = measure(work.config, ranks)
+        found = measure(work.config, ranks, asked.minutes)
         about = work.about(
             recompute=asked.recompute,
             **{name: found[name] for name in ("batch", "peer", "first")},
@@ -275,7 +293,7 @@ def figures(found: dict[str, Any]) -> Iterator[Figure]:
             yield Figure(f"policy update, ours / {name}", "ratio", ratios)
 
 
-def measure(config: TrainConfig, ranks: parallel.Ranks) -> dict[str, Any]:
+def measure(config: TrainConfig, ranks: parallel.Ranks, minutes: float = MINUTES) -> dict[str, Any]:
     # an update has no part for the reference
     config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"beta": 0.0})})
     learner = make_learner(config, ranks)
@@ -297,7 +315,7 @@ def measure(config: TrainConfig, ranks: parallel.Ranks) -> dict[str, Any]:
     heads, with_liger = ["logits"], "without Liger"
     if has_liger(ranks.device):
         heads, with_liger = list(HEADS), f"with Liger {version('liger-kernel')}"
-    deadline = time.monotonic() + TIME_LIMIT_S
+    deadline = time.monotonic() + 60 * minutes
     update = partial(policy_update, learner, batch, targets)
     return {
         "batch": describe_batch(batch),

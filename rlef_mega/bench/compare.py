@@ -67,8 +67,11 @@ def better_direction(unit: str) -> int:
 def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["figures"]:
-            return content
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+        figures, notes = content["figures"], content.get("notes", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        figures, notes = {}, []
+    if figures:
+        return content
+    if notes:
+        raise ConfigError(f"{path} holds no figures: {'; '.join(notes)}")
     raise ConfigError(f"{path} holds no figures; `rlef bench WHAT --json {path}` writes one")

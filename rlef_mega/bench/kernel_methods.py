@@ -190,7 +190,17 @@ def chunked_logits(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
-    """Compute log-prob and entropy with Liger, on a tensor-parallel group of one."""
+    """Liger's log-prob and entropy of each token, by its CuTe kernels for Hopper."""
+    from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as liger
+
+    compute = liger.LigerFusedScaledCrossEntropySM90Function.apply
+    nll_T, entropy_T = compute(*inputs.with_ignored(), 1.0, IGNORED, 1, True)
+    return both(inputs, -nll_T.float(), entropy_T.float())
+
+
+def liger_tensor_parallel(inputs: HeadInputs) -> torch.Tensor:
+    """Liger's log-prob and entropy of each token, on a tensor-parallel group of one: native kernels
+    with liger-cute-kernels, else chunks of 512 tokens in PyTorch."""
     from liger_kernel.transformers import functional
 
     if not dist.is_initialized():
@@ -200,6 +210,21 @@ def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
         *inputs.with_ignored(), dist.group.WORLD, ignore_index=IGNORED, return_entropy=True
     )
     return both(inputs, -nll_T.float(), entropy_T.float())
+
+
+def liger_loss(inputs: HeadInputs, *, in_cute: bool) -> torch.Tensor:
+    """Liger's cross entropy summed over tokens, with the gradients in the forward pass; no entropy
+    and no weights of tokens."""
+    if in_cute:
+        from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as liger
+
+        compute = liger.liger_fused_linear_cross_entropy_sm90
+        return compute(*inputs.with_ignored(), IGNORED, "sum")
+    from liger_kernel.transformers import functional
+
+    return functional.liger_fused_linear_cross_entropy(
+        *inputs.with_ignored(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def cut_cross_entropy(inputs: HeadInputs, filter_eps: str | None) -> torch.Tensor:
@@ -239,7 +264,9 @@ def import_without_parents(*packages: str) -> None:
 ANY_GPU, HOPPER = (0, 0), (9, 0)
 VERL, CUT = "verl.utils.kernel.linear_cross_entropy", "cut_cross_entropy"
 LIGER = "liger_kernel.transformers.functional"
+LIGER_CUTE = "liger_kernel.ops.cutedsl.ops"
 exact, filtered = (partial(cut_cross_entropy, filter_eps=eps) for eps in (None, "high"))
+cute_loss, triton_loss = (partial(liger_loss, in_cute=cute) for cute in (True, False))
 fused, cublas = (partial(ours, plan=plan) for plan in ("FUSED", "CUBLAS"))
 loss_fused, loss_cublas = (partial(ours_in_head, plan=plan) for plan in ("FUSED", "CUBLAS"))
 our_kl, stored_kl = (
@@ -254,7 +281,10 @@ METHODS = (
     Method("rlef loss in head, fused", loss_fused, (1, 3), True, HOPPER),
     Method("rlef loss in head, cuBLAS", loss_cublas, (1, 3), True, ANY_GPU),
     Method("verl linear cross entropy", verl_cross_entropy, (1, 4), False, ANY_GPU, VERL),
-    Method("Liger scaled cross entropy", liger_scaled_cross_entropy, (1, 4), True, ANY_GPU, LIGER),
+    Method("Liger, CuTe", liger_scaled_cross_entropy, (1, 4), True, HOPPER, LIGER_CUTE),
+    Method("Liger, tensor parallel", liger_tensor_parallel, (1, 4), True, ANY_GPU, LIGER),
+    Method("Liger loss in head, CuTe (no entropy)", cute_loss, (1, 3), True, HOPPER, LIGER_CUTE),
+    Method("Liger loss in head (no entropy)", triton_loss, (1, 3), True, ANY_GPU, LIGER),
     Method("cut-cross-entropy, exact (no entropy)", exact, (1, 4), True, ANY_GPU, CUT),
     Method("cut-cross-entropy, filtered (no entropy)", filtered, (1, 4), True, ANY_GPU, CUT),
     Method("PyTorch, chunks of tokens", chunked_logits, (1, 4)),

@@ -24,7 +24,7 @@ from rlef_mega.bench.measure import measure_call
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError
 
-TIME_LIMIT_S = 420.0  # of the 8 minutes that the whole command may take
+MINUTES = 7.0  # after which no measurement is started; the whole command takes one more
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class HeadCase:
     vocabulary: int
     tokens: int
     masked: float = 0.0  # the fraction of tokens
+
+    @property
+    def label(self) -> str:
+        return f"{self.shape} | {self.tokens} | {self.masked:.0%}"
 
 
 LLAMA_8B, LLAMA_70B_TP8 = ("8B", 4096, 128256), ("70B, TP8", 8192, 16032)
@@ -54,7 +58,7 @@ class Measurements:
 
     device: torch.device
     dtype: torch.dtype
-    limit_s: float = TIME_LIMIT_S
+    limit_s: float = 60 * MINUTES
     sample_s: float = 0.4
     started: float = field(default_factory=time.monotonic)
     figures: list[Figure] = field(default_factory=list)
@@ -83,18 +87,27 @@ class Measurements:
             self.figures.append(Figure(f"{name}, rate", "TFLOP/s", rates))
 
 
-def benchmark(where: str) -> Results:
-    """Measure on the CPU if `where` is "cpu", else on the GPU; raises ConfigError without a GPU."""
-    if where == "cpu":
-        run = Measurements(torch.device("cpu"), torch.float32)
-        return measure_heads(run, CPU_CASES, METHODS, "rlef bench kernels cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "`rlef bench kernels` needs an NVIDIA GPU, and PyTorch finds none; "
-            "`rlef bench kernels cpu` measures the CPU implementations"
-        )
-    run = Measurements(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
-    return measure_heads(run, GPU_CASES, METHODS, "rlef bench kernels")
+def benchmark(where: str, *, cases: str = "", minutes: float = MINUTES) -> Results:
+    """Measure on the CPU if `where` is "cpu", else on the GPU. `cases` are parts of the names of
+    cases, with commas; all without it. Raises ConfigError without a GPU, or if no case has such a
+    name."""
+    known: Sequence[HeadCase] = CPU_CASES
+    device, dtype = torch.device("cpu"), torch.float32
+    if where != "cpu":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "`rlef bench kernels` needs an NVIDIA GPU, and PyTorch finds none; "
+                "`rlef bench kernels cpu` measures the CPU implementations"
+            )
+        device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+        known = GPU_CASES
+    words = [word.strip() for word in cases.split(",")]
+    chosen = [case for case in known if any(word in case.label for word in words)]
+    if not chosen:
+        names = ", ".join(repr(case.label) for case in known)
+        raise ConfigError(f"--cases {cases!r} is in no case's name; they are {names}")
+    title = "rlef bench kernels" + (" cpu" if where == "cpu" else "")
+    return measure_heads(Measurements(device, dtype, 60 * minutes), chosen, METHODS, title)
 
 
 def measure_heads(
@@ -103,8 +116,7 @@ def measure_heads(
     run.skipped = {m.name: reason for m in methods if (reason := m.unavailable(run.device))}
     available = [method for method in methods if method.name not in run.skipped]
     for case in cases:
-        label = f"{case.shape} | {case.tokens} | {case.masked:.0%}"
-        run.attempt(label, partial(measure_case, run, case, label, available))
+        run.attempt(case.label, partial(measure_case, run, case, available))
     about = describe_benchmark(
         dtype=str(run.dtype).removeprefix("torch."),
         shapes={case.shape: [case.width, case.vocabulary] for case in cases},
@@ -114,7 +126,7 @@ def measure_heads(
     return Results(title, about, tuple(run.figures), notes)
 
 
-def measure_case(run: Measurements, case: HeadCase, label: str, methods: Sequence[Method]) -> None:
+def measure_case(run: Measurements, case: HeadCase, methods: Sequence[Method]) -> None:
     inputs = make_inputs(run.device, run.dtype, case)
     # FLOPs of one product of the unmasked tokens with the head
     product = 2.0 * case.tokens * (1 - case.masked) * case.width * case.vocabulary
@@ -135,7 +147,7 @@ def measure_case(run: Measurements, case: HeadCase, label: str, methods: Sequenc
 
     for method in methods:
         if method.masks or not case.masked:
-            name = f"{label} | {method.name}"
+            name = f"{case.label} | {method.name}"
             run.attempt(name, partial(measure, method, name))
             inputs.forget_gradients()
 

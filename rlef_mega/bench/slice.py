@@ -54,17 +54,19 @@ from rlef_mega.plan.planned_run import RECOMPUTE
 from rlef_mega.types import Batch, Targets
 
 Phases = dict[str, Callable[[], object]]
-# Of the 7 minutes that the command may take: a round that has begun is finished.
-TIME_LIMIT_S = 390.0
+MINUTES = 6.5  # after which no round is started; the whole command takes half of one more
+MINUTES_FILE = "minutes"
 REPEATS = 7
 MICROBATCHES = 4  # of an update
 GPU_TOKENS, CPU_TOKENS = 8192, 2048  # of a micro-batch
 PRODUCTS = 10  # samples of the largest product's rate
 
 
-def benchmark(recipe: str, *, layers: str = "auto", recompute: str = "none") -> Results:
+def benchmark(
+    recipe: str, *, layers: str = "auto", recompute: str = "none", minutes: float = MINUTES
+) -> Results:
     """Measure the slice; `layers` is a number, or "auto" for as many as fit."""
-    with slice_workload(recipe, layers, recompute) as work:
+    with slice_workload(recipe, layers, recompute, minutes=minutes) as work:
         measured = work.run("rlef_mega.bench.slice")
         shape = LlamaShape.of(read_config(Path(work.config.model.path)))
     name = device_name(measured_device())
@@ -92,10 +94,11 @@ def measured_device() -> torch.device:
 
 @contextmanager
 def slice_workload(
-    recipe: str, layers: str, recompute: str, *, beside: int = 0
+    recipe: str, layers: str, recompute: str, *, beside: int = 0, minutes: float = MINUTES
 ) -> Iterator[Workload]:
     """Load the recipe for one process, with random weights for a slice of its model. `beside` is
-    the memory that something else needs on the device, in bytes per parameter.
+    the memory that something else needs on the device, in bytes per parameter; the worker starts
+    no round after `minutes`.
 
     Raises ConfigError for a bad option, or if not even one layer fits.
     """
@@ -112,6 +115,7 @@ def slice_workload(
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the networks need all of it
         (Path(name) / "config.toml").write_text(dump_toml(config))
+        (Path(name) / MINUTES_FILE).write_text(str(minutes))
         words = f"random weights, {shape.layers} of {whole.layers} layers"
         yield Workload(Path(name), config, words)
 
@@ -152,17 +156,19 @@ def how_many_layers(
 
 
 def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    deadline = time.monotonic() + TIME_LIMIT_S
-    dtype = getattr(torch, config.model.dtype)
-    learner = make_learner(config, ranks)
+    deadline = time.monotonic() + 60 * float((folder / MINUTES_FILE).read_text())
+    dtype, offloads = getattr(torch, config.model.dtype), config.learner.offload == "idle"
+    resident = config.learner.model_copy(update={"offload": "none"})
+    learner = make_learner(config.model_copy(update={"learner": resident}), ranks)
     batch, targets = on_policy_targets(learner, config, slice_batch(config))
+    found = phases(learner, batch, targets, offloads=offloads)
     return {
         "matmul_flops": product_rates(ranks.device, dtype, config),
         "batch": describe_batch(batch) | {"microbatches": MICROBATCHES},
         "lengths": batch.cu_seqlens.diff().tolist(),
         "accelerations": report(ranks.device, dtype),
         "load_average": os.getloadavg()[0],
-        **measure_phases(phases(learner, batch, targets), ranks.device, deadline),
+        **measure_phases(found, ranks.device, deadline),
     }
 
 
@@ -190,8 +196,9 @@ def critic_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str,
     return learner.update_critic(batch, targets, list(range(batch.num_sequences)))
 
 
-def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:
-    """Return the parts of a training step, in its order."""
+def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) -> Phases:
+    """Return the parts of a training step, in its order; with `offloads`, an idle policy's moves
+    too, for which a GPU's host pins as much memory as the policy's state has."""
     everything = range(batch.num_sequences)
     policy, critic, reference = learner.policy, learner.critic, learner.reference
     assert policy and critic, "a slice is measured on ranks that hold all networks"
@@ -206,10 +213,10 @@ def phases(learner: Learner, batch: Batch, targets: Targets) -> Phases:
         "policy update": lambda: policy_update(learner, batch, targets),
         "policy optimizer step alone": policy.step,
         "weights gathered for publication": lambda: [None for _ in learner.policy_weights()],
-        # everything that an idle policy offloads, and back: in this order only
-        "policy to the host": lambda: policy.reside(Residence.NOTHING),
-        "policy back on the device": lambda: policy.reside(Residence.TRAINING),
     }
+    if offloads:  # in this order only
+        found["policy to the host"] = lambda: policy.reside(Residence.NOTHING)
+        found["policy back on the device"] = lambda: policy.reside(Residence.TRAINING)
     if reference is not None:
         found = {"reference log-probs": outputs(reference, learner.read_logprobs), **found}
     return found

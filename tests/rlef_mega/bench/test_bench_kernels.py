@@ -4,6 +4,7 @@ asserted.
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,25 @@ def test_without_a_gpu_the_command_says_so_and_fails():
     done = CliRunner().invoke(app, ["bench", "kernels"])
     assert isinstance(done.exception, ConfigError) and not done.stdout
     assert "needs an NVIDIA GPU" in str(done.exception)
+
+
+def test_cases_and_minutes_limit_what_is_measured():
+    asked = ["bench", "kernels", "cpu", "--cases", "demo | 2048 | 50%, SmolLM2", "--minutes", "0"]
+    done = CliRunner().invoke(app, asked)
+    late = [line for line in done.stdout.splitlines() if line.endswith("the time was up")]
+    assert [line.split(": ")[1] for line in late] == [
+        "demo | 2048 | 50%",
+        "SmolLM2 | 1024 | 0%",
+    ]
+    done = CliRunner().invoke(app, ["bench", "kernels", "cpu", "--cases", "70B"])
+    assert "'70B' is in no case's name; they are 'demo | 2048 | 0%'," in str(done.exception)
+
+
+def test_make_bench_gpu_has_limits_and_needs_no_network():
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+    commands = makefile.partition("\nbench-gpu:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(commands) == 3 and all("--minutes $(MINUTES)" in line for line in commands)
+    assert "pip" not in "".join(commands)
 
 
 def test_every_method_is_measured_or_listed_as_left_out(results):

@@ -16,8 +16,10 @@ from benchmarks.experiments import slice_against_hf
 from benchmarks.experiments.slice_against_hf import HuggingFacePolicy, compare_updates, peer_batches
 from rlef_mega import ppo
 from rlef_mega.bench import slice as slice_of_model
+from rlef_mega.bench.compare import compare
 from rlef_mega.bench.measure import peak_flops
 from rlef_mega.bench.random_model import layers_that_fit, write_model
+from rlef_mega.bench.results import Results
 from rlef_mega.bench.workload import fill_microbatches, random_episodes
 from rlef_mega.config import (
     ConfigError,
@@ -243,6 +245,27 @@ def test_no_round_is_started_once_the_time_is_up():
     assert len(called) == 2  # the warm-up and the memory
 
 
+def test_a_slice_offloads_only_what_its_recipe_offloads(ranks, monkeypatch):
+    monkeypatch.setattr(slice_of_model, "MICROBATCHES", 1)
+    monkeypatch.setattr(slice_of_model, "CPU_TOKENS", 320)
+    with slice_of_model.slice_workload("demo", "1", "none", minutes=0) as work:
+        measured = slice_of_model.measure(work.folder, work.config, ranks)
+    assert "policy update" in measured["seconds"]
+    assert not any(phase.startswith("policy to") for phase in measured["seconds"])
+    assert set(map(len, measured["seconds"].values())) == {0}  # the time was up at once
+
+
+def test_a_report_without_figures_gives_the_reasons(tmp_path, capsys):
+    """No method could run, or the time was up before any round."""
+    notes = ("not measured: Hugging Face, head: Liger: no GPU",)
+    results = Results("a slice", {"device": "none"}, (), notes)
+    results.write(tmp_path / "figures.json")
+    results.show()
+    assert notes[0] in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"holds no figures: .*head: Liger: no GPU"):
+        compare(tmp_path / "figures.json", tmp_path / "figures.json", tolerance=0.05)
+
+
 def test_a_slice_is_measured_phase_by_phase(ranks, monkeypatch):
     """On the CPU, in the GPU's dtype."""
     monkeypatch.setattr(slice_of_model, "REPEATS", 2)
@@ -251,7 +274,8 @@ def test_a_slice_is_measured_phase_by_phase(ranks, monkeypatch):
     with slice_of_model.slice_workload("demo", "1", "selective") as work:
         assert work.model == "random weights, 1 of 3 layers"
         model = work.config.model.model_copy(update={"dtype": "bfloat16"})
-        config = work.config.model_copy(update={"model": model})
+        learner = work.config.learner.model_copy(update={"offload": "idle"})
+        config = work.config.model_copy(update={"model": model, "learner": learner})
         measured = slice_of_model.measure(work.folder, config, ranks)
         shape = LlamaShape.of(read_config(Path(config.model.path)))
     found = {row.name: row for row in slice_of_model.figures(shape, measured, "selective", None)}
