@@ -304,9 +304,9 @@ class GuardConfig(Section):
     """Limits at which a run stops itself."""
 
     max_logprob_gap: float = Field(
-        1.0, gt=0, description="max |log-prob(engine) - log-prob(trainer)|"
+        1.0, gt=0, description="max |log-prob(engine) - log-prob(trainer)|; 0.01 in float32"
     )
-    mean_logprob_gap: float = Field(0.05, gt=0)
+    mean_logprob_gap: float = Field(0.05, gt=0, description="0.001 in float32")
     max_invalid_fraction: float = Field(
         0.5, gt=0, le=1, description="turns without valid code, mean of guard.window steps"
     )
@@ -351,6 +351,16 @@ class TrainConfig(Section):
         """Return the number of ranks of the run."""
         own = self.critic_parallel.world_size if self.critic_parallel else 0
         return self.parallel.world_size + own
+
+    @model_validator(mode="before")
+    @classmethod
+    def expect_the_dtypes_rounding(cls, given: Any) -> Any:
+        """Fill in the limits of float32, where a larger gap than rounding is a fault."""
+        match given:
+            case {"model": {"dtype": "float32"}} if isinstance(given.get("guard", {}), dict):
+                limits = {"max_logprob_gap": 0.01, "mean_logprob_gap": 0.001}
+                return given | {"guard": limits | given.get("guard", {})}
+        return given
 
     @model_validator(mode="after")
     def batch_arithmetic(self) -> Self:

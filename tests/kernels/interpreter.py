@@ -1,4 +1,6 @@
-"""Correct the bf16 arithmetic of Triton's interpreter, which stores bf16 as 16-bit integers.
+"""Correct Triton's interpreter: its bf16 arithmetic, and 3.6.0 with NumPy 2.4 or newer.
+
+bf16 is stored as 16-bit integers.
 
 `tl.dot` multiplies those integers as if they were the numbers, and fp32 is truncated to bf16, not
 rounded to nearest even. This module replaces both operations with what the hardware does. Import it
@@ -7,9 +9,11 @@ in a process with TRITON_INTERPRET=1 before any kernel runs. Triton 3.6.0 and 3.
 
 import numpy
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 original_cast = InterpreterBuilder.cast_impl
+original_patch = interpreter._patch_lang_tensor
 
 
 def widened(handle: TensorHandle) -> numpy.ndarray:
@@ -46,6 +50,14 @@ def dot(
     return TensorHandle(product + summand.data, summand.dtype.scalar)
 
 
+def patch_tensor(tensor: type, scope: object) -> None:
+    """Let a tensor of one element be an index, as in a loop's range: NumPy 2.4 no longer converts
+    such an array with int(), which Triton 3.6.0 calls."""
+    original_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = patch_tensor
 InterpreterBuilder.cast_impl = cast
 InterpreterBuilder.create_fp_trunc = cast
 InterpreterBuilder.create_dot = dot

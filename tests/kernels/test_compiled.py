@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -60,7 +61,7 @@ def run_linear_logprob(plan, with_entropy=True, sizes=SIZES):
     return forward, backward
 
 
-def run_linear_ppo_loss(plan):
+def run_linear_ppo_loss(plan, group=None):
     hidden, weight, target = head()
     policy = tuple(empty(TOKENS, dtype=torch.float32) for _ in range(3))
     with AllocatedOnMeta() as memory:
@@ -70,6 +71,7 @@ def run_linear_ppo_loss(plan):
             target,
             policy,
             clip_eps=0.2,
+            group=group,
             denominator=8000,
             accumulate_main_grad=True,
             plan=plan,
@@ -174,3 +176,16 @@ def test_linear_ppo_loss_stays_within_1_1_gib_and_the_gradient_of_hidden(plan, t
         memory = run_linear_ppo_loss(plan)
     gradient_of_hidden = 2 * TOKENS * WIDTH
     assert 900 * MIB < memory.peak - gradient_of_hidden <= 1.1 * 1024 * MIB
+
+
+def test_a_group_of_one_rank_costs_no_memory(tmp_path):
+    """Only a sum over ranks needs the gradient of hidden in fp32."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with compiled_for(90, tmp_path):
+            alone, of_one = (
+                run_linear_ppo_loss(FUSED, group) for group in (None, dist.group.WORLD)
+            )
+    finally:
+        dist.destroy_process_group()
+    assert of_one.peak == alone.peak

@@ -72,6 +72,18 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
         load_config(tmp_path / "mine.toml", [], TrainConfig)
 
 
+def test_the_allowed_log_prob_gap_is_the_rounding_of_the_dtype():
+    """Engine and trainer differ by more than 0.01 in bfloat16, where nothing is wrong."""
+    for dtype, most, mean in (("float32", 0.01, 0.001), ("bfloat16", 1.0, 0.05)):
+        sets = [f"model.dtype={dtype}"]
+        guard = load_config(find_recipe("smollm2_cpu"), sets, TrainConfig).guard
+        assert (guard.max_logprob_gap, guard.mean_logprob_gap) == (most, mean)
+        assert guard.max_invalid_fraction == 1.0  # the recipe's
+        sets.append("guard.max_logprob_gap=0.5")
+        guard = load_config(find_recipe("smollm2_cpu"), sets, TrainConfig).guard
+        assert (guard.max_logprob_gap, guard.mean_logprob_gap) == (0.5, mean)
+
+
 def test_overrides_take_toml_values_and_bare_words():
     tree = {"run": {"steps": 3}}
     for override in ("run.steps=5", "run.dir=some/where", "ppo.token_level_value=true"):

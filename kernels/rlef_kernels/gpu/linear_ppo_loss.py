@@ -161,7 +161,7 @@ class LogitsChunk:
 
     def write_hidden_gradient(self, gradient_CV: torch.Tensor, out_CD: torch.Tensor) -> None:
         """Write gradient_CV @ weight, summed over the tensor-parallel group, to `out_CD`."""
-        if self.group is None:
+        if group_size(self.group) == 1:
             write_product_(out_CD, gradient_CV, self.weight_VD)
             return
         sum_CD = torch.empty(out_CD.shape, dtype=torch.float32, device=out_CD.device)

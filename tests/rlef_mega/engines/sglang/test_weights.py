@@ -122,6 +122,7 @@ def test_a_gpus_checksum_is_that_of_sglangs_kernel(dtype, count, monkeypatch):
     assert gpu_checksum([tensor]) == GPU_HASHES[dtype, count]
     monkeypatch.setattr(sglang_weights, "WORDS_AT_ONCE", 2 * sglang_weights.TILE_WORDS)
     assert gpu_checksum(tensor.chunk(3)) == GPU_HASHES[dtype, count]
+    assert gpu_checksum([torch.cat([tensor[:1], tensor])[1:]]) == GPU_HASHES[dtype, count]
 
 
 def test_one_different_bit_is_named():
