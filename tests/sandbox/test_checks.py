@@ -179,7 +179,7 @@ EXHAUSTED = {
 
 @pytest.mark.parametrize("code", EXHAUSTED.values(), ids=EXHAUSTED)
 def test_a_check_that_exhausts_itself_is_not_a_verdict(sandbox: Sandbox, code: str) -> None:
-    limits = Limits(cpu_s=0.5, wall_s=2, memory_bytes=128 << 20, output_bytes=1 << 20)
+    limits = Limits(cpu_s=0.3, wall_s=2, memory_bytes=128 << 20, output_bytes=1 << 20)
     (result,) = sandbox.grade("def f(x): return x", [CheckTest("f", code)], limits)
     assert result.status is Status.SANDBOX_ERROR, result
     assert b"CheckTest is broken" in result.stderr

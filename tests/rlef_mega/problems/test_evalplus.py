@@ -4,12 +4,13 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlef_mega.dialogues import judge
-from rlef_mega.problems import load_problems, read_data_set
+from rlef_mega.problems import evalplus, load_problems, read_data_set
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import Sandbox, Status
 
@@ -154,9 +155,11 @@ def read(tmp_path, *rows):
     return read_data_set(f"evalplus:{file}", tmp_path / "cache")
 
 
-def test_limits_follow_from_the_solutions_time(tmp_path):
+def test_limits_follow_from_the_solutions_time(tmp_path, monkeypatch):
     """Every input has four times the solution's time, and inputs that are slow or large share no
-    check: 3 s of CPU for one input, 1.1 s each for two others, half a megabyte each for three."""
+    check: with 2 s for a check, 0.6 s of CPU for one input, 0.22 s each for two others, half a
+    megabyte each for three."""
+    monkeypatch.setattr(evalplus, "LIMITS", replace(evalplus.LIMITS, cpu_s=2.0))
     slow = {
         **HALVES,
         "prompt": "import time\ndef wait(s, text):\n",
@@ -164,11 +167,11 @@ def test_limits_follow_from_the_solutions_time(tmp_path):
         "canonical_solution": "    end = time.process_time() + s\n"
         "    while time.process_time() < end: pass\n    return len(text)\n",
         "base_input": [[0, ""]],
-        "plus_input": [[3, ""], [1.1, ""], [1.1, ""], *[[0, "x" * 450_000]] * 3],
+        "plus_input": [[0.6, ""], [0.22, ""], [0.22, ""], *[[0, "x" * 450_000]] * 3],
     }
     (problem,) = read(tmp_path, slow)
-    assert 12 <= problem.limits.cpu_s < 16
-    assert len(problem.private_tests.tests) == 4  # 0 s | 3 s | 2.2 s, two texts | a text
+    assert 2.4 <= problem.limits.cpu_s < 3.2
+    assert len(problem.private_tests.tests) == 4  # 0 s | 0.6 s | 0.44 s, two texts | a text
 
 
 def test_memory_follows_from_the_solutions_memory(tmp_path):
