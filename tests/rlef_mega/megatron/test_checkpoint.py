@@ -6,6 +6,7 @@ test_train.py tests it for the whole loop.
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def killed(run: Path, moment: Callable[[Path], bool]) -> bool:
             process.kill()
             process.join()
             return True
+        time.sleep(0.0002)  # leave the processor to the run, and see moments of a millisecond
     return False
 
 
