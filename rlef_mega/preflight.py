@@ -239,8 +239,8 @@ def check_rollout_servers(config: TrainConfig) -> None:
             context = engine.context_length
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"rollout.servers: {error}. `rlef serve RECIPE` starts them on a node, `rlef train "
-            "RECIPE --serve` on its own"
+            f"rollout.servers: {error}. Start them with `rlef serve RECIPE` on their nodes, or use "
+            "`rlef train RECIPE --serve`, which starts its own"
         ) from None
     if context < config.rollout.max_context:
         raise ConfigError(

@@ -4,9 +4,9 @@
     .venv-bench/bin/python -m pip install --requirement benchmarks/experiments/requirements-trl.txt
     .venv/bin/python benchmarks/experiments/against_trl.py --json FILE.json
 
-TRL 1.16 has no PPO trainer; GRPO has no critic. So two of our figures compare with its one: the
-whole learner (policy and critic, as RLEF trains) and the policy alone, which is the same work as
-TRL's. Both trainers are given the same token ids, of responses and feedback, with feedback
+TRL 1.16 has no PPO trainer; GRPO has no critic. So two of our figures are compared with its one:
+the whole learner (policy and critic, as RLEF trains) and the policy alone, which is the same work
+as TRL's. Both trainers are given the same token ids, of responses and feedback, with feedback
 masked; both compute old and reference log-probs of the batch and then make the same number of
 optimizer steps over it. Generation is left out of both. Tokens do not include padding.
 

@@ -22,8 +22,8 @@ OPTIONS = {"slice": ("layers", "recompute", "minutes"), "kernels": ("cases", "mi
 def run_benchmark(what: str, recipe: str, out: Path | None, **options: Any) -> None:
     """Measure, print the tables, and write the figures to `out` if it is given.
 
-    `recipe` is "cpu" or unused for `kernels`; `options` that are None are not given. Raises
-    ConfigError for an unknown benchmark or an option of another one.
+    `recipe` is "cpu" or unused for `kernels`; an option that is None counts as not given. Raises
+    ConfigError for an unknown benchmark, or for an option that it does not have.
     """
     results = measured(what, recipe, **options)
     if out is not None:

@@ -21,7 +21,7 @@ def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None
     """Print counts, limits, lengths and drops and, `against` another source, what both contain."""
     problems = read_data_set(source) if is_data_set(source) else load_problems(source)
     drops = problems.drops if isinstance(problems, ProblemStore) else ()
-    console = Console(emoji=False)  # else `:train` of a source could become a picture
+    console = Console(emoji=False)  # else `:train` of a source could become an emoji
     table = Table("what", "found", title=source)
     for what, found in summarize(problems, length_of(tokenizer)).items():
         table.add_row(what, str(found))
@@ -101,7 +101,7 @@ def quantiles(numbers: Sequence[int]) -> str:
     if not numbers:
         return "none"
     ordered = sorted(numbers)
-    parts = {"least": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "most": 1.0}
+    parts = {"min": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
     return ", ".join(
         f"{name} {ordered[round(part * (len(ordered) - 1))]:,}" for name, part in parts.items()
     )

@@ -149,7 +149,7 @@ class LocalEngine:
     ) -> None:
         """Copy the weights into the model, and compare every parameter with what was sent.
 
-        No copy of them all is kept. If both names of tied weights are sent, they must be equal.
+        No copy of all weights is kept. If both names of tied weights are sent, they must be equal.
         Until an update succeeds, the engine serves nothing. Raises EngineError with the names of
         weights that differ, WeightsMismatchError for those that do not fit the model.
         """

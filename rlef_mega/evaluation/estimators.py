@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from rlef_mega.intervals import RESAMPLES, Floats, bootstrap_interval, percentiles
 
 # A resample repeats dialogues. With simulated models and at least this many dialogues for each one
-# drawn, 95% intervals held the truth in 89 to 94% of cases; with fewer, in as few as 71%.
+# drawn, 95% intervals contained the true value in 89 to 94% of cases; with fewer, in as few as 71%.
 ENOUGH = 4
 Ints = NDArray[np.int64]
 NAtK = tuple[int, int]
@@ -51,7 +51,7 @@ def n_at_k(
         + log_choose(total_ - passed_, draws - drawn)
         - log_choose(total_, np.full_like(drawn, draws))
     )
-    # more picked than pass: such j have probability 0, and C(p, m) = 0 must not divide
+    # more picked than pass: such j have probability 0; do not divide by C(p, m) = 0
     possible = picked <= passed_
     all_wrong = np.exp(
         log_choose(passed_ - correct_, picked)

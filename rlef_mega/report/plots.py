@@ -97,7 +97,7 @@ def draw_turn_budget(axes: Axes, protocols: Json) -> None:
                 label=label,
             )
     axes.set_title("n@k by turn limit, at equal k")
-    axes.set_xlabel("turns that a dialogue may have")
+    axes.set_xlabel("turn limit")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axes, legend_size=6)
 

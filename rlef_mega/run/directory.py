@@ -94,7 +94,7 @@ class RunDirectory:
     def note_progress(self, text: str) -> None:
         """Write the current phase into the file `progress`.
 
-        A watchdog takes an old file for a run that hangs, so on a full disk the file is touched.
+        A watchdog treats a run whose file is old as hung, so on a full disk the file is touched.
         """
         path = self.path / "progress"
         try:

@@ -37,7 +37,7 @@ FAILED = 2  # exit code of a run that ended with an error message
 FAILURE_MARK = ".failed"  # in the run directory
 STEPS_PER_COLLECTION = 50
 PR_SET_PDEATHSIG = 1
-OUTPUT_IS_GONE = (errno.EPIPE, errno.EIO, *DISK_IS_FULL)  # its reader, terminal, or room
+OUTPUT_IS_GONE = (errno.EPIPE, errno.EIO, *DISK_IS_FULL)  # no reader, no terminal, no space
 
 
 def sandbox_token() -> str | None:

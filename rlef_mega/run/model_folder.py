@@ -48,8 +48,8 @@ def holds_weights(folder: Path) -> bool:
 
 
 def open_safetensors(path: Path):
-    """Open a file, its header and its size verified. Raises ConfigError for a missing or damaged
-    one."""
+    """Open a file after verifying its header and its size. Raises ConfigError for a missing or
+    damaged one."""
     if not path.is_file():
         raise ConfigError(f"no file {path}; download it again")
     try:
@@ -67,8 +67,8 @@ class StoredTensor:
 
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder. Raises ConfigError for files that are missing, damaged,
-    ambiguous or of another format, for quantized weights, and for an untied head if the config ties
-    it."""
+    ambiguous or of another format, for quantized weights, and for a head that differs from the
+    embedding although the config ties them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

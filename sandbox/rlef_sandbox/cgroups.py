@@ -2,8 +2,8 @@
 
 Each worker gets a group below the caller's own. It counts what rlimits cannot (all processes of the
 worker together, kernel memory, files in memory), and its `cgroup.kill` ends them all at once. It
-can use only the controllers that the machine delegates to it: none where they are mounted as
-version 1, and only `cgroup.kill` remains.
+can use only the controllers that the machine delegates to it. Where they are mounted as version 1,
+there are none, and only `cgroup.kill` remains.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
 
 # Marks of the checking side in its exchange file, a byte each.
 IN_A_CALL, HAS_LARGE_REPLY, HAS_RETURNED = 0, 1, 2
-# What may cost a check much: a reply of more bytes, or with a number of 6 digits or more before the
+# What may make a check slow: a reply of more bytes, or with a number of 6 digits or more before the
 # point. Loops and tables over smaller values stay within seconds and megabytes.
 LARGE_REPLY_BYTES = 4096
 LARGE_NUMBER = re.compile(rb'(?<![.\d])\d{6}|e\+|"int"')
@@ -185,7 +185,7 @@ def _send(descriptor: int, message: bytes) -> None:
 def _receive(descriptor: int) -> bytes:
     (length,) = LENGTH.unpack(_receive_exactly(descriptor, LENGTH.size))
     if length > MAX_MESSAGE_BYTES:
-        raise GoneError(f"a value of {length} bytes; the most is {MAX_MESSAGE_BYTES}")
+        raise GoneError(f"a value of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
     return _receive_exactly(descriptor, length)
 
 

@@ -57,8 +57,8 @@ class Bounds(NamedTuple):
     ) -> LaunchPlan:
         """Return the plan for a child that gets `file_count` files."""
         serves, executes = request.task is Task.PROGRAM, request.task is Task.EXECUTE
-        # The children of a program server get namespaces each. That needs a mapped user, which the
-        # server would not have in a user namespace of its own.
+        # Each child of a program server gets its own namespaces. That needs a mapped user, which
+        # the server would not have in a user namespace of its own.
         namespaces = 0 if serves else self.namespaces
         own_bytes = EXECUTABLE_RESERVED_BYTES if executes else self.base_bytes + RESERVED_BYTES
         plan = LaunchPlan(

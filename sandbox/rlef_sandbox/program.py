@@ -78,7 +78,7 @@ def load_packages(named: Sequence[str], modules: dict[str, str]) -> None:
         except Exception as error:
             raise SystemExit(f"package {name!r}: {type(error).__name__}: {error}") from None
         if len(os.listdir("/proc/self/task")) > 1:
-            raise SystemExit(f"package {name!r} starts threads when imported: no run could fork")
+            raise SystemExit(f"package {name!r} starts threads when imported: it cannot be forked")
 
 
 def compile_source(source: bytes) -> types.CodeType | None:

@@ -8,7 +8,7 @@ opens a session with the least loaded zygote, so any number of threads may share
 outputs never leave this process, except to a problem's own checker (`CheckerProgram`), which is
 confined in a process of its own. A child gets source and input; its output is compared here. If a
 zygote is lost, its tests run again on a new one. After RETRIES a test is a SANDBOX_ERROR, which is
-no verdict on the program.
+not a verdict on the program.
 """
 
 from __future__ import annotations

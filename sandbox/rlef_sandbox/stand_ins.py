@@ -23,7 +23,7 @@ def install() -> None:
 
 
 class Null(io.RawIOBase):
-    """Stands for the null device: no layer has to let a program open a file for writing."""
+    """Replaces the null device, so that no layer has to let a program open a file for writing."""
 
     name, mode = os.devnull, "rb+"
 
@@ -73,8 +73,8 @@ Mapping.__module__ = "mmap"
 
 
 class Semaphore(threading.Semaphore):
-    """Stands for the semaphore, named in the file system, with which `multiprocessing` locks, and
-    so for its thread pools: all who share it are threads of one process.
+    """Replaces the semaphore of `multiprocessing`, which would be a file. Its thread pools need it
+    too. All its users are threads of one process.
     """
 
     SEM_VALUE_MAX = 2**31 - 1

@@ -61,7 +61,7 @@ class Limits:
             value = getattr(self, name)
             if name == "wall_s" and value is None:
                 continue
-            if not least <= value <= most:  # NaN is not
+            if not least <= value <= most:  # also if it is NaN
                 shown = "huge" if abs(value) > 1e30 else value
                 raise ValueError(f"Limits.{name} is {shown}; it must be within {least} and {most}")
 

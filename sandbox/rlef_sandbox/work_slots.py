@@ -52,7 +52,7 @@ class WorkSlots:
             raise RuntimeError("the sandbox is closed")
 
     def release(self, working: int, opened: int) -> None:
-        """Release these numbers, with the lock held, and start the programs that may run now."""
+        """Give back this many slots, with the lock held, and start programs that may run now."""
         self.working += working
         self._open += opened
         while self.working > 0:

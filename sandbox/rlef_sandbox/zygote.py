@@ -13,8 +13,8 @@ program server each supervise their children in one loop (csrc/serve.c; supervis
 a C compiler, where every run is a RUN). The loop polls the children's pidfds, reads their CPU
 clocks, kills a child that passes a limit, reports once that a child sleeps, and sends what the
 kernel reported of its end. Each child is alone with its parent in a pid namespace (csrc/spawn.c),
-if the machine allows one, so that its ids say nothing of other runs. The loop never waits for one
-child alone, so a sleeper delays no other run. A child reports how far it came in shared memory.
+if the machine allows one, so that its ids reveal nothing about other runs. The loop never waits for
+one child alone, so a sleeper delays no other run. A child reports how far it came in shared memory.
 Before its program's first line it unmaps that memory and closes every descriptor but its own files,
 so no program can reach zygote or controller.
 
@@ -48,7 +48,7 @@ from .syscalls import Profile
 
 STREAMS = 3
 SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER, LAST_ID_OF_A_SERVER = 3, 4, 5, 6
-# To write 1 to it makes 2 the next id in the writer's pid namespace. It takes a capability there.
+# Writing 1 to it makes 2 the next id in the writer's pid namespace, and needs a capability there.
 LAST_ID_FILE = "/proc/sys/kernel/ns_last_pid"
 
 

@@ -52,9 +52,10 @@ submit() { # check the run and submit CHAIN jobs (`bash slurm/train_8b.sh`)
     [ -z "$CPU_PARTITION" ] || cpu+=(--partition="$CPU_PARTITION")
     [ "$GPUS_PER_NODE" = 0 ] || gpu+=(--gpus-per-node="$GPUS_PER_NODE")
     [ "$RANKS_PER_NODE" -le "$GPUS_PER_NODE" ] || [ "$GPUS_PER_NODE" = 0 ] ||
-        die "$RANKS_PER_NODE ranks per node, but GPUS_PER_NODE=$GPUS_PER_NODE"
+        die "$RANKS_PER_NODE ranks per node, but GPUS_PER_NODE=$GPUS_PER_NODE; lower parallel.processes_per_node"
     [ $((SERVERS_PER_NODE * GPUS_PER_SERVER)) -le "$GPUS_PER_NODE" ] || [ "$ROLLOUT_NODES" = 0 ] ||
-        die "$SERVERS_PER_NODE servers x $GPUS_PER_SERVER GPUs per node, but GPUS_PER_NODE=$GPUS_PER_NODE"
+        die "$SERVERS_PER_NODE servers x $GPUS_PER_SERVER GPUs per node, but GPUS_PER_NODE=$GPUS_PER_NODE; lower" \
+            "rollout.servers.count or rollout.servers.tensor_parallel_size"
     local all=(--exclusive --mem=0 "--job-name=$JOB_NAME" "--time=$TIME" "--signal=B:USR1@$GRACE_S" --requeue
         --open-mode=append "--output=${JOB_LOG:-$JOB_NAME-%j.log}" --dependency=singleton)
     if [ "$HET" = 1 ]; then # components need different names, or `singleton` makes them wait for each other

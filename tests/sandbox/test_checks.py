@@ -140,7 +140,7 @@ def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> No
     ids=[
         "fails_on_its_own",
         "defines_no_check",
-        "calls_with_no_plain_data",
+        "calls_with_other_than_plain_data",
         "imports_what_is_not_there",
         "fails_before_it_calls",
         "returns_outside_a_function",

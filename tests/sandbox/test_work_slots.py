@@ -102,7 +102,7 @@ def test_a_machine_loaded_four_times_over_gives_no_false_limit() -> None:
         assert {job.result()[0].status for job in jobs} == {Status.OK}
 
 
-def test_the_threads_of_one_run_leave_those_of_another_alone(sandbox: Sandbox) -> None:
+def test_the_threads_of_one_run_do_not_count_against_another(sandbox: Sandbox) -> None:
     """Each run's threads are counted apart, in one zygote too."""
     many = (
         "import threading, time\n"

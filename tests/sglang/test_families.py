@@ -1,5 +1,5 @@
-"""Other layouts of weights in a real server: biases, norms of queries and keys, tied words, and two
-tensor-parallel ranks."""
+"""Other layouts of weights in a real server: biases, norms of queries and keys, a tied
+embedding, and two tensor-parallel ranks."""
 
 import asyncio
 
@@ -48,7 +48,7 @@ CASES = {  # model, config, tensor-parallel ranks
 def test_weights_arrive_and_are_verified(case, tmp_path, monkeypatch):
     torch.manual_seed(0)
     kind, config, ranks = CASES[case]
-    if ranks > 1:  # which cores are whose; SGLang wants it said
+    if ranks > 1:  # which cores each rank uses; SGLang requires it
         monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     model = kind(config)
     model.save_pretrained(tmp_path / "model")

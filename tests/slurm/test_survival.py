@@ -33,8 +33,8 @@ def node_of(runs, job: str, place: int) -> str:
 
 
 def test_a_job_that_is_requeued_and_then_preempted_goes_on(runs, undisturbed, tmp_path):
-    """scontrol requeue kills it. Then a job of a higher partition wants all nodes: Slurm sends
-    SIGTERM to the ranks, which save, and the launcher has the job requeued."""
+    """scontrol requeue kills it. Then a job of a partition with higher priority wants all nodes:
+    Slurm sends SIGTERM to the ranks, which save, and the launcher has the job requeued."""
     run = tmp_path / "requeued"
     job = runs.submit(run)
     runs.wait_for_step(run, 3)

@@ -124,8 +124,8 @@ class Fleet:
             raise ServerError(f"{member.client.url} serves version {newest}, not {expected}")
         if first < affinity.version:  # other servers were updated before it
             raise ServerError(
-                f"{member.client.url} serves version {first}, the dialogue has had "
-                f"{affinity.version}"
+                f"{member.client.url} serves version {first}, but the dialogue already has tokens "
+                f"of version {affinity.version}"
             )
         context, sampled = len(request.token_ids), len(completion.token_ids)
         self.counts.update(requests=1, sampled_tokens=sampled)

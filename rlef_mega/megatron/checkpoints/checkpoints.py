@@ -340,7 +340,7 @@ def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
             state_of.set_updates(model, meta["updates"][name])
     trained = learner.trained.items()
     coordinates = gather({name: state_of.coordinates(model) for name, model in trained})
-    if coordinates == meta["places"]:  # in another layout ranks keep the seed's generators
+    if coordinates == meta["places"]:  # else ranks keep the generators made from the seed
         generators = torch.load(path / GENERATORS, weights_only=True)
         state_of.restore_random_state(generators[learner.ranks.rank])
     return meta["step"], meta["state"]
@@ -349,7 +349,7 @@ def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
 def load_weights(
     path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
 ) -> None:
-    """Load one network's weights alone, saved in any layout or imported, into chunks of this one,
+    """Load only one network's weights, saved in any layout or imported, into chunks of this layout,
     which may have another dtype; with `trunk_only` without the head. Collective.
     """
     parts = state_of.weights(name, chunks, ranks)

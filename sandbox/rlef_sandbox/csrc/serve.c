@@ -286,7 +286,7 @@ static void finish(struct server *server, int number)
     const struct progress *cell = &server->page[number];
     struct ended ended = {0};
     rlef_reap(number, &child->process, &ended);
-    if (child->task == TASK_PROGRAM) /* its inits, in its group, end with it, and are ours now */
+    if (child->task == TASK_PROGRAM) /* in its group: the init of each run, which ended with it */
         while (waitpid(-child->process.pid, NULL, 0) > 0)
             continue;
     if (child->ending == ENDED_ITSELF && ended.lost_memory)
@@ -388,8 +388,8 @@ static void supervise(struct server *server, const struct pollfd *polled, const 
             check(server, &server->children[cell], cell, now);
 }
 
-/* Makes this process a supervisor of the requests on `channel`, with no child yet. `last_id` is a
- * file of the kernel (launch_plan.py), or -1. */
+/* Makes this process a supervisor of the requests on `channel`, with no child yet. `last_id` is
+ * LAST_ID_FILE of zygote.py, open for writing, or -1. */
 struct server *rlef_listen(int channel, int controller, int last_id, int serves_program)
 {
     static struct server server;

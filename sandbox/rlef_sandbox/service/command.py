@@ -29,7 +29,9 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any free one")
     command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     command.add_argument(
-        "--jobs", type=int, help=f"under way, sleeping ones included; {JOBS_PER_WORKER} per worker"
+        "--jobs",
+        type=int,
+        help=f"programs under way, sleeping ones included (default: {JOBS_PER_WORKER} per worker)",
     )
     command.add_argument("--queue", type=int, default=2048, help="requests that may wait")
     command.add_argument(

@@ -145,7 +145,7 @@ def test_a_small_recipe_is_measured_through_the_command(what, phases, tmp_path):
     assert str(Path(out)) in done.stdout
 
 
-def test_the_sandbox_is_timed_beside_its_peers():
+def test_the_sandbox_is_compared_with_its_peers():
     report = benchmark_sandbox(rounds=1, runs=20)
     figures = {figure.name: figure for figure in report.figures}
     bare = figures["trivial: ours / bare subprocess"]

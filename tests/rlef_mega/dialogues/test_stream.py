@@ -120,9 +120,9 @@ class Patient:
 
 
 def test_long_dialogues_are_passed_over_until_they_would_be_too_old():
-    """max_staleness 2, a batch of 1: 0 and 1 last long. Both were started with version 0, so one
-    must be in the batch of version 1, though newer ones are done, or they could not both be taken
-    in time."""
+    """max_staleness 2, a batch of 1: dialogues 0 and 1 last long, and both began with version 0. So
+    one of them must be taken at version 1, although newer ones are done; else the other would
+    become too old."""
 
     async def run() -> None:
         patient = Patient()

@@ -14,7 +14,7 @@ from rlef_mega.evaluation.estimators import (
     per_problem,
 )
 
-# of one problem's dialogues: fails a public test, passes them and is wrong, is correct
+# a dialogue fails a public test; or passes them, but is wrong; or is correct
 FAILS, WRONG, RIGHT = range(3)
 SAMPLES = [
     samples
@@ -127,8 +127,8 @@ def test_the_estimate_is_unbiased_and_the_bootstrap_is_not():
     assert few < truth - 0.02
 
 
-@pytest.mark.parametrize(("n", "draws"), [(1, 1), (3, 10)])  # of 40, 10 are the most
-def test_intervals_hold_the_truth_of_simulated_models(n, draws):
+@pytest.mark.parametrize(("n", "draws"), [(1, 1), (3, 10)])  # at most 10 draws of 40
+def test_intervals_contain_the_true_rate_of_simulated_models(n, draws):
     """The rate of these problems, when dialogues are drawn again, and that of all such problems,
     when problems are drawn too."""
     generator = np.random.default_rng(2)

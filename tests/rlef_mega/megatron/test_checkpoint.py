@@ -218,7 +218,7 @@ def test_a_full_disk_deletes_nothing_and_is_tried_again(found: list[dict]) -> No
         assert rank["disk"]["emptied"] == ["step_000003"]
 
 
-def test_a_wrong_checksum_alone_falls_back_on_all_ranks_together(found: list[dict]) -> None:
+def test_a_wrong_checksum_makes_all_ranks_fall_back_together(found: list[dict]) -> None:
     for rank in found:
         assert "__1_0.distcp: its checksum differs" in rank["refusal"]
         assert rank["resumed"] == [1, {"at": 1}]

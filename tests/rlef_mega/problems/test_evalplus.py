@@ -109,7 +109,7 @@ def test_base_tests_are_shown_with_expected_outputs_and_all_decide(problems):
         ("[x / 2 + 1e-8 for x in xs]", "..", "......."),  # floats within 1e-6
         ("[x / 2 + 1e-5 for x in xs]", "F.", "FFFFFFF"),
         ("[x / 2 if x < 120 else 0.0 for x in xs]", "..", "....FFF"),
-        ("tuple(x / 2 for x in xs)", "FF", "FFFFFFF"),  # evalplus tells tuples from lists
+        ("tuple(x / 2 for x in xs)", "FF", "FFFFFFF"),  # evalplus distinguishes tuples from lists
         ("None", "FF", "FFFFFFF"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The easy functions: splits share no kind, no constant passes, and JSONL can store them."""
+"""The easy functions: splits share no template, no constant answer passes, and JSONL can store
+them."""
 
 import itertools
 

@@ -94,7 +94,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"private_test_cases": pack(Evil())}, "a pickle of more than text"),
+        ({"private_test_cases": pack(Evil())}, "a pickle that holds more than text"),
         ({"private_test_cases": pack(["[]"])}, "a pickled list instead of text"),
         ({"private_test_cases": pack("[")}, "not valid JSON"),
         ({"private_test_cases": "no tests"}, "neither JSON nor packed tests"),

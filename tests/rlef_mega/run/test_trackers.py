@@ -71,7 +71,7 @@ def test_a_tracker_that_fails_is_named_and_left_out_and_the_others_go_on(tmp_pat
     assert got == 2 * [(1, 0.25), (2, 0.5), (3, 0.75)]
 
 
-def test_training_never_waits_for_a_tracker_and_its_end_at_most_close_s(tmp_path, capsys):
+def test_training_never_waits_for_a_tracker_and_its_end_waits_at_most_close_s(tmp_path, capsys):
     free = threading.Event()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""An attack as data: a program, and the layers each of which alone stops it.
+"""An attack as data: a program, and layers, any one of which is enough to stop it.
 
 The same table is tried in every world of `worlds.py`. Where one of its layers is on, an attack must
 fail; where none is, it must succeed, which proves that the attack is real and that its test can

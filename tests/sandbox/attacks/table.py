@@ -63,7 +63,9 @@ def page() -> str:
     always = ", ".join(sorted(layer.replace("_", " ") for layer in ALWAYS))
     lines += [
         "",
-        "## Which layers, each alone, stop which attack",
+        "## Which layers stop which attack",
+        "",
+        "Any one of the layers in a row is enough.",
         "",
         f"Always on, in every world: {always}.",
         "*Separation*: the expected output is in no process that runs a program. *Supervision*:",

@@ -101,7 +101,7 @@ WORLDS = {
         isolation="minimal",
     ),
     "bare": World(
-        "an ordinary user; resource limits and no_new_privs alone",
+        "an ordinary user; only resource limits and no_new_privs",
         NO_NAMESPACES + NO_LANDLOCK + NO_CHROOT + NO_SECCOMP,
         WITH_NAMESPACES | LANDLOCK | {"seccomp"},
         root=False,

@@ -228,7 +228,7 @@ def test_pipeline_stages_have_equal_work(case: str, network: str, read_by_head: 
 
 
 @pytest.mark.parametrize("recipe, case", [("llama31_8b", "8B"), ("llama31_70b", "70B")])
-def test_replicas_hold_the_same(recipe: str, case: str) -> None:
+def test_replicas_hold_the_same_parameters(recipe: str, case: str) -> None:
     """Compare the shipped recipe's first and last data-parallel rank, in its whole world."""
     parallel = recipe_layout(recipe)
     tensor, data = parallel.tensor_model_parallel_size, parallel.data_parallel_size
