@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-gpu check-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -81,6 +81,11 @@ test-slurm: setup
 # .venv has a CPU build of PyTorch: GPU_PYTHON is an environment with a CUDA build, Triton and pytest.
 test-gpu:
 	"$(GPU_PYTHON)" -m pytest -m gpu tests/kernels/device tests/kernels/test_at_size.py tests/kernels/test_sanitizer.py
+
+# What works on one GPU, and how fast, in twelve minutes (docs/gpu_day.md): CHECK="OUT --wheels FOLDER" and other options
+CHECK ?= runs/check_gpu
+check-gpu:
+	"$(GPU_PYTHON)" -m rlef_mega.check_gpu.command $(CHECK)
 
 # Kernels and a slice of the 8B model, and those peers of benchmarks/requirements-kernels.txt that are installed: three
 # commands, each of MINUTES and the measurement that has begun

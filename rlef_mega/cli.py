@@ -376,6 +376,9 @@ def bench(
         str | None,
         typer.Option(help="kernels: only those whose names contain one of these, like '8B | 8192'"),
     ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="kernels: only those of such names, like 'fused,Liger'")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="kernels, slice: start no measurement after these")
     ] = None,
@@ -400,8 +403,20 @@ def bench(
         raise ConfigError(f"`rlef bench {what}` takes one recipe; remove {str(newer)!r}")
     from rlef_mega.bench import run_benchmark
 
-    options = {"layers": layers, "recompute": recompute, "cases": cases, "minutes": minutes}
-    run_benchmark(what, recipe, out, **options)
+    options = {"layers": layers, "recompute": recompute, "cases": cases, "methods": methods}
+    run_benchmark(what, recipe, out, **options, minutes=minutes)
+
+
+@app.command(
+    "check-gpu",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def check_gpu(context: typer.Context) -> None:
+    """Find out in twelve minutes what works on one GPU, and how fast; --help lists the options."""
+    from rlef_mega.check_gpu.command import main as check
+
+    raise typer.Exit(check(context.args))
 
 
 @app.command()

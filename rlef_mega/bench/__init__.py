@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the kernels' tests import `bench.measure` where the trainer
 # Each is a module of this package with a function `benchmark`.
 OF_A_RECIPE = ("kernels", "slice", "train", "rollout", "e2e", "publish", "checkpoint")
 OF_NO_RECIPE = ("convert", "sandbox")
-OPTIONS = {"slice": ("layers", "recompute", "minutes"), "kernels": ("cases", "minutes")}
+OPTIONS = {"slice": ("layers", "recompute", "minutes"), "kernels": ("cases", "methods", "minutes")}
 
 
 def run_benchmark(what: str, recipe: str, out: Path | None, **options: Any) -> None:

@@ -87,10 +87,12 @@ class Measurements:
             self.figures.append(Figure(f"{name}, rate", "TFLOP/s", rates))
 
 
-def benchmark(where: str, *, cases: str = "", minutes: float = MINUTES) -> Results:
-    """Measure on the CPU if `where` is "cpu", else on the GPU. `cases` are parts of the names of
-    cases, with commas; all without it. Raises ConfigError without a GPU, or if no case has such a
-    name."""
+def benchmark(
+    where: str, *, cases: str = "", methods: str = "", minutes: float = MINUTES
+) -> Results:
+    """Measure on the CPU if `where` is "cpu", else on the GPU. `cases` and `methods` are parts of
+    names, separated by commas; "" is in all. Raises ConfigError without a GPU, or if nothing has
+    such a name."""
     known: Sequence[HeadCase] = CPU_CASES
     device, dtype = torch.device("cpu"), torch.float32
     if where != "cpu":
@@ -101,13 +103,25 @@ def benchmark(where: str, *, cases: str = "", minutes: float = MINUTES) -> Resul
             )
         device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
         known = GPU_CASES
-    words = [word.strip() for word in cases.split(",")]
-    chosen = [case for case in known if any(word in case.label for word in words)]
+    labels = named("--cases", cases, [case.label for case in known])
+    names = named("--methods", methods, [method.name for method in METHODS])
+    return measure_heads(
+        Measurements(device, dtype, 60 * minutes),
+        [case for case in known if case.label in labels],
+        [method for method in METHODS if method.name in names],
+        "rlef bench kernels" + (" cpu" if where == "cpu" else ""),
+    )
+
+
+def named(option: str, parts: str, names: Sequence[str]) -> list[str]:
+    """Return the names that contain one of the parts. Raises ConfigError if none does."""
+    words = [word.strip() for word in parts.split(",")]
+    chosen = [name for name in names if any(word in name for word in words)]
     if not chosen:
-        names = ", ".join(repr(case.label) for case in known)
-        raise ConfigError(f"--cases {cases!r} is in no case's name; they are {names}")
-    title = "rlef bench kernels" + (" cpu" if where == "cpu" else "")
-    return measure_heads(Measurements(device, dtype, 60 * minutes), chosen, METHODS, title)
+        raise ConfigError(
+            f"{option} {parts!r} is in none of the names: {', '.join(map(repr, names))}"
+        )
+    return chosen
 
 
 def measure_heads(
