@@ -10,8 +10,8 @@
         (2 a + 2 k) / t     queries, keys, values, output of attention
         3 f / t             gate and up, and their product; not with "selective" recomputation
         h                   the layer's input, instead of all these, with "full"
-        2 h + (a + 2 k) / t also on a CPU, where norms keep their normalised input, and attention
-                            the fused projection of queries, keys and values
+        2 h + a / t         also on a CPU, where norms keep their normalised input, and attention
+                            the output of each sequence beside all of them
       times the micro-batches in flight: P - r on a pipeline's rank r, and with V chunks, each of
       1/V of the layers, 2 (P - r - 1) + (V - 1) P + 1 (Narayanan et al., 2104.04473; Megatron's
       schedules.py)
@@ -122,7 +122,7 @@ class Network:
         attention = 2 * (shape.heads + shape.key_value_heads) * shape.head_dim / t
         if self.on_cpu:
             norms *= 1.5
-            attention += (shape.heads + 2 * shape.key_value_heads) * shape.head_dim / t
+            attention += shape.heads * shape.head_dim / t
         kept = {
             "none": norms + attention + 3 * shape.ffn / t,
             "selective": norms + attention,

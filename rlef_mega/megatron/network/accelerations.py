@@ -147,8 +147,7 @@ def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "head": "Triton kernels",
     }
     if found["optimizer"].startswith("PyTorch"):
-        cost = "a step is several passes over the optimizer's state"
-        found["optimizer"] = without("apex", found["optimizer"], cost)
+        found["optimizer"] += ", fused"
     if not chosen.fused_weight_gradients:
         cost = "each weight gradient is written in bf16, then added to the fp32 main gradient"
         found["weight gradients"] = without(WEIGHT_GRADIENTS, "PyTorch", cost)

@@ -119,6 +119,7 @@ def test_everything_that_is_missing_on_a_gpu_has_a_cost_and_a_remedy(
     found = report(CUDA, torch.bfloat16)
     assert set(found) == {"attention", "optimizer", "weight gradients", "head"}
     assert found["attention"].startswith("torch.nn.attention.varlen; flash_attn not installed, so")
+    assert found.pop("optimizer") == "PyTorch AdamW, fused"  # no worse than the others
     assert all(", so " in text and "(remedy: " in text for text in found.values())
 
 
