@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
+from rlef_mega.config import ParallelConfig
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -133,7 +135,8 @@ def run_command(
     something while they run. Returns their exit codes and outputs."""
     ended: list[tuple[list[int | None], list[str]]] = []
 
-    def launch(module: str, run_dir: Path, processes: int) -> int:
+    def launch(module: str, run_dir: Path, *layouts: ParallelConfig, **options: object) -> int:
+        processes = sum(layout.world_size for layout in layouts)
         ranks = Ranks(module, str(run_dir), processes=processes)
         try:
             meanwhile(ranks)
