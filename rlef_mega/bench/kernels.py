@@ -103,8 +103,8 @@ def benchmark(
             )
         device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
         known = GPU_CASES
-    labels = named("--cases", cases, [case.label for case in known])
-    names = named("--methods", methods, [method.name for method in METHODS])
+    labels = named("case", cases, [case.label for case in known])
+    names = named("method", methods, [method.name for method in METHODS])
     return measure_heads(
         Measurements(device, dtype, 60 * minutes),
         [case for case in known if case.label in labels],
@@ -113,14 +113,13 @@ def benchmark(
     )
 
 
-def named(option: str, parts: str, names: Sequence[str]) -> list[str]:
+def named(what: str, parts: str, names: Sequence[str]) -> list[str]:
     """Return the names that contain one of the parts. Raises ConfigError if none does."""
     words = [word.strip() for word in parts.split(",")]
     chosen = [name for name in names if any(word in name for word in words)]
     if not chosen:
-        raise ConfigError(
-            f"{option} {parts!r} is in none of the names: {', '.join(map(repr, names))}"
-        )
+        known = ", ".join(map(repr, names))
+        raise ConfigError(f"--{what}s {parts!r} is in no {what}'s name; they are {known}")
     return chosen
 
 

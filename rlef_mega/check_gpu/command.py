@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     end = time.monotonic() + 60 * asked.minutes
     out, site = asked.out.absolute(), asked.out.absolute() / "site"
     out.mkdir(parents=True, exist_ok=True)
-    if asked.wheels is not None and not site.exists() and not install(asked.wheels, site):
+    if asked.wheels is not None and not install(asked.wheels, site):
         parser.error(f"--wheels {asked.wheels}: pip could not install *.whl of this folder")
     if missing := missing_packages(site):
         print(f"not installed: {', '.join(missing)}; give --wheels (docs/gpu_day.md)", flush=True)
@@ -83,13 +83,11 @@ def main(words: Sequence[str]) -> int:
 
 def install(wheels: Path, site: Path) -> bool:
     """Install the folder's wheels into `site`. Returns whether pip could."""
-    draft, files = site.with_suffix(".draft"), sorted(map(str, wheels.glob("*.whl")))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    if subprocess.run([*pip, "--upgrade", "--target", draft, *files]).returncode:
-        return False
-    shutil.rmtree(draft / "tests", ignore_errors=True)  # verl's, which would hide ours
-    draft.rename(site)
-    return True
+    files = sorted(map(str, wheels.glob("*.whl")))
+    done = subprocess.run([*pip, "--upgrade", "--target", site, *files])
+    shutil.rmtree(site / "tests", ignore_errors=True)  # verl's, which would hide ours
+    return not done.returncode
 
 
 def missing_packages(site: Path) -> list[str]:

@@ -58,16 +58,17 @@ class Found:
         self.figures.append(Figure(name, unit, samples))
 
 
-def run(command: Sequence[object], limit_s: float) -> int:
-    """Run a command; at the limit interrupt it, so that it writes what it has. Returns its exit
-    code."""
+def run(command: Sequence[object], limit_s: float, saving_s: float = 10.0) -> int:
+    """Run a command; at the limit interrupt it, so that it writes what it has, and kill it if that
+    takes longer than `saving_s`. Returns its exit code."""
     child = subprocess.Popen([str(word) for word in command])
-    try:
-        return child.wait(max(1.0, limit_s))
-    except subprocess.TimeoutExpired:
-        print(f"interrupted after {limit_s:.0f} s", flush=True)
-        child.send_signal(signal.SIGINT)
-        return child.wait()
+    for seconds, number in ((limit_s, signal.SIGINT), (saving_s, signal.SIGKILL)):
+        try:
+            return child.wait(max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            print(f"{signal.Signals(number).name} after {seconds:.0f} s", flush=True)
+            child.send_signal(number)
+    return child.wait()
 
 
 def machine(out: Path, limit_s: float) -> Found:
@@ -100,7 +101,7 @@ def memcheck(out: Path, limit_s: float) -> Found:
 
 
 def pytest(report: Path, limit_s: float, *words: object) -> Found:
-    """Run tests. "numbers differ" where an assertion failed; an error is any other exception."""
+    """Run tests. A failed assertion means that numbers differ; any other exception is an error."""
     report.unlink(missing_ok=True)
     options = ("-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
     code = run((*PYTHON, "-m", "pytest", *options, f"--rootdir={ROOT}", *words), limit_s)
@@ -208,12 +209,11 @@ def smollm2(out: Path, limit_s: float) -> Found:
         *(f"model.path={json.dumps(str(model))}", "model.dtype=bfloat16"),
         *("parallel.data_parallel_size=1", "parallel.processes_per_node=1"),
         *("data.train=functions:train", "data.valid=functions:valid"),  # it solves some of these
-        *("guard.max_logprob_gap=1.0", "guard.mean_logprob_gap=0.05"),  # the recipe's are for fp32
         *sys.argv[4:],
     )
     sets = [word for setting in settings for word in ("--set", setting)]
     left_s = limit_s - SAVING_S - (time.monotonic() - begun)
-    code = run((*RLEF, "train", "smollm2_cpu", *sets), left_s)
+    code = run((*RLEF, "train", "smollm2_cpu", *sets), left_s, SAVING_S)
     found, lines = Found(), folder / "metrics.jsonl"
     if code not in (0, STOPPED):
         found.failures.append(f"rlef train ended with exit code {code}")

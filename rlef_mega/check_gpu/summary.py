@@ -42,7 +42,7 @@ def write_summary(out: Path, steps: Sequence[str]) -> None:
     lines += ["## Figures with a goal", "", *table([HEAD, *rows(aimed, goals)])]
     for name, found in results.items():
         lines += ["", f"## {name}", "", *table([HEAD, *rows(found["figures"], goals)]), ""]
-        lines += [f"- {text}" for text in (*found["notes"], *found["failures"])]
+        lines += [f"- {' '.join(text.split())}" for text in (*found["notes"], *found["failures"])]
     (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -51,6 +51,15 @@ def test_cases_and_minutes_limit_what_is_measured():
     assert "'70B' is in no case's name; they are 'demo | 2048 | 0%'," in str(done.exception)
 
 
+def test_chosen_methods_are_measured_alone():
+    options = ["--cases", "demo | 2048 | 0%", "--methods", "logits stored, rlef KL"]
+    done = CliRunner().invoke(app, ["bench", "kernels", "cpu", *options])
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| demo")]
+    assert ["logits stored" in row or "rlef KL" in row for row in rows] == [True] * 3
+    done = CliRunner().invoke(app, ["bench", "kernels", "cpu", "--methods", "Triton"])
+    assert "'Triton' is in no method's name; they are 'product alone" in str(done.exception)
+
+
 def test_make_bench_gpu_has_limits_and_needs_no_network():
     makefile = (Path(__file__).parents[3] / "Makefile").read_text()
     commands = makefile.partition("\nbench-gpu:\n")[2].partition("\n\n")[0].splitlines()
