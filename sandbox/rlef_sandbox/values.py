@@ -19,6 +19,7 @@ import json
 import math
 import numbers
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ BODIES = {"int": str, "bytes": str, "dict": list, "tuple": list, "set": list, "f
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive: never reads a byte twice
 NO_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
 STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+MOST_EQUAL_HASHES = 1000
 MAX_INTEGER_CHARACTERS = 20  # of one that JSON carries as a number, by `_to_wire`
 
 
@@ -92,8 +94,21 @@ def _from_wire(wire: object) -> object:
     if kind == "bytes":
         return bytes.fromhex(body)
     if kind == "dict":
-        return {_from_wire(key): _from_wire(value) for key, value in body}
-    return CONTAINERS[kind](_from_wire(item) for item in body)
+        items = [(_from_wire(key), _from_wire(value)) for key, value in body]
+        refuse_collisions([key for key, _ in items])
+        return dict(items)
+    members = [_from_wire(item) for item in body]
+    if kind != "tuple":
+        refuse_collisions(members)
+    return CONTAINERS[kind](members)
+
+
+def refuse_collisions(members: Sequence[object]) -> None:
+    """Raise ValueError if so many members have equal hashes, like multiples of 2**61 - 1, that a
+    set or dict of them would take quadratic time. Raises TypeError if one has no hash.
+    """
+    if len(members) - len(set(map(hash, members))) > MOST_EQUAL_HASHES:
+        raise ValueError(f"more than {MOST_EQUAL_HASHES} members of a set or dict hash like others")
 
 
 def parse(wire: bytes) -> object:

@@ -88,6 +88,13 @@ class ServerProcess:
         assert self.process.stdout
         self.process.stdout.close()
 
+    @property
+    def child(self) -> int:
+        """The process that parses and grades."""
+        task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}")
+        (child,) = (task / "children").read_text().split()
+        return int(child)
+
     def ask(
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
     ) -> Reply:

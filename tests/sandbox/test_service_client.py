@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from rlef_sandbox import CallTest, CheckerProgram, CheckTest, Limits, Result, Sandbox, Status, Test
+from rlef_sandbox.service import wire
 from rlef_sandbox.service.client import RequestRefusedError, SandboxClient, ServiceError
 from tests.sandbox.service_process import (
     ADD,
@@ -115,6 +118,41 @@ def test_a_wrong_request_raises_as_the_sandbox_does_and_is_not_tried_again(serve
     for token in (None, "another-wrong-token"):
         error = refused(lambda client: client.run("1"), token)
         assert error.status == 401 and "token" in str(error) and server.url in str(error)
+
+
+ALL_OK = Result(Status.OK)
+FAILED = Result(Status.WRONG_ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("results", "options"),
+    [
+        ([], {}),
+        ([ALL_OK, ALL_OK], {}),
+        ([ALL_OK] * 4, {}),
+        ([FAILED], {"run_at_least": 2}),
+        ([ALL_OK, FAILED], {"stop_at_first_failure": False}),
+    ],
+)
+def test_an_answer_that_lacks_results_is_no_verdict(results, options):
+    """Whatever answers on a server's port: a list in which nothing failed would be a success."""
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == "/health":
+            return web.json_response({"isolation": {}})
+        return web.Response(body=wire.encode_results(results))
+
+    async def ask() -> None:
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", answer)
+        async with (
+            TestServer(application) as server,
+            SandboxClient([str(server.make_url(""))], deadline_s=0.5) as client,
+        ):
+            await client.grade("", [ADD] * 3, **options)
+
+    with pytest.raises(ServiceError, match=f"answered with {len(results)} results"):
+        asyncio.run(ask())
 
 
 def test_a_full_queue_is_waited_for_and_each_request_done_once():
@@ -306,7 +344,7 @@ def test_a_fault_of_the_sandbox_is_never_a_verdict():
             until = time.monotonic() + 6
             while not call.done() and time.monotonic() < until:
                 await asyncio.sleep(0.1)
-                kill_all(descendants(server.process.pid))
+                kill_all(descendants(server.child))
             return await call
 
         result = within(server.url, work=ask, token=None)

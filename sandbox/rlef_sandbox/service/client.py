@@ -162,7 +162,11 @@ class SandboxClient:
                 while True:
                     server = await self._servers.take()
                     try:
-                        return await self._try(server, path, body, headers)
+                        results = await self._try(server, path, body, headers)
+                        if request.is_answered_by(results):
+                            return results
+                        reason = f"it answered with {len(results)} results, not one for each test"
+                        self._servers.take_out(server, reason)
                     except TryAgainError:
                         pass
                     finally:

@@ -8,7 +8,6 @@ JSON, {"error": reason}.
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import hmac
 import platform
@@ -16,32 +15,28 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from .. import Sandbox
-from . import wire
 from .command import is_loopback
+from .grading_process import RECORDS, GradingProcess
 from .grading_queue import (
     SANDBOX_FAULTS,
     AnswerRetention,
     Grading,
-    GradingAnswer,
     GradingQueue,
     IdTakenError,
     QueueFullError,
 )
 from .metrics import GradingMetrics
-from .wire import Record, WireError
+from .wire import REQUEST_ID
 
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
-PARSED_IN_PLACE_BYTES = 16 << 10  # takes some milliseconds at most
+HOST_FORM = re.compile(r"(?:\[([\da-f:.]+)\]|([\w.-]+))(?::\d+)?", re.ASCII | re.IGNORECASE)
 BODY_TIMEOUT_S, BODY_BYTES_PER_S = 30.0, 256 << 10  # a body arrives within 30 s, or at this rate
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -83,14 +78,13 @@ class GradingRefusedError(Exception):
 class GradingService:
     """The endpoints, and the state that they share."""
 
-    def __init__(self, sandbox: Sandbox, settings: ServerSettings) -> None:
-        self.sandbox = sandbox
+    def __init__(self, grader: GradingProcess, settings: ServerSettings) -> None:
+        self.grader = grader
         self.settings = settings
         self.draining = False
         self.metrics = GradingMetrics()
         self.queue = GradingQueue(settings.jobs, settings.queue, settings.keep, self.metrics)
         self._held_bytes = 0
-        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
         for name, read, meaning in (
             ("queue_length", lambda: self.queue.waiting, "Requests that wait for the sandbox."),
             ("running", lambda: self.queue.running, "Requests in the sandbox."),
@@ -101,7 +95,7 @@ class GradingService:
         self.metrics.read_when_asked(
             "counter",
             "zygotes_started_total",
-            lambda: sandbox.zygotes_started,
+            lambda: grader.zygotes_started,
             "Zygotes started: one per worker, and one for each that was lost.",
         )
 
@@ -111,8 +105,7 @@ class GradingService:
         )
         application.add_routes(
             [
-                web.post("/v1/run", functools.partial(self.work, wire.RUN)),
-                web.post("/v1/grade", functools.partial(self.work, wire.GRADE)),
+                *(web.post(path, self.work) for path in RECORDS),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics_text),
             ]
@@ -170,7 +163,7 @@ class GradingService:
             )
         return f"{error.reason}; there are POST /v1/run and /v1/grade, GET /health and /metrics"
 
-    async def work(self, record: Record, request: web.Request) -> web.StreamResponse:
+    async def work(self, request: web.Request) -> web.StreamResponse:
         """Answer a request for work, once for each request id."""
         # A browser sends this type to another site only if that site agrees, and this one does not.
         if request.content_type != "application/json":
@@ -179,7 +172,7 @@ class GradingService:
             raise GradingRefusedError(415, "send the body as it is, without Content-Encoding")
         body = Body(bytearray())
         try:
-            grading = await self.accept(record, request, body)
+            grading = await self.accept(request, body)
             try:
                 answer = await self.queue.answer(grading)
             except ValueError as error:
@@ -226,66 +219,44 @@ class GradingService:
         if held_bytes > self.settings.max_held_bytes and held_bytes > body_bytes:
             raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
 
-    async def accept(self, record: Record, request: web.Request, body: Body) -> Grading:
+    async def accept(self, request: web.Request, body: Body) -> Grading:
         """Return the work of the request id, new or begun by an earlier request."""
-        request_id = request.headers.get(wire.REQUEST_ID, "") or uuid.uuid4().hex
+        request_id = request.headers.get(REQUEST_ID, "") or uuid.uuid4().hex
         if not REQUEST_ID_FORM.fullmatch(request_id):
             raise GradingRefusedError(
-                400, f"{wire.REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces"
+                400, f"{REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces"
             )
         digest = await self.read(request, body.content)
-        grading = self.earlier(request_id, digest)
-        if grading is None:
-            try:
-                asked = await self.parse(record, body)
-            except WireError as error:
-                raise GradingRefusedError(400, str(error)) from None
-            grading = self.earlier(
-                request_id, digest
-            )  # the same request may have come again meanwhile
+        try:
+            grading = self.queue.find(request_id, digest)
+        except IdTakenError as error:
+            raise GradingRefusedError(409, str(error)) from None
         if grading is not None:
             self.metrics.joined.add()
             return grading
         if self.draining:
             raise GradingRefusedError(503, "draining: this server takes no new work")
+        path, client = request.path, request.remote or ""
         try:
-            grading = self.queue.submit(request_id, digest, lambda: answer_to(self.sandbox, asked))
+            grading = self.queue.submit(
+                request_id, digest, client, lambda: self.grader.answer(path, body.content)
+            )
         except QueueFullError as error:
             raise self.full(error.retry_after_s, "the queue is full") from None
         body.user = grading.task
         return grading
 
-    def earlier(self, request_id: str, digest: bytes) -> Grading | None:
-        try:
-            return self.queue.find(request_id, digest)
-        except IdTakenError as error:
-            raise GradingRefusedError(409, str(error)) from None
-
-    async def parse(self, record: Record, body: Body) -> Any:
-        """Return the request in the body. Only a small one is parsed in this thread."""
-        if len(body.content) <= PARSED_IN_PLACE_BYTES:
-            return wire.decode_request(record, body.content)
-        loop = asyncio.get_running_loop()
-        parsing = loop.run_in_executor(self._parser, wire.decode_request, record, body.content)
-        body.user = parsing
-        return await asyncio.shield(parsing)  # the thread needs the body until it has ended
-
     def full(self, retry_after_s: int, reason: str) -> GradingRefusedError:
         reason = f"{reason}; retry in {retry_after_s} s"
         return GradingRefusedError(429, reason, **{"Retry-After": str(retry_after_s)})
-
-    def shut_down(self) -> None:
-        """Stop the threads, once no request is open."""
-        self.queue.shut_down()
-        self._parser.shutdown(wait=False)
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         """Report whether this server takes work (503 if not), and what it is."""
         about = {
             "status": "draining" if self.draining else "ready",
-            "isolation": self.sandbox.isolation,
+            "isolation": self.grader.isolation,
             "versions": versions(),
-            "languages": self.sandbox.languages,
+            "languages": self.grader.languages,
             "workers": self.settings.workers,
             "running": self.queue.running,
             "queued": self.queue.waiting,
@@ -299,21 +270,10 @@ class GradingService:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
-def answer_to(sandbox: Sandbox, asked: wire.RunRequest | wire.GradeRequest) -> GradingAnswer:
-    """Run or grade what was asked, in a thread of the pool."""
-    if isinstance(asked, wire.RunRequest):
-        results = [sandbox.run(**vars(asked))]
-    else:
-        results = sandbox.grade(**vars(asked))
-    return GradingAnswer(wire.encode_results(results), tuple(result.status for result in results))
-
-
 def names_loopback(host: str) -> bool:
     """Return whether a Host header names this machine."""
-    try:
-        return is_loopback(urlsplit(f"//{host}").hostname or "")
-    except ValueError:
-        return False
+    found = HOST_FORM.fullmatch(host)
+    return found is not None and is_loopback((found[1] or found[2]).lower())
 
 
 def refused(status: int, reason: str, headers: Mapping[str, str]) -> web.Response:

@@ -3,10 +3,11 @@
 Theory of operation. Everything here runs in the event loop's thread, except `work`, which blocks
 and runs in a pool of threads. The pool has more threads than the sandbox has workers, so a program
 that sleeps delays no other. A request becomes a `Grading`: an asyncio task that waits for its turn
-(first come, first served), then for its thread. Its clients wait for the task behind a shield, so
-one that leaves does not disturb the others. If the last one leaves before the work begins, the task
-is cancelled and leaves the queue. Work that has begun is finished and its answer kept, since a
-client that lost its connection will ask again.
+(the clients' addresses take turns, and each is served in the order of arrival), then for its
+thread. Its clients wait for the task behind a shield, so one that leaves does not disturb the
+others. If the last one leaves before the work begins, the task is cancelled and leaves the queue.
+Work that has begun is finished and its answer kept, since a client that lost its connection will
+ask again.
 
 A request id names one piece of work. While that is queued, runs, or its answer is kept, a request
 with the same id joins it; the same id with another body is refused. Answers are kept for a bounded
@@ -16,20 +17,20 @@ time, in bounded number and size, the oldest dropped first. Failures are not kep
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ..verdict import Status
-from ..worker import ZygoteLostError
 from .metrics import GradingMetrics
 
 SMOOTHING = 0.05  # weight of the newest run in the mean from which Retry-After follows
 MOST_RETRY_AFTER_S = 30
 # Errors of the sandbox, not of the program.
-SANDBOX_FAULTS = (OSError, RuntimeError, ZygoteLostError)
+SANDBOX_FAULTS = (OSError, RuntimeError, MemoryError)
 
 
 class GradingAnswer(NamedTuple):
@@ -72,6 +73,50 @@ class Grading:
         self.task: asyncio.Task[GradingAnswer]
 
 
+class Turns:
+    """A number of places. When all are taken, clients take turns for those that become free."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by client, the next one first
+
+    @contextlib.asynccontextmanager
+    async def take(self, client: str) -> AsyncIterator[None]:
+        """Wait for a place, and give it back in the end."""
+        if self._free:
+            self._free -= 1
+        else:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(client, deque()).append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                turns = self._waiting.get(client, deque())
+                if not turn.cancelled():  # it was this one's turn
+                    self._pass_on()
+                elif turn in turns:
+                    turns.remove(turn)
+                    if not turns:
+                        del self._waiting[client]
+                raise
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            client = next(iter(self._waiting))
+            turns = self._waiting.pop(client)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[client] = turns  # behind the others
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
 class GradingQueue:
     """At most `jobs` pieces of work run, and at most `capacity` wait."""
 
@@ -83,7 +128,7 @@ class GradingQueue:
         self.running = 0
         self._keep = keep
         self._metrics = metrics
-        self._turn = asyncio.Semaphore(jobs)
+        self._turns = Turns(jobs)
         self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="grading")
         self._open: dict[str, Grading] = {}
         self._kept: OrderedDict[str, Grading] = OrderedDict()  # oldest first
@@ -104,15 +149,17 @@ class GradingQueue:
             raise IdTakenError(f"request id {request_id!r} names a request with another body")
         return grading
 
-    def submit(self, request_id: str, digest: bytes, work: Callable[[], GradingAnswer]) -> Grading:
-        """Queue new work. Raises QueueFullError if the queue is full."""
+    def submit(
+        self, request_id: str, digest: bytes, client: str, work: Callable[[], GradingAnswer]
+    ) -> Grading:
+        """Queue new work of a client. Raises QueueFullError if the queue is full."""
         assert request_id not in self._open and request_id not in self._kept
         if len(self._open) >= self.jobs + self.capacity:
             raise QueueFullError(self.retry_after_s())
         grading = Grading(request_id, digest)
         self._open[request_id] = grading
         self._idle.clear()
-        grading.task = asyncio.create_task(self._do(grading, work))
+        grading.task = asyncio.create_task(self._do(grading, client, work))
         grading.task.add_done_callback(lambda _: self._close(grading))
         return grading
 
@@ -140,12 +187,13 @@ class GradingQueue:
     def shut_down(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _do(self, grading: Grading, work: Callable[[], GradingAnswer]) -> GradingAnswer:
-        async with self._turn:
+    async def _do(
+        self, grading: Grading, client: str, work: Callable[[], GradingAnswer]
+    ) -> GradingAnswer:
+        async with self._turns.take(client):
             grading.running = True
             self.running += 1
             started_s = time.monotonic()
-            self._metrics.wait_s.observe(started_s - grading.arrived_s)
             try:
                 answer = await asyncio.get_running_loop().run_in_executor(self._threads, work)
             except SANDBOX_FAULTS as error:
@@ -155,6 +203,7 @@ class GradingQueue:
                 self.running -= 1
                 run_s = time.monotonic() - started_s
                 self._mean_run_s += SMOOTHING * (run_s - self._mean_run_s)
+        self._metrics.wait_s.observe(started_s - grading.arrived_s)
         for status in answer.statuses:
             self._metrics.results.add(status)
             if status is Status.SANDBOX_ERROR:

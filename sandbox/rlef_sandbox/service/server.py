@@ -1,13 +1,13 @@
 """A grading server, one Sandbox behind HTTP, from its start to its drain.
 
-Theory of operation. There is one process. The event loop's thread speaks HTTP, checks tokens and
-requests (`endpoints.py`), and keeps the queue (`grading_queue.py`). A pool of threads, one for each
-program under way, waits in the Sandbox, whose zygotes do the work. Bodies are read whole; large
-ones are parsed in a thread of their own.
+Theory of operation. The event loop's thread speaks HTTP, checks tokens and requests
+(`endpoints.py`), and keeps the queue (`grading_queue.py`). Bodies are read whole. A pool of
+threads, one for each program under way, passes them to a child process (`grading_process.py`),
+which parses them and waits in the Sandbox, whose zygotes do the work.
 
 SIGTERM or SIGINT drains: new work is refused (503, Connection: close), /health reports it, queued
 and running work is finished, its answers are sent, and the process exits with 0. A second signal
-ends it at once; the zygotes, which watch their controller's pidfd, end too.
+ends it at once; the child and its zygotes, which watch their parents, end too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from aiohttp import web
 
 from .. import Sandbox
 from .endpoints import GradingService, ServerSettings
+from .grading_process import PING, GradingProcess
 
 SEND_TIMEOUT_S = 30.0  # to send the last answers, once all work is finished
 UNREAD_TIMEOUT_MS = 120_000
+PING_EVERY_S = 10.0
+CHILD_TIMEOUT_S = 300.0  # more than one call of C takes on a body of the largest default size
 BACKLOG = 4096  # connections not yet accepted: a client may open all of its own at once
 
 
@@ -33,18 +36,21 @@ def serve(settings: ServerSettings) -> int:
     """Serve until a signal, then drain. Raises OSError if the address cannot be bound."""
     allow_connections()
     with (
+        GradingProcess(
+            lambda: Sandbox(settings.workers, settings.isolation, packages=settings.packages)
+        ) as grader,
         contextlib.closing(listening_socket(settings.host, settings.port)) as listener,
-        Sandbox(settings.workers, settings.isolation, packages=settings.packages) as sandbox,
     ):
-        asyncio.run(serve_and_drain(sandbox, settings, listener))
-    return 0
+        return asyncio.run(serve_and_drain(grader, settings, listener))
 
 
 async def serve_and_drain(
-    sandbox: Sandbox, settings: ServerSettings, listener: socket.socket
-) -> None:
-    service = GradingService(sandbox, settings)
+    grader: GradingProcess, settings: ServerSettings, listener: socket.socket
+) -> int:
+    """Return the exit code: 0 after a drain, 1 if the child ended."""
+    service = GradingService(grader, settings)
     asked_to_stop = asyncio.Event()
+    exit_code = 0
 
     def stop(number: int) -> None:
         if service.draining:
@@ -52,9 +58,18 @@ async def serve_and_drain(
         service.draining = True
         asked_to_stop.set()
 
+    def lose_child() -> None:
+        nonlocal exit_code
+        exit_code = 1
+        loop.remove_reader(grader.ended)
+        print("the process that grades ended, perhaps for lack of memory", flush=True)
+        service.draining = True
+        asked_to_stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
+    loop.add_reader(grader.ended, lose_child)
     # Without handler_cancellation the work of a client that left would stay in the queue.
     runner = web.AppRunner(
         service.application(),
@@ -63,6 +78,7 @@ async def serve_and_drain(
         auto_decompress=False,  # a body is never larger than what arrived
         shutdown_timeout=SEND_TIMEOUT_S,
     )
+    watching = asyncio.create_task(watch(grader))
     await runner.setup()
     await web.SockSite(runner, listener, backlog=BACKLOG).start()
     print(
@@ -77,8 +93,23 @@ async def serve_and_drain(
         flush=True,
     )
     await service.queue.drained()
+    watching.cancel()
     await runner.cleanup()
-    service.shut_down()
+    service.queue.shut_down()
+    return exit_code
+
+
+async def watch(grader: GradingProcess) -> None:
+    """Kill the child if it hangs, so that clients use another server. Return once it has ended."""
+    with contextlib.suppress(OSError):
+        while True:
+            await asyncio.sleep(PING_EVERY_S)
+            try:
+                async with asyncio.timeout(CHILD_TIMEOUT_S):
+                    await asyncio.to_thread(grader.answer, PING, bytearray())
+            except TimeoutError:
+                print(f"the process that grades has hung for {CHILD_TIMEOUT_S:g} s", flush=True)
+                grader.kill()
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -245,6 +245,9 @@ class RunRequest:
     limits: Limits | None = None
     language: str = "python"
 
+    def is_answered_by(self, results: Sequence[Result]) -> bool:
+        return len(results) == 1
+
 
 @dataclasses.dataclass(frozen=True)
 class GradeRequest:
@@ -257,6 +260,13 @@ class GradeRequest:
     stop_at_first_failure: bool = True
     language: str = "python"
     run_at_least: int = 0
+
+    def is_answered_by(self, results: Sequence[Result]) -> bool:
+        """Return whether there is a result for each test, or for fewer that end with a failure."""
+        if len(results) >= len(self.tests) or not self.stop_at_first_failure:
+            return len(results) == len(self.tests)
+        failed = any(result.status is not Status.OK for result in results)
+        return failed and len(results) >= self.run_at_least
 
 
 COMMON = {"source": BYTES, "limits": optional(LIMITS_FIELD), "language": TEXT}
