@@ -82,7 +82,9 @@ class Problem:
 def tests_of(problem: Problem) -> tuple[AnyTest, ...]:
     """Return all tests in the order in which they run, in the sandbox's types."""
     return tuple(
-        CheckTest(test.entry_point, test.code) if isinstance(test, AssertTest) else test
+        CheckTest(test.entry_point, test.code, compiled=False)
+        if isinstance(test, AssertTest)
+        else test
         for test in (*problem.public_tests, *problem.private_tests.tests)
     )
 

@@ -6,6 +6,7 @@ that unittest would give for plain values, without importing unittest into every
 
 import ast
 
+from rlef_mega.problems.literals import parse_python
 from rlef_mega.types import AssertTest
 
 # The operator of `left OP right`, and the message if it is false, as in unittest's assertEqual.
@@ -48,7 +49,7 @@ def assert_test(statement: str, entry_point: str, setup: str = "") -> AssertTest
 
 def parse_assert(statement: str) -> ast.Assert:
     try:
-        body = ast.parse(statement.strip()).body
+        body = parse_python(statement.strip()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{statement[:80]!r} is not valid Python: {error}") from None
     if len(body) != 1 or not isinstance(body[0], ast.Assert):

@@ -67,8 +67,8 @@ def read_journal(journal: Path) -> dict[str, Any]:
 
 
 def from_line(entry: dict[str, Any]) -> Parsed:
-    problem = entry["problem"]
-    return problem and parse_problem(problem), [tuple(lost) for lost in entry["lost"]]
+    problem = entry["problem"] and parse_problem(entry["problem"], compiled=False)
+    return problem, [tuple(lost) for lost in entry["lost"]]
 
 
 def grade_solution(problem: Problem, solution: str, sandbox: Sandbox) -> tuple[list[Result], str]:

@@ -14,7 +14,8 @@ A test is one of:
     {"args": "([1, 2], 0.3)", "expected": "True"}       of a function, in Python literals, because
                                                         JSON has no tuples or sets
     {"assert": "assert f(2) == 4", "setup": CODE}       an assert; `setup` runs before it
-    {"check": "def check(candidate): ..."}              code as in HumanEval; private tests only
+    {"check": "def check(candidate): ..."}              code as in HumanEval, which raises if the
+                                                        program is wrong; private tests only
 
 The function is the problem's `entry_point`, or the test's own.
 
@@ -28,7 +29,6 @@ cpp14, cpp17, cpp20, cpp23), `template` (codecontests, humaneval, mbpp, curricul
 reports), `wrong_programs` (known to fail). Unknown keys are refused.
 """
 
-import ast
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -43,10 +43,12 @@ from rlef_mega.problems.rows import (
     expect_strings,
     read_rows,
     refuse_broken_text,
+    unless_too_deep,
 )
 from rlef_mega.types import LANGUAGES, TEMPLATE_NAMES, AssertTest, PrivateTests, Problem
 from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Test
 from rlef_sandbox.checkers import CHECKERS
+from rlef_sandbox.code_check import fault_of
 from rlef_sandbox.values import encode, matches
 
 KEYS = tuple(field.name for field in fields(Problem))
@@ -60,9 +62,7 @@ def read_jsonl(path: str | Path) -> list[Problem]:
     line_of: dict[str, int] = {}
     for location, row in read_rows(Path(path)):
         try:
-            if isinstance(row, FieldError):
-                raise row
-            problem = parse_problem(row)
+            problem = unless_too_deep(parse_problem, row)
             if problem.id in problems:
                 raise FieldError(
                     f"id: {problem.id!r} is also that of line {line_of[problem.id]}; "
@@ -77,13 +77,15 @@ def read_jsonl(path: str | Path) -> list[Problem]:
     return list(problems.values())
 
 
-def parse_problem(row: Row) -> Problem:
-    """Return the problem of a row. Raises FieldError with the field and the remedy."""
+def parse_problem(row: Row, *, compiled: bool = True) -> Problem:
+    """Return the problem of a row. Raises FieldError with the field and the remedy. The code of a
+    row that was read before need not be `compiled` again.
+    """
     refuse_unknown(row, KEYS, "")
     entry_point = expect(row, "entry_point", str, None)
-    private = parse_tests(row, "private_tests", entry_point)
+    private = parse_tests(row, "private_tests", entry_point, compiled)
     public = []
-    for test in parse_tests(row, "public_tests", entry_point):
+    for test in parse_tests(row, "public_tests", entry_point, compiled):
         if isinstance(test, CheckTest) and not isinstance(test, AssertTest):
             raise FieldError(
                 "public_tests: a check has no input and output to show as feedback; "
@@ -99,11 +101,11 @@ def parse_problem(row: Row) -> Problem:
         public_tests=tuple(public),
         private_tests=PrivateTests(private),
         limits=parse_limits(expect(row, "limits", dict, {}), language),
-        checker=parse_checker(row),
+        checker=parse_checker(row, compiled),
         language=language,
         template=one_of(row, "template", TEMPLATE_NAMES),
         entry_point=entry_point,
-        prelude=parse_prelude(expect(row, "prelude", str, ""), language),
+        prelude=parse_prelude(expect(row, "prelude", str, ""), language, compiled),
         family=expect(row, "family", str, ""),
         difficulty=expect(row, "difficulty", str, ""),
         tags=expect_strings(row, "tags"),
@@ -111,24 +113,21 @@ def parse_problem(row: Row) -> Problem:
     )
 
 
-def parse_prelude(prelude: str, language: str) -> str:
+def parse_prelude(prelude: str, language: str, compiled: bool) -> str:
     """Return the prelude, with its last line ended: the program follows it directly."""
-    if language == "python":
-        try:
-            ast.parse(prelude)
-        except (SyntaxError, ValueError) as error:
-            raise FieldError(f"prelude: not valid Python ({error})") from None
+    if compiled and language == "python" and (fault := fault_of(prelude.encode())):
+        raise FieldError(f"prelude: {fault}")
     return prelude + "\n" if prelude and not prelude.endswith("\n") else prelude
 
 
-def parse_checker(row: Row) -> str | CheckerProgram:
+def parse_checker(row: Row, compiled: bool) -> str | CheckerProgram:
     checker = row.get("checker")
     if not isinstance(checker, dict):
         return one_of(row, "checker", tuple(CHECKERS))
     refuse_unknown(checker, ("program", "language"), "checker.")
     try:
         source, language = expect(checker, "program", str), one_of(checker, "language", LANGUAGES)
-        return CheckerProgram(source, language=language)
+        return CheckerProgram(source, language=language, compiled=compiled)
     except ValueError as error:
         raise FieldError(f"checker.program: {error}") from None
 
@@ -167,12 +166,12 @@ def parse_limits(row: Row, language: str) -> Limits:
         raise FieldError(f"limits: {error}") from None
 
 
-def parse_tests(row: Row, key: str, entry_point: str | None) -> tuple[AnyTest, ...]:
-    tests = expect(row, key, list, [])
-    return tuple(parse_test(test, f"{key}[{n}]", entry_point) for n, test in enumerate(tests))
+def parse_tests(row: Row, key: str, entry_point: str | None, compiled: bool) -> tuple[AnyTest, ...]:
+    tests = enumerate(expect(row, key, list, []))
+    return tuple(parse_test(test, f"{key}[{n}]", entry_point, compiled) for n, test in tests)
 
 
-def parse_test(test: Any, name: str, entry_point: str | None) -> AnyTest:
+def parse_test(test: Any, name: str, entry_point: str | None, compiled: bool) -> AnyTest:
     """Return a test; errors call it `name`, such as public_tests[0]."""
     if not isinstance(test, dict):
         raise FieldError(f"{name}: {test!r} is not an object; write stdin or args, and expected")
@@ -192,7 +191,7 @@ def parse_test(test: Any, name: str, entry_point: str | None) -> AnyTest:
     if not called:
         raise FieldError(f"{name}: calls a function, but entry_point does not say which")
     if "args" not in kind:
-        return parse_check(test, name, called)
+        return parse_check(test, name, called, compiled)
     args, expected = (literal(test[key], f"{name}.{key}") for key in ("args", "expected"))
     if not isinstance(args, tuple):
         raise FieldError(
@@ -205,12 +204,14 @@ def parse_test(test: Any, name: str, entry_point: str | None) -> AnyTest:
 CALL_FORMS = ({"args", "expected"}, {"check"}, {"assert"}, {"assert", "setup"}, {"assert", "check"})
 
 
-def parse_check(test: dict[str, str], name: str, entry_point: str) -> CheckTest:
+def parse_check(test: dict[str, str], name: str, entry_point: str, compiled: bool) -> CheckTest:
     try:
         if "assert" not in test:
-            return CheckTest(entry_point, test["check"])
+            return CheckTest(entry_point, test["check"], compiled=compiled)
         if "check" in test:
-            return AssertTest(entry_point, test["check"], statement=test["assert"])
+            return AssertTest(
+                entry_point, test["check"], compiled=compiled, statement=test["assert"]
+            )
         return assert_test(test["assert"], entry_point, test.get("setup", ""))
     except ValueError as error:
         raise FieldError(f"{name}.{'assert' if 'assert' in test else 'check'}: {error}") from None
@@ -219,8 +220,8 @@ def parse_check(test: dict[str, str], name: str, entry_point: str) -> CheckTest:
 def literal(text: str, name: str) -> Any:
     try:
         value = python_literal(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise FieldError(f"{name}: {text[:80]!r} is not a Python literal") from None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise FieldError(f"{name}: {text[:80]!r} is not a Python literal ({error})") from None
     try:
         encode(value)
     except (TypeError, ValueError) as error:

@@ -12,8 +12,13 @@ import tokenize
 from decimal import Decimal
 from typing import Any
 
+from rlef_sandbox.code_check import fault_of
+from rlef_sandbox.values import MOST_EQUAL_HASHES, refuse_collisions
+
 MAX_DIGITS = 4300  # that `int` and `repr` convert
 MOST_DIGITS = 50_000  # read here, as in LiveCodeBench's grader; the time is quadratic
+PARSED_CHARACTERS = 64 << 10
+F_STRING = re.compile(r"""\b[rR]?[fF][rR]?['"]""")
 LONG_INTEGER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 
 
@@ -40,9 +45,26 @@ def python_literal(text: str) -> Any:
     """
     if LONG_INTEGER.search(text):
         text = with_short_integers(text)
-    if "inf" not in text and "nan" not in text:
-        return ast.literal_eval(text)
-    return ast.literal_eval(NotFinite().visit(ast.parse(text.strip(), mode="eval")))
+    tree = parse_python(text.strip(), mode="eval")
+    if "inf" in text or "nan" in text:
+        tree = NotFinite().visit(tree)
+    for node in ast.walk(tree) if "{" in text else ():
+        members = getattr(node, "elts" if isinstance(node, ast.Set) else "keys", ())
+        if len(members) > MOST_EQUAL_HASHES:
+            refuse_collisions([ast.literal_eval(member) for member in members])
+    return ast.literal_eval(tree)
+
+
+def parse_python(text: str, mode: str = "exec") -> Any:
+    """Parse the Python code of a data set. Raises the errors of `ast.parse`.
+
+    Until Python 3.12 an f-string with many fields takes quadratic time, so long ones are tried in
+    a child.
+    """
+    may_be_slow = len(text) > PARSED_CHARACTERS and F_STRING.search(text)
+    if may_be_slow and (fault := fault_of(text.encode())):
+        raise ValueError(fault)
+    return ast.parse(text, mode=mode)
 
 
 def with_short_integers(text: str) -> str:

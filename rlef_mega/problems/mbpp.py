@@ -16,6 +16,7 @@ from pydantic import NonNegativeInt
 
 from rlef_mega.problems.asserts import assert_test
 from rlef_mega.problems.graded_rows import SOLUTION_FAILS, grade_solution, read_graded
+from rlef_mega.problems.literals import parse_python
 from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.rows import (
     FieldError,
@@ -96,13 +97,13 @@ def functions_called(code: str, tests: Sequence[str]) -> set[str]:
     try:
         defined = {
             node.name
-            for node in ast.parse(code).body
+            for node in parse_python(code).body
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
         }
         return {
             node.id
             for test in tests
-            for node in ast.walk(ast.parse(test.strip()))
+            for node in ast.walk(parse_python(test.strip()))
             if isinstance(node, ast.Name) and node.id in defined
         }
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

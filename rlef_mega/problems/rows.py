@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -29,6 +29,7 @@ BUFFER_BYTES = 1 << 20
 REQUIRED = object()
 TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number"}
 MALFORMED = "malformed"
+Result = TypeVar("Result")
 
 
 class SourceOptions(BaseModel):
@@ -253,6 +254,18 @@ def refuse_broken_text(text: str, key: str) -> None:
         raise FieldError(f"{key}: not valid text ({error})") from None
 
 
+def unless_too_deep(parse: Callable[..., Result], row: Row | FieldError, *others: Any) -> Result:
+    """Return what `parse` makes of a row. Raises FieldError if that is nested too deep for Python's
+    recursion, and the error that stands in place of a row.
+    """
+    if isinstance(row, FieldError):
+        raise row
+    try:
+        return parse(row, *others)
+    except (RecursionError, MemoryError):
+        raise FieldError("code or values are nested too deep; simplify them") from None
+
+
 Lost = tuple[str, str]  # reason and detail
 Parsed = tuple[Problem | None, list[Lost]]
 
@@ -292,9 +305,7 @@ def read_each(
         for location, row in read_rows(path, columns):
             name = "" if isinstance(row, FieldError) else str(row.get(id_key, ""))
             try:
-                if isinstance(row, FieldError):
-                    raise row
-                problem, lost = parse(row, path)
+                problem, lost = unless_too_deep(parse, row, path)
             except FieldError as error:
                 problem, lost = None, [(MALFORMED, str(error))]
             if problem is not None:

@@ -50,7 +50,8 @@ class ProblemStore(Sequence[Problem]):
         number = range(len(self))[index]
         start, end = self.offsets[number : number + 2]
         frame = os.pread(self.file.fileno(), end - start, start)  # threads share no file position
-        return parse_problem(json.loads(zstandard.ZstdDecompressor().decompress(frame)))
+        row = json.loads(zstandard.ZstdDecompressor().decompress(frame))
+        return parse_problem(row, compiled=False)
 
     def __iter__(self) -> Iterator[Problem]:
         return (self[number] for number in range(len(self)))

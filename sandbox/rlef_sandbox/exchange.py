@@ -21,7 +21,7 @@ import re
 import struct
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from . import values
@@ -142,9 +142,11 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
         for one in raised:
             one.__traceback__ = None  # hides the frames of this file
         raise
-    if isinstance(returned, Awaitable | AsyncIterator | Iterator):
+    if returned is not None:  # a verdict, or calls not yet made; either would be ignored
         kind = type(returned).__name__
-        _leave(CHECK_BROKEN, TypeError(f"check returned a {kind}, whose code has not run"))
+        _leave(CHECK_BROKEN, TypeError(f"check returned a {kind}; raise AssertionError instead"))
+    if not replies:
+        _leave(CHECK_BROKEN, TypeError("check returned without a call of the program"))
     os.pwrite(marks, b"1", HAS_RETURNED)
 
 

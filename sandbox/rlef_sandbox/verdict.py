@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import enum
-import inspect
-import symtable
-import threading
-import warnings
 from dataclasses import InitVar, dataclass, field
-from types import CodeType
+
+from .code_check import fault_of
 
 
 class Status(enum.StrEnum):
@@ -34,10 +31,6 @@ LIMITS_WITHIN = {
     "output_bytes": (1, 1 << 30),
     "processes": (1, 1 << 16),
 }
-
-PARSED_CHARACTERS = 16 << 10  # of untrusted code; takes some milliseconds
-LAZY = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-_compiling = threading.Lock()  # the filters of warnings belong to the whole process
 
 
 @dataclass(frozen=True)
@@ -131,9 +124,9 @@ class CheckTest:
 
     The code runs confined, in a process of its own. Arguments and results of its calls cross by
     value, as plain data, and an exception of a call is raised in it as the built-in type. Raises
-    ValueError for code that does not compile, and for an async or generator `check`, since a call
-    runs none of it. Untrusted code must not be `compiled` here, since that may take hours: then
-    only its syntax is checked, if it is short, and a run reports other faults as a SANDBOX_ERROR.
+    ValueError for code that does not compile within 10 s, and for a `check` that is async, a
+    generator, or returns a value: a call would pass any program. Code that is not
+    `compiled` here is accepted, and a run reports its faults as a SANDBOX_ERROR.
     """
 
     __test__ = False
@@ -144,34 +137,8 @@ class CheckTest:
     compiled: InitVar[bool] = True
 
     def __post_init__(self, compiled: bool) -> None:
-        what = f"CheckTest.code of {self.entry_point}"
-        _refuse_broken(what, self.code, self.check, compiled)
-
-
-def _refuse_broken(what: str, source: str, path: str, compiled: bool) -> None:
-    """Raise ValueError if the source does not compile, or the function at `path` is async or a
-    generator.
-    """
-    try:
-        if not compiled:
-            if len(source) <= PARSED_CHARACTERS:
-                # not `ast.parse`: two threads break that of Python 3.11 (gh-106905)
-                symtable.symtable(source, "<check>", "exec")
-            return
-        with _compiling, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # from bytes, as in the sandbox, so that an encoding declared in the source applies
-            code = compile(as_bytes(source), "<check>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        reason = str(error) or "nested too deep"
-        raise ValueError(f"{what} is not Python: {reason}") from None
-    for name in path.split("."):
-        inner = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name]
-        if not inner:
-            return
-        code = inner[-1]
-    if code.co_flags & LAZY:
-        raise ValueError(f"{what}: {path} is async or a generator; make it a plain function")
+        if compiled and (fault := fault_of(as_bytes(self.code), self.check)):
+            raise ValueError(f"CheckTest.code of {self.entry_point} {fault}")
 
 
 AnyTest = Test | CallTest | CheckTest
@@ -195,5 +162,6 @@ class CheckerProgram:
     compiled: InitVar[bool] = True
 
     def __post_init__(self, compiled: bool) -> None:
-        if self.language == "python":
-            _refuse_broken("CheckerProgram.source", self.source, "check", compiled)
+        is_checked = compiled and self.language == "python"
+        if is_checked and (fault := fault_of(as_bytes(self.source), "check", returns=True)):
+            raise ValueError(f"CheckerProgram.source {fault}")

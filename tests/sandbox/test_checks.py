@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import resource
+import time
 
 import pytest
 
@@ -136,6 +138,9 @@ def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> No
         "async def check(candidate): assert candidate(1) == 2",
         "check = lambda candidate: (yield candidate(1))",
         "def check(candidate): return map(candidate, [1])",
+        "def check(candidate): return candidate(1) == 2",
+        "check = lambda candidate: candidate(1) == 2",
+        "def check(candidate):\n    for n in []: assert candidate(n) == 2",
     ],
     ids=[
         "fails_on_its_own",
@@ -151,6 +156,9 @@ def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> No
         "is_async",
         "is_a_generator",
         "returns_calls_not_made",
+        "returns_its_verdict",
+        "is_an_expression",
+        "calls_nothing",
     ],
 )
 def test_a_broken_check_is_not_a_verdict(sandbox: Sandbox, code: str) -> None:
@@ -232,13 +240,52 @@ def test_code_that_does_not_compile_is_refused_when_made(code: str) -> None:
     ],
 )
 def test_an_async_or_generator_check_is_refused_when_made(code: str) -> None:
-    with pytest.raises(ValueError, match="check is async or a generator"):
+    with pytest.raises(ValueError, match="check that is async or a generator"):
         CheckTest("f", code, "Case.check" if "Case" in code else "check")
     CheckTest("f", f"{code}\ndef check(f): pass\nclass Case:\n    def check(self, f): pass")
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["return f(1) == 2", "assert f(1)\n    return True", "return 2 if f(1) else None"],
+)
+def test_a_check_that_returns_its_verdict_is_refused_when_made(body: str) -> None:
+    """It would be ignored, and every program would pass."""
+    with pytest.raises(ValueError, match="returns a value, which is ignored; raise Assertion"):
+        CheckTest("f", f"def check(f):\n    {body}")
+    nothing = "def g(): return 1\n    if f(g()): return\n    with g(): return None"
+    CheckTest("f", f"def check(f):\n    {nothing}")
+    CheckerProgram(f"def check(stdin, f, actual):\n    {body}")
+
+
+NESTED = "".join(f"{' ' * d}try: pass\n{' ' * d}finally:\n" for d in range(19)) + f"{' ' * 19}x\n"
+BOMBS = {
+    "blocks_that_double": NESTED * 20,
+    "blocks_that_double_in_an_encoding": "# coding: utf_7\n"
+    + (NESTED * 20).replace("finally", "+AGYAaQBuAGEAbABsAHk-"),
+    "fields": "f'" + "{a}" * 400_000 + "'",
+    "definitions": "def f(): pass\n" * 200_000,
+}
+
+
+@pytest.mark.parametrize("code", BOMBS.values(), ids=BOMBS)
+@pytest.mark.timing
+def test_code_that_takes_hours_to_compile_is_refused_when_made(code: str) -> None:
+    began_s = time.process_time()
+    children_began_s = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    for make in (lambda: CheckTest("f", code), lambda: CheckerProgram(code)):
+        with pytest.raises(ValueError, match=r"nested too deep|more than 10 s .* to compile"):
+            make()
+    assert time.process_time() - began_s < 2
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children_began_s < 25
+
+
+def test_long_code_is_compiled_within_its_bounds() -> None:
+    CheckTest("f", "def check(f):\n" + "    assert f(1) == 2\n" * 20_000)
+
+
 def test_a_broken_checker_is_refused_when_made() -> None:
-    with pytest.raises(ValueError, match=r"CheckerProgram\.source: check is async"):
+    with pytest.raises(ValueError, match=r"CheckerProgram\.source has a check that is async"):
         CheckerProgram("async def check(stdin, expected, actual): return True")
     with pytest.raises(ValueError, match=r"CheckerProgram\.source is not Python"):
         CheckerProgram("def check(")

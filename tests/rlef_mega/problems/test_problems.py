@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections import Counter
 
 import pytest
@@ -191,7 +192,7 @@ WRONG = {
         {**GOOD, "entry_point": "f", "public_tests": [{**CALL, "args": "(1j,)"}]},
         "args: a value of type complex cannot be judged",
     ),
-    "a prelude that is not a program": ({**GOOD, "prelude": "def ("}, "prelude: not valid Python"),
+    "a prelude that is not a program": ({**GOOD, "prelude": "def ("}, "prelude: is not Python"),
     "tags of numbers": ({**GOOD, "tags": [1]}, "tags: .*strings"),
 }
 
@@ -202,6 +203,43 @@ def test_a_wrong_line_is_named_with_file_line_and_field(tmp_path, row, message):
     path = write(tmp_path, first, "", row)
     with pytest.raises(ValueError, match=rf"problems\.jsonl, line 3: .*{message}"):
         load_problems(path)
+
+
+NESTED = "".join(f"{' ' * d}try: pass\n{' ' * d}finally:\n" for d in range(19)) + f"{' ' * 19}x\n"
+FIELDS = "f'" + "{a}" * 400_000 + "'"
+COLLIDING = ", ".join(hex(n * (2**61 - 1)) for n in range(1, 40_000))
+CALLED = {**GOOD, "entry_point": "f"}
+
+
+def tested(**test: str) -> dict[str, object]:
+    return {**CALLED, "private_tests": [test]}
+
+
+BOMBS = {
+    "a check": (tested(check=NESTED * 20), r"tests\[0\].check: .*nested too deep"),
+    "a checker": ({**GOOD, "checker": {"program": NESTED * 20}}, "checker.program: .*too deep"),
+    "a prelude": ({**GOOD, "prelude": NESTED * 20}, "prelude: .*nested too deep"),
+    "the setup of an assert": (tested(**{"assert": "assert f(1)"}, setup=NESTED * 20), "too deep"),
+    "an assert with a long sum": (tested(**{"assert": "assert 1" + " + 1" * 2500}), "too deep"),
+    "an assert with a long path": (tested(**{"assert": "assert f" + ".a" * 2000}), "too deep"),
+    "an assert with many fields": (tested(**{"assert": f"assert {FIELDS}"}), "more than 10 s"),
+    "a literal with many fields": (tested(args=f"({FIELDS},)", expected="1"), "not a Python lit"),
+    "a set of equal hashes": (tested(args="(1,)", expected=f"{{{COLLIDING}}}"), "hash like oth"),
+    "keys of equal hashes": (
+        tested(args="(1,)", expected=f"{{{COLLIDING.replace(',', ':1,')}:1}}"),
+        "hash like others",
+    ),
+}
+
+
+@pytest.mark.parametrize("row, message", BOMBS.values(), ids=BOMBS)
+@pytest.mark.timing
+def test_a_row_that_takes_python_hours_is_refused_within_seconds(tmp_path, row, message):
+    path = write(tmp_path, row)
+    began_s = time.process_time()
+    with pytest.raises(ValueError, match=rf"problems\.jsonl, line 1: .*{message}"):
+        load_problems(path)
+    assert time.process_time() - began_s < 5
 
 
 def test_a_prelude_ends_its_last_line(tmp_path):
