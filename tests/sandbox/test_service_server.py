@@ -441,7 +441,7 @@ def test_no_body_holds_up_other_requests(fields, answer):
             slowest_s = max(slowest_s, time.monotonic() - began_s)
             time.sleep(0.02)
         assert answer in replies[0].body.decode()
-        assert slowest_s < 0.5
+        assert slowest_s < 1
 
 
 def test_a_server_whose_child_is_killed_refuses_work_and_ends():
