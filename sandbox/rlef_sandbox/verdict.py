@@ -125,8 +125,8 @@ class CheckTest:
     The code runs confined, in a process of its own. Arguments and results of its calls cross by
     value, as plain data, and an exception of a call is raised in it as the built-in type. Raises
     ValueError for code that does not compile within 10 s, and for a `check` that is async, a
-    generator, or returns a value: a call would pass any program. Code that is not
-    `compiled` here is accepted, and a run reports its faults as a SANDBOX_ERROR.
+    generator, or returns a value, since it would pass any program. Code that is not `compiled` here
+    is accepted, and a run reports its faults as a SANDBOX_ERROR.
     """
 
     __test__ = False
