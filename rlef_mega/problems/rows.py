@@ -262,7 +262,7 @@ def unless_too_deep(parse: Callable[..., Result], row: Row | FieldError, *others
         raise row
     try:
         return parse(row, *others)
-    except (RecursionError, MemoryError):
+    except RecursionError:
         raise FieldError("code or values are nested too deep; simplify them") from None
 
 
