@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rlef_mega.flops import SequenceFlops
-from rlef_mega.megatron.network.attention import PackedSequences, packed_sequences
+from rlef_mega.megatron.network.attention import PackedSequences, packed_sequences, to_device
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import microbatches, spans
 from rlef_mega.types import Batch
@@ -76,13 +76,13 @@ class Cutting:
         token_ids_T, lengths = self.pad(batch.token_ids_T[tokens_T], lengths)
         device = self.ranks.device
         return Microbatch(
-            token_ids_T=token_ids_T.to(device),
+            token_ids_T=to_device(token_ids_T, device),
             sequences=packed_sequences(lengths, device),
-            action_rows_R=action_rows_R.to(device),
-            action_ids_R=batch.token_ids_T[action_positions_R].to(device),
-            actions_R=actions_R.to(device),
-            value_rows_V=value_rows_V.to(device),
-            values_V=values_V.to(device),
+            action_rows_R=to_device(action_rows_R, device),
+            action_ids_R=to_device(batch.token_ids_T[action_positions_R], device),
+            actions_R=to_device(actions_R, device),
+            value_rows_V=to_device(value_rows_V, device),
+            values_V=to_device(values_V, device),
         )
 
     def pad(self, token_ids_T: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:

@@ -36,7 +36,7 @@ def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequence
     ends_S = torch.tensor(lengths).cumsum(0)
     starts_S = ends_S - torch.tensor(lengths)
     positions_T = torch.arange(sum(lengths)) - starts_S.repeat_interleave(torch.tensor(lengths))
-    on_device = torch.nn.functional.pad(ends_S, (1, 0)).int().to(device, non_blocking=True)
+    on_device = to_device(torch.nn.functional.pad(ends_S, (1, 0)).int(), device)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=on_device,
@@ -44,8 +44,13 @@ def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequence
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         lengths=tuple(lengths),
-        rotation=Rotation(positions_T.to(device, non_blocking=True)),
+        rotation=Rotation(to_device(positions_T, device)),
     )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device without waiting for it. From pageable memory, CUDA would wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def rotated(
