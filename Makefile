@@ -72,7 +72,7 @@ test-sglang: setup setup-sglang
 # PYTHON=python3.12 if python3 is another version: .venv-gpu is for that one.
 test-null-gpu: setup-gpu
 	.venv-gpu/bin/python -m tests.null_gpu.launch --gpus 2 -- \
-		.venv-gpu/bin/python -m pytest -m null_gpu tests/null_gpu -rs --durations=10
+		.venv-gpu/bin/python -m pytest -m "null_gpu or gpu" tests/null_gpu tests/kernels/device --durations=10
 
 test-slurm: setup
 	sh scripts/install_slurm.sh

@@ -26,6 +26,7 @@ from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
+from rlef_mega.megatron.network.attention import to_device
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
@@ -285,9 +286,9 @@ class Learner:
         """Take one optimizer step on `ppo.policy_loss`, a mean over the action tokens."""
         assert self.policy is not None
         model, device = self.policy.last_chunk, self.ranks.device
-        old_A = targets.old_logprobs_A.to(device)
-        behaviour_A = batch.behaviour_logprobs_A.to(device)
-        advantages_A = targets.advantages_A.to(device)
+        old_A = to_device(targets.old_logprobs_A, device)
+        behaviour_A = to_device(batch.behaviour_logprobs_A, device)
+        advantages_A = to_device(targets.advantages_A, device)
         count = int(batch.action_bounds.diff()[list(sequences)].sum())
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
@@ -314,7 +315,10 @@ class Learner:
         """Take one optimizer step on `ppo.value_loss`, a mean over the values."""
         assert self.critic is not None
         model, device = self.critic.last_chunk, self.ranks.device
-        old_M, returns_M = targets.old_values_M.to(device), targets.returns_M.to(device)
+        old_M, returns_M = (
+            to_device(targets.old_values_M, device),
+            to_device(targets.returns_M, device),
+        )
         bounds = batch.action_bounds if self.ppo.token_level_value else batch.turn_bounds
         count = int(bounds.diff()[list(sequences)].sum())
 

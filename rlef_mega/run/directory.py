@@ -37,6 +37,9 @@ REMEDIES = {
 }
 
 
+PHASE = "phase: "  # begins the note of an error that names the phase in which it was raised
+
+
 class Clock:
     """Measures the phases of a step in seconds, and calls `note` as each phase begins and ends."""
 
@@ -49,7 +52,11 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         begun = time.perf_counter()
         self.note(f"{phase} begins")
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"{PHASE}{phase}")
+            raise
         self.note(f"{phase} ended")
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - begun
 

@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any
 
 from rlef_mega.config import ConfigError, ParallelConfig
-from rlef_mega.run.directory import DISK_IS_FULL, explain_error
+from rlef_mega.run.directory import DISK_IS_FULL, PHASE, explain_error
 
 # Python that imports nothing from the working directory: a file there may be named like a module.
 PYTHON = (sys.executable, "-P")
@@ -37,6 +37,13 @@ FAILED = 2  # exit code of a run that ended with an error message
 FAILURE_MARK = ".failed"  # in the run directory
 STEPS_PER_COLLECTION = 50
 PR_SET_PDEATHSIG = 1
+SHARD = (
+    "Set learner.offload = 'idle', or split the networks over more ranks "
+    "(parallel.tensor_model_parallel_size, pipeline_model_parallel_size, data_parallel_size)"
+)
+ACTIVATIONS = f"Lower learner.microbatch_tokens, or set model.recompute = 'full'. {SHARD}"
+# by phase of a step; the run resumes from its newest checkpoint with these settings changed
+MEMORY_REMEDIES = {"score": ACTIVATIONS, "update": ACTIVATIONS}
 OUTPUT_IS_GONE = (errno.EPIPE, errno.EIO, *DISK_IS_FULL)  # no reader, no terminal, no space
 
 
@@ -221,10 +228,24 @@ def worker_main(work: Callable[[Path], int]) -> None:
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
             where = "" if rank == "0" else f" on rank {rank}"
             hint = "(RLEF_TRACEBACK=1 shows where)"
-            print(f"error{where}: {explain_error(error)}\n{hint}", file=sys.stderr, flush=True)
+            said = explain_memory(error, rank) or explain_error(error)
+            print(f"error{where}: {said}\n{hint}", file=sys.stderr, flush=True)
         code = FAILED
     sys.stdout.flush()
     os._exit(code)  # not through destructors of process groups whose peers may be gone
+
+
+def explain_memory(error: Exception, rank: str) -> str | None:
+    """Return the phase and rank in which a GPU's memory was full, and what to change; None for
+    another error."""
+    import torch
+
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PHASE)]
+    phase = notes[0].removeprefix(PHASE) if notes else "start"
+    said = str(error).partition(" If reserved but")[0]
+    return f"rank {rank}, phase {phase}: {said} {MEMORY_REMEDIES.get(phase, SHARD)}"
 
 
 def collect_garbage_by_hand() -> None:

@@ -61,6 +61,7 @@ def environment(
         **before,
         "LD_PRELOAD": " ".join(filter(None, [str(folder / LIBRARY), before.get("LD_PRELOAD")])),
         "TRITON_LIBCUDA_PATH": str(folder),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of processes, which outlive their user
         "PYTHONPATH": os.pathsep.join(paths),
         **{name: str(value) for name, value in chosen.items()},
     }

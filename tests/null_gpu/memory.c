@@ -113,9 +113,16 @@ size_t null_free_bytes(int device)
     return used < total ? total - used : 0;
 }
 
+static long failing = -1; /* the first allocation that fails; 0: none, -1: not known yet */
+
+/* For a test that knows the moment: memory is exhausted from now on. */
+EXPORT void null_gpu_exhaust(void)
+{
+    failing = (long)null_counters()->allocations + 1;
+}
+
 static int take(size_t bytes, int device)
 {
-    static long failing = -1;
     Process *own = null_process();
     long number = (long)__atomic_add_fetch(&own->counters.allocations, 1, __ATOMIC_RELAXED);
     if (failing < 0)

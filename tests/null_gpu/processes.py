@@ -47,7 +47,12 @@ def python(
     """Run Python with these words. Fails with its output if it does not end with `code`."""
     command = [sys.executable, *map(str, words)]
     result = subprocess.run(
-        command, env=env or environment(), capture_output=True, text=True, timeout=300
+        command,
+        env=env or environment(),
+        cwd=None if words[0] == "-c" else ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,  # a busy machine
     )
     assert code is None or result.returncode == code, result.stdout + result.stderr
     return result

@@ -1,7 +1,6 @@
 """How often the host waits for the device in an update, as PyTorch's calls of the runtime say."""
 
 from collections.abc import Iterator
-from itertools import islice
 
 import pytest
 
@@ -30,11 +29,12 @@ def test_the_host_never_waits_inside_a_microbatch_and_rarely_in_an_update(ranks,
 
     settings = PPOConfig(updates_per_batch=1)
     rollout = RolloutConfig(max_new_tokens=40, max_context=320)
-    batch = pack(list(islice(random_episodes(rollout, 700, seed=0), 6)))
+    episode = next(random_episodes(rollout, 700, seed=0))
+    batch = pack([episode] * 6)
     learner = Learner(
         ranks,
         model,
-        learner=LearnerConfig(microbatch_tokens=1),  # each sequence is a micro-batch
+        learner=LearnerConfig(microbatch_tokens=batch.num_tokens // 6),  # a sequence each
         ppo=settings,
         dtype="float32",
         temperature=1.0,
@@ -50,4 +50,4 @@ def test_the_host_never_waits_inside_a_microbatch_and_rarely_in_an_update(ranks,
         waits(update, 6)  # compiles, and makes the optimizer's state
         few, many = waits(update, 2), waits(update, 6)
         assert few == many, f"{few} waits with 2 micro-batches, {many} with 6"
-        assert few <= 8
+        assert few <= 12  # a copy from pageable memory and the wait for it are two

@@ -7,11 +7,12 @@ numbers must be those of a CPU, up to rounding.
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from rlef_mega.config import TrainConfig, find_recipe, load_config
+from rlef_mega.preflight import check_train, claim_run_directory
 from tests.null_gpu.processes import environment, python
 
 pytestmark = pytest.mark.null_gpu
@@ -72,4 +73,23 @@ def test_too_few_devices_are_refused_with_a_message(model, tmp_path):
     assert re.search(r"error.*GPU", printed) and "invalid device ordinal" not in printed, printed
 
 
-assert sys.platform == "linux"
+def test_a_full_device_names_phase_and_rank_and_loses_nothing(model, tmp_path):
+    """At each phase of a step; then the run, resumed with more memory, ends."""
+    run = tmp_path / "run"
+    place = [f"run.dir={json.dumps(str(run))}", f"model.path={json.dumps(str(model))}"]
+    overrides = [*place, *SETTINGS, "parallel.tensor_model_parallel_size=1"]
+    config = load_config(find_recipe("demo"), overrides, TrainConfig)
+    claim_run_directory(config, run, check_train(config, grading_token=None))
+
+    def rank(moment: str, code: int) -> str:
+        (run / ".failed").unlink(missing_ok=True)  # as the launcher does
+        words = ("-m", "tests.null_gpu.out_of_memory_worker", run, moment)
+        return python(*words, env=environment(compute_mib=64), code=code).stderr
+
+    for moment in ("start", "score", "publish", "checkpoint", "update"):
+        said = rank(moment, 2)
+        assert f"error: rank 0, phase {moment}: CUDA out of memory. Tried to allocate" in said
+        assert "Set learner.offload = 'idle', or split the networks" in said, said
+        assert ("Lower learner.microbatch_tokens" in said) == (moment in ("score", "update"))
+    rank("none", 0)
+    assert [line["step"] for line in metrics(run)] == [1, 2]
