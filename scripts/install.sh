@@ -36,6 +36,18 @@ if ! from_folder --requirement "$requirements" 2>/dev/null; then
     echo "installing them"
     from_folder --requirement "$requirements"
 fi
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    echo "the configured indexes have PyTorch's CUDA build: fetching the libraries that it loads (2 GB)"
+    libraries=$("$venv/bin/python" -c '
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+for wanted in map(Requirement, requires("torch")):
+    here = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+    if here and wanted.name.startswith(("nvidia-", "cuda-")):
+        print(wanted.name + "[" + ",".join(wanted.extras) + "]" + str(wanted.specifier))')
+    # shellcheck disable=SC2086 # one word each
+    pip install --quiet $libraries
+fi
 if grep -q '^megatron-core==' "$requirements"; then
     from_folder --no-build-isolation --editable .
 fi
