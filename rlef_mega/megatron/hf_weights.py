@@ -65,7 +65,6 @@ def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
         return stored[part] if tensor.split_dim == 0 else stored[:, part]
 
 
-@torch.no_grad()
 def iter_hf_weights(
     chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,7 +75,8 @@ def iter_hf_weights(
     bucket's is written to again. So no receiver needs to clone it. It may be a view of its bucket,
     whose memory is freed with the last tensor of the bucket that is dropped. A receiver that drops
     each tensor before it asks for the next one needs one bucket of extra memory; one that keeps all
-    of them holds a copy of the whole model.
+    of them holds a copy of the whole model. (torch.no_grad as a decorator would hold each tensor
+    until the next one is there.)
 
     One collective carries a bucket of many small tensors; a tensor that is larger than a bucket is
     a bucket of its own.
@@ -114,19 +114,17 @@ def gather_bucket(
     size = tensor_group.size()
     shapes = [torch.Size(tensor.local_shape(size)) for tensor in tensors]
     sizes = [shape.numel() for shape in shapes]
-    options = {"dtype": chunks[0].config.params_dtype, "device": ranks.device}
-    owned = position.rank == ranks.pipeline_parallel_rank
-    if owned:
+    gathered = None
+    if position.rank == ranks.pipeline_parallel_rank:
         chunk = chunks[position.chunk]
-        shards = torch.cat([tensor.view(chunk).reshape(-1) for tensor in tensors])
-    else:
-        shards = torch.empty(sum(sizes), **options)
-    gathered = torch.empty(size * sum(sizes), **options)
-    if size > 1 and owned:
-        # tensor-parallel group of the owning stage: concatenates the shards
-        dist.all_gather_into_tensor(gathered, shards, group=tensor_group)
-    elif size == 1:
-        gathered = shards
+        gathered = torch.cat([tensor.view(chunk).detach().reshape(-1) for tensor in tensors])
+    if size > 1 or gathered is None:
+        shards, dtype = gathered, chunks[0].config.params_dtype
+        gathered = torch.empty(size * sum(sizes), dtype=dtype, device=ranks.device)
+        if shards is not None:
+            # tensor-parallel group of the owning stage: concatenates the shards
+            dist.all_gather_into_tensor(gathered, shards, group=tensor_group)
+            del shards
     if ranks.pipeline_parallel_size > 1:
         # pipeline group: the owning stage hands its tensors to the others
         owner = dist.get_global_rank(pipeline_group, position.rank)
@@ -161,6 +159,7 @@ def relay(
         # receivers: the policy's first rank to the critic's ranks
         dist.broadcast(whole, src=0, group=ranks.receivers)
         yield tensor.name, whole
+        del whole  # before the next one is gathered
 
 
 def export_hf(

@@ -107,7 +107,7 @@ def run_schedule(
     schedule = get_forward_backward_func(
         ranks.pipeline_parallel_size, len(chunks) if interleaved else None
     )
-    return schedule(
+    results = schedule(
         forward_step_func=forward_step,
         data_iterator=iterators if interleaved else iterators[0],
         model=list(chunks),
@@ -119,6 +119,10 @@ def run_schedule(
         pg_collection=ranks.groups,
         p2p_communicator=P2PCommunicator(ranks.groups.pp, config) if pipelined else None,
     )
+    for chunk in chunks:  # Megatron keeps the last input of each, and its gradient
+        network: Any = getattr(chunk, "module", chunk)
+        network.set_input_tensor([None])
+    return results
 
 
 @torch.no_grad()
