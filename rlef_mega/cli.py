@@ -309,6 +309,34 @@ def plan(
 
 
 @app.command()
+def rehearse(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rank: Annotated[
+        int | None, typer.Option(help="one rank; default: one of each kind of the layout")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="h100-80gb, h200 or b200")] = "h100-80gb",
+    dialogue_tokens: Annotated[
+        int | None, typer.Option(help="length of all dialogues; default: the assumed mean")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
+) -> None:
+    """Run a rank of a recipe's real layout on a GPU that is not there: its memory by phase, kernel
+    launches, waits and collectives. Needs a CUDA build of PyTorch (make setup-gpu), no GPU."""
+    from rlef_mega.rehearse.command import run_rehearsal
+
+    path = find_recipe(recipe)
+    run_rehearsal(
+        str(path),
+        load_config(path, overrides or [], TrainConfig),
+        rank=rank,
+        gpu=gpu,
+        dialogue_tokens=dialogue_tokens,
+        out=out,
+    )
+
+
+@app.command()
 def view(
     runs: Annotated[list[Path], typer.Argument(help="a run directory, or several side by side")],
     live: Annotated[

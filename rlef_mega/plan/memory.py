@@ -35,6 +35,8 @@ from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layer
 
 # The most that a chunk of logits takes in the fused head, whatever the batch (rlef_kernels)
 HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_BYTES = 2**30, 2**22
+CUBLAS_BYTES = 64 * 2**20  # of two threads, on Hopper (PyTorch's default)
+BUCKET_BYTES = 256 * 2**20  # as in megatron/hf_weights.py
 Head = Literal["fused", "value"]
 
 
@@ -145,30 +147,57 @@ class Network:
             kept += 2 * self.weight_bytes * self.shape.hidden / self.sequence_shards
         return self.in_flight(rank, microbatches) * tokens * kept
 
-    def scratch(self, rank: int, tokens: int, read: int) -> float:
-        """Return the largest temporary memory; the head reads `read` tokens."""
-        peaks = [self.layer_scratch(tokens)]
-        if self.is_last(rank):
-            peaks.append(self.head_scratch(tokens, read))
-        matrices = 0.0 if self.on_cpu else self.shape.layer_products / self.tensor
-        return max(peaks) + self.weight_bytes * matrices
-
-    def layer_scratch(self, tokens: int) -> float:
-        """Return the bytes that the backward pass of a layer allocates."""
-        block = 3 * self.weight_bytes * self.shape.ffn / self.tensor
-        again = {"none": 0.0, "selective": block, "full": self.layer_bytes("none")}
-        return tokens * (block + again[self.recompute] + self.gathered_bytes)
+    def standing(self, tokens: int) -> float:
+        """Return the bytes of the buffers that last from phase to phase: for the tokens that
+        sequence parallelism gathers, and cuBLAS's workspaces."""
+        return tokens * self.gathered_bytes + (0 if self.on_cpu else CUBLAS_BYTES)
 
     @property
     def gathered_bytes(self) -> float:
         """Bytes per token that sequence parallelism gathers for a matrix product."""
         return self.weight_bytes * self.shape.hidden if self.sequence_shards > 1 else 0.0
 
+    def scratch(self, rank: int, tokens: int, read: int) -> float:
+        """Return the largest temporary memory of an update; the head reads `read` tokens."""
+        peaks = [self.layer_scratch(tokens)]
+        if self.is_last(rank):
+            peaks.append(self.head_scratch(tokens, read))
+        matrices = 0.0 if self.on_cpu else self.shape.layer_products / self.tensor
+        return max(peaks) + self.weight_bytes * matrices
+
+    def scoring_scratch(self, rank: int, tokens: int, read: int) -> float:
+        """Return the largest temporary memory of a forward pass alone."""
+        shape, t = self.shape, self.tensor
+        peaks = [tokens * (4 * shape.ffn / t + 6 * shape.hidden / self.sequence_shards)]
+        if self.is_last(rank) and self.head != "value":
+            peaks.append((2 * tokens + read) * shape.hidden)
+        return self.weight_bytes * max(peaks)
+
+    def gather_scratch(self) -> float:
+        """Return the bytes of the largest bucket of gathered weights, and of a whole tensor made of
+        its parts (hf_weights); a table is a bucket of its own."""
+        table = self.weight_bytes * self.shape.table_parameters
+        if self.tensor == 1:
+            return max(table, BUCKET_BYTES)
+        matrix = self.weight_bytes * self.shape.hidden * self.shape.ffn
+        return max(2 * table, self.tensor * BUCKET_BYTES + matrix)
+
+    def layer_scratch(self, tokens: int) -> float:
+        """Return the bytes that the backward pass of a layer allocates."""
+        block = 3 * self.weight_bytes * self.shape.ffn / self.tensor
+        again = {"none": 0.0, "selective": block, "full": self.layer_bytes("none")}
+        return tokens * (block + again[self.recompute])
+
     def head_scratch(self, tokens: int, read: int) -> float:
+        """Return the bytes that the head and its backward pass allocate: the rows that are read and
+        their gradient, a chunk of logits, and the gradient that is summed over the ranks in fp32;
+        and, on a GPU only after these, the gradient of all tokens."""
         hidden = self.weight_bytes * self.shape.hidden
         if self.head == "value":
-            return tokens * (hidden + self.gathered_bytes)
-        # the rows that are read, and their gradient; the gradient of all tokens
+            return tokens * hidden
         logits = read * self.weight_bytes * self.shape.vocabulary / self.tensor
         chunk = min(logits, CPU_HEAD_CHUNK_BYTES if self.on_cpu else HEAD_CHUNK_BYTES)
-        return tokens * (hidden + self.gathered_bytes) + 2 * read * hidden + chunk
+        summed = 4 * self.shape.hidden * read if self.tensor > 1 else 0
+        if self.on_cpu:
+            return 2 * read * hidden + chunk + tokens * hidden
+        return 2 * read * hidden + max(chunk + summed, tokens * hidden)

@@ -37,6 +37,7 @@ class RankMemory:
     parts: dict[str, float]  # allocated in the fullest phase
     phase: str  # the one with the most memory
     pinned: float  # in the host's memory, kept from phase to phase
+    phases: dict[str, float]  # bytes in each of the learner's phases
 
     @property
     def total(self) -> float:
@@ -178,28 +179,58 @@ class PlannedRun:
             }
             for network, net in trained.items()
         }
-        resident = plus(*state.values())
         if self.has_reference and "policy" in trained:
-            resident["reference"] = self.policy.weights(rank)
-        phases = {}
-        for network, net in trained.items():
-            phases[f"update {network}"] = (state[network] if self.offloads else resident) | {
-                "activations": self.activations(net, rank),
-                "scratch": net.scratch(
-                    rank, self.config.learner.microbatch_tokens, self.head_tokens
-                ),
+            state["reference"] = dict.fromkeys(STATE, 0.0) | {
+                "reference": self.policy.weights(rank)
             }
-        if self.offloads:  # a checkpoint saves both networks
-            saved = {part: resident[part] for part in ("weights", "optimizer")}
-            phases["checkpoint"] = dict.fromkeys((*STATE, "activations", "scratch"), 0.0) | saved
+        phases = self.phases(rank, trained, state)
         phase, parts = max(phases.items(), key=lambda item: total(item[1]))
         # the copy that a checkpoint is written from: of a weight's data-parallel owners, one
         pinned = sum(net.weights(rank) / net.data + net.optimizer(rank) for net in trained.values())
         if self.offloads:  # gradients are not moved to the host but freed, and allocated again
-            pinned += total(resident) - resident["gradients"]
+            everything = plus(*state.values())
+            pinned += total(everything) - everything["gradients"]
         if self.embedded_engine:
             parts = parts | {"engine": self.embedded_engine}
-        return RankMemory(name, parts, phase, pinned)
+        return RankMemory(name, parts, phase, pinned, {of: total(phases[of]) for of in phases})
+
+    def phases(
+        self, rank: int, trained: dict[str, Network], state: dict[str, dict[str, float]]
+    ) -> dict[str, dict[str, float]]:
+        """Compute the bytes of each part in each of the learner's phases on one rank."""
+        tokens, everything = self.config.learner.microbatch_tokens, plus(*state.values())
+        standing = next(iter(trained.values())).standing(tokens)
+        found: dict[str, dict[str, float]] = {}
+
+        def add(name: str, here: dict[str, float], *, activations: float, scratch: float) -> None:
+            on_device = here if self.offloads else everything
+            nothing = dict.fromkeys(STATE, 0.0)
+            found[name] = nothing | on_device
+            found[name] |= {"activations": activations, "scratch": scratch + standing}
+
+        networks = dict(trained)
+        if "reference" in state:
+            networks["reference"] = self.policy
+        for network, net in networks.items():
+            weights = {part: state[network][part] for part in ("weights", "reference")}
+            scratch = net.scoring_scratch(rank, tokens, self.head_tokens)
+            add(f"score {network}", weights, activations=0.0, scratch=scratch)
+        for network, net in trained.items():
+            add(
+                f"update {network}",
+                state[network],
+                activations=self.activations(net, rank),
+                scratch=net.scratch(rank, tokens, self.head_tokens),
+            )
+        saved = plus(*(state[network] for network in trained)) | {"gradients": 0.0}
+        add("checkpoint", saved, activations=0.0, scratch=0.0)
+        if "policy" in trained:
+            weights = {"weights": state["policy"]["weights"]}
+            add("gather", weights, activations=0.0, scratch=self.policy.gather_scratch())
+        else:  # whole tensors, from the policy's first rank
+            table = self.weight_bytes * self.shape.table_parameters
+            add("gather", {}, activations=0.0, scratch=table)
+        return found
 
     @property
     def embedded_engine(self) -> float:

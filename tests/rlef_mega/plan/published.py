@@ -46,7 +46,7 @@ class StoredLogitsNetwork(Network):
     def head_scratch(self, tokens: int, read: int) -> float:
         logits = self.weight_bytes * self.shape.vocabulary / self.tensor
         gradient = self.weight_bytes * self.shape.table_parameters / self.tensor
-        return tokens * (logits + self.gathered_bytes) + gradient
+        return tokens * logits + gradient
 
 
 def simumax_network(row: dict[str, Any]) -> Network:
@@ -73,6 +73,7 @@ def peak(network: Network, rank: int, tokens: int, microbatches: int) -> float:
         + network.optimizer(rank)
         + network.activations(rank, tokens, microbatches)
         + network.scratch(rank, tokens, 0)
+        + network.standing(tokens)
     )
 
 

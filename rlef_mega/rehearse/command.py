@@ -1,0 +1,239 @@
+"""`rlef rehearse`: run one rank of each kind of a recipe's layout on the null GPU, and report."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, dump_toml
+from rlef_mega.flops import LlamaShape
+from rlef_mega.plan.hardware import GIB, Device, find_device
+from rlef_mega.plan.memory import Network
+from rlef_mega.plan.planned_run import PlannedRun, shape_of
+from rlef_mega.plan.step_time import TRAINING
+from rlef_mega.rehearse.request import REQUEST, RESULT, Request
+from rlef_mega.run.directory import write_atomically
+
+CHECKOUT = Path(__file__).parents[2]
+NULL_GPU = CHECKOUT / "tests/null_gpu/launch.py"
+NULL_DEVICES = {"h100-80gb": "h100", "h200": "h200", "b200": "b200"}
+# Of the null GPU: nothing is computed, and no larger copy is made. Contents decide nothing here.
+SETTINGS = {"NULL_GPU_COMPUTE_MIB": "0", "NULL_GPU_COPY_MIB": "1"}
+REMEDIES = (
+    "lower learner.microbatch_tokens, raise model.recompute (selective, full), set "
+    "learner.offload=idle, or give the model more tensor- or pipeline-parallel ranks"
+)
+
+
+def run_rehearsal(
+    title: str,
+    config: TrainConfig,
+    *,
+    rank: int | None,
+    gpu: str,
+    dialogue_tokens: int | None,
+    out: Path | None,
+) -> None:
+    """Rehearse and print a table of each rank; write all figures to `out`.
+
+    Raises ConfigError if a rank needs more memory than the device has, or the null GPU is missing.
+    """
+    console, device = Console(), find_device(gpu)
+    shape = shape_of(config)
+    if shape is None:
+        raise ConfigError(f"{title}: give model.shape, or a model.path with a config.json")
+    run = PlannedRun.of(config, shape)
+    ranks = kinds_of_ranks(run) if rank is None else {name_of_rank(run, rank): rank}
+    request = rehearsed_update(run, dialogue_tokens)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="rlef-rehearse-") as name:
+        folder = Path(name)
+        write_inputs(folder, config, shape, request)
+        for name, number in ranks.items():
+            with console.status(f"rank {number} of {config.world_size:,}: {name}"):
+                measured = rehearse_rank(folder, config, number, NULL_DEVICES[device.name])
+            if "error" in measured:
+                raise ConfigError(
+                    f"rank {number} ({name}) does not fit {device.name}: {measured['error']}; "
+                    + REMEDIES
+                )
+            plan, pinned = planned(run, number, request)
+            console.print(rank_table(f"{title}, rank {number}: {name}", measured, plan, device))
+            found[name] = {"rank": number, "plan": plan, "planned_pinned_bytes": pinned}
+            found[name] |= measured
+    if out is not None:
+        content = {"recipe": title, "device": device.name, "request": asdict(request)}
+        write_atomically(out, json.dumps(content | {"ranks": found}, indent=1) + "\n")
+        console.print(f"wrote {out}")
+
+
+def kinds_of_ranks(run: PlannedRun) -> dict[str, int]:
+    """Return one rank of each kind: the first, an inner and the last stage of each layout."""
+    kinds: dict[str, int] = {}
+    layouts = {"": run.parallel, "critic's ": run.critic_parallel}
+    first = 0
+    for owner, layout in layouts.items():
+        if layout is None:
+            continue
+        last = layout.pipeline_model_parallel_size - 1
+        stages = {0: "first stage", min(1, last): "inner stage", last: "last stage"}
+        for stage, name in sorted(stages.items()):
+            kinds[f"{owner}{name if last else 'only stage'}"] = first + stage * stride(layout)
+        first += layout.world_size
+    return kinds
+
+
+def stride(layout: ParallelConfig) -> int:
+    """Return how many ranks one pipeline stage has: the order is tensor, data, pipeline."""
+    return layout.tensor_model_parallel_size * layout.data_parallel_size
+
+
+def name_of_rank(run: PlannedRun, rank: int) -> str:
+    """Return a rank's network and stage. Raises ConfigError if the layout has no such rank."""
+    if not 0 <= rank < run.training_gpus:
+        raise ConfigError(f"--rank {rank}: the layout has ranks 0 to {run.training_gpus - 1}")
+    stage, network = stage_of(run, rank)
+    owner = "critic's " if run.critic_parallel and network is run.critic else ""
+    return f"{owner}stage {stage}"
+
+
+def rehearsed_update(run: PlannedRun, dialogue_tokens: int | None) -> Request:
+    """Return an update of full micro-batches, with dialogues of about the assumed mean length."""
+    budget, tensor = run.config.learner.microbatch_tokens, run.policy.tensor
+    mean = dialogue_tokens or round(run.dialogues.tokens)
+    if not 1 < mean <= budget:
+        raise ConfigError(f"--dialogue-tokens {mean}: from 2 to learner.microbatch_tokens {budget}")
+    each = budget // mean
+    dialogue = budget // each // tensor * tensor
+    return Request(
+        dialogue=dialogue,
+        responses=max(1, round(dialogue * run.dialogues.sampled / run.dialogues.tokens)),
+        per_microbatch=each,
+        microbatches=run.load(run.policy, TRAINING).microbatches,
+    )
+
+
+def write_inputs(folder: Path, config: TrainConfig, shape: LlamaShape, request: Request) -> None:
+    """Write what a rehearsed rank reads: the recipe with one update a batch, the model's config."""
+    model = Path(config.model.path)
+    if not (model / "config.json").is_file():
+        from transformers import LlamaConfig
+
+        model = folder / "model"
+        LlamaConfig(
+            **shape.hf_settings(), dtype=config.model.dtype, architectures=["LlamaForCausalLM"]
+        ).save_pretrained(model)
+    rehearsed = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": str(model), "weights": None}),
+            "ppo": config.ppo.model_copy(update={"updates_per_batch": 1}),
+        }
+    )
+    (folder / "config.toml").write_text(dump_toml(rehearsed))
+    (folder / REQUEST).write_text(json.dumps(asdict(request)))
+
+
+def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: str) -> dict[str, Any]:
+    """Run one rank in a process of its own on the null GPU. Returns what it measured."""
+    if not NULL_GPU.is_file():
+        raise ConfigError(f"rlef rehearse needs the project's checkout: there is no {NULL_GPU}")
+    own = CHECKOUT / ".venv-gpu/bin/python"
+    python = str(own) if own.is_file() else sys.executable
+    result = folder / RESULT.format(rank)
+    ended = subprocess.run(
+        [sys.executable, str(NULL_GPU), "--device", device, "--gpus", "1", "--",
+         python, "-P", "-m", "rlef_mega.rehearse.rank", str(folder)],
+        env={
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(config.world_size),
+            "LOCAL_RANK": "0",
+            **SETTINGS,
+        },
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if not result.is_file():
+        printed = "\n".join((ended.stdout + ended.stderr).splitlines()[-12:])
+        raise RuntimeError(
+            f"rank {rank} ended with exit code {ended.returncode}; is there a CUDA build of "
+            f"PyTorch in {python} (make setup-gpu)?\n{printed}"
+        )
+    return json.loads(result.read_text())
+
+
+def stage_of(run: PlannedRun, rank: int) -> tuple[int, Network]:
+    """Return a rank's pipeline stage, and the network whose layout it belongs to."""
+    if run.critic_parallel and rank >= run.parallel.world_size:
+        return (rank - run.parallel.world_size) // stride(run.critic_parallel), run.critic
+    return rank // stride(run.parallel), run.policy
+
+
+def planned(
+    run: PlannedRun, rank: int, request: Request
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Return for each of the learner's phases what `rlef plan` and flops.py compute for this rank:
+    bytes of memory, and FLOPs of PyTorch's matrix products. And the bytes of pinned memory."""
+    stage, network = stage_of(run, rank)
+    row = stage + (run.policy.pipeline if network is run.critic and run.critic_parallel else 0)
+    tokens = request.dialogue * request.per_microbatch * request.microbatches
+    layers = network.layers[stage]
+    shape = run.shape.with_layers(layers)
+    forward = 2 * layers * shape.layer_products * tokens / network.tensor
+    again = {"none": 0, "selective": 2 * 3 * layers * shape.hidden * shape.ffn * tokens}
+    again["full"] = 2 * layers * shape.layer_products * tokens
+    flops = {
+        "score": forward,
+        "update": 3 * forward + again[run.recompute] / network.tensor,
+        # a Triton kernel computes the first of the head's three products
+        "head": 4 * shape.table_parameters * tokens * request.responses / request.dialogue,
+    }
+    memory = run.memory()[row]
+    found = {}
+    for name, size in memory.phases.items():
+        products = flops.get(name.split()[0], 0.0)
+        if name == "update policy" and network.is_last(stage):
+            products += flops["head"] / network.tensor
+        found[name.replace(" ", "_")] = {"bytes": size, "product_flops": products}
+    return found, memory.pinned
+
+
+def rank_table(
+    title: str, measured: dict[str, Any], plan: dict[str, dict[str, float]], device: Device
+) -> Table:
+    """Return a row for each phase; the caption compares the fullest one with the device."""
+    table = Table(
+        "phase", "plan", "peak", "kept", "reserved", "pinned", "launches", "waits", "collectives",
+        "GB", "PFLOPs", "s here", title=f"{title}; memory in GiB",
+    )  # fmt: skip
+    for name, phase in measured["phases"].items():
+        sizes = (phase[f"{kind}_bytes"] / GIB for kind in ("peak", "kept", "reserved", "pinned"))
+        table.add_row(
+            name.replace("_", " "),
+            f"{plan[name]['bytes'] / GIB:.2f}" if name in plan else "",
+            *(f"{size:.2f}" for size in sizes),
+            f"{phase['launches']:,}",
+            f"{phase['waits']:,}",
+            f"{sum(phase['collectives'].values()):,}",
+            f"{sum(phase['collective_bytes'].values()) / 1e9:.1f}",
+            share(phase["product_flops"], plan.get(name, {}).get("product_flops", 0.0)),
+            f"{phase['seconds']:.1f}",
+        )
+    fullest, phase = max(measured["phases"].items(), key=lambda item: item[1]["peak_bytes"])
+    table.caption = (
+        f"fullest in '{fullest.replace('_', ' ')}': {phase['peak_bytes'] / GIB:.1f} of "
+        f"{device.memory_gib:.0f} GiB, with about {device.context_gib:.0f} GiB outside PyTorch"
+    )
+    return table
+
+
+def share(counted: float, computed: float) -> str:
+    """Return the counted PFLOPs of matrix products, and how many percent of flops.py's they are."""
+    return f"{counted / 1e15:.3f} ({counted / computed:.1%})" if computed else ""
