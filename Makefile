@@ -4,7 +4,7 @@
 # make test    lint, types, and the tests that need no GPU, SGLang server or Slurm
 # make test-slow     the tests that take more than a minute each
 # make test-sglang   rollouts from the real SGLang server, in an environment of its own (3.3 GB)
-# make test-null-gpu   the host's side of the GPU path on a GPU that is not there; an environment of its own (5 GB)
+# make test-null-gpu   the host's side of the GPU path, on a simulated GPU; an environment of its own (5 GB)
 # make test-slurm    runs on a real Slurm of five nodes on this host; installs it as root on Debian
 #
 # Downloaded wheels are kept in $(WHEELS), so that another checkout installs without a network.
@@ -69,7 +69,7 @@ SGLANG_TESTS ?= sglang
 test-sglang: setup setup-sglang
 	"$(BIN)/python" -m pytest -m "$(SGLANG_TESTS)" tests/sglang -rs --durations=10
 
-# PYTHON=python3.12 if python3 is another version: .venv-gpu is for that one.
+# .venv-gpu needs Python 3.12: add PYTHON=python3.12 if python3 is another version.
 test-null-gpu: setup-gpu
 	.venv-gpu/bin/python -m tests.null_gpu.launch --gpus 2 -- \
 		.venv-gpu/bin/python -m pytest -m "null_gpu or gpu" tests/null_gpu tests/kernels/device --durations=10

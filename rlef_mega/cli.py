@@ -408,7 +408,8 @@ def bench(
         str | None, typer.Option(help="kernels: only those of such names, like 'fused,Liger'")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="kernels, slice: start no measurement after these")
+        float | None,
+        typer.Option(min=0, help="kernels, slice: start no measurement after this time"),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="compare: the fraction by which a figure may be worse")

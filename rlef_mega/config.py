@@ -355,7 +355,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def expect_the_dtypes_rounding(cls, given: Any) -> Any:
-        """Fill in the limits of float32, where a larger gap than rounding is a fault."""
+        """Lower the default limits in float32, where any gap beyond rounding is a fault."""
         match given:
             case {"model": {"dtype": "float32"}} if isinstance(given.get("guard", {}), dict):
                 limits = {"max_logprob_gap": 0.01, "mean_logprob_gap": 0.001}

@@ -22,8 +22,8 @@ echo "installing from $wheels"
 if ! from_folder --requirement "$requirements" 2>/dev/null; then
     echo "fetching PyTorch and the other packages of $requirements into $wheels (once)"
     torch=$(grep '^torch==' "$requirements")
-    # Three ways to the same version, by cost: kept here, the CPU index, whatever indexes are configured. A CUDA build
-    # is not on the CPU index, which has another build of its version.
+    # Sources of this version, cheapest first: wheels kept here, the CPU index, the configured indexes. The CPU index has
+    # no CUDA builds, but CPU builds of the same version.
     kept() { pip download --quiet --no-index --find-links "$wheels" "$@" 2>/dev/null; }
     cpu_build() {
         ! grep -q '^nvidia-' "$requirements" &&

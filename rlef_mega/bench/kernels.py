@@ -24,7 +24,7 @@ from rlef_mega.bench.measure import measure_call
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError
 
-MINUTES = 7.0  # after which no measurement is started; the whole command takes one more
+MINUTES = 7.0  # after which no measurement is started; the command ends about one minute later
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from rlef_mega.plan.planned_run import RECOMPUTE
 from rlef_mega.types import Batch, Targets
 
 Phases = dict[str, Callable[[], object]]
-MINUTES = 6.5  # after which no round is started; the whole command takes half of one more
+MINUTES = 6.5  # after which no round is started; the command ends about half a minute later
 MINUTES_FILE = "minutes"
 REPEATS = 7
 MICROBATCHES = 4  # of an update

@@ -46,8 +46,8 @@ class HostBuffer:
 def host_bytes(size: int, *, pinned: bool) -> torch.Tensor:
     """Return uninitialised host memory, which is unpinned before it is freed.
 
-    PyTorch's own pinned memory takes the next power of two: 8 GiB for 5. Pages are pinned here in
-    whole, so that no two pieces of memory share one. Raises RuntimeError if they cannot be pinned.
+    PyTorch rounds its own pinned memory up to a power of two: 8 GiB for 5. Here whole pages are
+    pinned, and no two pieces of memory share one. Raises RuntimeError if they cannot be pinned.
     """
     if not pinned:
         return torch.empty(size, dtype=torch.uint8)

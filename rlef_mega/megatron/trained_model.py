@@ -56,14 +56,15 @@ def l2_norm(
     return torch.stack(torch._foreach_norm(lists[0])).norm()[None], None
 
 
-# Without Transformer Engine and apex, Megatron would wait for the device once a parameter.
+# Without Transformer Engine and apex, Megatron would wait for the device once per parameter.
 if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
     clip_grads.l2_norm_impl = l2_norm
 
 
 def fuse_adam(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Let PyTorch's AdamW use one kernel on a GPU; its default there makes temporaries of 4 bytes a
-    parameter. Does nothing to the optimizers of Transformer Engine and apex, which are fused."""
+    """Let PyTorch's AdamW use one kernel on a GPU; its default there makes temporaries of 4 bytes
+    per parameter. Does nothing to the optimizers of Transformer Engine and apex, which are fused.
+    """
     if isinstance(optimizer, torch.optim.AdamW) and device.type != "cpu":
         for group in optimizer.param_groups:
             group["fused"] = True

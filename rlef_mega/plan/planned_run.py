@@ -185,7 +185,7 @@ class PlannedRun:
             }
         phases = self.phases(rank, trained, state)
         phase, parts = max(phases.items(), key=lambda item: total(item[1]))
-        # the copy that a checkpoint is written from: of a weight's data-parallel owners, one
+        # the copy from which a checkpoint is written; one data-parallel rank owns each weight
         pinned = sum(net.weights(rank) / net.data + net.optimizer(rank) for net in trained.values())
         if self.offloads:  # gradients are not moved to the host but freed, and allocated again
             everything = plus(*state.values())

@@ -167,8 +167,8 @@ def check_gpus(processes: int, layout: ParallelConfig) -> None:
 def gpu_settings(uses_ipc: bool) -> dict[str, str]:
     """Return environment variables that CUDA and PyTorch read when a rank starts to use a GPU.
 
-    Megatron's overlapped communication needs kernels to start in launch order. Segments of memory
-    that can grow leave fewer gaps, but other processes cannot map them everywhere.
+    Megatron's overlapped communication needs kernels to start in launch order. Expandable segments
+    fragment memory less, but on some systems other processes cannot map them.
     """
     settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if not uses_ipc and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:

@@ -35,7 +35,7 @@ def _facts(pid: int) -> dict[str, str]:
 
 
 def programs_below(process: int) -> Iterator[int]:
-    """Give the descendants that have no children, unlike program servers and process 1 of a run."""
+    """Yield the descendants without children: not program servers, nor process 1 of a run."""
     for child in children_of(process):
         yield from list(programs_below(child)) or [child]
 

@@ -44,8 +44,8 @@ def _succeeds_in(pid: int, probe: Callable[[], bool], wait: Callable[[int], int]
 def probe_child_layers(
     supervisor: Supervisor, call_filter: Filter | None, bounds: Bounds
 ) -> dict[str, bool]:
-    """Start children as for a run, which try what each layer must refuse. Returns which hold.
-    `bounds` has the namespaces of a run.
+    """Start children as for a run, which try what each layer must refuse. Returns the layers that
+    hold. `bounds` has the namespaces of a run.
     """
 
     def holds(probe: Callable[[], bool], bounds: Bounds, call_filter: Filter | None) -> bool:

@@ -47,7 +47,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.arg
 """
 
 
-def test_make_test_gpu_collects_the_kernels_tests_alone():
+def test_make_test_gpu_collects_only_the_kernels_tests():
     """An image with a GPU, PyTorch, Triton and pytest is enough."""
     pytest.importorskip("triton", reason="Triton is not installed")
     root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Fixtures of the tests on the null GPU: `make test-null-gpu` starts them on two of them."""
+"""Fixtures of the tests on the null GPU: `make test-null-gpu` starts them on two null GPUs."""
 
 import json
 import os

@@ -194,7 +194,7 @@ static int wait_for_device(void)
     return null_error();
 }
 
-/* For an operation that compute.py runs in the place of a CUDA kernel that would wait. */
+/* For an operation that null_gpu_compute.py runs in place of a CUDA kernel that would wait. */
 EXPORT void null_gpu_wait(void) { wait_for_device(); }
 
 /* ------------------------------------------------------------------ devices */

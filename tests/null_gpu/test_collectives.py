@@ -37,7 +37,7 @@ def start(what: str, **settings: object) -> list[subprocess.Popen[str]]:
     return started
 
 
-def test_collectives_are_made():
+def test_collectives_match_their_definitions():
     ranks = start("check")
     printed = [rank.communicate(timeout=200)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(printed)

@@ -62,7 +62,7 @@ struct init {
     uint8_t stack[INIT_STACK_BYTES];
     const struct plan *plan;
     sigset_t signals; /* of the child */
-    void *resume[5];  /* where the child goes on, on the zygote's stack */
+    void *resume[5];  /* where the child continues, on the zygote's stack */
     enum order order;
     uint32_t answered;
     pid_t child; /* its id in its namespace */
@@ -73,7 +73,7 @@ struct init {
 
 static struct init inits[MAX_CHILDREN] __attribute__((aligned(16)));
 static pid_t init_pids[MAX_CHILDREN]; /* or 0 */
-static int init_bells[MAX_CHILDREN];  /* eventfds that tell of an order */
+static int init_bells[MAX_CHILDREN];  /* eventfds that signal an order */
 static int own_pidfd, last_id;        /* see rlef_own_children */
 
 static int die_with_parent(pid_t parent)
@@ -87,7 +87,7 @@ static int die_with_parent(pid_t parent)
     return 0;
 }
 
-/* Gives up all capabilities, which a new user namespace gives over it, but those in `kept`. */
+/* Gives up all capabilities that come with a new user namespace, except those in `kept`. */
 static int keep_capabilities(uint64_t kept)
 {
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
@@ -236,7 +236,7 @@ static int start_second(struct init *init)
     }
     if (init->child < 0)
         return errno;
-    /* who reads a descriptor's owner gets the id that the process has in the reader's namespace */
+    /* F_GETOWN returns the id that the process has in the reader's namespace */
     init->pidfd = (int)syscall(SYS_pidfd_open, init->child, 0);
     int error = init->pidfd < 0 || fcntl(init->pidfd, F_SETOWN, init->child) != 0 ? errno : 0;
     if (error == 0 && has_ids && init->child != FIRST_ID)
@@ -325,7 +325,7 @@ static __attribute__((noinline)) int start_in_namespaces(const struct plan *plan
     init->plan = plan;
     sigprocmask(SIG_SETMASK, NULL, &init->signals);
     if (__builtin_setjmp(init->resume) != 0) {
-        memset(init_pids, 0, sizeof init_pids); /* they count the processes that there were */
+        memset(init_pids, 0, sizeof init_pids); /* they reveal how many processes there were */
         return 0;
     }
     ask(cell, START);
@@ -369,7 +369,7 @@ int rlef_spawn(const struct plan *plan, int cell, struct started *child)
     return 1;
 }
 
-/* Waits for a child to end, and lets go of it. */
+/* Waits for a child to end, and releases its id and pidfd. */
 void rlef_reap(int cell, const struct started *child, struct ended *ended)
 {
     if (child->by_init) {

@@ -82,7 +82,7 @@ def test_offloaded_state_is_one_piece_of_host_memory_that_is_reused():
 
 
 def test_adam_is_fused_on_a_gpu_and_counts_its_steps_there():
-    """On the device "meta", which stands for any but a CPU."""
+    """On the device "meta", which stands for any device but a CPU."""
     for device, fused in (("cpu", None), ("meta", True)):
         weight = torch.zeros(3, device=device, requires_grad=True)
         adam = torch.optim.AdamW([weight])
@@ -103,7 +103,7 @@ class ValuesRead(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_a_gradient_norm_waits_for_the_device_once_and_not_once_a_parameter():
+def test_a_gradient_norm_waits_for_the_device_once_and_not_once_per_parameter():
     gradients = [torch.randn(number + 1) for number in range(9)]
     with device_mode(), ValuesRead() as read:
         norm, _ = clip_grads.multi_tensor_applier(

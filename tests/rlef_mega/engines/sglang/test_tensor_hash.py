@@ -33,7 +33,7 @@ def tile_hash(words: list[int], first: int, length: int) -> int:
     return halves[0] << 32 | halves[1]
 
 
-def test_the_kernel_hashes_as_defined_and_as_sglangs():
+def test_the_kernel_hashes_as_defined_and_as_sglang_does():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(Path(__file__))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
