@@ -163,10 +163,11 @@ def test_ranks_have_the_settings_of_a_gpu_before_they_import_anything(
 ) -> None:
     for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    worker = "import os; print({n: v for n, v in os.environ.items() if n[:3] in ('CUD', 'PYT')})"
-    done = run_two_ranks(tmp_path, worker, ".")
-    assert done.stdout.count("'CUDA_DEVICE_MAX_CONNECTIONS': '1'") == 2, done.stderr
-    assert done.stdout.count("'PYTORCH_ALLOC_CONF': 'expandable_segments:True'") == 2
+    found = "{n: v for n, v in os.environ.items() if n[:3] in ('CUD', 'PYT')}"
+    worker = f"import os, sys; print({found}, file=sys.stderr)"
+    _, said = run_two_ranks(tmp_path, worker, ".")
+    assert said.count("'CUDA_DEVICE_MAX_CONNECTIONS': '1'") == 2, said
+    assert said.count("'PYTORCH_ALLOC_CONF': 'expandable_segments:True'") == 2
     # CUDA IPC cannot map such segments everywhere, and the user's own settings count
     assert "PYTORCH_ALLOC_CONF" not in gpu_settings(uses_ipc=True)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
