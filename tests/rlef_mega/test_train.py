@@ -41,6 +41,7 @@ TINY_RUN = [
     "run.steps=4",
     "run.checkpoint_every=2",
     "rollout.episodes_per_batch=8",
+    "rollout.max_new_tokens=16",
     "ppo.updates_per_batch=2",
     "eval.every=2",
     "eval.problems=4",

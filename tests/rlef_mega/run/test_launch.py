@@ -46,16 +46,18 @@ def start_two_ranks(
         [*wrapper, sys.executable, "-P", "-c", LAUNCH, argument],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": ":".join([str(folder / "modules"), *sys.path[1:]])},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run_two_ranks(folder: Path, worker: str, argument: str, *wrapper: str) -> tuple[int, str]:
-    """Return the exit code and what the command said on stderr."""
+def run_two_ranks(
+    folder: Path, worker: str, argument: str, *wrapper: str
+) -> subprocess.CompletedProcess[str]:
     command = start_two_ranks(folder, worker, argument, *wrapper)
-    _, said = command.communicate(timeout=100)
-    return command.returncode, said
+    stdout, stderr = command.communicate(timeout=100)
+    return subprocess.CompletedProcess(command.args, command.returncode, stdout, stderr)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +70,10 @@ def run_two_ranks(folder: Path, worker: str, argument: str, *wrapper: str) -> tu
 def test_the_rank_that_fails_says_why(tmp_path: Path, failing: str, message: str) -> None:
     (tmp_path / failing).mkdir()
     (tmp_path / failing / ".failed").touch()  # from an earlier launch: has no effect
-    code, said = run_two_ranks(tmp_path, WORKER, failing)
-    assert code == 2, said
-    assert message in said
-    assert said.count("no memory") == 1
+    done = run_two_ranks(tmp_path, WORKER, failing)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("no memory") == 1
 
 
 def test_a_signal_to_every_process_stops_the_ranks_and_no_other(tmp_path: Path) -> None:
@@ -117,8 +119,8 @@ def read(file: Path) -> bytes:
 def test_ranks_outlive_their_output(tmp_path: Path, output: str) -> None:
     worker = "from rlef_mega.run.launch import *; worker_main(lambda folder: print('step 1') or 0)"
     wrapper = ("bash", "-o", "pipefail", "-c", f'"$@" {output}', "bash")
-    code, said = run_two_ranks(tmp_path, worker, ".", *wrapper)
-    assert code == 0, said
+    done = run_two_ranks(tmp_path, worker, ".", *wrapper)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another host name")
@@ -127,8 +129,8 @@ def test_ranks_of_one_machine_meet_whatever_its_name_resolves_to(tmp_path: Path)
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.88.77 weird-host\n")
     script = f'mount --bind {tmp_path}/hosts /etc/hosts && hostname weird-host && exec "$@"'
     wrapper = ("unshare", "--uts", "--mount", "sh", "-c", script, "sh")
-    code, said = run_two_ranks(tmp_path, worker, "", *wrapper)
-    assert code == 0, said
+    done = run_two_ranks(tmp_path, worker, "", *wrapper)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_launch_leaves_neither_its_signal_handlers_nor_a_stop_file(tmp_path: Path) -> None:
