@@ -5,6 +5,7 @@
 # make test-slow     the tests that take more than a minute each
 # make test-sglang   rollouts from the real SGLang server, in an environment of its own (3.3 GB)
 # make test-null-gpu   the host's side of the GPU path, on a simulated GPU; an environment of its own (5 GB)
+# make test-python312  tests of models, layouts, checkpoints and kernels in that environment: Python 3.12, on a CPU
 # make test-slurm    runs on a real Slurm of five nodes on this host; installs it as root on Debian
 #
 # Downloaded wheels are kept in $(WHEELS), so that another checkout installs without a network.
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-gpu check-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-python312 test-gpu check-gpu bench bench-gpu bench-trl clean
 
 setup: $(VENV)/installed
 
@@ -73,6 +74,11 @@ test-sglang: setup setup-sglang
 test-null-gpu: setup-gpu
 	.venv-gpu/bin/python -m tests.null_gpu.launch --gpus 2 -- \
 		.venv-gpu/bin/python -m pytest -m "null_gpu or gpu" tests/null_gpu tests/kernels/device --durations=10
+
+# On a CPU, what depends most on Python, PyTorch, Triton and Megatron, with the versions of requirements-gpu.txt
+test-python312: setup-gpu
+	.venv-gpu/bin/python -m pytest -m "$(LOCAL) and not slow and not timing" --numprocesses auto --dist loadfile \
+		tests/rlef_mega/megatron tests/kernels --durations=5
 
 test-slurm: setup
 	sh scripts/install_slurm.sh
