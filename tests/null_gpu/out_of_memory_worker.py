@@ -1,18 +1,17 @@
 """One rank of a run whose device is full at a named moment: RUN_DIR MOMENT; `none` runs to the
 end."""
 
+import contextlib
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from rlef_mega import parts
 from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.engines.local import LocalEngine
-from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.run.launch import worker_main
 from rlef_mega.train import train
@@ -20,12 +19,20 @@ from rlef_mega.train import train
 # what is called when memory runs out, and at which call
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "start": (parts, "make_learner", 1),
-    "rollout": (LocalEngine, "generate", 2),
     "score": (Learner, "score", 1),
     "update": (Learner, "update_policy", 3),  # of the second step
-    "publish": (Learner, "policy_weights", 2),
-    "checkpoint": (Checkpoints, "save", 1),
 }
+
+
+held: list[torch.Tensor] = []
+
+
+def rest_of_the_cache() -> Iterator[torch.Tensor]:
+    """Take what PyTorch's allocator still has, in ever smaller pieces."""
+    for bits in range(24, 8, -1):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                yield torch.empty(2**bits, dtype=torch.uint8, device="cuda")
 
 
 def exhausting(function: Callable, number: int) -> Callable:
@@ -37,8 +44,8 @@ def exhausting(function: Callable, number: int) -> Callable:
         nonlocal calls
         calls += 1
         if calls == number:
-            torch.cuda.empty_cache()
             ctypes.CDLL(None).null_gpu_exhaust()
+            held.extend(rest_of_the_cache())
         return function(*args, **kwargs)
 
     return call
