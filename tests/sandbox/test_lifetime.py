@@ -96,11 +96,12 @@ def test_a_zygote_lost_between_two_tests_is_replaced() -> None:
         assert [r.status for r in sandbox.grade("print(input())", tests)] == [Status.OK] * 3
 
 
-def test_a_child_killed_from_outside_is_run_again() -> None:
+@pytest.mark.parametrize("process", [-1, -2], ids=["child", "process_1_of_its_namespaces"])
+def test_a_child_killed_from_outside_is_run_again(process: int) -> None:
     with Sandbox(workers=1) as sandbox:
         source = "import time; time.sleep(1.5); print(1)"
         thread, results = run_in_thread(sandbox, source, Limits(wall_s=20))
-        os.kill(max(descendants(os.getpid())), signal.SIGKILL)
+        os.kill(sorted(descendants(os.getpid()))[process], signal.SIGKILL)
         thread.join()
         assert [r.status for r in results] == [Status.OK]
 

@@ -11,8 +11,8 @@
  * Where the machine allows, a child runs in a user namespace, in which its threads are counted, and
  * in a pid namespace, in which its ids begin with 2. A zygote cannot fork into these, and a program
  * that is their process 1 would not be ended by signals. So each cell has an `init`, made once, which
- * shares the zygote's memory and descriptors. It starts one child after another, and reaps them when
- * the zygote asks. The two share errno and the C library's thread too, so one of them always waits.
+ * shares the zygote's memory and descriptors, and starts and reaps one child after another. The two
+ * share errno and the C library's thread too: whatever init does while the zygote works cannot fail.
  *
  * launch_plan.py mirrors `struct plan`; supervisor_python.py takes the same steps in Python. Each
  * layer is one function here, which returns 0, or -1 with errno set.
@@ -26,12 +26,12 @@
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -42,8 +42,9 @@
 
 #define STREAMS 3
 #define PENDING_SIGNALS 64 /* as in launch_plan.py */
-#define BORROWED_STACK_BYTES (64 << 10) /* of a child that shares our memory until it execs */
-#define INIT_STACK_BYTES (16 << 10)
+#define BORROWED_STACK_BYTES (16 << 10) /* of a child that shares our memory until it execs */
+#define INIT_STACK_BYTES ((16 << 10) + BORROWED_STACK_BYTES)
+#define REAPED_ID (1 << 30) /* of no process; stands for that of one that ended at once */
 #define FIRST_ID 2 /* in a pid namespace, after that of its init */
 #ifndef SYS_close_range
 #define SYS_close_range 436
@@ -55,16 +56,13 @@
 #define CAP_CHECKPOINT_RESTORE 40
 #endif
 
-enum order { START, REAP };
-
 /* What zygote and init share about the child of one cell. */
 struct init {
     uint8_t stack[INIT_STACK_BYTES];
     const struct plan *plan;
     sigset_t signals; /* of the child */
-    void *resume[5];  /* where the child continues, on the zygote's stack */
-    enum order order;
-    uint32_t answered;
+    jmp_buf resume;   /* where the child continues, on the zygote's stack */
+    uint32_t settled, reaped; /* futexes: whether that is so */
     pid_t child; /* its id in its namespace */
     int pidfd;
     int error; /* errno, if there is no child */
@@ -194,10 +192,7 @@ static int run_executable(void *argument)
  * blocked meanwhile, so that no handler runs in it. */
 static pid_t spawn_executable(const struct plan *plan)
 {
-    char *stack = mmap(NULL, BORROWED_STACK_BYTES, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-    if (stack == MAP_FAILED)
-        return -1;
+    uint8_t stack[BORROWED_STACK_BYTES] __attribute__((aligned(16)));
     struct borrower borrower = {plan, getpid()};
     sigset_t all, before;
     sigfillset(&all);
@@ -206,7 +201,6 @@ static pid_t spawn_executable(const struct plan *plan)
                       CLONE_VM | CLONE_VFORK | SIGCHLD, &borrower);
     int number = errno;
     sigprocmask(SIG_SETMASK, &before, NULL);
-    munmap(stack, BORROWED_STACK_BYTES);
     errno = number;
     return pid;
 }
@@ -226,13 +220,18 @@ static pid_t start(const struct plan *plan)
 static int start_second(struct init *init)
 {
     int has_ids = (init->plan->namespaces & CLONE_NEWPID) != 0;
+    if (has_ids && waitpid(-1, NULL, WNOHANG) >= 0) { /* left by a program that could fork */
+        kill(-1, SIGKILL);
+        while (waitpid(-1, NULL, 0) > 0)
+            continue;
+    }
     if (keep_capabilities(1ULL << CAP_CHECKPOINT_RESTORE) != 0 ||
         (has_ids && pwrite(last_id, "1", 1, 0) != 1)) /* the next is 2, whatever ran here before */
         return errno;
     init->child = start(init->plan);
     if (init->child == 0) { /* the child, in a copy of the zygote's memory */
         sigprocmask(SIG_SETMASK, &init->signals, NULL);
-        __builtin_longjmp(init->resume, 1);
+        longjmp(init->resume, 1);
     }
     if (init->child < 0)
         return errno;
@@ -249,45 +248,44 @@ static int start_second(struct init *init)
     return error;
 }
 
+static void say(uint32_t *futex)
+{
+    __atomic_store_n(futex, 1, __ATOMIC_SEQ_CST);
+    syscall(SYS_futex, futex, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
 static int be_init(void *argument)
 {
     struct init *init = argument;
     struct pollfd awaited[] = {{init_bells[init - inits], POLLIN, 0}, {own_pidfd, POLLIN, 0}};
     uint64_t rung;
+    siginfo_t end;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0)
+        _exit(1);
     for (;;) {
+        /* if the zygote died before that call, its pidfd tells */
         if (poll(awaited, 2, -1) < 0 || awaited[1].revents != 0 ||
             read(awaited[0].fd, &rung, sizeof rung) < 0)
-            _exit(1); /* the zygote ended, so the kernel may end the namespaces */
-        if (init->order == START) {
-            init->error = start_second(init);
-        } else {
-            init->ended.lost_memory = rlef_lost_memory(init->child);
-            wait4(init->child, &init->ended.wait_status, 0, &init->ended.usage);
-            /* what a program forked, without a filter, is now a child of process 1 */
-            if (getpid() == 1 && waitpid(-1, NULL, WNOHANG) >= 0) {
-                kill(-1, SIGKILL);
-                while (waitpid(-1, NULL, 0) > 0)
-                    continue;
-            }
-        }
-        __atomic_store_n(&init->answered, 1, __ATOMIC_SEQ_CST);
-        syscall(SYS_futex, &init->answered, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+            _exit(1); /* with which the kernel ends the namespaces */
+        init->error = start_second(init);
+        int failed = init->error != 0;
+        say(&init->settled);
+        if (failed)
+            continue;
+        waitid(P_PID, (id_t)init->child, &end, WEXITED | WNOWAIT);
+        init->ended.lost_memory = rlef_lost_memory(init->child);
+        wait4(init->child, &init->ended.wait_status, 0, &init->ended.usage);
+        say(&init->reaped);
     }
 }
 
-/* Gives an order to a cell's init, and waits until it is done. If init is gone, this process ends:
- * a fault, after which its runs are repeated. */
-static void ask(int cell, enum order order)
+/* Waits until a cell's init says so. If it is gone, this process ends: a fault, after which its runs
+ * are repeated. */
+static void await(int cell, uint32_t *futex)
 {
     static const struct timespec patience = {1, 0};
-    static const uint64_t ring = 1;
-    struct init *init = &inits[cell];
-    init->order = order;
-    init->answered = 0;
-    if (write(init_bells[cell], &ring, sizeof ring) < 0)
-        _exit(1);
-    while (!__atomic_load_n(&init->answered, __ATOMIC_SEQ_CST))
-        if (syscall(SYS_futex, &init->answered, FUTEX_WAIT_PRIVATE, 0, &patience, NULL, 0) != 0 &&
+    while (!__atomic_load_n(futex, __ATOMIC_SEQ_CST))
+        if (syscall(SYS_futex, futex, FUTEX_WAIT_PRIVATE, 0, &patience, NULL, 0) != 0 &&
             waitpid(init_pids[cell], NULL, WNOHANG) != 0)
             _exit(1);
 }
@@ -319,21 +317,26 @@ static int make_init(int cell, int namespaces)
 static __attribute__((noinline)) int start_in_namespaces(const struct plan *plan, int cell,
                                                          struct started *child)
 {
+    static const uint64_t ring = 1;
     struct init *init = &inits[cell];
     if (init_pids[cell] == 0 && make_init(cell, plan->namespaces) != 0)
         return -1;
     init->plan = plan;
     sigprocmask(SIG_SETMASK, NULL, &init->signals);
-    if (__builtin_setjmp(init->resume) != 0) {
+    if (setjmp(init->resume) != 0) {
         memset(init_pids, 0, sizeof init_pids); /* they reveal how many processes there were */
         return 0;
     }
-    ask(cell, START);
+    init->settled = init->reaped = 0;
+    if (write(init_bells[cell], &ring, sizeof ring) < 0)
+        return -1;
+    await(cell, &init->settled);
     if (init->error) {
         errno = init->error;
         return -1;
     }
-    *child = (struct started){fcntl(init->pidfd, F_GETOWN), init->pidfd, 1};
+    pid_t id = fcntl(init->pidfd, F_GETOWN);
+    *child = (struct started){id > 0 ? id : REAPED_ID, init->pidfd, 1};
     return 1;
 }
 
@@ -373,9 +376,9 @@ int rlef_spawn(const struct plan *plan, int cell, struct started *child)
 void rlef_reap(int cell, const struct started *child, struct ended *ended)
 {
     if (child->by_init) {
-        ask(cell, REAP);
+        await(cell, &inits[cell].reaped);
         *ended = inits[cell].ended;
-        memset(&inits[cell].ended, 0, sizeof *ended);
+        memset(&inits[cell].ended, 0, sizeof *ended); /* children have a copy of this memory */
     } else {
         ended->lost_memory = rlef_lost_memory(child->pid);
         wait4(child->pid, &ended->wait_status, 0, &ended->usage);
