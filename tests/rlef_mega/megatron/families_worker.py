@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 IN_LAYOUT = {
     "tp2": ("qwen2-tied", "qwen3"),
     "tp2_sp": ("llama32-tied", "qwen2", "qwen3"),
-    "pp2": ("nine-heads", "qwen2", "qwen3-tied"),
+    "pp2_uneven": ("nine-heads", "qwen2", "qwen3-tied"),
 }
 
 
