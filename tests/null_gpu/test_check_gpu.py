@@ -1,7 +1,8 @@
-"""`rlef check-gpu` from its first step to its last, at its real sizes, on the null GPU.
+"""`rlef check-gpu` from its first step to its last on the null GPU: at its real sizes, but for the
+model that is trained, which is small enough to be computed.
 
 Every launch is made, with real arguments: a launch that fails raises, and its figure is missing.
-Numbers mean nothing: what is larger than the null GPU computes differs.
+Other numbers mean nothing, and what is larger than the null GPU computes differs.
 """
 
 import json
@@ -14,30 +15,45 @@ import pytest
 
 from rlef_mega.bench.kernel_methods import METHODS
 from rlef_mega.check_gpu.command import LIMITS
+from rlef_mega.check_gpu.summary import REHEARSED, read
 
 pytestmark = pytest.mark.null_gpu
 ROOT = Path(__file__).parents[2]
 # Runs the program without looking at it.
 SANITIZER = '#!/bin/sh\nshift 4  # --tool memcheck --error-exitcode 86\nexec "$@"\n'
-SHORT = ("run.steps=1", "rollout.episodes_per_batch=2", "rollout.max_new_tokens=8")
+TINY = (
+    *("run.steps=1", "data.train=curriculum:train", "data.valid=curriculum:valid"),
+    *("rollout.episodes_per_batch=2", "rollout.max_new_tokens=8", "rollout.max_context=320"),
+)
 
 
 @pytest.fixture(scope="module")
-def check(tmp_path_factory) -> tuple[Path, str]:
+def check(tmp_path_factory, model) -> tuple[Path, str]:
     """Run all steps. Returns the folder of results and what the command printed."""
     folder = tmp_path_factory.mktemp("check")
     (folder / "compute-sanitizer").write_text(SANITIZER)
     (folder / "compute-sanitizer").chmod(0o755)
-    small = {"NULL_GPU_COMPUTE_MIB": "1"}  # not SmolLM2's products
-    environment = os.environ | small | {"PATH": f"{folder}:{os.environ['PATH']}"}
-    return folder / "out", run(folder / "out", environment)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    tiny = ("--set", f"model.path={json.dumps(str(model))}", *TINY)
+    printed = [  # mebibytes that are computed, and steps; the last call runs those that remain
+        run(folder / "out", *words, PATH=path, NULL_GPU_COMPUTE_MIB=computed)
+        for computed, words in (
+            ("0", ("--only", "slice")),
+            ("64", ("--only", "smollm2", *tiny)),
+            ("1", ()),
+        )
+    ]
+    return folder / "out", "\n".join(printed)
 
 
-def run(out: Path, environment: dict[str, str], *words: str) -> str:
+def run(out: Path, *words: str, **variables: str) -> str:
     command = [sys.executable, "-m", "rlef_mega.check_gpu.command", str(out), *words]
-    patient = ["--minutes", "60", "--patience", "6", "--set", *SHORT]
     ended = subprocess.run(
-        [*command, *patient], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "--minutes", "60", "--patience", "6"],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
     )
     return ended.stdout + ended.stderr
 
@@ -72,7 +88,11 @@ def test_the_summary_has_every_figure_and_its_goal(check):
     assert "QuACK 35.5" in page and "on the null GPU 76,548" in page and "NVIDIA H200" in page
 
 
-def test_a_second_run_repeats_only_what_has_not_passed(check):
-    before = result(check, "ipc")["started"]
-    printed = run(check[0], dict(os.environ), "--skip", "tests", "memcheck")
-    assert "ipc: passed before" in printed and result(check, "ipc")["started"] == before
+def test_the_memory_that_the_summary_expects_is_what_this_slice_takes(check):
+    found = result(check, "slice")["figures"]
+    for label, figure in read(REHEARSED)["figures"].items():
+        assert found[label]["median"] == pytest.approx(figure["median"], rel=0.01), label
+
+
+def test_steps_that_passed_are_not_repeated(check):
+    assert "slice: passed before" in check[1] and "smollm2: passed before" in check[1]
