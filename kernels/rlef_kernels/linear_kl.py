@@ -163,9 +163,9 @@ def linear_kl(
 ) -> torch.Tensor:
     """Compute KL(policy || reference) at each token.
 
-    With `group`, both heads are this rank's shard of the same columns, and the hidden states are
-    the same on every rank. Every rank must call it, even with an empty batch; the gradient of
-    hidden is summed over the group.
+    With `group`, both heads are this rank's shard of the same part of the vocabulary, and the
+    hidden states are the same on every rank. Every rank must call it, even with an empty batch; the
+    gradient of hidden is summed over the group.
 
     Returns kl_T, fp32, in nats, differentiable with respect to the policy's hidden and weight.
 

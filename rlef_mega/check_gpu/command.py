@@ -4,7 +4,7 @@ Theory of operation. This process imports the standard library alone, so it star
 dependencies are missing and can install them from wheels. A step is a process (`steps.py NAME`)
 which writes OUT/NAME.json; OUT/NAME.log has its output. A step that fails, or is killed at its
 limit, does not stop the others. Its processes form a group, which is killed when the step ends or
-this process is told to.
+this process gets SIGINT or SIGTERM.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LIMITS = {  # of each step in seconds; the steps that prove most come first
     "smollm2": 150,
 }
 ROOT = Path(__file__).parents[2]  # the checkout: the steps run its tests
-GRACE_S = 15  # a step's own work ends so long before its limit
+GRACE_S = 15  # a step is told to end its work this long before its limit
 SHORTEST_S = 30  # no step is started with less time
 FAILED = 2  # exit code
 SHOWN = 14  # lines of a step that failed
@@ -48,11 +48,12 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="rlef check-gpu", description="Check one GPU.")
     steps: dict[str, Any] = {"nargs": "+", "choices": LIMITS, "default": [], "metavar": "STEP"}
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--only", **steps, help=f"of {', '.join(LIMITS)}; even if passed before")
+    only = f"run these steps alone, even if they passed before; of {', '.join(LIMITS)}"
+    parser.add_argument("--only", **steps, help=only)
     parser.add_argument("--skip", **steps, help="steps to leave out")
     parser.add_argument("--minutes", type=float, default=12.0, help="for all steps")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install into OUT/site")
-    parser.add_argument("--patience", type=float, default=1.0, help="times each step's limit")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor for each step's limit")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of smollm2's recipe"
     )
@@ -65,7 +66,7 @@ def main(words: Sequence[str]) -> int:
     if missing := missing_packages(site):
         print(f"not installed: {', '.join(missing)}; give --wheels (docs/gpu_day.md)", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(FAILED))  # by way of `finally`
+        signal.signal(number, lambda number, frame: sys.exit(FAILED))  # `finally` kills the step
     wanted = [name for name in asked.only or LIMITS if name not in asked.skip]
     for name in wanted:
         left_s = end - time.monotonic()

@@ -1,9 +1,9 @@
 """The steps of `rlef check-gpu`.
 
 `python -m rlef_mega.check_gpu.steps NAME OUT SECONDS [KEY=VALUE ...]` runs benchmarks, tests and
-commands that exist without it, for about SECONDS, and writes
-their figures to OUT/NAME.json. It fails (exit code 1) if something is wrong; what was not measured
-for lack of time or of a package is a note.
+commands that can also be run without it, for about SECONDS, and writes their figures to
+OUT/NAME.json. It fails (exit code 1) if something is wrong; what was not measured for lack of time
+or of a package is a note.
 """
 
 import base64
@@ -72,7 +72,7 @@ def run(command: Sequence[object], limit_s: float, saving_s: float = 10.0) -> in
 
 
 def machine(out: Path, limit_s: float) -> Found:
-    """Measure the vendor's product and a copy; let nvidia-smi and `rlef doctor` describe the
+    """Measure a matrix product of cuBLAS and a copy; let nvidia-smi and `rlef doctor` describe the
     machine in the log."""
     device, size, found = torch.device("cuda", 0), 8192, Found()
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
@@ -123,12 +123,12 @@ def pytest(report: Path, limit_s: float, *words: object) -> Found:
 
 
 def head(out: Path, limit_s: float) -> Found:
-    """Measure our forms of the head, and cuBLAS's product alone."""
+    """Measure our implementations of the head, and cuBLAS's product alone."""
     return heads(limit_s, CASES, "fused,cuBLAS,KL")
 
 
 def peers(out: Path, limit_s: float) -> Found:
-    """Measure published forms of the head on the 8B model's."""
+    """Measure published implementations of the head, with the 8B model's head."""
     return heads(limit_s, "8B | 8192 | 0%", "Liger,cut-cross,verl,chunks,logits stored")
 
 
@@ -251,7 +251,7 @@ def main() -> None:
     results.write(out / f"{name}.json")
     results.show()
     print("\n".join(found.failures), flush=True)
-    os._exit(bool(found.failures))  # past destructors of process groups, which may wait
+    os._exit(bool(found.failures))  # without destructors of process groups, which may hang
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rlef_mega.run.directory import write_atomically
 CHECKOUT = Path(__file__).parents[2]
 NULL_GPU = CHECKOUT / "tests/null_gpu/launch.py"
 NULL_DEVICES = {"h100-80gb": "h100", "h200": "h200", "b200": "b200"}
-# Of the null GPU: nothing is computed, and no larger copy is made. Contents decide nothing here.
+# The null GPU computes nothing and makes no copy above 1 MiB: memory does not depend on values.
 SETTINGS = {"NULL_GPU_COMPUTE_MIB": "0", "NULL_GPU_COPY_MIB": "1"}
 REMEDIES = (
     "lower learner.microbatch_tokens, raise model.recompute (selective, full), set "
@@ -109,7 +109,8 @@ def rehearsed_update(run: PlannedRun, dialogue_tokens: int | None) -> Request:
     budget, tensor = run.config.learner.microbatch_tokens, run.policy.tensor
     mean = dialogue_tokens or round(run.dialogues.tokens)
     if not 1 < mean <= budget:
-        raise ConfigError(f"--dialogue-tokens {mean}: from 2 to learner.microbatch_tokens {budget}")
+        limits = f"from 2 to learner.microbatch_tokens, {budget}"
+        raise ConfigError(f"dialogues of {mean} tokens (--dialogue-tokens): must be {limits}")
     each = budget // mean
     dialogue = budget // each // tensor * tensor
     return Request(
@@ -179,8 +180,9 @@ def stage_of(run: PlannedRun, rank: int) -> tuple[int, Network]:
 def planned(
     run: PlannedRun, rank: int, request: Request
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """Return for each of the learner's phases what `rlef plan` and flops.py compute for this rank:
-    bytes of memory, and FLOPs of PyTorch's matrix products. And the bytes of pinned memory."""
+    """Return what `rlef plan` and flops.py compute for this rank: for each of the learner's phases
+    the bytes of memory and the FLOPs of PyTorch's matrix products, and the bytes of pinned memory.
+    """
     stage, network = stage_of(run, rank)
     row = stage + (run.policy.pipeline if network is run.critic and run.critic_parallel else 0)
     tokens = request.dialogue * request.per_microbatch * request.microbatches
@@ -229,7 +231,7 @@ def rank_table(
     fullest, phase = max(measured["phases"].items(), key=lambda item: item[1]["peak_bytes"])
     table.caption = (
         f"fullest in '{fullest.replace('_', ' ')}': {phase['peak_bytes'] / GIB:.1f} of "
-        f"{device.memory_gib:.0f} GiB, with about {device.context_gib:.0f} GiB outside PyTorch"
+        f"{device.memory_gib:.0f} GiB; CUDA and NCCL take about {device.context_gib:.0f} GiB more"
     )
     return table
 

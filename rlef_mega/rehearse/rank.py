@@ -1,7 +1,7 @@
 """One rehearsed rank: `python -m rlef_mega.rehearse.rank FOLDER`, on the null GPU.
 
 Theory of operation. RANK and WORLD_SIZE say which rank of the recipe's layout this process is; no
-other rank exists. `stand_ins` replaces what would need one: the world's process group does nothing
+other rank exists. `stand_in` replaces what would need one: the world's process group does nothing
 (each collective returns at once, and is counted), pipeline stages take the shapes of tensors from
 the rehearsal instead of a message, and weights are not read. Everything else is the trainer's code.
 All sequences have one length and all micro-batches are full, so that memory reaches the most that
@@ -42,7 +42,7 @@ from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.launch import collect_garbage_by_hand
 from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
 
-GROUPS = ("mp", "intra_dist_opt", "embd", "pp", "dp", "tp")  # later names win
+GROUPS = ("mp", "intra_dist_opt", "embd", "pp", "dp", "tp")  # of equal groups, the last name counts
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
 
@@ -56,7 +56,7 @@ class Phase:
     pinned_bytes: int = 0  # of host memory
     launches: int = 0
     waits: int = 0  # of the host for the device
-    product_flops: int = 0  # of PyTorch's matrix products: all but the head and attention
+    product_flops: int = 0  # of PyTorch's matrix products: without attention and Triton's head
     seconds: float = 0.0
     collectives: dict[str, int] = field(default_factory=dict)  # by group and kind
     collective_bytes: dict[str, int] = field(default_factory=dict)
@@ -171,12 +171,12 @@ def stand_in(tokens: int, hidden_size: int) -> None:
 
     parallel.join_world = join_alone
     starting_point.load_hf = lambda *unused: None
-    # losses and norms of weights that nobody read are not finite
+    # without its weights a model's losses and gradient norms may be infinite or NaN
     trained_model.math = SimpleNamespace(isfinite=lambda value: True)  # type: ignore[assignment]
     dist.all_gather_object = gather_own  # type: ignore[assignment]
     dist.gather_object = lambda *unused, **options: None
     trained_model.P2PCommunicator._communicate_shapes = full_shapes
-    # rank 0 would check that all ranks' boxes fill the tensors
+    # rank 0 would check that the shards of all ranks together fill each tensor
     writer.MCoreSavePlanner.create_global_plan = lambda self, plans: (plans, None)
 
 
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
-    """Run this rank's step twice. Returns the second one's phases, and the first one's build."""
+    """Run this rank's step twice. Returns the phases of the second one, and that of the build."""
     model = read_config(Path(config.model.path))
     stand_in(request.dialogue * request.per_microbatch, model.hidden_size)
     ranks = parallel.initialize(

@@ -19,7 +19,7 @@ import warnings
 from types import CodeType
 
 SHORT_BYTES = 16 << 10  # takes at most 0.05 s
-SLOW = re.compile(rb"finally|coding")  # an encoding could hide the first word
+SLOW = re.compile(rb"finally|coding")  # a declared encoding could hide `finally`
 CPU_S, MEMORY_BYTES = 10, 1 << 30
 LAZY = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _compiling = threading.Lock()  # the filters of warnings belong to the whole process
@@ -27,8 +27,8 @@ _compiling = threading.Lock()  # the filters of warnings belong to the whole pro
 
 def fault_of(source: bytes, function: str = "", *, returns: bool = False) -> str:
     """Return why the source cannot be a check, or an empty string. It must compile, and `function`,
-    a path like `Class.check`, must be neither async nor a generator, whose code a call does not
-    run. Unless it `returns` its verdict, no value may be returned, which would be ignored.
+    a path like `Class.check`, must be neither async nor a generator: calling one does not run its
+    code. Unless it `returns` its verdict, it may return no value, because it would be ignored.
     """
     if len(source) <= SHORT_BYTES and not SLOW.search(source):
         return _fault_of(source, function, returns)
@@ -43,7 +43,7 @@ def _fault_of(source: bytes, function: str, returns: bool) -> str:
     try:
         with _compiling, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # from bytes, as in the sandbox: an encoding that the source declares holds
+            # from bytes, as in the sandbox, so that a declared encoding is obeyed
             code = compile(source, "<check>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         return f"is not Python: {str(error) or 'nested too deep'}"

@@ -1,10 +1,11 @@
 """The process that owns the sandbox, and how the server asks it.
 
-Theory of operation. Parsing a large body or comparing large outputs may be one call of C for
-seconds, in which no other thread of the process runs. So the server's process only speaks HTTP. A
-child of it, forked before there are threads, parses and grades. Each thread of the server's pool
-has a connection to a thread of the child, and sends one request at a time. The child leaves signals
-to the server. It ends with the server, and the server ends if the child does.
+Theory of operation. Parsing a large body or comparing large outputs may be a single C call that
+takes seconds and holds the GIL, so that no other thread of its process runs. So the server's
+process only speaks HTTP. A child of it, forked before there are threads, parses and grades. Each
+thread of the server's pool has a connection to a thread of the child, and sends one request at a
+time. The child leaves signals to the server. It ends with the server, and the server ends if the
+child does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .grading_queue import GradingAnswer
 
 PING = ""  # in place of a path: asks whether the child still runs
 RECORDS = {"/v1/run": wire.RUN, "/v1/grade": wire.GRADE}
-SMALL_BODY_BYTES = 16 << 10  # of larger ones, one at a time is parsed
+SMALL_BODY_BYTES = 16 << 10  # larger bodies are parsed one at a time
 CLOSE_TIMEOUT_S = 10.0
 _parsing = threading.Lock()
 

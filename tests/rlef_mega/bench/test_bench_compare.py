@@ -1,4 +1,4 @@
-"""`rlef bench compare`, by hand."""
+"""`rlef bench compare`, on small files whose answer was worked out by hand."""
 
 import json
 
@@ -12,7 +12,7 @@ from rlef_mega.run.launch import FAILED
 
 
 def write(path, device="CPU", **figures):
-    """Write a benchmark's file. A figure is (unit, samples); their median is its middle value."""
+    """Write a benchmark's file. A figure is (unit, samples); its median is the middle sample."""
     content = {
         name: {"unit": unit, "low": min(s), "median": sorted(s)[len(s) // 2], "high": max(s)}
         for name, (unit, s) in figures.items()

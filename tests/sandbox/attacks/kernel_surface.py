@@ -1,4 +1,4 @@
-"""System calls that no honest program makes, and the arguments of those that it does.
+"""Calls that no honest program makes, and bad arguments of calls that honest programs do make.
 
 A call counts as an escape if the kernel's own code answers it: where the filter should kill, if the
 program survives; where it should refuse, if the answer is not EPERM, EACCES or ENOSYS.
