@@ -167,7 +167,7 @@ def test_ranks_have_the_settings_of_a_gpu_before_they_import_anything(
         monkeypatch.delenv(name, raising=False)
     found = "{n: v for n, v in os.environ.items() if n[:3] in ('CUD', 'PYT')}"
     worker = f"import os, sys; print({found}, file=sys.stderr)"
-    _, said = run_two_ranks(tmp_path, worker, ".")
+    said = run_two_ranks(tmp_path, worker, ".").stderr
     assert said.count("'CUDA_DEVICE_MAX_CONNECTIONS': '1'") == 2, said
     assert said.count("'PYTORCH_ALLOC_CONF': 'expandable_segments:True'") == 2
     # CUDA IPC cannot map such segments everywhere, and the user's own settings count
