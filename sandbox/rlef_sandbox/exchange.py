@@ -20,6 +20,7 @@ import os
 import re
 import struct
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -50,7 +51,7 @@ def serve(function: Callable[..., object], descriptor: int) -> None:
     while True:
         try:
             call: Any = values.decode(_receive(descriptor))
-        except GoneError:
+        except (GoneError, ConnectionResetError):  # the check has ended, or was stopped at a limit
             return
         arguments, keywords = call
         try:
@@ -59,7 +60,7 @@ def serve(function: Callable[..., object], descriptor: int) -> None:
             reply = RAISED + json.dumps(_description(error)).encode()
         try:
             _send(descriptor, reply)
-        except BrokenPipeError:  # the check was stopped at a limit
+        except (BrokenPipeError, ConnectionResetError):
             return
 
 
@@ -103,6 +104,7 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
     """
     raised: list[BaseException] = []
     replies = 0
+    one_at_a_time = threading.Lock()  # a check may call from several threads
 
     def candidate(*arguments: object, **keywords: object) -> object:
         nonlocal replies
@@ -113,12 +115,13 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
             _leave(CANDIDATE_RAISED if replies else CHECK_BROKEN, error)
         replies += 1
         try:
-            os.pwrite(marks, b"1", IN_A_CALL)
-            _send(descriptor, call)
-            reply = _receive(descriptor)
-            if len(reply) > LARGE_REPLY_BYTES or LARGE_NUMBER.search(reply):
-                os.pwrite(marks, b"1", HAS_LARGE_REPLY)
-            os.pwrite(marks, b"0", IN_A_CALL)
+            with one_at_a_time:
+                os.pwrite(marks, b"1", IN_A_CALL)
+                _send(descriptor, call)
+                reply = _receive(descriptor)
+                if len(reply) > LARGE_REPLY_BYTES or LARGE_NUMBER.search(reply):
+                    os.pwrite(marks, b"1", HAS_LARGE_REPLY)
+                os.pwrite(marks, b"0", IN_A_CALL)
             kind, body = reply[:1], reply[1:]
             if kind == RETURNED:
                 return values.decode(body)

@@ -30,7 +30,20 @@ def page_table_bytes(pid: int) -> int:
 
 
 def _facts(pid: int) -> dict[str, str]:
-    with open(f"/proc/{pid}/status") as status:
+    """Return the lines of a process's status. If its first thread has ended, which leaves the
+    process without memory there, they are those of another thread."""
+    facts = _status(f"/proc/{pid}")
+    if "VmPTE" not in facts:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                others = _status(f"/proc/{pid}/task/{thread}")
+                if "VmPTE" in others:
+                    return others
+    return facts
+
+
+def _status(folder: str) -> dict[str, str]:
+    with open(f"{folder}/status") as status:
         return dict(line.split(":\t", 1) for line in status if ":\t" in line)
 
 

@@ -104,6 +104,17 @@ def test_the_programs_end_is_the_verdict(sandbox: Sandbox, source: str, status: 
     assert result.status is status, result
 
 
+def test_a_check_may_call_from_several_threads(sandbox: Sandbox) -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "def check(f):\n"
+        "    with ThreadPoolExecutor(4) as pool:\n"
+        "        assert list(pool.map(f, range(50))) == [i * i for i in range(50)]\n"
+    )
+    [outcome] = sandbox.grade("def f(n): return n * n", [CheckTest("f", code)])
+    assert outcome.status is Status.OK, outcome
+
+
 def test_an_expected_exception_arrives_by_its_name(sandbox: Sandbox) -> None:
     code = (
         "def check(candidate):\n    try: candidate('x')\n    except ValueError as e:\n"

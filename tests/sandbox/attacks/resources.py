@@ -60,6 +60,19 @@ MEMORY = bounded(
             "    if p != 2**64 - 1: ctypes.string_at(p, 1)\n"
             "time.sleep(0.2)"
         ),
+        "page_tables_after_the_first_thread": (
+            "import ctypes, threading, time\n"
+            "c = ctypes.CDLL(None); c.mmap.restype = ctypes.c_void_p\n"
+            "L = ctypes.c_long\n"
+            "def fill():\n"
+            "    time.sleep(0.1)\n"
+            "    for i in range(1, 20000):\n"
+            "        p = c.mmap(L(i * (2 << 30)), L(4096), 1, 0x100022, -1, L(0))\n"
+            "        if p != 2**64 - 1: ctypes.string_at(p, 1)\n"
+            "    time.sleep(0.2)\n"
+            "threading.Thread(target=fill).start()\n"
+            "c.syscall(60, 0)  # exit of this thread alone"
+        ),
         "large_integer": "x = 1 << 10**10",
         "a_string_that_doubles": "x = 'x'\nwhile True: x += x",
         "decompression_bomb": (
