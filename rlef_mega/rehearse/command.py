@@ -186,25 +186,25 @@ def planned(
     stage, network = stage_of(run, rank)
     row = stage + (run.policy.pipeline if network is run.critic and run.critic_parallel else 0)
     tokens = request.dialogue * request.per_microbatch * request.microbatches
-    layers = network.layers[stage]
-    shape = run.shape.with_layers(layers)
-    forward = 2 * layers * shape.layer_products * tokens / network.tensor
-    again = {"none": 0, "selective": 2 * 3 * layers * shape.hidden * shape.ffn * tokens}
-    again["full"] = 2 * layers * shape.layer_products * tokens
-    flops = {
-        "score": forward,
-        "update": 3 * forward + again[run.recompute] / network.tensor,
-        # a Triton kernel computes the first of the head's three products
-        "head": 4 * shape.table_parameters * tokens * request.responses / request.dialogue,
-    }
+    read = tokens * request.responses / request.dialogue
     memory = run.memory()[row]
     found = {}
     for name, size in memory.phases.items():
-        products = flops.get(name.split()[0], 0.0)
-        if name == "update policy" and network.is_last(stage):
-            products += flops["head"] / network.tensor
-        found[name.replace(" ", "_")] = {"bytes": size, "product_flops": products}
+        flops = products(run, run.critic if "critic" in name else run.policy, name, stage, tokens)
+        if name == "update policy" and run.policy.is_last(stage):
+            # a Triton kernel computes the first of the head's three products
+            flops += 4 * run.shape.table_parameters * read / run.policy.tensor
+        found[name.replace(" ", "_")] = {"bytes": size, "product_flops": flops}
     return found, memory.pinned
+
+
+def products(run: PlannedRun, network: Network, phase: str, stage: int, tokens: int) -> float:
+    """Return the FLOPs of the layers' matrix products in a phase."""
+    shape = run.shape
+    token = 2 * network.layers[stage] * shape.layer_products / network.tensor
+    block = 2 * network.layers[stage] * 3 * shape.hidden * shape.ffn / network.tensor
+    again = {"none": 0.0, "selective": block, "full": token}[run.recompute]
+    return tokens * {"score": token, "update": 3 * token + again}.get(phase.split()[0], 0.0)
 
 
 def rank_table(

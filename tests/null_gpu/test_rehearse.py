@@ -74,8 +74,8 @@ def test_the_host_waits_for_no_micro_batch(tmp_path):
         for episodes in (1024, 2048)
     )
     for phase in ("score_policy", "update_policy", "update_critic"):
-        assert many[phase]["launches"] > 1.5 * few[phase]["launches"]
-    assert many["update_policy"]["waits"] - few["update_policy"]["waits"] <= 2 * 9
+        assert many[phase]["launches"] > 1.4 * few[phase]["launches"]
+        assert many[phase]["waits"] == few[phase]["waits"] <= 4
 
 
 def test_a_rank_that_does_not_fit_is_refused_with_its_phase_and_remedies():
