@@ -140,7 +140,8 @@ def heads(limit_s: float, cases: str, methods: str) -> Found:
 
 
 def slice_(out: Path, limit_s: float) -> Found:
-    """Measure a training step of a part of the 8B model, then our update beside Hugging Face's."""
+    """Measure a training step of part of the 8B model, then our policy update and one in a plain
+    loop with Hugging Face's model."""
     begun = time.monotonic()
     results = measured("slice", SLICE, layers=LAYERS, minutes=limit_s / 60 * 0.4)
     found = Found(list(results.figures), list(results.notes), about=results.about)

@@ -58,8 +58,8 @@ def host_bytes(size: int, *, pinned: bool) -> torch.Tensor:
     driver, address = torch.cuda.cudart(), memory.data_ptr()
     if (fault := driver.cudaHostRegister(address, pages, 0)) != driver.cudaError.success:
         raise RuntimeError(
-            f"cannot pin {pages / 2**30:.2f} GiB of host memory ({fault}): free memory of the host "
-            '(`ulimit -l` limits it), use more ranks, or set learner.offload = "none"'
+            f"cannot pin {pages / 2**30:.2f} GiB of host memory ({fault}): raise the limit "
+            '`ulimit -l`, free host memory, use more ranks, or set learner.offload = "none"'
         )
     unpin = weakref.finalize(memory.untyped_storage(), driver.cudaHostUnregister, address)
     unpin.atexit = False

@@ -189,9 +189,12 @@ class Network:
         return tokens * (block + again[self.recompute])
 
     def head_scratch(self, tokens: int, read: int) -> float:
-        """Return the bytes that the head and its backward pass allocate: the rows that are read and
-        their gradient, a chunk of logits, and the gradient that is summed over the ranks in fp32;
-        and, on a GPU only after these, the gradient of all tokens."""
+        """Return the most that the head and its backward pass allocate at once.
+
+        The rows that are read and their gradient last throughout. A chunk of logits, with the fp32
+        gradient that is summed over the ranks, comes before the gradient of all tokens; a CPU holds
+        both at once.
+        """
         hidden = self.weight_bytes * self.shape.hidden
         if self.head == "value":
             return tokens * hidden

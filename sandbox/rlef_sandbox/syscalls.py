@@ -38,7 +38,7 @@ class Action(enum.Enum):
 
 
 class Profile(enum.Enum):
-    """What a filter is for. Each has the common table, with the exceptions of its own section."""
+    """The purpose of a filter: the common table of system calls, with exceptions for it."""
 
     PROGRAM = "program"  # in an interpreter that runs already
     EXECUTABLE = "executable"  # a compiled program, which a child has yet to become
