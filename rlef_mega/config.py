@@ -94,7 +94,10 @@ class ModelShape(Section):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="Hugging Face folder of the instruction-tuned starting point")
+    path: str = Field(
+        description="the instruction-tuned starting point: a Hugging Face folder, or the name of a "
+        "model on the hub"
+    )
     weights: str | None = Field(
         None, description="a checkpoint folder to start from, instead of the weights in path"
     )

@@ -31,6 +31,7 @@ from rlef_mega.megatron.network import accelerations
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import Clock, RunDirectory
 from rlef_mega.run.guards import Guards
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.inputs import read_left_out
 from rlef_mega.run.launch import StopRequest
 from rlef_mega.run.manifest import describe, versions
@@ -101,7 +102,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
         run.lock()
         accelerations.announce(ranks.device, getattr(torch, config.model.dtype))
     problems = training_problems(config)
-    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    chat = ChatFormat.from_folder(find_model(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
     learner = make_learner(config, ranks)
     checkpoints = make_checkpoints(config, run, learner)
@@ -159,7 +160,7 @@ def open_engine(
     """Open the engine of this process, or a client of the servers; rank 0 publishes to these."""
     if config.rollout.engine == "local":
         yield LocalEngine(
-            Path(config.model.path),
+            find_model(config.model.path),
             dtype=config.model.dtype,
             device=ranks.device,
             weights_from_folder=config.model.weights is None,  # else the first publication has them
@@ -171,7 +172,7 @@ def open_engine(
     servers = config.rollout.servers
     with SGLangEngine(
         servers.addresses,
-        Path(config.model.path),
+        find_model(config.model.path),
         RequestLimits(servers.concurrency, servers.deadline_s, servers.lost_s, servers.publish_s),
         way=servers.publish if ranks.is_writer else None,
         weights_folder=run.path / "weights",
@@ -185,7 +186,7 @@ def open_engine(
 def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
     return Learner(
         ranks,
-        Path(config.model.path),
+        find_model(config.model.path),
         learner=config.learner,
         ppo=config.ppo,
         dtype=config.model.dtype,

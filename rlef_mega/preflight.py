@@ -36,6 +36,7 @@ from rlef_mega.megatron.network.families import read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.store import digest_of_problems
 from rlef_mega.run.directory import append_whole, write_atomically
+from rlef_mega.run.hub import CONFIG, find_model
 from rlef_mega.run.inputs import claim_inputs, digest_files, digest_model, read_left_out
 from rlef_mega.run.manifest import refuse_untested_megatron
 from rlef_mega.run.model_folder import SafetensorsFolder
@@ -95,11 +96,12 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
     """
     refuse_untested_megatron()
     plan_train(config)
+    model = find_model(config.model.path)
     if config.model.weights:
-        check_weights(Path(config.model.weights), Path(config.model.path))
+        check_weights(Path(config.model.weights), model)
     else:
-        check_stored_weights(Path(config.model.path))
-    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+        check_stored_weights(model)
+    chat = ChatFormat.from_folder(model, config.model.chat_format)
     check_positions(config, chat)
     check_trackers(config.track)
     check_judge(config.judge, grading_token)
@@ -113,7 +115,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
 def check_positions(config: TrainConfig, chat: ChatFormat) -> None:
     """Raise ConfigError if a dialogue may be longer than the model's positions, or its tokenizer
     knows more tokens than the embedding has rows."""
-    model = Path(config.model.path)
+    model = find_model(config.model.path)
     about = read_config(model)
     if config.rollout.max_context > about.max_position_embeddings:
         raise ConfigError(
@@ -206,8 +208,8 @@ def check_sft(config: SFTConfig) -> None:
 def model_shape(config: TrainConfig) -> dict[str, int]:
     """Read the model's shape from its config.json or, where the model is not on this machine, from
     the recipe's [model.shape]."""
-    path = Path(config.model.path) / "config.json"
     given = config.model.shape
+    path = find_model(config.model.path, files=CONFIG, fetch=given is None) / "config.json"
     stated = given.model_dump(exclude={"hidden", "head_dim"}) if given else None
     if not path.is_file():
         if stated:
@@ -235,7 +237,7 @@ def check_rollout_servers(config: TrainConfig) -> None:
     with requires_extra("rollout.engine = sglang", "serve"):
         from rlef_mega.engines.sglang.engine import SGLangEngine
     try:
-        with SGLangEngine(servers.addresses, config.model.path) as engine:
+        with SGLangEngine(servers.addresses, find_model(config.model.path)) as engine:
             context = engine.context_length
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -300,7 +302,7 @@ def allowed_changes(config: TrainConfig | SFTConfig) -> set[str]:
 
 def digests_of(config: TrainConfig, inputs: TrainingInputs) -> dict[str, str]:
     """Return a digest of each of a run's inputs."""
-    digests = digest_model(Path(config.model.path))
+    digests = digest_model(find_model(config.model.path))
     if config.model.weights:
         files = (path for path in Path(config.model.weights).rglob("*") if path.is_file())
         digests["model.weights"] = digest_files(files)

@@ -29,6 +29,7 @@ from rlef_mega.config import (
 from rlef_mega.demo.base_model import make_initial_model
 from rlef_mega.packing import microbatches
 from rlef_mega.preflight import model_shape
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.launch import STOPPED, launch, worker_main
 from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
 
@@ -102,13 +103,13 @@ def workload(recipe: str) -> Iterator[Workload]:
     config = load_config(source, [], TrainConfig)
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as name:
         folder = Path(name)
-        words = config.model.path
-        if not (Path(config.model.path) / "config.json").is_file():
+        words, path = config.model.path, find_model(config.model.path, fetch=False)
+        if not (path / "config.json").is_file():
             if config.model.shape:
                 raise ConfigError(f"no model in {config.model.path}; {source} cannot be measured")
             path = random_model(folder / "base")
-            config = load_config(source, [f"model.path={json.dumps(str(path))}"], TrainConfig)
             words = "random weights, the shape of demo_base"
+        config = load_config(source, [f"model.path={json.dumps(str(path))}"], TrainConfig)
         check_layout(parallel=config.parallel, **model_shape(config))
         (folder / "config.toml").write_text(dump_toml(config))
         yield Workload(folder, config, words)

@@ -12,6 +12,7 @@ from rlef_mega.dialogues import templates
 from rlef_mega.problems import contamination, is_data_set, load_problems, read_data_set
 from rlef_mega.problems.rows import Drop
 from rlef_mega.problems.store import ProblemStore
+from rlef_mega.run.hub import DESCRIPTION, find_model
 from rlef_mega.types import Problem
 
 SHOWN_PLACES = 10
@@ -55,7 +56,7 @@ def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str], int]]:
         return "characters", len
     from rlef_mega.dialogues.chat import ChatFormat
 
-    chat = ChatFormat.from_folder(tokenizer)
+    chat = ChatFormat.from_folder(find_model(tokenizer, files=DESCRIPTION))
     return "tokens", lambda text: len(chat.open(text))
 
 

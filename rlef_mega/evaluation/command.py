@@ -45,6 +45,7 @@ from rlef_mega.report import print_comparison
 from rlef_mega.report.plots import save_evaluation_figure
 from rlef_mega.report.tables import print_evaluation
 from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.manifest import describe
 from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.types import Problem, Sampling
@@ -193,7 +194,7 @@ def find_source(request: EvalRequest) -> Source:
 
     Raises ConfigError if there is none.
     """
-    path = request.model
+    path = find_model(request.model)
     if path.is_file() and path.name.endswith(SUFFIXES):
         name = path.name.partition(".")[0]
         recorded = read_recorded(path)
@@ -206,7 +207,7 @@ def find_source(request: EvalRequest) -> Source:
         SafetensorsFolder(path)  # refuses a folder whose weights cannot be read
         if read_json(path / "config.json").get("model_type") in FAMILIES:
             read_config(path)  # refuses a config that contradicts itself
-        return Source(path.name, weights_key(path), folder=path)
+        return Source(request.model.name, weights_key(path), folder=path)
     if not path.is_dir():
         raise ConfigError(
             f"{path}: no such folder; give a Hugging Face folder, a checkpoint, a run, or a file "

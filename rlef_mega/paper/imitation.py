@@ -26,6 +26,7 @@ from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.packing import pack
 from rlef_mega.parts import dialogue_rules, open_engine, training_problems
 from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.launch import StopRequest, sandbox_token, worker_main
 from rlef_mega.run.progress import StepProgress
 from rlef_mega.run.ranks import any_rank
@@ -41,10 +42,10 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
     if ranks.is_writer:
         run.lock()
         run.resume(0)
-    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    chat = ChatFormat.from_folder(find_model(config.model.path), config.model.chat_format)
     learner = SupervisedLearner(
         ranks,
-        Path(config.model.path),
+        find_model(config.model.path),
         optimizer=config.learner.policy,
         microbatch_tokens=config.learner.microbatch_tokens,
         dtype=config.model.dtype,
@@ -83,7 +84,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         publish(learner.policy_weights, engine, version=1)
         export_hf(
             learner.policy_weights(),
-            Path(config.model.path),
+            find_model(config.model.path),
             run.path / "model",
             getattr(torch, config.model.dtype),
             is_writer=ranks.is_writer,

@@ -22,6 +22,7 @@ from rlef_mega.plan.planned_run import (
 from rlef_mega.plan.search import Split, balanced_sampling, scaling, splits
 from rlef_mega.preflight import check_stored_weights, plan_train
 from rlef_mega.run.directory import write_atomically
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.model_folder import holds_weights
 
 SCALES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10240)
@@ -58,8 +59,9 @@ def run_plan(
     """
     console = Console()
     facts = plan_train(config)
-    if holds_weights(Path(config.model.path)):  # a shape is enough for a plan
-        check_stored_weights(Path(config.model.path))
+    model = find_model(config.model.path, fetch=False)
+    if holds_weights(model):  # a shape is enough for a plan
+        check_stored_weights(model)
     table = Table("fact", "value", title=title)
     for fact, value in facts.items():
         table.add_row(fact, str(value))

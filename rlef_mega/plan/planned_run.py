@@ -9,7 +9,6 @@ included.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig
 from rlef_mega.flops import LlamaShape
@@ -24,6 +23,7 @@ from rlef_mega.plan.rollouts import (
     generation,
 )
 from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, Terms, fullest_load, plus, seconds
+from rlef_mega.run.hub import CONFIG, find_model
 
 RECOMPUTE = ("none", "selective", "full")
 STATE = ("weights", "gradients", "optimizer", "reference")
@@ -378,9 +378,10 @@ def shape_of(config: TrainConfig) -> LlamaShape | None:
 
     Returns None if neither exists, or the recipe states no `hidden`.
     """
-    if (Path(config.model.path) / "config.json").is_file():
-        return LlamaShape.of(read_config(Path(config.model.path)))
     stated = config.model.shape
+    model = find_model(config.model.path, files=CONFIG, fetch=stated is None)
+    if (model / "config.json").is_file():
+        return LlamaShape.of(read_config(model))
     if stated is None or stated.hidden is None:
         return None
     sizes = stated.model_dump(exclude={"head_dim", "vocab_size"})

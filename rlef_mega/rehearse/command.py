@@ -20,6 +20,7 @@ from rlef_mega.plan.planned_run import PlannedRun, shape_of
 from rlef_mega.plan.step_time import TRAINING
 from rlef_mega.rehearse.request import REQUEST, RESULT, Request
 from rlef_mega.run.directory import write_atomically
+from rlef_mega.run.hub import CONFIG, find_model
 
 CHECKOUT = Path(__file__).parents[2]
 NULL_GPU = CHECKOUT / "tests/null_gpu/launch.py"
@@ -123,7 +124,7 @@ def rehearsed_update(run: PlannedRun, dialogue_tokens: int | None) -> Request:
 
 def write_inputs(folder: Path, config: TrainConfig, shape: LlamaShape, request: Request) -> None:
     """Write what a rehearsed rank reads: the recipe with one update a batch, the model's config."""
-    model = Path(config.model.path)
+    model = find_model(config.model.path, files=CONFIG, fetch=False)
     if not (model / "config.json").is_file():
         from transformers import LlamaConfig
 

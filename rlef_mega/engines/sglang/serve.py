@@ -19,6 +19,7 @@ from types import FrameType
 from rlef_mega.config import ConfigError, TrainConfig, read_json
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.launch import PYTHON, die_with_parent
 from rlef_mega.run.model_folder import SafetensorsFolder
 
@@ -35,7 +36,7 @@ def servers_for(config: TrainConfig) -> ServerProcesses:
 
     Raises ConfigError if there is no model, or it lacks the positions for `rollout.max_context`.
     """
-    model, context = Path(config.model.path), config.rollout.max_context
+    model, context = find_model(config.model.path), config.rollout.max_context
     if not (model / "config.json").is_file():
         raise ConfigError(f"model.path = {model} has no config.json; servers need the model here")
     read = read_json(model / "config.json")

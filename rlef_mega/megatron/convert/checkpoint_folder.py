@@ -9,6 +9,7 @@ from rlef_mega.megatron.checkpoints.files import NETWORKS, fault_in, latest_chec
 from rlef_mega.megatron.checkpoints.torch_dist import METADATA
 from rlef_mega.megatron.convert.stored_network import StoredNetwork
 from rlef_mega.megatron.hf_names import HFTensor, Role
+from rlef_mega.run.hub import find_model
 
 MODEL = "hf"  # in an imported checkpoint: config and tokenizer
 
@@ -43,7 +44,7 @@ def find_checkpoint(path: Path, step: int | None, model: Path | None = None) -> 
     # a folder of Megatron-LM's has no manifest
     if not (found / METADATA).is_file() and (fault := fault_in(found)) is not None:
         raise ConfigError(fault)
-    return Checkpoint(found, model or model_of(found))
+    return Checkpoint(found, find_model(model) if model else model_of(found))
 
 
 def model_of(folder: Path) -> Path | None:
@@ -52,5 +53,5 @@ def model_of(folder: Path) -> Path | None:
         return folder / MODEL
     recipe = folder.parent.parent / "config.toml"
     if recipe.is_file():
-        return Path(load_config(recipe, [], TrainConfig).model.path)
+        return find_model(load_config(recipe, [], TrainConfig).model.path)
     return None

@@ -38,6 +38,7 @@ from rlef_mega.megatron.convert.resumable_folder import (
 from rlef_mega.megatron.convert.verify import compare_weights
 from rlef_mega.megatron.hf_names import HFTensor, name_map, shapes_of
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.model_folder import SafetensorsFolder
 
 CHUNK_BYTES = 16 * 2**20
@@ -95,6 +96,7 @@ def import_folder(
 ) -> None:
     """Write a Hugging Face folder as a checkpoint of a policy's weights. `dtype` None keeps the
     folder's. Raises ConfigError; `out` is complete or does not exist."""
+    folder = find_model(folder)
     plan = plan_import(folder, out, dtype_named(dtype))
     plan.write(source=folder, overwrite=overwrite)
     if verify:
