@@ -104,12 +104,15 @@ def reproduce(
         "runs/reproduce"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="runs of each kind")] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option(help="a kind of run, like rlef or rloo; repeatable")
+    ] = None,
 ) -> None:
     """Repeat the paper's comparison with a recipe's base model and budget: RLEF, its ablations,
-    imitation and turn budgets, in a table beside the paper's."""
+    imitation and turn budgets, in a table beside the paper's; and estimators without a critic."""
     from rlef_mega.paper.comparison import reproduce as run_all
 
-    run_all(recipe, out, seeds=range(1, seeds + 1), overrides=overrides or [])
+    run_all(recipe, out, seeds=range(1, seeds + 1), overrides=overrides or [], only=only or [])
 
 
 @app.command()

@@ -189,6 +189,9 @@ class ServersConfig(Section):
 
 class RolloutConfig(Section):
     episodes_per_batch: int = Field(1024, gt=0)
+    samples_per_problem: int = Field(
+        1, gt=0, description="dialogues of a batch about the same problem"
+    )
     turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
     feedback: Literal["true", "none", "private"] = "true"
     temperature: float = Field(1.0, gt=0)
@@ -246,6 +249,11 @@ class PPOConfig(Section):
 
     beta: float = Field(0.05, ge=0, description="weight of the KL penalty in the reward; 0: none")
     gamma: float = Field(1.0, ge=0, le=1)
+    advantage: Literal["critic", "rloo", "grpo"] = Field(
+        "critic",
+        description="rloo, grpo: no critic, but the other dialogues about the same problem",
+    )
+    lam: float = Field(1.0, ge=0, le=1, description="of GAE over turns; 1: Monte Carlo returns")
     clip_eps: float = Field(0.2, gt=0)
     clip_alpha: float = Field(0.2, gt=0)
     invalid_code_penalty: float = Field(-0.2, le=0)
@@ -258,6 +266,21 @@ class PPOConfig(Section):
     normalize_advantages: bool = True
     token_level_value: bool = Field(False, description="RLEF B.6: one value per response token")
     critic_warmup_steps: int = Field(0, ge=0, description="first batches train only the critic")
+
+    @model_validator(mode="after")
+    def values_come_from_a_critic(self) -> Self:
+        for key in ("lam", "token_level_value", "critic_warmup_steps"):
+            value = getattr(self, key)
+            if self.advantage != "critic" and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"ppo.{key} = {value} needs a critic, and ppo.advantage = {self.advantage!r} "
+                    f'has none; remove it, or set ppo.advantage = "critic"'
+                )
+        if self.lam < 1 and self.token_level_value:
+            raise ValueError(
+                f"ppo.lam = {self.lam} needs one value per turn; set ppo.token_level_value to false"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -373,6 +396,22 @@ class TrainConfig(Section):
                 f"rollout.episodes_per_batch = {episodes} cannot be divided into "
                 f"ppo.updates_per_batch = {updates} equal updates"
             )
+        samples = self.rollout.samples_per_problem
+        if episodes % samples:
+            raise ValueError(
+                f"rollout.episodes_per_batch = {episodes} cannot be divided into problems with "
+                f"rollout.samples_per_problem = {samples} dialogues each"
+            )
+        if self.ppo.advantage != "critic":
+            if samples == 1:
+                raise ValueError(
+                    f"ppo.advantage = {self.ppo.advantage!r} compares the dialogues about a "
+                    "problem; set rollout.samples_per_problem to 2 or more, such as 8"
+                )
+            if self.critic_parallel:
+                raise ValueError(
+                    f"ppo.advantage = {self.ppo.advantage!r} has no critic; remove critic_parallel"
+                )
         layouts = {"parallel": self.parallel, "critic_parallel": self.critic_parallel}
         for name, layout in layouts.items():
             if layout and (episodes // updates) % layout.data_parallel_size:

@@ -28,9 +28,11 @@ def pack(episodes: Sequence[Episode]) -> Batch:
     versions: list[int] = []
     value_positions: list[int] = []
     episode_of_turn: list[int] = []
+    groups: dict[tuple[str, int], int] = {}
+    group_of_turn: list[int] = []
     valid_code: list[bool] = []
     for number, episode in enumerate(episodes):
-        for turn in episode.turns:
+        for place, turn in enumerate(episode.turns):
             token_ids += turn.observed_ids
             sampled = turn.completion
             first = len(token_ids)
@@ -41,6 +43,8 @@ def pack(episodes: Sequence[Episode]) -> Batch:
             versions += sampled.weight_versions
             value_positions.append(first - 1)
             episode_of_turn.append(number)
+            group = groups.setdefault((episode.problem_id, place), len(groups))
+            group_of_turn.append(group)
             valid_code.append(turn.program is not None)
         starts.append(len(token_ids))
     return Batch(
@@ -52,6 +56,7 @@ def pack(episodes: Sequence[Episode]) -> Batch:
         weight_versions_A=torch.tensor(versions),
         value_positions_N=torch.tensor(value_positions),
         episode_of_turn_N=torch.tensor(episode_of_turn),
+        group_of_turn_N=torch.tensor(group_of_turn),
         valid_code_N=torch.tensor(valid_code),
         solved_E=torch.tensor([episode.solved for episode in episodes]),
     )

@@ -134,7 +134,11 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
             ),
             engine=engine,
             dialogues=NumberedDialogues(
-                problems, loop, batch=config.rollout.episodes_per_batch, seed=config.run.seed
+                problems,
+                loop,
+                batch=config.rollout.episodes_per_batch,
+                seed=config.run.seed,
+                samples=config.rollout.samples_per_problem,
             ),
             evaluator=Evaluator(config, run, loop, writer=ranks.is_writer, say=progress.say),
             progress=progress,

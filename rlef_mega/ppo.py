@@ -2,8 +2,8 @@
 
 Source: Gehring et al., "RLEF: Grounding Code LLMs in Execution Feedback with Reinforcement
 Learning", arXiv 2410.02089, sections 2.2 and A.1. An episode is a dialogue; a turn is one response;
-an action is one token of a response. `targets` is called once for each batch, before its updates,
-and uses the functions above it; `policy_loss` and `value_loss` are the losses of the updates.
+an action is one token of a response. targets.py calls the functions up to the advantages, once for
+each batch, before its updates; `policy_loss` and `value_loss` are the losses of the updates.
 
 Shape suffixes as in types.py: A action tokens, N turns, E episodes, M values (N or A). All
 arithmetic is fp32. A loss is a sum divided by `denominator`, which is a count over the whole
@@ -12,9 +12,6 @@ denominator a loss is a mean.
 """
 
 import torch
-
-from rlef_mega.config import PPOConfig
-from rlef_mega.types import Batch, Scores, Targets
 
 Metrics = dict[str, torch.Tensor]
 
@@ -50,10 +47,7 @@ def turn_kl(
     num_turns: int,
 ) -> torch.Tensor:
     """Return kl_t = mean_k log pi(a_tk) - mean_k log rho(a_tk) over the tokens k of turn t, where
-    rho is the frozen initial policy (RLEF 2.2).
-
-    The paper calls the mean of log-probs the geometric mean of the token probabilities. A sum
-    would punish long responses for their length.
+    rho is the frozen initial policy (RLEF 2.2). A sum would punish long responses for their length.
     """
     difference_A = (logprobs_A - ref_logprobs_A).float()
     sums_N = difference_A.new_zeros(num_turns).index_add(0, turn_of_action_A, difference_A)
@@ -67,15 +61,25 @@ def turn_rewards(task_rewards_N: torch.Tensor, kl_N: torch.Tensor, *, beta: floa
 
 
 def turn_returns(
-    rewards_N: torch.Tensor, episode_of_turn_N: torch.Tensor, *, gamma: float = 1.0
+    rewards_N: torch.Tensor,
+    episode_of_turn_N: torch.Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    values_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return G_t = sum over i >= t of gamma^(i - t) R_i within the episode: Monte Carlo returns,
-    lambda = 1 (RLEF A.1)."""
-    returns = rewards_N.tolist()
-    episodes = episode_of_turn_N.tolist()
+    """Return G_t = R_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1}) within the episode.
+
+    The paper has lam = 1 (RLEF A.1): Monte Carlo returns, the sum of what follows, without values.
+    Below 1, G_t - V_t is the generalised advantage estimate over turns (Schulman et al. 2015, arXiv
+    1506.02438, eq. 16), and G_t the critic's target.
+    """
+    returns, episodes = rewards_N.tolist(), episode_of_turn_N.tolist()
+    values = returns if values_N is None else values_N.tolist()
     for turn in reversed(range(len(returns) - 1)):
         if episodes[turn] == episodes[turn + 1]:
-            returns[turn] += gamma * returns[turn + 1]
+            after = returns[turn + 1] + (1 - lam) * (values[turn + 1] - returns[turn + 1])
+            returns[turn] += gamma * after
     return rewards_N.new_tensor(returns)
 
 
@@ -94,51 +98,48 @@ def turn_advantages(
     return ((advantages_M - mean) / (deviation + 1e-8)).float()
 
 
-def targets(
-    batch: Batch, scores: Scores, ppo: PPOConfig, *, single_turn: bool = False
-) -> tuple[Targets, dict[str, float | None]]:
-    """Return what the updates of the batch aim for, and the metrics of rewards and values.
+def rloo_baselines(returns_N: torch.Tensor, group_of_turn_N: torch.Tensor) -> torch.Tensor:
+    """Return b_t = mean of G over the other turns of t's group, which stands where V(c_t) does:
+    RLOO (Ahmadian et al. 2024, arXiv 2402.14740).
 
-    The KL in the reward is that of the policy which produced the rollout, so it uses the behaviour
-    log-probs. `single_turn` training has no penalty for invalid code (2.2). With token-level
-    values, every action token has a value of its own, and its turn's return as the target (B.6).
+    There a group is the K responses to a prompt. Here it is turn t of every dialogue about the
+    problem that reached it, so that dialogues are compared that failed equally often. Like V(c_t),
+    b_t does not depend on the response, and adds no bias. Alone in its group, a turn has b_t = G_t.
     """
-    last_N = torch.ones(batch.num_turns, dtype=torch.bool)
-    last_N[:-1] = batch.episode_of_turn_N.diff() > 0
-    rewards_N = task_rewards(
-        batch.solved_E[batch.episode_of_turn_N],
-        batch.valid_code_N,
-        last_N,
-        invalid_code_penalty=0.0 if single_turn else ppo.invalid_code_penalty,
-        penalize_invalid_last_turn=ppo.penalize_invalid_last_turn,
-    )
-    kl = 0.0
-    if scores.ref_logprobs_A is not None:
-        kl_N = turn_kl(
-            batch.behaviour_logprobs_A,
-            scores.ref_logprobs_A,
-            batch.turn_of_action_A,
-            batch.num_turns,
-        )
-        rewards_N, kl = turn_rewards(rewards_N, kl_N, beta=ppo.beta), float(kl_N.mean())
-    returns_M = turn_returns(rewards_N, batch.episode_of_turn_N, gamma=ppo.gamma)
-    if ppo.token_level_value:
-        returns_M = returns_M[batch.turn_of_action_A]
-    values_M = scores.values_M
-    advantages_A = turn_advantages(returns_M, values_M, normalize=ppo.normalize_advantages)
-    if not ppo.token_level_value:  # one advantage for all tokens of a response (A.1)
-        advantages_A = advantages_A[batch.turn_of_action_A]
-    variance = float(returns_M.var(correction=0))
-    residual = float((returns_M - values_M).var(correction=0))
-    metrics: dict[str, float | None] = {
-        "kl": kl,
-        "reward": float(rewards_N.sum() / batch.num_sequences),
-        "return": float(returns_M.mean()),
-        "value": float(values_M.mean()),
-        # None if all returns are equal to rounding: there was nothing to explain
-        "value_explained_variance": 1 - residual / variance if variance > 1e-8 else None,
-    }
-    return Targets(scores.old_logprobs_A, advantages_A, values_M, returns_M), metrics
+    counts_N = torch.bincount(group_of_turn_N)[group_of_turn_N]
+    above_N = centred(returns_N, group_of_turn_N)
+    return returns_N - above_N * counts_N / (counts_N - 1).clamp(min=1)
+
+
+def grpo_advantages(
+    returns_N: torch.Tensor,
+    task_returns_N: torch.Tensor,
+    group_of_turn_N: torch.Tensor,
+    *,
+    normalize: bool = True,
+) -> torch.Tensor:
+    """Return A_t = (g_t - mean g) / (std g + 1e-6) + (d_t - mean d) over t's group, as in RLOO:
+    GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
+
+    g is the return of the task's rewards; d = G - g is the KL penalty's. GRPO does not divide its
+    KL, a term of its loss, by the deviation; if we did, noise would become the signal where all
+    dialogues of a group are solved. The deviation's denominator is n - 1, as in TRL, verl and
+    OpenRLHF. Without `normalize`: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+    """
+    above_N = centred(task_returns_N, group_of_turn_N)
+    if normalize:
+        counts = torch.bincount(group_of_turn_N)
+        squares = above_N.new_zeros(len(counts)).index_add(0, group_of_turn_N, above_N.square())
+        above_N /= (squares / (counts - 1).clamp(min=1)).sqrt()[group_of_turn_N] + 1e-6
+    return (above_N + centred(returns_N - task_returns_N, group_of_turn_N)).float()
+
+
+def centred(values_N: torch.Tensor, group_of_turn_N: torch.Tensor) -> torch.Tensor:
+    """Return each turn's value minus its group's mean, in fp64: exactly 0 where all are equal."""
+    counts = torch.bincount(group_of_turn_N)
+    sums = torch.zeros(len(counts), dtype=torch.float64)
+    sums.index_add_(0, group_of_turn_N, values_N.double())
+    return values_N - (sums / counts)[group_of_turn_N]
 
 
 def policy_loss(

@@ -162,11 +162,14 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
             f"learner.microbatch_tokens = {config.learner.microbatch_tokens}: "
             "the longest dialogue would not fit a micro-batch"
         )
-    if config.rollout.mode == "async" and config.rollout.episodes_per_batch % config.world_size:
+    rollout = config.rollout
+    problems = rollout.episodes_per_batch // rollout.samples_per_problem
+    if rollout.mode == "async" and problems % config.world_size:
         raise ConfigError(
-            f'rollout.mode = "async": rollout.episodes_per_batch = '
-            f"{config.rollout.episodes_per_batch} is not divisible by {config.world_size} "
-            "processes, each of which drives its share of the dialogues"
+            f'rollout.mode = "async": rollout.episodes_per_batch = {rollout.episodes_per_batch} '
+            f"with rollout.samples_per_problem = {rollout.samples_per_problem} is {problems} "
+            f"problems, not divisible by {config.world_size} processes, each of which drives its "
+            "share of the dialogues"
         )
     parallel, updates = config.parallel, config.ppo.updates_per_batch
     sequences = config.rollout.episodes_per_batch // updates
@@ -177,8 +180,10 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
         "layout": layout_words(parallel),
         "critic": layout_words(config.critic_parallel) + ", ranks of its own"
         if config.critic_parallel
-        else "on the policy's ranks",
-        "rollouts per batch": config.rollout.episodes_per_batch,
+        else "on the policy's ranks"
+        if config.ppo.advantage == "critic"
+        else f"none: {config.ppo.advantage}, {rollout.samples_per_problem} dialogues of a problem",
+        "rollouts per batch": rollout.episodes_per_batch,
         "updates": f"{config.run.steps * updates:,} of {sequences} sequences",
     }
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
 
-from rlef_mega import metrics, ppo
+from rlef_mega import metrics
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.dialogues.batches import Rollouts, open_rollouts
 from rlef_mega.dialogues.records import episode_records
@@ -31,6 +31,7 @@ from rlef_mega.run.guards import GuardError
 from rlef_mega.run.launch import collect_garbage, sandbox_token, worker_main
 from rlef_mega.run.profiler import profiled
 from rlef_mega.run.ranks import any_rank
+from rlef_mega.targets import targets_of
 
 
 def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
@@ -91,7 +92,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
         with clock("score"):
             scores = learner.score(batch)
         single_turn = config.rollout.turns == 1
-        targets, target_metrics = ppo.targets(batch, scores, config.ppo, single_turn=single_turn)
+        targets, target_metrics = targets_of(batch, scores, config.ppo, single_turn=single_turn)
         with clock("update"):
             order = shuffled(batch.num_sequences, derive_seed(config.run.seed, step))
             train_policy = step > config.ppo.critic_warmup_steps
@@ -155,7 +156,8 @@ def position(config: TrainConfig, step: int, rollouts: Rollouts) -> dict[str, An
     """Return a checkpoint's record of the run's position after a step, besides the networks."""
     return {
         "seed": config.run.seed,
-        "problems_drawn": step * config.rollout.episodes_per_batch,
+        "problems_drawn": step
+        * (config.rollout.episodes_per_batch // config.rollout.samples_per_problem),
         "weight_version": step,
         "metrics_lines": step,
         **rollouts.state(),

@@ -3,7 +3,7 @@
     Problem -> Episode (of Turns) -> Batch -> Scores -> Targets
 
 A dialogue about a `Problem` is an `Episode`: turns of exact token ids. The episodes of a step are
-packed into one `Batch`. The learner scores the batch (`Scores`), `ppo.targets` turns the scores
+packed into one `Batch`. The learner scores the batch (`Scores`), `targets_of` turns the scores
 into `Targets`, and these update the policy and the critic. No stage writes into the data of an
 earlier one.
 
@@ -191,6 +191,7 @@ class Batch:
     weight_versions_A: torch.Tensor  # int64, of the weights that sampled the token
     value_positions_N: torch.Tensor  # int64, into T
     episode_of_turn_N: torch.Tensor  # int64, into E
+    group_of_turn_N: torch.Tensor  # int64: the same for turn t of all dialogues about a problem
     valid_code_N: torch.Tensor  # bool: the response holds valid code
     solved_E: torch.Tensor  # bool: the last response passes all tests
 
@@ -227,7 +228,7 @@ class Scores:
 
     old_logprobs_A: torch.Tensor  # of the policy
     ref_logprobs_A: torch.Tensor | None  # of the frozen reference; None without a KL penalty
-    values_M: torch.Tensor  # of the critic
+    values_M: torch.Tensor | None  # of the critic; None without one
 
 
 @dataclass(frozen=True)
@@ -236,5 +237,5 @@ class Targets:
 
     old_logprobs_A: torch.Tensor
     advantages_A: torch.Tensor  # the same for all tokens of a turn, unless values are token-level
-    old_values_M: torch.Tensor
+    old_values_M: torch.Tensor | None
     returns_M: torch.Tensor

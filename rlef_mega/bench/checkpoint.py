@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlef_mega import ppo
 from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import Figure, Results
 from rlef_mega.bench.workload import Workload, random_batch, run_rank, workload
@@ -27,6 +26,7 @@ from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
+from rlef_mega.targets import targets_of
 
 REPEATS = 5
 EPISODES = 4  # of a step, so that a step takes a few seconds on two cores
@@ -63,7 +63,7 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     order = shuffled(batch.num_sequences, config.run.seed)
 
     def step() -> None:
-        targets, _ = ppo.targets(batch, learner.score(batch), config.ppo)
+        targets, _ = targets_of(batch, learner.score(batch), config.ppo)
         learner.update(batch, targets, order)
 
     checkpoints = Checkpoints(folder / "asynchronous", learner, keep=1)

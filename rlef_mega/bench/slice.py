@@ -23,7 +23,6 @@ from typing import Any
 import psutil
 import torch
 
-from rlef_mega import ppo
 from rlef_mega.bench.measure import device_name, peak_bytes, peak_flops, seconds, wall_seconds
 from rlef_mega.bench.random_model import find_shape, layers_that_fit, write_model
 from rlef_mega.bench.results import Figure, Results
@@ -51,6 +50,7 @@ from rlef_mega.megatron.trained_model import FrozenModel, Residence, TrainedMode
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
 from rlef_mega.plan.planned_run import RECOMPUTE
+from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch, Targets
 
 Phases = dict[str, Callable[[], object]]
@@ -183,7 +183,7 @@ def on_policy_targets(learner: Learner, config: TrainConfig, batch: Batch) -> tu
     clipped, and its targets."""
     scores = learner.score(batch)
     batch = dataclasses.replace(batch, behaviour_logprobs_A=scores.old_logprobs_A)
-    targets, _ = ppo.targets(batch, scores, config.ppo)
+    targets, _ = targets_of(batch, scores, config.ppo)
     return batch, targets
 
 

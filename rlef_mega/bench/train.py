@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlef_mega import ppo
 from rlef_mega.bench.results import Figure, Results, shares
 from rlef_mega.bench.workload import (
     Workload,
@@ -27,6 +26,7 @@ from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.directory import Clock
+from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch, Targets
 
 REPEATS = 5
@@ -77,7 +77,7 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         with clock("score"):
             scores = learner.score(batch)
         with clock("targets"):
-            targets, _ = ppo.targets(batch, scores, config.ppo)
+            targets, _ = targets_of(batch, scores, config.ppo)
         order = shuffled(batch.num_sequences, config.run.seed)
         with clock("update"):
             learner.update(batch, targets, order)

@@ -4,11 +4,12 @@ stream of dialogues that never pauses (async mode).
 Theory of operation. Dialogue n of a run has the same problem and the same seed in both modes and on
 any number of ranks. In sync mode each rank runs its share of a batch's dialogues while the trainer
 waits. In async mode each rank has a thread with an event loop, in which a `Stream` runs the rank's
-share of the dialogues one number after another, while the rank's main thread trains; `batch` takes
-finished dialogues from it and gathers those of all ranks. Evaluations run in the same event loop.
+share of the groups one number after another, while the rank's main thread trains; `batch` takes
+finished groups from it and gathers those of all ranks. Evaluations run in the same event loop. A
+group has the `rollout.samples_per_problem` dialogues about one problem, and is never divided.
 
 Leaving the `with` block cancels the dialogues that are running. A checkpoint stores the numbers of
-the dialogues not taken yet (`state`); a resumed run starts these dialogues again. No dialogue is
+the groups not taken yet (`state`); a resumed run starts these dialogues again. No dialogue is
 trained on twice.
 """
 
@@ -31,26 +32,37 @@ from rlef_mega.types import Episode, Problem
 
 
 class NumberedDialogues:
-    """The dialogues of a run by number: which problem and seed each has, and how to run it."""
+    """The dialogues of a run by number: which problem and seed each has, and how to run it. Those
+    about the same problem, a group, have `samples` successive numbers."""
 
     def __init__(
-        self, problems: Sequence[Problem], loop: DialogueLoop, *, batch: int, seed: int
+        self,
+        problems: Sequence[Problem],
+        loop: DialogueLoop,
+        *,
+        batch: int,
+        seed: int,
+        samples: int = 1,
     ) -> None:
         self.problems, self.loop, self.batch, self.seed = problems, loop, batch, seed
+        self.samples = samples
         self.drawn: dict[int, list[Problem]] = {}  # by step, for the last few steps
 
     def of_step(self, step: int) -> list[Problem]:
         """Return the problems of the dialogues (step - 1) * batch to step * batch - 1."""
         if step not in self.drawn:
-            drawn = sample(self.problems, step, self.batch, self.seed)
+            chosen = sample(self.problems, step, self.batch // self.samples, self.seed)
+            drawn = [problem for problem in chosen for _ in range(self.samples)]
             self.drawn = {**dict(list(self.drawn.items())[-7:]), step: drawn}
         return self.drawn[step]
 
-    async def run(self, number: int) -> Episode | str:
-        before, place = divmod(number, self.batch)
-        problem = self.of_step(before + 1)[place]
-        seed = derive_seed(derive_seed(self.seed, before + 1), place)
-        return await self.loop.run(problem, seed)
+    async def run_group(self, number: int) -> tuple[Episode | str, ...]:
+        """Run the dialogues of a group at the same time. Returns their outcomes."""
+        before, place = divmod(number, self.batch // self.samples)
+        problem, seed = self.of_step(before + 1)[place * self.samples], self.seed
+        places = range(place * self.samples, (place + 1) * self.samples)
+        seeds = [derive_seed(derive_seed(seed, before + 1), dialogue) for dialogue in places]
+        return tuple(await asyncio.gather(*(self.loop.run(problem, seed) for seed in seeds)))
 
 
 class Rollouts(Protocol):
@@ -101,7 +113,8 @@ class StreamedRollouts:
 
     `version` is that of the weights, and `state` what `state()` returned, at the checkpoint from
     which the run resumes. A run of `steps` steps takes exactly the dialogues before number
-    `steps` * batch, so its last batches wait for its last dialogues.
+    `steps` * batch, so its last batches wait for its last dialogues. The stream's numbers are those
+    of groups.
     """
 
     def __init__(
@@ -117,18 +130,19 @@ class StreamedRollouts:
     ) -> None:
         self.dialogues = dialogues
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        self.next_number = state.get("next_dialogue", version * dialogues.batch)
+        batch = dialogues.batch // dialogues.samples
+        self.next_number = state.get("next_dialogue", version * batch)
         self.passed_over = set(state.get("dialogues_passed_over", ()))  # not taken yet
-        new = range(self.next_number, steps * dialogues.batch)
+        new = range(self.next_number, steps * batch)
         numbers = itertools.chain(sorted(self.passed_over), new)
         self.thread = LoopThread("rollouts")
         self.stream = Stream(
-            dialogues.run,
+            dialogues.run_group,
             itertools.islice(numbers, rank, None, ranks),
-            batch=dialogues.batch // ranks,
+            batch=batch // ranks,
             version=version,
             max_staleness=max_staleness,
-            open_dialogues=open_dialogues,
+            open_dialogues=max(1, open_dialogues // dialogues.samples),
             max_passed_over=max_passed_over,
         )
 
@@ -148,7 +162,7 @@ class StreamedRollouts:
         self.passed_over |= set(range(self.next_number, after_newest))
         self.passed_over -= taken.keys()
         self.next_number = after_newest
-        return Rollout(tuple(taken[number] for number in sorted(taken)))
+        return Rollout(tuple(outcome for number in sorted(taken) for outcome in taken[number]))
 
     def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
         return self.thread.submit(loop.run_my_share(problems, seed))
@@ -157,7 +171,7 @@ class StreamedRollouts:
         self.thread.loop.call_soon_threadsafe(self.stream.advance, version)
 
     def state(self) -> dict[str, Any]:
-        """Return the first number after all dialogues taken, and the earlier ones not taken."""
+        """Return the first number after all groups taken, and the earlier ones not taken."""
         return {
             "next_dialogue": self.next_number,
             "dialogues_passed_over": sorted(self.passed_over),

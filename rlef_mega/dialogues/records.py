@@ -39,8 +39,8 @@ def episode_records(
     scores: Scores,
     targets: Targets,
 ) -> list[dict[str, Any]]:
-    """Return the records of a step's episodes. Each turn has its value, return and advantage: those
-    of its first token, if values are token-level."""
+    """Return the records of a step's episodes. Each turn has its return, its advantage and, with a
+    critic, its value: those of its first token, if values are token-level."""
     by_id = named(problems, {episode.problem_id for episode in episodes})
     numbers = turn_numbers(batch, scores, targets)
     records = []
@@ -59,10 +59,11 @@ def turn_numbers(batch: Batch, scores: Scores, targets: Targets) -> list[dict[st
     by_token = targets.returns_M.numel() != batch.num_turns
     of_turn = first_action_N if by_token else torch.arange(batch.num_turns)
     columns = {
-        "value": targets.old_values_M[of_turn].tolist(),
         "return": targets.returns_M[of_turn].tolist(),
         "advantage": targets.advantages_A[first_action_N].tolist(),
     }
+    if targets.old_values_M is not None:
+        columns["value"] = targets.old_values_M[of_turn].tolist()
     if scores.ref_logprobs_A is not None:
         columns["ref_logprobs"] = scores.ref_logprobs_A.split(lengths.tolist())
     if by_token:

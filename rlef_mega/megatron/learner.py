@@ -59,7 +59,8 @@ class Learner:
     from the folder's config and the `weights` of a checkpoint.
 
     A rank has policy and reference, or the critic, or all three. `policy`, `reference` or `critic`
-    is None if this rank does not have that network.
+    is None if this rank does not have that network: all ranks lack a critic unless
+    `ppo.advantage` is "critic".
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class Learner:
         if ppo.beta and (chunks := build(POLICY)):
             self.reference = FrozenModel(chunks, ranks)
             self.settle()  # before the next one is made
-        policy, critic = build(POLICY), build(CRITIC)
+        policy = build(POLICY)
+        critic = build(CRITIC) if ppo.advantage == "critic" else []
         if policy:
             self.policy = TrainedModel(policy, ranks, learner.policy)
             self.settle()
@@ -185,7 +187,8 @@ class Learner:
         """Return log-probs of policy and reference, and values, before the updates. Without a KL
         penalty the reference is not run."""
         actions, turns = batch.num_actions, batch.num_turns
-        values = actions if self.ppo.token_level_value else turns
+        has_critic = self.ppo.advantage == "critic"
+        values = has_critic * (actions if self.ppo.token_level_value else turns)
         scores = torch.zeros(2 * actions + values, device=self.ranks.device)
         old_A, ref_A, values_M = scores.split([actions, actions, values])
         microbatches = self.cutting.cut(batch, range(batch.num_sequences))
@@ -198,7 +201,7 @@ class Learner:
             # world: each entry has one rank that computed it; the others add zeros, which is exact
             dist.all_reduce(scores)
         reference_A = ref_A.cpu() if self.ppo.beta else None
-        return Scores(old_A.cpu(), reference_A, values_M.cpu())
+        return Scores(old_A.cpu(), reference_A, values_M.cpu() if has_critic else None)
 
     def fill(
         self,
@@ -313,7 +316,7 @@ class Learner:
         self, batch: Batch, targets: Targets, sequences: Sequence[int]
     ) -> dict[str, float]:
         """Take one optimizer step on `ppo.value_loss`, a mean over the values."""
-        assert self.critic is not None
+        assert self.critic is not None and targets.old_values_M is not None
         model, device = self.critic.last_chunk, self.ranks.device
         old_M, returns_M = (
             to_device(targets.old_values_M, device),

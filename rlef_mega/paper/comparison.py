@@ -45,6 +45,9 @@ RUNS: dict[str, tuple[str, ...]] = {  # by `rlef train`, with these settings
     "no_feedback": ("rollout.feedback=none", "eval.feedback=none"),
     "token_value": ("ppo.token_level_value=true",),
     "single_turn": ("rollout.turns=1",),
+    # not the paper's: the same number of dialogues, eight of each problem, and no critic
+    "rloo": ("ppo.advantage=rloo", "rollout.samples_per_problem=8"),
+    "grpo": ("ppo.advantage=grpo", "rollout.samples_per_problem=8"),
 }
 IMITATION = "imitation"  # by `rlef imitate`
 BUDGETS = ("base", "rlef")  # whose turn budgets are drawn
@@ -68,24 +71,39 @@ ROWS = (
     TableRow("RLEF", "rlef", "after", "17.2 / 16.1"),
     TableRow("RLEF, no feedback", "no_feedback", "after", "12.2 / 10.9"),
     TableRow("RLEF, one value per token", "token_value", "after", "13.1 / 13.7"),
+    TableRow("RLOO instead of the critic", "rloo", "after"),
+    TableRow("GRPO instead of the critic", "grpo", "after"),
 )
 
 
-def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequence[str]) -> None:
-    """Run the missing runs, then write and print the tables. If one fails, exit with its code."""
+def reproduce(
+    recipe: str,
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    only: Sequence[str] = (),
+) -> None:
+    """Run the missing runs, or those named in `only`, then write and print the tables. If one
+    fails, exit with its code."""
+    runs = [name for name in (*RUNS, IMITATION) if name in only or not only]
+    if unknown := set(only).difference(runs):
+        known = ", ".join((*RUNS, IMITATION))
+        raise ConfigError(f"--only {', '.join(sorted(unknown))}: the runs are {known}")
     config = load_config(find_recipe(recipe), overrides, TrainConfig)
     refuse_another(out / "asked.json", config)
     if recipe == "demo" and not (Path(config.model.path) / "config.json").is_file():
         stage("base model", "sft", "demo_base")
     sets = [word for override in overrides for word in ("--set", override)]
     for seed in seeds:
-        for name in (*RUNS, IMITATION):
+        for name in runs:
             run_once(recipe, out / f"{name}-{seed}", name, seed, sets)
-        for name in BUDGETS:
+        for name in BUDGETS if "rlef" in runs else ():
             model = config.model.path if name == "base" else str(out / f"rlef-{seed}")
             run_long_dialogues(config, model, out, f"{name}-{seed}", seed)
-    results = collect(out, seeds)
-    command = " ".join(["rlef reproduce", recipe, f"--seeds {len(seeds)}", *sets])
+    results = collect(out, seeds, runs)
+    chosen = [word for name in only for word in ("--only", name)]
+    command = " ".join(["rlef reproduce", recipe, f"--seeds {len(seeds)}", *chosen, *sets])
     about = describe(
         command=command,
         recipe=recipe,
@@ -98,7 +116,8 @@ def reproduce(recipe: str, out: Path, *, seeds: Sequence[int], overrides: Sequen
     )
     write_atomically(out / "reproduce.json", json.dumps({**about, **results}, indent=1) + "\n")
     write_atomically(out / "reproduce.md", markdown(results))
-    save_turn_budgets(results["turn_budget"], out / "reproduce.png")
+    if results["turn_budget"]:
+        save_turn_budgets(results["turn_budget"], out / "reproduce.png")
     Console().print(Markdown(markdown(results)))
     print(f"wrote {out / 'reproduce.json'}, .md and .png")
 
@@ -143,10 +162,12 @@ def run_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, se
     )
 
 
-def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def collect(
+    out: Path, seeds: Sequence[int], runs: Sequence[str] = (*RUNS, IMITATION)
+) -> dict[str, Any]:
     """Read the rates of every row from the evaluations of the runs."""
     rows = {}
-    for row in ROWS:
+    for row in (row for row in ROWS if row.run in runs):
         of_seeds = [
             json.loads((out / f"{row.run}-{seed}/eval/{row.evaluation}.json").read_text())
             for seed in seeds
@@ -161,7 +182,7 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         }
     return {
         "rows": rows,
-        "turn_budget": {name: budgets(out, name, seeds) for name in BUDGETS},
+        "turn_budget": {name: budgets(out, name, seeds) for name in BUDGETS if "rlef" in runs},
     }
 
 

@@ -65,6 +65,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             loop,
             batch=config.rollout.episodes_per_batch,
             seed=config.run.seed,
+            samples=config.rollout.samples_per_problem,
         )
         mined = mine(config, RolloutsOnDemand(dialogues), run, stop, writer=ranks.is_writer)
         if mined is None:

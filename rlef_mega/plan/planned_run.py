@@ -4,7 +4,7 @@ A step scores the batch (policy, reference, critic), updates critic and policy (
 if they share ranks, else at the same time), and publishes the policy's weights. In sync mode it
 samples the batch first. In async mode it takes as long as the longest of training, the servers'
 work, and the longest dialogue's share. Evaluations, checkpoints, grading and start-up are not
-included.
+included. A run without `ppo.advantage = "critic"` has no critic.
 """
 
 from dataclasses import dataclass, replace
@@ -140,6 +140,10 @@ class PlannedRun:
         return self.config.ppo.beta > 0
 
     @property
+    def has_critic(self) -> bool:
+        return self.config.ppo.advantage == "critic"
+
+    @property
     def training_gpus(self) -> int:
         critic = self.critic_parallel.world_size if self.critic_parallel else 0
         return self.parallel.world_size + critic
@@ -159,7 +163,7 @@ class PlannedRun:
 
     def memory(self) -> list[RankMemory]:
         """Compute the memory of each pipeline rank, with micro-batches as full as allowed."""
-        policy, critic = {"policy": self.policy}, {"critic": self.critic}
+        policy, critic = {"policy": self.policy}, {"critic": self.critic} if self.has_critic else {}
         if self.critic_parallel is None:
             both = policy | critic
             return [self.rank_memory(f"PP {r}", r, both) for r in range(self.policy.pipeline)]
@@ -278,10 +282,13 @@ class PlannedRun:
             terms = seconds(network, device, self.load(network, passes), passes)
             return {name: times * value for name, value in terms.items()}
 
-        score = (of(self.policy, FORWARD, 1 + self.has_reference), of(self.critic, FORWARD))
+        score = (
+            of(self.policy, FORWARD, 1 + self.has_reference),
+            of(self.critic, FORWARD, self.has_critic),
+        )
         update = (
             of(self.policy, TRAINING, self.updates),
-            of(self.critic, TRAINING, self.updates),
+            of(self.critic, TRAINING, self.updates * self.has_critic),
         )
         if self.critic_parallel:  # at the same time
             score_terms, update_terms = max(score, key=total), max(update, key=total)
@@ -316,7 +323,7 @@ class PlannedRun:
         if not self.offloads:
             return 0.0
         moved = 0.0
-        for network in (self.policy, self.critic):
+        for network in (self.policy, self.critic)[: 1 + self.has_critic]:
             ranks = range(network.pipeline)
             moved += max(4 * network.weights(r) + 2 * network.optimizer(r) for r in ranks)
         if self.has_reference:

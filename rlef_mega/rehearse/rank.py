@@ -28,7 +28,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlef_mega import ppo
 from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.megatron import parallel, starting_point, trained_model
 from rlef_mega.megatron.checkpoints import writer
@@ -40,6 +39,7 @@ from rlef_mega.parts import make_learner
 from rlef_mega.rehearse.request import REQUEST, RESULT, Request
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.launch import collect_garbage_by_hand
+from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
 
 GROUPS = ("mp", "intra_dist_opt", "embd", "pp", "dp", "tp")  # of equal groups, the last name counts
@@ -220,7 +220,7 @@ def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
         recorder.phases = {}
         with calls:
             scores = learner.score(batch)
-            targets, _ = ppo.targets(batch, scores, config.ppo)
+            targets, _ = targets_of(batch, scores, config.ppo)
             learner.update(batch, targets, order)
             collections.deque(learner.policy_weights(), maxlen=0)  # keeps none of them
             with learner.whole():

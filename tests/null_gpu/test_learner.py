@@ -21,11 +21,11 @@ def ranks() -> Iterator:
 
 def test_the_host_never_waits_inside_a_microbatch_and_rarely_in_an_update(ranks, model):
     """A copy from pageable memory may wait, so it counts."""
-    from rlef_mega import ppo
     from rlef_mega.bench.workload import random_episodes
     from rlef_mega.config import LearnerConfig, PPOConfig, RolloutConfig
     from rlef_mega.megatron.learner import Learner
     from rlef_mega.packing import pack
+    from rlef_mega.targets import targets_of
 
     settings = PPOConfig(updates_per_batch=1)
     rollout = RolloutConfig(max_new_tokens=40, max_context=320)
@@ -39,7 +39,7 @@ def test_the_host_never_waits_inside_a_microbatch_and_rarely_in_an_update(ranks,
         dtype="float32",
         temperature=1.0,
     )
-    targets, _ = ppo.targets(batch, learner.score(batch), settings, single_turn=False)
+    targets, _ = targets_of(batch, learner.score(batch), settings, single_turn=False)
 
     def waits(update, sequences: int) -> int:
         before = counter("host_waits") + counter("pageable_copies")

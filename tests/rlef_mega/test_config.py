@@ -105,6 +105,23 @@ def test_overrides_take_toml_values_and_bare_words():
             r"unknown key 'critic_parallel.tensor'; known there: tens",
         ),
         ("[learner.policy]\nlr = -1", r"learner.policy.lr: .* greater than 0"),
+        ("[ppo]\nlam = 1.5", "ppo.lam: .* less than or equal to 1"),
+        ("[ppo]\nlam = 0.9\nadvantage = 'rloo'", "ppo: ppo.lam = 0.9 needs a critic, .*'rloo'"),
+        (
+            "[ppo]\nadvantage = 'grpo'\ntoken_level_value = true",
+            "value = True needs a critic",
+        ),
+        ("[ppo]\nlam = 0.9\ntoken_level_value = true", "lam = 0.9 needs one value per turn"),
+        ("extends = 'demo'\nppo.advantage = 'rloo'", "'rloo' compares .*samples_per_problem to 2"),
+        (
+            "extends = 'demo'\nrollout.samples_per_problem = 3",
+            "256 cannot be divided into pro",
+        ),
+        (
+            "extends = 'demo'\nppo.advantage = 'grpo'\nrollout.samples_per_problem = 8\n"
+            "critic_parallel.data_parallel_size = 2",
+            "'grpo' has no critic; remove critic_parallel",
+        ),
         ("[rollout]\nturns = 11", r"rollout.turns: .* less than or equal to 10"),
         (
             "[rollout]\nfeedback = 'maybe'",

@@ -14,13 +14,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlef_mega import metrics, ppo
+from rlef_mega import metrics
 from rlef_mega.config import LearnerConfig, OptimizerConfig, PPOConfig
 from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.chat import ChatFormat
@@ -31,6 +32,7 @@ from rlef_mega.engines.publish import publish
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import pack, shuffled
+from rlef_mega.targets import targets_of
 from rlef_mega.types import PrivateTests, Problem, Sampling, TestOutcome
 from rlef_sandbox import Result, Sandbox, Status, Test
 from tests.rlef_mega.tiny_llama import tiny_llama
@@ -122,6 +124,7 @@ def solve_rates(
     *,
     sign: int = 1,
     feedback: str = "true",
+    **estimator: Any,
 ) -> list[float]:
     """Train. Returns the solve rates of the rollouts: of the base model, and after each step."""
     optimizer = OptimizerConfig(lr=2e-3, warmup_updates=0)
@@ -129,7 +132,7 @@ def solve_rates(
         ranks,
         base,
         learner=LearnerConfig(policy=optimizer, critic=optimizer),
-        ppo=PPOConfig(updates_per_batch=4),
+        ppo=PPOConfig(updates_per_batch=4, **estimator),
         dtype="float32",
         temperature=1.0,
     )
@@ -146,7 +149,7 @@ def solve_rates(
         rates.append(metrics.episode_metrics(rollout.episodes)["solved"])
         batch = pack(rollout.episodes)
         scores = learner.score(batch)
-        targets, _ = ppo.targets(batch, scores, learner.ppo)
+        targets, _ = targets_of(batch, scores, learner.ppo)
         targets = replace(targets, advantages_A=sign * targets.advantages_A)
         learner.update(batch, targets, shuffled(batch.num_sequences, step))
         publish(learner.policy_weights, engine, version=step + 1)
@@ -158,8 +161,14 @@ def late(rates: list[float]) -> float:
     return sum(rates[-3:]) / 3
 
 
-def test_a_few_steps_teach_the_model_to_read_feedback(base, chat, judge, ranks) -> None:
-    rates = solve_rates(base, chat, judge, ranks)
+@pytest.mark.parametrize(
+    "estimator",
+    [{}, {"lam": 0.5}, {"advantage": "rloo"}, {"advantage": "grpo"}],
+    ids=["critic", "lambda 0.5", "RLOO", "GRPO"],
+)
+def test_a_few_steps_teach_the_model_to_read_feedback(base, chat, judge, ranks, estimator) -> None:
+    """A batch has twelve dialogues about each problem."""
+    rates = solve_rates(base, chat, judge, ranks, **estimator)
     assert 0.35 < rates[0] < 0.6 and late(rates) > rates[0] + 0.25, rates
 
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlef_mega import packing, ppo
+from rlef_mega import packing
 from rlef_mega.config import PPOConfig
+from rlef_mega.targets import targets_of
 from rlef_mega.types import Scores
 from tests.rlef_mega.episodes import episode
 
@@ -29,6 +30,7 @@ def test_a_packed_batch_by_hand():
     # the last prompt token of each turn: its next token is the first of the response
     assert batch.value_positions_N.tolist() == [2, 6, 9]
     assert batch.episode_of_turn_N.tolist() == [0, 0, 1]
+    assert batch.group_of_turn_N.tolist() == [0, 1, 0]  # both are about the same problem
     assert batch.action_bounds.tolist() == [0, 3, 6] and batch.turn_bounds.tolist() == [0, 2, 3]
     assert batch.solved_E.tolist() == [True, False] and batch.valid_code_N.all()
     torch.testing.assert_close(
@@ -100,7 +102,7 @@ def test_equal_returns_leave_no_variance_to_explain():
         batch = packing.pack(episodes)
         logprobs_A = batch.behaviour_logprobs_A
         scores = Scores(logprobs_A, logprobs_A, torch.tensor(values))
-        return ppo.targets(batch, scores, PPOConfig())[1]["value_explained_variance"]
+        return targets_of(batch, scores, PPOConfig())[1]["value_explained_variance"]
 
     failed = episode([(2, 3)], solved=False, first_id=200)
     assert explained(failed, failed, values=[-1.0, 0.5]) is None
@@ -116,7 +118,7 @@ def test_advantages_are_invariant_to_packing():
     def advantages(batch):
         logprobs_A = batch.behaviour_logprobs_A
         scores = Scores(logprobs_A, logprobs_A * 1.5, torch.full((6,), 0.25))
-        advantages_A = ppo.targets(batch, scores, PPOConfig())[0].advantages_A
+        advantages_A = targets_of(batch, scores, PPOConfig())[0].advantages_A
         return torch.stack([advantages_A[batch.turn_of_action_A == n][0] for n in range(6)])
 
     a, b = advantages(forward), advantages(backward)

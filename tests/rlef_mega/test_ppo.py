@@ -50,6 +50,52 @@ def test_returns_sum_the_rest_of_the_episode_and_stop_at_its_end():
     torch.testing.assert_close(halved, torch.tensor([0.05, 0.5, 1.0, -1.0, -0.7, -1.0]))
 
 
+def test_with_lambda_below_1_returns_are_partly_the_critics_predictions():
+    rewards, episodes = torch.tensor([-0.2, 0.0, 1.0, -1.0]), torch.tensor([0, 0, 0, 1])
+    values = torch.tensor([9.0, 0.4, 0.6, 9.0])
+    # turn 3: 1. Turn 2: 0.5 * 0.6 + 0.5 * 1 = 0.8. Turn 1: -0.2 + 0.5 * 0.4 + 0.5 * 0.8 = 0.4
+    half = ppo.turn_returns(rewards, episodes, lam=0.5, values_N=values)
+    torch.testing.assert_close(half, torch.tensor([0.4, 0.8, 1.0, -1.0]))
+    # one step: -0.2 + 0.9 * 0.4 = 0.16; 0.9 * 0.6 = 0.54
+    one_step = ppo.turn_returns(rewards, episodes, gamma=0.9, lam=0.0, values_N=values)
+    torch.testing.assert_close(one_step, torch.tensor([0.16, 0.54, 1.0, -1.0]))
+    monte_carlo = ppo.turn_returns(rewards, episodes, values_N=values)
+    assert torch.equal(monte_carlo, ppo.turn_returns(rewards, episodes))
+
+
+# Three dialogues about a problem, with turns in the groups 0 and 1, and one about another, in group
+# 2, whose others were dropped. The first needs one turn, so that group 1 has two members.
+GROUPS = torch.tensor([0, 0, 1, 0, 1, 2])
+RETURNS = torch.tensor([1.0, -1.0, -0.8, 0.6, 1.0, 1.0])
+
+
+def test_rloo_compares_a_turn_with_the_others_of_its_group():
+    # group 0 (1, -1, 0.6): (-1 + 0.6) / 2, (1 + 0.6) / 2, (1 - 1) / 2; group 1 (-0.8, 1): the other
+    baselines = ppo.rloo_baselines(RETURNS, GROUPS).float()
+    torch.testing.assert_close(baselines, torch.tensor([-0.2, 0.8, 1.0, 0.0, -0.8, 1.0]))
+    advantages = ppo.turn_advantages(RETURNS, baselines, normalize=False)
+    torch.testing.assert_close(advantages, torch.tensor([1.2, -1.8, -1.8, 0.6, 1.8, 0.0]))
+
+
+def test_grpo_divides_the_tasks_return_but_not_the_kls_by_the_groups_deviation():
+    kl = torch.tensor([0.1, 0.0, 0.2, -0.1, 0.0, 0.3])
+    # group 0: mean 0.2; 0.8, -1.2, 0.4; deviation sqrt((0.64 + 1.44 + 0.16) / 2) = 1.058301
+    # group 1: mean 0.1; -0.9, 0.9; deviation sqrt(1.62) = 1.272792
+    raw = torch.tensor([0.8, -1.2, -0.9, 0.4, 0.9, 0.0])
+    deviations = torch.tensor([1.058301, 1.058301, 1.272792, 1.058301, 1.272792, 1.0])
+    of_kl = torch.tensor([0.1, 0.0, 0.1, -0.1, -0.1, 0.0])  # means 0, 0.1, 0.3
+    advantages = ppo.grpo_advantages(RETURNS + kl, RETURNS, GROUPS)
+    torch.testing.assert_close(advantages, raw / deviations + of_kl, rtol=0, atol=3e-6)
+    without = ppo.grpo_advantages(RETURNS + kl, RETURNS, GROUPS, normalize=False)
+    torch.testing.assert_close(without, raw + of_kl)
+
+
+def test_a_group_of_equal_returns_gives_no_advantage():
+    equal, groups = torch.full((3,), 0.1), torch.zeros(3, dtype=torch.int64)
+    assert not ppo.grpo_advantages(equal, equal, groups).any()
+    assert torch.equal(ppo.rloo_baselines(equal, groups).float(), equal)
+
+
 def test_advantages_are_normalised_over_all_turns():
     returns, values = torch.tensor([1.0, 1.0, -1.0, 0.0]), torch.tensor([0.0, 0.5, 0.0, -0.5])
     raw = ppo.turn_advantages(returns, values, normalize=False)

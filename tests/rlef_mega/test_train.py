@@ -27,7 +27,7 @@ from rlef_mega import cli
 from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.base_model import make_initial_model
 from rlef_mega.evaluation.during_training import PROTOCOLS
-from rlef_mega.megatron.checkpoints.files import fault_in, steps_in
+from rlef_mega.megatron.checkpoints.files import fault_in, networks_in, steps_in
 from rlef_mega.preflight import check_train, claim_run_directory
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import to_row
@@ -36,6 +36,7 @@ from tests.rlef_mega.megatron.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+GAPS = ("logprob_gap_max", "logprob_gap_mean")  # rounding itself
 RLEF = [sys.executable, "-m", "rlef_mega.cli"]
 TINY_RUN = [
     "run.steps=4",
@@ -233,8 +234,7 @@ def test_other_layouts_give_the_numbers_of_tensor_parallel_2(
     if resumed:
         changes = json.loads((run / "changes.jsonl").read_text())["changes"]
         assert changes["parallel.tensor_model_parallel_size"] == [2, 1]
-    gaps = ("logprob_gap_max", "logprob_gap_mean")  # rounding itself
-    assert_close(without(other, gaps), without(undisturbed, gaps), tolerance=2e-4)
+    assert_close(without(other, GAPS), without(undisturbed, GAPS), tolerance=2e-4)
     assert all(line["logprob_gap_max"] < 1e-4 for line in other + undisturbed)
 
 
@@ -257,6 +257,25 @@ def test_each_ablation_is_a_switch_of_the_whole_loop(model, tmp_path, overrides,
     for line in lines:
         assert line | expected == line
         assert line["value_loss"] > 0 and line["logprob_gap_max"] < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_without_a_critic_no_part_of_a_run_has_one(model, tmp_path, monkeypatch, capsys, estimator):
+    """The groups are the same on two data-parallel ranks, each of which samples half of each."""
+    overrides = [f"ppo.advantage={estimator}", "rollout.samples_per_problem=4", "run.steps=2"]
+    run, alone = tmp_path / "two ranks", tmp_path / "one rank"
+    two = ["parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=2"]
+    lines = train(run, model, *two, *overrides)
+    assert_close(without(train(alone, model, ALONE, *overrides), GAPS), without(lines, GAPS), 2e-4)
+    for line in lines:
+        assert not [name for name in line if "value" in name or "critic" in name]
+        assert 0 <= line["turns_alone"] < 1
+    assert networks_in(steps_in(run / "checkpoints")[-1]) == {"policy"}
+    words = command(run, model, *two, *overrides, "ppo.advantage=critic")
+    said = refusal(words, monkeypatch, capsys)
+    assert f"ppo.advantage = '{estimator}' there, 'critic' here" in said
+    words = [*RLEF, "export-hf", str(run), str(tmp_path / "hf"), "--role", "critic"]
+    assert "holds no weights under 'critic.'" in refusal(words, monkeypatch, capsys)
 
 
 def without(lines: list[dict], names: tuple[str, ...]) -> list[dict]:

@@ -34,6 +34,7 @@ from rlef_mega.config import (
 from rlef_mega.flops import LLAMA_31_8B, LlamaShape
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.packing import microbatches, pack
+from rlef_mega.targets import targets_of
 from rlef_mega.types import Scores
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def work():
     old, behaviour = 0.3 * torch.randn(2, batch.num_actions) - math.log(TINY.vocabulary)
     batch = dataclasses.replace(batch, behaviour_logprobs_A=behaviour)
     scores = Scores(old, old, torch.randn(batch.num_turns))
-    targets, _ = ppo.targets(batch, scores, PPOConfig())
+    targets, _ = targets_of(batch, scores, PPOConfig())
     return batch, targets
 
 

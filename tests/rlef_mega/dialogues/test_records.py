@@ -8,7 +8,7 @@ import torch
 from rlef_mega.config import PPOConfig
 from rlef_mega.dialogues.records import TEXT_LIMIT, episode_record, episode_records
 from rlef_mega.packing import pack
-from rlef_mega.ppo import targets
+from rlef_mega.targets import targets_of
 from rlef_mega.types import (
     Completion,
     Episode,
@@ -105,7 +105,7 @@ def test_numbers_of_turns_and_tokens_are_those_of_the_batch(chat, by_token):
     values = torch.arange(batch.num_actions if by_token else batch.num_turns).float()
     scores = Scores(batch.behaviour_logprobs_A, reference_A, values)
     settings = PPOConfig(normalize_advantages=False, token_level_value=by_token)
-    found, _ = targets(batch, scores, settings)
+    found, _ = targets_of(batch, scores, settings)
     records = episode_records(episodes, [PROBLEM], chat, batch, scores, found)
     turns = [turn for record in records for turn in record["turns"]]
     assert [turn["tokens"] for turn in turns] == [2, 4, 3]
@@ -129,7 +129,7 @@ def test_without_a_penalty_there_is_no_reference_to_record(chat):
     episodes = [held(chat, ["a"], [failing((Status.WRONG_ANSWER,))])]
     batch = pack(episodes)
     scores = Scores(batch.behaviour_logprobs_A, None, torch.zeros(1))
-    found, _ = targets(batch, scores, PPOConfig(beta=0))
+    found, _ = targets_of(batch, scores, PPOConfig(beta=0))
     (record,) = episode_records(episodes, [PROBLEM], chat, batch, scores, found)
     assert "ref_logprobs" not in record["turns"][0]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
 from rlef_mega.packing import pack
+from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
 from tests.rlef_mega.distributed import next_world
 
@@ -143,7 +143,7 @@ def make_learner(ranks, folder: Path, *, offload: str = "none", **options: Any):
 def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
     """Score and update. Returns the results, and the weights afterwards."""
     scores = learner.score(batch)
-    targets, _ = ppo.targets(batch, scores, learner.ppo)
+    targets, _ = targets_of(batch, scores, learner.ppo)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(batch.num_sequences, generator=generator)
     stats = learner.update(batch, targets, order)

@@ -33,6 +33,7 @@ from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.megatron.trained_model import learning_rate
 from rlef_mega.packing import pack
 from rlef_mega.preflight import check_weights
+from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch
 from tests.rlef_mega.megatron.hugging_face import hf_logprobs, hf_values
 from tests.rlef_mega.megatron.megatron_worker import (
@@ -109,7 +110,7 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
     scores = learner.score(batch)
     noise_A = torch.randn(batch.num_actions, generator=torch.Generator().manual_seed(3))
     scores = replace(scores, old_logprobs_A=scores.old_logprobs_A + 0.2 * noise_A)
-    targets, _ = ppo.targets(batch, scores, learner.ppo)
+    targets, _ = targets_of(batch, scores, learner.ppo)
     stats = learner.update_policy(batch, targets, range(batch.num_sequences))
     loss, metrics = ppo.policy_loss(
         hf_logprobs(truth, batch),
