@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlef_mega.intervals import bootstrap_interval
+from rlef_mega.report.intervals import bootstrap_interval
 from rlef_mega.run.manifest import describe
 
 PROTOCOLS = ("multi_turn", "independent", "random_feedback")

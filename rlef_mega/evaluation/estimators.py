@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from rlef_mega.intervals import RESAMPLES, Floats, bootstrap_interval, percentiles
+from rlef_mega.report.intervals import RESAMPLES, Floats, bootstrap_interval, percentiles
 
 # A resample repeats dialogues. With simulated models and at least this many dialogues for each one
 # drawn, 95% intervals contained the true value in 89 to 94% of cases; with fewer, in as few as 71%.

@@ -27,7 +27,7 @@ from rlef_mega.evaluation.dialogue_file import (
 )
 from rlef_mega.evaluation.estimators import Ints, NAtK, estimate, per_problem
 from rlef_mega.evaluation.protocols import PROTOCOLS, SINGLE, PlannedDialogues
-from rlef_mega.intervals import bootstrap_interval
+from rlef_mega.report.intervals import bootstrap_interval
 from rlef_mega.run.guards import kinds_of, most_frequent
 from rlef_mega.types import Problem
 

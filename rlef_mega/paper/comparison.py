@@ -32,7 +32,7 @@ from rlef_mega.config import (
     flatten,
     load_config,
 )
-from rlef_mega.intervals import interval_over_seeds
+from rlef_mega.report.intervals import interval_over_seeds
 from rlef_mega.report.plots import PALETTE, STYLE
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.launch import stage

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlef_mega.intervals import bootstrap_interval
+from rlef_mega.report.intervals import bootstrap_interval
 from rlef_mega.report.run_files import Json, RunFiles, lookup, named, number, table, text
 
 RESAMPLES = 2000  # of the paired bootstrap; the paper resamples 200 times (RLEF B.1)

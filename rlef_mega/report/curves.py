@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from rlef_mega.intervals import wilson_interval
 from rlef_mega.report.display import percent, significant
+from rlef_mega.report.intervals import wilson_interval
 from rlef_mega.report.plots import PALETTE, STYLE
 from rlef_mega.report.run_files import Json, named, number, series
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rlef_mega.intervals import bootstrap_interval, interval_over_seeds, wilson_interval
+from rlef_mega.report.intervals import bootstrap_interval, interval_over_seeds, wilson_interval
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_the_sample():
