@@ -32,7 +32,7 @@ def fault_of(source: bytes, function: str = "", *, returns: bool = False) -> str
     """
     if len(source) <= SHORT_BYTES and not SLOW.search(source):
         return _fault_of(source, function, returns)
-    command = [sys.executable, "-I", "-S", __file__, function, "returns" * returns]
+    command = [sys.executable, "-I", "-S", __file__, function, "returns" * returns, str(CPU_S)]
     child = subprocess.run(command, input=source, capture_output=True, check=False)
     if child.returncode:
         return f"takes more than {CPU_S} s or {MEMORY_BYTES >> 20} MiB to compile; make it simpler"
@@ -74,6 +74,6 @@ def _returns_value(code: CodeType) -> bool:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]),) * 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print(_fault_of(sys.stdin.buffer.read(), sys.argv[1], bool(sys.argv[2])), end="")
