@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-python312 test-gpu check-gpu bench bench-gpu bench-trl clean
+.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-python312 test-gpu check-gpu bench bench-gpu clean
 
 setup: $(VENV)/installed
 
@@ -105,12 +105,6 @@ bench: setup
 	"$(BIN)/rlef" bench train --json benchmarks/results/train.json
 	"$(BIN)/rlef" bench slice demo --json benchmarks/results/slice_demo.json
 	"$(BIN)/rlef" bench rollout --json benchmarks/results/rollout.json
-
-# TRL beside our learner; an environment of its own, so that the pinned packages stay as they are
-bench-trl: setup
-	[ -x .venv-bench/bin/python ] || "$(PYTHON)" -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --requirement benchmarks/experiments/requirements-trl.txt
-	"$(BIN)/python" benchmarks/experiments/against_trl.py --json benchmarks/results/train_against_trl.json
 
 clean:
 	rm -rf "$(VENV)" .venv-sglang runs

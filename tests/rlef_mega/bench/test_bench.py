@@ -12,15 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.experiments.against_trl import as_rollout
-from benchmarks.experiments.against_trl import figures as trl_figures
 from rlef_mega.bench import measured, run_benchmark
 from rlef_mega.bench.e2e import with_outside
 from rlef_mega.bench.results import Figure, shares
 from rlef_mega.bench.sandbox import benchmark as benchmark_sandbox
 from rlef_mega.bench.workload import random_batch, workload
 from rlef_mega.config import ConfigError, RolloutConfig, TrainConfig, find_recipe, load_config
-from rlef_mega.packing import pack
 
 DEMO = load_config(find_recipe("demo"), [], TrainConfig).rollout
 SMALL = """
@@ -65,39 +62,6 @@ def test_shares_are_of_the_whole_step():
 def test_time_outside_the_phases_is_the_rest_of_the_step():
     times = {"rollout": 17.0, "update": 10.0, "step": 30.0}
     assert with_outside(times) == {**times, "outside": 3.0}
-
-
-def test_trl_is_given_the_same_tokens_with_only_the_responses_to_train_on():
-    episodes = random_batch(DEMO, vocab_size=640, seed=0)
-    batch = pack(episodes)
-    token_ids, said, logprobs = [], [], []
-    for given in map(as_rollout, episodes):
-        lengths = {len(given[name]) for name in ("completion_ids", "env_mask", "logprobs")}
-        assert len(lengths) == 1 and given["env_mask"][0] == given["env_mask"][-1] == 1
-        token_ids += given["prompt_ids"] + given["completion_ids"]
-        said += [0] * len(given["prompt_ids"]) + given["env_mask"]
-        logprobs += [0.0] * len(given["prompt_ids"]) + given["logprobs"]
-    assert token_ids == batch.token_ids_T.tolist()
-    actions = [place for place, one in enumerate(said) if one]
-    assert actions == batch.action_positions_A.tolist()
-    sampled = [logprobs[place] for place in actions]
-    assert sampled == pytest.approx(batch.behaviour_logprobs_A.tolist())
-
-
-def test_ratios_to_trl_are_taken_within_a_round():
-    def ours(whole: float, policy: float) -> dict:
-        phases = [{"pack": 0.0, "score": whole / 4, "targets": 0.0, "update": 3 * whole / 4}]
-        return {"batch": {"tokens": 1000}, "phases": phases, "policy_alone": [policy]}
-
-    # in the second round everything takes twice as long; only the ratios are unchanged
-    rounds = [(ours(4.0, 2.0), [5.0, 4.0, 3.0]), (ours(8.0, 4.0), [8.0, 8.0, 9.0])]
-    assert {figure.name: figure.samples for figure in trl_figures(rounds)} == {
-        "TRL GRPOTrainer": (250.0, 125.0),
-        "ours, policy and critic": (250.0, 125.0),
-        "ours, policy alone": (500.0, 250.0),
-        "ours, policy and critic / TRL": (1.0, 1.0),
-        "ours, policy alone / TRL": (2.0, 2.0),
-    }
 
 
 def test_options_of_another_benchmark_are_refused():
