@@ -1,68 +1,88 @@
-"""Easy functions for a small pretrained model: a name, a sentence, and tests.
+"""Easy functions for a small pretrained model: a signature, a docstring, and tests.
 
 HumanEval is too hard for a model of 135M parameters to learn from: it hardly ever solves a task.
 It sometimes solves these. `functions.jsonl` holds one template per line:
 
-    {"name": "add", "parameters": "x", "does": "returns x plus {}", "returns": "x + {}",
-     "constants": [3, 7], "inputs": [[5], [0]]}
+    {"name": "add_fee", "parameters": "x", "says": "Return the price x with our fixed fee added.",
+     "returns": "x + {}", "constants": [3, 7], "inputs": [[0], [5], [12]]}
 
-`does` completes "Write a Python function `add_3(x)` that ...". `returns` is the right answer as a
-Python expression over the parameters. Each input is a list of arguments; the first input is the
-public test, the others are private. With `constants`, a template gives one function a constant,
-which replaces {} in both texts (write {{ and }} for braces); without, it gives one function. A
-constant that is itself a list replaces {0}, {1} and so on.
+`returns` is the right answer as a Python expression over the parameters. Each input is a list of
+arguments; the first one (or as many as `shown` says) is a public test, the others are private. A
+template with `constants` gives a function for each, which replaces {} in both texts ({{ and }}
+stand for braces); a constant that is itself a list replaces {0}, {1} and so on.
 
-To add problems, add lines. All functions of a template are in the same split; new names change
+If `says` names no constant, as here, the statement withholds what only the public tests tell: a
+first response can but guess, and feedback makes the second one right. About half of the templates
+are of this kind, in each split. All functions of a template are in the same split; new names change
 which templates each split has.
 """
 
+import ast
 import json
 import random
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
+from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.splits import Split, part
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import CallTest, Limits
 
 LIMITS = Limits(cpu_s=2.0, memory_bytes=256 << 20)
-HELD_OUT = {"test": 16, "valid": 8}  # templates
+HELD_OUT = {"test": 12, "valid": 5}  # templates of each kind
 
 
 def problems(split: Split) -> list[Problem]:
     """Return the problems of a split. It is cut from a shuffle that is the same everywhere."""
+    templates = read_templates()
+    chosen: list[str] = []
+    for kind in (False, True):
+        names = sorted(name for name, t in templates.items() if withholds(t) is kind)
+        random.Random("functions").shuffle(names)
+        chosen += part(names, split, **HELD_OUT)
+    return [problem for name in chosen for problem in expand(**templates[name])]
+
+
+def read_templates() -> dict[str, dict[str, Any]]:
     lines = (resources.files("rlef_mega.problems") / "functions.jsonl").read_text().splitlines()
-    templates = [json.loads(line) for line in lines]
-    names = sorted(template["name"] for template in templates)
-    random.Random("functions").shuffle(names)
-    chosen = part(names, split, **HELD_OUT)
-    return [p for template in templates if template["name"] in chosen for p in expand(**template)]
+    return {template["name"]: template for template in map(json.loads, lines)}
+
+
+def withholds(template: dict[str, Any]) -> bool:
+    """Return whether the statements of a template do not name its constant."""
+    return "constants" in template and "{" not in template["says"]
 
 
 def expand(
     name: str,
     parameters: str,
-    does: str,
+    says: str,
     returns: str,
     inputs: Sequence[Sequence[Any]],
     constants: Sequence[Any] = ([],),
+    shown: int = 1,
 ) -> Iterator[Problem]:
     """Yield one problem for each constant of a template."""
-    for constant in constants:
-        values = constant if isinstance(constant, list) else [constant]
-        function = "_".join([name, *map(str, values)])
-        compute = eval(f"lambda {parameters}: {returns.format(*values)}")  # the package's own text
-        tests = [CallTest(function, tuple(given), compute(*given)) for given in inputs]
-        signature = f"{function}({parameters})"
+    values = [constant if isinstance(constant, list) else [constant] for constant in constants]
+    answers = [returns.format(*value) for value in values]
+    for number, (value, answer) in enumerate(zip(values, answers, strict=True)):
+        compute = eval(f"lambda {parameters}: {answer}")  # the package's own text
+        tests = [CallTest(name, tuple(given), compute(*given)) for given in inputs]
+        others = [program(name, parameters, a) for a in answers[number + 1 :] + answers[:number]]
         yield Problem(
-            id=f"functions-{function}",
-            statement=f"Write a Python function `{signature}` that {does.format(*values)}.",
-            public_tests=tuple(tests[:1]),
-            private_tests=PrivateTests(tuple(tests[1:])),
+            id="-".join(["functions", name, *map(str, value)]),
+            statement=f'def {name}({parameters}):\n    """{says.format(*value)}"""',
+            public_tests=tuple(tests[:shown]),
+            private_tests=PrivateTests(tuple(tests[shown:])),
             limits=LIMITS,
-            template="mbpp",
-            entry_point=function,
+            template="humaneval",
+            entry_point=name,
             family=name,
-            wrong_programs=(f"def {signature}:\n    return {parameters.partition(',')[0]}\n",),
+            wrong_programs=(*others[:2], *mutants(program(name, parameters, answer))),
         )
+
+
+def program(name: str, parameters: str, answer: str) -> str:
+    """Return the function that returns an answer, laid out as Python's own tools do."""
+    return ast.unparse(ast.parse(f"def {name}({parameters}):\n    return {answer}")) + "\n"

@@ -1,29 +1,84 @@
-"""The easy functions: splits share no template, no constant answer passes, and JSONL can store
-them."""
+"""The easy functions: their own solutions pass, wrong programs fail, half of the statements
+withhold what the public tests tell, splits share nothing, and JSONL can store them."""
 
+import contextlib
+import copy
 import itertools
+from collections import defaultdict
 
 from rlef_mega.dialogues import templates
 from rlef_mega.problems import load_problems
+from rlef_mega.problems.contamination import compare
+from rlef_mega.problems.functions import expand, program, read_templates, withholds
 from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_sandbox import Sandbox, Status
 
-PROBLEMS = {split: load_problems(f"functions:{split}") for split in ("train", "valid", "test")}
+SPLITS = ("train", "valid", "test")
+PROBLEMS = {split: load_problems(f"functions:{split}") for split in SPLITS}
 EVERY = [problem for problems in PROBLEMS.values() for problem in problems]
+TEMPLATES = read_templates()
 
 
-def test_splits_share_no_kind_of_function():
-    kinds = {split: {p.family for p in problems} for split, problems in PROBLEMS.items()}
-    for one, other in itertools.combinations(kinds.values(), 2):
-        assert one and other and not one & other
-    assert len({p.id for p in EVERY}) == len(EVERY) >= 70
+def test_there_are_enough_of_each_kind_in_each_split():
+    assert len({problem.id for problem in EVERY}) == len(EVERY) >= 300
+    assert len({problem.family for problem in EVERY}) == len(TEMPLATES) >= 40
+    for split, problems in PROBLEMS.items():
+        withheld = [withholds(TEMPLATES[problem.family]) for problem in problems]
+        assert 0.4 < sum(withheld) / len(withheld) < 0.75, split
 
 
-def test_returning_the_public_value_fails_a_private_test_of_every_problem():
+def test_splits_share_no_template_statement_or_solution():
+    families = {split: {p.family for p in problems} for split, problems in PROBLEMS.items()}
+    where = defaultdict(set)
+    for template in TEMPLATES.values():
+        (split,) = (name for name, found in families.items() if template["name"] in found)
+        for constant in template.get("constants", ([],)):
+            values = constant if isinstance(constant, list) else [constant]
+            where[template["parameters"], template["returns"].format(*values)].add(split)
+    assert not [solution for solution, splits in where.items() if len(splits) > 1]
+    for one, other in itertools.permutations(SPLITS, 2):
+        overlaps = compare(PROBLEMS[one], PROBLEMS[other])
+        assert not [overlap for overlap in overlaps if overlap.suspicious]
+
+
+def test_public_tests_tell_what_a_statement_withholds():
+    """No two functions of such a template give the same answers to them."""
+    for template in filter(withholds, TEMPLATES.values()):
+        functions = list(expand(**template))
+        assert len({problem.statement for problem in functions}) == 1
+        shown = {repr([test.expected for test in p.public_tests]) for p in functions}
+        assert len(shown) == len(functions) >= 4, template["name"]
+
+
+def test_constant_and_wrong_programs_fail_every_problem():
     for problem in EVERY:
         public, *_ = problem.public_tests
-        others = [test.expected for test in problem.private_tests.tests]
-        assert any(repr(value) != repr(public.expected) for value in others), problem.id
+        hard_coded = f"def {problem.family}(*_): return {public.expected!r}"
+        for wrong in (hard_coded, *problem.wrong_programs):
+            names = {}
+            exec(wrong, names)  # the package's own text
+            assert not passes(names[problem.family], problem), wrong
+
+
+def passes(function, problem):
+    with contextlib.suppress(Exception):
+        tests = problem.public_tests + problem.private_tests.tests
+        return all(function(*copy.deepcopy(test.args)) == test.expected for test in tests)
+
+
+def test_the_own_solution_passes_in_the_sandbox_and_a_wrong_program_does_not():
+    with Sandbox(workers=1) as sandbox:
+        for template in list(TEMPLATES.values())[::5]:
+            problem = next(expand(**template))
+            values = template.get("constants", ([],))[0]
+            values = values if isinstance(values, list) else [values]
+            answer = template["returns"].format(*values)
+            solution = program(problem.family, template["parameters"], answer)
+            tests = problem.public_tests + problem.private_tests.tests
+            right = sandbox.grade(solution, tests, limits=problem.limits)
+            assert {result.status for result in right} == {Status.OK}, problem.id
+            wrong = sandbox.grade(problem.wrong_programs[0], tests, limits=problem.limits)
+            assert wrong[-1].status is not Status.OK, problem.id
 
 
 def test_private_arguments_differ_from_public_ones():
@@ -32,23 +87,12 @@ def test_private_arguments_differ_from_public_ones():
         assert not any(test.args in shown for test in problem.private_tests.tests), problem.id
 
 
-def test_the_prompt_names_the_function_and_quotes_only_the_public_test():
+def test_the_prompt_quotes_no_test():
     for problem in EVERY:
         prompt = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
-        assert f"`{problem.entry_point}(" in prompt
-        assert templates.assertion(problem.public_tests[0]) in prompt
-        assert not any(templates.assertion(t) in prompt for t in problem.private_tests.tests)
+        assert f"def {problem.entry_point}(" in prompt
+        assert not any(templates.assertion(test) in prompt for test in problem.public_tests)
 
 
 def test_jsonl_can_store_them():
     assert [parse_problem(to_row(problem)) for problem in EVERY] == EVERY
-
-
-def test_a_right_program_passes_and_the_value_of_a_wrong_one_is_reported():
-    problem = next(p for p in EVERY if p.entry_point == "square")
-    tests = problem.public_tests + problem.private_tests.tests
-    with Sandbox(workers=1) as sandbox:
-        for result in sandbox.grade("def square(x): return x * x", tests):
-            assert result.status is Status.OK
-        (result,) = sandbox.grade("def square(x): return x + x", problem.public_tests)
-        assert (result.status, result.returned) == (Status.WRONG_ANSWER, "10")

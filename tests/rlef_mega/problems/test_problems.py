@@ -243,7 +243,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("row, message", BOMBS.values(), ids=BOMBS)
 @pytest.mark.timing
-def test_a_row_that_takes_python_hours_is_refused_within_seconds(tmp_path, row, message, monkeypatch):
+def test_a_row_that_takes_python_hours_is_refused_within_seconds(
+    tmp_path, row, message, monkeypatch
+):
     monkeypatch.setattr(code_check, "CPU_S", 2)
     path = write(tmp_path, row)
     began_s = time.process_time()
