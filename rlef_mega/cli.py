@@ -117,7 +117,7 @@ def reproduce(
 
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Make the demo's base model by supervised training on generated dialogues."""
+    """Train on generated dialogues: the demo's base model, or a pretrained one before RLEF."""
     from rlef_mega.preflight import check_sft, claim_run_directory
 
     config = load_config(find_recipe(recipe), overrides or [], SFTConfig)

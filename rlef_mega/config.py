@@ -436,9 +436,12 @@ class TrainConfig(Section):
 
 
 class SFTConfig(Section):
-    """The supervised stage that makes the demo's base model from generated dialogues."""
+    """The supervised stage before RLEF, on generated dialogues. It makes the demo's base model from
+    random weights, or trains a pretrained model."""
 
     dir: str
+    model: str = ""  # a Hugging Face folder; empty: random weights of the shape below
+    dialogues: Literal["curriculum", "functions"] = "curriculum"
     seed: int = 0
     steps: int = Field(gt=0)
     dialogues_per_step: int = Field(32, gt=0)

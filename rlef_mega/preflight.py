@@ -200,14 +200,18 @@ def layout_words(parallel: ParallelConfig) -> str:
 
 def check_sft(config: SFTConfig) -> None:
     refuse_untested_megatron()
-    check_layout(
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        layers=config.num_layers,
-        vocab_size=config.vocab_size,
-        ffn=config.ffn_hidden_size,
-        parallel=config.parallel,
-    )
+    if config.model:
+        check_stored_weights(Path(config.model))
+        shape = stored_shape(Path(config.model))
+    else:
+        shape = {
+            "heads": config.num_attention_heads,
+            "key_value_heads": config.num_key_value_heads,
+            "layers": config.num_layers,
+            "vocab_size": config.vocab_size,
+            "ffn": config.ffn_hidden_size,
+        }
+    check_layout(parallel=config.parallel, **shape)
 
 
 def model_shape(config: TrainConfig) -> dict[str, int]:
@@ -220,17 +224,22 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
         if stated:
             return stated
         raise ConfigError(f"no file {path}: model.path must be a Hugging Face model folder")
-    found = LlamaShape.of(read_config(path.parent))
-    shape = {
+    shape = stored_shape(path.parent)
+    if stated and stated != shape:
+        raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
+    return shape
+
+
+def stored_shape(model: Path) -> dict[str, int]:
+    """Read what a layout must divide from a folder's config.json."""
+    found = LlamaShape.of(read_config(model))
+    return {
         "heads": found.heads,
         "key_value_heads": found.key_value_heads,
         "layers": found.layers,
         "vocab_size": found.vocabulary,
         "ffn": found.ffn,
     }
-    if stated and stated != shape:
-        raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
-    return shape
 
 
 def check_rollout_servers(config: TrainConfig) -> None:

@@ -1,8 +1,9 @@
-"""The supervised stage: the demo's base model from a random Llama and generated dialogues.
+"""The supervised stage: a base model from generated dialogues and a random Llama, as the demo's, or
+a pretrained model.
 
 It shares learner, packing and checkpoints with the loop in train.py and resumes in the same way.
-Its folder holds `init/` (tokenizer and random weights), `checkpoints/`, `metrics.jsonl` and, when
-the stage is finished, `model/`, a Hugging Face folder.
+Its folder holds `checkpoints/`, `metrics.jsonl` and, when the stage is finished, `model/`, a
+Hugging Face folder; without a pretrained model also `init/`, with tokenizer and random weights.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.config import SFTConfig, load_config
+from rlef_mega.demo.repair_dialogues import repair_dialogues
 from rlef_mega.demo.taught_dialogues import sft_dialogues
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues.chat import ChatFormat
@@ -40,10 +42,11 @@ def supervise(config: SFTConfig) -> int:
     if ranks.is_writer:
         run.lock()
         accelerations.announce(ranks.device, getattr(torch, config.dtype))
-    chat = ChatFormat.from_folder(run.path / "init")
+    start_model = Path(config.model) if config.model else run.path / "init"
+    chat = ChatFormat.from_folder(start_model)
     learner = SupervisedLearner(
         ranks,
-        run.path / "init",
+        start_model,
         optimizer=config.optimizer,
         microbatch_tokens=config.microbatch_tokens,
         dtype=config.dtype,
@@ -65,8 +68,7 @@ def supervise(config: SFTConfig) -> int:
     ) as progress:
         for step in range(first + 1, config.steps + 1):
             start = (step - 1) * config.dialogues_per_step
-            dialogues = sft_dialogues(start, config.dialogues_per_step, config.seed)
-            batch = pack([encode(d, chat) for d in dialogues])
+            batch = pack(written(config, start, chat))
             record = {"step": step, "tokens": batch.num_tokens, **learner.supervised_update(batch)}
             record["checkpoint_failures"] = checkpoints.failures
             times = clock.lap()
@@ -88,16 +90,26 @@ def supervise(config: SFTConfig) -> int:
     checkpoints.finish()
     dtype = getattr(torch, config.dtype)
     weights, out = learner.policy_weights(), run.path / "model"
-    export_hf(weights, run.path / "init", out, dtype, is_writer=ranks.is_writer)
+    export_hf(weights, start_model, out, dtype, is_writer=ranks.is_writer)
     parallel.shutdown(ranks)
     return 0
 
 
-def encode(messages: Sequence[str], chat: ChatFormat) -> Episode:
-    """Return a written dialogue as an episode, the form in which sampled ones are packed."""
+def written(config: SFTConfig, start: int, chat: ChatFormat) -> list[Episode]:
+    """Return the dialogues of a step, the first of which has the number `start`."""
+    if config.dialogues == "functions":
+        repairs = repair_dialogues(start, config.dialogues_per_step, config.seed)
+        return [encode(messages, chat, begun) for begun, messages in repairs]
+    dialogues = sft_dialogues(start, config.dialogues_per_step, config.seed)
+    return [encode(messages, chat) for messages in dialogues]
+
+
+def encode(messages: Sequence[str], chat: ChatFormat, begun: str = "") -> Episode:
+    """Return a written dialogue as an episode, the form in which sampled ones are packed. All its
+    responses begin with `begun`, which the model does not write."""
     turns: list[Turn] = []
     for prompt, response in zip(messages[::2], messages[1::2], strict=True):
-        observed = chat.observe(prompt, ended=True) if turns else chat.open(prompt)
+        observed = chat.observe(prompt, True, begun) if turns else chat.open(prompt, begun)
         ids = tuple(chat.respond(response))
         written = Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
         turns.append(Turn(tuple(observed), written, None, UNGRADED))
@@ -105,10 +117,10 @@ def encode(messages: Sequence[str], chat: ChatFormat) -> Episode:
 
 
 def make_initial_model(config: SFTConfig) -> None:
-    """Write a tokenizer and random weights to `init/`, unless they exist. The same seed gives the
-    same weights on every machine."""
+    """Write a tokenizer and random weights to `init/`, unless they exist or the stage begins with
+    another model. The same seed gives the same weights on every machine."""
     final = Path(config.dir) / "init"
-    if final.exists():
+    if config.model or final.exists():
         return
     with folder_written_whole(final) as folder:
         write_untrained_model(config, folder)

@@ -20,7 +20,7 @@ which templates each split has.
 import ast
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
@@ -34,14 +34,20 @@ HELD_OUT = {"test": 12, "valid": 5}  # templates of each kind
 
 
 def problems(split: Split) -> list[Problem]:
-    """Return the problems of a split. It is cut from a shuffle that is the same everywhere."""
+    """Return the problems of a split."""
+    return [problem for problem, _ in solved(split)]
+
+
+def solved(split: Split) -> list[tuple[Problem, str]]:
+    """Return the problems of a split with their solutions. The split is cut from a shuffle that is
+    the same everywhere."""
     templates = read_templates()
     chosen: list[str] = []
     for kind in (False, True):
         names = sorted(name for name, t in templates.items() if withholds(t) is kind)
         random.Random("functions").shuffle(names)
         chosen += part(names, split, **HELD_OUT)
-    return [problem for name in chosen for problem in expand(**templates[name])]
+    return [pair for name in chosen for pair in expand(templates[name])]
 
 
 def read_templates() -> dict[str, dict[str, Any]]:
@@ -54,23 +60,18 @@ def withholds(template: dict[str, Any]) -> bool:
     return "constants" in template and "{" not in template["says"]
 
 
-def expand(
-    name: str,
-    parameters: str,
-    says: str,
-    returns: str,
-    inputs: Sequence[Sequence[Any]],
-    constants: Sequence[Any] = ([],),
-    shown: int = 1,
-) -> Iterator[Problem]:
-    """Yield one problem for each constant of a template."""
+def expand(template: dict[str, Any]) -> Iterator[tuple[Problem, str]]:
+    """Yield one problem, with its solution, for each constant of a template."""
+    name, parameters, says = template["name"], template["parameters"], template["says"]
+    shown, constants = template.get("shown", 1), template.get("constants", ([],))
     values = [constant if isinstance(constant, list) else [constant] for constant in constants]
-    answers = [returns.format(*value) for value in values]
+    answers = [template["returns"].format(*value) for value in values]
     for number, (value, answer) in enumerate(zip(values, answers, strict=True)):
         compute = eval(f"lambda {parameters}: {answer}")  # the package's own text
-        tests = [CallTest(name, tuple(given), compute(*given)) for given in inputs]
+        tests = [CallTest(name, tuple(given), compute(*given)) for given in template["inputs"]]
         others = [program(name, parameters, a) for a in answers[number + 1 :] + answers[:number]]
-        yield Problem(
+        solution = program(name, parameters, answer)
+        problem = Problem(
             id="-".join(["functions", name, *map(str, value)]),
             statement=f'def {name}({parameters}):\n    """{says.format(*value)}"""',
             public_tests=tuple(tests[:shown]),
@@ -79,8 +80,10 @@ def expand(
             template="humaneval",
             entry_point=name,
             family=name,
-            wrong_programs=(*others[:2], *mutants(program(name, parameters, answer))),
+            tags=("withheld" if withholds(template) else "told",),
+            wrong_programs=(*others[:2], *mutants(solution)),
         )
+        yield problem, solution
 
 
 def program(name: str, parameters: str, answer: str) -> str:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from rlef_mega.dialogues import templates
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.contamination import compare
-from rlef_mega.problems.functions import expand, program, read_templates, withholds
+from rlef_mega.problems.functions import expand, read_templates, solved, withholds
 from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_sandbox import Sandbox, Status
 
@@ -30,11 +30,10 @@ def test_there_are_enough_of_each_kind_in_each_split():
 def test_splits_share_no_template_statement_or_solution():
     families = {split: {p.family for p in problems} for split, problems in PROBLEMS.items()}
     where = defaultdict(set)
-    for template in TEMPLATES.values():
-        (split,) = (name for name, found in families.items() if template["name"] in found)
-        for constant in template.get("constants", ([],)):
-            values = constant if isinstance(constant, list) else [constant]
-            where[template["parameters"], template["returns"].format(*values)].add(split)
+    for split in SPLITS:
+        for problem, solution in solved(split):
+            assert problem.family in families[split]
+            where[solution.partition("(")[2]].add(split)  # without the name
     assert not [solution for solution, splits in where.items() if len(splits) > 1]
     for one, other in itertools.permutations(SPLITS, 2):
         overlaps = compare(PROBLEMS[one], PROBLEMS[other])
@@ -44,7 +43,7 @@ def test_splits_share_no_template_statement_or_solution():
 def test_public_tests_tell_what_a_statement_withholds():
     """No two functions of such a template give the same answers to them."""
     for template in filter(withholds, TEMPLATES.values()):
-        functions = list(expand(**template))
+        functions = [problem for problem, _ in expand(template)]
         assert len({problem.statement for problem in functions}) == 1
         shown = {repr([test.expected for test in p.public_tests]) for p in functions}
         assert len(shown) == len(functions) >= 4, template["name"]
@@ -68,12 +67,7 @@ def passes(function, problem):
 
 def test_the_own_solution_passes_in_the_sandbox_and_a_wrong_program_does_not():
     with Sandbox(workers=1) as sandbox:
-        for template in list(TEMPLATES.values())[::5]:
-            problem = next(expand(**template))
-            values = template.get("constants", ([],))[0]
-            values = values if isinstance(values, list) else [values]
-            answer = template["returns"].format(*values)
-            solution = program(problem.family, template["parameters"], answer)
+        for problem, solution in solved("train")[::10]:
             tests = problem.public_tests + problem.private_tests.tests
             right = sandbox.grade(solution, tests, limits=problem.limits)
             assert {result.status for result in right} == {Status.OK}, problem.id

@@ -1,0 +1,74 @@
+"""Dialogues for the supervised stage of a pretrained model: functions, wrong at first and repaired.
+
+They are made of the training problems of `functions:`, with their solutions and wrong programs, in
+the format of rollouts: the same prompts, and the feedback that the sandbox's results give. They
+teach the format, and that feedback is to be used. They do not teach it well: after a failure the
+next program is right no more often than `REPAIRED`, so that RLEF has something to learn.
+"""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+from rlef_mega.dialogues import templates
+from rlef_mega.problems.functions import solved
+from rlef_mega.types import Problem, TestOutcome
+from rlef_sandbox import Sandbox, Status
+
+TURNS = 3
+RIGHT_AT_ONCE = 0.6  # if the statement tells all; otherwise a uniform guess
+REPAIRED = 0.5
+
+Graded = Sequence[TestOutcome]
+Task = tuple[Problem, dict[str, Graded]]  # programs with their outcomes, the solution first
+
+
+def repair_dialogues(start: int, count: int, seed: int = 0) -> list[tuple[str, list[str]]]:
+    """Return dialogues `start` to `start + count` of an endless series.
+
+    Each is the text with which all its responses begin, which the model does not write, and its
+    messages: user and assistant alternate. It depends on its number and the seed alone.
+    """
+    return [repair_dialogue(number, seed) for number in range(start, start + count)]
+
+
+def repair_dialogue(number: int, seed: int) -> tuple[str, list[str]]:
+    generator = random.Random(f"repairs {seed} {number}")
+    problem, programs = generator.choice(graded_programs())
+    solution, *wrong = programs
+    begun = templates.response_start(problem.statement, problem.template)
+    messages = [templates.first_prompt(problem.statement, problem.template)]
+    right = 1 / len(programs) if "withheld" in problem.tags else RIGHT_AT_ONCE
+    for turn in range(TURNS):
+        program = solution if generator.random() < right else generator.choice(wrong)
+        messages.append(response(program))
+        if program == solution or turn == TURNS - 1:
+            break
+        messages.append(templates.feedback(programs[program], problem.template))
+        right = REPAIRED
+    return begun, messages
+
+
+def response(program: str) -> str:
+    """Return what follows the signature and docstring, with which the response begins."""
+    return program.rstrip("\n").partition("\n")[2] + "\n```"
+
+
+@cache
+def graded_programs() -> list[Task]:
+    """Run solutions and wrong programs of all training problems on their public tests. Programs
+    that pass although they are wrong are left out."""
+    tasks = []
+    with Sandbox(workers=1) as sandbox:
+        for problem, solution in solved("train"):
+            tests = problem.public_tests
+            programs: dict[str, Graded] = {solution: ()}
+            for program in problem.wrong_programs:
+                results = sandbox.grade(
+                    program, tests, limits=problem.limits, stop_at_first_failure=False
+                )
+                if any(result.status is not Status.OK for result in results):
+                    programs[program] = tuple(map(TestOutcome, tests, results))
+            if len(programs) > 1:
+                tasks.append((problem, programs))
+    return tasks

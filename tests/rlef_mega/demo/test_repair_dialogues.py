@@ -1,0 +1,61 @@
+"""The supervised dialogues of functions: what they teach, in the format that rollouts use."""
+
+from collections import Counter
+
+from rlef_mega.demo.repair_dialogues import (
+    REPAIRED,
+    RIGHT_AT_ONCE,
+    graded_programs,
+    repair_dialogues,
+)
+from rlef_mega.dialogues import templates
+from rlef_mega.problems import load_problems
+from rlef_mega.problems.functions import solved
+
+DIALOGUES = repair_dialogues(0, 2000)
+SOLUTIONS = {problem.statement: set() for problem, _ in solved("train")}
+for problem, solution in solved("train"):
+    SOLUTIONS[problem.statement].add(solution.strip())
+
+
+def program_of(begun: str, response: str) -> str:
+    program = templates.extract_program(response, "python", begun)
+    assert program is not None
+    return program
+
+
+def test_a_dialogue_depends_on_its_number_and_the_seed_alone():
+    assert repair_dialogues(5, 3, seed=1) == repair_dialogues(0, 8, seed=1)[5:]
+    assert repair_dialogues(0, 8, seed=1) != repair_dialogues(0, 8, seed=2)
+
+
+def test_only_training_problems_are_taught():
+    held_out = {
+        p.statement for split in ("valid", "test") for p in load_problems(f"functions:{split}")
+    }
+    taught = {begun.removeprefix("```python\n").rstrip() for begun, _ in DIALOGUES}
+    assert taught <= {p.statement for p, _ in graded_programs()} and not taught & held_out
+
+
+def test_every_response_is_a_valid_program_and_feedback_shows_what_it_did():
+    for begun, messages in DIALOGUES[:300]:
+        programs = [program_of(begun, response) for response in messages[1::2]]
+        for told in messages[2::2]:
+            assert told.startswith("Your code failed some test cases:\n- Failure: 'assert ")
+        assert 1 <= len(programs) <= 3
+
+
+def test_feedback_is_used_no_better_than_stated():
+    """Nor worse: the share of right programs at each turn, by whether the statement tells all."""
+    shares = Counter()
+    for begun, messages in DIALOGUES:
+        last = len(messages) // 2
+        for turn in range(1, last + 1):
+            shares[turn, "made"] += 1
+        program = program_of(begun, messages[-1])
+        stated = begun.removeprefix("```python\n").rstrip()
+        body = program.rpartition('"""\n')[2]
+        right = any(solution.partition("\n")[2] == body for solution in SOLUTIONS[stated])
+        shares[last, "right"] += right
+    assert abs(shares[2, "right"] / shares[2, "made"] - REPAIRED) < 0.05
+    assert 0.2 < shares[1, "right"] / shares[1, "made"] < RIGHT_AT_ONCE
