@@ -163,8 +163,12 @@ def late(rates: list[float]) -> float:
 
 @pytest.mark.parametrize(
     "estimator",
-    [{}, {"lam": 0.5}, {"advantage": "rloo"}, {"advantage": "grpo"}],
-    ids=["critic", "lambda 0.5", "RLOO", "GRPO"],
+    [
+        pytest.param({}, id="critic"),
+        pytest.param({"advantage": "rloo"}, id="RLOO"),
+        pytest.param({"advantage": "grpo"}, id="GRPO", marks=pytest.mark.slow),
+        pytest.param({"lam": 0.5}, id="lambda 0.5", marks=pytest.mark.slow),
+    ],
 )
 def test_a_few_steps_teach_the_model_to_read_feedback(base, chat, judge, ranks, estimator) -> None:
     """A batch has twelve dialogues about each problem."""
@@ -177,6 +181,7 @@ def test_with_the_sign_of_advantages_flipped_the_model_gets_worse(base, chat, ju
     assert late(rates) < rates[0] - 0.15, rates
 
 
+@pytest.mark.slow
 def test_from_another_problems_feedback_nothing_is_learned(base, chat, judge, ranks) -> None:
     rates = solve_rates(base, chat, judge, ranks, feedback="random")
     assert late(rates) < 0.35, rates

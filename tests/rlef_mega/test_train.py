@@ -242,8 +242,10 @@ def test_other_layouts_give_the_numbers_of_tensor_parallel_2(
     ("overrides", "expected"),
     [
         (["ppo.token_level_value=true", "rollout.feedback=private", "ppo.beta=0.0"], {"kl": 0.0}),
-        (["rollout.turns=1"], {"turns_mean": 1.0}),
-        (["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}),
+        pytest.param(["rollout.turns=1"], {"turns_mean": 1.0}, marks=pytest.mark.slow),
+        pytest.param(
+            ["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}, marks=pytest.mark.slow
+        ),
     ],
     ids=[
         "token-level value, private feedback, no KL",

@@ -21,6 +21,9 @@ from tests.sandbox.attacks.suite import ATTACKS, CATEGORIES
 from tests.sandbox.attacks.worlds import OWN_WORLD, ROOT, WORLDS, is_stopped
 
 OTHERS = [name for name in WORLDS if name != OWN_WORLD]
+each_world = pytest.mark.parametrize(
+    "name", [n if n == "bare" else pytest.param(n, marks=pytest.mark.slow) for n in OTHERS]
+)
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="calls x86-64 system-call numbers"
@@ -46,13 +49,13 @@ def tried_in(name: str) -> dict:
     return world
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@each_world
 def test_a_world_has_exactly_its_declared_layers(name: str) -> None:
     assert set(tried_in(name)["layers"]) == WORLDS[name].layers
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-@pytest.mark.parametrize("name", OTHERS)
+@each_world
 def test_an_attack_is_stopped_where_a_layer_against_it_is_on(name: str, category: str) -> None:
     ends = tried_in(name)["ends"]
     for key, end in ends.items():
@@ -60,7 +63,7 @@ def test_an_attack_is_stopped_where_a_layer_against_it_is_on(name: str, category
             assert end["held"], (key, end)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@each_world
 def test_an_attack_succeeds_where_no_layer_against_it_is_on(name: str) -> None:
     ends = tried_in(name)["ends"]
     for key, end in ends.items():
@@ -69,6 +72,7 @@ def test_an_attack_succeeds_where_no_layer_against_it_is_on(name: str) -> None:
             assert end["broke_out"], (key, end)
 
 
+@pytest.mark.slow
 def test_every_safe_attack_that_a_layer_stops_succeeds_somewhere() -> None:
     """No row of the table is an attack in name only."""
     through = {

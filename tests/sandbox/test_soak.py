@@ -16,6 +16,7 @@ import pytest
 from tests.sandbox.attacks.worlds import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faults", [["kill"], ["descriptors", "memory", "disk"]], ids=" ".join)
 def test_faults_cost_no_answer_and_leave_nothing_behind(tmp_path: Path, faults: list[str]) -> None:
     """In a process of its own, which may have mounts, limits and orphans of its own."""
