@@ -5,7 +5,7 @@
 along which tensor parallelism splits it, the Megatron parameter that holds it, and in which rows.
 Megatron packs queries, keys and values by key-value group, [q..q k v] per group, and gate above up
 in one matrix. In a live stage a tensor is a *view* of its parameter: loading writes through it,
-publishing reads from it. Loading, publication, checkpoints and conversion use only this map.
+publishing reads from it. Loading, publication and conversion use only this map.
 
 Legend: G key-value groups of this rank, D head dimension, H hidden size.
 """
