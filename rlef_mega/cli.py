@@ -55,7 +55,9 @@ def train(
     ] = False,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="such as learner.policy.lr, for a resumed run"),
+        typer.Option(
+            metavar="KEY", help="a setting that a resumed run may change, as learner.policy.lr"
+        ),
     ] = None,
 ) -> None:
     """Train with RLEF, or resume the run in the recipe's directory."""
@@ -288,7 +290,11 @@ def plan(
         ),
     ] = None,
     sampling_gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of the servers; default: what training needs")
+        int | None,
+        typer.Option(
+            min=1,
+            help="GPUs of the servers; default: as few as keep a step within 5% of the fastest",
+        ),
     ] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="show time and cost for up to 10,000 GPUs")

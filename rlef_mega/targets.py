@@ -59,8 +59,8 @@ def advantages_of(
     values_M: torch.Tensor | None,
     settings: PPOConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float | None]]:
-    """Return the returns, the advantages of `ppo.advantage`, and the metrics of the critic or of
-    what stands in its place."""
+    """Return the returns, the advantages that the setting `advantage` names, and metrics: of the
+    critic, or without one the share of turns that are alone in their group."""
     episodes_N, groups_N = batch.episode_of_turn_N, batch.group_of_turn_N
     normalize, gamma = settings.normalize_advantages, settings.gamma
     if values_M is None:
@@ -84,7 +84,7 @@ def advantages_of(
     residual = float((returns_M - values_M).var(correction=0))
     metrics = {
         "value": float(values_M.mean()),
-        # None if all returns are equal to rounding: there was nothing to explain
+        # None if all returns are equal, up to rounding: there is no variance to explain
         "value_explained_variance": 1 - residual / variance if variance > 1e-8 else None,
     }
     return returns_M, ppo.turn_advantages(returns_M, values_M, normalize=normalize), metrics

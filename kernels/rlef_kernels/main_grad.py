@@ -26,9 +26,9 @@ def weight_gradient_sum(
 def placeholder_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
     """Mark main_grad as already containing the gradient, and return a placeholder for autograd.
 
-    Megatron's data-parallel hook asserts that `.grad` is not None. With this flag set it ignores
-    `.grad`, except with tied embeddings, where `.grad` also holds the embedding's part. Hence
-    zeros; None for a weight that is not Megatron's.
+    Megatron's data-parallel hook asserts that `.grad` is not None. With this flag set it does not
+    add `.grad` to main_grad, except for a tied embedding, whose own gradient autograd adds to the
+    placeholder: hence zeros. Returns None for a weight that is not Megatron's.
     """
     if not hasattr(weight_VD, "grad_added_to_main_grad"):
         return None
@@ -37,10 +37,12 @@ def placeholder_gradient(weight_VD: torch.Tensor) -> torch.Tensor | None:
 
 
 def check_upstream_is_one(grad_loss: torch.Tensor) -> None:
-    """Raise if the upstream gradient is not 1, as the forward pass assumed in main_grad."""
+    """Raise ValueError if the upstream gradient is not 1. The forward pass assumed 1 when it added
+    the gradient to main_grad. On a GPU the assertion is asynchronous."""
     if grad_loss.device.type == "cpu" and grad_loss != 1:
         raise ValueError(
             f"the loss has the upstream gradient {float(grad_loss)}, but main_grad already holds "
-            "the weight's gradient for 1; scale by the denominator instead, or use linear_logprob"
+            "the weight's gradient for an upstream gradient of 1; to scale the loss, pass another "
+            "denominator, or use linear_logprob"
         )
-    torch._assert_async(grad_loss == 1)  # on a GPU: without waiting for it
+    torch._assert_async(grad_loss == 1)

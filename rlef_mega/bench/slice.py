@@ -197,8 +197,8 @@ def critic_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str,
 
 
 def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) -> Phases:
-    """Return the parts of a training step, in its order; with `offloads`, an idle policy's moves
-    too, for which a GPU's host pins as much memory as the policy's state has."""
+    """Return the parts of a training step, in its order. With `offloads`, also the moves of an idle
+    policy to the host and back, for which a GPU's host pins memory for the policy's state."""
     everything = range(batch.num_sequences)
     policy, critic, reference = learner.policy, learner.critic, learner.reference
     assert policy and critic, "a slice is measured on ranks that hold all networks"
@@ -240,7 +240,7 @@ def measure_phases(found: Phases, device: torch.device, deadline: float) -> dict
 
 def product_rates(device: torch.device, dtype: torch.dtype, config: TrainConfig) -> list[float]:
     """Return samples of the FLOP/s that the vendor's library reaches in a layer's largest product
-    (hidden to gate and up): the rate of a step that had only such products."""
+    (hidden to gate and up). A step of nothing but such products would reach it."""
     shape = LlamaShape.of(read_config(Path(config.model.path)))
     tokens = config.learner.microbatch_tokens
     hidden_TD = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)

@@ -98,7 +98,7 @@ def run_rank(measure: Callable[[Path, TrainConfig, "Ranks"], dict[str, Any]]) ->
 @contextmanager
 def workload(recipe: str) -> Iterator[Workload]:
     """Load the recipe with its model or, if that is not on this machine, with random weights of the
-    demo's shape. Raises ConfigError if the recipe states another shape."""
+    demo's shape. Raises ConfigError if the model is missing and the recipe states its shape."""
     source = find_recipe(recipe)
     config = load_config(source, [], TrainConfig)
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as name:

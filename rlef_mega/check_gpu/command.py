@@ -48,14 +48,18 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="rlef check-gpu", description="Check one GPU.")
     steps: dict[str, Any] = {"nargs": "+", "choices": LIMITS, "default": [], "metavar": "STEP"}
     parser.add_argument("out", type=Path, help="folder for the results")
-    only = f"run these steps alone, even if they passed before; of {', '.join(LIMITS)}"
+    only = f"run only these steps, even if they passed before; known: {', '.join(LIMITS)}"
     parser.add_argument("--only", **steps, help=only)
     parser.add_argument("--skip", **steps, help="steps to leave out")
     parser.add_argument("--minutes", type=float, default=12.0, help="for all steps")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install into OUT/site")
     parser.add_argument("--patience", type=float, default=1.0, help="factor for each step's limit")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of smollm2's recipe"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the recipe of smollm2",
     )
     asked = parser.parse_args(words)
     end = time.monotonic() + 60 * asked.minutes
@@ -130,7 +134,7 @@ def run_step(
     try:
         ended = f"exit code {step.wait(limit_s)}"
     except subprocess.TimeoutExpired:
-        ended = f"SIGKILL, as {limit_s:.0f} s were up"
+        ended = f"SIGKILL, at its limit of {limit_s:.0f} s"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(step.pid, signal.SIGKILL)  # and what the step left behind

@@ -26,8 +26,8 @@ Task = tuple[Problem, dict[str, Graded]]  # programs with their outcomes, the so
 def repair_dialogues(start: int, count: int, seed: int = 0) -> list[tuple[str, list[str]]]:
     """Return dialogues `start` to `start + count` of an endless series.
 
-    Each is the text with which all its responses begin, which the model does not write, and its
-    messages: user and assistant alternate. It depends on its number and the seed alone.
+    Each is a pair: the prefix of all its responses, which belongs to the prompt, and its messages,
+    user and assistant in turn. It depends on its number and the seed alone.
     """
     return [repair_dialogue(number, seed) for number in range(start, start + count)]
 
@@ -50,7 +50,8 @@ def repair_dialogue(number: int, seed: int) -> tuple[str, list[str]]:
 
 
 def response(program: str) -> str:
-    """Return what follows the signature and docstring, with which the response begins."""
+    """Return the program without its first line, which the prefix already has, and the closing
+    fence."""
     return program.rstrip("\n").partition("\n")[2] + "\n```"
 
 

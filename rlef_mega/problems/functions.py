@@ -12,8 +12,9 @@ template with `constants` gives a function for each, which replaces {} in both t
 stand for braces); a constant that is itself a list replaces {0}, {1} and so on.
 
 If `says` names no constant, as here, the statement withholds what only the public tests tell: a
-first response can but guess, and feedback makes the second one right. About half of the templates
-are of this kind, in each split. All functions of a template are in the same split; new names change
+first response can only guess, and feedback tells the answer. Half of the templates of the test and
+valid splits are of this kind, and a quarter in training; they have more constants, so they give
+more than half of all functions. All functions of a template are in the same split; new names change
 which templates each split has.
 """
 

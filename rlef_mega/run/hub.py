@@ -74,8 +74,8 @@ def find_model(
 
 
 def is_whole(folder: Path, files: Sequence[str]) -> bool:
-    """Return whether the folder has what `files` stand for. The hub's cache cannot tell if another
-    program filled it."""
+    """Return whether the folder has all files that the patterns `files` stand for. huggingface_hub
+    also returns a cached folder that another program has filled only in part."""
     names = {"config.json"}
     if set(DESCRIPTION) <= set(files):
         names.add("tokenizer_config.json")

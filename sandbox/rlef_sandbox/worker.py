@@ -288,8 +288,8 @@ class ZygoteSession:
 def receive_all(
     sessions: Sequence[ZygoteSession], wall_s: float, slot: WorkSlot | None = None
 ) -> list[Outcome]:
-    """Wait for the outcomes of runs whose time depends on one another. They give their `slot` away
-    while all of them sleep. To work again they wait for it, paused together.
+    """Wait for the outcomes of runs that wait for one another and share a `slot`. While all of them
+    sleep, the slot is given up. When one wakes, all are paused until they have a slot again.
 
     Raises ZygoteLostError if the zygote died, TimeoutError if it does not answer.
     """

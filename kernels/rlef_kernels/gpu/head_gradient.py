@@ -3,10 +3,10 @@
 A block [T, columns] is written once, in the inputs' dtype, from logits that are recomputed or still
 in memory. `products.multiply_blocks` computes the gradients of hidden and weight from it.
 
-FLOPs: P = 2 T V D to recompute the logits. Bytes: 2 T V written.
+FLOPs: 2 T V D to recompute the logits. Bytes: 2 T V written.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block; 5 numbers of each
-row (`pack_rows`); of a tile, R rows and C columns.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C columns of a block; 5: the five
+numbers of a row that `pack_rows` stacks; of a tile, R rows and C columns.
 """
 
 import torch

@@ -1,12 +1,12 @@
 """`linear_logprob` on a GPU; the equations are in `rlef_kernels.linear_logprob`.
 
-FLOPs: P = 2 T V D forward, 3 P backward. Bytes: those of `head`, `head_gradient` and `products`.
-Memory beyond inputs and outputs, at T = 8,192, V = 128,256, D = 4,096 in bf16: forward 47 MiB of
-partial sums; backward 512 MiB for a block of gradients of logits and 128 MiB for the fp32 gradient
-of hidden (tests/kernels/test_compiled.py).
+FLOPs: 2 T V D forward, three times that backward. Bytes: those of `head`, `head_gradient` and
+`products`. Memory beyond inputs and outputs, at T = 8,192, V = 128,256, D = 4,096 in bf16: forward
+47 MiB of partial sums; backward 512 MiB for a block of gradients of logits and 128 MiB for the fp32
+gradient of hidden (tests/kernels/test_compiled.py).
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, P partial sums, R rows with an upstream
-gradient; 5 numbers of each row.
+gradient; 5: the five numbers of a row that `pack_rows` stacks.
 """
 
 import torch

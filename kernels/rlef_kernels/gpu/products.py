@@ -93,8 +93,8 @@ def multiply_blocks(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Compute the gradients of hidden and weight from blocks that `write_gradient` fills.
 
-    Returns (dhidden, summed over the group; dweight), None for what is not needed. With
-    `main_grad_VD` (fp32) dweight is added there instead, and None returned for it.
+    Returns dhidden, summed over the group, and dweight; each is None if it is not needed. With
+    `main_grad_VD` (fp32), dweight is added to it, and None is returned in its place.
     """
     (num_tokens, width), vocabulary = hidden_TD.shape, weight_VD.shape[0]
     tokens, columns = block_shape(num_tokens, vocabulary, hidden_TD.element_size(), plan)
