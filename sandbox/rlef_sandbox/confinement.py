@@ -22,6 +22,7 @@ from . import kernel, landlock, private_root
 
 UNPRIVILEGED_ID = 65534  # nobody, on every distribution
 HOST_FILE = "/etc/passwd"
+TIME_ZONES = "/usr/share/zoneinfo"  # public, and not in Python's library
 HOST_NAME = "sandbox"  # the same on every machine
 
 NAMESPACES = {
@@ -51,8 +52,11 @@ class VisibleFiles(NamedTuple):
 
 
 def library_files(packages: list[str]) -> VisibleFiles:
-    """Return the standard library, read-only, with no other third-party packages than these."""
+    """Return the standard library and the time zones, read-only, with no other third-party packages
+    than these.
+    """
     directories = library_directories()
+    packages = [*packages, *filter(os.path.isdir, [TIME_ZONES])]
     return VisibleFiles(directories, lambda: _restrict_to_library(directories, packages), packages)
 
 

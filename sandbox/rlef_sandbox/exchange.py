@@ -3,25 +3,28 @@
 The program's side serves calls of its function. The other side runs the test's code, for which
 `candidate` is a stand-in that sends each call across and waits. Only plain data crosses (`values`),
 preceded by its length, so neither side has an object, a frame or a line of the other. An exception
-of the program arrives as the built-in exception of that name, if there is one. A result that is not
-plain data arrives as an object that can only be compared with None.
+of the program arrives as one of its nearest built-in class, with its name, its words and, if they
+are plain data, its arguments. A result that is not plain data arrives as an object that can only be
+compared with None.
 
-A check that exceeds a limit may do so by its own fault, or because of what the program returned. So
-it marks in its exchange file whether a call is under way and whether a large value has arrived; and
-at the end that it returned, since a check that exits with code 0 has judged nothing.
+A check that exceeds a limit may do so by its own fault, or because of what the program returned.
+`rehearse` tells which: it runs the check without the program. So the check marks in its exchange
+file that it has called the program; and at the end that it returned, since a check that exits with
+code 0 has judged nothing.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import json
 import os
-import re
 import struct
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -32,14 +35,9 @@ MAX_MESSAGE_BYTES = 64 << 20
 NAME_CHARACTERS, WORDS_CHARACTERS = 200, 4000  # of an exception
 RETURNED, OPAQUE, RAISED = b"=", b"?", b"!"
 # Exit codes of the checking side, besides 0 and 1 (program_runner.py).
-CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN = 5, 6, 7
+CANDIDATE_RAISED, CANDIDATE_GONE, CHECK_BROKEN, OUT_OF_MEMORY = 5, 6, 7, 8
 
-# Marks of the checking side in its exchange file, a byte each.
-IN_A_CALL, HAS_LARGE_REPLY, HAS_RETURNED = 0, 1, 2
-# What may make a check slow: a reply of more bytes, or with a number of 6 digits or more before the
-# point. Loops and tables over smaller values stay within seconds and megabytes.
-LARGE_REPLY_BYTES = 4096
-LARGE_NUMBER = re.compile(rb'(?<![.\d])\d{6}|e\+|"int"')
+HAS_CALLED, HAS_RETURNED = 0, 1  # marks of the checking side in its exchange file, a byte each
 
 
 class GoneError(Exception):
@@ -103,36 +101,33 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
     Exits if it fails.
     """
     raised: list[BaseException] = []
-    replies = 0
+    calls = 0
     one_at_a_time = threading.Lock()  # a check may call from several threads
 
     def candidate(*arguments: object, **keywords: object) -> object:
-        nonlocal replies
+        nonlocal calls
         try:
             call = values.encode([list(arguments), keywords])
         except (TypeError, ValueError) as error:
             # it may contain what the program returned before
-            _leave(CANDIDATE_RAISED if replies else CHECK_BROKEN, error)
-        replies += 1
+            _leave(CANDIDATE_RAISED if calls else CHECK_BROKEN, error)
         try:
             with one_at_a_time:
-                os.pwrite(marks, b"1", IN_A_CALL)
+                if not calls:
+                    os.pwrite(marks, b"1", HAS_CALLED)
+                calls += 1
                 _send(descriptor, call)
                 reply = _receive(descriptor)
-                if len(reply) > LARGE_REPLY_BYTES or LARGE_NUMBER.search(reply):
-                    os.pwrite(marks, b"1", HAS_LARGE_REPLY)
-                os.pwrite(marks, b"0", IN_A_CALL)
             kind, body = reply[:1], reply[1:]
             if kind == RETURNED:
                 return values.decode(body)
             if kind == OPAQUE:
                 return Opaque(str(json.loads(body)), raised)
-            name, words = json.loads(body)
+            raised.append(_exception(*json.loads(body)))
         except (GoneError, OSError) as error:
             _leave(CANDIDATE_GONE, error)
         except Exception as error:  # any error from hostile bytes: the program sent them
             _leave(CANDIDATE_RAISED, error)
-        raised.append(_exception(str(name), str(words)))
         raise raised[-1]
 
     try:
@@ -140,39 +135,101 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
     except BaseException as error:
         if any(error is one for one in raised):
             _leave(CANDIDATE_RAISED, error)
-        if not replies:
+        if not calls:
             _leave(CHECK_BROKEN, error)  # the program had no part in it
+        if isinstance(error, MemoryError):
+            _leave(OUT_OF_MEMORY, error)
         for one in raised:
             one.__traceback__ = None  # hides the frames of this file
+        if isinstance(error, SystemExit) and error.code not in (None, 0):
+            _leave(1, error)  # its code may be what the program returned
         raise
     if returned is not None:  # a verdict, or calls not yet made; either would be ignored
         kind = type(returned).__name__
         _leave(CHECK_BROKEN, TypeError(f"check returned a {kind}; raise AssertionError instead"))
-    if not replies:
+    if not calls:
         _leave(CHECK_BROKEN, TypeError("check returned without a call of the program"))
     os.pwrite(marks, b"1", HAS_RETURNED)
 
 
-def _description(error: Exception) -> list[str]:
+class StandIn:
+    """A value in place of one of the program's: it equals every other, and is empty."""
+
+    def _answer(self, *_: object, **__: object) -> StandIn:
+        return self
+
+    def _hold(self, *_: object) -> bool:
+        return True
+
+    def _is_zero(self) -> int:
+        return 0
+
+    __bool__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _hold
+    __hash__ = __len__ = __index__ = __int__ = _is_zero
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _answer
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __pow__ = __rpow__ = _answer
+    __neg__ = __abs__ = __round__ = __getitem__ = __getattr__ = __call__ = _answer
+
+    def __float__(self) -> float:
+        return 0.0
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(())
+
+
+STAND_INS = {"equal": StandIn(), "none": None}
+
+
+class _Unasserted(ast.NodeTransformer):
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        ignored = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])
+        return ast.Try([ast.Expr(node.test)], [ignored], [], [])
+
+
+def unasserted(source: bytes) -> types.CodeType:
+    """Compile a test's code with assertions that are computed but never fail."""
+    tree = _Unasserted().visit(ast.parse(source))
+    return compile(ast.fix_missing_locations(tree), "<check>", "exec", dont_inherit=True)
+
+
+def rehearse(check_function: Callable[..., object], stand_in: str) -> None:
+    """Run the test's code with one of STAND_INS for all that the program returns. Code that exceeds
+    a limit here too, where nothing comes from the program, does so by its own fault.
+    """
     try:
-        words = str(error)
-    except Exception:
-        words = ""
-    return [type(error).__name__[:NAME_CHARACTERS], words[:WORDS_CHARACTERS]]
+        check_function(lambda *_, **__: STAND_INS[stand_in])
+    except MemoryError as error:
+        _leave(OUT_OF_MEMORY, error)
 
 
-def _exception(name: str, words: str) -> Exception:
-    name, words = name[:NAME_CHARACTERS], words[:WORDS_CHARACTERS]
-    kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+def _description(error: Exception) -> list[object]:
+    """Return an exception's names, its own and those of its built-in classes, nearest first, its
+    words, and the wire form of its arguments if they are plain data.
+    """
+    kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+    words = arguments = ""
+    with contextlib.suppress(Exception):
+        words = str(error)[:WORDS_CHARACTERS]
+        arguments = values.encode(error.args).decode()
+    long = len(arguments) > WORDS_CHARACTERS
+    return [type(error).__name__[:NAME_CHARACTERS], kinds, words, "" if long else arguments]
+
+
+def _exception(name: str, kinds: list[str], words: str, arguments: str) -> Exception:
+    """Return an exception of the first of the built-in `kinds` that can be made."""
+    given: Any = values.decode(arguments.encode()) if arguments else (words,)
+    for kind in [getattr(builtins, kind, None) for kind in kinds]:
+        if not isinstance(kind, type) or not issubclass(kind, Exception):
+            continue
         if issubclass(kind, StopIteration | StopAsyncIteration):
             # `all(map(...))` in the check would end silently; PEP 479 converts it likewise
             return RuntimeError(f"the program raised {name}")
-        try:
-            return kind(words)
-        except TypeError:  # UnicodeDecodeError and others take more arguments
-            pass
-    return RuntimeError(f"{name}: {words}")
+        own = type(name, (kind,), {"__str__": lambda _: words, "__module__": "builtins"})
+        for parameters in (given, (words,)):
+            with contextlib.suppress(TypeError):
+                made = kind(*parameters)
+                return made if (kind.__name__, str(made)) == (name, words) else own(*parameters)
+    raise GoneError("a malformed exception")
 
 
 def _leave(code: int, error: BaseException) -> NoReturn:

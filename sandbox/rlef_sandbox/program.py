@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import json
 import linecache
@@ -22,7 +23,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Sequence
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from typing import Any, NoReturn
 
 from . import exchange, stand_ins, values
@@ -41,9 +42,10 @@ COMPILE_ERROR_CHARACTERS = 4096  # it quotes a source line, which may be the who
 PRELOAD = (
     "abc array bisect bz2 calendar cmath collections collections.abc copy dataclasses datetime "
     "decimal enum fractions functools hashlib heapq io itertools json lzma math numbers operator "
-    "os queue random re statistics string struct sys threading time traceback types typing zlib "
-    "_sqlite3 _ssl"  # the rest of sqlite3 and ssl loads on demand
+    "os queue random re statistics string struct sys threading time traceback types typing zlib"
 )
+# Their libraries are loaded too, which a child cannot read. They fill memory only when imported.
+EXTENSIONS = ("_sqlite3", "_ssl")
 
 
 def preload() -> None:
@@ -53,6 +55,8 @@ def preload() -> None:
             __import__(name)
         except ImportError:  # an interpreter built without an optional module
             continue
+    for spec in filter(None, map(find_spec, EXTENSIONS)):
+        ctypes.PyDLL(spec.origin)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a run; the interpreter ignores it
     sys.set_int_max_str_digits(MAX_INTEGER_DIGITS)
     stand_ins.install()
@@ -91,39 +95,56 @@ def compile_source(source: bytes) -> types.CodeType | None:
         return None
 
 
-def run(code: types.CodeType, source: bytes, call: bytes | None) -> NoReturn:
-    """Run the program, then the `call`, if given, and exit."""
-    gc.enable()
-    name = "__main__" if call is None else "solution"
-    exit_code = _exit_code_of(lambda: _execute(name, code, call), source)
-    if threading.active_count() > 1:
-        exit_code = exit_code or _exit_code_of(threading._shutdown, source)  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    # as in the interpreter, sys.stdout and sys.stderr decide, which the program may have replaced
-    exit_code = _flush("stdout", "stderr") or exit_code
-    _finalize(name)
-    _flush("__stdout__", "__stderr__")
-    os._exit(exit_code)
+class Child:
+    """A child that runs a program, and then the `call`, if given. `worker.BOOTSTRAP` executes its
+    `code` in its `namespace` and calls `finish`, so that the program, which may recurse nearly as
+    deep as if it were alone, has no other frame of ours below its own.
+    """
 
+    def __init__(self, code: types.CodeType, source: bytes, call: bytes | None) -> None:
+        gc.enable()
+        # for tracebacks and `inspect`; read when asked
+        linecache.cache[FILE_NAME] = (lambda: source.decode("utf-8", "replace"),)
+        self.error: BaseException | None = None  # of the program
+        self._request = {} if call is None else json.loads(call)
+        self._name = "__main__" if call is None else "solution"
+        self._module = sys.modules[self._name] = types.ModuleType(self._name)
+        self.namespace = self._module.__dict__
+        self.namespace |= {"__file__": FILE_NAME, "__builtins__": sys.modules["builtins"]}
+        self.code = exchange.unasserted(source) if "stand_in" in self._request else code
 
-def _execute(name: str, code: types.CodeType, call: bytes | None) -> None:
-    module = types.ModuleType(name)
-    module.__file__ = FILE_NAME
-    module.__dict__["__builtins__"] = sys.modules["builtins"]
-    sys.modules[name] = module
-    request = {} if call is None else json.loads(call)
-    if "check" in request:
-        with exchange.breaking_the_check():
-            exec(code, module.__dict__)
-            check = _callable_of(module, request["check"])
-        exchange.check(check, PEER_DESCRIPTOR, EXCHANGE_DESCRIPTOR)
-        return
-    exec(code, module.__dict__)
-    if "serve" in request:
-        exchange.serve(_callable_of(module, request["serve"]), PEER_DESCRIPTOR)
-    elif request:
-        arguments: Any = values.decode(request["args"].encode())
-        _write_result(_callable_of(module, request["entry_point"])(*arguments))
+    def finish(self) -> NoReturn:
+        """Make the call, if the program has not failed, and exit as the interpreter would."""
+        exit_code = _exit_code_of(self._call)
+        if threading.active_count() > 1:
+            exit_code = exit_code or _exit_code_of(threading._shutdown)  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        # as in the interpreter: sys.stdout and sys.stderr, which the program may have replaced
+        exit_code = _flush("stdout", "stderr") or exit_code
+        del self.namespace, self._module
+        _finalize(self._name)
+        _flush("__stdout__", "__stderr__")
+        os._exit(exit_code)
+
+    def _call(self) -> None:
+        error, self.error = self.error, None
+        request, module = self._request, self._module
+        if "check" in request:
+            with exchange.breaking_the_check():
+                if error is not None:
+                    raise error
+                check = _callable_of(module, request["check"])
+            if "stand_in" in request:
+                exchange.rehearse(check, request["stand_in"])
+            else:
+                exchange.check(check, PEER_DESCRIPTOR, EXCHANGE_DESCRIPTOR)
+        elif error is not None:
+            raise error
+        elif "serve" in request:
+            exchange.serve(_callable_of(module, request["serve"]), PEER_DESCRIPTOR)
+        elif request:
+            arguments: Any = values.decode(request["args"].encode())
+            _write_result(_callable_of(module, request["entry_point"])(*arguments))
 
 
 def _callable_of(module: types.ModuleType, path: str) -> Callable[..., object]:
@@ -156,7 +177,7 @@ def _finalize(name: str) -> None:
     gc.collect()
 
 
-def _exit_code_of(step: Callable[[], None], source: bytes) -> int:
+def _exit_code_of(step: Callable[[], None]) -> int:
     """Run `step`. Returns its exit code, as the interpreter would, with a traceback on stderr."""
     try:
         step()
@@ -167,12 +188,12 @@ def _exit_code_of(step: Callable[[], None], source: bytes) -> int:
             print(error.code, file=getattr(sys, "stderr", None) or sys.__stderr__)
         return 1
     except BaseException as error:
-        _report(error, source)
+        _report(error)
         return 1
     return 0
 
 
-def _report(error: BaseException, source: bytes) -> None:
+def _report(error: BaseException) -> None:
     """Print the traceback as the interpreter would, beginning with the program's first frame."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename != FILE_NAME:
@@ -186,8 +207,6 @@ def _report(error: BaseException, source: bytes) -> None:
         if sys.excepthook is not sys.__excepthook__:
             sys.excepthook(type(error), error, frames)
             return
-        lines = source.decode("utf-8", "replace").splitlines(keepends=True)
-        linecache.cache[FILE_NAME] = (len(source), None, lines, FILE_NAME)
         traceback.print_exception(type(error), error, frames, file=sys.__stderr__)
     except BaseException:  # no memory left, or the program broke what printing needs
         os.write(2, f"{type(error).__name__}\n".encode())

@@ -19,9 +19,10 @@ from .exchange import (
     CANDIDATE_GONE,
     CANDIDATE_RAISED,
     CHECK_BROKEN,
-    HAS_LARGE_REPLY,
+    HAS_CALLED,
     HAS_RETURNED,
-    IN_A_CALL,
+    OUT_OF_MEMORY,
+    STAND_INS,
 )
 from .private_root import THIRD_PARTY
 from .protocol import STARVED_EXTENSION, Ending, Outcome, Phase, Task, ZygoteRequest
@@ -52,8 +53,9 @@ SHOWN_PATHS = {
     os.fsencode(os.path.realpath(LIBRARY)): b"/usr/lib/python3",
     os.fsencode(LIBRARY): b"/usr/lib/python3",
 }
-OUT_OF_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
-NUMPY_OUT_OF_MEMORY = b"._exceptions._ArrayMemoryError: "
+NO_MEMORY = (b"MemoryError", b"terminate called after throwing an instance of 'std::bad_alloc'")
+NUMPY_NO_MEMORY = b"._exceptions._ArrayMemoryError: "
+LIMIT_STATUSES = (Status.TIME_LIMIT, Status.IDLE_LIMIT, Status.MEMORY_LIMIT, Status.OUTPUT_LIMIT)
 
 
 class FaultError(Exception):
@@ -207,8 +209,25 @@ class ProgramRunner(contextlib.AbstractContextManager):
                 self._end_session()  # its server is gone
 
     def _attempt_check(self, test: CheckTest) -> FinishedRun:
+        """Run a check. If it, or the program meanwhile, exceeded a limit, rehearse it too: it is
+        broken if it exceeds its limits with every stand-in for the program.
+        """
+        candidate, checker, marks = self._run_check(test)
+        broken = is_broken(checker, marks) and candidate.status in (Status.OK, Status.IDLE_LIMIT)
+        if not broken and (candidate.status in LIMIT_STATUSES or exceeds_a_limit(checker)):
+            broken = all(exceeds_a_limit(self._rehearsal(test, name)) for name in STAND_INS)
+        if not broken:
+            return FinishedRun(verdict_of_check(candidate, checker))
+        why = checker.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        if checker.status is Status.OK:
+            why = "it exited before its check returned"
+        fault = f"the code of a CheckTest is broken: {checker.status} {why}"
+        return FinishedRun(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
+
+    def _run_check(self, test: CheckTest) -> tuple[Result, Result, bytes]:
         """Run two processes at the same time with a socket between them: the program, which answers
-        calls, and the test's code, which makes them.
+        calls, and the test's code, which makes them. Returns both results, and the marks of
+        `exchange.check`.
         """
         serve = json.dumps({"serve": test.entry_point}).encode()
         check = json.dumps({"check": test.check}).encode()
@@ -228,11 +247,23 @@ class ProgramRunner(contextlib.AbstractContextManager):
                 sessions = [self._session, checking]
                 served, checked = receive_all(sessions, patient.wall_s, self._slot)
             self._end_session()
-            return verdict_of_check(
+            return (
                 candidate.finished(served, self._limits).result,
-                checker.finished(checked, self._limits).result,
-                os.pread(checker.descriptors[EXCHANGE], 3, 0).ljust(3, b"0"),
+                checker.finished(checked, self._limits, is_believed=False).result,
+                os.pread(checker.descriptors[EXCHANGE], 2, 0).ljust(2, b"0"),
             )
+
+    def _rehearsal(self, test: CheckTest, stand_in: str) -> Result:
+        """Run the test's code without the program: with a stand-in for what that returns."""
+        if self._slot is not None:
+            self._slot.wake()
+        call = json.dumps({"check": test.check, "stand_in": stand_in}).encode()
+        with StreamFiles(exchange=call) as files, contextlib.ExitStack() as passed_on:
+            code = memory_file(test.code.encode())
+            passed_on.callback(os.close, code)
+            outcome = self._ask(Task.RUN, [*files.descriptors, code])
+            self._end_session()
+            return files.finished(outcome, self._limits, is_believed=False).result
 
     def _request(self, task: Task) -> ZygoteRequest:
         limits = self._limits
@@ -257,16 +288,20 @@ class StreamFiles(contextlib.AbstractContextManager):
         for descriptor in self.descriptors:
             os.close(descriptor)
 
-    def finished(self, outcome: Outcome, limits: Limits) -> FinishedRun:
-        """Return the run that ended with `outcome`. Raises FaultError if that is not a verdict."""
+    def finished(
+        self, outcome: Outcome, limits: Limits, *, is_believed: bool = True
+    ) -> FinishedRun:
+        """Return the run that ended with `outcome`. Raises FaultError if that is not a verdict. A
+        lack of memory that only its messages report is a MEMORY_LIMIT if it `is_believed`.
+        """
         _, stdout, stderr, *exchange = self.descriptors
         stdout_bytes, stderr_bytes = os.fstat(stdout).st_size, os.fstat(stderr).st_size
         stderr_start = max(0, stderr_bytes - STDERR_BYTES)
         stderr_end = os.pread(stderr, min(STDERR_BYTES, limits.output_bytes), stderr_start)
-        for path, shown in SHOWN_PATHS.items():
+        for path, shown in SHOWN_PATHS.items() if stderr_end else ():
             stderr_end = stderr_end.replace(path, shown)
         overflowed = max(stdout_bytes, stderr_bytes) > limits.output_bytes
-        status = status_of(outcome, limits, overflowed, stderr_end)
+        status = status_of(outcome, limits, overflowed, stderr_end if is_believed else b"")
         wire, returned = b"", None
         if exchange and status is Status.OK:  # what the program wrote as its value, untrusted
             wire, _, shown = os.pread(exchange[0], limits.output_bytes, 0).partition(b"\n")
@@ -342,37 +377,40 @@ def status_of(outcome: Outcome, limits: Limits, overflowed: bool, stderr: bytes)
 def ran_out_of_memory(stderr: bytes) -> bool:
     """Return whether an uncaught exception reports a lack of memory, as the limit causes."""
     last_lines = stderr.rstrip().rsplit(b"\n", 2)[-2:]
-    return any(x.startswith(OUT_OF_MEMORY) or NUMPY_OUT_OF_MEMORY in x for x in last_lines)
+    return any(x.startswith(NO_MEMORY) or NUMPY_NO_MEMORY in x for x in last_lines)
 
 
-def verdict_of_check(candidate: Result, checker: Result, marks: bytes) -> FinishedRun:
-    """Return the verdict on the two processes of a CheckTest, which ended. `marks` are those of
-    `exchange.check`. Raises FaultError if the test's code is broken or exceeds a limit by itself.
+def is_broken(checker: Result, marks: bytes) -> bool:
+    """Return whether a test's code failed before the program had any part in it, or ended without a
+    verdict. `marks` are those of `exchange.check`.
     """
-    broken = checker.exit_code == CHECK_BROKEN or checker.status is Status.COMPILE_ERROR
-    if checker.status is Status.OK and marks[HAS_RETURNED:] != b"1":
-        broken = True  # by SystemExit(0) or the like, which would pass any program
-    answered = checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE)
-    # If it did not end by an exception, the program's values can be the cause only if one is large.
-    stopped = checker.exit_code not in (0, 1) or checker.status not in (
-        Status.OK,
-        Status.RUNTIME_ERROR,
+    if checker.status is Status.OK:  # by SystemExit(0) or the like, which would pass any program
+        return marks[HAS_RETURNED:] != b"1"
+    failed_alone = exceeds_a_limit(checker) and marks[: HAS_CALLED + 1] != b"1"
+    return (
+        failed_alone
+        or checker.exit_code == CHECK_BROKEN
+        or (checker.status is Status.COMPILE_ERROR)
     )
-    if stopped and not broken and not answered and marks[HAS_LARGE_REPLY:HAS_RETURNED] != b"1":
-        broken = marks[IN_A_CALL : IN_A_CALL + 1] != b"1"
-    # While no call is under way the program waits, until its wall clock limit, for the check.
-    if broken and candidate.status in (Status.OK, Status.IDLE_LIMIT):
-        why = checker.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        if checker.status is Status.OK:
-            why = "it exited before its check returned"
-        raise FaultError(f"the code of a CheckTest is broken: {checker.status} {why}")
+
+
+def exceeds_a_limit(checker: Result) -> bool:
+    """Return whether a test's code was stopped, rather than ended by an exception of its own."""
+    is_stopped = checker.status in LIMIT_STATUSES or checker.signal is not None
+    return is_stopped or checker.exit_code == OUT_OF_MEMORY
+
+
+def verdict_of_check(candidate: Result, checker: Result) -> Result:
+    """Return the verdict on the two processes of a CheckTest that is not broken."""
     if candidate.status is not Status.OK or checker.status is Status.OK:
-        return FinishedRun(candidate)
-    if answered:
+        return candidate
+    if checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE):
         reason = checker.stderr or b"the program ended before the check did\n"
         status = Status.MEMORY_LIMIT if ran_out_of_memory(reason) else Status.RUNTIME_ERROR
-        return FinishedRun(replace(candidate, status=status, stderr=reason))
+        return replace(candidate, status=status, stderr=reason)
+    if checker.exit_code == OUT_OF_MEMORY:
+        return replace(candidate, status=Status.MEMORY_LIMIT)
     if checker.status in (Status.TIME_LIMIT, Status.IDLE_LIMIT, Status.MEMORY_LIMIT):
-        return FinishedRun(replace(candidate, status=checker.status))
+        return replace(candidate, status=checker.status)
     # It raised after the program had answered, so the answers were wrong.
-    return FinishedRun(replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr))
+    return replace(candidate, status=Status.WRONG_ANSWER, stderr=checker.stderr)

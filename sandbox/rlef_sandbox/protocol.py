@@ -20,6 +20,8 @@ REQUEST = struct.Struct("<BddQQI")
 OUTCOME = struct.Struct("<BBiddQ")
 MAX_MESSAGE_BYTES = 64 << 10
 MAX_DESCRIPTORS = 8  # MAX_FILES in csrc/zygote.h; a zygote keeps these numbers occupied
+ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)  # an operation on the enum takes as long as the call
 SLEEPING = b"~"  # the run waits instead of working: another program may use its core
 WOKE = b"!"  # it wants to work again: the controller answers TURN, or PAUSE, RESUME and TURN
 # The controller's messages about a run. A pause does not count towards the wall clock limit.
@@ -122,9 +124,8 @@ def failed_to_start(fault: str) -> Outcome:
 
 def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """Return the next message, empty if the other end is closed, and its descriptors."""
-    space = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
     message, ancillary, _, _ = channel.recvmsg(
-        MAX_MESSAGE_BYTES, space, flags | socket.MSG_CMSG_CLOEXEC
+        MAX_MESSAGE_BYTES, ANCILLARY_BYTES, flags | CLOSE_ON_EXEC
     )
     descriptors = array.array("i")
     for _, _, data in ancillary:

@@ -44,6 +44,7 @@ from .worker import FLOOR, Layers, Worker
 
 ISOLATION_LEVELS = ("default", "minimal")
 JOBS_PER_WORKER = 16
+DEFAULT_LIMITS = Limits()
 PIPE_PAGES_PER_RUN = (OPEN_FILES - 3) // 2 * 16
 
 
@@ -151,7 +152,7 @@ class Sandbox:
         language: str = "python",
     ) -> Result:
         """Run a program once. Returns OK if it exited with 0 within the limits."""
-        limits = limits or Limits()
+        limits = limits or DEFAULT_LIMITS
         try:
             with self._runner(source, limits, language) as runner:
                 return runner.run(Test(as_bytes(stdin), b"")).result
@@ -173,7 +174,7 @@ class Sandbox:
         With `stop_at_first_failure` the list ends with the first test that is not OK. The first
         `run_at_least` tests always run: public tests are shown, private ones end at a failure.
         """
-        limits = limits or Limits()
+        limits = limits or DEFAULT_LIMITS
         check = checker if isinstance(checker, CheckerProgram) else checker_named(checker)
         self._languages.check(language, tests)
         if isinstance(check, CheckerProgram):

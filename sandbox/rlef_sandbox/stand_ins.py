@@ -14,6 +14,8 @@ import threading
 import types
 from typing import Any
 
+STREAMS = ("/dev/stdin", "/dev/stdout", "/dev/stderr")  # no layer lets a program open these
+
 
 def install() -> None:
     builtins.open = io.open = open_file
@@ -40,8 +42,11 @@ class Null(io.RawIOBase):
 
 
 def open_file(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
-    """Open like `open`, but with `Null` for the null device."""
-    if not isinstance(file, str | bytes | os.PathLike) or os.fsdecode(file) != os.devnull:
+    """Open like `open`, but with `Null` for the null device, and duplicates of the streams."""
+    path = os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else ""
+    if path in STREAMS:
+        file = os.dup(STREAMS.index(path))
+    if path != os.devnull:
         return io_open(file, mode, *arguments, **keywords)
     stream: Any = io.BufferedReader(Null()) if "r" in mode else io.BufferedWriter(Null())
     if "+" in mode:

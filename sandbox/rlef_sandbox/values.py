@@ -8,7 +8,8 @@ where chosen hash collisions would take quadratic time. A wire form that is much
 than the expected value is refused before it is parsed.
 
 JSON carries None, booleans, numbers, strings and lists. Other values are one-key objects:
-{"int": hex}, {"tuple": [...]}, {"set": [...]}, {"dict": [[key, value], ...]}, {"bytes": hex}.
+{"int": hex}, {"tuple": [...]}, {"set": [...]}, {"dict": [[key, value], ...]}, {"bytes": hex},
+{"fraction": [numerator, denominator]}, {"decimal": text}.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import json
 import math
 import numbers
 import re
+import sys
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 TOLERANCE = 1e-6  # absolute or relative, where a float is expected
@@ -30,11 +33,15 @@ MAX_BRACKETS = 3 * MAX_DEPTH + 4  # open at once in a wire form; a dict opens th
 # of 256 hexadecimal digits may be within tolerance of an expected 1e308.
 MAX_LENGTH_RATIO = 64
 CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
-BODIES = {"int": str, "bytes": str, "dict": list, "tuple": list, "set": list, "frozenset": list}
+BODIES = {"int": str, "bytes": str, "decimal": str, "fraction": list, "dict": list}
+BODIES |= dict.fromkeys(CONTAINERS, list)
+NUMBERS = ("bool", "int", "float", "fraction", "decimal")  # kinds that may equal one another
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive: never reads a byte twice
 NO_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
 STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 MOST_EQUAL_HASHES = 1000
+# A Decimal is written as an integer for comparison if that has at most this many digits.
+MOST_DECIMAL_DIGITS = 1000
 MAX_INTEGER_CHARACTERS = 20  # of one that JSON carries as a number, by `_to_wire`
 
 
@@ -72,9 +79,17 @@ def _to_wire(value: object, depth: int) -> object:
     for kind, container in CONTAINERS.items():
         if isinstance(value, container):
             return {kind: [_to_wire(item, depth + 1) for item in value]}
-    if isinstance(value, numbers.Real | Decimal):  # a Fraction, for example
-        whole = math.isfinite(value) and value == math.trunc(value)
-        return _to_wire(math.trunc(value) if whole else float(value), depth)
+    if isinstance(value, Fraction):
+        return {"fraction": [_to_wire(n, depth) for n in (value.numerator, value.denominator)]}
+    if isinstance(value, Decimal):
+        return {"decimal": str(value)}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        return _to_wire(value.item(), depth)
+    if isinstance(value, numbers.Integral):
+        return _to_wire(int(value), depth)
+    if isinstance(value, numbers.Real):
+        return float(value)
     raise TypeError(f"a value of type {type(value).__name__} cannot be judged; use plain data")
 
 
@@ -93,6 +108,11 @@ def _from_wire(wire: object) -> object:
         return int(body, 16)
     if kind == "bytes":
         return bytes.fromhex(body)
+    if kind == "decimal":
+        return Decimal(body)
+    if kind == "fraction":
+        numerator, denominator = map(_from_wire, body)
+        return Fraction(numerator, denominator)  # type: ignore[call-overload]
     if kind == "dict":
         items = [(_from_wire(key), _from_wire(value)) for key, value in body]
         refuse_collisions([key for key, _ in items])
@@ -150,7 +170,7 @@ def matches(expected: object, wire: bytes) -> bool:
         if len(wire) > MAX_LENGTH_RATIO * len(encode(expected)):
             return False
         return _matches(expected, parse(wire))
-    except (ValueError, TypeError, RecursionError, OverflowError):
+    except (ValueError, TypeError, RecursionError, ArithmeticError):
         return False
 
 
@@ -158,8 +178,8 @@ def _matches(expected: Any, wire: Any) -> bool:
     kind, body = _kind_and_body(wire)
     if expected is None:
         return body is None
-    if isinstance(expected, int | float):
-        return kind in ("bool", "int", "float") and _numbers_match(expected, body)
+    if isinstance(expected, int | float | Fraction | Decimal):
+        return kind in NUMBERS and _numbers_match(expected, kind, body)
     if isinstance(expected, str):
         return kind == "str" and str(expected) == body
     if isinstance(expected, bytes | bytearray):
@@ -177,21 +197,49 @@ def _matches(expected: Any, wire: Any) -> bool:
 
 def _kind_and_body(wire: Any) -> tuple[str, Any]:
     """Return the name of the type of a parsed wire form, and its value or members."""
+    if isinstance(wire, dict):  # from `_to_wire`, unparsed
+        ((kind, body),) = wire.items()
+        wire = Tagged(kind, body)
     if not isinstance(wire, Tagged):
         return type(wire).__name__, wire
     if wire.kind == "int":
         return "int", int(wire.body, 16)
-    if wire.kind == "bytes":
-        return "bytes", bytes.fromhex(wire.body)
+    if wire.kind in ("bytes", "decimal"):
+        return wire.kind, _from_wire(wire)
+    if wire.kind == "fraction":  # a pair, since a Fraction would look for a common divisor
+        (_, numerator), (kind, denominator) = map(_kind_and_body, wire.body)
+        if (type(numerator), kind) != (int, "int") or denominator < 1:
+            raise ValueError("malformed value: a fraction is two integers")
+        return "fraction", (numerator, denominator)
     return wire
 
 
-def _numbers_match(expected: float, actual: float) -> bool:
-    if isinstance(expected, int):
-        return expected == actual
+def _numbers_match(expected: Any, kind: str, actual: Any) -> bool:
+    if not isinstance(expected, float):
+        unequal = {"fraction": Decimal, "decimal": Fraction}.get(kind, ())  # in Python
+        return not isinstance(expected, unequal) and _exactly(expected) == _exactly(actual)
+    if kind == "fraction":
+        actual = actual[0] / actual[1]
     if math.isnan(expected):
         return math.isnan(actual)
     return math.isclose(expected, float(actual), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+def _exactly(number: Any) -> tuple[int, int] | str:
+    """Return a number's numerator and denominator, or a text if it is not finite, or a Decimal
+    whose ratio would be long.
+    """
+    if isinstance(number, tuple):
+        return number
+    if isinstance(number, Decimal) and number.is_finite():
+        sign, digits, exponent = number.as_tuple()
+        assert isinstance(exponent, int)
+        if max(number.adjusted(), -exponent) > MOST_DECIMAL_DIGITS:
+            zeros = len(digits) - len(bytes(digits).rstrip(b"\0"))
+            return f"{sign} {digits[: len(digits) - zeros]} {exponent + zeros}"
+    if isinstance(number, float | Decimal) and not math.isfinite(number):
+        return str(float(number))
+    return number.as_integer_ratio()
 
 
 def _dicts_match(expected: dict, pairs: list) -> bool:
@@ -211,9 +259,6 @@ def _fingerprint(wire: Any) -> bytes:
     """Return a digest that is equal for two keys or members if Python calls them equal, and for two
     NaN. Raises ValueError if it is not hashable in Python.
     """
-    if isinstance(wire, dict):  # from `_to_wire`, unparsed
-        ((kind, body),) = wire.items()
-        wire = Tagged(kind, body)
     kind, body = _kind_and_body(wire)
     if kind == "tuple":
         content = b"".join(map(_fingerprint, body))
@@ -223,8 +268,9 @@ def _fingerprint(wire: Any) -> bytes:
         raise ValueError("malformed value: an unhashable key")
     elif kind == "str":
         content = body.encode("utf-8", "surrogatepass")
-    elif kind in ("bool", "int") or (kind == "float" and body.is_integer()):
-        kind, content = "number", b"%x" % int(body)
+    elif kind in NUMBERS:
+        exact = _exactly(body)
+        kind, content = "number", exact.encode() if isinstance(exact, str) else b"%x/%x" % exact
     else:
         content = repr(body).encode()
     return hashlib.blake2b(kind.encode() + b":" + content, digest_size=32).digest()

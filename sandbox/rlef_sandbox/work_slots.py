@@ -33,8 +33,12 @@ class WorkSlots:
 
     def acquire(self, opened: int) -> None:
         """Wait until one more program may work and `opened` more may be under way."""
-        asked = (threading.Event(), opened)
         with self.lock:
+            if self.working > 0 and self._open >= opened and not (self._waiting or self._closed):
+                self.working -= 1
+                self._open -= opened
+                return
+            asked = (threading.Event(), opened)
             self._waiting.append(asked)
             self.release(0, 0)
             if self._closed:

@@ -33,7 +33,6 @@ import os
 import resource
 import sys
 import types
-from typing import NamedTuple
 
 from . import callers_state, kernel, program
 from .confinement import VisibleFiles, confine_zygote, library_files
@@ -50,15 +49,6 @@ STREAMS = 3
 SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER, LAST_ID_OF_A_SERVER = 3, 4, 5, 6
 # Writing 1 to it makes 2 the next id in the writer's pid namespace, and needs a capability there.
 LAST_ID_FILE = "/proc/sys/kernel/ns_last_pid"
-
-
-class Child(NamedTuple):
-    """What a forked child runs. It is returned up to `main`, so that the program has no frames of
-    ours below its own."""
-
-    code: types.CodeType
-    source: bytes
-    call: bytes | None
 
 
 class Zygote:
@@ -107,13 +97,13 @@ class Zygote:
         task = Task.RUN if request.task is Task.TEST else request.task
         return self.bounds.plan(request, file_count, self.filters.get(task))
 
-    def serve(self) -> Child:
+    def serve(self) -> program.Child:
         """Serve until the process ends. Returns only in a forked child, with what it must run."""
         task, file_count = self.supervisor.serve()
         if task is Task.TEST:
             assert self.program is not None
             call = _read_call() if file_count > STREAMS else None
-            return Child(*self.program, call)
+            return program.Child(*self.program, call)
         source_file = SOURCE_OF_A_SERVER if task is Task.PROGRAM else file_count - 1
         source = _read(source_file)
         os.close(source_file)
@@ -124,9 +114,9 @@ class Zygote:
         self.supervisor.leave_trust()
         if task is Task.PROGRAM:
             return self.serve_program(code, source)
-        return Child(code, source, call)
+        return program.Child(code, source, call)
 
-    def serve_program(self, code: types.CodeType, source: bytes) -> Child:
+    def serve_program(self, code: types.CodeType, source: bytes) -> program.Child:
         """Serve the session of a program server. Returns in its forked children."""
         self.program = code, source
         session = _moved_out_of_the_way(SESSION_OF_A_SERVER)
@@ -186,10 +176,10 @@ def _set_stack_limit() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def main() -> None:
-    """Become a zygote. The arguments are the descriptors of the control channel and the controller,
-    the path of the C library, the packages (`packages.Packages`) as JSON, and the cgroup; library
-    and cgroup may be empty.
+def main() -> program.Child:
+    """Become a zygote. Returns only in its children. The arguments are the descriptors of the
+    control channel and the controller, the path of the C library, the packages
+    (`packages.Packages`) as JSON, and the cgroup; library and cgroup may be empty.
     """
     callers_state.reset()
     _set_stack_limit()
@@ -201,14 +191,16 @@ def main() -> None:
     program.preload()
     program.load_packages(named, modules)
     zygote = Zygote(channel, controller, library)
+    for name in ("LD_BIND_NOW", "MALLOC_ARENA_MAX"):  # have had their effect
+        os.environ.pop(name, None)
     if not kernel.load_locale(os.environ["LANG"]):
         os.environ["LANG"] = "C"
     for name in [name for name in sys.modules if name.startswith("rlef_sandbox")]:
         del sys.modules[name]  # a program must not find these modules
     layers = zygote.confine(namespaces, library_files(paths))
     gc.collect()
+    kernel.LIBC.malloc_trim(0)
     gc.freeze()
     gc.disable()
     os.write(channel, json.dumps(layers).encode())
-    child = zygote.serve()
-    program.run(*child)
+    return zygote.serve()

@@ -124,6 +124,35 @@ def test_an_expected_exception_arrives_by_its_name(sandbox: Sandbox) -> None:
     assert result.status is Status.OK
 
 
+@pytest.mark.parametrize(
+    ("raises", "caught", "then"),
+    [
+        ("b'\\xff'.decode()", "UnicodeDecodeError", "e.start == 0 and 'invalid start' in str(e)"),
+        ("E('neg')", "ValueError", "str(e) == 'neg' and type(e).__name__ == 'E'"),
+        ("F(1, 2)", "LookupError", "str(e) == 'own words'"),
+        ("__import__('json').loads('{')", "ValueError", "'line 1 column 2' in str(e)"),
+        ("__import__('decimal').Decimal('x')", "ArithmeticError", "'Conversion' in str(e)"),
+        ("KeyError('x')", "KeyError", "e.args == ('x',) and str(e) == \"'x'\""),
+        ("OSError(2, 'no')", "FileNotFoundError", "e.errno == 2 and str(e) == '[Errno 2] no'"),
+        ("ExceptionGroup('many', [ValueError(1)])", "Exception", "'many' in str(e)"),
+    ],
+)
+def test_an_exception_arrives_as_its_nearest_builtin_class(
+    sandbox: Sandbox, raises: str, caught: str, then: str
+) -> None:
+    source = (
+        "class E(ValueError): pass\n"
+        "class F(KeyError):\n    def __str__(self): return 'own words'\n"
+        f"def f(n): raise {raises}"
+    )
+    code = (
+        f"def check(f):\n    try: f(1)\n    except {caught} as e: assert {then}, repr(e)\n"
+        "    else: assert False"
+    )
+    (result,) = sandbox.grade(source, [CheckTest("f", code)])
+    assert result.status is Status.OK, result
+
+
 def test_calls_keep_the_programs_state_and_take_keywords(sandbox: Sandbox) -> None:
     source = "seen = []\ndef f(x, *, n=1):\n    seen.append(x)\n    return seen * n"
     code = (
@@ -191,6 +220,12 @@ EXHAUSTED = {
     "stack": (
         "import sys\nsys.setrecursionlimit(10**8)\ndef g(n): return max(0, g(n + 1))\n"
         "def check(f): f(1); g(0)"
+    ),
+    "endless_calls": "def check(f):\n    while True: f(1)",
+    "endless_assertions": "def check(f):\n    while True: assert f(1) == 1",
+    "after_right_answers": (
+        "def check(f):\n    assert len(f('ab')) == 2 and sorted(f([2, 1])) == [1, 2]\n"
+        "    assert isinstance(f(1), int)\n    while True: pass"
     ),
     "a_crash": "import ctypes\ndef check(f): f(1); ctypes.string_at(0)",
 }

@@ -25,6 +25,8 @@ VALUES = [
     {"a": 1, 2: (3,)},
     {1, 2},
     frozenset({(1, 2)}),
+    [Fraction(1, 3), Decimal("1.10")],
+    {Fraction(1, 2): {Decimal("1e3"), Fraction(10**30, 7)}},
     {},
     {"tuple": [1]},
 ]
@@ -80,6 +82,23 @@ def test_a_value_survives_encoding_and_matches_itself(value: object) -> None:
         (10**20 + 1, Decimal(10**20 + 1), True),
         (0.5, Decimal("NaN"), False),
         ({0.5}, {Fraction(1, 2)}, True),
+        (Fraction(1, 3), Fraction(2, 6), True),
+        (Fraction(1, 3), 1 / 3, False),
+        (1 / 3, Fraction(1, 3), True),
+        (Fraction(2), 2, True),
+        (Fraction(1, 2), Decimal("0.5"), False),
+        (Decimal("0.5"), Decimal("0.50"), True),
+        (Decimal("0.5"), 0.5, True),
+        (Decimal("0.1"), 0.1, False),
+        (Decimal("0.1"), Decimal("0.2"), False),
+        (Decimal("NaN"), Decimal("NaN"), True),
+        (Decimal("Infinity"), math.inf, True),
+        (Decimal("1e9999"), Decimal("10e9998"), True),
+        (5, Decimal("1e999999999"), False),
+        (5, Decimal("sNaN"), False),
+        ({Fraction(2), Decimal("0.5")}, {2, 0.5}, True),
+        ({Fraction(1, 3)}, {Fraction(1, 3)}, True),
+        ({Decimal("1e999999999")}, {Decimal("1e999999998")}, False),
         ("x", Text.X, True),
         ("Text.X", Text.X, False),
         (7, Number.SEVEN, True),
@@ -105,6 +124,13 @@ def test_values_compare_as_python_does_with_a_tolerance_for_floats(
         b'{"dict": [[[1], 2]]}',
         b'{"set": [[1]]}',
         b'{"bytes": 5}',
+        b'{"decimal": "x"}',
+        b'{"decimal": 1}',
+        b'{"fraction": [1]}',
+        b'{"fraction": [1, 0]}',
+        b'{"fraction": [1.0, 1]}',
+        b'{"fraction": [{"fraction": [1, 1]}, 1]}',
+        b'{"set": [{"fraction": [true, 1]}]}',
         b'{"a": 1, "b": 2}',
         b"[" * 100_000,
         b"9" * 10_000,
@@ -121,6 +147,14 @@ def test_a_function_gets_its_arguments_and_its_result_is_judged(sandbox: Sandbox
     source = "def solve(a, b): return [a, tuple(b), {'k': a}]"
     (result,) = sandbox.grade(source, [CallTest("solve", (1, [2]), [1, (2,), {"k": 1}])])
     assert (result.status, result.returned) == (Status.OK, "[1, (2,), {'k': 1}]")
+
+
+def test_fractions_and_decimals_cross_as_what_they_are(sandbox: Sandbox) -> None:
+    given = (Fraction(1, 3), Decimal("0.10"))
+    source = "def f(a, b): return [a / 2, b / 3, type(a).__name__, type(b).__name__, str(b)]"
+    expected = [Fraction(1, 6), Decimal("0.10") / 3, "Fraction", "Decimal", "0.10"]
+    (result,) = sandbox.grade(source, [CallTest("f", given, expected)])
+    assert result.status is Status.OK, result
 
 
 def test_a_method_is_called_on_a_fresh_object(sandbox: Sandbox) -> None:

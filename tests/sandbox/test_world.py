@@ -135,6 +135,26 @@ WORLD = {
         "print('yes')",
         "yes",
     ),
+    "standard_streams_by_path": (
+        "import pathlib; print(open('/dev/stdin').read().split(), flush=True)\n"
+        "with open('/dev/stdout', 'w') as out: print('more', file=out)\n"
+        "pathlib.Path('/dev/stderr').write_text('no'); print('end')",
+        "['a', 'b']\nmore\nend",
+    ),
+    "all_its_threads": (
+        "import threading; end = threading.Event(); count = 0\n"
+        "for _ in range(63): threading.Thread(target=end.wait).start(); count += 1\n"
+        "end.set(); print(count)",
+        "63",
+    ),
+    "recursion": (
+        "def depth(n): return n if n == 995 else depth(n + 1)\nprint(depth(0))",
+        "995",
+    ),
+    "source_of_a_function": (
+        "import inspect\ndef f(): pass  # with this\nprint(inspect.getsource(f))",
+        "def f(): pass  # with this",
+    ),
     "judge": ("import os; print(bool(os.environ.get('ONLINE_JUDGE')))", "True"),
     "locale": (
         "import locale as l\nfirst = l.setlocale(l.LC_ALL, '')\nl.setlocale(l.LC_ALL, 'C')\n"

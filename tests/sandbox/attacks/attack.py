@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlef_sandbox import CallTest, Limits, Result, Status, Test
+from rlef_sandbox import CallTest, CheckTest, Limits, Result, Status, Test
 
 ESCAPED = b"ESCAPED"  # printed by an attack that has succeeded
 LIMITS = Limits(cpu_s=4.0, wall_s=20.0, memory_bytes=128 << 20, output_bytes=64 << 10)
@@ -36,7 +36,9 @@ class Attack:
     source: str
     stopped_by: tuple[str, ...]
     statuses: tuple[Status, ...] = (Status.RUNTIME_ERROR,)
-    test: Test | CallTest | None = None  # which the attack tries to pass without solving it
+    test: Test | CallTest | CheckTest | None = (
+        None  # which the attack tries to pass without solving it
+    )
     # False where success would harm the machine: then it is tried only where it is stopped.
     safe: bool = True
     limits: Limits = LIMITS

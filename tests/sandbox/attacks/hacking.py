@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 
-from rlef_sandbox import CallTest, Status, Test
+from rlef_sandbox import CallTest, CheckTest, Limits, Status, Test
 
 from .attack import FILES, KERNEL, LIMITS, SEPARATION, Attack
 
@@ -327,6 +327,41 @@ FUNCTIONS = hacks(
 )
 
 HACKS = PROGRAMS + FUNCTIONS
+
+BRIEF = Limits(cpu_s=0.3, wall_s=0.6, memory_bytes=256 << 20)
+BAD_ALLOC = "terminate called after throwing an instance of 'std::bad_alloc'"
+SHOWN = "assert got == 9, f'got {got}'"
+
+
+def blames(name: str, returned: str, use: str) -> Attack:
+    """Return an attempt to make a test's own code look broken, which would be no verdict: a
+    function that returns what the code, where it uses it, does not expect.
+    """
+    code = f"import itertools, re, time\ndef check(solve):\n    got = solve(3)\n    {use}"
+    source = f"def solve(n): return {returned}"
+    statuses = (*FAILED, Status.IDLE_LIMIT)
+    return Attack(name, source, (SEPARATION,), statuses, CheckTest("solve", code), limits=BRIEF)
+
+
+CHECKS = (
+    blames("words_of_a_memory_error", "'x\\nMemoryError'", SHOWN),
+    blames("words_of_bad_alloc", f'"\\n{BAD_ALLOC}"', SHOWN),
+    blames("a_class_named_like_a_memory_error", "type('\\nMemoryError', (), {})()", SHOWN),
+    blames(
+        "a_number_for_loops", "99999", "assert 3 == sum(1 for i in range(got) for _ in range(i))"
+    ),
+    blames("factors", "[99991, 99989]", "n, i = got[0] * got[1], 2\n    while i < n: i += 1"),
+    blames("members_to_permute", "list(range(24))", "sorted(itertools.permutations(got))"),
+    blames("text_for_a_pattern", "'a' * 40 + '!'", "assert re.fullmatch('(a+)+', got)"),
+    blames("a_number_of_seconds", "50", "time.sleep(got); assert False"),
+    blames("a_number_of_bits", "38", "assert 1 << (1 << got) == 2"),
+    blames("a_number_of_items", "10**9", "assert [0] * got == [1]"),
+    blames("text_to_print", "'x' * (1 << 20)", "for _ in range(99): print(got)\n    assert False"),
+    blames("the_same_for_ever", "True", "while got: got = solve(3)"),
+    blames("never_the_last", "0", "while got != 5: got = solve(3)"),
+    blames("never_none", "0", "while got is not None: got = solve(3)"),
+    blames("an_exit_code", "7", "raise SystemExit(got)"),
+)
 
 # The hacks that fool a grader which runs and compares in one process.
 BEATS_A_NAIVE_GRADER = (

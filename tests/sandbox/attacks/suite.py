@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .attack import Attack
 from .files import READING, WRITING
-from .hacking import FUNCTIONS, PROGRAMS
+from .hacking import CHECKS, FUNCTIONS, PROGRAMS
 from .kernel_surface import (
     ARGUMENTS,
     NEW_INTERFACES,
@@ -32,6 +32,7 @@ CATEGORIES: dict[str, tuple[Attack, ...]] = {
     "crashes": CRASHES,
     "programs": PROGRAMS,
     "functions": FUNCTIONS,
+    "checks": CHECKS,
 }
 ATTACKS = {
     f"{category}.{attack.name}": attack
