@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup setup-sglang setup-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-python312 test-gpu check-gpu bench bench-gpu clean
+.PHONY: setup setup-sglang setup-gpu setup-sglang-gpu demo demo-sglang test lint test-slow test-sglang test-slurm test-null-gpu test-python312 test-gpu check-gpu bench bench-gpu clean
 
 setup: $(VENV)/installed
 
@@ -33,6 +33,14 @@ setup-sglang: .venv-sglang/installed
 
 .venv-sglang/installed: requirements-sglang-cpu.txt scripts/install.sh
 	sh scripts/install.sh "$(PYTHON)" .venv-sglang "$(WHEELS)" requirements-sglang-cpu.txt
+	touch "$@"
+
+# The server for GPUs (12 GB), in the same place, where recipes look for it.
+setup-sglang-gpu: .venv-sglang/installed-gpu
+
+.venv-sglang/installed-gpu: requirements-sglang-gpu.txt scripts/install.sh
+	[ ! -e .venv-sglang/installed ] || { echo "first remove .venv-sglang, which is for a CPU"; exit 1; }
+	sh scripts/install.sh "$(PYTHON)" .venv-sglang "$(WHEELS)-gpu" requirements-sglang-gpu.txt
 	touch "$@"
 
 # The trainer with a CUDA build of PyTorch, whose wheels are kept apart: the CPU build has the same version.

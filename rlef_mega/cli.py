@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from rlef_mega.config import (
     ConfigError,
@@ -369,24 +367,12 @@ def view(
 
 @app.command()
 def doctor() -> None:
-    """Show this machine's device, package versions, accelerations and sandbox layers."""
-    import torch
+    """Show this machine's device, packages, accelerations and sandbox layers, and the command that
+    installs each missing piece."""
+    from rlef_mega.check_gpu.doctor import examine
 
-    from rlef_mega.megatron.network.accelerations import report
-    from rlef_mega.run.manifest import device, versions
-    from rlef_sandbox import Sandbox
-
-    table = Table("what", "found")
-    table.add_row("device", device())
-    for package, number in versions().items():
-        table.add_row(package, number)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for part, choice in report(where, torch.bfloat16).items():
-        table.add_row(part, choice)
-    with Sandbox(workers=1) as sandbox:
-        for layer, state in sandbox.isolation.items():
-            table.add_row(f"sandbox {layer}", str(state))
-    Console().print(table)
+    if not examine():
+        raise typer.Exit(FAILED)
 
 
 @app.command()

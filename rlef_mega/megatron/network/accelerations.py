@@ -23,13 +23,18 @@ from rlef_mega.config import ConfigError
 
 NOT_INSTALLED = "not installed"
 WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+TRANSFORMER_ENGINE = "transformer_engine"  # megatron-core takes its Adam, and nothing else is used
+BUILD_APEX = (
+    "git clone https://github.com/NVIDIA/apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
+    "pip install --no-build-isolation ./apex"
+)
 INSTALL = {
     "flash_attn": "pip install 'rlef-mega[gpu]'",
     "triton": "pip install 'rlef-mega[gpu]'",
-    "apex": "docs/install.md says how to build it",
-    WEIGHT_GRADIENTS: "docs/install.md says how to build apex",
+    "apex": BUILD_APEX,
+    WEIGHT_GRADIENTS: BUILD_APEX,
+    TRANSFORMER_ENGINE: "pip install --no-build-isolation 'transformer_engine[pytorch]'",
 }
-TRANSFORMER_ENGINE = "transformer_engine"  # not used here, but megatron-core imports it
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def fault(package: str) -> str | None:
 def hide_unusable() -> None:
     """Hide packages that cannot work. Called before megatron-core is imported: it tries them and
     catches nothing but an ImportError."""
-    for package in (*INSTALL, TRANSFORMER_ENGINE):
+    for package in INSTALL:
         useless = fault(package) not in (None, NOT_INSTALLED)
         # Triton's interpreter runs the kernels' tests on CPUs
         if useless and (package != "triton" or torch.cuda.is_available()):
