@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
-from rlef_mega.plan.planned_run import PlannedRun, shape_of
+from rlef_mega.plan.planned_run import PlannedRun, demo_shape, shape_of
 
 MOST_OF_MEMORY = 0.9  # the rest: the context, workspaces and the allocator's fragments
 POSITIONS = 8192  # of the models, unless stated
@@ -24,16 +24,7 @@ def find_shape(config: TrainConfig) -> LlamaShape:
     is not on this machine."""
     if shape := shape_of(config):
         return shape
-    base = load_config(find_recipe("demo_base"), [], SFTConfig)
-    return LlamaShape(
-        layers=base.num_layers,
-        hidden=base.hidden_size,
-        ffn=base.ffn_hidden_size,
-        heads=base.num_attention_heads,
-        key_value_heads=base.num_key_value_heads,
-        head_dim=base.hidden_size // base.num_attention_heads,
-        vocabulary=base.vocab_size,
-    )
+    return demo_shape(load_config(find_recipe("demo_base"), [], SFTConfig))
 
 
 def layers_that_fit(

@@ -13,12 +13,10 @@ from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
 from rlef_mega.megatron.hf_names import HFTensor, name_map, position_of, shapes_of
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import PackedLlama
-from rlef_mega.megatron.network.stages import StagePosition, Stages
+from rlef_mega.megatron.network.stages import BUCKET_BYTES, StagePosition, Stages
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.run.directory import folder_written_whole
 from rlef_mega.run.model_folder import EMBEDDING, HEAD, SafetensorsFolder, open_safetensors
-
-BUCKET_BYTES = 256 * 2**20  # of one rank's shards, gathered in one collective
 
 
 @torch.no_grad()

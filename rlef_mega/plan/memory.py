@@ -31,12 +31,11 @@ from typing import Literal
 
 from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
+from rlef_mega.megatron.network.stages import BUCKET_BYTES, StagePosition, Stages, split_layers
 
 # The most that a chunk of logits takes in the fused head, whatever the batch (rlef_kernels)
 HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_BYTES = 2**30, 2**22
 CUBLAS_BYTES = 64 * 2**20  # of two threads, on Hopper (PyTorch's default)
-BUCKET_BYTES = 256 * 2**20  # as in megatron/hf_weights.py
 Head = Literal["fused", "value"]
 
 
@@ -177,10 +176,11 @@ class Network:
         """Return the bytes of the largest bucket of gathered weights, and of a whole tensor made of
         its parts (hf_weights); a table is a bucket of its own."""
         table = self.weight_bytes * self.shape.table_parameters
+        bucket = min(BUCKET_BYTES, max(map(self.weights, range(self.pipeline))))
         if self.tensor == 1:
-            return max(table, BUCKET_BYTES)
+            return max(table, bucket)
         matrix = self.weight_bytes * self.shape.hidden * self.shape.ffn
-        return max(2 * table, self.tensor * BUCKET_BYTES + matrix)
+        return max(2 * table, self.tensor * bucket + matrix)
 
     def layer_scratch(self, tokens: int) -> float:
         """Return the bytes that the backward pass of a layer allocates."""

@@ -10,7 +10,14 @@ included. A run without `ppo.advantage = "critic"` has no critic.
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig
+from rlef_mega.config import (
+    ConfigError,
+    ParallelConfig,
+    SFTConfig,
+    TrainConfig,
+    find_recipe,
+    load_config,
+)
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.plan.hardware import DISK, GIB, HOST_LINK, NETWORK, Device
@@ -381,16 +388,32 @@ def gib(size: float) -> str:
 
 
 def shape_of(config: TrainConfig) -> LlamaShape | None:
-    """Read the shape from the model's config.json, or from the recipe's [model.shape].
+    """Read the shape from the model's config.json, from the recipe's [model.shape], or from the
+    recipe that makes this model (demo_base).
 
-    Returns None if neither exists, or the recipe states no `hidden`.
+    Returns None if none exists, or the recipe states no `hidden`.
     """
     stated = config.model.shape
     model = find_model(config.model.path, files=CONFIG, fetch=stated is None)
     if (model / "config.json").is_file():
         return LlamaShape.of(read_config(model))
-    if stated is None or stated.hidden is None:
+    if stated is None:
+        base = load_config(find_recipe("demo_base"), [], SFTConfig)
+        return demo_shape(base) if config.model.path == f"{base.dir}/model" else None
+    if stated.hidden is None:
         return None
     sizes = stated.model_dump(exclude={"head_dim", "vocab_size"})
     head_dim = stated.head_dim or stated.hidden // stated.heads
     return LlamaShape(**sizes, head_dim=head_dim, vocabulary=stated.vocab_size)
+
+
+def demo_shape(base: SFTConfig) -> LlamaShape:
+    return LlamaShape(
+        layers=base.num_layers,
+        hidden=base.hidden_size,
+        ffn=base.ffn_hidden_size,
+        heads=base.num_attention_heads,
+        key_value_heads=base.num_key_value_heads,
+        head_dim=base.hidden_size // base.num_attention_heads,
+        vocabulary=base.vocab_size,
+    )

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from rlef_mega.config import ParallelConfig, check_stages
 
+BUCKET_BYTES = (
+    256 * 2**20
+)  # of a rank's shards of one stage, gathered in one collective (hf_weights)
+
 
 @dataclass(frozen=True)
 class StagePosition:
