@@ -5,20 +5,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, dump_toml
+from rlef_mega.config import ConfigError, TrainConfig, dump_toml
 from rlef_mega.flops import LlamaShape
 from rlef_mega.plan.hardware import GIB, Device, find_device
 from rlef_mega.plan.memory import Network
 from rlef_mega.plan.planned_run import PlannedRun, shape_of
 from rlef_mega.plan.step_time import TRAINING
-from rlef_mega.rehearse.request import REQUEST, RESULT, Request
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.hub import CONFIG, find_model
 
@@ -27,10 +26,21 @@ NULL_GPU = CHECKOUT / "tests/null_gpu/launch.py"
 NULL_DEVICES = {"h100-80gb": "h100", "h200": "h200", "b200": "b200"}
 # The null GPU computes nothing and makes no copy above 1 MiB: memory does not depend on values.
 SETTINGS = {"NULL_GPU_COMPUTE_MIB": "0", "NULL_GPU_COPY_MIB": "1"}
+REQUEST, RESULT = "request.json", "rank_{}.json"  # in a rehearsal's folder
 REMEDIES = (
     "lower learner.microbatch_tokens, raise model.recompute (selective, full), set "
     "learner.offload=idle, or give the model more tensor- or pipeline-parallel ranks"
 )
+
+
+@dataclass(frozen=True)
+class Request:
+    """The lengths of dialogues in tokens, and an update's micro-batches on each rank."""
+
+    dialogue: int
+    responses: int
+    per_microbatch: int
+    microbatches: int
 
 
 def run_rehearsal(
@@ -51,7 +61,9 @@ def run_rehearsal(
     if shape is None:
         raise ConfigError(f"{title}: give model.shape, or a model.path with a config.json")
     run = PlannedRun.of(config, shape)
-    ranks = kinds_of_ranks(run) if rank is None else {name_of_rank(run, rank): rank}
+    ranks: dict[str, int] = {}
+    for number in range(run.training_gpus) if rank is None else [rank]:
+        ranks.setdefault(Rank.of(run, number).kind, number)
     request = rehearsed_update(run, dialogue_tokens)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rlef-rehearse-") as name:
@@ -75,34 +87,24 @@ def run_rehearsal(
         console.print(f"wrote {out}")
 
 
-def kinds_of_ranks(run: PlannedRun) -> dict[str, int]:
-    """Return one rank of each kind: the first, an inner and the last stage of each layout."""
-    kinds: dict[str, int] = {}
-    layouts = {"": run.parallel, "critic's ": run.critic_parallel}
-    first = 0
-    for owner, layout in layouts.items():
-        if layout is None:
-            continue
-        last = layout.pipeline_model_parallel_size - 1
-        stages = {0: "first stage", min(1, last): "inner stage", last: "last stage"}
-        for stage, name in sorted(stages.items()):
-            kinds[f"{owner}{name if last else 'only stage'}"] = first + stage * stride(layout)
-        first += layout.world_size
-    return kinds
+@dataclass(frozen=True)
+class Rank:
+    kind: str  # the network, if it has ranks of its own, and the stage
+    stage: int
+    network: Network  # whose layout the rank belongs to
 
-
-def stride(layout: ParallelConfig) -> int:
-    """Return how many ranks one pipeline stage has: the order is tensor, data, pipeline."""
-    return layout.tensor_model_parallel_size * layout.data_parallel_size
-
-
-def name_of_rank(run: PlannedRun, rank: int) -> str:
-    """Return a rank's network and stage. Raises ConfigError if the layout has no such rank."""
-    if not 0 <= rank < run.training_gpus:
-        raise ConfigError(f"--rank {rank}: the layout has ranks 0 to {run.training_gpus - 1}")
-    stage, network = stage_of(run, rank)
-    owner = "critic's " if run.critic_parallel and network is run.critic else ""
-    return f"{owner}stage {stage}"
+    @classmethod
+    def of(cls, run: PlannedRun, rank: int) -> Self:
+        """Raises ConfigError if the layout has no such rank. Ranks are in the order tensor, data,
+        pipeline."""
+        if not 0 <= rank < run.training_gpus:
+            raise ConfigError(f"--rank {rank}: the layout has ranks 0 to {run.training_gpus - 1}")
+        critics = rank - run.parallel.world_size
+        network = run.policy if critics < 0 else run.critic
+        stage = (rank if critics < 0 else critics) // (network.tensor * network.data)
+        place = "last" if network.is_last(stage) else "inner" if stage else "first"
+        kind = f"{'only' if network.pipeline == 1 else place} stage"
+        return cls(kind if critics < 0 else f"critic's {kind}", stage, network)
 
 
 def rehearsed_update(run: PlannedRun, dialogue_tokens: int | None) -> Request:
@@ -171,28 +173,22 @@ def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: str) -> 
     return json.loads(result.read_text())
 
 
-def stage_of(run: PlannedRun, rank: int) -> tuple[int, Network]:
-    """Return a rank's pipeline stage, and the network whose layout it belongs to."""
-    if run.critic_parallel and rank >= run.parallel.world_size:
-        return (rank - run.parallel.world_size) // stride(run.critic_parallel), run.critic
-    return rank // stride(run.parallel), run.policy
-
-
 def planned(
     run: PlannedRun, rank: int, request: Request
 ) -> tuple[dict[str, dict[str, float]], float]:
     """Return what `rlef plan` and flops.py compute for this rank: for each of the learner's phases
     the bytes of memory and the FLOPs of PyTorch's matrix products, and the bytes of pinned memory.
     """
-    stage, network = stage_of(run, rank)
-    row = stage + (run.policy.pipeline if network is run.critic and run.critic_parallel else 0)
+    its = Rank.of(run, rank)
+    row = its.stage + (run.policy.pipeline if its.network is run.critic else 0)
     tokens = request.dialogue * request.per_microbatch * request.microbatches
     read = tokens * request.responses / request.dialogue
     memory = run.memory()[row]
     found = {}
     for name, size in memory.phases.items():
-        flops = products(run, run.critic if "critic" in name else run.policy, name, stage, tokens)
-        if name == "update policy" and run.policy.is_last(stage):
+        network = run.critic if "critic" in name else run.policy
+        flops = products(run, network, name, its.stage, tokens)
+        if name == "update policy" and run.policy.is_last(its.stage):
             # a Triton kernel computes the first of the head's three products
             flops += 4 * run.shape.table_parameters * read / run.policy.tensor
         found[name.replace(" ", "_")] = {"bytes": size, "product_flops": flops}

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +35,7 @@ from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.offload import HostBuffer
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
-from rlef_mega.rehearse.request import REQUEST, RESULT, Request
+from rlef_mega.rehearse.command import REQUEST, RESULT, Request
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.launch import collect_garbage_by_hand
 from rlef_mega.targets import targets_of
@@ -46,35 +45,18 @@ GROUPS = ("mp", "intra_dist_opt", "embd", "pp", "dp", "tp")  # of equal groups, 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
 
-@dataclass
-class Phase:
-    """What one phase of the second step took on this rank."""
-
-    peak_bytes: int = 0  # allocated
-    kept_bytes: int = 0  # allocated at its end
-    reserved_bytes: int = 0  # by the allocator, at most
-    pinned_bytes: int = 0  # of host memory
-    launches: int = 0
-    waits: int = 0  # of the host for the device
-    product_flops: int = 0  # of PyTorch's matrix products: without attention and Triton's head
-    seconds: float = 0.0
-    collectives: dict[str, int] = field(default_factory=dict)  # by group and kind
-    collective_bytes: dict[str, int] = field(default_factory=dict)
-
-
-class Calls(TorchDispatchMode):
-    """Counts collectives, and the bytes of their largest tensor, by group and kind; and the FLOPs
-    of matrix products."""
+class Recorder(TorchDispatchMode):
+    """Measures phases: memory by PyTorch's allocator, launches and waits by the null GPU's
+    counters; counts FLOPs of matrix products, and collectives with the bytes of their largest
+    tensor."""
 
     def __init__(self, names: dict[str, str]) -> None:
         super().__init__()
         self.names = names  # of Megatron's groups
-        self.calls: collections.Counter[str] = collections.Counter()
-        self.bytes: collections.Counter[str] = collections.Counter()
+        self.phases: dict[str, dict[str, Any]] = {}
         self.flops = 0
-
-    def clear(self) -> None:
-        self.calls, self.bytes, self.flops = collections.Counter(), collections.Counter(), 0
+        self.calls: collections.Counter[str] = collections.Counter()  # by group and kind
+        self.bytes: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
@@ -93,18 +75,10 @@ class Calls(TorchDispatchMode):
             self.flops += 2 * left.numel() * right.shape[-1]
         return result
 
-
-class Recorder:
-    """Measures phases: memory by PyTorch's allocator, calls by the null GPU's counters."""
-
-    def __init__(self, calls: Calls) -> None:
-        self.calls = calls
-        self.phases: dict[str, Phase] = {}
-
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         launches, waits, _ = counters()
-        self.calls.clear()
+        self.flops, self.calls, self.bytes = 0, collections.Counter(), collections.Counter()
         torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         try:
@@ -113,18 +87,18 @@ class Recorder:
             wanted = str(error).partition(" If reserved")[0]
             raise RuntimeError(f"in '{name.replace('_', ' ')}': {wanted}") from None
         now_launches, now_waits, pinned = counters()
-        self.phases[name] = Phase(
-            peak_bytes=torch.cuda.max_memory_allocated(),
-            kept_bytes=torch.cuda.memory_allocated(),
-            reserved_bytes=torch.cuda.max_memory_reserved(),
-            pinned_bytes=pinned,
-            launches=now_launches - launches,
-            waits=now_waits - waits,
-            product_flops=self.calls.flops,
-            seconds=time.perf_counter() - begun,
-            collectives=dict(self.calls.calls),
-            collective_bytes=dict(self.calls.bytes),
-        )
+        self.phases[name] = {
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "kept_bytes": torch.cuda.memory_allocated(),  # at its end
+            "reserved_bytes": torch.cuda.max_memory_reserved(),  # by the allocator
+            "pinned_bytes": pinned,
+            "launches": now_launches - launches,
+            "waits": now_waits - waits,
+            "product_flops": self.flops,  # without attention and Triton's head
+            "seconds": time.perf_counter() - begun,
+            "collectives": dict(self.calls),
+            "collective_bytes": dict(self.bytes),
+        }
 
 
 def counters() -> tuple[int, int, int]:
@@ -199,11 +173,10 @@ def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
     ranks = parallel.initialize(
         config.parallel, critic=config.critic_parallel, seed=config.run.seed
     )
-    calls = Calls(
+    recorder = Recorder(
         {group.group_name: name for name in GROUPS if (group := getattr(ranks.groups, name))}
     )
-    recorder = Recorder(calls)
-    with calls, recorder.phase("build"):
+    with recorder, recorder.phase("build"):
         learner = make_learner(config, ranks)
         inner = learner.phase
 
@@ -218,7 +191,7 @@ def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
     order = torch.arange(batch.num_sequences)
     for _ in range(2):
         recorder.phases = {}
-        with calls:
+        with recorder:
             scores = learner.score(batch)
             targets, _ = targets_of(batch, scores, config.ppo)
             learner.update(batch, targets, order)
@@ -227,7 +200,7 @@ def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
                 trained = learner.trained.items()
                 parts = [part for name, model in trained for part in owned_state(name, model)]
                 writer.take_snapshot(parts, buffer)
-    return {name: asdict(phase) for name, phase in (build | recorder.phases).items()}
+    return build | recorder.phases
 
 
 if __name__ == "__main__":
