@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ RLEF = (*PYTHON, "-m", "rlef_mega.cli")
 DEVICE_TESTS = (ROOT / "tests/kernels/device", ROOT / "tests/kernels/test_at_size.py")
 SANITIZER_TEST = ROOT / "tests/kernels/test_sanitizer.py"
 CASES = "8B | 8192,70B"
+PEERS = "Liger,cut-cross,verl,chunks,logits stored"
 SLICE, LAYERS = "llama31_8b", "6"  # a fixed number: its memory on the null GPU is known
 BESIDE = ROOT / "benchmarks/experiments/slice_against_hf.py"
+NO_SUCH_PROGRAM = 127
 SAVING_S = 40  # for the last step and the checkpoint of a run that is stopped
 OF_METRICS = {  # names of metrics.jsonl, and their units
     "logprob_gap_max": "nats",
@@ -60,15 +62,10 @@ class Found:
 
 def run(command: Sequence[object], limit_s: float, saving_s: float = 10.0) -> int:
     """Run a command; at the limit interrupt it, so that it writes what it has, and kill it if that
-    takes longer than `saving_s`. Returns its exit code."""
-    child = subprocess.Popen([str(word) for word in command])
-    for seconds, number in ((limit_s, signal.SIGINT), (saving_s, signal.SIGKILL)):
-        try:
-            return child.wait(max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            print(f"{signal.Signals(number).name} after {seconds:.0f} s", flush=True)
-            child.send_signal(number)
-    return child.wait()
+    takes longer than `saving_s`. Returns its exit code, 127 if there is no such program."""
+    limits = ("timeout", "--foreground", "--verbose", "--preserve-status", "--signal=INT")
+    words = (*limits, f"--kill-after={saving_s}", max(1.0, limit_s), *command)
+    return subprocess.run([str(word) for word in words]).returncode
 
 
 def machine(out: Path, limit_s: float) -> Found:
@@ -82,29 +79,19 @@ def machine(out: Path, limit_s: float) -> Found:
     copies = measure_call(memory.clone, device, 0.3)
     found.add("copy, read and written", "TB/s", *(2**32 / s / 1e12 for s in copies.seconds))
     for command in (("nvidia-smi",), (*RLEF, "doctor")):
-        try:
-            if code := run(command, limit_s):
-                found.failures.append(f"{command[-1]} ended with exit code {code}")
-        except FileNotFoundError:
+        if (code := run(command, limit_s)) == NO_SUCH_PROGRAM:
             found.notes.append(f"{command[0]} is not installed")
+        elif code:
+            found.failures.append(f"{command[-1]} ended with exit code {code}")
     return found
 
 
-def device_tests(out: Path, limit_s: float) -> Found:
-    """Run the kernels' tests on the device, in as many processes as there are cores."""
-    return pytest(out / "tests.xml", limit_s, "-n", min(8, os.cpu_count() or 1), *DEVICE_TESTS)
-
-
-def memcheck(out: Path, limit_s: float) -> Found:
-    """Run the kernels under compute-sanitizer's memcheck."""
-    return pytest(out / "memcheck.xml", limit_s, SANITIZER_TEST, "-k", "memcheck")
-
-
-def pytest(report: Path, limit_s: float, *words: object) -> Found:
+def pytest(out: Path, limit_s: float, *, tests: Sequence[object]) -> Found:
     """Run tests. A failed assertion means that numbers differ; any other exception is an error."""
+    report = out / "tests.xml"
     report.unlink(missing_ok=True)
     options = ("-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
-    code = run((*PYTHON, "-m", "pytest", *options, f"--rootdir={ROOT}", *words), limit_s)
+    code = run((*PYTHON, "-m", "pytest", *options, f"--rootdir={ROOT}", *tests), limit_s)
     counts: Counter[str] = Counter()
     found = Found()
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
@@ -122,17 +109,8 @@ def pytest(report: Path, limit_s: float, *words: object) -> Found:
     return found
 
 
-def head(out: Path, limit_s: float) -> Found:
-    """Measure our implementations of the head, and cuBLAS's product alone."""
-    return heads(limit_s, CASES, "fused,cuBLAS,KL")
-
-
-def peers(out: Path, limit_s: float) -> Found:
-    """Measure published implementations of the head, with the 8B model's head."""
-    return heads(limit_s, "8B | 8192 | 0%", "Liger,cut-cross,verl,chunks,logits stored")
-
-
-def heads(limit_s: float, cases: str, methods: str) -> Found:
+def heads(out: Path, limit_s: float, *, cases: str, methods: str) -> Found:
+    """Measure implementations of the output head."""
     results = measured("kernels", "", cases=cases, methods=methods, minutes=limit_s / 60)
     found = Found(list(results.figures), list(results.notes), about=results.about)
     found.failures = [n for n in results.notes if "| rlef" in n and "the time was up" not in n]
@@ -232,12 +210,14 @@ def smollm2(out: Path, limit_s: float) -> Found:
 
 STEPS: dict[str, Callable[[Path, float], Found]] = {
     "machine": machine,
-    "tests": device_tests,
-    "head": head,
-    "peers": peers,
+    # the kernels' tests on the device, in as many processes as there are cores
+    "tests": partial(pytest, tests=("-n", min(8, os.cpu_count() or 1), *DEVICE_TESTS)),
+    # our implementations, and cuBLAS's product alone; published ones, with the 8B model's head
+    "head": partial(heads, cases=CASES, methods="fused,cuBLAS,KL"),
+    "peers": partial(heads, cases="8B | 8192 | 0%", methods=PEERS),
     "slice": slice_,
     "ipc": ipc,
-    "memcheck": memcheck,
+    "memcheck": partial(pytest, tests=(SANITIZER_TEST, "-k", "memcheck")),
     "smollm2": smollm2,
 }
 

@@ -118,10 +118,11 @@ class LocalEngine:
         try:
             completions = self.generate([wave[session][0] for session in order])
         except Exception as error:
-            # Raised in every dialogue, or it would be lost. torch reports a lack of memory and the
-            # like as RuntimeError: the engine's fault. Anything else is a bug and stays as it is.
+            # Raised in every dialogue, or it would be lost. A RuntimeError of torch is the engine's
+            # fault. A lack of GPU memory would come again, so it ends the run with what to change.
+            # Anything else is a bug and stays as it is.
             reported = error
-            if isinstance(error, RuntimeError):
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                 reported = EngineError(f"generation failed: {error}")
                 reported.__cause__ = error
             for future in futures:

@@ -42,8 +42,14 @@ SHARD = (
     "(parallel.tensor_model_parallel_size, pipeline_model_parallel_size, data_parallel_size)"
 )
 ACTIVATIONS = f"Lower learner.microbatch_tokens, or set model.recompute = 'full'. {SHARD}"
+SAMPLING = f"Lower rollout.max_context, or sample from servers (rollout.engine = 'sglang'). {SHARD}"
 # by phase of a step; the run resumes from its newest checkpoint with these settings changed
-MEMORY_REMEDIES = {"score": ACTIVATIONS, "update": ACTIVATIONS}
+MEMORY_REMEDIES = {
+    "rollout": SAMPLING,
+    "score": ACTIVATIONS,
+    "update": ACTIVATIONS,
+    "evaluate": SAMPLING,
+}
 OUTPUT_IS_GONE = (errno.EPIPE, errno.EIO, *DISK_IS_FULL)  # no reader, no terminal, no space
 
 

@@ -1,26 +1,28 @@
-"""One rank of a run whose device is full at a named moment: RUN_DIR MOMENT; `none` runs to the
-end."""
+"""A rank whose device is full at a named moment: RUN_DIR MOMENT ...; `none` runs to the end. Each
+moment has a process of its own, which resumes the run; prints each one's exit code."""
 
 import contextlib
 import ctypes
 import functools
+import importlib
+import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from unittest import mock
 
 import torch
 
-from rlef_mega import parts
-from rlef_mega.config import TrainConfig, load_config
-from rlef_mega.megatron.learner import Learner
-from rlef_mega.run.launch import worker_main
-from rlef_mega.train import train
-
-# what is called when memory runs out, and at which call
-MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "start": (parts, "make_learner", 1),
-    "score": (Learner, "score", 1),
-    "update": (Learner, "update_policy", 3),  # of the second step
+# what is called when memory runs out, and at which call of the process
+MOMENTS = {
+    "start": ("rlef_mega.parts", "make_learner", 1),
+    "rollout": ("rlef_mega.engines.local:LocalEngine", "generate", 1),
+    "score": ("rlef_mega.megatron.learner:Learner", "score", 1),
+    "update": ("rlef_mega.megatron.learner:Learner", "update_policy", 3),  # of the second step
+    # the resumed run publishes first of all, and has loaded a checkpoint
+    "publish": ("rlef_mega.megatron.hf_weights", "gather_bucket", 2),
+    "checkpoint": ("rlef_mega.megatron.learner:Learner", "whole", 2),
 }
 
 
@@ -51,12 +53,27 @@ def exhausting(function: Callable, number: int) -> Callable:
     return call
 
 
-def main(run: str, moment: str) -> None:
-    sys.argv = ["rank", run]
+def run(folder: str, moment: str) -> None:
+    from rlef_mega.config import TrainConfig, load_config
+    from rlef_mega.run.launch import worker_main
+    from rlef_mega.train import train
+
+    sys.argv = ["rank", folder]
     if moment in MOMENTS:
-        owner, name, number = MOMENTS[moment]
+        place, name, number = MOMENTS[moment]
+        owner = pkgutil.resolve_name(place)
         setattr(owner, name, exhausting(getattr(owner, name), number))
     worker_main(lambda folder: train(load_config(folder / "config.toml", [], TrainConfig)))
+
+
+def main(folder: str, *moments: str) -> None:
+    with mock.patch("torch.cuda.is_available", lambda: True):  # it would forbid to fork
+        importlib.import_module("rlef_mega.train")
+    for moment in moments:
+        Path(folder, ".failed").unlink(missing_ok=True)  # as the launcher does
+        if not (child := os.fork()):
+            run(folder, moment)
+        print(moment, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

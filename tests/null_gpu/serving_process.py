@@ -19,12 +19,20 @@ from torch.distributed import distributed_c10d as c10d
 from rlef_mega.engines.sglang.weights import SentWeights, ServedModel
 from tests.rlef_mega.engines.sglang.server_double import ServerDouble
 
+CACHE_BYTES = 2**30
+
 
 class ServerOnDevice(ServerDouble):
     def __init__(self, model: str, device: torch.device) -> None:
         super().__init__(0, model, version="default")
         self.device, self.served = device, ServedModel(Path(model))
         self.weights: dict[str, torch.Tensor] = {}
+
+        self.occupy()
+
+    def occupy(self) -> None:
+        """Allocate the cache of keys and values."""
+        self.cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=self.device)
 
     def load(self, weights) -> None:
         self.weights |= {name: tensor.to(self.device, copy=True) for name, tensor in weights}
@@ -37,6 +45,19 @@ class ServerOnDevice(ServerDouble):
             self.load(load_file(file).items())
         self.weight_version = body["weight_version"]
         return {"success": True}
+
+    async def release_memory_occupation(self, body):
+        await super().release_memory_occupation(body)
+        self.cache = None
+        self.weights.clear()
+        torch.cuda.empty_cache()
+        return {}
+
+    async def resume_memory_occupation(self, body):
+        await super().resume_memory_occupation(body)
+        if "kv_cache" in body["tags"]:
+            self.occupy()
+        return {}
 
     async def begin_weight_update(self, body):
         return {"success": True}

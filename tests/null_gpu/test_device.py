@@ -94,6 +94,23 @@ def test_random_numbers_follow_from_the_devices_generator():
     assert not torch.equal(first[0], first[1])
 
 
+def test_a_number_is_raised_to_a_tensor_while_a_device_is_the_default():
+    with torch.device("cuda"):
+        assert (10000.0 ** torch.arange(3)).tolist() == [1, 1e4, 1e8]
+        assert (1 - torch.arange(3)).tolist() == [1, 0, -1]
+
+
+def test_what_was_not_computed_makes_no_infinity():
+    """A division by a sum that was not computed would end a run."""
+    script = """
+import torch
+x = torch.ones(2**21, device="cuda")
+print((torch.ones(3, device="cuda") / (x + x)[:3]).tolist(), (x[:3] / 0).tolist())
+"""
+    printed = python("-c", script, env=environment(compute_mib=1)).stdout
+    assert printed.startswith("[0.0, 0.0, 0.0]"), printed
+
+
 def test_a_large_result_is_zero_whatever_memory_held_before():
     limit = 64 * MIB  # above any that a test sets
     held = torch.full((limit // 4,), 7.0, device="cuda:1")

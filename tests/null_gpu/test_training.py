@@ -68,28 +68,40 @@ def test_two_steps_have_the_numbers_of_a_cpu(on_a_cpu, model, tmp_path, devices)
     assert len(list((run / "checkpoints").glob("step_*"))) == 2
 
 
+def test_two_pipeline_stages_train_in_bfloat16(model, tmp_path):
+    """Engine and trainer compute the same log-probs up to bfloat16's rounding."""
+    run = tmp_path / "run"
+    layout = ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2")
+    wider = ("guard.max_logprob_gap=1", "guard.mean_logprob_gap=1")
+    train(run, model, *layout, *wider, "model.dtype='bfloat16'", "run.steps=1", gpus=2)
+    (found,) = metrics(run)
+    assert found["tokens"] > 0 and 0 < found["policy_grad_norm"] < 100
+    assert found["logprob_gap_max"] < 0.1
+
+
 def test_too_few_devices_are_refused_with_a_message(model, tmp_path):
     printed = train(tmp_path / "run", model, gpus=1, code=2)
     assert re.search(r"error.*GPU", printed) and "invalid device ordinal" not in printed, printed
 
 
 def test_a_full_device_names_phase_and_rank_and_loses_nothing(model, tmp_path):
-    """When it starts, scores and updates; then the run, resumed with more memory, ends."""
+    """At each moment of a step; then the run, resumed with more memory, ends."""
     run = tmp_path / "run"
     place = [f"run.dir={json.dumps(str(run))}", f"model.path={json.dumps(str(model))}"]
     overrides = [*place, *SETTINGS, "parallel.tensor_model_parallel_size=1"]
     config = load_config(find_recipe("demo"), overrides, TrainConfig)
     claim_run_directory(config, run, check_train(config, grading_token=None))
-
-    def rank(moment: str, code: int) -> str:
-        (run / ".failed").unlink(missing_ok=True)  # as the launcher does
-        words = ("-m", "tests.null_gpu.out_of_memory_worker", run, moment)
-        return python(*words, env=environment(compute_mib=64), code=code).stderr
-
-    for moment in ("start", "score", "update"):  # others need no memory in so small a run
-        said = rank(moment, 2)
-        assert f"error: rank 0, phase {moment}: CUDA out of memory. Tried to allocate" in said
-        assert "Set learner.offload = 'idle', or split the networks" in said, said
-        assert ("Lower learner.microbatch_tokens" in said) == (moment != "start")
-    rank("none", 0)
+    moments = ("start", "rollout", "score", "update", "publish", "checkpoint")
+    words = ("-m", "tests.null_gpu.out_of_memory_worker", run, *moments, "none")
+    ended = python(*words, env=environment(compute_mib=64))
+    for moment in moments:
+        assert f"{moment} 2\n" in ended.stdout, ended.stderr
+        found = re.search(f"error: rank 0, phase {moment}: (.*)", ended.stderr)
+        assert found, ended.stderr
+        said = found[1]
+        assert said.startswith("CUDA out of memory. Tried to allocate")
+        assert "et learner.offload = 'idle', or split the networks" in said
+        assert ("Lower learner.microbatch_tokens" in said) == (moment in ("score", "update"))
+        assert ("Lower rollout.max_context" in said) == (moment == "rollout")
+    assert "none 0\n" in ended.stdout, ended.stderr
     assert [line["step"] for line in metrics(run)] == [1, 2]

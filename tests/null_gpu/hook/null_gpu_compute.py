@@ -8,7 +8,9 @@ kernel is compiled and launched as usual, and then run by Triton's interpreter o
 
 An operation with a tensor above NULL_GPU_COMPUTE_MIB is not computed, and its new results are zero:
 so no run depends on what memory held before, and pages that nobody wrote take no room. `skipped`
-counts such operations by name. One that the CPU does not have is an error.
+counts such operations by name. From then on NaN and infinities that an operation makes of finite
+numbers become zero too, or 0 / 0 would end a run. An operation that the CPU does not have is an
+error.
 
 What this cannot show: speed, the rounding of GPU kernels, races between streams.
 """
@@ -19,6 +21,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import os
 import sys
 import threading
@@ -128,6 +131,26 @@ def write(results: Any, computed: Any) -> None:
             on_host(result).copy_(value)
 
 
+def is_infinite(value: Any) -> bool:
+    """Return whether a tensor has, or a number is, an infinity."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        known = value.is_floating_point() and value.device.type in ("cuda", "cpu")
+        return known and bool(host_argument(value).isinf().any())
+    return isinstance(value, float) and math.isinf(value)
+
+
+def clear_non_finite(results: Any) -> None:
+    """Replace what an operation makes of finite numbers: 0 / 0, when an operand was not computed,
+    would end a run that checks its losses."""
+    import torch
+
+    for result in leaves(results):
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
+            host_argument(result).nan_to_num_(0.0, 0.0, 0.0)
+
+
 @contextlib.contextmanager
 def device_randomness(generator: Any) -> Iterator[None]:
     """Let the CPU draw numbers that follow from the CUDA generator's seed and offset alone."""
@@ -146,11 +169,12 @@ def device_randomness(generator: Any) -> Iterator[None]:
 class Operation:
     """An operation of ATen, on CUDA and then on the CPU."""
 
-    def __init__(self, operation: Any, kernel: Any, on_cpu: Callable | None) -> None:
+    def __init__(self, operation: Any, kernel: Any, full_name: str) -> None:
         import torch
 
         self.operation, self.kernel = operation, kernel
-        self.on_cpu: Callable = on_cpu or operation
+        self.on_cpu: Callable = CPU_FORMS.get(full_name, operation)
+        self.on_device: Callable | None = DEVICE_FORMS.get(full_name)
         schema = operation._schema
         self.name = schema.name.removeprefix("aten::")
         self.is_random = torch.Tag.nondeterministic_seeded in operation.tags
@@ -163,8 +187,14 @@ class Operation:
         ]
 
     def __call__(self, keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.name in DEVICE_FORMS:
-            return DEVICE_FORMS[self.name](*args, **kwargs)
+        import torch
+
+        with torch._C.DisableTorchFunction():  # torch.device("cuda"), under which ours would be too
+            return self.compute(keys, args, kwargs)
+
+    def compute(self, keys: Any, args: Any, kwargs: Any) -> Any:
+        if self.on_device is not None:
+            return self.on_device(*args, **kwargs)
         if self.name in HOST_ONLY:
             return self.host_only(args, kwargs)
         if not is_small((args, kwargs)):
@@ -174,6 +204,7 @@ class Operation:
             if self.makes:
                 clear(results)
             return results
+        finite = skipped and not any(is_infinite(value) for value in leaves((args, kwargs)))
         generator = self.generator(args, kwargs) if self.is_random else None
         randomness = device_randomness(generator) if generator else contextlib.nullcontext()
         with randomness:
@@ -190,6 +221,8 @@ class Operation:
                 ) from error
         if self.makes:
             write(results, computed)
+        if finite:
+            clear_non_finite(results)
         return results
 
     def on_host(self, args: Any, kwargs: Any) -> Any:
@@ -282,7 +315,7 @@ def prepare_torch(torch: Any) -> None:
         if views or name in UNTOUCHED or "quantize" in full_name:
             continue
         kernel = torch.library.get_kernel(operation, "CUDA")
-        wrapped = Operation(operation, kernel, CPU_FORMS.get(full_name))
+        wrapped = Operation(operation, kernel, full_name)
         with warnings.catch_warnings(action="ignore"):  # that a kernel is overridden
             library.impl(full_name, wrapped, "CUDA", with_keyset=True, allow_override=True)
     if os.environ.get("NULL_GPU_VERBOSE"):
@@ -486,7 +519,17 @@ def cudnn_sdpa_backward(
     return tuple(grads)
 
 
+def power_of_number(base: Any, exponent: Any, *, out: Any = None) -> Any:
+    """PyTorch makes the base a number on the device, which no kernel in Python can be given."""
+    import torch
+
+    dtype = torch.result_type(base, exponent)
+    return torch.pow(torch.tensor(base, dtype=dtype), exponent, out=out)
+
+
 DEVICE_FORMS: dict[str, Callable] = {
+    "pow.Scalar": power_of_number,
+    "pow.Scalar_out": power_of_number,
     "_scaled_dot_product_cudnn_attention": cudnn_sdpa,
     "_scaled_dot_product_cudnn_attention_backward": cudnn_sdpa_backward,
 }
@@ -619,9 +662,11 @@ def interpret(kernel: Any, args: Any, grid: Any, kwargs: dict[str, Any]) -> bool
         return value
 
     name = f"triton {kernel.fn.__name__}"
-    if not is_small(mapped((args, kwargs), base)):
+    operands = mapped((args, kwargs), base)
+    if not is_small(operands):
         skipped[name] += 1
         return False
+    finite = skipped and not any(is_infinite(value) for value in leaves(operands))
     import null_gpu_interpreter  # noqa: F401 - its corrections
     from triton.language import standard
     from triton.runtime.interpreter import _patch_lang
@@ -636,4 +681,6 @@ def interpret(kernel: Any, args: Any, grid: Any, kwargs: dict[str, Any]) -> bool
         finally:
             library_functions.restore()
             depth -= 1
+    if finite:
+        clear_non_finite(operands)
     return True
