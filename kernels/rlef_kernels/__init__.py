@@ -5,15 +5,15 @@ The package imports only torch, and triton where a GPU computes. Each operation 
 `rlef_kernels.gpu`, all others to the reference (`rlef_kernels.dispatch`); there is nothing to set.
 """
 
-from rlef_kernels.linear_kl import linear_kl, linear_kl_reference
 from rlef_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from rlef_kernels.linear_ppo_loss import linear_ppo_loss, linear_ppo_loss_reference
+from rlef_kernels.linear_score import linear_score, linear_score_reference
 
 __all__ = [
-    "linear_kl",
-    "linear_kl_reference",
     "linear_logprob",
     "linear_logprob_reference",
     "linear_ppo_loss",
     "linear_ppo_loss_reference",
+    "linear_score",
+    "linear_score_reference",
 ]

@@ -53,6 +53,15 @@ class Softmax(NamedTuple):
     logprob_T: torch.Tensor
 
 
+class TokenScores(NamedTuple):
+    """What `linear_score` returns."""
+
+    logprob_T: torch.Tensor
+    ref_logprob_T: torch.Tensor
+    entropy_T: torch.Tensor
+    kl_T: torch.Tensor
+
+
 def group_size(group: ProcessGroup | None) -> int:
     """Return the number of ranks; 1 without a group."""
     return 1 if group is None else dist.get_world_size(group)
@@ -127,6 +136,11 @@ def combine_shards(
     """Gather the partial sums of all ranks into the statistics over the whole vocabulary."""
     if group_size(group) > 1:
         partials_TP = reduce_partials(gather_partials(partials_TP, group))
+    return softmax_of(partials_TP, target_T, vocabulary_size)
+
+
+def softmax_of(partials_TP: torch.Tensor, target_T: torch.Tensor, vocabulary_size: int) -> Softmax:
+    """Return the statistics of whole rows, given their four numbers."""
     row_max_T, sum_exp_T, weighted_T, target_logit_T = partials_TP.unbind(-1)
     log_sum_T = sum_exp_T.log()
     entropy_T = log_sum_T - weighted_T / sum_exp_T
@@ -143,7 +157,7 @@ def gather_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> to
         return partials_TP[None]
     num_ranks, num_tokens = group_size(group), partials_TP.shape[0]
     gathered = partials_TP.new_empty(num_ranks * num_tokens, partials_TP.shape[1])
-    # Tensor-parallel group: gathers [T, 4] (linear_kl: [T, 5]), for empty batches too.
+    # Tensor-parallel group: gathers [T, 4] (linear_score: [T, 8]), for empty batches too.
     dist.all_gather_into_tensor(gathered, partials_TP, group=group)
     return gathered.view(num_ranks, *partials_TP.shape)
 
@@ -238,20 +252,26 @@ def logits_gradient_(
     return grad_CV
 
 
-def combine_two_shards(
-    partials_RTP: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reduce the five sums of `linear_kl` over the ranks.
+def combine_two_heads(
+    partials_TP: torch.Tensor,
+    target_T: torch.Tensor,
+    vocabulary_size: int,
+    group: ProcessGroup | None,
+) -> TokenScores:
+    """Gather the partial sums of two heads' logits, z and y, into the scores of `linear_score`.
 
-    Returns (max z, log sum e^a, max y, log sum e^b, KL), each [T], over the whole vocabulary.
+    A rank's eight numbers are the four of z, then those of y with sum exp(z - m) (a - b) as the
+    third, where a and b are z and y minus their maxima.
     """
-    max_RT, sum_RT, weighted_RT, ref_max_RT, ref_sum_RT = partials_RTP.unbind(-1)
-    row_max_T, ref_max_T = max_RT.amax(0), ref_max_RT.amax(0)
-    shift_RT, ref_shift_RT = max_RT - row_max_T, ref_max_RT - ref_max_T
-    scale_RT = shift_RT.exp()
-    sum_T = (scale_RT * sum_RT).sum(0)
-    weighted_T = (scale_RT * (weighted_RT + sum_RT * (shift_RT - ref_shift_RT))).sum(0)
-    log_sum_T = sum_T.log()
-    ref_log_sum_T = (ref_shift_RT.exp() * ref_sum_RT).sum(0).log()
-    kl_T = weighted_T / sum_T - log_sum_T + ref_log_sum_T
-    return row_max_T, log_sum_T, ref_max_T, ref_log_sum_T, kl_T
+    partials_RTP = gather_partials(partials_TP, group)
+    both_RTP = partials_RTP.split(NUM_PARTIALS, dim=-1)
+    reduced = [reduce_partials(of_head_RTP) for of_head_RTP in both_RTP]
+    shift_RT, ref_shift_RT = (
+        of_head_RTP[..., 0] - of_head_TP[:, 0]
+        for of_head_RTP, of_head_TP in zip(both_RTP, reduced, strict=True)
+    )
+    sum_RT, cross_RT = partials_RTP[..., 1], partials_RTP[..., -2]
+    cross_T = (shift_RT.exp() * (cross_RT + sum_RT * (shift_RT - ref_shift_RT))).sum(0)
+    policy, reference = (softmax_of(sums, target_T, vocabulary_size) for sums in reduced)
+    kl_T = cross_T / policy.sum_exp_T - policy.sum_exp_T.log() + reference.sum_exp_T.log()
+    return TokenScores(policy.logprob_T, reference.logprob_T, policy.entropy_T, kl_T)

@@ -137,12 +137,23 @@ def ours_in_head(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
     return loss
 
 
-def kl(inputs: HeadInputs, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Return the KL between each token's distribution and another token's, under the same head."""
+def score(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
+    """Return the sum of our scores, where the reference has the policy's head and another token's
+    hidden state."""
     chosen = inputs.unmasked()
     hidden_TD, weight_VD = chosen.hidden_TD, chosen.weight_VD
-    kl_T = compute(hidden_TD, weight_VD, hidden_TD.detach().flip(0), weight_VD.detach())
-    return (kl_T * chosen.weights_T).sum()
+    compute = with_plan("linear_score", plan)
+    outputs = compute(hidden_TD, weight_VD, hidden_TD.flip(0), weight_VD, chosen.target_T)
+    return torch.stack(outputs).sum()
+
+
+def score_in_two_calls(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
+    """Return the same without the KL, by `linear_logprob` of each model."""
+    chosen = inputs.unmasked()
+    logprob = partial(with_plan("linear_logprob", plan), weight_VD=chosen.weight_VD)
+    policy = logprob(hidden_TD=chosen.hidden_TD, target_T=chosen.target_T)
+    reference = logprob(hidden_TD=chosen.hidden_TD.flip(0), target_T=chosen.target_T)
+    return torch.stack([*policy, reference[0]]).sum()
 
 
 # --------------------------------------------------------------------------------- plain PyTorch
@@ -269,9 +280,8 @@ exact, filtered = (partial(cut_cross_entropy, filter_eps=eps) for eps in (None, 
 cute_loss, triton_loss = (partial(liger_loss, in_cute=cute) for cute in (True, False))
 fused, cublas = (partial(ours, plan=plan) for plan in ("FUSED", "CUBLAS"))
 loss_fused, loss_cublas = (partial(ours_in_head, plan=plan) for plan in ("FUSED", "CUBLAS"))
-our_kl, stored_kl = (
-    partial(kl, compute=form) for form in (rlef_kernels.linear_kl, rlef_kernels.linear_kl_reference)
-)
+score_fused, score_cublas = (partial(score, plan=plan) for plan in ("FUSED", "CUBLAS"))
+two_fused, two_cublas = (partial(score_in_two_calls, plan=plan) for plan in ("FUSED", "CUBLAS"))
 METHODS = (
     Method("product alone (cuBLAS)", product_alone, (1, None), masks=False),
     Method("rlef in PyTorch", ours, (1, 4)),
@@ -289,6 +299,10 @@ METHODS = (
     Method("cut-cross-entropy, filtered (no entropy)", filtered, (1, 4), True, ANY_GPU, CUT),
     Method("PyTorch, chunks of tokens", chunked_logits, (1, 4)),
     Method("PyTorch, logits stored", stored_logits, (1, 3)),
-    Method("rlef KL", our_kl, (2, 6)),
-    Method("KL, logits stored", stored_kl, (2, 4)),
+    Method("rlef scores and KL, in PyTorch", score, (2, None)),
+    Method("rlef scores, two calls, in PyTorch", score_in_two_calls, (2, None)),
+    Method("rlef scores and KL, fused", score_fused, (2, None), True, HOPPER),
+    Method("rlef scores, two calls, fused", two_fused, (2, None), True, HOPPER),
+    Method("rlef scores and KL, cuBLAS", score_cublas, (2, None), True, ANY_GPU),
+    Method("rlef scores, two calls, cuBLAS", two_cublas, (2, None), True, ANY_GPU),
 )

@@ -13,9 +13,9 @@ import torch
 
 CASE = """
 import torch
-from rlef_kernels.gpu.linear_kl import linear_kl_kernels
 from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
 from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels
+from rlef_kernels.gpu.linear_score import linear_score_kernels
 from rlef_kernels.gpu.plan import CUBLAS, FUSED
 
 def ones(*shape, dtype=torch.bfloat16):
@@ -30,8 +30,7 @@ for plan in (FUSED, CUBLAS):
     (logprob + entropy).sum().backward()
     policy = (numbers, numbers, numbers)
     linear_ppo_loss_kernels(hidden, weight, target, policy, clip_eps=0.2, plan=plan)[0].backward()
-    kl = linear_kl_kernels(hidden, weight, hidden.detach(), weight.detach(), plan=plan)
-    kl.sum().backward()
+    linear_score_kernels(hidden, weight, hidden, weight, target, plan=plan)
 torch.cuda.synchronize()
 """
 

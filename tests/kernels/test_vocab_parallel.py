@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from rlef_kernels import (
-    linear_kl_reference,
     linear_logprob_reference,
     linear_ppo_loss_reference,
+    linear_score_reference,
 )
 
 TOKENS, WIDTH, VOCABULARY = 23, 16, 52
@@ -36,19 +36,19 @@ WAYS = {"pytorch": torch.float32, "cublas": torch.float32, "fused": torch.bfloat
 
 
 def operations(way: str):
-    """Return linear_logprob, linear_ppo_loss and linear_kl."""
+    """Return linear_logprob, linear_ppo_loss and linear_score."""
     if way == "pytorch":
         return (
             lambda *args, **options: linear_logprob_reference(*args, chunk_tokens=7, **options),
             lambda *args, **options: linear_ppo_loss_reference(*args, chunk_tokens=7, **options),
-            lambda *args, **options: linear_kl_reference(*args, chunk_tokens=7, **options),
+            lambda *args, **options: linear_score_reference(*args, chunk_tokens=7, **options),
         )
 
-    from rlef_kernels.gpu.linear_kl import linear_kl_kernels
     from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
     from rlef_kernels.gpu.linear_ppo_loss import linear_ppo_loss_kernels
+    from rlef_kernels.gpu.linear_score import linear_score_kernels
 
-    return linear_logprob_kernels, linear_ppo_loss_kernels, linear_kl_kernels
+    return linear_logprob_kernels, linear_ppo_loss_kernels, linear_score_kernels
 
 
 def results(
@@ -56,7 +56,7 @@ def results(
 ) -> dict[str, torch.Tensor]:
     """Compute every operation's outputs and gradients on this rank's columns (all without a
     group)."""
-    linear_logprob, linear_ppo_loss, linear_kl = operations(way)
+    linear_logprob, linear_ppo_loss, linear_score = operations(way)
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = torch.randn(2, tokens, WIDTH, generator=generator).to(WAYS[way])
     weight, ref_weight = torch.randn(2, VOCABULARY, WIDTH, generator=generator).to(WAYS[way])
@@ -84,9 +84,9 @@ def results(
     found["ppo hidden"], found["ppo weight"] = torch.autograd.grad(values[0], (hidden, shard))
     found["ppo metrics"] = values.detach()
 
-    kl = linear_kl(hidden, shard, ref_hidden, ref_weight[columns], group=group)
-    found["kl hidden"], found["kl weight"] = torch.autograd.grad((kl * ramp).sum(), (hidden, shard))
-    found["kl"] = kl.detach()
+    models = (hidden.detach(), shard.detach(), ref_hidden, ref_weight[columns])
+    scores = linear_score(*models, target, temperature=0.8, group=group)
+    found |= {f"score {name}": values for name, values in scores._asdict().items()}
     return found
 
 
@@ -115,7 +115,9 @@ def test_shards_give_what_one_process_gives(found, way, ranks):
             whole = found[0][way, 1, tokens]
             compare(of_rank[way, ranks, tokens], whole, rank, VOCABULARY // ranks)
         # added in the same order everywhere
-        for name in ("linear logprob", "linear entropy", "linear hidden", "ppo metrics", "kl"):
+        scores = tuple(name for name in of_rank[way, ranks, TOKENS] if "score" in name)
+        assert len(scores) == 4
+        for name in ("linear logprob", "linear entropy", "linear hidden", "ppo metrics", *scores):
             first = found[0][way, ranks, TOKENS][name]
             assert torch.equal(of_rank[way, ranks, TOKENS][name], first), name
 

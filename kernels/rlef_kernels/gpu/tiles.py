@@ -57,6 +57,20 @@ def product_tile(
 
 
 @triton.jit
+def store_target_logit(
+    logits_RC, row_R, column_C, first_column, target_ptr, out_ptr, num_tokens, C: tl.constexpr
+):
+    """Store the target's logit of each row whose target is in this tile."""
+    inside_R = row_R < num_tokens
+    target_R = tl.load(target_ptr + row_R, mask=inside_R, other=-1).to(tl.int32)
+    hit_RC = target_R[:, None] == column_C[None, :]
+    target_logit_R = tl.sum(tl.where(hit_RC, logits_RC, 0.0), 1)
+    # only one tile has a row's target, so only one program writes it
+    here_R = inside_R & (target_R >= first_column) & (target_R < first_column + C)
+    tl.store(out_ptr + row_R, target_logit_R, mask=here_R)
+
+
+@triton.jit
 def store_statistics(
     logits_RC,
     row_R,
@@ -80,12 +94,9 @@ def store_statistics(
     stride = tl.cast(tiles, tl.int64) * num_tokens
     # First what needs the logits, then what needs them shifted. In any other order both are live,
     # and the compiler spills registers.
-    target_R = tl.load(target_ptr + row_R, mask=inside_R, other=-1).to(tl.int32)
-    hit_RC = target_R[:, None] == column_C[None, :]
-    target_logit_R = tl.sum(tl.where(hit_RC, logits_RC, 0.0), 1)
-    # only one tile has a row's target, so only one program writes it
-    here_R = inside_R & (target_R >= first_column) & (target_R < first_column + C)
-    tl.store(target_logit_ptr + row_R, target_logit_R, mask=here_R)
+    store_target_logit(
+        logits_RC, row_R, column_C, first_column, target_ptr, target_logit_ptr, num_tokens, C
+    )
     max_R = tl.max(logits_RC, 1)
     tl.store(at_R, max_R, mask=inside_R)
     shifted_RC = logits_RC - max_R[:, None]

@@ -52,10 +52,10 @@ def test_cases_and_minutes_limit_what_is_measured():
 
 
 def test_chosen_methods_are_measured_alone():
-    options = ["--cases", "demo | 2048 | 0%", "--methods", "logits stored, rlef KL"]
+    options = ["--cases", "demo | 2048 | 0%", "--methods", "logits stored, rlef scores"]
     done = CliRunner().invoke(app, ["bench", "kernels", "cpu", *options])
     rows = [line for line in done.stdout.splitlines() if line.startswith("| demo")]
-    assert ["logits stored" in row or "rlef KL" in row for row in rows] == [True] * 3
+    assert ["logits stored" in row or "rlef scores" in row for row in rows] == [True] * 3
     done = CliRunner().invoke(app, ["bench", "kernels", "cpu", "--methods", "Triton"])
     assert "'Triton' is in no method's name; they are 'product alone" in str(done.exception)
 
@@ -95,7 +95,7 @@ def test_methods_agree_on_log_probs_and_entropies():
         found = {}
         for method in METHODS:
             if method.unavailable(CPU) or method.name.startswith(
-                ("product", "rlef loss", "rlef KL", "KL")
+                ("product", "rlef loss", "rlef scores")
             ):
                 continue
             inputs = make_inputs(CPU, torch.float32, replace(CASE, masked=masked))

@@ -1,0 +1,195 @@
+"""`linear_score` on a GPU; the equations are in `rlef_kernels.linear_score`.
+
+Works like `linear_logprob`'s forward pass, but a tile has 128 x 128 logits of each model, so that
+both accumulators fit in registers. A tile stores six partial sums, which combine like those of
+shards.
+
+FLOPs: P + P', P = 2 T V D and P' = 2 T V E. Memory: 48 MiB of partial sums; with cuBLAS also
+2 x 32 MiB of logits. Bytes: hidden states and heads as in `head`; 24 T V / 128 of partial sums
+written and read once.
+
+Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard, C columns of a block, P partial
+sums; of a tile, R rows and C columns.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch.distributed import ProcessGroup
+
+from rlef_kernels.gpu import tiles
+from rlef_kernels.gpu.head import LOG2_E
+from rlef_kernels.gpu.linear_score_kernels import (
+    combine_two_tiles_kernel,
+    two_logits_statistics_kernel,
+    two_products_statistics_kernel,
+)
+from rlef_kernels.gpu.plan import HeadPlan, can_fuse, choose_plan, scratch_columns
+from rlef_kernels.gpu.products import write_product_
+from rlef_kernels.gpu.tiles import descriptor
+from rlef_kernels.vocab_parallel import (
+    NUM_PARTIALS,
+    TokenScores,
+    combine_two_heads,
+    group_size,
+    shard_start,
+)
+
+NUM_SUMS = 6
+FUSED_COLUMNS = 128
+ROW_KERNEL_ROWS = 4  # per program, in two tiles of 1,024 columns
+
+
+class Models(NamedTuple):
+    """Both models' hidden states and heads, or some rows and columns of them."""
+
+    hidden_TD: torch.Tensor
+    weight_VD: torch.Tensor
+    ref_hidden_TE: torch.Tensor
+    ref_weight_VE: torch.Tensor
+
+    def rows(self, rows: slice) -> "Models":
+        return self._replace(hidden_TD=self.hidden_TD[rows], ref_hidden_TE=self.ref_hidden_TE[rows])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_TD.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def descriptors(self) -> list[object]:
+        R, C, D = tiles.ROWS, FUSED_COLUMNS, tiles.DEPTH
+        return [descriptor(matrix, n, D) for matrix, n in zip(self, (R, C, R, C), strict=True)]
+
+
+def score_partials(
+    models: Models, column_T: torch.Tensor, inverse_temperature: float, plan: HeadPlan
+) -> torch.Tensor:
+    """Return the partial sums of this shard, [T, 8]. `column_T`: the targets' columns, which may
+    lie outside the shard."""
+    num_tokens, vocabulary = models.num_tokens, models.vocabulary
+    columns = FUSED_COLUMNS if plan.fused else plan.tile_columns
+    num_tiles = triton.cdiv(vocabulary, columns)
+    step = max(1, plan.partials_bytes // (4 * NUM_SUMS * num_tiles))
+    step = max(1, step // tiles.ROWS) * tiles.ROWS
+    device = models.hidden_TD.device
+    out_TP = torch.empty(num_tokens, 2 * NUM_PARTIALS, device=device)
+    sums = torch.empty(NUM_SUMS * num_tiles * min(step, num_tokens), device=device)
+    target_logits = torch.empty(2 * min(step, num_tokens), device=device)
+    for start in range(0, num_tokens, step):
+        part, column_R = models.rows(slice(start, start + step)), column_T[start : start + step]
+        write_sums(part, column_R, sums, target_logits, num_tiles, inverse_temperature, plan)
+        rows = 32
+        combine_two_tiles_kernel[(triton.cdiv(part.num_tokens, rows),)](
+            sums,
+            column_R,
+            target_logits,
+            out_TP[start:],
+            part.num_tokens,
+            vocabulary,
+            num_tiles,
+            inverse_temperature,
+            R=rows,
+            N=32,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return out_TP
+
+
+def write_sums(
+    models: Models,
+    column_T: torch.Tensor,
+    sums: torch.Tensor,
+    target_logits: torch.Tensor,
+    num_tiles: int,
+    inverse_temperature: float,
+    plan: HeadPlan,
+) -> None:
+    """Write the six sums of every tile of these rows, and both logits of their targets."""
+    scale = inverse_temperature * LOG2_E
+    if plan.fused:
+        two_products_statistics_kernel[(triton.cdiv(models.num_tokens, tiles.ROWS) * num_tiles,)](
+            *models.descriptors(),
+            column_T,
+            sums,
+            target_logits,
+            models.num_tokens,
+            models.vocabulary,
+            models.hidden_TD.shape[1],
+            models.ref_hidden_TE.shape[1],
+            scale,
+            R=tiles.ROWS,
+            C=FUSED_COLUMNS,
+            D=tiles.DEPTH,
+            GROUP=tiles.GROUP,
+            num_warps=tiles.PRODUCT_WARPS,
+            enable_fp_fusion=True,
+            num_stages=tiles.PRODUCT_STAGES,
+        )
+        return
+    for first, logits_TC, ref_TC in logits_in_parts(models, plan):
+        rows, columns = logits_TC.shape
+        grid = (triton.cdiv(rows, ROW_KERNEL_ROWS), triton.cdiv(columns, plan.tile_columns))
+        two_logits_statistics_kernel[grid](
+            logits_TC,
+            ref_TC,
+            logits_TC.stride(0),
+            column_T,
+            sums,
+            target_logits,
+            rows,
+            columns,
+            first,
+            num_tiles,
+            scale,
+            R=ROW_KERNEL_ROWS,
+            C=plan.tile_columns,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def logits_in_parts(
+    models: Models, plan: HeadPlan
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (first column, logits, reference's logits), some columns at a time, in fp32.
+
+    Each yield overwrites the buffers of the one before.
+    """
+    step = scratch_columns(models.num_tokens, models.vocabulary, plan)
+    buffers = torch.empty(2, models.num_tokens, step, device=models.hidden_TD.device)
+    for first in range(0, models.vocabulary, step):
+        weight_CD, ref_weight_CE = (
+            weight[first : first + step] for weight in (models.weight_VD, models.ref_weight_VE)
+        )
+        logits_TC, ref_TC = (buffer[:, : len(weight_CD)] for buffer in buffers)
+        write_product_(logits_TC, models.hidden_TD, weight_CD.t())
+        write_product_(ref_TC, models.ref_hidden_TE, ref_weight_CE.t())
+        yield first, logits_TC, ref_TC
+
+
+@torch.no_grad()
+def linear_score_kernels(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    ref_hidden_TE: torch.Tensor,
+    ref_weight_VE: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    group: ProcessGroup | None = None,
+    plan: HeadPlan | None = None,
+) -> TokenScores:
+    """Compute `linear_score` on the GPU. `plan` is for measurements and tests."""
+    models = Models(hidden_TD, weight_VD, ref_hidden_TE, ref_weight_VE)
+    plan = plan or choose_plan(*models)
+    assert not plan.fused or can_fuse(*models)
+    shard = models.vocabulary
+    column_T = target_T - shard_start(shard, group)
+    partials_TP = score_partials(models, column_T, 1 / temperature, plan)
+    return combine_two_heads(partials_TP, target_T, shard * group_size(group), group)
