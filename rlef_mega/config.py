@@ -248,6 +248,11 @@ class PPOConfig(Section):
     `rollout.feedback = "none"`."""
 
     beta: float = Field(0.05, ge=0, description="weight of the KL penalty in the reward; 0: none")
+    kl: Literal["sampled", "exact"] = Field(
+        "sampled",
+        description="at each token, of the reward's KL: sampled: the log-ratio of the token, as in "
+        "the paper; exact: its expectation over the vocabulary",
+    )
     gamma: float = Field(1.0, ge=0, le=1)
     advantage: Literal["critic", "rloo", "grpo"] = Field(
         "critic",
@@ -419,6 +424,11 @@ class TrainConfig(Section):
                     f"an update of {episodes // updates} episodes cannot be divided evenly by "
                     f"{name}.data_parallel_size = {layout.data_parallel_size}"
                 )
+        if self.ppo.kl == "exact" and not self.ppo.beta:
+            raise ValueError(
+                'ppo.kl = "exact" needs ppo.beta above 0: without a KL penalty there is no '
+                'reference; set ppo.kl = "sampled"'
+            )
         servers = self.rollout.servers
         if servers.release_memory and (servers.device == "cpu" or self.rollout.mode == "async"):
             raise ValueError(

@@ -49,8 +49,14 @@ def turn_kl(
     """Return kl_t = mean_k log pi(a_tk) - mean_k log rho(a_tk) over the tokens k of turn t, where
     rho is the frozen initial policy (RLEF 2.2). A sum would punish long responses for their length.
     """
-    difference_A = (logprobs_A - ref_logprobs_A).float()
-    sums_N = difference_A.new_zeros(num_turns).index_add(0, turn_of_action_A, difference_A)
+    return turn_mean(logprobs_A - ref_logprobs_A, turn_of_action_A, num_turns)
+
+
+def turn_mean(
+    numbers_A: torch.Tensor, turn_of_action_A: torch.Tensor, num_turns: int
+) -> torch.Tensor:
+    """Return the mean over the tokens of each turn."""
+    sums_N = torch.zeros(num_turns).index_add(0, turn_of_action_A, numbers_A.float())
     counts_N = torch.bincount(turn_of_action_A, minlength=num_turns)
     return sums_N / counts_N.clamp(min=1)
 

@@ -17,8 +17,11 @@ def targets_of(
     """Return what the updates of the batch aim for, and the metrics of rewards and values.
 
     The KL in the reward is that of the policy which produced the rollout, so it uses the behaviour
-    log-probs. `single_turn` training has no penalty for invalid code (2.2). With token-level
-    values, every action token has a value of its own, and its turn's return as the target (B.6).
+    log-probs. The exact KL (`scores.kl_A`, not in the paper) replaces each token's log-ratio by its
+    expectation over the vocabulary, under the policy at the start of this batch's updates, which in
+    a stale batch is not the one that sampled. `single_turn` training has no penalty for invalid
+    code (2.2). With token-level values, every action token has a value of its own, and its turn's
+    return as the target (B.6).
     """
     last_N = torch.ones(batch.num_turns, dtype=torch.bool)
     last_N[:-1] = batch.episode_of_turn_N.diff() > 0
@@ -29,21 +32,20 @@ def targets_of(
         invalid_code_penalty=0.0 if single_turn else settings.invalid_code_penalty,
         penalize_invalid_last_turn=settings.penalize_invalid_last_turn,
     )
-    kl = 0.0
+    kl = {"kl": 0.0}
     if scores.ref_logprobs_A is not None:
-        kl_N = ppo.turn_kl(
-            batch.behaviour_logprobs_A,
-            scores.ref_logprobs_A,
-            batch.turn_of_action_A,
-            batch.num_turns,
-        )
+        of_turn = (batch.turn_of_action_A, batch.num_turns)
+        kl_N = ppo.turn_kl(batch.behaviour_logprobs_A, scores.ref_logprobs_A, *of_turn)
+        kl = {"kl": float(kl_N.mean()), "kl_std": float(kl_N.std(correction=0))}
+        if scores.kl_A is not None:
+            kl_N = ppo.turn_mean(scores.kl_A, *of_turn)
+            kl |= {"kl_exact": float(kl_N.mean()), "kl_exact_std": float(kl_N.std(correction=0))}
         rewards_N = ppo.turn_rewards(task_rewards_N, kl_N, beta=settings.beta)
-        kl = float(kl_N.mean())
     returns_M, advantages_M, metrics = advantages_of(
         batch, rewards_N, task_rewards_N, scores.values_M, settings
     )
     metrics |= {
-        "kl": kl,
+        **kl,
         "reward": float(rewards_N.sum() / batch.num_sequences),
         "return": float(returns_M.mean()),
     }

@@ -229,6 +229,8 @@ class Scores:
     old_logprobs_A: torch.Tensor  # of the policy
     ref_logprobs_A: torch.Tensor | None  # of the frozen reference; None without a KL penalty
     values_M: torch.Tensor | None  # of the critic; None without one
+    # KL(policy || reference) over the vocabulary, where the token was sampled; only if it is used
+    kl_A: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,17 @@ from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.network.attention import to_device
 from rlef_mega.megatron.network.families import read_config
-from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
+from rlef_mega.megatron.network.packed_llama import (
+    CriticModel,
+    PolicyAndReference,
+    PolicyModel,
+)
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
 from rlef_mega.megatron.starting_point import build_network
 from rlef_mega.megatron.trained_model import (
     FrozenModel,
     Metrics,
+    Network,
     Residence,
     TrainedModel,
     forward,
@@ -185,45 +190,56 @@ class Learner:
 
     def score(self, batch: Batch) -> Scores:
         """Return log-probs of policy and reference, and values, before the updates. Without a KL
-        penalty the reference is not run."""
+        penalty the reference is not run. For the exact KL (`ppo.kl`) policy and reference are run
+        together, one micro-batch after the other, so that no hidden state is kept."""
         actions, turns = batch.num_actions, batch.num_turns
-        has_critic = self.ppo.advantage == "critic"
+        has_critic, exact = self.ppo.advantage == "critic", self.ppo.kl == "exact"
         values = has_critic * (actions if self.ppo.token_level_value else turns)
-        scores = torch.zeros(2 * actions + values, device=self.ranks.device)
-        old_A, ref_A, values_M = scores.split([actions, actions, values])
+        kinds = 3 if exact else 2  # numbers of each action
+        scores = torch.zeros(kinds * actions + values, device=self.ranks.device)
+        of_actions_KA = scores[: kinds * actions].view(kinds, actions)
+        values_M = scores[kinds * actions :]
         microbatches = self.cutting.cut(batch, range(batch.num_sequences))
         of_actions = [microbatch.actions_R for microbatch in microbatches]
         of_values = [microbatch.values_V for microbatch in microbatches]
-        self.fill(old_A, of_actions, "policy", self.policy, microbatches, self.read_logprobs)
-        self.fill(ref_A, of_actions, "reference", self.reference, microbatches, self.read_logprobs)
-        self.fill(values_M, of_values, "critic", self.critic, microbatches, self.read_values)
+        fill = functools.partial(self.fill, microbatches=microbatches)
+        if exact:
+            fill(of_actions_KA, of_actions, ("policy", "reference"), read=self.read_scores)
+        else:
+            for result_A, name in zip(of_actions_KA, ("policy", "reference"), strict=True):
+                fill(result_A, of_actions, (name,), read=self.read_logprobs)
+        fill(values_M, of_values, ("critic",), read=self.read_values)
         if self.ranks.world_size > 1:
             # world: each entry has one rank that computed it; the others add zeros, which is exact
             dist.all_reduce(scores)
-        reference_A = ref_A.cpu() if self.ppo.beta else None
-        return Scores(old_A.cpu(), reference_A, values_M.cpu() if has_critic else None)
+        old_A, ref_A, *kl = of_actions_KA.cpu()
+        reference_A = ref_A if self.ppo.beta else None
+        return Scores(old_A, reference_A, values_M.cpu() if has_critic else None, *kl)
 
     def fill(
         self,
         results: torch.Tensor,
         indices: Sequence[torch.Tensor],
-        name: str,
-        model: TrainedModel | FrozenModel | None,
+        names: tuple[str, ...],
         microbatches: Sequence[Microbatch],
         read: ReadFunction,
     ) -> None:
-        """Run this network, if this rank has it. Write what `read` returns for each micro-batch to
-        its indices of the results, on the one rank that reports outputs."""
-        if model is None:
+        """Run this network, or policy and reference together, if this rank has it. Write what
+        `read` returns for each micro-batch to its indices of the results, on the one rank that
+        reports outputs."""
+        models = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
+        chosen = [model.chunks for name in names if (model := models[name])]
+        if not chosen:
             return
-        with self.phase(f"score_{name}", **{name: Residence.WEIGHTS}):
-            outputs = self.outputs(model.chunks, microbatches, read)
+        with self.phase(f"score_{names[0]}", **dict.fromkeys(names, Residence.WEIGHTS)):
+            chunks = chosen[0] if len(names) == 1 else list(map(PolicyAndReference, *chosen))
+            outputs = self.outputs(chunks, microbatches, read)
             if self.ranks.reports_outputs:
                 for index, values in zip(indices, outputs, strict=True):
-                    results[index] = values
+                    results[..., index] = values
 
     def outputs(
-        self, chunks: Sequence[PackedLlama], microbatches: Sequence[Microbatch], read: ReadFunction
+        self, chunks: Sequence[Network], microbatches: Sequence[Microbatch], read: ReadFunction
     ) -> list[torch.Tensor]:
         """Return what `read` returns for each micro-batch, on the last stage; [] on the others."""
         return forward(chunks, self.ranks, microbatches, functools.partial(read, chunks[-1]))
@@ -233,6 +249,12 @@ class Learner:
     ) -> torch.Tensor:
         rows, ids = microbatch.action_rows_R, microbatch.action_ids_R
         return model.logprobs(hidden, rows, ids, temperature=self.temperature)[0]
+
+    def read_scores(
+        self, models: PolicyAndReference, hidden: torch.Tensor, microbatch: Microbatch
+    ) -> torch.Tensor:
+        rows, ids = microbatch.action_rows_R, microbatch.action_ids_R
+        return models.scores(hidden, rows, ids, temperature=self.temperature)
 
     def read_values(
         self, model: CriticModel, hidden: torch.Tensor, microbatch: Microbatch

@@ -40,12 +40,13 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from rlef_mega.config import OptimizerConfig
 from rlef_mega.megatron.cpu_shim import calls_megatron, without_mode
 from rlef_mega.megatron.microbatch import Microbatch
-from rlef_mega.megatron.network.packed_llama import PackedLlama
+from rlef_mega.megatron.network.packed_llama import PackedLlama, PolicyAndReference
 from rlef_mega.megatron.offload import HostMemory
 from rlef_mega.megatron.parallel import Ranks
 
 Metrics = dict[str, torch.Tensor]
 OutputFunction = Callable[[torch.Tensor, Microbatch], torch.Tensor]
+Network = PackedLlama | PolicyAndReference  # a chunk of one
 LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]]
 
 
@@ -129,7 +130,7 @@ def run_schedule(
 @torch.no_grad()
 @calls_megatron
 def forward(
-    chunks: Sequence[PackedLlama],
+    chunks: Sequence[Network],
     ranks: Ranks,
     microbatches: Sequence[Microbatch],
     output: OutputFunction,

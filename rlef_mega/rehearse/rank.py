@@ -31,7 +31,6 @@ from rlef_mega.config import TrainConfig, load_config
 from rlef_mega.megatron import parallel, starting_point, trained_model
 from rlef_mega.megatron.checkpoints import writer
 from rlef_mega.megatron.checkpoints.state import owned_state
-from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.offload import HostBuffer
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
@@ -125,7 +124,7 @@ def full_batch(request: Request, data_parallel_size: int) -> Batch:
     return pack([Episode("rehearsed", "", (turn,))] * count)
 
 
-def stand_in(tokens: int, hidden_size: int) -> None:
+def stand_in(tokens: int) -> None:
     """Replace what needs other ranks, or weights: see the theory of operation."""
 
     def join_alone(world_size: int) -> torch.device:
@@ -140,7 +139,7 @@ def stand_in(tokens: int, hidden_size: int) -> None:
 
     def full_shapes(self: Any, *unused: Any) -> tuple[list[int], list[int]]:
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        shape = [tokens // shards, 1, hidden_size]
+        shape = [tokens // shards, 1, self.config.hidden_size]
         return shape, shape
 
     parallel.join_world = join_alone
@@ -168,8 +167,7 @@ def main() -> None:
 
 def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
     """Run this rank's step twice. Returns the phases of the second one, and that of the build."""
-    model = read_config(Path(config.model.path))
-    stand_in(request.dialogue * request.per_microbatch, model.hidden_size)
+    stand_in(request.dialogue * request.per_microbatch)
     ranks = parallel.initialize(
         config.parallel, critic=config.critic_parallel, seed=config.run.seed
     )

@@ -99,6 +99,11 @@ PANELS = (
         unit="%",
     ),
     Panel("KL to the initial policy", "Mean over the tokens of a turn.", {"KL": "kl"}),
+    Panel(
+        "Exact KL to the initial policy",
+        "Over the whole vocabulary at each token; mean over the tokens of a turn.",
+        {"KL": "kl_exact"},
+    ),
     Panel("Entropy", "Of the next token, in nats.", {"entropy": "entropy"}),
     Panel(
         "Clipped",

@@ -111,6 +111,30 @@ def test_equal_returns_leave_no_variance_to_explain():
     assert explained(failed, solved, values=[-0.5, 0.5]) == pytest.approx(0.75)
 
 
+def test_the_exact_kl_takes_the_place_of_the_sampled_one_in_the_reward():
+    """One episode of two turns, of two and three tokens; without a discount."""
+    batch = packing.pack([episode([(2, 2), (1, 3)], solved=True, first_id=200)])
+    sampled_A = batch.behaviour_logprobs_A
+    reference_A = sampled_A - torch.tensor([0.0, 1.0, 2.0, 2.0, 5.0])  # KL of the turns: 0.5, 3
+    kl_A = torch.tensor([0.25, 0.75, 1.0, 1.0, 4.0])  # KL of the turns: 0.5, 2
+    settings = {"beta": 0.1, "invalid_code_penalty": 0.0}
+
+    def returns(kl, *exact):
+        scores = Scores(sampled_A, reference_A, torch.zeros(2), *exact)
+        targets, metrics = targets_of(batch, scores, PPOConfig(kl=kl, **settings))
+        return targets.returns_M.tolist(), {
+            name: value for name, value in metrics.items() if name.startswith("kl")
+        }
+
+    found, metrics = returns("sampled")
+    assert found == pytest.approx([1 - 0.3 - 0.05, 1 - 0.3])
+    assert metrics == pytest.approx({"kl": 1.75, "kl_std": 1.25})
+    found, metrics = returns("exact", kl_A)
+    assert found == pytest.approx([1 - 0.2 - 0.05, 1 - 0.2])
+    both = {"kl": 1.75, "kl_std": 1.25, "kl_exact": 1.25, "kl_exact_std": 0.75}
+    assert metrics == pytest.approx(both)
+
+
 def test_advantages_are_invariant_to_packing():
     """The same episodes in another order give each turn the same target."""
     forward, backward = packing.pack(EPISODES), packing.pack(EPISODES[::-1])

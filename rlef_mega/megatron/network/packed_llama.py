@@ -11,6 +11,8 @@ tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens
 hidden size, V vocabulary shard.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +41,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rlef_kernels import linear_logprob, linear_ppo_loss
+from rlef_kernels import linear_logprob, linear_ppo_loss, linear_score
 from rlef_mega.config import ParallelConfig, check_layout
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.accelerations import choose
@@ -338,6 +340,50 @@ class PolicyModel(PackedLlama):
     def has_main_grad(self) -> bool:
         """Whether Megatron has a buffer for the head's gradient."""
         return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
+
+
+class PolicyAndReference(torch.nn.Module):
+    """A stage of the policy and the same stage of the reference, which Megatron's schedule runs as
+    one module. Their hidden states travel side by side, as [s, b, 2 h]."""
+
+    def __init__(self, policy: PolicyModel, reference: PolicyModel) -> None:
+        super().__init__()
+        self.policy, self.reference = policy, reference
+        self.config = copy.copy(policy.config)
+        self.config.hidden_size *= 2  # of what travels
+        self.model_type = policy.model_type
+
+    def set_input_tensor(self, inputs: Sequence[torch.Tensor | None]) -> None:
+        (both,) = inputs
+        halves = (None, None) if both is None else both.chunk(2, dim=-1)
+        for model, half in zip((self.policy, self.reference), halves, strict=True):
+            model.set_input_tensor([half if half is None else half.contiguous()])
+
+    def forward(self, *inputs: Any, **options: Any) -> torch.Tensor:
+        outputs = [model(*inputs, **options) for model in (self.policy, self.reference)]
+        return torch.cat(outputs, dim=-1)
+
+    def scores(
+        self,
+        hidden: torch.Tensor,
+        rows_R: torch.Tensor,
+        targets_R: torch.Tensor,
+        *,
+        temperature: float,
+    ) -> torch.Tensor:
+        """Return the target's log-prob under policy and reference, and KL(policy || reference), as
+        [3, R] in fp32, at these rows of the last stage's output."""
+        hidden, ref_hidden = hidden.chunk(2, dim=-1)
+        found = linear_score(
+            self.policy.rows(hidden, rows_R),
+            self.policy.output_weight,
+            self.reference.rows(ref_hidden, rows_R),
+            self.reference.output_weight,
+            targets_R,
+            temperature=temperature,
+            group=self.policy.pg_collection.tp,
+        )
+        return torch.stack([found.logprob_T, found.ref_logprob_T, found.kl_T])
 
 
 def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,14 +14,22 @@ TEMPERATURE = 0.9
 def hf_logprobs(
     model: PreTrainedModel, batch: Batch, *, temperature: float = TEMPERATURE
 ) -> torch.Tensor:
-    """Return the log-probs [A] of the action tokens, computed one unpadded sequence at a time."""
-    rows = []
-    for start, end in pairwise(batch.cu_seqlens.tolist()):
-        ids = batch.token_ids_T[start:end]
-        logits = model(ids[None]).logits[0, :-1] / temperature
-        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        rows.append(torch.nn.functional.pad(logprobs, (1, 0)))
-    return torch.cat(rows)[batch.action_positions_A]
+    """Return the log-probs [A] of the action tokens."""
+    ids_A = batch.token_ids_T[batch.action_positions_A]
+    logprobs_AV = hf_distributions(model, batch, temperature=temperature)
+    return logprobs_AV.gather(1, ids_A[:, None])[:, 0]
+
+
+def hf_distributions(
+    model: PreTrainedModel, batch: Batch, *, temperature: float = TEMPERATURE
+) -> torch.Tensor:
+    """Return the log-probs [A, V] of all tokens where the action tokens were sampled, computed one
+    unpadded sequence at a time."""
+    rows = [
+        (model(batch.token_ids_T[start:end][None]).logits[0] / temperature).log_softmax(-1)
+        for start, end in pairwise(batch.cu_seqlens.tolist())
+    ]
+    return torch.cat(rows)[batch.action_positions_A - 1]
 
 
 def hf_values(

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlef_mega.config import LearnerConfig, OptimizerConfig, ParallelConfig, PPOConfig
 from rlef_mega.packing import pack
 from rlef_mega.targets import targets_of
-from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
+from rlef_mega.types import Batch, Completion, Episode, Scores, Turn, Verdict
 from tests.rlef_mega.distributed import next_world
 
 
@@ -148,7 +148,24 @@ def one_batch(learner, batch: Batch, *, seed: int) -> dict[str, Any]:
     order = torch.randperm(batch.num_sequences, generator=generator)
     stats = learner.update(batch, targets, order)
     weights = {name: tensor.clone() for name, tensor in learner.policy_weights()}
-    return {"scores": vars(scores), "stats": stats, "weights": weights}
+    return {"scores": tensors_of(scores), "stats": stats, "weights": weights}
+
+
+def tensors_of(scores: Scores) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in vars(scores).items() if tensor is not None}
+
+
+def move_reference(learner) -> None:
+    """Scale the reference's weights, so that its KL from the policy is not zero at the start."""
+    from rlef_mega.megatron.trained_model import Residence
+
+    if learner.reference is not None:
+        learner.settle(reference=Residence.WEIGHTS)
+        with torch.no_grad():
+            for chunk in learner.reference.chunks:
+                for parameter in chunk.parameters():
+                    parameter.mul_(1.1)
+        learner.settle()
 
 
 def run_layout(folder: Path, start: str, layout: str) -> None:
@@ -161,6 +178,7 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
     ranks = initialize(chosen.parallel, critic=chosen.critic, seed=7)
     batch = make_batch(12)
     learner = make_learner(ranks, folder / "model", offload=chosen.offload)
+    move_reference(learner)
     results: dict[str, Any] = {}
     if start == "model":
         if ranks.world_size in (1, 4):
@@ -170,7 +188,11 @@ def run_layout(folder: Path, start: str, layout: str) -> None:
                 "values": imported.score(batch).values_M,
             }
         results["loaded"] = {name: tensor.clone() for name, tensor in learner.policy_weights()}
+        sampled = learner.ppo
+        results["sampled"] = tensors_of(learner.score(batch))
+        learner.ppo = sampled.model_copy(update={"kl": "exact"})
         results["first"] = one_batch(learner, batch, seed=1)
+        learner.ppo = sampled
         learner.make_room()  # what this offloads must come back unchanged
         checkpoints = Checkpoints(folder / layout, learner, keep=1)
         checkpoints.save(1, {"note": layout})

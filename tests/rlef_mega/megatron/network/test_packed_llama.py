@@ -35,13 +35,14 @@ from rlef_mega.packing import pack
 from rlef_mega.preflight import check_weights
 from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch
-from tests.rlef_mega.megatron.hugging_face import hf_logprobs, hf_values
+from tests.rlef_mega.megatron.hugging_face import hf_distributions, hf_logprobs, hf_values
 from tests.rlef_mega.megatron.megatron_worker import (
     LLAMA31_ROPE,
     make_batch,
     make_episodes,
     make_learner,
     make_model,
+    move_reference,
     one_batch,
 )
 
@@ -130,9 +131,44 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
         torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-6)
 
 
+def exact(settings: PPOConfig) -> PPOConfig:
+    return settings.model_copy(update={"kl": "exact"})
+
+
+@pytest.mark.parametrize("offload", ["none", "idle"])
+def test_the_exact_kl_is_that_of_the_whole_softmax(
+    ranks: Ranks, tmp_path: Path, offload: str
+) -> None:
+    """At the sampling temperature, at each action token's context; the log-probs are those of the
+    sampled way, and the metrics have the mean over turns of both KLs."""
+    truth = make_model(tmp_path)
+    batch = make_batch(8)
+    learner = make_learner(ranks, tmp_path, offload=offload)
+    move_reference(learner)
+    sampled = learner.score(batch)
+    learner.ppo = exact(learner.ppo)
+    scores = learner.score(batch)
+    torch.testing.assert_close(scores.old_logprobs_A, sampled.old_logprobs_A, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.ref_logprobs_A, sampled.ref_logprobs_A, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        policy_AV = hf_distributions(truth, batch)
+        for parameter in truth.parameters():
+            parameter.mul_(1.1)
+        reference_AV = hf_distributions(truth, batch)
+        kl_A = (policy_AV.exp() * (policy_AV - reference_AV)).sum(-1)
+    assert kl_A.min() > 0.001
+    torch.testing.assert_close(scores.kl_A, kl_A, rtol=1e-4, atol=1e-5)
+
+    _, metrics = targets_of(batch, scores, learner.ppo)
+    turns = [kl_A[batch.turn_of_action_A == turn].mean() for turn in range(batch.num_turns)]
+    assert metrics["kl_exact"] == pytest.approx(float(torch.stack(turns).mean()), rel=1e-4)
+    assert metrics["kl"] == targets_of(batch, sampled, learner.ppo)[1]["kl"] != 0
+
+
 def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
     episodes = make_episodes(7)
     learner = make_learner(ranks, folder)
+    learner.ppo = exact(learner.ppo)
     together = learner.score(pack(episodes))
     alone = [learner.score(pack([episode])) for episode in episodes]
     for name, expected in vars(together).items():
