@@ -228,6 +228,15 @@ def evaluate(
     ] = None,
     dtype: str = "float32",
     seed: int = 0,
+    program: Annotated[
+        str, typer.Option(help="which code block of a response: first, last, or the only one")
+    ] = "first",
+    feedback_tokens: Annotated[
+        int | None, typer.Option(min=1, help="default: as many as the context has room for")
+    ] = None,
+    feedback_cut: Annotated[
+        str, typer.Option(help="where longer feedback is cut: middle or right")
+    ] = "middle",
     at_once: Annotated[int | None, typer.Option(min=1, help="concurrent dialogues")] = None,
     servers: Annotated[
         list[str] | None,

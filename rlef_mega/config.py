@@ -194,6 +194,15 @@ class RolloutConfig(Section):
     )
     turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
     feedback: Literal["true", "none", "private"] = "true"
+    feedback_tokens: int | None = Field(
+        None, gt=0, description="of one feedback; None: as many as the context has room for"
+    )
+    feedback_cut: Literal["middle", "right"] = Field(
+        "middle", description="where feedback is cut that exceeds these tokens or the context"
+    )
+    program: Literal["first", "last", "only"] = Field(
+        "first", description="which code block of a response is its program"
+    )
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(1024, gt=0)
     max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")

@@ -245,4 +245,7 @@ def dialogue_rules(config: TrainConfig, chat: ChatFormat) -> Rules:
         ),
         max_context=config.rollout.max_context,
         feedback=config.rollout.feedback,
+        program=config.rollout.program,
+        feedback_tokens=config.rollout.feedback_tokens,
+        feedback_cut=config.rollout.feedback_cut,
     )

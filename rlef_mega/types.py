@@ -110,6 +110,7 @@ class Verdict:
     public_passed: bool
     solved: bool | None
     private_statuses: tuple[Status, ...] = ()
+    fault: str = ""  # why the response holds no valid code
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from rlef_mega.dialogues import templates
+from rlef_mega.dialogues import programs, templates
 from rlef_mega.problems.curriculum import Exercise, Wording, exercises
 from rlef_mega.types import TestOutcome
 from rlef_sandbox import Result, Status
@@ -55,7 +55,8 @@ def sft_dialogue(number: int, seed: int, habits: Habits = HABITS) -> list[str]:
         outcomes = try_out(exercise, guess, response)
         if turn == TURNS - 1 or (outcomes and outcomes[0].result.status is Status.OK):
             break
-        messages.append(templates.feedback(outcomes, "curriculum"))
+        fault = programs.extract_program(response).fault
+        messages.append(templates.feedback(outcomes, "curriculum", fault=fault))
     return messages
 
 
@@ -103,7 +104,7 @@ def respond(exercise: Exercise, variant: int, habits: Habits, generator: random.
 
 def try_out(exercise: Exercise, variant: int, response: str) -> Sequence[TestOutcome]:
     """Return the outcome of the public test, from the families' own outputs; nothing is run."""
-    if templates.extract_program(response) is None:
+    if programs.extract_program(response).program is None:
         return ()
     test = exercise.test(exercise.public_input)
     printed = f"{exercise.output(exercise.public_input, variant)}\n".encode()

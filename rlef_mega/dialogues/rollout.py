@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlef_mega.dialogues import templates
+from rlef_mega.dialogues import programs, templates
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, JudgeError
 from rlef_mega.dialogues.stream import START_TOGETHER
@@ -32,7 +32,6 @@ from rlef_mega.types import (
     Problem,
     PublicTest,
     Sampling,
-    TestOutcome,
     Turn,
     Verdict,
 )
@@ -43,11 +42,10 @@ TESTS_WITH_PRIVATE = 20  # RLEF B.3
 
 @dataclass(frozen=True)
 class Distractor:
-    """What an incorrect program for another problem did on that problem's public tests, for random
-    feedback (RLEF C.2)."""
+    """The verdict on an incorrect response to another problem, for random feedback (RLEF C.2)."""
 
     problem_id: str
-    outcomes: tuple[TestOutcome, ...]
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,9 @@ class Rules:
     max_context: int
     feedback: Literal["true", "none", "random", "private"] = "true"
     distractors: tuple[Distractor, ...] = ()
+    program: programs.Which = "first"
+    feedback_tokens: int | None = None  # None: as many as the context has room for
+    feedback_cut: templates.Cut = "middle"
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,12 @@ class DialogueLoop:
             )
             async with self.text():
                 response = chat.decode(completion.token_ids)
-                program = templates.extract_program(response, problem.language, begun)
+                found = programs.extract_program(response, problem.language, begun, rules.program)
             last_turn = len(turns) + 1 == rules.turns
-            verdict = await self.judge.judge(problem, program, last_turn=last_turn)
+            verdict = await self.judge.judge(problem, found.program, last_turn=last_turn)
             async with self.text():
-                turns.append(Turn(observed_ids, completion, program, verdict))
+                verdict = replace(verdict, fault=found.fault)
+                turns.append(Turn(observed_ids, completion, found.program, verdict))
                 context += completion.token_ids
                 feedback = None
                 if not (verdict.public_passed or last_turn):
@@ -187,20 +189,22 @@ class DialogueLoop:
     def observe(
         self, problem: Problem, turn: Turn, seed: int, begun: str, context_len: int
     ) -> list[int] | None:
-        """Return the feedback on a turn as tokens, shortened until it leaves room for a response of
-        the maximum length; None if even the shortest does not."""
+        """Return the feedback on a turn as tokens, shortened until it keeps `feedback_tokens` and
+        leaves room for a response of the maximum length; None if even the shortest leaves none."""
         room = self.room(context_len)
+        budget = min(room, self.rules.feedback_tokens or room)
         limit: int | None = None
         while True:
             told = choose_feedback(problem, turn.verdict, self.rules, seed, limit)
             ended = turn.completion.finish_reason == "stop"
             observed = self.chat.observe(told, ended, begun)
-            if len(observed) <= room:
+            shortest = limit is not None and len(told) > limit
+            if len(observed) <= (room if shortest else budget):
                 return observed
+            if shortest:
+                return None
             # a tenth less than in proportion: the tokens around the text do not shrink with it
-            shorter = len(told) * max(room, 0) * 9 // (len(observed) * 10)
-            if limit is not None and len(told) > limit:
-                return None  # the last try was the shortest possible
+            shorter = len(told) * max(budget, 0) * 9 // (len(observed) * 10)
             limit = shorter
 
 
@@ -240,12 +244,17 @@ def choose_feedback(
     """Return the feedback text: on this program, on another problem's program, or withheld."""
     if rules.feedback == "none":
         return templates.feedback_withheld(problem.template)
-    outcomes = verdict.public
     if rules.feedback == "random":
         others = [d for d in rules.distractors if d.problem_id != problem.id]
         assert others, "distractors come from at least two problems"
-        outcomes = others[seed % len(others)].outcomes
-    return templates.feedback(outcomes, problem.template, max_characters)
+        verdict = others[seed % len(others)].verdict
+    return templates.feedback(
+        verdict.public,
+        problem.template,
+        max_characters,
+        fault=verdict.fault,
+        cut=rules.feedback_cut,
+    )
 
 
 def distractors_of(episodes: Sequence[Episode]) -> tuple[Distractor, ...]:
@@ -253,7 +262,7 @@ def distractors_of(episodes: Sequence[Episode]) -> tuple[Distractor, ...]:
     all of them are on one problem."""
     first_turns = ((episode.problem_id, episode.turns[0].verdict) for episode in episodes)
     failed = tuple(
-        Distractor(problem_id, verdict.public)
+        Distractor(problem_id, verdict)
         for problem_id, verdict in first_turns
         if not verdict.public_passed
     )

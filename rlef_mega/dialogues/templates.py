@@ -1,19 +1,17 @@
-"""Prompts, feedback, and code extraction from responses. Pure functions.
+"""Prompts and feedback. Pure functions.
 
 They take a statement and the outcomes of *public* tests, never a `Problem` or its `PrivateTests`,
 so nothing of the private tests can enter a dialogue. The wording is that of RLEF C.1, C.4 and C.5;
 deviations are named at their lines.
 """
 
-import ast
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rlef_mega.problems.literals import to_literal
-from rlef_mega.types import LANGUAGES, AssertTest, PublicTest, TestOutcome
+from rlef_mega.types import AssertTest, PublicTest, TestOutcome
 from rlef_sandbox import CallTest, Result, Status, Test
 
 # --- templates
@@ -24,6 +22,7 @@ BACKTICKS = (
 )
 RETRY = "Give it another try."
 LEAST_CHARACTERS = 80  # of the part about the tests, however short the feedback must be
+Cut = Literal["middle", "right"]
 WITHHELD = "Your code failed some of the tests."  # the ablation without execution feedback
 
 
@@ -117,13 +116,18 @@ def response_start(statement: str, template: str) -> str:
 
 
 def feedback(
-    outcomes: Sequence[TestOutcome], template: str, max_characters: int | None = None
+    outcomes: Sequence[TestOutcome],
+    template: str,
+    max_characters: int | None = None,
+    *,
+    fault: str = "",
+    cut: Cut = "middle",
 ) -> str:
-    """Return the feedback on a program's public tests. If there are no outcomes, the response had
-    no valid code.
+    """Return the feedback on a program's public tests, or the `fault` of a response without valid
+    code, which has no outcomes (the paper is silent).
 
-    The part about the tests is shortened in its middle to fit `max_characters`; the sentences
-    around it always stay.
+    The part about the tests is shortened to fit `max_characters`, in its middle or on the right;
+    the sentences around it always stay.
     """
     wording = template_named(template)
     describe = input_output_line if wording.style == "input_output" else assertion_line
@@ -133,11 +137,11 @@ def feedback(
             shown = sorted(outcomes, key=lambda o: passed(o.result))
         lines = [describe(o, wording) for o in shown[: wording.max_tests]]
     else:
-        lines = ["- No valid code."]  # the paper is silent
+        lines = ["- " + traced(fault or "No code block found.", wording)]
     told = "\n".join(lines)
     if max_characters is not None:
         frame = len(wording.failed) + len(closing(wording)) + 2
-        told = clip(told, max(LEAST_CHARACTERS, max_characters - frame))
+        told = clip(told, max(LEAST_CHARACTERS, max_characters - frame), cut)
     return "\n".join([wording.failed, told, closing(wording)])
 
 
@@ -201,8 +205,7 @@ def failure(result: Result, wording: Template) -> str:
                 if result.signal is None
                 else f"killed by signal {result.signal}"
             )
-            trace = own_frames(text_of(result.stderr)) or end
-            return clip(trace if wording.whole_trace else last_line(trace), wording.trace_chars)
+            return traced(own_frames(text_of(result.stderr)) or end, wording)
         case Status.TIME_LIMIT | Status.IDLE_LIMIT:
             return "Execution took too long."
         case Status.MEMORY_LIMIT:
@@ -212,6 +215,10 @@ def failure(result: Result, wording: Template) -> str:
         case Status.SECURITY_VIOLATION:
             return "Operation not permitted."
     raise AssertionError(f"{result.status} is not a failure to run")
+
+
+def traced(trace: str, wording: Template) -> str:
+    return clip(trace if wording.whole_trace else last_line(trace), wording.trace_chars)
 
 
 FRAME = re.compile(r'  File "(?P<file>[^"]*)", line \d+')
@@ -255,52 +262,13 @@ def last_line(text: str) -> str:
     return text.rstrip().rpartition("\n")[2]
 
 
-def clip(text: str, limit: int) -> str:
-    """Shorten a text to `limit` characters, keeping its head and tail."""
+def clip(text: str, limit: int, cut: Cut = "middle") -> str:
+    """Shorten a text to `limit` characters: keep its head and, if cut in the middle, its tail."""
     if len(text) <= limit:
         return text
     mark = f" ... [{len(text) - limit} characters left out] ... "
     if limit <= 2 * len(mark):  # no room for the long mark
         mark = "..."
     kept = limit - len(mark)
-    return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
-
-
-# --- code extraction
-
-
-INFO_STRINGS = dict.fromkeys(LANGUAGES, ("", "cpp", "c++")) | {
-    "python": ("", "python", "python3", "py")
-}
-FENCED = re.compile(r"[ \t]*([\w+]*)[ \t]*\r?\n(.*)", re.DOTALL)
-
-
-def extract_program(text: str, language: str = "python", begun: str = "") -> str | None:
-    """Return the program in a response, or None if it holds no valid code.
-
-    Valid code is exactly one fenced block, which for Python must parse and not be empty. If the
-    response was `begun` for the model, that text opened the block, and the end may be missing.
-    RLEF does not define valid code; this is our reading. `ast.parse` runs nothing of the program.
-    """
-    if language not in INFO_STRINGS:
-        raise ValueError(f"unknown language {language!r}; known: {', '.join(INFO_STRINGS)}")
-    parts = text.split("```")
-    if begun:
-        if len(parts) > 2:
-            return None
-        program = (begun.partition("\n")[2] + parts[0]).strip("\r\n")
-    else:
-        block = FENCED.fullmatch(parts[1]) if len(parts) == 3 else None
-        if block is None or block[1].lower() not in INFO_STRINGS[language]:
-            return None
-        program = block[2].strip("\r\n")
-    return program if language != "python" or is_python(program) else None
-
-
-def is_python(program: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes, `is` with a literal ...
-            return bool(ast.parse(program).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False  # the last two are how the parser refuses deep nesting
+    tail = kept // 2 if cut == "middle" else 0
+    return text[: kept - tail] + mark + text[len(text) - tail :]

@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from rlef_mega.config import ConfigError, JudgeConfig, read_json, requires_extra
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, check_judge, open_grader
+from rlef_mega.dialogues.programs import Which
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
+from rlef_mega.dialogues.templates import Cut
 from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.evaluation.dialogue_file import DialogueFile
@@ -51,7 +53,10 @@ from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.types import Problem, Sampling
 
 LOCAL_AT_ONCE, SERVER_AT_ONCE = 128, 256
-DETERMINING = ("turns", "temperature", "top_p", "max_new_tokens", "max_context", "seed")
+DETERMINING = (
+    *("turns", "temperature", "top_p", "max_new_tokens", "max_context", "seed"),
+    *("program", "feedback_tokens", "feedback_cut"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,9 @@ class EvalRequest:
     max_context: int | None  # None: 2048, or the model's positions
     dtype: str
     seed: int
+    program: Which = "first"
+    feedback_tokens: int | None = None
+    feedback_cut: Cut = "middle"
     at_once: int | None = None  # concurrent dialogues
     servers: tuple[str, ...] = ()  # grading servers; none: an embedded sandbox
     grading_token: str | None = None
@@ -162,6 +170,12 @@ def check_request(request: EvalRequest) -> None:
             "--feedback random needs the failed responses of another protocol: leave --single-turn "
             "on, or add true to --feedback"
         )
+    for option, value, choices in (
+        ("--program", request.program, get_args(Which)),
+        ("--feedback-cut", request.feedback_cut, get_args(Cut)),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{option} {value}: use one of {', '.join(choices)}")
     if not (request.feedback or request.single_turn):
         raise ConfigError("nothing to evaluate: give --feedback, or leave --single-turn on")
 
@@ -283,7 +297,7 @@ def run_parts(
         at_once = request.at_once or (SERVER_AT_ONCE * len(request.sglang) or LOCAL_AT_ONCE)
         for part in parts:
             if source.recorded:
-                run = grade_again(source.recorded, judge, part)
+                run = grade_again(source.recorded, judge, part, request.program)
             else:
                 rules = rules_of(request, part, file.path, problems, chat)
                 if rules is None:
@@ -316,6 +330,9 @@ def rules_of(
         max_context=request.max_context,
         feedback=part.feedback,
         distractors=distractors,
+        program=request.program,
+        feedback_tokens=request.feedback_tokens,
+        feedback_cut=request.feedback_cut,
     )
 
 

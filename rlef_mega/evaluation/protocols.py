@@ -140,8 +140,8 @@ def shown_again(record: Mapping[str, Any], test: PublicTest) -> TestOutcome:
 
 
 def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distractor, ...]:
-    """Return the public test outcomes of failed first responses: of single turns, or else of
-    multi-turn dialogues."""
+    """Return the verdicts on failed first responses, without private tests: of single turns, or
+    else of multi-turn dialogues."""
     pools: dict[str, dict[Key, Distractor]] = {SINGLE: {}, PROTOCOLS["true"]: {}}
     for record in read_dialogues(path):
         key = key_of(record)
@@ -149,7 +149,9 @@ def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distrac
             tests = problems[key.problem_id].public_tests
             shown = record["turns"][0]["public"]
             outcomes = tuple(map(shown_again, shown, tests[: len(shown)]))
-            pools[key.protocol][key] = Distractor(key.problem_id, outcomes)
+            fault = record["turns"][0]["fault"]
+            verdict = Verdict(outcomes, public_passed=False, solved=None, fault=fault)
+            pools[key.protocol][key] = Distractor(key.problem_id, verdict)
     # a pool of one problem has no other problem's outcomes
     wide = (pool for pool in pools.values() if len({key.problem_id for key in pool}) > 1)
     chosen: dict[Key, Distractor] = next(wide, {})

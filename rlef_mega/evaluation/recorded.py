@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlef_mega.config import ConfigError
-from rlef_mega.dialogues import templates
+from rlef_mega.dialogues import programs, templates
 from rlef_mega.dialogues.judge import Judge, JudgeError
 from rlef_mega.dialogues.records import problem_record
 from rlef_mega.dialogues.rollout import TRIES, show_private_tests
@@ -99,7 +99,9 @@ def read_dialogue(row: Record, place: str) -> tuple[str, str, int | None, tuple[
     return protocol, name, number, texts
 
 
-def grade_again(recorded: RecordedResponses, judge: Judge, part: PlannedDialogues) -> RunDialogue:
+def grade_again(
+    recorded: RecordedResponses, judge: Judge, part: PlannedDialogues, which: programs.Which
+) -> RunDialogue:
     """Return a function that grades the recorded responses of a dialogue again.
 
     A dialogue ends with its first program that passes the public tests now. If the program that
@@ -123,8 +125,10 @@ def grade_again(recorded: RecordedResponses, judge: Judge, part: PlannedDialogue
         begun = templates.response_start(problem.statement, problem.template)
         turns: list[dict[str, Any]] = []
         for number, response in enumerate(responses, start=1):
-            program = templates.extract_program(response, problem.language, begun)
-            verdict = await judge.judge(problem, program, last_turn=number == len(responses))
+            found = programs.extract_program(response, problem.language, begun, which)
+            program, last_turn = found.program, number == len(responses)
+            verdict = await judge.judge(problem, program, last_turn=last_turn)
+            verdict = replace(verdict, fault=found.fault)
             turns.append({"response": response, **graded_record(program, verdict, problem)})
             if verdict.public_passed:
                 break

@@ -14,7 +14,8 @@ import torch
 from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.demo import smollm2
 from rlef_mega.dialogues.chat import ChatFormat
-from rlef_mega.dialogues.templates import extract_program, first_prompt
+from rlef_mega.dialogues.programs import extract_program
+from rlef_mega.dialogues.templates import first_prompt
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack
@@ -63,7 +64,7 @@ def hold(engine, chat, *prompts: str, tokens: int, temperature: float) -> Episod
 def test_the_converted_model_writes_a_working_program(engine, chat):
     question = "Write a Python function `add(a, b)` that returns the sum of a and b."
     episode = hold(engine, chat, first_prompt(question, "mbpp"), tokens=64, temperature=0.0)
-    program = extract_program(chat.decode(episode.turns[0].completion.token_ids))
+    program = extract_program(chat.decode(episode.turns[0].completion.token_ids)).program
     assert program is not None
     functions = [n for n in ast.parse(program).body if isinstance(n, ast.FunctionDef)]
     assert [f.name for f in functions] == ["add"]

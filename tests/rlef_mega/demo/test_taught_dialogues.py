@@ -10,6 +10,7 @@ from rlef_mega.demo.taught_dialogues import HABITS, sft_dialogues
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.programs import extract_program
 from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises
 from rlef_mega.problems.splits import Split
 
@@ -50,7 +51,8 @@ def test_no_dialogue_shows_a_held_out_public_test():
         assert first in training
         for told in rest[1::2]:
             shown = told.splitlines()[1].removeprefix("- input ").partition(" but got")[0]
-            assert "No valid code" in told or shown in training[first]
+            faults = ("SyntaxError", "No code block", "The code block has no end")
+            assert shown.startswith(tuple(f"- {f}" for f in faults)) or shown in training[first]
 
 
 def test_dialogues_take_turns_and_end_with_a_response():
@@ -67,7 +69,7 @@ def test_responses_to_feedback_are_right_no_more_often_than_stated():
         exercise = exercise_of(number)
         for told, response in zip(dialogue[2::2], dialogue[3::2], strict=True):
             if "Expected output" in told:
-                follow_ups.append(templates.extract_program(response) == exercise.source)
+                follow_ups.append(extract_program(response).program == exercise.source)
     assert len(follow_ups) > 1000
     lucky = (1 - HABITS.corrected - HABITS.repeated) / 12
     assert sum(follow_ups) / len(follow_ups) < HABITS.corrected + lucky + 0.03
@@ -83,12 +85,12 @@ def test_statements_that_give_the_variant_are_answered_correctly_at_once():
         exercise = exercise_of(number)
         if exercise.wording != "vague":
             told += 1
-            right += templates.extract_program(DIALOGUES[number][1]) == exercise.source
+            right += extract_program(DIALOGUES[number][1]).program == exercise.source
     assert right / told > HABITS.informed - HABITS.corrupted - 0.03
 
 
 def test_corrupted_responses_hold_no_valid_code():
-    invalid = sum(templates.extract_program(d[1]) is None for d in DIALOGUES) / len(DIALOGUES)
+    invalid = sum(extract_program(d[1]).program is None for d in DIALOGUES) / len(DIALOGUES)
     assert invalid == pytest.approx(HABITS.corrupted, abs=0.015)
 
 

@@ -117,9 +117,19 @@ def test_printing_the_public_output_ends_the_dialogue_unsolved(chat, judge):
 
 
 def test_a_response_without_code_is_not_a_program_and_feedback_says_so(chat, judge):
-    (episode,) = hold(chat, judge, [NO_CODE, RIGHT]).episodes
-    assert episode.turns[0].program is None and episode.solved
-    assert "No valid code" in text(chat, episode)
+    (episode,) = hold(chat, judge, [NO_CODE, f"```python\n{WRONG[10:-5]}\n```", RIGHT]).episodes
+    assert [turn.program is None for turn in episode.turns] == [True, True, False]
+    assert episode.solved and "- No code block found.\n" in text(chat, episode)
+    assert "- SyntaxError: '(' was never closed\n" in text(chat, episode)
+
+
+def test_the_rules_say_which_of_several_programs_counts(chat, judge):
+    for which, said in ("first", [f"{RIGHT}\n{WRONG}"]), ("last", [f"{WRONG}\n{RIGHT}"]):
+        (episode,) = hold(chat, judge, said, rules=replace(RULES, program=which)).episodes
+        assert episode.solved
+    both = [f"{RIGHT}\n{WRONG}"] * 3
+    (episode,) = hold(chat, judge, both, rules=replace(RULES, program="only")).episodes
+    assert "More than one code block" in text(chat, episode) and not episode.solved
 
 
 def test_the_last_turn_is_final_and_graded(chat, judge):
@@ -290,6 +300,19 @@ def test_feedback_is_shortened_to_what_the_context_has_room_for(chat, judge):
         lengths[room] = len(episode.context(1))
         assert len(episode.context(1)) + RULES.sampling.max_new_tokens <= room
     assert lengths[900] < lengths[5000]
+
+
+def test_feedback_keeps_a_budget_of_its_own_or_is_as_short_as_possible(chat, judge):
+    """Too small a budget does not end the dialogue."""
+    shout = "```python\nprint('Ciao' + 'o' * 999, input())\n```"
+    long = replace(GREET, template="codecontests")
+    lengths = {}
+    for tokens in (None, 500, 400, 10, 1):
+        rules = replace(RULES, max_context=5000, feedback_tokens=tokens, feedback_cut="right")
+        (episode,) = hold(chat, judge, [shout, RIGHT], problem=long, rules=rules).episodes
+        assert episode.solved
+        lengths[tokens] = len(episode.turns[1].observed_ids)
+    assert lengths[None] > 500 >= lengths[500] > lengths[400] > lengths[10] == lengths[1] > 10
 
 
 def test_a_full_context_makes_the_failed_response_the_last_one(chat, judge):

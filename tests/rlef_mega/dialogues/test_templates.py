@@ -1,8 +1,9 @@
-"""Wording of prompts and feedback (RLEF C.1, C.4, C.5), its bounds, and what is a program."""
+"""Wording of prompts and feedback (RLEF C.1, C.4, C.5), and its bounds."""
 
 import pytest
 
 from rlef_mega.dialogues import judge, templates
+from rlef_mega.dialogues.programs import INFO_STRINGS, extract_program
 from rlef_mega.problems.asserts import assert_test
 from rlef_mega.types import LANGUAGES, TEMPLATE_NAMES, PrivateTests, Problem, TestOutcome
 from rlef_sandbox import CallTest, Result, Sandbox, Status, Test
@@ -75,8 +76,20 @@ def test_only_mbpp_quotes_public_tests_in_its_prompt(template):
 def test_feedback_on_a_response_without_code_says_so_in_the_same_frame(template):
     told = templates.feedback((), template).splitlines()
     wording = templates.TEMPLATES[template]
-    assert told[:2] == [wording.failed, "- No valid code."]
+    assert told[:2] == [wording.failed, "- No code block found."]
     assert told[2].startswith("Give it another try.")
+
+
+def test_a_program_that_does_not_parse_is_told_its_syntax_error():
+    fault = extract_program("```python\nx = 1\nprint((x)\n```").fault
+    assert templates.feedback((), "codecontests", fault=fault).splitlines()[1:5] == [
+        '- File "solution.py", line 2',
+        "    print((x)",
+        "         ^",
+        "SyntaxError: '(' was never closed",
+    ]
+    told = templates.feedback((), "curriculum", fault=fault).splitlines()
+    assert told[1] == "- SyntaxError: '(' was never closed"
 
 
 @pytest.mark.parametrize("template", templates.TEMPLATES)
@@ -150,76 +163,6 @@ def test_an_unknown_template_names_the_known_ones():
         templates.first_prompt("x", "codecontest")
 
 
-FENCE = "```"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"{FENCE}python\nprint(1)\n{FENCE}",
-        f"Here it is:\n{FENCE}python\nprint(1)\n{FENCE}\nIt prints 1.",
-        f"{FENCE}\nprint(1)\n{FENCE}",
-        f"{FENCE}Python3 \r\nprint(1)\r\n{FENCE}",
-        f"{FENCE}py\n\nprint(1){FENCE}",
-    ],
-)
-def test_one_fenced_block_is_the_program(text):
-    assert templates.extract_program(text) == "print(1)"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "print(1)",
-        f"{FENCE}python\nprint(1)",  # left open
-        f"{FENCE}python\nprint(1)\n{FENCE}\n{FENCE}python\nprint(2)\n{FENCE}",  # which of them?
-        f"{FENCE}python\nprint(1\n{FENCE}",
-        f"{FENCE}python\n\n{FENCE}",  # nothing
-        f"{FENCE}python\n# to do\n{FENCE}",
-        f"{FENCE}java\nprint(1)\n{FENCE}",
-        f"{FENCE}python print(1) {FENCE}",
-        f"{FENCE}python\nx = '\0'\n{FENCE}",
-    ],
-)
-def test_anything_else_is_not_valid_code(text):
-    assert templates.extract_program(text) is None
-
-
-@pytest.mark.parametrize(
-    "program", ["(" * 50_000, "-" * 50_000 + "1", "x" + ".a" * 50_000, "1" + "**1" * 50_000]
-)
-def test_a_program_that_overwhelms_the_parser_is_not_valid_code(program):
-    assert templates.extract_program(f"{FENCE}python\n{program}\n{FENCE}") is None
-
-
-def test_other_languages_are_fenced_but_not_parsed():
-    assert (
-        templates.extract_program(f"{FENCE}cpp\nint main() {{}}\n{FENCE}", "cpp") == "int main() {}"
-    )
-    with pytest.raises(ValueError, match="'perl'"):
-        templates.extract_program("", "perl")
-
-
-STUB = 'def add(a, b):\n    """Add."""'
-
-
-def test_humaneval_responses_are_begun_with_the_problem():
-    begun = templates.response_start(STUB, "humaneval")
-    assert begun == f"```python\n{STUB}\n"
-    assert templates.first_prompt(STUB, "humaneval").endswith(f"passes the tests: {STUB}")
-    whole = f"{STUB}\n    return a + b"
-    for response in (
-        f"    return a + b\n{FENCE}",
-        f"    return a + b\n{FENCE}\nDone.",
-        "    return a + b",
-    ):
-        assert templates.extract_program(response, begun=begun) == whole
-    for response in (f"{FENCE}\nor\n{FENCE}python\npass\n{FENCE}", "return a +", "  x = 1\n y"):
-        assert templates.extract_program(response, begun=begun) is None
-    assert not templates.response_start(STUB, "mbpp")
-
-
 def test_a_failed_assert_shows_what_was_compared_at_run_time():
     tests = [
         assert_test("assert f(2) == [4]", "f"),
@@ -273,6 +216,13 @@ def test_feedback_within_a_bound_keeps_its_frame_and_both_ends(limit):
     assert len(told) <= max(limit, 80 + 300)
 
 
+def test_feedback_cut_on_the_right_ends_with_the_mark_and_the_request():
+    outcomes = [outcome(Status.WRONG_ANSWER, stdout=b"9" * 900)] * 3
+    told = templates.feedback(outcomes, "mbpp", 1000, cut="right")
+    assert len(told) == 1000
+    assert told.endswith("9 ... [1949 characters left out] ... \nGive it another try.")
+
+
 def test_every_name_that_a_problem_may_give_has_a_template_and_a_fence():
     assert tuple(templates.TEMPLATES) == TEMPLATE_NAMES
-    assert tuple(templates.INFO_STRINGS) == LANGUAGES
+    assert tuple(INFO_STRINGS) == LANGUAGES

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlef_mega.dialogues import templates
+from rlef_mega.dialogues.programs import extract_program
 from rlef_mega.problems import curriculum
 from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises, problems
 from rlef_mega.problems.splits import SPLITS, Split
@@ -138,4 +138,4 @@ def test_a_wrong_variant_fails_the_public_test_in_the_sandbox(sandbox, family):
 def test_a_reference_program_in_a_fence_is_valid_code():
     for exercise in one_of_each_variant("train"):
         response = f"```python\n{exercise.source}\n```"
-        assert templates.extract_program(response) == exercise.source
+        assert extract_program(response).program == exercise.source
