@@ -468,7 +468,7 @@ class SFTConfig(Section):
     checkpoint_async: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     microbatch_tokens: int = Field(4096, gt=0)
-    vocab_size: int = Field(704, gt=0)
+    vocab_size: int = Field(720, gt=0)
     hidden_size: int = Field(96, gt=0)
     num_layers: int = Field(3, gt=0)
     num_attention_heads: int = Field(4, gt=0)

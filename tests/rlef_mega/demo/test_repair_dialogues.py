@@ -8,7 +8,7 @@ from rlef_mega.demo.repair_dialogues import (
     graded_programs,
     repair_dialogues,
 )
-from rlef_mega.dialogues import templates
+from rlef_mega.dialogues.programs import extract_program
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.functions import solved
 
@@ -19,7 +19,7 @@ for problem, solution in solved("train"):
 
 
 def program_of(begun: str, response: str) -> str:
-    program = templates.extract_program(response, "python", begun)
+    program = extract_program(response, "python", begun).program
     assert program is not None
     return program
 

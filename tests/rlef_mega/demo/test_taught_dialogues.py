@@ -14,7 +14,7 @@ from rlef_mega.dialogues.programs import extract_program
 from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises
 from rlef_mega.problems.splits import Split
 
-VOCAB = 704  # as in recipes/demo_base.toml
+VOCAB = 720  # as in recipes/demo_base.toml
 DIALOGUES = sft_dialogues(0, 3000)
 
 
