@@ -60,11 +60,18 @@ def train(
 ) -> None:
     """Train with RLEF, or resume the run in the recipe's directory."""
     from rlef_mega.engines.sglang.serve import serving
-    from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
+    from rlef_mega.preflight import (
+        check_placement,
+        check_rollout_servers,
+        check_train,
+        claim_run_directory,
+    )
 
     if allow_change:
         overrides = [*(overrides or []), f"run.allow_change={json.dumps(allow_change)}"]
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
+    if serve:
+        check_placement(config)
     inputs = check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
     sets = [word for override in overrides or [] for word in ("--set", override)]

@@ -154,6 +154,9 @@ class ServersConfig(Section):
     )
     count: int = Field(1, gt=0, description="servers that `rlef serve` starts on its node")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs of a server")
+    first_gpu: int = Field(
+        0, ge=0, description="GPU of the first server; the next ones take the GPUs after it"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(30000, gt=0, lt=65536, description="of the first server; the others follow")
     memory_fraction: float = Field(
@@ -443,6 +446,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "rollout.servers.release_memory needs servers on GPUs and sync mode: a CPU has no "
                 "memory saver, and in async mode servers are never idle; set it to false"
+            )
+        if servers.release_memory and servers.publish == "distributed":
+            raise ValueError(
+                "rollout.servers.release_memory: servers share the trainer's GPUs, and NCCL takes "
+                'one process per GPU; set rollout.servers.publish to "tensor" (one node) or "disk"'
             )
         if self.rollout.mode == "async" and self.rollout.engine == "local":
             raise ValueError(

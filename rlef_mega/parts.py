@@ -104,12 +104,14 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
     problems = training_problems(config)
     chat = ChatFormat.from_folder(find_model(config.model.path), config.model.chat_format)
     rules = dialogue_rules(config, chat)
-    learner = make_learner(config, ranks)
-    checkpoints = make_checkpoints(config, run, learner)
-    done, position = resume(run, checkpoints, writer=ranks.is_writer)
     with ExitStack() as stack:
+        shares = config.rollout.servers.release_memory  # then servers make room for the networks
+        engine = stack.enter_context(open_engine(config, ranks, run)) if shares else None
+        learner = make_learner(config, ranks)
+        checkpoints = make_checkpoints(config, run, learner)
+        done, position = resume(run, checkpoints, writer=ranks.is_writer)
         grader = stack.enter_context(open_grader(**config.judge.model_dump(), token=grading_token))
-        engine = stack.enter_context(open_engine(config, ranks, run))
+        engine = engine or stack.enter_context(open_engine(config, ranks, run))
         progress = stack.enter_context(
             StepProgress("RLEF", done=done, total=config.run.steps, shown=ranks.is_writer)
         )
@@ -161,7 +163,8 @@ def training_problems(config: TrainConfig) -> Sequence[Problem]:
 def open_engine(
     config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory
 ) -> Iterator[TrainingEngine]:
-    """Open the engine of this process, or a client of the servers; rank 0 publishes to these."""
+    """Open the engine of this process, or a client of the servers; rank 0 publishes to these.
+    Servers on the trainer's devices release their memory. Collective."""
     if config.rollout.engine == "local":
         yield LocalEngine(
             find_model(config.model.path),
@@ -184,6 +187,9 @@ def open_engine(
         release_memory=servers.release_memory,
         take_over=True,  # servers that this run used when it was killed
     ) as engine:
+        if servers.release_memory:
+            engine.rest()
+            torch.distributed.barrier()  # world: rank 0 has released the memory of all servers
         yield engine
 
 

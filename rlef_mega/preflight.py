@@ -242,6 +242,17 @@ def stored_shape(model: Path) -> dict[str, int]:
     }
 
 
+def check_placement(config: TrainConfig) -> None:
+    """Raise ConfigError if servers that start beside the ranks would take GPUs from them."""
+    servers, ranks = config.rollout.servers, config.world_size
+    if servers.device == "cuda" and not servers.release_memory and servers.first_gpu < ranks:
+        raise ConfigError(
+            f"the ranks take GPUs 0 to {ranks - 1} of this machine, and the servers' begin with "
+            f"rollout.servers.first_gpu = {servers.first_gpu}; set it to {ranks}, or "
+            "rollout.servers.release_memory = true, with which both use the same GPUs in turn"
+        )
+
+
 def check_rollout_servers(config: TrainConfig) -> None:
     """Raise ConfigError unless every SGLang server answers, has the run's model, and has room for
     its dialogues. Does nothing for another engine."""

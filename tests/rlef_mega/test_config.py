@@ -18,7 +18,7 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.preflight import plan_train
+from rlef_mega.preflight import check_placement, plan_train
 
 TRAINING_RECIPES = sorted(p.stem for p in RECIPES.glob("*.toml") if p.stem != "demo_base")
 
@@ -54,6 +54,20 @@ def test_a_70b_layout_with_more_stages_than_layers_is_refused():
     config = load_config(find_recipe("llama31_70b"), overrides, TrainConfig)
     with pytest.raises(ConfigError, match="80 layers cannot be split into 405 stages"):
         plan_train(config)
+
+
+def test_servers_on_the_ranks_gpus_take_turns_with_them():
+    served = ["rollout.engine=sglang", "parallel.tensor_model_parallel_size=2"]
+    resting = [*served, "rollout.servers.release_memory=true"]
+    for sets, message in (
+        (served, r"ranks take GPUs 0 to 1 .*first_gpu = 0; set it to 2, or .*release_memory"),
+        ([*resting, "rollout.servers.publish=distributed"], 'NCCL takes one .*"tensor"'),
+        ([*resting, "rollout.mode=async"], "in async mode servers are never idle"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_placement(load_config(find_recipe("demo"), sets, TrainConfig))
+    for sets in (resting, [*served, "rollout.servers.first_gpu=2"]):
+        check_placement(load_config(find_recipe("demo"), sets, TrainConfig))
 
 
 def test_the_supervised_recipe_loads():

@@ -44,6 +44,7 @@ class Client:
         self.paused_s = 0.0  # total time paused for weights
         self.paused_at_s: float | None = None
         self.released: list[str] = []  # tags of memory that the server has released
+        self.resting_version = FREE  # its weights' version when it released them
         self.aborting: set[asyncio.Task[None]] = set()
 
     async def call(
@@ -174,17 +175,18 @@ class Client:
         memory saver, so a GPU.
         """
         await self.pause()
+        self.resting_version = (await self.info()).weight_version
         await self.call("/release_memory_occupation", {"tags": [CACHE, WEIGHTS]})
         self.released = [CACHE, WEIGHTS]
 
-    async def allocate_weights(self, version: str) -> None:
+    async def allocate_weights(self) -> None:
         """Allocate the weights' memory again; `resume` allocates the cache's, which is larger.
 
         A server that released nothing would crash on this call, so it is not sent to a server that
-        was restarted and therefore no longer has weights of `version`.
+        was restarted and therefore has weights of another version.
         """
         released, self.released = self.released, []
-        if released and (await self.info()).weight_version == version:
+        if released and (await self.info()).weight_version == self.resting_version:
             await self.occupy(WEIGHTS)
             self.released = [CACHE]
 

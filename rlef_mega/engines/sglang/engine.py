@@ -209,14 +209,15 @@ class SGLangEngine(LivesInLoop):
     async def release(self) -> None:
         """Free the servers' memory. Until `wake`, none is checked or restored."""
         await self.fleet.control.acquire()
-        ready = [member for member in self.fleet.members if member.ready]
-        self.resting = await on_each(ready, lambda client: client.release_memory())
+        unpublished = self.fleet.version is None  # a server holds memory from its start
+        members = [member for member in self.fleet.members if member.ready or unpublished]
+        self.resting = await on_each(members, lambda client: client.release_memory())
 
     async def wake(self, resting: Sequence[Member]) -> None:
         """Allocate the weights again. A server that fails here fails in the publication too."""
-        version, self.resting = str(self.fleet.version), None
+        self.resting = None
         try:
-            await on_each(resting, lambda client: client.allocate_weights(version))
+            await on_each(resting, lambda client: client.allocate_weights())
         finally:
             self.fleet.control.release()
 

@@ -71,7 +71,7 @@ def server_command(
         "context-length": context_length + SPARE_TOKENS,
     }
     if asked.device == "cuda":
-        options["base-gpu-id"] = index * asked.tensor_parallel_size
+        options["base-gpu-id"] = asked.first_gpu + index * asked.tensor_parallel_size
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     saver = ["--enable-memory-saver"] * asked.release_memory
     return [*start, *words, *asked.arguments, *saver]

@@ -494,6 +494,16 @@ def test_servers_release_their_memory_while_they_rest(servers, model, tmp_path):
     assert not any(step.startswith("occupy") for step in two.order)
 
 
+def test_servers_make_room_before_the_networks_are_built(servers, model, tmp_path):
+    """They hold memory from their start, and nothing was published to them yet."""
+    with publishing(servers, model, tmp_path, release_memory=True, publish_s=5.0) as engine:
+        engine.rest()
+        assert all(server.released == {"weights", "kv_cache"} for server in servers)
+        engine.update_weights(weights_of(model).items(), 0)
+        assert not any(server.released or server.paused for server in servers)
+        assert all(len(turns) == 1 for turns in talk(engine, 4))
+
+
 def test_a_server_that_holds_other_weights_is_left_out_and_if_all_do_it_is_an_error(
     servers, model, tmp_path
 ):

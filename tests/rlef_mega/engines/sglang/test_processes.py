@@ -276,6 +276,8 @@ def test_the_command_of_each_server_follows_from_the_recipe(tmp_path):
         several = servers_for(recipe(tmp_path, count=count, tensor_parallel_size=width))
         first = [server.command for server in several.servers]
         assert [int(c[c.index("--base-gpu-id") + 1]) for c in first] == gpus
+    after_six = servers_for(recipe(tmp_path, count=2, first_gpu=6)).servers[1].command
+    assert after_six[after_six.index("--base-gpu-id") + 1] == "7"
     on_cpu = servers_for(recipe(tmp_path, device="cpu")).servers[0].command
     assert on_cpu[1:3] == ["-P", str(CPU_LAUNCHER)] and "--base-gpu-id" not in on_cpu
 
