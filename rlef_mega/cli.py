@@ -299,8 +299,8 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="a100-80gb, h100-80gb, h200, b200 or cpu; default: h100-80gb, or cpu if the "
-            "recipe's dtype is float32"
+            help="a100-80gb, h100-80gb, h200, b200, rtx4090 or cpu; default: h100-80gb, or cpu if "
+            "the recipe's dtype is float32"
         ),
     ] = None,
     sampling_gpus: Annotated[
@@ -314,6 +314,9 @@ def plan(
         bool, typer.Option("--scaling", help="show time and cost for up to 10,000 GPUs")
     ] = False,
     out: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="with --gpus: write the recipe in the layout found here")
+    ] = None,
 ) -> None:
     """Check a recipe's layout and estimate its memory by rank, time by phase, and cost. Fails if it
     does not fit. Data and weights need not be on this machine."""
@@ -328,6 +331,8 @@ def plan(
         sampling_gpus=sampling_gpus,
         with_scaling=scaling,
         out=out,
+        overrides=overrides or [],
+        write=write,
     )
 
 

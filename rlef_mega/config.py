@@ -91,6 +91,7 @@ class ModelShape(Section):
     ffn: int = Field(gt=0)
     hidden: int | None = Field(None, gt=0, description="hidden size, for `rlef plan`")
     head_dim: int | None = Field(None, gt=0, description="if it differs from hidden / heads")
+    tied: bool = Field(False, description="the head is the embedding, for `rlef plan`")
 
 
 class ModelConfig(Section):

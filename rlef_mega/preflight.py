@@ -219,7 +219,7 @@ def model_shape(config: TrainConfig) -> dict[str, int]:
     the recipe's [model.shape]."""
     given = config.model.shape
     path = find_model(config.model.path, files=CONFIG, fetch=given is None) / "config.json"
-    stated = given.model_dump(exclude={"hidden", "head_dim"}) if given else None
+    stated = given.model_dump(exclude={"hidden", "head_dim", "tied"}) if given else None
     if not path.is_file():
         if stated:
             return stated

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import ConfigError, TrainConfig
+from rlef_mega.config import RECIPES, ConfigError, TrainConfig, apply_override, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.plan.hardware import CPU, GIB, Device, find_device
 from rlef_mega.plan.planned_run import (
@@ -19,7 +20,7 @@ from rlef_mega.plan.planned_run import (
     refuse_without_room,
     shape_of,
 )
-from rlef_mega.plan.search import Split, balanced_sampling, scaling, splits
+from rlef_mega.plan.search import Split, balanced_sampling, scaling, settings, splits
 from rlef_mega.preflight import check_stored_weights, plan_train
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.hub import find_model
@@ -52,8 +53,11 @@ def run_plan(
     sampling_gpus: int | None,
     with_scaling: bool,
     out: Path | None,
+    overrides: Sequence[str] = (),
+    write: Path | None = None,
 ) -> None:
-    """Print the plan of a recipe, and write it to `out`.
+    """Print the plan of a recipe, and write it to `out`. With `gpus`, `write` gets the recipe (at
+    the path `title`, with these overrides) in the best layout found.
 
     Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit.
     """
@@ -77,7 +81,11 @@ def run_plan(
         if gpus is None:
             content |= show_recipe(console, run, device, sampling_gpus)
         else:
-            content |= show_search(console, run, device, gpus)
+            best, found = show_search(console, run, device, gpus)
+            content |= found
+            if write is not None:
+                write_recipe(write, Path(title), overrides, best, device)
+                console.print(f"wrote {write}")
         if with_scaling:
             content["scaling"] = show_scaling(console, run, device)
         console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
@@ -86,27 +94,52 @@ def run_plan(
         console.print(f"wrote {out}")
 
 
+def write_recipe(
+    file: Path, recipe: Path, overrides: Sequence[str], best: Split, device: Device
+) -> None:
+    """Write a recipe that extends this one by the overrides and the layout found. Raises
+    ConfigError if it cannot remove what the recipe states."""
+    if best.run.config.critic_parallel or best.run.config.parallel.pipeline_layers:
+        raise ConfigError(
+            "--write: the layouts found have no critic_parallel and no parallel.pipeline_layers; "
+            f"remove them from {recipe}"
+        )
+    name = recipe.stem if recipe.parent == RECIPES else str(recipe.absolute())
+    tree: dict[str, Any] = {"extends": name}
+    found = (f"{key}={json.dumps(value)}" for key, value in settings(best, device).items())
+    for override in (*overrides, *found):
+        apply_override(tree, override)
+    write_atomically(file, tomli_w.dumps(tree))
+    plan_train(load_config(file, [], TrainConfig))
+
+
 def show_recipe(
     console: Console, run: PlannedRun, device: Device, sampling_gpus: int | None
 ) -> dict[str, Any]:
     """Print the plan of the recipe's own layout, and return it for the JSON file."""
     console.print(memory_table(run.memory(), run, device))
     refuse_without_room(run, device)
-    sampling = 0
+    sampling, servers = 0, run.config.rollout.servers
     if sampling_gpus and sampling_gpus % run.server_gpus:
         raise ConfigError(
             f"--sampling-gpus {sampling_gpus}: a server takes {run.server_gpus} "
             "(rollout.servers.tensor_parallel_size); give a multiple of that"
         )
-    if run.has_servers:
-        sampling = sampling_gpus or balanced_sampling(run, device)
+    if run.colocated:
+        sampling = run.training_gpus
+    elif run.has_servers:
+        beside = servers.count * run.server_gpus if servers.first_gpu else 0  # the ranks' GPUs
+        sampling = sampling_gpus or beside or balanced_sampling(run, device)
     split = Split(run, sampling, run.step(device, sampling))
     show_step(console, split, device)
     return describe(split, device)
 
 
-def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) -> dict[str, Any]:
-    """Print the best layouts on `gpus` GPUs and the plan of the first, and return both."""
+def show_search(
+    console: Console, run: PlannedRun, device: Device, gpus: int
+) -> tuple[Split, dict[str, Any]]:
+    """Print the best layouts on `gpus` GPUs and the plan of the first, and return both: the first,
+    and what the JSON file has of them."""
     found = splits(run, device, gpus)
     table = Table(
         "layout", "recompute", "idle state", "train", "sample", "GiB", "s/step", "bound by",
@@ -123,7 +156,12 @@ def show_search(console: Console, run: PlannedRun, device: Device, gpus: int) ->
     best = found[0]
     console.print(memory_table(best.run.memory(), best.run, device))
     show_step(console, best, device)
-    return describe(best, device) | {"ranked": [summary(each) for each in found[:SHOWN]]}
+    words = [
+        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings(best, device).items()
+    ]
+    console.print("the recipe in this layout:", *(words or ["as it is"]), soft_wrap=True)
+    return best, describe(best, device) | {"ranked": [summary(each) for each in found[:SHOWN]]}
 
 
 def show_scaling(console: Console, run: PlannedRun, device: Device) -> list[dict[str, Any]]:
@@ -149,7 +187,8 @@ def cells(split: Split) -> tuple[str, str, str, str, str]:
     return (
         f"TP{run.policy.tensor} PP{pipeline} DP{run.policy.data}",
         f"{run.training_gpus:,}",
-        f"{split.sampling:,}/{run.server_gpus}" if run.has_servers else "same GPUs",
+        ("" if run.has_servers and not run.colocated else "same GPUs, ")
+        + (f"{split.sampling:,}/{run.server_gpus}" if run.has_servers else "embedded"),
         f"{split.step.seconds:.1f}",
         split.step.bound_by,
     )
@@ -196,7 +235,8 @@ def show_step(console: Console, split: Split, device: Device) -> None:
     steps = run.config.run.steps
     hours = steps * step.seconds / 3600
     console.print(
-        f"{steps:,} steps: {hours:.3g} hours on {run.training_gpus:,} + {sampling:,} = "
+        f"{steps:,} steps: {hours:.3g} hours on {run.training_gpus:,} + "
+        f"{split.gpus - run.training_gpus:,} = "
         f"{run.gpu_hours(step, sampling):,.{0 if hours > 1 else 3}f} GPU hours, without evaluations"
         " and checkpoints"
     )
@@ -228,6 +268,7 @@ def summary(split: Split) -> dict[str, Any]:
         "training_gpus": run.training_gpus,
         "sampling_gpus": split.sampling,
         "server_gpus": run.server_gpus,
+        "colocated": run.colocated,
         "step_s": step.seconds,
         "bounds_s": step.bounds,
         "bound_by": step.bound_by,

@@ -19,6 +19,10 @@ DISK = 5e9  # bytes/s of a shared file system, written by one rank or read by al
 # Memory outside PyTorch's allocations: context, cuBLAS, NCCL's buffers. And what the caching
 # allocator loses to fragmentation, as a fraction of its allocations. Both assumed.
 CONTEXT_GIB, FRAGMENTS = 2.0, 0.05
+# What a server on a trainer's GPU holds beside weights and contexts, also while it rests: its own
+# CUDA context, captured graphs, buffers (assumed)
+SERVER_GIB = 4.0
+EMBEDDED_BATCH = 128  # dialogues that the embedded engine samples at once (engines/local.py)
 GIB = 2**30
 
 
@@ -42,6 +46,11 @@ class Device:
         """Bytes available to tensors."""
         return (self.memory_gib - self.context_gib) * GIB / (1 + FRAGMENTS)
 
+    @property
+    def server_share(self) -> float:
+        """Bytes of which an SGLang server takes its `memory_fraction`."""
+        return (self.memory_gib - CONTEXT_GIB) * GIB
+
     def group_bandwidth(self, size: int, stride: int) -> float:
         """Return the bytes/s of each rank in a ring of `size` ranks that are `stride` ranks apart.
 
@@ -61,6 +70,7 @@ DEVICES = {
         Device("h100-80gb", 989e12, 0.685, 79, 3.35e12, 450e9, 50e9, 64e9),
         Device("h200", 989e12, 0.685, 139, 4.8e12, 450e9, 50e9, 64e9),
         Device("b200", 2250e12, 0.43, 178, 8e12, 900e9, 50e9, 64e9),
+        Device("rtx4090", 165e12, 0.685, 23, 1.01e12, 32e9, 3e9, 32e9, per_node=1),
     )
 }
 CPU = "cpu"

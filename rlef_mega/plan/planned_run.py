@@ -20,7 +20,15 @@ from rlef_mega.config import (
 )
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.families import read_config
-from rlef_mega.plan.hardware import DISK, GIB, HOST_LINK, NETWORK, Device
+from rlef_mega.plan.hardware import (
+    DISK,
+    EMBEDDED_BATCH,
+    GIB,
+    HOST_LINK,
+    NETWORK,
+    SERVER_GIB,
+    Device,
+)
 from rlef_mega.plan.memory import Head, Network
 from rlef_mega.plan.rollouts import (
     DialogueSample,
@@ -45,6 +53,7 @@ class RankMemory:
     phase: str  # the one with the most memory
     pinned: float  # in the host's memory, kept from phase to phase
     phases: dict[str, float]  # bytes in each of the learner's phases
+    kept: float  # bytes that stay while the rank's GPU samples
 
     @property
     def total(self) -> float:
@@ -110,6 +119,9 @@ class PlannedRun:
     recompute: str
     offloads: bool
     server_gpus: int
+    memory_fraction: float  # of a server
+    colocated: bool  # servers share the trainer's GPUs and release their memory while it trains
+    mode: str  # rollout.mode
     on_cpu: bool
 
     @classmethod
@@ -123,6 +135,9 @@ class PlannedRun:
             config.model.recompute,
             config.learner.offload == "idle",
             config.rollout.servers.tensor_parallel_size,
+            config.rollout.servers.memory_fraction,
+            config.rollout.servers.release_memory,
+            config.rollout.mode,
             on_cpu,
         )
 
@@ -141,6 +156,10 @@ class PlannedRun:
     @property
     def has_servers(self) -> bool:
         return self.config.rollout.engine == "sglang"
+
+    @property
+    def staleness(self) -> int:
+        return self.config.rollout.max_staleness if self.mode == "async" else 0
 
     @property
     def has_reference(self) -> bool:
@@ -203,7 +222,12 @@ class PlannedRun:
             pinned += total(everything) - everything["gradients"]
         if self.embedded_engine:
             parts = parts | {"engine": self.embedded_engine}
-        return RankMemory(name, parts, phase, pinned, {of: total(phases[of]) for of in phases})
+        if self.colocated:
+            parts = parts | {"server": SERVER_GIB * GIB}
+        policy_weights = state["policy"]["weights"] if "policy" in trained else 0.0
+        kept = policy_weights if self.offloads else total(plus(*state.values()))
+        totals = {of: total(phases[of]) for of in phases}
+        return RankMemory(name, parts, phase, pinned, totals, kept + self.embedded_engine)
 
     def phases(
         self, rank: int, trained: dict[str, Network], state: dict[str, dict[str, float]]
@@ -308,7 +332,7 @@ class PlannedRun:
             publish=self.publish_s(device),
             terms=plus(score_terms, update_terms),
             generation=self.generation(device, sampling_gpus),
-            is_async=self.config.rollout.staleness > 0,
+            is_async=self.staleness > 0,
         )
 
     def generation(self, device: Device, gpus: int) -> Generation | None:
@@ -316,13 +340,29 @@ class PlannedRun:
         servers = (gpus if self.has_servers else self.training_gpus) // server.gpus
         if not servers:
             return None
-        return generation(
-            self.dialogues, server, servers, self.batch, self.config.rollout.staleness
-        )
+        return generation(self.dialogues, server, servers, self.batch, self.staleness)
 
     def server(self, device: Device) -> SamplingServer:
         gpus = self.server_gpus if self.has_servers else 1
-        return SamplingServer(self.shape, device, gpus, self.config.rollout.servers.memory_fraction)
+        return SamplingServer(self.shape, device, gpus, self.memory_fraction)
+
+    def sampled_with(self, device: Device) -> float:
+        """Return the bytes that sampling takes on each of the trainer's GPUs, beside what the ranks
+        keep there: a colocated server's, or the longest contexts of the embedded engine."""
+        if self.colocated:
+            return self.memory_fraction * device.server_share + SERVER_GIB * GIB
+        if self.has_servers:
+            return 0.0
+        dialogues = min(EMBEDDED_BATCH, -(-self.batch // self.training_gpus))
+        token_bytes = self.server(device).token_bytes * self.weight_bytes / 2
+        return dialogues * self.config.rollout.max_context * token_bytes
+
+    def largest_memory_fraction(self, device: Device) -> float:
+        """Return the largest `rollout.servers.memory_fraction`, in steps of 0.05, with which a
+        colocated server fits."""
+        kept = max(rank.kept for rank in self.memory())
+        room = device.usable - kept - SERVER_GIB * GIB
+        return max(0, int(20 * room / device.server_share)) / 20
 
     def move_s(self, device: Device) -> float:
         """Return the time of offloading: weights move back and forth for scores and for the
@@ -348,7 +388,8 @@ class PlannedRun:
         )
 
     def gpu_hours(self, step: StepTime, sampling_gpus: int) -> float:
-        return self.config.run.steps * step.seconds * (self.training_gpus + sampling_gpus) / 3600
+        more = 0 if self.colocated else sampling_gpus
+        return self.config.run.steps * step.seconds * (self.training_gpus + more) / 3600
 
 
 def total(terms: Terms) -> float:
@@ -365,6 +406,19 @@ def refuse_without_room(run: PlannedRun, device: Device) -> None:
             f"in '{fullest.phase}', and {gib(device.usable)} of {device.memory_gib:.0f} GiB are "
             f"usable: {gib(fullest.total - device.usable)} too much. The largest parts are "
             + " and ".join(f"{part} ({gib(fullest.parts[part])})" for part in largest)
+        )
+    kept, beside = max(rank.kept for rank in run.memory()), run.sampled_with(device)
+    if beside and kept + beside > device.usable:
+        most = run.largest_memory_fraction(device)
+        remedy = (
+            f"lower rollout.servers.memory_fraction to at most {most:g}"
+            if run.colocated
+            else "lower rollout.max_context, or use servers"
+        )
+        raise ConfigError(
+            f"sampling does not fit {device.name}: it takes {gib(beside)} of a GPU, of which the "
+            f"trainer keeps {gib(kept)} meanwhile, and {gib(device.usable)} are usable; {remedy}"
+            + ("" if run.offloads else ", or set learner.offload = idle")
         )
     if run.has_servers:
         refuse_small_servers(run, device)

@@ -19,9 +19,7 @@ from rlef_mega.config import RolloutConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.plan.hardware import (
     ALL_REDUCE_S,
-    CONTEXT_GIB,
     DECODE_MEMORY,
-    GIB,
     PREFILL_PRODUCTS,
     Device,
 )
@@ -111,8 +109,7 @@ class SamplingServer:
     @property
     def cache(self) -> float:
         """Bytes on each GPU for contexts: SGLang's share of the memory less the weights."""
-        share = self.memory_fraction * (self.device.memory_gib - CONTEXT_GIB) * GIB
-        return share - self.weights
+        return self.memory_fraction * self.device.server_share - self.weights
 
     @property
     def token_bytes(self) -> float:

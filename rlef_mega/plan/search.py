@@ -1,17 +1,20 @@
 """The search for layouts that fit, and for the best split of the GPUs into training and sampling.
 
-All networks of a layout share all ranks. The search varies the tensor-parallel size within a node,
-the pipeline and its chunks, and the data-parallel sizes that divide an update. For each it takes
-the least recomputation that fits, then offloading of idle state, because both cost time. The
-recipe's batch stays as it is, so an update's sequences bound the data-parallel size.
+Servers get GPUs of their own (a split), or take turns with the ranks on the same GPUs (colocated:
+synchronous, and with `release_memory`). All networks of a layout share all ranks. The search varies
+the tensor-parallel size within a node, the pipeline and its chunks, and the data-parallel sizes
+that divide an update. For each it takes the least recomputation that fits, then offloading of idle
+state, because both cost time. The recipe's batch stays as it is, so an update's sequences bound the
+data-parallel size.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
-from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.config import ConfigError, ParallelConfig, check_layout, flatten
 from rlef_mega.plan.hardware import Device
 from rlef_mega.plan.planned_run import (
     RECOMPUTE,
@@ -35,7 +38,34 @@ class Split:
 
     @property
     def gpus(self) -> int:
-        return self.run.training_gpus + self.sampling
+        return self.run.training_gpus + (0 if self.run.colocated else self.sampling)
+
+
+def settings(split: Split, device: Device) -> dict[str, Any]:
+    """Return the keys of a recipe, with values, by which it gets this split instead of its own."""
+    run, config = split.run, split.run.config
+    layout = run.parallel.model_dump(exclude={"pipeline_layers", "processes_per_node"})
+    chosen = {f"parallel.{key}": value for key, value in layout.items()} | {
+        "model.recompute": run.recompute,
+        "learner.offload": "idle" if run.offloads else "none",
+    }
+    if run.has_servers:
+        one_node, publish = split.gpus <= device.per_node, config.rollout.servers.publish
+        if run.colocated:
+            publish = "tensor" if one_node else "disk"
+        elif publish == "tensor" and not one_node:
+            publish = "distributed"
+        chosen |= {
+            "rollout.mode": run.mode,
+            "rollout.servers.release_memory": run.colocated,
+            "rollout.servers.memory_fraction": run.memory_fraction,
+            "rollout.servers.tensor_parallel_size": run.server_gpus,
+            "rollout.servers.count": min(split.sampling, device.per_node) // run.server_gpus,
+            "rollout.servers.first_gpu": run.training_gpus * (one_node and not run.colocated),
+            "rollout.servers.publish": publish,
+        }
+    own = flatten(config.model_dump())
+    return {key: value for key, value in chosen.items() if own.get(key) != value}
 
 
 def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[ParallelConfig]:
@@ -78,12 +108,26 @@ def candidates(run: PlannedRun, device: Device, most_gpus: int) -> list[Split]:
     return sorted(found, key=lambda each: (each.step.training, each.gpus))
 
 
+def placements(run: PlannedRun) -> list[PlannedRun]:
+    """Return the run with its servers on GPUs of their own and, if they can, on the trainer's."""
+    apart = replace(run, colocated=False, mode="async") if run.colocated else run
+    if not run.has_servers or run.config.rollout.servers.device == "cpu":
+        return [apart]
+    return [apart, replace(run, colocated=True, mode="sync")]
+
+
 def lightest_that_fits(run: PlannedRun, device: Device) -> PlannedRun | None:
-    """Return the run with as little recomputation and offloading as it needs to fit."""
+    """Return the run with as little recomputation and offloading as it needs to fit; colocated
+    servers get at most the memory that the ranks leave."""
     for offloads in (False, True):
         for recompute in RECOMPUTE:
             tried = replace(run, recompute=recompute, offloads=offloads)
-            if max(rank.total for rank in tried.memory()) <= device.usable:
+            if max(rank.total for rank in tried.memory()) > device.usable:
+                continue
+            if tried.colocated:
+                most = tried.largest_memory_fraction(device)
+                tried = replace(tried, memory_fraction=min(run.memory_fraction, most))
+            if not tried.colocated or server_sizes(tried, device):
                 return tried
     return None
 
@@ -116,9 +160,10 @@ def splits(
     Raises ConfigError if nothing fits.
     """
     if found is None:
-        found = candidates(run, device, gpus)
-    sizes = server_sizes(run, device)
-    tried = (fastest_servers(each, device, gpus - each.gpus, sizes) for each in found)
+        found = [each for placed in placements(run) for each in candidates(placed, device, gpus)]
+    if not (sizes := server_sizes(run, device)):
+        refuse_small_servers(replace(run, server_gpus=max(TENSOR)), device)
+    tried = (fastest_servers(each, device, gpus - each.gpus) for each in found)
     ranked = [split for split in tried if split is not None]
     if not ranked:
         refuse_if_nothing_fits(run, device, gpus)
@@ -140,10 +185,7 @@ def splits(
 
 
 def server_sizes(run: PlannedRun, device: Device) -> list[int]:
-    """Return the sizes, in GPUs, at which a server has room for the model and a dialogue.
-
-    Raises ConfigError if there are none.
-    """
+    """Return the sizes, in GPUs, at which a server has room for the model and a dialogue."""
     if not run.has_servers:
         return [1]
     fitting = []
@@ -154,22 +196,20 @@ def server_sizes(run: PlannedRun, device: Device) -> list[int]:
             continue
         if run.shape.key_value_heads % size == 0:
             fitting.append(size)
-    if not fitting:
-        refuse_small_servers(replace(run, server_gpus=max(TENSOR)), device)
     return fitting
 
 
-def fastest_servers(
-    candidate: Split, device: Device, left: int, sizes: Sequence[int]
-) -> Split | None:
-    """Give the `left` GPUs to servers of the fastest size. Returns None if they are too few."""
+def fastest_servers(candidate: Split, device: Device, left: int) -> Split | None:
+    """Give the `left` GPUs, or the trainer's own, to servers of the fastest size. Returns None if
+    they are too few."""
     run, step = candidate.run, candidate.step
     if not run.has_servers:
         return with_servers(run, step, device, 0) if left >= 0 else None
+    given = run.training_gpus if run.colocated else left
     tried = [
-        with_servers(replace(run, server_gpus=size), step, device, left // size * size)
-        for size in sizes
-        if left >= size
+        with_servers(replace(run, server_gpus=size), step, device, given // size * size)
+        for size in server_sizes(run, device)
+        if given >= size and not (run.colocated and given % size)
     ]
     return min(tried, key=lambda each: each.step.seconds, default=None)
 
@@ -180,7 +220,7 @@ def with_servers(run: PlannedRun, step: StepTime, device: Device, sampling: int)
 
 def without_idle_servers(split: Split, device: Device, limit_s: float) -> Split:
     """Remove servers, a 16th at a time, while the step stays below the limit."""
-    while split.run.has_servers:
+    while split.run.has_servers and not split.run.colocated:
         size = split.run.server_gpus
         fewer = (split.sampling - max(size, split.sampling // 16)) // size * size
         if fewer < size:

@@ -5,6 +5,7 @@ What this cannot catch: whether a recipe's plan for GPUs is right, because no GP
 """
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ from rlef_mega.plan.rollouts import (
     generation,
 )
 from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, seconds
+from rlef_mega.preflight import check_placement, plan_train
 from tests.rlef_mega.megatron.network.test_meta_shapes import LAYOUTS, NETWORKS, build, standing_at
 from tests.rlef_mega.plan import published
 from tests.rlef_mega.plan.published import even_load
@@ -341,7 +343,102 @@ def test_splits_use_no_more_gpus_than_given_and_more_gpus_are_never_slower(candi
     assert best == sorted(best, reverse=True)
 
 
+def test_colocated_servers_may_take_what_the_ranks_leave():
+    run = run_of("llama31_8b_node")
+    (rank,) = run.memory()
+    # while servers sample, the ranks keep the policy's weights, half of them with TP 2
+    assert rank.kept == run.policy.weights(0)
+    most = run.largest_memory_fraction(H100)
+    assert rank.kept + run.sampled_with(H100) <= H100.usable and most >= run.memory_fraction
+    refuse_without_room(replace(run, memory_fraction=most), H100)
+    with pytest.raises(ConfigError, match=rf"does not fit.*memory_fraction to at most {most:g}"):
+        refuse_without_room(replace(run, memory_fraction=most + 0.05), H100)
+    (whole,) = replace(run, offloads=False).memory()
+    assert whole.kept == pytest.approx(sum(whole.parts[p] for p in ("weights", "gradients",
+        "optimizer", "reference")))  # fmt: skip
+
+
+def test_the_embedded_engines_contexts_must_fit_beside_it():
+    gpu = DEVICES["rtx4090"]
+    refuse_without_room(run_of("gpu1"), gpu)
+    # 128 dialogues of 16,384 tokens, with 2 x 24 layers x 2 heads x 64 numbers of 2 bytes for each
+    run = run_of("gpu1", "rollout.max_context=16384", "learner.microbatch_tokens=16384")
+    assert run.sampled_with(gpu) == 128 * 16384 * 2 * 24 * 2 * 64 * 2
+    with pytest.raises(ConfigError, match=r"sampling does not fit rtx4090.*lower rollout.max_cont"):
+        refuse_without_room(replace(run, recompute="full"), gpu)
+
+
+def test_on_one_node_taking_turns_beats_a_split_and_the_recipe_has_that_layout():
+    """Training bounds the 8B on 8 GPUs, so GPUs that only sample would be missed."""
+    run = run_of("llama31_8b_node")
+    apart, together = (
+        min(search.splits(run, H100, 8, search.candidates(placed, H100, 8)), key=seconds_of)
+        for placed in search.placements(run)
+    )
+    assert (apart.run.colocated, apart.run.mode) == (False, "async")
+    assert (together.run.colocated, together.run.mode) == (True, "sync")
+    assert apart.gpus <= 8 and together.gpus == 8
+    assert together.step.seconds < 0.8 * apart.step.seconds
+    assert search.settings(together, H100) == {}, "the recipe is the fastest layout"
+
+
+def seconds_of(split: search.Split) -> float:
+    return split.step.seconds
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu"),
+    [
+        ("llama31_8b_node", "h100-80gb"),
+        ("qwen25_coder_7b_node", "h100-80gb"),
+        ("gpu1", "rtx4090"),
+    ],
+)
+def test_the_other_placement_in_a_recipes_comments_fits_too(recipe, gpu):
+    words = re.findall(r"--set (\S+)", find_recipe(recipe).read_text())
+    assert words
+    for sets in ([], words):
+        config = load_config(find_recipe(recipe), sets, TrainConfig)
+        plan_train(config)
+        refuse_without_room(run_of(recipe, *sets), DEVICES[gpu])
+        if config.rollout.engine == "sglang":
+            check_placement(config)
+            servers = config.rollout.servers
+            taken = servers.first_gpu + servers.count * servers.tensor_parallel_size
+            assert taken <= (8 if "node" in recipe else 1)
+
+
 # ---------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("words", "sampling"),
+    [
+        (["llama31_8b_node", "--gpus", "4"], []),
+        (["llama31_8b_node", "--gpus", "8", "--gpu", "h200", "--set", "rollout.turns=2"], []),
+        (["llama31_8b", "--gpus", "24"], ["--sampling-gpus"]),
+    ],
+)
+def test_a_written_recipe_and_the_printed_words_plan_to_the_same_figures(words, sampling, tmp_path):
+    def planned(*words: str) -> tuple[str, dict]:
+        out = tmp_path / "plan.json"
+        run = CliRunner().invoke(app, ["plan", *words, "--json", str(out)], catch_exceptions=False)
+        assert run.exit_code == 0, run.output
+        content = json.loads(out.read_text())
+        for key in ("recipe", "facts", "ranked"):
+            content.pop(key, None)
+        return run.output, content
+
+    written = tmp_path / "mine.toml"
+    said, found = planned(*words, "--write", str(written))
+    gpu = words[3:5] if "--gpu" in words else []
+    if sampling and not found["colocated"]:
+        sampling.append(str(found["sampling_gpus"]))
+    assert planned(str(written), *gpu, *(sampling if len(sampling) > 1 else []))[1] == found
+    chosen = said.partition("in this layout: ")[2].splitlines()[0].split()
+    again = [words[0], *(words[3:] if "--gpu" in words else []), *chosen]
+    again += sampling if len(sampling) > 1 else []
+    assert planned(*again)[1] == found
 
 
 def test_sampling_gpus_that_are_not_a_multiple_of_a_server_are_refused():
