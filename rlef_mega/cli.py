@@ -14,6 +14,7 @@ from rlef_mega.config import (
     SFTConfig,
     TrainConfig,
     at_home,
+    check_placement,
     find_recipe,
     load_config,
 )
@@ -60,12 +61,7 @@ def train(
 ) -> None:
     """Train with RLEF, or resume the run in the recipe's directory."""
     from rlef_mega.engines.sglang.serve import serving
-    from rlef_mega.preflight import (
-        check_placement,
-        check_rollout_servers,
-        check_train,
-        claim_run_directory,
-    )
+    from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
 
     if allow_change:
         overrides = [*(overrides or []), f"run.allow_change={json.dumps(allow_change)}"]
@@ -343,7 +339,7 @@ def rehearse(
     rank: Annotated[
         int | None, typer.Option(help="one rank; default: one of each kind of the layout")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="h100-80gb, h200 or b200")] = "h100-80gb",
+    gpu: Annotated[str, typer.Option(help="as of `rlef plan`, but not cpu")] = "h100-80gb",
     dialogue_tokens: Annotated[
         int | None, typer.Option(help="length of all dialogues; default: the assumed mean")
     ] = None,

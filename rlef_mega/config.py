@@ -468,7 +468,7 @@ class SFTConfig(Section):
     random weights, or trains a pretrained model."""
 
     dir: str
-    model: str = ""  # a Hugging Face folder; empty: random weights of the shape below
+    model: str = ""  # a folder or a hub name, as model.path; empty: random weights, as below
     dialogues: Literal["curriculum", "functions"] = "curriculum"
     seed: int = 0
     steps: int = Field(gt=0)
@@ -539,6 +539,18 @@ def check_stages(layers: int, stages: int, given: Sequence[int] | None) -> None:
             f"parallel.pipeline_layers = {list(given)} must be {stages} numbers of at least 1 "
             f"(pipeline x virtual pipeline stages, in the network's order) that add up to "
             f"{layers} layers"
+        )
+
+
+def check_placement(config: TrainConfig) -> None:
+    """Raise ConfigError if servers that start on the ranks' machine would take GPUs from them."""
+    servers, ranks = config.rollout.servers, config.world_size
+    apart = config.rollout.engine == "local" or servers.device == "cpu" or servers.release_memory
+    if not apart and servers.first_gpu < ranks:
+        raise ConfigError(
+            f"the ranks take GPUs 0 to {ranks - 1} of this machine, and the servers' begin with "
+            f"rollout.servers.first_gpu = {servers.first_gpu}; set it to {ranks}, or "
+            "rollout.servers.release_memory = true, with which both use the same GPUs in turn"
         )
 
 

@@ -201,8 +201,9 @@ def layout_words(parallel: ParallelConfig) -> str:
 def check_sft(config: SFTConfig) -> None:
     refuse_untested_megatron()
     if config.model:
-        check_stored_weights(Path(config.model))
-        shape = stored_shape(Path(config.model))
+        model = find_model(config.model)
+        check_stored_weights(model)
+        shape = stored_shape(model)
     else:
         shape = {
             "heads": config.num_attention_heads,
@@ -240,17 +241,6 @@ def stored_shape(model: Path) -> dict[str, int]:
         "vocab_size": found.vocabulary,
         "ffn": found.ffn,
     }
-
-
-def check_placement(config: TrainConfig) -> None:
-    """Raise ConfigError if servers that start beside the ranks would take GPUs from them."""
-    servers, ranks = config.rollout.servers, config.world_size
-    if servers.device == "cuda" and not servers.release_memory and servers.first_gpu < ranks:
-        raise ConfigError(
-            f"the ranks take GPUs 0 to {ranks - 1} of this machine, and the servers' begin with "
-            f"rollout.servers.first_gpu = {servers.first_gpu}; set it to {ranks}, or "
-            "rollout.servers.release_memory = true, with which both use the same GPUs in turn"
-        )
 
 
 def check_rollout_servers(config: TrainConfig) -> None:

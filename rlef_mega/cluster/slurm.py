@@ -10,12 +10,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.config import ConfigError, TrainConfig, check_placement, find_recipe, load_config
 from rlef_mega.run.launch import FAILED, sandbox_token
 
 
 def layout(config: TrainConfig) -> dict[str, str | int]:
-    """Return a run's shell variables. Raises ConfigError if its ranks do not fill whole nodes."""
+    """Return a run's shell variables; PLACEMENT says why servers may not run on the training nodes.
+    Raises ConfigError if its ranks do not fill whole nodes."""
     ranks = config.world_size
     per_node = min(config.parallel.processes_per_node, ranks)
     if ranks % per_node:
@@ -23,7 +24,11 @@ def layout(config: TrainConfig) -> dict[str, str | int]:
             f"{ranks} ranks do not fill nodes of parallel.processes_per_node = {per_node}; "
             "change the layout or the processes per node"
         )
-    servers = config.rollout.servers
+    servers, refusal = config.rollout.servers, ""
+    try:
+        check_placement(config)
+    except ConfigError as error:
+        refusal = str(error)
     return {
         "RANKS": ranks,
         "RANKS_PER_NODE": per_node,
@@ -31,6 +36,8 @@ def layout(config: TrainConfig) -> dict[str, str | int]:
         "STEPS": config.run.steps,
         "ENGINE": config.rollout.engine,
         "SERVERS_PER_NODE": servers.count,
+        "PLACEMENT": refusal,
+        "USES_IPC": int(servers.publish == "tensor"),
         "GPUS_PER_SERVER": servers.tensor_parallel_size if servers.device == "cuda" else 0,
     }
 

@@ -25,6 +25,7 @@ from rlef_mega.megatron.network import accelerations
 from rlef_mega.megatron.supervised import SupervisedLearner
 from rlef_mega.packing import pack
 from rlef_mega.run.directory import Clock, RunDirectory, folder_written_whole
+from rlef_mega.run.hub import find_model
 from rlef_mega.run.launch import StopRequest, collect_garbage, worker_main
 from rlef_mega.run.manifest import versions
 from rlef_mega.run.progress import StepProgress
@@ -42,7 +43,7 @@ def supervise(config: SFTConfig) -> int:
     if ranks.is_writer:
         run.lock()
         accelerations.announce(ranks.device, getattr(torch, config.dtype))
-    start_model = Path(config.model) if config.model else run.path / "init"
+    start_model = find_model(config.model) if config.model else run.path / "init"
     chat = ChatFormat.from_folder(start_model)
     learner = SupervisedLearner(
         ranks,

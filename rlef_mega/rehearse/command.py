@@ -71,7 +71,7 @@ def run_rehearsal(
         write_inputs(folder, config, shape, request)
         for name, number in ranks.items():
             with console.status(f"rank {number} of {config.world_size:,}: {name}"):
-                measured = rehearse_rank(folder, config, number, NULL_DEVICES[device.name])
+                measured = rehearse_rank(folder, config, number, device)
             if "error" in measured:
                 raise ConfigError(
                     f"rank {number} ({name}) does not fit {device.name}: {measured['error']}; "
@@ -144,22 +144,25 @@ def write_inputs(folder: Path, config: TrainConfig, shape: LlamaShape, request: 
     (folder / REQUEST).write_text(json.dumps(asdict(request)))
 
 
-def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: str) -> dict[str, Any]:
+def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: Device) -> dict[str, Any]:
     """Run one rank in a process of its own on the null GPU. Returns what it measured."""
+    settings = dict(SETTINGS)
+    if device.name not in NULL_DEVICES:  # an H100 with its memory
+        settings["NULL_GPU_MEMORY_MIB"] = str(round(device.memory_gib * 1024))
     if not NULL_GPU.is_file():
         raise ConfigError(f"rlef rehearse needs the project's checkout: there is no {NULL_GPU}")
     own = CHECKOUT / ".venv-gpu/bin/python"
     python = str(own) if own.is_file() else sys.executable
     result = folder / RESULT.format(rank)
     ended = subprocess.run(
-        [sys.executable, str(NULL_GPU), "--device", device, "--gpus", "1", "--",
-         python, "-P", "-m", "rlef_mega.rehearse.rank", str(folder)],
+        [sys.executable, str(NULL_GPU), "--device", NULL_DEVICES.get(device.name, "h100"),
+         "--gpus", "1", "--", python, "-P", "-m", "rlef_mega.rehearse.rank", str(folder)],
         env={
             **os.environ,
             "RANK": str(rank),
             "WORLD_SIZE": str(config.world_size),
             "LOCAL_RANK": "0",
-            **SETTINGS,
+            **settings,
         },
         capture_output=True,
         text=True,

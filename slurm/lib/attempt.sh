@@ -75,7 +75,7 @@ start_services() {
     (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "$PYTHON" -m rlef_sandbox serve \
         --host 0.0.0.0 --port "$SANDBOX_PORT") &
     PIDS[sandbox]=$!
-    [ "$ROLLOUT_NODES" != 0 ] || return 0
+    [ "$ENGINE" = sglang ] || return 0
     # shellcheck disable=SC2016 # expanded on the node
     (step rollout rollout 1 "${unsignalled[@]}" bash -c 'exec "$0" -m rlef_mega.cli serve "$@" --set rollout.servers.host="$SLURMD_NODENAME"' \
         "$PYTHON" "$RECIPE" "${SET_WORDS[@]}") &
@@ -132,7 +132,7 @@ start_ranks() {
     echo starting >"$RUN/progress"
     # CUDA and PyTorch read these, as in rlef_mega/run/launch.py (gpu_settings)
     (export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-        [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+        [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || [ "$USES_IPC" = 1 ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
         step train train "$RANKS_PER_NODE" "$PYTHON" -m rlef_mega.train "$RUN") &
     PIDS[train]=$!
     say "training: $RANKS ranks resume from step $(newest_checkpoint) of $STEPS"
@@ -186,7 +186,7 @@ attempt() {
     check_network || return 2
     start_services
     wait_ready sandbox sandbox "$SANDBOX_PORT" 1 "$SANDBOX_READY_S" || return
-    if [ "$ROLLOUT_NODES" != 0 ]; then
+    if [ "$ENGINE" = sglang ]; then
         wait_ready rollout rollout "$SERVER_PORT" "$SERVERS_PER_NODE" "$SERVERS_READY_S" || return
     fi
     prepare || return 2

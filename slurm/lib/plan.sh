@@ -7,7 +7,8 @@ read_layout() { # set RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
     eval "$found"
     TRAIN_NODES=$((RANKS / RANKS_PER_NODE))
     [ "$ROLLOUT_NODES" = 0 ] || [ "$ENGINE" = sglang ] || die "rollout.engine is $ENGINE; ROLLOUT_NODES must be 0"
-    [ "$ROLLOUT_NODES" != 0 ] || [ "$ENGINE" = local ] || die "rollout.engine is $ENGINE; ROLLOUT_NODES must not be 0"
+    # without nodes of their own, servers run on the training nodes
+    [ "$ROLLOUT_NODES" != 0 ] || [ "$ENGINE" = local ] || [ -z "$PLACEMENT" ] || die "$PLACEMENT; or set ROLLOUT_NODES"
     TRAIN_GPUS=$((GPUS_PER_NODE ? RANKS_PER_NODE : 0))
     # PORT: torch.distributed; +1: network check; +2: grading; from +10: SGLang
     PORT=${PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 1000 * 10))}
@@ -18,7 +19,7 @@ print_plan() {
     cat <<END
 run        $RECIPE, $STEPS steps, in $RUN
 train      $TRAIN_NODES nodes x $RANKS_PER_NODE ranks = $RANKS ranks (srun), port $PORT of the first node
-rollout    $ROLLOUT_NODES nodes x ${SERVERS_PER_NODE} SGLang servers x ${GPUS_PER_SERVER} GPUs, ports from $SERVER_PORT (engine: $ENGINE)
+rollout    $ROLLOUT_NODES nodes x ${SERVERS_PER_NODE} SGLang servers x ${GPUS_PER_SERVER} GPUs, ports from $SERVER_PORT (engine: $ENGINE)$([ "$ROLLOUT_NODES$ENGINE" != 0sglang ] || echo ", on the training nodes")
 sandbox    $SANDBOX_NODES nodes of their own, port $SANDBOX_PORT
 allocation $(if [ "$HET" = 1 ]; then echo "a het job, one component per role"; else echo "one, of $((TRAIN_NODES + ROLLOUT_NODES + SANDBOX_NODES)) equal nodes"; fi)
 software   ${CONTAINER:-$VENV}${CONTAINER:+ ($CONTAINER_RUNTIME)}
@@ -53,7 +54,7 @@ submit() { # check the run and submit CHAIN jobs (`bash slurm/train_8b.sh`)
     [ "$GPUS_PER_NODE" = 0 ] || gpu+=(--gpus-per-node="$GPUS_PER_NODE")
     [ "$RANKS_PER_NODE" -le "$GPUS_PER_NODE" ] || [ "$GPUS_PER_NODE" = 0 ] ||
         die "$RANKS_PER_NODE ranks per node, but GPUS_PER_NODE=$GPUS_PER_NODE; lower parallel.processes_per_node"
-    [ $((SERVERS_PER_NODE * GPUS_PER_SERVER)) -le "$GPUS_PER_NODE" ] || [ "$ROLLOUT_NODES" = 0 ] ||
+    [ $((SERVERS_PER_NODE * GPUS_PER_SERVER)) -le "$GPUS_PER_NODE" ] || [ "$ENGINE" = local ] ||
         die "$SERVERS_PER_NODE servers x $GPUS_PER_SERVER GPUs per node, but GPUS_PER_NODE=$GPUS_PER_NODE; lower" \
             "rollout.servers.count or rollout.servers.tensor_parallel_size"
     local all=(--exclusive --mem=0 "--job-name=$JOB_NAME" "--time=$TIME" "--signal=B:USR1@$GRACE_S" --requeue

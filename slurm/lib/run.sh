@@ -66,7 +66,7 @@ RLEF_SANDBOX_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n') # of t
 MASTER_ADDR=${NODES[train]%% *} MASTER_PORT=$PORT
 export RLEF_SANDBOX_TOKEN MASTER_ADDR MASTER_PORT
 SETS+=("judge.servers=$(url_list sandbox "$SANDBOX_PORT" 1)")
-if [ "$ROLLOUT_NODES" != 0 ]; then
+if [ "$ENGINE" = sglang ]; then
     SETS+=("rollout.servers.port=$SERVER_PORT" "rollout.servers.urls=$(url_list rollout "$SERVER_PORT" "$SERVERS_PER_NODE")")
 fi
 SET_WORDS=()

@@ -33,6 +33,10 @@ assign_nodes() { # set NODES and GROUP from Slurm's variables, or stop
         NODES[$role]="${all[*]:0:${count[$role]}}"
         all=("${all[@]:${count[$role]}}")
     done
+    if [ "$ENGINE" = sglang ]; then # servers without nodes of their own run on the training nodes
+        NODES[rollout]=${NODES[rollout]:-${NODES[train]}}
+        GROUP[rollout]=${GROUP[rollout]:-0}
+    fi
     # without nodes of their own, graders use the idle cores of the sampling nodes, or the training nodes
     NODES[sandbox]=${NODES[sandbox]:-${NODES[rollout]:-${NODES[train]}}}
     GROUP[sandbox]=${GROUP[sandbox]:-${GROUP[rollout]:-0}}

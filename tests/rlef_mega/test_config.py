@@ -14,11 +14,12 @@ from rlef_mega.config import (
     SFTConfig,
     TrainConfig,
     apply_override,
+    check_placement,
     dump_toml,
     find_recipe,
     load_config,
 )
-from rlef_mega.preflight import check_placement, plan_train
+from rlef_mega.preflight import plan_train
 
 TRAINING_RECIPES = sorted(p.stem for p in RECIPES.glob("*.toml") if p.stem != "demo_base")
 

@@ -42,6 +42,16 @@ def test_the_newest_checkpoint_is_never_a_refused_one(tmp_path):
             ],
         ),
         (
+            "train_node.sh",
+            [
+                "1 nodes x 8 ranks = 8 ranks",
+                "0 nodes x 2 SGLang servers x 4 GPUs",
+                "on the training nodes",
+                "GiB per GPU",
+                "2 servers of 4 GPUs",
+            ],
+        ),
+        (
             "train_70b.sh",
             [
                 "128 nodes x 8 ranks = 1024 ranks",
@@ -67,3 +77,17 @@ def test_a_dry_run_prints_the_plan_of_the_nodes_that_sbatch_asks_for(script, exp
     roles = [line.split() for line in plan.stdout.splitlines() if " nodes " in line]
     dealt = sum(int(r[1]) for r in roles if r[0] in ("train", "rollout", "sandbox"))
     assert nodes == dealt
+
+
+def test_servers_on_the_training_node_need_gpus_that_no_rank_uses():
+    environment = {**os.environ, "DRY_RUN": "1", "VENV": sys.prefix, "RLEF_ROOT": str(ROOT)}
+    environment["MORE_SETS"] = "rollout.servers.release_memory=false"
+    refused = subprocess.run(
+        ["bash", str(ROOT / "slurm/train_node.sh")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert refused.returncode == 2
+    assert "the ranks take GPUs 0 to 7" in refused.stdout and "ROLLOUT_NODES" in refused.stdout

@@ -19,7 +19,14 @@ from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.slice import critic_update, on_policy_targets, policy_update
 from rlef_mega.bench.workload import fill_microbatches, random_episodes
 from rlef_mega.cli import app
-from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.config import (
+    ConfigError,
+    ParallelConfig,
+    TrainConfig,
+    check_placement,
+    find_recipe,
+    load_config,
+)
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
@@ -39,7 +46,7 @@ from rlef_mega.plan.rollouts import (
     generation,
 )
 from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, seconds
-from rlef_mega.preflight import check_placement, plan_train
+from rlef_mega.preflight import plan_train
 from tests.rlef_mega.megatron.network.test_meta_shapes import LAYOUTS, NETWORKS, build, standing_at
 from tests.rlef_mega.plan import published
 from tests.rlef_mega.plan.published import even_load
