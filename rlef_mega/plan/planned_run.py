@@ -357,6 +357,10 @@ class PlannedRun:
         token_bytes = self.server(device).token_bytes * self.weight_bytes / 2
         return dialogues * self.config.rollout.max_context * token_bytes
 
+    def sampling_fits(self, device: Device) -> bool:
+        beside = self.sampled_with(device)
+        return not beside or beside + max(rank.kept for rank in self.memory()) <= device.usable
+
     def largest_memory_fraction(self, device: Device) -> float:
         """Return the largest `rollout.servers.memory_fraction`, in steps of 0.05, with which a
         colocated server fits."""
@@ -408,7 +412,7 @@ def refuse_without_room(run: PlannedRun, device: Device) -> None:
             + " and ".join(f"{part} ({gib(fullest.parts[part])})" for part in largest)
         )
     kept, beside = max(rank.kept for rank in run.memory()), run.sampled_with(device)
-    if beside and kept + beside > device.usable:
+    if not run.sampling_fits(device):
         most = run.largest_memory_fraction(device)
         remedy = (
             f"lower rollout.servers.memory_fraction to at most {most:g}"
@@ -416,8 +420,8 @@ def refuse_without_room(run: PlannedRun, device: Device) -> None:
             else "lower rollout.max_context, or use servers"
         )
         raise ConfigError(
-            f"sampling does not fit {device.name}: it takes {gib(beside)} of a GPU, of which the "
-            f"trainer keeps {gib(kept)} meanwhile, and {gib(device.usable)} are usable; {remedy}"
+            f"sampling does not fit {device.name}: it takes {gib(beside)} of a GPU, the trainer "
+            f"keeps {gib(kept)} there meanwhile, and {gib(device.usable)} are usable; {remedy}"
             + ("" if run.offloads else ", or set learner.offload = idle")
         )
     if run.has_servers:

@@ -127,7 +127,7 @@ def lightest_that_fits(run: PlannedRun, device: Device) -> PlannedRun | None:
             if tried.colocated:
                 most = tried.largest_memory_fraction(device)
                 tried = replace(tried, memory_fraction=min(run.memory_fraction, most))
-            if not tried.colocated or server_sizes(tried, device):
+            if tried.sampling_fits(device) and (not tried.colocated or server_sizes(tried, device)):
                 return tried
     return None
 

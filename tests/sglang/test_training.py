@@ -77,7 +77,7 @@ def test_two_ranks_train_on_what_two_servers_sampled(serving, tmp_path, way, mod
 
 
 def test_one_command_trains_a_model_of_the_hub_with_a_server_on_the_same_cores(tmp_path):
-    """One rank and one server, as on one GPU: `--serve` starts the server, and ends it. The model is
+    """One rank and one server, as on one GPU: `--serve` starts the server and ends it. The model is
     a name, found in the hub's cache by the rank and by the server."""
     if not PYTHON.exists():
         pytest.skip("no .venv-sglang; `make test-sglang` makes it")

@@ -7,6 +7,7 @@ What this cannot catch: whether a recipe's plan for GPUs is right, because no GP
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,7 @@ from tests.rlef_mega.plan import published
 from tests.rlef_mega.plan.published import even_load
 
 H100 = DEVICES["h100-80gb"]
+RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 SMALL = LlamaShape(
     layers=3, hidden=128, ffn=352, heads=8, key_value_heads=4, head_dim=16, vocabulary=512
 )
@@ -393,7 +395,7 @@ def seconds_of(split: search.Split) -> float:
     return split.step.seconds
 
 
-@pytest.mark.parametrize(
+ONE_MACHINE = pytest.mark.parametrize(
     ("recipe", "gpu"),
     [
         ("llama31_8b_node", "h100-80gb"),
@@ -401,6 +403,21 @@ def seconds_of(split: search.Split) -> float:
         ("gpu1", "rtx4090"),
     ],
 )
+
+
+@ONE_MACHINE
+def test_the_recorded_rehearsal_of_a_recipe_is_as_planned_and_fits(recipe, gpu):
+    recorded = json.loads((RESULTS / f"rehearse_{recipe}.json").read_text())
+    (planned,), (rank,) = run_of(recipe).memory(), recorded["ranks"].values()
+    assert recorded["device"] == gpu
+    beside = planned.total - max(planned.phases.values())  # a resting server, the embedded engine
+    for name, size in planned.phases.items():
+        measured = rank["phases"][name.replace(" ", "_")]["peak_bytes"]
+        assert size == pytest.approx(measured, rel=0.03), name
+        assert measured + beside <= DEVICES[gpu].usable
+
+
+@ONE_MACHINE
 def test_the_other_placement_in_a_recipes_comments_fits_too(recipe, gpu):
     words = re.findall(r"--set (\S+)", find_recipe(recipe).read_text())
     assert words
