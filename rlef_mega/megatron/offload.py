@@ -14,6 +14,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 ALIGNMENT = 64  # bytes; of tensors in a host buffer
+# Of mmap, on Linux: pages are given out when they are pinned, and a rehearsal may have more of them
+# than the host
+MAP_NORESERVE = 0x4000
 
 
 class HostBuffer:
@@ -51,10 +54,9 @@ def host_bytes(size: int, *, pinned: bool) -> torch.Tensor:
     """
     if not pinned:
         return torch.empty(size, dtype=torch.uint8)
-    page = mmap.PAGESIZE
-    pages = -(-size // page) * page
-    memory = torch.empty(pages + page, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % page :][:pages]
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, pages, flags=flags), dtype=torch.uint8)
     driver, address = torch.cuda.cudart(), memory.data_ptr()
     if (fault := driver.cudaHostRegister(address, pages, 0)) != driver.cudaError.success:
         raise RuntimeError(

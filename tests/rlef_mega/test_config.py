@@ -191,5 +191,5 @@ def test_a_tilde_is_the_home_directory_where_a_path_begins(tmp_path):
 
 
 def test_an_unknown_recipe_names_the_known_ones():
-    with pytest.raises(ConfigError, match="demo, demo_base, llama31_70b"):
+    with pytest.raises(ConfigError, match="demo, demo_base, gpu1, llama31_70b"):
         find_recipe("demmo")
