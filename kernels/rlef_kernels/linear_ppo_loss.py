@@ -7,8 +7,9 @@
 Because dL/dlogprob_t depends on row t alone, the gradient of a row's logits can be written as soon
 as the row's sum of exponentials is known, while its logits are still in memory. So the forward pass
 computes the gradients, chunk by chunk of rows, and the backward pass only scales them by its
-upstream gradient. FLOPs: 3 P = 6 T V D, all of them forward; P without gradients. Bytes that must
-move: hidden and weight read, and their gradients written, once per chunk.
+upstream gradient. FLOPs: three products of 2 T V D each, all in the forward pass; one without
+gradients. Bytes that must move: a chunk's hidden states are read and their gradient written once;
+the weight is read, and its gradient updated, once per chunk.
 
 Vocab-parallel: a chunk's rows need the sums of every rank before the gradient, so there is one
 small all-gather ([C, 4]) per chunk, and dhidden is summed over the group.
@@ -178,8 +179,9 @@ def linear_ppo_loss(
     *forward* pass, if gradients are enabled; `loss.backward()` must follow, with an upstream
     gradient of 1.
 
-    Raises ValueError as `linear_logprob` does, and for clip_eps <= 0; `backward` raises it if the
-    upstream gradient is not 1 (on a GPU, a device-side assertion fails).
+    Raises ValueError as `linear_logprob` does, and for clip_eps <= 0; with
+    `accumulate_main_grad`, `backward` raises it if the upstream gradient is not 1 (on a GPU, a
+    device-side assertion fails).
     """
     check_head(hidden_TD, weight_VD)
     check_temperature(temperature)

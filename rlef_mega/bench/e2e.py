@@ -26,7 +26,10 @@ def benchmark(recipe: str) -> Results:
             mode=config.rollout.mode,
             ranks=config.world_size,
         )
-    notes = ("tokens are those of whole dialogues, prompts and feedback included",)
+    notes = (
+        "tokens are those of whole dialogues, prompts and feedback included; those sampled, of "
+        "responses only",
+    )
     return Results(f"rlef bench e2e: {recipe}", about, figures(records, config.world_size), notes)
 
 

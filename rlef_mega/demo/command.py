@@ -1,6 +1,7 @@
 """`rlef demo`: make a base model, train it with RLEF, export it, write the report.
 
-A stage whose result exists is skipped, so an interrupted or killed demo resumes.
+The base model and the export are made once, training resumes from its newest checkpoint, and the
+report is written again; so an interrupted or killed demo resumes.
 """
 
 import time

@@ -1,9 +1,9 @@
 """The tokenizer of our own small models: byte-level BPE, trained on curriculum dialogues.
 
-Digits, spaces, quotes and the opening fence are separate tokens. A word is then the same token in
-feedback (`'Hello Bob'`) and in code (`print('Hello',input())`), and copying it takes one step of
-attention. Control tokens have Llama 3's names, so the chat format is Llama 3.1's
-(`chat.ChatFormat`).
+Digits, quotes, fences and words are separate pieces; a space before a word or a quote belongs to
+its piece. A word after a quote is then the same token in feedback (`'Hello Bob'`) and in code
+(`print('Hello',input())`), and copying it takes one step of attention. Control tokens have Llama
+3's names, so the chat format is Llama 3.1's (`chat.ChatFormat`).
 """
 
 from collections.abc import Iterator

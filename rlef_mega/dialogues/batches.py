@@ -3,10 +3,11 @@ stream of dialogues that never pauses (async mode).
 
 Theory of operation. Dialogue n of a run has the same problem and the same seed in both modes and on
 any number of ranks. In sync mode each rank runs its share of a batch's dialogues while the trainer
-waits. In async mode each rank has a thread with an event loop, in which a `Stream` runs the rank's
-share of the groups one number after another, while the rank's main thread trains; `batch` takes
-finished groups from it and gathers those of all ranks. Evaluations run in the same event loop. A
-group has the `rollout.samples_per_problem` dialogues about one problem, and is never divided.
+waits. In async mode each rank has a thread with an event loop, in which a `Stream` starts the
+rank's share of the groups in the order of their numbers, many at a time, while the main thread
+trains; `batch` takes finished groups from it and gathers those of all ranks. Evaluations run in the
+same event loop. A group has the `rollout.samples_per_problem` dialogues about one problem, and is
+never divided.
 
 Leaving the `with` block cancels the dialogues that are running. A checkpoint stores the numbers of
 the groups not taken yet (`state`); a resumed run starts these dialogues again. No dialogue is

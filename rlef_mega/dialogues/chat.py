@@ -66,8 +66,9 @@ class ChatFormat:
 
     @classmethod
     def from_folder(cls, folder: Path, name: str = "auto") -> Self:
-        """Return the chat format of a Hugging Face model folder, whose responses end with every
-        token that its tokenizer, config.json or generation_config.json declares.
+        """Return the chat format of a Hugging Face model folder. Responses end with the
+        template's end of turn, and with every token that tokenizer, config.json or
+        generation_config.json declares as an end.
 
         Raises ValueError, with the remedy, if there is none, or if the text of a message could
         become control tokens.

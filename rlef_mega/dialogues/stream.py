@@ -1,24 +1,24 @@
 """Dialogues that run while the trainer trains, and batches of those that have finished.
 
 Theory of operation. Everything runs in one event loop. Dialogues have numbers and start in that
-order. At most `open_dialogues` run at a time. While the trainer's weights have version v, at most
+order. At most `open_dialogues` run at a time. While the trainer's weights have `version`, at most
 
-    batch * (v - first version + 1 + max_staleness)
+    batch * (version - first version + 1 + max_staleness)
 
 dialogues have been started in all. So at most `max_staleness` + 1 batches are started and not yet
 taken: this bounds the queue, and makes the engine wait for the trainer.
 
 `take` waits until a batch of dialogues has finished, and until the dialogues that it would leave
 for later batches can still be taken before they are more than `max_staleness` versions old: of the
-dialogues that started with weights of version v or before, at most
+dialogues that started with weights of version v or before, for each v, at most
 
     batch * (v + max_staleness - version)
 
-may be left, because that many fit into the batches until then. Waiting suffices to reach this:
-before each `take` at most one batch more than that is left. Finished dialogues are taken in the
-order in which they started. Of the oldest dialogues (one batch of them), at most the share
-`max_passed_over` may be missing; without this bound, one batch would have the short dialogues and
-the next one the long ones.
+may be left, because that many fit into the batches until then. Before each `take` at most one batch
+more than this is untaken, finished or running, so a full batch of them satisfies the bound: it is
+enough to wait until they finish. Finished dialogues are taken in the order in which they started.
+Of the oldest dialogues (one batch of them), at most the share `max_passed_over` may be missing;
+without this bound, one batch would have the short dialogues and the next one the long ones.
 
 So every dialogue is taken exactly once, and before it is too old. A batch closes without the
 longest dialogues; these are in a later batch. With `max_staleness` 0 this is synchronous training.
@@ -39,8 +39,8 @@ Outcome = TypeVar("Outcome")
 
 
 class Stream(Generic[Outcome]):
-    """Runs dialogues: `run(number)` returns the outcome of one. `numbers` gives their order; at its
-    end, the dialogues not yet taken must be whole batches. `version` is that of the trainer's
+    """Runs dialogues: `run(number)` returns the outcome of one. `numbers` gives their order; their
+    count must be a multiple of `batch`. `version` is that of the trainer's
     weights; call `advance` with each newer one, after a `take`."""
 
     def __init__(

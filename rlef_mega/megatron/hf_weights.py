@@ -69,12 +69,11 @@ def iter_hf_weights(
     """Gather every tensor in Hugging Face's order; yields (name, whole tensor) on every rank of the
     layout. Collective: every rank must exhaust it.
 
-    A yielded tensor belongs to the receiver: it is a fresh copy, and neither its memory nor its
-    bucket's is written to again. So no receiver needs to clone it. It may be a view of its bucket,
-    whose memory is freed with the last tensor of the bucket that is dropped. A receiver that drops
-    each tensor before it asks for the next one needs one bucket of extra memory; one that keeps all
-    of them holds a copy of the whole model. (torch.no_grad as a decorator would hold each tensor
-    until the next one is there.)
+    The memory of a yielded tensor is not written to again, so no receiver needs to clone it. It may
+    be a view of its bucket, which is freed when all tensors of the bucket are dropped. A receiver
+    that drops each tensor before it asks for the next one needs one bucket of extra memory; one
+    that keeps all of them holds a copy of the whole model. (torch.no_grad as a decorator would hold
+    each tensor until the next one is there.)
 
     One collective carries a bucket of many small tensors; a tensor that is larger than a bucket is
     a bucket of its own.
@@ -171,8 +170,8 @@ def export_hf(
     """Write a folder that transformers loads: a policy's weights from the tensors, everything else
     from the source. The writer copies the whole network to host memory.
 
-    Collective where the tensors are (`iter_hf_weights`): every rank calls it, one of them with
-    `is_writer`. The folder appears complete or not at all; an existing one is replaced.
+    If `named_tensors` comes from a collective (`iter_hf_weights`), every rank calls this, one of
+    them with `is_writer`. The folder appears complete or not at all; an existing one is replaced.
     """
     state: dict[str, torch.Tensor] = {}
     for name, tensor in named_tensors:

@@ -224,9 +224,9 @@ class Learner:
         microbatches: Sequence[Microbatch],
         read: ReadFunction,
     ) -> None:
-        """Run this network, or policy and reference together, if this rank has it. Write what
-        `read` returns for each micro-batch to its indices of the results, on the one rank that
-        reports outputs."""
+        """Run this network, or policy and reference together, if this rank has it. On the
+        one rank of each data-parallel part that reports outputs, write what `read` returns of each
+        micro-batch to its indices of the results."""
         models = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
         chosen = [model.chunks for name in names if (model := models[name])]
         if not chosen:
@@ -279,7 +279,8 @@ class Learner:
         sequences = order.tolist()
         if sorted(sequences) != list(range(batch.num_sequences)) or len(sequences) < parts:
             raise ValueError(
-                f"order must permute {batch.num_sequences} sequences, at least {parts} of them"
+                f"order must be a permutation of the {batch.num_sequences} sequences, of which "
+                f"there must be at least ppo.updates_per_batch = {parts}"
             )
         bounds = [len(sequences) * part // parts for part in range(parts + 1)]
         chosen = [sequences[start:end] for start, end in itertools.pairwise(bounds)]

@@ -163,10 +163,12 @@ def check_gpus(processes: int, layout: ParallelConfig) -> None:
         left //= most
         if most != size:
             sets.append(f"--set parallel.{key}={most}")
-    others = "" if layout.world_size == processes else " and remove [critic_parallel]"
+    remedies = [f"add {' '.join(sets)}"] if sets else []
+    if layout.world_size != processes:
+        remedies.append("remove [critic_parallel]")
     raise ConfigError(
         f"the layout has {processes} ranks, which need a GPU each, and PyTorch finds {gpus} here: "
-        f"add {' '.join(sets)}{others}, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        f"{' and '.join(remedies)}, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
     )
 
 
@@ -257,8 +259,8 @@ def explain_memory(error: Exception, rank: str) -> str | None:
 def collect_garbage_by_hand() -> None:
     """Switch automatic garbage collection off; `collect_garbage` runs at the end of a step instead.
 
-    A collection stops every thread, rollouts included, for about 0.1 s even for the youngest
-    generation (tens of thousands of log-probs). Almost none of our objects form cycles.
+    Even a collection of the youngest generation, tens of thousands of log-probs, stops every thread
+    for about 0.1 s, rollouts included. Almost none of our objects form cycles.
     """
     gc.collect()
     gc.freeze()  # later collections skip what imports have created

@@ -133,7 +133,8 @@ def refuse_collisions(members: Sequence[object]) -> None:
 
 def parse(wire: bytes) -> object:
     """Parse JSON, with its objects as `Tagged`. Raises ValueError if it is malformed."""
-    if wire.count(b"[") + wire.count(b"{") > MAX_BRACKETS:  # rare, so the full count is rare
+    # only a value with so many brackets can be nested too deep
+    if wire.count(b"[") + wire.count(b"{") > MAX_BRACKETS:
         brackets = STRING.sub(b"", wire).translate(None, NO_BRACKET)
         if max(itertools.accumulate(map(STEP.__getitem__, brackets)), default=0) > MAX_BRACKETS:
             raise ValueError(f"malformed value: nested more than {MAX_DEPTH} deep")

@@ -14,9 +14,9 @@ a C compiler, where every run is a RUN). The loop polls the children's pidfds, r
 clocks, kills a child that passes a limit, reports once that a child sleeps, and sends what the
 kernel reported of its end. Each child is alone with its parent in a pid namespace (csrc/spawn.c),
 if the machine allows one, so that its ids reveal nothing about other runs. The loop never waits for
-one child alone, so a sleeper delays no other run. A child reports how far it came in shared memory.
-Before its program's first line it unmaps that memory and closes every descriptor but its own files,
-so no program can reach zygote or controller.
+one child alone, so a sleeper delays no other run. In memory that it shares with the zygote, a child
+reports how far it has come. Before its program's first line it unmaps that memory and closes every
+descriptor but its own files, so no program can reach zygote or controller.
 
 What ends them: the end of a session kills its child or program server. The end of the channel, or
 the controller's death (seen by its pidfd), ends the zygote. The death of a parent kills its

@@ -3,7 +3,7 @@
 
 One program loops over all tokens and sums in a fixed order, so the result is deterministic without
 a second launch. About 30 T FLOPs, 20 T bytes read and 4 T written, on one multiprocessor: meant for
-the 10^3 to 10^5 tokens of a micro-batch, where launching takes most of the time.
+the 10^3 to 10^5 tokens of a micro-batch; for few of them the launch takes most of the time.
 
 Shape suffixes: T tokens; B tokens of one iteration.
 """

@@ -3,6 +3,7 @@
 FLOPs of a tile: 2 R C D for the product, about 8 R C for the statistics. Bytes: 12 R written.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard; of a tile, R rows and C columns.
+Inside `product_tile`, D is the depth of one step and `width` the hidden size.
 """
 
 import torch

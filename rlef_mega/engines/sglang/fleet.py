@@ -4,12 +4,13 @@ Theory of operation. All of this runs in one event loop (engine.py).
 
 A dialogue's first request goes to a ready server with the fewest requests, its later ones to the
 same server, which has the context in its cache. At most `concurrency` requests are open at a
-server; further ones queue there. A request has no time limit of its own while its server is
-healthy: a server that was silent for `heartbeat_s` gets a health check.
+server; further ones queue there. `deadline_s` bounds a request with all its tries and waits; a
+single try has no limit while its server is healthy: a server that was silent for `heartbeat_s` gets
+a health check.
 
 A server that fails. A server is taken out if it cannot be reached, breaks the connection, returns a
 malformed answer or one from old weights, or fails its health check. Requests that queue there move
-to another server, and so does the one that failed, at most MOST_TRIES times within `deadline_s`.
+to another server. The one that failed is tried again elsewhere, MOST_TRIES tries in all.
 If no server was ready for `lost_s`, all waiting requests fail with EngineLostError.
 
 A server that comes back. A task for each server that is out asks for its health and its weight
@@ -39,7 +40,7 @@ from rlef_mega.types import Completion
 MOST_TRIES = 4  # of a request: one that kills servers must not kill all of them
 FIRST_PROBE_S = 0.2
 SLOWEST_PROBE_S = 5.0
-SETTLE_S = 2.0  # for the other servers, once the first has new weights
+SETTLE_S = 2.0  # that requests wait, from `expect` on, for all servers that were ready
 
 
 @dataclass

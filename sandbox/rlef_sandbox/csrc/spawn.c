@@ -9,10 +9,11 @@
  * memory shared with the zygote, and ends the child: a fault of the sandbox, never a verdict.
  *
  * Where the machine allows, a child runs in a user namespace, in which its threads are counted, and
- * in a pid namespace, in which its ids begin with 2. A zygote cannot fork into these, and a program
- * that is their process 1 would not be ended by signals. So each cell has an `init`, made once, which
- * shares the zygote's memory and descriptors, and starts and reaps one child after another. The two
- * share errno and the C library's thread too: whatever init does while the zygote works cannot fail.
+ * in a pid namespace, in which its ids begin with 2. A plain fork leaves a child in the zygote's own
+ * namespaces, and process 1 of a pid namespace ignores signals without a handler. So each cell, the
+ * place of one child at a time, has an `init`, made once, which shares the zygote's memory and
+ * descriptors, and starts and reaps one child after another. It has no thread-local storage of its
+ * own, so the two share errno too: while the zygote works, init makes only calls that cannot fail.
  *
  * launch_plan.py mirrors `struct plan`; supervisor_python.py takes the same steps in Python. Each
  * layer is one function here, which returns 0, or -1 with errno set.
@@ -44,7 +45,7 @@
 #define PENDING_SIGNALS 64 /* as in launch_plan.py */
 #define BORROWED_STACK_BYTES (16 << 10) /* of a child that shares our memory until it execs */
 #define INIT_STACK_BYTES ((16 << 10) + BORROWED_STACK_BYTES)
-#define REAPED_ID (1 << 30) /* of no process; stands for that of one that ended at once */
+#define REAPED_ID (1 << 30) /* above every process id: init had reaped the child before its id was read */
 #define FIRST_ID 2 /* in a pid namespace, after that of its init */
 #ifndef SYS_close_range
 #define SYS_close_range 436
@@ -62,7 +63,7 @@ struct init {
     const struct plan *plan;
     sigset_t signals; /* of the child */
     jmp_buf resume;   /* where the child continues, on the zygote's stack */
-    uint32_t settled, reaped; /* futexes: whether that is so */
+    uint32_t settled, reaped; /* futexes: 1 once the child has started or failed to start; once it is reaped */
     pid_t child; /* its id in its namespace */
     int pidfd;
     int error; /* errno, if there is no child */
