@@ -106,6 +106,7 @@ class Child:
         # for tracebacks and `inspect`; read when asked
         linecache.cache[FILE_NAME] = (lambda: source.decode("utf-8", "replace"),)
         self.error: BaseException | None = None  # of the program
+        self.kept: object = None  # of the zygote; to free it would copy many pages
         self._request = {} if call is None else json.loads(call)
         self._name = "__main__" if call is None else "solution"
         self._module = sys.modules[self._name] = types.ModuleType(self._name)

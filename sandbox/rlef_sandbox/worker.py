@@ -58,7 +58,8 @@ package = types.ModuleType("rlef_sandbox")
 package.__path__ = [{PACKAGE_DIRECTORY!r}]
 sys.modules["rlef_sandbox"] = package
 from rlef_sandbox.MODULE import main
-child = main()
+main()
+child = package.child
 try:
     exec(child.code, child.namespace)
 except BaseException as error:

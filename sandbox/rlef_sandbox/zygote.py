@@ -33,6 +33,7 @@ import os
 import resource
 import sys
 import types
+from typing import Any
 
 from . import callers_state, kernel, program
 from .confinement import VisibleFiles, confine_zygote, library_files
@@ -176,13 +177,15 @@ def _set_stack_limit() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def main() -> program.Child:
-    """Become a zygote. Returns only in its children. The arguments are the descriptors of the
-    control channel and the controller, the path of the C library, the packages
-    (`packages.Packages`) as JSON, and the cgroup; library and cgroup may be empty.
+def main() -> None:
+    """Become a zygote. Returns only in its children, with a `program.Child` as `child` of the
+    package. The arguments are the descriptors of the control channel and the controller, the path
+    of the C library, the packages (`packages.Packages`) as JSON, and the cgroup; library and cgroup
+    may be empty.
     """
     callers_state.reset()
     _set_stack_limit()
+    package: Any = sys.modules[__package__]
     *descriptors, library, packages, cgroup = sys.argv[1:]
     named, modules, paths = json.loads(packages)
     channel, controller = (_moved_out_of_the_way(int(number)) for number in descriptors)
@@ -203,4 +206,5 @@ def main() -> program.Child:
     gc.freeze()
     gc.disable()
     os.write(channel, json.dumps(layers).encode())
-    return zygote.serve()
+    package.child = zygote.serve()
+    package.child.kept = zygote, layers, namespaces

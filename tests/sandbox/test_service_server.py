@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -194,6 +195,44 @@ def test_clients_take_turns():
         for thread, replies in work:
             thread.join()
             assert replies[0].json["results"][0]["status"] == "OK"
+
+
+def test_a_client_leaves_a_part_of_the_queue_to_others():
+    with ServerProcess(*ONE_JOB, "--queue", "4") as server:
+        work = [run_aside(lambda: server.grade(grade_body(sleeper(2)))) for _ in range(4)]
+        until(lambda: server.metrics()["queue_length"] == 3)
+        assert server.grade(grade_body("print('done')")).status == 429
+        other = http.client.HTTPConnection(
+            "127.0.0.1", server.port, source_address=("127.0.0.2", 0)
+        )
+        other.request("POST", "/v1/grade", json.dumps(grade_body("print('done')")), JSON)
+        assert other.getresponse().status == 200
+        other.close()
+        for thread, replies in work:
+            thread.join()
+            assert replies[0].status == 200
+        assert server.grade(grade_body("print('done')")).status == 200
+
+
+@pytest.mark.slow
+def test_a_connection_without_a_whole_head_is_closed():
+    with ServerProcess(*ONE_JOB) as server:
+        work = {**grade_body(sleeper(40)), "limits": {"wall_s": 60}}
+        thread, replies = run_aside(lambda: server.grade(work))
+        silent, dripping = (socket.create_connection(("127.0.0.1", server.port)) for _ in range(2))
+        dripping.sendall(b"GET /health HTTP/1.1\r\nX-Long: ")
+        busy = http.client.HTTPConnection("127.0.0.1", server.port)
+        for _ in range(40):
+            with contextlib.suppress(OSError):
+                dripping.sendall(b"-")
+            busy.request("GET", "/metrics")
+            assert busy.getresponse().read()
+            time.sleep(1)
+        for connection in (silent, dripping):
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        thread.join()
+        assert replies[0].json["results"][0]["status"] == "OK"
 
 
 def test_a_client_that_leaves_frees_its_place_but_not_what_others_wait_for(server):

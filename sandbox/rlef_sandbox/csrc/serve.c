@@ -372,7 +372,7 @@ static void supervise(struct server *server, const struct pollfd *polled, const 
         struct child *child = &server->children[cells[index]];
         if (polled[index].revents == 0 || child->process.pid == 0)
             continue;
-        if (polled[index].fd == child->process.pidfd) {
+        if (polled[index].fd != child->session) {
             finish(server, cells[index]);
         } else if (recv(child->session, &word, 1, MSG_DONTWAIT) == 1) {
             obey(child, word);
@@ -430,8 +430,8 @@ void rlef_leave_trust(struct server *server)
 /* Serves until Python must act: see above. */
 int rlef_serve(struct server *server)
 {
-    struct pollfd polled[2 + 2 * MAX_CHILDREN];
-    int cells[2 + 2 * MAX_CHILDREN];
+    struct pollfd polled[2 + 3 * MAX_CHILDREN];
+    int cells[2 + 3 * MAX_CHILDREN];
     for (;;) {
         if (server->pending) {
             struct prepared *prepared = plan_of_request(server);
@@ -448,8 +448,10 @@ int rlef_serve(struct server *server)
             const struct child *child = &server->children[cell];
             if (child->process.pid == 0)
                 continue;
-            cells[count] = cell;
-            polled[count++] = (struct pollfd){child->process.pidfd, POLLIN, 0};
+            for (int index = 0; index < 2; index++) { /* poll skips -1 */
+                cells[count] = cell;
+                polled[count++] = (struct pollfd){child->process.awaited[index], POLLIN, 0};
+            }
             if (child->awaited) {
                 cells[count] = cell;
                 polled[count++] = (struct pollfd){child->session, POLLIN | POLLRDHUP, 0};

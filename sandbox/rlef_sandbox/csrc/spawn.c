@@ -73,6 +73,8 @@ struct init {
 static struct init inits[MAX_CHILDREN] __attribute__((aligned(16)));
 static pid_t init_pids[MAX_CHILDREN]; /* or 0 */
 static int init_bells[MAX_CHILDREN];  /* eventfds that signal an order */
+static int init_ends[MAX_CHILDREN];   /* eventfds that signal that the child is reaped */
+static int init_pidfds[MAX_CHILDREN];
 static int own_pidfd, last_id;        /* see rlef_own_children */
 
 static int die_with_parent(pid_t parent)
@@ -129,8 +131,9 @@ static int install_filter(const struct plan *plan)
 {
     if (plan->filter == NULL)
         return 0;
+    uint32_t own_pid = (uint32_t)getpid();
     for (int index = 0; index < plan->own_pid_count; index++)
-        *plan->own_pids[index] = (uint32_t)getpid();
+        *plan->own_pids[index] = own_pid;
     return (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, plan->filter);
 }
 
@@ -257,6 +260,7 @@ static void say(uint32_t *futex)
 
 static int be_init(void *argument)
 {
+    static const uint64_t ring = 1;
     struct init *init = argument;
     struct pollfd awaited[] = {{init_bells[init - inits], POLLIN, 0}, {own_pidfd, POLLIN, 0}};
     uint64_t rung;
@@ -277,6 +281,8 @@ static int be_init(void *argument)
         init->ended.lost_memory = rlef_lost_memory(init->child);
         wait4(init->child, &init->ended.wait_status, 0, &init->ended.usage);
         say(&init->reaped);
+        if (write(init_ends[init - inits], &ring, sizeof ring) < 0)
+            _exit(1);
     }
 }
 
@@ -297,8 +303,7 @@ static int make_init(int cell, int namespaces)
     struct init *init = &inits[cell];
     sigset_t all, before;
     init_bells[cell] = eventfd(0, EFD_CLOEXEC);
-    if (init_bells[cell] < 0)
-        return -1;
+    init_ends[cell] = eventfd(0, EFD_CLOEXEC);
     sigfillset(&all); /* no handler may run on its stack */
     sigprocmask(SIG_SETMASK, &all, &before);
     pid_t pid = clone(be_init, init->stack + sizeof init->stack,
@@ -307,10 +312,12 @@ static int make_init(int cell, int namespaces)
     sigprocmask(SIG_SETMASK, &before, NULL);
     if (pid < 0) {
         close(init_bells[cell]);
+        close(init_ends[cell]);
         errno = error;
         return -1;
     }
     init_pids[cell] = pid;
+    init_pidfds[cell] = (int)syscall(SYS_pidfd_open, pid, 0);
     return 0;
 }
 
@@ -337,7 +344,8 @@ static __attribute__((noinline)) int start_in_namespaces(const struct plan *plan
         return -1;
     }
     pid_t id = fcntl(init->pidfd, F_GETOWN);
-    *child = (struct started){id > 0 ? id : REAPED_ID, init->pidfd, 1};
+    *child = (struct started){id > 0 ? id : REAPED_ID, init->pidfd, 1,
+                              {init_ends[cell], init_pidfds[cell]}};
     return 1;
 }
 
@@ -370,6 +378,8 @@ int rlef_spawn(const struct plan *plan, int cell, struct started *child)
         errno = number;
         return -1;
     }
+    child->awaited[0] = child->pidfd;
+    child->awaited[1] = -1;
     return 1;
 }
 
@@ -377,7 +387,10 @@ int rlef_spawn(const struct plan *plan, int cell, struct started *child)
 void rlef_reap(int cell, const struct started *child, struct ended *ended)
 {
     if (child->by_init) {
+        uint64_t rung;
         await(cell, &inits[cell].reaped);
+        if (read(init_ends[cell], &rung, sizeof rung) < 0)
+            _exit(1);
         *ended = inits[cell].ended;
         memset(&inits[cell].ended, 0, sizeof *ended); /* children have a copy of this memory */
     } else {

@@ -42,7 +42,8 @@ struct plan {
 struct started {
     pid_t pid;
     int pidfd;
-    int by_init; /* process 1 of its own namespaces is its parent */
+    int by_init;    /* process 1 of its own namespaces is its parent */
+    int awaited[2]; /* one can be read when it can be reaped, or its init has ended; or -1 */
 };
 
 /* How a child ended. */

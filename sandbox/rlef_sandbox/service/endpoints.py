@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import platform
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
 from .command import is_loopback
 from .grading_process import RECORDS, GradingProcess
@@ -37,6 +39,8 @@ from .wire import REQUEST_ID
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
 HOST_FORM = re.compile(r"(?:\[([\da-f:.]+)\]|([\w.-]+))(?::\d+)?", re.ASCII | re.IGNORECASE)
+# Without a complete head of a request. Clients keep a connection for less (aiohttp's for 15 s).
+IDLE_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S, BODY_BYTES_PER_S = 30.0, 256 << 10  # a body arrives within 30 s, or at this rate
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -85,6 +89,8 @@ class GradingService:
         self.metrics = GradingMetrics()
         self.queue = GradingQueue(settings.jobs, settings.queue, settings.keep, self.metrics)
         self._held_bytes = 0
+        # by connection: since when it has no request, or never if it has one
+        self.idle_since_s: dict[RequestHandler, float] = {}
         for name, read, meaning in (
             ("queue_length", lambda: self.queue.waiting, "Requests that wait for the sandbox."),
             ("running", lambda: self.queue.running, "Requests in the sandbox."),
@@ -98,6 +104,19 @@ class GradingService:
             lambda: grader.zygotes_started,
             "Zygotes started: one per worker, and one for each that was lost.",
         )
+
+    def close_idle(self, connections: Iterable[RequestHandler]) -> None:
+        """Close those of all connections that have had no request for too long: no deadline of
+        aiohttp's bounds the head of a request.
+        """
+        now_s = time.monotonic()
+        known = self.idle_since_s
+        self.idle_since_s = {one: known.get(one, now_s) for one in connections}
+        for one, since_s in self.idle_since_s.items():
+            transport = one.transport
+            is_sending = transport is not None and transport.get_write_buffer_size() > 0
+            if now_s - since_s > IDLE_TIMEOUT_S and not is_sending:
+                one.force_close()
 
     def application(self) -> web.Application:
         application = web.Application(
@@ -116,6 +135,7 @@ class GradingService:
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Check the token, turn refusals into JSON, and count, around every request."""
         arrived_s = time.monotonic()
+        self.idle_since_s[request.protocol] = math.inf
         code = "disconnected"
         try:
             try:
@@ -130,6 +150,7 @@ class GradingService:
                 response.force_close()
             return response
         finally:
+            self.idle_since_s[request.protocol] = time.monotonic()
             resource = request.match_info.route.resource
             endpoint = resource.canonical if resource else "other"
             self.metrics.requests.add(endpoint, code)
@@ -242,7 +263,9 @@ class GradingService:
                 request_id, digest, client, lambda: self.grader.answer(path, body.content)
             )
         except QueueFullError as error:
-            raise self.full(error.retry_after_s, "the queue is full") from None
+            raise self.full(
+                error.retry_after_s, "the queue, or one client's share, is full"
+            ) from None
         body.user = grading.task
         return grading
 

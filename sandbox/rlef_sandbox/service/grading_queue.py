@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from typing import NamedTuple
 from ..verdict import Status
 from .metrics import GradingMetrics
 
+MOST_SHARE = 3 / 4  # of the queue, for one client
 SMOOTHING = 0.05  # weight of the newest run in the mean from which Retry-After follows
 MOST_RETRY_AFTER_S = 30
 # Errors of the sandbox, not of the program.
@@ -118,7 +120,9 @@ class Turns:
 
 
 class GradingQueue:
-    """At most `jobs` pieces of work run, and at most `capacity` wait."""
+    """At most `jobs` pieces of work run, and at most `capacity` wait, MOST_SHARE of them for one
+    client.
+    """
 
     def __init__(
         self, jobs: int, capacity: int, keep: AnswerRetention, metrics: GradingMetrics
@@ -131,6 +135,7 @@ class GradingQueue:
         self._turns = Turns(jobs)
         self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="grading")
         self._open: dict[str, Grading] = {}
+        self._open_of: Counter[str] = Counter()  # by client
         self._kept: OrderedDict[str, Grading] = OrderedDict()  # oldest first
         self._kept_bytes = 0
         self._mean_run_s = 0.05
@@ -152,15 +157,17 @@ class GradingQueue:
     def submit(
         self, request_id: str, digest: bytes, client: str, work: Callable[[], GradingAnswer]
     ) -> Grading:
-        """Queue new work of a client. Raises QueueFullError if the queue is full."""
+        """Queue new work of a client. Raises QueueFullError if the queue, or its share, is full."""
         assert request_id not in self._open and request_id not in self._kept
-        if len(self._open) >= self.jobs + self.capacity:
+        share = self.jobs + math.ceil(MOST_SHARE * self.capacity)
+        if len(self._open) >= self.jobs + self.capacity or self._open_of[client] >= share:
             raise QueueFullError(self.retry_after_s())
         grading = Grading(request_id, digest)
         self._open[request_id] = grading
+        self._open_of[client] += 1
         self._idle.clear()
         grading.task = asyncio.create_task(self._do(grading, client, work))
-        grading.task.add_done_callback(lambda _: self._close(grading))
+        grading.task.add_done_callback(lambda _: self._close(grading, client))
         return grading
 
     async def answer(self, grading: Grading) -> GradingAnswer:
@@ -210,8 +217,9 @@ class GradingQueue:
                 self._metrics.faults.add(status)
         return answer
 
-    def _close(self, grading: Grading) -> None:
+    def _close(self, grading: Grading, client: str) -> None:
         """Keep the answer of a task that has ended, if it has one."""
+        self._open_of -= Counter([client])  # and drop those that have none
         if self._open.get(grading.request_id) is grading:
             del self._open[grading.request_id]
         if not self._open:

@@ -28,6 +28,7 @@ from .grading_process import PING, GradingProcess
 SEND_TIMEOUT_S = 30.0  # to send the last answers, once all work is finished
 UNREAD_TIMEOUT_MS = 120_000
 PING_EVERY_S = 10.0
+CLOSE_IDLE_EVERY_S = 5.0
 CHILD_TIMEOUT_S = 300.0  # more than one call of C takes on a body of the largest default size
 BACKLOG = 4096  # connections not yet accepted: a client may open all of its own at once
 
@@ -78,8 +79,8 @@ async def serve_and_drain(
         auto_decompress=False,  # a body is never larger than what arrived
         shutdown_timeout=SEND_TIMEOUT_S,
     )
-    watching = asyncio.create_task(watch(grader))
     await runner.setup()
+    tasks = [asyncio.create_task(watch(grader)), asyncio.create_task(close_idle(service, runner))]
     await web.SockSite(runner, listener, backlog=BACKLOG).start()
     print(
         f"serving on {address_of(listener)}: {settings.workers} workers, queue {settings.queue}, "
@@ -93,7 +94,8 @@ async def serve_and_drain(
         flush=True,
     )
     await service.queue.drained()
-    watching.cancel()
+    for task in tasks:
+        task.cancel()
     await runner.cleanup()
     service.queue.shut_down()
     return exit_code
@@ -110,6 +112,13 @@ async def watch(grader: GradingProcess) -> None:
             except TimeoutError:
                 print(f"the process that grades has hung for {CHILD_TIMEOUT_S:g} s", flush=True)
                 grader.kill()
+
+
+async def close_idle(service: GradingService, runner: web.AppRunner) -> None:
+    """Close connections that wait too long for a request, for as long as the server runs."""
+    while runner.server is not None:
+        await asyncio.sleep(CLOSE_IDLE_EVERY_S)
+        service.close_idle(runner.server.connections)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
