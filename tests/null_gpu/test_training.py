@@ -73,7 +73,8 @@ def test_two_pipeline_stages_train_in_bfloat16(model, tmp_path):
     run = tmp_path / "run"
     layout = ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2")
     wider = ("guard.max_logprob_gap=1", "guard.mean_logprob_gap=1")
-    train(run, model, *layout, *wider, "model.dtype='bfloat16'", "run.steps=1", gpus=2)
+    short = ("run.steps=1", "rollout.episodes_per_batch=2", "ppo.updates_per_batch=1")
+    train(run, model, *layout, *wider, *short, "model.dtype='bfloat16'", gpus=2)
     (found,) = metrics(run)
     assert found["tokens"] > 0 and 0 < found["policy_grad_norm"] < 100
     assert found["logprob_gap_max"] < 0.1
@@ -88,7 +89,8 @@ def test_a_full_device_names_phase_and_rank_and_loses_nothing(model, tmp_path):
     """At each moment of a step; then the run, resumed with more memory, ends."""
     run = tmp_path / "run"
     place = [f"run.dir={json.dumps(str(run))}", f"model.path={json.dumps(str(model))}"]
-    overrides = [*place, *SETTINGS, "parallel.tensor_model_parallel_size=1"]
+    short = ("parallel.tensor_model_parallel_size=1", "rollout.episodes_per_batch=2")
+    overrides = [*place, *SETTINGS, *short]
     config = load_config(find_recipe("demo"), overrides, TrainConfig)
     claim_run_directory(config, run, check_train(config, grading_token=None))
     moments = ("start", "rollout", "score", "update", "publish", "checkpoint")
