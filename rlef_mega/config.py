@@ -187,8 +187,13 @@ class ServersConfig(Section):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        here = (f"http://{self.host}:{self.port + n}" for n in range(self.count))
-        return self.urls or tuple(here)
+        return self.urls or self.own_addresses
+
+    @property
+    def own_addresses(self) -> tuple[str, ...]:
+        """Return the addresses of the servers that `rlef serve` starts here."""
+        host = f"[{self.host}]" if ":" in self.host else self.host  # IPv6
+        return tuple(f"http://{host}:{self.port + n}" for n in range(self.count))
 
 
 class RolloutConfig(Section):

@@ -13,9 +13,12 @@ hardware FLOPs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from transformers import PretrainedConfig
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class LlamaShape:
     tied: bool = False  # head and embedding are one matrix
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Self:
+    def of(cls, config: "PretrainedConfig | SimpleNamespace") -> Self:
         width, heads = config.hidden_size, config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,

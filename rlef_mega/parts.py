@@ -36,7 +36,7 @@ from rlef_mega.run.inputs import read_left_out
 from rlef_mega.run.launch import StopRequest
 from rlef_mega.run.manifest import describe, versions
 from rlef_mega.run.progress import StepProgress, training_line
-from rlef_mega.run.ranks import gather
+from rlef_mega.run.ranks import from_rank_0, gather, rank_0_first
 from rlef_mega.run.trackers import Trackers
 from rlef_mega.types import Problem, Sampling
 
@@ -151,7 +151,8 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
 
 def training_problems(config: TrainConfig) -> Sequence[Problem]:
     """Return the problems of data.train, without those that the run leaves out."""
-    problems = load_problems(config.data.train)
+    with rank_0_first():  # writes the store of a data set if the checks of the run have not
+        problems = load_problems(config.data.train)
     left_out = frozenset(read_left_out(Path(config.run.dir)) or ())
     if not left_out:
         return problems
@@ -163,8 +164,9 @@ def training_problems(config: TrainConfig) -> Sequence[Problem]:
 def open_engine(
     config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory
 ) -> Iterator[TrainingEngine]:
-    """Open the engine of this process, or a client of the servers; rank 0 publishes to these.
-    Servers on the trainer's devices release their memory. Collective."""
+    """Open the engine of this process, or a client of the servers. Rank 0 publishes to these, and
+    tells the others what they have said of themselves. Servers on the trainer's devices release
+    their memory. Collective."""
     if config.rollout.engine == "local":
         yield LocalEngine(
             find_model(config.model.path),
@@ -186,7 +188,10 @@ def open_engine(
         logs=server_logs(config),
         release_memory=servers.release_memory,
         take_over=True,  # servers that this run used when it was killed
+        told=() if ranks.is_writer else from_rank_0([]),
     ) as engine:
+        if ranks.is_writer:
+            from_rank_0(engine.infos)
         if servers.release_memory:
             engine.rest()
             torch.distributed.barrier()  # world: rank 0 has released the memory of all servers

@@ -96,11 +96,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
     """
     refuse_untested_megatron()
     plan_train(config)
-    model = find_model(config.model.path)
-    if config.model.weights:
-        check_weights(Path(config.model.weights), model)
-    else:
-        check_stored_weights(model)
+    model = check_start(config)
     chat = ChatFormat.from_folder(model, config.model.chat_format)
     check_positions(config, chat)
     check_trackers(config.track)
@@ -129,6 +125,17 @@ def check_positions(config: TrainConfig, chat: ChatFormat) -> None:
             f"{about.vocab_size} rows: {', '.join(map(repr, sorted(beyond)[:5]))}. Enlarge the "
             "embedding (transformers' resize_token_embeddings), or use the model's own tokenizer"
         )
+
+
+def check_start(config: TrainConfig) -> Path:
+    """Raise ConfigError unless the weights that training starts from are complete. Returns the
+    model's folder."""
+    model = find_model(config.model.path)
+    if config.model.weights:
+        check_weights(Path(config.model.weights), model)
+    else:
+        check_stored_weights(model)
+    return model
 
 
 def check_stored_weights(model: Path) -> None:

@@ -2,55 +2,74 @@
 before anything is started there. Prints one line per fault, with its remedy; exit code 2 if there
 is any.
 
-Theory of operation: srun starts one process on each node of the run. Each writes its own time into
-a file of a shared folder and waits for the files of all others, which shows whether the folder is
-shared and whose clock is wrong. All other checks concern the node alone. It imports only the
-standard library, so that it starts at once, even where nothing else is installed.
+Theory of operation: srun starts one process on each node of the run. Each writes its own time, and
+the address that others reach it at, into a file of a shared folder, and lists the folder once a
+second until the files of all others are there: hundreds of nodes ask at once. The first node reads
+the files, to see whose clock is wrong; the launcher reads the addresses. All other checks concern
+the node alone. It imports only the standard library, so that it starts at once, even where nothing
+else is installed.
 """
 
 import argparse
+import ctypes
+import errno
 import os
 import platform
+import resource
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlef_mega.run.addresses import reached_at
+
 GIB = 2**30
-POLL_S = 0.1
+POLL_S = 1.0
+FALLOC_FL_KEEP_SIZE = 1
 
 
 def check_shared_folder(
-    folder: Path, node: str, expected: list[str], *, began_s: float, skew_s: float, wait_s: float
+    folder: Path,
+    node: str,
+    expected: list[str],
+    *,
+    began_s: float,
+    skew_s: float,
+    wait_s: float,
+    address: str = "",
 ) -> Iterator[str]:
-    """Wait for the files of all nodes. `began_s` is the first node's clock when it started them."""
+    """Write this node's file and wait for those of all nodes. `began_s` is the first node's clock
+    when it started them."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{node}.{os.getpid()}.partial"  # a node may have two roles
-    partial.write_text(repr(time.time()))
+    mine_s = time.time()
+    partial.write_text(f"{mine_s!r} {address or node}\n")
     partial.rename(folder / node)
     deadline = time.monotonic() + wait_s
-    seen: dict[str, float] = {}
+    missing, read = set(expected), set[str]()
     while True:
-        for other in expected:
-            if other not in seen and (folder / other).exists():
-                seen[other] = float((folder / other).read_text())
-                ahead = seen[other] - time.time()
-                if ahead > skew_s:
-                    yield f"the clock of {other} is {ahead:.1f} s ahead of this one; start chrony"
-        if len(seen) == len(expected) or time.monotonic() > deadline:
+        missing -= {entry.name for entry in os.scandir(folder)}
+        for other in set(expected) - missing - read if node == expected[0] else ():
+            read.add(other)
+            ahead = float((folder / other).read_text().split()[0]) - time.time()
+            if ahead > skew_s:
+                yield f"the clock of {other} is {ahead:.1f} s ahead of this one; start chrony"
+        left_s = deadline - time.monotonic()
+        if not missing or left_s <= 0:
             break
-        time.sleep(POLL_S)
-    behind = began_s - seen.get(node, began_s)
+        time.sleep(min(POLL_S, left_s))
+    behind = began_s - mine_s
     if behind > skew_s:
         yield f"the clock is {behind:.1f} s behind that of the first node; start chrony"
-    if missing := sorted(set(expected) - seen.keys()):
+    if missing:
         yield (
-            f"after {wait_s:.0f} s {folder} shows nothing from {', '.join(missing)}: either the "
-            "nodes do not share this file system (set run.dir to a folder that they do), or those "
-            "nodes did not start"
+            f"after {wait_s:.0f} s {folder} shows nothing from {', '.join(sorted(missing))}: "
+            "either the nodes do not share this file system (set run.dir to a folder that they "
+            "do), or those nodes did not start"
         )
 
 
@@ -101,6 +120,47 @@ def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
         )
 
 
+def check_quota(folder: Path, wanted_gib: float) -> Iterator[str]:
+    """Reserve the room for a moment, which a quota refuses although the disk has it. File systems
+    that reserve nothing are not asked."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing) as file:
+        size = ctypes.c_long(int(wanted_gib * GIB))
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.fallocate(file.fileno(), FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), size)
+        if failed and ctypes.get_errno() == errno.EDQUOT:
+            yield (
+                f"{folder}: your quota leaves less than {wanted_gib:g} GiB; remove files, have it "
+                "raised, or lower run.keep_checkpoints"
+            )
+
+
+def check_limits(connections: int) -> Iterator[str]:
+    """Check the limits of processes that srun starts here. Rank 0 has a connection of each rank."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files < connections:
+        yield (
+            f"processes may open {files} files, {connections} are needed; raise LimitNOFILE of "
+            "slurmd, or `nofile` in /etc/security/limits.conf"
+        )
+    if resource.getrlimit(resource.RLIMIT_CORE)[0]:
+        yield "a crash would write core files (ulimit -c); allow srun's --propagate=CORE"
+
+
+def check_caches(folder: str) -> Iterator[str]:
+    """Make the job's folder for compiled kernels, which nobody else can write to."""
+    if not folder:
+        return
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        found = os.stat(folder)
+    except OSError as error:
+        yield f"{folder} cannot be made ({error.strerror}); set LOCAL_DIR to a folder of this node"
+        return
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        yield f"{folder} is writable to others; remove it, or set LOCAL_DIR to another folder"
+
+
 def check_isolation(level: str) -> Iterator[str]:
     """Check the isolation layers that the sandbox requires."""
     if not level:
@@ -112,19 +172,29 @@ def check_isolation(level: str) -> Iterator[str]:
 
 
 def faults(asked: argparse.Namespace, node: str) -> Iterator[str]:
-    yield from check_room(asked.folder, asked.disk_gib)
+    if os.environ.get("SLURM_PROCID", "0") == "0":  # the nodes share it
+        yield from check_room(asked.folder, asked.disk_gib)
+        yield from check_quota(asked.folder, asked.disk_gib)
     yield from check_room(Path("/tmp"), asked.tmp_gib)
     yield from check_room(Path("/dev/shm"), asked.shm_gib)
     yield from check_gpus(asked.gpus)
     yield from check_ports(*asked.ports)
+    yield from check_limits(asked.connections)
+    yield from check_caches(asked.caches)
     yield from check_isolation(asked.isolation)
+    nodes, address = asked.nodes.split(","), node
+    try:
+        address = reached_at(node, nodes, asked.interface)
+    except OSError as error:
+        yield f"no address: {error}; set INTERFACE to one that all nodes have (ip -brief address)"
     yield from check_shared_folder(
         asked.folder,
         node,
-        asked.nodes.split(","),
+        nodes,
         began_s=asked.began,
         skew_s=asked.skew_s,
         wait_s=asked.wait_s,
+        address=address,
     )
 
 
@@ -136,13 +206,16 @@ def main() -> int:
     parser.add_argument("--nodes", required=True, help="all nodes of the run, comma-separated")
     parser.add_argument("--began", type=float, required=True, help="seconds since the epoch")
     parser.add_argument("--skew-s", type=float, default=5.0, help="largest difference of clocks")
-    parser.add_argument("--wait-s", type=float, default=60.0, help="wait for the others")
+    parser.add_argument("--wait-s", type=float, default=150.0, help="wait for the others")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--ports", type=int, nargs=2, default=(0, 0), metavar=("FIRST", "COUNT"))
     parser.add_argument("--disk-gib", type=float, default=0.0)
     parser.add_argument("--tmp-gib", type=float, default=0.0)
     parser.add_argument("--shm-gib", type=float, default=0.0)
     parser.add_argument("--isolation", default="", help="the sandbox's level; empty: none")
+    parser.add_argument("--interface", default="", help="network interface; empty: by the route")
+    parser.add_argument("--caches", default="", help="folder for compiled kernels, made here")
+    parser.add_argument("--connections", type=int, default=0, help="that a process must accept")
     asked = parser.parse_args()
     node = os.environ.get("SLURMD_NODENAME") or platform.node()
     found = list(faults(asked, node))

@@ -66,17 +66,19 @@ class TrainingEngine(Engine, Protocol):
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
-    ) -> None:
-        """Load weights, named as in Hugging Face's model, and verify them.
+    ) -> Sequence[str]:
+        """Load weights, named as in Hugging Face's model, and verify them. Returns the servers that
+        have them, if other processes use these too.
 
         Raises EngineError unless the engine then serves exactly what was sent;
         WeightsMismatchError if names or shapes are not the model's.
         """
         ...
 
-    def end_update(self, version: int | None) -> None:
-        """Note that `update_weights` has ended on every rank: from now on the engine samples from
-        this version or a newer one. None means that a rank failed."""
+    def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
+        """Note that `update_weights` has ended on every rank, and which servers have the weights:
+        from now on the engine samples from this version or a newer one. None means that a rank
+        failed."""
         ...
 
     def rest(self) -> None:

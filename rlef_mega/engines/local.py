@@ -147,7 +147,7 @@ class LocalEngine:
     @torch.no_grad()
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
-    ) -> None:
+    ) -> Sequence[str]:
         """Copy the weights into the model, and compare every parameter with what was sent.
 
         No copy of all weights is kept. If both names of tied weights are sent, they must be equal.
@@ -171,8 +171,9 @@ class LocalEngine:
                 f"(NaN, or tied weights that were sent unequal): {listed(different)}"
             )
         self.weight_version = version
+        return ()
 
-    def end_update(self, version: int | None) -> None:
+    def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
         pass  # no other process uses this engine
 
     def rest(self) -> None:

@@ -1,7 +1,7 @@
 """Publish the policy's weights to the engines, stamped with a version."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -25,10 +25,13 @@ def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, versio
     """
     failures: list[str] = []
     for _ in range(TRIES):
-        mine = try_update(policy_weights, engine, version)
-        failed = [failure for failure in gather(mine) if failure is not None]
+        mine, served = try_update(policy_weights, engine, version)
+        outcomes = gather((mine, served))
+        failed = [failure for failure, _ in outcomes if failure is not None]
         if engine is not None:
-            engine.end_update(None if failed else version)
+            # a thousand ranks need not ask hundreds of servers what the publisher knows
+            known = [url for _, urls in outcomes for url in urls]
+            engine.end_update(None if failed else version, known)
         if not failed:
             break
         for failure in failed:
@@ -46,16 +49,17 @@ def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, versio
 
 def try_update(
     policy_weights: PolicyWeights, engine: TrainingEngine | None, version: int
-) -> EngineError | EngineLostError | None:
-    """Try once; returns this rank's failure, if any. Exhausts the weights in any case, because all
-    ranks gather each of them together."""
+) -> tuple[EngineError | EngineLostError | None, Sequence[str]]:
+    """Try once; returns this rank's failure, if any, and the servers that have the weights.
+    Exhausts the weights in any case, because all ranks gather each of them together."""
     weights = policy_weights()
+    served: Sequence[str] = ()
     failure: EngineError | EngineLostError | None = None
     try:
         if engine is not None:
-            engine.update_weights(weights, version)
+            served = engine.update_weights(weights, version)
     except (EngineError, EngineLostError) as error:
         failure = error.with_traceback(None)  # a traceback would keep tensors alive
     for _ in weights:
         pass
-    return failure
+    return failure, served

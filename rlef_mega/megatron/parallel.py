@@ -10,6 +10,7 @@ globals it still reads a few numbers, which `enter` sets. All ranks call `initia
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,7 +25,7 @@ from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
 from rlef_mega.megatron.network.accelerations import refuse_foreign_apex
 from rlef_mega.run.manifest import refuse_untested_megatron
-from rlef_mega.run.ranks import meet
+from rlef_mega.run.ranks import meet, node_of
 
 # Ranks wait in a collective while one of them samples or grades: longer than any step, but a hang
 # does not last a night.
@@ -110,23 +111,21 @@ def initialize(
             + (f", and critic_parallel {describe(critic)}" if critic else "")
             + f"; start {needed} (torchrun --nproc-per-node) or change the layout"
         )
-    device = join_world(world_size)
+    device = join_world(world_size, parallel, *([critic] if critic else []))
     cpu_shim.install()
     if critic is None:
         groups = make_groups(parallel, first_rank=0)
         return enter(parallel, groups, (POLICY, CRITIC), device, seed, group=None)
-    # every rank takes part in making all groups, and keeps its own
     first = parallel.world_size
-    policy_ranks, critic_ranks = list(range(first)), list(range(first, world_size))
-    policy_groups = make_groups(parallel, first_rank=0)
-    critic_groups = make_groups(critic, first_rank=first)
-    group = member_group([policy_ranks, critic_ranks])
-    receivers = member_group([[0, *critic_ranks]])
-    if dist.get_rank() in policy_ranks:
-        networks: tuple[str, ...] = (POLICY,)
-        layout, groups = parallel, policy_groups
-    else:
-        networks, layout, groups = (CRITIC,), critic, critic_groups
+    is_critic = dist.get_rank() >= first
+    layout, networks = (critic, (CRITIC,)) if is_critic else (parallel, (POLICY,))
+    start = first if is_critic else 0
+    group = new_group(list(range(start, start + layout.world_size)))
+    groups = make_groups(layout, first_rank=start)
+    # rank 0 joins the critic's ranks here, so all ranks take part
+    receivers = dist.new_group([0, *range(first, world_size)], timeout=COLLECTIVE_TIMEOUT)
+    if dist.get_rank() not in (0, *range(first, world_size)):
+        receivers = None
     return enter(layout, groups, networks, device, seed, group=group, receivers=receivers)
 
 
@@ -139,8 +138,8 @@ def describe(parallel: ParallelConfig) -> str:
 
 
 def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCollection:
-    """Make Megatron's process groups of one layout, on the ranks from `first_rank` on. Every rank
-    of the world calls it, members or not.
+    """Make Megatron's process groups of one layout, on the ranks from `first_rank` on. Only these
+    ranks call it, and each makes only the groups that it is in: 1,024 ranks have hundreds.
     """
     generator = RankGenerator(
         tp=parallel.tensor_model_parallel_size,
@@ -151,23 +150,32 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCol
         order="tp-cp-ep-dp-pp",
         rank_offset=first_rank,
     )
-    tensor = member_group(generator.get_ranks("tp"))
-    data = member_group(generator.get_ranks("dp"))
-    model = member_group(generator.get_ranks("tp-pp"))
-    pipelines = generator.get_ranks("pp")
-    alone = member_group(generator.get_ranks("cp"))
+    alone = new_group([dist.get_rank()])
+
+    def mine(dimensions: str) -> dist.ProcessGroup:
+        (ranks,) = (r for r in generator.get_ranks(dimensions) if dist.get_rank() in r)
+        return new_group(ranks) if len(ranks) > 1 else alone
+
+    tensor, data, model, pipeline = mine("tp"), mine("dp"), mine("tp-pp"), mine("pp")
+    tensor_data, everyone = mine("tp-dp"), mine("tp-dp-pp")
+    # First and last stage hold a tied embedding. The last group to be made: members agree on a
+    # group's name by counting the groups that they made before, and middle stages do not make it.
+    stages = dist.get_process_group_ranks(pipeline)
+    ends = sorted({stages[0], stages[-1]})
+    embedding = alone if len(ends) == 1 else None
+    if embedding is None and dist.get_rank() in ends:
+        embedding = new_group(ends)
     return ProcessGroupCollection(
         tp=tensor,
-        pp=member_group(pipelines),
+        pp=pipeline,
         mp=model,
         dp=data,
         # context parallelism is not offered: each rank is its own group
         cp=alone,
         dp_cp=data,
         tp_cp=tensor,
-        tp_dp_cp=member_group(generator.get_ranks("tp-dp")),
-        # first and last stage hold a tied embedding
-        embd=member_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines]),
+        tp_dp_cp=tensor_data,
+        embd=embedding,
         pos_embd=None,
         # no experts: each rank alone, or the dense part's groups if Megatron uses them
         ep=alone,
@@ -179,18 +187,13 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCol
         intra_expt_dp=data,
         inter_dist_opt=None,
         # the distributed optimizer's norm goes over all ranks of the layout
-        intra_dist_opt=member_group(generator.get_ranks("tp-dp-pp")),
+        intra_dist_opt=everyone,
     )
 
 
-def member_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
-    """Make these groups. Returns the one with this rank, or None if it is in none of them."""
-    mine = None
-    for ranks in enumeration:
-        group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
+def new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Make a group of these ranks. Only they call it, and wait for each other."""
+    return dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True)
 
 
 def enter(
@@ -225,13 +228,13 @@ def enter(
     )
 
 
-def join_world(world_size: int) -> torch.device:
+def join_world(world_size: int, *layouts: ParallelConfig) -> torch.device:
     """Join the world, with NCCL where there is CUDA, else gloo. A world of one needs no launcher.
 
     The world gets no `device_id`. With one, torch would make every later NCCL group by splitting
-    the world's communicator, one group after another with all ranks; there are hundreds, most of
-    one rank. The group for publications, which contains other processes, cannot be split off the
-    world: rank 0 would wait in it forever. Without `device_id`, a group connects when first used.
+    the world's communicator, with all ranks one after another. The group for publications, which
+    contains other processes, cannot be split off the world: rank 0 would wait in it forever.
+    Without `device_id`, a group connects when first used.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -239,14 +242,36 @@ def join_world(world_size: int) -> torch.device:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    rank = 0 if world_size == 1 else int(os.environ["RANK"])
+    store = dist.HashStore() if world_size == 1 else meet()
+    check_tensor_groups(store, rank, layouts)
     dist.init_process_group(
         backend,
-        store=dist.HashStore() if world_size == 1 else meet(),
-        rank=0 if world_size == 1 else int(os.environ["RANK"]),
+        store=store,
+        rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
     return device
+
+
+def check_tensor_groups(store: dist.Store, rank: int, layouts: Sequence[ParallelConfig]) -> None:
+    """Raise ConfigError if this rank's tensor-parallel group is spread over nodes, although a node
+    has room for it: each layer's all-reduces would cross the network."""
+    start = 0
+    for layout in layouts:
+        size = layout.tensor_model_parallel_size
+        if start <= rank < start + layout.world_size and 1 < size <= layout.processes_per_node:
+            first = rank - (rank - start) % size
+            nodes = node_of(store, first), node_of(store, rank)
+            if nodes[0] != nodes[1]:
+                raise ConfigError(
+                    f"ranks {first} and {rank} of a tensor-parallel group are on nodes {nodes[0]} "
+                    f"and {nodes[1]}; start parallel.processes_per_node = "
+                    f"{layout.processes_per_node} ranks on each node, in blocks "
+                    "(srun --distribution=block)"
+                )
+        start += layout.world_size
 
 
 def shutdown(ranks: Ranks) -> None:

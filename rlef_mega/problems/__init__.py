@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
@@ -50,13 +50,6 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
 
     Raises ValueError with file, row, field and remedy if anything is wrong.
     """
-    name, separator, rest = source.partition(":")
-    if separator and name in BUNDLED:
-        if rest not in SPLITS:
-            raise ValueError(
-                f"problem source {source!r}: no split {rest!r}; use one of {', '.join(SPLITS)}"
-            )
-        return BUNDLED[name](rest)
     if is_data_set(source):
         store = read_data_set(source, cache)
         for reason, count in count_reasons(store.drops).items():
@@ -69,8 +62,9 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
             counts = dict(count_reasons(store.drops)) or "no rows"
             raise ValueError(f"{source}: holds no problem that can be graded ({counts})")
         return store
-    if not Path(source).is_file():
-        raise ValueError(f"problem source {source!r}: there is no such file; {KNOWN_SOURCES}")
+    if not files_of(source):
+        name, _, split = source.partition(":")
+        return BUNDLED[name](cast("Split", split))
     return jsonl.read_jsonl(source)
 
 
@@ -95,6 +89,34 @@ def is_data_set(source: str) -> bool:
 
 def read_data_set(source: str, cache: Path | None = None) -> ProblemStore:
     """Return all problems and drops of a data set, including malformed rows."""
+    options, files = located(source)
+    name = source.partition(":")[0]
+    return stored(
+        f"{name} {options}",
+        files,
+        lambda journal: DATA_SETS[name].read(files, options, journal),
+        cache or cache_folder(),
+    )
+
+
+def files_of(source: str) -> list[Path]:
+    """Return the files of a source, without reading them. Raises ValueError if there are none."""
+    if is_data_set(source):
+        return located(source)[1]
+    name, separator, split = source.partition(":")
+    if separator and name in BUNDLED:
+        if split not in SPLITS:
+            raise ValueError(
+                f"problem source {source!r}: no split {split!r}; use one of {', '.join(SPLITS)}"
+            )
+        return []
+    if not Path(source).is_file():
+        raise ValueError(f"problem source {source!r}: there is no such file; {KNOWN_SOURCES}")
+    return [Path(source)]
+
+
+def located(source: str) -> tuple[SourceOptions, list[Path]]:
+    """Return the options and the files of a data set. Raises ValueError if something is wrong."""
     name, _, rest = source.partition(":")
     location, _, query = rest.partition("?")
     data_set = DATA_SETS[name]
@@ -104,13 +126,7 @@ def read_data_set(source: str, cache: Path | None = None) -> ProblemStore:
         split = options.split
     if name == "codecontests" and not path.exists() and len(path.parts) == 2 and not path.suffix:
         path = codecontests.download(source, location, split)
-    files = data_files(source, path, split, f"{data_set.remedy}; {KNOWN_SOURCES}")
-    return stored(
-        f"{name} {options}",
-        files,
-        lambda journal: data_set.read(files, options, journal),
-        cache or cache_folder(),
-    )
+    return options, data_files(source, path, split, f"{data_set.remedy}; {KNOWN_SOURCES}")
 
 
 def refuse_malformed(source: str, drops: Sequence[Drop]) -> None:

@@ -58,8 +58,9 @@ class ProblemStore(Sequence[Problem]):
 
 
 def cache_folder() -> Path:
+    """Return the folder of stores: in RLEF_CACHE, or else in the user's cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "rlef-mega" / "problems"
+    return Path(os.environ.get("RLEF_CACHE") or Path(root) / "rlef-mega") / "problems"
 
 
 def stored(

@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlef_mega.config import TrainConfig, load_config
+from rlef_mega.config import ParallelConfig, TrainConfig, load_config
 from rlef_mega.megatron import parallel, starting_point, trained_model
 from rlef_mega.megatron.checkpoints import writer
 from rlef_mega.megatron.checkpoints.state import owned_state
@@ -127,7 +127,7 @@ def full_batch(request: Request, data_parallel_size: int) -> Batch:
 def stand_in(tokens: int) -> None:
     """Replace what needs other ranks, or weights: see the theory of operation."""
 
-    def join_alone(world_size: int) -> torch.device:
+    def join_alone(world_size: int, *layouts: ParallelConfig) -> torch.device:
         device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
         rank = int(os.environ["RANK"])

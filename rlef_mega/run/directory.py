@@ -24,6 +24,7 @@ from typing import IO, Any, TextIO
 import zstandard
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 REMEDIES = {
     errno.EEXIST: "a file has the name of this folder; move it, or choose another folder",
     errno.ENOTDIR: "a file has the name of a folder; move it, or choose another folder",
@@ -146,15 +147,20 @@ class RunDirectory:
 
 def lock_file(file: IO[Any]) -> None:
     """Lock a file for this process. Raises BlockingIOError if another process holds the lock, and
-    RuntimeError if the file system has no locks."""
+    RuntimeError if the lock fails otherwise. Warns if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError as error:
+        about = (
+            f"{file.name} cannot be locked: {error.strerror}. Two processes could write it at once"
+        )
+        if error.errno in NO_LOCKS:  # Lustre without `-o flock`
+            print(f"WARNING: {about}; start only one", file=sys.stderr, flush=True)
+            return
         raise RuntimeError(
-            f"{file.name} cannot be locked: {error.strerror}. Two processes could write "
-            "it at once; choose a folder on a file system with locks (Lustre: mount it with flock)"
+            f"{about}; choose a folder on a file system with locks (Lustre: mount it with flock)"
         ) from None
 
 

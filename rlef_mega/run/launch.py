@@ -11,6 +11,7 @@ keeps writing. Under Slurm, srun starts the worker modules directly and only `wo
 while it waits in a collective.
 """
 
+import contextlib
 import ctypes
 import errno
 import faulthandler
@@ -19,6 +20,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from types import FrameType
 from typing import Any
 
 from rlef_mega.config import ConfigError, ParallelConfig
+from rlef_mega.run.addresses import address_towards, addresses_of, interface_with, is_loopback
 from rlef_mega.run.directory import DISK_IS_FULL, PHASE, explain_error
 
 # Python that imports nothing from the working directory: a file there may be named like a module.
@@ -232,7 +235,7 @@ def worker_main(work: Callable[[Path], int]) -> None:
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("RLEF_TRACEBACK"):
             raise
-        if fails_first(run_dir / FAILURE_MARK):
+        if fails_first(run_dir / FAILURE_MARK, error):
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
             where = "" if rank == "0" else f" on rank {rank}"
             hint = "(RLEF_TRACEBACK=1 shows where)"
@@ -286,6 +289,20 @@ def take_rank_from_slurm() -> None:
     }
     if "RANK" not in os.environ and "MASTER_ADDR" in os.environ:
         os.environ |= {ours: os.environ[its] for ours, its in names.items() if its in os.environ}
+        choose_interface(os.environ["MASTER_ADDR"])
+
+
+def choose_interface(master: str) -> None:
+    """Have gloo use the interface on the route to rank 0 where it would listen on loopback, because
+    this node's name means that here (Debian's 127.0.1.1)."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or not any(
+        is_loopback(found) for found in addresses_of(socket.gethostname())
+    ):
+        return
+    with contextlib.suppress(OSError):
+        address = address_towards(master)
+        if not is_loopback(address) and (name := interface_with(address)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def dump_stacks_when_asked() -> None:
@@ -301,12 +318,13 @@ def dump_stacks_when_asked() -> None:
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
 
 
-def fails_first(mark: Path) -> bool:
-    """Return whether this rank is the first of its launch to fail, by creating the file `mark`.
-    Other ranks then fail for the same reason or because of it, and print nothing. The launcher
-    removes the mark before it starts ranks."""
+def fails_first(mark: Path, error: Exception) -> bool:
+    """Return whether this rank is the first of its launch to fail, by creating the file `mark` with
+    the error's type. Other ranks then fail for the same reason or because of it, and print nothing.
+    The launcher removes the mark before it starts ranks."""
     try:
-        mark.touch(exist_ok=False)
+        with mark.open("x", encoding="utf-8") as file:
+            file.write(type(error).__name__)
     except FileExistsError:
         return False
     except OSError:

@@ -5,8 +5,10 @@ No process is a bottleneck, and every rank computes the same packing, targets an
 """
 
 import os
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -34,7 +36,7 @@ def meet(timeout: timedelta = MEETING_TIMEOUT) -> dist.Store:
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", connection)
-        store.set(f"rank {rank}", "connected")
+        store.set(f"rank {rank}", node_name())
         missing = not_connected(store, int(world_size), min(SILENT_WAIT, timeout))
         if missing and rank == "0":
             print(f"{launch} waits for ranks {missing}", file=sys.stderr, flush=True)
@@ -46,6 +48,15 @@ def meet(timeout: timedelta = MEETING_TIMEOUT) -> dist.Store:
             "address of rank 0's machine that all ranks reach; to run one process, unset WORLD_SIZE"
         ) from None
     return store
+
+
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def node_of(store: dist.Store, rank: int) -> str:
+    """Return the node of a rank that has connected to the store of `meet`."""
+    return str(store.get(f"rank {rank}").decode())
 
 
 def not_connected(store: dist.Store, count: int, timeout: timedelta) -> list[int]:
@@ -70,6 +81,26 @@ def gather(mine: Item) -> list[Item]:
     everyone: list[Item | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)  # over all ranks
     return everyone  # type: ignore[return-value]
+
+
+def from_rank_0(mine: Item) -> Item:
+    """Return rank 0's object on every rank."""
+    if not dist.is_initialized():
+        return mine
+    told = [mine]
+    dist.broadcast_object_list(told, src=0)  # over all ranks
+    return told[0]
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Run the block on rank 0, then on the other ranks."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if not first:
+        from_rank_0(None)
+    yield
+    if first:
+        from_rank_0(None)
 
 
 def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:

@@ -1,9 +1,12 @@
 # shellcheck shell=bash
 # One attempt at a run: check nodes and network, start services and ranks, supervise them.
-# Exit codes are the ranks': 0 finished, 2 failed, 3 stopped on request and saved.
+# Exit codes are the ranks': 0 finished, 2 failed, 3 stopped on request and saved. 4: the run's settings or inputs are
+# wrong, so another attempt would fail too.
 
 declare -A PIDS=() # process ids of this attempt's srun commands, by component
-STOPPED=3
+STOPPED=3 REFUSED=4
+# variables that environment.txt keeps: none of them holds a password or a token
+RECORDED='^(SLURM_(JOB|HET|NNODES|NTASKS|NODELIST|CPUS|GPUS|CLUSTER|SUBMIT)|SLURMD_NODENAME=|NCCL_|GLOO_|CUDA_|TORCH|PYTORCH_|TRITON_|OMP_|UCX_|PYTHON|LD_LIBRARY_PATH=|PATH=|HOME=|USER=|HOSTNAME=|LANG=|LC_|HF_HUB_OFFLINE=|HF_HOME=|MASTER_)'
 
 open_logs() { # make this attempt's folder, link `latest` to it, and record what is run
     local n=1
@@ -11,7 +14,11 @@ open_logs() { # make this attempt's folder, link `latest` to it, and record what
     LOGS=$STATE/attempt_$(printf %03d $n)
     ln -sfn "${LOGS##*/}" "$STATE/latest"
     {
-        env | grep -v -i -E '^[^=]*(token|key|secret|password)' | sort
+        env | grep -E "$RECORDED" | sort
+        for n in RECIPE RUN STEPS VENV CONTAINER PARTITION GPU_REQUEST INTERFACE LOCAL_DIR PORT TIME GRACE_S; do
+            echo "$n=${!n:-}"
+        done
+        printf 'SETS %q\n' "${SETS[@]}"
         echo
         scontrol show job "$SLURM_JOB_ID"
         git -C "$ROOT" log -1 --format='commit %H' 2>/dev/null && git -C "$ROOT" status --short
@@ -40,14 +47,14 @@ check_nodes() {
     local role pids=() faulty=0 names
     declare -A gpus=([train]=$TRAIN_GPUS [rollout]=$((SERVERS_PER_NODE * GPUS_PER_SERVER)) [sandbox]=0)
     declare -A ports=([train]="$PORT 2" [rollout]="$SERVER_PORT $SERVERS_PER_NODE" [sandbox]="$SANDBOX_PORT 1")
-    declare -A level=([train]="" [rollout]="" [sandbox]=default)
+    declare -A level=([train]="" [rollout]="" [sandbox]=default) disk=([train]=$DISK_GIB [rollout]=0 [sandbox]=0)
     names=$(echo "${NODES[@]}" | tr ' ' '\n' | sort -u | paste -sd,)
     for role in "${!NODES[@]}"; do
         # shellcheck disable=SC2086 # two words
         (step "check_$role" "$role" 1 "$PYTHON" -m rlef_mega.cluster.node_check "$LOGS/shared" --nodes "$names" \
             --began "$(date +%s.%N)" --skew-s "$CLOCK_SKEW_S" --wait-s "$SHARED_WAIT_S" --gpus "${gpus[$role]}" \
-            --ports ${ports[$role]} --disk-gib "$DISK_GIB" --tmp-gib "$TMP_GIB" --shm-gib "$SHM_GIB" \
-            --isolation "${level[$role]}") &
+            --ports ${ports[$role]} --disk-gib "${disk[$role]}" --tmp-gib "$TMP_GIB" --shm-gib "$SHM_GIB" \
+            --isolation "${level[$role]}" --interface "$INTERFACE" --caches "$CACHES" --connections $((RANKS + 100))) &
         pids+=($!)
     done
     for role in "${pids[@]}"; do await "$role" || faulty=1; done
@@ -56,6 +63,9 @@ check_nodes() {
         say "FAILED: node checks failed (above)"
         return 2
     fi
+    read_addresses
+    export MASTER_ADDR=${MASTER_ADDR:-${ADDRESS[${NODES[train]%% *}]}} MASTER_PORT=$PORT
+    say "node checks passed; rank 0 is reached at $MASTER_ADDR, port $PORT"
 }
 
 check_network() { # one process per rank, as in training
@@ -72,13 +82,14 @@ check_network() { # one process per rank, as in training
 
 start_services() {
     local unsignalled=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while ranks still need the services
-    (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "$PYTHON" -m rlef_sandbox serve \
-        --host 0.0.0.0 --port "$SANDBOX_PORT") &
+    # shellcheck disable=SC2016 # expanded on the node, which listens where others reach it, not where it finds its own name
+    local at_address=(bash -c 'read -r _ address <"$0/$SLURMD_NODENAME" && exec "${@/#%ADDRESS/$address}"' "$LOGS/shared")
+    (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "${at_address[@]}" "$PYTHON" -m rlef_sandbox serve \
+        --host ADDRESS --port "$SANDBOX_PORT") &
     PIDS[sandbox]=$!
     [ "$ENGINE" = sglang ] || return 0
-    # shellcheck disable=SC2016 # expanded on the node
-    (step rollout rollout 1 "${unsignalled[@]}" bash -c 'exec "$0" -m rlef_mega.cli serve "$@" --set rollout.servers.host="$SLURMD_NODENAME"' \
-        "$PYTHON" "$RECIPE" "${SET_WORDS[@]}") &
+    (step rollout rollout 1 "${unsignalled[@]}" "${at_address[@]}" "$PYTHON" -m rlef_mega.cli serve "$RECIPE" \
+        "${SET_WORDS[@]}" --set rollout.servers.host=ADDRESS) &
     PIDS[rollout]=$!
 }
 
@@ -98,9 +109,9 @@ all_running() { # check all components; report one that has ended, and its exit 
 
 wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: wait until each server answers /health with 200
     local url began=$SECONDS urls
-    urls=$(url_list "$2" "$3" "$4" | tr -d '[]"' | tr ',' ' ')
+    urls=$(url_list "$2" "$3" "$4" | sed 's/^\[//; s/\]$//' | tr -d '"' | tr ',' ' ')
     for url in $urls; do
-        until curl -fsS -m 5 --noproxy '*' -H @- -o /dev/null "$url/health" 2>/dev/null \
+        until curl -gfsS -m 5 --noproxy '*' -H @- -o /dev/null "$url/health" 2>/dev/null \
             <<<"Authorization: Bearer $RLEF_SANDBOX_TOKEN"; do # through a pipe: all users can see command lines
             all_running || return 2
             if [ -n "$ASKED_TO_STOP" ]; then return "$STOPPED"; fi
@@ -115,15 +126,18 @@ wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: wait until each ser
     say "$1 ready after $((SECONDS - began)) s: $urls"
 }
 
-prepare() { # run the checks of `rlef train`, and write the run directory
+prepare() { # prepare check|prepare SETTINGS...: check the run's inputs; then also its servers, and write its directory
+    local what=$1 code
+    shift
     # only task 0 does the work; the others exit at once
     # shellcheck disable=SC2016 # expanded in the task
-    (STEP_WAIT_S=0 step prepare train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
-        "$PYTHON" -m rlef_mega.cluster.slurm prepare "$RECIPE" "${SETS[@]}") &
+    (STEP_WAIT_S=0 step "$what" train 1 bash -c '[ "$SLURM_PROCID" != 0 ] || exec "$@"' - \
+        "$PYTHON" -m rlef_mega.cluster.slurm "$what" "$RECIPE" "$@") &
     await $! || {
-        sed 's/^/  /' "$LOGS/prepare.log"
+        code=$?
+        sed 's/^/  /' "$LOGS/$what.log"
         say "FAILED: the checks of the run failed"
-        return 2
+        return $code
     }
 }
 
@@ -146,6 +160,7 @@ supervise() { # wait for the ranks; return their code, or 2 when a service ends 
             wait "${PIDS[train]}" || code=$?
             unset 'PIDS[train]'
             [ $code = 0 ] || [ $code = $STOPPED ] || tail -n 15 "$LOGS/train.log" | sed 's/^/  /'
+            ! grep -qs ConfigError "$RUN/.failed" || code=$REFUSED
             say "training ended with code $code at step $(newest_checkpoint)"
             return $code
         fi
@@ -182,14 +197,21 @@ stop_all() { # kill the services, which have no state to save
 }
 
 attempt() {
-    check_nodes && say "node checks passed" || return 2
+    local settings=("${SETS[@]}") SET_WORDS=() setting
+    check_nodes || return 2
+    prepare check "${SETS[@]}" || return
     check_network || return 2
+    settings+=("judge.servers=$(url_list sandbox "$SANDBOX_PORT" 1)")
+    if [ "$ENGINE" = sglang ]; then
+        settings+=("rollout.servers.port=$SERVER_PORT" "rollout.servers.urls=$(url_list rollout "$SERVER_PORT" "$SERVERS_PER_NODE")")
+    fi
+    for setting in "${settings[@]}"; do SET_WORDS+=(--set "$setting"); done
     start_services
     wait_ready sandbox sandbox "$SANDBOX_PORT" 1 "$SANDBOX_READY_S" || return
     if [ "$ENGINE" = sglang ]; then
         wait_ready rollout rollout "$SERVER_PORT" "$SERVERS_PER_NODE" "$SERVERS_READY_S" || return
     fi
-    prepare || return 2
+    prepare prepare "${settings[@]}" || return
     [ -z "$ASKED_TO_STOP" ] || return $STOPPED
     start_ranks
     supervise

@@ -9,8 +9,10 @@
 # always from the newest good checkpoint. MAX_FAILURES attempts from the same checkpoint end the run.
 set -uo pipefail
 
+set +u # a site's own lines may use variables that are not set
 # shellcheck source=slurm/site.sh
 . "$ROOT/slurm/site.sh"
+set -u
 # shellcheck source=slurm/lib/steps.sh
 . "$ROOT/slurm/lib/steps.sh"
 # shellcheck source=slurm/lib/plan.sh
@@ -21,18 +23,17 @@ set -uo pipefail
 # shellcheck disable=SC2206 # words
 SETS+=(${MORE_SETS:-}) # more settings from the environment, separated by spaces
 cd "$ROOT" || die "no folder $ROOT"
-export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}" # run the code of this checkout
-export PYTHONUTF8=1 # file names and texts, whatever the locale
-export PYTHONSAFEPATH=1 # import no module from the working directory
 set_software
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 if [ -z "${SLURM_JOB_ID:-}" ] || [ "${DRY_RUN:-0}" = 1 ]; then
+    read_options "$@"
     read_layout
     print_plan
     [ "${DRY_RUN:-0}" = 1 ] || submit
     exit
 fi
+[ $# = 0 ] || die "'$*' follows the script's name in a job; options of sbatch come before it, settings of the recipe in MORE_SETS"
+[ "${0##*/}" = slurm_script ] || say "inside job $SLURM_JOB_ID: the run starts here, in this allocation; nothing is submitted"
 
 ASKED_TO_STOP=""
 ask_to_stop() { # Slurm signals before a time limit or a preemption; the ranks see the file after their step
@@ -45,9 +46,13 @@ is_preempted() { # in a preemption Slurm sends SIGTERM to the steps only, and ki
 }
 
 requeue() { # Slurm regards a job that ends within the grace time as finished, whatever its exit code
+    local code=0
     say "$1; requesting a requeue from Slurm"
-    scontrol requeue "$SLURM_JOB_ID" || die "Slurm refused the requeue; submit the job again"
-    sleep 300 # Slurm ends this script meanwhile
+    scontrol requeue "$SLURM_JOB_ID" || code=$?
+    # after a requeue Slurm kills the job's processes: scontrol before it can answer, or this script
+    [ $code = 0 ] || [ $code -gt 128 ] || die "Slurm refused the requeue; submit the job again"
+    sleep 300
+    exit "$STOPPED"
 }
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
@@ -56,6 +61,7 @@ set_binding
 read_layout
 mkdir -p "$RUN/slurm" || die "cannot write $RUN"
 STATE=$RUN/slurm
+export RLEF_CACHE=${RLEF_CACHE:-$RUN/cache}
 if [ -f "$STATE/done" ] && [ "$(<"$STATE/done")" -ge "$STEPS" ]; then
     say "all $STEPS steps are finished already"
     exit 0
@@ -63,15 +69,21 @@ fi
 assign_nodes
 
 RLEF_SANDBOX_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n') # of this job only, stored in no file
-MASTER_ADDR=${NODES[train]%% *} MASTER_PORT=$PORT
-export RLEF_SANDBOX_TOKEN MASTER_ADDR MASTER_PORT
-SETS+=("judge.servers=$(url_list sandbox "$SANDBOX_PORT" 1)")
-if [ "$ENGINE" = sglang ]; then
-    SETS+=("rollout.servers.port=$SERVER_PORT" "rollout.servers.urls=$(url_list rollout "$SERVER_PORT" "$SERVERS_PER_NODE")")
-fi
-SET_WORDS=()
-for setting in "${SETS[@]}"; do SET_WORDS+=(--set "$setting"); done
+export RLEF_SANDBOX_TOKEN
+trap clean_nodes EXIT
+say "the run's checkpoints and weights need up to $DISK_GIB GiB in $RUN"
 
+ready=(true) # on each node once: import the image, or unpack the environment
+if [ -z "$CONTAINER" ] && [ -n "$VENV_ARCHIVE" ]; then
+    ready=(bash "$ROOT/slurm/lib/stage.sh" unpack "$VENV_ARCHIVE" "$CACHES/venv")
+    PYTHON=$CACHES/venv/bin/python
+fi
+if [ -n "$CONTAINER$VENV_ARCHIVE" ]; then
+    for role in "${!NODES[@]}"; do # one after another: roles may share nodes
+        (LOGS=$STATE step "stage_$role" "$role" 1 "${ready[@]}") &
+        await $! || die "the software is not on the nodes; see $STATE/stage_$role.log"
+    done
+fi
 while :; do
     count_attempt
     open_logs
@@ -90,6 +102,10 @@ while :; do
             say "stopped and saved; the next job resumes from step $(newest_checkpoint)"
             ! is_preempted || requeue "the job was preempted"
             exit $STOPPED
+            ;;
+        "$REFUSED")
+            echo "refused 0" >"$STATE/tries"
+            die "the run is refused (above); it would fail again. Fix the cause and submit again"
             ;;
     esac
     [ -z "$ASKED_TO_STOP" ] || exit "$code"

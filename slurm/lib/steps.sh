@@ -10,6 +10,7 @@ die() {
 }
 
 declare -A NODES=() GROUP=() # by role: its nodes, separated by spaces; its component of a het job
+declare -A ADDRESS=()        # by node
 
 assign_nodes() { # set NODES and GROUP from Slurm's variables, or stop
     local role list all wanted group=0
@@ -42,30 +43,56 @@ assign_nodes() { # set NODES and GROUP from Slurm's variables, or stop
     GROUP[sandbox]=${GROUP[sandbox]:-${GROUP[rollout]:-0}}
 }
 
-step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: exec srun, with output in LOGS/NAME.log, labelled by task
-    local name=$1 role=$2 per_node=$3
+step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: become srun, with output in LOGS/NAME.log, labelled by task
+    local name=$1 role=$2 per_node=$3 options=()
+    local nodes=${NODES[$role]} count
     shift 3
-    local nodes=${NODES[$role]} flags=("${STEP_FLAGS[@]}") count
     count=$(wc -w <<<"$nodes")
-    [ -z "${SLURM_HET_SIZE:-}" ] || flags+=(--het-group="${GROUP[$role]}")
-    # srun would read these options of the job from the environment
-    unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS SLURM_NPROCS
+    [ -z "${SLURM_HET_SIZE:-}" ] || options=(--het-group="${GROUP[$role]}")
+    become_srun "$count" "$per_node" "$@" -- --job-name="$name" --nodelist="${nodes// /,}" --wait="${STEP_WAIT_S:-20}" --label \
+        --open-mode=append --output="$LOGS/$name.log" --error="$LOGS/$name.log" "${options[@]}"
+}
+
+become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND... -- OPTIONS...: exec srun; all options that matter are here
+    local count=$1 per_node=$2 name carried command=()
+    shift 2
+    while [ "$1" != -- ]; do command+=("$1") && shift; done
+    shift
+    # Otherwise srun reads options from the environment, the job's and those that a user or a site exports: one GPU for
+    # each task, tasks dealt out over the nodes, no variables. What says which job this is stays.
+    for name in $(compgen -e); do
+        case $name in
+            SLURM_JOB* | SLURM_HET_* | SLURM_CONF | SLURM_CLUSTER* | SLURM_SUBMIT* | SLURM_JWT | SLURM_NETWORK) ;;
+            SLURM_* | SRUN_*) unset "$name" ;;
+        esac
+    done
+    if [ -n "$CONTAINER" ]; then # these keep our values; of others, the image's own come first
+        carried=$(compgen -e | grep -E '^(PYTHON|RLEF_|MASTER_|NCCL_|GLOO_|HF_|TOKENIZERS_|OMP_|TORCH|PYTORCH_|CUDA_DEVICE_|WANDB_)|_CACHE_(DIR|PATH)$')
+        case $CONTAINER_RUNTIME in
+            pyxis) set -- "$@" --container-env="${carried//$'\n'/,}" ;;
+            apptainer) for name in $carried; do export "APPTAINERENV_$name=${!name}"; done ;;
+        esac
+    fi
     # no --kill-on-bad-exit: every rank that stops on request must return its own exit code
-    exec srun --quiet --job-name="$name" --nodes="$count" --ntasks=$((count * per_node)) --ntasks-per-node="$per_node" \
-        --nodelist="${nodes// /,}" --overlap --mem=0 --kill-on-bad-exit=0 --wait="${STEP_WAIT_S:-20}" --unbuffered --label \
-        --open-mode=append --output="$LOGS/$name.log" --error="$LOGS/$name.log" "${flags[@]}" "${RUNNER[@]}" "$@"
+    # no --gpu-bind: with `none` srun sets no CUDA_VISIBLE_DEVICES
+    exec srun --quiet --export=ALL --nodes="$count" --ntasks=$((count * per_node)) --ntasks-per-node="$per_node" \
+        --distribution=block --overlap --mem=0 --mpi=none --kill-on-bad-exit=0 --unbuffered --propagate=NOFILE,CORE \
+        "${STEP_FLAGS[@]}" "$@" "${RUNNER[@]}" "${command[@]}" </dev/null
 }
 
 set_binding() { # let tasks use all cores of the job; a cluster without task binding refuses the option
     ! scontrol show config | grep -q '^TaskPlugin .*task/[ac]' || STEP_FLAGS+=(--cpu-bind=none)
 }
 
-set_software() { # set PYTHON, RUNNER (a prefix of commands) and STEP_FLAGS (options of srun)
+set_software() { # set PYTHON, RUNNER (a prefix of commands), STEP_FLAGS (options of srun), variables and limits
     PYTHON=$VENV/bin/python RUNNER=() STEP_FLAGS=()
     if [ -n "$CONTAINER" ]; then
         PYTHON=python
         case $CONTAINER_RUNTIME in
-            pyxis) STEP_FLAGS=(--container-image="$CONTAINER" --container-mounts="$MOUNTS" --container-workdir="$ROOT") ;;
+            pyxis) # the name: one import a node and job
+                STEP_FLAGS=(--container-image="$CONTAINER" --container-name="rlef-${SLURM_JOB_ID:-0}"
+                    --container-mounts="$MOUNTS" --container-workdir="$ROOT")
+                ;;
             apptainer) RUNNER=(apptainer exec --bind "$MOUNTS" --pwd "$ROOT" "$CONTAINER") ;;
             *) die "CONTAINER_RUNTIME=$CONTAINER_RUNTIME; set it to pyxis or apptainer" ;;
         esac
@@ -73,14 +100,40 @@ set_software() { # set PYTHON, RUNNER (a prefix of commands) and STEP_FLAGS (opt
     elif [ ! -x "$PYTHON" ]; then
         die "no $PYTHON; set VENV or CONTAINER in slurm/site.sh"
     fi
+    export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/sandbox${PYTHONPATH:+:$PYTHONPATH}" # run the code of this checkout
+    export PYTHONUTF8=1 # file names and texts, whatever the locale
+    export PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1 # import no module from the working directory or ~/.local
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    ulimit -Sn "$(ulimit -Hn)" # rank 0 has a connection from every rank
+    ulimit -c 0                # no core files of many GB in a shared folder
+    [ -n "${SLURM_JOB_ID:-}" ] || return 0
+    # compiled kernels go to a folder of this job on each node; in the shared home they would be slow, and many write them
+    CACHES=$LOCAL_DIR/rlef-$UID-$SLURM_JOB_ID
+    local name
+    for name in TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR CUDA_CACHE_PATH FLASHINFER_WORKSPACE_BASE TORCH_EXTENSIONS_DIR \
+        SGLANG_DG_CACHE_DIR DG_JIT_CACHE_DIR TVM_FFI_CACHE_DIR CUTE_DSL_CACHE_DIR; do
+        export "$name=${!name:-$CACHES/$name}"
+    done
 }
+
+clean_nodes() { # remove this job's caches from its nodes and, where pyxis keeps containers after a job, its container
+    local role pids=() RUNNER=() STEP_FLAGS=() CONTAINER=""
+    for role in "${!NODES[@]}"; do
+        # shellcheck disable=SC2016 # expanded on the node
+        (LOGS=$STATE step clean "$role" 1 bash -c 'rm -rf "$0"; ! command -v enroot || enroot remove -f "pyxis_rlef-$SLURM_JOB_ID"' "$CACHES") &
+        pids+=($!)
+    done
+    (sleep 60 && kill "${pids[@]}") & # a node that is dead answers to nothing
+    wait "${pids[@]}"
+    kill $!
+} >/dev/null 2>&1
 
 in_software() { # run a command; with CONTAINER, run it in the container or, before a job, with the login node's Python
     if [ -n "$CONTAINER" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-        srun --nodes=1 --ntasks=1 --overlap --mem=0 --quiet "${STEP_FLAGS[@]}" "${RUNNER[@]}" "$@"
+        (become_srun 1 1 "$@" --)
     elif [ -n "$CONTAINER" ]; then
         shift
-        "${LOGIN_PYTHON:-python3}" "$@"
+        "$LOGIN_PYTHON" "$@"
     else
         "$@"
     fi
@@ -95,10 +148,19 @@ await() { # return a child's exit code; signals to this script do not end the wa
     done
 }
 
-url_list() { # url_list ROLE PORT COUNT: print the TOML list of http://NODE:PORT for the role's servers
-    local node urls=() n
+read_addresses() { # set ADDRESS of each node: what the node checks found that it is reached by
+    local node
+    for node in $(printf "%s " "${NODES[@]}"); do
+        read -r _ "ADDRESS[$node]" <"$LOGS/shared/$node" || die "no address of $node in $LOGS/shared"
+    done
+}
+
+url_list() { # url_list ROLE PORT COUNT: print the TOML list of the role's servers, http://ADDRESS:PORT
+    local node host urls=() n
     for node in ${NODES[$1]}; do
-        for ((n = 0; n < $3; n++)); do urls+=("\"http://$node:$(($2 + n))\""); done
+        host=${ADDRESS[$node]}
+        [[ $host != *:* ]] || host="[$host]" # IPv6
+        for ((n = 0; n < $3; n++)); do urls+=("\"http://$host:$(($2 + n))\""); done
     done
     local IFS=,
     echo "[${urls[*]}]"

@@ -87,16 +87,21 @@ def metrics(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Iterator[Runs]:
-    if reason := why_not():
-        pytest.skip(reason)
+def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     sizes = ("hidden_size=32", "num_layers=2", "ffn_hidden_size=64")
     overrides = [f"dir={json.dumps(str(folder))}", *sizes]
     make_initial_model(load_config(find_recipe("demo_base"), overrides, SFTConfig))
+    return folder / "init"
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_model) -> Iterator[Runs]:
+    if reason := why_not():
+        pytest.skip(reason)
     os.umask(0o022)
     with Cluster() as cluster:
-        yield Runs(cluster, folder / "init")
+        yield Runs(cluster, tiny_model)
 
 
 @pytest.fixture(scope="session")

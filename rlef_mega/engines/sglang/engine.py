@@ -7,9 +7,9 @@ and waits for an answer, or for EngineError after several servers were tried.
 
 Each process with rollouts has an engine for the same servers. One of them publishes: it blocks in
 `update_weights` until all ready servers have the verified weights. The others wait, and check no
-paused server meanwhile. At `end_update` they note the version, and use a server again once it
-reports that version. Dialogues may run all the while: their requests wait at the paused servers and
-continue with the new weights.
+paused server meanwhile. At `end_update` they are told the version and the servers that have it, and
+use another server once it reports that version. Dialogues may run all the while: their requests
+wait at the paused servers and continue with the new weights.
 
 A process that publishes to servers owns them until it ends; meanwhile their weight version is a
 number. Other processes refuse such servers, but a resumed run takes its own back (`take_over`).
@@ -66,7 +66,8 @@ class SGLangEngine(LivesInLoop):
     `model` is the Hugging Face folder that the servers were started with. With `way` (one of WAYS)
     this engine publishes to them ("disk" through `weights_folder`); without it, another process
     does. With `release_memory` servers free theirs in `rest`. `take_over` allows servers that
-    another process published to. `logs` is the folder that `rlef serve` writes logs to.
+    another process published to. `logs` is the folder that `rlef serve` writes logs to. `told` is
+    the `infos` of another process's engine for the same servers, which are then not asked again.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SGLangEngine(LivesInLoop):
         logs: Path | None = None,
         release_memory: bool = False,
         take_over: bool = False,
+        told: Sequence[ServerInfo] = (),
     ) -> None:
         if not urls:
             raise ValueError("no SGLang servers given; start some with `rlef serve`")
@@ -89,6 +91,7 @@ class SGLangEngine(LivesInLoop):
         self.folder, self.model = Path(model), ServedModel(Path(model))
         self.way, self.weights_folder, self.logs = way, weights_folder, logs
         self.release_memory, self.take_over = release_memory, take_over
+        self.infos = list(told)
         self.owns_servers = False  # which have weights from this engine
         self.resting: list[Member] | None = None  # servers that have released their memory
         self.weight_version = NO_WEIGHTS
@@ -105,9 +108,12 @@ class SGLangEngine(LivesInLoop):
         clients = [Client(url, self.http, publish_s=self.limits.publish_s) for url in self.urls]
         logs = [log_file(self.logs, url) if self.logs else None for url in self.urls]
         self.fleet = Fleet(map(Member, clients, logs), self.limits)
-        infos = await asyncio.gather(*(client.info(within_s=OPEN_S) for client in clients))
-        for client, info in zip(clients, infos, strict=True):
-            self.check_server(client, info)
+        if not self.infos:
+            asked = (client.info(within_s=OPEN_S) for client in clients)
+            self.infos = list(await asyncio.gather(*asked))
+            for client, info in zip(clients, self.infos, strict=True):
+                self.check_server(client, info)
+        infos = self.infos
         alike = {(i.dtype, i.device, i.tp_size) for i in infos}
         if len(alike) > 1:
             raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(alike)}")
@@ -165,8 +171,9 @@ class SGLangEngine(LivesInLoop):
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
-    ) -> None:
-        """Load the weights on all servers; without `way`, wait until `end_update`.
+    ) -> Sequence[str]:
+        """Load the weights on all servers, and return which have them; without `way`, wait until
+        `end_update`.
 
         Raises EngineError unless every server that is ready afterwards has exactly these weights.
         After an error no server is ready, and requests wait until a publication succeeds.
@@ -176,7 +183,7 @@ class SGLangEngine(LivesInLoop):
             self.waits = True
             for _ in named_tensors:  # gathered over all ranks
                 pass
-            return
+            return ()
         self.owns_servers = True
         if self.resting is not None:
             self.thread.wait_for(self.wake(self.resting))
@@ -193,13 +200,14 @@ class SGLangEngine(LivesInLoop):
             self.thread.wait_for(self.fleet.withhold())
             raise
         self.weight_version = version
+        return [member.client.url for member in self.fleet.members if member.ready]
 
-    def end_update(self, version: int | None) -> None:
+    def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
         if self.waits:
             self.waits = False
             self.thread.loop.call_soon_threadsafe(self.fleet.control.release)
             if version is not None:
-                self.thread.wait_for(self.fleet.expect(version))
+                self.thread.wait_for(self.fleet.expect(version, served))
                 self.weight_version = version
 
     def rest(self) -> None:

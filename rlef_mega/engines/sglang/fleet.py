@@ -25,7 +25,15 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -202,21 +210,26 @@ class Fleet:
 
     # ------------------------------------------------------------ who is ready
 
-    async def expect(self, version: int) -> None:
+    async def expect(self, version: int, served: Collection[str] = ()) -> None:
         """Use from now on only servers with this version, which another process published.
 
-        Each is asked for it. Requests wait for all that were ready, or the first server with the
-        weights would get all of them; after SETTLE_S they do not wait for the others.
+        Those `served` have it; each other is asked for it. If none is known to have it, requests
+        wait for all that were ready, or the first server with the weights would get all of them;
+        after SETTLE_S they do not wait for the others.
         """
         awaited = [member for member in self.members if member.ready] or self.members
         self.version = version
         self.settled.clear()
         probes = []
         for member in self.members:
+            if member.client.url in served:
+                self.bring_back(member)
+                continue
             self.put_aside(member)
             probe = self.probe(member)
             probes += [probe] if member in awaited else []
-        await asyncio.wait(probes, timeout=SETTLE_S)
+        if probes and not served:
+            await asyncio.wait(probes, timeout=SETTLE_S)
         self.settled.set()
 
     async def install(self, version: int, members: Sequence[Member]) -> None:

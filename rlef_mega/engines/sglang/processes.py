@@ -163,14 +163,13 @@ class ServerProcesses:
         logs: Path,
         hang_s: float = HANG_S,
     ) -> None:
-        urls = [f"http://{asked.host}:{asked.port + n}" for n in range(asked.count)]
         self.servers = [
             ServerProcess(
                 server_command(asked, model, dtype=dtype, context_length=context_length, index=n),
                 url,
                 log_file(logs, url),
             )
-            for n, url in enumerate(urls)
+            for n, url in enumerate(asked.own_addresses)
         ]
         self.ready_s, self.hang_s = asked.ready_s, hang_s
         # /health makes an idle server generate, which one that has released its memory cannot; its

@@ -6,11 +6,11 @@ this node: HTTP carries handles of the tensors (CUDA IPC on a GPU, names of shar
 """
 
 import base64
-import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.multiprocessing  # its tensors are pickled as handles
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.client import Client
 from rlef_mega.engines.sglang.members import Member, on_all, on_each
+from rlef_mega.run.addresses import address_towards, bracketed
 from rlef_mega.run.event_loop import LoopThread
 
 Bucket = Sequence[tuple[str, torch.Tensor]]
@@ -93,7 +94,7 @@ class Broadcast:
             await client.join_group(
                 self.group_name,
                 backend=self.backend,
-                master_address=self.host,
+                master_address=bracketed(self.host),
                 master_port=store.port,
                 rank_offset=offsets[client.url],
                 world_size=world_size,
@@ -168,7 +169,4 @@ def make_group(
 
 def own_address(url: str) -> str:
     """Return this machine's address on the route to a server."""
-    host, _, port = url.partition("://")[2].partition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port or 80)))  # sends no packet
-        return str(probe.getsockname()[0])
+    return address_towards(urlsplit(url).hostname or "")

@@ -1,0 +1,90 @@
+"""The addresses of machines, IPv4 or IPv6. It imports only the standard library, as the check of a
+node does.
+
+A node's name is not always what others reach it by: Debian's installer writes `127.0.1.1 NAME` into
+/etc/hosts, and a server that listens there is reached by nobody else.
+"""
+
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterable
+
+SIOCGIFADDR = 0x8915
+ANY_PORT = 9  # no packet is sent
+
+
+def bracketed(host: str) -> str:
+    """Return a host as it is written before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
+def addresses_of(host: str) -> list[str]:
+    """Return the addresses that a name has on this machine; none if it has none."""
+    try:
+        found = socket.getaddrinfo(host, ANY_PORT, type=socket.SOCK_DGRAM)
+    except OSError:
+        return []
+    return [str(target[0]) for *_, target in found]
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def address_towards(host: str) -> str:
+    """Return this machine's address on the route to a host. Raises OSError if there is none."""
+    family, kind, _, _, target = socket.getaddrinfo(host, ANY_PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def address_of_interface(name: str) -> str:
+    """Return an interface's IPv4 address or, without one, a global IPv6 address. Raises OSError if
+    there is no such interface or it has neither."""
+    socket.if_nametoindex(name)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            return socket.inet_ntoa(answer[20:24])
+        except OSError:
+            pass
+    with open("/proc/net/if_inet6", encoding="ascii") as table:
+        for number, _, _, scope, _, interface in map(str.split, table):
+            if interface == name and scope in ("00", "10"):  # global, or loopback's own
+                return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(number))
+    raise OSError(f"interface {name} has no address")
+
+
+def interface_with(address: str) -> str | None:
+    """Return the name of the interface that has this address."""
+    for _, name in socket.if_nameindex():
+        try:
+            if address_of_interface(name) == address:
+                return name
+        except OSError:
+            continue
+    return None
+
+
+def reached_at(node: str, others: Iterable[str], interface: str = "") -> str:
+    """Return what others reach this node by: its name, where the name means the right address here
+    too, or the address itself.
+
+    The address is that of `interface` or, without one, that on the route to another node, but no
+    loopback unless all nodes are this machine. Raises OSError if the interface has none.
+    """
+    address = ""
+    if interface:
+        address = address_of_interface(interface)
+    peers = [other for other in others if other != node]
+    if peers and not any(map(addresses_of, peers)):  # names that only Slurm knows
+        peers = [os.environ.get("SLURM_LAUNCH_NODE_IPADDR", node)]
+    for peer in peers:
+        if not address and not all(map(is_loopback, addresses_of(peer))):
+            address = address_towards(peer)
+    mine = addresses_of(node)
+    return node if mine and (address or mine[0]) == mine[0] else address or node
