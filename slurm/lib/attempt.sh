@@ -9,14 +9,14 @@ STOPPED=3 REFUSED=4
 RECORDED='^(SLURM_(JOB|HET|NNODES|NTASKS|NODELIST|CPUS|GPUS|CLUSTER|SUBMIT)|SLURMD_NODENAME=|NCCL_|GLOO_|CUDA_|TORCH|PYTORCH_|TRITON_|OMP_|UCX_|PYTHON|LD_LIBRARY_PATH=|PATH=|HOME=|USER=|HOSTNAME=|LANG=|LC_|HF_HUB_OFFLINE=|HF_HOME=|MASTER_)'
 
 open_logs() { # make this attempt's folder, link `latest` to it, and record what is run
-    local n=1
+    local n=1 name
     while ! mkdir "$STATE/attempt_$(printf %03d $n)" 2>/dev/null; do n=$((n + 1)); done
     LOGS=$STATE/attempt_$(printf %03d $n)
     ln -sfn "${LOGS##*/}" "$STATE/latest"
     {
         env | grep -E "$RECORDED" | sort
-        for n in RECIPE RUN STEPS VENV CONTAINER PARTITION GPU_REQUEST INTERFACE LOCAL_DIR PORT TIME GRACE_S; do
-            echo "$n=${!n:-}"
+        for name in RECIPE RUN STEPS VENV CONTAINER PARTITION GPU_REQUEST INTERFACE LOCAL_DIR PORT TIME GRACE_S; do
+            echo "$name=${!name:-}"
         done
         printf 'SETS %q\n' "${SETS[@]}"
         echo
@@ -83,7 +83,7 @@ check_network() { # one process per rank, as in training
 start_services() {
     local unsignalled=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while ranks still need the services
     # shellcheck disable=SC2016 # expanded on the node, which listens where others reach it, not where it finds its own name
-    local at_address=(bash -c 'read -r _ address <"$0/$SLURMD_NODENAME" && exec "${@/#%ADDRESS/$address}"' "$LOGS/shared")
+    local at_address=(bash -c 'read -r _ address <"$0/$SLURMD_NODENAME" && exec "${@/%ADDRESS/$address}"' "$LOGS/shared")
     (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "${at_address[@]}" "$PYTHON" -m rlef_sandbox serve \
         --host ADDRESS --port "$SANDBOX_PORT") &
     PIDS[sandbox]=$!

@@ -1,0 +1,47 @@
+"""256 ranks ask little of what they share (tests/scale/ranks.py says what they run)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlef_mega import metrics
+from tests.rlef_mega.distributed import keep_store
+from tests.scale.ranks import EPISODES, PER_NODE, RANKS, all_episodes
+
+MOST_STORE_OPERATIONS = 8  # connected, missing, the first rank's node and its own
+MOST_GROUPS = 9  # the world, the rank itself, tp, pp, dp, tp-pp, tp-dp, all, ends of the pipeline
+
+
+def run_ranks(folder: Path, placement: str) -> list[dict[str, Any]]:
+    store = keep_store()
+    words = ["-m", "tests.scale.ranks", str(folder), str(store.port), placement]
+    subprocess.run([sys.executable, *words], timeout=900, check=True)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+def test_a_launch_of_256_ranks_asks_little_of_each(tmp_path):
+    found = run_ranks(tmp_path, "block")
+    for rank, each in enumerate(found):
+        assert 2 <= sum(each["operations"].values()) <= MOST_STORE_OPERATIONS, (rank, each)
+        assert len(each["groups"]) <= MOST_GROUPS and each["groups"].count(1) <= 1, (rank, each)
+        assert each["gathers"] == 1 and not each["opened"], (rank, each)
+        first = rank // PER_NODE * PER_NODE
+        assert each["tensor"] == list(range(first, first + PER_NODE))
+        assert each["pipeline"] == list(range(rank % 64, RANKS, 64))
+        assert each["ends"] == (rank < 64 or rank >= 192)
+        assert each["metrics"] == found[0]["metrics"] and each["sequences"] == EPISODES
+    assert found[0]["metrics"] == metrics.episode_metrics(all_episodes())
+
+
+@pytest.mark.slow
+def test_tensor_parallel_groups_that_are_spread_over_nodes_are_refused(tmp_path):
+    """As with srun --distribution=cyclic."""
+    found = run_ranks(tmp_path, "cyclic")
+    for rank, each in enumerate(found):
+        assert ("refused" in each) == (rank % 8 != 0), (rank, each)
+    assert "--distribution=block" in found[1]["refused"]
