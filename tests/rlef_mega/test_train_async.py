@@ -52,19 +52,23 @@ def asynchronous(servers, *overrides: str) -> list[str]:
 
 def trained_on(run: Path) -> Counter[str]:
     """Count the problems of all episodes of all steps."""
-    counts: Counter[str] = Counter()
+    return sum(batches(run), Counter())
+
+
+def batches(run: Path) -> list[Counter[str]]:
+    """Count the problems of each step's episodes."""
+    counts = []
     for file in (run / "episodes").glob("step_*.jsonl.zst"):
         lines = zstandard.decompress(file.read_bytes()).decode().splitlines()
-        counts.update(json.loads(line)["problem_id"] for line in lines)
+        counts.append(Counter(json.loads(line)["problem_id"] for line in lines))
     return counts
 
 
-def drawn() -> Counter[str]:
+def drawn(samples: int = 1) -> Counter[str]:
     """Count the problems that synchronous training draws in as many steps."""
-    problems = load_problems("curriculum:train")
-    return Counter(
-        problem.id for step in range(1, STEPS + 1) for problem in sample(problems, step, BATCH, 0)
-    )
+    problems, size = load_problems("curriculum:train"), BATCH // samples
+    steps = (sample(problems, step, size, 0) for step in range(1, STEPS + 1))
+    return Counter(problem.id for step in steps for problem in step for _ in range(samples))
 
 
 def test_training_goes_on_while_dialogues_do(model, servers, tmp_path):  # noqa: F811
@@ -90,6 +94,17 @@ def test_training_goes_on_while_dialogues_do(model, servers, tmp_path):  # noqa:
     scores = {path.name: read_score(path) for path in steps_in(run / "checkpoints")}
     scored = {name for name, score in scores.items() if score is not None}
     assert scored == {"step_000002", "step_000004", "step_000006"}
+
+
+def test_the_dialogues_about_a_problem_are_in_one_batch(model, servers, tmp_path):  # noqa: F811
+    """Each of two ranks drives half of the problems."""
+    run = tmp_path / "groups"
+    grouped = ("ppo.advantage=rloo", "rollout.samples_per_problem=2", "eval.every=0")
+    lines = train(run, model, *asynchronous(servers, *grouped))
+    assert all(0 <= line["turns_alone"] < 1 and line["episodes"] == BATCH for line in lines)
+    for batch in batches(run):
+        assert set(batch.values()) <= {2, 4}
+    assert trained_on(run) == drawn(2)
 
 
 def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  # noqa: F811

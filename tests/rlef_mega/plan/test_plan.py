@@ -244,6 +244,22 @@ def test_scoring_takes_a_forward_pass_of_policy_reference_and_critic():
     assert without.step(H100, 0).score == pytest.approx(policy + critic)
 
 
+def test_without_a_critic_there_are_no_phases_bytes_and_seconds_of_one():
+    with_critic = run_of("llama31_8b")
+    run = run_of("llama31_8b", "ppo.advantage=rloo", "rollout.samples_per_problem=8")
+    (rank,), (both,) = run.memory(), with_critic.memory()
+    assert [name for name in both.phases if name not in rank.phases] == [
+        "score critic",
+        "update critic",
+    ]
+    net = with_critic.critic
+    kept = net.weights(0) + net.gradients(0) + net.optimizer(0)
+    name = "update policy"
+    assert both.phases[name] - rank.phases[name] == pytest.approx(kept)
+    policy = sum(seconds(run.policy, H100, run.load(run.policy, TRAINING), TRAINING).values())
+    assert run.step(H100, 0).update == pytest.approx(run.updates * policy)
+
+
 def test_less_memory_costs_time():
     run = run_of("llama31_8b")
     kept, time = [], []
