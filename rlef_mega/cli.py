@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -232,13 +232,13 @@ def evaluate(
     dtype: str = "float32",
     seed: int = 0,
     program: Annotated[
-        str, typer.Option(help="which code block of a response: first, last, or the only one")
+        Literal["first", "last", "only"], typer.Option(help="which code block of a response")
     ] = "first",
     feedback_tokens: Annotated[
         int | None, typer.Option(min=1, help="default: as many as the context has room for")
     ] = None,
     feedback_cut: Annotated[
-        str, typer.Option(help="where longer feedback is cut: middle or right")
+        Literal["middle", "right"], typer.Option(help="where longer feedback is cut")
     ] = "middle",
     at_once: Annotated[int | None, typer.Option(min=1, help="concurrent dialogues")] = None,
     servers: Annotated[

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -170,12 +170,6 @@ def check_request(request: EvalRequest) -> None:
             "--feedback random needs the failed responses of another protocol: leave --single-turn "
             "on, or add true to --feedback"
         )
-    for option, value, choices in (
-        ("--program", request.program, get_args(Which)),
-        ("--feedback-cut", request.feedback_cut, get_args(Cut)),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{option} {value}: use one of {', '.join(choices)}")
     if not (request.feedback or request.single_turn):
         raise ConfigError("nothing to evaluate: give --feedback, or leave --single-turn on")
 
