@@ -421,7 +421,7 @@ ONE_MACHINE = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize(("recipe", "gpu"), [("gpu1", "rtx4090")])
+@ONE_MACHINE
 def test_the_recorded_rehearsal_of_a_recipe_is_as_planned_and_fits(recipe, gpu):
     recorded = json.loads((RESULTS / f"rehearse_{recipe}.json").read_text())
     (planned,), (rank,) = run_of(recipe).memory(), recorded["ranks"].values()
