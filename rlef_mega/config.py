@@ -291,7 +291,12 @@ class PPOConfig(Section):
     critic_warmup_steps: int = Field(0, ge=0, description="first batches train only the critic")
 
     @model_validator(mode="after")
-    def values_come_from_a_critic(self) -> Self:
+    def each_number_has_its_network(self) -> Self:
+        if self.kl == "exact" and not self.beta:
+            raise ValueError(
+                'ppo.kl = "exact" needs ppo.beta above 0: without a KL penalty there is no '
+                'reference; set ppo.kl = "sampled"'
+            )
         for key in ("lam", "token_level_value", "critic_warmup_steps"):
             value = getattr(self, key)
             if self.advantage != "critic" and value != type(self).model_fields[key].default:
@@ -442,11 +447,6 @@ class TrainConfig(Section):
                     f"an update of {episodes // updates} episodes cannot be divided evenly by "
                     f"{name}.data_parallel_size = {layout.data_parallel_size}"
                 )
-        if self.ppo.kl == "exact" and not self.ppo.beta:
-            raise ValueError(
-                'ppo.kl = "exact" needs ppo.beta above 0: without a KL penalty there is no '
-                'reference; set ppo.kl = "sampled"'
-            )
         servers = self.rollout.servers
         if servers.release_memory and (servers.device == "cpu" or self.rollout.mode == "async"):
             raise ValueError(

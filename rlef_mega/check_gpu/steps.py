@@ -213,7 +213,7 @@ STEPS: dict[str, Callable[[Path, float], Found]] = {
     # the kernels' tests on the device, in as many processes as there are cores
     "tests": partial(pytest, tests=("-n", min(8, os.cpu_count() or 1), *DEVICE_TESTS)),
     # our implementations, and cuBLAS's product alone; published ones, with the 8B model's head
-    "head": partial(heads, cases=CASES, methods="fused,cuBLAS,KL"),
+    "head": partial(heads, cases=CASES, methods="fused,cuBLAS"),
     "peers": partial(heads, cases="8B | 8192 | 0%", methods=PEERS),
     "slice": slice_,
     "ipc": ipc,

@@ -231,7 +231,7 @@ class Learner:
         chosen = [model.chunks for name in names if (model := models[name])]
         if not chosen:
             return
-        with self.phase(f"score_{names[0]}", **dict.fromkeys(names, Residence.WEIGHTS)):
+        with self.phase(f"score_{'_and_'.join(names)}", **dict.fromkeys(names, Residence.WEIGHTS)):
             chunks = chosen[0] if len(names) == 1 else list(map(PolicyAndReference, *chosen))
             outputs = self.outputs(chunks, microbatches, read)
             if self.ranks.reports_outputs:

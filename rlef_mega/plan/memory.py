@@ -164,12 +164,17 @@ class Network:
         matrices = 0.0 if self.on_cpu else self.shape.layer_products / self.tensor
         return max(peaks) + self.weight_bytes * matrices
 
-    def scoring_scratch(self, rank: int, tokens: int, read: int) -> float:
-        """Return the largest temporary memory of a forward pass alone."""
+    def scoring_scratch(self, rank: int, tokens: int, read: int, models: int = 1) -> float:
+        """Return the largest temporary memory of a forward pass alone, of one model or of policy
+        and reference together. While the reference runs, the policy's output is kept too, and what
+        a stage receives has twice the width, and is copied."""
         shape, t = self.shape, self.tensor
-        peaks = [tokens * (4 * shape.ffn / t + 6 * shape.hidden / self.sequence_shards)]
+        receives = rank > 0 or self.stages.chunks > 1
+        beside = (2 + receives) * tokens * shape.hidden / self.sequence_shards
+        beside *= models - 1
+        peaks = [tokens * (4 * shape.ffn / t + 6 * shape.hidden / self.sequence_shards) + beside]
         if self.is_last(rank) and self.head != "value":
-            peaks.append((2 * tokens + read) * shape.hidden)
+            peaks.append((2 * tokens + models * read) * shape.hidden + beside)
         return self.weight_bytes * max(peaks)
 
     def gather_scratch(self) -> float:

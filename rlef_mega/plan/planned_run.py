@@ -243,13 +243,15 @@ class PlannedRun:
             found[name] = nothing | on_device
             found[name] |= {"activations": activations, "scratch": scratch + standing}
 
-        networks = dict(trained)
-        if "reference" in state:
-            networks["reference"] = self.policy
-        for network, net in networks.items():
-            weights = {part: state[network][part] for part in ("weights", "reference")}
-            scratch = net.scoring_scratch(rank, tokens, self.head_tokens)
-            add(f"score {network}", weights, activations=0.0, scratch=scratch)
+        together = ["policy", "reference"]
+        exact = self.config.ppo.kl == "exact" and "reference" in state
+        scored = [[network] for network in state if not (exact and network in together)]
+        for names in [together, *scored] if exact else scored:
+            held = plus(*(state[network] for network in names))
+            weights = {part: held[part] for part in ("weights", "reference")}
+            net = trained.get(names[0], self.policy)
+            scratch = net.scoring_scratch(rank, tokens, self.head_tokens, models=len(names))
+            add(f"score {' and '.join(names)}", weights, activations=0.0, scratch=scratch)
         for network, net in trained.items():
             add(
                 f"update {network}",

@@ -204,6 +204,8 @@ def products(run: PlannedRun, network: Network, phase: str, stage: int, tokens: 
     token = 2 * network.layers[stage] * shape.layer_products / network.tensor
     block = 2 * network.layers[stage] * 3 * shape.hidden * shape.ffn / network.tensor
     again = {"none": 0.0, "selective": block, "full": token}[run.recompute]
+    if "reference" in phase.split()[2:]:  # together with the policy
+        token *= 2
     return tokens * {"score": token, "update": 3 * token + again}.get(phase.split()[0], 0.0)
 
 

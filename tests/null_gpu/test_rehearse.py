@@ -46,8 +46,17 @@ def settings(*words: str) -> list[str]:
             "llama31_8b",
             [EIGHT_LAYERS, "model.recompute=full", "parallel.pipeline_model_parallel_size=2"],
         ),
+        (
+            "llama31_8b",
+            [
+                EIGHT_LAYERS,
+                "ppo.kl=exact",
+                "learner.offload=idle",
+                "parallel.pipeline_model_parallel_size=2",
+            ],
+        ),
     ],
-    ids=["8B", "70B", "offloaded", "critic on ranks of its own", "two stages"],
+    ids=["8B", "70B", "offloaded", "critic on ranks of its own", "two stages", "exact KL"],
 )
 def test_planned_memory_and_flops_of_every_phase_are_those_of_the_rehearsal(
     recipe, changes, tmp_path

@@ -114,6 +114,7 @@ def test_overrides_take_toml_values_and_bare_words():
     [
         ("run = [", "not valid TOML"),
         ("extends = 'none'", "no recipe 'none': neither a file nor one of demo,"),
+        ('[ppo]\nkl = "exact"\nbeta = 0', r"needs ppo.beta above 0: without a KL penalty"),
         ("[ppo]\nbetta = 1", r"unknown key 'ppo.betta'; known there: beta"),
         (
             "[critic_parallel]\ntensor = 2",

@@ -261,6 +261,12 @@ def test_each_ablation_is_a_switch_of_the_whole_loop(model, tmp_path, overrides,
         assert line["value_loss"] > 0 and line["logprob_gap_max"] < 1e-4
 
 
+def test_the_exact_kl_of_a_run_has_less_spread_than_the_sampled_one(model, tmp_path):
+    first, second = train(tmp_path / "exact", model, ALONE, "run.steps=2", "ppo.kl=exact")
+    assert abs(first["kl_exact"]) < 1e-6  # before any update, policy and reference are equal
+    assert second["kl_exact"] > 1e-6 and second["kl_exact_std"] < second["kl_std"]
+
+
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
 def test_without_a_critic_no_part_of_a_run_has_one(model, tmp_path, monkeypatch, capsys, estimator):
     """The groups are the same on two data-parallel ranks, each of which samples half of each."""

@@ -354,13 +354,15 @@ class PolicyAndReference(torch.nn.Module):
         self.model_type = policy.model_type
 
     def set_input_tensor(self, inputs: Sequence[torch.Tensor | None]) -> None:
-        (both,) = inputs
-        halves = (None, None) if both is None else both.chunk(2, dim=-1)
-        for model, half in zip((self.policy, self.reference), halves, strict=True):
-            model.set_input_tensor([half if half is None else half.contiguous()])
+        (self.both,) = inputs
 
     def forward(self, *inputs: Any, **options: Any) -> torch.Tensor:
-        outputs = [model(*inputs, **options) for model in (self.policy, self.reference)]
+        halves = (None, None) if self.both is None else self.both.chunk(2, dim=-1)
+        outputs = []
+        for model, half in zip((self.policy, self.reference), halves, strict=True):
+            model.set_input_tensor([half if half is None else half.contiguous()])
+            outputs.append(model(*inputs, **options))
+            model.set_input_tensor([None])
         return torch.cat(outputs, dim=-1)
 
     def scores(
