@@ -144,8 +144,10 @@ def stand_in(tokens: int) -> None:
 
     parallel.join_world = join_alone
     starting_point.load_hf = lambda *unused: None
-    # without its weights a model's losses and gradient norms may be infinite or NaN
+    # without its weights a model's losses and gradient norms are arbitrary: infinite, NaN, or the
+    # root of a negative number
     trained_model.math = SimpleNamespace(isfinite=lambda value: True)  # type: ignore[assignment]
+    trained_model.float = abs  # type: ignore[attr-defined]
     dist.all_gather_object = gather_own  # type: ignore[assignment]
     dist.gather_object = lambda *unused, **options: None
     trained_model.P2PCommunicator._communicate_shapes = full_shapes
