@@ -37,11 +37,16 @@ def meet(timeout: timedelta = MEETING_TIMEOUT) -> dist.Store:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", connection)
         store.set(f"rank {rank}", node_name())
-        missing = not_connected(store, int(world_size), min(SILENT_WAIT, timeout))
-        if missing and rank == "0":
-            print(f"{launch} waits for ranks {missing}", file=sys.stderr, flush=True)
-        if missing := missing and not_connected(store, int(world_size), timeout):
-            raise RuntimeError(f"ranks {missing} did not connect")
+        if rank != "0":  # only rank 0 looks for each other rank, or n ranks would ask n^2 times
+            store.wait(["all"], timeout)
+        else:
+            missing = not_connected(store, int(world_size), min(SILENT_WAIT, timeout))
+            if missing:
+                print(f"{launch} waits for ranks {missing}", file=sys.stderr, flush=True)
+                missing = not_connected(store, int(world_size), timeout)
+            if missing:
+                raise RuntimeError(f"ranks {missing} did not connect")
+            store.set("all", "connected")
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"{launch}: {error}, within {timeout.total_seconds():.0f} s. MASTER_ADDR must be an "

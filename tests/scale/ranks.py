@@ -29,7 +29,7 @@ from rlef_mega.run import launch, ranks
 from rlef_mega.types import Episode
 from tests.rlef_mega.episodes import episode
 
-PER_NODE, EPISODES = 8, 512
+PER_NODE, EPISODES = 8, 256
 DATA = 8
 LAYOUT = ParallelConfig(
     tensor_model_parallel_size=8, pipeline_model_parallel_size=4, data_parallel_size=DATA

@@ -12,7 +12,8 @@ from rlef_mega import metrics
 from tests.rlef_mega.distributed import keep_store
 from tests.scale.ranks import EPISODES, PER_NODE, RANKS, all_episodes
 
-MOST_STORE_OPERATIONS = 8  # connected, missing, the first rank's node and its own
+MOST_STORE_OPERATIONS = 4  # its node, all have connected; its own and the first rank's node
+MOST_FILES = 16  # what Python and megatron-core's version need
 MOST_GROUPS = 9  # the world, the rank itself, tp, pp, dp, tp-pp, tp-dp, all, ends of the pipeline
 
 
@@ -27,9 +28,10 @@ def run_ranks(folder: Path, placement: str) -> list[dict[str, Any]]:
 def test_a_launch_of_256_ranks_asks_little_of_each(tmp_path):
     found = run_ranks(tmp_path, "block")
     for rank, each in enumerate(found):
-        assert 2 <= sum(each["operations"].values()) <= MOST_STORE_OPERATIONS, (rank, each)
+        most = MOST_STORE_OPERATIONS + (2 * RANKS if rank == 0 else 0)  # rank 0 may look for others
+        assert 2 <= sum(each["operations"].values()) <= most, (rank, each)
         assert len(each["groups"]) <= MOST_GROUPS and each["groups"].count(1) <= 1, (rank, each)
-        assert each["gathers"] == 1 and not each["opened"], (rank, each)
+        assert each["gathers"] == 1 and len(each["opened"]) <= MOST_FILES, (rank, each)
         first = rank // PER_NODE * PER_NODE
         assert each["tensor"] == list(range(first, first + PER_NODE))
         assert each["pipeline"] == list(range(rank % 64, RANKS, 64))
