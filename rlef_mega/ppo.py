@@ -41,22 +41,14 @@ def task_rewards(
 
 
 def turn_kl(
-    logprobs_A: torch.Tensor,
-    ref_logprobs_A: torch.Tensor,
-    turn_of_action_A: torch.Tensor,
-    num_turns: int,
+    log_ratios_A: torch.Tensor, turn_of_action_A: torch.Tensor, num_turns: int
 ) -> torch.Tensor:
-    """Return kl_t = mean_k log pi(a_tk) - mean_k log rho(a_tk) over the tokens k of turn t, where
-    rho is the frozen initial policy (RLEF 2.2). A sum would punish long responses for their length.
+    """Return kl_t = mean_k log (pi(a_tk) / rho(a_tk)) over the tokens k of turn t, where rho is the
+    frozen initial policy (RLEF 2.2). A sum would punish long responses for their length.
+
+    `log_ratios_A` are those of the sampled tokens or, for the exact KL, their expectations.
     """
-    return turn_mean(logprobs_A - ref_logprobs_A, turn_of_action_A, num_turns)
-
-
-def turn_mean(
-    numbers_A: torch.Tensor, turn_of_action_A: torch.Tensor, num_turns: int
-) -> torch.Tensor:
-    """Return the mean over the tokens of each turn."""
-    sums_N = torch.zeros(num_turns).index_add(0, turn_of_action_A, numbers_A.float())
+    sums_N = torch.zeros(num_turns).index_add(0, turn_of_action_A, log_ratios_A.float())
     counts_N = torch.bincount(turn_of_action_A, minlength=num_turns)
     return sums_N / counts_N.clamp(min=1)
 

@@ -35,10 +35,10 @@ def targets_of(
     kl = {"kl": 0.0}
     if scores.ref_logprobs_A is not None:
         of_turn = (batch.turn_of_action_A, batch.num_turns)
-        kl_N = ppo.turn_kl(batch.behaviour_logprobs_A, scores.ref_logprobs_A, *of_turn)
+        kl_N = ppo.turn_kl(batch.behaviour_logprobs_A - scores.ref_logprobs_A, *of_turn)
         kl = {"kl": float(kl_N.mean()), "kl_std": float(kl_N.std(correction=0))}
         if scores.kl_A is not None:
-            kl_N = ppo.turn_mean(scores.kl_A, *of_turn)
+            kl_N = ppo.turn_kl(scores.kl_A, *of_turn)
             kl |= {"kl_exact": float(kl_N.mean()), "kl_exact_std": float(kl_N.std(correction=0))}
         rewards_N = ppo.turn_rewards(task_rewards_N, kl_N, beta=settings.beta)
     returns_M, advantages_M, metrics = advantages_of(
