@@ -16,7 +16,7 @@ if ! has sinfo; then
     echo "no sinfo: this is no login node of a Slurm cluster, or its commands are not in PATH (module load slurm)"
     exit 2
 fi
-config=$(scontrol show config 2>/dev/null)
+config=$(scontrol show config) || exit 2 # Slurm has said why
 setting() { sed -n "s/^$1 *= *//p" <<<"$config"; }
 line slurm "$(sinfo --version), cluster $(setting ClusterName)"
 line limits "EnforcePartLimits=$(setting EnforcePartLimits), MaxArraySize=$(setting MaxArraySize), JobRequeue=$(setting JobRequeue)"

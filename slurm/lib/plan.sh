@@ -82,6 +82,7 @@ exceeds() { # exceeds TIME TIME: whether the first of two times in Slurm's forms
 never_starts() { # never_starts PARTITION COUNT GPUS: set FAULT to why a job could never start there; set DOWN to 1 if too few nodes work now
     local name=$1 where=() have working about
     FAULT="" DOWN=""
+    sinfo --noheader --format=%P >/dev/null || die "Slurm does not answer (above); try again later"
     [ -n "$name" ] || name=$(sinfo --noheader --format=%P | sed -n 's/\*$//p')
     [ -z "$name" ] || where=(--partition="$name")
     # inval: Slurm refuses the node until its configuration is right; futr: it does not exist. Others come back.
