@@ -131,14 +131,14 @@ def write(results: Any, computed: Any) -> None:
             on_host(result).copy_(value)
 
 
-def is_infinite(value: Any) -> bool:
-    """Return whether a tensor has, or a number is, an infinity."""
+def is_non_finite(value: Any) -> bool:
+    """Return whether a tensor has, or a number is, an infinity or NaN."""
     import torch
 
     if isinstance(value, torch.Tensor):
         known = value.is_floating_point() and value.device.type in ("cuda", "cpu")
-        return known and bool(host_argument(value).isinf().any())
-    return isinstance(value, float) and math.isinf(value)
+        return known and not bool(host_argument(value).isfinite().all())
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def clear_non_finite(results: Any) -> None:
@@ -204,7 +204,7 @@ class Operation:
             if self.makes:
                 clear(results)
             return results
-        finite = skipped and not any(is_infinite(value) for value in leaves((args, kwargs)))
+        finite = skipped and not any(is_non_finite(value) for value in leaves((args, kwargs)))
         generator = self.generator(args, kwargs) if self.is_random else None
         randomness = device_randomness(generator) if generator else contextlib.nullcontext()
         with randomness:
@@ -666,7 +666,7 @@ def interpret(kernel: Any, args: Any, grid: Any, kwargs: dict[str, Any]) -> bool
     if not is_small(operands):
         skipped[name] += 1
         return False
-    finite = skipped and not any(is_infinite(value) for value in leaves(operands))
+    finite = skipped and not any(is_non_finite(value) for value in leaves(operands))
     import null_gpu_interpreter  # noqa: F401 - its corrections
     from triton.language import standard
     from triton.runtime.interpreter import _patch_lang
