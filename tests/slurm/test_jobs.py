@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.slurm.conftest import ROOT
 
 pytestmark = pytest.mark.slurm
-OPTIONS = ("--gpus-per-node=0", "--cpus-per-task=2")  # override the scripts' own: nodes are small
+OPTIONS = ("--gpus-per-node=0", "--cpus-per-task=2", "--mem=2G")  # nodes are small
 
 
 def submit(runs, folder: Path, script: str, *arguments: object, **settings: object) -> str:
