@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.slurm.conftest import ROOT
+from tests.slurm.conftest import ROOT, metrics
 
 pytestmark = pytest.mark.slurm
 OPTIONS = ("--gpus-per-node=0", "--cpus-per-task=2", "--mem=2G")  # nodes are small
@@ -58,3 +58,17 @@ def test_a_job_without_arguments_says_what_it_wants(runs, tmp_path):
     job = runs.cluster.run(*words, str(ROOT / "slurm/eval.sh"), **settings).strip()
     runs.cluster.wait_for(lambda: runs.cluster.state(job) == "FAILED", 60)
     assert "name a model: sbatch slurm/eval.sh MODEL" in log.read_text()
+
+
+def test_one_node_trains_samples_and_grades_by_its_script(runs, tmp_path):
+    """`slurm/train_node.sh`, with a recipe of two ranks that sample in their own processes."""
+    recipe, run = tmp_path / "one.toml", tmp_path / "one-node"
+    recipe.write_text(
+        f"extends = 'demo'\n[run]\ndir = '{run}'\nsteps = 2\n[model]\npath = '{runs.model}'\n"
+        "[rollout]\nepisodes_per_batch = 8\n[ppo]\nupdates_per_batch = 2\n"
+        "[eval]\nproblems = 4\n[guard]\nmax_invalid_fraction = 1.0\n"
+    )
+    small = {"GPUS_PER_NODE": 0, "DISK_GIB": 1, "TMP_GIB": 0.5, "SHM_GIB": 0.1}
+    job = runs.submit(run, *OPTIONS, script="train_node.sh", RECIPE=recipe, **small)
+    said = runs.wait(run, job)
+    assert "finished: 2 steps" in said and len(metrics(run)) == 2, said

@@ -250,7 +250,7 @@ def test_an_order_that_is_not_a_permutation_is_refused(ranks: Ranks, folder: Pat
     learner = make_learner(ranks, folder)
     batch = make_batch(4)
     targets = zero_advantages(batch, learner.score(batch))
-    with pytest.raises(ValueError, match="permute 4 sequences"):
+    with pytest.raises(ValueError, match="a permutation of the 4 sequences"):
         learner.update(batch, targets, torch.tensor([0, 1, 2, 2]))
 
 
