@@ -108,7 +108,8 @@ def work(folder: str, rank: int, port: int, node: str) -> None:
     def gather(everyone: list[Any], mine: Any) -> None:
         nonlocal gathers
         gathers += 1
-        everyone[:] = [all_episodes()[number::RANKS] for number in range(RANKS)]
+        every = all_episodes()
+        everyone[:] = [every[number::RANKS] for number in range(RANKS)]
         assert everyone[rank] == mine
 
     dist.all_gather_object = gather  # type: ignore[assignment]
