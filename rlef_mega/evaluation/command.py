@@ -98,7 +98,8 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Source:
-    """The source of responses: a model's folder, or a file."""
+    """Where the evaluated responses come from: the model in `folder` samples them, or a file has
+    `recorded` them. `identity` is a digest of either; an evaluation resumes only with the same."""
 
     name: str
     identity: str

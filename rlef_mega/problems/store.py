@@ -66,9 +66,10 @@ def cache_folder() -> Path:
 def stored(
     source: str, files: Sequence[Path], read: Callable[[Path], Iterable[Read]], folder: Path
 ) -> ProblemStore:
-    """Return the store of this source; write it first if these files have none.
+    """Return the problems of a source as they are stored in `folder`. If these files have not been
+    stored yet, read and write them first.
 
-    `read` gets the path of a journal, for progress that survives a kill.
+    `read` gets the path of a journal, in which it may record its progress, to survive a kill.
     """
     index = folder / f"{digest_of(source, files, version=FORMAT)}.json"
     if not index.is_file():

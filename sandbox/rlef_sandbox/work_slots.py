@@ -32,7 +32,11 @@ class WorkSlots:
                 self.release(0, 1)
 
     def acquire(self, opened: int) -> None:
-        """Wait until one more program may work and `opened` more may be under way."""
+        """Wait, in turn, until a program may work: one that begins, which counts as under way from
+        then on (`opened` = 1), or one that was asleep (0).
+
+        Raises RuntimeError if the sandbox is closed meanwhile.
+        """
         with self.lock:
             if self.working > 0 and self._open >= opened and not (self._waiting or self._closed):
                 self.working -= 1

@@ -169,10 +169,10 @@ class Client:
             self.paused_at_s = None
 
     async def release_memory(self) -> None:
-        """Pause, and free the memory of weights and cache; no request may be running.
+        """Pause the server, and free the memory of weights and cache. No request may be running.
 
-        A health check would make a server generate without weights, hence the pause. Needs SGLang's
-        memory saver, so a GPU.
+        The pause keeps health checks away, which make a server generate, here without weights.
+        Needs SGLang's memory saver, which needs a GPU.
         """
         await self.pause()
         self.resting_version = (await self.info()).weight_version
@@ -191,7 +191,7 @@ class Client:
             self.released = [CACHE]
 
     async def occupy(self, tag: str) -> None:
-        """Allocate released memory again; its former contents are lost."""
+        """Allocate the memory of `tag` (weights or cache) again, with undefined contents."""
         await self.call("/resume_memory_occupation", {"tags": [tag]})
         self.released = [other for other in self.released if other != tag]
 

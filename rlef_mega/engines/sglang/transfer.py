@@ -130,7 +130,8 @@ class SharedTensors:
         self.members, self.ranks = members, ranks
 
     def carry(self, bucket: Bucket) -> None:
-        """Send handles of the bucket to all servers; returns when all have loaded it."""
+        """Send each server handles of the bucket's memory (CUDA IPC, or shared memory on a CPU).
+        Returns when all servers have loaded its tensors."""
 
         async def receive(client: Client) -> None:
             # handles are counted, so each process that opens one needs its own
