@@ -12,6 +12,7 @@ from rlef_mega import metrics
 from tests.rlef_mega.distributed import keep_store
 from tests.scale.ranks import EPISODES, PER_NODE, RANKS, all_episodes
 
+ROOT = Path(__file__).parents[2]  # where `tests` is imported from
 MOST_STORE_OPERATIONS = 4  # its node, all have connected; its own and the first rank's node
 MOST_FILES = 16  # what Python and megatron-core's version need
 MOST_GROUPS = 9  # the world, the rank itself, tp, pp, dp, tp-pp, tp-dp, all, ends of the pipeline
@@ -20,7 +21,7 @@ MOST_GROUPS = 9  # the world, the rank itself, tp, pp, dp, tp-pp, tp-dp, all, en
 def run_ranks(folder: Path, placement: str) -> list[dict[str, Any]]:
     store = keep_store()
     words = ["-m", "tests.scale.ranks", str(folder), str(store.port), placement]
-    subprocess.run([sys.executable, *words], timeout=900, check=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, timeout=900, check=True)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
