@@ -26,7 +26,7 @@ from rlef_kernels.main_grad import check_main_grad, weight_gradient_sum
 from rlef_kernels.ppo_policy_loss import (
     METRICS,
     PolicyInputs,
-    policy_loss_reference,
+    policy_loss,
     save_gradients,
     scaled_gradients,
 )
@@ -91,7 +91,7 @@ class ChunkedLinearPpoLoss(torch.autograd.Function):
             own_max_C = partials[:, 0].clone()
             softmax = combine_shards(partials, target_T[rows], shard * group_size(group), group)
             old_T, behaviour_T, advantages_T = policy_T
-            values, grad_C = policy_loss_reference(
+            values, grad_C = policy_loss(
                 softmax.logprob_T,
                 softmax.entropy_T,
                 (old_T[rows], behaviour_T[rows], advantages_T[rows]),

@@ -4,8 +4,7 @@
     L   = - sum_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) / denominator
     dL/dlogprob_t = - r_t A_t / denominator, and 0 where the clipped term is the smaller one
 
-Source: Gehring et al., arXiv 2410.02089. About 20 T FLOPs and 20 T bytes. On NVIDIA GPUs one kernel
-computes it (`rlef_kernels.gpu.ppo_policy_loss`).
+Source: Gehring et al., arXiv 2410.02089. About 20 T FLOPs; nothing next to the head's products.
 
 Shape suffixes: T tokens; D hidden size, V vocabulary shard.
 """
@@ -29,7 +28,7 @@ METRICS = (
 PolicyInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def policy_loss_reference(
+def policy_loss(
     logprobs_T: torch.Tensor,
     entropy_T: torch.Tensor,
     policy_T: PolicyInputs,

@@ -16,9 +16,10 @@ chunk in `linear_ppo_loss`), backward sums dhidden once. A rank waits in these c
 others of the group, so each must call the operation, even with an empty batch.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums,
-R ranks of the group.
+R ranks of the group, or tiles of a shard.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,14 +135,18 @@ def combine_shards(
     group: ProcessGroup | None,
 ) -> Softmax:
     """Gather the partial sums of all ranks into the statistics over the whole vocabulary."""
-    if group_size(group) > 1:
-        partials_TP = reduce_partials(gather_partials(partials_TP, group))
-    return softmax_of(partials_TP, target_T, vocabulary_size)
+    if group_size(group) == 1:
+        return softmax_of(partials_TP.unbind(-1), target_T, vocabulary_size)
+    *sums_RT, target_logit_RT = gather_partials(partials_TP, group).unbind(-1)
+    numbers = (*reduce_sums(*sums_RT), target_logit_RT.sum(0))
+    return softmax_of(numbers, target_T, vocabulary_size)
 
 
-def softmax_of(partials_TP: torch.Tensor, target_T: torch.Tensor, vocabulary_size: int) -> Softmax:
+def softmax_of(
+    numbers: Sequence[torch.Tensor], target_T: torch.Tensor, vocabulary_size: int
+) -> Softmax:
     """Return the statistics of whole rows, given their four numbers."""
-    row_max_T, sum_exp_T, weighted_T, target_logit_T = partials_TP.unbind(-1)
+    row_max_T, sum_exp_T, weighted_T, target_logit_T = numbers
     log_sum_T = sum_exp_T.log()
     entropy_T = log_sum_T - weighted_T / sum_exp_T
     logprob_T = (target_logit_T - row_max_T) - log_sum_T
@@ -162,15 +167,35 @@ def gather_partials(partials_TP: torch.Tensor, group: ProcessGroup | None) -> to
     return gathered.view(num_ranks, *partials_TP.shape)
 
 
-def reduce_partials(partials_RTP: torch.Tensor) -> torch.Tensor:
-    """Reduce the partial sums over the ranks in one order, so that all ranks get equal bits."""
-    max_RT, sum_exp_RT, weighted_RT, target_logit_RT = partials_RTP.unbind(-1)
+def reduce_sums(
+    max_RT: torch.Tensor, sum_exp_RT: torch.Tensor, weighted_RT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Combine m, s and u of the parts of each row, which are ranks or a GPU kernel's tiles, in one
+    order, so that all ranks get equal bits."""
     row_max_T = max_RT.amax(0)
     shift_RT = max_RT - row_max_T
     scale_RT = shift_RT.exp()
-    weighted_T = (scale_RT * (weighted_RT + sum_exp_RT * shift_RT)).sum(0)
-    sum_exp_T = (scale_RT * sum_exp_RT).sum(0)
-    return torch.stack([row_max_T, sum_exp_T, weighted_T, target_logit_RT.sum(0)], dim=-1)
+    weighted_T = torch.addcmul(weighted_RT, sum_exp_RT, shift_RT).mul_(scale_RT).sum(0)
+    return row_max_T, scale_RT.mul_(sum_exp_RT).sum(0), weighted_T
+
+
+def reduce_two_heads(
+    max_RT: torch.Tensor,
+    sum_exp_RT: torch.Tensor,
+    weighted_RT: torch.Tensor,
+    ref_max_RT: torch.Tensor,
+    ref_sum_exp_RT: torch.Tensor,
+    cross_RT: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Combine m, s, u of the logits z, then m and s of y and sum exp(z - m) (a - b), where a and b
+    are z and y minus their maxima."""
+    row_max_T, sum_exp_T, weighted_T = reduce_sums(max_RT, sum_exp_RT, weighted_RT)
+    ref_max_T = ref_max_RT.amax(0)
+    shift_RT, ref_shift_RT = max_RT - row_max_T, ref_max_RT - ref_max_T
+    cross_RT = torch.addcmul(cross_RT, sum_exp_RT, shift_RT - ref_shift_RT)
+    cross_T = cross_RT.mul_(shift_RT.exp_()).sum(0)
+    ref_sum_exp_T = ref_shift_RT.exp_().mul_(ref_sum_exp_RT).sum(0)
+    return row_max_T, sum_exp_T, weighted_T, ref_max_T, ref_sum_exp_T, cross_T
 
 
 def local_columns(
@@ -260,18 +285,15 @@ def combine_two_heads(
 ) -> TokenScores:
     """Gather the partial sums of two heads' logits, z and y, into the scores of `linear_score`.
 
-    A rank's eight numbers are the four of z, then those of y with sum exp(z - m) (a - b) as the
-    third, where a and b are z and y minus their maxima.
+    A rank's eight numbers are the four of z, then those of y with the cross sum of
+    `reduce_two_heads` as the third.
     """
-    partials_RTP = gather_partials(partials_TP, group)
-    both_RTP = partials_RTP.split(NUM_PARTIALS, dim=-1)
-    reduced = [reduce_partials(of_head_RTP) for of_head_RTP in both_RTP]
-    shift_RT, ref_shift_RT = (
-        of_head_RTP[..., 0] - of_head_TP[:, 0]
-        for of_head_RTP, of_head_TP in zip(both_RTP, reduced, strict=True)
-    )
-    sum_RT, cross_RT = partials_RTP[..., 1], partials_RTP[..., -2]
-    cross_T = (shift_RT.exp() * (cross_RT + sum_RT * (shift_RT - ref_shift_RT))).sum(0)
-    policy, reference = (softmax_of(sums, target_T, vocabulary_size) for sums in reduced)
+    gathered_8RT = gather_partials(partials_TP, group).unbind(-1)
+    sums_6RT = (*gathered_8RT[:3], *gathered_8RT[4:7])
+    *of_policy, ref_max_T, ref_sum_T, cross_T = reduce_two_heads(*sums_6RT)
+    target_logit_T, ref_target_logit_T = (gathered_8RT[at].sum(0) for at in (3, 7))
+    of_reference = (ref_max_T, ref_sum_T, cross_T, ref_target_logit_T)
+    policy = softmax_of((*of_policy, target_logit_T), target_T, vocabulary_size)
+    reference = softmax_of(of_reference, target_T, vocabulary_size)
     kl_T = cross_T / policy.sum_exp_T - policy.sum_exp_T.log() + reference.sum_exp_T.log()
     return TokenScores(policy.logprob_T, reference.logprob_T, policy.entropy_T, kl_T)

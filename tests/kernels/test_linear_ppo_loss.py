@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlef_kernels import linear_logprob, linear_ppo_loss, linear_ppo_loss_reference
-from rlef_kernels.ppo_policy_loss import policy_loss_reference
+from rlef_kernels.ppo_policy_loss import policy_loss
 
 
 def make_inputs(tokens, width=8, vocabulary=50, dtype=torch.float32):
@@ -25,9 +25,7 @@ def composed(hidden, weight, target, *policy, temperature=1.0, denominator=None)
     denominator = max(1, len(target)) if denominator is None else denominator
     ratio = (logprob - old).exp() * (logprob - behaviour).detach().exp().clamp(max=1)
     loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum()
-    metrics, _ = policy_loss_reference(
-        logprob, entropy, policy, clip_eps=0.2, denominator=denominator
-    )
+    metrics, _ = policy_loss(logprob, entropy, policy, clip_eps=0.2, denominator=denominator)
     return loss / denominator, metrics.detach()
 
 

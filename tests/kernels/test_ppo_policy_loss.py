@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlef_kernels.ppo_policy_loss import METRICS, policy_loss_reference
+from rlef_kernels.ppo_policy_loss import METRICS, policy_loss
 
 LOG2 = math.log(2)
 
@@ -24,7 +24,7 @@ def test_policy_loss_worked_by_hand():
     old = torch.tensor([-1 - LOG2, -1 - LOG2, -1 + LOG2, -1])
     behaviour = torch.tensor([-1, -1 + LOG2, -1 + LOG2, -1 - LOG2])
     advantages, entropy = torch.tensor([1.0, 1.0, -1.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    metrics, gradient = policy_loss_reference(
+    metrics, gradient = policy_loss(
         logprobs, entropy, (old, behaviour, advantages), clip_eps=0.2, denominator=4
     )
     torch.testing.assert_close(gradient, torch.tensor([0.0, -0.25, 0.0, -0.75]))
@@ -38,3 +38,21 @@ def test_policy_loss_worked_by_hand():
         "entropy": 2.5,
     }
     assert dict(zip(METRICS, metrics.tolist(), strict=True)) == pytest.approx(expected)
+
+
+def test_small_steps_have_an_exact_kl():
+    """exp(x) - 1 - x in fp32 loses all digits for x = 1e-4; k3 is x^2 / 2 there."""
+    logprobs = torch.zeros(100)
+    policy = (logprobs + 1e-4, logprobs + 1e-4, logprobs)
+    metrics, _ = policy_loss(logprobs, logprobs, policy, clip_eps=0.2, denominator=100)
+    found = metrics[METRICS.index("approx_kl")].item()
+    torch.testing.assert_close(found, 5e-9, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("poisoned", range(4))
+def test_nan_in_any_input_reaches_the_loss(poisoned):
+    entropy, *numbers = -torch.rand(5, 30)
+    numbers[poisoned][7] = torch.nan
+    logprobs, *policy = numbers
+    metrics, _ = policy_loss(logprobs, entropy, tuple(policy), clip_eps=0.2, denominator=30)
+    assert metrics[0].isnan()

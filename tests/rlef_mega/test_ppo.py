@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlef_kernels.ppo_policy_loss import METRICS, policy_loss_reference
+from rlef_kernels import ppo_policy_loss
 from rlef_mega import ppo
 
 
@@ -177,10 +177,10 @@ def test_the_kernels_compute_the_same_policy_loss():
     pi, old, behaviour, advantages = torch.randn(4, 50, generator=generator)
     pi.requires_grad_()
     loss, metrics = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
-    theirs, gradient = policy_loss_reference(
+    theirs, gradient = ppo_policy_loss.policy_loss(
         pi.detach(), pi.detach(), (old, behaviour, advantages), clip_eps=0.2, denominator=50
     )
-    their_metrics = dict(zip(METRICS, theirs, strict=True))
+    their_metrics = dict(zip(ppo_policy_loss.METRICS, theirs, strict=True))
     torch.testing.assert_close(their_metrics["policy_loss"], loss.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, pi)[0])
     for name, value in metrics.items():

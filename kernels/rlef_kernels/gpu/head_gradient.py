@@ -123,7 +123,7 @@ def logits_gradient_kernel(
     offset_R = tl.zeros((R,), tl.float32)
     if ARE_SHIFTED:
         tile_max_R = tile_max_ptr + tl.cast(tl.program_id(1), tl.int64) * num_tokens + row_R
-        offset_R = tl.load(tile_max_R, mask=inside_R, other=0.0) * inverse_temperature
+        offset_R = tl.load(tile_max_R, mask=inside_R, other=0.0)
     gradient_RC = logit_gradient(
         logits_RC,
         offset_R,
@@ -168,7 +168,8 @@ def write_gradient_from_logits(
 ) -> None:
     """Write the gradient of these logits to `gradient_TC`, which may be `logits_TC`.
 
-    With `tile_max` [tiles, T], each logit is stored minus its tile's maximum.
+    With `tile_max` [tiles, T], each logit is stored minus its tile's maximum, which is given
+    divided by the temperature.
     """
     num_tokens, columns = logits_TC.shape
     if not num_tokens:
@@ -190,8 +191,7 @@ def write_gradient_from_logits(
         C=tile_columns,
         HAS_ENTROPY=has_entropy,
         ARE_SHIFTED=tile_max is not None,
-        num_warps=4,
-        enable_fp_fusion=True,
+        **tiles.ROW_WISE,
     )
 
 
@@ -261,12 +261,7 @@ class RecomputedGradient:
             first_column,
             width,
             self.inverse_temperature,
-            R=R,
             C=C,
-            D=tiles.DEPTH,
-            GROUP=tiles.GROUP,
             HAS_ENTROPY=self.has_entropy,
-            num_warps=tiles.PRODUCT_WARPS,
-            enable_fp_fusion=True,
-            num_stages=tiles.PRODUCT_STAGES,
+            **tiles.PRODUCT,
         )

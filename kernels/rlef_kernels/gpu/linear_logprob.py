@@ -2,8 +2,8 @@
 
 FLOPs: 2 T V D forward, three times that backward. Bytes: those of `head`, `head_gradient` and
 `products`. Memory beyond inputs and outputs, at T = 8,192, V = 128,256, D = 4,096 in bf16: forward
-47 MiB of partial sums; backward 512 MiB for a block of gradients of logits and 128 MiB for the fp32
-gradient of hidden (tests/kernels/test_compiled.py).
+47 MiB to combine partial sums; backward 512 MiB for a block of gradients of logits and 128 MiB for
+the fp32 gradient of hidden (tests/kernels/test_compiled.py).
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, P partial sums, R rows with an upstream
 gradient; 5: the five numbers of a row that `pack_rows` stacks.

@@ -23,12 +23,16 @@ from rlef_kernels.gpu import tiles
 from rlef_kernels.gpu.head import TileSums
 from rlef_kernels.gpu.head_gradient import pack_rows, write_gradient_from_logits
 from rlef_kernels.gpu.plan import HeadPlan, choose_plan
-from rlef_kernels.gpu.ppo_policy_loss import policy_loss
 from rlef_kernels.gpu.products import add_product_, write_product_
 from rlef_kernels.main_grad import weight_gradient_sum
-from rlef_kernels.ppo_policy_loss import METRICS, PolicyInputs, save_gradients, scaled_gradients
+from rlef_kernels.ppo_policy_loss import (
+    METRICS,
+    PolicyInputs,
+    policy_loss,
+    save_gradients,
+    scaled_gradients,
+)
 from rlef_kernels.vocab_parallel import (
-    NUM_PARTIALS,
     SavedForBackward,
     combine_shards,
     group_size,
@@ -111,7 +115,6 @@ class LogitsChunk:
         self.inverse_temperature = 1 / temperature
         vocabulary, device = weight_VD.shape[0], weight_VD.device
         self.sums = TileSums(num_tokens, vocabulary, device, plan)
-        self.partials_CP = torch.empty(num_tokens, NUM_PARTIALS, device=device)
         width = triton.cdiv(vocabulary, plan.tile_columns) * plan.tile_columns  # aligned rows
         self.logits = weight_VD.new_empty(num_tokens, width)[:, :vocabulary]
 
@@ -127,11 +130,9 @@ class LogitsChunk:
         """Compute the loss of these rows; returns (METRICS, the gradient of their logits)."""
         num_tokens, shard = hidden_CD.shape[0], self.weight_VD.shape[0]
         column_C = target_C - shard_start(shard, self.group)
-        logits_CV, partials_CP = self.logits[:num_tokens], self.partials_CP[:num_tokens]
-        scale = self.inverse_temperature
+        logits_CV, scale = self.logits[:num_tokens], self.inverse_temperature
         kept = logits_CV if with_gradient else None
-        self.sums.compute(hidden_CD, self.weight_VD, column_C, scale, kept)
-        self.sums.combine(column_C, scale, partials_CP)
+        partials_CP = self.sums.partials(hidden_CD, self.weight_VD, column_C, scale, kept)
         softmax = combine_shards(partials_CP, target_C, shard * group_size(self.group), self.group)
         metrics, grad_C = policy_loss(
             softmax.logprob_T,
@@ -146,16 +147,12 @@ class LogitsChunk:
                 logits_CV,
                 column_C,
                 pack_rows(
-                    softmax.row_max_T,
-                    softmax.sum_exp_T.log(),
-                    softmax.entropy_T,
-                    grad_C,
-                    None,
+                    softmax.row_max_T, softmax.sum_exp_T.log(), softmax.entropy_T, grad_C, None
                 ),
                 scale,
                 tile_columns=self.plan.tile_columns,
                 has_entropy=False,
-                tile_max=self.sums.partials,
+                tile_max=self.sums.sums,
             )
         return metrics, logits_CV
 

@@ -4,12 +4,12 @@ Works like `linear_logprob`'s forward pass, but a tile has 128 x 128 logits of e
 both accumulators fit in registers. A tile stores six partial sums, which combine like those of
 shards.
 
-FLOPs: P + P', P = 2 T V D and P' = 2 T V E. Memory: 48 MiB of partial sums; with cuBLAS also
-2 x 32 MiB of logits. Bytes: hidden states and heads as in `head`; 24 T V / 128 of partial sums
-written and read once.
+FLOPs: P + P', P = 2 T V D and P' = 2 T V E. Memory: 48 MiB to combine partial sums; with cuBLAS
+also 2 x 32 MiB of logits. Bytes: hidden states and heads as in `head`; 24 T V / 128 of partial sums
+written once and read a few times.
 
 Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard, C columns of a block, P partial
-sums; of a tile, R rows and C columns.
+sums, N tiles, R rows of a part; 6 sums of a tile's row, 2 target logits.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,7 @@ import triton
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.gpu import tiles
-from rlef_kernels.gpu.head import LOG2_E
 from rlef_kernels.gpu.linear_score_kernels import (
-    combine_two_tiles_kernel,
     two_logits_statistics_kernel,
     two_products_statistics_kernel,
 )
@@ -30,10 +28,10 @@ from rlef_kernels.gpu.plan import HeadPlan, can_fuse, choose_plan, scratch_colum
 from rlef_kernels.gpu.products import write_product_
 from rlef_kernels.gpu.tiles import descriptor
 from rlef_kernels.vocab_parallel import (
-    NUM_PARTIALS,
     TokenScores,
     combine_two_heads,
     group_size,
+    reduce_two_heads,
     shard_start,
 )
 
@@ -72,64 +70,52 @@ def score_partials(
     """Return the partial sums of this shard, [T, 8]. `column_T`: the targets' columns, which may
     lie outside the shard."""
     num_tokens, vocabulary = models.num_tokens, models.vocabulary
-    columns = FUSED_COLUMNS if plan.fused else plan.tile_columns
-    num_tiles = triton.cdiv(vocabulary, columns)
+    num_tiles = triton.cdiv(vocabulary, FUSED_COLUMNS if plan.fused else plan.tile_columns)
     step = max(1, plan.partials_bytes // (4 * NUM_SUMS * num_tiles))
     step = max(1, step // tiles.ROWS) * tiles.ROWS
-    device = models.hidden_TD.device
-    out_TP = torch.empty(num_tokens, 2 * NUM_PARTIALS, device=device)
-    sums = torch.empty(NUM_SUMS * num_tiles * min(step, num_tokens), device=device)
-    target_logits = torch.empty(2 * min(step, num_tokens), device=device)
-    for start in range(0, num_tokens, step):
+    sums = models.hidden_TD.new_empty(
+        NUM_SUMS * num_tiles * min(step, num_tokens), dtype=torch.float32
+    )
+    parts = []
+    for start in range(0, max(1, num_tokens), step):
         part, column_R = models.rows(slice(start, start + step)), column_T[start : start + step]
-        write_sums(part, column_R, sums, target_logits, num_tiles, inverse_temperature, plan)
-        rows = 32
-        combine_two_tiles_kernel[(triton.cdiv(part.num_tokens, rows),)](
-            sums,
-            column_R,
-            target_logits,
-            out_TP[start:],
-            part.num_tokens,
-            vocabulary,
-            num_tiles,
-            inverse_temperature,
-            R=rows,
-            N=32,
-            num_warps=4,
-            enable_fp_fusion=True,
+        sums_6NR = sums[: NUM_SUMS * num_tiles * len(column_R)].view(
+            NUM_SUMS, num_tiles, len(column_R)
         )
-    return out_TP
+        target_logits_2R = sums.new_empty(2, len(column_R))
+        if len(column_R):
+            write_sums(part, column_R, sums_6NR, target_logits_2R, inverse_temperature, plan)
+        owned_R = (column_R >= 0) & (column_R < vocabulary)
+        logit_R, ref_logit_R = (target_logits_2R * inverse_temperature).where(owned_R, 0)
+        *of_policy, ref_max_R, ref_sum_R, cross_R = reduce_two_heads(*sums_6NR)
+        numbers = (*of_policy, logit_R, ref_max_R, ref_sum_R, cross_R, ref_logit_R)
+        parts.append(torch.stack(numbers, dim=-1))
+    return torch.cat(parts)
 
 
 def write_sums(
     models: Models,
     column_T: torch.Tensor,
-    sums: torch.Tensor,
-    target_logits: torch.Tensor,
-    num_tiles: int,
+    sums_6NT: torch.Tensor,
+    target_logits_2T: torch.Tensor,
     inverse_temperature: float,
     plan: HeadPlan,
 ) -> None:
     """Write the six sums of every tile of these rows, and both logits of their targets."""
-    scale = inverse_temperature * LOG2_E
+    num_tiles = sums_6NT.shape[1]
     if plan.fused:
         two_products_statistics_kernel[(triton.cdiv(models.num_tokens, tiles.ROWS) * num_tiles,)](
             *models.descriptors(),
             column_T,
-            sums,
-            target_logits,
+            sums_6NT,
+            target_logits_2T,
             models.num_tokens,
             models.vocabulary,
             models.hidden_TD.shape[1],
             models.ref_hidden_TE.shape[1],
-            scale,
-            R=tiles.ROWS,
+            inverse_temperature,
             C=FUSED_COLUMNS,
-            D=tiles.DEPTH,
-            GROUP=tiles.GROUP,
-            num_warps=tiles.PRODUCT_WARPS,
-            enable_fp_fusion=True,
-            num_stages=tiles.PRODUCT_STAGES,
+            **tiles.PRODUCT,
         )
         return
     for first, logits_TC, ref_TC in logits_in_parts(models, plan):
@@ -140,17 +126,16 @@ def write_sums(
             ref_TC,
             logits_TC.stride(0),
             column_T,
-            sums,
-            target_logits,
+            sums_6NT,
+            target_logits_2T,
             rows,
             columns,
             first,
             num_tiles,
-            scale,
+            inverse_temperature,
             R=ROW_KERNEL_ROWS,
             C=plan.tile_columns,
-            num_warps=4,
-            enable_fp_fusion=True,
+            **tiles.ROW_WISE,
         )
 
 

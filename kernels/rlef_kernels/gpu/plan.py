@@ -25,8 +25,9 @@ class HeadPlan:
 
     fused: bool
     tile_columns: int
-    # Partial sums of the forward pass. 48 MiB: all of 8,192 tokens x 128,256 columns.
-    partials_bytes: int = 48 * MIB
+    # Partial sums of the forward pass, which take as much again while they are combined. 24 MiB:
+    # those of 4,096 tokens x 128,256 columns.
+    partials_bytes: int = 24 * MIB
     # cuBLAS only: fp32 logits, small enough for the L2 cache.
     logits_bytes: int = 32 * MIB
     # Gradients of a block of logits in the backward pass. Wide enough for full GEMM waves.
