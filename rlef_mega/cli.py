@@ -316,20 +316,10 @@ def plan(
 ) -> None:
     """Check a recipe's layout and estimate its memory by rank, time by phase, and cost. Fails if it
     does not fit. Data and weights need not be on this machine."""
+    asked = locals()
     from rlef_mega.plan.command import run_plan
 
-    path = find_recipe(recipe)
-    run_plan(
-        str(path),
-        load_config(path, overrides or [], TrainConfig),
-        gpus=gpus,
-        gpu=gpu,
-        sampling_gpus=sampling_gpus,
-        with_scaling=scaling,
-        out=out,
-        overrides=overrides or [],
-        write=write,
-    )
+    run_plan(**asked)
 
 
 @app.command()
@@ -347,17 +337,10 @@ def rehearse(
 ) -> None:
     """Run a rank of a recipe's real layout on a GPU that is not there: its memory by phase, kernel
     launches, waits and collectives. Needs a CUDA build of PyTorch (make setup-gpu), no GPU."""
+    asked = locals()
     from rlef_mega.rehearse.command import run_rehearsal
 
-    path = find_recipe(recipe)
-    run_rehearsal(
-        str(path),
-        load_config(path, overrides or [], TrainConfig),
-        rank=rank,
-        gpu=gpu,
-        dialogue_tokens=dialogue_tokens,
-        out=out,
-    )
+    run_rehearsal(**asked)
 
 
 @app.command()

@@ -9,18 +9,25 @@ import tomli_w
 from rich.console import Console
 from rich.table import Table
 
-from rlef_mega.config import RECIPES, ConfigError, TrainConfig, apply_override, load_config
+from rlef_mega.config import (
+    RECIPES,
+    ConfigError,
+    TrainConfig,
+    apply_override,
+    find_recipe,
+    load_config,
+)
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.plan.hardware import CPU, GIB, Device, find_device
 from rlef_mega.plan.planned_run import (
     PlannedRun,
     RankMemory,
-    StepTime,
     gib,
     refuse_without_room,
     shape_of,
+    total,
 )
-from rlef_mega.plan.search import Split, balanced_sampling, scaling, settings, splits
+from rlef_mega.plan.search import Split, balanced_sampling, fastest_by_gpus, settings, splits
 from rlef_mega.preflight import check_stored_weights, plan_train
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.hub import find_model
@@ -45,32 +52,33 @@ FLOOR = " On a CPU the time is a lower bound: the cost of Python calls is not co
 
 
 def run_plan(
-    title: str,
-    config: TrainConfig,
+    recipe: str,
     *,
+    overrides: Sequence[str] | None,
     gpus: int | None,
     gpu: str | None,
     sampling_gpus: int | None,
-    with_scaling: bool,
+    scaling: bool,
     out: Path | None,
-    overrides: Sequence[str] = (),
-    write: Path | None = None,
+    write: Path | None,
 ) -> None:
-    """Print the plan of a recipe, and write it to `out`. With `gpus`, `write` gets the recipe (at
-    the path `title`, with these overrides) in the best layout found.
+    """Print the plan of a recipe, and write it to `out`. With `gpus`, `write` gets the recipe, with
+    these overrides, in the best layout found.
 
     Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit.
     """
+    path = find_recipe(recipe)
+    config = load_config(path, overrides or [], TrainConfig)
     console = Console()
     facts = plan_train(config)
     model = find_model(config.model.path, fetch=False)
     if holds_weights(model):  # a shape is enough for a plan
         check_stored_weights(model)
-    table = Table("fact", "value", title=title)
+    table = Table("fact", "value", title=str(path))
     for fact, value in facts.items():
         table.add_row(fact, str(value))
     console.print(table)
-    content: dict[str, Any] = {"recipe": title, "facts": facts}
+    content: dict[str, Any] = {"recipe": str(path), "facts": facts}
     shape = shape_of(config)
     if shape is None:
         console.print("the recipe has no model.shape.hidden: memory and time are not planned")
@@ -84,9 +92,9 @@ def run_plan(
             best, found = show_search(console, run, device, gpus)
             content |= found
             if write is not None:
-                write_recipe(write, Path(title), overrides, best, device)
+                write_recipe(write, path, overrides or [], best, device)
                 console.print(f"wrote {write}")
-        if with_scaling:
+        if scaling:
             content["scaling"] = show_scaling(console, run, device)
         console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
     if out is not None:
@@ -166,7 +174,7 @@ def show_search(
 
 def show_scaling(console: Console, run: PlannedRun, device: Device) -> list[dict[str, Any]]:
     """Print the fastest split of each number of GPUs, and return them."""
-    found = scaling(run, device, SCALES)
+    found = fastest_by_gpus(run, device, SCALES)
     table = Table(
         "GPUs", "layout", "train", "sample", "s/step", "hours", "GPU hours", "bound by",
         title="the fastest step for each number of GPUs",
@@ -217,11 +225,22 @@ def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -
 def show_step(console: Console, split: Split, device: Device) -> None:
     """Print a step's phases, the servers' capacity, the run's cost, and the paper's run."""
     run, step, sampling = split.run, split.step, split.sampling
-    table = Table("phase", "seconds", title="a step")
-    for phase, value in phases(step).items():
-        table.add_row(phase, f"{value:.1f}" if value >= 1 else f"{value:.3f}")
-    table.add_section()
-    table.add_row("step, " + ("async" if step.is_async else "sync"), f"{step.seconds:.1f}")
+    table = Table("a step's seconds", "score", "update", "all")
+    for name, update_s in step.update.items():
+        if update_s:
+            score_s = step.score.get(name, 0.0)
+            table.add_row(name, *map(shown, (score_s, update_s, score_s + update_s)))
+    table.add_row("move idle state", "", "", shown(step.move))
+    table.add_row("publish", "", "", shown(step.publish), end_section=True)
+    sums = (total(step.score), total(step.update), step.training)
+    table.add_row("training: the sum", *map(shown, sums))
+    if made := step.generation:
+        received, beside = (" and publish", step.publish) if step.is_async else ("", 0.0)
+        table.add_row(f"servers' work{received}", "", "", shown(made.work + beside))
+        table.add_row(f"longest dialogue{received}", "", "", shown(made.longest + beside))
+        table.add_section()
+        rule = "the longest of the three" if step.is_async else "training and the longer of the two"
+        table.add_row(f"step: {rule}", "", "", shown(step.seconds))
     table.caption = f"bound by {step.bound_by}"
     console.print(table)
     if run.has_servers:
@@ -249,14 +268,10 @@ def show_step(console: Console, split: Split, device: Device) -> None:
         )
 
 
-def phases(step: StepTime) -> dict[str, float]:
-    found = {"score": step.score, "update": step.update}
-    found |= {f"  {term}": value for term, value in step.terms.items() if value}
-    found |= {"move idle state": step.move, "publish": step.publish}
-    if step.generation:
-        found["servers' work on a batch"] = step.generation.work
-        found["longest dialogue's share of a step"] = step.generation.longest
-    return found
+def shown(seconds: float) -> str:
+    if not seconds:
+        return ""
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.3f}"
 
 
 def summary(split: Split) -> dict[str, Any]:
@@ -287,7 +302,12 @@ def describe(split: Split, device: Device) -> dict[str, Any]:
             for rank in run.memory()
         ],
         "activation_bytes": run.activations_by_mode(),
-        "seconds": {name.strip(): value for name, value in phases(split.step).items()},
+        "seconds": {
+            "score": split.step.score,
+            "update": split.step.update,
+            "move": split.step.move,
+            "publish": split.step.publish,
+        },
         "paper": [PAPERS_RUNS[run.shape]] if run.shape in PAPERS_RUNS else [],
     }
     if run.has_servers:

@@ -114,7 +114,15 @@ class Network:
         return 4 * self.parameters(rank)
 
     def optimizer(self, rank: int) -> float:
-        return (12 if self.weight_bytes == 2 else 8) * self.parameters(rank) / self.data
+        return self.main_copy(rank) + 8 * self.parameters(rank) / self.data
+
+    def main_copy(self, rank: int) -> float:
+        return 4 * self.parameters(rank) / self.data if self.weight_bytes == 2 else 0.0
+
+    def copying_scratch(self, rank: int) -> float:
+        """Return the bytes of the largest part of a matrix that becomes a main copy: a table's."""
+        table = self.weight_bytes * self.shape.table_parameters / self.tensor
+        return min(table, self.weights(rank) / self.data)
 
     def layer_bytes(self, recompute: str) -> float:
         """Return the bytes per token that backward keeps of one layer."""

@@ -64,17 +64,16 @@ class RankMemory:
 class StepTime:
     """Seconds of a step."""
 
-    score: float
-    update: float
+    score: Terms
+    update: Terms
     move: float  # idle state to the host and back
     publish: float
-    terms: Terms  # of score and update
     generation: Generation | None  # None without servers
     is_async: bool
 
     @property
     def training(self) -> float:
-        return self.score + self.update + self.move + self.publish
+        return total(self.score) + total(self.update) + self.move + self.publish
 
     @property
     def bounds(self) -> Terms:
@@ -96,7 +95,7 @@ class StepTime:
     @property
     def bound_by(self) -> str:
         """What limits the step: the longest of `bounds`, or the largest term of training."""
-        parts = self.terms | {"move": self.move, "publish": self.publish}
+        parts = plus(self.score, self.update) | {"move": self.move, "publish": self.publish}
         if self.generation and self.is_async:
             bound = max(self.bounds, key=self.bounds.__getitem__)
             if bound != "training":
@@ -235,7 +234,7 @@ class PlannedRun:
         """Compute the bytes of each part in each of the learner's phases on one rank."""
         tokens, everything = self.config.learner.microbatch_tokens, plus(*state.values())
         standing = next(iter(trained.values())).standing(tokens)
-        found: dict[str, dict[str, float]] = {}
+        found = {"build": self.building(rank, trained, state)}
 
         def add(name: str, here: dict[str, float], *, activations: float, scratch: float) -> None:
             on_device = here if self.offloads else everything
@@ -268,6 +267,27 @@ class PlannedRun:
             table = self.weight_bytes * self.shape.table_parameters
             add("gather", {}, activations=0.0, scratch=table)
         return found
+
+    def building(
+        self, rank: int, trained: dict[str, Network], state: dict[str, dict[str, float]]
+    ) -> dict[str, float]:
+        """Compute the bytes of each part at the fullest moment while the networks are built: first
+        weights of all, then gradients and main copy of one after the other. Megatron copies a
+        chunk's weights to a buffer, and holds both for that time."""
+        held = dict.fromkeys((*STATE, "activations", "scratch"), 0.0)
+        held["weights"] = sum(net.weights(rank) for net in trained.values())
+        if not self.offloads:
+            held["reference"] = state.get("reference", held)["reference"]
+        moments = []
+        for net in trained.values():
+            held = plus(held, {"gradients": net.gradients(rank)})
+            moments.append(held | {"scratch": net.weights(rank) / net.stages.chunks})
+            held = plus(held, {"optimizer": net.main_copy(rank)})
+            moments.append(held | {"scratch": net.copying_scratch(rank)})
+            if self.offloads:
+                held |= {"weights": held["weights"] - net.weights(rank)}
+                held |= {"gradients": 0.0, "optimizer": 0.0}
+        return max(moments, key=total)
 
     @property
     def embedded_engine(self) -> float:
@@ -328,11 +348,10 @@ class PlannedRun:
         else:
             score_terms, update_terms = plus(*score), plus(*update)
         return StepTime(
-            score=total(score_terms),
-            update=total(update_terms),
+            score=score_terms,
+            update=update_terms,
             move=self.move_s(device),
             publish=self.publish_s(device),
-            terms=plus(score_terms, update_terms),
             generation=self.generation(device, sampling_gpus),
             is_async=self.staleness > 0,
         )

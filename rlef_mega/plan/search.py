@@ -248,7 +248,9 @@ def balanced_sampling(run: PlannedRun, device: Device, most_gpus: int = 16384) -
     )
 
 
-def scaling(run: PlannedRun, device: Device, counts: Sequence[int]) -> list[tuple[int, Split]]:
+def fastest_by_gpus(
+    run: PlannedRun, device: Device, counts: Sequence[int]
+) -> list[tuple[int, Split]]:
     """Return the fastest split of each number of GPUs, leaving out numbers that are too small."""
     found = candidates(run, device, max(counts))
     reached = []

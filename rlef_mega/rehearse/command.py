@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from rlef_mega.config import ConfigError, TrainConfig, dump_toml
+from rlef_mega.config import ConfigError, TrainConfig, dump_toml, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
+from rlef_mega.plan.command import memory_table
 from rlef_mega.plan.hardware import GIB, Device, find_device
 from rlef_mega.plan.memory import Network
 from rlef_mega.plan.planned_run import PlannedRun, shape_of
@@ -26,6 +29,11 @@ NULL_GPU = CHECKOUT / "tests/null_gpu/launch.py"
 NULL_DEVICES = {"h100-80gb": "h100", "h200": "h200", "b200": "b200"}
 # The null GPU computes nothing and makes no copy above 1 MiB: memory does not depend on values.
 SETTINGS = {"NULL_GPU_COMPUTE_MIB": "0", "NULL_GPU_COPY_MIB": "1"}
+KINDS = ("peak", "kept", "reserved", "pinned")
+OTHERS = "rest"
+WIDTH = 104  # of the tables
+GROUPS = ("tp", "pp", "dp", OTHERS)  # tensor, pipeline, data parallel
+Phases = dict[str, dict[str, Any]]
 REQUEST, RESULT = "request.json", "rank_{}.json"  # in a rehearsal's folder
 REMEDIES = (
     "lower learner.microbatch_tokens, raise model.recompute (selective, full), set "
@@ -44,45 +52,55 @@ class Request:
 
 
 def run_rehearsal(
-    title: str,
-    config: TrainConfig,
+    recipe: str,
     *,
+    overrides: Sequence[str] | None,
     rank: int | None,
     gpu: str,
     dialogue_tokens: int | None,
     out: Path | None,
 ) -> None:
-    """Rehearse and print a table of each rank; write all figures to `out`.
+    """Rehearse and print tables of each rank, and of all; write all figures to `out`.
 
     Raises ConfigError if a rank needs more memory than the device has, or the null GPU is missing.
     """
-    console, device = Console(), find_device(gpu)
+    path, device = find_recipe(recipe), find_device(gpu)
+    console = Console(width=max(WIDTH, Console().width))
+    config = load_config(path, overrides or [], TrainConfig)
     shape = shape_of(config)
     if shape is None:
-        raise ConfigError(f"{title}: give model.shape, or a model.path with a config.json")
+        raise ConfigError(f"{path}: give model.shape, or a model.path with a config.json")
     run = PlannedRun.of(config, shape)
-    ranks: dict[str, int] = {}
-    for number in range(run.training_gpus) if rank is None else [rank]:
-        ranks.setdefault(Rank.of(run, number).kind, number)
+    kinds = [Rank.of(run, number).kind for number in range(run.training_gpus)]
+    if rank is not None:
+        Rank.of(run, rank)  # there is one
+    ranks = {kind: kinds.index(kind) for kind in kinds} if rank is None else {kinds[rank]: rank}
     request = rehearsed_update(run, dialogue_tokens)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rlef-rehearse-") as name:
         folder = Path(name)
         write_inputs(folder, config, shape, request)
-        for name, number in ranks.items():
-            with console.status(f"rank {number} of {config.world_size:,}: {name}"):
+        for kind, number in ranks.items():
+            with console.status(f"rank {number} of {config.world_size:,}: {kind}"):
                 measured = rehearse_rank(folder, config, number, device)
             if "error" in measured:
                 raise ConfigError(
-                    f"rank {number} ({name}) does not fit {device.name}: {measured['error']}; "
+                    f"rank {number} ({kind}) does not fit {device.name}: {measured['error']}; "
                     + REMEDIES
                 )
             plan, pinned = planned(run, number, request)
-            console.print(rank_table(f"{title}, rank {number}: {name}", measured, plan, device))
-            found[name] = {"rank": number, "plan": plan, "planned_pinned_bytes": pinned}
-            found[name] |= measured
+            found[kind] = {"rank": number, "ranks": kinds.count(kind), "plan": plan}
+            found[kind] |= {"planned_pinned_bytes": pinned} | measured
+            console.print(f"rank {number}, as {kinds.count(kind):,} of {len(kinds):,}: {kind}")
+            console.print(phase_table(measured["phases"], plan), work_table(measured, plan))
+    console.print(memory_table(run.memory(), run, device), summary_table(found, device))
+    console.print(
+        f"Scored and updated: {request.microbatches} micro-batches on each rank, each of "
+        f"{request.per_microbatch} dialogues of {request.dialogue:,} tokens, {request.responses:,} "
+        f"of them sampled. A step does so {run.updates} times, and gathers once."
+    )
     if out is not None:
-        content = {"recipe": title, "device": device.name, "request": asdict(request)}
+        content = {"recipe": str(path), "device": device.name, "request": asdict(request)}
         write_atomically(out, json.dumps(content | {"ranks": found}, indent=1) + "\n")
         console.print(f"wrote {out}")
 
@@ -176,9 +194,7 @@ def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: Device) 
     return json.loads(result.read_text())
 
 
-def planned(
-    run: PlannedRun, rank: int, request: Request
-) -> tuple[dict[str, dict[str, float]], float]:
+def planned(run: PlannedRun, rank: int, request: Request) -> tuple[Phases, float]:
     """Return what `rlef plan` and flops.py compute for this rank: for each of the learner's phases
     the bytes of memory and the FLOPs of PyTorch's matrix products, and the bytes of pinned memory.
     """
@@ -209,35 +225,72 @@ def products(run: PlannedRun, network: Network, phase: str, stage: int, tokens: 
     return tokens * {"score": token, "update": 3 * token + again}.get(phase.split()[0], 0.0)
 
 
-def rank_table(
-    title: str, measured: dict[str, Any], plan: dict[str, dict[str, float]], device: Device
-) -> Table:
-    """Return a row for each phase; the caption compares the fullest one with the device."""
-    table = Table(
-        "phase", "plan", "peak", "kept", "reserved", "pinned", "launches", "waits", "collectives",
-        "GB", "PFLOPs", "s here", title=f"{title}; memory in GiB",
-    )  # fmt: skip
-    for name, phase in measured["phases"].items():
-        sizes = (phase[f"{kind}_bytes"] / GIB for kind in ("peak", "kept", "reserved", "pinned"))
-        table.add_row(
-            name.replace("_", " "),
-            f"{plan[name]['bytes'] / GIB:.2f}" if name in plan else "",
-            *(f"{size:.2f}" for size in sizes),
-            f"{phase['launches']:,}",
-            f"{phase['waits']:,}",
-            f"{sum(phase['collectives'].values()):,}",
-            f"{sum(phase['collective_bytes'].values()) / 1e9:.1f}",
-            share(phase["product_flops"], plan.get(name, {}).get("product_flops", 0.0)),
-            f"{phase['seconds']:.1f}",
-        )
-    fullest, phase = max(measured["phases"].items(), key=lambda item: item[1]["peak_bytes"])
-    table.caption = (
-        f"fullest in '{fullest.replace('_', ' ')}': {phase['peak_bytes'] / GIB:.1f} of "
-        f"{device.memory_gib:.0f} GiB; CUDA and NCCL take about {device.context_gib:.0f} GiB more"
-    )
+def numbers(first: str, *names: str) -> Table:
+    table = Table(Column(first, no_wrap=True), box=SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, justify="right")
     return table
 
 
-def share(counted: float, computed: float) -> str:
-    """Return the counted PFLOPs of matrix products, and how many percent of flops.py's they are."""
-    return f"{counted / 1e15:.3f} ({counted / computed:.1%})" if computed else ""
+def phase_table(phases: Phases, plan: Phases) -> Table:
+    """Return a row for each phase, in GiB."""
+    table = numbers("GiB", "planned", "", *KINDS)
+    for name, phase in phases.items():
+        sizes = (f"{phase[f'{kind}_bytes'] / GIB:.2f}" for kind in KINDS)
+        size = plan[name]["bytes"]
+        off = f"{size / phase['peak_bytes'] - 1:+.1%}"
+        table.add_row(name.replace("_", " "), f"{size / GIB:.2f}", off, *sizes)
+    return table
+
+
+def work_table(measured: dict[str, Any], plan: Phases) -> Table:
+    """Return a row for each phase: what is launched, computed and sent."""
+    groups = (f"GB {group}" for group in GROUPS)
+    table = numbers("", "launches", "waits", "PFLOPs", "planned", "collectives", *groups)
+    for name, phase in measured["phases"].items():
+        sent = dict.fromkeys(GROUPS, 0.0)
+        for what, size in phase["collective_bytes"].items():
+            group = what.partition(" ")[0]
+            sent[group if group in sent else OTHERS] += size / 1e9
+        flops, computed = phase["product_flops"], plan[name]["product_flops"]
+        table.add_row(
+            name.replace("_", " "),
+            f"{phase['launches']:,}",
+            f"{phase['waits']:,}",
+            f"{flops / 1e15:.3f}" if computed else "",
+            f"{computed / flops - 1:+.1%}" if computed else "",
+            f"{sum(phase['collectives'].values()):,}",
+            *(f"{size:.1f}" if size else "" for size in sent.values()),
+        )
+    seconds = sum(phase["seconds"] for phase in measured["phases"].values())
+    table.caption = f"GB of each collective's largest tensor; rehearsed in {seconds:.0f} s"
+    return table
+
+
+def summary_table(found: dict[str, Any], device: Device) -> Table:
+    """Return a row for each kind of rank, and what a node's host needs."""
+    table = numbers("kind", "ranks", "fullest phase", "peak", "reserved", "left of the GPU")
+    table.title = f"GiB, on {device.name}"
+    usable = device.memory_gib - device.context_gib
+    for kind, rank in found.items():
+        name, phase = max(rank["phases"].items(), key=lambda item: item[1]["peak_bytes"])
+        reserved = max(phase["reserved_bytes"] for phase in rank["phases"].values()) / GIB
+        table.add_row(
+            kind,
+            f"{rank['ranks']:,}",
+            name.replace("_", " "),
+            f"{phase['peak_bytes'] / GIB:.1f}",
+            f"{reserved:.1f}",
+            f"{usable - reserved:.1f}",
+        )
+    phases = [phase for rank in found.values() for phase in rank["phases"].values()]
+    pinned, process = (
+        device.per_node * max(phase[f"{kind}_bytes"] for phase in phases) / GIB
+        for kind in ("pinned", "process")
+    )
+    table.caption = (
+        f"left: of {device.memory_gib:.0f} GiB, without {device.context_gib:.0f} for CUDA and NCCL "
+        f"(assumed); the host of {device.per_node} GPUs needs up to {pinned:.0f} GiB pinned and "
+        f"{process:.0f} GiB for the ranks' processes"
+    )
+    return table

@@ -91,6 +91,7 @@ class Recorder(TorchDispatchMode):
             "kept_bytes": torch.cuda.memory_allocated(),  # at its end
             "reserved_bytes": torch.cuda.max_memory_reserved(),  # by the allocator
             "pinned_bytes": pinned,
+            "process_bytes": process_bytes(),
             "launches": now_launches - launches,
             "waits": now_waits - waits,
             "product_flops": self.flops,  # without attention and Triton's head
@@ -107,6 +108,12 @@ def counters() -> tuple[int, int, int]:
     library.null_gpu_counters.restype = ctypes.POINTER(ctypes.c_uint64 * 9)
     counted = library.null_gpu_counters().contents
     return counted[0], counted[2], counted[8]
+
+
+def process_bytes() -> int:
+    """Return the bytes of the host's memory that only this process has; a null GPU's is shared."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 def full_batch(request: Request, data_parallel_size: int) -> Batch:

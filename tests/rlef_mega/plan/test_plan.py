@@ -39,6 +39,7 @@ from rlef_mega.plan.planned_run import (
     refuse_small_servers,
     refuse_without_room,
     shape_of,
+    total,
 )
 from rlef_mega.plan.rollouts import (
     DialogueLengths,
@@ -240,8 +241,8 @@ def test_scoring_takes_a_forward_pass_of_policy_reference_and_critic():
         return sum(seconds(network, H100, run.load(network, FORWARD), FORWARD).values())
 
     policy, critic = forward(run.policy), forward(run.critic)
-    assert run.step(H100, 0).score == pytest.approx(2 * policy + critic)
-    assert without.step(H100, 0).score == pytest.approx(policy + critic)
+    assert total(run.step(H100, 0).score) == pytest.approx(2 * policy + critic)
+    assert total(without.step(H100, 0).score) == pytest.approx(policy + critic)
 
 
 def test_without_a_critic_there_are_no_phases_bytes_and_seconds_of_one():
@@ -257,7 +258,7 @@ def test_without_a_critic_there_are_no_phases_bytes_and_seconds_of_one():
     name = "update policy"
     assert both.phases[name] - rank.phases[name] == pytest.approx(kept)
     policy = sum(seconds(run.policy, H100, run.load(run.policy, TRAINING), TRAINING).values())
-    assert run.step(H100, 0).update == pytest.approx(run.updates * policy)
+    assert total(run.step(H100, 0).update) == pytest.approx(run.updates * policy)
 
 
 def test_less_memory_costs_time():
