@@ -57,7 +57,7 @@ def serve(function: Callable[..., object], descriptor: int) -> None:
         except Exception as error:
             reply = RAISED + json.dumps(_description(error)).encode()
         try:
-            _send(descriptor, reply)
+            send(descriptor, reply)
         except (BrokenPipeError, ConnectionResetError):
             return
 
@@ -116,7 +116,7 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
                 if not calls:
                     os.pwrite(marks, b"1", HAS_CALLED)
                 calls += 1
-                _send(descriptor, call)
+                send(descriptor, call)
                 reply = _receive(descriptor)
             kind, body = reply[:1], reply[1:]
             if kind == RETURNED:
@@ -238,10 +238,14 @@ def _leave(code: int, error: BaseException) -> NoReturn:
     os._exit(code)
 
 
-def _send(descriptor: int, message: bytes) -> None:
-    data = memoryview(LENGTH.pack(len(message)) + message)
-    while data:
-        data = data[os.write(descriptor, data) :]
+def send(descriptor: int, message: bytes) -> None:
+    write_all(descriptor, LENGTH.pack(len(message)) + message)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    written = os.write(descriptor, content)
+    while written < len(content):
+        written += os.write(descriptor, memoryview(content)[written:])
 
 
 def _receive(descriptor: int) -> bytes:

@@ -116,16 +116,25 @@ class Child:
 
     def finish(self) -> NoReturn:
         """Make the call, if the program has not failed, and exit as the interpreter would."""
+        exit_code = self.call()
+        atexit._run_exitfuncs()
+        os._exit(self.end() or exit_code)
+
+    def call(self) -> int:
+        """Make the call, and wait for the program's threads. Returns the exit code."""
         exit_code = _exit_code_of(self._call)
         if threading.active_count() > 1:
             exit_code = exit_code or _exit_code_of(threading._shutdown)  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+        return exit_code
+
+    def end(self) -> int:
+        """Flush and close the program's files. Returns an exit code if that fails, else 0."""
         # as in the interpreter: sys.stdout and sys.stderr, which the program may have replaced
-        exit_code = _flush("stdout", "stderr") or exit_code
+        exit_code = _flush("stdout", "stderr")
         del self.namespace, self._module
         _finalize(self._name)
         _flush("__stdout__", "__stderr__")
-        os._exit(exit_code)
+        return exit_code
 
     def _call(self) -> None:
         error, self.error = self.error, None
@@ -164,8 +173,7 @@ def _write_result(returned: object) -> None:
         shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
     except Exception:  # an integer of more than 4,300 digits has no repr
         shown = f"<{type(returned).__name__}>".encode(errors="backslashreplace")
-    with open(EXCHANGE_DESCRIPTOR, "wb", closefd=False) as file:
-        file.write(values.encode(returned) + b"\n" + shown)
+    exchange.write_all(EXCHANGE_DESCRIPTOR, values.encode(returned) + b"\n" + shown)
 
 
 def _finalize(name: str) -> None:

@@ -79,13 +79,6 @@ class ZygoteRequest(NamedTuple):
         return cls(Task(task), *bounds)
 
 
-class Started(NamedTuple):
-    """What a forked child was started for."""
-
-    task: Task
-    file_count: int
-
-
 class Outcome(NamedTuple):
     """How far a process came, and what the kernel reports of its end."""
 

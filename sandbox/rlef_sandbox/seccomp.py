@@ -20,6 +20,7 @@ Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, co
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 AND = 0x54  # the accumulator and the constant
 JUMP = 0x05  # always, by the constant
+REACH = 200  # how far a conditional jump goes; 255 is the most
 # Offsets into struct seccomp_data. Arguments are 64 bits, little-endian. For an `int` the kernel
 # reads the low word, and so does the filter; a pointer is both words.
 NUMBER, ARCHITECTURE = 0, 4
@@ -176,14 +177,29 @@ def assemble(actions: Mapping[int, Action], machine: str) -> list[Instruction]:
 
 def _search(runs: list[tuple[int, list[Instruction]]]) -> list[Instruction]:
     """Return a binary search for the run with the number in the accumulator."""
-    if len(runs) == 1:
-        return runs[0][1]
-    middle = len(runs) // 2
-    below, above = _search(runs[:middle]), _search(runs[middle:])
-    first = runs[middle][0]
-    if len(below) <= 255:
-        return [(JUMP_AT_LEAST, len(below), 0, first), *below, *above]
-    return [(JUMP_AT_LEAST, 0, 1, first), (JUMP, 0, 0, len(below)), *below, *above]
+    backwards: list[Instruction] = []  # the last one first
+    starts: dict[tuple[Instruction, ...], int] = {}  # of blocks, as lengths of `backwards`
+
+    def placed(runs: list[tuple[int, list[Instruction]]]) -> int:
+        """Add the search, unless it is a block near enough to share. Returns its start."""
+        if len(runs) == 1:
+            block = tuple(runs[0][1])
+            if len(backwards) - starts.get(block, -REACH) >= REACH:
+                backwards.extend(reversed(block))
+                starts[block] = len(backwards)
+            return starts[block]
+        middle = len(runs) // 2
+        targets = [placed(runs[middle:]), placed(runs[:middle])]
+        for index, start in enumerate(targets):
+            if len(backwards) - start > REACH:
+                backwards.append((JUMP, 0, 0, len(backwards) - start))
+                targets[index] = len(backwards)
+        above, below = (len(backwards) - start for start in targets)
+        backwards.append((JUMP_AT_LEAST, above, below, runs[middle][0]))
+        return len(backwards)
+
+    placed(runs)
+    return backwards[::-1]
 
 
 class SockFprog(ctypes.Structure):

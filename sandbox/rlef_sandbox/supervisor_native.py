@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-from . import kernel
 from .launch_plan import LaunchPlan
-from .protocol import Started, Task, ZygoteRequest
+from .protocol import Task, ZygoteRequest
 
 MAX_REQUEST_BYTES = 64
-PREPARE = 1  # rlef_serve returned because a request has no plan yet; 0: it returned in a child
+TASKS = {int(task): task for task in Task}  # a call of the enum takes longer
+PREPARE = 0  # rlef_serve returned because a request has no plan yet
 
 
 class SupervisorState(ctypes.Structure):
@@ -20,7 +20,6 @@ class SupervisorState(ctypes.Structure):
         ("message", ctypes.c_uint8 * MAX_REQUEST_BYTES),
         ("length", ctypes.c_int32),
         ("file_count", ctypes.c_int32),
-        ("task", ctypes.c_int32),
     ]
 
 
@@ -40,33 +39,38 @@ class NativeSupervisor:
         serves_program: bool,
     ) -> None:
         # PyDLL holds the GIL, as a fork requires. This is safe in a process with one thread.
-        self._functions = ctypes.PyDLL(library, use_errno=True)
+        self._functions = ctypes.PyDLL(library)
         self._functions.rlef_listen.restype = ctypes.POINTER(SupervisorState)
         self._plan_of = plan_of
-        self._state = self._functions.rlef_listen(channel, controller, last_id, int(serves_program))
-        # looked up here once, rather than in each child
+        state = self._functions.rlef_listen(channel, controller, last_id, int(serves_program))
+        # made here once, rather than in each child, which copies every page that it writes
+        self._state, self._address = state.contents, ctypes.byref(state.contents)
         self._leave_trust = self._functions.rlef_leave_trust
 
-    def serve(self) -> Started:
-        """Answer requests until the process ends. Returns only in forked children."""
-        while self._functions.rlef_serve(self._state) == PREPARE:
-            state = self._state.contents
+    def serve(self) -> tuple[Task, int]:
+        """Answer requests until the process ends. Returns only in a forked child, with its task and
+        the number of its files.
+        """
+        state = self._state
+        while (started := self._functions.rlef_serve(self._address)) == PREPARE:
             request = ZygoteRequest.unpack(bytes(state.message[: state.length]))
             plan = self._plan_of(request, state.file_count)
-            self._functions.rlef_prepare(self._state, ctypes.byref(plan))
-        state = self._state.contents
-        return Started(Task(state.task), state.file_count)
+            self._functions.rlef_prepare(self._address, ctypes.byref(plan))
+        return TASKS[started >> 8], started & 0xFF
 
     def leave_trust(self) -> None:
         """Report that the program begins; from now on this child cannot report anything."""
-        self._leave_trust(self._state)
+        self._leave_trust(self._address)
 
     def fork_confined(self, plan: LaunchPlan, files: list[int]) -> int:
         """Fork. Returns 1, and 0 in the child, which is confined by `plan`."""
         progress = ctypes.c_uint64()  # `struct progress`; it is not read here
         plan.files[: len(files)] = files
         plan.progress = ctypes.addressof(progress)
-        return kernel.checked(self._functions.rlef_fork(ctypes.byref(plan)), "fork")
+        started = self._functions.rlef_fork(ctypes.byref(plan))
+        if started < 0:
+            raise OSError("no child with the layers of this plan can be started")
+        return started
 
     def wait(self, _: int) -> int:
         """Return the wait status of the child that `fork_confined` started."""

@@ -30,7 +30,6 @@ from .protocol import (
     Ending,
     Outcome,
     Phase,
-    Started,
     Task,
     ZygoteRequest,
     failed_to_start,
@@ -145,8 +144,10 @@ class PythonSupervisor:
         self._poller.register(channel, READABLE)
         self._poller.register(controller, select.POLLIN)
 
-    def serve(self) -> Started:
-        """Answer requests until the process ends. Returns only in forked children."""
+    def serve(self) -> tuple[Task, int]:
+        """Answer requests until the process ends. Returns only in a forked child, with its task and
+        the number of its files.
+        """
         while True:
             soonest = min((child.next_check for child in self._watched.values()), default=math.inf)
             wait_s = max(0.0, soonest - time.monotonic())
@@ -178,8 +179,8 @@ class PythonSupervisor:
             del self._watched[descriptor]
             child.kill()
 
-    def _answer(self) -> Started | None:
-        """Act on the next request. Returns Started only in the child that it started."""
+    def _answer(self) -> tuple[Task, int] | None:
+        """Act on the next request. Returns a task only in the child that it started."""
         message, files = receive(self._channel, socket.MSG_DONTWAIT)
         if not message:
             os._exit(0)  # the controller is gone
@@ -192,7 +193,7 @@ class PythonSupervisor:
             pid = self.fork_confined(self._plan_of(request, len(files)), files)
             if pid == 0:
                 self._page[0] = Phase.COMPILING
-                return Started(request.task, len(files))
+                return request.task, len(files)
             child = SupervisedChild(pid, self._page, session, request)
         except OSError as error:
             send(session, failed_to_start(f"start of a child: {error}").pack())

@@ -41,12 +41,14 @@ from .launch_plan import Bounds, LaunchPlan
 from .probes import probe_child_layers
 from .protocol import MAX_DESCRIPTORS, Ending, Outcome, Phase, Task, ZygoteRequest
 from .reaper import leave_reaper_behind
+from .rehearsal import rehearse
 from .seccomp import filter_for_this_machine
 from .supervisor_native import NativeSupervisor
 from .supervisor_python import PythonSupervisor
 from .syscalls import Profile
 
 STREAMS = 3
+PROGRAM, TEST = Task.PROGRAM, Task.TEST  # looked up once, not in each child
 SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER, LAST_ID_OF_A_SERVER = 3, 4, 5, 6
 # Writing 1 to it makes 2 the next id in the writer's pid namespace, and needs a capability there.
 LAST_ID_FILE = "/proc/sys/kernel/ns_last_pid"
@@ -72,6 +74,7 @@ class Zygote:
             self.supervisor = self.native_supervisor(channel, controller, last_id)
         except OSError:  # no library, or one that was built on another machine
             self.supervisor = PythonSupervisor(channel, controller, self.plan)
+        self.leave_trust = self.supervisor.leave_trust
 
     def native_supervisor(self, channel: int, controller: int, last_id: int) -> NativeSupervisor:
         """Return the supervisor in C. Raises OSError if its library cannot be loaded."""
@@ -100,22 +103,31 @@ class Zygote:
 
     def serve(self) -> program.Child:
         """Serve until the process ends. Returns only in a forked child, with what it must run."""
-        task, file_count = self.supervisor.serve()
-        if task is Task.TEST:
+        return self.child(*self.supervisor.serve())
+
+    def child(self, task: Task, file_count: int) -> program.Child:
+        """Return what a forked child must run. Its files have the numbers from 0."""
+        if task is TEST:
             assert self.program is not None
             call = _read_call() if file_count > STREAMS else None
             return program.Child(*self.program, call)
-        source_file = SOURCE_OF_A_SERVER if task is Task.PROGRAM else file_count - 1
+        source_file = SOURCE_OF_A_SERVER if task is PROGRAM else file_count - 1
         source = _read(source_file)
         os.close(source_file)
         call = _read_call() if source_file > STREAMS else None
         code = program.compile_source(source)
         if code is None:
             os._exit(1)
-        self.supervisor.leave_trust()
-        if task is Task.PROGRAM:
+        self.leave_trust()
+        if task is PROGRAM:
             return self.serve_program(code, source)
         return program.Child(code, source, call)
+
+    def rehearse(self) -> None:
+        """Run programs in this process as children will."""
+        self.leave_trust = lambda: None
+        rehearse(lambda file_count: self.child(Task.RUN, file_count), _reserve_low_descriptors)
+        self.leave_trust = self.supervisor.leave_trust
 
     def serve_program(self, code: types.CodeType, source: bytes) -> program.Child:
         """Serve the session of a program server. Returns in its forked children."""
@@ -132,13 +144,14 @@ class Zygote:
 
 
 def _read(descriptor: int) -> bytes:
-    """Return a whole file, without moving its offset, which several runs share."""
-    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    """Return a whole file, wherever its offset is, which several runs share."""
+    return os.pread(descriptor, os.lseek(descriptor, 0, os.SEEK_END), 0)
 
 
 def _read_call() -> bytes:
     """Return the call to make, and empty the exchange for its result."""
     call = _read(program.EXCHANGE_DESCRIPTOR)
+    os.lseek(program.EXCHANGE_DESCRIPTOR, 0, os.SEEK_SET)
     os.ftruncate(program.EXCHANGE_DESCRIPTOR, 0)
     return call
 
@@ -201,6 +214,7 @@ def main() -> None:
     for name in [name for name in sys.modules if name.startswith("rlef_sandbox")]:
         del sys.modules[name]  # a program must not find these modules
     layers = zygote.confine(namespaces, library_files(paths))
+    zygote.rehearse()
     gc.collect()
     kernel.LIBC.malloc_trim(0)
     gc.freeze()

@@ -43,7 +43,7 @@
 #define SYS_pidfd_send_signal 424
 #endif
 
-enum { CHILD = 0, PREPARE = 1 };                         /* why rlef_serve returns */
+enum { PREPARE = 0, CHILD = 1 };                         /* why rlef_serve returns */
 enum { TASK_PROGRAM = 2, TASK_TEST = 3 };                 /* protocol.Task */
 enum turn { HAS_TURN, SLEEPS, ASKS_FOR_TURN };              /* what the controller was told */
 enum { PAUSE = 'p', RESUME = 'r', TURN = 't' };             /* protocol.py */
@@ -73,7 +73,7 @@ struct server {
     uint8_t message[MAX_REQUEST_BYTES];
     int32_t length;
     int32_t file_count;
-    int32_t task; /* protocol.Task */
+    int task; /* protocol.Task */
     int files[MAX_FILES];
     int session;
     int pending; /* the request waits for its plan, or for its child's start */
@@ -427,7 +427,8 @@ void rlef_leave_trust(struct server *server)
     munmap((void *)server->page, sizeof(struct progress) * MAX_CHILDREN);
 }
 
-/* Serves until Python must act: see above. */
+/* Serves until Python must act: see above. Returns PREPARE, or in a child 256 times its task plus the
+ * number of its files. */
 int rlef_serve(struct server *server)
 {
     struct pollfd polled[2 + 3 * MAX_CHILDREN];
@@ -439,7 +440,7 @@ int rlef_serve(struct server *server)
                 return PREPARE;
             server->pending = 0;
             if (start(server, &prepared->plan) == CHILD)
-                return CHILD;
+                return server->task << 8 | server->file_count;
         }
         int count = 2;
         polled[0] = (struct pollfd){server->channel, POLLIN | POLLRDHUP, 0};
