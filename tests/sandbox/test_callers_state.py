@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from rlef_sandbox import Sandbox
+from rlef_sandbox import Sandbox, worker
 
 PYTHON = """
 import os, resource, secrets, signal, sys
@@ -133,3 +133,17 @@ def test_a_hard_limit_that_is_too_low_is_raised_or_refused_by_its_name(name: str
     )
     raised = process.returncode == 0
     assert raised or (process.returncode == 2 and f"RLIMIT_{name} is {least}" in process.stderr)
+
+
+def test_what_the_launcher_sets_for_itself_is_not_in_a_programs_environment() -> None:
+    program = (
+        "import ctypes, os, posix\n"
+        f"names = {[*worker.LOADER]}\n"
+        "getenv = ctypes.CDLL(None).getenv\n"
+        "print([n for n in names if n in os.environ or n.encode() in posix.environ])\n"
+        "print([n for n in names if getenv(n.encode())], sorted(os.environ))"
+    )
+    expected = sorted(worker.ENVIRONMENT.keys() - worker.LOADER.keys())
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run(program)
+    assert found.stdout.decode().splitlines() == ["[]", f"[] {expected}"], found
