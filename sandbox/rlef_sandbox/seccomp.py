@@ -136,6 +136,7 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         return one_of(LOW[4], (AT_EMPTY_PATH,), denied)
     return {
         Action.ALLOW: [ALLOWED],
+        Action.NOTHING: [refused(0)],
         Action.DENY: [denied],
         Action.READ_ONLY: [refused(errno.EACCES)],
         Action.ABSENT: [refused(errno.ENOSYS)],

@@ -11,6 +11,7 @@ class Action(enum.Enum):
     """What the filter does with a call; the values are for SYSCALLS.md."""
 
     ALLOW = "allowed"
+    NOTHING = "0, and nothing is done"
     DENY = "EPERM"
     READ_ONLY = "EACCES"
     ABSENT = "ENOSYS"

@@ -231,6 +231,14 @@ ARGUMENTS = (
         safe=False,
     ),
     *attacks({"pages_hidden_in_swap": CALL + ADVISE.format(21)}, ("seccomp",), Status.OK),
+    *attacks(  # of a pipe, which only the kernel's own code refuses
+        {
+            "flush_the_disk": CALL + "if k(74, os.pipe()[0]) < 0: print('ESCAPED')",
+            "flush_the_data_of_the_disk": CALL + "if k(75, os.pipe()[0]) < 0: print('ESCAPED')",
+        },
+        ("seccomp",),
+        Status.OK,
+    ),
     *attacks(
         {
             "pages_hidden_by_merging": CALL + ADVISE.format(12),
