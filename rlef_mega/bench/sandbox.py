@@ -4,29 +4,26 @@ Runs the sandbox's own benchmark (sandbox/benchmarks/bench_grade.py) and returns
 the other benchmarks do."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError
 
 SCRIPT = Path(__file__).parents[2] / "sandbox/benchmarks/bench_grade.py"
-ROUNDS = 5
 
 
-def benchmark(*, rounds: int = ROUNDS, runs: int = 200) -> Results:
+def benchmark(*, rounds: int = 5, runs: int = 200) -> Results:
     if not SCRIPT.is_file():
         raise ConfigError(f"no file {SCRIPT}: this benchmark needs a checkout of the repository")
-    with tempfile.TemporaryDirectory(prefix="rlef-bench-") as folder:
-        path = Path(folder) / "figures.json"
-        options = ["--rounds", str(rounds), "--runs", str(runs), "--json", str(path)]
-        command = [sys.executable, str(SCRIPT), *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        report = json.loads(path.read_text())
+    about = {"kernel": platform.release(), "cores": os.cpu_count(), "rounds": rounds}
+    about["load_before"] = os.getloadavg()[0]
+    command = [sys.executable, str(SCRIPT), str(rounds), str(runs)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     figures = tuple(
-        Figure(name, unit, tuple(samples)) for name, (unit, samples) in report["figures"].items()
+        Figure(name, unit, tuple(samples)) for name, (unit, samples) in json.loads(output).items()
     )
-    about = {name: report[name] for name in ("kernel", "cores", "load_before", "rounds")}
     return Results("rlef bench sandbox", describe_benchmark(**about), figures)

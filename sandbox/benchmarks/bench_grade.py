@@ -1,6 +1,9 @@
-"""Graded runs per second of this sandbox and of its peers.
+"""Graded runs per second of this sandbox and of its peers, as JSON: {name: [unit, samples]}.
 
-    python sandbox/benchmarks/bench_grade.py [--rounds 5] [--json PATH]
+    python sandbox/benchmarks/bench_grade.py ROUNDS RUNS_PER_ROUND
+
+`rlef bench sandbox` runs this in a process of its own: a large process would slow down peers that
+fork.
 
 Peers: a bare subprocess, which confines nothing, with and without `site`; bubblewrap and firejail,
 if installed, with a process, network and file namespace for each run; and the executor of OpenAI's
@@ -12,20 +15,19 @@ machine affects least.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import itertools
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -111,20 +113,11 @@ class Samples:
 
 def tree_cpu_s() -> float:
     """Return the CPU time of this process and its descendants, including those that ended."""
-    parents, ticks = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1])
-            ticks[int(entry.name)] = sum(map(int, fields[11:15]))
-    family, size = {os.getpid()}, 0
-    while len(family) > size:
-        size = len(family)
-        family |= {pid for pid, parent in parents.items() if parent in family}
-    return sum(ticks.get(pid, 0) for pid in family) / os.sysconf("SC_CLK_TCK")
+    cpu_s, own = 0.0, psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            cpu_s += sum(process.cpu_times()[:4])  # user, system, and both of ended children
+    return cpu_s
 
 
 def confined(sandbox: Sandbox, source: str, tests: list, language: str = "python") -> Grade:
@@ -237,7 +230,7 @@ def time_cpp(samples: Samples, sandbox: Sandbox, fresh: Iterator[int]) -> None:
     samples.time("C++", confined(sandbox, CPP, [SUM_TEST], "cpp"), samples.runs)
 
 
-def benchmark(rounds: int, runs: int) -> Samples:
+def main(rounds: int, runs: int) -> None:
     samples, fresh, peers = Samples(runs), itertools.count(), list(commands())
     with Sandbox(workers=1) as single, Sandbox(workers=2) as double:
         for number in range(rounds):
@@ -248,35 +241,8 @@ def benchmark(rounds: int, runs: int) -> Samples:
             time_python(samples, double, 2, ", two at a time")
             time_calls(samples, single)
             time_cpp(samples, single, fresh)
-    return samples
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=200, help="of this sandbox in each round")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    load_before = os.getloadavg()[0]
-    samples = benchmark(arguments.rounds, arguments.runs)
-    for name, (unit, values) in samples.figures.items():
-        low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"{name:50s} {middle:9.2f}  [{low:.2f}, {high:.2f}] {unit}")
-    if arguments.json:
-        report = {
-            "benchmark": "sandbox_grade",
-            "command": " ".join(["python", *sys.argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "load_before": load_before,
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-            "rounds": arguments.rounds,
-            "figures": samples.figures,
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(samples.figures))
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))
