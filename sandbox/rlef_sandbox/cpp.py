@@ -6,9 +6,11 @@ sealed files in memory, which no run can change; the most recent are kept.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import queue
 import re
 import shutil
 import signal
@@ -20,10 +22,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from . import native
-from .program_runner import RETRIES
+from .program_runner import RETRIES, StreamFiles
 from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import Result, Status
-from .worker import ANSWER_GRACE_S, ENVIRONMENT, Layers, Worker, ZygoteLostError, memory_files
+from .worker import ANSWER_GRACE_S, ENVIRONMENT, Layers, Worker, ZygoteLostError
 
 STANDARDS = {"cpp": "gnu++17"} | {f"cpp{year}": f"gnu++{year}" for year in (11, 14, 17, 20, 23)}
 FLAGS = ("-O2", "-DONLINE_JUDGE", "-w", "-fmax-errors=20")
@@ -68,14 +70,10 @@ class CompileFailedError(Exception):
         self.result = result
 
 
-class ReportsAKillError(Exception):
+class ReportsAKillError(CompileFailedError):
     """The compiler's messages report a kill, but a source can write messages too. `result` is the
     verdict if the source wrote them.
     """
-
-    def __init__(self, result: Result) -> None:
-        super().__init__(result.status)
-        self.result = result
 
 
 class Cpp:
@@ -85,10 +83,10 @@ class Cpp:
         self, accept: Callable[[Layers], None], workers: int, standard: str = STANDARDS["cpp"]
     ) -> None:
         self._flags = (f"-std={standard}", *FLAGS)
-        self._accept = accept
-        self._free = [self._new_worker() for _ in range(workers)]
-        self._all = list(self._free)
-        self._available = threading.Semaphore(workers)
+        self._all = [Worker(accept, module="compiler", scratch=True) for _ in range(workers)]
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # the last is the likeliest to run
+        for worker in self._all:
+            self._free.put(worker)
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         self._under_way: dict[bytes, Future[None]] = {}
@@ -97,9 +95,6 @@ class Cpp:
     def compiler() -> str | None:
         """Return the path of g++, if it is where the confined compiler looks for it."""
         return shutil.which("g++", path=ENVIRONMENT["PATH"])
-
-    def _new_worker(self) -> Worker:
-        return Worker(self._accept, module="compiler", scratch=True)
 
     def executable(self, source: bytes) -> int:
         """Return a descriptor of the compiled program, which the caller closes.
@@ -142,14 +137,11 @@ class Cpp:
             os.close(oldest)
 
     def _compile(self, source: bytes) -> int:
-        with self._available:
-            with self._lock:
-                worker = self._free.pop()
-            try:
-                return self._with_retries(worker, source)
-            finally:
-                with self._lock:
-                    self._free.append(worker)
+        worker = self._free.get()
+        try:
+            return self._with_retries(worker, source)
+        finally:
+            self._free.put(worker)
 
     def _with_retries(self, worker: Worker, source: bytes) -> int:
         headers = precompiled_headers(self._flags)
@@ -158,32 +150,27 @@ class Cpp:
         for attempt in range(1 + RETRIES):
             try:
                 return self._attempt(worker, source)
-            except ReportsAKillError as error:
+            except ReportsAKillError:
                 fault = "the compiler was killed from outside"
                 if attempt == RETRIES:  # every time, though the kernel counted no kill
-                    raise CompileFailedError(error.result) from None
+                    raise
             except (ZygoteLostError, TimeoutError) as error:
                 fault = str(error) or "the compiler does not answer"
                 worker.lose()
         raise CompileFailedError(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
 
     def _attempt(self, worker: Worker, source: bytes) -> int:
-        files = memory_files(source, b"", b"")
-        session = None
         kills_before = out_of_memory_kills()
-        try:
-            session = worker.start(COMPILE, files)
+        with (
+            StreamFiles(source) as files,
+            contextlib.closing(worker.start(COMPILE, files.descriptors)) as session,
+        ):
             deadline = time.monotonic() + COMPILE.wall_s + ANSWER_GRACE_S
             message, made = session.receive_message(deadline)
-            errors = without_paths(os.pread(files[2], STDERR_BYTES, 0), worker)
-            end = os.pread(
-                files[2], STDERR_BYTES, max(0, os.fstat(files[2]).st_size - STDERR_BYTES)
-            )
-        finally:
-            if session is not None:
-                session.close()
-            for descriptor in files:
-                os.close(descriptor)
+            stderr = files.descriptors[2]
+            errors = without_paths(os.pread(stderr, STDERR_BYTES, 0), worker)
+            end_at = max(0, os.fstat(stderr).st_size - STDERR_BYTES)
+            end = os.pread(stderr, STDERR_BYTES, end_at)
         try:
             outcome = Outcome.unpack(message)
             if made:

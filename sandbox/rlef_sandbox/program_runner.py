@@ -32,7 +32,6 @@ from .worker import (
     Worker,
     ZygoteLostError,
     ZygoteSession,
-    memory_file,
     memory_files,
     receive_all,
 )
@@ -129,19 +128,15 @@ class ProgramRunner(contextlib.AbstractContextManager):
 
     def _attempt_checker(self, test: Test, stdout: bytes) -> FinishedRun:
         """Run a checker in C++. It accepts or refuses by its exit code, as testlib does."""
-        with StreamFiles(test.stdin) as files, contextlib.ExitStack() as passed_on:
-            texts = memory_files(stdout, test.expected)
-            for text in texts:
-                passed_on.callback(os.close, text)
-            outcome = self._ask(Task.EXECUTE, [*files.descriptors, *texts, self._program])
+        with StreamFiles(test.stdin, None, stdout, test.expected) as files:
+            outcome = self._ask(Task.EXECUTE, [*files.descriptors, self._program])
             self._end_session()
             result = files.finished(outcome, self._limits).result
-        is_answer = result.status in (Status.OK, Status.RUNTIME_ERROR) and result.exit_code not in (
-            None,
-            CHECKER_FAILED,
-        )
-        answer = b"false" if result.exit_code else b"true"
-        return FinishedRun(result, answer if is_answer else b"")
+        if result.status not in (Status.OK, Status.RUNTIME_ERROR) or (
+            result.exit_code in (None, CHECKER_FAILED)
+        ):
+            return FinishedRun(result)
+        return FinishedRun(result, b"false" if result.exit_code else b"true")
 
     def _with_retries(self, attempt: Callable[[], FinishedRun]) -> FinishedRun:
         fault = ""
@@ -231,18 +226,19 @@ class ProgramRunner(contextlib.AbstractContextManager):
         """
         serve = json.dumps({"serve": test.entry_point}).encode()
         check = json.dumps({"check": test.check}).encode()
-        with StreamFiles(exchange=serve) as candidate, StreamFiles(exchange=check) as checker:
-            with contextlib.ExitStack() as passed_on:
-                code = memory_file(test.code.encode())
-                passed_on.callback(os.close, code)
-                ours, theirs = map(passed_on.enter_context, socket.socketpair())
+        with (
+            StreamFiles(exchange=serve) as candidate,
+            StreamFiles(b"", check, test.code.encode()) as checker,
+        ):
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
                 request = self._request(Task.RUN)
                 # it waits for a check that may be starved, and so get its limit more than once
                 patient = request._replace(wall_s=STARVED_EXTENSION * request.wall_s)
                 program_files = [*candidate.descriptors, ours.fileno(), self._program]
                 self._session = self._worker.start(patient, program_files)
-                checker_files = [*checker.descriptors, theirs.fileno(), code]
-                checking = self._worker.start(request, checker_files)
+                *checker_files, code = checker.descriptors
+                checking = self._worker.start(request, [*checker_files, theirs.fileno(), code])
             with contextlib.closing(checking):
                 sessions = [self._session, checking]
                 served, checked = receive_all(sessions, patient.wall_s, self._slot)
@@ -258,10 +254,8 @@ class ProgramRunner(contextlib.AbstractContextManager):
         if self._slot is not None:
             self._slot.wake()
         call = json.dumps({"check": test.check, "stand_in": stand_in}).encode()
-        with StreamFiles(exchange=call) as files, contextlib.ExitStack() as passed_on:
-            code = memory_file(test.code.encode())
-            passed_on.callback(os.close, code)
-            outcome = self._ask(Task.RUN, [*files.descriptors, code])
+        with StreamFiles(b"", call, test.code.encode()) as files:
+            outcome = self._ask(Task.RUN, files.descriptors)
             self._end_session()
             return files.finished(outcome, self._limits, is_believed=False).result
 
@@ -278,11 +272,12 @@ class ProgramRunner(contextlib.AbstractContextManager):
 
 
 class StreamFiles(contextlib.AbstractContextManager):
-    """The memory files of one run: standard streams and, for a function call, the exchange."""
+    """The memory files of one run: standard streams, for a function call the exchange, and more."""
 
-    def __init__(self, stdin: bytes = b"", exchange: bytes | None = None) -> None:
-        contents = [stdin, b"", b""] if exchange is None else [stdin, b"", b"", exchange]
-        self.descriptors = memory_files(*contents)
+    def __init__(self, stdin: bytes = b"", exchange: bytes | None = None, *more: bytes) -> None:
+        self._has_exchange = exchange is not None
+        exchanges = [exchange] if exchange is not None else []
+        self.descriptors = memory_files(stdin, b"", b"", *exchanges, *more)
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self.descriptors:
@@ -294,7 +289,7 @@ class StreamFiles(contextlib.AbstractContextManager):
         """Return the run that ended with `outcome`. Raises FaultError if that is not a verdict. A
         lack of memory that only its messages report is a MEMORY_LIMIT if it `is_believed`.
         """
-        _, stdout, stderr, *exchange = self.descriptors
+        _, stdout, stderr, *_ = self.descriptors
         stdout_bytes, stderr_bytes = os.fstat(stdout).st_size, os.fstat(stderr).st_size
         stderr_start = max(0, stderr_bytes - STDERR_BYTES)
         stderr_end = os.pread(stderr, min(STDERR_BYTES, limits.output_bytes), stderr_start)
@@ -303,8 +298,9 @@ class StreamFiles(contextlib.AbstractContextManager):
         overflowed = max(stdout_bytes, stderr_bytes) > limits.output_bytes
         status = status_of(outcome, limits, overflowed, stderr_end if is_believed else b"")
         wire, returned = b"", None
-        if exchange and status is Status.OK:  # what the program wrote as its value, untrusted
-            wire, _, shown = os.pread(exchange[0], limits.output_bytes, 0).partition(b"\n")
+        if self._has_exchange and status is Status.OK:  # the program's value, untrusted
+            exchange = os.pread(self.descriptors[EXCHANGE], limits.output_bytes, 0)
+            wire, _, shown = exchange.partition(b"\n")
             returned = shown[:SHOWN_BYTES].decode(errors="replace")
         killed_by = outcome.killed_by
         result = Result(

@@ -18,9 +18,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import uuid
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import aiohttp
@@ -29,13 +29,14 @@ from ..verdict import AnyTest, CheckerProgram, Limits, Result, as_bytes
 from . import wire
 from .command import checked_token
 from .server_choice import GradingServer, GradingServers
-from .wire import Record, WireError
+from .wire import WireError
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 10.0
 OUT_OF_SERVICE = (502, 503, 504)
+URL_FORM = re.compile("(https?://[^/?# ]+)/*")
 
 
 class ServiceError(RuntimeError):
@@ -96,12 +97,7 @@ class SandboxClient:
         self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._servers.close()
         await self._open_session().close()
         self._session = None
@@ -115,7 +111,7 @@ class SandboxClient:
     ) -> Result:
         """Do `Sandbox.run` on a server. Raises ServiceError if none answers within the deadline."""
         request = wire.RunRequest(as_bytes(source), as_bytes(stdin), limits, language)
-        (result,) = await self._ask("/v1/run", wire.RUN, request)
+        (result,) = await self._ask(request)
         return result
 
     async def grade(
@@ -131,14 +127,14 @@ class SandboxClient:
         """Do `Sandbox.grade` on a server. Raises ServiceError if none answers in time."""
         request = wire.GradeRequest(
             as_bytes(source),
-            tests,
+            list(tests),
             limits,
             checker,
             stop_at_first_failure,
             language,
             run_at_least,
         )
-        return await self._ask("/v1/grade", wire.GRADE, request)
+        return await self._ask(request)
 
     async def health(self) -> dict[str, dict[str, Any]]:
         """Return what each server reports. Raises ServiceError naming those that are not ready."""
@@ -150,11 +146,9 @@ class SandboxClient:
             raise ServiceError(f"grading servers are not ready: {'; '.join(failures)}")
         return {url: about for url, about in answers.items() if not isinstance(about, str)}
 
-    async def _ask(
-        self, path: str, record: Record, request: wire.RunRequest | wire.GradeRequest
-    ) -> list[Result]:
+    async def _ask(self, request: wire.Request) -> list[Result]:
         """Return the results from the first server that answers."""
-        body = wire.encode_request(record, request)
+        body = wire.encode_request(request)
         headers = {"Content-Type": "application/json", wire.REQUEST_ID: uuid.uuid4().hex}
         pause_s = FIRST_PAUSE_S
         try:
@@ -162,7 +156,7 @@ class SandboxClient:
                 while True:
                     server = await self._servers.take()
                     try:
-                        results = await self._try(server, path, body, headers)
+                        results = await self._try(server, request.path, body, headers)
                         if request.is_answered_by(results):
                             return results
                         reason = f"it answered with {len(results)} results, not one for each test"
@@ -254,16 +248,10 @@ class SandboxClient:
 
 def checked_url(url: str) -> str:
     """Return the address without a slash at its end. Raises ValueError if it is malformed."""
-    scheme, separator, rest = url.partition("://")
-    host = rest.rstrip("/")
-    if (
-        scheme not in ("http", "https")
-        or not separator
-        or not host
-        or any(c in host for c in "/?# ")
-    ):
+    found = URL_FORM.fullmatch(url)
+    if found is None:
         raise ValueError(f"{url!r} is not the address of a server; write it like http://node7:8765")
-    return f"{scheme}://{host}"
+    return found[1]
 
 
 def reason_of(error: Exception) -> str:

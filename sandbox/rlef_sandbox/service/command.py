@@ -15,10 +15,36 @@ from pathlib import Path
 from ..sandbox import JOBS_PER_WORKER
 
 TOKEN_VARIABLE = "RLEF_SANDBOX_TOKEN"
-TOKEN_FORM = re.compile(
-    r"[\x21-\x7e]{16,4096}"
-)  # printable, for an HTTP header; long, against guessing
-DEFAULT_PORT = 8765
+# printable, for an HTTP header; long, against guessing
+TOKEN_FORM = re.compile(r"[\x21-\x7e]{16,4096}")
+NUMBERS = (  # option, default, least, most, help
+    ("port", 8765, 0, 65535, "0: any free one"),
+    ("workers", len(os.sched_getaffinity(0)), 1, 1024, "programs that work at once"),
+    ("queue", 2048, 0, 1 << 20, "requests that may wait"),
+    ("max-body-mib", 64, 1, 2048, "of one request"),
+    ("max-held-mib", 1024, 1, 1 << 20, "of all open requests"),
+    ("keep-s", 600.0, 0, 24 * 3600, "how long answers are kept"),
+    ("keep-answers", 4096, 0, 1 << 20, "how many are kept"),
+    ("keep-mib", 256, 0, 1 << 20, "of all kept answers"),
+)
+
+
+class ServerSettings(argparse.Namespace):
+    """The options of a grading server."""
+
+    host: str
+    port: int
+    token: str | None
+    workers: int
+    jobs: int
+    queue: int
+    isolation: str
+    packages: list[str]
+    max_body_mib: int
+    max_held_mib: int
+    keep_s: float
+    keep_answers: int
+    keep_mib: int
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
@@ -26,29 +52,27 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("serve", help=serve.__doc__)
     command.set_defaults(handler=serve)
     command.add_argument("--host", default="127.0.0.1", help="an address of this machine")
-    command.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any free one")
-    command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    command.add_argument(
+        "--token-file", type=Path, help=f"mode 600; else the variable {TOKEN_VARIABLE}"
+    )
     command.add_argument(
         "--jobs",
         type=int,
         help=f"programs under way, sleeping ones included (default: {JOBS_PER_WORKER} per worker)",
     )
-    command.add_argument("--queue", type=int, default=2048, help="requests that may wait")
-    command.add_argument(
-        "--token-file", type=Path, help=f"mode 600; else the variable {TOKEN_VARIABLE}"
-    )
-    command.add_argument("--max-body-mib", type=int, default=64, help="of one request")
-    command.add_argument("--max-held-mib", type=int, default=1024, help="of all open requests")
-    command.add_argument("--keep-s", type=float, default=600.0, help="how long answers are kept")
-    command.add_argument("--keep-answers", type=int, default=4096)
-    command.add_argument("--keep-mib", type=int, default=256)
+    for name, default, *_, meaning in NUMBERS:
+        command.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Grade over HTTP until SIGTERM; needs aiohttp."""
+    most_jobs = arguments.workers * JOBS_PER_WORKER
     if arguments.jobs is None:
-        arguments.jobs = arguments.workers * JOBS_PER_WORKER
-    check_bounds(arguments)
+        arguments.jobs = most_jobs
+    for name, _, least, most, _ in (*NUMBERS, ("jobs", 0, 1, most_jobs, "")):
+        value = getattr(arguments, name.replace("-", "_"))
+        if not least <= value <= most:
+            raise ValueError(f"--{name} is {value}; it must be within {least} and {most}")
     token = read_token(arguments.token_file, os.environ.get(TOKEN_VARIABLE))
     if token is None and not is_loopback(arguments.host):
         raise ValueError(
@@ -56,49 +80,12 @@ def serve(arguments: argparse.Namespace) -> int:
             f"run programs here; give a token with --token-file or {TOKEN_VARIABLE}"
         )
     try:
-        from .endpoints import ServerSettings
-        from .grading_queue import AnswerRetention
         from .server import serve as serve_forever
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("aiohttp"):
             raise
         raise ValueError("serve needs aiohttp; install it with: pip install aiohttp") from None
-    return serve_forever(
-        ServerSettings(
-            host=arguments.host,
-            port=arguments.port,
-            token=token,
-            workers=arguments.workers,
-            jobs=arguments.jobs,
-            queue=arguments.queue,
-            isolation=arguments.isolation,
-            packages=arguments.packages,
-            max_body_bytes=arguments.max_body_mib << 20,
-            max_held_bytes=arguments.max_held_mib << 20,
-            keep=AnswerRetention(
-                arguments.keep_s, arguments.keep_answers, arguments.keep_mib << 20
-            ),
-        )
-    )
-
-
-def check_bounds(arguments: argparse.Namespace) -> None:
-    """Raise ValueError if a number is out of its bounds."""
-    for option, least, most in (
-        ("port", 0, 65535),
-        ("workers", 1, 1024),
-        ("jobs", 1, arguments.workers * JOBS_PER_WORKER),
-        ("queue", 0, 1 << 20),
-        ("max_body_mib", 1, 2048),
-        ("max_held_mib", 1, 1 << 20),
-        ("keep_s", 0, 24 * 3600),
-        ("keep_answers", 0, 1 << 20),
-        ("keep_mib", 0, 1 << 20),
-    ):
-        value = getattr(arguments, option)
-        if not least <= value <= most:
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} is {value}; it must be within {least} and {most}")
+    return serve_forever(ServerSettings(**{**vars(arguments), "token": token}))
 
 
 def is_loopback(host: str) -> bool:

@@ -23,18 +23,17 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from .command import is_loopback
-from .grading_process import RECORDS, GradingProcess
+from .command import ServerSettings, is_loopback
+from .grading_process import GradingProcess
 from .grading_queue import (
     SANDBOX_FAULTS,
-    AnswerRetention,
     Grading,
     GradingQueue,
     IdTakenError,
     QueueFullError,
 )
 from .metrics import GradingMetrics
-from .wire import REQUEST_ID
+from .wire import REQUEST_ID, REQUESTS
 
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
@@ -43,23 +42,6 @@ HOST_FORM = re.compile(r"(?:\[([\da-f:.]+)\]|([\w.-]+))(?::\d+)?", re.ASCII | re
 IDLE_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S, BODY_BYTES_PER_S = 30.0, 256 << 10  # a body arrives within 30 s, or at this rate
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """The options of a grading server."""
-
-    host: str
-    port: int
-    token: str | None
-    workers: int
-    jobs: int
-    queue: int
-    isolation: str
-    packages: list[str]
-    max_body_bytes: int
-    max_held_bytes: int
-    keep: AnswerRetention
 
 
 @dataclass
@@ -85,9 +67,10 @@ class GradingService:
     def __init__(self, grader: GradingProcess, settings: ServerSettings) -> None:
         self.grader = grader
         self.settings = settings
+        self.max_body_bytes = settings.max_body_mib << 20
         self.draining = False
         self.metrics = GradingMetrics()
-        self.queue = GradingQueue(settings.jobs, settings.queue, settings.keep, self.metrics)
+        self.queue = GradingQueue(settings, self.metrics)
         self._held_bytes = 0
         # by connection: since when it has no request, or never if it has one
         self.idle_since_s: dict[RequestHandler, float] = {}
@@ -119,12 +102,10 @@ class GradingService:
                 one.force_close()
 
     def application(self) -> web.Application:
-        application = web.Application(
-            client_max_size=self.settings.max_body_bytes, middlewares=[self.guard]
-        )
+        application = web.Application(client_max_size=self.max_body_bytes, middlewares=[self.guard])
         application.add_routes(
             [
-                *(web.post(path, self.work) for path in RECORDS),
+                *(web.post(path, self.work) for path in REQUESTS),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics_text),
             ]
@@ -179,7 +160,7 @@ class GradingService:
     def explain(self, error: web.HTTPException) -> str:
         if error.status == 413:
             return (
-                f"the body has more than {self.settings.max_body_bytes} bytes; split the tests "
+                f"the body has more than {self.max_body_bytes} bytes; split the tests "
                 "over several requests, or start the server with a larger --max-body-mib"
             )
         return f"{error.reason}; there are POST /v1/run and /v1/grade, GET /health and /metrics"
@@ -235,9 +216,9 @@ class GradingService:
 
     def refuse_large(self, body_bytes: int, held_bytes: int) -> None:
         """Refuse a body that exceeds the bound of one, or with the others the bound of all."""
-        if body_bytes > self.settings.max_body_bytes:
-            raise web.HTTPRequestEntityTooLarge(self.settings.max_body_bytes, body_bytes)
-        if held_bytes > self.settings.max_held_bytes and held_bytes > body_bytes:
+        if body_bytes > self.max_body_bytes:
+            raise web.HTTPRequestEntityTooLarge(self.max_body_bytes, body_bytes)
+        if held_bytes > self.settings.max_held_mib << 20 and held_bytes > body_bytes:
             raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
 
     async def accept(self, request: web.Request, body: Body) -> Grading:
@@ -284,7 +265,7 @@ class GradingService:
             "running": self.queue.running,
             "queued": self.queue.waiting,
             "queue": self.settings.queue,
-            "max_body_bytes": self.settings.max_body_bytes,
+            "max_body_bytes": self.max_body_bytes,
         }
         return web.json_response(about, status=503 if self.draining else 200)
 

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ..verdict import Status
+from .command import ServerSettings
 from .metrics import GradingMetrics
 
 MOST_SHARE = 3 / 4  # of the queue, for one client
@@ -52,14 +53,6 @@ class QueueFullError(Exception):
 
 class IdTakenError(Exception):
     """The request id names another request."""
-
-
-class AnswerRetention(NamedTuple):
-    """Bounds on the answers that are kept for a client that asks again."""
-
-    seconds: float = 600.0
-    answers: int = 4096
-    size_bytes: int = 256 << 20
 
 
 class Grading:
@@ -120,20 +113,16 @@ class Turns:
 
 
 class GradingQueue:
-    """At most `jobs` pieces of work run, and at most `capacity` wait, MOST_SHARE of them for one
+    """At most `jobs` pieces of work run, and at most `queue` wait, MOST_SHARE of them for one
     client.
     """
 
-    def __init__(
-        self, jobs: int, capacity: int, keep: AnswerRetention, metrics: GradingMetrics
-    ) -> None:
-        self.jobs = jobs
-        self.capacity = capacity
+    def __init__(self, settings: ServerSettings, metrics: GradingMetrics) -> None:
         self.running = 0
-        self._keep = keep
+        self._settings = settings
         self._metrics = metrics
-        self._turns = Turns(jobs)
-        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="grading")
+        self._turns = Turns(settings.jobs)
+        self._threads = ThreadPoolExecutor(settings.jobs, thread_name_prefix="grading")
         self._open: dict[str, Grading] = {}
         self._open_of: Counter[str] = Counter()  # by client
         self._kept: OrderedDict[str, Grading] = OrderedDict()  # oldest first
@@ -159,8 +148,9 @@ class GradingQueue:
     ) -> Grading:
         """Queue new work of a client. Raises QueueFullError if the queue, or its share, is full."""
         assert request_id not in self._open and request_id not in self._kept
-        share = self.jobs + math.ceil(MOST_SHARE * self.capacity)
-        if len(self._open) >= self.jobs + self.capacity or self._open_of[client] >= share:
+        jobs, queue = self._settings.jobs, self._settings.queue
+        share = jobs + math.ceil(MOST_SHARE * queue)
+        if len(self._open) >= jobs + queue or self._open_of[client] >= share:
             raise QueueFullError(self.retry_after_s())
         grading = Grading(request_id, digest)
         self._open[request_id] = grading
@@ -184,7 +174,7 @@ class GradingQueue:
 
     def retry_after_s(self) -> int:
         """Estimate the whole seconds in which half of the queue will be finished."""
-        estimate_s = self.waiting / 2 * self._mean_run_s / self.jobs
+        estimate_s = self.waiting / 2 * self._mean_run_s / self._settings.jobs
         return max(1, min(MOST_RETRY_AFTER_S, round(estimate_s)))
 
     async def drained(self) -> None:
@@ -233,13 +223,13 @@ class GradingQueue:
         self._forget_old()
 
     def _forget_old(self) -> None:
-        expired_s = time.monotonic() - self._keep.seconds
+        keep, expired_s = self._settings, time.monotonic() - self._settings.keep_s
         while self._kept:
             oldest = next(iter(self._kept.values()))
             if (
                 oldest.finished_s >= expired_s
-                and len(self._kept) <= self._keep.answers
-                and self._kept_bytes <= self._keep.size_bytes
+                and len(self._kept) <= keep.keep_answers
+                and self._kept_bytes <= keep.keep_mib << 20
             ):
                 return
             del self._kept[oldest.request_id]

@@ -22,7 +22,8 @@ import socket
 from aiohttp import web
 
 from .. import Sandbox
-from .endpoints import GradingService, ServerSettings
+from .command import ServerSettings
+from .endpoints import GradingService
 from .grading_process import PING, GradingProcess
 
 SEND_TIMEOUT_S = 30.0  # to send the last answers, once all work is finished
@@ -122,18 +123,18 @@ async def close_idle(service: GradingService, runner: web.AppRunner) -> None:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(
+    family, _, _, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind, protocol)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # inherited by connections: the answer to a client that stops reading is dropped
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_MS)
-        listener.bind(address)
+        listener = socket.create_server(
+            address, family=family, backlog=BACKLOG, dualstack_ipv6=family == socket.AF_INET6
+        )
     except OSError as error:
-        listener.close()
-        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        reason = os.strerror(error.errno or 0)
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
+    # inherited by connections: the answer to a client that stops reading is dropped
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_MS)
     return listener
 
 
