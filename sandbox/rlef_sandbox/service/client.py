@@ -87,7 +87,7 @@ class SandboxClient:
             {} if token is None else {"Authorization": f"Bearer {checked_token(token, 'use')}"}
         )
         self._servers = GradingServers(
-            [checked_url(url) for url in urls], connections=connections, is_ready=self._is_ready
+            [checked_url(url) for url in urls], connections=connections, ask_health=self._health_of
         )
         self._session: aiohttp.ClientSession | None = None
 
@@ -177,9 +177,8 @@ class SandboxClient:
     ) -> list[Result]:
         """Try one server. Raises TryAgainError if another may succeed."""
         posting = asyncio.create_task(self._exchange("POST", server.url + path, body, headers))
-        posting.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # marks it as retrieved
+        # marks its exception as retrieved
+        posting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             while not posting.done():
                 await asyncio.wait({posting}, timeout=self._heartbeat_s)
@@ -218,10 +217,6 @@ class SandboxClient:
             method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False
         ) as response:
             return response.status, await response.read(), response.headers.get("Retry-After")
-
-    async def _is_ready(self, server: GradingServer) -> str | None:
-        answer = await self._health_of(server)
-        return answer if isinstance(answer, str) else None
 
     async def _health_of(self, server: GradingServer) -> dict[str, Any] | str:
         """Return what a server reports, or why it is not ready."""

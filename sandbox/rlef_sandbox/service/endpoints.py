@@ -25,13 +25,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from .command import ServerSettings, is_loopback
 from .grading_process import GradingProcess
-from .grading_queue import (
-    SANDBOX_FAULTS,
-    Grading,
-    GradingQueue,
-    IdTakenError,
-    QueueFullError,
-)
+from .grading_queue import SANDBOX_FAULTS, Grading, GradingQueue, GradingRefusedError
 from .metrics import GradingMetrics
 from .wire import REQUEST_ID, REQUESTS
 
@@ -50,15 +44,6 @@ class Body:
 
     content: bytearray
     user: asyncio.Future[Any] | None = None
-
-
-class GradingRefusedError(Exception):
-    """A request that is not served: an HTTP status and the reason."""
-
-    def __init__(self, status: int, reason: str, **headers: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.headers = headers
 
 
 class GradingService:
@@ -102,7 +87,7 @@ class GradingService:
                 one.force_close()
 
     def application(self) -> web.Application:
-        application = web.Application(client_max_size=self.max_body_bytes, middlewares=[self.guard])
+        application = web.Application(middlewares=[self.guard])
         application.add_routes(
             [
                 *(web.post(path, self.work) for path in REQUESTS),
@@ -124,8 +109,9 @@ class GradingService:
                 response = await handler(request)
             except GradingRefusedError as refusal:
                 response = refused(refusal.status, str(refusal), refusal.headers)
-            except web.HTTPException as error:  # no such path or method, a body that is too large
-                response = refused(error.status, self.explain(error), {})
+            except web.HTTPException as error:  # no such path or method
+                reason = f"{error.reason}; there are POST /v1/run and /v1/grade, "
+                response = refused(error.status, f"{reason}GET /health and /metrics", {})
             code = str(response.status)
             if self.draining:
                 response.force_close()
@@ -156,14 +142,6 @@ class GradingService:
         if not hmac.compare_digest(given, f"Bearer {self.settings.token}".encode()):
             reason = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
             raise GradingRefusedError(401, reason, **{"WWW-Authenticate": "Bearer"})
-
-    def explain(self, error: web.HTTPException) -> str:
-        if error.status == 413:
-            return (
-                f"the body has more than {self.max_body_bytes} bytes; split the tests "
-                "over several requests, or start the server with a larger --max-body-mib"
-            )
-        return f"{error.reason}; there are POST /v1/run and /v1/grade, GET /health and /metrics"
 
     async def work(self, request: web.Request) -> web.StreamResponse:
         """Answer a request for work, once for each request id."""
@@ -217,9 +195,13 @@ class GradingService:
     def refuse_large(self, body_bytes: int, held_bytes: int) -> None:
         """Refuse a body that exceeds the bound of one, or with the others the bound of all."""
         if body_bytes > self.max_body_bytes:
-            raise web.HTTPRequestEntityTooLarge(self.max_body_bytes, body_bytes)
+            raise GradingRefusedError(
+                413,
+                f"the body has more than {self.max_body_bytes} bytes; split the tests over several "
+                "requests, or start the server with a larger --max-body-mib",
+            )
         if held_bytes > self.settings.max_held_mib << 20 and held_bytes > body_bytes:
-            raise self.full(self.queue.retry_after_s(), "the bodies of open requests are too large")
+            raise self.queue.full("the bodies of open requests are too large")
 
     async def accept(self, request: web.Request, body: Body) -> Grading:
         """Return the work of the request id, new or begun by an earlier request."""
@@ -229,30 +211,18 @@ class GradingService:
                 400, f"{REQUEST_ID}: 1 to 128 printable ASCII characters, no spaces"
             )
         digest = await self.read(request, body.content)
-        try:
-            grading = self.queue.find(request_id, digest)
-        except IdTakenError as error:
-            raise GradingRefusedError(409, str(error)) from None
+        grading = self.queue.find(request_id, digest)
         if grading is not None:
             self.metrics.joined.add()
             return grading
         if self.draining:
             raise GradingRefusedError(503, "draining: this server takes no new work")
         path, client = request.path, request.remote or ""
-        try:
-            grading = self.queue.submit(
-                request_id, digest, client, lambda: self.grader.answer(path, body.content)
-            )
-        except QueueFullError as error:
-            raise self.full(
-                error.retry_after_s, "the queue, or one client's share, is full"
-            ) from None
-        body.user = grading.task
+        grading = self.queue.submit(
+            request_id, digest, client, lambda: self.grader.answer(path, body.content)
+        )
+        body.user = grading.answer
         return grading
-
-    def full(self, retry_after_s: int, reason: str) -> GradingRefusedError:
-        reason = f"{reason}; retry in {retry_after_s} s"
-        return GradingRefusedError(429, reason, **{"Retry-After": str(retry_after_s)})
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         """Report whether this server takes work (503 if not), and what it is."""

@@ -34,18 +34,20 @@ class GradingServer:
 
 
 class GradingServers:
-    """The servers of one client. `is_ready` returns None, or why a server is not ready."""
+    """The servers of one client. `ask_health` returns what a server reports, or, as a string, why
+    it is not ready.
+    """
 
     def __init__(
         self,
         urls: Iterable[str],
         *,
         connections: int,
-        is_ready: Callable[[GradingServer], Awaitable[str | None]],
+        ask_health: Callable[[GradingServer], Awaitable[object]],
     ) -> None:
         self.all = [GradingServer(url) for url in urls]
         self._connections = connections
-        self._is_ready = is_ready
+        self._ask_health = ask_health
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def take(self) -> GradingServer:
@@ -57,14 +59,14 @@ class GradingServers:
                 await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
-                    self._wake_one()  # this one was woken but leaves
+                    self._wake(1)  # this one was woken but leaves
                 raise
         server.open_requests += 1
         return server
 
     def give_back(self, server: GradingServer) -> None:
         server.open_requests -= 1
-        self._wake_one()
+        self._wake(1)
 
     def rest(self, server: GradingServer, seconds: float, reason: str) -> None:
         """Send nothing to a busy server for as long as it asked for, plus a random part, so that
@@ -106,22 +108,20 @@ class GradingServers:
 
     async def _probe(self, server: GradingServer) -> None:
         pause_s = FIRST_PROBE_S
-        while (reason := await self._is_ready(server)) is not None:
+        while isinstance(reason := await self._ask_health(server), str):
             server.last_failure = reason
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(SLOWEST_PROBE_S, 2 * pause_s)
         server.probing = None
         self._wake_all()
 
-    def _wake_one(self) -> None:
-        while self._waiting:
+    def _wake(self, most: int) -> None:
+        """Let this many requests choose again, of those that wait for a server."""
+        while self._waiting and most:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
-                return
+                most -= 1
 
     def _wake_all(self) -> None:
-        waiting, self._waiting = self._waiting, deque()
-        for turn in waiting:
-            if not turn.done():
-                turn.set_result(None)
+        self._wake(len(self._waiting))
