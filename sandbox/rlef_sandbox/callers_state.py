@@ -77,14 +77,10 @@ def _raise_limit(name: str, least: int) -> str:
     """Raise a limit as far as allowed. Returns what is wrong if that is below `least`."""
     kind = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(kind)[1]
-    if (
-        hard != resource.RLIM_INFINITY and name != "NOFILE"
-    ):  # no process may have that one unlimited
-        try:
+    if hard != resource.RLIM_INFINITY and name != "NOFILE":  # which no process may have unlimited
+        with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             hard = resource.RLIM_INFINITY
-        except (OSError, ValueError):
-            pass
     if name != "STACK":  # `zygote.py` sets this one
         resource.setrlimit(kind, (hard, hard))
     unlimited = hard == resource.RLIM_INFINITY
