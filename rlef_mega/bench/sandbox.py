@@ -19,11 +19,12 @@ SCRIPT = Path(__file__).parents[2] / "sandbox/benchmarks/bench_grade.py"
 def benchmark(*, rounds: int = 5, runs: int = 200) -> Results:
     if not SCRIPT.is_file():
         raise ConfigError(f"no file {SCRIPT}: this benchmark needs a checkout of the repository")
-    about = {"kernel": platform.release(), "cores": os.cpu_count(), "rounds": rounds}
-    about["load_before"] = os.getloadavg()[0]
+    machine = {"kernel": platform.release(), "cores": os.cpu_count()}
+    load_before = os.getloadavg()[0]
     command = [sys.executable, str(SCRIPT), str(rounds), str(runs)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     figures = tuple(
         Figure(name, unit, tuple(samples)) for name, (unit, samples) in json.loads(output).items()
     )
-    return Results("rlef bench sandbox", describe_benchmark(**about), figures)
+    about = describe_benchmark(**machine, load_before=load_before, rounds=rounds)
+    return Results("rlef bench sandbox", about, figures)

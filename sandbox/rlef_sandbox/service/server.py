@@ -36,7 +36,8 @@ BACKLOG = 4096  # connections not yet accepted: a client may open all of its own
 
 def serve(settings: ServerSettings) -> int:
     """Serve until a signal, then drain. Raises OSError if the address cannot be bound."""
-    allow_connections()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # each connection needs a descriptor
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with (
         GradingProcess(
             lambda: Sandbox(settings.workers, settings.isolation, packages=settings.packages)
@@ -141,9 +142,3 @@ def listening_socket(host: str, port: int) -> socket.socket:
 def address_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def allow_connections() -> None:
-    """Raise the limit on open descriptors to its maximum: each connection needs one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
