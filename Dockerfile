@@ -7,7 +7,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/rlef-mega
 COPY . .
-RUN make setup-gpu PYTHON=python3.12 WHEELS=/tmp/wheels \
-    && make setup-sglang-gpu PYTHON=python3.12 WHEELS=/tmp/wheels \
-    && rm -r /tmp/wheels*
+RUN make setup-gpu PYTHON=python3.12 WHEELS=/opt/wheels \
+    && make setup-sglang-gpu PYTHON=python3.12 WHEELS=/opt/wheels \
+    && rm -r /opt/wheels*
 ENV PATH=/opt/rlef-mega/.venv-gpu/bin:$PATH

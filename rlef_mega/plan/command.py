@@ -17,7 +17,7 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
+from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B
 from rlef_mega.plan.hardware import CPU, GIB, Device, find_device
 from rlef_mega.plan.planned_run import (
     PlannedRun,
@@ -41,12 +41,9 @@ SHORT = {
     "reference": "refer",
     "activations": "activ",
 }
-# RLEF A.1: H100s that train and that sample, hours in all ("about 20"), updates
-PAPERS_COLUMNS = ("model", "training", "sampling", "hours", "updates")
-PAPERS_RUNS: dict[LlamaShape, dict[str, Any]] = {
-    LLAMA_31_8B: dict(zip(PAPERS_COLUMNS, ("8B", 128, 160, 20, 12000), strict=True)),
-    LLAMA_31_70B: dict(zip(PAPERS_COLUMNS, ("70B", 1024, 1280, 20, 8000), strict=True)),
-}
+# RLEF A.1: H100s that train and that sample, and updates, in about 20 hours
+PAPERS_RUNS = {LLAMA_31_8B: (128, 160, 12000), LLAMA_31_70B: (1024, 1280, 8000)}
+PAPERS_HOURS = 20
 ASSUMED = "Computed, not measured; dialogue lengths and more are assumed (docs/scaling.md)."
 FLOOR = " On a CPU the time is a lower bound: the cost of Python calls is not counted."
 
@@ -259,11 +256,11 @@ def show_step(console: Console, split: Split, device: Device) -> None:
         f"{run.gpu_hours(step, sampling):,.{0 if hours > 1 else 3}f} GPU hours, without evaluations"
         " and checkpoints"
     )
-    if paper := PAPERS_RUNS.get(run.shape):
-        cost = (paper["training"] + paper["sampling"]) * paper["hours"]
+    if run.shape in PAPERS_RUNS:
+        trained, sampled, updates = PAPERS_RUNS[run.shape]
         console.print(
-            f"the paper's run: {paper['training']:,} + {paper['sampling']:,} H100s, about "
-            f"{paper['hours']} hours = {cost:,} GPU hours, for {paper['updates']:,} updates (here "
+            f"the paper's run: {trained:,} + {sampled:,} H100s, about {PAPERS_HOURS} hours = "
+            f"{(trained + sampled) * PAPERS_HOURS:,} GPU hours, for {updates:,} updates (here "
             f"{steps * run.updates:,})"
         )
 
@@ -308,7 +305,6 @@ def describe(split: Split, device: Device) -> dict[str, Any]:
             "move": split.step.move,
             "publish": split.step.publish,
         },
-        "paper": [PAPERS_RUNS[run.shape]] if run.shape in PAPERS_RUNS else [],
     }
     if run.has_servers:
         server = run.server(device)

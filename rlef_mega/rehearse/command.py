@@ -31,7 +31,7 @@ NULL_DEVICES = {"h100-80gb": "h100", "h200": "h200", "b200": "b200"}
 SETTINGS = {"NULL_GPU_COMPUTE_MIB": "0", "NULL_GPU_COPY_MIB": "1"}
 KINDS = ("peak", "kept", "reserved", "pinned")
 OTHERS = "rest"
-WIDTH = 104  # of the tables
+WIDTH = 108  # of the tables
 GROUPS = ("tp", "pp", "dp", OTHERS)  # tensor, pipeline, data parallel
 Phases = dict[str, dict[str, Any]]
 REQUEST, RESULT = "request.json", "rank_{}.json"  # in a rehearsal's folder
@@ -92,8 +92,8 @@ def run_rehearsal(
             found[kind] = {"rank": number, "ranks": kinds.count(kind), "plan": plan}
             found[kind] |= {"planned_pinned_bytes": pinned} | measured
             console.print(f"rank {number}, as {kinds.count(kind):,} of {len(kinds):,}: {kind}")
-            console.print(phase_table(measured["phases"], plan), work_table(measured, plan))
-    console.print(memory_table(run.memory(), run, device), summary_table(found, device))
+            console.print(*rank_tables(measured, plan, device))
+    console.print(memory_table(run.memory(), run, device))
     console.print(
         f"Scored and updated: {request.microbatches} micro-batches on each rank, each of "
         f"{request.per_microbatch} dialogues of {request.dialogue:,} tokens, {request.responses:,} "
@@ -232,65 +232,46 @@ def numbers(first: str, *names: str) -> Table:
     return table
 
 
-def phase_table(phases: Phases, plan: Phases) -> Table:
-    """Return a row for each phase, in GiB."""
-    table = numbers("GiB", "planned", "", *KINDS)
-    for name, phase in phases.items():
-        sizes = (f"{phase[f'{kind}_bytes'] / GIB:.2f}" for kind in KINDS)
-        size = plan[name]["bytes"]
-        off = f"{size / phase['peak_bytes'] - 1:+.1%}"
-        table.add_row(name.replace("_", " "), f"{size / GIB:.2f}", off, *sizes)
-    return table
-
-
-def work_table(measured: dict[str, Any], plan: Phases) -> Table:
-    """Return a row for each phase: what is launched, computed and sent."""
+def rank_tables(measured: dict[str, Any], plan: Phases, device: Device) -> tuple[Table, Table]:
+    """Return a row for each phase: its memory in GiB; what is launched, computed and sent."""
+    memory = numbers("GiB", "planned", "", *KINDS)
     groups = (f"GB {group}" for group in GROUPS)
-    table = numbers("", "launches", "waits", "PFLOPs", "planned", "collectives", *groups)
-    for name, phase in measured["phases"].items():
+    work = numbers("", "launches", "waits", "PFLOPs", "planned", "collectives", *groups)
+    phases = {name.replace("_", " "): phase for name, phase in measured["phases"].items()}
+    for name, phase in phases.items():
+        computed = plan[name.replace(" ", "_")]
+        sizes = [phase[f"{kind}_bytes"] for kind in KINDS]
+        memory.add_row(
+            name,
+            f"{computed['bytes'] / GIB:.2f}",
+            f"{computed['bytes'] / phase['peak_bytes'] - 1:+.1%}",
+            *(f"{size / GIB:.2f}" for size in sizes),
+        )
         sent = dict.fromkeys(GROUPS, 0.0)
         for what, size in phase["collective_bytes"].items():
             group = what.partition(" ")[0]
             sent[group if group in sent else OTHERS] += size / 1e9
-        flops, computed = phase["product_flops"], plan[name]["product_flops"]
-        table.add_row(
-            name.replace("_", " "),
+        flops = phase["product_flops"]
+        work.add_row(
+            name,
             f"{phase['launches']:,}",
             f"{phase['waits']:,}",
-            f"{flops / 1e15:.3f}" if computed else "",
-            f"{computed / flops - 1:+.1%}" if computed else "",
+            f"{flops / 1e15:.3f}" if flops else "",
+            f"{computed['product_flops'] / flops - 1:+.1%}" if flops else "",
             f"{sum(phase['collectives'].values()):,}",
             *(f"{size:.1f}" if size else "" for size in sent.values()),
         )
-    seconds = sum(phase["seconds"] for phase in measured["phases"].values())
-    table.caption = f"GB of each collective's largest tensor; rehearsed in {seconds:.0f} s"
-    return table
-
-
-def summary_table(found: dict[str, Any], device: Device) -> Table:
-    """Return a row for each kind of rank, and what a node's host needs."""
-    table = numbers("kind", "ranks", "fullest phase", "peak", "reserved", "left of the GPU")
-    table.title = f"GiB, on {device.name}"
-    usable = device.memory_gib - device.context_gib
-    for kind, rank in found.items():
-        name, phase = max(rank["phases"].items(), key=lambda item: item[1]["peak_bytes"])
-        reserved = max(phase["reserved_bytes"] for phase in rank["phases"].values()) / GIB
-        table.add_row(
-            kind,
-            f"{rank['ranks']:,}",
-            name.replace("_", " "),
-            f"{phase['peak_bytes'] / GIB:.1f}",
-            f"{reserved:.1f}",
-            f"{usable - reserved:.1f}",
-        )
-    phases = [phase for rank in found.values() for phase in rank["phases"].values()]
-    pinned, process = (
-        device.per_node * max(phase[f"{kind}_bytes"] for phase in phases) / GIB
-        for kind in ("pinned", "process")
+    fullest = max(phases, key=lambda name: phases[name]["peak_bytes"])
+    reserved, process = (
+        max(phase[f"{kind}_bytes"] for phase in phases.values()) / GIB
+        for kind in ("reserved", "process")
     )
-    table.caption = (
-        f"left: of {device.memory_gib:.0f} GiB, without {device.context_gib:.0f} for CUDA and NCCL "
-        f"(assumed); the host of {device.per_node} GPUs needs up to {pinned:.0f} GiB pinned and "
-        f"{process:.0f} GiB for the ranks' processes"
+    left = device.memory_gib - device.context_gib - reserved
+    memory.caption = (
+        f"fullest in '{fullest}'; {left:.1f} of {device.memory_gib:.0f} GiB are left, without what "
+        f"is reserved and {device.context_gib:.0f} for CUDA and NCCL (assumed); the process takes "
+        f"{process:.1f} GiB of the host beside pinned memory"
     )
-    return table
+    seconds = sum(phase["seconds"] for phase in phases.values())
+    work.caption = f"GB of each collective's largest tensor; rehearsed in {seconds:.0f} s"
+    return memory, work
