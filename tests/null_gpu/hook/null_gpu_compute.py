@@ -44,9 +44,11 @@ HOST_ONLY = {
 }  # fmt: skip
 FILLS = {"copy_", "zero_", "fill_", "normal_", "uniform_"}  # in place, whatever was there before
 NUMBERS = (bool, int, float, complex)
-# They allocate, or make a second tensor of the same memory: nothing to compute.
+# Zero as well, for a Triton kernel that is not computed leaves its results as they are.
+ALLOCATIONS = {"empty", "empty_strided"}
+# They change a tensor's size, or make a second tensor of the same memory: nothing to compute.
 UNTOUCHED = {
-    "empty", "empty_strided", "resize_", "set_", "set_data", "record_stream", "_pin_memory",
+    "resize_", "set_", "set_data", "record_stream", "_pin_memory",
     "is_pinned", "is_set_to", "_fused_sdp_choice", "_local_scalar_dense", "_resize_output_",
     "_efficientzerotensor", "_cudnn_rnn_flatten_weight", "_efficient_attention_forward",
     "_efficient_attention_backward",
@@ -197,6 +199,10 @@ class Operation:
             return self.on_device(*args, **kwargs)
         if self.name in HOST_ONLY:
             return self.host_only(args, kwargs)
+        if self.name in ALLOCATIONS:
+            results = self.on_cuda(keys, args, kwargs)
+            clear(results)
+            return results
         if not is_small((args, kwargs)):
             return self.skip(keys, args, kwargs)
         if getattr(inside, "operation", None):  # which the CPU computes as a whole
