@@ -75,7 +75,7 @@ def run_plan(
     for fact, value in facts.items():
         table.add_row(fact, str(value))
     console.print(table)
-    content: dict[str, Any] = {"recipe": str(path), "facts": facts}
+    content: dict[str, Any] = {"recipe": recipe, "facts": facts}
     shape = shape_of(config)
     if shape is None:
         console.print("the recipe has no model.shape.hidden: memory and time are not planned")

@@ -100,7 +100,7 @@ def run_rehearsal(
         f"of them sampled. A step does so {run.updates} times, and gathers once."
     )
     if out is not None:
-        content = {"recipe": str(path), "device": device.name, "request": asdict(request)}
+        content = {"recipe": recipe, "device": device.name, "request": asdict(request)}
         write_atomically(out, json.dumps(content | {"ranks": found}, indent=1) + "\n")
         console.print(f"wrote {out}")
 

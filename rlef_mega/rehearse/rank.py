@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -86,12 +87,13 @@ class Recorder(TorchDispatchMode):
             wanted = str(error).partition(" If reserved")[0]
             raise RuntimeError(f"in '{name.replace('_', ' ')}': {wanted}") from None
         now_launches, now_waits, pinned = counters()
+        host = psutil.Process().memory_info()
         self.phases[name] = {
             "peak_bytes": torch.cuda.max_memory_allocated(),
             "kept_bytes": torch.cuda.memory_allocated(),  # at its end
             "reserved_bytes": torch.cuda.max_memory_reserved(),  # by the allocator
             "pinned_bytes": pinned,
-            "process_bytes": process_bytes(),
+            "process_bytes": host.rss - host.shared,  # a null GPU's memory is shared
             "launches": now_launches - launches,
             "waits": now_waits - waits,
             "product_flops": self.flops,  # without attention and Triton's head
@@ -108,12 +110,6 @@ def counters() -> tuple[int, int, int]:
     library.null_gpu_counters.restype = ctypes.POINTER(ctypes.c_uint64 * 9)
     counted = library.null_gpu_counters().contents
     return counted[0], counted[2], counted[8]
-
-
-def process_bytes() -> int:
-    """Return the bytes of the host's memory that only this process has; a null GPU's is shared."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 def full_batch(request: Request, data_parallel_size: int) -> Batch:

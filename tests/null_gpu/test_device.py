@@ -123,6 +123,15 @@ def test_a_large_result_is_zero_whatever_memory_held_before():
     assert result[:100].sum() == 0 and result.norm() == 0
 
 
+def test_allocated_memory_is_zero_whatever_it_held_before():
+    """A Triton kernel that is not computed leaves its results as they were allocated."""
+    held = torch.full((1000,), torch.nan, device="cuda:1")
+    address = held.data_ptr()
+    del held
+    fresh = torch.empty(1000, device="cuda:1")
+    assert fresh.data_ptr() == address and not fresh.any()
+
+
 def test_pinned_memory_is_counted():
     before = counter("pinned_bytes")
     host = torch.empty(5 * MIB, dtype=torch.uint8, pin_memory=True)
