@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rlef_mega.config import ConfigError
 
 MEMORY = 0.8  # of a device's memory bandwidth, by norms, activations and the optimizer
+HASH = 0.3  # of it, by the hash of weights, which its 40 integer operations a word bound (assumed)
 LINK = 0.8  # of NVLink, by collectives
 NETWORK = 0.8  # of a node's network cards, by collectives
 HOST_LINK = 0.8  # of PCIe, by copies from and to pinned memory

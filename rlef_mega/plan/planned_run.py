@@ -24,6 +24,7 @@ from rlef_mega.plan.hardware import (
     DISK,
     EMBEDDED_BATCH,
     GIB,
+    HASH,
     HOST_LINK,
     NETWORK,
     SERVER_GIB,
@@ -403,13 +404,17 @@ class PlannedRun:
         return moved / (device.host_link * HOST_LINK)
 
     def publish_s(self, device: Device) -> float:
-        """Return the time of gathering the weights on the trainer's ranks and sending them, or
-        writing and reading them."""
+        """Return the time of gathering the weights on the trainer's ranks, sending them, or writing
+        and reading them, and hashing them: each rank its share, each GPU of a server its shard."""
         if not self.has_servers:
             return 0.0
         size, network = self.weight_bytes * self.shape.parameters, device.network * NETWORK
-        return size / network + (
-            2 * size / DISK if self.config.rollout.servers.publish == "disk" else size / network
+        by_disk = self.config.rollout.servers.publish == "disk"
+        hashed = size / self.training_gpus + size / self.server_gpus
+        return (
+            size / network
+            + (2 * size / DISK if by_disk else size / network)
+            + hashed / (device.bandwidth * HASH)
         )
 
     def gpu_hours(self, step: StepTime, sampling_gpus: int) -> float:

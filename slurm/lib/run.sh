@@ -94,7 +94,7 @@ while :; do
     case $code in
         0)
             echo "$STEPS" >"$STATE/done"
-            say "finished: $STEPS steps in $RUN"
+            say "done: $STEPS steps are finished, in $RUN"
             exit 0
             ;;
         "$STOPPED")

@@ -109,7 +109,7 @@ def undisturbed_run(runs, tmp_path_factory) -> Path:
     """Submit a run with sbatch in one allocation: 2 nodes train and 1 grades."""
     run = tmp_path_factory.mktemp("whole") / "undisturbed"
     said = runs.wait(run, runs.submit(run, ALLREDUCE_GBPS=0.001))
-    assert "all-reduce over 2 ranks" in said and "finished: 12 steps" in said, said
+    assert "all-reduce over 2 ranks" in said and "done: 12 steps" in said, said
     return run
 
 

@@ -71,4 +71,4 @@ def test_one_node_trains_samples_and_grades_by_its_script(runs, tmp_path):
     small = {"GPUS_PER_NODE": 0, "DISK_GIB": 1, "TMP_GIB": 0.5, "SHM_GIB": 0.1}
     job = runs.submit(run, *OPTIONS, script="train_node.sh", RECIPE=recipe, **small)
     said = runs.wait(run, job)
-    assert "finished: 2 steps" in said and len(metrics(run)) == 2, said
+    assert "done: 2 steps" in said and len(metrics(run)) == 2, said

@@ -178,15 +178,6 @@ class SGLangEngine(LivesInLoop):
         Raises EngineError unless every server that is ready afterwards has exactly these weights.
         After an error no server is ready, and requests wait until a publication succeeds.
         """
-        if self.publication is None:
-            self.thread.wait_for(self.fleet.control.acquire())  # paused servers are not checked
-            self.waits = True
-            for _ in named_tensors:  # gathered over all ranks
-                pass
-            return ()
-        self.owns_servers = True
-        if self.resting is not None:
-            self.thread.wait_for(self.wake(self.resting))
         weights = SentWeights(
             named_tensors,
             self.model,
@@ -195,10 +186,20 @@ class SGLangEngine(LivesInLoop):
             self.info.device,
         )
         try:
+            if self.publication is None:
+                self.thread.wait_for(self.fleet.control.acquire())  # paused servers are not checked
+                self.waits = True
+                return ()
+            self.owns_servers = True
+            if self.resting is not None:
+                self.thread.wait_for(self.wake(self.resting))
             self.publication.publish(weights, version)
         except BaseException:
             self.thread.wait_for(self.fleet.withhold())
             raise
+        finally:
+            for _ in weights:  # gathered and hashed together with the other ranks
+                pass
         self.weight_version = version
         return [member.client.url for member in self.fleet.members if member.ready]
 

@@ -21,6 +21,7 @@ import torch
 from rlef_mega.config import differences
 from rlef_mega.engines.checks import HEAD, checked_weights, listed
 from rlef_mega.flops import LlamaShape
+from rlef_mega.run.ranks import gather, my_share
 
 FUSED = {  # HF's module: (SGLang's module, its index in it)
     "q_proj": ("qkv_proj", 0),
@@ -80,6 +81,10 @@ class SentWeights:
 
     Tensors are checked by `checked_weights`. They are kept, not copied, until all parts of a fused
     parameter have come, so they must not be written to again (publish.PolicyWeights).
+
+    Collective if torch.distributed is initialised: each rank hashes its share of the parameters,
+    and after the last tensor all ranks have the checksums of all. So every rank must exhaust it,
+    whatever fails there.
     """
 
     def __init__(
@@ -94,8 +99,15 @@ class SentWeights:
         self.checksum = cpu_checksum if device == "cpu" else gpu_checksum
         self.parts: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
         self.checksums: Checksums = [{} for _ in range(ranks)]
+        names = (name for name in model.shapes if not (model.tied and name == HEAD))
+        served = dict.fromkeys(served_name(name)[0] for name in names)
+        self.mine = set(my_share([(rank, name) for name in served for rank in range(ranks)]))
+        self.iterator = self.checked_and_hashed()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.iterator
+
+    def checked_and_hashed(self) -> Iterator[tuple[str, torch.Tensor]]:
         model = self.model
         for name, tensor in checked_weights(self.named_tensors, model.shapes, tied=model.tied):
             if model.tied and name == HEAD:
@@ -104,11 +116,17 @@ class SentWeights:
             self.add(name, sent)
             yield name, sent
         assert not self.parts, "a fused parameter of which a part is missing"
+        for theirs in gather(self.checksums):
+            for of_rank, found in zip(self.checksums, theirs, strict=True):
+                of_rank |= found
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Note the checksum that each rank of a server must report for the tensor."""
+        """Note the checksums that ranks of a server must report for the tensor, of this process's
+        share."""
         served, index, parts = served_name(name)
         for rank in range(self.ranks):
+            if (rank, served) not in self.mine:
+                continue
             mine = self.parts.setdefault((rank, served), {})
             mine[index] = self.model.shard(name, tensor, rank, self.ranks)
             if len(mine) == parts:

@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import cache
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from rlef_mega.config import ConfigError
@@ -19,7 +22,9 @@ from rlef_mega.engines.sglang.engine import SGLangEngine
 from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet, RequestLimits
 from rlef_mega.engines.sglang.members import Member
 from rlef_mega.engines.sglang.processes import log_file
+from rlef_mega.engines.sglang.weights import SentWeights, ServedModel
 from rlef_mega.types import Completion, Sampling
+from tests.rlef_mega.distributed import launch
 from tests.rlef_mega.engines.sglang.server_double import ServerDouble
 from tests.rlef_mega.tiny_llama import tiny_llama
 
@@ -62,7 +67,7 @@ def engine(servers, model):
 
 def published_elsewhere(engine: SGLangEngine, version: int) -> None:
     """Note a publication by another process."""
-    engine.update_weights([], version)
+    engine.update_weights(weights_of(engine.folder).items(), version)
     engine.end_update(version)
 
 
@@ -202,7 +207,7 @@ def test_servers_paused_by_another_process_are_not_checked(servers, model):
         published_elsewhere(engine, 3)
         for server in servers:
             server.mode = "hang"
-        engine.update_weights([], 4)  # another process publishes
+        engine.update_weights(weights_of(model).items(), 4)  # another process publishes
 
         async def meanwhile():
             waiting = asyncio.gather(*(dialogue(engine, 2) for _ in range(4)))
@@ -321,6 +326,7 @@ def publishing(servers, model, folder, **options):
         yield engine
 
 
+@cache
 def weights_of(model):
     return LlamaForCausalLM.from_pretrained(model).state_dict()
 
@@ -567,3 +573,23 @@ def test_versions_never_go_back_in_a_dialogue(engine, servers):
         return (await dialogue(engine))[0].weight_versions
 
     assert asyncio.run(two_turns()) == (3, 3, 3)
+
+
+def test_each_rank_hashes_its_share_and_only_rank_0_asks_the_servers(model, tmp_path):
+    """Two ranks publish together. A failure of rank 0 alone, before it has sent anything, and
+    weights of another model end the publication on both."""
+    worker = "tests.rlef_mega.engines.sglang.publish_worker"
+    with ServerDouble(1, str(model), "default") as server:
+        outputs = launch(worker, str(model), str(tmp_path), server.url, processes=2)
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    whole = SentWeights(weights_of(model).items(), ServedModel(model), torch.float32, ranks=2)
+    list(whole)
+    assert first["checksums"] == second["checksums"] == whole.checksums
+    assert first["share"] + second["share"] == len(whole.mine)
+    assert abs(first["share"] - second["share"]) <= 1
+    for said in (first, second):
+        assert "cannot write" in said["unwritable"] and "model.rotary" in said["renamed"]
+        assert set(said["versions"]) == {2}
+    # rank 0 asks as it opens, then before and after the only publication that reached the server
+    assert server.calls["server_info"] == 3 and server.calls["generate"] == 2
+    assert not server.calls["model_info"] and not server.calls["health"]

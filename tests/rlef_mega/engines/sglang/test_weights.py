@@ -125,6 +125,21 @@ def test_a_gpus_checksum_is_that_of_sglangs_kernel(dtype, count, monkeypatch):
     assert gpu_checksum([torch.cat([tensor[:1], tensor])[1:]]) == GPU_HASHES[dtype, count]
 
 
+def test_a_gpus_checksum_tells_an_exchanged_a_missing_and_a_changed_word():
+    words = torch.arange(3 * sglang_weights.TILE_WORDS, dtype=torch.int32)
+    found = {gpu_checksum([words]), gpu_checksum([words[:-1]]), gpu_checksum([words[1:]])}
+    first, last = words[0].item(), words[-1].item()
+    for at, word in ((0, 1), (-1, last ^ 1 << 31)):
+        changed = words.clone()
+        changed[at] = word
+        found.add(gpu_checksum([changed]))
+    for other in (1, sglang_weights.TILE_WORDS, -1):  # in the first tile, in other ones
+        exchanged = words.clone()
+        exchanged[0], exchanged[other] = words[other].item(), first
+        found.add(gpu_checksum([exchanged]))
+    assert len(found) == 8
+
+
 def test_one_different_bit_is_named():
     ours, theirs = (
         [{"a": "0", "b": "1"}] * 2,
