@@ -354,7 +354,9 @@ def view(
 ) -> None:
     """Write a run's report.html and print its before/after table, or serve the page while it
     runs."""
-    from rlef_mega.report import LiveServer, print_comparison, write_report
+    from rlef_mega.report.live import LiveServer
+    from rlef_mega.report.page import write_report
+    from rlef_mega.report.tables import print_comparison
 
     if live:
         with LiveServer(runs, port=port, episodes=episodes) as server, suppress(KeyboardInterrupt):

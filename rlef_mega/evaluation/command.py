@@ -43,9 +43,8 @@ from rlef_mega.megatron.network.families import FAMILIES, read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
 from rlef_mega.problems.store import digest_of
-from rlef_mega.report import print_comparison
 from rlef_mega.report.plots import save_evaluation_figure
-from rlef_mega.report.tables import print_evaluation
+from rlef_mega.report.tables import print_comparison, print_evaluation
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.hub import find_model
 from rlef_mega.run.manifest import describe

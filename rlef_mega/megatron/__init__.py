@@ -6,7 +6,14 @@ once what is missing. megatron-core's warnings, which repeat that on every rank,
 deprecation warnings, which appear at every call, are silenced here.
 """
 
+import functools
+import sys
+import types
 import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from rlef_mega.megatron.network.accelerations import hide_unusable
 
@@ -19,3 +26,15 @@ warnings.filterwarnings(
 # megatron-core reads .grad of parameters that are views of its buffers
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
 hide_unusable()
+
+
+def compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Stand in for megatron-core's decorator, `torch.compile`, which would import its compiler at
+    once: 700 modules, for functions that a run may never call."""
+    compiled = functools.cache(lambda: torch.compile(function))
+    return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+
+jit = types.ModuleType("megatron.core.jit")
+jit.jit_fuser = compiled_when_called  # type: ignore[attr-defined]
+sys.modules[jit.__name__] = jit

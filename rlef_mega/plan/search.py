@@ -215,7 +215,8 @@ def fastest_servers(candidate: Split, device: Device, left: int) -> Split | None
 
 
 def with_servers(run: PlannedRun, step: StepTime, device: Device, sampling: int) -> Split:
-    return Split(run, sampling, replace(step, generation=run.generation(device, sampling)))
+    publish, sampled = run.publish_s(device), run.generation(device, sampling)
+    return Split(run, sampling, replace(step, publish=publish, generation=sampled))
 
 
 def without_idle_servers(split: Split, device: Device, limit_s: float) -> Split:

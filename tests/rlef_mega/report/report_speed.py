@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlef_mega.report import write_report
+from rlef_mega.report.page import write_report
 from rlef_mega.run.manifest import describe
 from tests.rlef_mega.report.chromium import Chromium
 from tests.rlef_mega.report.runs import make_episode, write_episodes, write_run

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from rlef_mega.report import write_report
 from rlef_mega.report.display import clip
-from rlef_mega.report.page import HERE
+from rlef_mega.report.page import HERE, write_report
 from rlef_mega.report.run_files import read_run
 from tests.rlef_mega.report.chromium import Chromium, find_chromium
 from tests.rlef_mega.report.runs import make_turn, write_episodes, write_run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_mega.report import LiveServer
+from rlef_mega.report.live import LiveServer
 from tests.rlef_mega.report.chromium import Chromium, find_chromium
 from tests.rlef_mega.report.runs import FEW_PANELS, write_run
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlef_mega.report import print_comparison
 from rlef_mega.report.comparison import compare
 from rlef_mega.report.curves import MAX_POINTS, binned, phase_seconds
 from rlef_mega.report.display import clip, duration, significant
 from rlef_mega.report.run_files import read_run
+from rlef_mega.report.tables import print_comparison
 from tests.rlef_mega.report.runs import write_evaluation, write_run
 
 

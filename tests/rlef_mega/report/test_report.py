@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from rlef_mega.report import write_report
 from rlef_mega.report.comparison import compare, evaluations_of
 from rlef_mega.report.display import clip
 from rlef_mega.report.episodes import OUTCOMES, share_out
+from rlef_mega.report.page import write_report
 from rlef_mega.report.run_files import STEPS_SHOWN, read_run, read_runs
 from tests.rlef_mega.report.runs import (
     FEW_PANELS,
