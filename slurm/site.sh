@@ -23,7 +23,7 @@ INTERFACE=${INTERFACE:-}          # network interface of all nodes, like ib0; em
 MASTER_ADDR=${MASTER_ADDR:-}      # address of the first training node; empty: found by the node checks
 PORT=${PORT:-}                    # first of 10 ports on each node, followed by SGLang's; empty: derived from the job's number
 
-DISK_GIB=${DISK_GIB:-}            # free space that a run needs in its folder; empty: that of the recipe's checkpoints
+DISK_GIB=${DISK_GIB:-}            # space that a run needs in its folder, with what it has there; empty: that of the recipe's checkpoints
 TMP_GIB=${TMP_GIB:-5}             # free space in /tmp,
 SHM_GIB=${SHM_GIB:-8}             # and in /dev/shm, on each node
 CLOCK_SKEW_S=${CLOCK_SKEW_S:-5}   # largest difference of the nodes' clocks

@@ -29,27 +29,15 @@
 #   DRY_RUN=1 bash slurm/train_70b.sh   print the plan, submit nothing
 #   sbatch slurm/train_70b.sh           submit it without the checks
 
-# shellcheck disable=SC2034 # settings, for slurm/lib
-RECIPE=${RECIPE:-llama31_70b}          # a TOML file or a recipe's name; its layout gives the number of training nodes
-SETS=(rollout.servers.count=1)                                       # section.key=value, added to the recipe
-ROLLOUT_NODES=${ROLLOUT_NODES:-160}      # nodes that sample with SGLang; 0: each training rank samples in its own process
-SANDBOX_NODES=${SANDBOX_NODES:-16}       # nodes that only grade; 0: the sampling nodes grade too, or the training nodes
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}       # 0: no GPUs
-HET=${HET:-1}                           # 1: a het job, one component per role; 0: one allocation
-
-JOB_NAME=${JOB_NAME:-rlef-70b}       # jobs of the same name run one after another, each resuming the run
-TIME=${TIME:-2-00:00:00}            # time limit of a job
-GRACE_S=${GRACE_S:-1800}                 # seconds before the limit to finish the step and save; must suffice for both
-CHAIN=${CHAIN:-1}                       # jobs that `bash` submits, to run one after another; they end at once when the run is finished
-
-MAX_FAILURES=${MAX_FAILURES:-3}         # attempts from the same checkpoint before the run is given up
-RESTART_WAIT_S=${RESTART_WAIT_S:-10}    # wait between attempts of a job
-HANG_S=${HANG_S:-5400}                  # the ranks count as hung if no phase (rollout, update, evaluation) begins or ends for this long
-START_S=${START_S:-3600}               # deadline for the ranks to load the model or a checkpoint
-SANDBOX_READY_S=${SANDBOX_READY_S:-120} # deadline for the grading servers to start
-SERVERS_READY_S=${SERVERS_READY_S:-1800} # deadline for the SGLang servers to load the model
-ALLREDUCE_GBPS=${ALLREDUCE_GBPS:-10}   # smallest bus bandwidth over all training ranks; 0: do not measure
-NETWORK_S=${NETWORK_S:-300}             # deadline for that measurement
+# shellcheck disable=SC2034 # settings; slurm/lib/settings.sh explains them and has all others
+RECIPE=${RECIPE:-llama31_70b}
+SETS=(rollout.servers.count=1)
+ROLLOUT_NODES=${ROLLOUT_NODES:-160}
+SANDBOX_NODES=${SANDBOX_NODES:-16}
+HET=${HET:-1}
+JOB_NAME=${JOB_NAME:-rlef-70b}
+GRACE_S=${GRACE_S:-1800}
+HANG_S=${HANG_S:-5400}
 
 ROOT=${RLEF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$ROOT/slurm/lib/run.sh" ] || { echo "submit from the repository's root, or set RLEF_ROOT"; exit 2; }

@@ -44,10 +44,13 @@ count_attempt() { # stop the run when MAX_FAILURES attempts began at the same ch
 }
 
 check_nodes() {
-    local role pids=() faulty=0 names
+    local role pids=() faulty=0 names room
+    # what the run has written itself is no longer needed as free space
+    room=$(du -scBM --exclude='*.refused*' "$RUN/checkpoints" "$RUN/weights" 2>/dev/null |
+        awk -v all="$DISK_GIB" 'END { left = all - $1 / 1024; print (left > 0 ? left : 0) }')
     declare -A gpus=([train]=$TRAIN_GPUS [rollout]=$((SERVERS_PER_NODE * GPUS_PER_SERVER)) [sandbox]=0)
     declare -A ports=([train]="$PORT 2" [rollout]="$SERVER_PORT $SERVERS_PER_NODE" [sandbox]="$SANDBOX_PORT 1")
-    declare -A level=([train]="" [rollout]="" [sandbox]=default) disk=([train]=$DISK_GIB [rollout]=0 [sandbox]=0)
+    declare -A level=([train]="" [rollout]="" [sandbox]=default) disk=([train]=$room [rollout]=0 [sandbox]=0)
     names=$(echo "${NODES[@]}" | tr ' ' '\n' | sort -u | paste -sd,)
     for role in "${!NODES[@]}"; do
         # shellcheck disable=SC2086 # two words

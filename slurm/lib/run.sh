@@ -9,6 +9,8 @@
 # always from the newest good checkpoint. MAX_FAILURES attempts from the same checkpoint end the run.
 set -uo pipefail
 
+# shellcheck source=slurm/lib/settings.sh
+. "$ROOT/slurm/lib/settings.sh"
 set +u # a site's own lines may use variables that are not set
 # shellcheck source=slurm/site.sh
 . "$ROOT/slurm/site.sh"

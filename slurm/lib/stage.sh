@@ -21,7 +21,9 @@ case $1 in
         [ -O "$3" ] || { echo "$3 belongs to another user; set LOCAL_DIR to another folder"; exit 2; }
         part=$(mktemp -d "$3.XXXXXX")
         tar -xf "$2" -C "$part"
-        mv -T "$part" "$3" || { rm -rf "$part"; [ -x "$3/bin/python" ]; }
+        # a step of another role on this node may have been faster
+        mv -T "$part" "$3" 2>/dev/null || rm -rf "$part"
+        [ -x "$3/bin/python" ] || { echo "cannot move the environment to $3; remove what is there"; exit 2; }
         ;;
     *) exit 2 ;;
 esac

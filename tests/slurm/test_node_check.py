@@ -1,5 +1,8 @@
 """Each fault of a node is one line with its remedy."""
 
+import ctypes
+import errno
+import ipaddress
 import os
 import socket
 import subprocess
@@ -7,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from rlef_mega.cluster.node_check import (
     check_gpus,
     check_ports,
+    check_quota,
     check_room,
     check_shared_folder,
 )
+from rlef_mega.run.addresses import address_of_interface, reached_at
 
 
 def shared(folder: Path, others: dict[str, float], **bounds: float) -> list[str]:
@@ -71,6 +78,52 @@ def test_room_is_counted_where_the_folder_will_be(tmp_path):
     assert list(check_room(tmp_path / "not/yet", 0.001)) == []
     (fault,) = check_room(tmp_path / "not/yet", 1e6)
     assert "GiB free, 1e+06 are needed" in fault
+
+
+def test_a_quota_is_found_before_it_ends_a_run(tmp_path, monkeypatch):
+    """Of the C library only the call that reserves the room is replaced: a quota needs a mount."""
+    assert list(check_quota(tmp_path / "not/yet", 0.001)) == []
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: OverQuota)
+    (fault,) = check_quota(tmp_path, 30)
+    assert "your quota leaves less than 30 GiB" in fault and not list(tmp_path.iterdir())
+
+
+class OverQuota:
+    @staticmethod
+    def fallocate(*_: object) -> int:
+        ctypes.set_errno(errno.EDQUOT)
+        return -1
+
+
+def test_a_node_is_reached_by_its_name_only_if_others_see_the_same_address(monkeypatch):
+    """Names are those of a table, as in /etc/hosts; addresses and interfaces are this machine's."""
+    names = [name for _, name in socket.if_nameindex() if name != "lo"]
+    own = [(name, address) for name in names for address in addresses_if_any(name)]
+    if not own:
+        pytest.skip("this machine has no interface with an address but lo")
+    interface, address = own[0]
+    table = {"good": address, "debian": "127.0.1.1", "peer": address, "six": "::1"}
+
+    def look_up(host: str, *_: object, **__: object) -> list[tuple]:
+        found = ipaddress.ip_address(table.get(host, host))
+        family = socket.AF_INET6 if found.version == 6 else socket.AF_INET
+        return [(family, socket.SOCK_DGRAM, 0, "", (str(found), 9))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert reached_at("good", ["good", "peer"]) == "good"
+    assert reached_at("debian", ["debian", "peer"]) == address
+    assert reached_at("debian", ["debian"], interface) == address
+    assert reached_at("debian", ["debian", "peer"], "lo") == "127.0.0.1"
+    assert reached_at("six", ["six"]) == "six"  # all nodes are this machine
+    with pytest.raises(OSError):
+        reached_at("good", ["good"], "ib99")
+
+
+def addresses_if_any(interface: str) -> list[str]:
+    try:
+        return [address_of_interface(interface)]
+    except OSError:
+        return []
 
 
 def test_gpus_are_counted_as_the_driver_shows_them(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ that write down their arguments and their environment, and answer as a file says
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ esac
     "srun": """
 echo "$@" >>"$PAPER/srun"; env >>"$PAPER/srun.env"
 ulimit -Sn >>"$PAPER/nofile"; ulimit -c >>"$PAPER/core"
+case "$*" in
+    *"node_check "*)
+        words=$*; folder=${words##*node_check }; folder=${folder%% *}; mkdir -p "$folder"
+        for node in n0 n1; do echo "0.0 10.0.0.${node#n}" >"$folder/$node"; done;;
+    *"cluster.slurm check"*) exit "${CHECK_CODE:-0}";;
+esac
 """,
 }
 STEP = """
@@ -273,6 +280,72 @@ def test_a_requeue_that_ends_scontrol_is_not_called_refused(paper):
     for code, expected in ((0, 3), (143, 3), (1, 2)):
         said = paper.run("bash", "-c", script, REQUEUE_CODE=code, SLURM_JOB_ID=7)
         assert paper.code == expected and ("refused" in said) == (expected == 2), said
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts", "message"),
+    [
+        (4, 1, "the run is refused (above); it would fail again"),
+        (2, 2, "2 attempts have failed at step 0. Fix the cause"),
+    ],
+)
+def test_a_configuration_error_is_never_tried_again(paper, submit, code, attempts, message):
+    """Neither one that the checks of a run find, nor one that its ranks find."""
+    inside = {"SLURM_JOB_ID": 7, "SLURM_JOB_NODELIST": "n[0-1]", "RESTART_WAIT_S": 0}
+    settings = {"SANDBOX_NODES": 0, "MAX_FAILURES": 2, "MASTER_ADDR": "fd00::7"}
+    said = submit(CHECK_CODE=code, RUN_DIR=paper.folder / "run", **inside | settings)
+    assert paper.code == 2 and message in said, said
+    assert paper.read("srun").count("cluster.slurm check") == attempts
+    assert "MASTER_ADDR=fd00::7" in paper.read("srun.env")
+    assert "rank 0 is reached at fd00::7" in said
+    ended = (
+        ". $ROOT/slurm/lib/steps.sh; . $ROOT/slurm/lib/attempt.sh; RUN=$PAPER LOGS=$PAPER"
+        " HANG_S=9 START_S=9; echo ConfigError >.failed; false & PIDS[train]=$!; supervise"
+    )
+    paper.run("bash", "-c", ended)
+    assert paper.code == 4
+
+
+def test_rank_0_is_reached_at_the_address_that_the_check_of_its_node_found(paper, submit):
+    inside = {"SLURM_JOB_ID": 7, "SLURM_JOB_NODELIST": "n[0-1]", "SANDBOX_NODES": 0}
+    said = submit(CHECK_CODE=4, RUN_DIR=paper.folder / "run", **inside, INTERFACE="ib0")
+    assert "rank 0 is reached at 10.0.0.0" in said and "--interface ib0" in paper.read("srun")
+    script = (
+        ". $ROOT/slurm/lib/steps.sh; NODES=([a]='n0 n1') ADDRESS=([n0]=fd00::1 [n1]=n1);"
+        " url_list a 80 1"
+    )
+    assert paper.run("bash", "-c", script) == '["http://[fd00::1]:80","http://n1:80"]\n'
+
+
+def test_a_run_needs_no_room_for_what_it_has_written(paper, submit):
+    inside = {"SLURM_JOB_ID": 7, "SLURM_JOB_NODELIST": "n[0-1]", "SANDBOX_NODES": 0}
+    for name, size in (("step_000001", 3 * 2**20), ("step_000002.refused", 2**20)):
+        checkpoint = paper.folder / "run/checkpoints" / name
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "rank_0").write_bytes(bytes(size))
+    submit(CHECK_CODE=4, RUN_DIR=paper.folder / "run", DISK_GIB=1, **inside)
+    _, *checks = paper.read("srun").split("--disk-gib ")
+    asked = max(float(words.split()[0]) for words in checks)  # of the training nodes
+    assert 1 - 5 / 1024 < asked < 1 - 2 / 1024
+
+
+def test_an_environment_is_unpacked_on_a_nodes_own_disk(paper):
+    """Two roles of a node unpack it at the same time; what is there already stays."""
+    stage, folder = ROOT / "slurm/lib/stage.sh", paper.folder
+    paper.run(sys.executable, "-m", "venv", "--without-pip", "env")
+    (*_, packages) = (folder / "env/lib").glob("python*/site-packages")
+    (packages / "found_here.py").write_text("import sys\nprint(sys.prefix)\n")
+    assert paper.run("bash", stage, "pack", "env", "env.tar") == "" and paper.code == 0
+    shutil.rmtree(folder / "env")
+    there = folder / "disk/venv"
+    both = f"for n in 1 2; do bash {stage} unpack env.tar {there} & done; wait -n && wait -n"
+    assert paper.run("bash", "-c", both) == "" and paper.code == 0
+    python = there / "bin/python"
+    assert paper.run(python, "-m", "found_here") == f"{there}\n"
+    (folder / "env.tar").unlink()
+    assert paper.run("bash", stage, "unpack", "env.tar", there) == "" and paper.code == 0
+    assert [path.name for path in there.parent.iterdir()] == ["venv"]
+    assert "there is no nothing/bin/python" in paper.run("bash", stage, "pack", "nothing", "a.tar")
 
 
 def test_the_recorded_environment_holds_no_secret(paper):

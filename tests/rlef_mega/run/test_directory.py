@@ -1,6 +1,8 @@
 """The run directory reads as if the run had never stopped, and belongs to one run at a time."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -24,6 +26,25 @@ run.lock()
 print("locked", flush=True)
 time.sleep(60)
 """
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_warned_of_and_other_faults_end_the_run(
+    tmp_path, monkeypatch, capsys, code
+):
+    """As Lustre mounted without `-o flock` answers."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open(tmp_path / "lock", "w") as file:
+        if code == errno.ENOSYS:
+            lock_file(file)
+            assert "Two processes could write it at once; start only one" in capsys.readouterr().err
+        else:
+            with pytest.raises(RuntimeError, match="choose a folder on a file system with locks"):
+                lock_file(file)
 
 
 def test_resuming_removes_lines_after_the_checkpoint_and_a_line_cut_by_a_kill(tmp_path):
