@@ -115,16 +115,16 @@ class Cpp:
             other.result()  # raises the error of that compilation
         try:
             file = self._compile(source)
-        except BaseException as error:
             with self._lock:
-                del self._under_way[key]
+                self._keep(key, file)
+            mine.set_result(None)
+            return file
+        except BaseException as error:
             mine.set_exception(error)
             raise
-        with self._lock:
-            del self._under_way[key]
-            self._keep(key, file)
-        mine.set_result(None)
-        return file
+        finally:
+            with self._lock:
+                del self._under_way[key]
 
     def _keep(self, key: bytes, file: int) -> None:
         self._kept[key] = os.dup(file)

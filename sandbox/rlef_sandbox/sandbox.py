@@ -236,13 +236,7 @@ class Sandbox:
             self._slots.take() as slot,
             self._languages.prepared(as_bytes(source), language) as (program, is_executable),
             self._least_loaded() as worker,
-            ProgramRunner(
-                worker,
-                program,
-                limits,
-                slot,
-                executable=is_executable,
-            ) as runner,
+            ProgramRunner(worker, program, limits, slot, executable=is_executable) as runner,
         ):
             yield runner
 
