@@ -7,7 +7,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/rlef-mega
 COPY . .
-RUN make setup-gpu PYTHON=python3.12 WHEELS=/opt/wheels \
+RUN export PIP_NO_CACHE_DIR=1 \
+    && make setup-gpu PYTHON=python3.12 WHEELS=/opt/wheels \
     && make setup-sglang-gpu PYTHON=python3.12 WHEELS=/opt/wheels \
     && rm -r /opt/wheels*
 ENV PATH=/opt/rlef-mega/.venv-gpu/bin:$PATH
