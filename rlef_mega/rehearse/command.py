@@ -91,7 +91,8 @@ def run_rehearsal(
             plan, pinned = planned(run, number, request)
             found[kind] = {"rank": number, "ranks": kinds.count(kind), "plan": plan}
             found[kind] |= {"planned_pinned_bytes": pinned} | measured
-            console.print(f"rank {number}, as {kinds.count(kind):,} of {len(kinds):,}: {kind}")
+            alike = f"{kinds.count(kind):,} of the {len(kinds):,} ranks"
+            console.print(f"rank {number}: {kind}, as {alike}")
             console.print(*rank_tables(measured, plan, device))
     console.print(memory_table(run.memory(), run, device))
     console.print(
