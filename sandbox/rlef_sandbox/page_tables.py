@@ -24,11 +24,6 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
-def page_table_bytes(pid: int) -> int:
-    """Return the size of a process's page tables; 0 if it has ended."""
-    return int(_facts(pid).get("VmPTE", "0").split()[0]) << 10
-
-
 def _facts(pid: int) -> dict[str, str]:
     """Return the lines of a process's status. If its first thread has ended, which leaves the
     process without memory there, they are those of another thread."""
@@ -80,5 +75,5 @@ def _take_address_space(program: int, facts: dict[str, str]) -> None:
 def can_be_bound(reaper: int) -> bool:
     """Return whether the page tables of a zygote, the child of `reaper`, can be read."""
     with contextlib.suppress(OSError):
-        return any(page_table_bytes(zygote) > 0 for zygote in children_of(reaper))
+        return any("VmPTE" in _facts(zygote) for zygote in children_of(reaper))
     return False

@@ -114,10 +114,8 @@ class Worker:
             controller = os.pidfd_open(os.getpid())
             passed_on.callback(os.close, controller)
             passed = []
-            for opened in (
-                remote.fileno(),
-                controller,
-            ):  # may be 0, 1 or 2 if the caller closed those
+            # may be 0, 1 or 2 if the caller closed those
+            for opened in (remote.fileno(), controller):
                 passed.append(fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3))
                 passed_on.callback(os.close, passed[-1])
             stdin, stdout, stderr = memory_files(b"", b"", b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlef_sandbox import Limits, Result, Sandbox, Status, Test
+from rlef_sandbox.page_tables import children_of as children
 from tests.sandbox.attacks.hacking import SCAN
 
 Attempt = Callable[[str], Result]
@@ -51,6 +53,15 @@ for pid in range(1, 200):
         if c.capget(header, (ctypes.c_uint32 * 6)()) == 0: print('FOUND process', pid)
         try: print('FOUND work of', pid, time.clock_gettime(~pid << 3 | 2))
         except OSError: pass
+"""
+# Writes its memory in RANGES, with zeros for pages that it does not have.
+DUMP = """\
+import ctypes, os, sys
+write, (r, w) = ctypes.CDLL(None).write, os.pipe()
+for start, end in RANGES:
+    for page in range(start, end, 4096):
+        has_page = write(w, ctypes.c_void_p(page), 4096) == 4096
+        sys.stdout.buffer.write(os.read(r, 4096) if has_page else bytes(4096))
 """
 LEAVE = """\
 import builtins, os, sys
@@ -212,3 +223,22 @@ def test_memory_beyond_the_machine_is_the_programs_own_failure(sandbox: Sandbox)
     )
     result = sandbox.run(source)
     assert (result.status, result.signal) == (Status.RUNTIME_ERROR, 7)
+
+
+def test_no_trace_of_how_a_run_ended_is_in_the_memory_of_the_next() -> None:
+    """Each child has a copy of its zygote's memory, and of what earlier runs left there."""
+    if os.geteuid():
+        pytest.skip("only root sees where the memory of a zygote is")
+    codes, dumps = (77, 33, 5, 201), []
+    limits = Limits(output_bytes=64 << 20)
+    with Sandbox(workers=1) as sandbox:
+        sandbox.run("", limits=limits)
+        (zygote,) = (child for reaper in children(os.getpid()) for child in children(reaper))
+        lines = [line.split() for line in Path(f"/proc/{zygote}/maps").read_text().splitlines()]
+        ranges = [[int(end, 16) for end in f[0].split("-")] for f in lines if f[1] == "rw-p"]
+        for code in codes:
+            assert sandbox.run(f"import os; os._exit({code})", limits=limits).exit_code == code
+            dumps.append(sandbox.run(f"RANGES = {ranges}\n{DUMP}", limits=limits).stdout)
+    assert len(dumps[0]) == sum(end - start for start, end in ranges)
+    places = [found.start() for found in re.finditer(bytes(codes[:1]), dumps[0])]
+    assert not [at for at in places if tuple(dump[at] for dump in dumps) == codes]

@@ -264,7 +264,6 @@ static int be_init(void *argument)
     struct init *init = argument;
     struct pollfd awaited[] = {{init_bells[init - inits], POLLIN, 0}, {own_pidfd, POLLIN, 0}};
     uint64_t rung;
-    siginfo_t end;
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0)
         _exit(1);
     for (;;) {
@@ -277,7 +276,8 @@ static int be_init(void *argument)
         say(&init->settled);
         if (failed)
             continue;
-        waitid(P_PID, (id_t)init->child, &end, WEXITED | WNOWAIT);
+        /* no siginfo_t, which later children would find in their copy of this stack */
+        waitid(P_PID, (id_t)init->child, NULL, WEXITED | WNOWAIT);
         init->ended.lost_memory = rlef_lost_memory(init->child);
         wait4(init->child, &init->ended.wait_status, 0, &init->ended.usage);
         say(&init->reaped);
