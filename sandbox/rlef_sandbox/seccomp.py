@@ -45,8 +45,10 @@ ADVICE = (0, 1, 2, 3, 4, 8, 10, 11, 14, 15, 16, 17, 18, 19, 22, 23)
 # VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID DETACHED, the flags with
 # which C libraries make threads: no namespace, pidfd, parent, trace, vfork or exit signal
 THREAD_FLAGS = 0x007D0F00
-# F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_DUPFD_CLOEXEC F_GETPIPE_SZ F_GET_SEALS
-FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
+O_DIRECT = {"x86_64": 0o40000, "aarch64": 0o200000}  # past the page cache, so from the disk
+F_SETFL = 4
+# F_DUPFD F_GETFD F_SETFD F_GETFL F_DUPFD_CLOEXEC F_GETPIPE_SZ F_GET_SEALS
+FCNTL_COMMANDS = (0, 1, 2, 3, 1030, 1032, 1034)
 # TCGETS FIONREAD FIONBIO FIONCLEX FIOCLEX
 IOCTL_REQUESTS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 PRCTL_OPTIONS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
@@ -95,7 +97,10 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
     denied = refused(errno.EPERM)
     if action is Action.OPEN:
         flags = LOW[1] if (machine, number) == ("x86_64", 2) else LOW[2]  # open or openat
-        return without_bits(flags, WRITING, refused(errno.EACCES))
+        return without_bits(flags, WRITING | O_DIRECT[machine], refused(errno.EACCES))
+    if action is Action.FCNTL:
+        set_flags = [(JUMP_EQUAL, 0, 4, F_SETFL), *without_bits(LOW[2], O_DIRECT[machine], denied)]
+        return [(LOAD, 0, 0, LOW[1]), *set_flags, *one_of(LOW[1], FCNTL_COMMANDS, denied)]
     if action is Action.CLONE:
         thread_only = without_bits(LOW[0], ~THREAD_FLAGS & 0xFFFFFFFF, denied)
         files = [(JUMP_ANY_BIT, 1, 0, CLONE_FILES), denied]
@@ -143,7 +148,6 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         Action.KILL: [KILLED],
         Action.CLOSE_RANGE: one_of(LOW[2], (0, CLOSE_RANGE_CLOEXEC), denied),
         Action.MADVISE: one_of(LOW[2], ADVICE, refused(errno.EINVAL)),
-        Action.FCNTL: one_of(LOW[1], FCNTL_COMMANDS, denied),
         Action.IOCTL: one_of(LOW[1], IOCTL_REQUESTS, refused(errno.ENOTTY)),
         Action.SETRLIMIT: [*none_of(LOW[0], KEPT_LIMITS), denied],
         Action.PRCTL: one_of(LOW[0], PRCTL_OPTIONS, denied),

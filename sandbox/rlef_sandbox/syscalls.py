@@ -17,7 +17,7 @@ class Action(enum.Enum):
     ABSENT = "ENOSYS"
     KILL = "the run ends: SECURITY_VIOLATION"
     # Decided by the arguments:
-    OPEN = "allowed to read; EACCES to write"
+    OPEN = "allowed to read; EACCES to write, or with O_DIRECT"
     CLONE = "threads that share all descriptors allowed; EPERM otherwise"
     CLOSE_RANGE = "allowed without CLOSE_RANGE_UNSHARE; EPERM with it"
     MMAP = "allowed unless shared and anonymous, huge or locked; EPERM for those"

@@ -4,8 +4,8 @@ Theory of operation. The controller starts `python -c` (`worker.py`) with one en
 and a pidfd of the controller. That process enters a pid namespace if it can, and forks. The parent
 stays outside as the reaper (`reaper.py`); the child, process 1 of its namespace, is the zygote. It
 preloads the standard library, confines itself (`confinement.py`), proves the layers by trying to
-break out, runs a few programs itself (`rehearsal.py`), and reports the layers. Then it answers the requests that come over the control channel, each
-on the session (a socket) that the request brings.
+break out, runs a few programs itself (`rehearsal.py`), and reports the layers. Then it answers the
+requests that come over the control channel, each on the session (a socket) that the request brings.
 
 RUN and EXECUTE start a child for one run. PROGRAM starts a program server, which compiles once,
 uses the session as its channel, and forks a child for each TEST until the session ends. Zygote and

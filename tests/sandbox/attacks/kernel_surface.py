@@ -207,6 +207,7 @@ ARGUMENTS = (
             "signal_owner_of_a_descriptor": "k(72, 0, 8, 0)",
             "size_of_a_pipe": "k(72, os.pipe()[0], 1031, 1 << 20)",
             "record_lock": "k(72, 0, 6, buffer)",
+            "read_past_the_page_cache": "k(72, 0, 4, os.O_DIRECT)",
             "own_table_of_descriptors": "k(436, 1000, 1001, 2)",
             "own_table_of_descriptors_with_high_bits": "k(436, 1000, 1001, 2 | 1 << 32)",
             "shared_memory_without_a_file": "k(9, 0, 4096, 3, 0x21, -1, 0)",
@@ -231,6 +232,10 @@ ARGUMENTS = (
         safe=False,
     ),
     *attacks({"pages_hidden_in_swap": CALL + ADVISE.format(21)}, ("seccomp",), Status.OK),
+    *attacks(
+        {"read_from_the_disk": "import os\nos.open(os.__file__, os.O_DIRECT)\nprint('ESCAPED')"},
+        ("seccomp", KERNEL),
+    ),
     *attacks(  # of a pipe, which only the kernel's own code refuses
         {
             "flush_the_disk": CALL + "if k(74, os.pipe()[0]) < 0: print('ESCAPED')",
