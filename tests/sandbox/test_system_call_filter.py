@@ -28,7 +28,19 @@ LOW = 2**32 - 1
 RUBBISH = (0, 1 << 32, 0xFFFFFFFF << 32)  # for a high word
 WORDS = sorted(
     {0, 1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 15, 16, 17, 0x7F, 0x80, 0x81, 0x189, PID, PID + 1}
-    | {0o100, 0o101, 0o2000000, 0o10000000, 0o20000000, 0o20200000, 0x1002, 0x1003, 0x1000}
+    | {
+        0o100,
+        0o101,
+        0o2000000,
+        0o10000000,
+        0o20000000,
+        0o20200000,
+        0o40000,
+        0o200000,
+        0x1002,
+        0x1003,
+        0x1000,
+    }
     | {0x5401, 0x5412, 0x541B, 0x5421, 0x5450, 0x5451, 0x5452, 1030, 1031, 1032, 1033, 1034}
     | {0x3D0F00, 0x7D0F00, 0x3D0F11, 0x10000, 0x3D0F00 | 0x10000000, 0x3D0F00 | 0x1000, 0x11}
     | {0x7D0B00, 0x20, 0x21, 0x22, 0x23, 0x40022, 0x2022, 10, 14, 18, 19, 20, 21, 23, 25, 102}
@@ -48,6 +60,8 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
     match action:
         case Action.ALLOW:
             return ALLOWED
+        case Action.NOTHING:
+            return FAILS
         case Action.DENY:
             return permission
         case Action.READ_ONLY:
@@ -59,7 +73,7 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
         case Action.OPEN:
             flags = b if (machine, number) == ("x86_64", 2) else c
             writes = flags & 0o3 or flags & 0o100 or flags & 0o1000 or flags & 0o20000000
-            return access if writes else ALLOWED
+            return access if writes or flags & DIRECT[machine] else ALLOWED
         case Action.CLONE:
             is_thread = a & 0x10000 and a & 0x400 and not low(a) & ~0x7D0F00
             return ALLOWED if is_thread else permission
@@ -74,7 +88,9 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
         case Action.PROCESS:  # every CLONE_NEW* flag
             return permission if low(a) & (0x7E020000 | 0x80) else ALLOWED
         case Action.FCNTL:
-            return ALLOWED if low(b) in (0, 1, 2, 3, 4, 1030, 1032, 1034) else permission
+            if low(b) == 4:
+                return permission if c & DIRECT[machine] else ALLOWED
+            return ALLOWED if low(b) in (0, 1, 2, 3, 1030, 1032, 1034) else permission
         case Action.IOCTL:
             known = low(b) in (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
             return ALLOWED if known else FAILS | errno.ENOTTY
@@ -110,7 +126,9 @@ def answer(machine: str, number: int, action: Action, arguments: list[int]) -> i
 
 
 KILL = {"x86_64": 62, "aarch64": 129}
-UNCONDITIONAL = (Action.ALLOW, Action.DENY, Action.READ_ONLY, Action.ABSENT, Action.KILL)
+DIRECT = {"x86_64": 0o40000, "aarch64": 0o200000}
+UNCONDITIONAL = (Action.ALLOW, Action.NOTHING, Action.DENY, Action.READ_ONLY, Action.ABSENT)
+UNCONDITIONAL += (Action.KILL,)
 
 
 @functools.cache
@@ -245,6 +263,7 @@ def test_libseccomps_filter_of_the_same_table_decides_the_same() -> None:
     oracle, machine = libseccomp(), seccomp.kernel.MACHINE
     plain = {
         Action.ALLOW: oracle.ALLOW,
+        Action.NOTHING: oracle.ERRNO(0),
         Action.DENY: oracle.ERRNO(errno.EPERM),
         Action.READ_ONLY: oracle.ERRNO(errno.EACCES),
         Action.ABSENT: oracle.ERRNO(errno.ENOSYS),
@@ -266,7 +285,14 @@ def one_of(index: int, values: tuple[int, ...]) -> list[tuple]:
 # For each action: the result if no rule matches, the result if one does, and the rules, each a
 # conjunction of (argument, mask, value).
 CONDITIONAL = {
-    Action.FCNTL: ("EPERM", "ALLOW", one_of(1, seccomp.FCNTL_COMMANDS)),
+    Action.FCNTL: (
+        "EPERM",
+        "ALLOW",
+        [
+            *one_of(1, seccomp.FCNTL_COMMANDS),
+            ((1, LOW, seccomp.F_SETFL), (2, DIRECT.get(seccomp.kernel.MACHINE, 0), 0)),
+        ],
+    ),
     Action.IOCTL: ("ENOTTY", "ALLOW", one_of(1, seccomp.IOCTL_REQUESTS)),
     Action.PRCTL: ("EPERM", "ALLOW", one_of(0, seccomp.PRCTL_OPTIONS)),
     Action.SETRLIMIT: ("ALLOW", "EPERM", one_of(0, seccomp.KEPT_LIMITS)),
