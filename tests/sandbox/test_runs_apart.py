@@ -233,7 +233,9 @@ def test_no_trace_of_how_a_run_ended_is_in_the_memory_of_the_next() -> None:
     limits = Limits(output_bytes=64 << 20)
     with Sandbox(workers=1) as sandbox:
         sandbox.run("", limits=limits)
-        (zygote,) = (child for reaper in children(os.getpid()) for child in children(reaper))
+        reaper = sandbox._workers[0]._process
+        assert reaper is not None
+        (zygote,) = children(reaper.pid)
         lines = [line.split() for line in Path(f"/proc/{zygote}/maps").read_text().splitlines()]
         ranges = [[int(end, 16) for end in f[0].split("-")] for f in lines if f[1] == "rw-p"]
         for code in codes:
