@@ -24,12 +24,9 @@
 #
 # The paper's 70B run, a het job: 128 nodes of 8 GPUs train, 160 sample, 16 without GPUs grade.
 # Checked and planned, but never run on GPUs.
-#
-#   bash slurm/train_70b.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
-#   DRY_RUN=1 bash slurm/train_70b.sh   print the plan, submit nothing
-#   sbatch slurm/train_70b.sh           submit it without the checks
+# slurm/lib/settings.sh says how to start it and explains the settings.
 
-# shellcheck disable=SC2034 # settings; slurm/lib/settings.sh explains them and has all others
+# shellcheck disable=SC2034
 RECIPE=${RECIPE:-llama31_70b}
 SETS=(rollout.servers.count=1)
 ROLLOUT_NODES=${ROLLOUT_NODES:-160}

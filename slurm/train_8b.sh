@@ -13,12 +13,9 @@
 #
 # The paper's 8B run on nodes of 8 GPUs: 16 train, 20 sample and grade on their CPU cores; one allocation.
 # Checked and planned, but never run on GPUs.
-#
-#   bash slurm/train_8b.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
-#   DRY_RUN=1 bash slurm/train_8b.sh   print the plan, submit nothing
-#   sbatch slurm/train_8b.sh           submit it without the checks
+# slurm/lib/settings.sh says how to start it and explains the settings.
 
-# shellcheck disable=SC2034 # settings; slurm/lib/settings.sh explains them and has all others
+# shellcheck disable=SC2034
 RECIPE=${RECIPE:-llama31_8b}
 SETS=(rollout.servers.count=8)
 ROLLOUT_NODES=${ROLLOUT_NODES:-20}

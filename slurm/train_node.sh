@@ -12,12 +12,9 @@
 #SBATCH --signal=B:USR1@900
 #
 # A run on one node of 8 GPUs, which train, sample and grade. Checked and planned, but never run on GPUs.
-#
-#   bash slurm/train_node.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
-#   DRY_RUN=1 bash slurm/train_node.sh   print the plan, submit nothing
-#   sbatch slurm/train_node.sh           submit it without the checks
+# slurm/lib/settings.sh says how to start it and explains the settings.
 
-# shellcheck disable=SC2034 # settings; slurm/lib/settings.sh explains them and has all others
+# shellcheck disable=SC2034
 RECIPE=${RECIPE:-llama31_8b_node}
 SETS=()
 JOB_NAME=${JOB_NAME:-rlef-node}

@@ -12,12 +12,9 @@
 #
 # A run of a few seconds without GPUs, with all components of a large one: 2 nodes train, 1 grades and, with
 # ROLLOUT_NODES=1, one samples. Make its model first: rlef sft demo_base --set dir=runs/tiny-base --set steps=1
-#
-#   bash slurm/train_tiny.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
-#   DRY_RUN=1 bash slurm/train_tiny.sh   print the plan, submit nothing
-#   sbatch slurm/train_tiny.sh           submit it without the checks
+# slurm/lib/settings.sh says how to start it and explains the settings.
 
-# shellcheck disable=SC2034 # settings; slurm/lib/settings.sh explains them and has all others
+# shellcheck disable=SC2034
 RECIPE=${RECIPE:-demo}
 SETS=(
     "run.dir=${RUN_DIR:-runs/tiny}"

@@ -96,10 +96,10 @@ start_services() {
     PIDS[rollout]=$!
 }
 
-all_running() { # check all components; report one that has ended, and its exit code
+all_running() { # all_running [BUT]: check all other components; report one that has ended, and its exit code
     local name code
     for name in "${!PIDS[@]}"; do
-        if ! kill -0 "${PIDS[$name]}" 2>/dev/null; then
+        if [ "$name" != "${1:-}" ] && ! kill -0 "${PIDS[$name]}" 2>/dev/null; then
             code=0
             wait "${PIDS[$name]}" || code=$?
             say "FAILED: $name ended with code $code; the end of $LOGS/$name.log:"
@@ -157,7 +157,7 @@ start_ranks() {
 
 supervise() { # wait for the ranks; return their code, or 2 when a service ends or the ranks hang
     local code silent_s limit_s doing
-    while all_but_train_running; do
+    while all_running train; do
         if ! kill -0 "${PIDS[train]}" 2>/dev/null; then
             code=0
             wait "${PIDS[train]}" || code=$?
@@ -180,14 +180,6 @@ supervise() { # wait for the ranks; return their code, or 2 when a service ends 
         sleep 1
     done
     return 2
-}
-
-all_but_train_running() {
-    local train=${PIDS[train]} code=0
-    unset 'PIDS[train]'
-    all_running || code=2
-    PIDS[train]=$train
-    return $code
 }
 
 stop_all() { # kill the services, which have no state to save

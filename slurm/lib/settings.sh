@@ -1,10 +1,12 @@
 # shellcheck shell=bash disable=SC2034
-# Settings of a run, with the values that a script (slurm/train_*.sh) or the environment has not set. slurm/site.sh has those
-# of the cluster.
+# Settings of a run that neither its script nor the environment has set. slurm/site.sh has those of the cluster.
 #
-# RECIPE     a TOML file or a recipe's name; its layout gives the number of training nodes
-# SETS       section.key=value, added to the recipe
-# JOB_NAME   jobs of the same name run one after another, each resuming the run
+#   bash slurm/train_8b.sh             check that it can run, and submit it; CHAIN=5 submits five jobs
+#   DRY_RUN=1 bash slurm/train_8b.sh   print the plan, submit nothing
+#   sbatch slurm/train_8b.sh           submit it without the checks
+#
+# Each script sets RECIPE, a TOML file or a recipe's name, whose layout gives the number of training nodes; SETS, words
+# section.key=value that are added to it; and JOB_NAME: jobs of one name run one after another, each resuming the run.
 
 ROLLOUT_NODES=${ROLLOUT_NODES:-0}        # nodes that sample with SGLang; 0: the training nodes, by the recipe's engine
 SANDBOX_NODES=${SANDBOX_NODES:-0}        # nodes that only grade; 0: the sampling nodes grade too, or the training nodes
