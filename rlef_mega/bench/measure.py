@@ -97,7 +97,8 @@ class AllocatedBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.from_before: set[int] = set()
+        # a weak reference keeps another storage from getting the same key
+        self.from_before: dict[int, StorageWeakRef] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -105,8 +106,8 @@ class AllocatedBytes(TorchDispatchMode):
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
                 key = tensor.untyped_storage()._cdata
-                if key not in self.alive:
-                    self.from_before.add(key)
+                if key not in self.alive and key not in self.from_before:
+                    self.from_before[key] = StorageWeakRef(tensor.untyped_storage())
         result = self.call(func, args, kwargs)
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
