@@ -25,6 +25,15 @@ def run_ranks(folder: Path, placement: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
+def test_a_rank_imports_neither_plots_nor_a_compiler():
+    """1,024 ranks import from one file system."""
+    script = "import sys; import rlef_mega.train; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    modules = set(done.stdout.split())
+    assert "rlef_mega.train" in modules, done.stderr
+    assert not modules & {"matplotlib", "torch._inductor.compile_fx", "networkx"}
+
+
 @pytest.mark.slow
 def test_a_launch_of_256_ranks_asks_little_of_each(tmp_path):
     found = run_ranks(tmp_path, "block")
