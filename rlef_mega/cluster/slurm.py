@@ -65,8 +65,8 @@ def disk_bytes(config: TrainConfig) -> int:
     """Return the space that a run's checkpoints take at most, one of them half-written, and the
     weights that it publishes by disk; 0 if the model's shape is unknown.
 
-    A checkpoint has weights, main copy and two moments of both networks (an fp32 weight is its own
-    main copy).
+    A checkpoint has weights, main copy and two moments of each trained network (an fp32 weight is
+    its own main copy).
     """
     stated, file = config.model.shape, Path(config.model.path) / "config.json"
     if stated and stated.hidden:
@@ -80,7 +80,8 @@ def disk_bytes(config: TrainConfig) -> int:
         return 0
     weight_bytes = 2 if config.model.dtype == "bfloat16" else 4
     critic = shape.parameters - (0 if shape.tied else shape.table_parameters) + shape.hidden + 1
-    checkpoint = (14 if weight_bytes == 2 else 12) * (shape.parameters + critic)
+    trained = shape.parameters + critic * (config.ppo.advantage == "critic")
+    checkpoint = (14 if weight_bytes == 2 else 12) * trained
     kept = config.run.keep_checkpoints + config.run.keep_best + 1
     rollout = config.rollout
     by_disk = rollout.engine == "sglang" and rollout.servers.publish == "disk"

@@ -19,6 +19,8 @@ from rlef_mega.cluster.node_check import (
     check_room,
     check_shared_folder,
 )
+from rlef_mega.cluster.slurm import disk_bytes
+from rlef_mega.config import TrainConfig, find_recipe, load_config
 from rlef_mega.run.addresses import address_of_interface, reached_at
 
 
@@ -124,6 +126,17 @@ def addresses_if_any(interface: str) -> list[str]:
         return [address_of_interface(interface)]
     except OSError:
         return []
+
+
+def test_the_room_that_is_checked_is_that_of_the_recipes_checkpoints():
+    """8.03e9 parameters of 14 bytes, and with a critic 7.5e9 more; two are kept, the best, and one
+    is being written."""
+    recipe = find_recipe("llama31_8b")
+    alone = ["ppo.advantage=grpo", "rollout.samples_per_problem=8"]
+    kept = ["run.keep_checkpoints=2", "run.keep_best=1", "rollout.servers.publish=distributed"]
+    for settings, parameters in ((alone, 8.03e9), ([], 15.54e9)):
+        found = disk_bytes(load_config(recipe, [*kept, *settings], TrainConfig))
+        assert found == pytest.approx(4 * 14 * parameters, rel=2e-3)
 
 
 def test_gpus_are_counted_as_the_driver_shows_them(tmp_path, monkeypatch):
