@@ -72,7 +72,7 @@ def train(
     run_dir = Path(config.run.dir)
     sets = [word for override in overrides or [] for word in ("--set", override)]
     with serving(config, [recipe, *sets]) if serve else nullcontext():
-        check_rollout_servers(config)
+        check_rollout_servers(config, inputs.model)
         claim_run_directory(config, run_dir, inputs)
         layouts = filter(None, (config.parallel, config.critic_parallel))
         uses_ipc = config.rollout.servers.publish == "tensor"

@@ -103,9 +103,6 @@ class ModelConfig(Section):
         None, description="a checkpoint folder to start from, instead of the weights in path"
     )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    chat_format: Literal["auto", "llama3", "chatml"] = Field(
-        "auto", description="auto: the model's own chat template"
-    )
     recompute: Literal["none", "selective", "full"] = "none"
     shape: ModelShape | None = None
 

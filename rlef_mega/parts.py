@@ -102,16 +102,17 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
         run.lock()
         accelerations.announce(ranks.device, getattr(torch, config.model.dtype))
     problems = training_problems(config)
-    chat = ChatFormat.from_folder(find_model(config.model.path), config.model.chat_format)
+    model = find_model(config.model.path)
+    chat = ChatFormat.from_folder(model)
     rules = dialogue_rules(config, chat)
     with ExitStack() as stack:
         shares = config.rollout.servers.release_memory  # then servers make room for the networks
-        engine = stack.enter_context(open_engine(config, ranks, run)) if shares else None
-        learner = make_learner(config, ranks)
+        engine = stack.enter_context(open_engine(config, model, ranks, run)) if shares else None
+        learner = make_learner(config, model, ranks)
         checkpoints = make_checkpoints(config, run, learner)
         done, position = resume(run, checkpoints, writer=ranks.is_writer)
-        grader = stack.enter_context(open_grader(**config.judge.model_dump(), token=grading_token))
-        engine = engine or stack.enter_context(open_engine(config, ranks, run))
+        grader = stack.enter_context(open_grader(config.judge, grading_token))
+        engine = engine or stack.enter_context(open_engine(config, model, ranks, run))
         progress = stack.enter_context(
             StepProgress("RLEF", done=done, total=config.run.steps, shown=ranks.is_writer)
         )
@@ -162,14 +163,14 @@ def training_problems(config: TrainConfig) -> Sequence[Problem]:
 
 @contextmanager
 def open_engine(
-    config: TrainConfig, ranks: parallel.Ranks, run: RunDirectory
+    config: TrainConfig, model: Path, ranks: parallel.Ranks, run: RunDirectory
 ) -> Iterator[TrainingEngine]:
     """Open the engine of this process, or a client of the servers. Rank 0 publishes to these, and
     tells the others what they have said of themselves. Servers on the trainer's devices release
     their memory. Collective."""
     if config.rollout.engine == "local":
         yield LocalEngine(
-            find_model(config.model.path),
+            model,
             dtype=config.model.dtype,
             device=ranks.device,
             weights_from_folder=config.model.weights is None,  # else the first publication has them
@@ -181,7 +182,7 @@ def open_engine(
     servers = config.rollout.servers
     with SGLangEngine(
         servers.addresses,
-        find_model(config.model.path),
+        model,
         RequestLimits(servers.concurrency, servers.deadline_s, servers.lost_s, servers.publish_s),
         way=servers.publish if ranks.is_writer else None,
         weights_folder=run.path / "weights",
@@ -198,10 +199,10 @@ def open_engine(
         yield engine
 
 
-def make_learner(config: TrainConfig, ranks: parallel.Ranks) -> Learner:
+def make_learner(config: TrainConfig, model: Path, ranks: parallel.Ranks) -> Learner:
     return Learner(
         ranks,
-        find_model(config.model.path),
+        model,
         learner=config.learner,
         ppo=config.ppo,
         dtype=config.model.dtype,

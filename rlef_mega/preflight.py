@@ -81,9 +81,10 @@ ALLOWED_WHEN_NAMED = {
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What the checks of a training run have read: its chat format, and the problems of each key of
-    [data]."""
+    """What the checks of a training run have read: its model's folder and chat format, and the
+    problems of each key of [data]."""
 
+    model: Path
     chat: ChatFormat
     problems: dict[str, Sequence[Problem]]
 
@@ -97,21 +98,20 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
     refuse_untested_megatron()
     plan_train(config)
     model = check_start(config)
-    chat = ChatFormat.from_folder(model, config.model.chat_format)
-    check_positions(config, chat)
+    chat = ChatFormat.from_folder(model)
+    check_positions(config, model, chat)
     check_trackers(config.track)
     check_judge(config.judge, grading_token)
     sources = config.data.model_dump().items()
     problems = {
         name: load_problems(source) for name, source in sources if source or name == "train"
     }
-    return TrainingInputs(chat, problems)
+    return TrainingInputs(model, chat, problems)
 
 
-def check_positions(config: TrainConfig, chat: ChatFormat) -> None:
+def check_positions(config: TrainConfig, model: Path, chat: ChatFormat) -> None:
     """Raise ConfigError if a dialogue may be longer than the model's positions, or its tokenizer
     knows more tokens than the embedding has rows."""
-    model = find_model(config.model.path)
     about = read_config(model)
     if config.rollout.max_context > about.max_position_embeddings:
         raise ConfigError(
@@ -250,8 +250,8 @@ def stored_shape(model: Path) -> dict[str, int]:
     }
 
 
-def check_rollout_servers(config: TrainConfig) -> None:
-    """Raise ConfigError unless every SGLang server answers, has the run's model, and has room for
+def check_rollout_servers(config: TrainConfig, model: Path) -> None:
+    """Raise ConfigError unless every SGLang server answers, has the run's `model`, and has room for
     its dialogues. Does nothing for another engine."""
     if config.rollout.engine != "sglang":
         return
@@ -259,7 +259,7 @@ def check_rollout_servers(config: TrainConfig) -> None:
     with requires_extra("rollout.engine = sglang", "serve"):
         from rlef_mega.engines.sglang.engine import SGLangEngine
     try:
-        with SGLangEngine(servers.addresses, find_model(config.model.path)) as engine:
+        with SGLangEngine(servers.addresses, model) as engine:
             context = engine.context_length
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -324,7 +324,7 @@ def allowed_changes(config: TrainConfig | SFTConfig) -> set[str]:
 
 def digests_of(config: TrainConfig, inputs: TrainingInputs) -> dict[str, str]:
     """Return a digest of each of a run's inputs."""
-    digests = digest_model(find_model(config.model.path))
+    digests = digest_model(inputs.model)
     if config.model.weights:
         files = (path for path in Path(config.model.weights).rglob("*") if path.is_file())
         digests["model.weights"] = digest_files(files)

@@ -105,12 +105,12 @@ class TimedJudge(Judge):
 
 def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     problems = load_problems(config.data.train)
-    chat = ChatFormat.from_folder(Path(config.model.path), config.model.chat_format)
+    chat = ChatFormat.from_folder(Path(config.model.path))
     rules = dialogue_rules(config, chat)
     dtype = getattr(torch, config.model.dtype)
     engine = TimedEngine(config.model.path, dtype=dtype, device=ranks.device)
     waves = []
-    with open_grader(**config.judge.model_dump(), token=sandbox_token()) as grader:
+    with open_grader(config.judge, sandbox_token()) as grader:
         judge = TimedJudge(grader)
         for repeat in range(1 + REPEATS):
             engine.tokens, engine.seconds = 0, 0.0

@@ -159,7 +159,8 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * float((folder / MINUTES_FILE).read_text())
     dtype, offloads = getattr(torch, config.model.dtype), config.learner.offload == "idle"
     resident = config.learner.model_copy(update={"offload": "none"})
-    learner = make_learner(config.model_copy(update={"learner": resident}), ranks)
+    config_here = config.model_copy(update={"learner": resident})
+    learner = make_learner(config_here, Path(config.model.path), ranks)
     batch, targets = on_policy_targets(learner, config, slice_batch(config))
     found = phases(learner, batch, targets, offloads=offloads)
     return {

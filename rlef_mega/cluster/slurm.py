@@ -94,7 +94,7 @@ def find(config: TrainConfig) -> None:
     from rlef_mega.preflight import check_start
     from rlef_mega.problems import files_of
 
-    ChatFormat.from_folder(check_start(config), config.model.chat_format)
+    ChatFormat.from_folder(check_start(config))
     for source in config.data.model_dump().values():
         if source:
             files_of(source)
@@ -134,7 +134,7 @@ def main() -> int:
 
             refused = False  # `check` accepted the inputs: what fails here is a server
             inputs = check_train(config, grading_token=sandbox_token())
-            check_rollout_servers(config)
+            check_rollout_servers(config, inputs.model)
             refused = True
             claim_run_directory(config, Path(config.run.dir), inputs)
     except (ValueError, RuntimeError, OSError) as error:

@@ -65,7 +65,7 @@ class ChatFormat:
     texts: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # of tokens seen
 
     @classmethod
-    def from_folder(cls, folder: Path, name: str = "auto") -> Self:
+    def from_folder(cls, folder: Path) -> Self:
         """Return the chat format of a Hugging Face model folder. Responses end with the
         template's end of turn, and with every token that tokenizer, config.json or
         generation_config.json declares as an end.
@@ -88,51 +88,14 @@ class ChatFormat:
                 f"{folder} has no tokenizer.json; write one with transformers (AutoTokenizer."
                 "from_pretrained(FOLDER).save_pretrained(FOLDER), with sentencepiece installed)"
             )
-        return cls.for_tokenizer(tokenizer, name, declared_ends(folder))
+        return cls.for_tokenizer(tokenizer, declared_ends(folder))
 
     @classmethod
-    def for_tokenizer(
-        cls, tokenizer: "PreTrainedTokenizerBase", name: str = "auto", ends: Sequence[int] = ()
-    ) -> Self:
-        """Return the format of the tokenizer's chat template. One without a template gets llama3 or
-        chatml: the one named, or with auto the one whose control tokens it has. `ends` are further
-        tokens that end a response."""
-        known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-        own = tokenizer.chat_template and tokenizer.get_chat_template()
-        if name == "auto" and not own:
-            fits = [f for f, controls in CONTROLS.items() if known.issuperset(controls)]
-            if not fits:
-                raise ValueError(
-                    f"the tokenizer {tokenizer.name_or_path!r} has neither a chat template nor "
-                    f"the control tokens of a known chat format ({', '.join(CONTROLS)}); use an "
-                    "instruction-tuned model"
-                )
-            name = fits[0]
-        if name == "auto":
-            return cls.of_template(tokenizer, own, ends)
-        if name not in CONTROLS:
-            raise ValueError(f"unknown chat format {name!r}; known: auto, {', '.join(CONTROLS)}")
-        missing = [control for control in CONTROLS[name] if control not in known]
-        if missing:
-            raise ValueError(
-                f"chat format {name!r} needs the tokens {', '.join(missing)}, which the tokenizer "
-                f"{tokenizer.name_or_path!r} lacks; set model.chat_format to auto, or use another "
-                "model"
-            )
-        named = cls.of_template(tokenizer, TEMPLATES[name], ends)
-        if own and named != cls.of_template(tokenizer, own, ends):
-            raise ValueError(
-                f"chat format {name!r} differs from the chat template of the tokenizer "
-                f"{tokenizer.name_or_path!r}; set model.chat_format to auto, which follows it"
-            )
-        return named
-
-    @classmethod
-    def of_template(
-        cls, tokenizer: "PreTrainedTokenizerBase", template: str, ends: Sequence[int] = ()
-    ) -> Self:
-        """Read the format from a template. Raises ValueError if the template does not put the same
-        ids around each message, or if the text of a message could become control tokens."""
+    def for_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int] = ()) -> Self:
+        """Read the format from the tokenizer's template (`template_of`). `ends` are further tokens
+        that end a response. Raises ValueError if the template does not put the same ids around each
+        message, or if the text of a message could become control tokens."""
+        template = template_of(tokenizer)
         added = tokenizer.get_added_vocab()
         whole, pieces = render(tokenizer, template)
         opening, _, following, assistant = pieces
@@ -237,6 +200,21 @@ class ChatFormat:
             start, read = read, end
         same = "".join(pieces) == whole
         return pieces if same else [*[""] * (len(token_ids) - 1), whole]
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the tokenizer's chat template or, without one, the known format's whose control tokens
+    it has."""
+    if tokenizer.chat_template:
+        return tokenizer.get_chat_template()
+    known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    for name, controls in CONTROLS.items():
+        if known.issuperset(controls):
+            return TEMPLATES[name]
+    raise ValueError(
+        f"the tokenizer {tokenizer.name_or_path!r} has neither a chat template nor the control "
+        f"tokens of a known chat format ({', '.join(CONTROLS)}); use an instruction-tuned model"
+    )
 
 
 def render(

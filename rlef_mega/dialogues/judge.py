@@ -105,25 +105,17 @@ class RemoteGrader(LivesInLoop):
 
 
 @contextlib.contextmanager
-def open_grader(
-    *,
-    servers: Sequence[str],
-    token: str | None,
-    deadline_s: float,
-    workers: int,
-    isolation: str,
-    packages: Sequence[str],
-) -> Iterator[Grader]:
-    """Open a client of the grading servers, if any are given, else a sandbox with `workers`."""
-    if servers:
-        with RemoteGrader(servers, token, deadline_s=deadline_s) as remote:
+def open_grader(asked: JudgeConfig, token: str | None) -> Iterator[Grader]:
+    """Open a client of the grading servers, if any are given, else a sandbox of this process."""
+    if asked.servers:
+        with RemoteGrader(asked.servers, token, deadline_s=asked.deadline_s) as remote:
             yield remote
     else:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         # each running program needs a dozen descriptors
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        with Sandbox(workers, isolation, packages=packages) as sandbox:
-            yield EmbeddedGrader(sandbox, workers=workers)
+        with Sandbox(asked.workers, asked.isolation, packages=asked.packages) as sandbox:
+            yield EmbeddedGrader(sandbox, workers=asked.workers)
 
 
 class Judge:

@@ -279,9 +279,7 @@ def run_parts(
 ) -> None:
     grading = JudgeConfig(workers=len(os.sched_getaffinity(0)), servers=request.servers)
     with ExitStack() as stack:
-        grader = stack.enter_context(
-            open_grader(**grading.model_dump(), token=request.grading_token)
-        )
+        grader = stack.enter_context(open_grader(grading, request.grading_token))
         judge = Judge(grader)
         facts: dict[str, Any] = {}
         if source.folder:

@@ -42,10 +42,11 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
     if ranks.is_writer:
         run.lock()
         run.resume(0)
-    chat = ChatFormat.from_folder(find_model(config.model.path), config.model.chat_format)
+    model = find_model(config.model.path)
+    chat = ChatFormat.from_folder(model)
     learner = SupervisedLearner(
         ranks,
-        find_model(config.model.path),
+        model,
         optimizer=config.learner.policy,
         microbatch_tokens=config.learner.microbatch_tokens,
         dtype=config.model.dtype,
@@ -53,8 +54,8 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         weights=Path(config.model.weights) if config.model.weights else None,
     )
     with ExitStack() as stack:
-        grader = stack.enter_context(open_grader(**config.judge.model_dump(), token=grading_token))
-        engine = stack.enter_context(open_engine(config, ranks, run))
+        grader = stack.enter_context(open_grader(config.judge, grading_token))
+        engine = stack.enter_context(open_engine(config, model, ranks, run))
         progress = stack.enter_context(
             StepProgress("imitation", done=0, total=config.run.steps, shown=ranks.is_writer)
         )
@@ -85,7 +86,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         publish(learner.policy_weights, engine, version=1)
         export_hf(
             learner.policy_weights(),
-            find_model(config.model.path),
+            model,
             run.path / "model",
             getattr(torch, config.model.dtype),
             is_writer=ranks.is_writer,

@@ -180,7 +180,7 @@ def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
         {group.group_name: name for name in GROUPS if (group := getattr(ranks.groups, name))}
     )
     with recorder, recorder.phase("build"):
-        learner = make_learner(config, ranks)
+        learner = make_learner(config, Path(config.model.path), ranks)
         inner = learner.phase
 
         @contextmanager

@@ -186,10 +186,10 @@ def test_one_grader_serves_the_event_loops_of_many_steps(server):
 
 def test_the_manifest_tells_how_servers_confine_programs(server):
     settings = JudgeConfig(servers=(server.url,))
-    with open_grader(**settings.model_dump(), token=TOKEN) as grader:
+    with open_grader(settings, TOKEN) as grader:
         confined = grader.isolation["servers"][server.url]
         assert confined["level"] == "default" and confined["seccomp"] is True
-    with open_grader(**JudgeConfig().model_dump(), token=None) as grader:
+    with open_grader(JudgeConfig(), None) as grader:
         assert grader.isolation["level"] == "default" and "servers" not in grader.isolation
 
 

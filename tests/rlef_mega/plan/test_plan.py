@@ -153,7 +153,7 @@ def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, reco
         "rollout.episodes_per_batch=4",
     )
     config = load_config(find_recipe("demo"), list(overrides), TrainConfig)
-    learner = make_learner(config, ranks)
+    learner = make_learner(config, Path(config.model.path), ranks)
     episodes = random_episodes(config.rollout, SMALL.vocabulary, seed=0)
     batch = pack(fill_microbatches(episodes, 512, 2))
     batch, targets = on_policy_targets(learner, config, batch)
