@@ -37,7 +37,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="override, such as run.steps=5"),
 ]
 
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as stored")]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Dtype = Annotated[DtypeName | None, typer.Option(help="default: as stored")]
 Step = Annotated[
     int | None, typer.Option(help="checkpoint of a run directory; default: its newest")
 ]
@@ -142,7 +143,9 @@ def export_hf(
         Path, typer.Argument(metavar="CHECKPOINT", help="a run directory or a checkpoint folder")
     ],
     out: Annotated[Path, typer.Argument(help="the Hugging Face folder to write")],
-    role: Annotated[str, typer.Option(help="policy, or critic with its value head")] = "policy",
+    role: Annotated[
+        Literal["policy", "critic"], typer.Option(help="the critic has its value head")
+    ] = "policy",
     dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="largest size of one file")] = "5GB",
     step: Step = None,
@@ -229,7 +232,7 @@ def evaluate(
     max_context: Annotated[
         int | None, typer.Option(min=2, help="default: 2048, or the model's positions")
     ] = None,
-    dtype: str = "float32",
+    dtype: DtypeName = "float32",
     seed: int = 0,
     program: Annotated[
         Literal["first", "last", "only"], typer.Option(help="which code block of a response")

@@ -72,7 +72,8 @@ class Parts:
     def write_record(self, record: dict[str, Any], clock: Clock) -> None:
         """Write a step's line of metrics.jsonl and of the terminal. Time spent after this counts
         for the next step. Collective."""
-        learner_times = self.learner.take_seconds()
+        learner_times = self.learner.clock.lap()
+        del learner_times["step"]
         counts = metrics.total_counts(gather(self.engine.take_counts()))
         times = clock.lap()
         if self.ranks.is_writer:

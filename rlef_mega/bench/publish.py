@@ -17,10 +17,11 @@ from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.tokenizer import train_tokenizer
-from rlef_mega.engines.sglang.engine import WAYS, SGLangEngine
+from rlef_mega.engines.sglang.engine import SGLangEngine
 from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
 from rlef_mega.flops import LlamaShape
 
+WAYS = ("disk", "distributed", "tensor")
 REPEATS = 5
 CONTEXT = 512
 SHAPE = LlamaShape(9, 768, 2048, 12, 4, 64, vocabulary=16384)  # 82M parameters, 327 MB in fp32

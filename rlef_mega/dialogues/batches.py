@@ -148,7 +148,6 @@ class StreamedRollouts:
         )
 
     def __enter__(self) -> "StreamedRollouts":
-        self.thread.start()
         self.thread.loop.call_soon_threadsafe(self.stream.fill)
         return self
 

@@ -3,17 +3,14 @@
 Dialogues and evaluations need an `Engine`; the training loop needs a `TrainingEngine`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:  # importing torch takes seconds, and `rlef serve` needs none of it
-    import torch
+import torch
 
-    from rlef_mega.types import Completion, Sampling
+from rlef_mega.types import Completion, Sampling
 
 BUSY = "server_busy_s "  # prefix of a key of `take_counts`; a server's address follows
 

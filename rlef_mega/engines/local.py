@@ -49,8 +49,6 @@ class LocalSession:
         config = self.engine.model.config
         longest = config.max_position_embeddings - 1  # a new token needs a position
         check_request(request, vocabulary=config.vocab_size, longest_prompt=longest)
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, must not be negative")
         return await self.engine.wait_for_wave(self.number, request)
 
 
@@ -70,8 +68,6 @@ class LocalEngine:
         max_batch: int = 128,
         weights_from_folder: bool = True,
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}, must be at least 1")
         self.model = load_model(
             Path(model_folder), dtype, torch.device(device), weights_from_folder
         )

@@ -32,8 +32,6 @@ from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.ranks import any_rank
 from rlef_mega.types import Episode, Problem
 
-PROTOCOLS = ("multi_turn", "independent", "random_feedback")
-
 
 class Evaluator:
     """The evaluations of a training run: a quick one on validation problems, and a full one on the

@@ -41,10 +41,7 @@ def n_at_k(
     choice of m among uniformly drawn j of p is a uniform choice of m of p.
     """
     total_, passed_, correct_, drawn = counts(total, passed, correct, draws)
-    if np.any(total_ < draws):
-        raise ValueError(
-            f"{draws} dialogues cannot be drawn from {total_.min()} without repetition"
-        )
+    assert np.all(total_ >= draws), f"{draws} of {total_.min()} dialogues, without repetition"
     picked = np.minimum(n, drawn)
     hypergeometric = np.exp(
         log_choose(passed_, drawn)
@@ -87,8 +84,7 @@ def counts(
     """Return the counts with one more axis at the end, and j = 0 .. draws along it."""
     arrays = [np.asarray(each, dtype=np.int64)[..., None] for each in (total, passed, correct)]
     total_, passed_, correct_ = np.broadcast_arrays(*arrays)
-    if draws < 1:
-        raise ValueError(f"draws = {draws} must be at least 1; raise k to the number of turns")
+    assert draws >= 1, "k is at least the number of turns"
     assert np.all((correct_ >= 0) & (correct_ <= passed_) & (passed_ <= total_)), "wrong counts"
     return total_, passed_, correct_, np.arange(draws + 1)
 
@@ -121,12 +117,9 @@ def estimate(
     `sampling` is its interval for the same problems: the dialogues of each are resampled, as in
     RLEF B.1; None if there are too few. `bootstrapped` counts the problems with fewer dialogues
     than `draws`.
-
-    Raises ValueError if a problem has no dialogue.
     """
     counts_3P = np.array([dialogues_P, passed_P, correct_P])
-    if not counts_3P.size or counts_3P[0].min() < 1:
-        raise ValueError("a problem without dialogues has no estimate; leave it out")
+    assert counts_3P.size and counts_3P[0].min() > 0, "leave out problems without dialogues"
     values_P = per_problem(*counts_3P, n=n, draws=draws)
     generator = np.random.default_rng(0)  # the same counts give the same interval
     interval = bootstrap_interval(values_P, generator=generator)

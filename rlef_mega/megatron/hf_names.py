@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from rlef_mega.megatron.network.families import FUSED_NORMS, DenseConfig, family_of, head_dim
+from rlef_mega.megatron.network.families import DenseConfig, family_of, head_dim
 from rlef_mega.megatron.network.stages import StagePosition, Stages
 from rlef_mega.run.model_folder import EMBEDDING, HEAD
 
@@ -81,9 +81,6 @@ class HFTensor:
             assert self.layer is not None
             layers = model.decoder.layers
             module = layers[self.layer - layers[0].layer_number + 1]
-            fused = FUSED_NORMS.get(name)
-            if fused and not hasattr(module.get_submodule(name.rpartition(".")[0]), "weight"):
-                name = fused
         found = module.get_parameter(name)
         return self.rows.view(found) if self.rows else found
 

@@ -70,15 +70,6 @@ class Ranks:
         return self.layout.data_parallel_size
 
     @property
-    def microbatch_multiple(self) -> int:
-        """The number of micro-batches is a multiple of this: the pipeline's size p. Megatron's
-        interleaved schedule requires it. The plain one does not, but with m micro-batches its
-        stages are idle for (p - 1) / (m + p - 1) of the time (Narayanan et al., arXiv 2104.04473):
-        for m below p, more than half.
-        """
-        return self.pipeline_parallel_size
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
 

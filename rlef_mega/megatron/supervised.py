@@ -44,12 +44,7 @@ class SupervisedLearner:
             recompute=recompute,
             weights=weights,
         )
-        self.cutting = Cutting(
-            ranks,
-            microbatch_tokens,
-            LlamaShape.of(config).flops,
-            multiple=ranks.microbatch_multiple,
-        )
+        self.cutting = Cutting(ranks, microbatch_tokens, LlamaShape.of(config).flops)
         self.policy = TrainedModel(chunks, ranks, optimizer)
 
     @property

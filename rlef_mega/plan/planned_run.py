@@ -319,7 +319,7 @@ class PlannedRun:
     def load(self, network: Network, passes: str) -> Load:
         """Return the load of an update (TRAINING), or of scoring the batch (FORWARD)."""
         size = self.batch // self.updates if passes == TRAINING else self.batch
-        # the number of micro-batches is a multiple of the stages (`Ranks.microbatch_multiple`)
+        # the number of micro-batches is a multiple of the stages (`Cutting`)
         return fullest_load(
             self.shape,
             self.dialogues,

@@ -10,13 +10,11 @@ Answer = TypeVar("Answer")
 
 
 class LoopThread:
-    """Runs the coroutines that other threads submit, from `start` to `close`."""
+    """Runs the coroutines that other threads submit, until `close`."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
-
-    def start(self) -> None:
         self.thread.start()
 
     def submit(self, work: Coroutine[Any, Any, Answer]) -> "Future[Answer]":
@@ -50,7 +48,6 @@ class LivesInLoop:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        self.thread.start()
         try:
             self.thread.wait_for(self.open())
         except BaseException:

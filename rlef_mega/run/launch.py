@@ -254,7 +254,7 @@ def explain_memory(error: Exception, rank: str) -> str | None:
     if not isinstance(error, torch.OutOfMemoryError):
         return None
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PHASE)]
-    phase = notes[0].removeprefix(PHASE) if notes else "start"
+    phase = notes[-1].removeprefix(PHASE) if notes else "start"  # the outermost
     said = str(error).partition(" If reserved but")[0]
     return f"rank {rank}, phase {phase}: {said} {MEMORY_REMEDIES.get(phase, SHARD)}"
 

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import torch
@@ -33,12 +34,12 @@ from rlef_mega.engines.sglang.fleet import Affinity, Fleet, RequestLimits
 from rlef_mega.engines.sglang.members import Member, on_each
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.publication import BucketPublication, DiskPublication
-from rlef_mega.engines.sglang.transfer import Broadcast, SharedTensors, own_address
+from rlef_mega.engines.sglang.transfer import Broadcast, SharedTensors
 from rlef_mega.engines.sglang.weights import SentWeights, ServedModel, check_same_model
+from rlef_mega.run.addresses import address_towards
 from rlef_mega.run.event_loop import LivesInLoop
 from rlef_mega.types import Completion, Sampling
 
-WAYS = ("disk", "distributed", "tensor")
 # How long an idle connection is kept. SGLang's server closes it after 5 s; a connection that it
 # closes while a request is being sent would look like a dead server.
 KEEP_ALIVE_S = 2.0
@@ -63,11 +64,12 @@ class SGLangSession:
 class SGLangEngine(LivesInLoop):
     """Samples on the servers at `urls`; a context manager, which checks them as it opens.
 
-    `model` is the Hugging Face folder that the servers were started with. With `way` (one of WAYS)
-    this engine publishes to them ("disk" through `weights_folder`); without it, another process
-    does. With `release_memory` servers free theirs in `rest`. `take_over` allows servers that
-    another process published to. `logs` is the folder that `rlef serve` writes logs to. `told` is
-    the `infos` of another process's engine for the same servers, which are then not asked again.
+    `model` is the Hugging Face folder that the servers were started with. With `way`
+    (`ServersConfig.publish`) this engine publishes to them ("disk" through `weights_folder`);
+    without it, another process does. With `release_memory` servers free theirs in `rest`.
+    `take_over` allows servers that another process published to. `logs` is the folder that `rlef
+    serve` writes logs to. `told` is the `infos` of another process's engine for the same servers,
+    which are then not asked again.
     """
 
     def __init__(
@@ -83,8 +85,6 @@ class SGLangEngine(LivesInLoop):
         take_over: bool = False,
         told: Sequence[ServerInfo] = (),
     ) -> None:
-        if not urls:
-            raise ValueError("no SGLang servers given; start some with `rlef serve`")
         if len(set(urls)) != len(urls):
             raise ValueError(f"a server is named twice in {list(urls)}; name each once")
         self.urls, self.limits = [url.rstrip("/") for url in urls], limits or RequestLimits()
@@ -138,17 +138,14 @@ class SGLangEngine(LivesInLoop):
     def make_publication(self) -> DiskPublication | BucketPublication:
         """Return the publication that `way` selects."""
         if self.way == "disk":
-            if self.weights_folder is None:
-                raise ValueError("publication by disk needs a folder that servers can read")
+            assert self.weights_folder is not None, "servers read the weights from it"
             return DiskPublication(self.fleet, self.thread, self.weights_folder, self.folder)
         if self.way == "distributed":
             backend = "gloo" if self.info.device == "cpu" else "nccl"
-            host, deadline_s = own_address(self.urls[0]), self.limits.publish_s
-            broadcast = Broadcast(self.thread, host, backend=backend, deadline_s=deadline_s)
+            host = address_towards(urlsplit(self.urls[0]).hostname or "")
+            broadcast = Broadcast(self.thread, host, backend, self.limits.publish_s)
             return BucketPublication(self.fleet, self.thread, broadcast)
-        if self.way == "tensor":
-            return BucketPublication(self.fleet, self.thread, SharedTensors(self.thread))
-        raise ValueError(f"unknown way to publish weights {self.way!r}; known: {', '.join(WAYS)}")
+        return BucketPublication(self.fleet, self.thread, SharedTensors(self.thread))
 
     def close(self) -> None:
         if self.publication is not None:

@@ -48,7 +48,6 @@ from rlef_mega.types import Completion
 MOST_TRIES = 4  # of a request: one that kills servers must not kill all of them
 FIRST_PROBE_S = 0.2
 SLOWEST_PROBE_S = 5.0
-SETTLE_S = 2.0  # that requests wait, from `expect` on, for all servers that were ready
 
 
 @dataclass
@@ -77,15 +76,12 @@ class Fleet:
         self.members, self.limits = list(members), limits
         for member in self.members:
             member.slots = asyncio.Semaphore(limits.concurrency)
-        self.none_since_s: float | None = (
-            None  # when the last ready server failed; the loop's clock
-        )
+        # when the last ready server failed, by the loop's clock
+        self.none_since_s: float | None = None
         self.version: int | None = None
         self.restore: Callable[[Client], Awaitable[None]] | None = None
         self.control = asyncio.Lock()
         self.some_ready = asyncio.Event()
-        self.settled = asyncio.Event()
-        self.settled.set()
         self.tasks: set[asyncio.Task[Any]] = set()  # all that run
         self.counts: Counter[str] = Counter()  # see SGLangEngine.counts
 
@@ -170,9 +166,7 @@ class Fleet:
     async def slot(self, affinity: Affinity) -> AsyncIterator[Member]:
         """Wait for a slot at the dialogue's server, or at the least loaded one if that is out."""
         while True:
-            while not (self.settled.is_set() and self.some_ready.is_set()):
-                await self.wait_for_some()
-                await self.settled.wait()
+            await self.wait_for_some()
             if affinity.member is None or not affinity.member.ready:
                 ready = [member for member in self.members if member.ready]
                 # ties are broken by chance, or all ranks would begin with the first server
@@ -210,27 +204,16 @@ class Fleet:
 
     # ------------------------------------------------------------ who is ready
 
-    async def expect(self, version: int, served: Collection[str] = ()) -> None:
-        """Use from now on only servers with this version, which another process published.
-
-        Those `served` have it; each other is asked for it. If none is known to have it, requests
-        wait for all that were ready, or the first server with the weights would get all of them;
-        after SETTLE_S they do not wait for the others.
-        """
-        awaited = [member for member in self.members if member.ready] or self.members
+    async def expect(self, version: int, served: Collection[str]) -> None:
+        """Use from now on only servers with this version, which another process published. Those
+        `served` have it; each other is asked for it."""
         self.version = version
-        self.settled.clear()
-        probes = []
         for member in self.members:
             if member.client.url in served:
                 self.bring_back(member)
-                continue
-            self.put_aside(member)
-            probe = self.probe(member)
-            probes += [probe] if member in awaited else []
-        if probes and not served:
-            await asyncio.wait(probes, timeout=SETTLE_S)
-        self.settled.set()
+            else:
+                self.put_aside(member)
+                self.probe(member)
 
     async def install(self, version: int, members: Sequence[Member]) -> None:
         """Note that these servers have the version, verified; the others are taken out."""
@@ -269,10 +252,9 @@ class Fleet:
         self.none_since_s = None
         self.some_ready.set()
 
-    def probe(self, member: Member) -> asyncio.Task[None]:
+    def probe(self, member: Member) -> None:
         if member.probing is None:
             member.probing = self.start(self.probe_until_ready(member))
-        return member.probing
 
     async def probe_until_ready(self, member: Member) -> None:
         """Bring the server back once it has the current weights; ask at growing intervals."""

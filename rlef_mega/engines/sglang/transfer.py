@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ import torch.multiprocessing  # its tensors are pickled as handles
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.client import Client
 from rlef_mega.engines.sglang.members import Member, on_all, on_each
-from rlef_mega.run.addresses import address_towards, bracketed
+from rlef_mega.run.addresses import bracketed
 from rlef_mega.run.event_loop import LoopThread
 
 Bucket = Sequence[tuple[str, torch.Tensor]]
@@ -29,7 +28,7 @@ class Broadcast:
     """Sends buckets through a process group. The servers connect to this machine at the address
     `host`; `backend` is nccl or gloo."""
 
-    def __init__(self, thread: LoopThread, host: str, *, backend: str, deadline_s: float) -> None:
+    def __init__(self, thread: LoopThread, host: str, backend: str, deadline_s: float) -> None:
         self.thread, self.host, self.backend = thread, host, backend
         self.deadline_s = deadline_s
         self.group: dist.ProcessGroup | None = None
@@ -166,8 +165,3 @@ def make_group(
     )
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
     return group
-
-
-def own_address(url: str) -> str:
-    """Return this machine's address on the route to a server."""
-    return address_towards(urlsplit(url).hostname or "")

@@ -6,15 +6,15 @@ Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` togeth
   training continues. At most one save is in flight: the next one waits for it.
 - `poll`, called at each step's end, asks whether all ranks' threads have finished (one flag is
   reduced, and only while a save is in flight). If so, rank 0 gathers what each rank wrote. Its
-  thread then writes index, generators, meta and, last, the manifest, renames the folder, and
-  deletes old checkpoints. A later `poll` broadcasts the result to all ranks.
+  thread then writes index, meta and, last, the manifest, renames the folder, and deletes old
+  checkpoints. A later `poll` broadcasts the result to all ranks.
 - `finish` polls until nothing is in flight: at a stop, and at the end of the run.
 - If a save fails on any rank (disk full, no permission), all ranks cancel it: its folder is
   removed, nothing older is deleted, the failure is counted and reported, and training continues.
 
 `files` describes what a kill may leave on the disk.
 
-    step_000010/manifest.json  meta.json  rng.pt  networks/
+    step_000010/manifest.json  meta.json  networks/
 """
 
 import json
@@ -28,16 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, differences
 from rlef_mega.megatron.checkpoints import files
 from rlef_mega.megatron.checkpoints import state as state_of
-from rlef_mega.megatron.checkpoints.files import GENERATORS, META, NETWORKS
+from rlef_mega.megatron.checkpoints.files import META, NETWORKS
 from rlef_mega.megatron.checkpoints.torch_dist import write_index
 from rlef_mega.megatron.checkpoints.writer import Share, take_snapshot, write_share
 from rlef_mega.megatron.cpu_shim import calls_megatron
@@ -46,7 +45,7 @@ from rlef_mega.megatron.offload import HostBuffer
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
 from rlef_mega.run.directory import flush_to_disk
-from rlef_mega.run.ranks import any_rank, gather
+from rlef_mega.run.ranks import any_rank, from_rank_0, gather
 
 
 class Checkpointable(Protocol):
@@ -61,14 +60,8 @@ class Checkpointable(Protocol):
         """Bring offloaded weights and optimizer states to the device."""
 
 
-@dataclass(frozen=True)
-class RankState:
-    """What one rank contributes to meta.json and rng.pt, as of the saved step."""
-
-    updates: dict[str, int]
-    models: dict[str, dict[str, Any]]
-    coordinates: dict[str, list[int]]
-    generators: dict[str, Any]
+# of each network that a rank trains: its updates and fingerprint, as of the saved step
+RankState = dict[str, tuple[int, dict[str, Any]]]
 
 
 @dataclass
@@ -172,9 +165,8 @@ class Checkpoints:
 
     def conclude(self, saving: Saving) -> None:
         """Broadcast whether rank 0's thread has completed the checkpoint. Collective."""
-        outcome = [fault_of(saving.work, self.folder) or saving.work.result()]
-        dist.broadcast_object_list(outcome)  # world, from rank 0
-        self.saving, self.fault = None, outcome[0]
+        self.fault = from_rank_0(fault_of(saving.work, self.folder) or saving.work.result())
+        self.saving = None
         if self.fault is None:
             self.saved_last = saving.meta["step"]
         else:
@@ -220,11 +212,9 @@ class Checkpoints:
         """
         if self.leads:
             files.remove_leftovers(self.folder)
-        candidates = [files.steps_in(self.folder)]
-        dist.broadcast_object_list(candidates)  # world, from rank 0: one listing for all
         refused: list[Path] = []
         faults: list[str] = []
-        for path in reversed(candidates[0]):
+        for path in reversed(from_rank_0(files.steps_in(self.folder))):  # one listing for all
             fault = fault_for(path, self.learner)
             if fault is None:
                 resumed = read_checkpoint(path, self.learner)
@@ -270,13 +260,8 @@ def existing(folder: Path) -> Path:
 
 
 def rank_state(learner: Checkpointable) -> RankState:
-    trained = learner.trained
-    return RankState(
-        {name: model.updates for name, model in trained.items()},
-        {name: state_of.fingerprint(model) for name, model in trained.items()},
-        {name: state_of.coordinates(model) for name, model in trained.items()},
-        state_of.random_state(),
-    )
+    trained = learner.trained.items()
+    return {name: (model.updates, state_of.fingerprint(model)) for name, model in trained}
 
 
 def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]) -> None:
@@ -284,15 +269,14 @@ def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]
     folder = saving.folder
     stored = {index: info for share in shares for index, info in share.stored.items()}
     names = write_index(folder / NETWORKS, saving.metadata, stored)
-    torch.save([rank.generators for rank in ranks], folder / GENERATORS)
+    networks = {name: state for rank in ranks for name, state in rank.items()}
     meta = saving.meta | {
-        "updates": {name: n for rank in ranks for name, n in rank.updates.items()},
-        "models": {name: model for rank in ranks for name, model in rank.models.items()},
-        "places": [rank.coordinates for rank in ranks],
+        "updates": {name: updates for name, (updates, _) in networks.items()},
+        "models": {name: model for name, (_, model) in networks.items()},
     }
     (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
     manifest = {name: entry for share in shares for name, entry in share.files.items()}
-    for name in (*(f"{NETWORKS}/{name}" for name in names), GENERATORS, META):
+    for name in (*(f"{NETWORKS}/{name}" for name in names), META):
         flush_to_disk(folder / name)
         manifest[name] = files.describe_file(folder / name)
     files.seal(folder, manifest)
@@ -302,12 +286,11 @@ def fault_for(path: Path, learner: Checkpointable) -> str | None:
     """Find out why this learner cannot resume from a checkpoint; None if it can. Checks sizes and
     model first, then reads all files, each rank its share. Every rank returns the same. Collective.
     """
-    models = {name: state_of.fingerprint(model) for name, model in learner.trained.items()}
-    ours = {name: model for share in gather(models) for name, model in share.items()}
-    found = [(files.fault_in(path) or misfit(path, ours), None)]
-    dist.broadcast_object_list(found)  # world, from rank 0
-    if found[0][0] is not None:
-        return found[0][0]
+    shares = gather(rank_state(learner))
+    ours = {name: model for share in shares for name, (_, model) in share.items()}
+    found = from_rank_0(files.fault_in(path) or misfit(path, ours))
+    if found is not None:
+        return found
     try:
         manifest = files.read_manifest(path)
         mine = sorted(manifest)[learner.ranks.rank :: learner.ranks.world_size]
@@ -323,8 +306,8 @@ def misfit(path: Path, ours: dict[str, dict[str, Any]]) -> str | None:
     if theirs.keys() != ours.keys():
         return f"checkpoint {path} holds {sorted(theirs)}, this run trains {sorted(ours)}"
     for name, model in ours.items():
-        if found := state_of.differences(theirs[name], model):
-            return f"checkpoint {path} is of another model: its {name} has {found}"
+        if other := differences(theirs[name], dict.fromkeys(theirs[name]) | model):
+            return f"checkpoint {path} is of another model: its {name} has {other}"
     return None
 
 
@@ -338,11 +321,6 @@ def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str,
         fill(path, parts)
         for name, model in learner.trained.items():
             state_of.set_updates(model, meta["updates"][name])
-    trained = learner.trained.items()
-    coordinates = gather({name: state_of.coordinates(model) for name, model in trained})
-    if coordinates == meta["places"]:  # else ranks keep the generators made from the seed
-        generators = torch.load(path / GENERATORS, weights_only=True)
-        state_of.restore_random_state(generators[learner.ranks.rank])
     return meta["step"], meta["state"]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from rlef_mega.config import ConfigError
 from rlef_mega.run.directory import flush_to_disk, write_atomically
 
-MANIFEST, META, GENERATORS, NETWORKS = "manifest.json", "meta.json", "rng.pt", "networks"
+MANIFEST, META, NETWORKS = "manifest.json", "meta.json", "networks"
 LATE_SCORE = "score.json"  # of an evaluation that finished after the save
 STEP_FOLDER = re.compile(r"step_(\d+)")
 LEFTOVER = re.compile(r"step_\d+\.(tmp|deleted)")

@@ -13,21 +13,19 @@ ranks yet. Keys and global shapes are Megatron's own, after the network's name:
     policy.decoder.layers.mlp.linear_fc1.weight
     policy.optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight
 
-The rest of an optimizer, its step and groups, follows from the recipe and `updates`. Shape suffix:
-F flat values.
+The rest of an optimizer, its step and groups, follows from the recipe and `updates`. No generator's
+state is saved, because training draws from none that outlives a step: there is no dropout, and
+whatever is drawn has a seed of its own. Shape suffix: F flat values.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
-import numpy
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.network.packed_llama import PackedLlama
@@ -58,12 +56,6 @@ def fingerprint(model: TrainedModel) -> dict[str, Any]:
     config = module.hf_config.to_dict()
     found = {key: config[key] for key in SHAPE_KEYS if config.get(key) is not None}
     return found | {"dtype": str(module.config.params_dtype).removeprefix("torch.")}
-
-
-def coordinates(model: TrainedModel) -> list[int]:
-    """Return this rank's rank and size in each group of the layout: tensor, pipeline, data."""
-    groups = model.ranks.groups
-    return [number for g in (groups.tp, groups.pp, groups.dp_cp) for number in (g.rank(), g.size())]
 
 
 @calls_megatron
@@ -225,41 +217,3 @@ def set_updates(model: TrainedModel, updates: int) -> None:
             continue
         for parameter in group["params"]:
             inner.state[parameter]["step"].fill_(updates)
-
-
-# ------------------------------------------------------------------------------------ generators
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every generator of this process, in types that torch.load reads without
-    running code."""
-    algorithm, keys, *rest = numpy.random.get_state(legacy=True)
-    assert isinstance(keys, numpy.ndarray)
-    state = {
-        "python": random.getstate(),
-        "numpy": (algorithm, torch.from_numpy(keys.astype("int64")), *rest),
-        "torch": torch.get_rng_state(),
-        "megatron": dict(get_cuda_rng_tracker().get_states()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    algorithm, keys, *rest = state["numpy"]
-    numpy.random.set_state((algorithm, keys.numpy().astype("uint32"), *rest))
-    torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Describe differing settings, such as "hidden_size 4096, this run has 2048"."""
-    return ", ".join(
-        f"{key} {theirs.get(key)}, this run has {ours.get(key)}"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-    )

@@ -18,13 +18,6 @@ from rlef_mega.run.model_folder import INDEX
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TEMPLATES = "additional_chat_templates"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def dtype_named(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in DTYPES:
-        raise ConfigError(f"--dtype {name!r}: use one of {', '.join(DTYPES)}")
-    return DTYPES[name] if name else None
 
 
 def copy_companions(source: Path, out: Path, *, role: Role, dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from rlef_mega.megatron.checkpoints.files import META, NETWORKS, describe_file, write_manifest
 from rlef_mega.megatron.checkpoints.torch_dist import ChecksummedFile, Locations, write_index
 from rlef_mega.megatron.convert.checkpoint_folder import MODEL, Checkpoint
-from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions, dtype_named
+from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
 from rlef_mega.megatron.convert.resumable_folder import (
     FINISHED,
     PlannedFile,
@@ -97,7 +97,7 @@ def import_folder(
     """Write a Hugging Face folder as a checkpoint of a policy's weights. `dtype` None keeps the
     folder's. Raises ConfigError; `out` is complete or does not exist."""
     folder = find_model(folder)
-    plan = plan_import(folder, out, dtype_named(dtype))
+    plan = plan_import(folder, out, getattr(torch, dtype) if dtype else None)
     plan.write(source=folder, overwrite=overwrite)
     if verify:
         compare_weights(Checkpoint(out, folder), folder, "policy", exported=False)

@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.checkpoints.torch_dist import METADATA
 from rlef_mega.megatron.hf_names import HFTensor
-from rlef_mega.megatron.network.families import FUSED_NORMS
 
 LAYERS = "decoder.layers."
-# norms under the names that Transformer Engine's layers have without our map
-OWN_NAMES = {f"{LAYERS}{fused}": f"{LAYERS}{own}" for own, fused in FUSED_NORMS.items()}
+OWN_NAMES = {  # of norms, which Transformer Engine's layers name differently
+    f"{LAYERS}self_attention.linear_qkv.layer_norm_weight": f"{LAYERS}input_layernorm.weight",
+    f"{LAYERS}mlp.linear_fc1.layer_norm_weight": f"{LAYERS}pre_mlp_layernorm.weight",
+}
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity

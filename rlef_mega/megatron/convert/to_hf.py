@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from rlef_mega.config import ConfigError, read_json
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint, find_checkpoint
-from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions, dtype_named
+from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
 from rlef_mega.megatron.convert.resumable_folder import PlannedFile, ResumableFolder, fingerprint
 from rlef_mega.megatron.convert.verify import compare_weights
 from rlef_mega.megatron.hf_names import Role, tensors_of
@@ -37,10 +37,10 @@ def export_checkpoint(
     """Write a checkpoint as a Hugging Face folder: the one at `path`, or the run's newest one or
     that of `step`. `dtype` None keeps the checkpoint's; a value head is always fp32. Raises
     ConfigError; `out` is complete or does not exist."""
-    if role not in ("policy", "critic"):
-        raise ConfigError(f"--role {role!r}: use one of critic, policy")
     checkpoint = find_checkpoint(path, step, model)
-    plan = plan_export(checkpoint, out, role, dtype_named(dtype), max_shard_size)
+    plan = plan_export(
+        checkpoint, out, role, getattr(torch, dtype) if dtype else None, max_shard_size
+    )
     plan.write(source=checkpoint.folder, overwrite=overwrite)
     if verify:
         compare_weights(checkpoint, out, role, exported=True)

@@ -30,6 +30,14 @@ class PackedSequences(PackedSeqParams):
     lengths: tuple[int, ...] = ()
     rotation: Rotation | None = None
 
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Where sequences begin, and the longest, of queries and of keys, as varlen kernels take
+        them."""
+        starts, longest = self.cu_seqlens_q, max(self.lengths)
+        assert starts is not None
+        return starts, starts, longest, longest
+
 
 def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequences:
     """Describe sequences of these lengths, end to end."""
@@ -53,17 +61,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def rotated(
-    query_THD: torch.Tensor,
-    key_TKD: torch.Tensor,
-    packed: PackedSequences,
-    frequencies_E: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys by their positions."""
-    assert packed.rotation is not None and frequencies_E is not None
-    return packed.rotation(query_THD, frequencies_E), packed.rotation(key_TKD, frequencies_E)
-
-
 class PackedAttention(MegatronModule):
     """The `core_attention` of our layers; the constructor's arguments are Megatron's."""
 
@@ -73,12 +70,10 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        softmax_scale: float | None = None,
         **unused: object,
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal
-        self.scale = softmax_scale
         self.frequencies_E: torch.Tensor | None = None  # the model's, given once it is built
 
     def forward(
@@ -92,68 +87,46 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
         """Attend from [T, H, D] to [T, K, D]. Returns [T, H * D]."""
-        assert packed_seq_params is not None, "our batches are always packed"
-        query, key = rotated(query, key, packed_seq_params, self.frequencies_E)
+        assert packed_seq_params is not None and self.frequencies_E is not None
+        assert packed_seq_params.rotation is not None, "our batches are always packed"
+        query, key = (packed_seq_params.rotation(x, self.frequencies_E) for x in (query, key))
         # a view would keep the product of queries, keys and values for the backward pass
         value = value.contiguous()
         kernel = attention_kernel(query.device.type, query.dtype)
         if kernel == "flash-attn":
-            output_THD = self.flash_attention(query, key, value, packed_seq_params)
+            output_THD = flash_attention(query, key, value, packed_seq_params)
         elif kernel == "torch-varlen":
-            output_THD = self.torch_varlen(query, key, value, packed_seq_params)
+            output_THD = torch_varlen(query, key, value, packed_seq_params)
         else:
-            output_THD = self.attention_by_sequence(query, key, value, packed_seq_params)
+            output_THD = attention_by_sequence(query, key, value, packed_seq_params)
         return output_THD.flatten(1)
 
-    def flash_attention(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
-        from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            softmax_scale=self.scale,
-            causal=True,
+def flash_attention(query, key, value, packed: PackedSequences) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(query, key, value, *packed.bounds, causal=True)
+
+
+def torch_varlen(query, key, value, packed: PackedSequences) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = varlen_options(varlen_attn)
+    if "is_causal" in options:  # PyTorch 2.10 has no grouped heads
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    output_THD = varlen_attn(query, key, value, *packed.bounds, **options)
+    assert isinstance(output_THD, torch.Tensor)  # a tuple only with `return_aux`
+    return output_THD
+
+
+def attention_by_sequence(query, key, value, packed: PackedSequences) -> torch.Tensor:
+    lengths = list(packed.lengths)
+    parts = (tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value))
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(
+            q_HSD[None], k_KSD[None], v_KSD[None], is_causal=True, enable_gqa=True
         )
-
-    def torch_varlen(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        options = varlen_options(varlen_attn)
-        if "is_causal" in options:  # PyTorch 2.10 has no grouped heads
-            group = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        if self.scale is not None:  # PyTorch 2.10 has only the default
-            options["scale"] = self.scale
-        output_THD = varlen_attn(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            **options,
-        )
-        assert isinstance(output_THD, torch.Tensor)  # a tuple only with `return_aux`
-        return output_THD
-
-    def attention_by_sequence(self, query, key, value, packed: PackedSequences) -> torch.Tensor:
-        lengths = list(packed.lengths)
-        parts = (tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value))
-        outputs = [
-            torch.nn.functional.scaled_dot_product_attention(
-                q_HSD[None],
-                k_KSD[None],
-                v_KSD[None],
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=True,
-            )
-            for q_HSD, k_KSD, v_KSD in zip(*parts, strict=True)
-        ]
-        return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+        for q_HSD, k_KSD, v_KSD in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)

@@ -117,10 +117,3 @@ def rope_parameters(config: DenseConfig) -> dict[str, Any]:
 def head_dim(config: DenseConfig) -> int:
     """Return the width of a head as transformers' attention does; Qwen2's config has none."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-# Transformer Engine's names of a layer's norms. Checkpoints have the names on the left.
-FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}

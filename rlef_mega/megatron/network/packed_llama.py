@@ -41,33 +41,18 @@ from megatron.core.transformer.transformer_layer import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rlef_kernels import linear_logprob, linear_ppo_loss, linear_score
-from rlef_mega.config import ParallelConfig, check_layout
+from rlef_kernels import linear_logprob, linear_score
+from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.accelerations import choose
 from rlef_mega.megatron.network.attention import PackedAttention
 from rlef_mega.megatron.network.families import (
     DenseConfig,
-    check_family,
     family_of,
     head_dim,
 )
-from rlef_mega.megatron.network.feed_forward import GatedMLP
 from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 from rlef_mega.megatron.parallel import Ranks
-
-
-def check_model(config: DenseConfig, parallel: ParallelConfig) -> None:
-    """Raise ConfigError for a model that we do not build, or that the layout cannot split."""
-    check_family(config)
-    check_layout(
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads or config.num_attention_heads,
-        layers=config.num_hidden_layers,
-        vocab_size=config.vocab_size,
-        ffn=config.intermediate_size,
-        parallel=parallel,
-    )
 
 
 def transformer_config(
@@ -207,7 +192,6 @@ class PackedLlama(GPTModel):
         chunk: int = 0,
     ) -> None:
         parallel = ranks.layout
-        check_model(hf_config, parallel)
         stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
         position = StagePosition(ranks.pipeline_parallel_rank, chunk)
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
@@ -236,8 +220,6 @@ class PackedLlama(GPTModel):
             frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
         frequencies_E = frequencies.to(ranks.device, torch.float32)
         for layer in self.decoder.layers:
-            if type(layer.mlp) is MLP:  # Megatron's specs accept only this class
-                layer.mlp.__class__ = GatedMLP
             layer.self_attention.core_attention.frequencies_E = frequencies_E
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):
@@ -303,36 +285,6 @@ class PolicyModel(PackedLlama):
             targets_R,
             temperature=temperature,
             group=self.pg_collection.tp,
-            accumulate_main_grad=self.has_main_grad,
-        )
-
-    def policy_loss(
-        self,
-        hidden: torch.Tensor,
-        rows_R: torch.Tensor,
-        targets_R: torch.Tensor,
-        old_logprobs_R: torch.Tensor,
-        behaviour_logprobs_R: torch.Tensor,
-        advantages_R: torch.Tensor,
-        *,
-        clip_eps: float,
-        temperature: float,
-        denominator: float,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute `ppo.policy_loss` at these rows, with their mean entropy among its metrics. It is
-        computed inside the head, which saves a quarter of its matrix products.
-        """
-        return linear_ppo_loss(
-            self.rows(hidden, rows_R),
-            self.output_weight,
-            targets_R,
-            old_logprobs_R,
-            behaviour_logprobs_R,
-            advantages_R,
-            clip_eps=clip_eps,
-            temperature=temperature,
-            group=self.pg_collection.tp,
-            denominator=denominator,
             accumulate_main_grad=self.has_main_grad,
         )
 

@@ -166,7 +166,6 @@ def test_a_failed_wave_reaches_every_dialogue_and_none_hangs(engine):
         ([5], Sampling(0), 0, "max_new_tokens is 0"),
         ([5], Sampling(4, temperature=-1.0), 0, "temperature is -1.0"),
         ([5], Sampling(4, top_p=0.0), 0, "top_p is 0.0"),
-        ([5], SAMPLING, -3, "seed is -3"),
     ],
 )
 def test_a_request_that_cannot_be_served_fails_alone(engine, token_ids, sampling, seed, message):

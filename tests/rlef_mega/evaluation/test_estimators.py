@@ -76,13 +76,13 @@ def test_one_of_n_selected_among_all_that_pass_by_hand(samples, n, expected):
 
 def test_too_few_dialogues_are_drawn_with_repetition_and_counted():
     held, passed, correct = [2, 6], [1, 3], [1, 1]
-    with pytest.raises(ValueError, match="4 dialogues cannot be drawn from 2"):
+    with pytest.raises(AssertionError, match="4 of 2 dialogues"):
         n_at_k(held, passed, correct, n=2, draws=4)
     values = per_problem(held, passed, correct, n=2, draws=4)
     assert values[0] == n_at_k_with_repetition(2, 1, 1, n=2, draws=4)
     assert values[1] == n_at_k(6, 3, 1, n=2, draws=4)
     assert estimate(held, passed, correct, n=2, draws=4)["bootstrapped"] == 1
-    with pytest.raises(ValueError, match="without dialogues"):
+    with pytest.raises(AssertionError, match="without dialogues"):
         estimate([], [], [], n=1, draws=1)
 
 

@@ -8,14 +8,12 @@ file system of its own, or empty.
 
 import json
 import os
-import random
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 
@@ -34,8 +32,6 @@ def run(folder: Path, steps: int) -> None:
     directory = RunDirectory(folder)
     directory.lock()
     learner = make_learner(initialize(ParallelConfig(), seed=3), folder.parent / "large")
-    random.seed(3)
-    numpy.random.seed(3)
     checkpoints = Checkpoints(directory.checkpoints, learner, keep=1)
     resumed = checkpoints.resume()
     first = resumed[0] if resumed else 0
@@ -43,8 +39,7 @@ def run(folder: Path, steps: int) -> None:
     batch = make_batch(4)
     for step in range(first + 1, steps + 1):
         stats = one_batch(learner, batch, seed=step)["stats"]
-        noise = [random.random(), float(numpy.random.rand()), float(torch.rand(()))]
-        directory.append_metrics({"step": step, **stats, "noise": noise})
+        directory.append_metrics({"step": step, **stats})
         checkpoints.poll()
         checkpoints.save(step, {})
     checkpoints.require_saved()
@@ -79,7 +74,6 @@ def faults(folder: Path, disk: str) -> None:
     one_batch(learner, batch, seed=1)
     found["moments"] = [moments()]
     checkpoints.save(1, {"at": 1}, score=0.5)
-    random_at_1 = draws()
     one_batch(learner, batch, seed=2)
     checkpoints.save(2, {"at": 2}, score=0.75)
     checkpoints.save(3, {"at": 3}, score=0.25)
@@ -118,7 +112,6 @@ def faults(folder: Path, disk: str) -> None:
     one_batch(learner, batch, seed=3)
     other.save(1, {"at": 1})
     found["moments"] = [start, moments()]
-    random_at_1 = draws()
     one_batch(learner, batch, seed=4)
     other.save(2, {"at": 2})
     other.finish()
@@ -132,12 +125,11 @@ def faults(folder: Path, disk: str) -> None:
     found["resumed"] = other.resume()
     found["moments"].append(moments())
     found["updates"] = [model.updates for model in learner.trained.values()]
-    found["draws"] = [random_at_1, draws()]
     found["set_aside"] = names(folder / "flipped")
 
     # no checkpoint is left to resume from
     if ranks.is_writer:
-        (folder / "flipped/step_000001/rng.pt").unlink()
+        (folder / "flipped/step_000001/networks/common.pt").unlink()
     dist.barrier()
     found["none"] = refusal(other.resume)
 
@@ -174,19 +166,6 @@ def fill_disk(disk: Path, learner, writer: bool, names) -> dict[str, Any]:
     found["saved"].append(checkpoints.finish())
     found["emptied"] = names(disk / "saves")
     return found
-
-
-def draws() -> list[float]:
-    """Draw a number from each generator."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    tracked = get_cuda_rng_tracker().get_states()["model-parallel-rng"].sum()
-    return [
-        random.random(),
-        float(numpy.random.rand()),
-        float(torch.rand(())),
-        float(tracked),
-    ]
 
 
 def refusal(load) -> str:

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from typer.testing import CliRunner
 
+from rlef_mega.cli import app
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert import from_hf, resumable_folder
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
@@ -337,8 +339,8 @@ def test_checkpoints_that_do_not_fit_are_refused(
         export_checkpoint(folder, out)
     with pytest.raises(ConfigError, match="--step chooses from a run directory"):
         export_checkpoint(imported, out, step=3)
-    with pytest.raises(ConfigError, match="use one of critic, policy"):
-        export_checkpoint(imported, out, role="both")
+    run = CliRunner().invoke(app, ["export-hf", str(imported), str(out), "--role", "both"])
+    assert run.exit_code == 2 and "'both' is not one of 'policy', 'critic'" in run.output
     with pytest.raises(ConfigError, match="max-shard-size"):
         export_checkpoint(imported, out, max_shard_size="many")
     with pytest.raises(ConfigError, match=r"holds no weights under 'critic\.'"):

@@ -118,7 +118,7 @@ def test_attention_keeps_its_value_but_not_the_product_that_it_is_part_of():
     query, key, value = product.view(26, 8, 8).split([4, 2, 2], dim=1)
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
-    attention.scale, attention.frequencies_E = None, torch.ones(4)
+    attention.frequencies_E = torch.ones(4)
     packed, kept = packed_sequences([20, 6], torch.device("cpu")), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         attention(query, key, value, None, packed_seq_params=packed)

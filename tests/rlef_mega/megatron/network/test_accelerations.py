@@ -23,7 +23,11 @@ from rlef_mega.megatron.network.accelerations import (
     hide_unusable,
     report,
 )
-from rlef_mega.megatron.network.attention import PackedAttention, packed_sequences
+from rlef_mega.megatron.network.attention import (
+    attention_by_sequence,
+    packed_sequences,
+    torch_varlen,
+)
 
 ROOT = Path(__file__).parents[4]
 CACHED = (choose, attention_kernel, fault)
@@ -211,8 +215,6 @@ def test_pytorchs_varlen_attention_is_called_by_its_signature(
     query = torch.randn(17, 4, 8, generator=generator)
     key, value = (torch.randn(17, 2, 8, generator=generator) for _ in range(2))
     packed = packed_sequences([9, 5, 3], torch.device("cpu"))
-    attention = PackedAttention.__new__(PackedAttention)
-    attention.scale = None
-    expected = PackedAttention.attention_by_sequence(attention, query, key, value, packed)
-    found = PackedAttention.torch_varlen(attention, query, key, value, packed)
+    expected = attention_by_sequence(query, key, value, packed)
+    found = torch_varlen(query, key, value, packed)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

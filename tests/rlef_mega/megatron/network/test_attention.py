@@ -2,7 +2,7 @@
 
 import torch
 
-from rlef_mega.megatron.network.attention import PackedAttention, packed_sequences
+from rlef_mega.megatron.network.attention import attention_by_sequence, packed_sequences
 
 
 def test_packed_attention_is_dense_attention_with_a_block_mask() -> None:
@@ -11,9 +11,7 @@ def test_packed_attention_is_dense_attention_with_a_block_mask() -> None:
     query = torch.randn(26, 4, 8, generator=generator)
     key, value = (torch.randn(26, 2, 8, generator=generator) for _ in range(2))
     packed = packed_sequences(lengths, torch.device("cpu"))
-    attention = PackedAttention.__new__(PackedAttention)
-    attention.scale = None
-    output = PackedAttention.attention_by_sequence(attention, query, key, value, packed)
+    output = attention_by_sequence(query, key, value, packed)
     owner = torch.arange(5).repeat_interleave(torch.tensor(lengths))
     allowed = (owner[:, None] == owner) & torch.ones(26, 26).tril().bool()
     dense = torch.nn.functional.scaled_dot_product_attention(
