@@ -70,10 +70,6 @@ class Ranks:
         return self.layout.data_parallel_size
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
-
-    @property
     def is_writer(self) -> bool:
         """Whether this is the rank that writes files and prints."""
         return self.rank == 0
@@ -83,7 +79,8 @@ class Ranks:
         """Whether this rank's outputs count: one rank of each data-parallel part. Its
         tensor-parallel peers have the same outputs, other stages have none.
         """
-        return self.is_last_stage and self.tensor_parallel_rank == 0
+        last = self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
+        return last and self.tensor_parallel_rank == 0
 
 
 def initialize(

@@ -1,25 +1,20 @@
 """Supervised training of a policy, without a critic: the stage that makes the demo's base model,
 and the paper's imitation ablation."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from rlef_mega.config import OptimizerConfig
-from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.hf_weights import iter_hf_weights
-from rlef_mega.megatron.microbatch import Cutting, Microbatch
-from rlef_mega.megatron.network.families import read_config
-from rlef_mega.megatron.parallel import POLICY, Ranks
-from rlef_mega.megatron.starting_point import build_network
-from rlef_mega.megatron.trained_model import Metrics, TrainedModel, train_step
+from rlef_mega.config import LearnerConfig, OptimizerConfig, PPOConfig
+from rlef_mega.megatron.learner import Learner
+from rlef_mega.megatron.microbatch import Microbatch
+from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.megatron.trained_model import Metrics, train_step
 from rlef_mega.types import Batch
 
 
-class SupervisedLearner:
-    """A policy, without a critic, trained on given dialogues."""
+class SupervisedLearner(Learner):
+    """A policy alone, without critic and reference, trained on given dialogues."""
 
     def __init__(
         self,
@@ -33,40 +28,24 @@ class SupervisedLearner:
         weights: Path | None = None,
     ) -> None:
         """Start from the folder's weights, or from those of the checkpoint `weights`."""
-        self.ranks = ranks
-        config = read_config(model_folder)
-        chunks = build_network(
-            POLICY,
-            config,
+        super().__init__(
             ranks,
             model_folder,
-            dtype=getattr(torch, dtype),
+            learner=LearnerConfig(microbatch_tokens=microbatch_tokens, policy=optimizer),
+            ppo=PPOConfig(beta=0, advantage="rloo"),
+            dtype=dtype,
+            temperature=1.0,
             recompute=recompute,
             weights=weights,
         )
-        self.cutting = Cutting(ranks, microbatch_tokens, LlamaShape.of(config).flops)
-        self.policy = TrainedModel(chunks, ranks, optimizer)
-
-    @property
-    def trained(self) -> dict[str, TrainedModel]:
-        return {POLICY: self.policy}
-
-    def whole(self) -> AbstractContextManager[None]:
-        """Do nothing: this learner never offloads."""
-        return nullcontext()
-
-    def policy_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter_hf_weights(self.policy.chunks, self.ranks)
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step on the whole batch: L = -mean over action tokens of log pi."""
+        assert self.policy is not None
         model = self.policy.last_chunk
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
-            logprobs_R, _ = model.logprobs(
-                hidden, microbatch.action_rows_R, microbatch.action_ids_R, temperature=1.0
-            )
-            value = -logprobs_R.sum() / batch.num_actions
+            value = -self.read_logprobs(model, hidden, microbatch).sum() / batch.num_actions
             return value, {"loss": value.detach()}
 
         microbatches = self.cutting.cut(batch, range(batch.num_sequences))

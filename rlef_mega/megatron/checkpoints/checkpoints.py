@@ -20,7 +20,6 @@ Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` togeth
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager
@@ -114,7 +113,7 @@ class Checkpoints:
             {"step": step, "score": score, "state": state, **self.about},
             snapshot.metadata,
             rank_state(learner),
-            self.start(write_share, folder, learner.ranks.rank, snapshot),
+            self.thread.submit(write_share, folder, learner.ranks.rank, snapshot),
         )
         if not self.asynchronous:
             self.finish()
@@ -161,7 +160,7 @@ class Checkpoints:
         reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
         dist.gather_object((report, saving.rank_state), reports)  # world, to rank 0
         saving.completing = True
-        saving.work = self.start(self.complete, saving, reports)
+        saving.work = self.thread.submit(self.complete, saving, reports)
 
     def conclude(self, saving: Saving) -> None:
         """Broadcast whether rank 0's thread has completed the checkpoint. Collective."""
@@ -178,9 +177,6 @@ class Checkpoints:
     @property
     def leads(self) -> bool:
         return self.learner.ranks.is_writer
-
-    def start(self, work: Callable[..., Any], *arguments: Any) -> Future:
-        return self.thread.submit(work, *arguments)
 
     def complete(
         self, saving: Saving, reports: list[tuple[Share | str, RankState]] | None

@@ -9,7 +9,6 @@ what differs: its weights might load and run, but as another model.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -76,9 +75,8 @@ def family_of(config: DenseConfig) -> Family:
 
 def check_family(config: DenseConfig) -> None:
     """Raise ConfigError for a config that would be built wrongly; names what differs."""
-    if config.model_type not in FAMILIES:
-        raise ConfigError(f"model_type {config.model_type!r} is not supported; {SUPPORTED}")
-    rope = rope_parameters(config)
+    rope = config.rope_parameters
+    assert rope is not None, "the config fills them in"
     if rope["rope_type"] not in ROPE_TYPES:
         raise ConfigError(f"rope_type {rope['rope_type']!r} is not supported; known: {ROPE_TYPES}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -107,11 +105,6 @@ def check_family(config: DenseConfig) -> None:
             f"layers with {', '.join(sorted(other))} are not supported; every layer must attend to "
             f"the whole context (use_sliding_window = false)"
         )
-
-
-def rope_parameters(config: DenseConfig) -> dict[str, Any]:
-    assert config.rope_parameters is not None, "the config fills them in"
-    return dict(config.rope_parameters)
 
 
 def head_dim(config: DenseConfig) -> int:
