@@ -24,17 +24,20 @@ from rlef_kernels import linear_ppo_loss
 from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.hf_weights import iter_hf_weights, relay
+from rlef_mega.megatron.checkpoints.checkpoints import load_weights
+from rlef_mega.megatron.checkpoints.files import networks_in
+from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch
 from rlef_mega.megatron.network.attention import to_device
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.network.packed_llama import (
     CriticModel,
+    PackedLlama,
     PolicyAndReference,
     PolicyModel,
 )
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
-from rlef_mega.megatron.starting_point import build_network
 from rlef_mega.megatron.trained_model import (
     FrozenModel,
     Metrics,
@@ -83,15 +86,7 @@ class Learner:
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
         self.config, self.dtype = read_config(model_folder), getattr(torch, dtype)
-        build = functools.partial(
-            build_network,
-            config=self.config,
-            ranks=ranks,
-            folder=model_folder,
-            dtype=self.dtype,
-            recompute=recompute,
-            weights=weights,
-        )
+        self.folder, self.weights, self.recompute = model_folder, weights, recompute
         flops = LlamaShape.of(self.config).flops
         self.cutting = Cutting(ranks, learner.microbatch_tokens, flops, ppo.token_level_value)
         self.offloads = learner.offload == "idle"
@@ -99,17 +94,42 @@ class Learner:
         self.policy = self.critic = self.reference = None
         # In Megatron, reading weights and making an optimizer are collective over the world, so all
         # ranks do them in the same order, whichever networks they have.
-        if ppo.beta and (chunks := build(POLICY)):
+        if ppo.beta and (chunks := self.build(POLICY)):
             self.reference = FrozenModel(chunks, ranks)
             self.settle()  # before the next one is made
-        policy = build(POLICY)
-        critic = build(CRITIC) if ppo.advantage == "critic" else []
+        policy = self.build(POLICY)
+        critic = self.build(CRITIC) if ppo.advantage == "critic" else []
         if policy:
             self.policy = TrainedModel(policy, ranks, learner.policy)
             self.settle()
         if critic:
             self.critic = TrainedModel(critic, ranks, learner.critic)
             self.settle()
+
+    @calls_megatron
+    def build(self, name: str) -> list[PackedLlama]:
+        """Build and load this rank's chunks of policy or critic; none if it has no part of it. If a
+        checkpoint to start from has no critic, the critic starts from its policy. Every rank calls
+        this: reading a checkpoint is collective over the world."""
+        ranks, weights = self.ranks, self.weights
+        if name not in ranks.networks:
+            if weights is not None:
+                load_weights(weights, name, [], ranks)
+            return []
+        kind = CriticModel if name == CRITIC else PolicyModel
+        chunks: list[PackedLlama] = [
+            kind(self.config, ranks, chunk=n, dtype=self.dtype, recompute=self.recompute)
+            for n in range(ranks.layout.virtual_pipeline_model_parallel_size)
+        ]
+        for chunk in chunks:
+            chunk.to(ranks.device)
+        if weights is None:
+            load_hf(chunks, self.folder, ranks)
+        elif name == CRITIC and CRITIC not in networks_in(weights):
+            load_weights(weights, POLICY, chunks, ranks, trunk_only=True)
+        else:
+            load_weights(weights, name, chunks, ranks)
+        return chunks
 
     @property
     def trained(self) -> dict[str, TrainedModel]:

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlef_mega.config import ParallelConfig, TrainConfig, load_config
-from rlef_mega.megatron import parallel, starting_point, trained_model
+from rlef_mega.megatron import learner, parallel, trained_model
 from rlef_mega.megatron.checkpoints import writer
 from rlef_mega.megatron.checkpoints.state import owned_state
 from rlef_mega.megatron.offload import HostBuffer
@@ -146,7 +146,7 @@ def stand_in(tokens: int) -> None:
         return shape, shape
 
     parallel.join_world = join_alone
-    starting_point.load_hf = lambda *unused: None
+    learner.load_hf = lambda *unused: None
     # without its weights a model's losses and gradient norms are arbitrary: infinite, NaN, or the
     # root of a negative number
     trained_model.math = SimpleNamespace(isfinite=lambda value: True)  # type: ignore[assignment]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -64,16 +63,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class PackedAttention(MegatronModule):
     """The `core_attention` of our layers; the constructor's arguments are Megatron's."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        **unused: object,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, **unused: object) -> None:
         super().__init__(config=config)
-        assert attn_mask_type == AttnMaskType.causal
         self.frequencies_E: torch.Tensor | None = None  # the model's, given once it is built
 
     def forward(
@@ -81,14 +72,12 @@ class PackedAttention(MegatronModule):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSequences | None = None,
+        *unused: object,
+        packed_seq_params: PackedSequences,
+        **options: object,
     ) -> torch.Tensor:
         """Attend from [T, H, D] to [T, K, D]. Returns [T, H * D]."""
-        assert packed_seq_params is not None and self.frequencies_E is not None
-        assert packed_seq_params.rotation is not None, "our batches are always packed"
+        assert packed_seq_params.rotation is not None and self.frequencies_E is not None
         query, key = (packed_seq_params.rotation(x, self.frequencies_E) for x in (query, key))
         # a view would keep the product of queries, keys and values for the backward pass
         value = value.contiguous()

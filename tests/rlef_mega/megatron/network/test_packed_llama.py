@@ -176,15 +176,16 @@ def test_packing_does_not_change_a_score(ranks: Ranks, folder: Path) -> None:
         torch.testing.assert_close(pieces, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", [{"token_budget": 60}, {"multiple": 5}], ids=["many", "empty"])
+@pytest.mark.parametrize(("budget", "stages"), [(60, 1), (10_000, 5)], ids=["many", "empty"])
 def test_micro_batches_change_an_update_only_by_rounding(
-    ranks: Ranks, folder: Path, plan: dict
+    ranks: Ranks, folder: Path, budget: int, stages: int
 ) -> None:
     """Compared with one micro-batch per update; of five, two are empty."""
     batch = make_batch(6)
     whole, cut = make_learner(ranks, folder), make_learner(ranks, folder)
     whole.cutting = replace(whole.cutting, token_budget=10_000)
-    cut.cutting = replace(cut.cutting, **{"token_budget": 10_000, **plan})
+    layout = ranks.layout.model_copy(update={"pipeline_model_parallel_size": stages})
+    cut.cutting = replace(cut.cutting, token_budget=budget, ranks=replace(ranks, layout=layout))
     assert len(whole.cutting.cut(batch, range(6))) == 1
     assert len(cut.cutting.cut(batch, range(6))) > 2
     expected, found = one_batch(whole, batch, seed=1), one_batch(cut, batch, seed=1)
