@@ -67,18 +67,14 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 class RunConfig(Section):
-    dir: str = Field(description="run directory; an existing run in it is resumed")
+    dir: str  # run directory; an existing run in it is resumed
     seed: int = 0
-    steps: int = Field(
-        gt=0, description="rollout batches; each gives ppo.updates_per_batch updates"
-    )
+    steps: int = Field(gt=0)  # rollout batches; each gives ppo.updates_per_batch updates
     checkpoint_every: int = Field(10, gt=0)
-    checkpoint_async: bool = Field(True, description="write checkpoints while training continues")
-    keep_checkpoints: int = Field(2, gt=0, description="how many of the newest to keep")
-    keep_best: bool = Field(True, description="also keep the best one on data.valid")
-    allow_change: tuple[str, ...] = Field(
-        (), description="learning rates and schedules that a resumed run may change"
-    )
+    checkpoint_async: bool = True  # write checkpoints while training continues
+    keep_checkpoints: int = Field(2, gt=0)  # how many of the newest to keep
+    keep_best: bool = True  # also keep the best one on data.valid
+    allow_change: tuple[str, ...] = ()  # learning rates and schedules that a resumed run may change
 
 
 class ModelShape(Section):
@@ -89,19 +85,15 @@ class ModelShape(Section):
     layers: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     ffn: int = Field(gt=0)
-    hidden: int | None = Field(None, gt=0, description="hidden size, for `rlef plan`")
-    head_dim: int | None = Field(None, gt=0, description="if it differs from hidden / heads")
-    tied: bool = Field(False, description="the head is the embedding, for `rlef plan`")
+    hidden: int | None = Field(None, gt=0)  # hidden size, for `rlef plan`
+    head_dim: int | None = Field(None, gt=0)  # if it differs from hidden / heads
+    tied: bool = False  # the head is the embedding, for `rlef plan`
 
 
 class ModelConfig(Section):
-    path: str = Field(
-        description="the instruction-tuned starting point: a Hugging Face folder, or the name of a "
-        "model on the hub"
-    )
-    weights: str | None = Field(
-        None, description="a checkpoint folder to start from, instead of the weights in path"
-    )
+    # the instruction-tuned starting point: a Hugging Face folder, or the name of a model on the hub
+    path: str
+    weights: str | None = None  # a checkpoint folder to start from, instead of the weights in path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"
     shape: ModelShape | None = None
@@ -112,17 +104,13 @@ class ParallelConfig(Section):
 
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
-    virtual_pipeline_model_parallel_size: int = Field(
-        1, gt=0, description="model chunks per pipeline rank; above 1, the interleaved schedule"
-    )
-    pipeline_layers: tuple[int, ...] | None = Field(
-        None, description="layers of each stage, in the network's order; None: balanced"
-    )
+    # model chunks per pipeline rank; above 1, the interleaved schedule
+    virtual_pipeline_model_parallel_size: int = Field(1, gt=0)
+    # layers of each stage, in the network's order; None: balanced
+    pipeline_layers: tuple[int, ...] | None = None
     data_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool = False
-    overlap: bool = Field(
-        True, description="overlap gradient reduction and weight gathering with computation"
-    )
+    overlap: bool = True  # overlap gradient reduction and weight gathering with computation
     processes_per_node: int = Field(8, gt=0)
 
     @property
@@ -147,40 +135,28 @@ class ServersConfig(Section):
     """SGLang servers, for `rollout.engine = "sglang"`: how `rlef serve` starts them on a node, and
     how training reaches them."""
 
-    urls: tuple[str, ...] = Field(
-        (), description="like http://node7:30000; empty: those that `rlef serve` starts here"
-    )
-    count: int = Field(1, gt=0, description="servers that `rlef serve` starts on its node")
-    tensor_parallel_size: int = Field(1, gt=0, description="GPUs of a server")
-    first_gpu: int = Field(
-        0, ge=0, description="GPU of the first server; the next ones take the GPUs after it"
-    )
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(30000, gt=0, lt=65536, description="of the first server; the others follow")
-    memory_fraction: float = Field(
-        0.8, gt=0, lt=1, description="share of the device for weights and KV cache"
-    )
+    # like http://node7:30000; empty: those that `rlef serve` starts here
+    urls: tuple[str, ...] = ()
+    count: int = Field(1, gt=0)  # servers that `rlef serve` starts on its node
+    tensor_parallel_size: int = Field(1, gt=0)  # GPUs of a server
+    first_gpu: int = Field(0, ge=0)  # GPU of the first server; the next ones take the GPUs after it
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = Field(30000, gt=0, lt=65536)  # of the first server; the others follow
+    memory_fraction: float = Field(0.8, gt=0, lt=1)  # share of the device for weights and KV cache
     device: Literal["cuda", "cpu"] = "cuda"
-    python: str = Field(
-        ".venv-sglang/bin/python", description="the Python of SGLang's own environment"
-    )
-    release_memory: bool = Field(
-        False,
-        description="servers share the trainer's GPUs and release their memory while it trains",
-    )
-    arguments: tuple[str, ...] = Field((), description="more arguments for each SGLang server")
-    ready_s: float = Field(1800.0, gt=0, description="timeout for a server to load the model")
-    publish: Literal["disk", "distributed", "tensor"] = Field(
-        "disk",
-        description="send weights through the run directory, by NCCL (gloo on a CPU), or, on the "
-        "same node, by CUDA IPC (shared memory on a CPU)",
-    )
-    publish_s: float = Field(600.0, gt=0, description="timeout of each request of a publication")
-    concurrency: int = Field(256, gt=0, description="open requests of each rank to each server")
-    deadline_s: float = Field(1800.0, gt=0, description="of a request, retries included")
-    lost_s: float = Field(
-        900.0, gt=0, description="after this time without any server, the run saves and stops"
-    )
+    python: str = ".venv-sglang/bin/python"  # the Python of SGLang's own environment
+    # servers share the trainer's GPUs and release their memory while it trains
+    release_memory: bool = False
+    arguments: tuple[str, ...] = ()  # more arguments for each SGLang server
+    ready_s: float = Field(1800.0, gt=0)  # timeout for a server to load the model
+    # send weights through the run directory, by NCCL (gloo on a CPU), or, on the same node, by CUDA
+    # IPC (shared memory on a CPU)
+    publish: Literal["disk", "distributed", "tensor"] = "disk"
+    publish_s: float = Field(600.0, gt=0)  # timeout of each request of a publication
+    concurrency: int = Field(256, gt=0)  # open requests of each rank to each server
+    deadline_s: float = Field(1800.0, gt=0)  # of a request, retries included
+    # after this time without any server, the run saves and stops
+    lost_s: float = Field(900.0, gt=0)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -195,48 +171,30 @@ class ServersConfig(Section):
 
 class RolloutConfig(Section):
     episodes_per_batch: int = Field(1024, gt=0)
-    samples_per_problem: int = Field(
-        1, gt=0, description="dialogues of a batch about the same problem"
-    )
-    turns: int = Field(3, ge=1, le=10, description="1 is single-turn training")
+    samples_per_problem: int = Field(1, gt=0)  # dialogues of a batch about the same problem
+    turns: int = Field(3, ge=1, le=10)  # 1 is single-turn training
     feedback: Literal["true", "none", "private"] = "true"
-    feedback_tokens: int | None = Field(
-        None, gt=0, description="of one feedback; None: as many as the context has room for"
-    )
-    feedback_cut: Literal["middle", "right"] = Field(
-        "middle", description="where feedback is cut that exceeds these tokens or the context"
-    )
-    program: Literal["first", "last", "only"] = Field(
-        "first", description="which code block of a response is its program"
-    )
+    # of one feedback; None: as many as the context has room for
+    feedback_tokens: int | None = Field(None, gt=0)
+    # where feedback is cut that exceeds these tokens or the context
+    feedback_cut: Literal["middle", "right"] = "middle"
+    # which code block of a response is its program
+    program: Literal["first", "last", "only"] = "first"
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(1024, gt=0)
-    max_context: int = Field(8192, gt=0, description="tokens of a whole dialogue")
-    engine: Literal["local", "sglang"] = Field(
-        "local", description="local: sample in each training process, on its device"
-    )
+    max_context: int = Field(8192, gt=0)  # tokens of a whole dialogue
+    # local: sample in each training process, on its device
+    engine: Literal["local", "sglang"] = "local"
     servers: ServersConfig = ServersConfig()
-    mode: Literal["sync", "async"] = Field(
-        "sync", description="async: sample dialogues while the trainer trains"
-    )
-    max_staleness: int = Field(
-        1, ge=0, description="async: versions that training data may be behind the weights"
-    )
-    max_passed_over: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="async: share of unfinished dialogues that a batch does not wait for; they "
-        "belong to a later one",
-    )
-    open_dialogues: int | None = Field(
-        None,
-        gt=0,
-        description="async: concurrent dialogues of a process; None: as many as servers accept",
-    )
-    max_drop_fraction: float = Field(
-        0.05, ge=0, le=1, description="dropped share of a batch above which the run stops"
-    )
+    mode: Literal["sync", "async"] = "sync"  # async: sample dialogues while the trainer trains
+    # async: versions that training data may be behind the weights
+    max_staleness: int = Field(1, ge=0)
+    # async: share of unfinished dialogues that a batch leaves for a later one
+    max_passed_over: float = Field(0.1, ge=0, le=1)
+    # async: concurrent dialogues of a process; None: as many as servers accept
+    open_dialogues: int | None = Field(None, gt=0)
+    # dropped share of a batch above which the run stops
+    max_drop_fraction: float = Field(0.05, ge=0, le=1)
 
     @property
     def staleness(self) -> int:
@@ -247,45 +205,34 @@ class RolloutConfig(Section):
 class JudgeConfig(Section):
     """Grading: by servers or, if none are given, in a sandbox of each process."""
 
-    workers: int = Field(1, gt=0, description="sandbox workers per process")
+    workers: int = Field(1, gt=0)  # sandbox workers per process
     isolation: Literal["default", "minimal"] = "default"
-    packages: tuple[str, ...] = Field(
-        (), description="packages that programs may import, like numpy"
-    )
-    servers: tuple[str, ...] = Field((), description="grading servers, like http://node7:8765")
-    deadline_s: float = Field(
-        900.0, gt=0, description="of a grading request to servers, retries included"
-    )
+    packages: tuple[str, ...] = ()  # packages that programs may import, like numpy
+    servers: tuple[str, ...] = ()  # grading servers, like http://node7:8765
+    deadline_s: float = Field(900.0, gt=0)  # of a grading request to servers, retries included
 
 
 class PPOConfig(Section):
     """RLEF 2.2 and A.1. The ablations are `token_level_value`, `beta = 0`, `rollout.turns = 1` and
     `rollout.feedback = "none"`."""
 
-    beta: float = Field(0.05, ge=0, description="weight of the KL penalty in the reward; 0: none")
-    kl: Literal["sampled", "exact"] = Field(
-        "sampled",
-        description="at each token, of the reward's KL: sampled: the log-ratio of the token, as in "
-        "the paper; exact: its expectation over the vocabulary",
-    )
+    beta: float = Field(0.05, ge=0)  # weight of the KL penalty in the reward; 0: none
+    # at each token, of the reward's KL: sampled: the log-ratio of the token, as in the paper;
+    # exact: its expectation over the vocabulary
+    kl: Literal["sampled", "exact"] = "sampled"
     gamma: float = Field(1.0, ge=0, le=1)
-    advantage: Literal["critic", "rloo", "grpo"] = Field(
-        "critic",
-        description="rloo, grpo: no critic, but the other dialogues about the same problem",
-    )
-    lam: float = Field(1.0, ge=0, le=1, description="of GAE over turns; 1: Monte Carlo returns")
+    # rloo, grpo: no critic, but the other dialogues about the same problem
+    advantage: Literal["critic", "rloo", "grpo"] = "critic"
+    lam: float = Field(1.0, ge=0, le=1)  # of GAE over turns; 1: Monte Carlo returns
     clip_eps: float = Field(0.2, gt=0)
     clip_alpha: float = Field(0.2, gt=0)
     invalid_code_penalty: float = Field(-0.2, le=0)
-    penalize_invalid_last_turn: bool = Field(
-        False,
-        description="add the penalty to the -1 of a last turn without valid code (the paper does "
-        "not say)",
-    )
+    # add the penalty to the -1 of a last turn without valid code (the paper does not say)
+    penalize_invalid_last_turn: bool = False
     updates_per_batch: int = Field(4, gt=0)
     normalize_advantages: bool = True
-    token_level_value: bool = Field(False, description="RLEF B.6: one value per response token")
-    critic_warmup_steps: int = Field(0, ge=0, description="first batches train only the critic")
+    token_level_value: bool = False  # RLEF B.6: one value per response token
+    critic_warmup_steps: int = Field(0, ge=0)  # first batches train only the critic
 
     @model_validator(mode="after")
     def each_number_has_its_network(self) -> Self:
@@ -316,16 +263,15 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
     warmup_updates: int = Field(50, ge=0)
-    decay_start_update: int | None = Field(None, description="None: constant after the warm-up")
+    decay_start_update: int | None = None  # None: constant after the warm-up
     decay_updates: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
 
 
 class LearnerConfig(Section):
-    microbatch_tokens: int = Field(8192, gt=0, description="token budget of a packed micro-batch")
-    offload: Literal["none", "idle"] = Field(
-        "none", description="idle: keep what a phase does not need in pinned host memory"
-    )
+    microbatch_tokens: int = Field(8192, gt=0)  # token budget of a packed micro-batch
+    # idle: keep what a phase does not need in pinned host memory
+    offload: Literal["none", "idle"] = "none"
     policy: OptimizerConfig = OptimizerConfig()
     critic: OptimizerConfig = OptimizerConfig()
 
@@ -334,8 +280,8 @@ class EvalConfig(Section):
     """Evaluation on data.test before and after training, and on data.valid during it: multi-turn
     dialogues with true feedback, whatever training uses, unless set otherwise here."""
 
-    every: int = Field(0, ge=0, description="steps between evaluations on data.valid; 0: never")
-    problems: int = Field(100, gt=0, description="number of problems of data.valid")
+    every: int = Field(0, ge=0)  # steps between evaluations on data.valid; 0: never
+    problems: int = Field(100, gt=0)  # number of problems of data.valid
     turns: int = Field(3, ge=1, le=10)
     feedback: Literal["true", "none"] = "true"
     temperature: float = Field(1.0, ge=0)
@@ -345,48 +291,42 @@ class EvalConfig(Section):
 class ProfileConfig(Section):
     """Profiler traces into the run's folder profile/, tens of MB per step and rank."""
 
-    steps: tuple[int, ...] = Field((), description="steps to trace")
+    steps: tuple[int, ...] = ()  # steps to trace
     ranks: tuple[int, ...] = (0,)
-    memory: bool = Field(False, description="trace allocations too; on a GPU, a memory snapshot")
-    stacks: bool = Field(False, description="record Python stacks; slow")
+    memory: bool = False  # trace allocations too; on a GPU, a memory snapshot
+    stacks: bool = False  # record Python stacks; slow
 
 
 class GuardConfig(Section):
     """Limits at which a run stops itself."""
 
-    max_logprob_gap: float = Field(
-        1.0, gt=0, description="max |log-prob(engine) - log-prob(trainer)|; 0.01 in float32"
-    )
-    mean_logprob_gap: float = Field(0.05, gt=0, description="0.001 in float32")
-    max_invalid_fraction: float = Field(
-        0.5, gt=0, le=1, description="turns without valid code, mean of guard.window steps"
-    )
-    min_effective_sample_size: float = Field(
-        0.5, ge=0, le=1, description="of the ratios pi_old / pi_b, mean of guard.window steps"
-    )
-    max_behaviour_k3: float = Field(
-        0.2, gt=0, description="KL per token between pi_b and pi_old, mean of guard.window steps"
-    )
+    # max |log-prob(engine) - log-prob(trainer)|; 0.01 in float32
+    max_logprob_gap: float = Field(1.0, gt=0)
+    mean_logprob_gap: float = Field(0.05, gt=0)  # 0.001 in float32
+    # turns without valid code, mean of guard.window steps
+    max_invalid_fraction: float = Field(0.5, gt=0, le=1)
+    # of the ratios pi_old / pi_b, mean of guard.window steps
+    min_effective_sample_size: float = Field(0.5, ge=0, le=1)
+    # KL per token between pi_b and pi_old, mean of guard.window steps
+    max_behaviour_k3: float = Field(0.2, gt=0)
     window: int = Field(3, gt=0)
 
 
 class TrackConfig(Section):
     """Experiment trackers, which receive the numbers of metrics.jsonl."""
 
-    tensorboard: bool = Field(False, description="write event files into the run's tensorboard/")
+    tensorboard: bool = False  # write event files into the run's tensorboard/
     wandb_project: str | None = None
-    wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline: write into the run's wandb/, for `wandb sync`"
-    )
+    # offline: write into the run's wandb/, for `wandb sync`
+    wandb_mode: Literal["online", "offline"] = "online"
 
 
 class TrainConfig(Section):
     run: RunConfig
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
-    critic_parallel: ParallelConfig | None = Field(
-        None, description="the critic's layout, if it runs on ranks of its own"
-    )
+    # the critic's layout, if it runs on ranks of its own
+    critic_parallel: ParallelConfig | None = None
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     judge: JudgeConfig = JudgeConfig()

@@ -6,8 +6,9 @@ number of characters (`pieces`) and the log-probs in thousandths of a nat: `logp
 sampled, `ref_logprobs` under the initial policy. Only the report reads records back.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> di
 def token_records(sampled: Completion, chat: ChatFormat, numbers: dict[str, Any]) -> dict[str, Any]:
     """Return the response with the numbers of the turn and of its tokens."""
     pieces = chat.pieces(sampled.token_ids)
-    shown = whole_tokens(pieces)
+    # the first tokens that fit into the recorded text
+    shown = bisect_right(list(accumulate(map(len, pieces))), TEXT_LIMIT)
     return {
         "response": "".join(pieces)[:TEXT_LIMIT],
         "pieces": [len(piece) for piece in pieces[:shown]],
@@ -131,16 +133,6 @@ def token_records(sampled: Completion, chat: ChatFormat, numbers: dict[str, Any]
             for name, found in numbers.items()
         },
     }
-
-
-def whole_tokens(pieces: Sequence[str]) -> int:
-    """Return how many of the first tokens fit into the recorded text."""
-    length = 0
-    for number, piece in enumerate(pieces):
-        length += len(piece)
-        if length > TEXT_LIMIT:
-            return number
-    return len(pieces)
 
 
 def thousandths(numbers: Sequence[float]) -> list[int]:
