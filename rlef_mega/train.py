@@ -83,7 +83,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
         except EngineLostError:
             checkpoints.finish()
             if checkpoints.saved_last != step - 1:
-                checkpoints.save(step - 1, position(config, step - 1, rollouts))
+                checkpoints.save(step - 1, rollouts.state())
             checkpoints.require_saved()
             raise
         guards.check_drops(rollout.reasons, len(rollout.outcomes))
@@ -132,7 +132,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
         guards.check(record)
         with clock("checkpoint"):  # the time that training waits for it
             ending = stopping or lost is not None
-            state = position(config, step, rollouts) if saving or ending else None
+            state = rollouts.state() if saving or ending else None
             save(config, parts, record, state, ending=ending)
         collect_garbage(step)
         if ending:
@@ -150,18 +150,6 @@ def publish_weights(config: TrainConfig, parts: Parts, step: int) -> None:
     if config.rollout.servers.release_memory:
         parts.learner.make_room()
     publish(parts.learner.policy_weights, parts.engine, version=step)
-
-
-def position(config: TrainConfig, step: int, rollouts: Rollouts) -> dict[str, Any]:
-    """Return a checkpoint's record of the run's position after a step, besides the networks."""
-    return {
-        "seed": config.run.seed,
-        "problems_drawn": step
-        * (config.rollout.episodes_per_batch // config.rollout.samples_per_problem),
-        "weight_version": step,
-        "metrics_lines": step,
-        **rollouts.state(),
-    }
 
 
 def save(

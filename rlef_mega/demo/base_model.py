@@ -83,7 +83,7 @@ def supervise(config: SFTConfig) -> int:
             with clock("checkpoint"):
                 checkpoints.poll()
                 if due or stopping:
-                    checkpoints.save(step, {"seed": config.seed, "metrics_lines": step})
+                    checkpoints.save(step, {})
             collect_garbage(step)
             if stopping:
                 checkpoints.require_saved()

@@ -98,8 +98,8 @@ class Checkpoints:
         self.saved_last: int | None = None  # the step last saved or resumed from
 
     def save(self, step: int, state: dict[str, Any], *, score: float | None = None) -> None:
-        """Start to write a checkpoint of this step. `state` is small and JSON: data order, weight
-        version; `score` rates the policy. Collective.
+        """Start to write a checkpoint of this step. `state` is small and JSON, and is returned by
+        `resume`; `score` rates the policy. Collective.
         """
         self.finish()
         learner = self.learner
