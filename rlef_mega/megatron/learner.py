@@ -24,8 +24,8 @@ from rlef_kernels import linear_ppo_loss
 from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.checkpoints.checkpoints import load_weights
 from rlef_mega.megatron.checkpoints.files import networks_in
+from rlef_mega.megatron.checkpoints.state import load_weights
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf, relay
 from rlef_mega.megatron.microbatch import Cutting, Microbatch

@@ -22,15 +22,12 @@ import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
 from rlef_mega.config import ConfigError, differences
 from rlef_mega.megatron.checkpoints import files
@@ -38,26 +35,10 @@ from rlef_mega.megatron.checkpoints import state as state_of
 from rlef_mega.megatron.checkpoints.files import META, NETWORKS
 from rlef_mega.megatron.checkpoints.torch_dist import write_index
 from rlef_mega.megatron.checkpoints.writer import Share, take_snapshot, write_share
-from rlef_mega.megatron.cpu_shim import calls_megatron
-from rlef_mega.megatron.network.packed_llama import PackedLlama
+from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.offload import HostBuffer
-from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.megatron.trained_model import TrainedModel
 from rlef_mega.run.directory import flush_to_disk
 from rlef_mega.run.ranks import any_rank, from_rank_0, gather
-
-
-class Checkpointable(Protocol):
-    """A learner: its trained networks by name, on these ranks."""
-
-    ranks: Ranks
-
-    @property
-    def trained(self) -> dict[str, TrainedModel]: ...
-
-    def whole(self) -> AbstractContextManager[None]:
-        """Bring offloaded weights and optimizer states to the device."""
-
 
 # of each network that a rank trains: its updates and fingerprint, as of the saved step
 RankState = dict[str, tuple[int, dict[str, Any]]]
@@ -81,7 +62,7 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        learner: Checkpointable,
+        learner: Learner,
         *,
         keep: int,
         keep_best: bool = True,
@@ -255,7 +236,7 @@ def existing(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------ one folder
 
 
-def rank_state(learner: Checkpointable) -> RankState:
+def rank_state(learner: Learner) -> RankState:
     trained = learner.trained.items()
     return {name: (model.updates, state_of.fingerprint(model)) for name, model in trained}
 
@@ -278,7 +259,7 @@ def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]
     files.seal(folder, manifest)
 
 
-def fault_for(path: Path, learner: Checkpointable) -> str | None:
+def fault_for(path: Path, learner: Learner) -> str | None:
     """Find out why this learner cannot resume from a checkpoint; None if it can. Checks sizes and
     model first, then reads all files, each rank its share. Every rank returns the same. Collective.
     """
@@ -307,35 +288,14 @@ def misfit(path: Path, ours: dict[str, dict[str, Any]]) -> str | None:
     return None
 
 
-def read_checkpoint(path: Path, learner: Checkpointable) -> tuple[int, dict[str, Any]]:
+def read_checkpoint(path: Path, learner: Learner) -> tuple[int, dict[str, Any]]:
     """Load a checkpoint in which `fault_for` found no fault."""
     meta = files.read_meta(path)
     with learner.whole():
         parts: list[ShardedTensor] = []
         for name, model in learner.trained.items():
             parts += state_of.held_state(name, model)
-        fill(path, parts)
+        state_of.fill(path, parts)
         for name, model in learner.trained.items():
             state_of.set_updates(model, meta["updates"][name])
     return meta["step"], meta["state"]
-
-
-def load_weights(
-    path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
-) -> None:
-    """Load only one network's weights, saved in any layout or imported, into chunks of this layout,
-    which may have another dtype; with `trunk_only` without the head. Collective.
-    """
-    parts = state_of.weights(name, chunks, ranks)
-    head = f"{name}.output_layer."
-    fill(path, [part for part in parts if not (trunk_only and part.key.startswith(head))])
-
-
-@calls_megatron
-def fill(path: Path, parts: list[ShardedTensor]) -> None:
-    """Read boxes of the checkpoint into the memory that they view. Collective."""
-    wanted = {str(number): part for number, part in enumerate(parts)}
-    folder = str(path / NETWORKS)
-    dist_checkpointing.load(
-        wanted, folder, TorchDistLoadShardedStrategy(), validate_access_integrity=False
-    )

@@ -20,13 +20,17 @@ whatever is drawn has a seed of its own. Shape suffix: F flat values.
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.network.packed_llama import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
@@ -217,3 +221,27 @@ def set_updates(model: TrainedModel, updates: int) -> None:
             continue
         for parameter in group["params"]:
             inner.state[parameter]["step"].fill_(updates)
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+def load_weights(
+    path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
+) -> None:
+    """Load only one network's weights, saved in any layout or imported, into chunks of this layout,
+    which may have another dtype; with `trunk_only` without the head. Collective.
+    """
+    parts = weights(name, chunks, ranks)
+    head = f"{name}.output_layer."
+    fill(path, [part for part in parts if not (trunk_only and part.key.startswith(head))])
+
+
+@calls_megatron
+def fill(path: Path, parts: list[ShardedTensor]) -> None:
+    """Read boxes of the checkpoint into the memory that they view. Collective."""
+    wanted = {str(number): part for number, part in enumerate(parts)}
+    folder = str(path / NETWORKS)
+    dist_checkpointing.load(
+        wanted, folder, TorchDistLoadShardedStrategy(), validate_access_integrity=False
+    )
