@@ -55,6 +55,8 @@ def extract_program(
     Blocks within <think> and </think> do not count. If the response was `begun` for the model, that
     text opened the first block, and its end may be missing.
     """
+    if language not in INFO_STRINGS:
+        raise ValueError(f"unknown language {language!r}; known: {', '.join(INFO_STRINGS)}")
     blocks = list(fenced_blocks(text if begun else THOUGHTS.sub("", text), begun))
     if which == "only" and len(blocks) > 1:
         return Extracted(None, "More than one code block found.")
