@@ -84,9 +84,16 @@ TEMPLATES = {
 }
 
 
+def template_named(name: str) -> Template:
+    """Return the template. Raises ValueError, naming the known templates, if there is none."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown template {name!r}; known: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
 def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTest] = ()) -> str:
     """Return the first user message. Only the mbpp template quotes public tests."""
-    wording = TEMPLATES[template]
+    wording = template_named(template)
     tests = ""
     if public_tests and "{tests}" in wording.prompt:
         quoted = [clip(assertion(test), wording.field_chars) for test in public_tests]
@@ -105,7 +112,7 @@ def response_start(statement: str, template: str) -> str:
     the problem's code in an open block; empty for most templates. The paper does not say
     whether later responses begin with it too; ours do, so that all are parsed in the same way.
     """
-    return f"```python\n{statement.strip()}\n" if TEMPLATES[template].begun else ""
+    return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
 
 
 def feedback(
@@ -122,7 +129,7 @@ def feedback(
     The part about the tests is shortened to fit `max_characters`, in its middle or on the right;
     the sentences around it always stay.
     """
-    wording = TEMPLATES[template]
+    wording = template_named(template)
     describe = input_output_line if wording.style == "input_output" else assertion_line
     if outcomes:
         shown = [o for o in outcomes if not passed(o.result)]
@@ -141,7 +148,7 @@ def feedback(
 def feedback_withheld(template: str) -> str:
     """Return the feedback of the ablation without execution feedback: it only asks for another
     try."""
-    return f"{WITHHELD}\n{closing(TEMPLATES[template])}"
+    return f"{WITHHELD}\n{closing(template_named(template))}"
 
 
 def closing(wording: Template) -> str:
