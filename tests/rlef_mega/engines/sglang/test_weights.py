@@ -129,7 +129,7 @@ def test_a_gpus_checksum_tells_an_exchanged_a_missing_and_a_changed_word():
     words = torch.arange(3 * sglang_weights.TILE_WORDS, dtype=torch.int32)
     found = {gpu_checksum([words]), gpu_checksum([words[:-1]]), gpu_checksum([words[1:]])}
     first, last = words[0].item(), words[-1].item()
-    for at, word in ((0, 1), (-1, last ^ 1 << 31)):
+    for at, word in ((0, 1), (-1, last ^ 2**30)):
         changed = words.clone()
         changed[at] = word
         found.add(gpu_checksum([changed]))
