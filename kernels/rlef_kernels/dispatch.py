@@ -1,8 +1,12 @@
 """The choice between the Triton kernels and the PyTorch form of an operation."""
 
 import importlib.util
+from functools import partial
 
 import torch
+from torch.distributed import ProcessGroup
+
+from rlef_kernels.logits import LogitsChunk, MakeChunk
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
@@ -29,3 +33,18 @@ def uses_kernels(*tensors: torch.Tensor) -> bool:
             f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first"
         )
     return served
+
+
+def chunk_maker(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    *,
+    temperature: float,
+    group: ProcessGroup | None,
+) -> MakeChunk:
+    """Return what makes the chunks of logits of these tensors: by kernels where they can run."""
+    if not uses_kernels(hidden_TD, weight_VD):
+        return partial(LogitsChunk, temperature=temperature, group=group)
+    from rlef_kernels.gpu.head import KernelsChunk
+
+    return partial(KernelsChunk, temperature=temperature, group=group)

@@ -1,4 +1,4 @@
-"""RLEF's clipped policy loss of log-probs, and its gradient, for `linear_ppo_loss`.
+"""RLEF's clipped policy loss of log-probs, and the autograd function of `linear_ppo_loss`.
 
     r_t = pi / pi_old * stop_grad(min(pi / pi_b, 1))                                   (RLEF A.1)
     L   = - sum_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) / denominator
@@ -6,13 +6,23 @@
 
 Source: Gehring et al., arXiv 2410.02089. About 20 T FLOPs; nothing next to the head's products.
 
-Shape suffixes: T tokens; D hidden size, V vocabulary shard.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
 """
 
-import torch
+from collections.abc import Callable
 
-from rlef_kernels.main_grad import check_upstream_is_one, placeholder_gradient
-from rlef_kernels.vocab_parallel import SavedForBackward
+import torch
+from torch.autograd.function import once_differentiable
+
+from rlef_kernels.logits import MakeChunk
+from rlef_kernels.main_grad import check_upstream_is_one, placeholder_gradient, weight_gradient_sum
+from rlef_kernels.vocab_parallel import (
+    SavedForBackward,
+    combine_shards,
+    compute_dtype,
+    group_size,
+    shard_start,
+)
 
 METRICS = (
     "policy_loss",
@@ -61,35 +71,63 @@ def policy_loss(
     return metrics, gradient_T.to(logprobs_T.dtype)
 
 
-def save_gradients(
-    ctx: SavedForBackward,
-    weight_VD: torch.Tensor,
-    grad_hidden_TD: torch.Tensor | None,
-    grad_weight_VD: torch.Tensor | None,
-    into_main_grad: bool,
-) -> None:
-    """Keep for `scaled_gradients` the gradients that the forward pass has computed."""
-    ctx.accumulate_main_grad = into_main_grad
-    ctx.save_for_backward(
-        grad_hidden_TD,  # type: ignore[arg-type]  # None is allowed
-        weight_VD if into_main_grad else grad_weight_VD,  # type: ignore[arg-type]
-    )
+class LinearPpoLoss(torch.autograd.Function):
+    """Compute the gradients in the forward pass, and save them."""
 
+    @staticmethod
+    def forward(
+        ctx: SavedForBackward,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        target_T: torch.Tensor,
+        policy_T: PolicyInputs,
+        make_chunk: MakeChunk,
+        loss: Callable[..., tuple[torch.Tensor, torch.Tensor]],  # `policy_loss`, with its settings
+        accumulate_main_grad: bool,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        num_tokens, shard = hidden_TD.shape[0], weight_VD.shape[0]
+        needs_hidden, needs_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
+        into_main_grad = accumulate_main_grad and needs_weight
+        chunk = make_chunk(hidden_TD, weight_VD, needs_hidden or needs_weight)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight_VD = weight_gradient_sum(
+            weight_VD, chunk.sum_dtype, needed=needs_weight, into_main_grad=into_main_grad
+        )
+        metrics = hidden_TD.new_zeros(len(METRICS), dtype=compute_dtype(hidden_TD, weight_VD))
+        column_T = target_T - shard_start(shard, chunk.group)
+        vocabulary = shard * group_size(chunk.group)
+        for rows in chunk.slices(num_tokens):
+            partials_CP = chunk.partials(hidden_TD[rows], column_T[rows])
+            softmax = combine_shards(partials_CP, target_T[rows], vocabulary, chunk.group)
+            policy_C = tuple(tensor_T[rows] for tensor_T in policy_T)
+            values, grad_C = loss(softmax.logprob_T, softmax.entropy_T, policy_C)
+            metrics += values
+            if needs_hidden or needs_weight:
+                part_CD = None if grad_hidden_TD is None else grad_hidden_TD[rows]
+                chunk.add_gradients(softmax[:3], grad_C, None, part_CD, grad_weight_VD)
+        if grad_weight_VD is not None and not into_main_grad:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        ctx.accumulate_main_grad = into_main_grad
+        ctx.save_for_backward(
+            grad_hidden_TD,  # type: ignore[arg-type]  # None is allowed
+            weight_VD if into_main_grad else grad_weight_VD,  # type: ignore[arg-type]
+        )
+        return metrics
 
-def scaled_gradients(
-    ctx: SavedForBackward, grad_loss: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Multiply the saved gradients by the loss's upstream gradient; returns (dhidden, dweight).
-
-    Raises ValueError if main_grad already contains the weight's and the upstream gradient is not 1
-    (on a GPU, a device-side assertion fails).
-    """
-    grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-    if ctx.accumulate_main_grad:
-        check_upstream_is_one(grad_loss)
-        return grad_hidden_TD, placeholder_gradient(grad_weight_VD)
-    grads = (
-        None if grad is None else grad * grad_loss.to(grad.dtype)
-        for grad in (grad_hidden_TD, grad_weight_VD)
-    )
-    return next(grads), next(grads)
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: SavedForBackward, grad_metrics: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Multiply the gradients by the loss's upstream gradient, which must be 1 if main_grad
+        already contains the weight's."""
+        grad_loss, (grad_hidden_TD, grad_weight_VD) = grad_metrics[0], ctx.saved_tensors
+        if ctx.accumulate_main_grad:
+            check_upstream_is_one(grad_loss)
+            return grad_hidden_TD, placeholder_gradient(grad_weight_VD), *(None,) * 6
+        grads = (
+            None if grad is None else grad * grad_loss.to(grad.dtype)
+            for grad in (grad_hidden_TD, grad_weight_VD)
+        )
+        return *grads, *(None,) * 6

@@ -20,7 +20,7 @@ R ranks of the group, or tiles of a shard.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,9 +39,7 @@ class SavedForBackward(FunctionCtx):
 
     saved_tensors: tuple[torch.Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    temperature: float
-    group: ProcessGroup | None
-    chunk_tokens: int
+    make_chunk: Any  # `logits.MakeChunk`
     accumulate_main_grad: bool
 
 

@@ -6,22 +6,7 @@ import pytest
 import torch
 
 from rlef_kernels import linear_logprob, linear_score, linear_score_reference
-
-
-def make_inputs(tokens, width, ref_width, vocabulary):
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((tokens, width), (vocabulary, width), (tokens, ref_width), (vocabulary, ref_width))
-    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
-    return *matrices, torch.randint(vocabulary, (tokens,), generator=generator)
-
-
-def truth(hidden, weight, ref_hidden, ref_weight, target, temperature=1.0):
-    logprobs = torch.log_softmax(hidden.double() @ weight.double().t() / temperature, dim=-1)
-    ref = torch.log_softmax(ref_hidden.double() @ ref_weight.double().t() / temperature, dim=-1)
-    at = target[:, None]
-    kl = torch.nn.functional.kl_div(ref, logprobs, reduction="none", log_target=True).sum(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(1, at)[:, 0], ref.gather(1, at)[:, 0], entropy, kl
+from tests.kernels.score_inputs import make_inputs, truth
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

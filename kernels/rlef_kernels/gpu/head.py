@@ -1,23 +1,33 @@
-"""The forward pass over a head: it reduces each row of logits to four numbers (`vocab_parallel`).
+"""The logits of a head on a GPU, one chunk of rows at a time (`rlef_kernels.logits`).
 
 A program stores (max, sum exp, weighted sum) of the rows of one tile of logits, and PyTorch
-combines the tiles of a row as it combines shards (`vocab_parallel.reduce_sums`).
+combines the tiles of a row as it combines shards (`vocab_parallel.reduce_sums`). For a gradient it
+also stores, in the inputs' dtype, each logit minus its tile's maximum; a row kernel turns these
+into dz in place, and cuBLAS multiplies. In bf16, a logit d below its tile's maximum is stored with
+an error of at most d / 512, and its probability is at most exp(-d), so dz of a log-prob is off by
+less than exp(-d) d / 512 < 0.0008 of that tile's largest probability: less than the rounding of dz
+itself. Log-probs and entropies are exact.
 
 FLOPs: P = 2 T V D, and about 8 T V for the statistics. Bytes: hidden and head, read from memory
 about T / 1024 times and from the L2 cache otherwise; 12 T V / tile_columns of partial sums, written
-once and read a few times.
+once and read a few times; for a gradient 2 T V written, read and written again, and 4 T V read by
+cuBLAS, and 8 V D of main_grad per chunk.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary shard, P the four partial sums; of a tile, R
-rows and C columns.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P the four partial
+sums; of a tile, R rows and C columns.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch.distributed import ProcessGroup
 
 from rlef_kernels.gpu import tiles
-from rlef_kernels.gpu.plan import HeadPlan, scratch_columns
-from rlef_kernels.gpu.products import write_product_
+from rlef_kernels.gpu.head_gradient import pack_rows, write_gradient_
+from rlef_kernels.gpu.plan import ROW_KERNEL_ELEMENTS, HeadPlan, choose_plan, scratch_columns
+from rlef_kernels.gpu.products import add_product_, write_product_
 from rlef_kernels.gpu.tiles import (
     LOWEST_LOGIT,
     descriptor,
@@ -25,9 +35,8 @@ from rlef_kernels.gpu.tiles import (
     store_statistics,
     tile_position,
 )
-from rlef_kernels.vocab_parallel import reduce_sums
-
-ROW_KERNEL_ELEMENTS = 4096  # per program: 32 per thread
+from rlef_kernels.logits import LogitsChunk
+from rlef_kernels.vocab_parallel import group_size, reduce_sums, sum_over_shards_
 
 
 @triton.jit(do_not_specialize=["num_tokens"])  # it varies from call to call
@@ -114,121 +123,141 @@ def logits_statistics_kernel(
         tl.store(shifted_ptr + at_RC, shifted_RC, mask=inside_RC)
 
 
-def head_partials(
-    hidden_TD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    column_T: torch.Tensor,
-    inverse_temperature: float,
-    plan: HeadPlan,
-) -> torch.Tensor:
-    """Return this shard's partial sums, [T, P]. `column_T`: the targets' columns, which may lie
-    outside the shard."""
-    num_tokens, step = hidden_TD.shape[0], forward_tokens(weight_VD.shape[0], plan)
-    tile_sums = TileSums(min(step, num_tokens), weight_VD.shape[0], hidden_TD.device, plan)
-    parts = [
-        tile_sums.partials(hidden_TD[rows], weight_VD, column_T[rows], inverse_temperature)
-        for rows in (slice(at, at + step) for at in range(0, max(1, num_tokens), step))
-    ]
-    return torch.cat(parts)
-
-
-def forward_tokens(vocabulary: int, plan: HeadPlan) -> int:
-    """Return how many tokens' partial sums fit the budget, in whole groups of tiles if possible."""
-    tokens = plan.partials_bytes // (12 * triton.cdiv(vocabulary, plan.tile_columns))
-    whole = tiles.ROWS * tiles.GROUP
-    return max(1, tokens // whole * whole if tokens >= whole else tokens)
-
-
-class TileSums:
-    """The buffers for the partial sums of up to `num_tokens` rows, by tile."""
+class KernelsChunk(LogitsChunk):
+    """The same as `LogitsChunk` by kernels. Logits are stored, in the inputs' dtype, only for a
+    gradient, each minus its tile's maximum."""
 
     def __init__(
-        self, num_tokens: int, vocabulary: int, device: torch.device, plan: HeadPlan
-    ) -> None:
-        self.plan, self.vocabulary = plan, vocabulary
-        self.num_tiles = triton.cdiv(vocabulary, plan.tile_columns)
-        self.sums = torch.empty(3 * self.num_tiles * num_tokens, device=device)
-        self.target_logits = torch.empty(num_tokens, device=device)
-
-    def partials(
         self,
         hidden_TD: torch.Tensor,
         weight_VD: torch.Tensor,
-        column_T: torch.Tensor,
-        inverse_temperature: float,
-        shifted_TV: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the partial sums of these rows, [T, P]; with `shifted_TV`, store each logit minus
-        its tile's maximum there."""
-        num_tokens = hidden_TD.shape[0]
-        if num_tokens and self.plan.fused:
-            self.reduce_products(hidden_TD, weight_VD, column_T, inverse_temperature, shifted_TV)
-        elif num_tokens:
-            columns = scratch_columns(num_tokens, self.vocabulary, self.plan)
-            logits = torch.empty(num_tokens, columns, device=hidden_TD.device)
-            for first in range(0, self.vocabulary, columns):
-                weight_CD = weight_VD[first : first + columns]
-                logits_TC = logits[:, : weight_CD.shape[0]]
-                write_product_(logits_TC, hidden_TD, weight_CD.t())
-                self.reduce_logits(logits_TC, first, column_T, inverse_temperature, shifted_TV)
-        of_tiles = self.sums[: 3 * self.num_tiles * num_tokens].view(3, self.num_tiles, num_tokens)
-        owned_T = (column_T >= 0) & (column_T < self.vocabulary)
-        target_logit_T = self.target_logits[:num_tokens] * inverse_temperature
-        return torch.stack([*reduce_sums(*of_tiles), target_logit_T.where(owned_T, 0)], dim=-1)
+        with_gradient: bool,
+        *,
+        temperature: float,
+        group: ProcessGroup | None,
+        plan: HeadPlan | None = None,
+    ) -> None:
+        self.inverse_temperature, self.group, self.weight_VD = 1 / temperature, group, weight_VD
+        self.plan = plan or choose_plan(hidden_TD, weight_VD)
+        num_tokens, (vocabulary, _) = hidden_TD.shape[0], weight_VD.shape
+        self.num_tiles = triton.cdiv(vocabulary, self.plan.tile_columns)
+        width = self.num_tiles * self.plan.tile_columns  # aligned rows
+        tokens = whole_tiles(self.plan.partials_bytes // (12 * self.num_tiles), tiles.GROUP)
+        if with_gradient:
+            tokens = whole_tiles(self.plan.row_bytes // (width * weight_VD.element_size()), 1)
+        # a sum over chunks needs fp32
+        self.sum_dtype = weight_VD.dtype if num_tokens <= tokens else torch.float32
+        self.tokens = min(tokens, max(1, num_tokens))
+        self.sums = hidden_TD.new_empty(3 * self.num_tiles * self.tokens, dtype=torch.float32)
+        self.target_logits = self.sums.new_empty(self.tokens)
+        self.stored_CV: torch.Tensor | None = None
+        if with_gradient:
+            self.stored_CV = weight_VD.new_empty(self.tokens, width)[:, :vocabulary]
+
+    def partials(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
+        self.compute(hidden_CD, column_C)
+        rows, vocabulary = len(hidden_CD), self.weight_VD.shape[0]
+        of_tiles = self.sums[: 3 * self.num_tiles * rows].view(3, self.num_tiles, rows)
+        owned_C = (column_C >= 0) & (column_C < vocabulary)
+        target_logit_C = self.target_logits[:rows] * self.inverse_temperature
+        return torch.stack([*reduce_sums(*of_tiles), target_logit_C.where(owned_C, 0)], dim=-1)
+
+    def compute(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> None:
+        rows, vocabulary = len(hidden_CD), self.weight_VD.shape[0]
+        self.hidden_CD, self.column_C = hidden_CD, column_C
+        stored_CV = None if self.stored_CV is None else self.stored_CV[:rows]
+        if rows and self.plan.fused:
+            self.reduce_products(hidden_CD, column_C, stored_CV)
+        elif rows:
+            columns = scratch_columns(rows, vocabulary, self.plan)
+            logits = torch.empty(rows, columns, device=hidden_CD.device)
+            for first in range(0, vocabulary, columns):
+                weight_part = self.weight_VD[first : first + columns]
+                part = logits[:, : len(weight_part)]
+                write_product_(part, hidden_CD, weight_part.t())
+                self.reduce_logits(part, first, column_C, stored_CV)
+
+    def add_gradients(
+        self,
+        statistics: Sequence[torch.Tensor],
+        grad_logprob_C: torch.Tensor | None,
+        grad_entropy_C: torch.Tensor | None,
+        grad_hidden_CD: torch.Tensor | None,
+        grad_weight_VD: torch.Tensor | None,
+    ) -> None:
+        assert self.stored_CV is not None
+        gradient_CV = self.stored_CV[: len(self.hidden_CD)]
+        write_gradient_(
+            gradient_CV,
+            self.sums,
+            self.column_C,
+            pack_rows(statistics, grad_logprob_C, grad_entropy_C),
+            self.inverse_temperature,
+            tile_columns=self.plan.tile_columns,
+            has_entropy=grad_entropy_C is not None,
+        )
+        if grad_hidden_CD is not None and group_size(self.group) == 1:
+            write_product_(grad_hidden_CD, gradient_CV, self.weight_VD)
+        elif grad_hidden_CD is not None:
+            sum_CD = self.sums.new_empty(grad_hidden_CD.shape)
+            write_product_(sum_CD, gradient_CV, self.weight_VD)
+            grad_hidden_CD.copy_(sum_over_shards_(sum_CD, self.group))
+        if grad_weight_VD is not None:
+            add_product_(grad_weight_VD, gradient_CV.t(), self.hidden_CD)
 
     def reduce_products(
-        self,
-        hidden_TD: torch.Tensor,
-        weight_VD: torch.Tensor,
-        column_T: torch.Tensor,
-        inverse_temperature: float,
-        shifted_TV: torch.Tensor | None,
+        self, hidden_CD: torch.Tensor, column_C: torch.Tensor, stored_CV: torch.Tensor | None
     ) -> None:
-        """Fill the sums of all tiles, whose logits stay on the chip."""
-        (num_tokens, width), columns = hidden_TD.shape, self.plan.tile_columns
+        """Fill the sums of all tiles."""
+        (num_tokens, width), columns = hidden_CD.shape, self.plan.tile_columns
         product_statistics_kernel[(triton.cdiv(num_tokens, tiles.ROWS) * self.num_tiles,)](
-            descriptor(hidden_TD, tiles.ROWS, tiles.DEPTH),
-            descriptor(weight_VD, columns, tiles.DEPTH),
-            column_T,
+            descriptor(hidden_CD, tiles.ROWS, tiles.DEPTH),
+            descriptor(self.weight_VD, columns, tiles.DEPTH),
+            column_C,
             self.sums,
             self.target_logits,
-            None if shifted_TV is None else descriptor(shifted_TV, tiles.ROWS, columns),
+            None if stored_CV is None else descriptor(stored_CV, tiles.ROWS, columns),
             num_tokens,
-            self.vocabulary,
+            self.weight_VD.shape[0],
             width,
-            inverse_temperature,
+            self.inverse_temperature,
             C=columns,
-            KEEPS_LOGITS=shifted_TV is not None,
+            KEEPS_LOGITS=stored_CV is not None,
             **tiles.PRODUCT,
         )
 
     def reduce_logits(
         self,
-        logits_TC: torch.Tensor,
+        logits: torch.Tensor,
         first_column: int,
-        column_T: torch.Tensor,
-        inverse_temperature: float,
-        shifted_TV: torch.Tensor | None,
+        column_C: torch.Tensor,
+        stored_CV: torch.Tensor | None,
     ) -> None:
-        """Fill the sums of the tiles of these logits, which are in memory."""
-        num_tokens, columns = logits_TC.shape
+        """Fill the sums of the tiles of these logits, which are fp32 and in memory."""
+        num_tokens, columns = logits.shape
         rows = ROW_KERNEL_ELEMENTS // self.plan.tile_columns
         grid = (triton.cdiv(num_tokens, rows), triton.cdiv(columns, self.plan.tile_columns))
         logits_statistics_kernel[grid](
-            logits_TC,
-            logits_TC.stride(0),
-            column_T,
+            logits,
+            logits.stride(0),
+            column_C,
             self.sums,
             self.target_logits,
-            shifted_TV,
-            0 if shifted_TV is None else shifted_TV.stride(0),
+            stored_CV,
+            0 if stored_CV is None else stored_CV.stride(0),
             num_tokens,
             columns,
             first_column,
             self.num_tiles,
-            inverse_temperature,
+            self.inverse_temperature,
             R=rows,
             C=self.plan.tile_columns,
-            KEEPS_LOGITS=shifted_TV is not None,
+            KEEPS_LOGITS=stored_CV is not None,
             **tiles.ROW_WISE,
         )
+
+
+def whole_tiles(rows: int, group: int) -> int:
+    """Round down to whole groups of tiles where possible."""
+    whole = tiles.ROWS * group
+    return max(1, rows // whole * whole if rows >= whole else rows)

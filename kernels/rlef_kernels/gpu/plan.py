@@ -17,6 +17,7 @@ import torch
 MIB = 2**20
 FUSED_COLUMNS = 256  # the widest tile whose fp32 accumulator fits the registers of 8 warps
 CUBLAS_COLUMNS = 1024  # of a row kernel's tile: 4 KiB of fp32, and few partial sums
+ROW_KERNEL_ELEMENTS = 4096  # per program: 32 per thread
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,8 @@ class HeadPlan:
     partials_bytes: int = 24 * MIB
     # cuBLAS only: fp32 logits, small enough for the L2 cache.
     logits_bytes: int = 32 * MIB
-    # Gradients of a block of logits in the backward pass. Wide enough for full GEMM waves.
-    gradient_bytes: int = 512 * MIB
-    # Most tokens of a block of the backward pass: bounds the fp32 gradient of hidden.
-    gradient_tokens: int = 32768
-    # linear_ppo_loss: a chunk's shifted logits, then their gradients. Large, because each chunk
-    # reads and writes the whole fp32 gradient of the weight.
+    # A chunk's logits, then their gradients. Large, because each chunk reads and writes the whole
+    # fp32 gradient of the weight.
     row_bytes: int = 1024 * MIB
 
 

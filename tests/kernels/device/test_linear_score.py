@@ -8,29 +8,13 @@ import torch
 from rlef_kernels.gpu.linear_logprob import linear_logprob_kernels
 from rlef_kernels.gpu.linear_score import linear_score_kernels
 from rlef_kernels.gpu.plan import CUBLAS, FUSED
+from tests.kernels import score_inputs
 
 PLANS = {"fused": FUSED, "cublas": CUBLAS}
 
 
-def make_inputs(device, tokens, width, ref_width, vocabulary, dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((tokens, width), (vocabulary, width), (tokens, ref_width), (vocabulary, ref_width))
-    matrices = [
-        (torch.randn(shape, generator=generator) * (0.3 if i % 2 else 1)).to(device, dtype)
-        for i, shape in enumerate(shapes)
-    ]
-    target = torch.randint(vocabulary, (tokens,), generator=generator)
-    target[-1:] = vocabulary - 1  # in the last tile, which is not whole
-    return *matrices, target.to(device)
-
-
-def truth(hidden, weight, ref_hidden, ref_weight, target, temperature=1.0):
-    logprobs = torch.log_softmax(hidden.double() @ weight.double().t() / temperature, dim=-1)
-    ref = torch.log_softmax(ref_hidden.double() @ ref_weight.double().t() / temperature, dim=-1)
-    at = target[:, None]
-    kl = torch.nn.functional.kl_div(ref, logprobs, reduction="none", log_target=True).sum(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(1, at)[:, 0], ref.gather(1, at)[:, 0], entropy, kl
+def make_inputs(device, *sizes, dtype=torch.bfloat16):
+    return score_inputs.make_inputs(*sizes, device, dtype, scale=0.3)
 
 
 @pytest.mark.parametrize("way", PLANS)
@@ -41,7 +25,7 @@ def truth(hidden, weight, ref_hidden, ref_weight, target, temperature=1.0):
 def test_agrees_with_float64_truth(device, way, tokens, width, ref_width, vocabulary, temperature):
     inputs = make_inputs(device, tokens, width, ref_width, vocabulary)
     found = linear_score_kernels(*inputs, temperature=temperature, plan=PLANS[way])
-    for values, expected in zip(found, truth(*inputs, temperature), strict=True):
+    for values, expected in zip(found, score_inputs.truth(*inputs, temperature), strict=True):
         assert values.dtype == torch.float32
         assert (values.double() - expected).abs().max() < 1e-4
 
@@ -90,9 +74,9 @@ def test_extreme_logits_stay_finite(device, way):
 
 
 def test_fp32_widths_may_be_odd_and_the_result_is_bitwise_repeatable(device):
-    inputs = make_inputs(device, 30, 17, 9, 200, torch.float32)
+    inputs = make_inputs(device, 30, 17, 9, 200, dtype=torch.float32)
     one, other = (linear_score_kernels(*inputs) for _ in range(2))
-    for values, again, expected in zip(one, other, truth(*inputs), strict=True):
+    for values, again, expected in zip(one, other, score_inputs.truth(*inputs), strict=True):
         assert torch.equal(values, again)
         assert (values.double() - expected).abs().max() < 1e-4
 

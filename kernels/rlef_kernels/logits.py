@@ -1,0 +1,104 @@
+"""The logits of a head, one chunk of rows at a time, for `linear_logprob` and `linear_ppo_loss`.
+
+A chunk reduces its logits to the partial sums of `vocab_parallel` and, while they are still in
+memory, turns them into their gradient, from which the gradients of hidden and weight follow:
+
+    dhidden = dz weight / temperature        dweight = dz^T hidden / temperature
+
+This is the form in PyTorch; `rlef_kernels.gpu.head` has the one for GPUs.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.distributed import ProcessGroup
+
+from rlef_kernels.vocab_parallel import (
+    NUM_PARTIALS,
+    chunk_logits,
+    chunk_size,
+    compute_dtype,
+    local_columns,
+    logits_gradient_,
+    reduce_logits_,
+    sum_over_shards_,
+)
+
+
+class LogitsChunk:
+    """The memory for the logits of some rows, reused for all rows of `hidden_TD`."""
+
+    tokens: int  # of a chunk, at most
+    sum_dtype: torch.dtype  # of the weight's gradient, a sum over chunks
+    subtracted_C: torch.Tensor | float  # from the logits
+
+    def __init__(
+        self,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        with_gradient: bool,
+        *,
+        temperature: float,
+        group: ProcessGroup | None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.temperature, self.group = temperature, group
+        num_tokens, shard = hidden_TD.shape[0], weight_VD.shape[0]
+        self.sum_dtype = compute_dtype(hidden_TD, weight_VD)
+        self.weight_VD = weight_VD.to(self.sum_dtype)
+        self.tokens = min(chunk_tokens or chunk_size(shard, hidden_TD.device), max(1, num_tokens))
+        self.buffer_CV = hidden_TD.new_empty(self.tokens, shard, dtype=self.sum_dtype)
+
+    def slices(self, num_tokens: int) -> Iterator[slice]:
+        """Yield the rows of each chunk; without tokens, one empty chunk, so that every rank of the
+        group issues the same collectives."""
+        for start in range(0, max(1, num_tokens), self.tokens):
+            yield slice(start, min(start + self.tokens, num_tokens))
+
+    def partials(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
+        """Compute the logits of these rows, and return their partial sums, [C, P]. `column_C`: the
+        targets' columns, which may lie outside the shard."""
+        self.compute(hidden_CD, column_C)
+        partials_CP = self.logits_CV.new_empty(len(hidden_CD), NUM_PARTIALS)
+        reduce_logits_(self.logits_CV, self.target, partials_CP)  # leaves z - max z
+        self.subtracted_C = partials_CP[:, 0].clone()
+        return partials_CP
+
+    def compute(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> None:
+        """Compute the logits of these rows for `add_gradients`."""
+        self.hidden_CD = hidden_CD.to(self.sum_dtype)
+        self.target = local_columns(column_C, 0, self.weight_VD.shape[0])
+        self.logits_CV = chunk_logits(
+            self.hidden_CD, self.weight_VD, self.temperature, self.buffer_CV
+        )
+        self.subtracted_C = 0.0
+
+    def add_gradients(
+        self,
+        statistics: Sequence[torch.Tensor],
+        grad_logprob_C: torch.Tensor | None,
+        grad_entropy_C: torch.Tensor | None,
+        grad_hidden_CD: torch.Tensor | None,
+        grad_weight_VD: torch.Tensor | None,
+    ) -> None:
+        """Write the gradient of these rows, summed over the group, to `grad_hidden_CD`, and add
+        their part of the weight's to `grad_weight_VD`. Overwrites the logits. `statistics`: max,
+        sum of exp and entropy of each whole row."""
+        row_max_C, sum_exp_C, entropy_C = statistics
+        gradient_CV = logits_gradient_(
+            self.logits_CV,
+            self.target,
+            (row_max_C - self.subtracted_C, sum_exp_C, entropy_C),
+            None if grad_logprob_C is None else grad_logprob_C / self.temperature,
+            None if grad_entropy_C is None else grad_entropy_C / self.temperature,
+        )
+        if grad_hidden_CD is not None:
+            grad_hidden_CD.copy_(sum_over_shards_(gradient_CV @ self.weight_VD, self.group))
+        if grad_weight_VD is not None:
+            grad_weight_VD.addmm_(gradient_CV.t(), self.hidden_CD)
+
+
+# Makes the chunk for hidden states and head; the last argument: for a pass with gradients.
+MakeChunk = Callable[[torch.Tensor, torch.Tensor, bool], LogitsChunk]
