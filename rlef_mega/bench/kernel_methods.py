@@ -278,18 +278,24 @@ LIGER = "liger_kernel.transformers.functional"
 LIGER_CUTE = "liger_kernel.ops.cutedsl.ops"
 exact, filtered = (partial(cut_cross_entropy, filter_eps=eps) for eps in (None, "high"))
 cute_loss, triton_loss = (partial(liger_loss, in_cute=cute) for cute in (True, False))
-fused, cublas = (partial(ours, plan=plan) for plan in ("FUSED", "CUBLAS"))
-loss_fused, loss_cublas = (partial(ours_in_head, plan=plan) for plan in ("FUSED", "CUBLAS"))
-score_fused, score_cublas = (partial(score, plan=plan) for plan in ("FUSED", "CUBLAS"))
-two_fused, two_cublas = (partial(score_in_two_calls, plan=plan) for plan in ("FUSED", "CUBLAS"))
+
+
+def each_way(
+    name: str, loss: Callable[..., torch.Tensor], products: tuple[int, int | None]
+) -> list[Method]:
+    """Return our loss in PyTorch and with each plan of the kernels."""
+    fused, cublas = (partial(loss, plan=plan) for plan in ("FUSED", "CUBLAS"))
+    return [
+        Method(f"{name} in PyTorch", loss, products),
+        Method(f"{name} fused", fused, products, True, HOPPER),
+        Method(f"{name} cuBLAS", cublas, products, True, ANY_GPU),
+    ]
+
+
 METHODS = (
     Method("product alone (cuBLAS)", product_alone, (1, None), masks=False),
-    Method("rlef in PyTorch", ours, (1, 4)),
-    Method("rlef loss in head, in PyTorch", ours_in_head, (1, 3)),
-    Method("rlef fused", fused, (1, 4), True, HOPPER),
-    Method("rlef cuBLAS", cublas, (1, 4), True, ANY_GPU),
-    Method("rlef loss in head, fused", loss_fused, (1, 3), True, HOPPER),
-    Method("rlef loss in head, cuBLAS", loss_cublas, (1, 3), True, ANY_GPU),
+    *each_way("rlef", ours, (1, 4)),
+    *each_way("rlef loss in head,", ours_in_head, (1, 3)),
     Method("verl linear cross entropy", verl_cross_entropy, (1, 4), False, ANY_GPU, VERL),
     Method("Liger, CuTe", liger_scaled_cross_entropy, (1, 4), True, HOPPER, LIGER_CUTE),
     Method("Liger, tensor parallel", liger_tensor_parallel, (1, 4), True, ANY_GPU, LIGER),
@@ -299,10 +305,6 @@ METHODS = (
     Method("cut-cross-entropy, filtered (no entropy)", filtered, (1, 4), True, ANY_GPU, CUT),
     Method("PyTorch, chunks of tokens", chunked_logits, (1, 4)),
     Method("PyTorch, logits stored", stored_logits, (1, 3)),
-    Method("rlef scores and KL, in PyTorch", score, (2, None)),
-    Method("rlef scores, two calls, in PyTorch", score_in_two_calls, (2, None)),
-    Method("rlef scores and KL, fused", score_fused, (2, None), True, HOPPER),
-    Method("rlef scores, two calls, fused", two_fused, (2, None), True, HOPPER),
-    Method("rlef scores and KL, cuBLAS", score_cublas, (2, None), True, ANY_GPU),
-    Method("rlef scores, two calls, cuBLAS", two_cublas, (2, None), True, ANY_GPU),
+    *each_way("rlef scores and KL,", score, (2, None)),
+    *each_way("rlef scores, two calls,", score_in_two_calls, (2, None)),
 )

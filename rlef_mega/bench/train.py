@@ -11,13 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rlef_mega.bench.results import Figure, Results, shares
-from rlef_mega.bench.workload import (
-    Workload,
-    describe_batch,
-    random_batch,
-    run_rank,
-    workload,
-)
+from rlef_mega.bench.workload import describe_batch, random_batch, run_rank, workload
 from rlef_mega.config import TrainConfig
 from rlef_mega.engines.publish import publish
 from rlef_mega.megatron.learner import Learner
@@ -36,16 +30,12 @@ LEARNING = ("pack", "score", "targets", "update")  # from episodes to new weight
 def benchmark(recipe: str) -> Results:
     with workload(recipe) as work:
         measured = work.run("rlef_mega.bench.train")
-        about = about_training(work, measured)
+        about = work.about(
+            batch=measured["batch"],
+            updates_per_batch=work.config.ppo.updates_per_batch,
+            threads_per_process=measured["threads"],
+        )
     return Results(f"rlef bench train: {recipe}", about, figures(measured))
-
-
-def about_training(work: Workload, measured: dict[str, Any]) -> dict[str, Any]:
-    return work.about(
-        batch=measured["batch"],
-        updates_per_batch=work.config.ppo.updates_per_batch,
-        threads_per_process=measured["threads"],
-    )
 
 
 def figures(measured: dict[str, Any]) -> tuple[Figure, ...]:

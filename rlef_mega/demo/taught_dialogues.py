@@ -2,13 +2,12 @@
 
 They teach the model to answer with one fenced program, and to use the variant that the statement
 names or that a quoted public test shows. They do not teach it to use feedback: after feedback they
-repeat or guess, and are right no more often than `Habits.corrected`. RLEF has to connect the
+repeat or guess, and are right no more often than `CORRECTED`. RLEF has to connect the
 feedback with the inference from an example.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 from rlef_mega.dialogues import programs, templates
@@ -17,21 +16,12 @@ from rlef_mega.types import TestOutcome
 from rlef_sandbox import Result, Status
 
 TURNS = 3
-WORDINGS: tuple[Wording, ...] = ("vague", "word", "example")
-
-
-@dataclass(frozen=True)
-class Habits:
-    """Probabilities with which the dialogues respond."""
-
-    wordings: tuple[float, float, float] = (0.3, 0.25, 0.45)  # vague, word, example
-    informed: float = 0.95  # right at once if the statement gives the variant
-    corrected: float = 0.15  # right after feedback
-    repeated: float = 0.4  # the same again after feedback; otherwise a uniform guess
-    corrupted: float = 0.04  # no valid code
-
-
-HABITS = Habits()
+# Probabilities of a dialogue's wording and of its responses.
+WORDINGS: dict[Wording, float] = {"vague": 0.3, "word": 0.25, "example": 0.45}
+INFORMED = 0.95  # right at once if the statement gives the variant
+CORRECTED = 0.15  # right after feedback
+REPEATED = 0.4  # the same again after feedback; otherwise a uniform guess
+CORRUPTED = 0.04  # no valid code
 
 
 def sft_dialogues(start: int, count: int, seed: int = 0) -> list[list[str]]:
@@ -43,14 +33,13 @@ def sft_dialogues(start: int, count: int, seed: int = 0) -> list[list[str]]:
     return [sft_dialogue(number, seed) for number in range(start, start + count)]
 
 
-def sft_dialogue(number: int, seed: int, habits: Habits = HABITS) -> list[str]:
-    generator = dialogue_generator(number, seed)
-    exercise = draw_exercise(generator, habits)
+def sft_dialogue(number: int, seed: int) -> list[str]:
+    generator, exercise = draw_exercise(number, seed)
     messages = [templates.first_prompt(exercise.statement, "curriculum")]
     guess: int | None = None
     for turn in range(TURNS):
-        guess = next_guess(exercise, guess, habits, generator)
-        response = respond(exercise, guess, habits, generator)
+        guess = next_guess(exercise, guess, generator)
+        response = respond(exercise, guess, generator)
         messages.append(response)
         outcomes = try_out(exercise, guess, response)
         if turn == TURNS - 1 or (outcomes and outcomes[0].result.status is Status.OK):
@@ -60,13 +49,11 @@ def sft_dialogue(number: int, seed: int, habits: Habits = HABITS) -> list[str]:
     return messages
 
 
-def dialogue_generator(number: int, seed: int) -> random.Random:
-    return random.Random(f"supervised {seed} {number}")
-
-
-def draw_exercise(generator: random.Random, habits: Habits) -> Exercise:
-    wording = generator.choices(WORDINGS, habits.wordings)[0]
-    return generator.choice(training_exercises()[wording])
+def draw_exercise(number: int, seed: int) -> tuple[random.Random, Exercise]:
+    """Return a dialogue's generator and exercise."""
+    generator = random.Random(f"supervised {seed} {number}")
+    wording = generator.choices(list(WORDINGS), list(WORDINGS.values()))[0]
+    return generator, generator.choice(training_exercises()[wording])
 
 
 @cache
@@ -75,23 +62,21 @@ def training_exercises() -> dict[Wording, list[Exercise]]:
     return {wording: [e for e in every if e.wording == wording] for wording in WORDINGS}
 
 
-def next_guess(
-    exercise: Exercise, previous: int | None, habits: Habits, generator: random.Random
-) -> int:
+def next_guess(exercise: Exercise, previous: int | None, generator: random.Random) -> int:
     """Return the variant of the next response."""
     chance = generator.random()
     any_variant = generator.randrange(len(exercise.family.variants))
     if previous is None:
-        informed = exercise.wording != "vague" and chance < habits.informed
+        informed = exercise.wording != "vague" and chance < INFORMED
         return exercise.variant if informed else any_variant
-    if chance < habits.corrected:
+    if chance < CORRECTED:
         return exercise.variant
-    return previous if chance < habits.corrected + habits.repeated else any_variant
+    return previous if chance < CORRECTED + REPEATED else any_variant
 
 
-def respond(exercise: Exercise, variant: int, habits: Habits, generator: random.Random) -> str:
+def respond(exercise: Exercise, variant: int, generator: random.Random) -> str:
     source = exercise.family.source(exercise.family.variants[variant])
-    if generator.random() >= habits.corrupted:
+    if generator.random() >= CORRUPTED:
         return f"```python\n{source}\n```"
     return generator.choice(
         (

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from rlef_mega.problems.codecontests import DEFAULT_MEMORY_BYTES, DEFAULT_TIME_S, LEAST_MEMORY_BYTES
+from rlef_mega.problems.codecontests import DEFAULT_TIME_S, to_limits
 from rlef_mega.problems.graded_rows import SOLUTION_FAILS, grade_solution, read_graded
 from rlef_mega.problems.livecodebench import PRELUDE, from_json
 from rlef_mega.problems.rows import (
@@ -157,10 +157,5 @@ def parse_limits(row: Row, time_factor: float) -> Limits:
         found = AMOUNT.match(str(row.get(key) or ""))
         amounts.append(float(found[1]) * UNITS.get(found[2].rstrip("s"), 1 << 30) if found else 0)
     default_s = DEFAULT_TIME_S if "time_limit" in row else APPS_TIME_S
-    try:
-        return Limits(
-            cpu_s=(amounts[0] or default_s) * time_factor,
-            memory_bytes=max(int(amounts[1]) or DEFAULT_MEMORY_BYTES, LEAST_MEMORY_BYTES),
-        )
-    except ValueError as error:
-        raise FieldError(f"time_limit, memory_limit: {error}") from None
+    cpu_s = (amounts[0] or default_s) * time_factor
+    return to_limits(cpu_s, int(amounts[1]), "time_limit, memory_limit")

@@ -38,18 +38,8 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 LEAST_MEMORY_BYTES = 64 << 20  # CPython itself needs most of that
 
 COLUMNS = (
-    "name",
-    "description",
-    "public_tests",
-    "private_tests",
-    "generated_tests",
-    "time_limit",
-    "memory_limit_bytes",
-    "input_file",
-    "output_file",
-    "source",
-    "cf_rating",
-    "cf_tags",
+    "name description public_tests private_tests generated_tests time_limit memory_limit_bytes "
+    "input_file output_file source cf_rating cf_tags"
 )
 # `source` is a number. The Hugging Face copy and the proto number the last two differently.
 SOURCES = {
@@ -106,7 +96,7 @@ def download(source: str, repository: str, split: str) -> Path:
 
 def read(files: Sequence[Path], options: CodeContestsOptions, _: Path) -> Iterator[Read]:
     """Yield the outcome of each row, in order."""
-    columns = (*COLUMNS, *(("incorrect_solutions",) if options.wrong_programs else ()))
+    columns = COLUMNS.split() + ["incorrect_solutions"] * bool(options.wrong_programs)
     names = {path: source_names(path) or SOURCES[options.enums] for path in files}
     yield from read_each(files, "name", lambda row, path: parse(row, options, names[path]), columns)
 
@@ -238,11 +228,14 @@ def parse_limits(row: Row, time_factor: float) -> Limits:
     """Return the problem's own limits; the paper's where a limit is 0, null or missing."""
     time_limit = expect(row, "time_limit", dict, None) or {}
     seconds, nanos = (expect(time_limit, unit, int, None) or 0 for unit in ("seconds", "nanos"))
-    memory_bytes = expect(row, "memory_limit_bytes", int, None) or DEFAULT_MEMORY_BYTES
+    cpu_s = (seconds + nanos / 1e9 or DEFAULT_TIME_S) * time_factor
+    return to_limits(cpu_s, expect(row, "memory_limit_bytes", int, None) or 0, "time_limit")
+
+
+def to_limits(cpu_s: float, memory_bytes: int, fields: str) -> Limits:
+    """Return limits with at least the memory that CPython needs; the paper's for 0."""
+    memory_bytes = max(memory_bytes or DEFAULT_MEMORY_BYTES, LEAST_MEMORY_BYTES)
     try:
-        return Limits(
-            cpu_s=(seconds + nanos / 1e9 or DEFAULT_TIME_S) * time_factor,
-            memory_bytes=max(memory_bytes, LEAST_MEMORY_BYTES),
-        )
+        return Limits(cpu_s=cpu_s, memory_bytes=memory_bytes)
     except ValueError as error:
-        raise FieldError(f"time_limit: {error}") from None
+        raise FieldError(f"{fields}: {error}") from None

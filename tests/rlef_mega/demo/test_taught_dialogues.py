@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlef_mega.demo import taught_dialogues
-from rlef_mega.demo.taught_dialogues import HABITS, sft_dialogues
+from rlef_mega.demo.taught_dialogues import sft_dialogues
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.chat import ChatFormat
@@ -71,12 +71,12 @@ def test_responses_to_feedback_are_right_no_more_often_than_stated():
             if "Expected output" in told:
                 follow_ups.append(extract_program(response).program == exercise.source)
     assert len(follow_ups) > 1000
-    lucky = (1 - HABITS.corrected - HABITS.repeated) / 12
-    assert sum(follow_ups) / len(follow_ups) < HABITS.corrected + lucky + 0.03
+    lucky = (1 - taught_dialogues.CORRECTED - taught_dialogues.REPEATED) / 12
+    assert sum(follow_ups) / len(follow_ups) < taught_dialogues.CORRECTED + lucky + 0.03
 
 
 def exercise_of(number: int) -> Exercise:
-    return taught_dialogues.draw_exercise(taught_dialogues.dialogue_generator(number, 0), HABITS)
+    return taught_dialogues.draw_exercise(number, 0)[1]
 
 
 def test_statements_that_give_the_variant_are_answered_correctly_at_once():
@@ -86,12 +86,12 @@ def test_statements_that_give_the_variant_are_answered_correctly_at_once():
         if exercise.wording != "vague":
             told += 1
             right += extract_program(DIALOGUES[number][1]).program == exercise.source
-    assert right / told > HABITS.informed - HABITS.corrupted - 0.03
+    assert right / told > taught_dialogues.INFORMED - taught_dialogues.CORRUPTED - 0.03
 
 
 def test_corrupted_responses_hold_no_valid_code():
     invalid = sum(extract_program(d[1]).program is None for d in DIALOGUES) / len(DIALOGUES)
-    assert invalid == pytest.approx(HABITS.corrupted, abs=0.015)
+    assert invalid == pytest.approx(taught_dialogues.CORRUPTED, abs=0.015)
 
 
 def test_training_a_tokenizer_twice_gives_the_same_files(folder, tmp_path):
