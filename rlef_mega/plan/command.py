@@ -161,10 +161,7 @@ def show_search(
     best = found[0]
     console.print(memory_table(best.run.memory(), best.run, device))
     show_step(console, best, device)
-    words = [
-        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in settings(best, device).items()
-    ]
+    words = [f"--set {key}={json.dumps(value)}" for key, value in settings(best, device).items()]
     console.print("the recipe in this layout:", *(words or ["as it is"]), soft_wrap=True)
     return best, describe(best, device) | {"ranked": [summary(each) for each in found[:SHOWN]]}
 
