@@ -123,6 +123,15 @@ def test_a_large_result_is_zero_whatever_memory_held_before():
     assert result[:100].sum() == 0 and result.norm() == 0
 
 
+def test_a_large_copy_to_itself_keeps_what_is_there():
+    """As a reduction over one rank makes; other copies of this size are not made."""
+    large = torch.zeros(2**25, device="cuda")
+    large[:3] = 7
+    large.copy_(large.view(-1))
+    assert large[:4].tolist() == [7, 7, 7, 0]
+    assert not torch.empty_like(large).copy_(large)[:3].any()
+
+
 def test_allocated_memory_is_zero_whatever_it_held_before():
     """A Triton kernel that is not computed leaves its results as they were allocated."""
     held = torch.full((1000,), torch.nan, device="cuda:1")

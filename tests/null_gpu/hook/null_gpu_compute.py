@@ -112,6 +112,10 @@ def is_small(values: Any) -> bool:
     return all(tensor.numel() * tensor.element_size() <= LIMIT for tensor in tensors)
 
 
+def is_same_memory(first: Any, second: Any) -> bool:
+    return (first.data_ptr(), first.dtype) == (second.data_ptr(), second.dtype)
+
+
 def clear(values: Any) -> None:
     """Zero device tensors."""
     import torch
@@ -286,8 +290,8 @@ class Operation:
 
     def skip(self, keys: Any, args: Any, kwargs: Any) -> Any:
         skipped[self.name] += 1
-        if self.name in FILLS:  # of copies, those that need no kernel are made
-            clear(args[0])
+        if self.name in FILLS and not (self.name == "copy_" and is_same_memory(*args[:2])):
+            clear(args[0])  # of copies, those that need no kernel are made
         results = self.on_cuda(keys, args, kwargs)
         if self.makes:
             clear(results)
