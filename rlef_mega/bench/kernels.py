@@ -90,9 +90,9 @@ class Measurements:
 def benchmark(
     where: str, *, cases: str = "", methods: str = "", minutes: float = MINUTES
 ) -> Results:
-    """Measure on the CPU if `where` is "cpu", else on the GPU. `cases` and `methods` are parts of
-    names, separated by commas; "" is in all. Raises ConfigError without a GPU, or if nothing has
-    such a name."""
+    """Measure on the CPU if `where` is "cpu", else on the GPU. `cases` and `methods` select by
+    parts of names, separated by commas; "" selects all. Raises ConfigError without a GPU, or if no
+    name has such a part."""
     known: Sequence[HeadCase] = CPU_CASES
     device, dtype = torch.device("cpu"), torch.float32
     if where != "cpu":

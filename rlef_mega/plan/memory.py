@@ -120,7 +120,7 @@ class Network:
         return 4 * self.parameters(rank) / self.data if self.weight_bytes == 2 else 0.0
 
     def copying_scratch(self, rank: int) -> float:
-        """Return the bytes of the largest part of a matrix that becomes a main copy: a table's."""
+        """Return the bytes of the largest matrix part that gets a main copy: the embedding's."""
         table = self.weight_bytes * self.shape.table_parameters / self.tensor
         return min(table, self.weights(rank) / self.data)
 

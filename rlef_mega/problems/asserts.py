@@ -1,4 +1,4 @@
-"""A test from an assert statement, whose failure shows the values that were compared.
+"""Make a test from an assert statement; its failure shows the values that were compared.
 
 RLEF rewrites asserts to unittest calls (C.4, C.5). Here they become the comparison, and the message
 that unittest would give for plain values, without importing unittest into every run.

@@ -111,7 +111,7 @@ def repair_table(name: str, numbers: Json) -> Table:
 
 
 def warnings_of(protocols: Json) -> list[str]:
-    """Return a line for each thing that the numbers do not cover."""
+    """Return warnings of dropped dialogues, of problems left out and of biased estimates."""
     lines = []
     for name, numbers in protocols.items():
         for reason, count in table(numbers, "dropped").items():

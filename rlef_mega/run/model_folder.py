@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: the one reader that decides which files hold them. All
+"""Read the weights of a Hugging Face folder. Only this module decides which files hold them, so all
 commands that take such a folder refuse the same ones, before anything starts."""
 
 from collections.abc import Iterable, Mapping

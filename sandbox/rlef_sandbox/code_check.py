@@ -1,4 +1,4 @@
-"""What is wrong with the code of a check, as far as that can be seen without running it.
+"""Find what is wrong with the code of a check, without running it.
 
 Compiling untrusted code may take hours: each `finally` doubles what it contains, and long code can
 take time that grows with its square. Code for which this cannot be ruled out is compiled in a child

@@ -149,7 +149,7 @@ def probe_layers(call_filter: Filter | None) -> dict[str, bool]:
 
 
 def is_readable(flag: str) -> bool:
-    """Return False for an -I of a folder that the confined compiler cannot read: it would fail."""
+    """Return False for an -I of a folder that the confined compiler cannot read: g++ would fail."""
     return not flag.startswith("-I") or os.access(flag[2:], os.R_OK | os.X_OK)
 
 

@@ -1,4 +1,4 @@
-"""A bound on the page tables of programs, which only a cgroup's limit would count.
+"""Bound the page tables of programs, which no limit counts but a cgroup's.
 
 Many small mappings far apart cost 8 KiB of page tables each and almost no resident memory. The
 reaper, the only process that sees /proc, reads their size every MEASURE_EVERY_S. A program that has
@@ -61,7 +61,7 @@ def bound(zygote: int) -> None:
 
 
 def _take_address_space(program: int, facts: dict[str, str]) -> None:
-    """Set a program's limit to 0, as its own user, since root may lack CAP_SYS_RESOURCE."""
+    """Set a program's address space limit to 0, as its user: root may lack CAP_SYS_RESOURCE."""
     user, group = os.getuid(), os.getgid()
     os.setresgid(int(facts["Gid"].split()[0]), -1, -1)
     os.setresuid(int(facts["Uid"].split()[0]), -1, -1)

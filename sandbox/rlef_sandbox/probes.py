@@ -1,4 +1,4 @@
-"""Checks, when a zygote starts, of the layers that only its children apply: a child tries what each
+"""Test, when a zygote starts, the layers that only its children apply: a child tries what each
 layer must refuse.
 """
 
@@ -31,7 +31,7 @@ def holds_in_a_child(probe: Callable[[], bool]) -> bool:
 
 
 def _succeeds_in(pid: int, probe: Callable[[], bool], wait: Callable[[int], int]) -> bool:
-    """Run the probe in the child, which sees 0 as `pid`. Returns, in the parent, its success."""
+    """Run the probe in the child, where `pid` is 0. Returns in the parent whether it succeeded."""
     if pid == 0:
         held = False
         try:

@@ -97,8 +97,8 @@ def compile_source(source: bytes) -> types.CodeType | None:
 
 class Child:
     """A child that runs a program, and then the `call`, if given. `worker.BOOTSTRAP` executes its
-    `code` in its `namespace` and calls `finish`, so that the program, which may recurse nearly as
-    deep as if it were alone, has no other frame of ours below its own.
+    `code` in its `namespace` and calls `finish`. So only one frame of ours is below the program's,
+    which can recurse nearly as deep as if it ran alone.
     """
 
     def __init__(self, code: types.CodeType, source: bytes, call: bytes | None) -> None:

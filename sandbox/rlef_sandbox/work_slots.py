@@ -1,4 +1,4 @@
-"""Decides which programs may run: a bounded number that work, and more of them if some sleep."""
+"""Decide which programs may run: a bounded number that work, and others that sleep."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class WorkSlots:
                 self.release(0, 1)
 
     def acquire(self, opened: int) -> None:
-        """Wait, in turn, until a program may work: one that begins, which counts as under way from
-        then on (`opened` = 1), or one that was asleep (0).
+        """Wait, in turn, until a program may work. `opened` is 1 for a program that begins, which
+        counts as under way from then on, and 0 for one that was asleep.
 
         Raises RuntimeError if the sandbox is closed meanwhile.
         """

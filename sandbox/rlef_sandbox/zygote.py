@@ -144,7 +144,7 @@ class Zygote:
 
 
 def _read(descriptor: int) -> bytes:
-    """Return a whole file, wherever its offset is, which several runs share."""
+    """Return a whole file. Reads without the file's offset, which several runs share."""
     return os.pread(descriptor, os.lseek(descriptor, 0, os.SEEK_END), 0)
 
 
@@ -176,7 +176,7 @@ def _moved_out_of_the_way(descriptor: int) -> int:
 
 
 def _reserve_low_descriptors() -> None:
-    """Occupy the numbers that a child's files will get, so that no file has one of them before."""
+    """Occupy the descriptors that a child's files will get, so that no other file gets one."""
     while (descriptor := os.dup(2)) < MAX_DESCRIPTORS:
         pass
     os.close(descriptor)

@@ -206,7 +206,7 @@ class Fleet:
 
     async def expect(self, version: int, served: Collection[str]) -> None:
         """Use from now on only servers with this version, which another process published. Those
-        `served` have it; each other is asked for it."""
+        in `served` have it; every other server is asked for its version."""
         self.version = version
         for member in self.members:
             if member.client.url in served:

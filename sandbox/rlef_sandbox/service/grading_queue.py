@@ -132,7 +132,7 @@ class GradingQueue:
                 self._metrics.cancelled.add()
 
     def full(self, reason: str) -> GradingRefusedError:
-        """Return a refusal until half of the queue will be finished, by an estimate."""
+        """Return a refusal; its Retry-After estimates when half of the queue is finished."""
         estimate_s = self.waiting / 2 * self._mean_run_s / self._settings.jobs
         retry_s = max(1, min(MOST_RETRY_AFTER_S, round(estimate_s)))
         reason = f"{reason}; retry in {retry_s} s"
