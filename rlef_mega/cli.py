@@ -338,7 +338,7 @@ def rehearse(
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
 ) -> None:
-    """Run a rank of a recipe's real layout on a GPU that is not there: its memory by phase, kernel
+    """Run a rank of a recipe's real layout on a simulated GPU: its memory by phase, kernel
     launches, waits and collectives. Needs a CUDA build of PyTorch (make setup-gpu), no GPU."""
     asked = locals()
     from rlef_mega.rehearse.command import run_rehearsal

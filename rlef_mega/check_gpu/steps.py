@@ -176,8 +176,7 @@ def checksums(weight: torch.Tensor) -> list[str]:
 
 
 def smollm2(out: Path, limit_s: float) -> Found:
-    """Train SmolLM2-135M in bfloat16 until the time is up. A run that an earlier check left goes
-    on."""
+    """Train SmolLM2-135M in bfloat16 until the time is up; resume the run of an earlier check."""
     from rlef_mega.demo.smollm2 import convert
 
     model, folder = out / "smollm2-135m", out / "smollm2-run"

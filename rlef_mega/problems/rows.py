@@ -255,8 +255,8 @@ def refuse_broken_text(text: str, key: str) -> None:
 
 
 def unless_too_deep(parse: Callable[..., Result], row: Row | FieldError, *others: Any) -> Result:
-    """Return what `parse` makes of a row. Raises FieldError if that is nested too deep for Python's
-    recursion, and the error that stands in place of a row.
+    """Return `parse(row)`. Raises FieldError if the row is nested too deep for Python's recursion,
+    or if it could not be read: then `row` is that error.
     """
     if isinstance(row, FieldError):
         raise row
