@@ -169,7 +169,8 @@ CRASHES = (
             "abort": "import os; os.abort()",
             "endless_recursion": "def f(): f()\nf()",
             "endless_recursion_without_a_limit": (
-                "import sys; sys.setrecursionlimit(10**9)\ndef f(): return [*map(f2, [1])]\n"
+                "import sys; sys.setrecursionlimit(10**9); sys.tracebacklimit = 5\n"
+                "def f(): return [*map(f2, [1])]\n"
                 "def f2(x): return f()\nf()"
             ),
             "a_broken_interpreter": (
