@@ -4,7 +4,7 @@ Theory of operation. The controller starts `python -c` (`worker.py`) with one en
 and a pidfd of the controller. That process enters a pid namespace if it can, and forks. The parent
 stays outside as the reaper (`reaper.py`); the child, process 1 of its namespace, is the zygote. It
 preloads the standard library, confines itself (`confinement.py`), proves the layers by trying to
-break out, runs a few programs itself (`rehearsal.py`), and reports the layers. Then it answers the
+break out, runs a few programs itself (`warm_up.py`), and reports the layers. Then it answers the
 requests that come over the control channel, each on the session (a socket) that the request brings.
 
 RUN and EXECUTE start a child for one run. PROGRAM starts a program server, which compiles once,
@@ -41,11 +41,11 @@ from .launch_plan import Bounds, LaunchPlan
 from .probes import probe_child_layers
 from .protocol import MAX_DESCRIPTORS, Ending, Outcome, Phase, Task, ZygoteRequest
 from .reaper import leave_reaper_behind
-from .rehearsal import rehearse
 from .seccomp import filter_for_this_machine
 from .supervisor_native import NativeSupervisor
 from .supervisor_python import PythonSupervisor
 from .syscalls import Profile
+from .warm_up import warm_up
 
 STREAMS = 3
 PROGRAM, TEST = Task.PROGRAM, Task.TEST  # looked up once, not in each child
@@ -123,10 +123,10 @@ class Zygote:
             return self.serve_program(code, source)
         return program.Child(code, source, call)
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Run programs in this process as children will."""
         self.leave_trust = lambda: None
-        rehearse(lambda file_count: self.child(Task.RUN, file_count), _reserve_low_descriptors)
+        warm_up(lambda file_count: self.child(Task.RUN, file_count), _reserve_low_descriptors)
         self.leave_trust = self.supervisor.leave_trust
 
     def serve_program(self, code: types.CodeType, source: bytes) -> program.Child:
@@ -214,7 +214,7 @@ def main() -> None:
     for name in [name for name in sys.modules if name.startswith("rlef_sandbox")]:
         del sys.modules[name]  # a program must not find these modules
     layers = zygote.confine(namespaces, library_files(paths))
-    zygote.rehearse()
+    zygote.warm_up()
     gc.collect()
     kernel.LIBC.malloc_trim(0)
     gc.freeze()

@@ -33,7 +33,7 @@ RUNS = (
 )
 
 
-def rehearse(child_of: Callable[[int], Child], reserve_low_descriptors: Callable[[], None]) -> None:
+def warm_up(child_of: Callable[[int], Child], reserve_low_descriptors: Callable[[], None]) -> None:
     """Run PROGRAM as `child_of` says, which gets the number of a run's files."""
     main = sys.modules["__main__"]
     for call, message in RUNS * REPETITIONS:
@@ -57,6 +57,6 @@ def rehearse(child_of: Callable[[int], Child], reserve_low_descriptors: Callable
 
 
 def _file(content: bytes) -> int:
-    file = os.memfd_create("rehearsal")
+    file = os.memfd_create("warm-up")
     os.write(file, content)
     return file
