@@ -296,7 +296,7 @@ def figures(found: dict[str, Any]) -> Iterator[Figure]:
 def measure(config: TrainConfig, ranks: parallel.Ranks, minutes: float = MINUTES) -> dict[str, Any]:
     # an update has no part for the reference
     config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"beta": 0.0})})
-    learner = make_learner(config, ranks)
+    learner = make_learner(config, Path(config.model.path), ranks)
     batch, targets = on_policy_targets(learner, config, slice_batch(config))
     learner.critic = None  # its memory is for the peer
     gc.collect()
