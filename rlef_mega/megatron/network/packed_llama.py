@@ -51,6 +51,7 @@ from rlef_mega.megatron.network.families import (
     family_of,
     head_dim,
 )
+from rlef_mega.megatron.network.feed_forward import GatedMLP
 from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 from rlef_mega.megatron.parallel import Ranks
 
@@ -220,6 +221,8 @@ class PackedLlama(GPTModel):
             frequencies = LlamaRotaryEmbedding(hf_config).inv_freq.clone()  # type: ignore[arg-type]
         frequencies_E = frequencies.to(ranks.device, torch.float32)
         for layer in self.decoder.layers:
+            if type(layer.mlp) is MLP:  # Megatron's specs accept only this class
+                layer.mlp.__class__ = GatedMLP
             layer.self_attention.core_attention.frequencies_E = frequencies_E
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **options: object):

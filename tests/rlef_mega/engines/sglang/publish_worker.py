@@ -38,7 +38,7 @@ def main() -> None:
     weights = load_file(Path(model) / "model.safetensors")
     renamed = {name.replace("model.norm", "model.rotary"): t for name, t in weights.items()}
     said: dict[str, object] = {}
-    with open_engine(config, ranks, run) as engine:
+    with open_engine(config, Path(model), ranks, run) as engine:
         blocked = run.path / "weights"
         blocked.touch()  # a file: rank 0 cannot write the folder
         said["unwritable"] = failure_of(weights, engine, EngineLostError)
