@@ -165,7 +165,7 @@ def late(rates: list[float]) -> float:
     "estimator",
     [
         pytest.param({}, id="critic"),
-        pytest.param({"advantage": "rloo"}, id="RLOO"),
+        pytest.param({"advantage": "rloo"}, id="RLOO", marks=pytest.mark.slow),
         pytest.param({"advantage": "grpo"}, id="GRPO", marks=pytest.mark.slow),
         pytest.param({"lam": 0.5}, id="lambda 0.5", marks=pytest.mark.slow),
     ],

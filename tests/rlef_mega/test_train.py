@@ -266,7 +266,7 @@ def test_the_exact_kl_of_a_run_has_less_spread_than_the_sampled_one(model, tmp_p
     assert second["kl_exact"] > 1e-6 and second["kl_exact_std"] < second["kl_std"]
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+@pytest.mark.parametrize("estimator", ["rloo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_without_a_critic_no_part_of_a_run_has_one(model, tmp_path, monkeypatch, capsys, estimator):
     """The groups are the same on two data-parallel ranks, each of which samples half of each."""
     overrides = [f"ppo.advantage={estimator}", "rollout.samples_per_problem=4", "run.steps=2"]

@@ -22,7 +22,7 @@ from tests.sandbox.attacks.worlds import OWN_WORLD, ROOT, WORLDS, is_stopped
 
 OTHERS = [name for name in WORLDS if name != OWN_WORLD]
 each_world = pytest.mark.parametrize(
-    "name", [n if n == "bare" else pytest.param(n, marks=pytest.mark.slow) for n in OTHERS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 )
 
 pytestmark = pytest.mark.skipif(

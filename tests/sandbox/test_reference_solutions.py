@@ -106,7 +106,11 @@ def wide_sandbox() -> Iterator[Sandbox]:
 
 
 @pytest.mark.parametrize(
-    ("name", "least_tests"), [("HumanEvalPlus.jsonl.gz", 2000), ("MbppPlus.jsonl.gz", 2000)]
+    ("name", "least_tests"),
+    [
+        ("HumanEvalPlus.jsonl.gz", 2000),
+        pytest.param("MbppPlus.jsonl.gz", 2000, marks=pytest.mark.slow),
+    ],
 )
 def test_canonical_solutions_pass_their_tests(
     wide_sandbox: Sandbox, name: str, least_tests: int

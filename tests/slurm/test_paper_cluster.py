@@ -211,7 +211,6 @@ def test_what_python_says_on_stderr_is_no_shell(paper, submit):
         ({"HET": 1, "REFUSE": "--nodes=1", "WHY": "no such node"}, "no such node"),
         ({"MODEL": "/nowhere/model"}, "/nowhere/model"),
         ({"MORE_SETS": "data.train=codecontests:/nowhere.jsonl"}, "/nowhere.jsonl"),
-        ({"MORE_SETS": "data.valid=/nowhere.jsonl"}, "/nowhere.jsonl"),
     ],
 )
 def test_what_could_never_start_is_not_submitted(paper, submit, settings, message):

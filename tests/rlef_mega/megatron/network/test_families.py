@@ -35,6 +35,7 @@ def test_scores_and_gradients_agree_with_hugging_face(
     check(tmp_path, ranks, make_family(tmp_path, case))
 
 
+@pytest.mark.slow
 def test_the_families_agree_with_hugging_face_in_split_layouts(tmp_path: Path) -> None:
     """Two processes compare their parts; among them are norms that each tensor-parallel rank
     applies to its own heads, and biases that are split."""
