@@ -13,13 +13,14 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.chat import TEMPLATES, ChatFormat, declared_ends
 from rlef_mega.dialogues.judge import Judge
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import EngineError, EngineLostError
@@ -148,10 +149,17 @@ def test_each_way_brings_weights_whose_logprobs_are_those_of_transformers(engine
             assert list(answer.token_ids) == expected
 
 
+def chat_format(folder: Path, name: str) -> ChatFormat:
+    """Return a format by its name: the folder's tokenizer has the control tokens of both."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATES[name]
+    return ChatFormat.for_tokenizer(tokenizer, declared_ends(folder))
+
+
 @pytest.mark.parametrize("format_name", ["llama3", "chatml"])
 def test_dialogues_keep_the_ids_that_were_sampled(disk_engine, serving, model, format_name):
     disk_engine.update_weights(model.state_dict().items(), 1)
-    chat = ChatFormat.from_folder(serving.model, format_name)
+    chat = chat_format(serving.model, format_name)
     sampling = Sampling(40, stop_token_ids=chat.stop_token_ids)
     rules = Rules(turns=3, sampling=sampling, max_context=CONTEXT)
     held = asyncio.run(
@@ -421,7 +429,7 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
 ):
     change(model, seed=3)
     disk_engine.update_weights(model.state_dict().items(), 6)
-    chat = ChatFormat.from_folder(serving.model, "chatml")
+    chat = chat_format(serving.model, "chatml")
     rules = Rules(turns=3, sampling=Sampling(120), max_context=CONTEXT)
     victim = serving.urls[1]
     threading.Timer(1.0, lambda: serving.server_process(victim).kill()).start()
