@@ -71,21 +71,25 @@ class GradingProcess(contextlib.AbstractContextManager):
         """Return the answer to a request. Raises ValueError if it is malformed, and one of
         SANDBOX_FAULTS if the sandbox or the child fails.
         """
-        if not hasattr(self._of_thread, "connection"):
-            self._of_thread.connection, theirs = Pipe()
-            send_handle(self._control, theirs.fileno(), self._pid)
-            theirs.close()
-        connection = self._of_thread.connection
         try:
+            connection = getattr(self._of_thread, "connection", None) or self._connect()
             connection.send_bytes(path.encode())
             connection.send_bytes(body)
             answer, self.zygotes_started = connection.recv()
         except (EOFError, OSError):
-            del self._of_thread.connection
+            self._of_thread.connection = None
             raise OSError("the grading process ended") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _connect(self) -> Connection:
+        """Connect this thread of the server with one of the child."""
+        connection, theirs = Pipe()
+        send_handle(self._control, theirs.fileno(), self._pid)
+        theirs.close()
+        self._of_thread.connection = connection
+        return connection
 
 
 def serve_connections(
