@@ -442,8 +442,9 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
         assert all(set(turn.completion.weight_versions) == {6} for turn in episode.turns)
     wait_for(lambda: disk_engine.counts.get("restored"), disk_engine)
     with SGLangEngine([victim], serving.model) as only_the_victim:
-        only_the_victim.update_weights([], 6)  # published by another engine
-        only_the_victim.end_update(6)
+        weights = model.state_dict().items()
+        only_the_victim.update_weights(weights, 6)  # published by another engine
+        only_the_victim.end_update(6, [victim])
         (answer,) = sample(only_the_victim, [[11, 12]], Sampling(30))
     assert gap(model, [11, 12], answer) < TOLERANCE and set(answer.weight_versions) == {6}
 
