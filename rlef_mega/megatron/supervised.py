@@ -14,7 +14,7 @@ from rlef_mega.types import Batch
 
 
 class SupervisedLearner(Learner):
-    """A policy alone, without critic and reference, trained on given dialogues."""
+    """Trains a policy on given dialogues; it has no critic and no reference."""
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ class LivesInLoop:
         raise NotImplementedError
 
     async def shut(self) -> None:
-        """Run last, in the loop."""
+        """Free what `open` and later calls made; runs last, in the loop."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

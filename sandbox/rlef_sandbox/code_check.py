@@ -26,9 +26,11 @@ _compiling = threading.Lock()  # the filters of warnings belong to the whole pro
 
 
 def fault_of(source: bytes, function: str = "", *, returns: bool = False) -> str:
-    """Return why the source cannot be a check, or an empty string. It must compile, and `function`,
-    a path like `Class.check`, must be neither async nor a generator: calling one does not run its
-    code. Unless it `returns` its verdict, it may return no value, because it would be ignored.
+    """Return why the source cannot be a check, or an empty string if it can.
+
+    The source must compile. `function`, a path like `Class.check`, must be neither async nor a
+    generator, because calling one does not run its code. Only a check that `returns` its verdict
+    may return a value: from any other, which raises in order to fail, the value would be ignored.
     """
     if len(source) <= SHORT_BYTES and not SLOW.search(source):
         return _fault_of(source, function, returns)

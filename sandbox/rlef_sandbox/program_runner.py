@@ -397,7 +397,8 @@ def exceeds_a_limit(checker: Result) -> bool:
 
 
 def verdict_of_check(candidate: Result, checker: Result) -> Result:
-    """Return the verdict on the two processes of a CheckTest that is not broken."""
+    """Return the verdict of a CheckTest, whose check works, from the results of its two processes:
+    the program's and the check's."""
     if candidate.status is not Status.OK or checker.status is Status.OK:
         return candidate
     if checker.exit_code in (CANDIDATE_RAISED, CANDIDATE_GONE):

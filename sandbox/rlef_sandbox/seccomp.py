@@ -82,7 +82,8 @@ def without_bits(offset: int, bits: int, otherwise: Instruction) -> list[Instruc
 
 
 def none_of(offset: int, excepted: tuple[int, ...]) -> list[Instruction]:
-    """Allow a call whose argument at `offset` is none of `excepted`; else continue after it."""
+    """Allow a call whose argument at `offset` is none of `excepted`. For any other call, go on with
+    the instructions that follow these."""
     return one_of(offset, excepted, ALLOWED)[:-1]
 
 

@@ -61,7 +61,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class PackedAttention(MegatronModule):
-    """The `core_attention` of our layers; the constructor's arguments are Megatron's."""
+    """Attention within each sequence of a packed batch. Megatron makes one for each layer, as its
+    `core_attention`, with more arguments than it needs."""
 
     def __init__(self, config: TransformerConfig, **unused: object) -> None:
         super().__init__(config=config)
