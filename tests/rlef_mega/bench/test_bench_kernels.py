@@ -5,12 +5,19 @@ asserted.
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from rlef_mega.bench.kernel_methods import METHODS, import_without_parents
+from rlef_mega.bench.kernel_methods import (
+    LIGER_CUTE,
+    METHODS,
+    import_without_parents,
+    logprob_and_entropy,
+    stored_logits,
+)
 from rlef_mega.bench.kernels import (
     HeadCase,
     Measurements,
@@ -108,6 +115,55 @@ def test_methods_agree_on_log_probs_and_entropies():
         expected = found.pop("PyTorch, logits stored")
         for name, values in found.items():
             torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+class LigerFusedScaledCrossEntropySM90Function:
+    """Stands in for Liger 0.8.5's, whose kernels need a GPU; `apply` has the arguments of its
+    `forward`."""
+
+    @staticmethod
+    def apply(
+        _input,
+        weight,
+        target,
+        temperature=1.0,
+        ignore_index=-100,
+        m_tiles_per_cluster=1,
+        return_entropy=False,
+        selected_token_ids=None,
+    ):
+        assert (temperature, return_entropy) == (1.0, True)
+        logprob, entropy = logprob_and_entropy(_input, weight, target)
+        return -logprob, entropy
+
+
+def liger_fused_linear_cross_entropy_sm90(
+    _input, weight, target, ignore_index=-100, reduction="mean"
+):
+    assert reduction == "sum"
+    return -logprob_and_entropy(_input, weight, target)[0].sum()
+
+
+def test_liger_is_measured_by_its_kernels_for_hopper(monkeypatch):
+    """Not only by its tensor-parallel function, which computes chunks of tokens in PyTorch where a
+    package of Liger's is missing."""
+    functions = (LigerFusedScaledCrossEntropySM90Function, liger_fused_linear_cross_entropy_sm90)
+    modules = {
+        name: SimpleNamespace(**{each.__name__: each for each in functions})
+        for name in ("fused_scaled_cross_entropy_sm90", "fused_linear_cross_entropy_sm90")
+    }
+    monkeypatch.setitem(sys.modules, LIGER_CUTE, SimpleNamespace(**modules))
+    inputs = make_inputs(CPU, torch.float32, CASE)
+    logprob, _ = logprob_and_entropy(inputs.hidden_TD, inputs.weight_VD, inputs.target_T)
+    losses = {
+        "Liger, CuTe": stored_logits(inputs),
+        "Liger loss in head, CuTe (no entropy)": -logprob.sum(),
+    }
+    found = {method.name: method for method in METHODS if method.module == LIGER_CUTE}
+    assert found.keys() == losses.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(found[name].loss(inputs), loss)
+        assert found[name].unavailable(CPU) == "needs a GPU"
 
 
 def test_nothing_is_measured_once_the_time_is_up():
