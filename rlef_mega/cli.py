@@ -18,12 +18,7 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.run.launch import (
-    FAILED,
-    STOPPED,
-    launch,
-    sandbox_token,
-)
+from rlef_mega.run.launch import FAILED, STOPPED, launch, sandbox_token
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +29,7 @@ app = typer.Typer(
 Recipe = Annotated[str, typer.Argument(help="a TOML file, or the name of a recipe of the package")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override, such as run.steps=5"),
+    typer.Option("--set", metavar="KEY=VALUE", help="override a setting, such as run.steps=5"),
 ]
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -56,7 +51,7 @@ def train(
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY", help="a setting that a resumed run may change, as learner.policy.lr"
+            metavar="KEY", help="let a resumed run change this setting, such as learner.policy.lr"
         ),
     ] = None,
 ) -> None:
@@ -84,8 +79,8 @@ def train(
 
 @app.command()
 def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Run the paper's supervised ablation: imitate the dialogues that a recipe's base model solves,
-    with RLEF's budget."""
+    """Run the paper's supervised ablation: train a recipe's base model on the dialogues that it
+    solves itself, with as many updates as RLEF."""
     from rlef_mega.preflight import check_train, claim_run_directory
 
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
@@ -112,8 +107,8 @@ def reproduce(
         list[str] | None, typer.Option(help="a kind of run, like rlef or rloo; repeatable")
     ] = None,
 ) -> None:
-    """Repeat the paper's comparison with a recipe's base model and budget: RLEF, its ablations,
-    imitation and turn budgets, in a table beside the paper's; and estimators without a critic."""
+    """Repeat the paper's comparison with a recipe's base model and budget: a table of RLEF, its
+    ablations, imitation, RLOO and GRPO beside the paper's numbers, and a plot of turn budgets."""
     from rlef_mega.paper.comparison import reproduce as run_all
 
     run_all(recipe, out, seeds=range(1, seeds + 1), overrides=overrides or [], only=only or [])
@@ -332,9 +327,9 @@ def rehearse(
     rank: Annotated[
         int | None, typer.Option(help="one rank; default: one of each kind of the layout")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="as of `rlef plan`, but not cpu")] = "h100-80gb",
+    gpu: Annotated[str, typer.Option(help="a GPU that `rlef plan` knows")] = "h100-80gb",
     dialogue_tokens: Annotated[
-        int | None, typer.Option(help="length of all dialogues; default: the assumed mean")
+        int | None, typer.Option(help="length of all dialogues; default: what `rlef plan` assumes")
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
 ) -> None:
@@ -353,7 +348,7 @@ def view(
         bool, typer.Option("--live", help="serve the page and update it, until Ctrl-C")
     ] = False,
     port: Annotated[int, typer.Option(help="port of --live, on this machine")] = 8321,
-    episodes: Annotated[int, typer.Option(min=0, help="most episodes on the page")] = 10_000,
+    episodes: Annotated[int, typer.Option(min=0, help="limit of episodes on the page")] = 10_000,
 ) -> None:
     """Write a run's report.html and print its before/after table, or serve the page while it
     runs."""
@@ -457,7 +452,7 @@ def demo() -> None:
 
 
 def finish(code: int, run_dir: Path) -> None:
-    """Exit with the ranks' exit code, if they failed or stopped."""
+    """Exit with the ranks' exit code unless it is 0."""
     if code == STOPPED:
         print(f"stopped and saved in {run_dir}; the same command resumes it")
     if code:
@@ -465,6 +460,7 @@ def finish(code: int, run_dir: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line. Print an error that a user can cause as one message, and exit."""
     # transformers reads this at import, here and in the ranks
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if sys.getfilesystemencoding() != "utf-8":  # recipes are UTF-8, and so are the paths in them

@@ -24,7 +24,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class ConfigError(ValueError):
-    """A recipe that cannot run. The message names the file, the key and the remedy."""
+    """A user's error in a recipe, a command or a file. The message names the file or the key, and
+    the remedy."""
 
 
 def read_text(path: Path) -> str:
@@ -50,8 +51,8 @@ def read_json(path: Path) -> Any:
 
 
 def at_home(value: Any) -> Any:
-    """Return the value with `~` as the home directory where a path begins, in its tables and lists
-    too: `~/model`, `mbpp:~/mbpp.jsonl`, `model.path=~/model`."""
+    """Replace `~` by the home directory where a path begins, also within tables and lists:
+    `~/model`, `mbpp:~/mbpp.jsonl`, `model.path=~/model`."""
     if isinstance(value, str):
         return re.sub(r"(?:^|(?<=[:=]))~[\w.-]*(?=/|$)", lambda m: os.path.expanduser(m[0]), value)
     if isinstance(value, dict):
@@ -123,8 +124,8 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """Sources of problems: `curriculum:SPLIT`, `humaneval:SPLIT`, `functions:SPLIT`, or a JSONL
-    file (docs/problems.md)."""
+    """Sources of problems, such as `curriculum:SPLIT`, `codecontests:PATH` or a JSONL file
+    (docs/problems.md lists all)."""
 
     train: str
     valid: str | None = None
@@ -149,8 +150,8 @@ class ServersConfig(Section):
     release_memory: bool = False
     arguments: tuple[str, ...] = ()  # more arguments for each SGLang server
     ready_s: float = Field(1800.0, gt=0)  # timeout for a server to load the model
-    # send weights through the run directory, by NCCL (gloo on a CPU), or, on the same node, by CUDA
-    # IPC (shared memory on a CPU)
+    # how weights are sent. disk: through the run directory; distributed: by NCCL (gloo on a CPU);
+    # tensor: to servers on the same node, by CUDA IPC (shared memory on a CPU)
     publish: Literal["disk", "distributed", "tensor"] = "disk"
     publish_s: float = Field(600.0, gt=0)  # timeout of each request of a publication
     concurrency: int = Field(256, gt=0)  # open requests of each rank to each server
@@ -217,8 +218,8 @@ class PPOConfig(Section):
     `rollout.feedback = "none"`."""
 
     beta: float = Field(0.05, ge=0)  # weight of the KL penalty in the reward; 0: none
-    # at each token, of the reward's KL: sampled: the log-ratio of the token, as in the paper;
-    # exact: its expectation over the vocabulary
+    # what the reward's KL averages over a turn's tokens. sampled: log-ratios of the sampled tokens,
+    # as in the paper; exact: their expectations over the vocabulary
     kl: Literal["sampled", "exact"] = "sampled"
     gamma: float = Field(1.0, ge=0, le=1)
     # rloo, grpo: no critic, but the other dialogues about the same problem
@@ -235,7 +236,7 @@ class PPOConfig(Section):
     critic_warmup_steps: int = Field(0, ge=0)  # first batches train only the critic
 
     @model_validator(mode="after")
-    def each_number_has_its_network(self) -> Self:
+    def check_reference_and_critic_exist(self) -> Self:
         if self.kl == "exact" and not self.beta:
             raise ValueError(
                 'ppo.kl = "exact" needs ppo.beta above 0: without a KL penalty there is no '
@@ -265,7 +266,7 @@ class OptimizerConfig(Section):
     warmup_updates: int = Field(50, ge=0)
     decay_start_update: int | None = None  # None: constant after the warm-up
     decay_updates: int = Field(0, ge=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # of lr, after the (linear) decay
 
 
 class LearnerConfig(Section):
@@ -303,9 +304,9 @@ class GuardConfig(Section):
     # max |log-prob(engine) - log-prob(trainer)|; 0.01 in float32
     max_logprob_gap: float = Field(1.0, gt=0)
     mean_logprob_gap: float = Field(0.05, gt=0)  # 0.001 in float32
-    # turns without valid code, mean of guard.window steps
+    # share of turns without valid code, mean of guard.window steps
     max_invalid_fraction: float = Field(0.5, gt=0, le=1)
-    # of the ratios pi_old / pi_b, mean of guard.window steps
+    # of the ratios pi_old / pi_b, as a share of the tokens, mean of guard.window steps
     min_effective_sample_size: float = Field(0.5, ge=0, le=1)
     # KL per token between pi_b and pi_old, mean of guard.window steps
     max_behaviour_k3: float = Field(0.2, gt=0)
@@ -345,8 +346,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def expect_the_dtypes_rounding(cls, given: Any) -> Any:
-        """Lower the default limits in float32, where any gap beyond rounding is a fault."""
+    def lower_float32_guards(cls, given: Any) -> Any:
+        """Lower the default limits of log-prob gaps in float32, which rounds less than bfloat16."""
         match given:
             case {"model": {"dtype": "float32"}} if isinstance(given.get("guard", {}), dict):
                 limits = {"max_logprob_gap": 0.01, "mean_logprob_gap": 0.001}
@@ -354,7 +355,8 @@ class TrainConfig(Section):
         return given
 
     @model_validator(mode="after")
-    def batch_arithmetic(self) -> Self:
+    def check_combinations(self) -> Self:
+        """Check settings of different sections that depend on each other."""
         episodes, updates = self.rollout.episodes_per_batch, self.ppo.updates_per_batch
         if episodes % updates:
             raise ValueError(
@@ -439,7 +441,7 @@ def check_layout(
     ffn: int,
     parallel: ParallelConfig,
 ) -> None:
-    """Raise ConfigError for a layout that Megatron would split wrongly or not at all."""
+    """Raise ConfigError if Megatron would split a model of these sizes wrongly or not at all."""
     tensor, pipeline = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -470,6 +472,8 @@ def check_layout(
 
 
 def check_stages(layers: int, stages: int, given: Sequence[int] | None) -> None:
+    """Raise ConfigError if a pipeline stage would have no layer, or if `given` (the layers of each
+    stage) does not match the model."""
     if layers < stages:
         raise ConfigError(
             f"{layers} layers cannot be split into {stages} stages: "
@@ -511,7 +515,7 @@ def find_recipe(name: str) -> Path:
 
 def load_config(path: Path, overrides: Sequence[str], model: type[AnyConfig]) -> AnyConfig:
     """Read a TOML recipe and apply `a.b=c` overrides (values in TOML syntax; bare words are
-    strings)."""
+    strings). Raises ConfigError with a line for each invalid setting."""
     tree = read_recipe(path)
     for override in overrides:
         apply_override(tree, override)
@@ -558,7 +562,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one line for each fault, with the known keys where one is unknown."""
+    """Return one line for each invalid setting; for an unknown key, it lists the known ones."""
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"])
@@ -598,7 +602,8 @@ def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Name each key of `asked` whose value in `found` is another one; empty if there is none."""
+    """Return the keys of `asked` whose values in `found` differ, with both values; empty if none
+    does."""
     return "; ".join(
         f"{key} = {found.get(key)!r} there, {value!r} here"
         for key, value in asked.items()

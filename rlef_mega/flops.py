@@ -49,6 +49,7 @@ class LlamaShape:
 
     @classmethod
     def of(cls, config: "PretrainedConfig | SimpleNamespace") -> Self:
+        """Return the sizes in a Hugging Face config."""
         width, heads = config.hidden_size, config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
@@ -62,7 +63,7 @@ class LlamaShape:
         )
 
     def hf_settings(self) -> dict[str, Any]:
-        """Return the sizes by their names in Hugging Face's configs, the inverse of `of`."""
+        """Return the sizes under their names in Hugging Face's configs, the inverse of `of`."""
         return {
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,

@@ -1,8 +1,8 @@
-"""Episodes to packed batches: sequences end to end without padding, cut into micro-batches of equal
-work within a token budget.
+"""Pack episodes into a batch: sequences end to end without padding, divided into micro-batches of
+equal work within a token budget.
 
-Stands between the rollout and the learner. Every rank packs the same episodes into the same batch;
-the plan of micro-batches says which sequences each data-parallel rank computes.
+This stage is between the rollout and the learner. Every rank packs the same episodes into the same
+batch; the plan of micro-batches says which sequences each data-parallel rank computes.
 """
 
 import heapq
@@ -32,7 +32,7 @@ def pack(episodes: Sequence[Episode]) -> Batch:
     group_of_turn: list[int] = []
     valid_code: list[bool] = []
     for number, episode in enumerate(episodes):
-        for place, turn in enumerate(episode.turns):
+        for turn_number, turn in enumerate(episode.turns):
             token_ids += turn.observed_ids
             sampled = turn.completion
             first = len(token_ids)
@@ -43,7 +43,7 @@ def pack(episodes: Sequence[Episode]) -> Batch:
             versions += sampled.weight_versions
             value_positions.append(first - 1)
             episode_of_turn.append(number)
-            group = groups.setdefault((episode.problem_id, place), len(groups))
+            group = groups.setdefault((episode.problem_id, turn_number), len(groups))
             group_of_turn.append(group)
             valid_code.append(turn.program is not None)
         starts.append(len(token_ids))
@@ -123,9 +123,9 @@ def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> lis
         _, number, first = heapq.heappop(divisions)
         _, _, second = heapq.heappop(divisions)
         shared = max(0, len(first) + len(second) - count)  # parts that are merged with another
-        kept, laid = len(first) - shared, len(second) - shared
-        parts = first[:kept] + second[:laid]
-        for (a, these), (b, those) in zip(first[kept:], reversed(second[laid:]), strict=True):
+        alone, added = len(first) - shared, len(second) - shared
+        parts = first[:alone] + second[:added]
+        for (a, these), (b, those) in zip(first[alone:], reversed(second[added:]), strict=True):
             parts.append((a + b, these + those))
         parts.sort(reverse=True)
         lightest = parts[-1][0] if len(parts) == count else 0

@@ -61,7 +61,7 @@ class Parts:
     evaluator: Evaluator
     progress: StepProgress
     trackers: Trackers
-    servers: int  # the recipe's SGLang servers, which only a client of servers uses
+    servers: int  # number of the recipe's SGLang servers; the embedded engine uses none
 
     def note_phase(self, text: str) -> None:
         """Show the current phase to the watchdog and on the terminal."""
@@ -166,9 +166,9 @@ def training_problems(config: TrainConfig) -> Sequence[Problem]:
 def open_engine(
     config: TrainConfig, model: Path, ranks: parallel.Ranks, run: RunDirectory
 ) -> Iterator[TrainingEngine]:
-    """Open the engine of this process, or a client of the servers. Rank 0 publishes to these, and
-    tells the others what they have said of themselves. Servers on the trainer's devices release
-    their memory. Collective."""
+    """Open the engine of this process, or a client of the servers. Only rank 0 publishes to the
+    servers and asks for their settings, which it sends to the other ranks. Servers on the trainer's
+    devices release their memory. Collective."""
     if config.rollout.engine == "local":
         yield LocalEngine(
             model,

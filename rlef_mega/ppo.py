@@ -97,16 +97,17 @@ def turn_advantages(
 
 
 def rloo_baselines(returns_N: torch.Tensor, group_of_turn_N: torch.Tensor) -> torch.Tensor:
-    """Return b_t = mean of G over the other turns of t's group, which stands where V(c_t) does:
+    """Return b_t = mean of G over the other turns of t's group, which takes the place of V(c_t):
     RLOO (Ahmadian et al. 2024, arXiv 2402.14740).
 
-    There a group is the K responses to a prompt. Here it is turn t of every dialogue about the
-    problem that reached it, so that dialogues are compared that failed equally often. Like V(c_t),
-    b_t does not depend on the response, and adds no bias. Alone in its group, a turn has b_t = G_t.
+    In RLOO a group is the K responses to a prompt. Here it is turn t of every dialogue about the
+    problem that reached turn t, so only dialogues that failed equally often are compared. Like
+    V(c_t), b_t does not depend on the response, and adds no bias. A turn that is alone in its group
+    has b_t = G_t.
     """
     counts_N = torch.bincount(group_of_turn_N)[group_of_turn_N]
-    above_N = centred(returns_N, group_of_turn_N)
-    return returns_N - above_N * counts_N / (counts_N - 1).clamp(min=1)
+    centred_N = centred(returns_N, group_of_turn_N)
+    return returns_N - centred_N * counts_N / (counts_N - 1).clamp(min=1)
 
 
 def grpo_advantages(
@@ -124,12 +125,12 @@ def grpo_advantages(
     dialogues of a group are solved. The deviation's denominator is n - 1, as in TRL, verl and
     OpenRLHF. Without `normalize`: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
     """
-    above_N = centred(task_returns_N, group_of_turn_N)
+    task_N = centred(task_returns_N, group_of_turn_N)
     if normalize:
         counts = torch.bincount(group_of_turn_N)
-        squares = above_N.new_zeros(len(counts)).index_add(0, group_of_turn_N, above_N.square())
-        above_N /= (squares / (counts - 1).clamp(min=1)).sqrt()[group_of_turn_N] + 1e-6
-    return (above_N + centred(returns_N - task_returns_N, group_of_turn_N)).float()
+        squares = task_N.new_zeros(len(counts)).index_add(0, group_of_turn_N, task_N.square())
+        task_N /= (squares / (counts - 1).clamp(min=1)).sqrt()[group_of_turn_N] + 1e-6
+    return (task_N + centred(returns_N - task_returns_N, group_of_turn_N)).float()
 
 
 def centred(values_N: torch.Tensor, group_of_turn_N: torch.Tensor) -> torch.Tensor:

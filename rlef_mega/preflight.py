@@ -112,17 +112,17 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
 def check_positions(config: TrainConfig, model: Path, chat: ChatFormat) -> None:
     """Raise ConfigError if a dialogue may be longer than the model's positions, or its tokenizer
     knows more tokens than the embedding has rows."""
-    about = read_config(model)
-    if config.rollout.max_context > about.max_position_embeddings:
+    hf_config = read_config(model)
+    if config.rollout.max_context > hf_config.max_position_embeddings:
         raise ConfigError(
             f"rollout.max_context = {config.rollout.max_context}, but {model / 'config.json'} has "
-            f"max_position_embeddings = {about.max_position_embeddings}; lower max_context"
+            f"max_position_embeddings = {hf_config.max_position_embeddings}; lower max_context"
         )
     vocabulary = chat.tokenizer.get_vocab()
-    if beyond := [token for token, number in vocabulary.items() if number >= about.vocab_size]:
+    if beyond := [token for token, number in vocabulary.items() if number >= hf_config.vocab_size]:
         raise ConfigError(
             f"the tokenizer in {model} has tokens without a row in the embedding of "
-            f"{about.vocab_size} rows: {', '.join(map(repr, sorted(beyond)[:5]))}. Enlarge the "
+            f"{hf_config.vocab_size} rows: {', '.join(map(repr, sorted(beyond)[:5]))}. Enlarge the "
             "embedding (transformers' resize_token_embeddings), or use the model's own tokenizer"
         )
 
@@ -155,7 +155,8 @@ def check_weights(checkpoint: Path, model: Path) -> None:
 
 
 def plan_train(config: TrainConfig) -> dict[str, Any]:
-    """Check a run's layout and batch sizes. Returns them as `rlef plan` prints them."""
+    """Check a run's layout and batch sizes. Returns them as `rlef plan` prints them. Raises
+    ConfigError."""
     shape = model_shape(config)
     check_layout(parallel=config.parallel, **shape)
     if config.critic_parallel:
@@ -206,6 +207,7 @@ def layout_words(parallel: ParallelConfig) -> str:
 
 
 def check_sft(config: SFTConfig) -> None:
+    """Raise ConfigError unless the supervised stage has its model, and a layout that fits it."""
     refuse_untested_megatron()
     if config.model:
         model = find_model(config.model)
@@ -276,9 +278,9 @@ def check_rollout_servers(config: TrainConfig, model: Path) -> None:
 def claim_run_directory(
     config: TrainConfig | SFTConfig, run_dir: Path, inputs: TrainingInputs | None = None
 ) -> None:
-    """Write the resolved config into the run directory, and what changed in changes.jsonl.
-    `inputs` are those of a training run. Raises ConfigError if the directory holds a run of other
-    settings or inputs."""
+    """Write the resolved config into the run directory and, when a run is resumed with other
+    settings, append these to changes.jsonl. A training run needs its `inputs`. Raises ConfigError
+    if the directory holds a run with other inputs, or settings that may not change."""
     path = run_dir / "config.toml"
     changes: dict[str, Any] = {}
     if path.exists():
@@ -333,8 +335,8 @@ def digests_of(config: TrainConfig, inputs: TrainingInputs) -> dict[str, str]:
 
 
 def without_room(config: TrainConfig, inputs: TrainingInputs) -> list[int]:
-    """Return which training problems' prompts leave no room for a response of the maximum length.
-    Raises ConfigError if they are more than `rollout.max_drop_fraction` of all."""
+    """Return the indices of the training problems whose prompts leave no room for a response of the
+    maximum length. Raises ConfigError if they are more than `rollout.max_drop_fraction` of all."""
     problems = inputs.problems["train"]
     rollout, longest, where = config.rollout, 0, ""
     most = rollout.max_context - rollout.max_new_tokens

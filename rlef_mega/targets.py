@@ -1,7 +1,7 @@
-"""Scores to targets: the stage in which ppo.py's rewards, returns and advantages meet a batch.
+"""Turn the scores of a batch into targets, by the rewards, returns and advantages of ppo.py.
 
-Stands between the learner's scoring and its updates. Every rank has the whole batch and computes
-the same targets. Shape suffixes as in types.py.
+This stage is between the learner's scoring and its updates. Every rank has the whole batch and
+computes the same targets. Shape suffixes as in types.py.
 """
 
 import torch
@@ -61,8 +61,8 @@ def advantages_of(
     values_M: torch.Tensor | None,
     settings: PPOConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float | None]]:
-    """Return the returns, the advantages that the setting `advantage` names, and metrics: of the
-    critic, or without one the share of turns that are alone in their group."""
+    """Return the returns, the advantages (one for each value or, without a critic, for each turn),
+    and metrics: of the critic or, without one, the share of turns that are alone in their group."""
     episodes_N, groups_N = batch.episode_of_turn_N, batch.group_of_turn_N
     normalize, gamma = settings.normalize_advantages, settings.gamma
     if values_M is None:

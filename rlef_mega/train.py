@@ -145,8 +145,8 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
 
 
 def publish_weights(config: TrainConfig, parts: Parts, step: int) -> None:
-    """Publish the weights after this step to the engine. Servers on the trainer's devices may need
-    memory for it."""
+    """Publish the weights after this step to the engine. If servers share the trainer's devices,
+    the learner frees memory for them first."""
     if config.rollout.servers.release_memory:
         parts.learner.make_room()
     publish(parts.learner.policy_weights, parts.engine, version=step)
@@ -168,16 +168,16 @@ def save(
     """
     checkpoints, step = parts.checkpoints, record["step"]
     checkpoints.poll()
-    score, scored = record.get("valid_solved"), record.get("valid_step", step)
+    score, scored_step = record.get("valid_solved"), record.get("valid_step", step)
     if state is not None:
         shared = config.rollout.servers.release_memory
         if shared:
             parts.engine.rest()
-        checkpoints.save(step, state, score=score if scored == step else None)
+        checkpoints.save(step, state, score=score if scored_step == step else None)
         if shared and not ending:
             publish_weights(config, parts, step)
-    if score is not None and scored != step:
-        checkpoints.rate(scored, score)
+    if score is not None and scored_step != step:
+        checkpoints.rate(scored_step, score)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Problem:
     limits: Limits = field(default_factory=Limits)
     checker: str | CheckerProgram = "tokens"
     language: str = "python"
-    template: str = "codecontests"  # which prompt and feedback templates of RLEF C.1, C.4, C.5
+    template: str = "codecontests"  # of prompts and feedback, one of TEMPLATE_NAMES
     entry_point: str | None = None  # function-call problems
     prelude: str = ""  # lines put before every program: what the benchmark's grader imports
     family: str = ""  # reports break results down by it: a curriculum family, a source
@@ -192,7 +192,7 @@ class Batch:
     weight_versions_A: torch.Tensor  # int64, of the weights that sampled the token
     value_positions_N: torch.Tensor  # int64, into T
     episode_of_turn_N: torch.Tensor  # int64, into E
-    group_of_turn_N: torch.Tensor  # int64: the same for turn t of all dialogues about a problem
+    group_of_turn_N: torch.Tensor  # int64: one group for turn t of all dialogues about a problem
     valid_code_N: torch.Tensor  # bool: the response holds valid code
     solved_E: torch.Tensor  # bool: the last response passes all tests
 
@@ -230,7 +230,7 @@ class Scores:
     old_logprobs_A: torch.Tensor  # of the policy
     ref_logprobs_A: torch.Tensor | None  # of the frozen reference; None without a KL penalty
     values_M: torch.Tensor | None  # of the critic; None without one
-    # KL(policy || reference) over the vocabulary, where the token was sampled; only if it is used
+    # KL(policy || reference) over the vocabulary at the token's position; only for ppo.kl = "exact"
     kl_A: torch.Tensor | None = None
 
 
