@@ -28,20 +28,15 @@ import torch
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.dispatch import uses_kernels
+from rlef_kernels.logits import LogitsChunk
 from rlef_kernels.vocab_parallel import (
-    NUM_PARTIALS,
     TokenScores,
     check_chunk,
     check_head,
     check_targets,
     check_temperature,
-    chunk_logits,
-    chunk_size,
     combine_two_heads,
-    compute_dtype,
     group_size,
-    local_columns,
-    reduce_logits_,
     shard_start,
 )
 
@@ -60,24 +55,22 @@ def linear_score_reference(
 ) -> TokenScores:
     """Compute `linear_score` in plain PyTorch, on any device, in fp32 (fp64 for fp64 inputs)."""
     check_chunk(chunk_tokens)
-    num_tokens, shard = hidden_TD.shape[0], weight_VD.shape[0]
-    step = chunk_tokens or chunk_size(shard, hidden_TD.device)
-    dtype = compute_dtype(hidden_TD, weight_VD)
-    weight, ref_weight = weight_VD.to(dtype), ref_weight_VE.to(dtype)
-    column_T, owned_T = local_columns(target_T, shard_start(shard, group), shard)
-    partials_TP = hidden_TD.new_empty(num_tokens, 2 * NUM_PARTIALS, dtype=dtype)
-    buffer = hidden_TD.new_empty(2, min(step, num_tokens), shard, dtype=dtype)
-    for start in range(0, num_tokens, step):
-        rows = slice(start, start + step)
-        target, partials_CP = (column_T[rows], owned_T[rows]), partials_TP[rows]
-        logits_CV = chunk_logits(hidden_TD[rows].to(dtype), weight, temperature, buffer[0])
-        ref_CV = chunk_logits(ref_hidden_TE[rows].to(dtype), ref_weight, temperature, buffer[1])
-        # both leave the logits minus their maximum
-        reduce_logits_(logits_CV, target, partials_CP[:, :NUM_PARTIALS])
-        reduce_logits_(ref_CV, target, partials_CP[:, NUM_PARTIALS:])
-        exp_CV = logits_CV.exp()
-        partials_CP[:, -2] = exp_CV.mul_(logits_CV.sub_(ref_CV)).sum(-1)
-    return combine_two_heads(partials_TP, target_T, shard * group_size(group), group)
+    shard = weight_VD.shape[0]
+    column_T = target_T - shard_start(shard, group)
+    policy, reference = (
+        LogitsChunk(
+            *matrices, False, temperature=temperature, group=group, chunk_tokens=chunk_tokens
+        )
+        for matrices in ((hidden_TD, weight_VD), (ref_hidden_TE, ref_weight_VE))
+    )
+    partials = []
+    for rows in policy.slices(hidden_TD.shape[0]):
+        partials_CP = policy.partials(hidden_TD[rows], column_T[rows])
+        ref_partials_CP = reference.partials(ref_hidden_TE[rows], column_T[rows])
+        logits_CV, ref_CV = policy.logits_CV, reference.logits_CV  # minus their maxima
+        ref_partials_CP[:, 2] = logits_CV.exp().mul_(logits_CV.sub_(ref_CV)).sum(-1)
+        partials.append(torch.cat([partials_CP, ref_partials_CP], dim=1))
+    return combine_two_heads(torch.cat(partials), target_T, shard * group_size(group), group)
 
 
 def linear_score(

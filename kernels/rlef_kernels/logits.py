@@ -1,4 +1,5 @@
-"""The logits of a head, one chunk of rows at a time, for `linear_logprob` and `linear_ppo_loss`.
+"""The logits of a head, one chunk of rows at a time, for `linear_logprob`, `linear_ppo_loss` and
+`linear_score_reference`.
 
 A chunk reduces its logits to the partial sums of `vocab_parallel` and, while they are still in
 memory, turns them into their gradient, from which the gradients of hidden and weight follow:
