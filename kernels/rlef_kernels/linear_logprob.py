@@ -34,7 +34,6 @@ from rlef_kernels.main_grad import check_main_grad, placeholder_gradient, weight
 from rlef_kernels.rows import check_mask, rows_with_gradient, scatter_rows, select_rows
 from rlef_kernels.vocab_parallel import (
     SavedForBackward,
-    check_chunk,
     check_head,
     check_targets,
     check_temperature,
@@ -124,7 +123,6 @@ def linear_logprob_reference(
 
     `chunk_tokens` bounds the memory: 2 chunk_tokens V numbers.
     """
-    check_chunk(chunk_tokens)
     make_chunk = partial(
         LogitsChunk, temperature=temperature, group=group, chunk_tokens=chunk_tokens
     )

@@ -29,7 +29,6 @@ from rlef_kernels.main_grad import check_main_grad
 from rlef_kernels.ppo_policy_loss import METRICS, LinearPpoLoss, PolicyInputs, policy_loss
 from rlef_kernels.rows import check_mask
 from rlef_kernels.vocab_parallel import (
-    check_chunk,
     check_head,
     check_targets,
     check_temperature,
@@ -68,7 +67,6 @@ def linear_ppo_loss_reference(
 ) -> torch.Tensor:
     """Compute `linear_ppo_loss` in plain PyTorch, on any device, with the options of
     `compute_loss`; returns METRICS as a vector."""
-    check_chunk(chunk_tokens)
     make_chunk = partial(
         LogitsChunk, temperature=temperature, group=group, chunk_tokens=chunk_tokens
     )

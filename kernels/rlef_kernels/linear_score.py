@@ -31,7 +31,6 @@ from rlef_kernels.dispatch import uses_kernels
 from rlef_kernels.logits import LogitsChunk
 from rlef_kernels.vocab_parallel import (
     TokenScores,
-    check_chunk,
     check_head,
     check_targets,
     check_temperature,
@@ -54,7 +53,6 @@ def linear_score_reference(
     chunk_tokens: int | None = None,
 ) -> TokenScores:
     """Compute `linear_score` in plain PyTorch, on any device, in fp32 (fp64 for fp64 inputs)."""
-    check_chunk(chunk_tokens)
     shard = weight_VD.shape[0]
     column_T = target_T - shard_start(shard, group)
     policy, reference = (

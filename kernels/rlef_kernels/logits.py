@@ -45,6 +45,8 @@ class LogitsChunk:
         group: ProcessGroup | None,
         chunk_tokens: int | None = None,
     ) -> None:
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
         self.temperature, self.group = temperature, group
         num_tokens, shard = hidden_TD.shape[0], weight_VD.shape[0]
         self.sum_dtype = compute_dtype(hidden_TD, weight_VD)

@@ -92,11 +92,6 @@ def check_head(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> None:
         )
 
 
-def check_chunk(chunk_tokens: int | None) -> None:
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
-
-
 def check_targets(target_T: torch.Tensor, num_tokens: int, vocabulary_size: int) -> None:
     """Raise ValueError for targets of a wrong shape or dtype or, on a CPU, out of range.
 
