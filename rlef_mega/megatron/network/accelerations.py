@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ import torch
 from rlef_mega.config import ConfigError
 
 NOT_INSTALLED = "not installed"
+# a kernel of NVIDIA's apex, which adds weight gradients directly to the fp32 main gradients
 WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 TRANSFORMER_ENGINE = "transformer_engine"  # megatron-core takes its Adam, and nothing else is used
 BUILD_APEX = (
@@ -37,24 +37,9 @@ INSTALL = {
 }
 
 
-@dataclass(frozen=True)
-class Accelerations:
-    """The decision, for a device and a dtype."""
-
-    attention: Literal["flash-attn", "torch-varlen", "sdpa"]
-    fused_weight_gradients: bool
-    triton_head: bool
-
-
-@functools.cache
-def choose(device_type: str, dtype: torch.dtype) -> Accelerations:
-    """Choose the kernels."""
-    return Accelerations(
-        attention=attention_kernel(device_type, dtype),
-        # a kernel of NVIDIA's apex adds them directly to the fp32 main gradients
-        fused_weight_gradients=device_type == "cuda" and fault(WEIGHT_GRADIENTS) is None,
-        triton_head=device_type == "cuda" and fault("triton") is None,
-    )
+def uses(package: str, device: torch.device) -> bool:
+    """Return whether an optional package is used on this device."""
+    return device.type == "cuda" and fault(package) is None
 
 
 @functools.cache
@@ -136,7 +121,6 @@ def varlen_options(function: Callable) -> dict[str, Any]:
 def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Report what each part uses and what each missing package costs, for `rlef doctor` and
     `manifest.json`. Costs are not numbers, because none was measured."""
-    chosen = choose(device.type, dtype)
     if device.type != "cuda":
         idle = {name: fault(name) or NOT_INSTALLED for name in INSTALL if name != "triton"}
         return {
@@ -146,17 +130,17 @@ def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
             **{name: f"not used: {why}" for name, why in idle.items() if why != NOT_INSTALLED},
         }
     found = {
-        "attention": attention_report(chosen.attention, dtype),
+        "attention": attention_report(attention_kernel(device.type, dtype), dtype),
         "optimizer": optimizer(),
         "weight gradients": "fused into the main gradients",
         "head": "Triton kernels",
     }
     if found["optimizer"].startswith("PyTorch"):
         found["optimizer"] += ", fused"
-    if not chosen.fused_weight_gradients:
+    if not uses(WEIGHT_GRADIENTS, device):
         cost = "each weight gradient is written in bf16, then added to the fp32 main gradient"
         found["weight gradients"] = without(WEIGHT_GRADIENTS, "PyTorch", cost)
-    if not chosen.triton_head:
+    if not uses("triton", device):
         found["head"] = without("triton", "PyTorch", "logits are stored, in chunks")
     return found
 

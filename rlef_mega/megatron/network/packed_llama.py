@@ -44,7 +44,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from rlef_kernels import linear_logprob, linear_score
 from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.network.accelerations import choose
+from rlef_mega.megatron.network.accelerations import WEIGHT_GRADIENTS, uses
 from rlef_mega.megatron.network.attention import PackedAttention
 from rlef_mega.megatron.network.families import (
     DenseConfig,
@@ -111,10 +111,10 @@ def transformer_config(
         # weights are loaded, never drawn
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=choose(device.type, dtype).fused_weight_gradients,
+        gradient_accumulation_fusion=uses(WEIGHT_GRADIENTS, device),
         masked_softmax_fusion=False,
         # Megatron's fused form is compiled, by Triton
-        bias_activation_fusion=choose(device.type, dtype).triton_head,
+        bias_activation_fusion=uses("triton", device),
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

@@ -18,10 +18,10 @@ from rlef_mega.megatron.network import accelerations
 from rlef_mega.megatron.network.accelerations import (
     NOT_INSTALLED,
     attention_kernel,
-    choose,
     fault,
     hide_unusable,
     report,
+    uses,
 )
 from rlef_mega.megatron.network.attention import (
     attention_by_sequence,
@@ -30,7 +30,7 @@ from rlef_mega.megatron.network.attention import (
 )
 
 ROOT = Path(__file__).parents[4]
-CACHED = (choose, attention_kernel, fault)
+CACHED = (attention_kernel, fault)
 CUDA = torch.device("cuda")
 
 
@@ -77,9 +77,9 @@ def test_a_package_that_works_is_used(fresh: Path, monkeypatch: pytest.MonkeyPat
     for name in ("flash_attn", "fused_weight_gradient_mlp_cuda"):
         forget(monkeypatch, name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    chosen = choose("cuda", torch.bfloat16)
-    assert chosen.attention == "flash-attn" and chosen.fused_weight_gradients
-    assert choose("cuda", torch.float32).attention == "sdpa"  # the kernels are for half precision
+    assert attention_kernel("cuda", torch.bfloat16) == "flash-attn"
+    assert attention_kernel("cuda", torch.float32) == "sdpa"  # the kernels are for half precision
+    assert uses("fused_weight_gradient_mlp_cuda", CUDA)
     hide_unusable()
     assert "flash_attn" in sys.modules
 
