@@ -79,16 +79,22 @@ class RunConfig(Section):
 
 
 class ModelShape(Section):
-    """The model's shape, for checking a layout when the model is not on this machine."""
+    """The model's shape, for a plan when the model is not on this machine."""
 
+    hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
     key_value_heads: int = Field(gt=0)
     layers: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     ffn: int = Field(gt=0)
-    hidden: int | None = Field(None, gt=0)  # hidden size, for `rlef plan`
     head_dim: int | None = Field(None, gt=0)  # if it differs from hidden / heads
-    tied: bool = False  # the head is the embedding, for `rlef plan`
+    tied: bool = False  # the head is the embedding
+
+    def sizes(self) -> dict[str, Any]:
+        """Return the arguments of `flops.LlamaShape`."""
+        given = self.model_dump(exclude={"vocab_size"})
+        head_dim = self.head_dim or self.hidden // self.heads
+        return given | {"head_dim": head_dim, "vocabulary": self.vocab_size}
 
 
 class ModelConfig(Section):
@@ -432,62 +438,6 @@ class SFTConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3, warmup_updates=50)
 
 
-def check_layout(
-    *,
-    heads: int,
-    key_value_heads: int,
-    layers: int,
-    vocab_size: int,
-    ffn: int,
-    parallel: ParallelConfig,
-) -> None:
-    """Raise ConfigError if Megatron would split a model of these sizes wrongly or not at all."""
-    tensor, pipeline = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
-    for what, count in (
-        ("attention heads", heads),
-        ("key-value heads", key_value_heads),
-        ("feed-forward columns", ffn),
-        ("vocabulary entries", vocab_size),
-    ):
-        if count % tensor:
-            raise ConfigError(
-                f"{count} {what} are not divisible by "
-                f"parallel.tensor_model_parallel_size = {tensor}; "
-                f"use one of {divisors(count)}"
-            )
-    virtual = parallel.virtual_pipeline_model_parallel_size
-    if virtual > 1 and pipeline == 1:
-        raise ConfigError(
-            f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "
-            "pipeline_model_parallel_size > 1; leave it at 1"
-        )
-    check_stages(layers, pipeline * virtual, parallel.pipeline_layers)
-    if parallel.sequence_parallel and tensor == 1:
-        raise ConfigError(
-            "parallel.sequence_parallel needs tensor_model_parallel_size > 1; switch it off"
-        )
-
-
-def check_stages(layers: int, stages: int, given: Sequence[int] | None) -> None:
-    """Raise ConfigError if a pipeline stage would have no layer, or if `given` (the layers of each
-    stage) does not match the model."""
-    if layers < stages:
-        raise ConfigError(
-            f"{layers} layers cannot be split into {stages} stages: "
-            f"parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
-            f"may be at most {layers}"
-        )
-    if given is not None and (len(given) != stages or sum(given) != layers or min(given) < 1):
-        raise ConfigError(
-            f"parallel.pipeline_layers = {list(given)} must be {stages} numbers of at least 1 "
-            f"(pipeline x virtual pipeline stages, in the network's order) that add up to "
-            f"{layers} layers"
-        )
-
-
 def check_placement(config: TrainConfig) -> None:
     """Raise ConfigError if servers that start on the ranks' machine would take GPUs from them."""
     servers, ranks = config.rollout.servers, config.world_size
@@ -498,10 +448,6 @@ def check_placement(config: TrainConfig) -> None:
             f"rollout.servers.first_gpu = {servers.first_gpu}; set it to {ranks}, or "
             "rollout.servers.release_memory = true, with which both use the same GPUs in turn"
         )
-
-
-def divisors(count: int) -> list[int]:
-    return [n for n in range(1, min(count, 64) + 1) if count % n == 0]
 
 
 def find_recipe(name: str) -> Path:

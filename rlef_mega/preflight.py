@@ -4,7 +4,7 @@ clear message, and nothing is lost."""
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from rlef_mega.config import (
     SFTConfig,
     TrackConfig,
     TrainConfig,
-    check_layout,
     differences,
     dump_toml,
     flatten,
@@ -33,6 +32,7 @@ from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.hf_names import name_map, shapes_of, tensors_of
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.megatron.network.stages import check_layout
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.store import digest_of_problems
 from rlef_mega.run.directory import append_whole, write_atomically
@@ -158,10 +158,10 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
     """Check a run's layout and batch sizes. Returns them as `rlef plan` prints them. Raises
     ConfigError."""
     shape = model_shape(config)
-    check_layout(parallel=config.parallel, **shape)
+    check_layout(shape, config.parallel)
     if config.critic_parallel:
         try:
-            check_layout(parallel=config.critic_parallel, **shape)
+            check_layout(shape, config.critic_parallel)
         except ConfigError as error:
             raise ConfigError(f"critic_parallel: {error}") from None
     if config.rollout.max_context > config.learner.microbatch_tokens:
@@ -183,7 +183,7 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
     sequences = config.rollout.episodes_per_batch // updates
     return {
         "model": config.model.path,
-        **shape,
+        **asdict(shape),
         "world size": config.world_size,
         "layout": layout_words(parallel),
         "critic": layout_words(config.critic_parallel) + ", ranks of its own"
@@ -212,44 +212,38 @@ def check_sft(config: SFTConfig) -> None:
     if config.model:
         model = find_model(config.model)
         check_stored_weights(model)
-        shape = stored_shape(model)
+        shape = LlamaShape.of(read_config(model))
     else:
-        shape = {
-            "heads": config.num_attention_heads,
-            "key_value_heads": config.num_key_value_heads,
-            "layers": config.num_layers,
-            "vocab_size": config.vocab_size,
-            "ffn": config.ffn_hidden_size,
-        }
-    check_layout(parallel=config.parallel, **shape)
+        shape = untrained_shape(config)
+    check_layout(shape, config.parallel)
 
 
-def model_shape(config: TrainConfig) -> dict[str, int]:
+def untrained_shape(config: SFTConfig) -> LlamaShape:
+    """Return the shape of the model that a supervised stage makes."""
+    return LlamaShape(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        ffn=config.ffn_hidden_size,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        vocabulary=config.vocab_size,
+    )
+
+
+def model_shape(config: TrainConfig) -> LlamaShape:
     """Read the model's shape from its config.json or, where the model is not on this machine, from
     the recipe's [model.shape]."""
-    given = config.model.shape
-    path = find_model(config.model.path, files=CONFIG, fetch=given is None) / "config.json"
-    stated = given.model_dump(exclude={"hidden", "head_dim", "tied"}) if given else None
+    stated = LlamaShape(**config.model.shape.sizes()) if config.model.shape else None
+    path = find_model(config.model.path, files=CONFIG, fetch=stated is None) / "config.json"
     if not path.is_file():
         if stated:
             return stated
         raise ConfigError(f"no file {path}: model.path must be a Hugging Face model folder")
-    shape = stored_shape(path.parent)
+    shape = LlamaShape.of(read_config(path.parent))
     if stated and stated != shape:
         raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")
     return shape
-
-
-def stored_shape(model: Path) -> dict[str, int]:
-    """Read what a layout must divide from a folder's config.json."""
-    found = LlamaShape.of(read_config(model))
-    return {
-        "heads": found.heads,
-        "key_value_heads": found.key_value_heads,
-        "layers": found.layers,
-        "vocab_size": found.vocabulary,
-        "ffn": found.ffn,
-    }
 
 
 def check_rollout_servers(config: TrainConfig, model: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
-from rlef_mega.plan.planned_run import PlannedRun, demo_shape, shape_of
+from rlef_mega.plan.planned_run import PlannedRun, shape_of
+from rlef_mega.preflight import untrained_shape
 
 MOST_OF_MEMORY = 0.9  # the rest: the context, workspaces and the allocator's fragments
 POSITIONS = 8192  # of the models, unless stated
@@ -24,7 +25,7 @@ def find_shape(config: TrainConfig) -> LlamaShape:
     is not on this machine."""
     if shape := shape_of(config):
         return shape
-    return demo_shape(load_config(find_recipe("demo_base"), [], SFTConfig))
+    return untrained_shape(load_config(find_recipe("demo_base"), [], SFTConfig))
 
 
 def layers_that_fit(

@@ -57,7 +57,7 @@ def figures(measured: dict[str, Any]) -> tuple[Figure, ...]:
 
 def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     learner = make_learner(config, Path(config.model.path), ranks)
-    vocabulary = model_shape(config)["vocab_size"]
+    vocabulary = model_shape(config).vocabulary
     episodes = random_batch(config.rollout, vocabulary, config.run.seed)
     phases, policy_alone = [], []
     for _ in range(1 + REPEATS):

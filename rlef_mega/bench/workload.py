@@ -21,12 +21,12 @@ from rlef_mega.config import (
     RolloutConfig,
     SFTConfig,
     TrainConfig,
-    check_layout,
     dump_toml,
     find_recipe,
     load_config,
 )
 from rlef_mega.demo.base_model import make_initial_model
+from rlef_mega.megatron.network.stages import check_layout
 from rlef_mega.packing import microbatches
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.hub import find_model
@@ -110,7 +110,7 @@ def workload(recipe: str) -> Iterator[Workload]:
             path = random_model(folder / "base")
             words = "random weights, the shape of demo_base"
         config = load_config(source, [f"model.path={json.dumps(str(path))}"], TrainConfig)
-        check_layout(parallel=config.parallel, **model_shape(config))
+        check_layout(model_shape(config), config.parallel)
         (folder / "config.toml").write_text(dump_toml(config))
         yield Workload(folder, config, words)
 

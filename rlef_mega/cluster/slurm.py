@@ -69,10 +69,8 @@ def disk_bytes(config: TrainConfig) -> int:
     its own main copy).
     """
     stated, file = config.model.shape, Path(config.model.path) / "config.json"
-    if stated and stated.hidden:
-        head_dim = stated.head_dim or stated.hidden // stated.heads
-        sizes = stated.model_dump(exclude={"head_dim", "vocab_size"})
-        shape = LlamaShape(**sizes, head_dim=head_dim, vocabulary=stated.vocab_size)
+    if stated:
+        shape = LlamaShape(**stated.sizes())
     elif file.is_file():  # without transformers, whose import takes seconds
         optional = {"num_key_value_heads": None, "tie_word_embeddings": False}
         shape = LlamaShape.of(SimpleNamespace(**optional | read_json(file)))

@@ -24,11 +24,10 @@ from rlef_mega.plan.planned_run import (
     RankMemory,
     gib,
     refuse_without_room,
-    shape_of,
     total,
 )
 from rlef_mega.plan.search import Split, balanced_sampling, fastest_by_gpus, settings, splits
-from rlef_mega.preflight import check_stored_weights, plan_train
+from rlef_mega.preflight import check_stored_weights, model_shape, plan_train
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.hub import find_model
 from rlef_mega.run.model_folder import holds_weights
@@ -76,24 +75,20 @@ def run_plan(
         table.add_row(fact, str(value))
     console.print(table)
     content: dict[str, Any] = {"recipe": recipe, "facts": facts}
-    shape = shape_of(config)
-    if shape is None:
-        console.print("the recipe has no model.shape.hidden: memory and time are not planned")
+    device = find_device(gpu or (CPU if config.model.dtype == "float32" else "h100-80gb"))
+    run = PlannedRun.of(config, model_shape(config), on_cpu=device.name == CPU)
+    content["device"] = device.name
+    if gpus is None:
+        content |= show_recipe(console, run, device, sampling_gpus)
     else:
-        device = find_device(gpu or (CPU if config.model.dtype == "float32" else "h100-80gb"))
-        run = PlannedRun.of(config, shape, on_cpu=device.name == CPU)
-        content["device"] = device.name
-        if gpus is None:
-            content |= show_recipe(console, run, device, sampling_gpus)
-        else:
-            best, found = show_search(console, run, device, gpus)
-            content |= found
-            if write is not None:
-                write_recipe(write, path, overrides or [], best, device)
-                console.print(f"wrote {write}")
-        if scaling:
-            content["scaling"] = show_scaling(console, run, device)
-        console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
+        best, found = show_search(console, run, device, gpus)
+        content |= found
+        if write is not None:
+            write_recipe(write, path, overrides or [], best, device)
+            console.print(f"wrote {write}")
+    if scaling:
+        content["scaling"] = show_scaling(console, run, device)
+    console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
     if out is not None:
         write_atomically(out, json.dumps(content, indent=1) + "\n")
         console.print(f"wrote {out}")

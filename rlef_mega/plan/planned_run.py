@@ -19,7 +19,6 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.network.families import read_config
 from rlef_mega.plan.hardware import (
     DISK,
     EMBEDDED_BATCH,
@@ -39,6 +38,7 @@ from rlef_mega.plan.rollouts import (
     generation,
 )
 from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, Terms, fullest_load, plus, seconds
+from rlef_mega.preflight import model_shape, untrained_shape
 from rlef_mega.run.hub import CONFIG, find_model
 
 RECOMPUTE = ("none", "selective", "full")
@@ -472,32 +472,11 @@ def gib(size: float) -> str:
 
 
 def shape_of(config: TrainConfig) -> LlamaShape | None:
-    """Read the shape from the model's config.json, from the recipe's [model.shape], or from the
-    recipe that makes this model (demo_base).
-
-    Returns None if none exists, or the recipe states no `hidden`.
-    """
-    stated = config.model.shape
-    model = find_model(config.model.path, files=CONFIG, fetch=stated is None)
-    if (model / "config.json").is_file():
-        return LlamaShape.of(read_config(model))
-    if stated is None:
-        base = load_config(find_recipe("demo_base"), [], SFTConfig)
-        return demo_shape(base) if config.model.path == f"{base.dir}/model" else None
-    if stated.hidden is None:
-        return None
-    sizes = stated.model_dump(exclude={"head_dim", "vocab_size"})
-    head_dim = stated.head_dim or stated.hidden // stated.heads
-    return LlamaShape(**sizes, head_dim=head_dim, vocabulary=stated.vocab_size)
-
-
-def demo_shape(base: SFTConfig) -> LlamaShape:
-    return LlamaShape(
-        layers=base.num_layers,
-        hidden=base.hidden_size,
-        ffn=base.ffn_hidden_size,
-        heads=base.num_attention_heads,
-        key_value_heads=base.num_key_value_heads,
-        head_dim=base.hidden_size // base.num_attention_heads,
-        vocabulary=base.vocab_size,
-    )
+    """Read the shape as `model_shape` does, or from the recipe that makes this model (demo_base).
+    Returns None if none of them has it."""
+    stated = config.model.shape is not None
+    model = find_model(config.model.path, files=CONFIG, fetch=not stated)
+    if stated or (model / "config.json").is_file():
+        return model_shape(config)
+    base = load_config(find_recipe("demo_base"), [], SFTConfig)
+    return untrained_shape(base) if config.model.path == f"{base.dir}/model" else None

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from rlef_mega.config import ConfigError, ParallelConfig, check_layout, flatten
+from rlef_mega.config import ConfigError, ParallelConfig, flatten
+from rlef_mega.megatron.network.stages import check_layout
 from rlef_mega.plan.hardware import Device
 from rlef_mega.plan.planned_run import (
     RECOMPUTE,
@@ -87,14 +88,7 @@ def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[Paralle
         if too_large or (pipeline == 1 and chunks > 1):
             continue
         with suppress(ConfigError):
-            check_layout(
-                heads=run.shape.heads,
-                key_value_heads=run.shape.key_value_heads,
-                layers=run.shape.layers,
-                vocab_size=run.shape.vocabulary,
-                ffn=run.shape.ffn,
-                parallel=layout,
-            )
+            check_layout(run.shape, layout)
             yield layout
 
 

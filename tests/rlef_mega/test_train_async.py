@@ -155,7 +155,7 @@ def test_asynchronous_training_needs_servers_and_equal_shares(tmp_path):
     with pytest.raises(ConfigError, match=r"needs rollout\.engine"):
         load()
     uneven = ["rollout.engine=sglang", "rollout.episodes_per_batch=9", "ppo.updates_per_batch=3"]
-    shape = "model.shape={heads=2, key_value_heads=2, layers=2, vocab_size=64, ffn=8}"
+    shape = "model.shape={hidden=8, heads=2, key_value_heads=2, layers=2, vocab_size=64, ffn=8}"
     with pytest.raises(ConfigError, match="9 problems, not divisible by 2 processes"):
         plan_train(load(*uneven, shape))
 

@@ -6,13 +6,14 @@ stage holds the embedding, the last one the final norm and the head. Model, name
 and planner all use this file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlef_mega.config import ParallelConfig, check_stages
+from rlef_mega.config import ConfigError, ParallelConfig
+from rlef_mega.flops import LlamaShape
 
-BUCKET_BYTES = (
-    256 * 2**20
-)  # of a rank's shards of one stage, gathered in one collective (hf_weights)
+# of a rank's shards of one stage, gathered in one collective (hf_weights)
+BUCKET_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,55 @@ def split_layers(layers: int, parallel: ParallelConfig, *, head_cost: float) -> 
         counts[lightest] += 1
         loads[lightest] += 1
     return Stages(tuple(counts), pipeline)
+
+
+def check_layout(shape: LlamaShape, parallel: ParallelConfig) -> None:
+    """Raise ConfigError if Megatron would split a model of this shape wrongly or not at all."""
+    tensor, pipeline = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    for what, count in (
+        ("attention heads", shape.heads),
+        ("key-value heads", shape.key_value_heads),
+        ("feed-forward columns", shape.ffn),
+        ("vocabulary entries", shape.vocabulary),
+    ):
+        if count % tensor:
+            raise ConfigError(
+                f"{count} {what} are not divisible by "
+                f"parallel.tensor_model_parallel_size = {tensor}; "
+                f"use one of {divisors(count)}"
+            )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual > 1 and pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "
+            "pipeline_model_parallel_size > 1; leave it at 1"
+        )
+    check_stages(shape.layers, pipeline * virtual, parallel.pipeline_layers)
+    if parallel.sequence_parallel and tensor == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel needs tensor_model_parallel_size > 1; switch it off"
+        )
+
+
+def check_stages(layers: int, stages: int, given: Sequence[int] | None) -> None:
+    """Raise ConfigError if a pipeline stage would have no layer, or if `given` (the layers of each
+    stage) does not match the model."""
+    if layers < stages:
+        raise ConfigError(
+            f"{layers} layers cannot be split into {stages} stages: "
+            f"parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
+            f"may be at most {layers}"
+        )
+    if given is not None and (len(given) != stages or sum(given) != layers or min(given) < 1):
+        raise ConfigError(
+            f"parallel.pipeline_layers = {list(given)} must be {stages} numbers of at least 1 "
+            f"(pipeline x virtual pipeline stages, in the network's order) that add up to "
+            f"{layers} layers"
+        )
+
+
+def divisors(count: int) -> list[int]:
+    return [n for n in range(1, min(count, 64) + 1) if count % n == 0]

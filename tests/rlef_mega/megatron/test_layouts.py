@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from rlef_mega.config import ConfigError, ParallelConfig, check_layout
+from rlef_mega.config import ConfigError, ParallelConfig
+from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.convert.from_hf import import_folder
 from rlef_mega.megatron.convert.to_hf import export_checkpoint
-from rlef_mega.megatron.network.stages import split_layers
+from rlef_mega.megatron.network.stages import check_layout, split_layers
 from tests.rlef_mega.distributed import launch
 from tests.rlef_mega.megatron.megatron_worker import LLAMA31_ROPE, layout, make_model
 
@@ -193,7 +194,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 )
 def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_layout(heads=8, key_value_heads=2, layers=4, vocab_size=64, ffn=48, parallel=parallel)
+        check_layout(LlamaShape(4, 64, 48, 8, 2, 8, vocabulary=64), parallel)
 
 
 @pytest.mark.parametrize(

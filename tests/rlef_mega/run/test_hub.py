@@ -118,7 +118,7 @@ def test_only_what_is_needed_is_fetched_and_only_once(cache, model, monkeypatch,
     assert find_model(NAME) == find_model(NAME) == cache
     assert online.fetched == [["config.json"], [*DESCRIPTION, "*.safetensors"]]
     assert f"fetching {NAME}" in capsys.readouterr().out
-    shape = "{ heads = 4, key_value_heads = 2, layers = 2, vocab_size = 704, ffn = 64 }"
+    shape = "{hidden = 32, heads = 4, key_value_heads = 2, layers = 2, vocab_size = 704, ffn = 64}"
     shutil.rmtree(cache)
     run = CliRunner().invoke(
         app, ["plan", "demo", "--set", f"model.path={NAME}", "--set", f"model.shape={shape}"]
