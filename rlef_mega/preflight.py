@@ -239,7 +239,10 @@ def model_shape(config: TrainConfig) -> LlamaShape:
     if not path.is_file():
         if stated:
             return stated
-        raise ConfigError(f"no file {path}: model.path must be a Hugging Face model folder")
+        raise ConfigError(
+            f"no file {path}: model.path must be a Hugging Face model folder; "
+            "a plan or a rehearsal without one needs [model.shape]"
+        )
     shape = LlamaShape.of(read_config(path.parent))
     if stated and stated != shape:
         raise ConfigError(f"{path} has {shape}, but the recipe's [model.shape] says {stated}")

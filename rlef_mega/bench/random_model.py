@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
-from rlef_mega.plan.planned_run import PlannedRun, shape_of
-from rlef_mega.preflight import untrained_shape
+from rlef_mega.plan.planned_run import PlannedRun
+from rlef_mega.preflight import model_shape, untrained_shape
+from rlef_mega.run.hub import CONFIG, find_model
 
 MOST_OF_MEMORY = 0.9  # the rest: the context, workspaces and the allocator's fragments
 POSITIONS = 8192  # of the models, unless stated
@@ -23,8 +24,10 @@ POSITIONS = 8192  # of the models, unless stated
 def find_shape(config: TrainConfig) -> LlamaShape:
     """Return the shape of the recipe's model, or the demo's if the recipe states none and its model
     is not on this machine."""
-    if shape := shape_of(config):
-        return shape
+    stated = config.model.shape is not None
+    model = find_model(config.model.path, files=CONFIG, fetch=not stated)
+    if stated or (model / "config.json").is_file():
+        return model_shape(config)
     return untrained_shape(load_config(find_recipe("demo_base"), [], SFTConfig))
 
 

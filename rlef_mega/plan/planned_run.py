@@ -10,14 +10,7 @@ included. A run without `ppo.advantage = "critic"` has no critic.
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rlef_mega.config import (
-    ConfigError,
-    ParallelConfig,
-    SFTConfig,
-    TrainConfig,
-    find_recipe,
-    load_config,
-)
+from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.plan.hardware import (
     DISK,
@@ -38,8 +31,6 @@ from rlef_mega.plan.rollouts import (
     generation,
 )
 from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, Terms, fullest_load, plus, seconds
-from rlef_mega.preflight import model_shape, untrained_shape
-from rlef_mega.run.hub import CONFIG, find_model
 
 RECOMPUTE = ("none", "selective", "full")
 STATE = ("weights", "gradients", "optimizer", "reference")
@@ -469,14 +460,3 @@ def refuse_small_servers(run: PlannedRun, device: Device) -> None:
 
 def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
-
-
-def shape_of(config: TrainConfig) -> LlamaShape | None:
-    """Read the shape as `model_shape` does, or from the recipe that makes this model (demo_base).
-    Returns None if none of them has it."""
-    stated = config.model.shape is not None
-    model = find_model(config.model.path, files=CONFIG, fetch=not stated)
-    if stated or (model / "config.json").is_file():
-        return model_shape(config)
-    base = load_config(find_recipe("demo_base"), [], SFTConfig)
-    return untrained_shape(base) if config.model.path == f"{base.dir}/model" else None

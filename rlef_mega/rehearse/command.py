@@ -19,8 +19,9 @@ from rlef_mega.flops import LlamaShape
 from rlef_mega.plan.command import memory_table
 from rlef_mega.plan.hardware import GIB, Device, find_device
 from rlef_mega.plan.memory import Network
-from rlef_mega.plan.planned_run import PlannedRun, shape_of
+from rlef_mega.plan.planned_run import PlannedRun
 from rlef_mega.plan.step_time import TRAINING
+from rlef_mega.preflight import model_shape
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.hub import CONFIG, find_model
 
@@ -67,9 +68,7 @@ def run_rehearsal(
     path, device = find_recipe(recipe), find_device(gpu)
     console = Console(width=max(WIDTH, Console().width))
     config = load_config(path, overrides or [], TrainConfig)
-    shape = shape_of(config)
-    if shape is None:
-        raise ConfigError(f"{path}: give model.shape, or a model.path with a config.json")
+    shape = model_shape(config)
     run = PlannedRun.of(config, shape)
     kinds = [Rank.of(run, number).kind for number in range(run.training_gpus)]
     if rank is not None:

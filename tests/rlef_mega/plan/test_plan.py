@@ -38,7 +38,6 @@ from rlef_mega.plan.planned_run import (
     PlannedRun,
     refuse_small_servers,
     refuse_without_room,
-    shape_of,
     total,
 )
 from rlef_mega.plan.rollouts import (
@@ -48,7 +47,7 @@ from rlef_mega.plan.rollouts import (
     generation,
 )
 from rlef_mega.plan.step_time import FORWARD, TRAINING, Load, seconds
-from rlef_mega.preflight import plan_train
+from rlef_mega.preflight import model_shape, plan_train
 from tests.rlef_mega.megatron.network.test_meta_shapes import LAYOUTS, NETWORKS, build, standing_at
 from tests.rlef_mega.plan import published
 from tests.rlef_mega.plan.published import even_load
@@ -62,9 +61,7 @@ SMALL = LlamaShape(
 
 def run_of(recipe: str, *overrides: str) -> PlannedRun:
     config = load_config(find_recipe(recipe), list(overrides), TrainConfig)
-    shape = shape_of(config)
-    assert shape is not None
-    return PlannedRun.of(config, shape)
+    return PlannedRun.of(config, model_shape(config))
 
 
 # ---------------------------------------------------------------------- against published figures

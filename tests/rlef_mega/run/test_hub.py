@@ -17,8 +17,7 @@ from rlef_mega.engines.sglang.serve import servers_for
 from rlef_mega.evaluation.command import find_source
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
 from rlef_mega.megatron.convert.from_hf import import_folder
-from rlef_mega.plan.planned_run import shape_of
-from rlef_mega.preflight import check_train, digests_of
+from rlef_mega.preflight import check_train, digests_of, model_shape
 from rlef_mega.run import hub
 from rlef_mega.run.hub import CONFIG, DESCRIPTION, find_model
 
@@ -92,7 +91,7 @@ def test_a_cached_model_needs_no_network_and_serves_every_command(cache, model, 
     config = recipe()
     check_train(config)
     assert digests_of(config, check_train(config))["weights of model.path"]
-    assert shape_of(config).layers == 2
+    assert model_shape(config).layers == 2
     served = recipe("rollout.engine=sglang", "rollout.max_context=300")
     assert str(cache) in servers_for(served).servers[0].command
     import_folder(Path(NAME), tmp_path / "imported")
@@ -111,7 +110,7 @@ def test_an_evaluation_has_the_models_name_not_the_snapshots(cache, model):
 
 def test_only_what_is_needed_is_fetched_and_only_once(cache, model, monkeypatch, capsys):
     online = Hub(monkeypatch, model, cache)
-    assert shape_of(recipe()).layers == 2
+    assert model_shape(recipe()).layers == 2
     assert online.fetched == [["config.json"]]
     assert not list(cache.glob("*.safetensors")), "a plan needs no weights"
     assert find_model(NAME, fetch=False) == Path(NAME)
