@@ -14,9 +14,7 @@ from rich.progress import track
 from rlef_mega.config import (
     ConfigError,
     ParallelConfig,
-    ServersConfig,
     SFTConfig,
-    TrackConfig,
     TrainConfig,
     differences,
     dump_toml,
@@ -58,19 +56,13 @@ FREE_TO_CHANGE = {
     "learner.offload",
     "learner.microbatch_tokens",
     "critic_parallel",
-    *(
-        f"{section}.{key}"
-        for section in ("parallel", "critic_parallel")
-        for key in ParallelConfig.model_fields
-    ),
     "judge.servers",
     "judge.deadline_s",
     "rollout.max_staleness",
     "rollout.max_passed_over",
     "rollout.open_dialogues",
-    *(f"rollout.servers.{key}" for key in ServersConfig.model_fields),
-    *(f"track.{key}" for key in TrackConfig.model_fields),
 }
+FREE_SECTIONS = ("parallel", "critic_parallel", "rollout.servers", "track")
 # Settings that a resumed run may change if run.allow_change names them.
 ALLOWED_WHEN_NAMED = {
     f"learner.{network}.{key}"
@@ -284,7 +276,11 @@ def claim_run_directory(
         before = flatten(load_config(path, [], type(config)).model_dump())
         asked = flatten(config.model_dump())
         free = FREE_TO_CHANGE | allowed_changes(config)
-        fixed = {key: value for key, value in asked.items() if key not in free}
+        fixed = {
+            key: value
+            for key, value in asked.items()
+            if key not in free and key.rpartition(".")[0] not in FREE_SECTIONS
+        }
         if other := differences(before, fixed):
             raise ConfigError(
                 f"{run_dir} holds a run with other settings ({other}); "
