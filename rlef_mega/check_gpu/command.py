@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,13 +55,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=12.0, help="for all steps")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install into OUT/site")
     parser.add_argument("--patience", type=float, default=1.0, help="factor for each step's limit")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of the recipe of smollm2",
-    )
+    recipe = "settings of the recipe of smollm2"
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=recipe)
     asked = parser.parse_args(words)
     end = time.monotonic() + 60 * asked.minutes
     out, site = asked.out.absolute(), asked.out.absolute() / "site"
@@ -142,8 +138,10 @@ def run_step(
     found: dict[str, Any] = {"title": f"rlef check-gpu: {name}", "notes": [], "figures": {}}
     with contextlib.suppress(FileNotFoundError):
         found = json.loads(result.read_text(encoding="utf-8"))
-    found |= {"ended": ended, "wall_s": round(time.monotonic() - begun, 1)}
-    found["passed"] = ended == "exit code 0"
+    given = ["--set", *settings] if settings else []
+    again = shlex.join(["rlef", "check-gpu", "OUT", "--only", name, *given])
+    found |= {"command": again, "ended": ended, "passed": ended == "exit code 0"}
+    found["wall_s"] = round(time.monotonic() - begun, 1)
     if not found["passed"] and not found.get("failures"):
         found["failures"] = log.read_text("utf-8", "replace").splitlines()[-SHOWN:]
     result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ GOALS = {
     "copy, read and written": "an H200: 4.3",
 }
 REHEARSED = Path(__file__).parents[2] / "benchmarks/results/slice_null_gpu.json"
+NOT_RUN = {"passed": False, "wall_s": "", "figures": {}, "ended": "not run"}
 HEAD = ("figure", "median", "lowest", "highest", "unit", "goal")
 
 
@@ -31,9 +32,7 @@ def write_summary(out: Path, steps: Sequence[str]) -> None:
     }
     state = [("step", "result", "seconds", "figures")]
     for name in steps:
-        found = results.get(
-            name, {"passed": False, "wall_s": "", "figures": {}, "ended": "not run"}
-        )
+        found = results.get(name, NOT_RUN)
         result = "passed" if found["passed"] else found["ended"]
         state.append((name, result, str(found["wall_s"]), str(len(found["figures"]))))
     every = {label: figure for r in results.values() for label, figure in r["figures"].items()}

@@ -1,6 +1,7 @@
 """The command around the steps; tests/null_gpu/test_check_gpu.py runs the steps."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,14 @@ def check(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_packages_it_names_them_and_a_failed_step_stops_no_other(tmp_path):
-    done = check(tmp_path, "--only", "ipc", "memcheck")
+    done = check(tmp_path, "--only", "ipc", "memcheck", "--set", "run.dir='of mine'")
     assert done.returncode == 2
     assert "not installed: " in done.stdout and "megatron-core" in done.stdout
     for name in ("ipc", "memcheck"):
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert not found["passed"] and found["failures"] and found["ended"] == "exit code 1"
+        again = ["rlef", "check-gpu", "OUT", "--only", name, "--set", "run.dir='of mine'"]
+        assert shlex.split(found["command"]) == again
         assert f"| {name} | exit code 1 |" in (tmp_path / "summary.md").read_text()
 
 

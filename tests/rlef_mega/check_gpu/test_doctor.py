@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from rlef_mega.check_gpu import doctor
 from rlef_mega.megatron.network import accelerations
@@ -61,3 +64,29 @@ def test_images_install_what_make_does() -> None:
     for file in ("Dockerfile", "apptainer.def"):
         made = re.findall(r"make ([\w-]+)", (ROOT / file).read_text())
         assert [m for m in made if m in targets] == ["setup-gpu", "setup-sglang-gpu"], file
+
+
+@pytest.mark.parametrize(
+    ("file", "python"),
+    [
+        ("requirements-cpu.txt", "3.11"),
+        ("requirements-cpu.txt", "3.12"),
+        ("requirements-gpu.txt", "3.12"),
+    ],
+)
+def test_a_lock_file_has_one_exact_version_of_everything_needed(file: str, python: str) -> None:
+    """Also of what the tests need; megatron-core's depends on Python's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], "triton>=3.6"]
+    needed += [words for name in ("serve", "smollm2", "data", "dev") for words in extras[name]]
+    locked: dict[str, list[Requirement]] = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                locked.setdefault(canonicalize_name(pin.name), []).append(pin)
+    for wanted in map(Requirement, needed):
+        (pin,) = locked[canonicalize_name(wanted.name)]
+        (exact,) = pin.specifier
+        assert exact.operator == "==" and wanted.specifier.contains(exact.version), wanted.name
