@@ -49,8 +49,9 @@ line containers "${reachable//$'\n'/, }"
 [ -n "$CONTAINER" ] || [ -x "$VENV/bin/python" ] || MISSING+=("VENV: there is no $VENV/bin/python; make setup, or set CONTAINER")
 
 for folder in "$ROOT" "$HOME" "$LOCAL_DIR" "${SCRATCH:-}" "${WORK:-}"; do
-    [ ! -d "$folder" ] || read -r kind size free < <(df --output=fstype,size,avail -BG "$folder" | tail -n 1) || continue
-    [ ! -d "$folder" ] || line "$folder" "$kind, $free of $size free"
+    [ -d "$folder" ] || continue
+    read -r kind size free < <(df --output=fstype,size,avail -BG "$folder" | tail -n 1) || continue
+    line "$folder" "$kind, $free of $size free"
     [ "$folder" != "$ROOT" ] || [[ $kind = *(nfs*|lustre|gpfs|beegfs|weka*|ceph|fuse*|panfs|wekafs|daos) ]] ||
         MISSING+=("the repository is on $kind: move it to a file system that all nodes share, unless this one is")
 done

@@ -24,8 +24,8 @@ MASTER_ADDR=${MASTER_ADDR:-}      # address of the first training node; empty: f
 PORT=${PORT:-}                    # first of 10 ports on each node, followed by SGLang's; empty: derived from the job's number
 
 DISK_GIB=${DISK_GIB:-}            # space that a run needs in its folder, with what it has there; empty: that of the recipe's checkpoints
-TMP_GIB=${TMP_GIB:-5}             # free space in /tmp,
-SHM_GIB=${SHM_GIB:-8}             # and in /dev/shm, on each node
+TMP_GIB=${TMP_GIB:-5}             # free space that each node needs in /tmp
+SHM_GIB=${SHM_GIB:-8}             # free space that each node needs in /dev/shm
 CLOCK_SKEW_S=${CLOCK_SKEW_S:-5}   # largest difference of the nodes' clocks
 SHARED_WAIT_S=${SHARED_WAIT_S:-150} # time within which all nodes must see a file that one wrote; NFS hides new files up to 60 s
 

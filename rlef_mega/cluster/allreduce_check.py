@@ -20,7 +20,8 @@ TIMEOUT = timedelta(minutes=5)
 
 
 def bus_bandwidth_gbps(device: torch.device, size_bytes: int) -> float:
-    """Return the bus bandwidth in GB/s of the fastest of TRIES all-reduces, after a first one."""
+    """Return the bus bandwidth in GB/s of the fastest of TRIES all-reduces, after one to warm up.
+    Raises RuntimeError if the sum is wrong."""
     data = torch.empty(size_bytes // 4, device=device)
     best_s = float("inf")
     for attempt in range(TRIES + 1):

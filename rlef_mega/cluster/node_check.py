@@ -42,8 +42,9 @@ def check_shared_folder(
     wait_s: float,
     address: str = "",
 ) -> Iterator[str]:
-    """Write this node's file and wait for those of all nodes. `began_s` is the first node's clock
-    when it started them."""
+    """Write this node's file and wait `wait_s` for those of the `expected` nodes; yield a fault for
+    nodes that are missing, and for clocks that differ by more than `skew_s`. `began_s` is the first
+    node's clock when it started the checks."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{node}.{os.getpid()}.partial"  # a node may have two roles
     mine_s = time.time()
@@ -74,7 +75,7 @@ def check_shared_folder(
 
 
 def check_gpus(wanted: int) -> Iterator[str]:
-    """Compare the GPUs that the driver shows to this step with the number that the run needs."""
+    """Yield a fault if the driver shows this step fewer GPUs than the run needs."""
     if not wanted:
         return
     try:
@@ -94,6 +95,7 @@ def check_gpus(wanted: int) -> Iterator[str]:
 
 
 def check_ports(first: int, count: int) -> Iterator[str]:
+    """Yield a fault for each of these ports on which something listens."""
     for port in range(first, first + count):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,6 +109,7 @@ def check_ports(first: int, count: int) -> Iterator[str]:
 
 
 def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
+    """Yield a fault if the folder's file system has less free space."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_gib = shutil.disk_usage(existing).free / GIB
     if free_gib < wanted_gib:
@@ -121,8 +124,8 @@ def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
 
 
 def check_quota(folder: Path, wanted_gib: float) -> Iterator[str]:
-    """Reserve the room for a moment, which a quota refuses although the disk has it. File systems
-    that reserve nothing are not asked."""
+    """Yield a fault if a quota refuses to reserve the room, which the disk may have. A file system
+    that cannot reserve space passes."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with tempfile.TemporaryFile(dir=existing) as file:
         size = ctypes.c_long(int(wanted_gib * GIB))
@@ -136,7 +139,8 @@ def check_quota(folder: Path, wanted_gib: float) -> Iterator[str]:
 
 
 def check_limits(connections: int) -> Iterator[str]:
-    """Check the limits of processes that srun starts here. Rank 0 has a connection of each rank."""
+    """Check the limits of processes that srun starts here: rank 0 has a connection from each rank,
+    and a crash must not write core files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files < connections:
         yield (
@@ -148,7 +152,7 @@ def check_limits(connections: int) -> Iterator[str]:
 
 
 def check_caches(folder: str) -> Iterator[str]:
-    """Make the job's folder for compiled kernels, which nobody else can write to."""
+    """Make the job's folder for compiled kernels; yield a fault if others can write to it."""
     if not folder:
         return
     try:
@@ -172,6 +176,7 @@ def check_isolation(level: str) -> Iterator[str]:
 
 
 def faults(asked: argparse.Namespace, node: str) -> Iterator[str]:
+    """Yield all faults of this node; the check that waits for other nodes comes last."""
     if os.environ.get("SLURM_PROCID", "0") == "0":  # the nodes share it
         yield from check_room(asked.folder, asked.disk_gib)
         yield from check_quota(asked.folder, asked.disk_gib)

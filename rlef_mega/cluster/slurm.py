@@ -1,4 +1,4 @@
-"""Helper of the scripts in slurm/: `python -m rlef_mega.cluster.slurm COMMAND RECIPE`.
+"""The commands of the scripts in slurm/: `python -m rlef_mega.cluster.slurm COMMAND RECIPE`.
 
     layout    print the run's ranks, servers, folder and disk space as NAME=VALUE, from the recipe
     find      check that model, data and the servers' Python exist, before a job is submitted
@@ -6,7 +6,7 @@
     prepare   do what `rlef train` does before it starts ranks: check everything, servers included,
               and write the run directory. srun then starts `rlef_mega.train` on that directory
 
-The exit code is REFUSED if the settings or inputs are wrong, so that another try would fail too.
+The exit code is REFUSED if the settings or inputs are wrong, so another try would fail too.
 """
 
 import argparse
@@ -33,8 +33,8 @@ GIB = 2**30
 
 
 def layout(config: TrainConfig) -> dict[str, str | int]:
-    """Return a run's shell variables; PLACEMENT says why servers may not run on the training nodes.
-    Raises ConfigError if its ranks do not fill whole nodes."""
+    """Return a run's shell variables; PLACEMENT says why servers may not run on the training nodes,
+    and is empty if they may. Raises ConfigError if the ranks do not fill whole nodes."""
     ranks = config.world_size
     per_node = min(config.parallel.processes_per_node, ranks)
     if ranks % per_node:
@@ -62,8 +62,8 @@ def layout(config: TrainConfig) -> dict[str, str | int]:
 
 
 def disk_bytes(config: TrainConfig) -> int:
-    """Return the space that a run's checkpoints take at most, one of them half-written, and the
-    weights that it publishes by disk; 0 if the model's shape is unknown.
+    """Return the most bytes that a run's checkpoints (one of them half-written) and the weights
+    that it publishes by disk take; 0 if the model's shape is unknown.
 
     A checkpoint has weights, main copy and two moments of each trained network (an fp32 weight is
     its own main copy).

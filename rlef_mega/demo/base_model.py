@@ -1,5 +1,5 @@
-"""The supervised stage: a base model from generated dialogues and a random Llama, as the demo's, or
-a pretrained model.
+"""The supervised stage: train on generated dialogues, from random weights (the demo's base model)
+or from a pretrained model.
 
 It shares learner, packing and checkpoints with the loop in train.py and resumes in the same way.
 Its folder holds `checkpoints/`, `metrics.jsonl` and, when the stage is finished, `model/`, a
@@ -79,6 +79,7 @@ def supervise(config: SFTConfig) -> int:
                 f"loss {record['loss']:.3f}  {batch.num_tokens / times['step']:,.0f} tok/s"
             )
             due = step % config.checkpoint_every == 0
+            # not after each of the short steps: any_rank is a collective
             stopping = (due or step % 10 == 0) and any_rank(stop.requested())
             with clock("checkpoint"):
                 checkpoints.poll()
@@ -112,23 +113,23 @@ def encode(messages: Sequence[str], chat: ChatFormat, begun: str = "") -> Episod
     for prompt, response in zip(messages[::2], messages[1::2], strict=True):
         observed = chat.observe(prompt, True, begun) if turns else chat.open(prompt, begun)
         ids = tuple(chat.respond(response))
-        written = Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
-        turns.append(Turn(tuple(observed), written, None, UNGRADED))
+        completion = Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
+        turns.append(Turn(tuple(observed), completion, None, UNGRADED))
     return Episode("supervised", "", tuple(turns))
 
 
 def make_initial_model(config: SFTConfig) -> None:
     """Write a tokenizer and random weights to `init/`, unless they exist or the stage begins with
     another model. The same seed gives the same weights on every machine."""
-    final = Path(config.dir) / "init"
-    if config.model or final.exists():
+    init = Path(config.dir) / "init"
+    if config.model or init.exists():
         return
-    with folder_written_whole(final) as folder:
+    with folder_written_whole(init) as folder:
         write_untrained_model(config, folder)
 
 
 def write_untrained_model(config: SFTConfig, folder: Path) -> None:
-    """Train the tokenizer and draw the weights into `folder`."""
+    """Train a tokenizer, draw random weights, and write both into `folder`."""
     tokenizer = train_tokenizer(folder, config.vocab_size)
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -151,8 +152,8 @@ def write_untrained_model(config: SFTConfig, folder: Path) -> None:
 
 @torch.no_grad()
 def initialize_weights(model: LlamaForCausalLM, generator: torch.Generator) -> None:
-    """Draw weights: wide embeddings, a small head, 1/sqrt(fan_in) elsewhere, and another factor
-    1/sqrt(2 L) for the layers that add to the residual stream.
+    """Draw normal weights. Their standard deviation is 0.5 in the embedding, 0.02 in the head and
+    1/sqrt(fan_in) elsewhere, times 1/sqrt(2 L) in the layers that add to the residual stream.
 
     With the usual 0.02 everywhere a model this small does not learn to copy within minutes.
     """

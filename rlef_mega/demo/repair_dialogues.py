@@ -1,9 +1,9 @@
 """Dialogues for the supervised stage of a pretrained model: functions, wrong at first and repaired.
 
 They are made of the training problems of `functions:`, with their solutions and wrong programs, in
-the format of rollouts: the same prompts, and the feedback that the sandbox's results give. They
-teach the format, and that feedback is to be used. They do not teach it well: after a failure the
-next program is right no more often than `REPAIRED`, so that RLEF has something to learn.
+the format of rollouts: the same prompts, and feedback from real runs in the sandbox. They teach the
+format and, to a degree, the use of feedback: after a failure the next program is right no more
+often than `REPAIRED`, so that RLEF has something to learn.
 """
 
 import random

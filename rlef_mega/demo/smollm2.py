@@ -36,7 +36,7 @@ def convert(out: Path) -> None:
         write_tokenizer(source, folder)
         model = read_model(source)
         model.save_pretrained(folder)
-        ChatFormat.from_folder(folder)  # refuses a tokenizer that text could control
+        ChatFormat.from_folder(folder)  # refuses a tokenizer whose control tokens a text can spell
 
 
 def find_gguf() -> Path:

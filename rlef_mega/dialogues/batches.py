@@ -1,5 +1,5 @@
-"""The batches of episodes of a run: rolled out when the loop asks (sync mode), or taken from a
-stream of dialogues that never pauses (async mode).
+"""The batches of episodes of a run: rolled out when the training loop asks (sync mode), or taken
+from a stream of dialogues that never pauses (async mode).
 
 Theory of operation. Dialogue n of a run has the same problem and the same seed in both modes and on
 any number of ranks. In sync mode each rank runs its share of a batch's dialogues while the trainer
@@ -59,10 +59,11 @@ class NumberedDialogues:
 
     async def run_group(self, number: int) -> tuple[Episode | str, ...]:
         """Run the dialogues of a group at the same time. Returns their outcomes."""
-        before, place = divmod(number, self.batch // self.samples)
-        problem, seed = self.of_step(before + 1)[place * self.samples], self.seed
-        places = range(place * self.samples, (place + 1) * self.samples)
-        seeds = [derive_seed(derive_seed(seed, before + 1), dialogue) for dialogue in places]
+        steps_before, group = divmod(number, self.batch // self.samples)
+        dialogues = range(group * self.samples, (group + 1) * self.samples)  # of the step
+        problem = self.of_step(steps_before + 1)[dialogues[0]]
+        step_seed = derive_seed(self.seed, steps_before + 1)
+        seeds = [derive_seed(step_seed, dialogue) for dialogue in dialogues]
         return tuple(await asyncio.gather(*(self.loop.run(problem, seed) for seed in seeds)))
 
 
@@ -74,7 +75,8 @@ class Rollouts(Protocol):
         if one has lost its engine."""
 
     def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
-        """Start this rank's share of dialogues that are not trained on."""
+        """Start this rank's share of dialogues that are not trained on, as in an evaluation; its
+        outcomes are the future's result."""
 
     def published(self, version: int) -> None:
         """Note that the engine has the weights of this version. Called once after each batch."""

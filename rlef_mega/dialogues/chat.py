@@ -1,4 +1,4 @@
-"""Chat formats: dialogues to token ids, token-in token-out.
+"""Encode dialogues as token ids in a model's chat format, token-in token-out.
 
 A format is read from the model's own chat template: it is rendered once, with two turns, and cut
 into the ids around the messages. Messages are then encoded one by one and appended to the ids that
@@ -40,7 +40,7 @@ TEMPLATES = {
     ),
 }
 OTHER_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>")  # of responses, where they exist
-# Two turns, as every template is rendered.
+# The messages with which every template is rendered.
 QUESTION, ANSWER, FEEDBACK = "Sum it: <3 äöü\n\n  x = 1", "```python\nprint(1)\n```", "Try again."
 DATES = ("strftime_now", "date_string")  # what templates read the current date from
 
@@ -109,7 +109,7 @@ class ChatFormat:
         controls = [n for n, token in enumerate(later) if token in added.values()]
         user = later[controls[1] :] if len(controls) > 1 else ()
         if not (user and controls[0] == 0 and lead == later_lead and first[-len(user) :] == user):
-            raise unfollowed(
+            raise unusable_template(
                 tokenizer, "its messages do not all begin and end with the same control tokens"
             )
         dated = any(word in template for word in DATES)
@@ -126,17 +126,19 @@ class ChatFormat:
         frame = {*user, *found.assistant_header, found.end_of_turn} & set(added.values())
         for control in (c for c, token in added.items() if token in frame):
             if added[control] in found.encode(control):
-                raise unfollowed(tokenizer, f"the text {control!r} becomes that token")
+                raise unusable_template(tokenizer, f"the text {control!r} becomes that token")
         ours = [*found.open(QUESTION), *found.respond(ANSWER), *found.observe(FEEDBACK, True)]
         theirs = [*found.begin, *whole[len(first) - len(user) :]]
         if ours != theirs:
-            said, sent = tokenizer.decode(theirs), tokenizer.decode(ours)
-            raise unfollowed(tokenizer, f"it renders {said!r}, but messages one by one {sent!r}")
+            whole_text, joined_text = tokenizer.decode(theirs), tokenizer.decode(ours)
+            raise unusable_template(
+                tokenizer, f"it renders {whole_text!r}, but messages one by one {joined_text!r}"
+            )
         return found
 
     @cached_property
     def plain(self) -> Tokenizer:
-        """The tokenizer without its added tokens, so that text that spells one is characters."""
+        """The tokenizer without its added tokens: text that spells one is ordinary characters."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
         plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
         plain.no_truncation()
@@ -159,6 +161,7 @@ class ChatFormat:
         return [*end, *self.between, *self.ask(text, begun)]
 
     def ask(self, text: str, begun: str = "") -> list[int]:
+        """Return a user message and the assistant's header, followed by `begun`."""
         message = self.encode(self.user_lead + text.strip())
         start = self.encode(begun) if begun else []
         return [*self.user_header, *message, *self.assistant_header, *start]
@@ -203,8 +206,8 @@ class ChatFormat:
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the tokenizer's chat template or, without one, the known format's whose control tokens
-    it has."""
+    """Return the tokenizer's chat template or, without one, that of the known format whose control
+    tokens it has. Raises ValueError if there is neither."""
     if tokenizer.chat_template:
         return tokenizer.get_chat_template()
     known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
@@ -225,23 +228,24 @@ def render(
     roles = ("user", "assistant", "user")
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     try:
-        said = tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except (TemplateError, TypeError) as error:
-        raise unfollowed(
+        raise unusable_template(
             tokenizer, f"it refuses two turns of user and assistant ({error})"
         ) from None
-    pieces, rest = [], str(said)
+    pieces, rest = [], str(rendered)
     for content in contents:
         piece, content, rest = rest.partition(content)
         if not content:
-            raise unfollowed(tokenizer, "it changes the text of messages")
+            raise unusable_template(tokenizer, "it changes the text of messages")
         pieces.append(piece)
-    return encode_controls(tokenizer, str(said)), [*pieces, rest]
+    return encode_controls(tokenizer, str(rendered)), [*pieces, rest]
 
 
-def unfollowed(tokenizer: "PreTrainedTokenizerBase", why: str) -> ValueError:
+def unusable_template(tokenizer: "PreTrainedTokenizerBase", why: str) -> ValueError:
+    """Return the error for a chat template that cannot be applied message by message."""
     return ValueError(
         f"the chat template of the tokenizer {tokenizer.name_or_path!r} cannot be followed token "
         f"by token: {why}; use a model with a template like Llama 3's or ChatML, or correct "
@@ -257,7 +261,7 @@ def stops(tokenizer: "PreTrainedTokenizerBase", end: int, ends: Sequence[int]) -
 
 
 def declared_ends(folder: Path) -> list[int]:
-    """Return what the model's configs declare as `eos_token_id`: a token, a list, or nothing."""
+    """Return the tokens that the model's configs declare as `eos_token_id`, alone or in a list."""
     found = []
     for path in (folder / "config.json", folder / "generation_config.json"):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""`rlef data inspect`: count the problems of a source, and those dropped, with reasons."""
+"""`rlef data inspect`: describe the problems of a source, and why others were dropped."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,11 +15,12 @@ from rlef_mega.problems.store import ProblemStore
 from rlef_mega.run.hub import DESCRIPTION, find_model
 from rlef_mega.types import Problem
 
-SHOWN_PLACES = 10
+SHOWN = 10  # dropped problems of each reason, overlaps with another source
 
 
 def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None:
-    """Print counts, limits, lengths and drops and, `against` another source, what both contain."""
+    """Print counts, limits, lengths and drops and, with `against`, the problems that this other
+    source has too. Lengths are in tokens if `tokenizer`, a model folder, is given."""
     problems = read_data_set(source) if is_data_set(source) else load_problems(source)
     drops = problems.drops if isinstance(problems, ProblemStore) else ()
     console = Console(emoji=False)  # else `:train` of a source could become an emoji
@@ -29,25 +30,25 @@ def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None
     for reason, count in Counter(drop.reason for drop in drops).most_common():
         table.add_row(f"dropped: {reason}", str(count))
     console.print(table)
-    print_places(console, drops)
+    print_drops(console, drops)
     if against is not None:
         overlaps = contamination.compare(problems, load_problems(against))
         summary, *lines = contamination.describe(overlaps)
-        for line in (f"against {against}: {summary}", *lines[:SHOWN_PLACES]):
+        for line in (f"against {against}: {summary}", *lines[:SHOWN]):
             console.print(line, markup=False)
 
 
-def print_places(console: Console, drops: Sequence[Drop]) -> None:
-    """Print where problems were dropped, a few of each reason."""
+def print_drops(console: Console, drops: Sequence[Drop]) -> None:
+    """Print some dropped problems of each reason, with their locations."""
     shown: Counter[str] = Counter()
     for drop in drops:
         shown[drop.reason] += 1
-        if shown[drop.reason] <= SHOWN_PLACES:
-            words = f"{drop.location} {drop.id!r}: {drop.reason} {drop.detail}".rstrip()
-            console.print(words, markup=False, soft_wrap=True)
+        if shown[drop.reason] <= SHOWN:
+            line = f"{drop.location} {drop.id!r}: {drop.reason} {drop.detail}".rstrip()
+            console.print(line, markup=False, soft_wrap=True)
     for reason, count in shown.items():
-        if count > SHOWN_PLACES:
-            console.print(f"... and {count - SHOWN_PLACES} more: {reason}", markup=False)
+        if count > SHOWN:
+            console.print(f"... and {count - SHOWN} more: {reason}", markup=False)
 
 
 def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str], int]]:
@@ -81,20 +82,20 @@ def summarize(
         tags.update(problem.tags)
     return {
         "problems": len(lengths),
-        "families": words(families),
+        "families": most_common(families),
         "tests, public and private": f"{kinds['public']:,} and {kinds['private']:,}",
         "problems without public tests": kinds["without public"],
         "problems without private tests": kinds["without private"],
         "tests of a problem": quantiles(tests),
-        "time limits in s": words(times),
-        "memory limits in MiB": words(memories),
+        "time limits in s": most_common(times),
+        "memory limits in MiB": most_common(memories),
         f"prompt in {unit[0]}": quantiles(lengths),
         "with an image": tags["image"],
         "with multiple answers": tags["multiple answers"],
     }
 
 
-def words(counts: Counter[Any]) -> str:
+def most_common(counts: Counter[Any]) -> str:
     return ", ".join(f"{value}: {count}" for value, count in counts.most_common(8))
 
 

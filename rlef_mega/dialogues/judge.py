@@ -123,7 +123,7 @@ class Judge:
 
     def __init__(self, grader: Grader) -> None:
         self.grader = grader
-        self.runs = 0  # programs x tests run so far
+        self.runs = 0  # tests run so far, over all programs
 
     async def judge(self, problem: Problem, program: str | None, *, last_turn: bool) -> Verdict:
         """Grade a response: public tests first, private tests if all of them pass."""
@@ -195,8 +195,8 @@ FRAME_LINE = re.compile(rb'(  File "solution\.py", line )(\d+)')
 
 
 def own_lines(result: Result, before: int) -> Result:
-    """Number the lines in tracebacks from the program's first line, which follows `before` lines of
-    prelude."""
+    """Return the result with the lines in its tracebacks numbered from the program's first line,
+    which follows `before` lines of prelude."""
     stderr = FRAME_LINE.sub(
         lambda frame: frame[1] + b"%d" % max(1, int(frame[2]) - before), result.stderr
     )

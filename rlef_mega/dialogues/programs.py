@@ -71,8 +71,8 @@ def extract_program(
 
 
 def fenced_blocks(text: str, begun: str = "") -> Iterator[Block]:
-    """Yield the fenced code blocks of a text; the first line of `begun`, if given, has opened the
-    first."""
+    """Yield the fenced code blocks of a text. If `begun` is given, it precedes the text, and its
+    first line opens the first block."""
     opening, content, position = OPENING.match(begun), begun.partition("\n")[2], 0
     while opening or (opening := OPENING.search(text, position)):
         if opening.string is text:
@@ -92,8 +92,8 @@ def fenced_blocks(text: str, begun: str = "") -> Iterator[Block]:
 
 
 def python_fault(program: str) -> str:
-    """Return why a program is not valid Python, as the interpreter says it, or an empty text. This
-    runs nothing of the program."""
+    """Return why a program is not valid Python, in the interpreter's words; empty if it is valid.
+    The program is parsed, not run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes, `is` with a literal ...

@@ -80,7 +80,7 @@ def episode_record(
 ) -> dict[str, Any]:
     """Return an episode's record. `numbers` are those of its turns, if it was trained on."""
     turns = []
-    for place, turn in enumerate(episode.turns):
+    for index, turn in enumerate(episode.turns):
         logprobs = turn.completion.logprobs
         turns.append(
             {
@@ -88,7 +88,7 @@ def episode_record(
                 **judged_record(turn.program, turn.verdict, problem),
                 "tokens": len(logprobs),
                 "logprob_mean": sum(logprobs) / len(logprobs),
-                **token_records(turn.completion, chat, numbers[place] if numbers else {}),
+                **token_records(turn.completion, chat, numbers[index] if numbers else {}),
             }
         )
     return {**problem_record(problem), "solved": episode.solved, "turns": turns}
@@ -140,8 +140,8 @@ def thousandths(numbers: Sequence[float]) -> list[int]:
 
 
 def private_record(verdict: Verdict, problem: Problem) -> dict[str, Any] | None:
-    """Return the number of private tests, of those run and of those passed, and the failure that
-    ended grading; None if no private test was run."""
+    """Return how many private tests there are, were run and passed, and the failure that ended
+    grading; None if no private test was run."""
     statuses = verdict.private_statuses
     if not statuses:
         return None

@@ -1,4 +1,4 @@
-"""Problems to episodes: the multi-turn dialogue of RLEF 2.1, token-in token-out.
+"""Turn problems into episodes: the multi-turn dialogue of RLEF 2.1, token-in token-out.
 
 Theory of operation: each dialogue is a coroutine, and all of them run in one event loop. A dialogue
 opens a session of the engine, asks it for a response, passes the program to the judge, appends the
@@ -118,7 +118,7 @@ class DialogueLoop:
         """Run one dialogue for each problem; each ends as one episode or one counted drop."""
         self.text_lock = asyncio.Lock()  # a lock belongs to one event loop
         running = []
-        async with self.text_lock:  # all sessions open before any prompt: the local engine's waves
+        async with self.text_lock:  # no prompt is sent before all sessions are open (LocalEngine)
             for number, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
                 running.append(asyncio.ensure_future(self.run(problem, seed)))
                 if number % START_TOGETHER == 0:
@@ -140,14 +140,15 @@ class DialogueLoop:
 
     @asynccontextmanager
     async def text(self) -> AsyncIterator[None]:
-        """Wait for this dialogue's turn to work on text, and for all else that is ready."""
+        """Hold the lock on work on text, after everything else that is ready in the loop."""
         async with self.text_lock:
-            await asyncio.sleep(0)  # else the next dialogue would work in the same turn of the loop
+            await asyncio.sleep(0)  # else the next dialogue would work in the same iteration
             yield
 
     async def run_once(self, problem: Problem, session: Session, seed: int) -> Episode | str:
         """Run a dialogue as token ids: sampled ids are appended as they are, and never decoded and
-        encoded again."""
+        encoded again. Returns the episode, or why the dialogue is dropped. Raises EngineError or
+        JudgeError after a fault."""
         chat, rules = self.chat, self.rules
         async with self.text():
             observed_ids, begun = first_context(problem, chat)
@@ -204,14 +205,14 @@ class DialogueLoop:
             if shortest:
                 return None
             # a tenth less than in proportion: the tokens around the text do not shrink with it
-            shorter = len(told) * max(budget, 0) * 9 // (len(observed) * 10)
-            limit = shorter
+            limit = len(told) * max(budget, 0) * 9 // (len(observed) * 10)
 
 
 def first_context(problem: Problem, chat: ChatFormat) -> tuple[tuple[int, ...], str]:
-    """Return a dialogue's first prompt, and the text with which the response begins.
+    """Return the token ids of a dialogue's first prompt, and the text with which every response
+    begins.
 
-    A tuple, so that the garbage collector does not scan its thousands of ids again and again.
+    The ids are a tuple, so that the garbage collector does not scan thousands of them repeatedly.
     """
     question = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
     begun = templates.response_start(problem.statement, problem.template)

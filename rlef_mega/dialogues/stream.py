@@ -14,9 +14,9 @@ dialogues that started with weights of version v or before, for each v, at most
 
     batch * (v + max_staleness - version)
 
-may be left, because that many fit into the batches until then. Before each `take` at most one batch
-more than this is untaken, finished or running, so a full batch of them satisfies the bound: it is
-enough to wait until they finish. Finished dialogues are taken in the order in which they started.
+may be left, because that many fit into the batches until then. Before each `take`, at most one
+batch more than this bound is finished or running, so the bound holds as soon as one batch of these
+dialogues has finished. Finished dialogues are taken in the order in which they started.
 Of the oldest dialogues (one batch of them), at most the share `max_passed_over` may be missing;
 without this bound, one batch would have the short dialogues and the next one the long ones.
 
@@ -40,8 +40,8 @@ Outcome = TypeVar("Outcome")
 
 class Stream(Generic[Outcome]):
     """Runs dialogues: `run(number)` returns the outcome of one. `numbers` gives their order; their
-    count must be a multiple of `batch`. `version` is that of the trainer's
-    weights; call `advance` with each newer one, after a `take`."""
+    count must be a multiple of `batch`. `version` is that of the trainer's weights; call `advance`
+    with each newer one, after a `take`."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Stream(Generic[Outcome]):
         self.max_passed_over = int(max_passed_over * batch)
         self.first_version = self.version = version
         self.started = 0
-        # of the dialogues not taken: the version with which each started, in order
+        # the version with which each dialogue started that is not taken, in order of their start
         self.versions: dict[int, int] = {}
         self.left: Counter[int] = Counter()  # by version, how many are not taken
         self.ready: Counter[int] = Counter()  # by version, how many of these have finished
@@ -70,7 +70,7 @@ class Stream(Generic[Outcome]):
         self.changed = asyncio.Event()
 
     def fill(self) -> None:
-        """Start the dialogues that may run, a limited number in each turn of the event loop."""
+        """Start the dialogues that may run, START_TOGETHER in each iteration of the event loop."""
         may_start = self.batch * (self.version - self.first_version + 1 + self.max_staleness)
         most = self.started + START_TOGETHER
         while self.started < may_start and len(self.running) < self.open_dialogues:

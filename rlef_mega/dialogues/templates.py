@@ -14,8 +14,6 @@ from rlef_mega.problems.literals import to_literal
 from rlef_mega.types import AssertTest, PublicTest, TestOutcome
 from rlef_sandbox import CallTest, Result, Status, Test
 
-# --- templates
-
 BACKTICKS = (
     "Your code should be enclosed in triple backticks like so: ```python YOUR CODE HERE ```. "
     "Use the backticks for your code only."
@@ -123,8 +121,8 @@ def feedback(
     fault: str = "",
     cut: Cut = "middle",
 ) -> str:
-    """Return the feedback on a program's public tests, or the `fault` of a response without valid
-    code, which has no outcomes (the paper is silent).
+    """Return the feedback on a program's public tests or, for a response without valid code, which
+    has no outcomes, its `fault` (the paper is silent).
 
     The part about the tests is shortened to fit `max_characters`, in its middle or on the right;
     the sentences around it always stay.
@@ -172,7 +170,8 @@ def input_output_line(outcome: TestOutcome, wording: Template) -> str:
 
 
 def assertion_line(outcome: TestOutcome, wording: Template) -> str:
-    """Return the line of an assert (C.5), with run-time values as unittest's assertEqual shows."""
+    """Return the line of an assert (C.5), with run-time values as unittest's assertEqual shows
+    them."""
     test, result = outcome.test, outcome.result
     quoted = clip(assertion(test), wording.field_chars)
     if passed(result):

@@ -38,7 +38,8 @@ class GenerationRequest:
 
 
 class Session(Protocol):
-    """One dialogue in an engine. Its turns share a prefix cache or a lock-step batch."""
+    """One dialogue in an engine: its turns go to the server that has its prefix cached, or the
+    embedded engine waits for it before it generates a batch."""
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
         """Continue the prompt.
@@ -64,8 +65,8 @@ class TrainingEngine(Engine, Protocol):
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> Sequence[str]:
-        """Load weights, named as in Hugging Face's model, and verify them. Returns the servers that
-        have them, if other processes use these too.
+        """Load weights, named as in Hugging Face's model, and verify them. Returns the URLs of the
+        servers that have them; empty for an engine within this process.
 
         Raises EngineError unless the engine then serves exactly what was sent;
         WeightsMismatchError if names or shapes are not the model's.
@@ -73,9 +74,9 @@ class TrainingEngine(Engine, Protocol):
         ...
 
     def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
-        """Note that `update_weights` has ended on every rank, and which servers have the weights:
-        from now on the engine samples from this version or a newer one. None means that a rank
-        failed."""
+        """Note that `update_weights` has ended on every rank, and which servers (`served`) have the
+        weights. From now on the engine samples from this version or a newer one. The version is
+        None if a rank failed."""
         ...
 
     def rest(self) -> None:

@@ -43,7 +43,7 @@ def checked_weights(
     """Yield the tensors, each once its name and shape are known to be the model's.
 
     `shapes` are the model's, by Hugging Face name. With `tied` embeddings the head may be absent.
-    Raises WeightsMismatchError for a name that is unknown, comes twice or never, and for a shape
+    Raises WeightsMismatchError for a name that is unknown, repeated or missing, and for a shape
     that differs.
     """
     missing = set(shapes)

@@ -9,7 +9,7 @@ transformers' `generate` is not used: its mask construction, cache growth and lo
 longer than a small model's arithmetic.
 
 Shape suffixes: B rows of the batch, G rows of a prefill group, P longest prompt, L columns of the
-cache, V vocabulary.
+cache, V vocabulary, K most tokens that a row may sample.
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ def prefill(
     requests: Sequence[GenerationRequest],
     cache: PreallocatedCache,
 ) -> torch.Tensor:
-    """Fill the cache with the prompts, in groups; returns the logits after each prompt."""
+    """Fill the cache with the prompts, in groups. Returns the logits after each prompt, [B, V]."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
     logits = []
     start = 0
@@ -197,7 +197,7 @@ def append(live: Sequence[BatchRow], tokens: Sequence[int], logprobs: Sequence[f
     for row, token, logprob in zip(live, tokens, logprobs, strict=True):
         if not row.unfinished:
             continue
-        if logprob != logprob:
+        if logprob != logprob:  # NaN
             raise EngineError(
                 f"the model gave NaN or infinite logits after {len(row.request.token_ids)} + "
                 f"{len(row.token_ids)} tokens: its weights are broken"
@@ -217,7 +217,7 @@ def decode_mask(
 
 
 def uniforms_of(rows: Sequence[BatchRow]) -> torch.Tensor:
-    """Return the uniform numbers of each row's request, [B, K]. K: the largest limit of a row."""
+    """Return the uniform numbers of each row's request, [B, K]; 0 beyond a row's own limit."""
     uniforms_BK = numpy.zeros((len(rows), max(row.limit for row in rows)))
     for uniforms_K, row in zip(uniforms_BK, rows, strict=True):
         uniforms_K[: row.limit] = request_uniforms(row.request.seed, row.limit)

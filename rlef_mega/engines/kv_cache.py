@@ -71,10 +71,12 @@ class PreallocatedCache(Cache):
         super().__init__(layers=list(self.own_layers))
 
     def begin_prefill(self, rows: slice) -> None:
+        """Write the keys and values of the next forward pass into these rows."""
         for layer in self.own_layers:
             layer.group = rows
 
     def begin_decoding(self) -> None:
+        """Append one column to all rows in each forward pass from now on."""
         for layer in self.own_layers:
             layer.group, layer.length = None, layer.prompt_columns
 

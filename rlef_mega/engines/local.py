@@ -100,12 +100,13 @@ class LocalEngine:
             self.waiting.pop(session, None)
 
     def look_for_wave(self) -> None:
-        """Run a complete wave later, when dialogues started together have opened their sessions."""
+        """Check for a complete wave in the loop's next iteration, when dialogues that were started
+        together have opened their sessions."""
         asyncio.get_running_loop().call_soon(self.run_complete_wave)
 
     def run_complete_wave(self) -> None:
         """Generate for all waiting requests if every open session has one, and answer them."""
-        # a cancelled request has its future cancelled first and leaves when its task runs
+        # a cancelled request is still in `waiting` until its task runs
         wave = {session: entry for session, entry in self.waiting.items() if not entry[1].done()}
         if not wave or len(wave) < len(self.open_sessions):
             return
@@ -115,7 +116,7 @@ class LocalEngine:
             completions = self.generate([wave[session][0] for session in order])
         except Exception as error:
             # Raised in every dialogue, or it would be lost. A RuntimeError of torch is the engine's
-            # fault. A lack of GPU memory would come again, so it ends the run with what to change.
+            # fault. An out-of-memory error would recur, so it ends the run, with its remedy.
             # Anything else is a bug and stays as it is.
             reported = error
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):

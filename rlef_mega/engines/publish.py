@@ -29,7 +29,7 @@ def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, versio
         outcomes = gather((mine, served))
         failed = [failure for failure, _ in outcomes if failure is not None]
         if engine is not None:
-            # a thousand ranks need not ask hundreds of servers what the publisher knows
+            # or a thousand ranks would ask hundreds of servers what the publisher knows
             known = [url for _, urls in outcomes for url in urls]
             engine.end_update(None if failed else version, known)
         if not failed:
@@ -50,8 +50,9 @@ def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, versio
 def try_update(
     policy_weights: PolicyWeights, engine: TrainingEngine | None, version: int
 ) -> tuple[EngineError | EngineLostError | None, Sequence[str]]:
-    """Try once; returns this rank's failure, if any, and the servers that have the weights.
-    Exhausts the weights in any case, because all ranks gather each of them together."""
+    """Try once. Returns this rank's failure, if any, and the URLs of the servers that have the
+    weights. Exhausts the weights even after a failure, because all ranks gather each of them
+    together."""
     weights = policy_weights()
     served: Sequence[str] = ()
     failure: EngineError | EngineLostError | None = None

@@ -1,4 +1,5 @@
-"""`rlef reproduce`: run the paper's comparison on one base model and budget, and print both tables.
+"""`rlef reproduce`: run the paper's comparison on one base model and budget, and print its table
+beside the paper's numbers.
 
 Every run is an `rlef` command in a folder of its own under OUT. A finished run is not repeated, so
 the same command resumes the comparison. All runs share the base model, the problems and the number
@@ -84,8 +85,8 @@ def reproduce(
     overrides: Sequence[str],
     only: Sequence[str] = (),
 ) -> None:
-    """Run the missing runs, or those named in `only`, then write and print the tables. If one
-    fails, exit with its code."""
+    """Run what is missing of all runs, or of those named in `only`, then write and print the table.
+    If a run fails, exit with its code."""
     runs = [name for name in (*RUNS, IMITATION) if name in only or not only]
     if unknown := set(only).difference(runs):
         known = ", ".join((*RUNS, IMITATION))

@@ -68,11 +68,12 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             seed=config.run.seed,
             samples=config.rollout.samples_per_problem,
         )
-        mined = mine(config, RolloutsOnDemand(dialogues), run, stop, writer=ranks.is_writer)
-        if mined is None:
+        rollouts = RolloutsOnDemand(dialogues)
+        solved = solved_dialogues(config, rollouts, run, stop, writer=ranks.is_writer)
+        if solved is None:
             return stop.obeyed(writer=ranks.is_writer)
-        progress.say(f"{len(mined)} dialogues were solved")
-        batches = batches_of_last_responses(mined, config)
+        progress.say(f"{len(solved)} dialogues were solved")
+        batches = batches_of_last_responses(solved, config)
         for step in range(1, config.run.steps + 1):
             losses = [
                 learner.supervised_update(pack(next(batches)))["loss"]
@@ -98,7 +99,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
     return 0
 
 
-def mine(
+def solved_dialogues(
     config: TrainConfig,
     rollouts: RolloutsOnDemand,
     run: RunDirectory,
@@ -106,23 +107,23 @@ def mine(
     *,
     writer: bool,
 ) -> list[Episode] | None:
-    """Return the solved dialogues of a whole run and write their counts to mined.json; None after a
-    stop request. Raises RuntimeError if no dialogue was solved."""
-    mined: list[Episode] = []
+    """Sample the dialogues of a whole run. Returns the solved ones and writes their counts to
+    mined.json; None after a stop request. Raises RuntimeError if no dialogue was solved."""
+    solved: list[Episode] = []
     for step in range(1, config.run.steps + 1):
-        mined += [e for e in rollouts.batch(step).episodes if e.solved]
+        solved += [e for e in rollouts.batch(step).episodes if e.solved]
         if any_rank(stop.requested()):
             return None
-    held = config.run.steps * config.rollout.episodes_per_batch
-    if not mined:
+    sampled = config.run.steps * config.rollout.episodes_per_batch
+    if not solved:
         raise RuntimeError(
-            f"the base model solved none of {held} dialogues, so there is nothing to imitate; use "
-            "easier problems or a stronger base model"
+            f"the base model solved none of {sampled} dialogues, so there is nothing to imitate; "
+            "use easier problems or a stronger base model"
         )
     if writer:
-        turns = Counter(len(episode.turns) for episode in mined)
-        run.write_json("mined.json", {"held": held, "solved_in_turns": turns})
-    return mined
+        turns = Counter(len(episode.turns) for episode in solved)
+        run.write_json("mined.json", {"held": sampled, "solved_in_turns": turns})
+    return solved
 
 
 def last_response(episode: Episode) -> Episode:
@@ -132,12 +133,12 @@ def last_response(episode: Episode) -> Episode:
 
 
 def batches_of_last_responses(
-    mined: Sequence[Episode], config: TrainConfig
+    solved: Sequence[Episode], config: TrainConfig
 ) -> Iterator[list[Episode]]:
     """Yield each update's sequences, in a new order in each epoch; their actions are the tokens
     of the last response."""
     size = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
-    last = [last_response(episode) for episode in mined]
+    last = [last_response(episode) for episode in solved]
     waiting: list[Episode] = []
     epoch = 0
     while True:

@@ -1,8 +1,8 @@
-"""The addresses of machines, IPv4 or IPv6. It imports only the standard library, as the check of a
-node does.
+"""The addresses of machines, IPv4 or IPv6. This module imports only the standard library, because
+the check of a node (cluster/node_check.py) imports it.
 
-A node's name is not always what others reach it by: Debian's installer writes `127.0.1.1 NAME` into
-/etc/hosts, and a server that listens there is reached by nobody else.
+A server must not listen at the address that its own node's name resolves to: Debian's installer
+writes `127.0.1.1 NAME` into /etc/hosts, and no other node reaches that address.
 """
 
 import fcntl
@@ -17,12 +17,12 @@ ANY_PORT = 9  # no packet is sent
 
 
 def bracketed(host: str) -> str:
-    """Return a host as it is written before a port."""
+    """Return a host as a URL writes it before a port: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def addresses_of(host: str) -> list[str]:
-    """Return the addresses that a name has on this machine; none if it has none."""
+    """Return the addresses to which this machine resolves a name; empty if it cannot."""
     try:
         found = socket.getaddrinfo(host, ANY_PORT, type=socket.SOCK_DGRAM)
     except OSError:
@@ -31,6 +31,7 @@ def addresses_of(host: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
+    """Return whether an address, which may have a scope (`fe80::1%eth0`), is a loopback address."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
@@ -60,7 +61,7 @@ def address_of_interface(name: str) -> str:
 
 
 def interface_with(address: str) -> str | None:
-    """Return the name of the interface that has this address."""
+    """Return the name of the interface that has this address, or None."""
     for _, name in socket.if_nameindex():
         try:
             if address_of_interface(name) == address:
@@ -71,11 +72,11 @@ def interface_with(address: str) -> str | None:
 
 
 def reached_at(node: str, others: Iterable[str], interface: str = "") -> str:
-    """Return what others reach this node by: its name, where the name means the right address here
-    too, or the address itself.
+    """Return what the nodes `others` reach this node by: its name, if that resolves to the right
+    address on this node too, or else the address.
 
-    The address is that of `interface` or, without one, that on the route to another node, but no
-    loopback unless all nodes are this machine. Raises OSError if the interface has none.
+    The address is that of `interface` or, without one, that on the route to another node. It is a
+    loopback address only if all nodes are this machine. Raises OSError if the interface has none.
     """
     address = ""
     if interface:
@@ -87,4 +88,4 @@ def reached_at(node: str, others: Iterable[str], interface: str = "") -> str:
         if not address and not all(map(is_loopback, addresses_of(peer))):
             address = address_towards(peer)
     mine = addresses_of(node)
-    return node if mine and (address or mine[0]) == mine[0] else address or node
+    return node if mine and address in ("", mine[0]) else address or node

@@ -36,8 +36,6 @@ REMEDIES = {
     errno.ENOSPC: "free space, or choose a path on another file system",
     errno.EDQUOT: "free space, or choose a path on another file system",
 }
-
-
 PHASE = "phase: "  # begins the note of an error that names the phase in which it was raised
 
 
@@ -205,9 +203,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def folder_written_whole(path: Path, *, flush: bool = True) -> Iterator[Path]:
-    """Yield a new folder beside `path` to write into. It gets the name `path` when the block ends,
-    and replaces what had it; after an error or a kill, `path` is as it was. Without `flush` this
-    does not hold for a power failure.
+    """Yield a new folder beside `path` to write into. When the block ends, it is renamed to `path`
+    and replaces what was there; after an error or a kill, `path` is as before. Without `flush`, a
+    power failure may leave it incomplete.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

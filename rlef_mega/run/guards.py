@@ -59,18 +59,18 @@ class Guards:
         """Return a message for each number that is near its limit, or beyond a limit that `check`
         applies only to the mean of several steps."""
         gaps = self.gaps(record)
-        said = [
+        messages = [
             f"{name} = {gap:.3g} is over half of what is allowed, {limit}"
             for name, gap, limit in gaps
             if limit / 2 < gap <= limit
         ]
         size, least = record["effective_sample_size"], self.limits.min_effective_sample_size
         if not size >= least:
-            said.append(f"effective_sample_size = {size:.2f}, wanted {least}")
+            messages.append(f"effective_sample_size = {size:.2f}, wanted {least}")
         k3, most = record["behaviour_k3"], self.limits.max_behaviour_k3
         if not k3 <= most:
-            said.append(f"behaviour_k3 = {k3:.3g}, allowed {most}")
-        return said
+            messages.append(f"behaviour_k3 = {k3:.3g}, allowed {most}")
+        return messages
 
     def check(self, record: dict[str, Any]) -> None:
         """Check a step's record before its weights are saved; raise GuardError to stop the run."""

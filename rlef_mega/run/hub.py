@@ -1,7 +1,7 @@
-"""Models by their names on the Hugging Face hub: found in the hub's own cache, else fetched.
+"""Find models by their names on the Hugging Face hub: in the hub's local cache, or by a download.
 
-`rlef` fetches a run's model while it checks the recipe, before a rank or a server starts; these
-find it in the cache. Processes that fetch the same file at the same time wait for one another: the
+`rlef` downloads a run's model while it checks the recipe. Ranks and servers start later, and find
+it in the cache. Processes that download the same file at the same time wait for one another: the
 hub's cache locks its files.
 """
 
@@ -74,8 +74,8 @@ def find_model(
 
 
 def is_whole(folder: Path, files: Sequence[str]) -> bool:
-    """Return whether the folder has all files that the patterns `files` stand for. huggingface_hub
-    also returns a cached folder that another program has filled only in part."""
+    """Return whether the folder has all files that the patterns `files` require. huggingface_hub
+    also returns a cached folder into which another program downloaded only some of the files."""
     names = {"config.json"}
     if set(DESCRIPTION) <= set(files):
         names.add("tokenizer_config.json")

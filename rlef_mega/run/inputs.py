@@ -1,7 +1,7 @@
 """The inputs of a run, recorded in its inputs.json: digests of model, tokenizer and problems, and
 which training problems it leaves out.
 
-What lies at a recipe's paths may change between two starts of a run, which would silently change
+The files at a recipe's paths may change between two starts of a run, which would silently change
 the KL's reference or the problems; so a resumed run compares digests first.
 """
 
@@ -15,11 +15,11 @@ from rlef_mega.run.directory import write_atomically
 
 NAME = "inputs.json"
 BLOCKS, BLOCK_BYTES = 64, 64 << 10  # read of a large file
-TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")
+DESCRIPTION_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """Return a digest of these files' names and content (`sampled`)."""
+    """Return a digest of these files' names, sizes and content (`sampled`)."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(files):
         digest.update(repr((path.name, path.stat().st_size)).encode())
@@ -43,7 +43,7 @@ def sampled(path: Path) -> Iterator[bytes]:
 
 def digest_model(folder: Path) -> dict[str, str]:
     """Return the digests of a Hugging Face folder's weights, and of its config and tokenizer."""
-    described = [path for path in folder.iterdir() if path.suffix in TOKENIZER_FILES]
+    described = [path for path in folder.iterdir() if path.suffix in DESCRIPTION_SUFFIXES]
     return {
         "weights of model.path": digest_files(folder.glob("*.safetensors")),
         "config and tokenizer of model.path": digest_files(described),

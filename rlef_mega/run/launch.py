@@ -206,6 +206,7 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
         run_id=f"rlef-{os.getpid()}",
         max_restarts=0,
         monitor_interval=0.2,
+        # signals that end all ranks; how long to wait for the other ranks after one has failed
         **known_options(LaunchConfig, signals_to_handle="SIGHUP,SIGQUIT", shutdown_timeout=2),
     )
     try:
@@ -216,8 +217,7 @@ def run_agent(processes: int, module: str, *arguments: str) -> int:
 
 
 def known_options(config: Any, **options: object) -> dict[str, Any]:
-    """Keep the options that this version of torch has: the signals that end all ranks, and how long
-    the agent waits for the other ranks after one has failed."""
+    """Return those of the options that this version of torch's `config` has."""
     return {name: value for name, value in options.items() if name in config.__dataclass_fields__}
 
 
@@ -279,8 +279,8 @@ def collect_garbage(step: int) -> None:
 def take_rank_from_slurm() -> None:
     """Set torch.distributed's variables from Slurm's in a rank that srun started.
 
-    The caller of srun sets MASTER_ADDR and MASTER_PORT. Nothing changes under torchrun, nor in a
-    process of the batch script, which belongs to no step.
+    The caller of srun sets MASTER_ADDR and MASTER_PORT. Under torchrun, and in a process that the
+    batch script starts without srun, nothing changes.
     """
     names = {
         "RANK": "SLURM_PROCID",
@@ -293,8 +293,8 @@ def take_rank_from_slurm() -> None:
 
 
 def choose_interface(master: str) -> None:
-    """Have gloo use the interface on the route to rank 0 where it would listen on loopback, because
-    this node's name means that here (Debian's 127.0.1.1)."""
+    """If this node's name resolves to a loopback address (Debian's 127.0.1.1), on which gloo would
+    listen, have gloo use the interface on the route to rank 0 instead."""
     if "GLOO_SOCKET_IFNAME" in os.environ or not any(
         is_loopback(found) for found in addresses_of(socket.gethostname())
     ):
@@ -349,7 +349,7 @@ def stage(title: str, *command: str) -> None:
             code = child.wait()
             break
         except KeyboardInterrupt:
-            continue  # the command received the Ctrl-C as well, and exits by itself
+            continue  # the command received the Ctrl-C too, and exits by itself
     if code:
         if code == STOPPED:
             print("run the same command again to resume", flush=True)

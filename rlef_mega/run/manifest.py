@@ -17,6 +17,7 @@ PACKAGES = ("rlef-mega", "torch", "megatron-core", "transformers", "triton", "fl
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of those of PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

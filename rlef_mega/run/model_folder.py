@@ -34,7 +34,7 @@ DTYPES = {
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the config of this folder is of a quantized model."""
+    """Raise ConfigError if `config`, that of this folder, describes a quantized model."""
     if about := config.get("quantization_config"):
         method = about.get("quant_method", "?") if isinstance(about, dict) else about
         raise ConfigError(
@@ -44,6 +44,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def holds_weights(folder: Path) -> bool:
+    """Return whether the folder has weights in any format, also in one that we do not read."""
     return any(any(folder.glob(pattern)) for pattern in (INDEX, ONE_FILE, *OTHER_FILES))
 
 
@@ -143,8 +144,8 @@ class SafetensorsFolder:
         """Return the dtype of these tensors. Raises ConfigError if there are several."""
         found = {self.tensors[name].dtype for name in names}
         if len(found) > 1:
-            names = ", ".join(sorted(str(dtype) for dtype in found))
-            raise ConfigError(f"{self.folder} stores {names}; choose one with --dtype")
+            dtypes = ", ".join(sorted(str(dtype) for dtype in found))
+            raise ConfigError(f"{self.folder} stores {dtypes}; choose one with --dtype")
         return found.pop()
 
     def read(self, name: str) -> torch.Tensor:

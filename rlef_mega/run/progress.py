@@ -1,5 +1,5 @@
-"""Progress of long work: a bar with an estimated time of arrival on a terminal, else one line per
-step."""
+"""Show the progress of long work: on a terminal by a bar with the remaining time, else by one line
+per step."""
 
 import sys
 import time
@@ -52,8 +52,8 @@ class StepProgress(Progress):
             self.say(f"{line}  {eta}" if eta else line)
 
     def eta(self, now: float) -> str:
-        """Return the remaining time at this process's mean pace; rich's own estimate uses only the
-        last 30 s."""
+        """Return the remaining time at this process's mean pace, or "" at the end; rich's own
+        estimate uses only the last 30 s."""
         left = (self.total - self.done) * (now - self.started) / (self.done - self.first)
         return f"ETA {timedelta(seconds=round(left))}" if left > 0 else ""
 

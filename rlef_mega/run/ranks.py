@@ -1,5 +1,5 @@
-"""Work split over ranks: the ranks of a launch meet, each drives its share of the dialogues, then
-every rank gets all results.
+"""Divide work over the ranks of a launch: wait until all have connected, choose a rank's share, and
+gather all shares on every rank.
 
 No process is a bottleneck, and every rank computes the same packing, targets and metrics.
 """
@@ -92,9 +92,9 @@ def from_rank_0(mine: Item) -> Item:
     """Return rank 0's object on every rank."""
     if not dist.is_initialized():
         return mine
-    told = [mine]
-    dist.broadcast_object_list(told, src=0)  # over all ranks
-    return told[0]
+    sent = [mine]
+    dist.broadcast_object_list(sent, src=0)  # over all ranks
+    return sent[0]
 
 
 @contextmanager

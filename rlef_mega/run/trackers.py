@@ -78,9 +78,9 @@ def wandb(config: TrainConfig, done: int) -> Iterator[Log]:
 OPENERS: dict[str, Opener] = {"tensorboard": tensorboard, "wandb": wandb}
 
 
-def asked_for(asked: TrackConfig) -> list[str]:
+def asked_for(track: TrackConfig) -> list[str]:
     """Return the names of the trackers that a recipe asks for."""
-    switches = {"tensorboard": asked.tensorboard, "wandb": asked.wandb_project}
+    switches = {"tensorboard": track.tensorboard, "wandb": track.wandb_project}
     return [name for name, switch in switches.items() if switch]
 
 
@@ -164,7 +164,7 @@ def own_name(run: Path) -> str:
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return a record's finite numbers by names such as "time/rollout", without the step."""
+    """Return a record's finite numbers under names such as "time/rollout", without the step."""
     return {
         name: float(value)
         for name, value in flatten(record, "/").items()

@@ -44,7 +44,7 @@ count_attempt() { # stop the run when MAX_FAILURES attempts began at the same ch
 }
 
 check_nodes() {
-    local role pids=() faulty=0 names room
+    local role pid pids=() faulty=0 names room
     # what the run has written itself is no longer needed as free space
     room=$(du -scBM --exclude='*.refused*' "$RUN/checkpoints" "$RUN/weights" 2>/dev/null |
         awk -v all="$DISK_GIB" 'END { left = all - $1 / 1024; print (left > 0 ? left : 0) }')
@@ -60,7 +60,7 @@ check_nodes() {
             --isolation "${level[$role]}" --interface "$INTERFACE" --caches "$CACHES" --connections $((RANKS + 100))) &
         pids+=($!)
     done
-    for role in "${pids[@]}"; do await "$role" || faulty=1; done
+    for pid in "${pids[@]}"; do await "$pid" || faulty=1; done
     if [ $faulty = 1 ]; then
         sed 's/^/  /' "$LOGS"/check_*.log
         say "FAILED: node checks failed (above)"

@@ -4,7 +4,7 @@
 read_layout() { # set RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
     local found name value
     found=$(in_software "$PYTHON" -m rlef_mega.cluster.slurm layout "$RECIPE" "${SETS[@]}") || die "the recipe is refused (above)"
-    while IFS="=" read -r name value; do # other lines are not ours: a container may greet
+    while IFS="=" read -r name value; do # other lines are not ours: a container may print a greeting
         case $name in
             RUN | ENGINE | PLACEMENT) printf -v "$name" %s "$value" ;;
             RANKS | RANKS_PER_NODE | STEPS | SERVERS_PER_NODE | GPUS_PER_SERVER | USES_IPC | CHECKPOINTS_GIB)
@@ -70,7 +70,7 @@ site_options() { # site_options PARTITION GPUS: set FROM_SITE, the options of sb
     [[ "${FROM_SITE[*]}" = *--gpus-per-node=* ]] || ! grep -q '^#SBATCH --gpus-per-node' "$0" || FROM_SITE+=(--gpus-per-node=0)
 }
 
-exceeds() { # exceeds TIME TIME: whether the first of two times in Slurm's forms is longer
+exceeds() { # exceeds A B: whether time A is longer than time B, both in Slurm's formats
     awk -v a="$1" -v b="$2" 'function minutes(t, part, n) {
             n = split(t, part, /[-:]/)
             if (t ~ /-/) return part[1] * 1440 + part[2] * 60 + part[3] + part[4] / 60

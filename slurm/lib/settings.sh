@@ -8,7 +8,7 @@
 # Each script sets RECIPE, a TOML file or a recipe's name, whose layout gives the number of training nodes; SETS, words
 # section.key=value that are added to it; and JOB_NAME: jobs of one name run one after another, each resuming the run.
 
-ROLLOUT_NODES=${ROLLOUT_NODES:-0}        # nodes that sample with SGLang; 0: the training nodes, by the recipe's engine
+ROLLOUT_NODES=${ROLLOUT_NODES:-0}        # nodes that sample with SGLang; 0: the training nodes sample, with the recipe's engine
 SANDBOX_NODES=${SANDBOX_NODES:-0}        # nodes that only grade; 0: the sampling nodes grade too, or the training nodes
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}        # 0: no GPUs
 HET=${HET:-0}                            # 1: a het job, one component per role; 0: one allocation

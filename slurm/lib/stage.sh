@@ -1,6 +1,6 @@
 #!/bin/bash
-# Copy an environment to each node's own disk. 1,024 ranks that import it from a shared file system ask that for tens of
-# millions of names at each start; one archive is read once a node.
+# Copy an environment to each node's own disk. 1,024 ranks that import it from a shared file system look up tens of
+# millions of names there at each start; an archive is read once per node.
 #
 #   bash slurm/lib/stage.sh pack .venv venv.tar    on the login node, again after each change; then set VENV_ARCHIVE=venv.tar
 #   bash slurm/lib/stage.sh unpack venv.tar DIR    on each node: jobs do this themselves

@@ -58,8 +58,8 @@ become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND... -- OPTIONS...: exe
     shift 2
     while [ "$1" != -- ]; do command+=("$1") && shift; done
     shift
-    # Otherwise srun reads options from the environment, the job's and those that a user or a site exports: one GPU for
-    # each task, tasks dealt out over the nodes, no variables. What says which job this is stays.
+    # Otherwise srun would take options from variables of the job, the user or the site, such as one GPU for each task, a
+    # cyclic distribution of tasks, or no exported variables. Variables that identify the job stay.
     for name in $(compgen -e); do
         case $name in
             SLURM_JOB* | SLURM_HET_* | SLURM_CONF | SLURM_CLUSTER* | SLURM_SUBMIT* | SLURM_JWT | SLURM_NETWORK) ;;
@@ -123,7 +123,7 @@ clean_nodes() { # remove this job's caches from its nodes and, where pyxis keeps
         (LOGS=$STATE step clean "$role" 1 bash -c 'rm -rf "$0"; ! command -v enroot || enroot remove -f "pyxis_rlef-$SLURM_JOB_ID"' "$CACHES") &
         pids+=($!)
     done
-    (sleep 60 && kill "${pids[@]}") & # a node that is dead answers to nothing
+    (sleep 60 && kill "${pids[@]}") & # a dead node never answers
     wait "${pids[@]}"
     kill $!
 } >/dev/null 2>&1
@@ -148,7 +148,7 @@ await() { # return a child's exit code; signals to this script do not end the wa
     done
 }
 
-read_addresses() { # set ADDRESS of each node: what the node checks found that it is reached by
+read_addresses() { # set ADDRESS of each node: where other nodes reach it, as the node checks found
     local node
     for node in $(printf "%s " "${NODES[@]}"); do
         read -r _ "ADDRESS[$node]" <"$LOGS/shared/$node" || die "no address of $node in $LOGS/shared"

@@ -39,7 +39,8 @@ class ServerInfo(BaseModel):
     @property
     def context_length(self) -> int:
         """Tokens of a prompt with its response."""
-        return self.max_req_input_len + 4  # SGLang reports context length - 1 - 5
+        # SGLang reports its own context length - 6, and keeps 2 of that length (SPARE_TOKENS)
+        return self.max_req_input_len + 4
 
     @property
     def weight_version(self) -> str:

@@ -42,7 +42,7 @@ class Client:
     def __init__(self, url: str, http: aiohttp.ClientSession, *, publish_s: float = 600.0) -> None:
         self.url, self.http, self.publish_s = url, http, publish_s
         self.paused_s = 0.0  # total time paused for weights
-        self.paused_at_s: float | None = None
+        self.paused_at_s: float | None = None  # of time.monotonic, while paused
         self.released: list[str] = []  # tags of memory that the server has released
         self.resting_version = FREE  # its weights' version when it released them
         self.aborting: set[asyncio.Task[None]] = set()
@@ -142,6 +142,8 @@ class Client:
             raise
 
     def begin_abort(self, request_id: str) -> None:
+        """End a request on the server, by a task that `Fleet.close` waits for."""
+
         async def abort() -> None:
             with contextlib.suppress(ServerError):  # the server will see the closed connection
                 await self.call("/abort_request", {"rid": request_id}, within_s=ABORT_S)

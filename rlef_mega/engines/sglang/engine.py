@@ -8,8 +8,8 @@ and waits for an answer, or for EngineError after several servers were tried.
 Each process with rollouts has an engine for the same servers. One of them publishes: it blocks in
 `update_weights` until all ready servers have the verified weights. The others wait, and check no
 paused server meanwhile. At `end_update` they are told the version and the servers that have it, and
-use another server once it reports that version. Dialogues may run all the while: their requests
-wait at the paused servers and continue with the new weights.
+use another server once it reports that version. Dialogues may run during a publication: their
+requests wait at the paused servers and continue with the new weights.
 
 A process that publishes to servers owns them until it ends; meanwhile their weight version is a
 number. Other processes refuse such servers, but a resumed run takes its own back (`take_over`).
@@ -92,11 +92,11 @@ class SGLangEngine(LivesInLoop):
         self.way, self.weights_folder, self.logs = way, weights_folder, logs
         self.release_memory, self.take_over = release_memory, take_over
         self.infos = list(told)
-        self.owns_servers = False  # which have weights from this engine
+        self.owns_servers = False  # whether the servers have weights from this engine
         self.resting: list[Member] | None = None  # servers that have released their memory
         self.weight_version = NO_WEIGHTS
         self.publication: DiskPublication | BucketPublication | None = None
-        self.waits = False  # for the process that publishes
+        self.waits = False  # whether another process publishes at the moment
         self.counted: dict[str, float] = {}  # what `take_counts` has returned so far
         super().__init__("sglang-client")
 

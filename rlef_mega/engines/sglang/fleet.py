@@ -79,10 +79,11 @@ class Fleet:
         # when the last ready server failed, by the loop's clock
         self.none_since_s: float | None = None
         self.version: int | None = None
+        # loads the current weights into one server; None if the publication left nothing to load
         self.restore: Callable[[Client], Awaitable[None]] | None = None
         self.control = asyncio.Lock()
         self.some_ready = asyncio.Event()
-        self.tasks: set[asyncio.Task[Any]] = set()  # all that run
+        self.tasks: set[asyncio.Task[Any]] = set()  # all running tasks
         self.counts: Counter[str] = Counter()  # see SGLangEngine.counts
 
     # ---------------------------------------------------------------- requests
@@ -111,7 +112,8 @@ class Fleet:
     async def ask(
         self, member: Member, affinity: Affinity, request: GenerationRequest
     ) -> Completion:
-        """Try one server, for as long as it is healthy. Raises ServerError for old weights too."""
+        """Ask one server, and wait as long as it is healthy. Raises ServerError if it fails, or
+        samples from weights older than the current ones or the dialogue's newest."""
         expected = self.version
         asking = self.start(member.client.generate(request))
         try:
@@ -257,7 +259,7 @@ class Fleet:
             member.probing = self.start(self.probe_until_ready(member))
 
     async def probe_until_ready(self, member: Member) -> None:
-        """Bring the server back once it has the current weights; ask at growing intervals."""
+        """Check the server at growing intervals; bring it back once it has the current weights."""
         pause_s = FIRST_PROBE_S
         try:
             while not member.ready:

@@ -25,7 +25,7 @@ class Member:
     doubtful: bool = False  # it failed a publication, so its reported version proves nothing
     last_failure: str = "no weights were published to it"
     load: int = 0  # requests that have a slot or wait for one
-    heard_at_s: float = 0.0
+    heard_at_s: float = 0.0  # when it last answered
     checking: asyncio.Task[None] | None = None
     probing: asyncio.Task[None] | None = None
     busy_s: float = 0.0  # with a request, until `counted_at_s` (of time.monotonic)
@@ -42,7 +42,7 @@ class Member:
 async def on_each(
     members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
 ) -> list[Member]:
-    """Run `work` on all servers at the same time; returns those on which it succeeded.
+    """Run `work` on all servers at the same time. Returns those on which it succeeded.
 
     A ServerError is noted as the server's last failure; any other error is raised.
     """

@@ -1,4 +1,4 @@
-"""The SGLang servers of one node as processes: started, watched, restarted, ended.
+"""Run the SGLang servers of one node as processes: start, watch, restart and end them.
 
 Theory of operation. Each server is a process of the server's own Python, with a log file, in a
 session of its own; it starts processes of its own (scheduler, detokenizer) and ends them. If the
@@ -37,8 +37,8 @@ CPU_ARGUMENTS = (
 )
 SPARE_TOKENS = 2  # of its context length that SGLang 0.5.23 keeps for itself
 POLL_S = 0.2
-ASK_EVERY_S = 10.0
-HEALTH_S = 5.0  # for an answer
+ASK_EVERY_S = 10.0  # how often a server that is ready is asked for a sign of life
+HEALTH_S = 5.0  # timeout of its answer
 # How long a server may stay unhealthy before it is restarted. Longer than a publication takes:
 # a server that is paused or receives weights does not answer.
 HANG_S = 600.0

@@ -27,7 +27,7 @@ READY = "ready: "  # begins the line that names the servers once all are ready
 
 
 def server_logs(config: TrainConfig) -> Path:
-    """Return the folder of the servers' logs, in the run's, where training finds them."""
+    """Return the folder of the servers' logs, in the run directory, where training finds them."""
     return Path(config.run.dir) / "servers"
 
 
@@ -39,9 +39,9 @@ def servers_for(config: TrainConfig) -> ServerProcesses:
     model, context = find_model(config.model.path), config.rollout.max_context
     if not (model / "config.json").is_file():
         raise ConfigError(f"model.path = {model} has no config.json; servers need the model here")
-    read = read_json(model / "config.json")
+    hf_config = read_json(model / "config.json")
     SafetensorsFolder(model)  # refuses a folder whose weights cannot be read
-    most = int(read["max_position_embeddings"]) - SPARE_TOKENS
+    most = int(hf_config["max_position_embeddings"]) - SPARE_TOKENS
     if context > most:
         raise ConfigError(
             f"rollout.max_context = {context} exceeds what SGLang can serve of this model; "

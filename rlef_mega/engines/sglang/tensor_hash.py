@@ -1,8 +1,8 @@
-"""The hash of a tensor that SGLang's servers report on a GPU, tile by tile in one launch.
+"""Compute the hash of a tensor that SGLang's servers report on a GPU, tile by tile in one launch.
 
-A program hashes one tile of words: it mixes each word twice with its index (two lanes), sums each
-lane, and mixes the sums with the length into the halves of one 64-bit number. This takes about 40
-integer operations and reads 4 bytes per word, and writes 8 bytes per tile.
+One program of the kernel hashes one tile of words: it mixes each word twice with its index (two
+lanes), sums each lane, and mixes the sums with the length into the halves of one 64-bit number.
+This takes about 40 integer operations and reads 4 bytes per word, and writes 8 bytes per tile.
 
 Shape suffixes: W 32-bit words, of a tile in the kernel; T tiles.
 """

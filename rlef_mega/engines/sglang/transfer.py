@@ -37,14 +37,15 @@ class Broadcast:
         self.members: list[Member] = []
 
     def prepare(self, members: list[Member], ranks: int, *, same_processes: bool) -> None:
-        """Make a group with these servers, of `ranks` each, unless the last one still fits."""
+        """Make a group with these servers, of `ranks` each, unless the existing one has the same
+        servers and their processes have not restarted."""
         if self.group is None or members != self.members or not same_processes:
             self.leave()
             self.join(members, ranks)
 
     def carry(self, bucket: Bucket) -> None:
-        """Announce the bucket to all servers, then send it as one byte tensor; returns when all
-        have loaded it."""
+        """Announce the bucket to all servers, then send it as one byte tensor. Returns when all
+        have loaded it; raises EngineError if one fails."""
 
         async def receive(client: Client) -> None:
             await client.receive_bucket(bucket, self.group_name)

@@ -84,7 +84,7 @@ class SentWeights:
 
     Collective if torch.distributed is initialised: each rank hashes its share of the parameters,
     and after the last tensor all ranks have the checksums of all. So every rank must exhaust it,
-    whatever fails there.
+    even after an error.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class SentWeights:
                 of_rank |= found
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Note the checksums that ranks of a server must report for the tensor, of this process's
-        share."""
+        """Note the checksums of the tensor that a server's ranks must report, if they are in this
+        process's share."""
         served, index, parts = served_name(name)
         for rank in range(self.ranks):
             if (rank, served) not in self.mine:
@@ -158,8 +158,7 @@ def gpu_checksum(parts: Sequence[torch.Tensor]) -> str:
     """Return the hash that a GPU server reports (sglang.kernels.ops.memory.gpu_tensor_hash),
     computed on the parts' device.
 
-    Each 32-bit word is mixed twice with its index; the sums over a tile of 8,192 words, mixed with
-    the length, are the halves of a 64-bit number, and the sum of those is mixed once more.
+    tensor_hash.py explains the hash of a tile; the sum of the tiles' numbers is mixed once more.
     """
     data = bytes_of(parts[0]) if len(parts) == 1 else torch.cat([bytes_of(p) for p in parts])
     if len(data) % 4 or data.storage_offset() % 4:
