@@ -128,8 +128,7 @@ def forward_flops(shape: LlamaShape, lengths: Sequence[int], read: int | None = 
 
 def recomputed_flops(shape: LlamaShape, lengths: Sequence[int], recompute: str) -> int:
     """Return what activation recomputation adds to training's model FLOPs; their sum is the
-    hardware FLOPs. "selective" runs each feed-forward block again, "full" each layer.
-    """
+    hardware FLOPs. "selective" runs each feed-forward block again, "full" each layer."""
     if recompute == "none":
         return 0
     if recompute == "selective":

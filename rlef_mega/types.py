@@ -20,16 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlef_sandbox import (
-    AnyTest,
-    CallTest,
-    CheckerProgram,
-    CheckTest,
-    Limits,
-    Result,
-    Status,
-    Test,
-)
+from rlef_sandbox import AnyTest, CallTest, CheckerProgram, CheckTest, Limits, Result, Status, Test
 from rlef_sandbox.languages import LANGUAGES as LANGUAGES
 
 

@@ -172,8 +172,7 @@ def is_future_import(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
 
 def with_prelude(problem: Problem, program: str) -> tuple[str, str]:
     """Return the lines to put before a program, and the program. Its `from __future__` imports,
-    which must stand first in a file, move before the prelude; its lines keep their numbers.
-    """
+    which must stand first in a file, move before the prelude; its lines keep their numbers."""
     if not problem.prelude or problem.language != "python" or "__future__" not in program:
         return problem.prelude, program
     try:

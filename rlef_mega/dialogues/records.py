@@ -53,8 +53,7 @@ def episode_records(
 
 def turn_numbers(batch: Batch, scores: Scores, targets: Targets) -> list[dict[str, Any]]:
     """Return the trainer's numbers of each turn of the batch, in order. Those of its tokens are
-    tensors: `ref_logprobs` with a KL penalty, `advantages` with token-level values.
-    """
+    tensors: `ref_logprobs` with a KL penalty, `advantages` with token-level values."""
     lengths = torch.bincount(batch.turn_of_action_A, minlength=batch.num_turns)
     first_action_N = lengths.cumsum(0) - lengths
     by_token = targets.returns_M.numel() != batch.num_turns

@@ -26,15 +26,7 @@ from rlef_mega.dialogues.stream import START_TOGETHER
 from rlef_mega.engines import Engine, EngineError, EngineLostError, Session
 from rlef_mega.run.guards import kinds_of, reason_of
 from rlef_mega.run.ranks import Item, gather, interleave, my_share
-from rlef_mega.types import (
-    Episode,
-    PrivateTests,
-    Problem,
-    PublicTest,
-    Sampling,
-    Turn,
-    Verdict,
-)
+from rlef_mega.types import Episode, PrivateTests, Problem, PublicTest, Sampling, Turn, Verdict
 
 TRIES = 2  # how often a dialogue is started, at most
 TESTS_WITH_PRIVATE = 20  # RLEF B.3

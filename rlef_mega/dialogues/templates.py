@@ -108,8 +108,7 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
 def response_start(statement: str, template: str) -> str:
     """Return the text with which every response begins and which the model continues (RLEF C.4):
     the problem's code in an open block; empty for most templates. The paper does not say
-    whether later responses begin with it too; ours do, so that all are parsed in the same way.
-    """
+    whether later responses begin with it too; ours do, so that all are parsed in the same way."""
     return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
 
 

@@ -23,7 +23,7 @@ from rlef_mega.evaluation.during_training import Evaluator
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.hf_weights import export_hf
 from rlef_mega.megatron.supervised import SupervisedLearner
-from rlef_mega.packing import pack
+from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import dialogue_rules, open_engine, training_problems
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.hub import find_model
@@ -144,8 +144,7 @@ def batches_of_last_responses(
     while True:
         while len(waiting) < size:
             seed = derive_seed(config.run.seed, "imitation", epoch)
-            order = torch.randperm(len(last), generator=torch.Generator().manual_seed(seed))
-            waiting += [last[i] for i in order.tolist()]
+            waiting += [last[i] for i in shuffled(len(last), seed).tolist()]
             epoch += 1
         yield waiting[:size]
         waiting = waiting[size:]

@@ -205,8 +205,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def folder_written_whole(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield a new folder beside `path` to write into. When the block ends, it is renamed to `path`
     and replaces what was there; after an error or a kill, `path` is as before. Without `flush`, a
-    power failure may leave it incomplete.
-    """
+    power failure may leave it incomplete."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -219,8 +218,7 @@ def folder_written_whole(path: Path, *, flush: bool = True) -> Iterator[Path]:
 
 def replace_folder(finished: Path, path: Path) -> None:
     """Rename a finished folder to `path`. A folder that had the name is moved away first and
-    deleted last.
-    """
+    deleted last."""
     before = path.with_name(f".{path.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if path.exists():
@@ -232,8 +230,7 @@ def replace_folder(finished: Path, path: Path) -> None:
 
 def flush_to_disk(path: Path) -> None:
     """Flush a file's content, or a folder's list of names. Only then does it survive a power
-    failure.
-    """
+    failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

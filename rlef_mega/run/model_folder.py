@@ -123,8 +123,7 @@ class SafetensorsFolder:
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ConfigError if the folder lacks one of these tensors, has one that is not among
         them, or one of another shape. A language model's head is allowed: a tied one may be stored
-        too, and a critic does not read it.
-        """
+        too, and a critic does not read it."""
         found, expected = self.tensors, set(shapes)
         unknown = {n for n in found.keys() - expected - {HEAD} if not n.endswith(IGNORED)}
         for what, names in (("lacks", expected - found.keys()), ("has unknown", unknown)):
