@@ -304,9 +304,6 @@ def plan(
             help="GPUs of the servers; default: as few as keep a step within 5% of the fastest",
         ),
     ] = None,
-    scaling: Annotated[
-        bool, typer.Option("--scaling", help="show time and cost for up to 10,000 GPUs")
-    ] = False,
     out: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
     write: Annotated[
         Path | None, typer.Option(help="with --gpus: write the recipe in the layout found here")

@@ -26,13 +26,12 @@ from rlef_mega.plan.planned_run import (
     refuse_without_room,
     total,
 )
-from rlef_mega.plan.search import Split, balanced_sampling, fastest_by_gpus, settings, splits
+from rlef_mega.plan.search import Split, balanced_sampling, settings, splits
 from rlef_mega.preflight import check_stored_weights, model_shape, plan_train
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.hub import find_model
 from rlef_mega.run.model_folder import holds_weights
 
-SCALES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10240)
 SHOWN = 5
 SHORT = {
     "gradients": "grads",
@@ -54,7 +53,6 @@ def run_plan(
     gpus: int | None,
     gpu: str | None,
     sampling_gpus: int | None,
-    scaling: bool,
     out: Path | None,
     write: Path | None,
 ) -> None:
@@ -86,8 +84,6 @@ def run_plan(
         if write is not None:
             write_recipe(write, path, overrides or [], best, device)
             console.print(f"wrote {write}")
-    if scaling:
-        content["scaling"] = show_scaling(console, run, device)
     console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
     if out is not None:
         write_atomically(out, json.dumps(content, indent=1) + "\n")
@@ -146,11 +142,19 @@ def show_search(
         title=f"{len(found)} layouts fit {gpus:,} x {device.name}; the fastest",
     )  # fmt: skip
     for each in found[:SHOWN]:
-        layout, train, sample, seconds, bound_by = cells(each)
-        idle = "host" if each.run.offloads else "GPU"
-        fullest = max(rank.total for rank in each.run.memory()) / GIB
+        tried = each.run
+        chunks = tried.parallel.virtual_pipeline_model_parallel_size
+        pipeline = f"{tried.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
         table.add_row(
-            layout, each.run.recompute, idle, train, sample, f"{fullest:.1f}", seconds, bound_by
+            f"TP{tried.policy.tensor} PP{pipeline} DP{tried.policy.data}",
+            tried.recompute,
+            "host" if tried.offloads else "GPU",
+            f"{tried.training_gpus:,}",
+            ("" if tried.has_servers and not tried.colocated else "same GPUs, ")
+            + (f"{each.sampling:,}/{tried.server_gpus}" if tried.has_servers else "embedded"),
+            f"{max(rank.total for rank in tried.memory()) / GIB:.1f}",
+            f"{each.step.seconds:.1f}",
+            each.step.bound_by,
         )
     console.print(table)
     best = found[0]
@@ -159,36 +163,6 @@ def show_search(
     words = [f"--set {key}={json.dumps(value)}" for key, value in settings(best, device).items()]
     console.print("the recipe in this layout:", *(words or ["as it is"]), soft_wrap=True)
     return best, describe(best, device) | {"ranked": [summary(each) for each in found[:SHOWN]]}
-
-
-def show_scaling(console: Console, run: PlannedRun, device: Device) -> list[dict[str, Any]]:
-    """Print the fastest split of each number of GPUs, and return them."""
-    found = fastest_by_gpus(run, device, SCALES)
-    table = Table(
-        "GPUs", "layout", "train", "sample", "s/step", "hours", "GPU hours", "bound by",
-        title="the fastest step for each number of GPUs",
-    )  # fmt: skip
-    for gpus, each in found:
-        *first, bound_by = cells(each)
-        hours = run.config.run.steps * each.step.seconds / 3600
-        table.add_row(f"{gpus:,}", *first, f"{hours:.1f}", f"{hours * each.gpus:,.0f}", bound_by)
-    console.print(table)
-    return [{"gpus": gpus} | summary(each) for gpus, each in found]
-
-
-def cells(split: Split) -> tuple[str, str, str, str, str]:
-    """Return layout, training GPUs, sampling GPUs, seconds per step, and what bounds it."""
-    run = split.run
-    chunks = run.parallel.virtual_pipeline_model_parallel_size
-    pipeline = f"{run.policy.pipeline}" + (f"x{chunks}" if chunks > 1 else "")
-    return (
-        f"TP{run.policy.tensor} PP{pipeline} DP{run.policy.data}",
-        f"{run.training_gpus:,}",
-        ("" if run.has_servers and not run.colocated else "same GPUs, ")
-        + (f"{split.sampling:,}/{run.server_gpus}" if run.has_servers else "embedded"),
-        f"{split.step.seconds:.1f}",
-        split.step.bound_by,
-    )
 
 
 def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -> Table:

@@ -241,17 +241,3 @@ def balanced_sampling(run: PlannedRun, device: Device, most_gpus: int = 16384) -
     return next(
         count for count, time in zip(counts, times, strict=True) if time <= EQUAL * min(times)
     )
-
-
-def fastest_by_gpus(
-    run: PlannedRun, device: Device, counts: Sequence[int]
-) -> list[tuple[int, Split]]:
-    """Return the fastest split of each number of GPUs, leaving out numbers that are too small."""
-    found = candidates(run, device, max(counts))
-    reached = []
-    for gpus in counts:
-        try:
-            reached.append((gpus, splits(run, device, gpus, found)[0]))
-        except ConfigError:
-            continue
-    return reached
