@@ -34,6 +34,7 @@ Overrides = Annotated[
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName | None, typer.Option(help="default: as stored")]
+Gpu = Annotated[str, typer.Option(help="a100-80gb, h100-80gb, h200, b200 or rtx4090")]
 Step = Annotated[
     int | None, typer.Option(help="checkpoint of a run directory; default: its newest")
 ]
@@ -290,13 +291,7 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="total number; search for the best layout and split")
     ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="a100-80gb, h100-80gb, h200, b200, rtx4090 or cpu; default: h100-80gb, or cpu if "
-            "the recipe's dtype is float32"
-        ),
-    ] = None,
+    gpu: Gpu = "h100-80gb",
     sampling_gpus: Annotated[
         int | None,
         typer.Option(
@@ -324,7 +319,7 @@ def rehearse(
     rank: Annotated[
         int | None, typer.Option(help="one rank; default: one of each kind of the layout")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="a GPU that `rlef plan` knows")] = "h100-80gb",
+    gpu: Gpu = "h100-80gb",
     dialogue_tokens: Annotated[
         int | None, typer.Option(help="length of all dialogues; default: what `rlef plan` assumes")
     ] = None,

@@ -18,7 +18,7 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B
-from rlef_mega.plan.hardware import CPU, GIB, Device, find_device
+from rlef_mega.plan.hardware import CONTEXT_GIB, GIB, Device, find_device
 from rlef_mega.plan.planned_run import (
     PlannedRun,
     RankMemory,
@@ -43,7 +43,6 @@ SHORT = {
 PAPERS_RUNS = {LLAMA_31_8B: (128, 160, 12000), LLAMA_31_70B: (1024, 1280, 8000)}
 PAPERS_HOURS = 20
 ASSUMED = "Computed, not measured; dialogue lengths and more are assumed (docs/scaling.md)."
-FLOOR = " On a CPU the time is a lower bound: the cost of Python calls is not counted."
 
 
 def run_plan(
@@ -51,7 +50,7 @@ def run_plan(
     *,
     overrides: Sequence[str] | None,
     gpus: int | None,
-    gpu: str | None,
+    gpu: str,
     sampling_gpus: int | None,
     out: Path | None,
     write: Path | None,
@@ -73,8 +72,7 @@ def run_plan(
         table.add_row(fact, str(value))
     console.print(table)
     content: dict[str, Any] = {"recipe": recipe, "facts": facts}
-    device = find_device(gpu or (CPU if config.model.dtype == "float32" else "h100-80gb"))
-    run = PlannedRun.of(config, model_shape(config), on_cpu=device.name == CPU)
+    device, run = find_device(gpu), PlannedRun.of(config, model_shape(config))
     content["device"] = device.name
     if gpus is None:
         content |= show_recipe(console, run, device, sampling_gpus)
@@ -84,7 +82,8 @@ def run_plan(
         if write is not None:
             write_recipe(write, path, overrides or [], best, device)
             console.print(f"wrote {write}")
-    console.print(ASSUMED + (FLOOR if device.name == CPU else ""))
+    not_cpu = f" This is a plan for {device.name}, not for a CPU."
+    console.print(ASSUMED + (not_cpu if config.model.dtype == "float32" else ""))
     if out is not None:
         write_atomically(out, json.dumps(content, indent=1) + "\n")
         console.print(f"wrote {out}")
@@ -168,20 +167,17 @@ def show_search(
 def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -> Table:
     parts = [SHORT.get(part, part) for part in ranks[0].parts]
     at = ", ".join(sorted({rank.phase for rank in ranks}))
-    unit, name = (2**20, "MiB per process") if device.name == CPU else (GIB, "GiB per GPU")
     table = Table(
         "rank", *parts, "all", "host",
-        title=f"{name} in the fullest phase, {at}; {device.usable / unit:,.1f} are usable",
+        title=f"GiB per GPU in the fullest phase, {at}; "
+        f"{device.usable / GIB:,.1f} are usable on {device.name}",
     )  # fmt: skip
     for rank in ranks:
         sizes = [*rank.parts.values(), rank.total, rank.pinned]
-        table.add_row(rank.name, *(f"{size / unit:.1f}" for size in sizes))
-    modes = run.activations_by_mode()
-    table.caption = "activations with recomputation: " + ", ".join(
-        f"{mode} {size / unit:.1f}" for mode, size in modes.items()
-    )
-    if device.context_gib:
-        table.caption += f"; in addition {device.context_gib} GiB outside tensors"
+        table.add_row(rank.name, *(f"{size / GIB:.1f}" for size in sizes))
+    modes = (f"{mode} {size / GIB:.1f}" for mode, size in run.activations_by_mode().items())
+    table.caption = f"activations with recomputation: {', '.join(modes)}; in addition "
+    table.caption += f"{CONTEXT_GIB} GiB outside tensors"
     return table
 
 

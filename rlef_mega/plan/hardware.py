@@ -40,12 +40,11 @@ class Device:
     network: float  # to other nodes, of each GPU
     host_link: float
     per_node: int = 8
-    context_gib: float = CONTEXT_GIB
 
     @property
     def usable(self) -> float:
         """Bytes available to tensors."""
-        return (self.memory_gib - self.context_gib) * GIB / (1 + FRAGMENTS)
+        return (self.memory_gib - CONTEXT_GIB) * GIB / (1 + FRAGMENTS)
 
     @property
     def server_share(self) -> float:
@@ -74,27 +73,9 @@ DEVICES = {
         Device("rtx4090", 165e12, 0.685, 23, 1.01e12, 32e9, 3e9, 32e9, per_node=1),
     )
 }
-CPU = "cpu"
 
 
 def find_device(name: str) -> Device:
-    if name == CPU:
-        return this_cpu()
     if name not in DEVICES:
-        raise ConfigError(f"--gpu {name} is not known; use one of {', '.join((*DEVICES, CPU))}")
+        raise ConfigError(f"--gpu {name} is not known; use one of {', '.join(DEVICES)}")
     return DEVICES[name]
-
-
-def this_cpu() -> Device:
-    """Describe one core of this machine, with one thread, in fp32.
-
-    The rate of products, and the memory of Python and its packages, were measured once
-    (benchmarks/results/plan_cpu.json); the machine's memory is divided among its cores.
-    """
-    import psutil
-
-    total = psutil.virtual_memory().total / GIB
-    processes = max(1, psutil.cpu_count(logical=False) or 1)
-    return Device(
-        CPU, 135e9, 0.9, total / processes, 8e9, 2e9, 1e9, 2e9, per_node=processes, context_gib=0.7
-    )

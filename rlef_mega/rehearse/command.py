@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rlef_mega.config import ConfigError, TrainConfig, dump_toml, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
 from rlef_mega.plan.command import memory_table
-from rlef_mega.plan.hardware import GIB, Device, find_device
+from rlef_mega.plan.hardware import CONTEXT_GIB, GIB, Device, find_device
 from rlef_mega.plan.memory import Network
 from rlef_mega.plan.planned_run import PlannedRun
 from rlef_mega.plan.step_time import TRAINING
@@ -266,10 +266,10 @@ def rank_tables(measured: dict[str, Any], plan: Phases, device: Device) -> tuple
         max(phase[f"{kind}_bytes"] for phase in phases.values()) / GIB
         for kind in ("reserved", "process")
     )
-    left = device.memory_gib - device.context_gib - reserved
+    left = device.memory_gib - CONTEXT_GIB - reserved
     memory.caption = (
         f"fullest in '{fullest}'; {left:.1f} of {device.memory_gib:.0f} GiB are left, without what "
-        f"is reserved and {device.context_gib:.0f} for CUDA and NCCL (assumed); the process takes "
+        f"is reserved and {CONTEXT_GIB:.0f} for CUDA and NCCL (assumed); the process takes "
         f"{process:.1f} GiB of the host beside pinned memory"
     )
     seconds = sum(phase["seconds"] for phase in phases.values())

@@ -500,12 +500,12 @@ def test_the_command_writes_what_it_prints(tmp_path):
     assert content["step_s"] == max(content["bounds_s"].values())
 
 
-def test_a_recipe_for_a_cpu_is_planned_for_one(tmp_path):
+def test_a_plan_of_a_recipe_for_a_cpu_names_the_gpu_that_it_is_for(tmp_path):
     write_model(tmp_path / "model", SMALL, torch.float32, torch.device("cpu"))
     words = ["plan", "demo", "--set", f'model.path="{tmp_path / "model"}"']
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "MiB per process" in result.output and "lower bound" in result.output
+    assert "a plan for h100-80gb, not for a CPU." in " ".join(result.output.split())
 
 
 def test_too_few_gpus_and_unknown_gpus_are_refused():
