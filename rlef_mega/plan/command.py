@@ -17,7 +17,6 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B
 from rlef_mega.plan.hardware import CONTEXT_GIB, GIB, Device, find_device
 from rlef_mega.plan.planned_run import (
     PlannedRun,
@@ -26,7 +25,7 @@ from rlef_mega.plan.planned_run import (
     refuse_without_room,
     total,
 )
-from rlef_mega.plan.search import Split, balanced_sampling, settings, splits
+from rlef_mega.plan.search import Split, balanced_split, settings, splits
 from rlef_mega.preflight import check_stored_weights, model_shape, plan_train
 from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.hub import find_model
@@ -39,9 +38,6 @@ SHORT = {
     "reference": "refer",
     "activations": "activ",
 }
-# RLEF A.1: H100s that train and that sample, and updates, in about 20 hours
-PAPERS_RUNS = {LLAMA_31_8B: (128, 160, 12000), LLAMA_31_70B: (1024, 1280, 8000)}
-PAPERS_HOURS = 20
 ASSUMED = "Computed, not measured; dialogue lengths and more are assumed (docs/scaling.md)."
 
 
@@ -124,7 +120,7 @@ def show_recipe(
         sampling = run.training_gpus
     elif run.has_servers:
         beside = servers.count * run.server_gpus if servers.first_gpu else 0  # the ranks' GPUs
-        sampling = sampling_gpus or beside or balanced_sampling(run, device)
+        sampling = sampling_gpus or beside or balanced_split(run, device).sampling
     split = Split(run, sampling, run.step(device, sampling))
     show_step(console, split, device)
     return describe(split, device)
@@ -182,7 +178,7 @@ def memory_table(ranks: Sequence[RankMemory], run: PlannedRun, device: Device) -
 
 
 def show_step(console: Console, split: Split, device: Device) -> None:
-    """Print a step's phases, the servers' capacity, the run's cost, and the paper's run."""
+    """Print a step's phases, the servers' capacity, and the run's cost."""
     run, step, sampling = split.run, split.step, split.sampling
     table = Table("a step's seconds", "score", "update", "all")
     for name, update_s in step.update.items():
@@ -215,16 +211,9 @@ def show_step(console: Console, split: Split, device: Device) -> None:
     console.print(
         f"{steps:,} steps: {hours:.3g} hours on {run.training_gpus:,} + "
         f"{split.gpus - run.training_gpus:,} = "
-        f"{run.gpu_hours(step, sampling):,.{0 if hours > 1 else 3}f} GPU hours, without evaluations"
-        " and checkpoints"
+        f"{split.gpu_hours:,.{0 if hours > 1 else 3}f} GPU hours, without evaluations and "
+        "checkpoints"
     )
-    if run.shape in PAPERS_RUNS:
-        trained, sampled, updates = PAPERS_RUNS[run.shape]
-        console.print(
-            f"the paper's run: {trained:,} + {sampled:,} H100s, about {PAPERS_HOURS} hours = "
-            f"{(trained + sampled) * PAPERS_HOURS:,} GPU hours, for {updates:,} updates (here "
-            f"{steps * run.updates:,})"
-        )
 
 
 def shown(seconds: float) -> str:
@@ -246,7 +235,7 @@ def summary(split: Split) -> dict[str, Any]:
         "step_s": step.seconds,
         "bounds_s": step.bounds,
         "bound_by": step.bound_by,
-        "gpu_hours": run.gpu_hours(step, split.sampling),
+        "gpu_hours": split.gpu_hours,
     }
 
 

@@ -408,10 +408,6 @@ class PlannedRun:
             + hashed / (device.bandwidth * HASH)
         )
 
-    def gpu_hours(self, step: StepTime, sampling_gpus: int) -> float:
-        more = 0 if self.colocated else sampling_gpus
-        return self.config.run.steps * step.seconds * (self.training_gpus + more) / 3600
-
 
 def total(terms: Terms) -> float:
     return sum(terms.values())

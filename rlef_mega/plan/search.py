@@ -27,6 +27,7 @@ from rlef_mega.plan.planned_run import (
 
 TENSOR, PIPELINE, CHUNKS = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 5)
 EQUAL = 1.05  # steps that differ by less count as equal
+MOST_SAMPLING = 16384  # GPUs: more servers make no step faster
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Split:
     @property
     def gpus(self) -> int:
         return self.run.training_gpus + (0 if self.run.colocated else self.sampling)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.run.config.run.steps * self.step.seconds * self.gpus / 3600
 
 
 def settings(split: Split, device: Device) -> dict[str, Any]:
@@ -227,17 +232,11 @@ def without_idle_servers(split: Split, device: Device, limit_s: float) -> Split:
     return split
 
 
-def balanced_sampling(run: PlannedRun, device: Device, most_gpus: int = 16384) -> int:
-    """Return the fewest GPUs of servers with which a step is within 5% of the fastest.
+def balanced_split(run: PlannedRun, device: Device) -> Split:
+    """Give the run the fewest servers with which a step is within 5% of the fastest.
 
     More servers would wait for training, or for the longest dialogue.
     """
-    step = run.step(device, 0)
-    counts = [run.server_gpus]
-    while counts[-1] < most_gpus:
-        more = max(1, counts[-1] // 8 // run.server_gpus)
-        counts.append(counts[-1] + more * run.server_gpus)
-    times = [with_servers(run, step, device, count).step.seconds for count in counts]
-    return next(
-        count for count, time in zip(counts, times, strict=True) if time <= EQUAL * min(times)
-    )
+    most = MOST_SAMPLING // run.server_gpus * run.server_gpus
+    fastest = with_servers(run, run.step(device, 0), device, most)
+    return without_idle_servers(fastest, device, EQUAL * fastest.step.seconds)

@@ -74,7 +74,7 @@ def seconds(network: Network, device: Device, load: Load, passes: str) -> Terms:
         stages = forwards
     else:
         stages = [
-            plus(*training_stage(network, device, load, rank, forward))
+            plus(forward, backward_terms(network, device, load, rank, forward))
             for rank, forward in enumerate(forwards)
         ]
     slowest = max(range(network.pipeline), key=lambda rank: sum(stages[rank].values()))
@@ -83,14 +83,9 @@ def seconds(network: Network, device: Device, load: Load, passes: str) -> Terms:
     terms["bubble"] = (network.pipeline - 1) / network.stages.chunks * body
     terms["bubble"] += load.microbatches * boundary(network, device, load, passes)
     if passes == TRAINING:
-        backward = sum(stages[slowest].values()) - sum(forwards[slowest].values())
-        terms |= after_update(
-            network,
-            device,
-            slowest,
-            forward_s=sum(forwards[slowest].values()) / load.microbatches,
-            backward_s=backward / load.microbatches,
-        )
+        forward_s = sum(forwards[slowest].values()) / load.microbatches
+        backward_s = sum(stages[slowest].values()) / load.microbatches - forward_s
+        terms |= after_update(network, device, slowest, forward_s=forward_s, backward_s=backward_s)
     return terms
 
 
@@ -137,10 +132,10 @@ def boundary(network: Network, device: Device, load: Load, passes: str) -> float
     return (2 if passes == TRAINING else 1) * moved / network.sequence_shards / rate
 
 
-def training_stage(
+def backward_terms(
     network: Network, device: Device, load: Load, rank: int, forward: Terms
-) -> tuple[Terms, Terms]:
-    """Return the terms of (forward, backward) on one stage."""
+) -> Terms:
+    """Return the terms of the backward pass on one stage, given those of its forward pass."""
     again = {"none": 0.0, "selective": 0.0, "full": 1.0}[network.recompute]
     backward = {
         "products": (2 + again) * forward["products"],
@@ -155,16 +150,11 @@ def training_stage(
         backward["tensor"] += 0.25 * forward["tensor"]  # its input, gathered once more
     summed = 8 * load.microbatches * network.parameters(rank)
     backward["memory"] += summed / (device.bandwidth * MEMORY)
-    return forward, backward
+    return backward
 
 
 def after_update(
-    network: Network,
-    device: Device,
-    rank: int,
-    *,
-    forward_s: float,
-    backward_s: float,
+    network: Network, device: Device, rank: int, *, forward_s: float, backward_s: float
 ) -> Terms:
     """Compute the terms of an update after its micro-batches."""
     parameters, replicas = network.parameters(rank), network.data
