@@ -31,13 +31,11 @@ def find_shape(config: TrainConfig) -> LlamaShape:
     return untrained_shape(load_config(find_recipe("demo_base"), [], SFTConfig))
 
 
-def layers_that_fit(
-    config: TrainConfig, shape: LlamaShape, memory: int, *, on_cpu: bool, beside: int = 0
-) -> int:
+def layers_that_fit(config: TrainConfig, shape: LlamaShape, memory: int, *, beside: int = 0) -> int:
     """Return the largest number of layers with which policy, critic and reference fit `memory`
     bytes (by `rlef_mega/plan`), with nothing offloaded and `beside` more bytes per parameter.
     Raises ConfigError if not even one fits."""
-    run = replace(PlannedRun.of(config, shape, on_cpu=on_cpu), offloads=False)
+    run = replace(PlannedRun.of(config, shape), offloads=False)
     for layers in range(shape.layers, 0, -1):
         cut = shape.with_layers(layers)
         [rank] = replace(run, shape=cut).memory()

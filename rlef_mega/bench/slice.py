@@ -149,7 +149,7 @@ def how_many_layers(
         memory, _ = torch.cuda.mem_get_info(device)
     else:
         memory = psutil.virtual_memory().available
-    return layers_that_fit(config, shape, memory, on_cpu=device.type == "cpu", beside=beside)
+    return layers_that_fit(config, shape, memory, beside=beside)
 
 
 # ---------------------------------------------------------------------------------------- worker

@@ -10,8 +10,6 @@
         (2 a + 2 k) / t     queries, keys, values, output of attention
         3 f / t             gate and up, and their product; not with "selective" recomputation
         h                   the layer's input, instead of all these, with "full"
-        2 h + a / t         also on a CPU, where norms keep their normalised input, and attention
-                            the output of each sequence beside all of them
       times the micro-batches in flight: P - r on a pipeline's rank r, and with V chunks, each of
       1/V of the layers, 2 (P - r - 1) + (V - 1) P + 1 (Narayanan et al., 2104.04473; Megatron's
       schedules.py)
@@ -34,7 +32,7 @@ from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.stages import BUCKET_BYTES, StagePosition, Stages, split_layers
 
 # The most that a chunk of logits takes in the fused head, whatever the batch (rlef_kernels)
-HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_BYTES = 2**30, 2**22
+HEAD_CHUNK_BYTES = 2**30
 CUBLAS_BYTES = 64 * 2**20  # of two threads, on Hopper (PyTorch's default)
 Head = Literal["fused", "value"]
 
@@ -53,7 +51,6 @@ class Network:
     head: Head = "fused"
     weight_bytes: int = 2
     recompute: str = "none"
-    on_cpu: bool = False
 
     @property
     def tensor(self) -> int:
@@ -129,9 +126,6 @@ class Network:
         shape, t = self.shape, self.tensor
         norms = 4 * shape.hidden / self.sequence_shards
         attention = 2 * (shape.heads + shape.key_value_heads) * shape.head_dim / t
-        if self.on_cpu:
-            norms *= 1.5
-            attention += shape.heads * shape.head_dim / t
         kept = {
             "none": norms + attention + 3 * shape.ffn / t,
             "selective": norms + attention,
@@ -157,20 +151,15 @@ class Network:
     def standing(self, tokens: int) -> float:
         """Return the bytes of the buffers that last from phase to phase: for the tokens that
         sequence parallelism gathers, and cuBLAS's workspaces."""
-        return tokens * self.gathered_bytes + (0 if self.on_cpu else CUBLAS_BYTES)
-
-    @property
-    def gathered_bytes(self) -> float:
-        """Bytes per token that sequence parallelism gathers for a matrix product."""
-        return self.weight_bytes * self.shape.hidden if self.sequence_shards > 1 else 0.0
+        gathered = self.weight_bytes * self.shape.hidden if self.sequence_shards > 1 else 0
+        return tokens * gathered + CUBLAS_BYTES
 
     def scratch(self, rank: int, tokens: int, read: int) -> float:
         """Return the largest temporary memory of an update; the head reads `read` tokens."""
         peaks = [self.layer_scratch(tokens)]
         if self.is_last(rank):
             peaks.append(self.head_scratch(tokens, read))
-        matrices = 0.0 if self.on_cpu else self.shape.layer_products / self.tensor
-        return max(peaks) + self.weight_bytes * matrices
+        return max(peaks) + self.weight_bytes * self.shape.layer_products / self.tensor
 
     def scoring_scratch(self, rank: int, tokens: int, read: int, models: int = 1) -> float:
         """Return the largest temporary memory of a forward pass alone, of one model or of policy
@@ -205,15 +194,12 @@ class Network:
         """Return the most that the head and its backward pass allocate at once.
 
         The rows that are read and their gradient last throughout. A chunk of logits, with the fp32
-        gradient that is summed over the ranks, comes before the gradient of all tokens; a CPU holds
-        both at once.
+        gradient that is summed over the ranks, comes before the gradient of all tokens.
         """
         hidden = self.weight_bytes * self.shape.hidden
         if self.head == "value":
             return tokens * hidden
         logits = read * self.weight_bytes * self.shape.vocabulary / self.tensor
-        chunk = min(logits, CPU_HEAD_CHUNK_BYTES if self.on_cpu else HEAD_CHUNK_BYTES)
+        chunk = min(logits, HEAD_CHUNK_BYTES)
         summed = 4 * self.shape.hidden * read if self.tensor > 1 else 0
-        if self.on_cpu:
-            return 2 * read * hidden + chunk + tokens * hidden
         return 2 * read * hidden + max(chunk + summed, tokens * hidden)

@@ -113,10 +113,9 @@ class PlannedRun:
     memory_fraction: float  # of a server
     colocated: bool  # servers share the trainer's GPUs and release their memory while it trains
     mode: str  # rollout.mode
-    on_cpu: bool
 
     @classmethod
-    def of(cls, config: TrainConfig, shape: LlamaShape, *, on_cpu: bool = False) -> "PlannedRun":
+    def of(cls, config: TrainConfig, shape: LlamaShape) -> "PlannedRun":
         return cls(
             config,
             shape,
@@ -129,7 +128,6 @@ class PlannedRun:
             config.rollout.servers.memory_fraction,
             config.rollout.servers.release_memory,
             config.rollout.mode,
-            on_cpu,
         )
 
     @property
@@ -174,7 +172,7 @@ class PlannedRun:
         return self.network(self.critic_parallel or self.parallel, "value")
 
     def network(self, layout: ParallelConfig, head: Head) -> Network:
-        return Network(self.shape, layout, head, self.weight_bytes, self.recompute, self.on_cpu)
+        return Network(self.shape, layout, head, self.weight_bytes, self.recompute)
 
     # ------------------------------------------------------------------ memory
 

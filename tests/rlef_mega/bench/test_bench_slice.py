@@ -169,7 +169,7 @@ def test_as_many_layers_as_fit_with_embedding_and_head_whole():
     config = config.model_copy(update={"parallel": ParallelConfig()})
 
     def fitting(memory: float, beside: int = 0) -> int:
-        return layers_that_fit(config, LLAMA_31_8B, memory, on_cpu=False, beside=beside)
+        return layers_that_fit(config, LLAMA_31_8B, memory, beside=beside)
 
     layers = fitting(79 * 2**30)
     # by hand: 18 bytes per parameter of policy and critic, 2 of the reference; the activations of

@@ -15,7 +15,6 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from typer.testing import CliRunner
 
-from rlef_mega.bench.measure import AllocatedBytes
 from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.slice import critic_update, on_policy_targets, policy_update
 from rlef_mega.bench.workload import fill_microbatches, random_episodes
@@ -132,19 +131,14 @@ def test_micro_batches_in_flight_are_those_of_megatrons_schedule(pipeline, chunk
         assert network.in_flight(rank, microbatches) == pytest.approx(in_flight / chunks)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "recompute"),
-    [("float32", "none"), ("float32", "selective"), ("float32", "full"), ("bfloat16", "full")],
-)
-def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, recompute):
-    """Weights, gradients and optimizer state match, except Adam's step counters; in fp32, the peak
-    of an update's other allocations matches within 6%. In bfloat16 only the state is compared,
-    because a CPU, unlike a GPU, converts to fp32 in places."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_learners_state_has_the_planned_bytes(ranks, tmp_path, dtype):
+    """Weights, gradients and optimizer state match, except Adam's step counters. Only a rehearsal
+    shows the rest: a CPU keeps other activations than a GPU."""
     write_model(tmp_path / "model", SMALL, torch.float32, torch.device("cpu"))
     overrides = (
         f'model.path="{tmp_path / "model"}"',
         f"model.dtype={dtype}",
-        f"model.recompute={recompute}",
         "parallel.tensor_model_parallel_size=1",
         "learner.microbatch_tokens=512",
         "rollout.episodes_per_batch=4",
@@ -154,10 +148,7 @@ def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, reco
     episodes = random_episodes(config.rollout, SMALL.vocabulary, seed=0)
     batch = pack(fill_microbatches(episodes, 512, 2))
     batch, targets = on_policy_targets(learner, config, batch)
-    run = PlannedRun.of(config, SMALL, on_cpu=True)
-    cut = learner.cutting.cut(batch, range(batch.num_sequences))
-    tokens = max(part.token_ids_T.numel() for part in cut)
-    read = max(part.action_ids_R.numel() for part in cut)
+    run = PlannedRun.of(config, SMALL)
     for trained, planned, update in (
         (learner.policy, run.policy, policy_update),
         (learner.critic, run.critic, critic_update),
@@ -172,11 +163,6 @@ def test_a_real_learners_bytes_are_the_planned_ones(ranks, tmp_path, dtype, reco
         )  # padded
         state = sum(map(bytes_of, trained.optimizer_tensors()))
         assert state == pytest.approx(planned.optimizer(0), rel=1e-3)
-        if dtype == "float32":
-            with AllocatedBytes() as memory:
-                update(learner, batch, targets)
-            kept = planned.activations(0, tokens, len(cut)) + planned.scratch(0, tokens, read)
-            assert kept == pytest.approx(memory.peak, rel=0.06)
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
