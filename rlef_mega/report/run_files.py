@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -40,12 +40,12 @@ def read_run(run: Path) -> RunFiles:
     if not run.is_dir():
         raise ValueError(f"{run} is not a run directory; give the folder that holds metrics.jsonl")
     notes: list[str] = []
-    config_text, config = read_config(run / "config.toml", notes)
+    config = run / "config.toml"
     return RunFiles(
         path=run,
-        config_text=config_text,
-        config=config,
-        manifest=read_json(run / "manifest.json", notes),
+        config_text=read_text(config) if config.is_file() else "",
+        config=read_tree(config, tomllib.loads, notes),
+        manifest=read_tree(run / "manifest.json", json.loads, notes),
         metrics=read_metrics(run / "metrics.jsonl", notes),
         evaluations=read_evaluations(run, notes),
         episode_files=find_episode_files(run),
@@ -74,23 +74,18 @@ def named(label: str, name: str) -> str:
     return f"{label}: {name}" if label else name
 
 
-def read_config(path: Path, notes: list[str]) -> tuple[str, Json]:
-    if not path.is_file():
-        return "", {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        notes.append(f"{path.name}: {error}")
-        return text, {}
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
-def read_json(path: Path, notes: list[str]) -> Json:
+def read_tree(path: Path, parse: Callable[[str], Any], notes: list[str]) -> Json:
+    """Return the content of a JSON or TOML file; nothing if it is missing or, with a note, if it is
+    damaged."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = parse(read_text(path))
+    except (ValueError, RecursionError) as error:  # both formats' errors are ValueErrors
         notes.append(f"{path.name}: left out, {error}")
         return {}
     if not isinstance(content, dict):
@@ -111,7 +106,8 @@ def read_metrics(path: Path, notes: list[str]) -> tuple[Json, ...]:
 
 
 def read_evaluations(run: Path, notes: list[str]) -> dict[str, Json]:
-    found = {path.stem: read_json(path, notes) for path in sorted(run.glob("eval/*.json"))}
+    paths = sorted(run.glob("eval/*.json"))
+    found = {path.stem: read_tree(path, json.loads, notes) for path in paths}
     order = sorted(found, key=lambda name: (name != "before", name == "after", name))
     return {name: found[name] for name in order if found[name]}
 
