@@ -253,6 +253,7 @@ def draw_phases(label: str, metrics: tuple[Json, ...]) -> Drawing | None:
         return None
     steps = [number(record, "step") or 0.0 for record in timed]
     phases = phase_seconds(timed)
+    whole = sum(map(sum, phases.values())) or 1.0
     title = f"Seconds of a step, {label}" if label else "Seconds of a step"
     with matplotlib.rc_context(PANEL_STYLE):
         figure, axes = new_panel()
@@ -268,10 +269,10 @@ def draw_phases(label: str, metrics: tuple[Json, ...]) -> Drawing | None:
         )
         axes.set_ylim(bottom=0)
         legend = tuple(
-            Line(name, color, 0, f"{mean(seconds):.2f} s")
+            Line(name, color, 0, f"{mean(seconds):.2f} s, {percent(sum(seconds) / whole)}")
             for color, (name, seconds) in enumerate(phases.items())
         )
-        meaning = "By phase; the rollout includes grading."
+        meaning = "By phase, with means and shares of the whole run; the rollout includes grading."
         return Drawing(title, meaning, legend, to_svg(figure, title), area=True)
 
 

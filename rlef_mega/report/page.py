@@ -19,7 +19,7 @@ from markupsafe import Markup
 from rlef_mega.config import flatten
 from rlef_mega.report import display
 from rlef_mega.report.comparison import compare, evaluations_of
-from rlef_mega.report.curves import draw_panels, phase_seconds
+from rlef_mega.report.curves import draw_panels
 from rlef_mega.report.episodes import PackedEpisodes, pack_episodes
 from rlef_mega.report.run_files import (
     Json,
@@ -106,7 +106,6 @@ def view_run(label: str, files: RunFiles) -> dict[str, Any]:
     return {
         "label": label,
         "facts": run_facts(files),
-        "phases": phase_shares(files.metrics),
         "manifest": leaves(files.manifest),
         "config_text": files.config_text,
     }
@@ -185,18 +184,6 @@ def progress(files: RunFiles) -> str:
     if seconds:
         parts.append(display.duration(seconds))
     return ", ".join(parts)
-
-
-def phase_shares(metrics: tuple[Json, ...]) -> list[tuple[str, str, float]]:
-    """Return each phase, its time over the whole run, and its share of the steps."""
-    timed = [record for record in metrics if number(record, "time", "step") is not None]
-    totals = {name: sum(seconds) for name, seconds in phase_seconds(timed).items()}
-    everything = sum(totals.values())
-    return [
-        (name, display.duration(seconds), seconds / everything)
-        for name, seconds in totals.items()
-        if everything
-    ]
 
 
 def shortened(notes: list[str]) -> list[str]:

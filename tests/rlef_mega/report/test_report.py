@@ -278,7 +278,7 @@ def test_a_missing_file_leaves_the_rest_of_the_page(run, tmp_path):
 
 def test_an_empty_directory_says_what_is_not_there(tmp_path):
     _, page = report(tmp_path)
-    for what in ("evaluation", "step", "times", "episodes"):
+    for what in ("evaluation", "step", "episodes"):
         assert re.search(f"No {what} ha(s|ve) been recorded", page.text)
 
 
