@@ -77,7 +77,6 @@ def render(runs: Mapping[str, RunFiles], *, episodes: int, stamp: str = "") -> s
             differences=differences(runs),
             comparison=comparison,
             heading="Before and after" if len(runs) == 1 else "Side by side",
-            headline=[row for row in comparison.rows if any(row.cells)][:3],
             drawings=draw_panels({label: files.metrics for label, files in runs.items()}),
             index=Markup(packed.index),  # base64, as the chunks are
             chunks=[Markup(chunk) for chunk in packed.chunks],
