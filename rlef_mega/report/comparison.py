@@ -183,14 +183,8 @@ def outcomes_of(evaluation: Json, protocol: str) -> list[float | None]:
 
 
 def describe_setting(evaluation: Json) -> str:
-    parts = [
-        (text(evaluation, "problems"), "{} problems"),
-        (text(evaluation, "data"), "{}"),
-        (text(evaluation, "temperature"), "temperature {}"),
-        (text(evaluation, "top_p"), "top-p {}"),
-        (text(evaluation, "turns"), "up to {} turns"),
-    ]
-    return ", ".join(form.replace("{}", value) for value, form in parts if value)
+    settings = ((name, text(evaluation, name)) for name in SAME_SETTING)
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in settings if value)
 
 
 def warn_of_differences(evaluations: Mapping[str, Json], pair: Pair) -> list[str]:
