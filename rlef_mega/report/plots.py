@@ -86,16 +86,8 @@ def draw_turn_budget(axes: Axes, protocols: Json) -> None:
             label = f"{pair} {name.replace('_', ' ')}"
             turns, values = list(map(int, points)), [found["value"] for found in points.values()]
             marked = [at for at, found in enumerate(points.values()) if not found["bootstrapped"]]
-            axes.plot(
-                turns,
-                values,
-                color=color,
-                linestyle=dash,
-                marker="o",
-                ms=3,
-                markevery=marked,
-                label=label,
-            )
+            style = f"{dash}o"
+            axes.plot(turns, values, style, color=color, ms=3, markevery=marked, label=label)
     axes.set_title("n@k by turn limit, at equal k")
     axes.set_xlabel("turn limit")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
