@@ -64,11 +64,3 @@ def significant(value: float | None) -> str:
         return f"{value:.1e}".replace("-", "−")
     decimals = 2 if not value else max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

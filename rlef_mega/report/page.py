@@ -9,6 +9,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def progress(files: RunFiles) -> str:
             parts.append(f"{sum(count or 0 for count in counts):,.0f} {name}")
     seconds = sum(number(record, "time", "step") or 0 for record in files.metrics)
     if seconds:
-        parts.append(display.duration(seconds))
+        parts.append(str(timedelta(seconds=round(seconds))))
     return ", ".join(parts)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rlef_mega.report.comparison import compare
 from rlef_mega.report.curves import MAX_POINTS, binned, phase_seconds
-from rlef_mega.report.display import clip, duration, significant
+from rlef_mega.report.display import clip, significant
 from rlef_mega.report.run_files import read_run
 from rlef_mega.report.tables import print_comparison
 from tests.rlef_mega.report.runs import write_evaluation, write_run
@@ -98,7 +98,7 @@ def test_a_clipped_text_keeps_head_and_tail_and_says_how_much_is_gone():
     assert clip("a" * 4 + "-" * 100 + "zz", 6) == "aaaa\n… 100 characters left out …\nzz"
 
 
-def test_numbers_and_durations_are_rounded_for_display():
+def test_numbers_are_rounded_for_display():
     assert [significant(v) for v in (0.0, 1.5, -0.01234, 12345.6, 3e-6, None)] == [
         "0.00",
         "1.50",
@@ -107,7 +107,6 @@ def test_numbers_and_durations_are_rounded_for_display():
         "3.0e−06",
         "—",
     ]
-    assert [duration(s) for s in (5.25, 61, 3720)] == ["5.2 s", "1 min 01 s", "1 h 02 min"]
 
 
 def test_evaluations_are_ordered_before_then_steps_then_after(tmp_path):
