@@ -166,6 +166,11 @@ PANELS = (
     ),
     Panel("Response length", "Mean tokens of a response.", {"tokens": "response_tokens_mean"}),
     Panel("Turns", "Mean responses of an episode.", {"turns": "turns_mean"}),
+    Panel(
+        "Tokens per second",
+        "Tokens of the batch divided by the time of the step without evaluation.",
+        {"tokens/s": "tokens_per_s"},
+    ),
 )
 
 PHASES = ("rollout", "score", "update", "publish", "checkpoint", "evaluate")
@@ -175,9 +180,12 @@ def draw_panels(runs: Runs) -> list[Drawing]:
     """Draw every panel for which some run has data. Several runs differ in colour, the curves of
     one panel in their dashes."""
     stale = any(any(series(metrics, "staleness_max")[1]) for metrics in runs.values())
+    runs = {
+        label: tuple({**record, "tokens_per_s": tokens_per_s(record)} for record in metrics)
+        for label, metrics in runs.items()
+    }
     drawings = [draw_curves(panel, runs) for panel in PANELS if stale or not panel.of_async]
     drawings += [draw_phases(label, metrics) for label, metrics in runs.items()]
-    drawings.append(draw_throughput(runs))
     return [drawing for drawing in drawings if drawing]
 
 
@@ -188,22 +196,18 @@ def draw_curves(panel: Panel, runs: Runs) -> Drawing | None:
             points = series(metrics, *key.split("."))
             counted = panel.trials and not key.startswith("valid")
             trials = series(metrics, panel.trials) if counted else ([], [])
-            ends = summary(points[1], panel.unit)
             own = color if len(runs) > 1 else dash
-            lines.append(Line(named(run, label), own, dash, ends, points, trials))
-    return draw_lines(panel, lines)
-
-
-def draw_lines(panel: Panel, lines: list[Line]) -> Drawing | None:
-    present = [line for line in lines if line.points[0]]
-    if not present:
+            ends = summary(points[1], panel.unit)
+            if points[0]:
+                lines.append(Line(named(run, label), own, dash, ends, points, trials))
+    if not lines:
         return None
     with matplotlib.rc_context(PANEL_STYLE):
         figure, axes = new_panel()
-        for line in present:
+        for line in lines:
             draw_line(axes, line)
-        set_limits(axes, panel, [line.points for line in present])
-        return Drawing(panel.title, panel.meaning, tuple(present), to_svg(figure, panel.title))
+        set_limits(axes, panel, [line.points for line in lines])
+        return Drawing(panel.title, panel.meaning, tuple(lines), to_svg(figure, panel.title))
 
 
 def draw_line(axes: Axes, line: Line) -> None:
@@ -289,24 +293,11 @@ def phase_seconds(metrics: Sequence[Json]) -> dict[str, list[float]]:
     return phases
 
 
-def draw_throughput(runs: Runs) -> Drawing | None:
-    meaning = "Tokens of the batch divided by the time of the step without evaluation."
-    lines = []
-    for color, (label, metrics) in enumerate(runs.items()):
-        points = throughput(metrics)
-        lines.append(Line(label or "tokens/s", color, 0, summary(points[1], ""), points))
-    return draw_lines(Panel("Tokens per second", meaning, {}), lines)
-
-
-def throughput(metrics: tuple[Json, ...]) -> Points:
-    points: Points = ([], [])
-    for record in metrics:
-        step, tokens = number(record, "step"), number(record, "tokens")
-        seconds = (number(record, "time", "step") or 0) - (number(record, "time", "evaluate") or 0)
-        if step is not None and tokens is not None and seconds > 0:
-            points[0].append(step)
-            points[1].append(tokens / seconds)
-    return points
+def tokens_per_s(record: Json) -> float | None:
+    """Return the tokens of a step's batch per second, without the time of evaluation."""
+    tokens = number(record, "tokens")
+    seconds = (number(record, "time", "step") or 0) - (number(record, "time", "evaluate") or 0)
+    return tokens / seconds if tokens is not None and seconds > 0 else None
 
 
 def new_panel() -> tuple[Figure, Axes]:
