@@ -103,18 +103,16 @@ def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogu
 
 def sampled_record(episode: Episode, chat: ChatFormat, problem: Problem) -> Record:
     """Return the record of a dialogue, with complete responses, so that it can be graded again."""
-    turns: list[Record] = []
-    for turn in episode.turns:
-        sampled = turn.completion
-        turns.append(
-            {
-                "observation": chat.decode(turn.observed_ids)[:TEXT_LIMIT],
-                "response": chat.decode(sampled.token_ids),
-                **graded_record(turn.program, turn.verdict, problem),
-                "tokens": len(sampled.token_ids),
-                "logprob_mean": sum(sampled.logprobs) / len(sampled.logprobs),
-            }
-        )
+    turns = [
+        {
+            "observation": chat.decode(turn.observed_ids)[:TEXT_LIMIT],
+            "response": chat.decode(turn.completion.token_ids),
+            **graded_record(turn.program, turn.verdict, problem),
+            "tokens": len(turn.completion.token_ids),
+            "logprob_mean": sum(turn.completion.logprobs) / len(turn.completion.logprobs),
+        }
+        for turn in episode.turns
+    ]
     return {**problem_record(problem), "solved": episode.solved, "turns": turns}
 
 
