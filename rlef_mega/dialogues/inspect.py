@@ -65,28 +65,25 @@ def summarize(
     problems: Sequence[Problem], unit: tuple[str, Callable[[str], int]]
 ) -> dict[str, Any]:
     """Return the rows of the table. Only one problem is in memory at a time."""
-    lengths, times, memories, tests = [], Counter[float](), Counter[int](), []
+    lengths, public, private = list[int](), list[int](), list[int]()
+    times, memories = Counter[float](), Counter[int]()
     families, tags = Counter[str](), Counter[str]()
-    kinds = Counter[str]()
     for problem in problems:
         prompt = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
         lengths.append(unit[1](prompt))
         times[problem.limits.cpu_s] += 1
         memories[problem.limits.memory_bytes >> 20] += 1
-        tests.append(len(problem.public_tests) + len(problem.private_tests.tests))
-        kinds["public"] += len(problem.public_tests)
-        kinds["private"] += len(problem.private_tests.tests)
-        kinds["without public"] += not problem.public_tests
-        kinds["without private"] += not problem.private_tests.tests
+        public.append(len(problem.public_tests))
+        private.append(len(problem.private_tests.tests))
         families[problem.family or "none"] += 1
         tags.update(problem.tags)
     return {
         "problems": len(lengths),
         "families": most_common(families),
-        "tests, public and private": f"{kinds['public']:,} and {kinds['private']:,}",
-        "problems without public tests": kinds["without public"],
-        "problems without private tests": kinds["without private"],
-        "tests of a problem": quantiles(tests),
+        "tests, public and private": f"{sum(public):,} and {sum(private):,}",
+        "problems without public tests": public.count(0),
+        "problems without private tests": private.count(0),
+        "tests of a problem": quantiles(list(map(sum, zip(public, private, strict=True)))),
         "time limits in s": most_common(times),
         "memory limits in MiB": most_common(memories),
         f"prompt in {unit[0]}": quantiles(lengths),
