@@ -14,7 +14,6 @@ Intervals resample seeds and problems. With one seed they cover other problems, 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -54,26 +53,16 @@ IMITATION = "imitation"  # by `rlef imitate`
 BUDGETS = ("base", "rlef")  # whose turn budgets are drawn
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """A row: an evaluation of a run, and the paper's 1@3 of the 8B model on valid and test (RLEF
-    tables 1 and 2)."""
-
-    name: str
-    run: str
-    evaluation: str
-    paper: str = ""
-
-
+# name, run, its evaluation, and the paper's 1@3 of the 8B model on valid and test (tables 1 and 2)
 ROWS = (
-    TableRow("base", "rlef", "before", "8.9 / 10.5"),
-    TableRow("SFT on solved dialogues", IMITATION, "after", "10.3 / 10.0"),
-    TableRow("single-turn RL", "single_turn", "after", "10.2 / 10.9"),
-    TableRow("RLEF", "rlef", "after", "17.2 / 16.1"),
-    TableRow("RLEF, no feedback", "no_feedback", "after", "12.2 / 10.9"),
-    TableRow("RLEF, one value per token", "token_value", "after", "13.1 / 13.7"),
-    TableRow("RLOO instead of the critic", "rloo", "after"),
-    TableRow("GRPO instead of the critic", "grpo", "after"),
+    ("base", "rlef", "before", "8.9 / 10.5"),
+    ("SFT on solved dialogues", IMITATION, "after", "10.3 / 10.0"),
+    ("single-turn RL", "single_turn", "after", "10.2 / 10.9"),
+    ("RLEF", "rlef", "after", "17.2 / 16.1"),
+    ("RLEF, no feedback", "no_feedback", "after", "12.2 / 10.9"),
+    ("RLEF, one value per token", "token_value", "after", "13.1 / 13.7"),
+    ("RLOO instead of the critic", "rloo", "after", ""),
+    ("GRPO instead of the critic", "grpo", "after", ""),
 )
 
 
@@ -168,13 +157,14 @@ def collect(
 ) -> dict[str, Any]:
     """Read the rates of every row from the evaluations of the runs."""
     rows = {}
-    for row in (row for row in ROWS if row.run in runs):
+    for name, run, evaluation, paper in ROWS:
+        if run not in runs:
+            continue
         of_seeds = [
-            json.loads((out / f"{row.run}-{seed}/eval/{row.evaluation}.json").read_text())
-            for seed in seeds
+            json.loads((out / f"{run}-{seed}/eval/{evaluation}.json").read_text()) for seed in seeds
         ]
-        rows[row.name] = {
-            "paper": row.paper,
+        rows[name] = {
+            "paper": paper,
             **{
                 protocol: interval([one["protocols"][protocol]["outcomes"] for one in of_seeds])
                 for protocol in PROTOCOLS

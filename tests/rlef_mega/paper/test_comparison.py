@@ -22,14 +22,12 @@ def write(path, content):
 def finished(tmp_path):
     """Write every run of both seeds; the n-th row's dialogues solve n of 10 problems."""
     for seed in SEEDS:
-        for number, row in enumerate(ROWS):
+        for number, (_, run, evaluation, _) in enumerate(ROWS):
             outcomes = [float(n < number) for n in range(10)]
             protocols = {"multi_turn": {"outcomes": outcomes}}
-            if row.run != IMITATION:
+            if run != IMITATION:
                 protocols["independent"] = {"outcomes": outcomes}
-            write(
-                tmp_path / f"{row.run}-{seed}/eval/{row.evaluation}.json", {"protocols": protocols}
-            )
+            write(tmp_path / f"{run}-{seed}/eval/{evaluation}.json", {"protocols": protocols})
         for name in BUDGETS:
             curve = {"1": {"value": 0.1 * seed}, "5": {"value": 0.9}}
             content = {"protocols": {"multi_turn": {"turn_budget": {"1@5": curve}}}}
