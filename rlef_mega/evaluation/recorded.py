@@ -61,7 +61,7 @@ def read_recorded(path: Path) -> RecordedResponses:
             case {"session": _}:
                 pass
             case _:
-                protocol, name, number, texts = read_dialogue(row, str(place))
+                protocol, name, number, texts = read_dialogue(row, place)
                 if number is None:
                     number = count[protocol, name]
                     count[protocol, name] += 1

@@ -59,19 +59,19 @@ DEFAULT_LIMITS = Limits()
 def read_jsonl(path: str | Path) -> list[Problem]:
     """Read all problems of a file. Raises ValueError with file, line, field and remedy."""
     problems: dict[str, Problem] = {}
-    line_of: dict[str, int] = {}
+    line_of: dict[str, str] = {}
     for location, row in read_rows(Path(path)):
         try:
             problem = unless_too_deep(parse_problem, row)
             if problem.id in problems:
                 raise FieldError(
-                    f"id: {problem.id!r} is also that of line {line_of[problem.id]}; "
+                    f"id: {problem.id!r} is also that of {line_of[problem.id]}; "
                     "give each problem an id of its own"
                 )
         except FieldError as error:
             raise ValueError(f"{location}: {error}") from None
         problems[problem.id] = problem
-        line_of[problem.id] = location.number
+        line_of[problem.id] = location.rpartition(", ")[2]
     if not problems:
         raise ValueError(f"{path}: holds no problems; write one JSON object per line")
     return list(problems.values())

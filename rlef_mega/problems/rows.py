@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -51,20 +51,8 @@ class FieldError(ValueError):
     """A fault of one field; the reader adds file and row."""
 
 
-@dataclass(frozen=True)
-class RowLocation:
-    """The file and number of a row. Numbers count from 1: lines of a text file, rows of a Parquet
-    file, entries of an array."""
-
-    file: str
-    number: int
-    unit: Literal["line", "row", "entry"] = "line"
-
-    def __str__(self) -> str:
-        return f"{self.file}, {self.unit} {self.number}"
-
-
-LocatedRow = tuple[RowLocation, Row | FieldError]
+# The location is "FILE, line 3", of a Parquet file "FILE, row 3", of an array "FILE, entry 3"
+LocatedRow = tuple[str, Row | FieldError]
 
 
 @dataclass(frozen=True)
@@ -78,12 +66,7 @@ class Drop:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Read:
-    """The outcome of one row: a problem, drops, or both."""
-
-    problem: Problem | None
-    drops: tuple[Drop, ...] = ()
+Read = tuple[Problem | None, tuple[Drop, ...]]  # the outcome of one row
 
 
 def data_files(source: str, path: Path, split: str, remedy: str) -> list[Path]:
@@ -131,7 +114,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[LocatedRow]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield RowLocation(str(path), number), parse_line(line)
+                yield f"{path}, line {number}", parse_line(line)
 
 
 def read_array(path: Path) -> Iterator[LocatedRow]:
@@ -142,7 +125,7 @@ def read_array(path: Path) -> Iterator[LocatedRow]:
     if not isinstance(entries, list):
         raise ValueError(f"{path}: holds a {type(entries).__name__} instead of an array")
     for number, entry in enumerate(entries, start=1):
-        yield RowLocation(str(path), number, "entry"), row_of(entry)
+        yield f"{path}, entry {number}", row_of(entry)
 
 
 def open_text(path: Path) -> IO[bytes] | io.BufferedIOBase:
@@ -184,7 +167,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[LocatedRow]:
             for index in range(batch.num_rows):  # one row at a time becomes Python objects
                 number += 1
                 row = batch.slice(index, 1).to_pylist()[0]
-                yield RowLocation(str(path), number, "row"), row
+                yield f"{path}, row {number}", row
 
 
 def parquet_file(path: Path) -> Any:
@@ -316,5 +299,4 @@ def read_each(
                 elif others:
                     problem = replace(problem, id=f"{problem.id} ({len(others) + 1})")
                 others.add(digest)
-            drops = tuple(Drop(str(location), name, reason, detail) for reason, detail in lost)
-            yield Read(problem, drops)
+            yield problem, tuple(Drop(location, name, reason, detail) for reason, detail in lost)

@@ -125,11 +125,11 @@ def write_store(outcomes: Iterable[Read], index: Path) -> None:
     compressor = zstandard.ZstdCompressor(level=3)
     with tempfile.NamedTemporaryFile(dir=index.parent, suffix=".part", delete=False) as data:
         try:
-            for outcome in outcomes:
-                drops += outcome.drops
-                if outcome.problem is not None:
-                    ids.append(outcome.problem.id)
-                    line = json.dumps(to_row(outcome.problem)) + "\n"
+            for problem, dropped in outcomes:
+                drops += dropped
+                if problem is not None:
+                    ids.append(problem.id)
+                    line = json.dumps(to_row(problem)) + "\n"
                     offsets.append(offsets[-1] + data.write(compressor.compress(line.encode())))
             data.flush()
             os.replace(data.name, index.with_suffix(".jsonl.zst"))
