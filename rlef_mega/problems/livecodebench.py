@@ -39,17 +39,14 @@ LIMITS = Limits(
 )  # 6 s per test in its grader; 4 GB in a comment there
 MAX_UNPACKED_BYTES = 1 << 30  # of a row's private tests
 # The grader puts these imports before every program; of equal names the last import counts.
-ALL_NAMES = (
-    "string re datetime collections heapq bisect copy math random statistics itertools functools "
-    "operator io sys json builtins typing"
-)
 MODULES = (
-    "string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, "
-    "functools, operator, io, sys, json"
+    "string re datetime collections heapq bisect copy math random statistics itertools functools "
+    "operator io sys json"
 )
 PRELUDE = (
-    "; ".join(f"from {name} import *" for name in ALL_NAMES.split())
-    + f"; import {MODULES}; sys.setrecursionlimit(50000); sys.set_int_max_str_digits(50000)\n"
+    "; ".join(f"from {name} import *" for name in f"{MODULES} builtins typing".split())
+    + f"; import {MODULES.replace(' ', ', ')}; sys.setrecursionlimit(50000)"
+    + "; sys.set_int_max_str_digits(50000)\n"
     # the grader ignores exit codes, and calls a function of a program without class Solution
     + """\
 class SystemExit(SystemExit): code = 0
