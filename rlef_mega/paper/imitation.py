@@ -5,7 +5,6 @@ the solved ones. It fine-tunes the base model on them, with the loss on the last
 as many updates of as many sequences as RLEF, and writes `eval/after.json` and `model/`.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -68,8 +67,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             seed=config.run.seed,
             samples=config.rollout.samples_per_problem,
         )
-        rollouts = RolloutsOnDemand(dialogues)
-        solved = solved_dialogues(config, rollouts, run, stop, writer=ranks.is_writer)
+        solved = solved_dialogues(config, RolloutsOnDemand(dialogues), stop)
         if solved is None:
             return stop.obeyed(writer=ranks.is_writer)
         progress.say(f"{len(solved)} dialogues were solved")
@@ -100,29 +98,21 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
 
 
 def solved_dialogues(
-    config: TrainConfig,
-    rollouts: RolloutsOnDemand,
-    run: RunDirectory,
-    stop: StopRequest,
-    *,
-    writer: bool,
+    config: TrainConfig, rollouts: RolloutsOnDemand, stop: StopRequest
 ) -> list[Episode] | None:
-    """Sample the dialogues of a whole run. Returns the solved ones and writes their counts to
-    mined.json; None after a stop request. Raises RuntimeError if no dialogue was solved."""
+    """Sample the dialogues of a whole run. Returns the solved ones; None after a stop request.
+    Raises RuntimeError if no dialogue was solved."""
     solved: list[Episode] = []
     for step in range(1, config.run.steps + 1):
         solved += [e for e in rollouts.batch(step).episodes if e.solved]
         if any_rank(stop.requested()):
             return None
-    sampled = config.run.steps * config.rollout.episodes_per_batch
     if not solved:
+        sampled = config.run.steps * config.rollout.episodes_per_batch
         raise RuntimeError(
             f"the base model solved none of {sampled} dialogues, so there is nothing to imitate; "
             "use easier problems or a stronger base model"
         )
-    if writer:
-        turns = Counter(len(episode.turns) for episode in solved)
-        run.write_json("mined.json", {"held": sampled, "solved_in_turns": turns})
     return solved
 
 
