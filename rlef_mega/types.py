@@ -63,7 +63,6 @@ class Problem:
     family: str = ""  # reports break results down by it: a curriculum family, a source
     difficulty: str = ""  # a second breakdown, in the words of the problem's source
     tags: tuple[str, ...] = ()
-    wrong_programs: tuple[str, ...] = ()  # known to fail, or mutants of a solution
 
     def __post_init__(self) -> None:
         if not self.public_tests and not self.private_tests.tests:

@@ -61,10 +61,10 @@ def graded_programs() -> list[Task]:
     that pass although they are wrong are left out."""
     tasks = []
     with Sandbox(workers=1) as sandbox:
-        for problem, solution in solved("train"):
+        for problem, solution, wrong in solved("train"):
             tests = problem.public_tests
             programs: dict[str, Graded] = {solution: ()}
-            for program in problem.wrong_programs:
+            for program in wrong:
                 results = sandbox.grade(
                     program, tests, limits=problem.limits, stop_at_first_failure=False
                 )

@@ -3,12 +3,10 @@
 The rows come from the Parquet files of the Hugging Face copy (`deepmind/code_contests`) or from
 JSON Lines with the same columns: `name`, `description`, `public_tests`, `private_tests`,
 `generated_tests` (each {"input": [...], "output": [...]}), `time_limit` ({"seconds", "nanos"} or
-null), `memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating`, `cf_tags` and, if
-wrong programs are asked for, `incorrect_solutions`. Private and generated tests together decide the
-reward; public ones are shown.
+null), `memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating` and `cf_tags`.
+Private and generated tests together decide the reward; public ones are shown.
 """
 
-import ast
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,8 +44,6 @@ SOURCES = {
     "hub": ("unknown", "codechef", "codeforces", "hackerearth", "codejam", "atcoder", "aizu"),
     "proto": ("unknown", "codechef", "codeforces", "hackerearth", "codejam", "", "atcoder", "aizu"),
 }
-PYTHON3 = 3  # of `language`, in both
-WRONG_PROGRAM_CHARACTERS = 4000
 RATING_CLASS = 400
 
 # Phrases that allow several outputs. The one expected output then refuses right answers.
@@ -72,7 +68,6 @@ class CodeContestsOptions(SourceOptions):
     without: Words = ()  # tags: "image", "multiple answers", or one of Codeforces'
     max_tests: NonNegativeInt = 0  # of private and generated tests, in this order; 0: all
     max_test_bytes: NonNegativeInt = 8 << 20  # of input and output together
-    wrong_programs: NonNegativeInt = 0  # of the shortest incorrect Python 3 solutions
     enums: Literal["hub", "proto"] = "hub"
     time_factor: TimeFactor = 1.0
 
@@ -96,9 +91,10 @@ def download(source: str, repository: str, split: str) -> Path:
 
 def read(files: Sequence[Path], options: CodeContestsOptions, _: Path) -> Iterator[Read]:
     """Yield the outcome of each row, in order."""
-    columns = COLUMNS.split() + ["incorrect_solutions"] * bool(options.wrong_programs)
     names = {path: source_names(path) or SOURCES[options.enums] for path in files}
-    yield from read_each(files, "name", lambda row, path: parse(row, options, names[path]), columns)
+    yield from read_each(
+        files, "name", lambda row, path: parse(row, options, names[path]), COLUMNS.split()
+    )
 
 
 def source_names(path: Path) -> tuple[str, ...]:
@@ -141,7 +137,6 @@ def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parse
         family="codecontests" if source == "unknown" else source,
         difficulty=rated(rating),
         tags=tags,
-        wrong_programs=wrong_programs(row, options.wrong_programs),
     )
     return problem, lost
 
@@ -190,27 +185,6 @@ def unwanted(source: str, rating: int, tags: Sequence[str], options: CodeContest
         if tag in tags:
             return f"left out: {tag}"
     return ""
-
-
-def wrong_programs(row: Row, count: int) -> tuple[str, ...]:
-    """Return the shortest incorrect solutions in Python 3."""
-    if not count:
-        return ()
-    stored = expect(row, "incorrect_solutions", dict, None) or {}
-    pairs = zip(stored.get("language") or [], stored.get("solution") or [], strict=False)
-    sources = sorted(
-        {str(source) for language, source in pairs if language in (PYTHON3, "PYTHON3")},
-        key=lambda source: (len(source), source),
-    )
-    usable = (s for s in sources if len(s) <= WRONG_PROGRAM_CHARACTERS and parses(s))
-    return tuple(source for source, _ in zip(usable, range(count), strict=False))
-
-
-def parses(source: str) -> bool:
-    try:
-        return bool(ast.parse(source).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
 
 
 def parse_tests(row: Row, column: str) -> tuple[Test, ...]:

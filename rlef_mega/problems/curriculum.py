@@ -134,15 +134,7 @@ def to_problem(exercise: Exercise) -> Problem:
         template="curriculum",
         family=exercise.family.name,
         tags=(exercise.wording,),
-        wrong_programs=(another_guess(exercise),),
     )
-
-
-def another_guess(exercise: Exercise) -> str:
-    """Return the program of another variant, which fails the public test."""
-    variants = exercise.family.variants
-    others = [variant for number, variant in enumerate(variants) if number != exercise.variant]
-    return exercise.family.source(random.Random(f"wrong {exercise.id}").choice(others))
 
 
 def private_inputs(exercise: Exercise) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from rlef_mega.problems.asserts import SHOW
 from rlef_mega.problems.graded_rows import SOLUTION_FAILS, grade_solution, read_graded
 from rlef_mega.problems.literals import MOST_DIGITS, python_literal, to_literal
-from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.rows import FieldError, Parsed, Read, Row, SourceOptions, expect
 from rlef_mega.types import AssertTest, PrivateTests, Problem
 from rlef_sandbox import CheckTest, Limits, Sandbox, Status, Test
@@ -298,7 +297,6 @@ def parse(row: Row, sandbox: Sandbox) -> Parsed:
         template="mbpp" if is_mbpp else "humaneval",
         entry_point=entry_point,
         family="mbpp+" if is_mbpp else "humaneval+",
-        wrong_programs=mutants(solution),
     )
     results, failure = grade_solution(problem, solution, sandbox)
     if failure:

@@ -9,7 +9,8 @@ It sometimes solves these. `functions.jsonl` holds one template per line:
 `returns` is the right answer as a Python expression over the parameters. Each input is a list of
 arguments; the first one (or as many as `shown` says) is a public test, the others are private. A
 template with `constants` gives a function for each, which replaces {} in both texts ({{ and }}
-stand for braces); a constant that is itself a list replaces {0}, {1} and so on.
+stand for braces); a constant that is itself a list replaces {0}, {1} and so on. Wrong programs,
+for supervised dialogues, have the answers of other constants, or are mutants of the solution.
 
 If `says` names no constant, as here, the statement withholds what only the public tests tell: a
 first response can only guess, and feedback tells the answer. Half of the templates of the test and
@@ -31,16 +32,17 @@ from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import CallTest, Limits
 
 LIMITS = Limits(cpu_s=2.0, memory_bytes=256 << 20)
+Solved = tuple[Problem, str, list[str]]  # a problem, its solution and wrong programs
 HELD_OUT = {"test": 12, "valid": 5}  # templates of each kind
 
 
 def problems(split: Split) -> list[Problem]:
     """Return the problems of a split."""
-    return [problem for problem, _ in solved(split)]
+    return [problem for problem, _, _ in solved(split)]
 
 
-def solved(split: Split) -> list[tuple[Problem, str]]:
-    """Return the problems of a split with their solutions. The split is cut from a shuffle that is
+def solved(split: Split) -> list[Solved]:
+    """Return the problems of a split with their programs. The split is cut from a shuffle that is
     the same everywhere."""
     templates = read_templates()
     chosen: list[str] = []
@@ -48,7 +50,7 @@ def solved(split: Split) -> list[tuple[Problem, str]]:
         names = sorted(name for name, t in templates.items() if withholds(t) is kind)
         random.Random("functions").shuffle(names)
         chosen += part(names, split, **HELD_OUT)
-    return [pair for name in chosen for pair in expand(templates[name])]
+    return [one for name in chosen for one in expand(templates[name])]
 
 
 def read_templates() -> dict[str, dict[str, Any]]:
@@ -61,8 +63,8 @@ def withholds(template: dict[str, Any]) -> bool:
     return "constants" in template and "{" not in template["says"]
 
 
-def expand(template: dict[str, Any]) -> Iterator[tuple[Problem, str]]:
-    """Yield one problem, with its solution, for each constant of a template."""
+def expand(template: dict[str, Any]) -> Iterator[Solved]:
+    """Yield one problem, with its programs, for each constant of a template."""
     name, parameters, says = template["name"], template["parameters"], template["says"]
     shown, constants = template.get("shown", 1), template.get("constants", ([],))
     values = [constant if isinstance(constant, list) else [constant] for constant in constants]
@@ -82,9 +84,8 @@ def expand(template: dict[str, Any]) -> Iterator[tuple[Problem, str]]:
             entry_point=name,
             family=name,
             tags=("withheld" if withholds(template) else "told",),
-            wrong_programs=(*others[:2], *mutants(solution)),
         )
-        yield problem, solution
+        yield problem, solution, [*others[:2], *mutants(solution)]
 
 
 def program(name: str, parameters: str, answer: str) -> str:

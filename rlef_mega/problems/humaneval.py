@@ -18,7 +18,6 @@ from importlib import resources
 from typing import Any
 
 from rlef_mega.problems.asserts import assert_test
-from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.splits import Split, part
 from rlef_mega.types import AssertTest, PrivateTests, Problem
 from rlef_sandbox import CallTest, CheckTest, Limits
@@ -70,7 +69,6 @@ def to_problem(task: dict[str, Any]) -> Problem | None:
         template="humaneval",
         entry_point=entry_point,
         family="humaneval",
-        wrong_programs=mutants(solution),
     )
 
 

@@ -26,7 +26,7 @@ check(stdin, expected, actual): ..."}, which gets bytes and returns a bool, or {
 "language": "cpp"}, a checker in the style of testlib), `language` (python; cpp for gnu++17; cpp11,
 cpp14, cpp17, cpp20, cpp23), `template` (codecontests, humaneval, mbpp, curriculum), `entry_point`,
 `prelude` (code put before every program), `family`, `difficulty` and `tags` (breakdowns in
-reports), `wrong_programs` (known to fail). Unknown keys are refused.
+reports). Unknown keys are refused.
 """
 
 from collections.abc import Iterable
@@ -109,7 +109,6 @@ def parse_problem(row: Row, *, compiled: bool = True) -> Problem:
         family=expect(row, "family", str, ""),
         difficulty=expect(row, "difficulty", str, ""),
         tags=expect_strings(row, "tags"),
-        wrong_programs=expect_strings(row, "wrong_programs"),
     )
 
 

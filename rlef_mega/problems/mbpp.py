@@ -17,7 +17,6 @@ from pydantic import NonNegativeInt
 from rlef_mega.problems.asserts import assert_test
 from rlef_mega.problems.graded_rows import SOLUTION_FAILS, grade_solution, read_graded
 from rlef_mega.problems.literals import parse_python
-from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.rows import (
     FieldError,
     Parsed,
@@ -85,7 +84,6 @@ def parse(row: Row, options: MBPPOptions, sandbox: Sandbox) -> Parsed:
         template="mbpp",
         entry_point=entry_point,
         family="mbpp",
-        wrong_programs=mutants(code),
     )
     _, failure = grade_solution(problem, code, sandbox)
     return (None, [(SOLUTION_FAILS, failure)]) if failure else (problem, [])

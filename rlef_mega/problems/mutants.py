@@ -1,4 +1,4 @@
-"""Wrong programs made from right ones, for data sets that have solutions but no wrong programs.
+"""Wrong programs made from right ones, for supervised dialogues about functions.
 
 A mutant differs from the solution in one comparison, operator or number, or returns nothing. Most
 mutants are wrong; the sandbox decides which.

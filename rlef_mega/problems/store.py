@@ -22,7 +22,7 @@ from rlef_mega.problems.rows import Drop, Read
 from rlef_mega.run.inputs import sampled
 from rlef_mega.types import Problem
 
-FORMAT = 7  # part of every key: raise it when a reader's output for the same row changes
+FORMAT = 8  # part of every key: raise it when a reader's output for the same row changes
 WHOLE_BYTES = 64 << 20  # larger files: only size, modification time, first and last bytes
 END_BYTES = 1 << 20
 

@@ -13,8 +13,8 @@ from rlef_mega.problems import load_problems
 from rlef_mega.problems.functions import solved
 
 DIALOGUES = repair_dialogues(0, 2000)
-SOLUTIONS = {problem.statement: set() for problem, _ in solved("train")}
-for problem, solution in solved("train"):
+SOLUTIONS = {problem.statement: set() for problem, _, _ in solved("train")}
+for problem, solution, _ in solved("train"):
     SOLUTIONS[problem.statement].add(solution.strip())
 
 

@@ -192,9 +192,8 @@ def test_a_cached_source_is_not_read_again_until_its_file_changes(tmp_path):
 
 
 def test_options_leave_rows_out_and_count_them(tmp_path):
-    wrong = {"language": [3, 3, 2, 3], "solution": ["print(1)", "print(", "int x;", "print(22)"]}
     rows = [
-        {**ROW, "cf_rating": 900, "incorrect_solutions": wrong},
+        {**ROW, "cf_rating": 900},
         {**ROW, "name": "hard", "cf_rating": 3000},
         {**ROW, "name": "other", "source": 1},
         {**ROW, "name": "unclear", "cf_rating": 900, "description": "Print any of them."},
@@ -206,9 +205,8 @@ def test_options_leave_rows_out_and_count_them(tmp_path):
         },
     ]
     options = "sources=codeforces&max_rating=1000&without=multiple answers&max_test_bytes=50"
-    store = load_problems(f"codecontests:{write(tmp_path, *rows)}?{options}&wrong_programs=2")
+    store = load_problems(f"codecontests:{write(tmp_path, *rows)}?{options}")
     assert [p.id for p in store] == ["1_A. Double", "big"]
-    assert store[0].wrong_programs == ("print(1)", "print(22)")
     assert len(store[1].private_tests.tests) == 1
     reasons = ["left out: rating", "left out: source codechef", "left out: multiple answers"]
     assert [drop.reason for drop in store.drops[:3]] == reasons

@@ -74,8 +74,6 @@ def test_programs_are_graded_by_all_tests(store):
         assert failed(double, "def double(n): return abs(n + n)") == "...F"
         assert failed(root, "def root(x): return x ** (1 / 2)") == "."
         assert failed(root, "def root(x): return x / 2") == "F"
-        for problem in store:  # what random feedback is made from
-            assert any("F" in failed(problem, wrong) for wrong in problem.wrong_programs)
 
 
 def test_what_cannot_be_graded_is_counted_and_what_is_malformed_refused(store, tmp_path):
