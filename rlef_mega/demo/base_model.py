@@ -64,9 +64,8 @@ def supervise(config: SFTConfig) -> int:
     if ranks.is_writer:
         run.resume(first)
     clock = Clock()
-    with StepProgress(
-        "supervised", done=first, total=config.steps, shown=ranks.is_writer, every=50
-    ) as progress:
+    bar = StepProgress("supervised", done=first, total=config.steps, shown=ranks.is_writer)
+    with bar as progress:
         for step in range(first + 1, config.steps + 1):
             start = (step - 1) * config.dialogues_per_step
             batch = pack(written(config, start, chat))

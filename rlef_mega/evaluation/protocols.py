@@ -65,7 +65,6 @@ def run_missing(
         return
     seen: Counter[str] = Counter()
     done = len(part.keys) - len(missing)
-    every = max(1, len(missing) // 20)
 
     async def work(queue: Iterator[Key]) -> None:
         for key in queue:
@@ -79,9 +78,7 @@ def run_missing(
         queue = iter(missing)
         await asyncio.gather(*(work(queue) for _ in range(min(at_once, len(missing)))))
 
-    with StepProgress(
-        part.protocol, done=done, total=len(part.keys), shown=True, every=every
-    ) as progress:
+    with StepProgress(part.protocol, done=done, total=len(part.keys), shown=True) as progress:
         asyncio.run(work_together())
 
 

@@ -31,9 +31,7 @@ def read_graded(
     with (
         Sandbox(workers=1) as sandbox,
         journal.open("a", encoding="utf-8") as file,
-        StepProgress(
-            "grading solutions", done=len(finished), total=total, shown=True, every=total // 20 + 1
-        ) as progress,
+        StepProgress("grading solutions", done=len(finished), total=total, shown=True) as progress,
     ):
         file.write("\n")  # the last line may have been cut off
 

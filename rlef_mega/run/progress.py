@@ -1,5 +1,5 @@
-"""Show the progress of long work: on a terminal by a bar with the remaining time, else by one line
-per step."""
+"""Show the progress of long work: on a terminal by a bar with the remaining time, else by lines for
+the first step, the last one, and those at least 10 s after the last line."""
 
 import sys
 import time
@@ -17,11 +17,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+LINE_EVERY_S = 10  # without a terminal
+
 
 class StepProgress(Progress):
     """Progress of a run's steps; a context manager. Prints nothing where `shown` is False."""
 
-    def __init__(self, label: str, *, done: int, total: int, shown: bool, every: int = 1) -> None:
+    def __init__(self, label: str, *, done: int, total: int, shown: bool) -> None:
         super().__init__(
             TextColumn(f"[bold]{label}"),
             BarColumn(bar_width=24),
@@ -33,9 +35,8 @@ class StepProgress(Progress):
             disable=not sys.stdout.isatty(),
         )
         self.label, self.total, self.shown = label, total, shown
-        self.every = every  # steps per line, without a terminal
         self.first = self.done = done
-        self.started = time.monotonic()
+        self.started = self.next_line = time.monotonic()
         self.bar = self.add_task("", total=total, completed=done, eta="", phase="starting")
 
     def phase(self, name: str) -> None:
@@ -45,9 +46,11 @@ class StepProgress(Progress):
     def step(self, message: str) -> None:
         """Count one finished step and show its message."""
         self.done += 1
-        eta = self.eta(time.monotonic())
+        now = time.monotonic()
+        eta = self.eta(now)
         self.update(self.bar, completed=self.done, description=message, eta=eta)
-        if self.disable and self.done % self.every == 0:
+        if self.disable and (now >= self.next_line or self.done == self.total):
+            self.next_line = now + LINE_EVERY_S
             line = f"{self.label} {self.done}/{self.total}  {message}"
             self.say(f"{line}  {eta}" if eta else line)
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from rlef_mega.run.progress import StepProgress
+from rlef_mega.run.progress import LINE_EVERY_S, StepProgress
 
 STEPS = """
 import time
@@ -20,11 +20,12 @@ with StepProgress("RLEF", done=2, total=5, shown=True) as progress:
 """
 
 
-def test_without_a_terminal_each_step_is_a_line_with_the_remaining_time(capsys):
+def test_without_a_terminal_a_step_is_a_line_with_the_remaining_time(capsys):
     progress = StepProgress("RLEF", done=2, total=5, shown=True)
     progress.started -= 90
     for _ in range(3):
         progress.step("solved 53%")
+        progress.next_line -= LINE_EVERY_S
     lines = capsys.readouterr().out.splitlines()
     # 90 s for one step of three; then two of three; then no more
     assert lines == [
@@ -32,6 +33,15 @@ def test_without_a_terminal_each_step_is_a_line_with_the_remaining_time(capsys):
         "RLEF 4/5  solved 53%  ETA 0:00:45",
         "RLEF 5/5  solved 53%",
     ]
+
+
+def test_fast_steps_are_lines_at_intervals_and_the_first_and_last_always(capsys):
+    progress = StepProgress("RLEF", done=0, total=100, shown=True)
+    for step in range(1, 101):
+        progress.next_line -= LINE_EVERY_S * (step == 40)
+        progress.step("solved 53%")
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["1/100", "40/100", "100/100"]
 
 
 def test_a_terminal_shows_phase_and_message_as_text():
