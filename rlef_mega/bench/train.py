@@ -14,14 +14,12 @@ from rlef_mega.bench.results import Figure, Results, shares
 from rlef_mega.bench.workload import describe_batch, random_batch, run_rank, workload
 from rlef_mega.config import TrainConfig
 from rlef_mega.engines.publish import publish
-from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import make_learner
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.directory import Clock
 from rlef_mega.targets import targets_of
-from rlef_mega.types import Batch, Targets
 
 REPEATS = 5
 LEARNING = ("pack", "score", "targets", "update")  # from episodes to new weights
@@ -45,12 +43,10 @@ def figures(measured: dict[str, Any]) -> tuple[Figure, ...]:
         seconds = [sum(times[part] for part in parts) for times in phases]
         return Figure(name, "tokens/s", tuple(tokens / s for s in seconds))
 
-    policy = tuple(tokens / seconds for seconds in measured["policy_alone"])
     return (
         speed("scoring: policy, reference, critic", "score"),
         speed("updating: policy and critic", "update"),
         speed("learning: pack, score, targets, update", *LEARNING),
-        Figure("policy alone: score with reference, update", "tokens/s", policy),
         *shares(phases),
     )
 
@@ -59,8 +55,9 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     learner = make_learner(config, Path(config.model.path), ranks)
     vocabulary = model_shape(config).vocabulary
     episodes = random_batch(config.rollout, vocabulary, config.run.seed)
-    phases, policy_alone = [], []
+    phases = []
     for _ in range(1 + REPEATS):
+        dist.barrier()  # all ranks begin together
         clock = Clock()
         with clock("pack"):
             batch = pack(episodes)
@@ -74,30 +71,11 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         with clock("publish"):
             publish(learner.policy_weights, None, version=0)
         phases.append(clock.lap())
-        dist.barrier()  # all ranks begin together
-        clock = Clock()
-        train_policy_alone(learner, batch, targets, order)
-        policy_alone.append(clock.lap()["step"])
-        dist.barrier()
     return {
         "batch": describe_batch(batch),
         "threads": torch.get_num_threads(),
         "phases": phases[1:],  # the first is the warm-up
-        "policy_alone": policy_alone[1:],
     }
-
-
-def train_policy_alone(
-    learner: Learner, batch: Batch, targets: Targets, order: torch.Tensor
-) -> None:
-    """Train as a trainer without a critic does: old and reference log-probs, then the policy's
-    updates."""
-    everything = learner.cutting.cut(batch, range(batch.num_sequences))
-    for model in (learner.policy, learner.reference):
-        if model is not None:
-            learner.outputs(model.chunks, everything, learner.read_logprobs)
-    for part in order.view(learner.ppo.updates_per_batch, -1).tolist():
-        learner.update_policy(batch, targets, part)
 
 
 if __name__ == "__main__":
