@@ -147,15 +147,6 @@ def score(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
     return torch.stack(outputs).sum()
 
 
-def score_in_two_calls(inputs: HeadInputs, plan: str = "") -> torch.Tensor:
-    """Return the same without the KL, by `linear_logprob` of each model."""
-    chosen = inputs.unmasked()
-    logprob = partial(with_plan("linear_logprob", plan), weight_VD=chosen.weight_VD)
-    policy = logprob(hidden_TD=chosen.hidden_TD, target_T=chosen.target_T)
-    reference = logprob(hidden_TD=chosen.hidden_TD.flip(0), target_T=chosen.target_T)
-    return torch.stack([*policy, reference[0]]).sum()
-
-
 # --------------------------------------------------------------------------------- plain PyTorch
 
 
@@ -306,5 +297,4 @@ METHODS = (
     Method("PyTorch, chunks of tokens", chunked_logits, (1, 4)),
     Method("PyTorch, logits stored", stored_logits, (1, 3)),
     *each_way("rlef scores and KL,", score, (2, None)),
-    *each_way("rlef scores, two calls,", score_in_two_calls, (2, None)),
 )
