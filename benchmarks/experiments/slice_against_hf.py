@@ -12,8 +12,9 @@ weights add up in bfloat16 over micro-batches, ours in fp32; no entropy is compu
 and moments are fp32 on both sides.
 
 One process. The peer must begin with our loss and gradient norm, or it is left out with the reason;
-this ensures that the same work is compared. Each round updates every side once, and a ratio is
-taken within a round, so that other work on the machine affects both.
+this ensures that the same work is compared. The sides are measured as the slice's own phases are:
+each round updates every side once, and a ratio is taken within a round, so that other work on the
+machine affects both.
 
 Shape suffixes: B sequences, L tokens of the longest, T tokens of a batch, R response tokens.
 """
@@ -23,7 +24,6 @@ import functools
 import gc
 import importlib
 import importlib.util
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,11 +39,17 @@ from transformers import LlamaForCausalLM
 
 from rlef_mega import ppo
 from rlef_mega.bench.kernel_methods import LIGER_CUTE
-from rlef_mega.bench.measure import wall_seconds
 from rlef_mega.bench.results import Figure, Results
-from rlef_mega.bench.slice import on_policy_targets, policy_update, slice_batch, slice_workload
+from rlef_mega.bench.slice import (
+    Phases,
+    measure_phases,
+    on_policy_targets,
+    policy_update,
+    slice_batch,
+    slice_workload,
+)
 from rlef_mega.bench.workload import describe_batch
-from rlef_mega.config import OptimizerConfig, TrainConfig
+from rlef_mega.config import TrainConfig
 from rlef_mega.megatron import parallel
 from rlef_mega.packing import spans
 from rlef_mega.parts import make_learner
@@ -52,7 +58,6 @@ from rlef_mega.types import Batch, Targets
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 MINUTES = 3.0  # after which no round is started
-ROUNDS = 7
 # The peer's bytes per parameter: weight and gradient in bfloat16, and main copy, its gradient and
 # two moments in fp32.
 PEER_BYTES = 20
@@ -170,35 +175,26 @@ def has_liger(device: torch.device) -> bool:
 
 
 class HuggingFacePolicy:
-    """A model and its optimizer; `update` makes the step that `Learner.update_policy` makes."""
+    """A recipe's model and its optimizer; `update` makes the step that `Learner.update_policy`
+    makes."""
 
-    def __init__(
-        self,
-        folder: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        optimizer: OptimizerConfig,
-        *,
-        token_budget: int,
-        temperature: float,
-        clip_eps: float,
-        recompute: bool = False,
-    ) -> None:
-        self.device, self.dtype, self.token_budget = device, dtype, token_budget
-        self.temperature, self.clip_eps = temperature, clip_eps
-        self.clip_grad = optimizer.clip_grad or float("inf")
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.dtype, optimizer = getattr(torch, config.model.dtype), config.learner.policy
+        model = LlamaForCausalLM.from_pretrained(
+            config.model.path, dtype=self.dtype, attn_implementation="sdpa"
+        )
         if has_liger(device):
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False)
         torch.nn.Module.to(model, device)
         self.model = model.train()
-        if recompute:
+        if config.model.recompute == "full":
             self.model.gradient_checkpointing_enable()
         self.weights = list(self.model.parameters())
         self.main = self.weights
-        if dtype == torch.bfloat16:
+        if self.dtype == torch.bfloat16:
             self.main = [weight.detach().float() for weight in self.weights]
         groups: list[dict[str, Any]] = [
             {"params": [weight for weight in self.main if weight.dim() > 1]},
@@ -228,7 +224,8 @@ class HuggingFacePolicy:
             weight.grad = None
         tokens = batch.num_actions
         total = torch.zeros((), device=self.device)
-        for part in peer_batches(batch, targets, self.token_budget, self.device):
+        budget = self.config.learner.microbatch_tokens
+        for part in peer_batches(batch, targets, budget, self.device):
             loss = self.loss(part, HEADS[head], tokens)
             loss.backward()
             total += loss.detach()
@@ -236,19 +233,21 @@ class HuggingFacePolicy:
             for main, weight in zip(self.main, self.weights, strict=True):
                 main.grad = None if weight.grad is None else weight.grad.float()
                 weight.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(self.main, self.clip_grad)
+        clip_grad = self.config.learner.policy.clip_grad or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.main, clip_grad)
         return {"policy_loss": float(total), "policy_grad_norm": float(norm)}
 
     def loss(self, part: PeerBatch, head: Head, tokens: int) -> torch.Tensor:
         outputs = self.model.model(part.token_ids_BL, use_cache=False)
         hidden_RD = outputs.last_hidden_state.flatten(0, 1)[part.rows_R]
-        logprobs_R = head(hidden_RD, self.model.lm_head.weight, part.ids_R, self.temperature)
+        temperature = self.config.rollout.temperature
+        logprobs_R = head(hidden_RD, self.model.lm_head.weight, part.ids_R, temperature)
         loss, _ = ppo.policy_loss(
             logprobs_R,
             part.old_R,
             part.behaviour_R,
             part.advantages_R,
-            clip_eps=self.clip_eps,
+            clip_eps=self.config.ppo.clip_eps,
             denominator=tokens,
         )
         return loss
@@ -270,7 +269,7 @@ def main() -> None:
         found = measure(work.config, ranks, asked.minutes)
         about = work.about(
             recompute=asked.recompute,
-            **{name: found[name] for name in ("batch", "peer", "first")},
+            **{name: found[name] for name in ("batch", "peer", "first", "memory")},
         )
         parallel.shutdown(ranks)
     notes = tuple(f"not measured: {what}" for what in found["unmeasured"])
@@ -302,16 +301,7 @@ def measure(config: TrainConfig, ranks: parallel.Ranks, minutes: float = MINUTES
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
-    peer = HuggingFacePolicy(
-        Path(config.model.path),
-        ranks.device,
-        getattr(torch, config.model.dtype),
-        config.learner.policy,
-        token_budget=config.learner.microbatch_tokens,
-        temperature=config.rollout.temperature,
-        clip_eps=config.ppo.clip_eps,
-        recompute=config.model.recompute == "full",
-    )
+    peer = HuggingFacePolicy(config, ranks.device)
     heads, with_liger = ["logits"], "without Liger"
     if has_liger(ranks.device):
         heads, with_liger = list(HEADS), f"with Liger {version('liger-kernel')}"
@@ -320,7 +310,7 @@ def measure(config: TrainConfig, ranks: parallel.Ranks, minutes: float = MINUTES
     return {
         "batch": describe_batch(batch),
         "peer": f"Hugging Face {with_liger}",
-        **compare_updates(update, peer, batch, targets, heads, rounds=ROUNDS, deadline=deadline),
+        **compare_updates(update, peer, batch, targets, heads, deadline),
     }
 
 
@@ -330,15 +320,13 @@ def compare_updates(
     batch: Batch,
     targets: Targets,
     heads: Sequence[str],
-    *,
-    rounds: int,
     deadline: float,
 ) -> dict[str, Any]:
-    """Return each side's seconds per update, one sample per round; the first losses and gradient
-    norms; and what was not measured, with the reason."""
+    """Return each side's seconds per update, one sample per round, and memory; the first losses and
+    gradient norms; and what was not measured, with the reason."""
     first = {OURS: our_update()}
     unmeasured = []
-    sides: dict[str, Callable[[], object]] = {OURS: our_update}
+    sides: Phases = {OURS: our_update}
     # all gradients before the first update of the peer's weights
     for head in heads:
         name = f"Hugging Face, head: {head}"
@@ -355,17 +343,8 @@ def compare_updates(
             unmeasured.append(f"{name}: {difference}")
         else:
             sides[name] = partial(peer.update, batch, targets, head)
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    if len(sides) > 1:
-        for update in sides.values():
-            update()  # compiles, and makes the optimizers' state
-        orders = itertools.cycle(itertools.permutations(sides))
-        for _ in range(rounds):
-            if time.monotonic() > deadline:
-                break
-            for name in next(orders):
-                samples[name].append(wall_seconds(sides[name], peer.device))
-    return {"seconds": samples, "first": first, "unmeasured": unmeasured}
+    measured = measure_phases(sides, peer.device, deadline)
+    return {"first": first, "unmeasured": unmeasured, **measured}
 
 
 def differs(theirs: dict[str, float], ours: dict[str, float], dtype: torch.dtype) -> str:

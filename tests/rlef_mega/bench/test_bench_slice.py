@@ -4,6 +4,7 @@ of both on the CPU. Speeds are not asserted.
 
 import dataclasses
 import itertools
+import json
 import math
 import time
 from pathlib import Path
@@ -23,7 +24,6 @@ from rlef_mega.bench.results import Results
 from rlef_mega.bench.workload import fill_microbatches, random_episodes
 from rlef_mega.config import (
     ConfigError,
-    OptimizerConfig,
     ParallelConfig,
     PPOConfig,
     RolloutConfig,
@@ -67,11 +67,16 @@ def work():
 PEER = "Hugging Face, head: logits"
 
 
-def peer_of(folder, dtype=torch.float32, lr=1e-3, token_budget=512):
-    optimizer = OptimizerConfig(lr=lr, warmup_updates=0)
-    return HuggingFacePolicy(
-        folder, CPU, dtype, optimizer, token_budget=token_budget, temperature=0.7, clip_eps=0.2
+def peer_of(folder, dtype="float32", lr=1e-3, token_budget=512):
+    settings = (
+        f"model.path={json.dumps(str(folder))}",
+        f"model.dtype={dtype}",
+        f"learner.policy.lr={lr}",
+        "learner.policy.warmup_updates=0",
+        f"learner.microbatch_tokens={token_budget}",
+        "rollout.temperature=0.7",
     )
+    return HuggingFacePolicy(load_config(find_recipe("demo"), settings, TrainConfig), CPU)
 
 
 def expected_loss(folder, batch, targets) -> float:
@@ -115,7 +120,7 @@ def test_the_peer_computes_the_learners_loss(model_folder, work):
 
 
 def test_a_peer_in_bfloat16_keeps_main_weights_in_fp32(model_folder, work):
-    peer = peer_of(model_folder, torch.bfloat16, lr=1e-5)
+    peer = peer_of(model_folder, "bfloat16", lr=1e-5)
     before = [main.clone() for main in peer.main]
     peer.update(*work, "logits")
     for weight, main, old in zip(peer.weights, peer.main, before, strict=True):
@@ -126,19 +131,18 @@ def test_a_peer_in_bfloat16_keeps_main_weights_in_fp32(model_folder, work):
 
 
 def test_a_peer_that_does_other_work_or_fails_or_is_late_is_left_out_with_the_reason(
-    model_folder, work
+    model_folder, work, monkeypatch
 ):
+    monkeypatch.setattr(slice_of_model, "REPEATS", 2)
     batch, targets = work
     right = peer_of(model_folder).gradients(batch, targets, "logits")
 
     def compare(ours, heads=("logits",), deadline=math.inf):
         peer = peer_of(model_folder)
-        return compare_updates(
-            lambda: ours, peer, batch, targets, heads, rounds=3, deadline=deadline
-        )
+        return compare_updates(lambda: ours, peer, batch, targets, heads, deadline)
 
     found = compare(right)
-    assert {name: len(times) for name, times in found["seconds"].items()} == {"ours": 3, PEER: 3}
+    assert {name: len(times) for name, times in found["seconds"].items()} == {"ours": 2, PEER: 2}
     assert found["unmeasured"] == []
     for name, factor in (("policy_loss", 1.5), ("policy_grad_norm", 3)):
         found = compare({**right, name: factor * right[name]})
@@ -299,7 +303,7 @@ def test_a_slice_is_measured_phase_by_phase(ranks, monkeypatch):
 
 def test_our_update_is_measured_against_the_peers(ranks, monkeypatch):
     """Both begin with the same loss, or the peer would be left out."""
-    monkeypatch.setattr(slice_against_hf, "ROUNDS", 2)
+    monkeypatch.setattr(slice_of_model, "REPEATS", 2)
     monkeypatch.setattr(slice_of_model, "MICROBATCHES", 2)
     monkeypatch.setattr(slice_of_model, "CPU_TOKENS", 512)
     with slice_of_model.slice_workload("demo", "1", "none", beside=20) as work:
