@@ -73,43 +73,27 @@ NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class PeerBatch:
-    """One forward pass: ids padded with zeros, and the constants of the loss at its response
-    tokens."""
+    """One forward pass: ids padded with zeros, and its response tokens, by their index in the
+    flat ids and among the batch's actions."""
 
     token_ids_BL: torch.Tensor
-    rows_R: torch.Tensor  # into the flat hidden states, one before each response token
-    ids_R: torch.Tensor
-    old_R: torch.Tensor
-    behaviour_R: torch.Tensor
-    advantages_R: torch.Tensor
+    responses_R: torch.Tensor
+    actions_R: torch.Tensor
 
 
-def peer_batches(
-    batch: Batch, targets: Targets, token_budget: int, device: torch.device
-) -> Iterator[PeerBatch]:
+def peer_batches(batch: Batch, token_budget: int, device: torch.device) -> Iterator[PeerBatch]:
     """Cut the batch into micro-batches of at most `token_budget` tokens, padding included."""
     is_response_T = torch.zeros(batch.num_tokens, dtype=torch.bool)
     is_response_T[batch.action_positions_A] = True
     for sequences in similar_lengths(batch.cu_seqlens.diff().tolist(), token_budget):
-
-        def padded(values_T: torch.Tensor, sequences: list[int] = sequences) -> torch.Tensor:
-            pieces = [values_T[spans(batch.cu_seqlens, [index])] for index in sequences]
-            return pad_sequence(pieces, batch_first=True)
-
-        ids_BL = padded(batch.token_ids_T)
-        responses_R = padded(is_response_T).flatten().nonzero()[:, 0]
+        places = [spans(batch.cu_seqlens, [index]) for index in sequences]
+        ids_BL, is_response_BL = (
+            pad_sequence([values_T[place_L] for place_L in places], batch_first=True)
+            for values_T in (batch.token_ids_T, is_response_T)
+        )
+        responses_R = is_response_BL.flatten().nonzero()[:, 0]
         actions_R = spans(batch.action_bounds, sequences)
-        constants = (
-            ids_BL.flatten()[responses_R],
-            targets.old_logprobs_A[actions_R],
-            batch.behaviour_logprobs_A[actions_R],
-            targets.advantages_A[actions_R],
-        )
-        yield PeerBatch(
-            ids_BL.to(device),
-            (responses_R - 1).to(device),
-            *(tensor_R.to(device) for tensor_R in constants),
-        )
+        yield PeerBatch(ids_BL.to(device), responses_R.to(device), actions_R.to(device))
 
 
 def similar_lengths(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -222,11 +206,11 @@ class HuggingFacePolicy:
         """Compute the clipped gradients of all micro-batches. Returns loss and gradient norm."""
         for weight in self.weights:
             weight.grad = None
-        tokens = batch.num_actions
+        of_all = (targets.old_logprobs_A, batch.behaviour_logprobs_A, targets.advantages_A)
+        constants = [values_A.to(self.device) for values_A in of_all]
         total = torch.zeros((), device=self.device)
-        budget = self.config.learner.microbatch_tokens
-        for part in peer_batches(batch, targets, budget, self.device):
-            loss = self.loss(part, HEADS[head], tokens)
+        for part in peer_batches(batch, self.config.learner.microbatch_tokens, self.device):
+            loss = self.loss(part, constants, HEADS[head])
             loss.backward()
             total += loss.detach()
         if self.main is not self.weights:
@@ -237,18 +221,19 @@ class HuggingFacePolicy:
         norm = torch.nn.utils.clip_grad_norm_(self.main, clip_grad)
         return {"policy_loss": float(total), "policy_grad_norm": float(norm)}
 
-    def loss(self, part: PeerBatch, head: Head, tokens: int) -> torch.Tensor:
+    def loss(self, part: PeerBatch, constants: Sequence[torch.Tensor], head: Head) -> torch.Tensor:
+        """Return a micro-batch's part of the loss. `constants` are all actions' old log-probs,
+        behaviour log-probs and advantages."""
         outputs = self.model.model(part.token_ids_BL, use_cache=False)
-        hidden_RD = outputs.last_hidden_state.flatten(0, 1)[part.rows_R]
+        hidden_RD = outputs.last_hidden_state.flatten(0, 1)[part.responses_R - 1]
+        ids_R = part.token_ids_BL.flatten()[part.responses_R]
         temperature = self.config.rollout.temperature
-        logprobs_R = head(hidden_RD, self.model.lm_head.weight, part.ids_R, temperature)
+        logprobs_R = head(hidden_RD, self.model.lm_head.weight, ids_R, temperature)
         loss, _ = ppo.policy_loss(
             logprobs_R,
-            part.old_R,
-            part.behaviour_R,
-            part.advantages_R,
+            *(values_A[part.actions_R] for values_A in constants),
             clip_eps=self.config.ppo.clip_eps,
-            denominator=tokens,
+            denominator=len(constants[0]),
         )
         return loss
 
