@@ -259,7 +259,7 @@ def evaluate(
     run_evaluation(EvalRequest(**asked, grading_token=sandbox_token()))
 
 
-data_commands = typer.Typer(no_args_is_help=True, help="Inspect problems.")
+data_commands = typer.Typer(no_args_is_help=True)
 app.add_typer(data_commands, name="data")
 
 

@@ -69,8 +69,8 @@ def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
     KL(pi_b || pi_old) of a token. `staleness` counts tokens by how many versions they are behind.
     `mixed_fraction` is the share of episodes that more than one version sampled.
     """
-    difference_A = (scores.old_logprobs_A - batch.behaviour_logprobs_A).double()
-    ratio_A = difference_A.exp()
+    log_ratio_A = (scores.old_logprobs_A - batch.behaviour_logprobs_A).double()
+    ratio_A = log_ratio_A.exp()
     lag_A = version - batch.weight_versions_A
     episode_A = batch.episode_of_turn_N[batch.turn_of_action_A]
     zero_E = torch.zeros(batch.num_sequences, dtype=torch.int64)
@@ -84,7 +84,7 @@ def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
         "mixed_fraction": float((least_E != most_E).double().mean()),
         "effective_sample_size": float(ratio_A.sum() ** 2 / (ratio_A.numel() * (ratio_A**2).sum())),
         "truncated_fraction": float((ratio_A > TRUNCATED).double().mean()),
-        "behaviour_k3": float((difference_A.expm1() - difference_A).mean()),
+        "behaviour_k3": float((log_ratio_A.expm1() - log_ratio_A).mean()),
     }
 
 

@@ -190,7 +190,7 @@ def open_engine(
         logs=server_logs(config),
         release_memory=servers.release_memory,
         take_over=True,  # servers that this run used when it was killed
-        told=() if ranks.is_writer else from_rank_0([]),
+        infos=() if ranks.is_writer else from_rank_0([]),
     ) as engine:
         if ranks.is_writer:
             from_rank_0(engine.infos)

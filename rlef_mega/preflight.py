@@ -171,20 +171,23 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
             f"problems, not divisible by {config.world_size} processes, each of which drives its "
             "share of the dialogues"
         )
-    parallel, updates = config.parallel, config.ppo.updates_per_batch
-    sequences = config.rollout.episodes_per_batch // updates
+    if config.critic_parallel:
+        critic = layout_words(config.critic_parallel) + ", ranks of its own"
+    elif config.ppo.advantage == "critic":
+        critic = "on the policy's ranks"
+    else:
+        samples = rollout.samples_per_problem
+        critic = f"none: {config.ppo.advantage}, {samples} dialogues of a problem"
+    updates = config.ppo.updates_per_batch
     return {
         "model": config.model.path,
         **asdict(shape),
         "world size": config.world_size,
-        "layout": layout_words(parallel),
-        "critic": layout_words(config.critic_parallel) + ", ranks of its own"
-        if config.critic_parallel
-        else "on the policy's ranks"
-        if config.ppo.advantage == "critic"
-        else f"none: {config.ppo.advantage}, {rollout.samples_per_problem} dialogues of a problem",
+        "layout": layout_words(config.parallel),
+        "critic": critic,
         "rollouts per batch": rollout.episodes_per_batch,
-        "updates": f"{config.run.steps * updates:,} of {sequences} sequences",
+        "updates": f"{config.run.steps * updates:,} of {rollout.episodes_per_batch // updates} "
+        "sequences",
     }
 
 

@@ -139,8 +139,8 @@ def check_quota(folder: Path, wanted_gib: float) -> Iterator[str]:
 
 
 def check_limits(connections: int) -> Iterator[str]:
-    """Check the limits of processes that srun starts here: rank 0 has a connection from each rank,
-    and a crash must not write core files."""
+    """Yield a fault if processes that srun starts here may open too few files (rank 0 has a
+    connection from each rank), or would write core files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files < connections:
         yield (
@@ -166,7 +166,7 @@ def check_caches(folder: str) -> Iterator[str]:
 
 
 def check_isolation(level: str) -> Iterator[str]:
-    """Check the isolation layers that the sandbox requires."""
+    """Yield a fault if this node lacks an isolation layer that the sandbox requires at `level`."""
     if not level:
         return
     command = [sys.executable, "-P", "-m", "rlef_sandbox", "--isolation", level, "doctor"]

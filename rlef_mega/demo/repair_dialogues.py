@@ -24,7 +24,7 @@ Task = tuple[Problem, dict[str, Graded]]  # programs with their outcomes, the so
 
 
 def repair_dialogues(start: int, count: int, seed: int = 0) -> list[tuple[str, list[str]]]:
-    """Return dialogues `start` to `start + count` of an endless series.
+    """Return `count` dialogues of an endless series, from number `start` on.
 
     Each is a pair: the prefix of all its responses, which belongs to the prompt, and its messages,
     user and assistant in turn. It depends on its number and the seed alone.

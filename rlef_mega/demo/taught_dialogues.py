@@ -25,8 +25,8 @@ CORRUPTED = 0.04  # no valid code
 
 
 def sft_dialogues(start: int, count: int, seed: int = 0) -> list[list[str]]:
-    """Return dialogues `start` to `start + count` of an endless series; in each, user and assistant
-    alternate.
+    """Return `count` dialogues of an endless series, from number `start` on; in each, user and
+    assistant alternate.
 
     A dialogue depends on its number and the seed alone, so the stage can resume at any step.
     """

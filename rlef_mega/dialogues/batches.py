@@ -47,7 +47,7 @@ class NumberedDialogues:
     ) -> None:
         self.problems, self.loop, self.batch, self.seed = problems, loop, batch, seed
         self.samples = samples
-        self.drawn: dict[int, list[Problem]] = {}  # by step, for the last few steps
+        self.drawn: dict[int, list[Problem]] = {}  # by step, for the last 8 steps
 
     def of_step(self, step: int) -> list[Problem]:
         """Return the problems of the dialogues (step - 1) * batch to step * batch - 1."""

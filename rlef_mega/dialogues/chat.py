@@ -105,6 +105,7 @@ class ChatFormat:
             end = max((text.rfind(c) + len(c) for c in added if c in text), default=0)
             return encode_controls(tokenizer, text[:end]), text[end:]
 
+        # begin, user header, plain text; end of turn, between, user header, plain text
         (first, lead), (later, later_lead) = cut(opening), cut(following)
         controls = [n for n, token in enumerate(later) if token in added.values()]
         user = later[controls[1] :] if len(controls) > 1 else ()

@@ -25,7 +25,7 @@ def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None
     drops = problems.drops if isinstance(problems, ProblemStore) else ()
     console = Console(emoji=False)  # else `:train` of a source could become an emoji
     table = Table("what", "found", title=source)
-    for what, found in summarize(problems, length_of(tokenizer)).items():
+    for what, found in summarize(problems, *length_of(tokenizer)).items():
         table.add_row(what, str(found))
     for reason, count in Counter(drop.reason for drop in drops).most_common():
         table.add_row(f"dropped: {reason}", str(count))
@@ -62,15 +62,16 @@ def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str], int]]:
 
 
 def summarize(
-    problems: Sequence[Problem], unit: tuple[str, Callable[[str], int]]
+    problems: Sequence[Problem], unit: str, length: Callable[[str], int]
 ) -> dict[str, Any]:
-    """Return the rows of the table. Only one problem is in memory at a time."""
+    """Return the rows of the table, with prompts of `length` in `unit`. Only one problem is in
+    memory at a time."""
     lengths, public, private = list[int](), list[int](), list[int]()
     times, memories = Counter[float](), Counter[int]()
     families, tags = Counter[str](), Counter[str]()
     for problem in problems:
         prompt = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
-        lengths.append(unit[1](prompt))
+        lengths.append(length(prompt))
         times[problem.limits.cpu_s] += 1
         memories[problem.limits.memory_bytes >> 20] += 1
         public.append(len(problem.public_tests))
@@ -86,7 +87,7 @@ def summarize(
         "tests of a problem": quantiles(list(map(sum, zip(public, private, strict=True)))),
         "time limits in s": most_common(times),
         "memory limits in MiB": most_common(memories),
-        f"prompt in {unit[0]}": quantiles(lengths),
+        f"prompt in {unit}": quantiles(lengths),
         "with an image": tags["image"],
         "with multiple answers": tags["multiple answers"],
     }

@@ -188,16 +188,16 @@ class DialogueLoop:
         budget = min(room, self.rules.feedback_tokens or room)
         limit: int | None = None
         while True:
-            told = choose_feedback(problem, turn.verdict, self.rules, seed, limit)
+            text = choose_feedback(problem, turn.verdict, self.rules, seed, limit)
             ended = turn.completion.finish_reason == "stop"
-            observed = self.chat.observe(told, ended, begun)
-            shortest = limit is not None and len(told) > limit
+            observed = self.chat.observe(text, ended, begun)
+            shortest = limit is not None and len(text) > limit
             if len(observed) <= (room if shortest else budget):
                 return observed
             if shortest:
                 return None
             # a tenth less than in proportion: the tokens around the text do not shrink with it
-            limit = len(told) * max(budget, 0) * 9 // (len(observed) * 10)
+            limit = len(text) * max(budget, 0) * 9 // (len(observed) * 10)
 
 
 def first_context(problem: Problem, chat: ChatFormat) -> tuple[tuple[int, ...], str]:

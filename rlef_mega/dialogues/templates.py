@@ -107,8 +107,8 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
 
 def response_start(statement: str, template: str) -> str:
     """Return the text with which every response begins and which the model continues (RLEF C.4):
-    the problem's code in an open block; empty for most templates. The paper does not say
-    whether later responses begin with it too; ours do, so that all are parsed in the same way."""
+    the problem's code in an open block; empty for most templates. The paper does not say whether
+    later responses begin with it too; ours do, so that all are parsed in the same way."""
     return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
 
 
@@ -135,11 +135,11 @@ def feedback(
         lines = [describe(o, wording) for o in shown[: wording.max_tests]]
     else:
         lines = ["- " + traced(fault or "No code block found.", wording)]
-    told = "\n".join(lines)
+    results = "\n".join(lines)
     if max_characters is not None:
         frame = len(wording.failed) + len(closing(wording)) + 2
-        told = clip(told, max(LEAST_CHARACTERS, max_characters - frame), cut)
-    return "\n".join([wording.failed, told, closing(wording)])
+        results = clip(results, max(LEAST_CHARACTERS, max_characters - frame), cut)
+    return "\n".join([wording.failed, results, closing(wording)])
 
 
 def feedback_withheld(template: str) -> str:

@@ -15,7 +15,7 @@ cache, V vocabulary, K most tokens that a row may sample.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -114,10 +114,10 @@ def pad_left(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (token_ids, position_ids, is_token), each [G, P]. Positions count from 0 at a prompt's
     start. The id of padding, 0, has no effect."""
-    lengths_G = numpy.array([len(request.token_ids) for request in requests])
-    columns_P = numpy.arange(lengths_G.max())
+    lengths_G = np.array([len(request.token_ids) for request in requests])
+    columns_P = np.arange(lengths_G.max())
     position_ids_GP = columns_P - (lengths_G.max() - lengths_G)[:, None]
-    token_ids_GP = numpy.zeros(position_ids_GP.shape, dtype=numpy.int64)
+    token_ids_GP = np.zeros(position_ids_GP.shape, dtype=np.int64)
     token_ids_GP[position_ids_GP >= 0] = [i for request in requests for i in request.token_ids]
     return (
         torch.from_numpy(token_ids_GP),
@@ -218,7 +218,7 @@ def decode_mask(
 
 def uniforms_of(rows: Sequence[BatchRow]) -> torch.Tensor:
     """Return the uniform numbers of each row's request, [B, K]; 0 beyond a row's own limit."""
-    uniforms_BK = numpy.zeros((len(rows), max(row.limit for row in rows)))
+    uniforms_BK = np.zeros((len(rows), max(row.limit for row in rows)))
     for uniforms_K, row in zip(uniforms_BK, rows, strict=True):
         uniforms_K[: row.limit] = request_uniforms(row.request.seed, row.limit)
     return torch.from_numpy(uniforms_BK)

@@ -7,13 +7,13 @@ are as independent as any others.
 Shape suffixes: B rows of a batch, V vocabulary.
 """
 
-import numpy
+import numpy as np
 import torch
 
 
-def request_uniforms(seed: int, count: int) -> numpy.ndarray:
+def request_uniforms(seed: int, count: int) -> np.ndarray:
     """Return u_0 .. u_(count - 1) in [0, 1), a prefix of those for a larger count."""
-    return numpy.random.Generator(numpy.random.Philox(key=seed)).random(count)
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
 def sample(

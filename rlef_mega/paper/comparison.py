@@ -5,9 +5,11 @@ Every run is an `rlef` command in a folder of its own under OUT. A finished run 
 the same command resumes the comparison. All runs share the base model, the problems and the number
 of updates. Seeds differ in the problems drawn, in sampling and in the critic's head.
 
+    OUT/asked.json           the settings of all runs; a command with others is refused
     OUT/RUN-SEED/            the runs
+    OUT/eval/                the evaluations of longer dialogues, for the turn budgets
     OUT/reproduce.json       rates of every seed, and the table's means with their intervals
-    OUT/reproduce.md, .png   the table, the turn budgets
+    OUT/reproduce.md, .png   the table; a plot of the turn budgets
 
 Intervals resample seeds and problems. With one seed they cover other problems, but not other runs.
 """

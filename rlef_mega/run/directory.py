@@ -75,7 +75,7 @@ class RunDirectory:
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.stop_request = path / "stop"
-        self.lock_file: TextIO | None = None
+        self.held_lock: TextIO | None = None
         self.waiting: list[str] = []  # lines that a full disk did not take yet
 
     def lock(self) -> None:
@@ -84,18 +84,19 @@ class RunDirectory:
         Raises RuntimeError if another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock_file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+        file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open until the process ends
         try:
-            lock_file(self.lock_file)
+            lock_file(file)
         except BlockingIOError:
-            self.lock_file.seek(0)
-            holder = self.lock_file.read().strip() or "unknown"
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
             raise RuntimeError(
                 f"{self.path} is in use by process {holder}; stop it or choose another run.dir"
             ) from None
-        self.lock_file.truncate(0)
-        self.lock_file.write(str(os.getpid()))
-        self.lock_file.flush()
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self.held_lock = file
 
     def note_progress(self, text: str) -> None:
         """Write the current phase into the file `progress`.
@@ -138,6 +139,7 @@ class RunDirectory:
         write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
 
     def write_episodes(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Write a compressed file with a line of JSON for each episode; on a full disk, skip it."""
         text = "".join(json.dumps(record) + "\n" for record in records)
         with warn_if_disk_is_full(f"{self.path / name} is skipped"):
             write_atomically(self.path / name, zstandard.compress(text.encode()))

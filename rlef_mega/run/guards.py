@@ -24,8 +24,8 @@ def most_frequent(reasons: Mapping[str, int]) -> str:
     """Return the three most frequent reasons with their counts, and how many others there are."""
     shown = Counter(reasons).most_common(3)
     others = sum(reasons.values()) - sum(count for _, count in shown)
-    told = [f"{count} x {reason}" for reason, count in shown]
-    return "; ".join([*told, *([f"{others} for other reasons"] if others else [])])
+    parts = [f"{count} x {reason}" for reason, count in shown]
+    return "; ".join([*parts, *([f"{others} for other reasons"] if others else [])])
 
 
 class GuardError(RuntimeError):
@@ -58,10 +58,9 @@ class Guards:
     def alarms(self, record: dict[str, Any]) -> list[str]:
         """Return a message for each number that is near its limit, or beyond a limit that `check`
         applies only to the mean of several steps."""
-        gaps = self.gaps(record)
         messages = [
             f"{name} = {gap:.3g} is over half of what is allowed, {limit}"
-            for name, gap, limit in gaps
+            for name, gap, limit in self.gaps(record)
             if limit / 2 < gap <= limit
         ]
         size, least = record["effective_sample_size"], self.limits.min_effective_sample_size

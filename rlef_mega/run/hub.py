@@ -86,7 +86,7 @@ def is_whole(folder: Path, files: Sequence[str]) -> bool:
 
 
 def explain(name: str, error: Exception) -> str:
-    """Say why the hub did not give the model, and what to do."""
+    """Return why the model could not be downloaded, and what to do."""
     login = "log in by `hf auth login`, or set HF_TOKEN"
     match error:
         case GatedRepoError():

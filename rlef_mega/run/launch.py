@@ -118,16 +118,15 @@ def launch(module: str, run_dir: Path, *layouts: ParallelConfig, uses_ipc: bool 
     GPUs but fewer than ranks.
     """
     processes = sum(layout.world_size for layout in layouts)
-    check_gpus(processes, layouts[0])
+    check_gpu_count(processes, layouts[0])
     outlive_output()
     stop_file = run_dir / "stop"
     for left_behind in (stop_file, run_dir / FAILURE_MARK):
         left_behind.unlink(missing_ok=True)
-    cores = len(os.sched_getaffinity(0))
     environment = {**gpu_settings(uses_ipc), **os.environ, "PYTHONUNBUFFERED": "1"}
     if os.environ.get("OMP_NUM_THREADS", "0").strip() in ("", "0"):
         # more threads than cores cost time
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // processes))
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     print(f"starting {processes} ranks of {module} in {run_dir}", flush=True)
     # an agent (`run_agent`) starts the ranks
     command = [*PYTHON, "-m", "rlef_mega.run.launch", str(processes), module, str(run_dir)]
@@ -152,8 +151,9 @@ def launch(module: str, run_dir: Path, *layouts: ParallelConfig, uses_ipc: bool 
         stop_file.unlink(missing_ok=True)
 
 
-def check_gpus(processes: int, layout: ParallelConfig) -> None:
-    """Raise ConfigError if this machine has GPUs, but not one for each rank."""
+def check_gpu_count(processes: int, layout: ParallelConfig) -> None:
+    """Raise ConfigError if this machine has GPUs, but not one for each rank. `layout` is the
+    policy's, for the remedy."""
     import torch  # here, because commands that start no ranks do without it
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else processes
@@ -239,8 +239,8 @@ def worker_main(work: Callable[[Path], int]) -> None:
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
             where = "" if rank == "0" else f" on rank {rank}"
             hint = "(RLEF_TRACEBACK=1 shows where)"
-            said = explain_memory(error, rank) or explain_error(error)
-            print(f"error{where}: {said}\n{hint}", file=sys.stderr, flush=True)
+            message = explain_memory(error, rank) or explain_error(error)
+            print(f"error{where}: {message}\n{hint}", file=sys.stderr, flush=True)
         code = FAILED
     sys.stdout.flush()
     os._exit(code)  # not through destructors of process groups whose peers may be gone
@@ -255,8 +255,8 @@ def explain_memory(error: Exception, rank: str) -> str | None:
         return None
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PHASE)]
     phase = notes[-1].removeprefix(PHASE) if notes else "start"  # the outermost
-    said = str(error).partition(" If reserved but")[0]
-    return f"rank {rank}, phase {phase}: {said} {MEMORY_REMEDIES.get(phase, SHARD)}"
+    message = str(error).partition(" If reserved but")[0]
+    return f"rank {rank}, phase {phase}: {message} {MEMORY_REMEDIES.get(phase, SHARD)}"
 
 
 def collect_garbage_by_hand() -> None:
@@ -319,9 +319,9 @@ def dump_stacks_when_asked() -> None:
 
 
 def fails_first(mark: Path, error: Exception) -> bool:
-    """Return whether this rank is the first of its launch to fail, by creating the file `mark` with
-    the error's type. Other ranks then fail for the same reason or because of it, and print nothing.
-    The launcher removes the mark before it starts ranks."""
+    """Return whether this rank is the first of its launch to fail: the first creates the file
+    `mark`, with the error's type. Other ranks fail for the same reason or because of it, and print
+    nothing. The launcher removes the mark before it starts ranks."""
     try:
         with mark.open("x", encoding="utf-8") as file:
             file.write(type(error).__name__)

@@ -48,7 +48,7 @@ def holds_weights(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in (INDEX, ONE_FILE, *OTHER_FILES))
 
 
-def open_safetensors(path: Path):
+def open_safetensors(path: Path) -> safe_open:
     """Open a file after verifying its header and its size. Raises ConfigError for a missing or
     damaged one."""
     if not path.is_file():

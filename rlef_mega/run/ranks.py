@@ -80,7 +80,7 @@ def my_share(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def gather(mine: Item) -> list[Item]:
-    """Gather one object from each rank. Returns them in rank order, on every rank."""
+    """Gather one object from each rank. Returns them in rank order, on every rank. Collective."""
     if not dist.is_initialized():
         return [mine]
     everyone: list[Item | None] = [None] * dist.get_world_size()
@@ -89,7 +89,7 @@ def gather(mine: Item) -> list[Item]:
 
 
 def from_rank_0(mine: Item) -> Item:
-    """Return rank 0's object on every rank."""
+    """Return rank 0's object on every rank. Collective."""
     if not dist.is_initialized():
         return mine
     sent = [mine]
@@ -99,7 +99,7 @@ def from_rank_0(mine: Item) -> Item:
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Run the block on rank 0, then on the other ranks."""
+    """Run the block on rank 0, then on the other ranks. Collective."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     if not first:
         from_rank_0(None)
@@ -115,7 +115,7 @@ def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Return whether the flag is set on any rank, so that all ranks decide the same."""
+    """Return whether the flag is set on any rank, so that all ranks decide the same. Collective."""
     if not dist.is_initialized():
         return flag
     flags = torch.tensor(int(flag))

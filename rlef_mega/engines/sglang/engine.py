@@ -2,8 +2,8 @@
 
 Theory of operation. Servers are processes of their own, on this node or others. An event loop in a
 thread of its own (`sglang-client`) holds the connections and the fleet (fleet.py); it outlives the
-rollouts' event loops, one per step. A dialogue's coroutine hands its request to that loop
-and waits for an answer, or for EngineError after several servers were tried.
+rollouts' event loops, one per step. A dialogue's coroutine hands its request to that loop and waits
+for an answer, or for EngineError after several servers were tried.
 
 Each process with rollouts has an engine for the same servers. One of them publishes: it blocks in
 `update_weights` until all ready servers have the verified weights. The others wait, and check no
@@ -68,8 +68,8 @@ class SGLangEngine(LivesInLoop):
     (`ServersConfig.publish`) this engine publishes to them ("disk" through `weights_folder`);
     without it, another process does. With `release_memory` servers free theirs in `rest`.
     `take_over` allows servers that another process published to. `logs` is the folder that `rlef
-    serve` writes logs to. `told` is the `infos` of another process's engine for the same servers,
-    which are then not asked again.
+    serve` writes logs to. With `infos`, those of another process's engine for the same servers, the
+    servers are not asked again.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SGLangEngine(LivesInLoop):
         logs: Path | None = None,
         release_memory: bool = False,
         take_over: bool = False,
-        told: Sequence[ServerInfo] = (),
+        infos: Sequence[ServerInfo] = (),
     ) -> None:
         if len(set(urls)) != len(urls):
             raise ValueError(f"a server is named twice in {list(urls)}; name each once")
@@ -91,7 +91,7 @@ class SGLangEngine(LivesInLoop):
         self.folder, self.model = Path(model), ServedModel(Path(model))
         self.way, self.weights_folder, self.logs = way, weights_folder, logs
         self.release_memory, self.take_over = release_memory, take_over
-        self.infos = list(told)
+        self.infos = list(infos)
         self.owns_servers = False  # whether the servers have weights from this engine
         self.resting: list[Member] | None = None  # servers that have released their memory
         self.weight_version = NO_WEIGHTS
@@ -113,11 +113,10 @@ class SGLangEngine(LivesInLoop):
             self.infos = list(await asyncio.gather(*asked))
             for client, info in zip(clients, self.infos, strict=True):
                 self.check_server(client, info)
-        infos = self.infos
-        alike = {(i.dtype, i.device, i.tp_size) for i in infos}
-        if len(alike) > 1:
-            raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(alike)}")
-        self.info = min(infos, key=lambda info: info.context_length)
+        kinds = {(info.dtype, info.device, info.tp_size) for info in self.infos}
+        if len(kinds) > 1:
+            raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(kinds)}")
+        self.info = min(self.infos, key=lambda info: info.context_length)
         self.context_length = self.info.context_length
         self.publication = self.make_publication() if self.way else None
 
