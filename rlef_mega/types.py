@@ -167,8 +167,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class Batch:
-    """Episodes packed without padding (thd): episode e has the tokens
-    cu_seqlens[e]:cu_seqlens[e + 1].
+    """Episodes packed without padding (thd). Episode e has the tokens from cu_seqlens[e] to before
+    cu_seqlens[e + 1].
 
     The log-prob of token t is computed from the hidden state at t - 1. A turn's value is read at
     the last token of its prompt, whose next token is the first of the response (RLEF A.1).

@@ -84,9 +84,9 @@ def asked_for(track: TrackConfig) -> list[str]:
     return [name for name, switch in switches.items() if switch]
 
 
-def check_trackers(asked: TrackConfig) -> None:
+def check_trackers(track: TrackConfig) -> None:
     """Raise ConfigError for a tracker whose package is not installed."""
-    for name in asked_for(asked):
+    for name in asked_for(track):
         if find_spec(name) is None:
             raise ConfigError(
                 f"[track] asks for {name}, which is not installed: pip install 'rlef-mega[{name}]' "

@@ -10,8 +10,8 @@ a health check.
 
 A server that fails. A server is taken out if it cannot be reached, breaks the connection, returns a
 malformed answer or one from old weights, or fails its health check. Requests that queue there move
-to another server. The one that failed is tried again elsewhere, MOST_TRIES tries in all.
-If no server was ready for `lost_s`, all waiting requests fail with EngineLostError.
+to another server. The one that failed is tried again elsewhere, MOST_TRIES tries in all. If no
+server was ready for `lost_s`, all waiting requests fail with EngineLostError.
 
 A server that comes back. A task for each server that is out asks for its health and its weight
 version, at growing intervals (`probe_until_ready`). With the current version it is ready again.

@@ -1,4 +1,4 @@
-"""How a bucket of weights reaches paused SGLang servers: by broadcast, or as shared tensors.
+"""Send buckets of weights to paused SGLang servers, by broadcast or as shared tensors.
 
 `Broadcast` uses a process group of this process (rank 0) and every rank of every server, over NCCL
 or gloo; it is recreated when a server joins, leaves or restarts. `SharedTensors` is for servers on

@@ -2,10 +2,10 @@
 
 SGLang loads Hugging Face's names into parameters of its own: q, k and v are one, gate and up are
 one, each tensor-parallel rank has its rows or columns, and the vocabulary is padded. It ignores an
-unknown name, and crashes on a wrong shape. So weights are checked before they are sent,
-and afterwards the servers' own hashes (`/weights_checker`) are compared with those of what was
-sent, in SGLang's layout. A server on a CPU hashes a parameter with SHA-256, and reports its first
-64 bits; a server on a GPU uses a kernel of SGLang's, which `gpu_checksum` computes without it.
+unknown name, and crashes on a wrong shape. So weights are checked before they are sent, and
+afterwards the servers' own hashes (`/weights_checker`) are compared with those of what was sent, in
+SGLang's layout. A server on a CPU hashes a parameter with SHA-256, and reports the first 64 bits; a
+server on a GPU uses a kernel of SGLang's, whose hash `gpu_checksum` computes without SGLang.
 
 Shape suffixes: W 32-bit words, T tiles of words.
 """
