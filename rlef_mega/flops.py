@@ -86,7 +86,7 @@ class LlamaShape:
 
     @property
     def table_parameters(self) -> int:
-        """Parameters of the embedding; an untied head has as many again."""
+        """Return the parameters of the embedding; an untied head has as many again."""
         return self.vocabulary * self.hidden
 
     @property

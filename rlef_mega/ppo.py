@@ -117,8 +117,8 @@ def grpo_advantages(
     *,
     normalize: bool = True,
 ) -> torch.Tensor:
-    """Return A_t = (g_t - mean g) / (std g + 1e-6) + (d_t - mean d) over t's group, as in RLOO:
-    GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
+    """Return A_t = (g_t - mean g) / (std g + 1e-6) + (d_t - mean d) over t's group, which is that
+    of `rloo_baselines`: GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
 
     g is the return of the task's rewards; d = G - g is the KL penalty's. GRPO does not divide its
     KL, a term of its loss, by the deviation; if we did, noise would become the signal where all

@@ -150,7 +150,7 @@ class Episode:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """All tokens of the dialogue; the last one ends the last response."""
+        """Return all tokens of the dialogue; the last one ends the last response."""
         return (*self.context(len(self.turns) - 1), *self.turns[-1].completion.token_ids)
 
     def context(self, number: int) -> tuple[int, ...]:
@@ -188,12 +188,12 @@ class Batch:
 
     @property
     def action_bounds(self) -> torch.Tensor:
-        """[E + 1]: episode e has the actions action_bounds[e]:action_bounds[e + 1]."""
+        """Return [E + 1]: episode e has the actions action_bounds[e]:action_bounds[e + 1]."""
         return torch.searchsorted(self.action_positions_A, self.cu_seqlens.long())
 
     @property
     def turn_bounds(self) -> torch.Tensor:
-        """[E + 1]: episode e has the turns turn_bounds[e]:turn_bounds[e + 1]."""
+        """Return [E + 1]: episode e has the turns turn_bounds[e]:turn_bounds[e + 1]."""
         return torch.searchsorted(self.value_positions_N, self.cu_seqlens.long())
 
     @property

@@ -124,8 +124,8 @@ def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
 
 
 def check_quota(folder: Path, wanted_gib: float) -> Iterator[str]:
-    """Yield a fault if a quota refuses to reserve the room, which the disk may have. A file system
-    that cannot reserve space passes."""
+    """Yield a fault if a quota refuses to reserve the room, even where the disk has it. A file
+    system that cannot reserve space passes."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with tempfile.TemporaryFile(dir=existing) as file:
         size = ctypes.c_long(int(wanted_gib * GIB))

@@ -139,7 +139,8 @@ class ChatFormat:
 
     @cached_property
     def plain(self) -> Tokenizer:
-        """The tokenizer without its added tokens: text that spells one is ordinary characters."""
+        """Return the tokenizer without its added tokens, which encodes text that spells one as
+        ordinary characters."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
         plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
         plain.no_truncation()

@@ -40,7 +40,7 @@ class Grader(Protocol):
 
     @property
     def isolation(self) -> dict[str, object]:
-        """The layers that confine programs there, for the run's manifest."""
+        """Return the layers that confine programs there, for the run's manifest."""
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         """Return a result for each public test and, if all pass, for the private tests until the

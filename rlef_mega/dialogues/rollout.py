@@ -132,7 +132,7 @@ class DialogueLoop:
 
     @asynccontextmanager
     async def text(self) -> AsyncIterator[None]:
-        """Hold the lock on work on text, after everything else that is ready in the loop."""
+        """Hold the lock for work on text, after everything else that is ready in the loop."""
         async with self.text_lock:
             await asyncio.sleep(0)  # else the next dialogue would work in the same iteration
             yield

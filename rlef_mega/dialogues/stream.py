@@ -60,7 +60,7 @@ class Stream(Generic[Outcome]):
         self.max_passed_over = int(max_passed_over * batch)
         self.first_version = self.version = version
         self.started = 0
-        # the version with which each dialogue started that is not taken, in order of their start
+        # the version with which each untaken dialogue started, in the order of their starts
         self.versions: dict[int, int] = {}
         self.left: Counter[int] = Counter()  # by version, how many are not taken
         self.ready: Counter[int] = Counter()  # by version, how many of these have finished

@@ -1,9 +1,8 @@
 """`rlef imitate`: the paper's supervised ablation, which imitates solved dialogues.
 
 The command runs the base model on the problems of an RLEF run, with as many dialogues, and keeps
-the solved ones (`mined.json` counts them). It fine-tunes the base model on them, with the loss on
-the last response only, in as many updates of as many sequences as RLEF, and writes
-`eval/after.json` and `model/`.
+the solved ones. It fine-tunes the base model on them, with the loss on the last response only, in
+as many updates of as many sequences as RLEF, and writes `eval/after.json` and `model/`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -38,13 +38,13 @@ class ServerInfo(BaseModel):
 
     @property
     def context_length(self) -> int:
-        """Tokens of a prompt with its response."""
+        """Return how many tokens a prompt and its response may have together."""
         # SGLang reports its own context length - 6, and keeps 2 of that length (SPARE_TOKENS)
         return self.max_req_input_len + 4
 
     @property
     def weight_version(self) -> str:
-        """The version known to the scheduler, which stamps tokens with it."""
+        """Return the version known to the scheduler, which stamps tokens with it."""
         return str(self.internal_states[0]["weight_version"])
 
 

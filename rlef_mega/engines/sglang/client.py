@@ -100,8 +100,8 @@ class Client:
             raise ServerError(f"{self.url}{path}: {answer}")
 
     async def info(self, *, within_s: float | None = None) -> ServerInfo:
-        """Ask the scheduler. One that hangs does not answer, though its HTTP process does; a paused
-        one answers."""
+        """Return the scheduler's report. A scheduler that hangs does not answer, though its HTTP
+        process does; a paused one answers."""
         return await self.read("/server_info", ServerInfo.model_validate, within_s=within_s)
 
     async def reported_version(self, *, within_s: float) -> str:

@@ -228,7 +228,7 @@ class SGLangEngine(LivesInLoop):
 
     @property
     def counts(self) -> dict[str, float]:
-        """Counts since the engine opened, of this process's requests.
+        """Return counts of this process's requests since the engine opened.
 
         `requests` answered; `failures` of servers, their `returns`, and how many were `restored` to
         the current weights for that; `sampled_tokens`; `context_tokens`, of which `cached_tokens`
