@@ -5,7 +5,8 @@ mutants are wrong; the sandbox decides which.
 """
 
 import ast
-import itertools
+from collections.abc import Iterator
+from typing import Any
 
 SWAPS: tuple[tuple[type[ast.AST], type[ast.AST]], ...] = (
     (ast.Lt, ast.LtE),
@@ -25,46 +26,26 @@ OTHER: dict[type[ast.AST], type[ast.AST]] = {
 }
 
 
-class ChangeOne(ast.NodeTransformer):
-    """Changes the node with this number, counting changeable nodes in the order of the walk."""
-
-    def __init__(self, number: int) -> None:
-        self.left = number
-        self.changed = False
-
-    def here(self) -> bool:
-        """Count one changeable node. Returns whether it is the one to change."""
-        self.left -= 1
-        self.changed |= self.left == -1
-        return self.left == -1
-
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        value = node.value
-        if isinstance(value, int | float) and not isinstance(value, bool) and self.here():
-            return ast.Constant(value + 1)
-        return node
-
-    def visit_Return(self, node: ast.Return) -> ast.AST:
-        self.generic_visit(node)
-        if node.value is not None and self.here():
-            return ast.Return(None)
-        return node
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        if type(node) in OTHER and self.here():
-            return OTHER[type(node)]()
-        return super().generic_visit(node)
-
-
 def mutants(source: str, count: int = 2) -> tuple[str, ...]:
-    """Return the first `count` distinct mutants of a solution, in the order of the walk."""
-    original = ast.unparse(ast.parse(source))
-    found: list[str] = []
-    for number in itertools.count():
-        change = ChangeOne(number)
-        mutant = ast.unparse(ast.fix_missing_locations(change.visit(ast.parse(source))))
-        if not change.changed or len(found) == count:
-            break
-        if mutant != original and mutant not in found:
-            found.append(mutant)
-    return tuple(found)
+    """Return the first `count` distinct mutants of a solution, in the order of the syntax tree."""
+    tree = ast.parse(source)
+    texts = [ast.unparse(ast.fix_missing_locations(changed)) for changed in changes(tree)]
+    return tuple(text for text in dict.fromkeys(texts) if text != ast.unparse(tree))[:count]
+
+
+def changes(part: Any) -> Iterator[Any]:
+    """Yield copies of a part of a syntax tree, each with one change."""
+    if isinstance(part, list):
+        for at, child in enumerate(part):
+            yield from ([*part[:at], new, *part[at + 1 :]] for new in changes(child))
+    elif type(part) in OTHER:
+        yield OTHER[type(part)]()
+    elif isinstance(part, ast.Constant):
+        if isinstance(part.value, int | float) and not isinstance(part.value, bool):
+            yield ast.Constant(part.value + 1)
+    elif isinstance(part, ast.AST):
+        fields = dict(ast.iter_fields(part))
+        for name in fields:
+            yield from (type(part)(**{**fields, name: new}) for new in changes(fields[name]))
+        if isinstance(part, ast.Return) and part.value is not None:
+            yield ast.Return(None)
