@@ -56,23 +56,20 @@ class Bounds(NamedTuple):
         self, request: ZygoteRequest, file_count: int, call_filter: Filter | None
     ) -> LaunchPlan:
         """Return the plan for a child that gets `file_count` files."""
-        serves, executes = request.task is Task.PROGRAM, request.task is Task.EXECUTE
-        # Each child of a program server gets its own namespaces. That needs a mapped user, which
-        # the server would not have in a user namespace of its own.
-        namespaces = 0 if serves else self.namespaces
+        executes = request.task is Task.EXECUTE
         own_bytes = EXECUTABLE_RESERVED_BYTES if executes else self.base_bytes + RESERVED_BYTES
         plan = LaunchPlan(
             address_space_bytes=own_bytes + request.memory_bytes,
-            # A backstop: the supervisor enforces the exact limit, also for a server's children.
-            cpu_s=UNLIMITED if serves else math.ceil(request.cpu_s) + 1,
+            # A backstop: the supervisor enforces the exact limit.
+            cpu_s=math.ceil(request.cpu_s) + 1,
             # One byte more than allowed, to distinguish a full output from an overflowing one.
             file_bytes=request.output_bytes + 1,
             open_files=OPEN_FILES,
-            threads=request.processes if namespaces else 0,
+            threads=request.processes if self.namespaces else 0,
             stack_bytes=MAX_STACK_BYTES if executes else 0,
             file_count=file_count,
             executable=file_count - 1 if executes else -1,
-            namespaces=namespaces,
+            namespaces=self.namespaces,
         )
         if call_filter is not None:
             plan.call_filter = call_filter

@@ -15,7 +15,9 @@ import ctypes
 import gc
 import json
 import linecache
+import marshal
 import os
+import resource
 import signal
 import site
 import sys
@@ -83,6 +85,28 @@ def load_packages(named: Sequence[str], modules: dict[str, str]) -> None:
             raise SystemExit(f"package {name!r}: {type(error).__name__}: {error}") from None
         if len(os.listdir("/proc/self/task")) > 1:
             raise SystemExit(f"package {name!r} starts threads when imported: it cannot be forked")
+
+
+def kept_code(file: int, kept: bytes, source: bytes) -> types.CodeType | None:
+    """Return the program's code, from the content `kept` of a file or, if that is empty, as
+    `compile_source` does; and then keep it in the file, if it fits.
+    """
+    if kept:
+        return marshal.loads(kept)
+    code = compile_source(source)
+    if code is not None:
+        _keep(code, file)
+    return code
+
+
+def _keep(code: types.CodeType, file: int) -> None:
+    """Write all of the code into an empty file, or nothing."""
+    try:
+        content = marshal.dumps(code)
+        if len(content) <= resource.getrlimit(resource.RLIMIT_FSIZE)[0]:
+            exchange.write_all(file, content)
+    except (ValueError, MemoryError, OSError):  # nested too deep, or no memory for a copy
+        os.ftruncate(file, 0)
 
 
 def compile_source(source: bytes) -> types.CodeType | None:

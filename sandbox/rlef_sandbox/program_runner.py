@@ -10,7 +10,7 @@ import socket
 import struct
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ from .worker import (
     Worker,
     ZygoteLostError,
     ZygoteSession,
+    memory_file,
     memory_files,
     receive_all,
 )
@@ -89,16 +90,15 @@ class ProgramRunner(contextlib.AbstractContextManager):
         self._limits = limits
         self._slot = slot
         self._executable = executable
-        self._session: ZygoteSession | None = None
-        self._server_runs = False
-        self._compile_failure: Result | None = None
+        self._code: int | None = None  # a file for what the program was compiled to
+        self._compile_failure: FinishedRun | None = None
 
     def __exit__(self, *_: object) -> None:
-        self._end_session()
+        self._drop_code()
 
     def run(self, test: AnyTest, *, again: bool = False) -> FinishedRun:
-        """Run the program on a test. With `again`, because more tests of this program follow, a
-        program server compiles it once for all of them, if the zygote can start one.
+        """Run the program on a test. With `again`, because it has several tests, it is compiled
+        only for the first of them.
         """
         if self._slot is not None:
             self._slot.wake()
@@ -130,7 +130,6 @@ class ProgramRunner(contextlib.AbstractContextManager):
         """Run a checker in C++. It accepts or refuses by its exit code, as testlib does."""
         with StreamFiles(test.stdin, None, stdout, test.expected) as files:
             outcome = self._ask(Task.EXECUTE, [*files.descriptors, self._program])
-            self._end_session()
             result = files.finished(outcome, self._limits).result
         if result.status not in (Status.OK, Status.RUNTIME_ERROR) or (
             result.exit_code in (None, CHECKER_FAILED)
@@ -145,29 +144,33 @@ class ProgramRunner(contextlib.AbstractContextManager):
                 return attempt()
             except (FaultError, ZygoteLostError) as error:
                 fault = str(error)
-            except TimeoutError:
-                fault = "the zygote does not answer"
-                if self._session is not None:
-                    self._worker.give_up(self._session)
-            self._end_session()
+            self._drop_code()  # it may have been written in part
         return FinishedRun(Result(Status.SANDBOX_ERROR, stderr=fault.encode()))
 
-    def _end_session(self) -> None:
-        """Close the session; the zygote then kills whatever runs in it."""
-        if self._session is not None:
-            self._session.close()
-        self._session, self._server_runs = None, False
+    def _drop_code(self) -> None:
+        if self._code is not None:
+            os.close(self._code)
+        self._code = None
 
     def _ask(self, task: Task, descriptors: list[int]) -> Outcome:
         """Start a task in the zygote, and wait for its outcome."""
         request = self._request(task)
-        self._session = self._worker.start(request, descriptors)
-        return self._session.receive(request.wall_s, self._slot)
+        # the zygote kills what runs in a session that is closed
+        with contextlib.closing(self._worker.start(request, descriptors)) as session:
+            return self._outcomes([session], request.wall_s)[0]
+
+    def _outcomes(self, sessions: Sequence[ZygoteSession], wall_s: float) -> list[Outcome]:
+        """Wait for the outcomes of `sessions`. Kills a zygote that does not answer."""
+        try:
+            return receive_all(sessions, wall_s, self._slot)
+        except TimeoutError as error:
+            self._worker.give_up(sessions[0])
+            raise FaultError(str(error)) from None
 
     def _attempt(self, test: AnyTest, again: bool) -> FinishedRun:
         if isinstance(test, CheckTest):
             return self._attempt_check(test)
-        if again and not self._executable and self._worker.layers.get("launcher") == "native":
+        if again and not self._executable:
             return self._attempt_again(test)
         return self._attempt_once(test)
 
@@ -175,7 +178,6 @@ class ProgramRunner(contextlib.AbstractContextManager):
         task = Task.EXECUTE if self._executable else Task.RUN
         with files_of_test(test) as files:
             outcome = self._ask(task, [*files.descriptors, self._program])
-            self._end_session()
             run = files.finished(outcome, self._limits)
         failed = self._executable and run.result.status is Status.RUNTIME_ERROR
         if failed and static_bytes(self._program) > self._limits.memory_bytes:
@@ -184,24 +186,19 @@ class ProgramRunner(contextlib.AbstractContextManager):
         return run
 
     def _attempt_again(self, test: Test | CallTest) -> FinishedRun:
-        if self._compile_failure is None and not self._server_runs:
-            self._start_server()
+        """Run a test of several: the first one's child compiles the program and keeps the code in a
+        file, from which the others' children load it.
+        """
         if self._compile_failure is not None:
-            return FinishedRun(self._compile_failure)
+            return self._compile_failure
+        is_first = self._code is None
+        code = self._code = memory_file() if self._code is None else self._code
         with files_of_test(test) as files:
-            assert self._session is not None
-            request = self._request(Task.TEST)
-            outcome = self._session.ask(request, files.descriptors, self._slot)
-            return files.finished(outcome, self._limits)
-
-    def _start_server(self) -> None:
-        with StreamFiles() as files:
-            outcome = self._ask(Task.PROGRAM, [*files.descriptors, self._program])
-            if outcome.phase is Phase.RUNNING:
-                self._server_runs = True
-            else:
-                self._compile_failure = files.finished(outcome, self._limits).result
-                self._end_session()  # its server is gone
+            outcome = self._ask(Task.TEST, [*files.descriptors, code, self._program])
+            run = files.finished(outcome, self._limits)
+        if is_first and outcome.phase is not Phase.RUNNING:
+            self._compile_failure = run
+        return run
 
     def _attempt_check(self, test: CheckTest) -> FinishedRun:
         """Run a check. If it, or the program meanwhile, exceeded a limit, rehearse it too: it is
@@ -229,6 +226,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         with (
             StreamFiles(exchange=serve) as candidate,
             StreamFiles(b"", check, test.code.encode()) as checker,
+            contextlib.ExitStack() as on_exit,
         ):
             ours, theirs = socket.socketpair()
             with ours, theirs:
@@ -236,13 +234,12 @@ class ProgramRunner(contextlib.AbstractContextManager):
                 # it waits for a check that may be starved, and so get its limit more than once
                 patient = request._replace(wall_s=STARVED_EXTENSION * request.wall_s)
                 program_files = [*candidate.descriptors, ours.fileno(), self._program]
-                self._session = self._worker.start(patient, program_files)
+                serving = self._worker.start(patient, program_files)
+                on_exit.callback(serving.close)
                 *checker_files, code = checker.descriptors
                 checking = self._worker.start(request, [*checker_files, theirs.fileno(), code])
-            with contextlib.closing(checking):
-                sessions = [self._session, checking]
-                served, checked = receive_all(sessions, patient.wall_s, self._slot)
-            self._end_session()
+                on_exit.callback(checking.close)
+            served, checked = self._outcomes([serving, checking], patient.wall_s)
             return (
                 candidate.finished(served, self._limits).result,
                 checker.finished(checked, self._limits, is_believed=False).result,
@@ -256,7 +253,6 @@ class ProgramRunner(contextlib.AbstractContextManager):
         call = json.dumps({"check": test.check, "stand_in": stand_in}).encode()
         with StreamFiles(b"", call, test.code.encode()) as files:
             outcome = self._ask(Task.RUN, files.descriptors)
-            self._end_session()
             return files.finished(outcome, self._limits, is_believed=False).result
 
     def _request(self, task: Task) -> ZygoteRequest:

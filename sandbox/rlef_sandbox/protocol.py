@@ -1,10 +1,9 @@
 """Messages between the controller and a zygote, over SOCK_SEQPACKET pairs: a message is a packet.
 
 A request to a zygote comes over its control channel. Its first descriptor is the session on which
-the zygote answers: one Outcome, perhaps after a SLEEPING notice. The session with a program server
-stays open for TESTs and their outcomes. Files are passed as descriptors (SCM_RIGHTS). No message in
-either direction ever holds an expected output, and no program can write one: a child closes these
-sockets before the program's first line.
+the zygote answers: one Outcome, perhaps after a SLEEPING notice. Files are passed as descriptors
+(SCM_RIGHTS). No message in either direction ever holds an expected output, and no program can write
+one: a child closes these sockets before the program's first line.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ STARVED_EXTENSION = 2
 class Task(enum.IntEnum):
     """What a request asks for, with its descriptors. STREAMS are standard input, output and error.
     EXCHANGE is a file with a function call, then with its result. PEER is a socket to another run.
+    CODE is a file for what the source was compiled to.
     """
 
     RUN = 1  # STREAMS [, EXCHANGE [, PEER]], source: compile and run once
-    PROGRAM = 2  # STREAMS, source: compile once and serve TESTs until the session ends
-    TEST = 3  # STREAMS [, EXCHANGE]: run the program in a fresh fork
-    EXECUTE = 4  # STREAMS [, output, answer], executable: become that program, or checker
-    COMPILE = 5  # STREAMS: compile the text on standard input (compiler.py only)
+    TEST = 2  # STREAMS [, EXCHANGE], CODE, source: run; compile only if CODE is empty, and fill it
+    EXECUTE = 3  # STREAMS [, output, answer], executable: become that program, or checker
+    COMPILE = 4  # STREAMS: compile the text on standard input (compiler.py only)
 
 
 class Phase(enum.IntEnum):

@@ -24,7 +24,7 @@ class SupervisorState(ctypes.Structure):
 
 
 class NativeSupervisor:
-    """Supervises the children requested over one channel. A process has one supervisor."""
+    """Supervises the children requested over the control channel."""
 
     name = "native"
 
@@ -35,14 +35,12 @@ class NativeSupervisor:
         controller: int,
         last_id: int,
         plan_of: Callable[[ZygoteRequest, int], LaunchPlan],
-        *,
-        serves_program: bool,
     ) -> None:
         # PyDLL holds the GIL, as a fork requires. This is safe in a process with one thread.
         self._functions = ctypes.PyDLL(library)
         self._functions.rlef_listen.restype = ctypes.POINTER(SupervisorState)
         self._plan_of = plan_of
-        state = self._functions.rlef_listen(channel, controller, last_id, int(serves_program))
+        state = self._functions.rlef_listen(channel, controller, last_id)
         # made here once, rather than in each child, which copies every page that it writes
         self._state, self._address = state.contents, ctypes.byref(state.contents)
         self._leave_trust = self._functions.rlef_leave_trust

@@ -1,8 +1,7 @@
 """The supervisor in Python, a smaller csrc/serve.c and spawn.c for machines without a C compiler.
 
-It runs Python programs only, and each run (RUN) compiles its program again. It forks children,
-enforces their limits, reports when a child sleeps or works again, and sends the outcome when a
-child ends.
+It runs Python programs only. It forks children, enforces their limits, reports when a child sleeps
+or works again, and sends the outcome when a child ends.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from mmap import PAGESIZE, mmap  # programs get another `mmap.mmap`
 
 from . import kernel
-from .launch_plan import PENDING_SIGNALS, UNLIMITED, LaunchPlan
+from .launch_plan import PENDING_SIGNALS, LaunchPlan
 from .protocol import (
     PAUSE,
     SLEEPING,
@@ -188,7 +187,7 @@ class PythonSupervisor:
         session = files.pop(0)
         self._page = mmap(-1, PAGESIZE)
         try:
-            if request.task is not Task.RUN:
+            if request.task is Task.EXECUTE:
                 raise OSError(errno.ENOSYS, f"{request.task.name} needs the C library")
             pid = self.fork_confined(self._plan_of(request, len(files)), files)
             if pid == 0:
@@ -260,10 +259,9 @@ def pidfd_of(child: int) -> int:
 
 def set_limits(plan: LaunchPlan) -> None:
     """Set the limits of this process."""
-    hard_cpu_s = plan.cpu_s + 1 if plan.cpu_s < UNLIMITED else plan.cpu_s
     for kind, soft, hard in (
         (resource.RLIMIT_AS, plan.address_space_bytes, plan.address_space_bytes),
-        (resource.RLIMIT_CPU, plan.cpu_s, hard_cpu_s),
+        (resource.RLIMIT_CPU, plan.cpu_s, plan.cpu_s + 1),
         (resource.RLIMIT_FSIZE, plan.file_bytes, plan.file_bytes),
         (resource.RLIMIT_NOFILE, plan.open_files, plan.open_files),
         (resource.RLIMIT_SIGPENDING, PENDING_SIGNALS, PENDING_SIGNALS),

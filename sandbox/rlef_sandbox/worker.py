@@ -246,25 +246,11 @@ class Worker:
 
 
 class ZygoteSession:
-    """The socket on which a zygote answers one program's requests. Used by one thread."""
+    """The socket on which a zygote answers one request. Used by one thread."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self.generation = 0  # of the zygote
-
-    def ask(
-        self, request: ZygoteRequest, descriptors: Sequence[int], slot: WorkSlot | None
-    ) -> Outcome:
-        """Let a program server run a test. Returns the outcome."""
-        try:
-            socket.send_fds(self._channel, [request.pack()], descriptors)
-        except OSError as error:
-            raise ZygoteLostError(f"the program server is gone: {error}") from None
-        return self.receive(request.wall_s, slot)
-
-    def receive(self, wall_s: float, slot: WorkSlot | None = None) -> Outcome:
-        """Wait for an outcome, as `receive_all` does."""
-        return receive_all([self], wall_s, slot)[0]
 
     def fileno(self) -> int:
         return self._channel.fileno()

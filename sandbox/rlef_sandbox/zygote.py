@@ -7,20 +7,21 @@ preloads the standard library, confines itself (`confinement.py`), proves the la
 break out, runs a few programs itself (`warm_up.py`), and reports the layers. Then it answers the
 requests that come over the control channel, each on the session (a socket) that the request brings.
 
-RUN and EXECUTE start a child for one run. PROGRAM starts a program server, which compiles once,
-uses the session as its channel, and forks a child for each TEST until the session ends. Zygote and
-program server each supervise their children in one loop (csrc/serve.c; supervisor_python.py without
-a C compiler, where every run is a RUN). The loop polls the children's pidfds, reads their CPU
-clocks, kills a child that passes a limit, reports once that a child sleeps, and sends what the
-kernel reported of its end. Each child is alone with its parent in a pid namespace (csrc/spawn.c),
-if the machine allows one, so that its ids reveal nothing about other runs. The loop never waits for
-one child alone, so a sleeper delays no other run. In memory that it shares with the zygote, a child
-reports how far it has come. Before its program's first line it unmaps that memory and closes every
-descriptor but its own files, so no program can reach zygote or controller.
+Each request starts a child for one run. The zygote supervises its children in one loop
+(csrc/serve.c; supervisor_python.py without a C compiler). The loop polls the children's pidfds,
+reads their CPU clocks, kills a child that passes a limit, reports once that a child sleeps, and
+sends what the kernel reported of its end. Each child is alone with its parent in a pid namespace
+(csrc/spawn.c), if the machine allows one, so that its ids reveal nothing about other runs. The loop
+never waits for one child alone, so a sleeper delays no other run. In memory that it shares with the
+zygote, a child reports how far it has come. Before its program's first line it unmaps that memory
+and closes every descriptor but its own files, so no program can reach zygote or controller.
 
-What ends them: the end of a session kills its child or program server. The end of the channel, or
-the controller's death (seen by its pidfd), ends the zygote. The death of a parent kills its
-children (PDEATHSIG), and the death of process 1 kills its namespace.
+A program with several tests is compiled once: the child of its first TEST writes the code into a
+file before the program's first line, and closes the file. The others load the code from it.
+
+What ends them: the end of a session kills its child. The end of the channel, or the controller's
+death (seen by its pidfd), ends the zygote. The death of a parent kills its children (PDEATHSIG),
+and the death of process 1 kills its namespace.
 """
 
 from __future__ import annotations
@@ -32,14 +33,13 @@ import mmap
 import os
 import resource
 import sys
-import types
 from typing import Any
 
 from . import callers_state, kernel, program
 from .confinement import VisibleFiles, confine_zygote, library_files
 from .launch_plan import Bounds, LaunchPlan
 from .probes import probe_child_layers
-from .protocol import MAX_DESCRIPTORS, Ending, Outcome, Phase, Task, ZygoteRequest
+from .protocol import MAX_DESCRIPTORS, Task, ZygoteRequest
 from .reaper import leave_reaper_behind
 from .seccomp import filter_for_this_machine
 from .supervisor_native import NativeSupervisor
@@ -48,42 +48,32 @@ from .syscalls import Profile
 from .warm_up import warm_up
 
 STREAMS = 3
-PROGRAM, TEST = Task.PROGRAM, Task.TEST  # looked up once, not in each child
-SOURCE_OF_A_SERVER, SESSION_OF_A_SERVER, CONTROLLER_OF_A_SERVER, LAST_ID_OF_A_SERVER = 3, 4, 5, 6
+TEST = Task.TEST  # looked up once, not in each child
 # Writing 1 to it makes 2 the next id in the writer's pid namespace, and needs a capability there.
 LAST_ID_FILE = "/proc/sys/kernel/ns_last_pid"
 
 
 class Zygote:
-    """A zygote, or a program server forked from one, which has compiled its `program`. It decides
-    what a request means; its supervisor starts and supervises the children.
-    """
+    """Decides what a request means; its supervisor starts and supervises the children."""
 
     def __init__(self, channel: int, controller: int, library: str) -> None:
-        self.library = library
+        of_programs = filter_for_this_machine(Profile.PROGRAM)
         self.filters = {
-            Task.RUN: filter_for_this_machine(Profile.PROGRAM),
+            Task.RUN: of_programs,
+            Task.TEST: of_programs,
             Task.EXECUTE: filter_for_this_machine(Profile.EXECUTABLE),
         }
         last_id = _open_for_writing(LAST_ID_FILE)
         namespaces = kernel.CLONE_NEWUSER | (kernel.CLONE_NEWPID if last_id >= 0 else 0)
         self.bounds = Bounds(_mapped_bytes(), namespaces)
-        self.program: tuple[types.CodeType, bytes] | None = None
         self.supervisor: NativeSupervisor | PythonSupervisor
         try:
-            self.supervisor = self.native_supervisor(channel, controller, last_id)
+            if not library:
+                raise OSError("there is no C compiler")
+            self.supervisor = NativeSupervisor(library, channel, controller, last_id, self.plan)
         except OSError:  # no library, or one that was built on another machine
             self.supervisor = PythonSupervisor(channel, controller, self.plan)
         self.leave_trust = self.supervisor.leave_trust
-
-    def native_supervisor(self, channel: int, controller: int, last_id: int) -> NativeSupervisor:
-        """Return the supervisor in C. Raises OSError if its library cannot be loaded."""
-        if not self.library:
-            raise OSError("there is no C library")
-        serves_program = self.program is not None
-        return NativeSupervisor(
-            self.library, channel, controller, last_id, self.plan, serves_program=serves_program
-        )
 
     def confine(self, namespaces: list[str], files: VisibleFiles) -> dict[str, object]:
         """Apply the zygote's layers. Returns those that hold."""
@@ -97,9 +87,8 @@ class Zygote:
         return {**layers, **child_layers, "launcher": self.supervisor.name}
 
     def plan(self, request: ZygoteRequest, file_count: int) -> LaunchPlan:
-        """Return the plan of a child. A program server compiles before it has a filter."""
-        task = Task.RUN if request.task is Task.TEST else request.task
-        return self.bounds.plan(request, file_count, self.filters.get(task))
+        """Return the plan of a child."""
+        return self.bounds.plan(request, file_count, self.filters[request.task])
 
     def serve(self) -> program.Child:
         """Serve until the process ends. Returns only in a forked child, with what it must run."""
@@ -107,20 +96,20 @@ class Zygote:
 
     def child(self, task: Task, file_count: int) -> program.Child:
         """Return what a forked child must run. Its files have the numbers from 0."""
-        if task is TEST:
-            assert self.program is not None
-            call = _read_call() if file_count > STREAMS else None
-            return program.Child(*self.program, call)
-        source_file = SOURCE_OF_A_SERVER if task is PROGRAM else file_count - 1
+        source_file = file_count - 1
         source = _read(source_file)
         os.close(source_file)
-        call = _read_call() if source_file > STREAMS else None
-        code = program.compile_source(source)
+        if task is TEST:
+            code_file = source_file - 1
+            call = _read_call() if code_file > STREAMS else None
+            code = program.kept_code(code_file, _read(code_file), source)
+            os.close(code_file)
+        else:
+            call = _read_call() if source_file > STREAMS else None
+            code = program.compile_source(source)
         if code is None:
             os._exit(1)
         self.leave_trust()
-        if task is PROGRAM:
-            return self.serve_program(code, source)
         return program.Child(code, source, call)
 
     def warm_up(self) -> None:
@@ -128,19 +117,6 @@ class Zygote:
         self.leave_trust = lambda: None
         warm_up(lambda file_count: self.child(Task.RUN, file_count), _reserve_low_descriptors)
         self.leave_trust = self.supervisor.leave_trust
-
-    def serve_program(self, code: types.CodeType, source: bytes) -> program.Child:
-        """Serve the session of a program server. Returns in its forked children."""
-        self.program = code, source
-        session = _moved_out_of_the_way(SESSION_OF_A_SERVER)
-        controller = _moved_out_of_the_way(CONTROLLER_OF_A_SERVER)
-        last_id = -1
-        if self.bounds.namespaces & kernel.CLONE_NEWPID:
-            last_id = _moved_out_of_the_way(LAST_ID_OF_A_SERVER)
-        _reserve_low_descriptors()
-        self.supervisor = self.native_supervisor(session, controller, last_id)
-        os.write(session, Outcome(Phase.RUNNING, Ending.ITSELF, 0, 0.0, 0.0, 0).pack())
-        return self.serve()
 
 
 def _read(descriptor: int) -> bytes:

@@ -101,6 +101,20 @@ def test_one_test_leaves_nothing_for_the_next(sandbox: Sandbox) -> None:
     assert [result.status for result in results] == [Status.OK] * 3
 
 
+def test_no_test_can_reach_the_files_with_the_source_and_the_code_of_the_next(
+    sandbox: Sandbox,
+) -> None:
+    source = (
+        "import os\n"
+        "def is_open(number):\n"
+        "    try: return bool(os.fstat(number))\n"
+        "    except OSError: return False\n"
+        "print(*filter(is_open, range(64)))"
+    )
+    results = sandbox.grade(source, [Test(b"", b"0 1 2")] * 3)
+    assert [result.status for result in results] == [Status.OK] * 3
+
+
 def test_a_run_sees_nothing_of_those_beside_it(crowd: Callable) -> None:
     victim = f"secret = '{SECRET}'; import time; time.sleep(1.5); print(secret)"
     results = crowd([victim, victim, "import time; time.sleep(0.3)\n" + SPY], Limits(cpu_s=9))

@@ -76,6 +76,19 @@ def test_a_program_without_code_fails_every_test(sandbox: Sandbox, count: int) -
     assert b"SyntaxError" in results[0].stderr
 
 
+def test_a_program_with_several_tests_is_compiled_once(sandbox: Sandbox) -> None:
+    """As the compiler's warning shows."""
+    first, second = sandbox.grade("print(input() is 1)", [Test(b"1", b"False")] * 2)
+    assert first.status is second.status is Status.OK
+    assert b"SyntaxWarning" in first.stderr and second.stderr == b""
+
+
+def test_code_that_is_longer_than_an_output_may_be_passes_every_test(sandbox: Sandbox) -> None:
+    tests = [Test(b"1", b"1"), Test(b"2", b"2")]
+    results = sandbox.grade("print(input())", tests, Limits(output_bytes=2))
+    assert [r.status for r in results] == [Status.OK] * 2
+
+
 def test_no_tests_give_no_results(sandbox: Sandbox) -> None:
     assert sandbox.grade("print(1)", []) == []
 

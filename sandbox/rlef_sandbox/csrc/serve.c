@@ -20,7 +20,6 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -44,7 +43,6 @@
 #endif
 
 enum { PREPARE = 0, CHILD = 1 };                         /* why rlef_serve returns */
-enum { TASK_PROGRAM = 2, TASK_TEST = 3 };                 /* protocol.Task */
 enum turn { HAS_TURN, SLEEPS, ASKS_FOR_TURN };              /* what the controller was told */
 enum { PAUSE = 'p', RESUME = 'r', TURN = 't' };             /* protocol.py */
 enum { ENDED_ITSELF = 0, CPU_LIMIT = 1, WALL_LIMIT = 2, MEMORY_LIMIT = 3 }; /* protocol.Ending */
@@ -60,7 +58,6 @@ struct child {
     struct started process; /* with an id of 0 this cell is free */
     int session;
     int awaited; /* whether the session is polled, to see when the controller closes it */
-    int task;
     int ending;
     enum turn turn;
     double paused; /* since when, or 0 */
@@ -79,8 +76,6 @@ struct server {
     int pending; /* the request waits for its plan, or for its child's start */
     int channel;
     int controller;
-    int last_id;
-    int serves_program;    /* a program server: answers go to its channel */
     int cell;              /* of the child that rlef_serve returns in */
     struct progress *page; /* MAX_CHILDREN cells */
     int plan_count;
@@ -168,28 +163,24 @@ static int receive(struct server *server)
                              .msg_iovlen = 1,
                              .msg_control = control.space,
                              .msg_controllen = sizeof control.space};
-    int received[MAX_FILES + 1], count = 0, first = server->serves_program ? 0 : 1;
+    int received[MAX_FILES + 1], count = 0;
     ssize_t length = recvmsg(server->channel, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (length < 0)
         return 0;
     if (length == 0)
         _exit(0);
-    if (length == 1) { /* to a program server, about its only child */
-        for (int cell = 0; cell < MAX_CHILDREN; cell++)
-            if (server->children[cell].process.pid != 0)
-                obey(&server->children[cell], server->message[0]);
-        return 0;
-    }
     for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header != NULL;
          header = CMSG_NXTHDR(&message, header)) {
         count = (int)((header->cmsg_len - CMSG_LEN(0)) / sizeof(int));
         memcpy(received, CMSG_DATA(header), (size_t)count * sizeof(int));
     }
+    if (count < 1)
+        return 0; /* it has no session to answer on */
     server->length = (int32_t)length;
     server->task = server->message[0];
-    server->session = first ? received[0] : server->channel;
-    server->file_count = count - first;
-    memcpy(server->files, received + first, (size_t)server->file_count * sizeof(int));
+    server->session = received[0];
+    server->file_count = count - 1;
+    memcpy(server->files, received + 1, (size_t)server->file_count * sizeof(int));
     return 1;
 }
 
@@ -208,20 +199,7 @@ static void refuse(struct server *server, const char *fault)
 {
     send_outcome(server->session, PHASE_SETUP, ENDED_ITSELF, 0, 0.0, 0.0, 0, fault);
     close_files(server);
-    if (!server->serves_program)
-        close(server->session);
-}
-
-static void put_files(struct server *server, struct plan *plan)
-{
-    memcpy(plan->files, server->files, sizeof plan->files);
-    plan->file_count = server->file_count;
-    if (server->task == TASK_PROGRAM) { /* a program server continues with these */
-        plan->files[plan->file_count++] = server->session;
-        plan->files[plan->file_count++] = server->controller;
-        if (server->last_id >= 0)
-            plan->files[plan->file_count++] = server->last_id;
-    }
+    close(server->session);
 }
 
 static double seconds_in_request(const struct server *server, size_t offset)
@@ -243,15 +221,12 @@ static int start(struct server *server, struct plan *plan)
         return -1;
     }
     memset((void *)&server->page[cell], 0, sizeof(struct progress));
-    put_files(server, plan);
+    memcpy(plan->files, server->files, sizeof plan->files);
     plan->progress = &server->page[cell];
     server->cell = cell;
     int started = rlef_spawn(plan, cell, &process);
     if (started == 0) {
-        if (server->task == TASK_TEST) /* the program runs next */
-            rlef_leave_trust(server);
-        else
-            server->page[cell].phase = PHASE_COMPILING;
+        server->page[cell].phase = PHASE_COMPILING;
         return CHILD;
     }
     if (started < 0) {
@@ -267,8 +242,7 @@ static int start(struct server *server, struct plan *plan)
     server->children[cell] = (struct child){
         .process = process,
         .session = server->session,
-        .awaited = !server->serves_program && server->task != TASK_PROGRAM,
-        .task = server->task,
+        .awaited = 1,
         .cpu_s = cpu_s,
         .wall_s = wall_s,
         .started = now,
@@ -286,41 +260,31 @@ static void finish(struct server *server, int number)
     const struct progress *cell = &server->page[number];
     struct ended ended = {0};
     rlef_reap(number, &child->process, &ended);
-    if (child->task == TASK_PROGRAM) /* in its group: the init of each run, which ended with it */
-        while (waitpid(-child->process.pid, NULL, 0) > 0)
-            continue;
     if (child->ending == ENDED_ITSELF && ended.lost_memory)
         child->ending = MEMORY_LIMIT;
-    if (!(child->task == TASK_PROGRAM && cell->phase == PHASE_RUNNING && cell->step == 0)) {
-        static const char *const names[] = {"", "PARENT", "NAMESPACE", "LIMITS",
-                                            "FILES", "FILTER", "EXEC"};
-        char fault[FAULT_BYTES] = "";
-        /* an executable that the kernel refuses is the program's own fault: it exits with 1 */
-        int shortage = cell->error == EAGAIN || cell->error == ENOMEM || cell->error == EMFILE ||
-                       cell->error == ENFILE || cell->error == EPERM;
-        if (cell->step != STEP_NONE && (cell->step < STEP_EXEC ||
-                                        (cell->step == STEP_EXEC && shortage)))
-            snprintf(fault, sizeof fault, "child set-up: %s: %s", names[cell->step],
-                     strerror(cell->error));
-        const struct rusage *usage = &ended.usage;
-        double cpu_s = (double)(usage->ru_utime.tv_sec + usage->ru_stime.tv_sec) +
-                       (double)(usage->ru_utime.tv_usec + usage->ru_stime.tv_usec) * 1e-6;
-        send_outcome(child->session, fault[0] ? PHASE_SETUP : cell->phase, child->ending,
-                     ended.wait_status, cpu_s, now_s(CLOCK_MONOTONIC) - child->started,
-                     (uint64_t)usage->ru_maxrss * 1024, fault);
-    }
-    if (!server->serves_program)
-        close(child->session);
+    static const char *const names[] = {"", "PARENT", "NAMESPACE", "LIMITS",
+                                        "FILES", "FILTER", "EXEC"};
+    char fault[FAULT_BYTES] = "";
+    /* an executable that the kernel refuses is the program's own fault: it exits with 1 */
+    int shortage = cell->error == EAGAIN || cell->error == ENOMEM || cell->error == EMFILE ||
+                   cell->error == ENFILE || cell->error == EPERM;
+    if (cell->step != STEP_NONE &&
+        (cell->step < STEP_EXEC || (cell->step == STEP_EXEC && shortage)))
+        snprintf(fault, sizeof fault, "child set-up: %s: %s", names[cell->step],
+                 strerror(cell->error));
+    const struct rusage *usage = &ended.usage;
+    double cpu_s = (double)(usage->ru_utime.tv_sec + usage->ru_stime.tv_sec) +
+                   (double)(usage->ru_utime.tv_usec + usage->ru_stime.tv_usec) * 1e-6;
+    send_outcome(child->session, fault[0] ? PHASE_SETUP : cell->phase, child->ending,
+                 ended.wait_status, cpu_s, now_s(CLOCK_MONOTONIC) - child->started,
+                 (uint64_t)usage->ru_maxrss * 1024, fault);
+    close(child->session);
     child->process.pid = 0;
 }
 
 /* Kills a child that passed a limit; reports if it sleeps, and if it works again. */
-static void check(struct server *server, struct child *child, int cell, double now)
+static void check(struct child *child, double now)
 {
-    if (child->task == TASK_PROGRAM && server->page[cell].phase == PHASE_RUNNING) {
-        child->next_check = NEVER; /* its own children have limits of their own */
-        return;
-    }
     double cpu_s = cpu_s_of(child);
     double wall_s = child->wall_s, elapsed_s = now - child->started;
     if (elapsed_s >= wall_s && cpu_s >= STARVED_SHARE * wall_s)
@@ -385,20 +349,18 @@ static void supervise(struct server *server, const struct pollfd *polled, const 
     double now = now_s(CLOCK_MONOTONIC);
     for (int cell = 0; cell < MAX_CHILDREN; cell++)
         if (server->children[cell].process.pid != 0 && server->children[cell].next_check <= now)
-            check(server, &server->children[cell], cell, now);
+            check(&server->children[cell], now);
 }
 
 /* Makes this process a supervisor of the requests on `channel`, with no child yet. `last_id` is
  * LAST_ID_FILE of zygote.py, open for writing, or -1. */
-struct server *rlef_listen(int channel, int controller, int last_id, int serves_program)
+struct server *rlef_listen(int channel, int controller, int last_id)
 {
     static struct server server;
     memset(&server, 0, sizeof server);
     server.channel = channel;
     server.controller = controller;
-    server.serves_program = serves_program;
     rlef_own_children(last_id);
-    server.last_id = last_id;
     server.page = mmap(NULL, sizeof(struct progress) * MAX_CHILDREN, PROT_READ | PROT_WRITE,
                        MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (server.page == MAP_FAILED)
@@ -418,8 +380,8 @@ void rlef_prepare(struct server *server, const struct plan *plan)
     kept->plan = *plan;
 }
 
-/* In a child, the last step before the program's first line, or before a program server's first
- * test: unmaps the memory in which it reports, so that the program cannot report anything. */
+/* In a child, the last step before the program's first line: unmaps the memory in which it reports,
+ * so that the program cannot report anything. */
 void rlef_leave_trust(struct server *server)
 {
     server->page[server->cell].phase = PHASE_RUNNING;

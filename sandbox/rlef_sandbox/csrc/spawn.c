@@ -106,7 +106,7 @@ static int limit(int resource, uint64_t soft, uint64_t hard)
 static int set_limits(const struct plan *plan)
 {
     if (limit(RLIMIT_AS, plan->address_space_bytes, plan->address_space_bytes) != 0 ||
-        limit(RLIMIT_CPU, plan->cpu_s, plan->cpu_s + (plan->cpu_s < RLIM_INFINITY)) != 0 ||
+        limit(RLIMIT_CPU, plan->cpu_s, plan->cpu_s + 1) != 0 ||
         limit(RLIMIT_FSIZE, plan->file_bytes, plan->file_bytes) != 0 ||
         limit(RLIMIT_NOFILE, plan->open_files, plan->open_files) != 0 ||
         limit(RLIMIT_SIGPENDING, PENDING_SIGNALS, PENDING_SIGNALS) != 0)
@@ -353,7 +353,6 @@ static __attribute__((noinline)) int start_in_namespaces(const struct plan *plan
  * `rlef_listen`. */
 void rlef_own_children(int last_id_file)
 {
-    memset(init_pids, 0, sizeof init_pids);
     own_pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
     if (own_pidfd < 0)
         _exit(1);

@@ -53,14 +53,11 @@ struct ended {
     struct rusage usage;
 };
 
-struct server; /* serve.c */
-
 void rlef_own_children(int last_id_file);
 int rlef_fork(const struct plan *plan);
 int rlef_wait(void);
 int rlef_spawn(const struct plan *plan, int cell, struct started *child);
 void rlef_reap(int cell, const struct started *child, struct ended *ended);
 int rlef_lost_memory(pid_t pid);
-void rlef_leave_trust(struct server *server);
 
 #endif
