@@ -15,7 +15,6 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -165,8 +164,7 @@ class Cpp:
             StreamFiles(source) as files,
             contextlib.closing(worker.start(COMPILE, files.descriptors)) as session,
         ):
-            deadline = time.monotonic() + COMPILE.wall_s + ANSWER_GRACE_S
-            message, made = session.receive_message(deadline)
+            message, made = session.receive(COMPILE.wall_s + ANSWER_GRACE_S)
             stderr = files.descriptors[2]
             errors = without_paths(os.pread(stderr, STDERR_BYTES, 0), worker)
             end_at = max(0, os.fstat(stderr).st_size - STDERR_BYTES)

@@ -260,13 +260,9 @@ class ZygoteSession:
         with contextlib.suppress(OSError):
             self._channel.send(word)
 
-    def receive_message(self, deadline: float) -> tuple[bytes, list[int]]:
+    def receive(self, within_s: float | None = None) -> tuple[bytes, list[int]]:
         """Wait for a message. Returns it with its descriptors (`compiler.py` sends one)."""
-        self._channel.settimeout(max(0.001, deadline - time.monotonic()))
-        return self.receive_now()
-
-    def receive_now(self) -> tuple[bytes, list[int]]:
-        """Return a message that has arrived."""
+        self._channel.settimeout(within_s)
         try:
             message, descriptors = receive(self._channel)
         except TimeoutError:
@@ -302,7 +298,7 @@ def receive_all(
         if not ready:
             raise TimeoutError("the zygote does not answer")
         session = of_descriptor[ready[0][0]]
-        message, _ = session.receive_now()
+        message, _ = session.receive()
         if message == WOKE:
             asked = time.monotonic()
             _take_turn(slot, [one for one in sessions if one not in outcomes])
