@@ -9,14 +9,14 @@ It sometimes solves these. `functions.jsonl` holds one template per line:
 `returns` is the right answer as a Python expression over the parameters. Each input is a list of
 arguments; the first one (or as many as `shown` says) is a public test, the others are private. A
 template with `constants` gives a function for each, which replaces {} in both texts ({{ and }}
-stand for braces); a constant that is itself a list replaces {0}, {1} and so on. Wrong programs,
-for supervised dialogues, have the answers of other constants, or are mutants of the solution.
+stand for braces); a constant that is itself a list replaces {0}, {1} and so on. The
+wrong programs of supervised dialogues give the answers of other constants, or those of `wrong`.
 
 If `says` names no constant, as here, the statement withholds what only the public tests tell: a
-first response can only guess, and feedback tells the answer. Half of the templates of the test and
-valid splits are of this kind, and a quarter in training; they have more constants, so they give
-more than half of all functions. All functions of a template are in the same split; new names change
-which templates each split has.
+first response can only guess, and feedback tells the answer. Half of the templates are of this
+kind; they have more constants, so they give more than half of all functions. All functions of a
+template are in the same split; new names change which templates each split has. In training many
+constants make it hard to remember which ones a template has, and easier to read the feedback.
 """
 
 import ast
@@ -24,9 +24,9 @@ import json
 import random
 from collections.abc import Iterator
 from importlib import resources
+from itertools import islice
 from typing import Any
 
-from rlef_mega.problems.mutants import mutants
 from rlef_mega.problems.splits import Split, part
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import CallTest, Limits
@@ -34,6 +34,8 @@ from rlef_sandbox import CallTest, Limits
 LIMITS = Limits(cpu_s=2.0, memory_bytes=256 << 20)
 Solved = tuple[Problem, str, list[str]]  # a problem, its solution and wrong programs
 HELD_OUT = {"test": 12, "valid": 5}  # templates of each kind
+HELD_OUT_CONSTANTS = 5  # of a template
+WRONG = 4  # programs of a problem
 
 
 def problems(split: Split) -> list[Problem]:
@@ -50,7 +52,8 @@ def solved(split: Split) -> list[Solved]:
         names = sorted(name for name, t in templates.items() if withholds(t) is kind)
         random.Random("functions").shuffle(names)
         chosen += part(names, split, **HELD_OUT)
-    return [one for name in chosen for one in expand(templates[name])]
+    most = None if split == "train" else HELD_OUT_CONSTANTS
+    return [one for name in chosen for one in islice(expand(templates[name]), most)]
 
 
 def read_templates() -> dict[str, dict[str, Any]]:
@@ -72,8 +75,7 @@ def expand(template: dict[str, Any]) -> Iterator[Solved]:
     for number, (value, answer) in enumerate(zip(values, answers, strict=True)):
         compute = eval(f"lambda {parameters}: {answer}")  # the package's own text
         tests = [CallTest(name, tuple(given), compute(*given)) for given in template["inputs"]]
-        others = [program(name, parameters, a) for a in answers[number + 1 :] + answers[:number]]
-        solution = program(name, parameters, answer)
+        wrong = answers[number + 1 :] + answers[:number] + template.get("wrong", [])
         problem = Problem(
             id="-".join(["functions", name, *map(str, value)]),
             statement=f'def {name}({parameters}):\n    """{says.format(*value)}"""',
@@ -85,7 +87,8 @@ def expand(template: dict[str, Any]) -> Iterator[Solved]:
             family=name,
             tags=("withheld" if withholds(template) else "told",),
         )
-        yield problem, solution, [*others[:2], *mutants(solution)]
+        solution, *others = (program(name, parameters, each) for each in (answer, *wrong[:WRONG]))
+        yield problem, solution, others
 
 
 def program(name: str, parameters: str, answer: str) -> str:
