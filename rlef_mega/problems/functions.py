@@ -9,14 +9,14 @@ It sometimes solves these. `functions.jsonl` holds one template per line:
 `returns` is the right answer as a Python expression over the parameters. Each input is a list of
 arguments; the first one (or as many as `shown` says) is a public test, the others are private. A
 template with `constants` gives a function for each, which replaces {} in both texts ({{ and }}
-stand for braces); a constant that is itself a list replaces {0}, {1} and so on. The
-wrong programs of supervised dialogues give the answers of other constants, or those of `wrong`.
+stand for braces); a constant that is itself a list replaces {0}, {1} and so on. The wrong programs
+of supervised dialogues give the answers of other constants, or those of `wrong`.
 
 If `says` names no constant, as here, the statement withholds what only the public tests tell: a
 first response can only guess, and feedback tells the answer. Half of the templates are of this
-kind; they have more constants, so they give more than half of all functions. All functions of a
-template are in the same split; new names change which templates each split has. In training many
-constants make it hard to remember which ones a template has, and easier to read the feedback.
+kind; they have more constants, so they give most of the functions. In training they have many
+constants, so that reading the feedback is easier than remembering the constants. All functions of a
+template are in the same split; new names change which templates each split has.
 """
 
 import ast
@@ -34,8 +34,8 @@ from rlef_sandbox import CallTest, Limits
 LIMITS = Limits(cpu_s=2.0, memory_bytes=256 << 20)
 Solved = tuple[Problem, str, list[str]]  # a problem, its solution and wrong programs
 HELD_OUT = {"test": 12, "valid": 5}  # templates of each kind
-HELD_OUT_CONSTANTS = 5  # of a template
-WRONG = 4  # programs of a problem
+HELD_OUT_CONSTANTS = 5  # of each template, at most
+WRONG = 4  # wrong programs of a problem, at most
 
 
 def problems(split: Split) -> list[Problem]:
