@@ -1,13 +1,15 @@
-"""Curves of a run as small SVG panels for the page.
+"""Curves of a run as small SVG panels for the page; `panels.json` lists the panels of metrics.
 
 They are drawn in placeholder colours that become CSS variables, so that one drawing serves a light
 and a dark page; text stays text. The lines of one panel also differ in their dashes.
 """
 
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -67,112 +69,8 @@ class Drawing:
     area: bool = False  # the legend names areas, not lines
 
 
-PANELS = (
-    Panel(
-        "Solved",
-        "Episodes whose last program passes every test: training batches with 95% intervals, and "
-        "validation problems.",
-        {
-            "multi-turn": "solved",
-            "at turn 1": "solved_turn1",
-            "multi-turn, validation": "valid_solved",
-        },
-        unit="%",
-        trials="episodes",
-    ),
-    Panel(
-        "Repaired",
-        "Share of the previous turn's failures that this turn solved.",
-        {"turn 2": "repaired_turn2", "turn 3": "repaired_turn3"},
-        unit="%",
-    ),
-    Panel(
-        "Reward",
-        "Both include the KL penalty: the sum over an episode, averaged over episodes; and the "
-        "return from a turn on, averaged over turns.",
-        {"reward of an episode": "reward", "return of a turn": "return"},
-    ),
-    Panel(
-        "Responses without valid code",
-        "Often the first to rise when training becomes unstable.",
-        {"invalid": "invalid_fraction"},
-        unit="%",
-    ),
-    Panel("KL to the initial policy", "Mean over the tokens of a turn.", {"KL": "kl"}),
-    Panel(
-        "Exact KL to the initial policy",
-        "Over the whole vocabulary at each token; mean over the tokens of a turn.",
-        {"KL": "kl_exact"},
-    ),
-    Panel("Entropy", "Of the next token, in nats.", {"entropy": "entropy"}),
-    Panel(
-        "Clipped",
-        "Tokens and values outside the trust region.",
-        {"policy ratio": "clip_fraction", "value": "value_clip_fraction"},
-        unit="%",
-    ),
-    Panel(
-        "Explained variance of the critic",
-        "1 is a perfect prediction of the return, 0 no better than its mean.",
-        {"explained variance": "value_explained_variance"},
-    ),
-    Panel(
-        "Log-prob gap, engine to trainer",
-        "Difference between the engine's and the trainer's log-probs of the same tokens.",
-        {"largest": "logprob_gap_max", "mean": "logprob_gap_mean"},
-        log=True,
-    ),
-    Panel(
-        "Versions behind",
-        "Age of the weights that sampled a token, at the time it is trained on.",
-        {"mean": "staleness_mean", "largest": "staleness_max"},
-        of_async=True,
-    ),
-    Panel(
-        "Effective sample size",
-        "Of the ratios between the trained policy and the one that sampled: 1 is on-policy.",
-        {"effective sample size": "effective_sample_size"},
-        of_async=True,
-    ),
-    Panel(
-        "Truncated ratios",
-        "Tokens whose ratio min(pi / pi_b, 1) truncates by more than 1%.",
-        {"truncated": "truncated_fraction"},
-        unit="%",
-        of_async=True,
-    ),
-    Panel(
-        "Idle",
-        "The trainer waits for episodes; the servers have no request (an upper bound).",
-        {"trainer": "idle_time.trainer", "servers": "idle_time.engines"},
-        unit="%",
-    ),
-    Panel(
-        "Prefix cache hits of follow-up turns",
-        "Context tokens that the server had cached and did not compute again.",
-        {"cached": "servers.follow_up_cached_share"},
-        unit="%",
-    ),
-    Panel(
-        "Gradient norm",
-        "Before clipping.",
-        {"policy": "policy_grad_norm", "critic": "critic_grad_norm"},
-        log=True,
-    ),
-    Panel(
-        "Losses",
-        "In PPO the size of a loss means little; a jump is a warning.",
-        {"policy": "policy_loss", "value": "value_loss"},
-    ),
-    Panel("Response length", "Mean tokens of a response.", {"tokens": "response_tokens_mean"}),
-    Panel("Turns", "Mean responses of an episode.", {"turns": "turns_mean"}),
-    Panel(
-        "Tokens per second",
-        "Tokens of the batch divided by the time of the step without evaluation.",
-        {"tokens/s": "tokens_per_s"},
-    ),
-)
-
+PANELS_FILE = Path(__file__).with_name("panels.json")
+PANELS = tuple(Panel(**panel) for panel in json.loads(PANELS_FILE.read_text(encoding="utf-8")))
 PHASES = ("rollout", "score", "update", "publish", "checkpoint", "evaluate")
 
 
