@@ -8,7 +8,6 @@ computes the numbers again. A later command may change dialogues per problem, pr
 not the settings that determine a dialogue.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,11 +41,12 @@ from rlef_mega.evaluation.recorded import RecordedResponses, grade_again, read_r
 from rlef_mega.megatron.network.families import FAMILIES, read_config
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.rows import SUFFIXES
-from rlef_mega.problems.store import digest_of
+from rlef_mega.problems.store import digest_of, digest_of_problems
 from rlef_mega.report.plots import save_evaluation_figure
 from rlef_mega.report.tables import print_comparison, print_evaluation
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.hub import find_model
+from rlef_mega.run.inputs import digest_files
 from rlef_mega.run.manifest import describe
 from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.types import Problem, Sampling
@@ -178,9 +178,6 @@ def dialogue_settings(
     request: EvalRequest, source: Source, problems: Mapping[str, Problem]
 ) -> dict[str, Any]:
     """Return all settings that determine a dialogue of this evaluation."""
-    digest = hashlib.blake2b(digest_size=16)
-    for problem in problems.values():
-        digest.update(repr(problem).encode())
     engine = "recorded" if source.recorded else "sglang" if request.sglang else "local"
     return {
         "model": str(request.model),
@@ -189,7 +186,7 @@ def dialogue_settings(
         "dtype": request.dtype if engine == "local" else None,
         "data": request.data,
         "problems": len(problems),
-        "problems_digest": digest.hexdigest(),
+        "problems_digest": digest_of_problems([*problems.values()]),
         **{name: getattr(request, name) for name in DETERMINING},
     }
 
@@ -228,17 +225,16 @@ def find_source(request: EvalRequest) -> Source:
     checkpoint = find_checkpoint(path, request.step).folder
     is_of_run = (path / "config.toml").is_file()
     name = f"{path.name}-{checkpoint.name}" if is_of_run else path.name
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     # the digest tells checkpoints of the same name apart
-    folder = request.out / "models" / f"{name}-{digest_of('export', files)[:8]}"
+    digest = digest_files(path for path in checkpoint.rglob("*") if path.is_file())
+    folder = request.out / "models" / f"{name}-{digest[:8]}"
     if not (folder / "config.json").is_file():
         export_checkpoint(checkpoint, folder)
     return Source(name, weights_key(folder), folder=folder)
 
 
 def weights_key(folder: Path) -> str:
-    files = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
-    return digest_of("weights", files)
+    return digest_files((*folder.glob("*.safetensors"), folder / "config.json"))
 
 
 def plan(

@@ -71,7 +71,7 @@ def stored(
 
     `read` gets the path of a journal, in which it may record its progress, to survive a kill.
     """
-    index = folder / f"{digest_of(source, files, version=FORMAT)}.json"
+    index = folder / f"{digest_of(source, files)}.json"
     if not index.is_file():
         journal = index.with_suffix(".journal")
         write_store(read(journal), index)
@@ -79,12 +79,9 @@ def stored(
     return ProblemStore(index)
 
 
-def digest_of(source: str, files: Sequence[Path], *, version: int = 5) -> str:
-    """Return a digest of a version, a source's name and its files' content.
-
-    Evaluations store digests of the default version; with another one they would not resume.
-    """
-    digest = hashlib.blake2b(repr((version, source)).encode(), digest_size=16)
+def digest_of(source: str, files: Sequence[Path]) -> str:
+    """Return a digest of the format, a source's name and its files' content."""
+    digest = hashlib.blake2b(repr((FORMAT, source)).encode(), digest_size=16)
     for path in files:
         state = path.stat()
         with path.open("rb") as file:
