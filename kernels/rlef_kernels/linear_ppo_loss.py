@@ -28,12 +28,7 @@ from rlef_kernels.logits import LogitsChunk, MakeChunk
 from rlef_kernels.main_grad import check_main_grad
 from rlef_kernels.ppo_policy_loss import METRICS, LinearPpoLoss, PolicyInputs, policy_loss
 from rlef_kernels.rows import check_mask
-from rlef_kernels.vocab_parallel import (
-    check_head,
-    check_targets,
-    check_temperature,
-    group_size,
-)
+from rlef_kernels.vocab_parallel import check_head, check_targets, check_temperature, group_size
 
 
 def compute_loss(

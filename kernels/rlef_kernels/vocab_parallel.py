@@ -218,9 +218,7 @@ def sum_over_shards_(grad: torch.Tensor, group: ProcessGroup | None) -> torch.Te
 
 
 def reduce_logits_(
-    logits_CV: torch.Tensor,
-    target: tuple[torch.Tensor, torch.Tensor],
-    partials_CP: torch.Tensor,
+    logits_CV: torch.Tensor, target: tuple[torch.Tensor, torch.Tensor], partials_CP: torch.Tensor
 ) -> None:
     """Write the partial sums of a chunk's rows to `partials_CP`.
 

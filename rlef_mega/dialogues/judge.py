@@ -61,8 +61,7 @@ class EmbeddedGrader:
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         grading = asyncio.get_running_loop().run_in_executor(
-            self.threads,
-            lambda: self.sandbox.grade(program, **grading_options(problem)),
+            self.threads, lambda: self.sandbox.grade(program, **grading_options(problem))
         )
         try:
             return await grading

@@ -72,10 +72,7 @@ def turn_numbers(batch: Batch, scores: Scores, targets: Targets) -> list[dict[st
 
 
 def episode_record(
-    episode: Episode,
-    chat: ChatFormat,
-    problem: Problem,
-    numbers: Sequence[dict[str, Any]] = (),
+    episode: Episode, chat: ChatFormat, problem: Problem, numbers: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """Return an episode's record. `numbers` are those of its turns, if it was trained on."""
     turns = []

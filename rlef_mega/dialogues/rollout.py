@@ -225,9 +225,7 @@ def show_private_tests(problem: Problem) -> Problem:
     shown = showable[: max(0, TESTS_WITH_PRIVATE - len(problem.public_tests))]
     kept = tuple(test for test in hidden if not any(test is one for one in shown))
     return replace(
-        problem,
-        public_tests=(*problem.public_tests, *shown),
-        private_tests=PrivateTests(kept),
+        problem, public_tests=(*problem.public_tests, *shown), private_tests=PrivateTests(kept)
     )
 
 

@@ -50,10 +50,7 @@ class BatchRow:
 
 @torch.inference_mode()
 def generate_batch(
-    model: PreTrainedModel,
-    requests: Sequence[GenerationRequest],
-    *,
-    weight_version: int,
+    model: PreTrainedModel, requests: Sequence[GenerationRequest], *, weight_version: int
 ) -> list[Completion]:
     """Return a completion for each request, generated as one batch. The model must have full
     attention in every layer.
@@ -83,9 +80,7 @@ def generate_batch(
 
 
 def prefill(
-    model: PreTrainedModel,
-    requests: Sequence[GenerationRequest],
-    cache: PreallocatedCache,
+    model: PreTrainedModel, requests: Sequence[GenerationRequest], cache: PreallocatedCache
 ) -> torch.Tensor:
     """Fill the cache with the prompts, in groups. Returns the logits after each prompt, [B, V]."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS

@@ -234,11 +234,7 @@ def join_world(world_size: int, *layouts: ParallelConfig) -> torch.device:
     store = dist.HashStore() if world_size == 1 else meet()
     check_tensor_groups(store, rank, layouts)
     dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
     return device
 

@@ -18,13 +18,7 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.plan.hardware import CONTEXT_GIB, GIB, Device, find_device
-from rlef_mega.plan.planned_run import (
-    PlannedRun,
-    RankMemory,
-    gib,
-    refuse_without_room,
-    total,
-)
+from rlef_mega.plan.planned_run import PlannedRun, RankMemory, gib, refuse_without_room, total
 from rlef_mega.plan.search import Split, balanced_split, settings, splits
 from rlef_mega.preflight import check_stored_weights, model_shape, plan_train
 from rlef_mega.run.directory import write_atomically
@@ -32,12 +26,7 @@ from rlef_mega.run.hub import find_model
 from rlef_mega.run.model_folder import holds_weights
 
 SHOWN = 5
-SHORT = {
-    "gradients": "grads",
-    "optimizer": "adam",
-    "reference": "refer",
-    "activations": "activ",
-}
+SHORT = {"gradients": "grads", "optimizer": "adam", "reference": "refer", "activations": "activ"}
 ASSUMED = "Computed, not measured; dialogue lengths and more are assumed (docs/scaling.md)."
 
 

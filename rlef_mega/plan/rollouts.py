@@ -17,12 +17,7 @@ from statistics import fmean
 
 from rlef_mega.config import RolloutConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.plan.hardware import (
-    ALL_REDUCE_S,
-    DECODE_MEMORY,
-    PREFILL_PRODUCTS,
-    Device,
-)
+from rlef_mega.plan.hardware import ALL_REDUCE_S, DECODE_MEMORY, PREFILL_PRODUCTS, Device
 
 # Assumed: medians in tokens at the paper's limits (a context of 8,192, responses up to 2,048), and
 # standard deviations of the logarithm. Other recipes' lengths are in proportion to their limits.

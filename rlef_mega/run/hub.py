@@ -47,10 +47,7 @@ def find_model(
     def download(*, cached: bool) -> Path:
         return Path(
             snapshot_download(
-                name,
-                allow_patterns=wanted,
-                ignore_patterns=[SUBFOLDERS],
-                local_files_only=cached,
+                name, allow_patterns=wanted, ignore_patterns=[SUBFOLDERS], local_files_only=cached
             )
         )
 

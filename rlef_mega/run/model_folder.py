@@ -25,12 +25,7 @@ OTHER_FILES = {
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED = "rotary_emb.inv_freq"  # old conversions store it
 NOT_QUANTIZED = "use the model's unquantized weights (float32, bfloat16 or float16)"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:

@@ -28,15 +28,7 @@ import time
 from . import callers_state, landlock
 from .confinement import VisibleFiles, confine_zygote
 from .probes import holds_in_a_child, refused
-from .protocol import (
-    Ending,
-    Outcome,
-    Phase,
-    Task,
-    ZygoteRequest,
-    failed_to_start,
-    receive,
-)
+from .protocol import Ending, Outcome, Phase, Task, ZygoteRequest, failed_to_start, receive
 from .reaper import leave_reaper_behind
 from .seccomp import Filter, filter_for_this_machine
 from .syscalls import Profile

@@ -28,14 +28,7 @@ from .private_root import THIRD_PARTY
 from .protocol import STARVED_EXTENSION, Ending, Outcome, Phase, Task, ZygoteRequest
 from .verdict import AnyTest, CallTest, CheckTest, Limits, Result, Status, Test
 from .work_slots import WorkSlot
-from .worker import (
-    Worker,
-    ZygoteLostError,
-    ZygoteSession,
-    memory_file,
-    memory_files,
-    receive_all,
-)
+from .worker import Worker, ZygoteLostError, ZygoteSession, memory_file, memory_files, receive_all
 
 RETRIES = 2  # of a run that ended in a fault of the sandbox
 EXCHANGE = 3  # among the files of a function call, after the standard streams

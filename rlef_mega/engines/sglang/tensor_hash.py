@@ -44,13 +44,7 @@ def lane_hash(
 
 @triton.jit(do_not_specialize=["length"])
 def tile_hash_kernel(
-    words_ptr,
-    hashes_ptr,
-    num_words,
-    length,
-    W: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
+    words_ptr, hashes_ptr, num_words, length, W: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr
 ):
     tile = tl.program_id(0)
     at_W = tile.to(tl.int64) * W + tl.arange(0, W)

@@ -77,10 +77,7 @@ def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
 
 @calls_megatron
 def weights(
-    name: str,
-    chunks: Sequence[PackedLlama],
-    ranks: Ranks,
-    ranges: Ranges | None = None,
+    name: str, chunks: Sequence[PackedLlama], ranks: Ranks, ranges: Ranges | None = None
 ) -> list[ShardedTensor]:
     """View the weights that this rank holds, or these ranges of them."""
     parts: list[ShardedTensor] = []

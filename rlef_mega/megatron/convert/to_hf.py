@@ -81,10 +81,7 @@ def plan_export(
     def finish(folder: Path, _: dict[str, Any]) -> None:
         if split.is_sharded:
             numbers = {"total_parameters": sum(each.numel() for each in empty.values())}
-            index = {
-                "metadata": numbers | split.metadata,
-                "weight_map": split.tensor_to_filename,
-            }
+            index = {"metadata": numbers | split.metadata, "weight_map": split.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         copy_companions(model, folder, role=role, dtype=dtype)
 

@@ -99,10 +99,7 @@ def split_layers(layers: int, parallel: ParallelConfig, *, head_cost: float) -> 
 
 def check_layout(shape: LlamaShape, parallel: ParallelConfig) -> None:
     """Raise ConfigError if Megatron would split a model of this shape wrongly or not at all."""
-    tensor, pipeline = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
+    tensor, pipeline = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     for what, count in (
         ("attention heads", shape.heads),
         ("key-value heads", shape.key_value_heads),
