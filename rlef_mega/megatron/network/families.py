@@ -9,29 +9,32 @@ what differs: its weights might load and run, but as another model.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from rlef_mega.config import ConfigError, read_json
 from rlef_mega.run.model_folder import refuse_quantized
 
-DenseConfig = LlamaConfig | Qwen2Config | Qwen3Config
+if TYPE_CHECKING:  # importing a config takes 2 s of CPU time, and `rlef plan` reads none
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+DenseConfig: TypeAlias = "LlamaConfig | Qwen2Config | Qwen3Config"
 
 
 @dataclass(frozen=True)
 class Family:
     """How a model type differs from the others."""
 
-    config: type[DenseConfig]
+    config: str  # a class of transformers
     qkv_bias: bool = False
     qk_norm: bool = False
 
 
 FAMILIES = {
-    "llama": Family(LlamaConfig),
-    "qwen2": Family(Qwen2Config, qkv_bias=True),
-    "qwen3": Family(Qwen3Config, qk_norm=True),
+    "llama": Family("LlamaConfig"),
+    "qwen2": Family("Qwen2Config", qkv_bias=True),
+    "qwen3": Family("Qwen3Config", qk_norm=True),
 }
 SIZES = (  # transformers has defaults for them
     "vocab_size",
@@ -48,6 +51,8 @@ def read_config(folder: Path) -> DenseConfig:
     """Read the config of a Hugging Face folder. Raises ConfigError for a damaged file and for a
     model that is not supported.
     """
+    import transformers
+
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
@@ -62,7 +67,7 @@ def read_config(folder: Path) -> DenseConfig:
     if model_type not in FAMILIES:
         raise ConfigError(f"{path}: model_type {model_type!r} is not supported; {SUPPORTED}")
     try:
-        config = FAMILIES[model_type].config.from_pretrained(folder)
+        config = getattr(transformers, FAMILIES[model_type].config).from_pretrained(folder)
         check_family(config)
     except (ValueError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None

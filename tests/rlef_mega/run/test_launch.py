@@ -20,7 +20,7 @@ from rlef_mega.run.launch import worker_main
 def work(folder):
     if os.environ["RANK"] in folder.name:
         raise RuntimeError(f"rank {os.environ['RANK']} has no memory left")
-    time.sleep(20)
+    time.sleep(3)
     return 0
 
 worker_main(work)
