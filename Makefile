@@ -64,10 +64,12 @@ lint: setup
 	"$(BIN)/mypy" --num-workers 2 rlef_mega kernels/rlef_kernels sandbox/rlef_sandbox
 
 # Tests run in parallel, in the order of their folders: the sandbox's many short files come last, so that all workers end
-# together. Those that measure time run alone after them, from the files that have any.
+# together. There is one worker more than cores, because many tests wait for processes. Those that measure time run alone
+# after them, from the files that have any.
 LOCAL := not gpu and not null_gpu and not sglang and not slurm
 test: lint
-	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and not timing" --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=10
+	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and not timing" --numprocesses $$(($$(nproc) + 1)) --dist loadfile \
+		--no-loadscope-reorder --durations=10
 	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and timing" --durations=5 $$(grep -rl "mark\.timing" tests --include="*.py")
 
 test-slow: setup
