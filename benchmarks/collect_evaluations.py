@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from rlef_mega.paper.comparison import interval
+from rlef_mega.report.comparison import outcomes_of
 from rlef_mega.report.intervals import interval_over_seeds
 from rlef_mega.run.manifest import describe
 
@@ -40,16 +42,11 @@ def main(out: str, *models: str) -> None:
     )
 
 
-def outcomes_of(evaluation: dict[str, Any], protocol: str) -> list[float | None]:
-    return evaluation["protocols"][protocol]["outcomes"]
-
-
 def rates(seeds: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
     """Return a protocol's solve rate over the seeds, and other figures of each seed."""
     parts = [seed["protocols"][protocol] for seed in seeds]
     return {
-        **interval_over_seeds([outcomes_of(seed, protocol) for seed in seeds]),
-        "seeds": [part["solve_rate"]["value"] for part in parts],
+        **interval([outcomes_of(seed, protocol) for seed in seeds]),
         "turn1": [part["turn1"]["value"] for part in parts],
         **{name: [part[name] for part in parts] for name in ALSO if name in parts[0]},
     }

@@ -284,8 +284,8 @@ class LearnerConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation on data.test before and after training, and on data.valid during it: multi-turn
-    dialogues with true feedback, whatever training uses, unless set otherwise here."""
+    """Evaluation on data.test before and after training, and on data.valid during it. Turns,
+    feedback and sampling are those set here, not those of training."""
 
     every: int = Field(0, ge=0)  # steps between evaluations on data.valid; 0: never
     problems: int = Field(100, gt=0)  # number of problems of data.valid
@@ -436,6 +436,18 @@ class SFTConfig(Section):
     max_position_embeddings: int = Field(512, gt=0)
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-3, warmup_updates=50)
+
+    def sizes(self) -> dict[str, Any]:
+        """Return the arguments of `flops.LlamaShape` for the model that the stage makes."""
+        return {
+            "layers": self.num_layers,
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "heads": self.num_attention_heads,
+            "key_value_heads": self.num_key_value_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            "vocabulary": self.vocab_size,
+        }
 
 
 def check_placement(config: TrainConfig) -> None:

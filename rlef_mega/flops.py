@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SequenceFlops:
-    """The factors of the formula that depend on the model."""
+    """The formula F(s, r) above, with the factors that depend on the model."""
 
     layers: int  # W, weights of the layers' matrices
     head: int  # h V

@@ -209,21 +209,8 @@ def check_sft(config: SFTConfig) -> None:
         check_stored_weights(model)
         shape = LlamaShape.of(read_config(model))
     else:
-        shape = untrained_shape(config)
+        shape = LlamaShape(**config.sizes())
     check_layout(shape, config.parallel)
-
-
-def untrained_shape(config: SFTConfig) -> LlamaShape:
-    """Return the shape of the model that a supervised stage makes."""
-    return LlamaShape(
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        ffn=config.ffn_hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        vocabulary=config.vocab_size,
-    )
 
 
 def model_shape(config: TrainConfig) -> LlamaShape:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LlamaShape
 from rlef_mega.plan.planned_run import PlannedRun
-from rlef_mega.preflight import model_shape, untrained_shape
+from rlef_mega.preflight import model_shape
 from rlef_mega.run.hub import CONFIG, find_model
 
 MOST_OF_MEMORY = 0.9  # the rest: the context, workspaces and the allocator's fragments
@@ -28,7 +28,7 @@ def find_shape(config: TrainConfig) -> LlamaShape:
     model = find_model(config.model.path, files=CONFIG, fetch=not stated)
     if stated or (model / "config.json").is_file():
         return model_shape(config)
-    return untrained_shape(load_config(find_recipe("demo_base"), [], SFTConfig))
+    return LlamaShape(**load_config(find_recipe("demo_base"), [], SFTConfig).sizes())
 
 
 def layers_that_fit(config: TrainConfig, shape: LlamaShape, memory: int, *, beside: int = 0) -> int:

@@ -18,6 +18,7 @@ from rlef_mega.demo.repair_dialogues import repair_dialogues
 from rlef_mega.demo.taught_dialogues import sft_dialogues
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron import parallel
 from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.hf_weights import export_hf
@@ -36,7 +37,8 @@ UNGRADED = Verdict((), public_passed=False, solved=None)
 
 
 def supervise(config: SFTConfig) -> int:
-    """Run or resume the stage. Returns 0 when `model/` is written, STOPPED if asked to stop."""
+    """Run or resume the supervised stage. Returns 0 when `model/` is written, STOPPED if asked to
+    stop."""
     run = RunDirectory(Path(config.dir))
     stop = StopRequest(run.stop_request)
     ranks = parallel.initialize(config.parallel, seed=config.seed)
@@ -64,8 +66,8 @@ def supervise(config: SFTConfig) -> int:
     if ranks.is_writer:
         run.resume(first)
     clock = Clock()
-    bar = StepProgress("supervised", done=first, total=config.steps, shown=ranks.is_writer)
-    with bar as progress:
+    progress = StepProgress("supervised", done=first, total=config.steps, shown=ranks.is_writer)
+    with progress:
         for step in range(first + 1, config.steps + 1):
             start = (step - 1) * config.dialogues_per_step
             batch = pack(written(config, start, chat))
@@ -130,21 +132,15 @@ def make_initial_model(config: SFTConfig) -> None:
 def write_untrained_model(config: SFTConfig, folder: Path) -> None:
     """Train a tokenizer, draw random weights, and write both into `folder`."""
     tokenizer = train_tokenizer(folder, config.vocab_size)
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
+    hf_config = LlamaConfig(
+        **LlamaShape(**config.sizes()).hf_settings(),
         max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
     )
-    model = LlamaForCausalLM(shape)
+    model = LlamaForCausalLM(hf_config)
     initialize_weights(model, torch.Generator().manual_seed(config.seed))
     model.save_pretrained(folder)
 

@@ -100,8 +100,8 @@ class LocalEngine:
             self.waiting.pop(session, None)
 
     def look_for_wave(self) -> None:
-        """Check for a complete wave in the loop's next iteration, when dialogues that were started
-        together have opened their sessions."""
+        """Schedule `run_complete_wave` for the event loop's next iteration. By then, dialogues
+        that were started together have all opened their sessions."""
         asyncio.get_running_loop().call_soon(self.run_complete_wave)
 
     def run_complete_wave(self) -> None:

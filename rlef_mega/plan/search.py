@@ -75,7 +75,8 @@ def settings(split: Split, device: Device) -> dict[str, Any]:
 
 
 def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[ParallelConfig]:
-    """Yield every layout that the trainer accepts."""
+    """Yield every layout of at most `most_gpus` GPUs that the trainer accepts for the run's model,
+    with a tensor-parallel group within a node."""
     update = run.batch // run.updates
     data_sizes = [size for size in range(1, update + 1) if update % size == 0]
     for tensor, pipeline, chunks, data in product(TENSOR, PIPELINE, CHUNKS, data_sizes):

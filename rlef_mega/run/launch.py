@@ -262,8 +262,8 @@ def explain_memory(error: Exception, rank: str) -> str | None:
 def collect_garbage_by_hand() -> None:
     """Switch automatic garbage collection off; `collect_garbage` runs at the end of a step instead.
 
-    Even a collection of the youngest generation, tens of thousands of log-probs, stops every thread
-    for about 0.1 s, rollouts included. Almost none of our objects form cycles.
+    A collection of even the youngest objects, among them tens of thousands of log-probs, stops
+    every thread for about 0.1 s, rollouts included. Almost none of our objects form cycles.
     """
     gc.collect()
     gc.freeze()  # later collections skip what imports have created

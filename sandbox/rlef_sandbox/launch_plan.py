@@ -55,7 +55,8 @@ class Bounds(NamedTuple):
     def plan(
         self, request: ZygoteRequest, file_count: int, call_filter: Filter | None
     ) -> LaunchPlan:
-        """Return the plan for a child that gets `file_count` files."""
+        """Return the plan for a child that does what `request` asks and gets `file_count` files.
+        `call_filter` is None on a machine for which there is none."""
         executes = request.task is Task.EXECUTE
         own_bytes = EXECUTABLE_RESERVED_BYTES if executes else self.base_bytes + RESERVED_BYTES
         plan = LaunchPlan(

@@ -185,9 +185,10 @@ class ProgramRunner(contextlib.AbstractContextManager):
         if self._compile_failure is not None:
             return self._compile_failure
         is_first = self._code is None
-        code = self._code = memory_file() if self._code is None else self._code
+        if self._code is None:
+            self._code = memory_file()
         with files_of_test(test) as files:
-            outcome = self._ask(Task.TEST, [*files.descriptors, code, self._program])
+            outcome = self._ask(Task.TEST, [*files.descriptors, self._code, self._program])
             run = files.finished(outcome, self._limits)
         if is_first and outcome.phase is not Phase.RUNNING:
             self._compile_failure = run

@@ -62,7 +62,7 @@ def samples(processes: list[psutil.Process]) -> list[dict[str, Any]]:
                     "shm": shm,
                 }
             )
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        except psutil.Error:  # it has ended meanwhile
             continue
     return lines
 

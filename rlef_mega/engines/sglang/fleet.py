@@ -259,7 +259,8 @@ class Fleet:
             member.probing = self.start(self.probe_until_ready(member))
 
     async def probe_until_ready(self, member: Member) -> None:
-        """Check the server at growing intervals; bring it back once it has the current weights."""
+        """Check a server that failed, at growing intervals, until it answers and has the current
+        weights; then use it again."""
         pause_s = FIRST_PROBE_S
         try:
             while not member.ready:

@@ -71,7 +71,7 @@ def owned_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
 
 @calls_megatron
 def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """View all that this rank holds, weights of other owners included, for loading to fill."""
+    """View all that this rank holds, also weights that other ranks save. Loading writes into it."""
     return weights(name, model.chunks, model.ranks) + optimizer_state(name, model)
 
 

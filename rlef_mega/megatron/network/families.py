@@ -9,7 +9,7 @@ what differs: its weights might load and run, but as another model.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -26,15 +26,14 @@ DenseConfig: TypeAlias = "LlamaConfig | Qwen2Config | Qwen3Config"
 class Family:
     """How a model type differs from the others."""
 
-    config: str  # a class of transformers
     qkv_bias: bool = False
     qk_norm: bool = False
 
 
 FAMILIES = {
-    "llama": Family("LlamaConfig"),
-    "qwen2": Family("Qwen2Config", qkv_bias=True),
-    "qwen3": Family("Qwen3Config", qk_norm=True),
+    "llama": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
 }
 SIZES = (  # transformers has defaults for them
     "vocab_size",
@@ -51,8 +50,6 @@ def read_config(folder: Path) -> DenseConfig:
     """Read the config of a Hugging Face folder. Raises ConfigError for a damaged file and for a
     model that is not supported.
     """
-    import transformers
-
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"no file {path}; model.path must be a Hugging Face folder")
@@ -66,8 +63,10 @@ def read_config(folder: Path) -> DenseConfig:
     refuse_quantized(folder, content)
     if model_type not in FAMILIES:
         raise ConfigError(f"{path}: model_type {model_type!r} is not supported; {SUPPORTED}")
+    from transformers import CONFIG_MAPPING
+
     try:
-        config = getattr(transformers, FAMILIES[model_type].config).from_pretrained(folder)
+        config: Any = CONFIG_MAPPING[model_type].from_pretrained(folder)
         check_family(config)
     except (ValueError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None

@@ -18,7 +18,7 @@ BUCKET_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class StagePosition:
-    """Where a stage is: a pipeline rank, and one of its chunks."""
+    """The place of a stage: its pipeline rank, and which of that rank's chunks it is."""
 
     rank: int
     chunk: int
