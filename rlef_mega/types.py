@@ -34,7 +34,8 @@ class AssertTest(CheckTest):
     statement: str = ""
 
 
-TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "curriculum")  # RLEF C.1, C.4, C.5, ours
+# RLEF C.1, C.4, C.5, and two of ours
+TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "functions", "curriculum")
 PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 
 

@@ -33,7 +33,7 @@ class Template:
     reminder: str  # the last sentence of prompt and feedback
     style: Literal["input_output", "assertions"]
     remind_again: bool = True  # the reminder ends every feedback too
-    begun: bool = False  # every response begins with the problem's own code
+    begun: Literal["", "code", "signature"] = ""  # that of the problem begins every response
     field_chars: int = 1000  # of one input, output or value
     trace_chars: int = 2000
     whole_trace: bool = True  # else its last line only
@@ -59,7 +59,7 @@ TEMPLATES = {
         reminder="",
         style="assertions",
         remind_again=False,
-        begun=True,
+        begun="code",
     ),
     "mbpp": Template(  # RLEF C.5
         prompt="Provide a Python solution for the following problem: {problem}{tests}",
@@ -67,6 +67,15 @@ TEMPLATES = {
         reminder=BACKTICKS,
         style="assertions",
         remind_again=False,
+    ),
+    # Ours: humaneval's in a quarter fewer tokens, because CPUs train on every one of them.
+    "functions": Template(
+        prompt="Write this function: {problem}",
+        failed="Your code failed some test cases:",
+        reminder="",
+        style="assertions",
+        remind_again=False,
+        begun="signature",
     ),
     # Ours: codecontests', cut to what a model of a few 100,000 parameters learns in minutes.
     "curriculum": Template(
@@ -107,9 +116,12 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
 
 def response_start(statement: str, template: str) -> str:
     """Return the text with which every response begins and which the model continues (RLEF C.4):
-    the problem's code in an open block; empty for most templates. The paper does not say whether
-    later responses begin with it too; ours do, so that all are parsed in the same way."""
-    return f"```python\n{statement.strip()}\n" if template_named(template).begun else ""
+    the problem's code, or its first line, in an open block; empty for most templates. The paper
+    does not say whether later responses begin with it too; ours do, so that all are parsed in the
+    same way."""
+    code, begun = statement.strip(), template_named(template).begun
+    code = code.partition("\n")[0] if begun == "signature" else code
+    return f"```python\n{code}\n" if begun else ""
 
 
 def feedback(

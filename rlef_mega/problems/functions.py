@@ -82,7 +82,7 @@ def expand(template: dict[str, Any]) -> Iterator[Solved]:
             public_tests=tuple(tests[:shown]),
             private_tests=PrivateTests(tuple(tests[shown:])),
             limits=LIMITS,
-            template="humaneval",
+            template="functions",
             entry_point=name,
             family=name,
             tags=("withheld" if withholds(template) else "told",),

@@ -8,14 +8,21 @@ from rlef_mega.demo.repair_dialogues import (
     graded_programs,
     repair_dialogues,
 )
+from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.programs import extract_program
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.functions import solved
+from rlef_mega.types import Problem
+
+
+def first_prompt(problem: Problem) -> str:
+    return templates.first_prompt(problem.statement, problem.template)
+
 
 DIALOGUES = repair_dialogues(0, 2000)
-SOLUTIONS = {problem.statement: set() for problem, _, _ in solved("train")}
+SOLUTIONS = {first_prompt(problem): set() for problem, _, _ in solved("train")}
 for problem, solution, _ in solved("train"):
-    SOLUTIONS[problem.statement].add(solution.strip())
+    SOLUTIONS[first_prompt(problem)].add(solution.strip())
 
 
 def program_of(begun: str, response: str) -> str:
@@ -31,10 +38,10 @@ def test_a_dialogue_depends_on_its_number_and_the_seed_alone():
 
 def test_only_training_problems_are_taught():
     held_out = {
-        p.statement for split in ("valid", "test") for p in load_problems(f"functions:{split}")
+        first_prompt(p) for split in ("valid", "test") for p in load_problems(f"functions:{split}")
     }
-    taught = {begun.removeprefix("```python\n").rstrip() for begun, _ in DIALOGUES}
-    assert taught <= {p.statement for p, _ in graded_programs()} and not taught & held_out
+    taught = {messages[0] for _, messages in DIALOGUES}
+    assert taught <= {first_prompt(p) for p, _ in graded_programs()} and not taught & held_out
 
 
 def test_every_response_is_a_valid_program_and_feedback_shows_what_it_did():
@@ -53,9 +60,6 @@ def test_feedback_is_used_no_better_than_stated():
         for turn in range(1, last + 1):
             shares[turn, "made"] += 1
         program = program_of(begun, messages[-1])
-        stated = begun.removeprefix("```python\n").rstrip()
-        body = program.rpartition('"""\n')[2]
-        right = any(solution.partition("\n")[2] == body for solution in SOLUTIONS[stated])
-        shares[last, "right"] += right
+        shares[last, "right"] += program in SOLUTIONS[messages[0]]
     assert abs(shares[2, "right"] / shares[2, "made"] - REPAIRED) < 0.05
     assert 0.2 < shares[1, "right"] / shares[1, "made"] < RIGHT_AT_ONCE

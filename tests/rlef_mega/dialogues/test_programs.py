@@ -120,4 +120,5 @@ def test_humaneval_responses_are_begun_with_the_problem():
     assert program(f"{FENCE}\nor\n{FENCE}python\npass\n{FENCE}", begun=begun, which="only") is None
     for response in ("return a +", "  x = 1\n y"):
         assert program(response, begun=begun) is None
+    assert templates.response_start(STUB, "functions") == "```python\ndef add(a, b):\n"
     assert not templates.response_start(STUB, "mbpp")
