@@ -101,7 +101,7 @@ class Verdict:
     public_passed: bool
     solved: bool | None
     private_statuses: tuple[Status, ...] = ()
-    fault: str = ""  # why the response holds no valid code
+    invalid: str = ""  # why the response holds no valid code
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ def sft_dialogue(number: int, seed: int) -> list[str]:
         outcomes = try_out(exercise, guess, response)
         if turn == TURNS - 1 or (outcomes and outcomes[0].result.status is Status.OK):
             break
-        fault = programs.extract_program(response).fault
-        messages.append(templates.feedback(outcomes, "curriculum", fault=fault))
+        invalid = programs.extract_program(response).invalid
+        messages.append(templates.feedback(outcomes, "curriculum", invalid=invalid))
     return messages
 
 

@@ -33,10 +33,10 @@ THOUGHTS = re.compile(r"\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z)", 
 
 @dataclass(frozen=True)
 class Extracted:
-    """The program of a response, or None and the fault that the model is told."""
+    """The program of a response, or None and why it is `invalid`, which the model is told."""
 
     program: str | None
-    fault: str = ""
+    invalid: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def extract_program(
     fitting = [block for block in blocks if block.language in INFO_STRINGS[language]]
     complete = [block for block in fitting if block.closed or (begun and block is blocks[0])]
     if not complete:
-        fault = "The code block has no end." if fitting else "No code block found."
-        return Extracted(None, fault)
+        invalid = "The code block has no end." if fitting else "No code block found."
+        return Extracted(None, invalid)
     program = complete[-1 if which == "last" else 0].content
-    fault = python_fault(program) if language == "python" else ""
-    return Extracted(None, fault) if fault else Extracted(program)
+    invalid = python_error(program) if language == "python" else ""
+    return Extracted(None, invalid) if invalid else Extracted(program)
 
 
 def fenced_blocks(text: str, begun: str = "") -> Iterator[Block]:
@@ -91,7 +91,7 @@ def fenced_blocks(text: str, begun: str = "") -> Iterator[Block]:
         opening, position = None, closing.end()
 
 
-def python_fault(program: str) -> str:
+def python_error(program: str) -> str:
     """Return why a program is not valid Python, in the interpreter's words; empty if it is valid.
     The program is parsed, not run."""
     try:

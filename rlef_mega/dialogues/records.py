@@ -103,7 +103,7 @@ def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> di
     """Return the record of a response: its program and the results of its tests."""
     return {
         "program": program,
-        "fault": verdict.fault[:TEXT_LIMIT],
+        "fault": verdict.invalid[:TEXT_LIMIT],
         "public": [outcome_record(outcome) for outcome in verdict.public],
         "public_passed": verdict.public_passed,
         "private": private_record(verdict, problem),

@@ -160,7 +160,7 @@ class DialogueLoop:
             last_turn = len(turns) + 1 == rules.turns
             verdict = await self.judge.judge(problem, found.program, last_turn=last_turn)
             async with self.text():
-                verdict = replace(verdict, fault=found.fault)
+                verdict = replace(verdict, invalid=found.invalid)
                 turns.append(Turn(observed_ids, completion, found.program, verdict))
                 context += completion.token_ids
                 feedback = None
@@ -243,7 +243,7 @@ def choose_feedback(
         verdict.public,
         problem.template,
         max_characters,
-        fault=verdict.fault,
+        invalid=verdict.invalid,
         cut=rules.feedback_cut,
     )
 

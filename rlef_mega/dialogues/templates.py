@@ -129,11 +129,11 @@ def feedback(
     template: str,
     max_characters: int | None = None,
     *,
-    fault: str = "",
+    invalid: str = "",
     cut: Cut = "middle",
 ) -> str:
     """Return the feedback on a program's public tests or, for a response without valid code, which
-    has no outcomes, its `fault` (the paper is silent).
+    has no outcomes, why it is `invalid` (the paper is silent).
 
     The part about the tests is shortened to fit `max_characters`, in its middle or on the right;
     the sentences around it always stay.
@@ -146,7 +146,7 @@ def feedback(
             shown = sorted(outcomes, key=lambda o: passed(o.result))
         lines = [describe(o, wording) for o in shown[: wording.max_tests]]
     else:
-        lines = ["- " + traced(fault or "No code block found.", wording)]
+        lines = ["- " + traced(invalid or "No code block found.", wording)]
     results = "\n".join(lines)
     if max_characters is not None:
         frame = len(wording.failed) + len(closing(wording)) + 2

@@ -144,8 +144,8 @@ def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distrac
             tests = problems[key.problem_id].public_tests
             shown = record["turns"][0]["public"]
             outcomes = tuple(map(shown_again, shown, tests[: len(shown)]))
-            fault = record["turns"][0]["fault"]
-            verdict = Verdict(outcomes, public_passed=False, solved=None, fault=fault)
+            invalid = record["turns"][0]["fault"]
+            verdict = Verdict(outcomes, public_passed=False, solved=None, invalid=invalid)
             pools[key.protocol][key] = Distractor(key.problem_id, verdict)
     # a pool of one problem has no other problem's outcomes
     wide = (pool for pool in pools.values() if len({key.problem_id for key in pool}) > 1)

@@ -128,7 +128,7 @@ def grade_again(
             found = programs.extract_program(response, problem.language, begun, which)
             program, last_turn = found.program, number == len(responses)
             verdict = await judge.judge(problem, program, last_turn=last_turn)
-            verdict = replace(verdict, fault=found.fault)
+            verdict = replace(verdict, invalid=found.invalid)
             turns.append({"response": response, **graded_record(program, verdict, problem)})
             if verdict.public_passed:
                 break

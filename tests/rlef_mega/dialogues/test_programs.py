@@ -55,11 +55,11 @@ def test_of_several_blocks_the_first_or_the_last_complete_one_counts(text, first
     assert program(text) == first
     assert program(text, which="last") == (last or first)
     if last:
-        assert extract_program(text, which="only").fault == "More than one code block found."
+        assert extract_program(text, which="only").invalid == "More than one code block found."
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "why"),
     [
         ("", "No code block found."),
         ("print(1)", "No code block found."),
@@ -78,9 +78,9 @@ def test_of_several_blocks_the_first_or_the_last_complete_one_counts(text, first
         (f"{FENCE}py\nif x:\ny\n{FENCE}", "IndentationError: expected an indented block after"),
     ],
 )
-def test_without_valid_code_the_model_is_told_why(text, fault):
+def test_without_valid_code_the_model_is_told_why(text, why):
     found = extract_program(text)
-    assert found.program is None and fault in found.fault
+    assert found.program is None and why in found.invalid
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_without_valid_code_the_model_is_told_why(text, fault):
 )
 def test_a_program_that_overwhelms_the_parser_is_not_valid_code(source):
     found = extract_program(f"{FENCE}python\n{source}\n{FENCE}")
-    assert found.program is None and "Error" in found.fault
+    assert found.program is None and "Error" in found.invalid
 
 
 @pytest.mark.parametrize("info", ["cpp", "C++", "", 'cpp title="a.cpp"'])

@@ -81,14 +81,14 @@ def test_feedback_on_a_response_without_code_says_so_in_the_same_frame(template)
 
 
 def test_a_program_that_does_not_parse_is_told_its_syntax_error():
-    fault = extract_program("```python\nx = 1\nprint((x)\n```").fault
-    assert templates.feedback((), "codecontests", fault=fault).splitlines()[1:5] == [
+    invalid = extract_program("```python\nx = 1\nprint((x)\n```").invalid
+    assert templates.feedback((), "codecontests", invalid=invalid).splitlines()[1:5] == [
         '- File "solution.py", line 2',
         "    print((x)",
         "         ^",
         "SyntaxError: '(' was never closed",
     ]
-    told = templates.feedback((), "curriculum", fault=fault).splitlines()
+    told = templates.feedback((), "curriculum", invalid=invalid).splitlines()
     assert told[1] == "- SyntaxError: '(' was never closed"
 
 
