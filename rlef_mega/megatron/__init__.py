@@ -7,10 +7,7 @@ deprecation warnings, which appear at every call, are silenced here.
 """
 
 import functools
-import sys
-import types
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +25,13 @@ warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor tha
 hide_unusable()
 
 
-def compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Stand in for megatron-core's decorator, `torch.compile`, which would import its compiler at
-    once: 700 modules, for functions that a run may never call."""
-    compiled = functools.cache(lambda: torch.compile(function))
+def compile_when_called(function: Any = None, **options: Any) -> Any:
+    """Stand in for `torch.compile`, which, as a decorator of megatron-core's functions, would
+    import the compiler at once: 700 modules, for functions that a run may never call."""
+    if not getattr(function, "__module__", "").startswith("megatron.core"):
+        return compile_now(function, **options)
+    compiled = functools.cache(lambda: compile_now(function, **options))
     return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
 
-jit = types.ModuleType("megatron.core.jit")
-jit.jit_fuser = compiled_when_called  # type: ignore[attr-defined]
-sys.modules[jit.__name__] = jit
+compile_now, torch.compile = torch.compile, compile_when_called
