@@ -124,8 +124,8 @@ def logits_statistics_kernel(
 
 
 class KernelsChunk(LogitsChunk):
-    """The same as `LogitsChunk` by kernels. Logits are stored, in the inputs' dtype, only for a
-    gradient, each minus its tile's maximum."""
+    """Computes what `LogitsChunk` does, with kernels. Logits are stored only for a gradient, in the
+    inputs' dtype, each minus its tile's maximum."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class KernelsChunk(LogitsChunk):
         self.plan = plan or choose_plan(hidden_TD, weight_VD)
         num_tokens, (vocabulary, _) = hidden_TD.shape[0], weight_VD.shape
         self.num_tiles = triton.cdiv(vocabulary, self.plan.tile_columns)
-        width = self.num_tiles * self.plan.tile_columns  # aligned rows
+        width = self.num_tiles * self.plan.tile_columns  # whole tiles, so that rows are aligned
         tokens = whole_tiles(self.plan.partials_bytes // (12 * self.num_tiles), tiles.GROUP)
         if with_gradient:
             tokens = whole_tiles(self.plan.row_bytes // (width * weight_VD.element_size()), 1)
@@ -189,7 +189,7 @@ class KernelsChunk(LogitsChunk):
         gradient_CV = self.stored_CV[: len(self.hidden_CD)]
         write_gradient_(
             gradient_CV,
-            self.sums,
+            self.sums,  # the tiles' maxima come first
             self.column_C,
             pack_rows(statistics, grad_logprob_C, grad_entropy_C),
             self.inverse_temperature,
