@@ -12,7 +12,7 @@ Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` togeth
 - If a save fails on any rank (disk full, no permission), all ranks cancel it: its folder is
   removed, nothing older is deleted, the failure is counted and reported, and training continues.
 
-`files` describes what a kill may leave on the disk.
+`files` describes what a kill may leave on the disk. A finished checkpoint has these files:
 
     step_000010/manifest.json  meta.json  networks/
 """
@@ -48,9 +48,9 @@ RankState = dict[str, tuple[int, dict[str, Any]]]
 class Saving:
     """A save in flight. `work` is the current task of this rank's thread."""
 
-    folder: Path  # with its suffix
+    folder: Path  # with the suffix .tmp
     meta: dict[str, Any]
-    metadata: Any  # of all ranks' boxes; on rank 0
+    metadata: Any  # of all ranks' boxes; None except on rank 0
     rank_state: RankState
     work: Future
     completing: bool = False  # all ranks have written, rank 0 writes the rest
