@@ -183,7 +183,7 @@ class LocalEngine:
 def load_model(
     folder: Path, dtype: torch.dtype | str, device: torch.device, weights_from_folder: bool
 ) -> PreTrainedModel:
-    """Load the model for evaluation, without gradients.
+    """Load the model in evaluation mode, without gradients.
 
     Raises ValueError if the folder lacks a file or weights, which transformers would initialise at
     random, or if a layer has no full attention.

@@ -66,7 +66,7 @@ class SGLangEngine(LivesInLoop):
 
     `model` is the Hugging Face folder that the servers were started with. With `way`
     (`ServersConfig.publish`) this engine publishes to them ("disk" through `weights_folder`);
-    without it, another process does. With `release_memory` servers free theirs in `rest`.
+    without it, another process does. With `release_memory` servers free their memory in `rest`.
     `take_over` allows servers that another process published to. `logs` is the folder that `rlef
     serve` writes logs to. With `infos`, those of another process's engine for the same servers, the
     servers are not asked again.
