@@ -1,11 +1,11 @@
 """THE LOOP: roll out, pack, score, targets, update, publish, evaluate, record, save.
 
 Theory of operation: SPMD under torchrun or srun; every rank runs this file. A rank runs its share
-of the dialogues, while the trainer waits or concurrently (dialogues/batches.py); then every rank
-has all episodes of the step. Every rank computes the same packing, targets and metrics, and the
-learner splits its work by its layout. Rank 0 writes the run directory. Checkpoints are written in
-the background. A killed run resumes from its newest checkpoint; in sync mode it then ends with the
-same numbers as an uninterrupted run.
+of the dialogues before each step or, in async mode, during training (dialogues/batches.py); then
+every rank has all episodes of the step. Every rank computes the same packing, targets and metrics,
+and the learner splits its work by its layout. Rank 0 writes the run directory. Checkpoints are
+written in the background. A killed run resumes from its newest checkpoint; in sync mode it then
+ends with the same numbers as an uninterrupted run.
 
 What ends it: the last step; a request to stop (SIGINT, SIGTERM, SIGUSR1 or a file `stop` in the run
 directory), which all ranks see together at the end of a step, and which is followed by a

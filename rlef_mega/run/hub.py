@@ -36,7 +36,7 @@ def find_model(
     """Return a model's folder: `path` itself, or the hub's cached copy of the model of this name.
 
     Of the model's files only `files` are fetched, and only if one of them is missing. Without
-    `fetch`, returns `path` if the cache lacks any. Raises ConfigError with the remedy if the hub
+    `fetch`, returns `path` if one is missing. Raises ConfigError with the remedy if the hub
     cannot be reached, has no such model, or asks for a licence or a login.
     """
     name = str(path)

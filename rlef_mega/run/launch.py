@@ -84,7 +84,7 @@ class StopRequest:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (Linux only)."""
+    """Ask the kernel to kill this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
@@ -293,7 +293,7 @@ def take_rank_from_slurm() -> None:
 
 
 def choose_interface(master: str) -> None:
-    """Have gloo use the interface on the route to rank 0 if this node's name resolves to a loopback
+    """Make gloo use the interface on the route to rank 0 if this node's name resolves to a loopback
     address (Debian's 127.0.1.1), on which gloo would listen otherwise."""
     if "GLOO_SOCKET_IFNAME" in os.environ or not any(
         is_loopback(found) for found in addresses_of(socket.gethostname())
@@ -306,7 +306,7 @@ def choose_interface(master: str) -> None:
 
 
 def dump_stacks_when_asked() -> None:
-    """Have SIGUSR2 write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr if that
+    """Make SIGUSR2 write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr if that
     variable is unset. faulthandler does it in C, so it works while Python waits in a library."""
     folder = os.environ.get("RLEF_STACKS")
     if folder is None:
