@@ -75,7 +75,7 @@ def check_shared_folder(
 
 
 def check_gpus(wanted: int) -> Iterator[str]:
-    """Yield a fault if the driver shows this step fewer GPUs than the run needs."""
+    """Yield a fault if the driver shows this Slurm step fewer GPUs than the run needs."""
     if not wanted:
         return
     try:

@@ -55,7 +55,7 @@ class LocalSession:
 class LocalEngine:
     """Samples with a model from a Hugging Face folder, on any device that torch has.
 
-    `dtype` is torch's or its name (`float32`, `bfloat16`). With `weights_from_folder=False` only
+    `dtype` is a torch dtype or its name (`bfloat16`). With `weights_from_folder=False` only
     config.json is read, and requests before the first `update_weights` fail with EngineError.
     """
 

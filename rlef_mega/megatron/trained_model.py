@@ -8,8 +8,8 @@ the last stage computes losses and outputs. Gradients are summed, not averaged, 
 and data-parallel ranks, because each loss is already divided by a count over the whole update. The
 optimizer's state is spread over the data-parallel ranks (Megatron's distributed optimizer; also
 over a single one, so that checkpoints have one form). Parameters in bfloat16 have fp32 main copies
-and gradients. With data parallelism, gradients are reduced during the last backward pass, and the
-new weights are gathered during the next forward pass.
+and gradients. With data parallelism and `overlap`, gradients are reduced during the last backward
+pass, and the new weights are gathered during the next forward pass.
 """
 
 import dataclasses

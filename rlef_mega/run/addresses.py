@@ -76,7 +76,8 @@ def reached_at(node: str, others: Iterable[str], interface: str = "") -> str:
     the right address on this node too, or else the address.
 
     The address is that of `interface` or, without one, that on the route to another node. It is a
-    loopback address only if all nodes are this machine. Raises OSError if the interface has none.
+    loopback address only if all nodes are this machine. Raises OSError if `interface` has no
+    address.
     """
     address = ""
     if interface:

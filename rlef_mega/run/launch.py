@@ -4,11 +4,10 @@ Theory of operation: `rlef` validates the recipe, writes the run directory, and 
 through torchrun's agent, which runs in a session of its own. SIGINT, SIGTERM and SIGUSR1 (Slurm
 sends it before a time limit) make `rlef` create the file `stop`; the ranks see it at the end of
 their step, save, and exit. A second Ctrl-C kills them at once. The agent ignores these signals,
-because Slurm sends them to every process of a step; ranks treat them like the file. If `rlef` dies,
-even by SIGKILL, the kernel kills the agent and with it the ranks (PR_SET_PDEATHSIG), so no orphan
-keeps writing. Under Slurm, srun starts the worker modules directly and only `worker_main` and
-`StopRequest` of this file are used. SIGUSR2 makes a rank write the stacks of all its threads, even
-while it waits in a collective.
+because Slurm sends them to every process of a job step; ranks treat them like the file. If `rlef`
+dies, even by SIGKILL, the kernel kills the agent and with it the ranks (PR_SET_PDEATHSIG), so no
+orphan keeps writing. Under Slurm, srun starts the worker modules directly, without `launch`.
+SIGUSR2 makes a rank write the stacks of all its threads, even while it waits in a collective.
 """
 
 import contextlib

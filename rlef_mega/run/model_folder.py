@@ -29,7 +29,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `config`, that of this folder, describes a quantized model."""
+    """Raise ConfigError if `config`, the folder's config.json, describes a quantized model."""
     if about := config.get("quantization_config"):
         method = about.get("quant_method", "?") if isinstance(about, dict) else about
         raise ConfigError(

@@ -75,7 +75,7 @@ class Fleet:
         self.members, self.limits = list(members), limits
         for member in self.members:
             member.slots = asyncio.Semaphore(limits.concurrency)
-        # when the last ready server failed, by the loop's clock
+        # since when requests have found no ready server, by the loop's clock
         self.none_since_s: float | None = None
         self.version: int | None = None
         # loads the current weights into one server; None if the publication left nothing to load
