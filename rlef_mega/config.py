@@ -228,7 +228,7 @@ class PPOConfig(Section):
     # as in the paper; exact: their expectations over the vocabulary
     kl: Literal["sampled", "exact"] = "sampled"
     gamma: float = Field(1.0, ge=0, le=1)
-    # critic: values; rloo, grpo: comparison with the other dialogues about the same problem
+    # what a return is compared with. critic: values; rloo, grpo: other dialogues about the problem
     advantage: Literal["critic", "rloo", "grpo"] = "critic"
     lam: float = Field(1.0, ge=0, le=1)  # of GAE over turns; 1: Monte Carlo returns
     clip_eps: float = Field(0.2, gt=0)
@@ -456,7 +456,7 @@ def check_placement(config: TrainConfig) -> None:
     apart = config.rollout.engine == "local" or servers.device == "cpu" or servers.release_memory
     if not apart and servers.first_gpu < ranks:
         raise ConfigError(
-            f"the ranks take GPUs 0 to {ranks - 1} of this machine, and the servers' begin with "
+            f"the ranks take GPUs 0 to {ranks - 1} of this machine, and the servers' GPUs begin at "
             f"rollout.servers.first_gpu = {servers.first_gpu}; set it to {ranks}, or "
             "rollout.servers.release_memory = true, with which both use the same GPUs in turn"
         )

@@ -107,7 +107,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
     chat = ChatFormat.from_folder(model)
     rules = dialogue_rules(config, chat)
     with ExitStack() as stack:
-        shares = config.rollout.servers.release_memory  # then servers free memory first
+        shares = config.rollout.servers.release_memory  # servers then free their memory first
         engine = stack.enter_context(open_engine(config, model, ranks, run)) if shares else None
         learner = make_learner(config, model, ranks)
         checkpoints = make_checkpoints(config, run, learner)

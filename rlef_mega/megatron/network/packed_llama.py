@@ -284,7 +284,7 @@ class PolicyModel(PackedLlama):
 
     @property
     def has_main_grad(self) -> bool:
-        """Return whether gradients are computed and the head has Megatron's buffer for its own."""
+        """Return whether gradients are computed, and Megatron has a buffer for the head's."""
         return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
 
 
