@@ -95,8 +95,8 @@ def initialize(
     needed = parallel.world_size + (critic.world_size if critic else 0)
     if world_size != needed:
         raise ConfigError(
-            f"{world_size} processes were started, but the layout needs {describe(parallel)}"
-            + (f", and critic_parallel {describe(critic)}" if critic else "")
+            f"{world_size} processes were started, but the layout needs {sizes_in_words(parallel)}"
+            + (f", and critic_parallel {sizes_in_words(critic)}" if critic else "")
             + f"; start {needed} (torchrun --nproc-per-node) or change the layout"
         )
     device = join_world(world_size, parallel, *([critic] if critic else []))
@@ -117,7 +117,7 @@ def initialize(
     return enter(layout, groups, networks, device, seed, group=group, receivers=receivers)
 
 
-def describe(parallel: ParallelConfig) -> str:
+def sizes_in_words(parallel: ParallelConfig) -> str:
     return (
         f"tensor_model_parallel_size x pipeline_model_parallel_size x data_parallel_size = "
         f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size} x "

@@ -45,7 +45,7 @@ SHARD = (
 )
 ACTIVATIONS = f"Lower learner.microbatch_tokens, or set model.recompute = 'full'. {SHARD}"
 SAMPLING = f"Lower rollout.max_context, or sample from servers (rollout.engine = 'sglang'). {SHARD}"
-# by phase of a step; the run resumes from its newest checkpoint with these settings changed
+# what to change, by phase of a step; the run then resumes from its newest checkpoint
 MEMORY_REMEDIES = {
     "rollout": SAMPLING,
     "score": ACTIVATIONS,

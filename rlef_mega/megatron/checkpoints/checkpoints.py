@@ -171,7 +171,7 @@ class Checkpoints:
                 shares = [share for share, _ in reports if isinstance(share, Share)]
                 write_checkpoint(saving, shares, [rank_state for _, rank_state in reports])
         except OSError as error:
-            faults = [describe(error, self.folder)]
+            faults = [explain_disk_error(error, self.folder)]
         if faults:
             shutil.rmtree(saving.folder, ignore_errors=True)
             return faults[0]
@@ -218,13 +218,13 @@ def fault_of(work: Future, folder: Path) -> str | None:
     """Describe why finished work failed; raise an error that is not the disk's."""
     error = work.exception()
     if isinstance(error, OSError):
-        return describe(error, folder)
+        return explain_disk_error(error, folder)
     if error is not None:
         raise error
     return None
 
 
-def describe(error: OSError, folder: Path) -> str:
+def explain_disk_error(error: OSError, folder: Path) -> str:
     free = shutil.disk_usage(existing(folder)).free
     return f"{error} ({folder} has {free / 2**20:,.0f} MiB free)"
 
