@@ -173,7 +173,7 @@ class Client:
     async def release_memory(self) -> None:
         """Pause the server, and free the memory of weights and cache. No request may be running.
 
-        The pause keeps health checks away, which make a server generate, here without weights.
+        The pause prevents health checks, which would make the server generate without weights.
         Needs SGLang's memory saver, which needs a GPU.
         """
         await self.pause()
