@@ -1,9 +1,9 @@
 """The settings of a run: one frozen pydantic model for each section of a recipe.
 
-A recipe is a TOML file, which may extend another; dotted `--set section.key=value` words override
-it, unknown keys are refused, and the resolved config is written into the run directory. Functions
-take the values that they use, not the config. Defaults are the paper's (RLEF A.1, 3.1) where it
-gives one.
+A recipe is a TOML file, which may extend another; `--set section.key=value` overrides single keys,
+unknown keys are refused, and the resolved config is written into the run directory. Functions take
+the values that they use, not the config. Defaults are the paper's (RLEF A.1, 3.1) where it gives
+one.
 """
 
 import codecs
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 def read_text(path: Path) -> str:
     """Read a text file, which is UTF-8 whatever the locale. Raises ConfigError that names the file
-    and what it is instead."""
+    and what is wrong with it."""
     content = path.read_bytes()
     marks = {codecs.BOM_UTF8: "begins with a byte order mark (BOM)"}
     marks |= {mark: "is UTF-16" for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
@@ -181,9 +181,9 @@ class RolloutConfig(Section):
     samples_per_problem: int = Field(1, gt=0)  # dialogues of a batch about the same problem
     turns: int = Field(3, ge=1, le=10)  # 1 is single-turn training
     feedback: Literal["true", "none", "private"] = "true"
-    # of one feedback; None: as many as the context has room for
+    # maximum length of one feedback; None: as many tokens as the context has room for
     feedback_tokens: int | None = Field(None, gt=0)
-    # where feedback is cut that exceeds these tokens or the context
+    # where feedback is cut if it is longer than feedback_tokens or the context allows
     feedback_cut: Literal["middle", "right"] = "middle"
     # which code block of a response is its program
     program: Literal["first", "last", "only"] = "first"
@@ -228,7 +228,7 @@ class PPOConfig(Section):
     # as in the paper; exact: their expectations over the vocabulary
     kl: Literal["sampled", "exact"] = "sampled"
     gamma: float = Field(1.0, ge=0, le=1)
-    # rloo, grpo: no critic, but the other dialogues about the same problem
+    # what a return is compared with. critic: values; rloo, grpo: other dialogues about the problem
     advantage: Literal["critic", "rloo", "grpo"] = "critic"
     lam: float = Field(1.0, ge=0, le=1)  # of GAE over turns; 1: Monte Carlo returns
     clip_eps: float = Field(0.2, gt=0)
@@ -312,7 +312,7 @@ class GuardConfig(Section):
     mean_logprob_gap: float = Field(0.05, gt=0)  # 0.001 in float32
     # share of turns without valid code, mean of guard.window steps
     max_invalid_fraction: float = Field(0.5, gt=0, le=1)
-    # of the ratios pi_old / pi_b, as a share of the tokens, mean of guard.window steps
+    # as a share of the tokens, for their ratios pi_old / pi_b; mean of guard.window steps
     min_effective_sample_size: float = Field(0.5, ge=0, le=1)
     # KL per token between pi_b and pi_old, mean of guard.window steps
     max_behaviour_k3: float = Field(0.2, gt=0)
@@ -456,7 +456,7 @@ def check_placement(config: TrainConfig) -> None:
     apart = config.rollout.engine == "local" or servers.device == "cpu" or servers.release_memory
     if not apart and servers.first_gpu < ranks:
         raise ConfigError(
-            f"the ranks take GPUs 0 to {ranks - 1} of this machine, and the servers' begin with "
+            f"the ranks take GPUs 0 to {ranks - 1} of this machine, and the servers' GPUs begin at "
             f"rollout.servers.first_gpu = {servers.first_gpu}; set it to {ranks}, or "
             "rollout.servers.release_memory = true, with which both use the same GPUs in turn"
         )

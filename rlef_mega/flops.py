@@ -3,12 +3,11 @@
     F(s, r) = 6 [W s + h V r] + 6 L n d s^2        W = L (2 h n d + 2 h k d + 3 h f)
 
 for a sequence of s tokens, r of which the head reads: L layers, width h, n query and k key-value
-heads of dimension d, gated feed-forward width f, vocabulary V. A multiply-add is two operations;
-six for each weight and token, two forward and four backward; the causal half of the attention
-products; nothing for the embedding, which is a look-up (Narayanan et al., arXiv 2104.04473,
-appendix; Korthikanti et al., 2205.05198, appendix A, count the whole square and a head that reads
-every token). Recomputation in backward is not the model's work: it is counted separately, as
-hardware FLOPs.
+heads of dimension d, gated feed-forward width f, vocabulary V. A multiply-add is two operations, so
+each weight and token takes six: two forward and four backward. Attention counts only the causal
+half of its products; the embedding is a look-up and counts nothing. (Narayanan et al., arXiv
+2104.04473, appendix, and Korthikanti et al., 2205.05198, appendix A, count the whole square and a
+head that reads every token.) Recomputation in backward is counted separately, as hardware FLOPs.
 """
 
 from collections.abc import Sequence
@@ -86,7 +85,7 @@ class LlamaShape:
 
     @property
     def table_parameters(self) -> int:
-        """Return the parameters of the embedding; an untied head has as many again."""
+        """Return the parameters of the embedding; an untied head has the same number."""
         return self.vocabulary * self.hidden
 
     @property

@@ -62,7 +62,7 @@ def logprob_gap(batch: Batch, scores: Scores, version: int) -> dict[str, float |
 
 def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
     """Return how far the policies that sampled the batch are from the policy at the start of its
-    updates, which has the weights `version`. Most numbers are of w = pi_old / pi_b of each token.
+    updates, which has the weights `version`. w is the pi_old / pi_b of a token.
 
     `effective_sample_size` is (sum w)^2 / (n sum w^2), 1 if nothing is stale. `truncated_fraction`
     is the share of tokens which min(w, 1) changes by more than 1%. `behaviour_k3` estimates the
@@ -89,7 +89,7 @@ def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
 
 
 def total_counts(by_rank: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the sums over ranks of what engines have counted (`Engine.take_counts`) in this step.
+    """Return the sums over ranks of an engine's counts in this step (`TrainingEngine.take_counts`).
 
     All ranks use the same servers, so a server's busy time is the largest that a rank reports;
     `server_busy_s` is the sum over servers.

@@ -43,8 +43,8 @@ from rlef_mega.types import Problem, Sampling
 
 @dataclass(frozen=True)
 class Parts:
-    """One rank's parts. The networks have trained for `done` steps, and `position` is the state in
-    their checkpoint; 0 and {} in a new run."""
+    """One rank's parts. The networks have trained for `done` steps, and `position` is the state of
+    the rollouts in their checkpoint; 0 and {} in a new run."""
 
     run: RunDirectory
     stop: StopRequest
@@ -107,7 +107,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
     chat = ChatFormat.from_folder(model)
     rules = dialogue_rules(config, chat)
     with ExitStack() as stack:
-        shares = config.rollout.servers.release_memory  # then servers make room for the networks
+        shares = config.rollout.servers.release_memory  # servers then free their memory first
         engine = stack.enter_context(open_engine(config, model, ranks, run)) if shares else None
         learner = make_learner(config, model, ranks)
         checkpoints = make_checkpoints(config, run, learner)
@@ -153,7 +153,7 @@ def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Pa
 
 def training_problems(config: TrainConfig) -> Sequence[Problem]:
     """Return the problems of data.train, without those that the run leaves out."""
-    with rank_0_first():  # writes the store of a data set if the checks of the run have not
+    with rank_0_first():  # it writes a data set's store, if the checks before the run did not
         problems = load_problems(config.data.train)
     left_out = frozenset(read_left_out(Path(config.run.dir)) or ())
     if not left_out:
@@ -177,7 +177,7 @@ def open_engine(
             weights_from_folder=config.model.weights is None,  # else the first publication has them
         )
         return
-    # an extra: it needs aiohttp
+    # imported here, because only the extra `serve` installs aiohttp
     from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
 
     servers = config.rollout.servers

@@ -297,7 +297,7 @@ def claim_run_directory(
 
 
 def allowed_changes(config: TrainConfig | SFTConfig) -> set[str]:
-    """Return the settings that run.allow_change frees. Raises ConfigError for any other."""
+    """Return the settings that run.allow_change names. Raises ConfigError if one may not change."""
     named = set(config.run.allow_change) if isinstance(config, TrainConfig) else set()
     if refused := named - ALLOWED_WHEN_NAMED:
         raise ConfigError(

@@ -14,7 +14,7 @@ from rlef_mega.types import Batch, Scores, Targets
 def targets_of(
     batch: Batch, scores: Scores, settings: PPOConfig, *, single_turn: bool = False
 ) -> tuple[Targets, dict[str, float | None]]:
-    """Return what the updates of the batch aim for, and the metrics of rewards and values.
+    """Return the targets of the batch's updates, and the metrics of rewards and values.
 
     The KL in the reward is that of the policy which produced the rollout, so it uses the behaviour
     log-probs. The exact KL (`scores.kl_A`, not in the paper) replaces each token's log-ratio by its

@@ -1,15 +1,16 @@
 """THE LOOP: roll out, pack, score, targets, update, publish, evaluate, record, save.
 
 Theory of operation: SPMD under torchrun or srun; every rank runs this file. A rank runs its share
-of the dialogues, while the trainer waits or concurrently (dialogues/batches.py); then every rank
-has all episodes of the step. Every rank computes the same packing, targets and metrics, and the
-learner splits its work by its layout. Rank 0 writes the run directory. Checkpoints are written in
-the background. A killed run resumes from its newest checkpoint; in sync mode it then ends with the
-same numbers as an uninterrupted run.
+of the dialogues before each step or, in async mode, during training (dialogues/batches.py); then
+every rank has all episodes of the step. Every rank computes the same packing, targets and metrics,
+and the learner splits its work by its layout. Rank 0 writes the run directory. Checkpoints are
+written in the background. A killed run resumes from its newest checkpoint; in sync mode it then
+ends with the same numbers as an uninterrupted run.
 
 What ends it: the last step; a request to stop (SIGINT, SIGTERM, SIGUSR1 or a file `stop` in the run
 directory), which all ranks see together at the end of a step, and which is followed by a
-checkpoint; the loss of the last engine, after a checkpoint of what was learned; or a guard.
+checkpoint; the loss of the last engine, after a checkpoint of what was learned; a guard; or a loss
+or gradient that is not finite.
 """
 
 from collections.abc import Iterable
@@ -71,8 +72,8 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
 def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iterable[int]) -> bool:
     """Run the steps. Returns False, after a checkpoint, if a stop was requested before the end.
 
-    Raises EngineLostError, after a checkpoint, if no engine is left, and GuardError if a limit of
-    `[guard]` is exceeded.
+    Raises EngineLostError, after a checkpoint, if no engine is left, GuardError if a limit of
+    `[guard]` is exceeded, and FloatingPointError if a loss or gradient is not finite.
     """
     learner, guards, checkpoints = parts.learner, parts.guards, parts.checkpoints
     clock = Clock(parts.note_phase)

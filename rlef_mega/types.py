@@ -227,7 +227,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the updates of a batch aim for; constant over these updates; fp32."""
+    """The inputs of a batch's losses that stay constant over its updates; fp32."""
 
     old_logprobs_A: torch.Tensor
     advantages_A: torch.Tensor  # the same for all tokens of a turn, unless values are token-level

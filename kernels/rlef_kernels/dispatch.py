@@ -42,7 +42,7 @@ def chunk_maker(
     temperature: float,
     group: ProcessGroup | None,
 ) -> MakeChunk:
-    """Return what makes the chunks of logits of these tensors: by kernels where they can run."""
+    """Return the function that makes the chunks of logits, with kernels where they can run."""
     if not uses_kernels(hidden_TD, weight_VD):
         return partial(LogitsChunk, temperature=temperature, group=group)
     from rlef_kernels.gpu.head import KernelsChunk

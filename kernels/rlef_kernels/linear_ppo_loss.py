@@ -87,7 +87,7 @@ def linear_ppo_loss(
 
     Masks, `group` and temperature are as in `linear_logprob`. `denominator` is a count over the
     whole update, so that losses and metrics add up over micro-batches and ranks; by default it is
-    the number of unmasked tokens of this call.
+    the number of tokens in `mask_T`, or of all tokens without a mask.
 
     Returns (loss, metrics), fp32; the loss is differentiable with respect to hidden and weight.
     With `accumulate_main_grad` the weight's gradient is added to `weight.main_grad` in the

@@ -10,9 +10,8 @@ KL(policy || reference) over the vocabulary, from two hidden states and two head
 kl_t is the expectation of logprob_t - ref_logprob_t over targets drawn from p_t.
 
 The two models may differ in width; the vocabulary and its sharding are the same. There are no
-gradients. FLOPs: P + P', P = 2 T V D and P' = 2 T V E, as two calls of `linear_logprob`. Bytes that
-must move: both hidden states and both heads read once, 8 T numbers written. [T, V] is never stored
-whole.
+gradients. FLOPs: 2 T V D + 2 T V E, as two calls of `linear_logprob`. Bytes that must move: both
+hidden states and both heads read once, 8 T numbers written. [T, V] is never stored whole.
 
 Vocab-parallel: each rank of `group` holds an equal shard of the rows of both heads; one gather of
 [T, 8] numbers.

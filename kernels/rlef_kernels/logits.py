@@ -103,5 +103,5 @@ class LogitsChunk:
             grad_weight_VD.addmm_(gradient_CV.t(), self.hidden_CD)
 
 
-# Makes the chunk for hidden states and head; the last argument: for a pass with gradients.
+# Makes the chunk for hidden states and head; the last argument says whether gradients are needed.
 MakeChunk = Callable[[torch.Tensor, torch.Tensor, bool], LogitsChunk]

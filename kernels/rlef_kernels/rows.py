@@ -23,13 +23,13 @@ def select_rows(tensor: torch.Tensor, rows_R: torch.Tensor | None) -> torch.Tens
 
 
 def scatter_rows(
-    grad_RD: torch.Tensor, rows_R: torch.Tensor | None, num_tokens: int
+    selected: torch.Tensor, rows_R: torch.Tensor | None, num_tokens: int
 ) -> torch.Tensor:
     """Undo `select_rows`: put each row back at its index, with zeros elsewhere."""
     if rows_R is None:
-        return grad_RD
-    grad_TD = grad_RD.new_zeros(num_tokens, *grad_RD.shape[1:])
-    return grad_TD.index_copy(0, rows_R, grad_RD)
+        return selected
+    zeros = selected.new_zeros(num_tokens, *selected.shape[1:])
+    return zeros.index_copy(0, rows_R, selected)
 
 
 def check_mask(mask_T: torch.Tensor, num_tokens: int) -> None:

@@ -50,7 +50,7 @@ def main() -> int:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
         found = bus_bandwidth_gbps(device, 2**28 if cuda else 2**22)
     except (RuntimeError, ValueError) as error:
-        print(f"the ranks do not reach each other: {error}", flush=True)
+        print(f"the all-reduce check failed: {error}", flush=True)
         os._exit(FAILED)
     slow = found < floor_gbps
     if dist.get_rank() == 0:

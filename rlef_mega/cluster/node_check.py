@@ -3,11 +3,11 @@ before anything is started there. Prints one line per fault, with its remedy; ex
 is any.
 
 Theory of operation: srun starts one process on each node of the run. Each writes its own time, and
-the address that others reach it at, into a file of a shared folder, and lists the folder once a
-second until the files of all others are there: hundreds of nodes ask at once. The first node reads
-the files, to see whose clock is wrong; the launcher reads the addresses. All other checks concern
-the node alone. It imports only the standard library, so that it starts at once, even where nothing
-else is installed.
+the address that others reach it at, into a file of a shared folder, and waits until the files of
+all others are there. Each lists the folder only once a second, because hundreds of nodes do so. The
+first node reads the files, to see whose clock is wrong; the launcher reads the addresses. All other
+checks concern the node alone. This module imports only the standard library, so that it starts at
+once, even where nothing else is installed.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def check_shared_folder(
 
 
 def check_gpus(wanted: int) -> Iterator[str]:
-    """Yield a fault if the driver shows this step fewer GPUs than the run needs."""
+    """Yield a fault if the driver shows this Slurm step fewer GPUs than the run needs."""
     if not wanted:
         return
     try:
@@ -109,7 +109,7 @@ def check_ports(first: int, count: int) -> Iterator[str]:
 
 
 def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
-    """Yield a fault if the folder's file system has less free space."""
+    """Yield a fault if the folder's file system has less than `wanted_gib` free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_gib = shutil.disk_usage(existing).free / GIB
     if free_gib < wanted_gib:
@@ -124,8 +124,8 @@ def check_room(folder: Path, wanted_gib: float) -> Iterator[str]:
 
 
 def check_quota(folder: Path, wanted_gib: float) -> Iterator[str]:
-    """Yield a fault if a quota refuses to reserve the room, even where the disk has it. A file
-    system that cannot reserve space passes."""
+    """Yield a fault if a quota refuses to reserve `wanted_gib`, even where the disk has room. A
+    file system that cannot reserve space passes."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with tempfile.TemporaryFile(dir=existing) as file:
         size = ctypes.c_long(int(wanted_gib * GIB))

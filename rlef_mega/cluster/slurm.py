@@ -62,8 +62,8 @@ def layout(config: TrainConfig) -> dict[str, str | int]:
 
 
 def disk_bytes(config: TrainConfig) -> int:
-    """Return the most bytes that a run's checkpoints (one of them half-written) and the weights
-    that it publishes by disk take; 0 if the model's shape is unknown.
+    """Return the maximum bytes of a run's checkpoints, one of them half-written, and of the weights
+    that it publishes by disk; 0 if the model's shape is unknown.
 
     A checkpoint has weights, main copy and two moments of each trained network (an fp32 weight is
     its own main copy).

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from rlef_mega.engines import GenerationRequest, WeightsMismatchError
+from rlef_mega.run.model_folder import HEAD
 
 NO_WEIGHTS = -1  # the weight version of an engine that cannot serve
-HEAD = "lm_head.weight"
 
 
 def check_request(request: GenerationRequest, *, vocabulary: int, longest_prompt: int) -> None:

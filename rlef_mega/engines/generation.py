@@ -9,7 +9,7 @@ transformers' `generate` is not used: its mask construction, cache growth and lo
 longer than a small model's arithmetic.
 
 Shape suffixes: B rows of the batch, G rows of a prefill group, P longest prompt, L columns of the
-cache, V vocabulary, K most tokens that a row may sample.
+cache, V vocabulary, K maximum number of new tokens of a row.
 """
 
 from collections.abc import Sequence

@@ -55,7 +55,7 @@ class LocalSession:
 class LocalEngine:
     """Samples with a model from a Hugging Face folder, on any device that torch has.
 
-    `dtype` is torch's or its name (`float32`, `bfloat16`). With `weights_from_folder=False` only
+    `dtype` is a torch dtype or its name (`bfloat16`). With `weights_from_folder=False` only
     config.json is read, and requests before the first `update_weights` fail with EngineError.
     """
 
@@ -183,7 +183,7 @@ class LocalEngine:
 def load_model(
     folder: Path, dtype: torch.dtype | str, device: torch.device, weights_from_folder: bool
 ) -> PreTrainedModel:
-    """Load the model for evaluation, without gradients.
+    """Load the model in evaluation mode, without gradients.
 
     Raises ValueError if the folder lacks a file or weights, which transformers would initialise at
     random, or if a layer has no full attention.

@@ -8,7 +8,7 @@ import torch
 from rlef_mega.engines import EngineError, EngineLostError, TrainingEngine, WeightsMismatchError
 from rlef_mega.run.ranks import gather
 
-TRIES = 3  # of a publication: a server may die during one, and the others continue
+TRIES = 3  # of a publication: if a server dies in one try, the next one goes on without it
 # Yields every weight of the policy under its Hugging Face name; collective. A tensor that was
 # yielded is not written to again.
 PolicyWeights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
@@ -29,7 +29,7 @@ def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, versio
         outcomes = gather((mine, served))
         failed = [failure for failure, _ in outcomes if failure is not None]
         if engine is not None:
-            # or a thousand ranks would ask hundreds of servers what the publisher knows
+            # every engine is told: otherwise a thousand ranks would ask hundreds of servers
             known = [url for _, urls in outcomes for url in urls]
             engine.end_update(None if failed else version, known)
         if not failed:

@@ -29,7 +29,7 @@ VALUE_HEAD = "score"  # as in Hugging Face's LlamaForTokenClassification
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows of a packed parameter that are one tensor. The parameter is viewed as [blocks,
+    """The rows of a packed parameter that make up one tensor. The parameter is viewed as [blocks,
     pieces, piece_rows]; the tensor is the pieces first:last of each block. One of `blocks` and
     `piece_rows` is -1, and follows from the parameter's size.
     """
@@ -62,7 +62,7 @@ class HFTensor:
 
     @property
     def own_layer(self) -> int | None:
-        """The layer that the parameter belongs to, if it belongs to one."""
+        """Return the layer that the parameter belongs to, if it belongs to one."""
         return None if self.layer == -1 else self.layer
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:

@@ -108,9 +108,9 @@ class Learner:
 
     @calls_megatron
     def build(self, name: str) -> list[PackedLlama]:
-        """Build and load this rank's chunks of policy or critic; none if it has no part of it. If a
-        checkpoint to start from has no critic, the critic starts from its policy. Every rank calls
-        this: reading a checkpoint is collective over the world."""
+        """Build and load this rank's chunks of policy or critic; returns [] if the rank has no part
+        of it. If a checkpoint to start from has no critic, the critic starts from its policy. Every
+        rank calls this: reading a checkpoint is collective over the world."""
         ranks, weights = self.ranks, self.weights
         if name not in ranks.networks:
             if weights is not None:
@@ -133,7 +133,7 @@ class Learner:
 
     @property
     def trained(self) -> dict[str, TrainedModel]:
-        """This rank's networks to checkpoint."""
+        """Return this rank's trained networks, which are saved in checkpoints, by name."""
         models = {POLICY: self.policy, CRITIC: self.critic}
         return {name: model for name, model in models.items() if model is not None}
 
@@ -230,9 +230,9 @@ class Learner:
         microbatches: Sequence[Microbatch],
         read: ReadFunction,
     ) -> None:
-        """Run this network, or policy and reference together, if this rank has it. On the
-        one rank of each data-parallel part that reports outputs, write what `read` returns of each
-        micro-batch to its indices of the results."""
+        """Run this network, or policy and reference together, if this rank has it. `read` returns
+        the outputs of a micro-batch, which are written to its `indices` of the results on one rank
+        of each data-parallel part (`Ranks.reports_outputs`)."""
         models = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
         chosen = [model.chunks for name in names if (model := models[name])]
         if not chosen:

@@ -40,7 +40,7 @@ class Cutting:
 
     The number of micro-batches is a multiple of the pipeline's size p. Megatron's interleaved
     schedule requires it. The plain one does not, but with m micro-batches its stages are idle for
-    (p - 1) / (m + p - 1) of the time (Narayanan et al., arXiv 2104.04473): for m below p, more than
+    (p - 1) / (m + p - 1) of the time (Narayanan et al., arXiv 2104.04473): for m below p, at least
     half.
     """
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-ALIGNMENT = 64  # bytes; of tensors in a host buffer
-# Of mmap, on Linux: pages are given out when they are pinned, and a rehearsal may have more of them
-# than the host
+ALIGNMENT = 64  # bytes, of the tensors in a host buffer
+# A flag of Linux's mmap: no memory is reserved before pages are pinned, because a rehearsal may map
+# more than the host has.
 MAP_NORESERVE = 0x4000
 
 

@@ -71,12 +71,12 @@ class Ranks:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is the rank that writes files and prints."""
+        """Return whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     @property
     def reports_outputs(self) -> bool:
-        """Whether this rank's outputs count: one rank of each data-parallel part. Its
+        """Return whether this rank reports outputs: one rank of each data-parallel part does. Its
         tensor-parallel peers have the same outputs, other stages have none.
         """
         last = self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
@@ -95,8 +95,8 @@ def initialize(
     needed = parallel.world_size + (critic.world_size if critic else 0)
     if world_size != needed:
         raise ConfigError(
-            f"{world_size} processes were started, but the layout needs {describe(parallel)}"
-            + (f", and critic_parallel {describe(critic)}" if critic else "")
+            f"{world_size} processes were started, but the layout needs {sizes_in_words(parallel)}"
+            + (f", and critic_parallel {sizes_in_words(critic)}" if critic else "")
             + f"; start {needed} (torchrun --nproc-per-node) or change the layout"
         )
     device = join_world(world_size, parallel, *([critic] if critic else []))
@@ -117,7 +117,7 @@ def initialize(
     return enter(layout, groups, networks, device, seed, group=group, receivers=receivers)
 
 
-def describe(parallel: ParallelConfig) -> str:
+def sizes_in_words(parallel: ParallelConfig) -> str:
     return (
         f"tensor_model_parallel_size x pipeline_model_parallel_size x data_parallel_size = "
         f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size} x "
@@ -146,8 +146,8 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCol
 
     tensor, data, model, pipeline = mine("tp"), mine("dp"), mine("tp-pp"), mine("pp")
     tensor_data, everyone = mine("tp-dp"), mine("tp-dp-pp")
-    # First and last stage hold a tied embedding. The last group to be made: members agree on a
-    # group's name by counting the groups that they made before, and middle stages do not make it.
+    # First and last stage hold a tied embedding. Their group is made last: members agree on a name
+    # by counting the groups that they made before, and middle stages do not make this one.
     stages = dist.get_process_group_ranks(pipeline)
     ends = sorted({stages[0], stages[-1]})
     embedding = alone if len(ends) == 1 else None
@@ -180,7 +180,7 @@ def make_groups(parallel: ParallelConfig, *, first_rank: int) -> ProcessGroupCol
 
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Make a group of these ranks. Only they call it, and wait for each other."""
+    """Make a group of these ranks. Only these ranks call it, and they wait for each other."""
     return dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True)
 
 

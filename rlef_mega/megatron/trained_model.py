@@ -8,8 +8,8 @@ the last stage computes losses and outputs. Gradients are summed, not averaged, 
 and data-parallel ranks, because each loss is already divided by a count over the whole update. The
 optimizer's state is spread over the data-parallel ranks (Megatron's distributed optimizer; also
 over a single one, so that checkpoints have one form). Parameters in bfloat16 have fp32 main copies
-and gradients. With data parallelism, gradients are reduced during the last backward pass, and the
-new weights are gathered during the next forward pass.
+and gradients. With data parallelism and `overlap`, gradients are reduced during the last backward
+pass, and the new weights are gathered during the next forward pass.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from rlef_mega.megatron.parallel import Ranks
 
 Metrics = dict[str, torch.Tensor]
 OutputFunction = Callable[[torch.Tensor, Microbatch], torch.Tensor]
-Network = PackedLlama | PolicyAndReference  # a chunk of one
+Network = PackedLlama | PolicyAndReference  # one chunk of a network
 LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]]
 
 
@@ -218,7 +218,7 @@ class TrainedModel:
         )
         overrides = get_standard_config_overrides(options)
         if model_config.bf16:
-            # The distributed optimizer mixes up a group that holds two dtypes; an override that
+            # The distributed optimizer mixes up a parameter group with two dtypes. An override that
             # changes nothing (our schedule sets the rates) gives the critic's fp32 head groups of
             # its own.
             overrides[ParamKey(attr="is_value_head")] = {"min_lr": 0.0}
@@ -243,7 +243,7 @@ class TrainedModel:
 
     @property
     def last_chunk(self) -> Any:
-        """The chunk with the head, on the last stage's ranks."""
+        """Return the last chunk, which has the head on the last stage's ranks."""
         return self.chunks[-1]
 
     @calls_megatron

@@ -72,11 +72,12 @@ def interface_with(address: str) -> str | None:
 
 
 def reached_at(node: str, others: Iterable[str], interface: str = "") -> str:
-    """Return what the nodes `others` reach this node by: its name, if that resolves to the right
-    address on this node too, or else the address.
+    """Return the host by which the nodes `others` reach this node: its name, if that resolves to
+    the right address on this node too, or else the address.
 
     The address is that of `interface` or, without one, that on the route to another node. It is a
-    loopback address only if all nodes are this machine. Raises OSError if the interface has none.
+    loopback address only if all nodes are this machine. Raises OSError if `interface` has no
+    address.
     """
     address = ""
     if interface:

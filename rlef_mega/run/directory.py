@@ -206,8 +206,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 @contextmanager
 def folder_written_whole(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield a new folder beside `path` to write into. When the block ends, it is renamed to `path`
-    and replaces what was there; after an error or a kill, `path` is as before. Without `flush`, a
-    power failure may leave it incomplete."""
+    and replaces what was there; an error or a kill before that leaves `path` as it was. Without
+    `flush`, a power failure may leave it incomplete."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

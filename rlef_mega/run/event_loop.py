@@ -40,11 +40,11 @@ class LivesInLoop:
         self.thread = LoopThread(name)
 
     async def open(self) -> None:
-        """Run first, in the loop; its errors are raised to the caller."""
+        """Prepare the object; called first, in the loop. Its errors are raised to the caller."""
         raise NotImplementedError
 
     async def shut(self) -> None:
-        """Free what `open` and later calls made; runs last, in the loop."""
+        """Free what `open` and later calls made; called last, in the loop."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

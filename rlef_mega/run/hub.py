@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from rlef_mega.config import ConfigError, read_json
 from rlef_mega.run.model_folder import INDEX, ONE_FILE
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/MODEL
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/MODEL
 WEIGHTS = ("*.safetensors",)
 CONFIG = ("config.json",)
 DESCRIPTION = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, chat template
@@ -36,11 +36,11 @@ def find_model(
     """Return a model's folder: `path` itself, or the hub's cached copy of the model of this name.
 
     Of the model's files only `files` are fetched, and only if one of them is missing. Without
-    `fetch`, returns `path` if the cache lacks any. Raises ConfigError with the remedy if the hub
+    `fetch`, returns `path` if one is missing. Raises ConfigError with the remedy if the hub
     cannot be reached, has no such model, or asks for a licence or a login.
     """
     name = str(path)
-    if Path(path).exists() or not NAME.fullmatch(name):
+    if Path(path).exists() or not HUB_NAME.fullmatch(name):
         return Path(path)
     wanted = list(files)
 
@@ -61,7 +61,7 @@ def find_model(
     try:
         found = download(cached=False)
     except (HTTPError, HFValidationError, OSError) as error:
-        raise ConfigError(f"there is no folder {name}, and {explain(name, error)}") from None
+        raise ConfigError(f"there is no folder {name}, and {why_missing(name, error)}") from None
     if not is_whole(found, files):
         raise ConfigError(
             f"{found} lacks the config, the tokenizer or weights in safetensors: either {name} has "
@@ -82,7 +82,7 @@ def is_whole(folder: Path, files: Sequence[str]) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def explain(name: str, error: Exception) -> str:
+def why_missing(name: str, error: Exception) -> str:
     """Return why the model could not be downloaded, and what to do."""
     login = "log in by `hf auth login`, or set HF_TOKEN"
     match error:

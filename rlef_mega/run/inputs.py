@@ -13,7 +13,7 @@ from pathlib import Path
 from rlef_mega.config import ConfigError
 from rlef_mega.run.directory import write_atomically
 
-NAME = "inputs.json"
+FILE = "inputs.json"
 BLOCKS, BLOCK_BYTES = 64, 64 << 10  # read of a large file
 DESCRIPTION_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template
 
@@ -53,14 +53,14 @@ def digest_model(folder: Path) -> dict[str, str]:
 def read_left_out(run_dir: Path) -> list[int] | None:
     """Return the indices in data.train of the problems that the run leaves out; None if there is no
     run yet."""
-    path = run_dir / NAME
+    path = run_dir / FILE
     return json.loads(path.read_text())["left_out"] if path.is_file() else None
 
 
 def claim_inputs(run_dir: Path, digests: dict[str, str], left_out: Iterable[int]) -> None:
     """Record the inputs of a new run. Raises ConfigError if the directory holds a run that was
     started with others."""
-    path = run_dir / NAME
+    path = run_dir / FILE
     if path.is_file():
         before = json.loads(path.read_text())["digests"]
         if changed := [name for name in before if before[name] != digests.get(name)]:

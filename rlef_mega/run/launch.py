@@ -4,11 +4,10 @@ Theory of operation: `rlef` validates the recipe, writes the run directory, and 
 through torchrun's agent, which runs in a session of its own. SIGINT, SIGTERM and SIGUSR1 (Slurm
 sends it before a time limit) make `rlef` create the file `stop`; the ranks see it at the end of
 their step, save, and exit. A second Ctrl-C kills them at once. The agent ignores these signals,
-because Slurm sends them to every process of a step; ranks treat them like the file. If `rlef` dies,
-even by SIGKILL, the kernel kills the agent and with it the ranks (PR_SET_PDEATHSIG), so no orphan
-keeps writing. Under Slurm, srun starts the worker modules directly and only `worker_main` and
-`StopRequest` of this file are used. SIGUSR2 makes a rank write the stacks of all its threads, even
-while it waits in a collective.
+because Slurm sends them to every process of a job step; ranks treat them like the file. If `rlef`
+dies, even by SIGKILL, the kernel kills the agent and with it the ranks (PR_SET_PDEATHSIG), so no
+orphan keeps writing. Under Slurm, srun starts the worker modules directly, without `launch`.
+SIGUSR2 makes a rank write the stacks of all its threads, even while it waits in a collective.
 """
 
 import contextlib
@@ -46,7 +45,7 @@ SHARD = (
 )
 ACTIVATIONS = f"Lower learner.microbatch_tokens, or set model.recompute = 'full'. {SHARD}"
 SAMPLING = f"Lower rollout.max_context, or sample from servers (rollout.engine = 'sglang'). {SHARD}"
-# by phase of a step; the run resumes from its newest checkpoint with these settings changed
+# what to change, by phase of a step; the run then resumes from its newest checkpoint
 MEMORY_REMEDIES = {
     "rollout": SAMPLING,
     "score": ACTIVATIONS,
@@ -84,7 +83,7 @@ class StopRequest:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (Linux only)."""
+    """Ask the kernel to kill this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
@@ -293,7 +292,7 @@ def take_rank_from_slurm() -> None:
 
 
 def choose_interface(master: str) -> None:
-    """Have gloo use the interface on the route to rank 0 if this node's name resolves to a loopback
+    """Make gloo use the interface on the route to rank 0 if this node's name resolves to a loopback
     address (Debian's 127.0.1.1), on which gloo would listen otherwise."""
     if "GLOO_SOCKET_IFNAME" in os.environ or not any(
         is_loopback(found) for found in addresses_of(socket.gethostname())
@@ -306,7 +305,7 @@ def choose_interface(master: str) -> None:
 
 
 def dump_stacks_when_asked() -> None:
-    """Have SIGUSR2 write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr if that
+    """Make SIGUSR2 write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr if that
     variable is unset. faulthandler does it in C, so it works while Python waits in a library."""
     folder = os.environ.get("RLEF_STACKS")
     if folder is None:

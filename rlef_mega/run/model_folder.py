@@ -13,7 +13,7 @@ from rlef_mega.config import ConfigError, read_json
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONVERT = "transformers' from_pretrained(FOLDER).save_pretrained(OTHER)"
-# Files that hold weights as we do not read them, and what to do with each.
+# Files with weights in forms that we do not read, and what to do with each.
 OTHER_FILES = {
     "adapter_*": "a LoRA adapter: merge it into its base by peft's merge_and_unload",
     "model-*-of-*.safetensors": f"shards without their {INDEX}: copy it from the same place",
@@ -29,7 +29,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `config`, that of this folder, describes a quantized model."""
+    """Raise ConfigError if `config`, the folder's config.json, describes a quantized model."""
     if about := config.get("quantization_config"):
         method = about.get("quant_method", "?") if isinstance(about, dict) else about
         raise ConfigError(

@@ -32,7 +32,7 @@ class StepProgress(Progress):
             TextColumn("[cyan]{task.fields[phase]:<12}", markup=True),
             TextColumn("{task.description}", markup=False),
             console=Console(soft_wrap=True),
-            disable=not sys.stdout.isatty(),
+            disable=not (shown and sys.stdout.isatty()),
         )
         self.label, self.total, self.shown = label, total, shown
         self.first = self.done = done

@@ -8,13 +8,13 @@ an error of at most d / 512, and its probability is at most exp(-d), so dz of a 
 less than exp(-d) d / 512 < 0.0008 of that tile's largest probability: less than the rounding of dz
 itself. Log-probs and entropies are exact.
 
-FLOPs: P = 2 T V D, and about 8 T V for the statistics. Bytes: hidden and head, read from memory
+FLOPs: 2 T V D, and about 8 T V for the statistics. Bytes: hidden and head, read from memory
 about T / 1024 times and from the L2 cache otherwise; 12 T V / tile_columns of partial sums, written
 once and read a few times; for a gradient 2 T V written, read and written again, and 4 T V read by
 cuBLAS, and 8 V D of main_grad per chunk.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P the four partial
-sums; of a tile, R rows and C columns.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk; of a tile, R rows
+and C columns.
 """
 
 from collections.abc import Sequence
@@ -124,8 +124,8 @@ def logits_statistics_kernel(
 
 
 class KernelsChunk(LogitsChunk):
-    """The same as `LogitsChunk` by kernels. Logits are stored, in the inputs' dtype, only for a
-    gradient, each minus its tile's maximum."""
+    """Computes what `LogitsChunk` does, with kernels. Logits are stored only for a gradient, in the
+    inputs' dtype, each minus its tile's maximum."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class KernelsChunk(LogitsChunk):
         self.plan = plan or choose_plan(hidden_TD, weight_VD)
         num_tokens, (vocabulary, _) = hidden_TD.shape[0], weight_VD.shape
         self.num_tiles = triton.cdiv(vocabulary, self.plan.tile_columns)
-        width = self.num_tiles * self.plan.tile_columns  # aligned rows
+        width = self.num_tiles * self.plan.tile_columns  # whole tiles, so that rows are aligned
         tokens = whole_tiles(self.plan.partials_bytes // (12 * self.num_tiles), tiles.GROUP)
         if with_gradient:
             tokens = whole_tiles(self.plan.row_bytes // (width * weight_VD.element_size()), 1)
@@ -189,7 +189,7 @@ class KernelsChunk(LogitsChunk):
         gradient_CV = self.stored_CV[: len(self.hidden_CD)]
         write_gradient_(
             gradient_CV,
-            self.sums,
+            self.sums,  # the tiles' maxima come first
             self.column_C,
             pack_rows(statistics, grad_logprob_C, grad_entropy_C),
             self.inverse_temperature,

@@ -4,9 +4,9 @@ Works like `linear_logprob`'s forward pass, but a tile has 128 x 128 logits of e
 both accumulators fit in registers. A tile stores six partial sums, which combine like those of
 shards.
 
-FLOPs: P + P', P = 2 T V D and P' = 2 T V E. Memory: 39 MiB to combine partial sums; with cuBLAS
-also 2 x 32 MiB of logits. Bytes: hidden states and heads as in `head`; 24 T V / 128 of partial sums
-written once and read a few times.
+FLOPs: 2 T V D + 2 T V E. Memory: 39 MiB to combine partial sums; with cuBLAS also 2 x 32 MiB of
+logits. Bytes: hidden states and heads as in `head`; 24 T V / 128 of partial sums written once and
+read a few times.
 
 Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard, C columns of a block, P partial
 sums, N tiles, R rows of a part; 6 sums of a tile's row, 2 target logits.
@@ -36,7 +36,7 @@ from rlef_kernels.vocab_parallel import (
 )
 
 NUM_SUMS = 6
-FUSED_COLUMNS = 128
+TILE_COLUMNS = 128  # of a fused tile of each model
 ROW_KERNEL_ROWS = 4  # per program, in two tiles of 1,024 columns
 
 
@@ -60,7 +60,7 @@ class Models(NamedTuple):
         return self.weight_VD.shape[0]
 
     def descriptors(self) -> list[object]:
-        R, C, D = tiles.ROWS, FUSED_COLUMNS, tiles.DEPTH
+        R, C, D = tiles.ROWS, TILE_COLUMNS, tiles.DEPTH
         return [descriptor(matrix, n, D) for matrix, n in zip(self, (R, C, R, C), strict=True)]
 
 
@@ -70,7 +70,7 @@ def score_partials(
     """Return the partial sums of this shard, [T, 8]. `column_T`: the targets' columns, which may
     lie outside the shard."""
     num_tokens, vocabulary = models.num_tokens, models.vocabulary
-    num_tiles = triton.cdiv(vocabulary, FUSED_COLUMNS if plan.fused else plan.tile_columns)
+    num_tiles = triton.cdiv(vocabulary, TILE_COLUMNS if plan.fused else plan.tile_columns)
     step = max(1, plan.partials_bytes // (4 * NUM_SUMS * num_tiles))
     step = max(1, step // tiles.ROWS) * tiles.ROWS
     sums = models.hidden_TD.new_empty(
@@ -114,7 +114,7 @@ def write_sums(
             models.hidden_TD.shape[1],
             models.ref_hidden_TE.shape[1],
             inverse_temperature,
-            C=FUSED_COLUMNS,
+            C=TILE_COLUMNS,
             **tiles.PRODUCT,
         )
         return

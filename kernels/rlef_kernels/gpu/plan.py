@@ -26,7 +26,7 @@ class HeadPlan:
 
     fused: bool
     tile_columns: int
-    # Partial sums of the forward pass, which take as much again while they are combined. 24 MiB:
+    # Partial sums of the forward pass; combining them takes the same amount again. 24 MiB hold
     # those of 4,096 tokens x 128,256 columns.
     partials_bytes: int = 24 * MIB
     # cuBLAS only: fp32 logits, small enough for the L2 cache.

@@ -91,14 +91,14 @@ def store_statistics(
 ):
     """Store max, sum of exp and weighted sum of logits / temperature in partials[3, tiles, T].
 
-    Also stores the target's logit if the target is in the tile. Returns the rows' maxima; that
-    logit and they are not divided by the temperature.
+    Also stores the target's logit if the target is in the tile. Returns the rows' maxima. Neither
+    that logit nor the returned maxima are divided by the temperature.
     """
     inside_R = row_R < num_tokens
     at_R = partials_ptr + tl.cast(first_column // C, tl.int64) * num_tokens + row_R
     stride = tl.cast(tiles, tl.int64) * num_tokens
-    # First what needs the logits, then what needs them shifted. In any other order both are live,
-    # and the compiler spills registers.
+    # First what needs the logits, then what needs them minus the maximum. In any other order both
+    # matrices are live, and the compiler spills registers.
     store_target_logit(logits_RC, row_R, first_column, target_ptr, target_logit_ptr, num_tokens, C)
     max_R = tl.max(logits_RC, 1)
     tl.store(at_R, max_R * inverse_temperature, mask=inside_R)

@@ -164,7 +164,7 @@ class Client:
         """Continue sampling; first allocate the cache again if it was released."""
         if self.released:
             await self.occupy(CACHE)
-        # its only option empties the cache of a CUDA allocator, which a CPU build lacks
+        # the option would empty the cache of a CUDA allocator, which a CPU build lacks
         await self.call("/continue_generation", {"torch_empty_cache": False})
         if self.paused_at_s is not None:
             self.paused_s += time.monotonic() - self.paused_at_s
@@ -173,7 +173,7 @@ class Client:
     async def release_memory(self) -> None:
         """Pause the server, and free the memory of weights and cache. No request may be running.
 
-        The pause keeps health checks away, which make a server generate, here without weights.
+        The pause prevents health checks, which would make the server generate without weights.
         Needs SGLang's memory saver, which needs a GPU.
         """
         await self.pause()

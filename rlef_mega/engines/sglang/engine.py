@@ -7,9 +7,9 @@ for an answer, or for EngineError after several servers were tried.
 
 Each process with rollouts has an engine for the same servers. One of them publishes: it blocks in
 `update_weights` until all ready servers have the verified weights. The others wait, and check no
-paused server meanwhile. At `end_update` they are told the version and the servers that have it, and
-use another server once it reports that version. Dialogues may run during a publication: their
-requests wait at the paused servers and continue with the new weights.
+paused server meanwhile. At `end_update` they are told the version and the servers that have it;
+they use any other server only once it reports that version. Dialogues may run during a publication:
+their requests wait at the paused servers and continue with the new weights.
 
 A process that publishes to servers owns them until it ends; meanwhile their weight version is a
 number. Other processes refuse such servers, but a resumed run takes its own back (`take_over`).
@@ -66,7 +66,7 @@ class SGLangEngine(LivesInLoop):
 
     `model` is the Hugging Face folder that the servers were started with. With `way`
     (`ServersConfig.publish`) this engine publishes to them ("disk" through `weights_folder`);
-    without it, another process does. With `release_memory` servers free theirs in `rest`.
+    without it, another process does. With `release_memory` servers free their memory in `rest`.
     `take_over` allows servers that another process published to. `logs` is the folder that `rlef
     serve` writes logs to. With `infos`, those of another process's engine for the same servers, the
     servers are not asked again.
@@ -168,8 +168,8 @@ class SGLangEngine(LivesInLoop):
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> Sequence[str]:
-        """Load the weights on all servers, and return which have them; without `way`, wait until
-        `end_update`.
+        """Load the weights on all servers, and return which have them. Without `way`, only stop the
+        checks of servers, until `end_update`, and return ().
 
         Raises EngineError unless every server that is ready afterwards has exactly these weights.
         After an error no server is ready, and requests wait until a publication succeeds.

@@ -8,17 +8,16 @@ server; further ones queue there. `deadline_s` bounds a request with all its tri
 single try has no limit while its server is healthy: a server that was silent for `heartbeat_s` gets
 a health check.
 
-A server that fails. A server is taken out if it cannot be reached, breaks the connection, returns a
-malformed answer or one from old weights, or fails its health check. Requests that queue there move
-to another server. The one that failed is tried again elsewhere, MOST_TRIES tries in all. If no
-server was ready for `lost_s`, all waiting requests fail with EngineLostError.
+Failures. A server is taken out if it cannot be reached, breaks the connection, returns a malformed
+answer or one from old weights, or fails its health check. Requests that queue there move to another
+server. The request that failed is tried again elsewhere, MOST_TRIES tries in all. If no server was
+ready for `lost_s`, all waiting requests fail with EngineLostError.
 
-A server that comes back. A task for each server that is out asks for its health and its weight
-version, at growing intervals (`probe_until_ready`). With the current version it is ready again.
-With another version, as after a restart, it first loads the current weights through `restore`, if
-the publication left something to load, and otherwise stays out until the next publication. So no
-server serves before it has the current weights. The lock `control` is held by a publication or one
-restoring probe.
+Recovery. A task for each server that is out asks for its health and its weight version, at growing
+intervals (`probe_until_ready`). With the current version it is ready again. With another version,
+as after a restart, it first loads the current weights through `restore`, if the publication left
+something to load, and otherwise stays out until the next publication. So no server serves before it
+has the current weights. The lock `control` is held by a publication or one restoring probe.
 """
 
 import asyncio
@@ -76,7 +75,7 @@ class Fleet:
         self.members, self.limits = list(members), limits
         for member in self.members:
             member.slots = asyncio.Semaphore(limits.concurrency)
-        # when the last ready server failed, by the loop's clock
+        # since when requests have found no ready server, by the loop's clock
         self.none_since_s: float | None = None
         self.version: int | None = None
         # loads the current weights into one server; None if the publication left nothing to load
@@ -204,7 +203,7 @@ class Fleet:
             f"no server was ready for {self.limits.lost_s:g} s ({self.reasons()}){tails}"
         )
 
-    # ------------------------------------------------------------ who is ready
+    # ------------------------------------------------------------ readiness
 
     async def expect(self, version: int, served: Collection[str]) -> None:
         """Use from now on only servers with this version, which another process published. Those

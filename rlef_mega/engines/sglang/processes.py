@@ -138,7 +138,7 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own
         self.process.wait()
-        # processes that left the session, and were just starting when their parent died
+        # some have left the session; PR_SET_PDEATHSIG misses those that start as their parent dies
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get(MARK) == self.mark:

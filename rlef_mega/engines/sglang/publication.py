@@ -32,7 +32,7 @@ from rlef_mega.engines.sglang.weights import Checksums, SentWeights, differing_p
 from rlef_mega.run.directory import folder_written_whole
 from rlef_mega.run.event_loop import LoopThread
 
-BUCKET_BYTES = 512 * 2**20
+SENT_BUCKET_BYTES = 512 * 2**20
 
 
 class DiskPublication:
@@ -61,7 +61,7 @@ class DiskPublication:
             for file in self.model.iterdir():
                 if file.suffix == ".json" and not file.name.endswith(".index.json"):
                     shutil.copy(file, partial)
-            for number, bucket in enumerate(buckets(weights, BUCKET_BYTES)):
+            for number, bucket in enumerate(buckets(weights, SENT_BUCKET_BYTES)):
                 tensors = {name: tensor.cpu() for name, tensor in bucket}
                 save_file(tensors, partial / f"model-{number:05d}.safetensors")
 
@@ -123,7 +123,7 @@ class BucketPublication:
             await client.resume()
 
         self.thread.wait_for(on_all(members, begin))
-        for bucket in buckets(weights, BUCKET_BYTES):
+        for bucket in buckets(weights, SENT_BUCKET_BYTES):
             self.transfer.carry(bucket)
         self.thread.wait_for(on_all(members, end))
         self.thread.wait_for(self.fleet.install(version, members))

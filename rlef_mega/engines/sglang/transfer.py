@@ -82,7 +82,7 @@ class Broadcast:
         """Make a group with every rank of these servers."""
         self.group_name, self.members = f"rlef_{time.time_ns()}", members
         world_size = 1 + ranks * len(members)
-        # NCCL's watchdog ends this process at the group's timeout; HTTP's must come before
+        # NCCL's watchdog ends this process at the group's timeout; HTTP's timeout must come first
         timeout = timedelta(seconds=(2 if self.backend == "nccl" else 1) * self.deadline_s)
         # port 0 is any free one; the servers join as its clients
         self.store = store = dist.TCPStore(

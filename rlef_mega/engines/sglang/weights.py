@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from rlef_mega.config import differences
-from rlef_mega.engines.checks import HEAD, checked_weights, listed
+from rlef_mega.engines.checks import checked_weights, listed
 from rlef_mega.flops import LlamaShape
+from rlef_mega.run.model_folder import HEAD
 from rlef_mega.run.ranks import gather, my_share
 
-FUSED = {  # HF's module: (SGLang's module, its index in it)
+FUSED_INTO = {  # HF's module: (SGLang's module, its index in it)
     "q_proj": ("qkv_proj", 0),
     "k_proj": ("qkv_proj", 1),
     "v_proj": ("qkv_proj", 2),
@@ -69,7 +70,7 @@ class ServedModel:
             heads = self.config.num_key_value_heads
             # with more ranks than heads, neighbouring ranks have the same head
             return tensor.chunk(min(ranks, heads))[rank * min(ranks, heads) // ranks]
-        if module in FUSED:
+        if module in FUSED_INTO:
             return tensor.chunk(ranks)[rank]
         if module in BY_COLUMNS and tensor.dim() == 2:
             return tensor.chunk(ranks, dim=1)[rank].contiguous()
@@ -138,7 +139,7 @@ def served_name(name: str) -> tuple[str, int, int]:
     """Return SGLang's parameter that an HF weight is part of, the part's index, and how many parts
     it has."""
     *path, module, kind = name.split(".")
-    served, index = FUSED.get(module, (module, 0))
+    served, index = FUSED_INTO.get(module, (module, 0))
     return ".".join([*path, served, kind]), index, PARTS.get(served, 1)
 
 

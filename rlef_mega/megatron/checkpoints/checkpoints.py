@@ -12,7 +12,7 @@ Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` togeth
 - If a save fails on any rank (disk full, no permission), all ranks cancel it: its folder is
   removed, nothing older is deleted, the failure is counted and reported, and training continues.
 
-`files` describes what a kill may leave on the disk.
+`files` describes what a kill may leave on the disk. A finished checkpoint has these files:
 
     step_000010/manifest.json  meta.json  networks/
 """
@@ -48,9 +48,9 @@ RankState = dict[str, tuple[int, dict[str, Any]]]
 class Saving:
     """A save in flight. `work` is the current task of this rank's thread."""
 
-    folder: Path  # with its suffix
+    folder: Path  # with the suffix .tmp
     meta: dict[str, Any]
-    metadata: Any  # of all ranks' boxes; on rank 0
+    metadata: Any  # of all ranks' boxes; None except on rank 0
     rank_state: RankState
     work: Future
     completing: bool = False  # all ranks have written, rank 0 writes the rest
@@ -171,7 +171,7 @@ class Checkpoints:
                 shares = [share for share, _ in reports if isinstance(share, Share)]
                 write_checkpoint(saving, shares, [rank_state for _, rank_state in reports])
         except OSError as error:
-            faults = [describe(error, self.folder)]
+            faults = [explain_disk_error(error, self.folder)]
         if faults:
             shutil.rmtree(saving.folder, ignore_errors=True)
             return faults[0]
@@ -218,13 +218,13 @@ def fault_of(work: Future, folder: Path) -> str | None:
     """Describe why finished work failed; raise an error that is not the disk's."""
     error = work.exception()
     if isinstance(error, OSError):
-        return describe(error, folder)
+        return explain_disk_error(error, folder)
     if error is not None:
         raise error
     return None
 
 
-def describe(error: OSError, folder: Path) -> str:
+def explain_disk_error(error: OSError, folder: Path) -> str:
     free = shutil.disk_usage(existing(folder)).free
     return f"{error} ({folder} has {free / 2**20:,.0f} MiB free)"
 

@@ -203,7 +203,7 @@ def make_adam_state(inner: torch.optim.Optimizer) -> None:
                 continue
             for moment in ("exp_avg", "exp_avg_sq"):
                 inner.state[parameter][moment] = torch.zeros_like(parameter)
-            if isinstance(inner, torch.optim.AdamW):  # those of apex count in their groups
+            if isinstance(inner, torch.optim.AdamW):  # other Adams count in their groups
                 device = parameter.device if group["fused"] else "cpu"
                 inner.state[parameter]["step"] = torch.zeros((), device=device)
 

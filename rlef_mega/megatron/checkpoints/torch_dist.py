@@ -31,10 +31,10 @@ FILE_BUFFER = 1 << 20  # bytes; torch writes headers in small pieces
 
 
 class ChecksummedFile:
-    """A new file and the SHA-256 of what was written to it. The checksum is of the bytes given, so
-    that a fault on the way to the disk shows in it. Large writes are hashed on another thread
-    while the same bytes are written. A failed write is kept until `raise_fault`: torch's archive
-    writer would end the process over an exception.
+    """A new file and the SHA-256 of what was written to it. The checksum is computed from the bytes
+    given to `write`, so that it reveals a fault on the way to the disk. Large writes are hashed on
+    another thread while the same bytes are written. The error of a failed write is kept until
+    `raise_fault`, because an exception in torch's archive writer would end the process.
     """
 
     def __init__(self, path: Path) -> None:

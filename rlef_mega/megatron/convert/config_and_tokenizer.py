@@ -42,7 +42,7 @@ def config_for(config: dict[str, Any], role: Role, dtype: torch.dtype) -> dict[s
     }[role]
     if config["model_type"] not in names:
         raise ConfigError(
-            f"transformers has no class that a {role} of type {config['model_type']!r} could be"
+            f"transformers has no class for a {role} of model_type {config['model_type']!r}"
         )
     dropped = {"torch_dtype", "id2label", "label2id", "num_labels"}
     config = {key: value for key, value in config.items() if key not in dropped}

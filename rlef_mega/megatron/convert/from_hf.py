@@ -33,7 +33,7 @@ from rlef_mega.megatron.convert.resumable_folder import (
     FINISHED,
     PlannedFile,
     ResumableFolder,
-    fingerprint,
+    file_stats,
 )
 from rlef_mega.megatron.convert.verify import compare_weights
 from rlef_mega.megatron.hf_names import HFTensor, name_map, shapes_of
@@ -112,7 +112,7 @@ def plan_import(folder: Path, out: Path, dtype: torch.dtype | None) -> Resumable
     dtype = dtype or weights.dtype_of(tensor.name for tensor in tensors)
     files = {
         f"{NETWORKS}/__0_{number}.distcp": part
-        for number, part in enumerate(divide(pack(tensors, dtype)))
+        for number, part in enumerate(divide(packed_parameters(tensors, dtype)))
     }
 
     def write(part: Sequence[PackedParameter], path: Path) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def plan_import(folder: Path, out: Path, dtype: torch.dtype | None) -> Resumable
         }
         write_manifest(partial, manifest)
 
-    request = {"import": str(dtype), "folder": fingerprint(folder)}
+    request = {"import": str(dtype), "folder": file_stats(folder)}
     planned = [
         PlannedFile(name, sum(each.bytes for each in part), functools.partial(write, part))
         for name, part in files.items()
@@ -142,7 +142,7 @@ def plan_import(folder: Path, out: Path, dtype: torch.dtype | None) -> Resumable
     return ResumableFolder(out, request, planned, finish)
 
 
-def pack(tensors: Sequence[HFTensor], dtype: torch.dtype) -> list[PackedParameter]:
+def packed_parameters(tensors: Sequence[HFTensor], dtype: torch.dtype) -> list[PackedParameter]:
     """List Megatron's parameters, in the order of their first tensors."""
     parts: dict[tuple[str, int | None], list[HFTensor]] = {}
     for tensor in tensors:

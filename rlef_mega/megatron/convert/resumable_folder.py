@@ -124,7 +124,7 @@ def size_and_time(path: Path) -> list[int]:
     return [facts.st_size, facts.st_mtime_ns]
 
 
-def fingerprint(folder: Path) -> dict[str, list[int]]:
+def file_stats(folder: Path) -> dict[str, list[int]]:
     """Return sizes and times of a folder's files, by which a source is recognised."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): size_and_time(path) for path in files}

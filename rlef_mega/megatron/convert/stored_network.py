@@ -37,7 +37,7 @@ OWN_NAMES = {  # of norms, which Transformer Engine's layers name differently
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class StoredParameter:
-    """A parameter of one layer: a stored tensor, or number `in_stack` of a stack of layers."""
+    """A parameter of one layer: a stored tensor, or index `in_stack` of one that stacks layers."""
 
     key: str
     entry: TensorStorageMetadata

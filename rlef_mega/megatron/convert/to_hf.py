@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from rlef_mega.config import ConfigError, read_json
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint, find_checkpoint
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
-from rlef_mega.megatron.convert.resumable_folder import PlannedFile, ResumableFolder, fingerprint
+from rlef_mega.megatron.convert.resumable_folder import PlannedFile, ResumableFolder, file_stats
 from rlef_mega.megatron.convert.verify import compare_weights
 from rlef_mega.megatron.hf_names import Role, tensors_of
 from rlef_mega.megatron.network.families import read_config
@@ -87,7 +87,7 @@ def plan_export(
 
     request: dict[str, Any] = {
         "export": [role, str(dtype), str(max_shard_size)],
-        "checkpoint": fingerprint(checkpoint.folder),
+        "checkpoint": file_stats(checkpoint.folder),
         "config": read_json(model / "config.json"),
     }
     files = [

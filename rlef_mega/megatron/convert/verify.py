@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a Hugging Face folder hold the same numbers: `--verify`."""
+"""Verify that a checkpoint and a Hugging Face folder hold the same numbers: `--verify`."""
 
 from pathlib import Path
 

@@ -31,8 +31,8 @@ class PackedSequences(PackedSeqParams):
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """Where sequences begin, and the longest, of queries and of keys, as varlen kernels take
-        them."""
+        """Return the arguments of varlen kernels: cu_seqlens of queries and of keys, and the length
+        of the longest sequence, of queries and of keys."""
         starts, longest = self.cu_seqlens_q, max(self.lengths)
         assert starts is not None
         return starts, starts, longest, longest

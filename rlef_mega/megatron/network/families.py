@@ -35,7 +35,7 @@ FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
 }
-SIZES = (  # transformers has defaults for them
+SIZES = (  # must be in config.json, because transformers has defaults
     "vocab_size",
     "hidden_size",
     "intermediate_size",

@@ -17,7 +17,7 @@ class GatedMLP(MLP):
 
 
 class SwiGLU(torch.autograd.Function):
-    """[..., 2F] gate and up to [..., F]: silu(gate) * up."""
+    """Maps [..., 2F], gate and up, to [..., F]: silu(gate) * up."""
 
     @staticmethod
     def forward(ctx, gate_and_up):

@@ -87,7 +87,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        # Megatron takes the number of chunks from it, too
+        # Megatron takes the number of chunks from this layout too
         pipeline_model_parallel_layout=stages.megatron_layout() if pipelined else None,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
@@ -258,7 +258,7 @@ class PolicyModel(PackedLlama):
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """This rank's rows of the head; of the embedding, if they are tied."""
+        """Return this rank's rows of the head, which are the embedding's if the two are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -284,7 +284,7 @@ class PolicyModel(PackedLlama):
 
     @property
     def has_main_grad(self) -> bool:
-        """Whether Megatron has a buffer for the head's gradient."""
+        """Return whether gradients are computed, and Megatron has a buffer for the head's."""
         return torch.is_grad_enabled() and hasattr(self.output_weight, "main_grad")
 
 
@@ -296,7 +296,7 @@ class PolicyAndReference(torch.nn.Module):
         super().__init__()
         self.policy, self.reference = policy, reference
         self.config = copy.copy(policy.config)
-        self.config.hidden_size *= 2  # of what travels
+        self.config.hidden_size *= 2  # of the hidden states between stages
         self.model_type = policy.model_type
 
     def set_input_tensor(self, inputs: Sequence[torch.Tensor | None]) -> None:
@@ -361,7 +361,7 @@ class ValueHead(torch.nn.Linear):
 
 
 class CriticModel(PackedLlama):
-    """The same trunk with a scalar head; a network of its own (RLEF A.1)."""
+    """A network of its own (RLEF A.1): the policy's architecture with a scalar head."""
 
     has_language_head = False
 

@@ -18,7 +18,7 @@ BUCKET_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class StagePosition:
-    """The place of a stage: its pipeline rank, and which of that rank's chunks it is."""
+    """A stage's pipeline rank, and which of that rank's chunks it is."""
 
     rank: int
     chunk: int
@@ -33,7 +33,7 @@ class Stages:
 
     @property
     def chunks(self) -> int:
-        """Chunks of each rank; 1 without a virtual pipeline."""
+        """Return the number of chunks of each rank; 1 without a virtual pipeline."""
         return len(self.layers) // self.pipeline_size
 
     @property

@@ -44,11 +44,12 @@ def test_fast_steps_are_lines_at_intervals_and_the_first_and_last_always(capsys)
     assert shown == ["1/100", "40/100", "100/100"]
 
 
-def test_a_terminal_shows_phase_and_message_as_text():
+def on_a_terminal(code: str) -> str:
+    """Return what the code prints on a terminal, without control sequences."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", STEPS]
+    command = [sys.executable, "-c", code]
     child = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
@@ -62,7 +63,15 @@ def test_a_terminal_shows_phase_and_message_as_text():
         shown += read
     child.wait(10)
     os.close(ours)
-    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+
+
+def test_a_terminal_shows_phase_and_message_as_text():
+    text = on_a_terminal(STEPS)
     assert "update" in text and "solved 53%  [red]not markup[/red]" in text
     assert re.search(r"4/5 ETA 0:00:0\d", text) and "5/5" in text
     assert "[bold]a line[/bold]" in text
+
+
+def test_a_rank_that_is_not_the_writer_prints_nothing_on_a_terminal():
+    assert on_a_terminal(STEPS.replace("shown=True", "shown=False")) == ""
