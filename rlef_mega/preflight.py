@@ -62,7 +62,7 @@ FREE_TO_CHANGE = {
     "rollout.max_passed_over",
     "rollout.open_dialogues",
 }
-FREE_SECTIONS = ("parallel", "critic_parallel", "rollout.servers", "track")
+FREE_SECTIONS = ("parallel", "critic_parallel", "rollout.servers", "track", "profile")
 # Settings that a resumed run may change if run.allow_change names them.
 ALLOWED_WHEN_NAMED = {
     f"learner.{network}.{key}"

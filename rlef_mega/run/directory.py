@@ -222,8 +222,8 @@ def replace_folder(finished: Path, path: Path) -> None:
     """Rename a finished folder to `path`. A folder that had the name is moved away first and
     deleted last."""
     before = path.with_name(f".{path.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if path.exists():
+    if path.exists():  # else `before` may be all that a killed process left
+        shutil.rmtree(before, ignore_errors=True)
         path.rename(before)
     finished.rename(path)
     flush_to_disk(path.parent)

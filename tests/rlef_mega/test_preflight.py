@@ -59,7 +59,7 @@ def test_a_resumed_run_refuses_other_problems_under_the_same_path(model, data):
     with pytest.raises(ConfigError, match=r"have changed: data.train. Restore .*or start anew"):
         claim(model, data)
     data.write_text(before)
-    claim(model, data, "run.steps=1000")
+    claim(model, data, "run.steps=1000", "profile.steps=[7]")
 
 
 @pytest.mark.parametrize("changed", ["weights of model.path", "config and tokenizer of model.path"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_mega.run.directory import Clock, RunDirectory, explain_error, lock_file
+from rlef_mega.run.directory import Clock, RunDirectory, explain_error, lock_file, replace_folder
 from rlef_mega.run.launch import STOP_SIGNALS, StopRequest
 from tests.rlef_mega.megatron.small_disk import small_disk
 
@@ -142,3 +142,13 @@ def test_a_file_system_without_locks_is_named(tmp_path):
     os.close(folder)
     with pytest.raises(RuntimeError, match=r"lock cannot be locked: .*; choose a folder"):
         lock_file(file)
+
+
+def test_the_folder_that_a_kill_left_moved_away_stays_until_a_new_one_is_there(tmp_path):
+    (before := tmp_path / ".out.before").mkdir()
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "unfinished", tmp_path / "out")
+    assert before.exists()
+    (finished := tmp_path / "finished").mkdir()
+    replace_folder(finished, tmp_path / "out")
+    assert (tmp_path / "out").exists() and not before.exists() and not finished.exists()
