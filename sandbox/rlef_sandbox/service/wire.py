@@ -168,7 +168,7 @@ def number(kind: type, least: float, most: float, wire: object) -> Any:
 
 
 def decode_any(kinds: Mapping[str, type], wire: object) -> Any:
-    """Return one of several dataclasses. Each names its kind, the first kind need not."""
+    """Return one of several dataclasses: that of the object's "kind", by default the first."""
     given = dict(of_type(dict, wire))
     kind = given.pop("kind", next(iter(kinds)))
     if not isinstance(kind, str) or kind not in kinds:
