@@ -208,7 +208,8 @@ def all_passed(results: Sequence[Result]) -> bool:
 
 def check_judge(judge: JudgeConfig, grading_token: str | None) -> None:
     """Raise ConfigError unless every grading server is ready, accepts the token, isolates programs
-    as the recipe asks, and offers its packages; ValueError if, without servers, one is missing."""
+    as the recipe asks, and offers its packages. Without servers, raises ValueError if a package is
+    not installed here."""
     if not judge.servers:
         find_packages(judge.packages)
         return

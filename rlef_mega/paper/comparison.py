@@ -180,7 +180,7 @@ def collect(
 
 
 def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:
-    """Return n@k by the largest number of turns, at the same k, per seed."""
+    """Return each seed's 1@TURNS by the maximum number of turns of a dialogue."""
     found: dict[str, list[float]] = {}
     for seed in seeds:
         content = json.loads((out / f"eval/{name}-{seed}.json").read_text())

@@ -142,7 +142,7 @@ def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parse
 
 
 def rated(rating: int) -> str:
-    """Return the class of a Codeforces rating; names sort like their classes."""
+    """Return the class of a Codeforces rating, named so that names sort by rating."""
     if not rating:
         return "unrated"
     low = rating // RATING_CLASS * RATING_CLASS
@@ -168,7 +168,7 @@ def parse_source(row: Row, names: Sequence[str], options: CodeContestsOptions) -
 
 
 def flags(statement: str) -> tuple[str, ...]:
-    """Return tags for a statement that lost an image, and one whose words allow several outputs."""
+    """Return the tags of a statement: whether it lost an image, and allows several outputs."""
     return (
         *(("image",) if IMAGE.search(statement) else ()),
         *(("multiple answers",) if MULTIPLE_ANSWERS.search(statement) else ()),
