@@ -111,7 +111,7 @@ def reproduce(
     if results["turn_budget"]:
         save_turn_budgets(results["turn_budget"], out / "reproduce.png")
     Console().print(Markdown(markdown(results)))
-    print(f"wrote {out / 'reproduce.json'}, .md and .png")
+    print(f"the table is in {out / 'reproduce.md'}, all numbers are in reproduce.json")
 
 
 def refuse_another(path: Path, config: TrainConfig) -> None:

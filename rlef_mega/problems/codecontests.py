@@ -4,7 +4,7 @@ The rows come from the Parquet files of the Hugging Face copy (`deepmind/code_co
 JSON Lines with the same columns: `name`, `description`, `public_tests`, `private_tests`,
 `generated_tests` (each {"input": [...], "output": [...]}), `time_limit` ({"seconds", "nanos"} or
 null), `memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating` and `cf_tags`.
-Private and generated tests together decide the reward; public ones are shown.
+Public tests are shown, private and generated tests are not; all of them decide the reward.
 """
 
 import re

@@ -63,7 +63,7 @@ def core_dumps_stopped_by(zygote: int) -> list[str]:
     with open("/proc/sys/kernel/core_pattern") as file:
         pattern = file.read()
     with open("/proc/sys/fs/suid_dumpable") as file:
-        undumpable = int(file.read()) == 0  # which includes executables that nobody may read
+        undumpable = int(file.read()) == 0  # also for executables that nobody may read
     # a pipe obeys only a limit of 1, and a socket no limit (core(5))
     heeded = bound == 1 if pattern.startswith("|") else bound < 2 and not pattern.startswith("@")
     return ["limit"] * heeded + ["undumpable"] * undumpable

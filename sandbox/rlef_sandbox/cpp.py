@@ -62,7 +62,7 @@ KILLED = (b"Killed signal terminated program", b"terminated with signal 9")
 
 
 class CompileFailedError(Exception):
-    """The source is not a program. `result` is a COMPILE_ERROR or SANDBOX_ERROR with the reason."""
+    """There is no executable. `result` is a COMPILE_ERROR or SANDBOX_ERROR with the reason."""
 
     def __init__(self, result: Result) -> None:
         super().__init__(result.status)
@@ -98,7 +98,7 @@ class Cpp:
     def executable(self, source: bytes) -> int:
         """Return a descriptor of the compiled program, which the caller closes.
 
-        Raises CompileFailedError if it does not compile. Waits for another thread that compiles the
+        Raises CompileFailedError if there is none. Waits for another thread that compiles the
         same source.
         """
         key = hashlib.sha256(source).digest()

@@ -46,7 +46,7 @@ PRELOAD = (
     "decimal enum fractions functools hashlib heapq io itertools json lzma math numbers operator "
     "os queue random re statistics string struct sys threading time traceback types typing zlib"
 )
-# A child cannot read the libraries of these, so the zygote loads them; importing costs memory.
+# The zygote loads their libraries, which a child cannot read; importing them would cost memory.
 EXTENSIONS = ("_sqlite3", "_ssl")
 
 

@@ -223,7 +223,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 request = self._request(Task.RUN)
-                # it waits for the check, whose limit is extended if the check is starved
+                # the program waits for the check, whose limit is extended if it is starved
                 patient = request._replace(wall_s=STARVED_EXTENSION * request.wall_s)
                 program_files = [*candidate.descriptors, ours.fileno(), self._program]
                 serving = self._worker.start(patient, program_files)

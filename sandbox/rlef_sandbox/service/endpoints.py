@@ -40,7 +40,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Body:
-    """The content of a request as it arrives, and the work that uses it even without a client."""
+    """The content of a request as it arrives, and the work that may still need it later."""
 
     content: bytearray
     user: asyncio.Future[Any] | None = None

@@ -184,7 +184,7 @@ class GradingQueue:
     def _close(self, grading: Grading) -> None:
         """Keep the answer of work that has ended, if it has one."""
         del grading.work  # it holds the request's body
-        self._open_of -= Counter([grading.client])  # and drop those that have none
+        self._open_of -= Counter([grading.client])  # also drops clients that have none left
         if self._open.get(grading.request_id) is grading:
             del self._open[grading.request_id]
         if not self._open:
