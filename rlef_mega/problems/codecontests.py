@@ -168,7 +168,7 @@ def parse_source(row: Row, names: Sequence[str], options: CodeContestsOptions) -
 
 
 def flags(statement: str) -> tuple[str, ...]:
-    """Return the tags of a statement: whether it lost an image, and allows several outputs."""
+    """Return "image" if a statement lost one, and "multiple answers" if it allows several."""
     return (
         *(("image",) if IMAGE.search(statement) else ()),
         *(("multiple answers",) if MULTIPLE_ANSWERS.search(statement) else ()),
