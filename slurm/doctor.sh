@@ -1,5 +1,5 @@
 #!/bin/bash
-# Say what this cluster has, what of slurm/site.sh is missing, and which command to run first. Changes nothing.
+# Say what this cluster has, which settings slurm/site.sh lacks, and which command to run first. Changes nothing.
 #
 #   bash slurm/doctor.sh      on a login node, from the repository's root
 
@@ -31,7 +31,7 @@ done
 with_gpus=$(sinfo --noheader --format='%R %G' | awk '/gpu/ { print $1 }' | sort -u | paste -sd' ')
 default=$(sinfo --noheader --format=%P | sed -n 's/\*$//p')
 echo
-line "with GPUs" "${with_gpus:-none says so in its GRES}"
+line "with GPUs" "${with_gpus:-no partition lists GPUs in its GRES}"
 if [ -z "$PARTITION" ] && [[ " $with_gpus " != *" $default "* ]]; then
     MISSING+=("PARTITION: the default, '${default:-none}', has no GPUs; choose one of: ${with_gpus:-the list above}")
 fi

@@ -7,8 +7,8 @@ CPU_PARTITION=${CPU_PARTITION:-}              # partition of grading nodes, in a
 ACCOUNT=${ACCOUNT:-${SBATCH_ACCOUNT:-}}       # account to charge; empty: Slurm's default
 SUBMIT_OPTIONS=${SUBMIT_OPTIONS:-}            # more options of sbatch, like --qos=long --constraint=h100
 
-GPU_REQUEST=${GPU_REQUEST---gpus-per-node=%n} # option of sbatch for %n GPUs a node; --gres=gpu:h100:%n; empty: none, where
-                                              # whole nodes have their GPUs without asking (no GRES)
+GPU_REQUEST=${GPU_REQUEST---gpus-per-node=%n} # option of sbatch that requests %n GPUs per node, or --gres=gpu:h100:%n;
+                                              # empty: no request, for whole nodes whose GPUs are not GRES
 GPU_MODEL=${GPU_MODEL:-}          # GPU whose memory `rlef plan` checks: h100-80gb, h200, b200, a100-80gb; empty: h100-80gb
 
 VENV=${VENV:-$ROOT/.venv}         # environment with rlef-mega, on a file system that all nodes share
@@ -23,7 +23,7 @@ INTERFACE=${INTERFACE:-}          # network interface of all nodes, like ib0; em
 MASTER_ADDR=${MASTER_ADDR:-}      # address of the first training node; empty: found by the node checks
 PORT=${PORT:-}                    # first of 10 ports on each node, followed by SGLang's; empty: derived from the job's number
 
-DISK_GIB=${DISK_GIB:-}            # space that a run needs in its folder, with what it has there; empty: that of the recipe's checkpoints
+DISK_GIB=${DISK_GIB:-}            # space that a run needs in its folder, including what it already uses; empty: from the recipe's checkpoints
 TMP_GIB=${TMP_GIB:-5}             # free space that each node needs in /tmp
 SHM_GIB=${SHM_GIB:-8}             # free space that each node needs in /dev/shm
 CLOCK_SKEW_S=${CLOCK_SKEW_S:-5}   # largest difference of the nodes' clocks

@@ -70,7 +70,7 @@ def supervise(config: SFTConfig) -> int:
     with progress:
         for step in range(first + 1, config.steps + 1):
             start = (step - 1) * config.dialogues_per_step
-            batch = pack(written(config, start, chat))
+            batch = pack(dialogues_of_step(config, start, chat))
             record = {"step": step, "tokens": batch.num_tokens, **learner.supervised_update(batch)}
             record["checkpoint_failures"] = checkpoints.failures
             times = clock.lap()
@@ -98,7 +98,7 @@ def supervise(config: SFTConfig) -> int:
     return 0
 
 
-def written(config: SFTConfig, start: int, chat: ChatFormat) -> list[Episode]:
+def dialogues_of_step(config: SFTConfig, start: int, chat: ChatFormat) -> list[Episode]:
     """Return the dialogues of a step, the first of which has the number `start`."""
     if config.dialogues == "functions":
         repairs = repair_dialogues(start, config.dialogues_per_step, config.seed)

@@ -19,8 +19,8 @@ SHOWN = 10  # dropped problems of each reason, overlaps with another source
 
 
 def inspect(source: str, *, tokenizer: Path | None, against: str | None) -> None:
-    """Print counts, limits, lengths and drops and, with `against`, the problems that this other
-    source has too. Lengths are in tokens if `tokenizer`, a model folder, is given."""
+    """Print counts, limits, lengths and drops and, with `against`, the problems of that evaluation
+    set that `source` has too. Lengths are in tokens if `tokenizer`, a model folder, is given."""
     problems = read_data_set(source) if is_data_set(source) else load_problems(source)
     drops = problems.drops if isinstance(problems, ProblemStore) else ()
     console = Console(emoji=False)  # else `:train` of a source could become an emoji

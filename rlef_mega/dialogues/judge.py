@@ -2,7 +2,7 @@
 
 All public tests are run, and their outcomes may be shown to the model. Private tests are run only
 if all public tests pass, until the first failure; only their statuses leave this file. Both kinds
-are one call of the sandbox, which starts and compiles the program once for all tests.
+are graded in one call of the sandbox, which compiles the program once for all tests.
 
 Theory of operation: programs run in the embedded sandbox's processes, for which threads of this
 process wait, or on grading servers. The servers' client has a thread and an event loop of its own,
@@ -208,7 +208,8 @@ def all_passed(results: Sequence[Result]) -> bool:
 
 def check_judge(judge: JudgeConfig, grading_token: str | None) -> None:
     """Raise ConfigError unless every grading server is ready, accepts the token, isolates programs
-    as the recipe asks, and offers its packages; ValueError if, without servers, one is missing."""
+    as the recipe asks, and offers its packages. Without servers, raises ValueError if a package is
+    not installed here."""
     if not judge.servers:
         find_packages(judge.packages)
         return

@@ -33,7 +33,7 @@ class Template:
     reminder: str  # the last sentence of prompt and feedback
     style: Literal["input_output", "assertions"]
     remind_again: bool = True  # the reminder ends every feedback too
-    begun: Literal["", "code", "signature"] = ""  # that of the problem begins every response
+    begun: Literal["", "code", "signature"] = ""  # what of the problem's text begins every response
     field_chars: int = 1000  # of one input, output or value
     trace_chars: int = 2000
     whole_trace: bool = True  # else its last line only

@@ -111,7 +111,7 @@ def reproduce(
     if results["turn_budget"]:
         save_turn_budgets(results["turn_budget"], out / "reproduce.png")
     Console().print(Markdown(markdown(results)))
-    print(f"wrote {out / 'reproduce.json'}, .md and .png")
+    print(f"the table is in {out / 'reproduce.md'}, all numbers are in reproduce.json")
 
 
 def refuse_another(path: Path, config: TrainConfig) -> None:
@@ -180,7 +180,7 @@ def collect(
 
 
 def budgets(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:
-    """Return n@k by the largest number of turns, at the same k, per seed."""
+    """Return each seed's 1@TURNS by the maximum number of turns of a dialogue."""
     found: dict[str, list[float]] = {}
     for seed in seeds:
         content = json.loads((out / f"eval/{name}-{seed}.json").read_text())

@@ -100,7 +100,8 @@ def read_data_set(source: str, cache: Path | None = None) -> ProblemStore:
 
 
 def files_of(source: str) -> list[Path]:
-    """Return the files of a source, without reading them. Raises ValueError if there are none."""
+    """Return the files of a source, without reading them; none if it is bundled. Raises ValueError
+    if the files or the split do not exist."""
     if is_data_set(source):
         return located(source)[1]
     name, separator, split = source.partition(":")

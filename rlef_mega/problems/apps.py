@@ -51,7 +51,7 @@ class AppsOptions(SourceOptions):
     max_tests: NonNegativeInt = 0  # 0: all
     max_test_bytes: NonNegativeInt = 8 << 20
     time_factor: TimeFactor = 1.0
-    graded_solutions: NonNegativeInt = 0  # of the shortest; one of them must pass
+    graded_solutions: NonNegativeInt = 0  # how many of the shortest are run; one must pass
 
 
 def read(files: Sequence[Path], options: AppsOptions, journal: Path) -> Iterator[Read]:

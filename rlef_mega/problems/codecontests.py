@@ -4,7 +4,7 @@ The rows come from the Parquet files of the Hugging Face copy (`deepmind/code_co
 JSON Lines with the same columns: `name`, `description`, `public_tests`, `private_tests`,
 `generated_tests` (each {"input": [...], "output": [...]}), `time_limit` ({"seconds", "nanos"} or
 null), `memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating` and `cf_tags`.
-Private and generated tests together decide the reward; public ones are shown.
+Public tests are shown, private and generated tests are not; all of them decide the reward.
 """
 
 import re
@@ -142,7 +142,7 @@ def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parse
 
 
 def rated(rating: int) -> str:
-    """Return the class of a Codeforces rating; names sort like their classes."""
+    """Return the class of a Codeforces rating, named so that names sort by rating."""
     if not rating:
         return "unrated"
     low = rating // RATING_CLASS * RATING_CLASS
@@ -168,7 +168,7 @@ def parse_source(row: Row, names: Sequence[str], options: CodeContestsOptions) -
 
 
 def flags(statement: str) -> tuple[str, ...]:
-    """Return tags for a statement that lost an image, and one whose words allow several outputs."""
+    """Return "image" if a statement lost one, and "multiple answers" if it allows several."""
     return (
         *(("image",) if IMAGE.search(statement) else ()),
         *(("multiple answers",) if MULTIPLE_ANSWERS.search(statement) else ()),

@@ -1,9 +1,10 @@
-"""HumanEval+ and MBPP+ (Liu et al. 2023), from evalplus' files: base tests public, all private.
+"""HumanEval+ and MBPP+ (Liu et al. 2023), from evalplus' files.
 
-The files hold inputs and a canonical solution, but no expected outputs. The solution, run in the
-sandbox, gives them, and they are stored with the problems. Outputs are compared as evalplus 0.3.1
-does, including its special oracles; the constants below are from its `eval/_special_oracle.py` and
-`data/mbpp.py`. A private test checks up to 25 inputs in one run of the program.
+The first base inputs become public tests, and all inputs private tests. The files hold inputs and
+a canonical solution, but no expected outputs: the solution is run in the sandbox, and its outputs
+are stored with the problems. Outputs are compared as evalplus 0.3.1 does, including its special
+oracles; the constants below are from its `eval/_special_oracle.py` and `data/mbpp.py`. A private
+test checks up to 25 inputs in one run of the program.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -16,7 +16,7 @@ If `says` names no constant, as here, the statement withholds what only the publ
 first response can only guess, and feedback tells the answer. Half of the templates are of this
 kind; they have more constants, so they give most of the functions. In training they have many
 constants, so that reading the feedback is easier than remembering the constants. All functions of a
-template are in the same split; new names change which templates each split has.
+template are in the same split; a new or renamed template changes the splits.
 """
 
 import ast

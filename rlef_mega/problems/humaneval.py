@@ -73,7 +73,7 @@ def to_problem(task: dict[str, Any]) -> Problem | None:
 
 
 def convert_check(source: str, entry_point: str) -> tuple[list[CallTest | AssertTest], bool]:
-    """Return the distinct tests of a `check` function, in order, and whether it checks no more."""
+    """Return the distinct tests of a `check` function, and whether they are all that it checks."""
     body = next(
         node.body
         for node in ast.parse(source).body

@@ -24,9 +24,9 @@ Optional: `limits` {cpu_s, wall_s, memory_bytes, output_bytes, processes, time_f
 exact, codecontests, livecodebench, livecodebench_floats, unordered_lines, or {"program": "def
 check(stdin, expected, actual): ..."}, which gets bytes and returns a bool, or {"program": CODE,
 "language": "cpp"}, a checker in the style of testlib), `language` (python; cpp for gnu++17; cpp11,
-cpp14, cpp17, cpp20, cpp23), `template` (codecontests, humaneval, mbpp, curriculum), `entry_point`,
-`prelude` (code put before every program), `family`, `difficulty` and `tags` (breakdowns in
-reports). Unknown keys are refused.
+cpp14, cpp17, cpp20, cpp23), `template` (codecontests, humaneval, mbpp, functions, curriculum),
+`entry_point`, `prelude` (code put before every program), `family`, `difficulty` and `tags`
+(breakdowns in reports). Unknown keys are refused.
 """
 
 from collections.abc import Iterable

@@ -58,8 +58,8 @@ def python_literal(text: str) -> Any:
 def parse_python(text: str, mode: str = "exec") -> Any:
     """Parse the Python code of a data set. Raises the errors of `ast.parse`.
 
-    Until Python 3.12 an f-string with many fields takes quadratic time, so long ones are tried in
-    a child.
+    Until Python 3.12 an f-string with many fields takes quadratic time, so long code with
+    one is first compiled in a child process with limits.
     """
     may_be_slow = len(text) > PARSED_CHARACTERS and F_STRING.search(text)
     if may_be_slow and (fault := fault_of(text.encode())):

@@ -53,7 +53,7 @@ def read(files: Sequence[Path], options: MBPPOptions, journal: Path) -> Iterator
 
 
 def parse(row: Row, options: MBPPOptions, sandbox: Sandbox) -> Parsed:
-    """Return the problem of a task; without one, the reason."""
+    """Return the problem of a task, or None and why it was dropped."""
     task = expect(row, "task_id", int)
     if options.split and task not in TASKS[options.split]:
         return None, [("left out: another split", "")]

@@ -57,8 +57,8 @@ LocatedRow = tuple[str, Row | FieldError]
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that did not become a problem, or whose problem lost tests (then `id` is that
-    problem's)."""
+    """A row that did not become a problem, or whose problem lost tests. `id` is the row's own, or
+    empty."""
 
     location: str
     id: str

@@ -23,7 +23,7 @@ from rlef_mega.run.inputs import sampled
 from rlef_mega.types import Problem
 
 FORMAT = 8  # part of every key: raise it when a reader's output for the same row changes
-WHOLE_BYTES = 64 << 20  # larger files: only size, modification time, first and last bytes
+WHOLE_BYTES = 64 << 20  # of larger files only size, modification time and both ends count
 END_BYTES = 1 << 20
 
 

@@ -25,7 +25,8 @@ NEEDED = {
     "NOFILE": 256,
     "NPROC": 64,
 }
-# What no run needs. A core_pattern that is a pipe ignores a limit of 0, but not one of 1 (core(5)).
+# No run needs these resources. A core_pattern that is a pipe ignores a limit of 0, but not one of
+# 1 (core(5)).
 FIXED = {"CORE": 1, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0}
 MOST_PROCESSORS = 4096
 
@@ -41,7 +42,7 @@ def reset() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try_to(lambda: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)))
-    try_to(lambda: os.setpriority(os.PRIO_PROCESS, 0, 0))  # only root can
+    try_to(lambda: os.setpriority(os.PRIO_PROCESS, 0, 0))  # only root can lower it
     # all that the cgroup allows: OpenMP pins a trainer's main thread to one processor
     try_to(lambda: os.sched_setaffinity(0, range(MOST_PROCESSORS)))
     try_to(_allow_oom_kill)
@@ -62,7 +63,7 @@ def core_dumps_stopped_by(zygote: int) -> list[str]:
     with open("/proc/sys/kernel/core_pattern") as file:
         pattern = file.read()
     with open("/proc/sys/fs/suid_dumpable") as file:
-        undumpable = int(file.read()) == 0  # which includes executables that nobody may read
+        undumpable = int(file.read()) == 0  # also for executables that nobody may read
     # a pipe obeys only a limit of 1, and a socket no limit (core(5))
     heeded = bound == 1 if pattern.startswith("|") else bound < 2 and not pattern.startswith("@")
     return ["limit"] * heeded + ["undumpable"] * undumpable
@@ -74,10 +75,10 @@ def try_to(step: Callable[[], object]) -> None:
 
 
 def _raise_limit(name: str, least: int) -> str:
-    """Raise a limit as far as allowed. Returns what is wrong if that is below `least`."""
+    """Raise a limit as far as allowed. Returns the fault if it is then below `least`."""
     kind = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(kind)[1]
-    if hard != resource.RLIM_INFINITY and name != "NOFILE":  # which no process may have unlimited
+    if hard != resource.RLIM_INFINITY and name != "NOFILE":  # cannot be unlimited
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             hard = resource.RLIM_INFINITY

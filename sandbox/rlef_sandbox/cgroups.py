@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 PREFIX = "rlef-sandbox-"
-PIDS_MAX = 4096  # processes and threads of one worker: 16 programs of 64 threads, twice, and more
+PIDS_MAX = 4096  # processes and threads of one worker: four times 16 programs of 64 threads
 REMOVE_WITHIN_S = 2.0
 
 _numbers = itertools.count()
@@ -36,9 +36,8 @@ def own_group() -> Path | None:
 
 
 def create(memory_bytes: int | None) -> str:
-    """Make a group for a worker, with the bounds that its controllers allow. Returns "" if that
-    fails.
-    """
+    """Make a group for a worker, with the bounds that its controllers allow. Returns its path, or
+    "" if there can be none."""
     parent = own_group()
     if parent is None:
         return ""

@@ -1,9 +1,9 @@
 """Checkers compare a program's output with the expected one: pure functions of two byte strings.
 
 Every checker is `(expected, actual) -> bool` and never raises. They run in the process that trains,
-and `actual` is untrusted and may be megabytes long. So they take time linear in it, and memory
-beyond it only in proportion to the tokens of `expected`. No pattern may backtrack over a run of
-digits more than once.
+and `actual` is untrusted and may be megabytes long. So their time is linear in its length, and the
+memory that they need beyond it is proportional to the tokens of `expected`. No pattern may
+backtrack over a run of digits more than once.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _all_lines_match(match: Checker, expected: bytes, actual: bytes) -> bool:
     """Return whether both have the same number of lines, and each line, stripped, has the same text
     or tokens that all match."""
     wanted = expected.strip().split(b"\n")
-    got = actual.strip().split(b"\n", len(wanted))  # the last token is all the rest
+    got = actual.strip().split(b"\n", len(wanted))  # the last line is all the rest
     return len(wanted) == len(got) and all(
         one.strip() == other.strip()
         # words must have the same spacing, numbers need not

@@ -80,7 +80,7 @@ class ConfinedCompiler:
         os.close(pidfd)
         os.killpg(process.pid, signal.SIGKILL)
         _, wait_status, usage = os.wait4(process.pid, 0)
-        process.returncode = 0  # waited for, just now
+        process.returncode = 0  # so that Popen does not wait for it again
         outcome = Outcome(
             Phase.COMPILING,
             Ending.ITSELF if ended else Ending.WALL_LIMIT,
@@ -104,7 +104,7 @@ class ConfinedCompiler:
 
 
 def hold_to(request: ZygoteRequest, call_filter: Filter | None) -> None:
-    """Set limits and filter of this process, a child that will become the compiler."""
+    """Set the limits and install the filter of this process, which will become the compiler."""
     cpu_s = int(request.cpu_s)
     # the soft limit sends SIGXCPU; a SIGKILL would count as a fault of the machine
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))

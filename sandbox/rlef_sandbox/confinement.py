@@ -3,11 +3,11 @@
 Theory of operation. The zygote starts in a pid namespace (`reaper.py`). It enters, in this order,
 the other namespaces (which let it arrange mounts) and the private root, becomes an unprivileged
 user, drops all capabilities, and sets no_new_privs and Landlock. A forked child inherits all of
-these at no cost. It begins in a user namespace in which its threads are counted, and a pid
-namespace, sets the limits of its run and, last, the system call filter (`csrc/spawn.c`). A layer is
-reported only after a probe has shown its effect. A layer that this machine lacks is left out of the
-report, and the controller decides whether the others are enough. The layers of children are probed
-in children (`probes.py`).
+these at no cost. It starts in a user namespace, in which its threads are counted, and in a pid
+namespace. It then sets the limits of its run and, last, installs the system call filter
+(`csrc/spawn.c`). A layer is reported only after a probe has shown its effect. A layer that this
+machine lacks is left out of the report, and the controller decides whether the others are enough.
+The layers of children are probed in children (`probes.py`).
 """
 
 from __future__ import annotations

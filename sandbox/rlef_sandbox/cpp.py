@@ -51,7 +51,7 @@ static FILE *rlef_open_given(const char *path, const char *mode)
 extern "C" FILE *fopen(const char *path, const char *mode) { return rlef_open_given(path, mode); }
 extern "C" FILE *fopen64(const char *path, const char *mode) { return rlef_open_given(path, mode); }
 """
-KEPT_BYTES, KEPT_EXECUTABLES = 512 << 20, 128  # each of them is an open descriptor
+KEPT_BYTES, KEPT_EXECUTABLES = 512 << 20, 128  # each executable is an open descriptor
 STDERR_BYTES = 16 << 10
 MFD_EXEC = 0x10  # since Linux 6.3; some systems require it
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -62,7 +62,7 @@ KILLED = (b"Killed signal terminated program", b"terminated with signal 9")
 
 
 class CompileFailedError(Exception):
-    """The source is not a program. `result` is a COMPILE_ERROR or SANDBOX_ERROR with the reason."""
+    """There is no executable. `result` is a COMPILE_ERROR or SANDBOX_ERROR with the reason."""
 
     def __init__(self, result: Result) -> None:
         super().__init__(result.status)
@@ -98,7 +98,7 @@ class Cpp:
     def executable(self, source: bytes) -> int:
         """Return a descriptor of the compiled program, which the caller closes.
 
-        Raises CompileFailedError if it does not compile. Waits for another thread that compiles the
+        Raises CompileFailedError if there is none. Waits for another thread that compiles the
         same source.
         """
         key = hashlib.sha256(source).digest()
@@ -151,7 +151,7 @@ class Cpp:
                 return self._attempt(worker, source)
             except ReportsAKillError:
                 fault = "the compiler was killed from outside"
-                if attempt == RETRIES:  # every time, though the kernel counted no kill
+                if attempt == RETRIES:  # in every attempt, though the kernel counted no kill
                     raise
             except (ZygoteLostError, TimeoutError) as error:
                 fault = str(error) or "the compiler does not answer"
@@ -191,7 +191,7 @@ class Cpp:
 
 
 def without_paths(messages: bytes, worker: Worker) -> bytes:
-    """Replace this machine's paths of object file and precompiled headers in g++'s messages."""
+    """Replace this machine's paths to object file and headers in g++'s messages."""
     messages = re.sub(re.escape(os.fsencode(worker.scratch)) + rb"/cc\w+", b"program", messages)
     for flag in worker.arguments:
         if flag.startswith("-I"):
@@ -256,8 +256,8 @@ def sealed_copy(source: int) -> int:
 
 def precompiled_headers(flags: Sequence[str]) -> Path | None:
     """Return a folder for -I with <bits/stdc++.h> precompiled. That saves three quarters of the
-    compilation of a program that begins with this header, as most do. Compiled without confinement,
-    since the text is ours.
+    compilation of a program that begins with this header, as most do. g++ is not confined
+    here, since the text is ours.
     """
     compiler = Cpp.compiler()
     if compiler is None:

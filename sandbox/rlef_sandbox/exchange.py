@@ -3,7 +3,7 @@
 The program's side serves calls of its function. The other side runs the test's code, for which
 `candidate` is a stand-in that sends each call across and waits. Only plain data crosses (`values`),
 preceded by its length, so neither side has an object, a frame or a line of the other. An exception
-of the program arrives as one of its nearest built-in class, with its name, its words and, if they
+of the program arrives as one of its nearest built-in class, with its name, its message and, if they
 are plain data, its arguments. A result that is not plain data arrives as an object that can only be
 compared with None.
 
@@ -203,9 +203,8 @@ def rehearse(check_function: Callable[..., object], stand_in: str) -> None:
 
 
 def _description(error: Exception) -> list[object]:
-    """Return an exception's names, its own and those of its built-in classes, nearest first, its
-    words, and the wire form of its arguments if they are plain data.
-    """
+    """Return an exception's name, those of its built-in classes, nearest first, its message, and
+    the wire form of its arguments if they are plain data."""
     kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
     words = arguments = ""
     with contextlib.suppress(Exception):

@@ -44,7 +44,7 @@ class Languages:
     @contextlib.contextmanager
     def prepared(self, source: bytes, language: str) -> Iterator[tuple[int, bool]]:
         """Yield a descriptor of the program's file, and whether it is an executable. Raises
-        CompileFailedError if the source is not a program.
+        CompileFailedError if there is no executable.
         """
         self.check(language)
         if language == "python":

@@ -18,8 +18,8 @@ EXECUTABLE_RESERVED_BYTES = 256 << 20  # compiled: thread stacks of 2 MiB, and n
 OPEN_FILES = 64
 # Queued real-time signals, which are counted for each user; as in csrc/spawn.c.
 PENDING_SIGNALS = 64
-# Main thread of a compiled program. If this is unlimited, the address space bounds it, and glibc
-# gives its other threads 2 MiB each; otherwise they get as much as the main thread.
+# The main thread's stack in a compiled program. If it is unlimited, the address space bounds it,
+# and glibc gives the other threads 2 MiB each; otherwise each gets as much as the main thread.
 MAX_STACK_BYTES = resource.getrlimit(resource.RLIMIT_STACK)[1] & UNLIMITED
 
 

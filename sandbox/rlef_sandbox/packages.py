@@ -31,10 +31,10 @@ def find_packages(names: Iterable[str]) -> Packages:
     found = Packages(list(names), {}, [])
     providers = metadata.packages_distributions() if found.named else {}
     wanted = [provider for name in found.named for provider in providers.get(name, ())]
-    for name in wanted:  # it grows
+    for name in wanted:  # the loop appends requirements to it
         try:
             distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # of another platform, or the import will fail
+        except metadata.PackageNotFoundError:  # of other platforms, or the import will fail
             continue
         for top in sorted({file.parts[0] for file in distribution.files or ()}):
             path = os.path.abspath(str(distribution.locate_file(top)))

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec, spec_from_file_location
 from typing import Any, NoReturn
 
-from . import exchange, stand_ins, values
+from . import exchange, library_substitutes, values
 
 FILE_NAME = "solution.py"
 EXCHANGE_DESCRIPTOR = 3  # the call on the way in, its result on the way out
@@ -46,7 +46,7 @@ PRELOAD = (
     "decimal enum fractions functools hashlib heapq io itertools json lzma math numbers operator "
     "os queue random re statistics string struct sys threading time traceback types typing zlib"
 )
-# Their libraries are loaded too, which a child cannot read. They fill memory only when imported.
+# The zygote loads their libraries, which a child cannot read; importing them would cost memory.
 EXTENSIONS = ("_sqlite3", "_ssl")
 
 
@@ -61,7 +61,7 @@ def preload() -> None:
         ctypes.PyDLL(spec.origin)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a run; the interpreter ignores it
     sys.set_int_max_str_digits(MAX_INTEGER_DIGITS)
-    stand_ins.install()
+    library_substitutes.install()
     threading.stack_size(THREAD_STACK_BYTES)  # pthreads would use the main thread's 256 MiB
     site.setquit()
     site.setcopyright()
@@ -88,8 +88,8 @@ def load_packages(named: Sequence[str], modules: dict[str, str]) -> None:
 
 
 def kept_code(file: int, kept: bytes, source: bytes) -> types.CodeType | None:
-    """Return the program's code, from the content `kept` of a file or, if that is empty, as
-    `compile_source` does; and then keep it in the file, if it fits.
+    """Return the program's code, loaded from `kept`, the content of `file`. If that is empty,
+    compile the source, and write the code to the file if it fits.
     """
     if kept:
         return marshal.loads(kept)
@@ -130,7 +130,7 @@ class Child:
         # for tracebacks and `inspect`; read when asked
         linecache.cache[FILE_NAME] = (lambda: source.decode("utf-8", "replace"),)
         self.error: BaseException | None = None  # of the program
-        self.kept: object = None  # of the zygote; to free it would copy many pages
+        self.kept: object = None  # objects of the zygote: freeing them would copy many pages
         self._request = {} if call is None else json.loads(call)
         self._name = "__main__" if call is None else "solution"
         self._module = sys.modules[self._name] = types.ModuleType(self._name)
@@ -195,7 +195,7 @@ def _write_result(returned: object) -> None:
     """Write the value's wire form and its repr, each on a line."""
     try:
         shown = repr(returned)[:REPR_CHARACTERS].encode(errors="backslashreplace")
-    except Exception:  # an integer of more than 4,300 digits has no repr
+    except Exception:  # the program's own `__repr__` fails, or an integer is too long
         shown = f"<{type(returned).__name__}>".encode(errors="backslashreplace")
     exchange.write_all(EXCHANGE_DESCRIPTOR, values.encode(returned) + b"\n" + shown)
 
@@ -233,7 +233,7 @@ def _report(error: BaseException) -> None:
         frames = frames.tb_next
     frame = frames
     while frame is not None and frame.tb_next is not None:
-        if frame.tb_next.tb_frame.f_code is stand_ins.open_file.__code__:
+        if frame.tb_next.tb_frame.f_code is library_substitutes.open_file.__code__:
             frame.tb_next = frame.tb_next.tb_next  # a built-in function has no frame
         frame = frame.tb_next
     try:

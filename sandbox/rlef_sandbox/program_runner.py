@@ -90,9 +90,8 @@ class ProgramRunner(contextlib.AbstractContextManager):
         self._drop_code()
 
     def run(self, test: AnyTest, *, again: bool = False) -> FinishedRun:
-        """Run the program on a test. With `again`, because it has several tests, it is compiled
-        only for the first of them.
-        """
+        """Run the program on a test. With `again`, for a program with several tests, only the first
+        of its runs compiles it."""
         if self._slot is not None:
             self._slot.wake()
         return self._with_retries(lambda: self._attempt(test, again))
@@ -179,9 +178,8 @@ class ProgramRunner(contextlib.AbstractContextManager):
         return run
 
     def _attempt_again(self, test: Test | CallTest) -> FinishedRun:
-        """Run a test of several: the first one's child compiles the program and keeps the code in a
-        file, from which the others' children load it.
-        """
+        """Run one test of several. The child of the first test compiles the program and writes the
+        code to a file, from which the children of the other tests load it."""
         if self._compile_failure is not None:
             return self._compile_failure
         is_first = self._code is None
@@ -225,7 +223,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 request = self._request(Task.RUN)
-                # it waits for a check that may be starved, and so get its limit more than once
+                # the program waits for the check, whose limit is extended if it is starved
                 patient = request._replace(wall_s=STARVED_EXTENSION * request.wall_s)
                 program_files = [*candidate.descriptors, ours.fileno(), self._program]
                 serving = self._worker.start(patient, program_files)
@@ -241,7 +239,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
             )
 
     def _rehearsal(self, test: CheckTest, stand_in: str) -> Result:
-        """Run the test's code without the program: with a stand-in for what that returns."""
+        """Run the test's code without the program, with a stand-in for what the program returns."""
         if self._slot is not None:
             self._slot.wake()
         call = json.dumps({"check": test.check, "stand_in": stand_in}).encode()
@@ -277,7 +275,7 @@ class StreamFiles(contextlib.AbstractContextManager):
         self, outcome: Outcome, limits: Limits, *, is_believed: bool = True
     ) -> FinishedRun:
         """Return the run that ended with `outcome`. Raises FaultError if that is not a verdict. A
-        lack of memory that only its messages report is a MEMORY_LIMIT if it `is_believed`.
+        lack of memory that only stderr reports is a MEMORY_LIMIT if stderr `is_believed`.
         """
         _, stdout, stderr, *_ = self.descriptors
         stdout_bytes, stderr_bytes = os.fstat(stdout).st_size, os.fstat(stderr).st_size

@@ -43,7 +43,7 @@ class Task(enum.IntEnum):
 
 
 class Phase(enum.IntEnum):
-    """How far a process came, as trusted code reports before the program's first line."""
+    """How far a process got, as trusted code reports before the program's first line."""
 
     SETUP = 0
     COMPILING = 1
@@ -79,7 +79,7 @@ class ZygoteRequest(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How far a process came, and what the kernel reports of its end."""
+    """How far a process got, and what the kernel reports of its end."""
 
     phase: Phase
     ending: Ending

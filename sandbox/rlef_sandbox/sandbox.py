@@ -172,7 +172,7 @@ class Sandbox:
         """Grade a program. Returns a result for each test, in order; OK means passed.
 
         With `stop_at_first_failure` the list ends with the first test that is not OK. The first
-        `run_at_least` tests always run: public tests are shown, private ones end at a failure.
+        `run_at_least` tests always run, so that the results of all public tests can be shown.
         """
         limits = limits or DEFAULT_LIMITS
         check = checker if isinstance(checker, CheckerProgram) else checker_named(checker)

@@ -247,7 +247,7 @@ class Filter:
 
 
 def filter_for_this_machine(profile: Profile) -> Filter | None:
-    """Return None on a machine without a table; the controller decides whether that is enough."""
+    """Return a profile's filter, or None on a machine for which there is no system call table."""
     try:
         return Filter(profile)
     except ValueError:

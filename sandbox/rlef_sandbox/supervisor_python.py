@@ -62,7 +62,7 @@ class SupervisedChild:
         self.next_check = math.inf
 
     def check(self, now: float) -> None:
-        """Kill the child if it passed a limit; report if it sleeps, and if it works again."""
+        """Kill the child if it passed a limit; report that it sleeps, or that it works again."""
         cpu_s = time.clock_gettime(self.clock)
         cpu_left_s = self.request.cpu_s - cpu_s
         elapsed_s, wall_s = now - self.started, self.request.wall_s
@@ -158,14 +158,14 @@ class PythonSupervisor:
                     if started is not None:
                         return started
                 elif descriptor in self._watched:
-                    self._end(self._watched[descriptor], descriptor)
+                    self._handle_event(self._watched[descriptor], descriptor)
             now = time.monotonic()
             for child in set(self._watched.values()):
                 if child.next_check <= now:
                     child.check(now)
 
-    def _end(self, child: SupervisedChild, descriptor: int) -> None:
-        """Finish a child that ended, or kill one whose session the controller closed."""
+    def _handle_event(self, child: SupervisedChild, descriptor: int) -> None:
+        """Finish a child that ended, obey a message about it, or kill it if its session closed."""
         if descriptor == child.pidfd:
             for watched in [fd for fd, other in self._watched.items() if other is child]:
                 self._poller.unregister(watched)

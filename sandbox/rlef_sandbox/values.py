@@ -8,8 +8,8 @@ where chosen hash collisions would take quadratic time. A wire form that is much
 than the expected value is refused before it is parsed.
 
 JSON carries None, booleans, numbers, strings and lists. Other values are one-key objects:
-{"int": hex}, {"tuple": [...]}, {"set": [...]}, {"dict": [[key, value], ...]}, {"bytes": hex},
-{"fraction": [numerator, denominator]}, {"decimal": text}.
+{"int": hex}, {"tuple": [...]}, {"set": [...]}, {"frozenset": [...]}, {"dict": [[key, value], ...]},
+{"bytes": hex}, {"fraction": [numerator, denominator]}, {"decimal": text}.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _numbers_match(expected: Any, kind: str, actual: Any) -> bool:
 
 
 def _exactly(number: Any) -> tuple[int, int] | str:
-    """Return a number's numerator and denominator, or a text if it is not finite, or a Decimal
+    """Return a number's numerator and denominator, or a text if it is not finite or is a Decimal
     whose ratio would be long.
     """
     if isinstance(number, tuple):

@@ -2,7 +2,7 @@
 
 The interpreter fills caches when code runs: of the attributes of types, and of what each
 instruction met. A child would fill them in pages of its own, which the kernel copies at the first
-write. After these runs its copies are fewer by a tenth.
+write. These runs save a tenth of the copies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RUNS = (
 
 
 def warm_up(child_of: Callable[[int], Child], reserve_low_descriptors: Callable[[], None]) -> None:
-    """Run PROGRAM as `child_of` says, which gets the number of a run's files."""
+    """Run PROGRAM in this process. `child_of` makes a run's Child, given how many files it has."""
     main = sys.modules["__main__"]
     for call, message in RUNS * REPETITIONS:
         files = [_file(call)] if call else []

@@ -129,7 +129,7 @@ wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: wait until each ser
     say "$1 ready after $((SECONDS - began)) s: $urls"
 }
 
-prepare() { # prepare check|prepare SETTINGS...: check the run's inputs; then also its servers, and write its directory
+prepare() { # prepare check SETTINGS...: check the run's inputs; prepare prepare ...: also its servers, and write its directory
     local what=$1 code
     shift
     # only task 0 does the work; the others exit at once

@@ -66,7 +66,7 @@ become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND... -- OPTIONS...: exe
             SLURM_* | SRUN_*) unset "$name" ;;
         esac
     done
-    if [ -n "$CONTAINER" ]; then # these keep our values; of others, the image's own come first
+    if [ -n "$CONTAINER" ]; then # these keep our values; for all others the image's own take precedence
         carried=$(compgen -e | grep -E '^(PYTHON|RLEF_|MASTER_|NCCL_|GLOO_|HF_|TOKENIZERS_|OMP_|TORCH|PYTORCH_|CUDA_DEVICE_|WANDB_)|_CACHE_(DIR|PATH)$')
         case $CONTAINER_RUNTIME in
             pyxis) set -- "$@" --container-env="${carried//$'\n'/,}" ;;
@@ -89,7 +89,7 @@ set_software() { # set PYTHON, RUNNER (a prefix of commands), STEP_FLAGS (option
     if [ -n "$CONTAINER" ]; then
         PYTHON=python
         case $CONTAINER_RUNTIME in
-            pyxis) # the name: one import a node and job
+            pyxis) # with a name, each node imports the image once per job
                 STEP_FLAGS=(--container-image="$CONTAINER" --container-name="rlef-${SLURM_JOB_ID:-0}"
                     --container-mounts="$MOUNTS" --container-workdir="$ROOT")
                 ;;
@@ -107,7 +107,7 @@ set_software() { # set PYTHON, RUNNER (a prefix of commands), STEP_FLAGS (option
     ulimit -Sn "$(ulimit -Hn)" # rank 0 has a connection from every rank
     ulimit -c 0                # no core files of many GB in a shared folder
     [ -n "${SLURM_JOB_ID:-}" ] || return 0
-    # compiled kernels go to a folder of this job on each node; in the shared home they would be slow, and many write them
+    # compiled kernels go to a folder of this job on each node: a shared home is slow, and all ranks would write to it
     CACHES=$LOCAL_DIR/rlef-$UID-$SLURM_JOB_ID
     local name
     for name in TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR CUDA_CACHE_PATH FLASHINFER_WORKSPACE_BASE TORCH_EXTENSIONS_DIR \

@@ -282,7 +282,7 @@ static void finish(struct server *server, int number)
     child->process.pid = 0;
 }
 
-/* Kills a child that passed a limit; reports if it sleeps, and if it works again. */
+/* Kills a child that passed a limit; reports that it sleeps, or that it works again. */
 static void check(struct child *child, double now)
 {
     double cpu_s = cpu_s_of(child);

@@ -221,7 +221,7 @@ static pid_t start(const struct plan *plan)
 }
 
 /* In init: starts the child. Returns 0 or errno. */
-static int start_second(struct init *init)
+static int start_from_init(struct init *init)
 {
     int has_ids = (init->plan->namespaces & CLONE_NEWPID) != 0;
     if (has_ids && waitpid(-1, NULL, WNOHANG) >= 0) { /* left by a program that could fork */
@@ -271,7 +271,7 @@ static int be_init(void *argument)
         if (poll(awaited, 2, -1) < 0 || awaited[1].revents != 0 ||
             read(awaited[0].fd, &rung, sizeof rung) < 0)
             _exit(1); /* with which the kernel ends the namespaces */
-        init->error = start_second(init);
+        init->error = start_from_init(init);
         int failed = init->error != 0;
         say(&init->settled);
         if (failed)
@@ -321,7 +321,7 @@ static int make_init(int cell, int namespaces)
     return 0;
 }
 
-/* Starts a child by its cell's init. Returns 1, or 0 in the child, or -1 with errno set. */
+/* Starts a child through its cell's init. Returns 1, or 0 in the child, or -1 with errno set. */
 static __attribute__((noinline)) int start_in_namespaces(const struct plan *plan, int cell,
                                                          struct started *child)
 {

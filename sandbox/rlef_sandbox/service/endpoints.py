@@ -32,7 +32,7 @@ from .wire import REQUEST_ID, REQUESTS
 API_VERSION = 1
 REQUEST_ID_FORM = re.compile(r"[\x21-\x7e]{1,128}")
 HOST_FORM = re.compile(r"(?:\[([\da-f:.]+)\]|([\w.-]+))(?::\d+)?", re.ASCII | re.IGNORECASE)
-# Without a complete head of a request. Clients keep a connection for less (aiohttp's for 15 s).
+# A connection may be without a complete request head this long; aiohttp's client closes after 15 s.
 IDLE_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S, BODY_BYTES_PER_S = 30.0, 256 << 10  # a body arrives within 30 s, or at this rate
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -40,7 +40,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Body:
-    """The content of a request as it arrives, and the work that uses it even without a client."""
+    """The content of a request as it arrives, and the work that may still need it later."""
 
     content: bytearray
     user: asyncio.Future[Any] | None = None
@@ -193,7 +193,7 @@ class GradingService:
         return digest.digest()
 
     def refuse_large(self, body_bytes: int, held_bytes: int) -> None:
-        """Refuse a body that exceeds the bound of one, or with the others the bound of all."""
+        """Refuse a body that is too large, alone or together with those of other open requests."""
         if body_bytes > self.max_body_bytes:
             raise GradingRefusedError(
                 413,

@@ -5,9 +5,8 @@ and runs in a pool of threads. The pool has more threads than the sandbox has wo
 that sleeps delays no other. A request becomes a `Grading`, which waits for its turn (the clients'
 addresses take turns, and each is served in the order of arrival). Its clients wait for its answer
 behind a shield, so one that leaves does not disturb the others. If the last one leaves before the
-work begins, the answer is cancelled and the work leaves the queue.
-Work that has begun is finished and its answer kept, since a client that lost its connection will
-ask again.
+work begins, the answer is cancelled and the work leaves the queue. Work that has begun is finished
+and its answer kept, since a client that lost its connection will ask again.
 
 A request id names one piece of work. While that is queued, runs, or its answer is kept, a request
 with the same id joins it; the same id with another body is refused. Answers are kept for a bounded
@@ -103,7 +102,7 @@ class GradingQueue:
     def submit(
         self, request_id: str, digest: bytes, client: str, work: Callable[[], GradingAnswer]
     ) -> Grading:
-        """Queue new work. Raises GradingRefusedError if queue or client's share are full."""
+        """Queue new work. Raises GradingRefusedError if the queue or the client's share is full."""
         assert request_id not in self._open and request_id not in self._kept
         jobs, queue = self._settings.jobs, self._settings.queue
         share = jobs + math.ceil(MOST_SHARE * queue)
@@ -185,7 +184,7 @@ class GradingQueue:
     def _close(self, grading: Grading) -> None:
         """Keep the answer of work that has ended, if it has one."""
         del grading.work  # it holds the request's body
-        self._open_of -= Counter([grading.client])  # and drop those that have none
+        self._open_of -= Counter([grading.client])  # also drops clients that have none left
         if self._open.get(grading.request_id) is grading:
             del self._open[grading.request_id]
         if not self._open:

@@ -18,7 +18,7 @@ Samples = Iterable[tuple[str, float]]
 
 
 class CountByLabels:
-    """A number that only grows, one for each value of its labels, which need no escapes."""
+    """Counts, one for each combination of its labels' values, which need no escapes."""
 
     def __init__(self, *labels: str) -> None:
         self.labels = labels

@@ -50,7 +50,7 @@ def serve(settings: ServerSettings) -> int:
 async def serve_and_drain(
     grader: GradingProcess, settings: ServerSettings, listener: socket.socket
 ) -> int:
-    """Return the exit code: 0 after a drain, 1 if the child ended."""
+    """Serve, then drain. Returns the exit code: 0, or 1 if the child ended."""
     service = GradingService(grader, settings)
     asked_to_stop = asyncio.Event()
     exit_code = 0

@@ -56,7 +56,7 @@ class WireError(ValueError):
     """A malformed message: the path of the field, and the reason."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)  # as it is pickled
+        super().__init__(path, reason)  # pickle restores it from these
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class WireError(ValueError):
 
 
 def decode_part(step: str, decoder: Decoder, wire: object) -> Any:
-    """Return a decoded part, with its step (".field" or "[index]") before the path of an error."""
+    """Decode a part of a message. A WireError's path begins with `step`: ".field" or "[index]"."""
     try:
         return decoder(wire)
     except WireError as error:
@@ -168,7 +168,7 @@ def number(kind: type, least: float, most: float, wire: object) -> Any:
 
 
 def decode_any(kinds: Mapping[str, type], wire: object) -> Any:
-    """Return one of several dataclasses. Each names its kind, the first kind need not."""
+    """Return one of several dataclasses: that of the object's "kind", by default the first."""
     given = dict(of_type(dict, wire))
     kind = given.pop("kind", next(iter(kinds)))
     if not isinstance(kind, str) or kind not in kinds:
