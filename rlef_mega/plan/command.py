@@ -40,15 +40,16 @@ def run_plan(
     out: Path | None,
     write: Path | None,
 ) -> None:
-    """Print the plan of a recipe, and write it to `out`. With `gpus`, `write` gets the recipe, with
-    these overrides, in the best layout found.
+    """Print the plan of a recipe, and write it to `out`. With `gpus`, also write the recipe, with
+    these overrides and in the best layout found, to `write`.
 
     Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit.
     """
     path = find_recipe(recipe)
     config = load_config(path, overrides or [], TrainConfig)
     console = Console()
-    facts = plan_train(config)
+    shape = model_shape(config)
+    facts = plan_train(config, shape)
     model = find_model(config.model.path, fetch=False)
     if holds_weights(model):  # a shape is enough for a plan
         check_stored_weights(model)
@@ -57,7 +58,7 @@ def run_plan(
         table.add_row(fact, str(value))
     console.print(table)
     content: dict[str, Any] = {"recipe": recipe, "facts": facts}
-    device, run = find_device(gpu), PlannedRun.of(config, model_shape(config))
+    device, run = find_device(gpu), PlannedRun.of(config, shape)
     content["device"] = device.name
     if gpus is None:
         content |= show_recipe(console, run, device, sampling_gpus)
@@ -78,7 +79,7 @@ def write_recipe(
     file: Path, recipe: Path, overrides: Sequence[str], best: Split, device: Device
 ) -> None:
     """Write a recipe that extends this one by the overrides and the layout found. Raises
-    ConfigError if it cannot remove what the recipe states."""
+    ConfigError if this one has a setting that the layout found lacks: it cannot be removed."""
     if best.run.config.critic_parallel or best.run.config.parallel.pipeline_layers:
         raise ConfigError(
             "--write: the layouts found have no critic_parallel and no parallel.pipeline_layers; "
@@ -90,7 +91,7 @@ def write_recipe(
     for override in (*overrides, *found):
         apply_override(tree, override)
     write_atomically(file, tomli_w.dumps(tree))
-    plan_train(load_config(file, [], TrainConfig))
+    plan_train(load_config(file, [], TrainConfig), best.run.shape)
 
 
 def show_recipe(
@@ -118,8 +119,8 @@ def show_recipe(
 def show_search(
     console: Console, run: PlannedRun, device: Device, gpus: int
 ) -> tuple[Split, dict[str, Any]]:
-    """Print the best layouts on `gpus` GPUs and the plan of the first, and return both: the first,
-    and what the JSON file has of them."""
+    """Print the best layouts on `gpus` GPUs and the plan of the first. Returns the first, and the
+    entries of the JSON file."""
     found = splits(run, device, gpus)
     table = Table(
         "layout", "recompute", "idle state", "train", "sample", "GiB", "s/step", "bound by",

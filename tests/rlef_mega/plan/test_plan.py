@@ -423,7 +423,7 @@ def test_the_other_placement_in_a_recipes_comments_fits_too(recipe, gpu):
     assert words
     for sets in ([], words):
         config = load_config(find_recipe(recipe), sets, TrainConfig)
-        plan_train(config)
+        plan_train(config, model_shape(config))
         refuse_without_room(run_of(recipe, *sets), DEVICES[gpu])
         if config.rollout.engine == "sglang":
             check_placement(config)
