@@ -68,7 +68,7 @@ LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-# -------------------------------------------------------------------------------------- its batch
+# --------------------------------------------------------------------------------- the peer's batch
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def similar_lengths(lengths: Sequence[int], token_budget: int) -> Iterator[list[
         yield part
 
 
-# -------------------------------------------------------------------------------------- its heads
+# --------------------------------------------------------------------------------- the peer's heads
 
 
 def logits_head(
@@ -155,7 +155,7 @@ def has_liger(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-# -------------------------------------------------------------------------------------- its model
+# --------------------------------------------------------------------------------- the peer's model
 
 
 class HuggingFacePolicy:

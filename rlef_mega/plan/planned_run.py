@@ -262,8 +262,8 @@ class PlannedRun:
         self, rank: int, trained: dict[str, Network], state: dict[str, dict[str, float]]
     ) -> dict[str, float]:
         """Compute the bytes of each part at the fullest moment while the networks are built: first
-        weights of all, then gradients and main copy of one after the other. Megatron copies a
-        chunk's weights to a buffer, and holds both for that time."""
+        the weights of all, then gradients and main copy of one network after the other. Megatron
+        copies a chunk's weights to a buffer, and holds both during the copy."""
         held = dict.fromkeys((*STATE, "activations", "scratch"), 0.0)
         held["weights"] = sum(net.weights(rank) for net in trained.values())
         if not self.offloads:

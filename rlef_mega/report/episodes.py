@@ -195,8 +195,8 @@ def view_versions(turn: Json) -> list[list[int]]:
 
 
 def view_tokens(turn: Json) -> Json:
-    """Return the tokens' lengths in the shown text, and their numbers times 100; an empty object if
-    the lengths do not fit the text."""
+    """Return the tokens' lengths in the shown text, and their log-probs and advantages times 100;
+    an empty object if the lengths do not fit the text."""
     lengths = integers(turn, "pieces")[:TOKENS_SHOWN]
     response = text(turn, "response")
     covered = sum(lengths)
