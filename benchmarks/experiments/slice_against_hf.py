@@ -62,8 +62,8 @@ MINUTES = 3.0  # after which no round is started
 # two moments in fp32.
 PEER_BYTES = 20
 OURS = "ours"
-# Of the first loss, a mean of terms of about 1, and, relative, of the gradient norm: rounding, and
-# the noise of another attention kernel.
+# For rounding and another attention kernel: absolute for the first loss, whose terms are about 1,
+# and relative for the gradient norm.
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 

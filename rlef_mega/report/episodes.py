@@ -183,7 +183,7 @@ def mean_kl(turn: Json) -> float | None:
     sampled, reference = integers(turn, "logprobs"), integers(turn, "ref_logprobs")
     if not sampled or len(sampled) != len(reference):
         return None
-    return (sum(sampled) - sum(reference)) / len(sampled) / 1000
+    return (sum(sampled) - sum(reference)) / len(sampled) / 1000  # recorded in thousandths
 
 
 def view_versions(turn: Json) -> list[list[int]]:
