@@ -43,13 +43,19 @@ def run_plan(
     """Print the plan of a recipe, and write it to `out`. With `gpus`, also write the recipe, with
     these overrides and in the best layout found, to `write`.
 
-    Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit.
+    Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit, and for
+    `write` without `gpus` or `sampling_gpus` with it.
     """
+    if write is not None and gpus is None:
+        raise ConfigError(f"--write {write}: give --gpus, which searches the layout to write")
+    if sampling_gpus is not None and gpus is not None:
+        raise ConfigError(f"--sampling-gpus {sampling_gpus}: --gpus chooses them; give only one")
     path = find_recipe(recipe)
     config = load_config(path, overrides or [], TrainConfig)
     console = Console()
-    shape = model_shape(config)
+    shape, device = model_shape(config), find_device(gpu)
     facts = plan_train(config, shape)
+    content: dict[str, Any] = {"recipe": recipe, "facts": facts, "device": device.name}
     model = find_model(config.model.path, fetch=False)
     if holds_weights(model):  # a shape is enough for a plan
         check_stored_weights(model)
@@ -57,9 +63,7 @@ def run_plan(
     for fact, value in facts.items():
         table.add_row(fact, str(value))
     console.print(table)
-    content: dict[str, Any] = {"recipe": recipe, "facts": facts}
-    device, run = find_device(gpu), PlannedRun.of(config, shape)
-    content["device"] = device.name
+    run = PlannedRun.of(config, shape)
     if gpus is None:
         content |= show_recipe(console, run, device, sampling_gpus)
     else:

@@ -226,10 +226,8 @@ def products(run: PlannedRun, network: Network, phase: str, stage: int, tokens: 
 
 
 def number_table(first: str, *names: str) -> Table:
-    table = Table(Column(first, no_wrap=True), box=SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, justify="right")
-    return table
+    columns = (Column(name, justify="right") for name in names)
+    return Table(Column(first, no_wrap=True), *columns, box=SIMPLE_HEAD)
 
 
 def rank_tables(measured: dict[str, Any], plan: Phases, device: Device) -> tuple[Table, Table]:

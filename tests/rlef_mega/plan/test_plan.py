@@ -471,6 +471,18 @@ def test_sampling_gpus_that_are_not_a_multiple_of_a_server_are_refused():
         CliRunner().invoke(app, words, catch_exceptions=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--write", "mine.toml"], "mine.toml: give --gpus"),
+        (["--gpus", "8", "--sampling-gpus", "4"], "--gpus chooses them"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["plan", "llama31_8b", *words], catch_exceptions=False)
+
+
 def test_the_command_writes_what_it_prints(tmp_path):
     out = tmp_path / "plan.json"
     words = ["plan", "llama31_70b", "--sampling-gpus", "1280", "--json", str(out)]
