@@ -116,7 +116,7 @@ def logits_head(
 ) -> torch.Tensor:
     """Return log-probs from stored logits, in fp32."""
     logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD).float()
-    if temperature != 1.0:  # not another copy of the logits for nothing
+    if temperature != 1.0:  # avoids a needless copy of the logits
         logits_RV = logits_RV / temperature
     return -torch.nn.functional.cross_entropy(logits_RV, ids_R, reduction="none")
 

@@ -83,7 +83,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def install(wheels: Path, site: Path) -> bool:
-    """Install the folder's wheels into `site`. Returns whether pip could."""
+    """Install the folder's wheels into `site`. Returns whether pip succeeded."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     files = sorted(map(str, wheels.glob("*.whl")))
     done = subprocess.run([*pip, "--upgrade", "--target", site, *files])

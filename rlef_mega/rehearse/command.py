@@ -61,7 +61,7 @@ def run_rehearsal(
     dialogue_tokens: int | None,
     out: Path | None,
 ) -> None:
-    """Rehearse and print tables of each rank, and of all; write all figures to `out`.
+    """Rehearse `rank` or a rank of each kind; print tables, and write all figures to `out`.
 
     Raises ConfigError if a rank needs more memory than the device has, or the null GPU is missing.
     """
