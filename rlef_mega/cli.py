@@ -231,10 +231,10 @@ def evaluate(
     dtype: DtypeName = "float32",
     seed: int = 0,
     program: Annotated[
-        Literal["first", "last", "only"], typer.Option(help="which code block of a response")
+        Literal["first", "last", "only"], typer.Option(help="code block that is the program")
     ] = "first",
     feedback_tokens: Annotated[
-        int | None, typer.Option(min=1, help="default: as many as the context has room for")
+        int | None, typer.Option(min=1, help="limit; default: what the context has room for")
     ] = None,
     feedback_cut: Annotated[
         Literal["middle", "right"], typer.Option(help="where longer feedback is cut")
@@ -301,7 +301,7 @@ def plan(
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
     write: Annotated[
-        Path | None, typer.Option(help="with --gpus: write the recipe in the layout found here")
+        Path | None, typer.Option(help="with --gpus: file for the recipe in the layout found")
     ] = None,
 ) -> None:
     """Check a recipe's layout and estimate its memory by rank, time by phase, and cost. Fails if it
@@ -392,7 +392,7 @@ def bench(
         typer.Option(help="kernels: only those whose names contain one of these, like '8B | 8192'"),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="kernels: only those of such names, like 'fused,Liger'")
+        str | None, typer.Option(help="kernels: only methods with such names, like 'fused,Liger'")
     ] = None,
     minutes: Annotated[
         float | None,

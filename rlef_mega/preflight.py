@@ -88,7 +88,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
     Rollout servers are checked later, by `check_rollout_servers`: they may not have been started.
     """
     refuse_untested_megatron()
-    plan_train(config)
+    plan_train(config, model_shape(config))
     model = check_start(config)
     chat = ChatFormat.from_folder(model)
     check_positions(config, model, chat)
@@ -146,10 +146,9 @@ def check_weights(checkpoint: Path, model: Path) -> None:
     found.network("policy", tensors_of("policy", read_config(model)))
 
 
-def plan_train(config: TrainConfig) -> dict[str, Any]:
-    """Check a run's layout and batch sizes. Returns them as `rlef plan` prints them. Raises
-    ConfigError."""
-    shape = model_shape(config)
+def plan_train(config: TrainConfig, shape: LlamaShape) -> dict[str, Any]:
+    """Check a run's layout, for a model of this shape, and its batch sizes. Returns them as `rlef
+    plan` prints them. Raises ConfigError."""
     check_layout(shape, config.parallel)
     if config.critic_parallel:
         try:

@@ -62,13 +62,13 @@ MINUTES = 3.0  # after which no round is started
 # two moments in fp32.
 PEER_BYTES = 20
 OURS = "ours"
-# Of the first loss, a mean of terms of about 1, and, relative, of the gradient norm: rounding, and
-# the noise of another attention kernel.
+# For rounding and another attention kernel: absolute for the first loss, whose terms are about 1,
+# and relative for the gradient norm.
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-# -------------------------------------------------------------------------------------- its batch
+# --------------------------------------------------------------------------------- the peer's batch
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def similar_lengths(lengths: Sequence[int], token_budget: int) -> Iterator[list[
         yield part
 
 
-# -------------------------------------------------------------------------------------- its heads
+# --------------------------------------------------------------------------------- the peer's heads
 
 
 def logits_head(
@@ -116,7 +116,7 @@ def logits_head(
 ) -> torch.Tensor:
     """Return log-probs from stored logits, in fp32."""
     logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD).float()
-    if temperature != 1.0:  # not another copy of the logits for nothing
+    if temperature != 1.0:  # avoids a needless copy of the logits
         logits_RV = logits_RV / temperature
     return -torch.nn.functional.cross_entropy(logits_RV, ids_R, reduction="none")
 
@@ -155,7 +155,7 @@ def has_liger(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-# -------------------------------------------------------------------------------------- its model
+# --------------------------------------------------------------------------------- the peer's model
 
 
 class HuggingFacePolicy:

@@ -192,7 +192,7 @@ def chunked_logits(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
-    """Liger's log-prob and entropy of each token, by its CuTe kernels for Hopper."""
+    """Compute log-prob and entropy of each token with Liger's CuTe kernels for Hopper."""
     from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as liger
 
     compute = liger.LigerFusedScaledCrossEntropySM90Function.apply
@@ -201,8 +201,8 @@ def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_tensor_parallel(inputs: HeadInputs) -> torch.Tensor:
-    """Liger's log-prob and entropy of each token, on a tensor-parallel group of one: native kernels
-    with liger-cute-kernels, else chunks of 512 tokens in PyTorch."""
+    """Compute log-prob and entropy of each token with Liger, on a tensor-parallel group of one: in
+    native kernels with liger-cute-kernels, else in chunks of 512 tokens in PyTorch."""
     from liger_kernel.transformers import functional
 
     if not dist.is_initialized():
@@ -215,8 +215,8 @@ def liger_tensor_parallel(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_loss(inputs: HeadInputs, *, in_cute: bool) -> torch.Tensor:
-    """Liger's cross entropy summed over tokens, with the gradients in the forward pass; no entropy
-    and no weights of tokens."""
+    """Sum Liger's cross entropy over tokens, with the gradients in the forward pass; no entropy and
+    no weights of tokens."""
     if in_cute:
         from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as liger
 

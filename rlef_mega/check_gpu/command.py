@@ -26,7 +26,7 @@ from typing import Any
 
 from rlef_mega.check_gpu.summary import write_summary
 
-LIMITS = {  # of each step in seconds; the steps that prove most come first
+LIMITS = {  # of each step in seconds; the most informative steps come first
     "machine": 60,
     "tests": 100,
     "head": 60,
@@ -55,8 +55,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=12.0, help="for all steps")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install into OUT/site")
     parser.add_argument("--patience", type=float, default=1.0, help="factor for each step's limit")
-    recipe = "settings of the recipe of smollm2"
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=recipe)
+    smollm2 = "settings of the recipe that the step smollm2 trains"
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=smollm2)
     asked = parser.parse_args(words)
     end = time.monotonic() + 60 * asked.minutes
     out, site = asked.out.absolute(), asked.out.absolute() / "site"
@@ -83,7 +83,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def install(wheels: Path, site: Path) -> bool:
-    """Install the folder's wheels into `site`. Returns whether pip could."""
+    """Install the folder's wheels into `site`. Returns whether pip succeeded."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     files = sorted(map(str, wheels.glob("*.whl")))
     done = subprocess.run([*pip, "--upgrade", "--target", site, *files])

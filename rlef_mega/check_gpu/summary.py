@@ -1,4 +1,4 @@
-"""The page of a check: figures that have a goal, then every figure of every step."""
+"""Write a check's summary.md: figures that have a goal, then every figure of every step."""
 
 import json
 from collections.abc import Iterator, Sequence

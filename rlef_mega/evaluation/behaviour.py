@@ -23,8 +23,8 @@ CHRF_PAIRS = 300  # scored per turn: a pair of 1,500 characters takes 14 ms
 
 @dataclass(frozen=True)
 class DialogueOutcomes:
-    """The outcomes of a dialogue's responses (`outcome_of`), their programs, and all their tokens
-    if those were counted."""
+    """The outcomes of a dialogue's responses (`outcome_of`), their programs, and their total
+    number of tokens if it was counted."""
 
     problem_id: str
     outcomes: tuple[str, ...]

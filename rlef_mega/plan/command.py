@@ -40,15 +40,22 @@ def run_plan(
     out: Path | None,
     write: Path | None,
 ) -> None:
-    """Print the plan of a recipe, and write it to `out`. With `gpus`, `write` gets the recipe, with
-    these overrides, in the best layout found.
+    """Print the plan of a recipe, and write it to `out`. With `gpus`, also write the recipe, with
+    these overrides and in the best layout found, to `write`.
 
-    Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit.
+    Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit, and for
+    `write` without `gpus` or `sampling_gpus` with it.
     """
+    if write is not None and gpus is None:
+        raise ConfigError(f"--write {write}: give --gpus, which searches the layout to write")
+    if sampling_gpus is not None and gpus is not None:
+        raise ConfigError(f"--sampling-gpus {sampling_gpus}: --gpus chooses them; give only one")
     path = find_recipe(recipe)
     config = load_config(path, overrides or [], TrainConfig)
     console = Console()
-    facts = plan_train(config)
+    shape, device = model_shape(config), find_device(gpu)
+    facts = plan_train(config, shape)
+    content: dict[str, Any] = {"recipe": recipe, "facts": facts, "device": device.name}
     model = find_model(config.model.path, fetch=False)
     if holds_weights(model):  # a shape is enough for a plan
         check_stored_weights(model)
@@ -56,9 +63,7 @@ def run_plan(
     for fact, value in facts.items():
         table.add_row(fact, str(value))
     console.print(table)
-    content: dict[str, Any] = {"recipe": recipe, "facts": facts}
-    device, run = find_device(gpu), PlannedRun.of(config, model_shape(config))
-    content["device"] = device.name
+    run = PlannedRun.of(config, shape)
     if gpus is None:
         content |= show_recipe(console, run, device, sampling_gpus)
     else:
@@ -78,7 +83,7 @@ def write_recipe(
     file: Path, recipe: Path, overrides: Sequence[str], best: Split, device: Device
 ) -> None:
     """Write a recipe that extends this one by the overrides and the layout found. Raises
-    ConfigError if it cannot remove what the recipe states."""
+    ConfigError if this one has a setting that the layout found lacks: it cannot be removed."""
     if best.run.config.critic_parallel or best.run.config.parallel.pipeline_layers:
         raise ConfigError(
             "--write: the layouts found have no critic_parallel and no parallel.pipeline_layers; "
@@ -90,7 +95,7 @@ def write_recipe(
     for override in (*overrides, *found):
         apply_override(tree, override)
     write_atomically(file, tomli_w.dumps(tree))
-    plan_train(load_config(file, [], TrainConfig))
+    plan_train(load_config(file, [], TrainConfig), best.run.shape)
 
 
 def show_recipe(
@@ -118,8 +123,8 @@ def show_recipe(
 def show_search(
     console: Console, run: PlannedRun, device: Device, gpus: int
 ) -> tuple[Split, dict[str, Any]]:
-    """Print the best layouts on `gpus` GPUs and the plan of the first, and return both: the first,
-    and what the JSON file has of them."""
+    """Print the best layouts on `gpus` GPUs and the plan of the first. Returns the first, and the
+    entries of the JSON file."""
     found = splits(run, device, gpus)
     table = Table(
         "layout", "recompute", "idle state", "train", "sample", "GiB", "s/step", "bound by",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rlef_mega.config import ConfigError
 
 MEMORY = 0.8  # of a device's memory bandwidth, by norms, activations and the optimizer
-HASH = 0.3  # of it, by the hash of weights, which its 40 integer operations a word bound (assumed)
+HASH = 0.3  # of it, by the hash of weights: 40 integer operations per word limit it (assumed)
 LINK = 0.8  # of NVLink, by collectives
 NETWORK = 0.8  # of a node's network cards, by collectives
 HOST_LINK = 0.8  # of PCIe, by copies from and to pinned memory
@@ -20,8 +20,8 @@ DISK = 5e9  # bytes/s of a shared file system, written by one rank or read by al
 # Memory outside PyTorch's allocations: context, cuBLAS, NCCL's buffers. And what the caching
 # allocator loses to fragmentation, as a fraction of its allocations. Both assumed.
 CONTEXT_GIB, FRAGMENTS = 2.0, 0.05
-# What a server on a trainer's GPU holds beside weights and contexts, also while it rests: its own
-# CUDA context, captured graphs, buffers (assumed)
+# What a server on a trainer's GPU holds beside weights and contexts, also while the trainer uses
+# the GPU: its own CUDA context, captured graphs, buffers (assumed)
 SERVER_GIB = 4.0
 EMBEDDED_BATCH = 128  # dialogues that the embedded engine samples at once (engines/local.py)
 GIB = 2**30
@@ -32,8 +32,8 @@ class Device:
     """A device's rates, in bytes and operations per second; links in each direction."""
 
     name: str
-    flops: float  # dense bf16 products
-    products: float  # fraction of it that a layer's products reach
+    flops: float  # of dense bf16 matrix products
+    products: float  # fraction of `flops` that a layer's matrix products reach
     memory_gib: float  # as CUDA reports, rounded down
     bandwidth: float
     link: float  # to the other GPUs of the node

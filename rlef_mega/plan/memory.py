@@ -2,10 +2,10 @@
 
     weights     2 per parameter in bfloat16, 4 in fp32; a tensor-parallel rank has 1/t of a matrix
     gradients   4 per parameter (Megatron's buffer, fp32)
-    optimizer   12 for main copy and two moments, 8 for two moments in fp32, over the data-parallel
-                ranks
-    activations what backward keeps, by token and layer, in units of b bytes (2 or 4), with h
-                hidden, f feed-forward, a and k the widths of all query and key-value heads:
+    optimizer   12 per parameter for main copy and two moments (in fp32, 8 for the moments alone),
+                divided by the data-parallel ranks
+    activations what backward keeps, per token and layer, in units of b bytes (2 or 4); h, f, a and
+                k are the sizes of hidden state, feed-forward block, all queries and all keys:
         4 h                 inputs and outputs of both norms; 1/t with sequence parallelism
         (2 a + 2 k) / t     queries, keys, values, output of attention
         3 f / t             gate and up, and their product; not with "selective" recomputation
@@ -44,7 +44,7 @@ def cut(layers: int, parallel: ParallelConfig, head_cost: float) -> Stages:
 
 @dataclass(frozen=True)
 class Network:
-    """A network in its layout. `head`: a policy's, with the loss inside, or a critic's."""
+    """A network in its layout. `head` is "fused" for a policy, "value" for a critic."""
 
     shape: LlamaShape
     parallel: ParallelConfig
@@ -175,8 +175,8 @@ class Network:
         return self.weight_bytes * max(peaks)
 
     def gather_scratch(self) -> float:
-        """Return the bytes of the largest bucket of gathered weights, and of a whole tensor made of
-        its parts (hf_weights); a table is a bucket of its own."""
+        """Return the bytes of the largest bucket of gathered weights, and of a whole tensor that is
+        put together from its shards (hf_weights); an embedding is a bucket of its own."""
         table = self.weight_bytes * self.shape.table_parameters
         bucket = min(BUCKET_BYTES, max(map(self.weights, range(self.pipeline))))
         if self.tensor == 1:

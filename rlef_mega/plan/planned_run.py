@@ -3,8 +3,8 @@
 A step scores the batch (policy, reference, critic), updates critic and policy (one after the other
 if they share ranks, else at the same time), and publishes the policy's weights. In sync mode it
 samples the batch first. In async mode it takes as long as the longest of training, the servers'
-work, and the longest dialogue's share. Evaluations, checkpoints, grading and start-up are not
-included. A run without `ppo.advantage = "critic"` has no critic.
+work, and the longest dialogue's time / (max_staleness + 1). Evaluations, checkpoints, grading and
+start-up are not included. A run without `ppo.advantage = "critic"` has no critic.
 """
 
 from dataclasses import dataclass, replace
@@ -262,8 +262,8 @@ class PlannedRun:
         self, rank: int, trained: dict[str, Network], state: dict[str, dict[str, float]]
     ) -> dict[str, float]:
         """Compute the bytes of each part at the fullest moment while the networks are built: first
-        weights of all, then gradients and main copy of one after the other. Megatron copies a
-        chunk's weights to a buffer, and holds both for that time."""
+        the weights of all, then gradients and main copy of one network after the other. Megatron
+        copies a chunk's weights to a buffer, and holds both during the copy."""
         held = dict.fromkeys((*STATE, "activations", "scratch"), 0.0)
         held["weights"] = sum(net.weights(rank) for net in trained.values())
         if not self.offloads:

@@ -5,8 +5,8 @@ A server decodes one token for each of its c requests in
     pace(c) = bytes of its weights / rate + c x bytes of a context / rate + 2 L all-reduces
 
 and computes prompts at a fraction of its FLOP/s. A batch takes as long as the servers' work on it
-(`work`), but no less than its longest dialogue, whose tokens are sampled one after another and may
-take max_staleness + 1 steps (`longest`).
+(`work`), but no less than its longest dialogue, which is sampled token after token and may take
+max_staleness + 1 steps (`longest`).
 """
 
 import math
@@ -77,7 +77,7 @@ class DialogueSample:
         return sorted(each.sampled for each in self.drawn)
 
     def longest(self, batch: int) -> int:
-        """Return the tokens sampled in a batch's longest dialogue: its median over batches."""
+        """Return the tokens sampled in a batch's longest dialogue, as the median over batches."""
         index = round(len(self.drawn) * 0.5 ** (1 / batch))
         return self.by_length[min(index, len(self.drawn) - 1)]
 

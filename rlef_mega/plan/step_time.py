@@ -3,8 +3,8 @@
 The terms add up, except where the trainer overlaps them. They are those of the slowest pipeline
 stage of the fullest data-parallel rank:
 
-    products     FLOPs (flops.py) / t / (flops x products); backward takes two forwards,
-                 recomputation up to one more
+    products     FLOPs (flops.py) / t / (flops x products); backward takes twice the
+                 time of forward, recomputation up to once more
     head         its products, for the tokens that it reads
     memory       reads and writes of norms, rotations, activations and residuals: about 20 h +
                  4 (a + k) + 6 f bytes per token and layer forward, twice that backward; each

@@ -30,7 +30,7 @@ NULL_GPU = CHECKOUT / "tests/null_gpu/launch.py"
 NULL_DEVICES = {"h100-80gb": "h100", "h200": "h200", "b200": "b200"}
 # The null GPU computes nothing and makes no copy above 1 MiB: memory does not depend on values.
 SETTINGS = {"NULL_GPU_COMPUTE_MIB": "0", "NULL_GPU_COPY_MIB": "1"}
-KINDS = ("peak", "kept", "reserved", "pinned")
+SIZES = ("peak", "kept", "reserved", "pinned")
 OTHERS = "rest"
 WIDTH = 108  # of the tables
 GROUPS = ("tp", "pp", "dp", OTHERS)  # tensor, pipeline, data parallel
@@ -61,7 +61,7 @@ def run_rehearsal(
     dialogue_tokens: int | None,
     out: Path | None,
 ) -> None:
-    """Rehearse and print tables of each rank, and of all; write all figures to `out`.
+    """Rehearse `rank` or a rank of each kind; print tables, and write all figures to `out`.
 
     Raises ConfigError if a rank needs more memory than the device has, or the null GPU is missing.
     """
@@ -72,7 +72,7 @@ def run_rehearsal(
     run = PlannedRun.of(config, shape)
     kinds = [Rank.of(run, number).kind for number in range(run.training_gpus)]
     if rank is not None:
-        Rank.of(run, rank)  # there is one
+        Rank.of(run, rank)  # raises ConfigError if there is no such rank
     ranks = {kind: kinds.index(kind) for kind in kinds} if rank is None else {kinds[rank]: rank}
     request = rehearsed_update(run, dialogue_tokens)
     found: dict[str, Any] = {}
@@ -113,8 +113,8 @@ class Rank:
 
     @classmethod
     def of(cls, run: PlannedRun, rank: int) -> Self:
-        """Raises ConfigError if the layout has no such rank. Ranks are in the order tensor, data,
-        pipeline."""
+        """Find a rank's stage and network; ranks are numbered by tensor, then data, then pipeline.
+        Raises ConfigError if the layout has no such rank."""
         if not 0 <= rank < run.training_gpus:
             raise ConfigError(f"--rank {rank}: the layout has ranks 0 to {run.training_gpus - 1}")
         critics = rank - run.parallel.world_size
@@ -225,22 +225,20 @@ def products(run: PlannedRun, network: Network, phase: str, stage: int, tokens: 
     return tokens * {"score": token, "update": 3 * token + again}.get(phase.split()[0], 0.0)
 
 
-def numbers(first: str, *names: str) -> Table:
-    table = Table(Column(first, no_wrap=True), box=SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, justify="right")
-    return table
+def number_table(first: str, *names: str) -> Table:
+    columns = (Column(name, justify="right") for name in names)
+    return Table(Column(first, no_wrap=True), *columns, box=SIMPLE_HEAD)
 
 
 def rank_tables(measured: dict[str, Any], plan: Phases, device: Device) -> tuple[Table, Table]:
     """Return a row for each phase: its memory in GiB; what is launched, computed and sent."""
-    memory = numbers("GiB", "planned", "", *KINDS)
+    memory = number_table("GiB", "planned", "", *SIZES)
     groups = (f"GB {group}" for group in GROUPS)
-    work = numbers("", "launches", "waits", "PFLOPs", "planned", "collectives", *groups)
+    work = number_table("", "launches", "waits", "PFLOPs", "planned", "collectives", *groups)
     phases = {name.replace("_", " "): phase for name, phase in measured["phases"].items()}
     for name, phase in phases.items():
         computed = plan[name.replace(" ", "_")]
-        sizes = [phase[f"{kind}_bytes"] for kind in KINDS]
+        sizes = [phase[f"{kind}_bytes"] for kind in SIZES]
         memory.add_row(
             name,
             f"{computed['bytes'] / GIB:.2f}",
@@ -268,8 +266,8 @@ def rank_tables(measured: dict[str, Any], plan: Phases, device: Device) -> tuple
     )
     left = device.memory_gib - CONTEXT_GIB - reserved
     memory.caption = (
-        f"fullest in '{fullest}'; {left:.1f} of {device.memory_gib:.0f} GiB are left, without what "
-        f"is reserved and {CONTEXT_GIB:.0f} for CUDA and NCCL (assumed); the process takes "
+        f"fullest in '{fullest}'; {left:.1f} of {device.memory_gib:.0f} GiB are left beside the "
+        f"reserved memory and {CONTEXT_GIB:.0f} GiB for CUDA and NCCL (assumed); the process takes "
         f"{process:.1f} GiB of the host beside pinned memory"
     )
     seconds = sum(phase["seconds"] for phase in phases.values())

@@ -167,7 +167,7 @@ def change(evaluations: Mapping[str, Json], pair: Pair, protocol: str, key: str)
     same = all(lookup(before, setting) == lookup(after, setting) for setting in SAME_PROBLEMS)
     if found is None or key != "solve_rate" or not same or len({*map(len, outcomes)}) > 1:
         return found
-    both = [pair for pair in zip(*outcomes, strict=True) if None not in pair]
+    both = [each for each in zip(*outcomes, strict=True) if None not in each]
     if not both:
         return found
     paired = bootstrap_interval(np.diff(np.array(both, dtype=float))[:, 0], resamples=RESAMPLES)

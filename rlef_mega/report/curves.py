@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -171,7 +172,7 @@ def draw_phases(label: str, metrics: tuple[Json, ...]) -> Drawing | None:
         )
         axes.set_ylim(bottom=0)
         legend = tuple(
-            Line(name, color, 0, f"{mean(seconds):.2f} s, {percent(sum(seconds) / whole)}")
+            Line(name, color, 0, f"{fmean(seconds):.2f} s, {percent(sum(seconds) / whole)}")
             for color, (name, seconds) in enumerate(phases.items())
         )
         meaning = "By phase, with means and shares of the whole run; the rollout includes grading."
@@ -214,14 +215,10 @@ def binned(points: Points) -> Points:
     if size <= 1:
         return points
     steps, values = (
-        [mean(column[start : start + size]) for start in range(0, len(column), size)]
+        [fmean(column[start : start + size]) for start in range(0, len(column), size)]
         for column in points
     )
     return steps, values
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def summary(values: Sequence[float], unit: str) -> str:

@@ -53,12 +53,12 @@ function tokenStyle(colour, value, versionOrder) {
   return shade(value < 0 ? "worse" : "better", size);
 }
 
-function tokenTip(number) {
+function tokenTip(numbers) {
   const parts = [];
-  if (number.logprobs !== undefined) parts.push(`log-prob ${plain(number.logprobs)} (p ${Math.exp(number.logprobs).toFixed(3)})`);
-  if (number.kl !== undefined) parts.push(`log-prob relative to the initial policy ${signed(number.kl)}`);
-  if (number.advantages !== undefined) parts.push(`advantage ${signed(number.advantages)}`);
-  if (number.versions !== undefined) parts.push(`weights of version ${number.versions}`);
+  if (numbers.logprobs !== undefined) parts.push(`log-prob ${plain(numbers.logprobs)} (p ${Math.exp(numbers.logprobs).toFixed(3)})`);
+  if (numbers.kl !== undefined) parts.push(`log-prob relative to the initial policy ${signed(numbers.kl)}`);
+  if (numbers.advantages !== undefined) parts.push(`advantage ${signed(numbers.advantages)}`);
+  if (numbers.versions !== undefined) parts.push(`weights of version ${numbers.versions}`);
   return parts.join("\n");
 }
 
@@ -126,7 +126,7 @@ function privateView({ private: seen }) {
 
 const FACTS = [
   ["value", "value", plain], ["return", "return", plain], ["advantage", "advantage", signed],
-  ["KL", "kl", (value) => plain(value)], ["log-prob", "logprob", plain], ["tokens", "tokens", (value) => value.toLocaleString("en")],
+  ["KL", "kl", plain], ["log-prob", "logprob", plain], ["tokens", "tokens", (value) => value.toLocaleString("en")],
 ];
 
 function versionText(versions) {
@@ -177,7 +177,7 @@ function dialogueView(dialogue, options) {
   const numbers = new Set(turns.flatMap((turn) => turn.versions.map(([number]) => number)));
   const versionOrder = new Map([...numbers].sort((a, b) => a - b).map((number, position) => [number, position]));
   const coloured = options.colour !== "syntax";
-  const known = turns.some((turn) => turn.pieces && tokenNumbers(turn).some((number) => number[options.colour] !== undefined));
+  const known = turns.some((turn) => turn.pieces && tokenNumbers(turn).some((numbers) => numbers[options.colour] !== undefined));
   return [
     turnsTable(turns),
     coloured ? h("p", { class: "caption legend-line" }, known ? scaleView(options.colour, versionOrder) : `No ${COLOURS[options.colour]} was recorded for these tokens.`) : null,

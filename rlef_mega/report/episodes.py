@@ -183,7 +183,7 @@ def mean_kl(turn: Json) -> float | None:
     sampled, reference = integers(turn, "logprobs"), integers(turn, "ref_logprobs")
     if not sampled or len(sampled) != len(reference):
         return None
-    return (sum(sampled) - sum(reference)) / len(sampled) / 1000
+    return (sum(sampled) - sum(reference)) / len(sampled) / 1000  # recorded in thousandths
 
 
 def view_versions(turn: Json) -> list[list[int]]:
@@ -195,8 +195,8 @@ def view_versions(turn: Json) -> list[list[int]]:
 
 
 def view_tokens(turn: Json) -> Json:
-    """Return the tokens' lengths in the shown text, and their numbers times 100; an empty object if
-    the lengths do not fit the text."""
+    """Return the tokens' lengths in the shown text, and their log-probs and advantages times 100;
+    an empty object if the lengths do not fit the text."""
     lengths = integers(turn, "pieces")[:TOKENS_SHOWN]
     response = text(turn, "response")
     covered = sum(lengths)

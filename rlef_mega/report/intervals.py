@@ -13,8 +13,8 @@ Floats = NDArray[np.float64]
 def bootstrap_interval(
     values: ArrayLike, *, resamples: int = RESAMPLES, generator: np.random.Generator | None = None
 ) -> dict[str, float]:
-    """Return the mean and its 95% interval: resample with replacement 200 times, take the 2.5 and
-    97.5 percentiles (RLEF B.1). Without a generator the same values give the same interval."""
+    """Return the mean and its 95% interval: percentiles 2.5 and 97.5 of the means of resamples with
+    replacement (RLEF B.1). Without a generator, the same values give the same interval."""
     sample = np.asarray(values, dtype=float)
     generator = generator or np.random.default_rng(0)
     means = sample[generator.integers(0, len(sample), (resamples, len(sample)))].mean(1)

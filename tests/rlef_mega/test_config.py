@@ -19,7 +19,7 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.preflight import plan_train
+from rlef_mega.preflight import model_shape, plan_train
 
 TRAINING_RECIPES = sorted(p.stem for p in RECIPES.glob("*.toml") if not p.stem.endswith("_base"))
 
@@ -39,7 +39,7 @@ def test_the_recipes_of_the_papers_runs_have_its_numbers(recipe, world_size, upd
     """RLEF A.1: training GPUs, updates of 256 sequences out of 1,024 rollouts, learning rate, KL
     weight."""
     config = load_config(find_recipe(recipe), [], TrainConfig)
-    plan = plan_train(config)
+    plan = plan_train(config, model_shape(config))
     assert plan["world size"] == world_size
     assert plan["rollouts per batch"] == 1024
     assert plan["updates"] == f"{updates} of 256 sequences"
@@ -54,7 +54,7 @@ def test_a_70b_layout_with_more_stages_than_layers_is_refused():
     overrides = ["parallel.pipeline_model_parallel_size=81"]
     config = load_config(find_recipe("llama31_70b"), overrides, TrainConfig)
     with pytest.raises(ConfigError, match="80 layers cannot be split into 405 stages"):
-        plan_train(config)
+        plan_train(config, model_shape(config))
 
 
 def test_servers_on_the_ranks_gpus_take_turns_with_them():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from rlef_mega.cli import app
 from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
 from rlef_mega.megatron.checkpoints.files import fault_in, read_score, steps_in
-from rlef_mega.preflight import plan_train
+from rlef_mega.preflight import model_shape, plan_train
 from rlef_mega.problems import load_problems, sample
 from tests.rlef_mega.distributed import Ranks
 from tests.rlef_mega.engines.sglang.model_double import ModelDouble
@@ -156,8 +156,9 @@ def test_asynchronous_training_needs_servers_and_equal_shares(tmp_path):
         load()
     uneven = ["rollout.engine=sglang", "rollout.episodes_per_batch=9", "ppo.updates_per_batch=3"]
     shape = "model.shape={hidden=8, heads=2, key_value_heads=2, layers=2, vocab_size=64, ffn=8}"
+    config = load(*uneven, shape)
     with pytest.raises(ConfigError, match="9 problems, not divisible by 2 processes"):
-        plan_train(load(*uneven, shape))
+        plan_train(config, model_shape(config))
 
 
 def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F811

@@ -423,7 +423,7 @@ def test_the_other_placement_in_a_recipes_comments_fits_too(recipe, gpu):
     assert words
     for sets in ([], words):
         config = load_config(find_recipe(recipe), sets, TrainConfig)
-        plan_train(config)
+        plan_train(config, model_shape(config))
         refuse_without_room(run_of(recipe, *sets), DEVICES[gpu])
         if config.rollout.engine == "sglang":
             check_placement(config)
@@ -469,6 +469,18 @@ def test_sampling_gpus_that_are_not_a_multiple_of_a_server_are_refused():
     words = ["plan", "llama31_70b", "--sampling-gpus", "4"]
     with pytest.raises(ConfigError, match=r"a server takes 8 .*give a multiple"):
         CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--write", "mine.toml"], "mine.toml: give --gpus"),
+        (["--gpus", "8", "--sampling-gpus", "4"], "--gpus chooses them"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["plan", "llama31_8b", *words], catch_exceptions=False)
 
 
 def test_the_command_writes_what_it_prints(tmp_path):

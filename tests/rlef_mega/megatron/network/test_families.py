@@ -13,7 +13,7 @@ from rlef_mega.config import ConfigError, ParallelConfig, TrainConfig, find_reci
 from rlef_mega.megatron.hf_names import name_map
 from rlef_mega.megatron.network.families import check_family, read_config
 from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.preflight import plan_train
+from rlef_mega.preflight import model_shape, plan_train
 from tests.rlef_mega.distributed import launch
 from tests.rlef_mega.megatron.families_worker import (
     CASES,
@@ -108,11 +108,11 @@ def test_models_of_other_families_are_refused_by_name(
 def test_a_run_with_another_family_is_refused_before_a_rank_starts(tmp_path: Path) -> None:
     make_family(tmp_path, "llama31")
     config = load_config(find_recipe("demo"), [f"model.path={tmp_path}"], TrainConfig)
-    plan_train(config)
+    plan_train(config, model_shape(config))
     published = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(published | {"model_type": "phi3"}))
     with pytest.raises(ConfigError, match="'phi3' is not supported"):
-        plan_train(config)
+        plan_train(config, model_shape(config))
 
 
 def test_a_sliding_window_that_no_layer_uses_is_accepted(tmp_path: Path) -> None:
