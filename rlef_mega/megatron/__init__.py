@@ -34,4 +34,4 @@ def compile_when_called(function: Any = None, **options: Any) -> Any:
     return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
 
-compile_now, torch.compile = torch.compile, compile_when_called
+compile_now, torch.compile = torch.compile, compile_when_called  # type: ignore[assignment]
