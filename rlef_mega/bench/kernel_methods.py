@@ -73,7 +73,7 @@ class Method:
     loss: Callable[[HeadInputs], torch.Tensor]
     products: tuple[int, int | None]
     masks: bool = True  # whether it can skip masked tokens
-    capability: tuple[int, int] | None = None  # the least that it needs; None: no GPU
+    capability: tuple[int, int] | None = None  # the least GPU that it needs; None: runs without one
     module: str = ""  # the peer's, to import
 
     def unavailable(self, device: torch.device) -> str:
@@ -173,7 +173,7 @@ compiled = cache(torch.compile)
 
 
 def chunked_logits(inputs: HeadInputs) -> torch.Tensor:
-    """Compute chunks of tokens, again in the backward pass; on a GPU with torch.compile."""
+    """Compute logits by chunks of tokens, twice (for backward); on a GPU with torch.compile."""
     chosen = inputs.unmasked()
     on_gpu = chosen.hidden_TD.is_cuda
     function = compiled(logprob_and_entropy) if on_gpu else logprob_and_entropy
@@ -192,7 +192,7 @@ def chunked_logits(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
-    """Liger's log-prob and entropy of each token, by its CuTe kernels for Hopper."""
+    """Compute log-probs and entropies with Liger's CuTe kernels for Hopper."""
     from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as liger
 
     compute = liger.LigerFusedScaledCrossEntropySM90Function.apply
@@ -201,8 +201,8 @@ def liger_scaled_cross_entropy(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_tensor_parallel(inputs: HeadInputs) -> torch.Tensor:
-    """Liger's log-prob and entropy of each token, on a tensor-parallel group of one: native kernels
-    with liger-cute-kernels, else chunks of 512 tokens in PyTorch."""
+    """Compute log-probs and entropies with Liger, on a tensor-parallel group of one: native kernels
+    if liger-cute-kernels is installed, else chunks of 512 tokens in PyTorch."""
     from liger_kernel.transformers import functional
 
     if not dist.is_initialized():
@@ -215,8 +215,7 @@ def liger_tensor_parallel(inputs: HeadInputs) -> torch.Tensor:
 
 
 def liger_loss(inputs: HeadInputs, *, in_cute: bool) -> torch.Tensor:
-    """Liger's cross entropy summed over tokens, with the gradients in the forward pass; no entropy
-    and no weights of tokens."""
+    """Compute Liger's cross entropy, with gradients in the forward pass; no entropy or weights."""
     if in_cute:
         from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as liger
 
