@@ -90,8 +90,8 @@ def budget_table(protocols: Json) -> Table:
 
 
 def repair_table(name: str, numbers: Json) -> Table:
-    """Return a table of each turn's kinds of failure: how many, and the share that the next turn
-    solved, of those that had one."""
+    """Return a table of each turn's kinds of failure: how many and, of those that had a next turn,
+    the share that it solved."""
     turns = list(table(numbers, "error_kinds"))
     headings = (turn.replace("turn", "turn ") for turn in turns)
     shown = plain_table(f"{name}: failures, repaired next", *headings)
