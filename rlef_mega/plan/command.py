@@ -78,7 +78,7 @@ def write_recipe(
     file: Path, recipe: Path, overrides: Sequence[str], best: Split, device: Device
 ) -> None:
     """Write a recipe that extends this one by the overrides and the layout found. Raises
-    ConfigError if it cannot remove what the recipe states."""
+    ConfigError if the recipe has keys that the layout is without: `extends` cannot remove them."""
     if best.run.config.critic_parallel or best.run.config.parallel.pipeline_layers:
         raise ConfigError(
             "--write: the layouts found have no critic_parallel and no parallel.pipeline_layers; "
@@ -118,8 +118,8 @@ def show_recipe(
 def show_search(
     console: Console, run: PlannedRun, device: Device, gpus: int
 ) -> tuple[Split, dict[str, Any]]:
-    """Print the best layouts on `gpus` GPUs and the plan of the first, and return both: the first,
-    and what the JSON file has of them."""
+    """Print the best layouts on `gpus` GPUs and the plan of the best. Returns the best, and all of
+    this for the JSON file."""
     found = splits(run, device, gpus)
     table = Table(
         "layout", "recompute", "idle state", "train", "sample", "GiB", "s/step", "bound by",

@@ -117,10 +117,10 @@ class Browser {
   }
 
   async showDialogue() {
-    const turn = ++this.drawing, episode = this.chosen, pane = byId("dialogue");
+    const drawing = ++this.drawing, episode = this.chosen, pane = byId("dialogue");
     if (!episode) return pane.replaceChildren(h("p", { class: "none" }, "No episode matches these filters."));
     const dialogue = await this.store.dialogue(episode);
-    if (turn !== this.drawing) return;
+    if (drawing !== this.drawing) return;
     const elsewhere = this.store.episodes.filter((other) => other.problem === episode.problem && other !== episode).slice(0, 12);
     const outcomes = this.store.index.outcomes;
     const moved = pane.dataset.episode !== episode.name;
@@ -132,7 +132,7 @@ class Browser {
         h("button", { type: "button", onclick: () => this.choose(other) }, h("span", { class: `mark ${other.outcome}` }), `${other.stage}, ${outcomes[other.outcome]}`))) : "",
       ...dialogueView(dialogue, { colour: this.state.colour, diff: Boolean(this.state.diff) }).filter(Boolean),
     );
-    if (moved) pane.scrollTop = turn === 1 ? Store.lastScroll() : 0;
+    if (moved) pane.scrollTop = drawing === 1 ? Store.lastScroll() : 0;
   }
 
   move(by) {
