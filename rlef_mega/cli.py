@@ -275,7 +275,7 @@ def inspect_data(
         Path | None, typer.Option(help="a model folder, to count tokens instead of characters")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="an evaluation source to check this one for overlap with")
+        str | None, typer.Option(help="a source for evaluation: list the problems that both have")
     ] = None,
 ) -> None:
     """Describe a source of problems: counts, limits, lengths, and what was dropped and why."""
@@ -301,7 +301,7 @@ def plan(
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
     write: Annotated[
-        Path | None, typer.Option(help="with --gpus: write the recipe in the layout found here")
+        Path | None, typer.Option(help="with --gpus: the file for the recipe in the best layout")
     ] = None,
 ) -> None:
     """Check a recipe's layout and estimate its memory by rank, time by phase, and cost. Fails if it
@@ -392,7 +392,7 @@ def bench(
         typer.Option(help="kernels: only those whose names contain one of these, like '8B | 8192'"),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="kernels: only those of such names, like 'fused,Liger'")
+        str | None, typer.Option(help="kernels: only methods named like one of: 'fused,Liger'")
     ] = None,
     minutes: Annotated[
         float | None,
