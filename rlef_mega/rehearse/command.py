@@ -90,8 +90,8 @@ def run_rehearsal(
             plan, pinned = planned(run, number, request)
             found[kind] = {"rank": number, "ranks": kinds.count(kind), "plan": plan}
             found[kind] |= {"planned_pinned_bytes": pinned} | measured
-            alike = f"{kinds.count(kind):,} of the {len(kinds):,} ranks"
-            console.print(f"rank {number}: {kind}, as {alike}")
+            alike = f"{kinds.count(kind):,} of the {len(kinds):,} ranks are of this kind"
+            console.print(f"rank {number}: {kind}; {alike}")
             console.print(*rank_tables(measured, plan, device))
     console.print(memory_table(run.memory(), run, device))
     console.print(
@@ -113,8 +113,8 @@ class Rank:
 
     @classmethod
     def of(cls, run: PlannedRun, rank: int) -> Self:
-        """Raises ConfigError if the layout has no such rank. Ranks are in the order tensor, data,
-        pipeline."""
+        """Return a rank's description. Ranks are numbered by tensor, then data, then pipeline.
+        Raises ConfigError if the layout has no such rank."""
         if not 0 <= rank < run.training_gpus:
             raise ConfigError(f"--rank {rank}: the layout has ranks 0 to {run.training_gpus - 1}")
         critics = rank - run.parallel.world_size
