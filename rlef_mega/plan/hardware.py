@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rlef_mega.config import ConfigError
 
 MEMORY = 0.8  # of a device's memory bandwidth, by norms, activations and the optimizer
-HASH = 0.3  # of it, by the hash of weights, which its 40 integer operations a word bound (assumed)
+HASH = 0.3  # of it, by the hash of weights: limited by 40 integer operations a word (assumed)
 LINK = 0.8  # of NVLink, by collectives
 NETWORK = 0.8  # of a node's network cards, by collectives
 HOST_LINK = 0.8  # of PCIe, by copies from and to pinned memory
@@ -43,12 +43,12 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes available to tensors."""
+        """Return the bytes available to tensors."""
         return (self.memory_gib - CONTEXT_GIB) * GIB / (1 + FRAGMENTS)
 
     @property
     def server_share(self) -> float:
-        """Bytes of which an SGLang server takes its `memory_fraction`."""
+        """Return the bytes of which an SGLang server takes its `memory_fraction`."""
         return (self.memory_gib - CONTEXT_GIB) * GIB
 
     def group_bandwidth(self, size: int, stride: int) -> float:
