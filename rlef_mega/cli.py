@@ -275,7 +275,7 @@ def inspect_data(
         Path | None, typer.Option(help="a model folder, to count tokens instead of characters")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="an evaluation source to check this one for overlap with")
+        str | None, typer.Option(help="a source for evaluation: list the problems that both have")
     ] = None,
 ) -> None:
     """Describe a source of problems: counts, limits, lengths, and what was dropped and why."""

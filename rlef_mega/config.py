@@ -196,7 +196,7 @@ class RolloutConfig(Section):
     mode: Literal["sync", "async"] = "sync"  # async: sample dialogues while the trainer trains
     # async: versions that training data may be behind the weights
     max_staleness: int = Field(1, ge=0)
-    # async: share of unfinished dialogues that a batch leaves for a later one
+    # async: share of a batch's oldest dialogues that may still run and are left for a later batch
     max_passed_over: float = Field(0.1, ge=0, le=1)
     # async: concurrent dialogues of a process; None: as many as servers accept
     open_dialogues: int | None = Field(None, gt=0)
@@ -312,7 +312,7 @@ class GuardConfig(Section):
     mean_logprob_gap: float = Field(0.05, gt=0)  # 0.001 in float32
     # share of turns without valid code, mean of guard.window steps
     max_invalid_fraction: float = Field(0.5, gt=0, le=1)
-    # as a share of the tokens, for their ratios pi_old / pi_b; mean of guard.window steps
+    # of the ratios pi_old / pi_b, divided by the number of tokens; mean of guard.window steps
     min_effective_sample_size: float = Field(0.5, ge=0, le=1)
     # KL per token between pi_b and pi_old, mean of guard.window steps
     max_behaviour_k3: float = Field(0.2, gt=0)

@@ -112,9 +112,9 @@ def equal_parts(costs: Sequence[int], members: Sequence[int], count: int) -> lis
     """Divide `members` into `count` parts of nearly equal cost, heaviest first, by the largest
     differencing method (Karmarkar and Karp 1982).
 
-    The method starts with one division into parts for each member, and merges the two least even
-    divisions, heaviest part with lightest, until one is left. A division lists its non-empty parts
-    only, heaviest first, so that its size is bounded by its members.
+    The method starts with one division for each member, in which it is alone, and merges the two
+    least even divisions, heaviest part with lightest, until one is left. A division lists its
+    non-empty parts only, heaviest first, so that its size is bounded by its members.
     """
     divisions: list[tuple[int, int, list[tuple[int, tuple[int, ...]]]]]
     divisions = [(-costs[member], member, [(costs[member], (member,))]) for member in members]

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Debian's Chromium for the tests that look at the report's page, where this is Debian and we are root; elsewhere they skip.
+# Install Chromium for the tests of the report's page, if this is Debian and we are root. Without Chromium, these tests skip.
 set -eu
 if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; then exit 0; fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Debian's Slurm for tests/slurm, where this is Debian and we are root; elsewhere the tests skip and say why.
+# Install Slurm for tests/slurm, if this is Debian and we are root. Without Slurm, these tests skip and say why.
 set -eu
 if command -v slurmctld >/dev/null && command -v munged >/dev/null; then exit 0; fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

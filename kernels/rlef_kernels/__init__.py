@@ -1,8 +1,8 @@
 """Log-probs, policy loss and KL of a language model's head, without storing the logits.
 
 The package imports only torch, and triton where a GPU computes. Each operation has a pure PyTorch
-`*_reference`, which defines it and runs on any device. CUDA tensors go to the kernels in
-`rlef_kernels.gpu`, all others to the reference (`rlef_kernels.dispatch`); there is nothing to set.
+`*_reference`, which defines it and runs on any device. CUDA tensors in bf16 or fp32 go to the
+kernels in `rlef_kernels.gpu`, all others to the reference (`rlef_kernels.dispatch`).
 """
 
 from rlef_kernels.linear_logprob import linear_logprob, linear_logprob_reference

@@ -27,8 +27,8 @@ def benchmark(recipe: str) -> Results:
             ranks=config.world_size,
         )
     notes = (
-        "tokens are those of whole dialogues, prompts and feedback included; those sampled, of "
-        "responses only",
+        "tokens are counted over whole dialogues, prompts and feedback included; sampled tokens, "
+        "over responses only",
     )
     return Results(f"rlef bench e2e: {recipe}", about, figures(records, config.world_size), notes)
 

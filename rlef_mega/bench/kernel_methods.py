@@ -73,7 +73,7 @@ class Method:
     loss: Callable[[HeadInputs], torch.Tensor]
     products: tuple[int, int | None]
     masks: bool = True  # whether it can skip masked tokens
-    capability: tuple[int, int] | None = None  # the least that it needs; None: no GPU
+    capability: tuple[int, int] | None = None  # the least GPU that it needs; None: runs without one
     module: str = ""  # the peer's, to import
 
     def unavailable(self, device: torch.device) -> str:
@@ -173,7 +173,7 @@ compiled = cache(torch.compile)
 
 
 def chunked_logits(inputs: HeadInputs) -> torch.Tensor:
-    """Compute chunks of tokens, again in the backward pass; on a GPU with torch.compile."""
+    """Compute logits by chunks of tokens, twice (for backward); on a GPU with torch.compile."""
     chosen = inputs.unmasked()
     on_gpu = chosen.hidden_TD.is_cuda
     function = compiled(logprob_and_entropy) if on_gpu else logprob_and_entropy

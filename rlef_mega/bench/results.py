@@ -83,7 +83,7 @@ def paired_rows(figures: Sequence[Figure]) -> list[list[str]]:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with the first row as its head; no cell may contain "|"."""
+    """Return a table with the first row as its head; a cell's " | " becomes ", "."""
     rows = [[cell.replace(" | ", ", ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]

@@ -199,7 +199,7 @@ def critic_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str,
 
 def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) -> Phases:
     """Return the parts of a training step, in its order. With `offloads`, also the moves of an idle
-    policy to the host and back, for which a GPU's host pins memory for the policy's state."""
+    policy to the host (into pinned memory, if the device is a GPU) and back."""
     everything = range(batch.num_sequences)
     policy, critic, reference = learner.policy, learner.critic, learner.reference
     assert policy and critic, "a slice is measured on ranks that hold all networks"

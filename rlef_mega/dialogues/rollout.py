@@ -182,8 +182,8 @@ class DialogueLoop:
     def observe(
         self, problem: Problem, turn: Turn, seed: int, begun: str, context_len: int
     ) -> list[int] | None:
-        """Return the feedback on a turn as tokens, shortened until it keeps `feedback_tokens` and
-        leaves room for a response of the maximum length; None if even the shortest leaves none."""
+        """Return the feedback on a turn as tokens, shortened until it has at most `feedback_tokens`
+        and leaves room for the longest response; None if even the shortest leaves none."""
         room = self.room(context_len)
         budget = min(room, self.rules.feedback_tokens or room)
         limit: int | None = None

@@ -11,7 +11,7 @@ Selection is uniform without replacement among those that pass the public tests.
 fails one is not correct, so submitting it when fewer than n pass adds nothing (AlphaCode's
 filtering; RLEF 3.1). pass@k is n@k without a limit on n.
 
-Shape suffixes: P problems, R resamples; counts broadcast against each other.
+Shape suffixes: P problems, S resamples; counts broadcast against each other.
 """
 
 from typing import Any
@@ -125,9 +125,9 @@ def estimate(
     interval = bootstrap_interval(values_P, generator=generator)
     sampling = None
     if np.all(counts_3P[0] >= ENOUGH * draws):
-        means_R = resampled_means(counts_3P, n, draws, generator)
+        means_S = resampled_means(counts_3P, n, draws, generator)
         # centred, unlike RLEF B.1: resamples repeat dialogues, so their mean is lower
-        sampling = percentiles(np.clip(means_R + values_P.mean() - means_R.mean(), 0, 1))
+        sampling = percentiles(np.clip(means_S + values_P.mean() - means_S.mean(), 0, 1))
     return {
         **interval,
         "sampling": sampling,
@@ -141,14 +141,14 @@ def resampled_means(counts_3P: Ints, n: int, draws: int, generator: np.random.Ge
     """Return means over problems, whose N dialogues each are drawn again with repetition."""
     total, passed, correct = counts_3P
     shares_P3 = np.stack([total - passed, passed - correct, correct], -1) / total[:, None]
-    drawn_RP3 = generator.multinomial(total, shares_P3, size=(RESAMPLES, len(total)))
-    passed_RP, correct_RP = drawn_RP3[..., 1:].sum(-1), drawn_RP3[..., 2]
+    drawn_SP3 = generator.multinomial(total, shares_P3, size=(RESAMPLES, len(total)))
+    passed_SP, correct_SP = drawn_SP3[..., 1:].sum(-1), drawn_SP3[..., 2]
     # few counts differ, so each triple is computed once; one number identifies it
     base = int(total.max()) + 1
-    keys_RP = (total * base + passed_RP) * base + correct_RP
-    keys, index = np.unique(keys_RP, return_inverse=True)
+    keys_SP = (total * base + passed_SP) * base + correct_SP
+    keys, index = np.unique(keys_SP, return_inverse=True)
     values = per_problem(keys // base**2, keys // base % base, keys % base, n=n, draws=draws)
-    return values[index.reshape(keys_RP.shape)].mean(1)
+    return values[index.reshape(keys_SP.shape)].mean(1)
 
 
 def parse_n_at_k(text: str) -> tuple[NAtK, ...]:

@@ -199,7 +199,7 @@ def numbers_of(
                     finished[part.protocol],
                     samples=turns,
                     n_at_k=n_at_k,
-                    # a dialogue that shows private tests passes other tests than a single response
+                    # it shows private tests too, so its programs are selected by more tests
                     single=None if part.protocol == PROTOCOLS["private"] else single,
                     chrf=True,
                 ),

@@ -135,8 +135,8 @@ def shown_again(record: Mapping[str, Any], test: PublicTest) -> TestOutcome:
 
 
 def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distractor, ...]:
-    """Return the verdicts on failed first responses, without private tests: of single turns, or
-    else of multi-turn dialogues."""
+    """Return the verdicts on failed first responses, public tests only: those of independent
+    samples or, if these cover fewer than two problems, of multi-turn dialogues."""
     pools: dict[str, dict[Key, Distractor]] = {SINGLE: {}, PROTOCOLS["true"]: {}}
     for record in read_dialogues(path):
         key = key_of(record)

@@ -220,7 +220,7 @@ def join_world(world_size: int, *layouts: ParallelConfig) -> torch.device:
     """Join the world, with NCCL where there is CUDA, else gloo. A world of one needs no launcher.
 
     The world gets no `device_id`. With one, torch would make every later NCCL group by splitting
-    the world's communicator, with all ranks one after another. The group for publications, which
+    the world's communicator, for which all ranks must make it. The group for publications, which
     contains other processes, cannot be split off the world: rank 0 would wait in it forever.
     Without `device_id`, a group connects when first used.
     """

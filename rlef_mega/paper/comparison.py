@@ -144,7 +144,7 @@ def run_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, se
     stage(
         f"turn budgets, {name}",
         *("eval", model, "--data", str(config.data.test), "--out", str(out), "--name", name),
-        # dialogues of one turn each then have as many samples as one dialogue of all turns
+        # as many dialogues as the budget of one turn draws: TURNS, each with one sample
         *("--turns", str(TURNS), "--n-at-k", f"1@{TURNS}", "--rollouts", str(TURNS)),
         *("--problems", str(evaluation.problems)),
         *("--feedback", "true", "--temperature", str(evaluation.temperature)),

@@ -43,12 +43,12 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes available to tensors."""
+        """Return the bytes available to tensors."""
         return (self.memory_gib - CONTEXT_GIB) * GIB / (1 + FRAGMENTS)
 
     @property
     def server_share(self) -> float:
-        """Bytes of which an SGLang server takes its `memory_fraction`."""
+        """Return the bytes of which an SGLang server takes its `memory_fraction`."""
         return (self.memory_gib - CONTEXT_GIB) * GIB
 
     def group_bandwidth(self, size: int, stride: int) -> float:

@@ -66,19 +66,19 @@ class Network:
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks over which tokens are split between the matrix products."""
+        """Return over how many ranks tokens are split between the matrix products."""
         return self.tensor if self.parallel.sequence_parallel else 1
 
     @cached_property
     def stages(self) -> Stages:
-        """The pipeline stages, as the trainer divides them."""
+        """Return the pipeline stages, as the trainer divides them."""
         one_copy = self.parallel.model_copy(update={"data_parallel_size": 1})
         head_cost = self.shape.table_parameters / self.shape.layer_products
         return cut(self.shape.layers, one_copy, 0.0 if self.head == "value" else head_cost)
 
     @cached_property
     def layers(self) -> list[int]:
-        """The number of layers on each pipeline rank, in all its chunks."""
+        """Return the number of layers on each pipeline rank, in all its chunks."""
         chunks = range(self.stages.chunks)
         return [
             sum(len(self.stages.layers_at(StagePosition(rank, chunk))) for chunk in chunks)

@@ -69,7 +69,7 @@ class StepTime:
 
     @property
     def bounds(self) -> Terms:
-        """What a step waits for; in async mode it takes as long as the longest of these."""
+        """Return what a step waits for; in async mode it takes as long as the longest of these."""
         if self.generation is None:
             return {"training": self.training}
         return {
@@ -86,7 +86,7 @@ class StepTime:
 
     @property
     def bound_by(self) -> str:
-        """What limits the step: the longest of `bounds`, or the largest term of training."""
+        """Return what limits the step: the longest of `bounds`, or the largest term of training."""
         parts = plus(self.score, self.update) | {"move": self.move, "publish": self.publish}
         if self.generation and self.is_async:
             bound = max(self.bounds, key=self.bounds.__getitem__)
@@ -281,12 +281,12 @@ class PlannedRun:
 
     @property
     def embedded_engine(self) -> float:
-        """Bytes of the engine's transformers model, whole on every rank; 0 with servers."""
+        """Return the bytes of the engine's model, which is whole on every rank; 0 with servers."""
         return 0.0 if self.has_servers else self.weight_bytes * self.shape.parameters
 
     @property
     def head_tokens(self) -> int:
-        """The tokens of a full micro-batch that the head reads, on average."""
+        """Return how many tokens of a full micro-batch the head reads, on average."""
         return round(
             self.config.learner.microbatch_tokens * self.dialogues.sampled / self.dialogues.tokens
         )

@@ -98,17 +98,17 @@ class SamplingServer:
 
     @property
     def weights(self) -> float:
-        """Bytes on each GPU."""
+        """Return the bytes on each GPU."""
         return 2 * self.shape.parameters / self.gpus
 
     @property
     def cache(self) -> float:
-        """Bytes on each GPU for contexts: SGLang's share of the memory less the weights."""
+        """Return a GPU's bytes for contexts: SGLang's share of the memory less the weights."""
         return self.memory_fraction * self.device.server_share - self.weights
 
     @property
     def token_bytes(self) -> float:
-        """Keys and values of a token, over all GPUs."""
+        """Return the bytes of a token's keys and values, over all GPUs."""
         return 4 * self.shape.layers * self.shape.key_value_heads * self.shape.head_dim
 
     @property
@@ -121,7 +121,7 @@ class SamplingServer:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a decoding step, without reading the contexts."""
+        """Return the seconds of a decoding step, without reading the contexts."""
         all_reduces = 2 * self.shape.layers * ALL_REDUCE_S if self.gpus > 1 else 0.0
         return 2 * self.shape.parameters / self.bandwidth + all_reduces
 

@@ -111,7 +111,7 @@ class Exercise:
 
     @property
     def source(self) -> str:
-        """The reference program of this variant."""
+        """Return the reference program of this variant."""
         return self.family.source(self.family.variants[self.variant])
 
     def output(self, text: str, variant: int | None = None) -> str:

@@ -199,7 +199,7 @@ def parse_test(test: Any, name: str, entry_point: str | None, compiled: bool) ->
     return CallTest(called, args, expected)
 
 
-# keys of a test that calls a function; the last: an assert whose code is not made from its text
+# keys of a test that calls a function; the last: an assert with its code, as `to_test` writes it
 CALL_FORMS = ({"args", "expected"}, {"check"}, {"assert"}, {"assert", "setup"}, {"assert", "check"})
 
 

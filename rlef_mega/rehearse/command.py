@@ -90,8 +90,8 @@ def run_rehearsal(
             plan, pinned = planned(run, number, request)
             found[kind] = {"rank": number, "ranks": kinds.count(kind), "plan": plan}
             found[kind] |= {"planned_pinned_bytes": pinned} | measured
-            alike = f"{kinds.count(kind):,} of the {len(kinds):,} ranks"
-            console.print(f"rank {number}: {kind}, as {alike}")
+            alike = f"{kinds.count(kind):,} of the {len(kinds):,} ranks are of this kind"
+            console.print(f"rank {number}: {kind}; {alike}")
             console.print(*rank_tables(measured, plan, device))
     console.print(memory_table(run.memory(), run, device))
     console.print(

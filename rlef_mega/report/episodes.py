@@ -179,7 +179,7 @@ def turn_facts(turn: Json) -> dict[str, float]:
 
 
 def mean_kl(turn: Json) -> float | None:
-    """Return the KL of the recorded tokens as in the reward: the mean of log pi_b - log rho."""
+    """Return the KL of the recorded tokens as in the reward: the mean of log pi_b - log pi_ref."""
     sampled, reference = integers(turn, "logprobs"), integers(turn, "ref_logprobs")
     if not sampled or len(sampled) != len(reference):
         return None

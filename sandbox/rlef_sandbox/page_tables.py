@@ -25,8 +25,8 @@ def children_of(pid: int) -> list[int]:
 
 
 def _facts(pid: int) -> dict[str, str]:
-    """Return the lines of a process's status. If its first thread has ended, which leaves the
-    process without memory there, they are those of another thread."""
+    """Return the lines of a process's status. They show no memory if its first thread has ended;
+    then return those of another thread."""
     facts = _status(f"/proc/{pid}")
     if "VmPTE" not in facts:
         for thread in os.listdir(f"/proc/{pid}/task"):

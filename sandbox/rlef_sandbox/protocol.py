@@ -91,7 +91,7 @@ class Outcome(NamedTuple):
 
     @property
     def killed_by(self) -> int:
-        """The signal that ended the process, or 0."""
+        """Return the signal that ended the process, or 0."""
         return os.WTERMSIG(self.wait_status) if os.WIFSIGNALED(self.wait_status) else 0
 
     def pack(self) -> bytes:

@@ -130,18 +130,18 @@ class Sandbox:
 
     @property
     def isolation(self) -> Layers:
-        """The layers in force, each proved by its effect; the level and packages asked for."""
+        """Return the layers in force, each proved by its effect, and the level and packages."""
         layers = self._workers[0].layers
         return {"level": self._level, **layers, "packages": sorted(self._packages.modules)}
 
     @property
     def zygotes_started(self) -> int:
-        """The number of zygotes started: one per worker, and one for each that was lost."""
+        """Return how many zygotes were started: one per worker, and one for each lost one."""
         return sum(worker.starts for worker in self._workers)
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """The languages that this machine runs."""
+        """Return the languages that this machine runs."""
         return self._languages.available
 
     def run(

@@ -60,7 +60,7 @@ class Limits:
 
     @property
     def effective_wall_s(self) -> float:
-        """The wall clock bound in force."""
+        """Return the wall clock bound in force."""
         return 5 * self.cpu_s + 2 if self.wall_s is None else self.wall_s
 
 

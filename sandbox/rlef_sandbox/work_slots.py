@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 class WorkSlots:
     """At most `working` programs at work and `open_programs` under way. Threads get a slot in the
-    order in which they asked, whether their programs begin or work again after a sleep.
+    order in which they asked, but none begins a program while `open_programs` are under way.
     """
 
     def __init__(self, working: int, open_programs: int) -> None:

@@ -85,7 +85,7 @@ check_network() { # one process per rank, as in training
 
 start_services() {
     local unsignalled=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while ranks still need the services
-    # shellcheck disable=SC2016 # expanded on the node, which listens where others reach it, not where it finds its own name
+    # shellcheck disable=SC2016 # expanded on the node: a service listens on the address that other nodes use
     local at_address=(bash -c 'read -r _ address <"$0/$SLURMD_NODENAME" && exec "${@/%ADDRESS/$address}"' "$LOGS/shared")
     (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "${at_address[@]}" "$PYTHON" -m rlef_sandbox serve \
         --host ADDRESS --port "$SANDBOX_PORT") &
@@ -96,7 +96,7 @@ start_services() {
     PIDS[rollout]=$!
 }
 
-all_running() { # all_running [BUT]: check all other components; report one that has ended, and its exit code
+all_running() { # all_running [BUT]: check that all components except BUT run; report one that has ended, and its exit code
     local name code
     for name in "${!PIDS[@]}"; do
         if [ "$name" != "${1:-}" ] && ! kill -0 "${PIDS[$name]}" 2>/dev/null; then

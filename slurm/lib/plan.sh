@@ -121,7 +121,7 @@ add_component() { # add_component ROLES NAME COUNT PARTITION GPUS: check a compo
     options=(--nodes="$3" --exclusive --mem=0 "${FROM_SITE[@]}" "${ASKED[@]}")
     if ! refusal=$(sbatch --test-only --time="$TIME" "${options[@]}" --wrap=true 2>&1); then
         [[ -n $DOWN && $refusal =~ not\ available|busy ]] || die "Slurm would not start it: $refusal"
-        say "WARNING: $1 need $3 nodes, and more of the partition's are down or drained; the job waits until they return"
+        say "WARNING: $1 need $3 nodes, and too many of the partition are down or drained; the job waits for them"
     fi
     [ ${#JOB[@]} = 0 ] || JOB+=(:)
     # components need different names, or `singleton` makes them wait for each other

@@ -14,7 +14,7 @@ once and read a few times; for a gradient 2 T V written, read and written again,
 cuBLAS, and 8 V D of main_grad per chunk.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk; of a tile, R rows
-and C columns.
+and C columns. As a kernel's constant, D is the depth of one step of the products.
 """
 
 from collections.abc import Sequence

@@ -4,6 +4,7 @@ A tile stores the six sums of `vocab_parallel.reduce_two_heads`, and the targets
 of a tile: 2 R C (D + E) for the products, and about 16 R C.
 
 Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard; of a tile, R rows and C columns.
+As a kernel's constant, D is the depth of one step of the products.
 """
 
 import triton
@@ -33,7 +34,7 @@ def store_sums(
     C: tl.constexpr,
 ):
     """Store one tile's part of sums[6, tiles, T], and of target_logits[2, T], which are not divided
-    by the temperature; columns past the vocabulary are LOWEST_LOGIT."""
+    by the temperature. Both models' logits must be LOWEST_LOGIT past the vocabulary."""
     inside_R = row_R < num_tokens
     at_R = sums_ptr + tl.cast(first_column // C, tl.int64) * num_tokens + row_R
     stride = tl.cast(tiles, tl.int64) * num_tokens

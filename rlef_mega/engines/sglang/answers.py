@@ -83,7 +83,7 @@ def completion_of(answer: Any, request: GenerationRequest) -> tuple[Completion, 
     reason = meta["finish_reason"]["type"]
     if reason not in ("stop", "length"):
         raise ValueError(f"it ended by {reason!r}")
-    # raises ValueError for FREE: no weights were published to this server
+    # raises ValueError for the version "default": nothing was published to this server
     spans = [(int(s["start"]), int(s["end"]), int(s["version"])) for s in meta["weight_versions"]]
     versions = tuple(version for start, end, version in spans for _ in range(start, end))
     starts, ends, _ = zip(*spans, strict=True)

@@ -150,7 +150,7 @@ class ServerProcesses:
     """The recipe's servers on this node; a context manager that ends them.
 
     Entering starts all of them and waits until all are ready. Raises EngineError with the end of
-    the log if a server ends before, or is not ready after `asked.ready_s`.
+    the log if a server ends before it is ready, or is not ready after `asked.ready_s`.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ BY_VOCABULARY = ("embed_tokens", "lm_head")
 VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
 
 LOW_32, LOW_64 = 2**32 - 1, 2**64 - 1
-TILE_WORDS = 8192  # and seeds, multipliers, rotations: SGLang's
+TILE_WORDS = 8192  # SGLang's, as are the numbers of HASH_LANES: multiplier, seed, rotation
 WORDS_AT_ONCE = 512 * TILE_WORDS
 HASH_LANES = (
     (0x27D4EB2D, 0x243F6A88, 15),

@@ -43,7 +43,7 @@ struct started {
     pid_t pid;
     int pidfd;
     int by_init;    /* process 1 of its own namespaces is its parent */
-    int awaited[2]; /* one can be read when it can be reaped, or its init has ended; or -1 */
+    int awaited[2]; /* one is readable once the child can be reaped or its init has ended; unused: -1 */
 };
 
 /* How a child ended. */
