@@ -15,6 +15,7 @@ import pytest
 FOLDER = Path(__file__).parent / "device"
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {

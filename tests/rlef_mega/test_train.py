@@ -196,6 +196,7 @@ def test_a_full_disk_does_not_stop_training(undisturbed, model, tmp_path):
         assert train(run, model) == undisturbed
 
 
+@pytest.mark.slow
 def test_grading_on_servers_changes_no_number(undisturbed, model, tmp_path, monkeypatch):
     """Both ranks reach both servers with the token of the environment, which no file of the run
     holds. This model writes no code yet, so nothing is graded: test_judge.py tests the verdicts."""
@@ -260,6 +261,7 @@ def test_each_ablation_is_a_switch_of_the_whole_loop(model, tmp_path, overrides,
         assert line["value_loss"] > 0 and line["logprob_gap_max"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_exact_kl_of_a_run_has_less_spread_than_the_sampled_one(model, tmp_path):
     first, second = train(tmp_path / "exact", model, ALONE, "run.steps=2", "ppo.kl=exact")
     assert abs(first["kl_exact"]) < 1e-6  # before any update, policy and reference are equal

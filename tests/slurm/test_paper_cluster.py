@@ -210,7 +210,11 @@ def test_what_python_says_on_stderr_is_no_shell(paper, submit):
         ({"TIME": "2:00"}, "TIME=2:00 leaves nothing before GRACE_S=120 s"),
         ({"HET": 1, "REFUSE": "--nodes=1", "WHY": "no such node"}, "no such node"),
         ({"MODEL": "/nowhere/model"}, "/nowhere/model"),
-        ({"MORE_SETS": "data.train=codecontests:/nowhere.jsonl"}, "/nowhere.jsonl"),
+        pytest.param(
+            {"MORE_SETS": "data.train=codecontests:/nowhere.jsonl"},
+            "/nowhere.jsonl",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_could_never_start_is_not_submitted(paper, submit, settings, message):
@@ -248,6 +252,7 @@ def test_options_of_sbatch_reach_it_and_other_words_are_refused(paper, submit):
     assert len(paper.read("sbatch").splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_site_chooses_how_gpus_are_asked_for(paper, submit):
     gpus = {"GPUS_PER_NODE": 8, "MORE_SETS": "parallel.processes_per_node=1"}
     submit(**gpus)
