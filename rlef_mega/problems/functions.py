@@ -22,19 +22,20 @@ template are in the same split; a new or renamed template changes the splits.
 import ast
 import json
 import random
+import re
 from collections.abc import Iterator
 from importlib import resources
 from itertools import islice
 from typing import Any
 
-from rlef_mega.problems.splits import Split, part
+from rlef_mega.problems.splits import SPLITS, Split, part
 from rlef_mega.types import PrivateTests, Problem
 from rlef_sandbox import CallTest, Limits
 
 LIMITS = Limits(cpu_s=2.0, memory_bytes=256 << 20)
 Solved = tuple[Problem, str, list[str]]  # a problem, its solution and wrong programs
-HELD_OUT = {"test": 12, "valid": 5}  # templates of each kind
-HELD_OUT_CONSTANTS = 5  # of each template, at most
+HELD_OUT = {"test": 20, "valid": 10}  # templates of each kind
+HELD_OUT_CONSTANTS = 3  # of each template, at most
 WRONG = 4  # wrong programs of a problem, at most
 
 
@@ -45,15 +46,30 @@ def problems(split: Split) -> list[Problem]:
 
 def solved(split: Split) -> list[Solved]:
     """Return the problems of a split with their programs. The split is cut from a shuffle that is
-    the same everywhere."""
+    the same everywhere. No function is in two splits, not even under other names."""
     templates = read_templates()
-    chosen: list[str] = []
-    for kind in (False, True):
-        names = sorted(name for name, t in templates.items() if withholds(t) is kind)
-        random.Random("functions").shuffle(names)
-        chosen += part(names, split, **HELD_OUT)
-    most = None if split == "train" else HELD_OUT_CONSTANTS
-    return [one for name in chosen for one in islice(expand(templates[name]), most)]
+    seen: set[str] = set()
+    here: list[Solved] = []
+    for each in SPLITS[::-1]:  # the training problems are those that are left
+        seen |= {without_names(solution) for _, solution, _ in here}
+        here = []
+        for kind in (False, True):
+            names = sorted(name for name, t in templates.items() if withholds(t) is kind)
+            random.Random("functions").shuffle(names)
+            for name in part(names, each, **HELD_OUT):
+                new = (one for one in expand(templates[name]) if without_names(one[1]) not in seen)
+                here += islice(new, None if each == "train" else HELD_OUT_CONSTANTS)
+        if each == split:
+            break
+    return here
+
+
+def without_names(solution: str) -> str:
+    """Return the answer of a solution with its variables numbered."""
+    parameters, answer = solution.partition("(")[2].split("):", 1)
+    for number, name in enumerate(parameters.split(", ") + re.findall(r"for (\w+) in", answer)):
+        answer = re.sub(rf"\b{name}\b", f"_{number}", answer)
+    return answer
 
 
 def read_templates() -> dict[str, dict[str, Any]]:

@@ -239,8 +239,8 @@ def test_a_publication_by_another_process_costs_each_server_one_cheap_request(en
         server.weight_version = "4"
         server.calls.clear()
     published_elsewhere(engine, 4)
-    talk(engine, 6)
     wait_until(lambda: engine.counts["returns"] == 4)
+    talk(engine, 6)
     for server in servers:
         assert server.calls.keys() == {"model_info", "generate"}
         assert server.calls["model_info"] == 1
