@@ -34,8 +34,7 @@ class AssertTest(CheckTest):
     statement: str = ""
 
 
-# RLEF C.1, C.4, C.5, and two of ours
-TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "functions", "curriculum")
+TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "functions", "curriculum")  # 2 are ours
 PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 
 

@@ -68,8 +68,7 @@ TEMPLATES = {
         style="assertions",
         remind_again=False,
     ),
-    # Ours: humaneval's in a quarter fewer tokens, because CPUs train on every one of them.
-    "functions": Template(
+    "functions": Template(  # ours: humaneval's in fewer tokens, all of which CPUs must train on
         prompt="Write this function: {problem}",
         failed="Your code failed some test cases:",
         reminder="",
@@ -115,10 +114,9 @@ def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTes
 
 
 def response_start(statement: str, template: str) -> str:
-    """Return the text with which every response begins and which the model continues (RLEF C.4):
-    the problem's code, or its first line, in an open block; empty for most templates. The paper
-    does not say whether later responses begin with it too; ours do, so that all are parsed in the
-    same way."""
+    """Return the text that begins every response and that the model continues (RLEF C.4): the
+    problem's code, or its first line, in an open block; empty for most templates. The paper does
+    not say whether later responses begin with it; here they do, so that all are parsed alike."""
     code, begun = statement.strip(), template_named(template).begun
     code = code.partition("\n")[0] if begun == "signature" else code
     return f"```python\n{code}\n" if begun else ""

@@ -1,22 +1,19 @@
 """Easy functions for a small pretrained model: a signature, a docstring, and tests.
 
-HumanEval is too hard for a model of 135M parameters to learn from: it hardly ever solves a task.
-It sometimes solves these. `functions.jsonl` holds one template per line:
+A model of 135M parameters hardly ever solves a task of HumanEval, but sometimes one of these, which
+`functions.jsonl` holds as one template per line:
 
     {"name": "add_fee", "parameters": "x", "says": "Return the price x with our fixed fee added.",
      "returns": "x + {}", "constants": [3, 7], "inputs": [[0], [5], [12]]}
 
-`returns` is the right answer as a Python expression over the parameters. Each input is a list of
+`returns` is the right answer, a Python expression over the parameters. Each input is a list of
 arguments; the first one (or as many as `shown` says) is a public test, the others are private. A
 template with `constants` gives a function for each, which replaces {} in both texts ({{ and }}
 stand for braces); a constant that is itself a list replaces {0}, {1} and so on. The wrong programs
 of supervised dialogues give the answers of other constants, or those of `wrong`.
 
-If `says` names no constant, as here, the statement withholds what only the public tests tell: a
-first response can only guess, and feedback tells the answer. Half of the templates are of this
-kind; they have more constants, so they give most of the functions. In training they have many
-constants, so that reading the feedback is easier than remembering the constants. All functions of a
-template are in the same split; a new or renamed template changes the splits.
+If `says` names no constant, as here, the statement withholds what only the public tests tell. All
+functions of a template are in the same split; new names change which templates a split has.
 """
 
 import ast
