@@ -21,6 +21,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 from itertools import islice
 from typing import Any
@@ -41,23 +42,21 @@ def problems(split: Split) -> list[Problem]:
     return [problem for problem, _, _ in solved(split)]
 
 
+@cache
 def solved(split: Split) -> list[Solved]:
     """Return the problems of a split with their programs. The split is cut from a shuffle that is
     the same everywhere. No function is in two splits, not even under other names."""
     templates = read_templates()
-    seen: set[str] = set()
     here: list[Solved] = []
-    for each in SPLITS[::-1]:  # the training problems are those that are left
-        seen |= {without_names(solution) for _, solution, _ in here}
-        here = []
-        for kind in (False, True):
-            names = sorted(name for name, t in templates.items() if withholds(t) is kind)
-            random.Random("functions").shuffle(names)
-            for name in part(names, each, **HELD_OUT):
-                new = (one for one in expand(templates[name]) if without_names(one[1]) not in seen)
-                here += islice(new, None if each == "train" else HELD_OUT_CONSTANTS)
-        if each == split:
-            break
+    held_out = SPLITS[SPLITS.index(split) + 1 :]
+    seen = {without_names(solution) for other in held_out for _, solution, _ in solved(other)}
+    most = None if split == "train" else HELD_OUT_CONSTANTS
+    for kind in (False, True):
+        names = sorted(name for name, t in templates.items() if withholds(t) is kind)
+        random.Random("functions").shuffle(names)
+        for name in part(names, split, **HELD_OUT):
+            new = (one for one in expand(templates[name]) if without_names(one[1]) not in seen)
+            here += islice(new, most)
     return here
 
 

@@ -22,11 +22,11 @@ TEMPLATES = read_templates()
 
 def test_there_are_enough_of_each_kind_in_each_split():
     assert len({problem.id for problem in EVERY}) == len(EVERY) >= 300
-    assert len(TEMPLATES) >= len({problem.family for problem in EVERY}) >= 40
-    assert 0.4 < sum(map(withholds, TEMPLATES.values())) / len(TEMPLATES) < 0.8
+    assert len({problem.family for problem in EVERY}) == len(TEMPLATES) >= 40
+    assert 0.4 < sum(map(withholds, TEMPLATES.values())) / len(TEMPLATES) < 0.6
     for split, problems in PROBLEMS.items():
         withheld = [withholds(TEMPLATES[problem.family]) for problem in problems]
-        assert 0.4 < sum(withheld) / len(withheld) < (0.95 if split == "train" else 0.75), split
+        assert 0.4 < sum(withheld) / len(withheld) < (0.85 if split == "train" else 0.75), split
 
 
 def test_splits_share_no_template_statement_or_solution():
