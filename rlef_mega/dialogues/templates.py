@@ -7,7 +7,7 @@ deviations are named at their lines.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlef_mega.problems.literals import to_literal
@@ -40,6 +40,17 @@ class Template:
     max_tests: int = 8  # failed tests shown; RLEF B.3 shows at most 8
 
 
+HUMANEVAL = Template(  # RLEF C.4
+    prompt=(
+        "Write a solution to the following problem and make sure that it passes the tests: "
+        "{problem}"
+    ),
+    failed="Your code failed some test cases:",
+    reminder="",
+    style="assertions",
+    remind_again=False,
+    begun="code",
+)
 TEMPLATES = {
     "codecontests": Template(  # RLEF C.1
         prompt=(
@@ -50,17 +61,7 @@ TEMPLATES = {
         reminder=BACKTICKS,
         style="input_output",
     ),
-    "humaneval": Template(  # RLEF C.4
-        prompt=(
-            "Write a solution to the following problem and make sure that it passes the tests: "
-            "{problem}"
-        ),
-        failed="Your code failed some test cases:",
-        reminder="",
-        style="assertions",
-        remind_again=False,
-        begun="code",
-    ),
+    "humaneval": HUMANEVAL,
     "mbpp": Template(  # RLEF C.5
         prompt="Provide a Python solution for the following problem: {problem}{tests}",
         failed="Your code failed some test cases:",
@@ -68,14 +69,8 @@ TEMPLATES = {
         style="assertions",
         remind_again=False,
     ),
-    "functions": Template(  # ours: humaneval's in fewer tokens, all of which CPUs must train on
-        prompt="Write this function: {problem}",
-        failed="Your code failed some test cases:",
-        reminder="",
-        style="assertions",
-        remind_again=False,
-        begun="signature",
-    ),
+    # Ours: in fewer tokens, all of which CPUs must train on.
+    "functions": replace(HUMANEVAL, prompt="Write this function: {problem}", begun="signature"),
     # Ours: codecontests', cut to what a model of a few 100,000 parameters learns in minutes.
     "curriculum": Template(
         prompt="Provide a Python solution for the following question: {problem}",
