@@ -28,7 +28,7 @@ hide_unusable()
 def compile_when_called(function: Any = None, **options: Any) -> Any:
     """Stand in for `torch.compile`, which, as a decorator of megatron-core's functions, would
     import the compiler at once: 700 modules, for functions that a run may never call."""
-    if not getattr(function, "__module__", "").startswith("megatron.core"):
+    if not str(getattr(function, "__module__", "")).startswith("megatron.core"):
         return compile_now(function, **options)
     compiled = functools.cache(lambda: compile_now(function, **options))
     return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
