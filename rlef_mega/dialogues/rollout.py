@@ -212,7 +212,7 @@ def first_context(problem: Problem, chat: ChatFormat) -> tuple[tuple[int, ...], 
 
 
 def join_shares(share: Callable[[], Rollout]) -> Rollout:
-    """Return the outcomes of all ranks, where `share` returns this rank's. Collective."""
+    """Call `share` for this rank's outcomes and return those of all ranks. Collective."""
     shares = gather_unless_lost(share)
     return Rollout(tuple(interleave([share.outcomes for share in shares])))
 

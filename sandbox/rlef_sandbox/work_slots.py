@@ -73,7 +73,7 @@ class WorkSlots:
             first[0].set()
 
     def close(self) -> None:
-        """Make `acquire` raise an error in all threads that wait."""
+        """Wake all threads that wait in `acquire`, which raises RuntimeError then."""
         with self.lock:
             self._closed = True
             for turn, _ in self._waiting:

@@ -33,8 +33,8 @@ def store_sums(
     inverse_temperature,
     C: tl.constexpr,
 ):
-    """Store one tile's part of sums[6, tiles, T], and of target_logits[2, T], which are not divided
-    by the temperature. Both models' logits must be LOWEST_LOGIT past the vocabulary."""
+    """Store one tile's part of sums[6, tiles, T] and of target_logits[2, T]. The target logits are
+    not divided by the temperature. Both models' logits must be LOWEST_LOGIT past the vocabulary."""
     inside_R = row_R < num_tokens
     at_R = sums_ptr + tl.cast(first_column // C, tl.int64) * num_tokens + row_R
     stride = tl.cast(tiles, tl.int64) * num_tokens

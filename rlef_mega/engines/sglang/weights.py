@@ -200,7 +200,8 @@ def rotated(words_W: torch.Tensor, left: int) -> torch.Tensor:
 
 
 def mixed(words_W: torch.Tensor) -> torch.Tensor:
-    """Apply MurmurHash3's 32-bit finalizer. Products overflow 64 bits; their low 32 are right."""
+    """Apply MurmurHash3's 32-bit finalizer to words in int64. A product may overflow, but its low
+    32 bits are correct, and only they are kept."""
     words_W = words_W ^ words_W >> 16
     words_W = words_W * 0x85EBCA6B & LOW_32
     words_W = words_W ^ words_W >> 13

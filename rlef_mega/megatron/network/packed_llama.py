@@ -371,5 +371,5 @@ class CriticModel(PackedLlama):
             self.output_layer = ValueHead(hf_config.hidden_size, ranks)
 
     def values(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        """Compute values, fp32, at these rows of the last stage's output."""
+        """Return the critic's values, in fp32, for these rows of the last stage's output."""
         return self.output_layer(self.rows(hidden, rows_R).float()).squeeze(-1)

@@ -90,7 +90,7 @@ class RunRequest:
 
 @dataclasses.dataclass(frozen=True)
 class GradeRequest:
-    """The arguments of `Sandbox.grade`."""
+    """A request to grade a program, with the arguments of `Sandbox.grade`."""
 
     path: ClassVar = "/v1/grade"
 
