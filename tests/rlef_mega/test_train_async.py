@@ -107,6 +107,7 @@ def test_the_dialogues_about_a_problem_are_in_one_batch(model, servers, tmp_path
     assert trained_on(run) == drawn(2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  # noqa: F811
     run = tmp_path / "killed"
     overrides = asynchronous(servers)
@@ -125,6 +126,7 @@ def test_a_killed_run_trains_on_every_dialogue_once(model, servers, tmp_path):  
     assert trained_on(run) == drawn()
 
 
+@pytest.mark.slow
 def test_without_any_server_the_run_saves_and_stops(model, servers, tmp_path):  # noqa: F811
     """It resumes when there are servers again."""
     run = tmp_path / "lost"
