@@ -94,7 +94,7 @@ test-slurm: setup
 	sh scripts/install_slurm.sh
 	"$(BIN)/python" -m pytest -m slurm tests/slurm -rs --durations=10
 
-# .venv has a CPU build of PyTorch: GPU_PYTHON is an environment with a CUDA build, Triton and pytest.
+# .venv has a CPU build of PyTorch: GPU_PYTHON is the Python of an environment with a CUDA build, Triton and pytest.
 test-gpu:
 	"$(GPU_PYTHON)" -m pytest -m gpu tests/kernels/device tests/kernels/test_at_size.py tests/kernels/test_sanitizer.py
 
@@ -104,7 +104,7 @@ check-gpu:
 	"$(GPU_PYTHON)" -m rlef_mega.check_gpu.command $(CHECK)
 
 # Kernels and a slice of the 8B model, and those peers of benchmarks/requirements-kernels.txt that are installed: three
-# commands, each of MINUTES and the measurement that has begun
+# commands, each of which begins no new measurement after MINUTES
 MINUTES ?= 6
 bench-gpu:
 	"$(GPU_PYTHON)" -m rlef_mega.cli bench kernels --minutes $(MINUTES) --json benchmarks/results/kernels.json

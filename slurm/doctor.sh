@@ -57,7 +57,7 @@ for folder in "$ROOT" "$HOME" "$LOCAL_DIR" "${SCRATCH:-}" "${WORK:-}"; do
 done
 line "open files" "soft $(ulimit -Sn), hard $(ulimit -Hn)"
 set_by_hand=$(compgen -e | grep -E '^S(BATCH|LURM|RUN)_' | paste -sd' ')
-[ -z "$set_by_hand" ] || line "exported" "$set_by_hand (ignored, except QOS, reservation and constraint)"
+[ -z "$set_by_hand" ] || line "exported" "$set_by_hand (ignored, except account, partition, QOS, reservation, constraint, clusters and wckey)"
 
 echo
 for line in "${MISSING[@]}"; do echo "slurm/site.sh  $line"; done

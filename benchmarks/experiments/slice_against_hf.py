@@ -124,8 +124,8 @@ def logits_head(
 def liger_head(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, ids_R: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return log-probs by Liger's CuTe kernels for Hopper, or without their package on a
-    tensor-parallel group of one: the forms that are differentiable token by token."""
+    """Return log-probs by Liger's CuTe kernels for Hopper or, if they cannot run, by its function
+    for tensor parallelism in a group of one: the forms differentiable token by token."""
     if torch.cuda.get_device_capability(hidden_RD.device) == (9, 0) and has_module(LIGER_CUTE):
         from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as liger
 
@@ -278,7 +278,7 @@ def figures(found: dict[str, Any]) -> Iterator[Figure]:
 
 
 def measure(config: TrainConfig, ranks: parallel.Ranks, minutes: float = MINUTES) -> dict[str, Any]:
-    # an update has no part for the reference
+    # a policy update does not use the reference: make none
     config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"beta": 0.0})})
     learner = make_learner(config, Path(config.model.path), ranks)
     batch, targets = on_policy_targets(learner, config, slice_batch(config))

@@ -10,7 +10,7 @@ compared with None.
 A check that exceeds a limit may do so by its own fault, or because of what the program returned.
 `rehearse` tells which: it runs the check without the program. So the check marks in its exchange
 file that it has called the program; and at the end that it returned, since a check that exits with
-code 0 has judged nothing.
+code 0 before its end has judged nothing.
 """
 
 from __future__ import annotations

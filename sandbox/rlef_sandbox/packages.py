@@ -34,7 +34,7 @@ def find_packages(names: Iterable[str]) -> Packages:
     for name in wanted:  # the loop appends requirements to it
         try:
             distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # for other platforms; else the import fails
+        except metadata.PackageNotFoundError:  # needed on other platforms only, or the import fails
             continue
         for top in sorted({file.parts[0] for file in distribution.files or ()}):
             path = os.path.abspath(str(distribution.locate_file(top)))

@@ -63,7 +63,7 @@ read_options() { # set ASKED, the user's own options of sbatch: `bash slurm/trai
 }
 
 site_options() { # site_options PARTITION GPUS: set FROM_SITE, the options of sbatch that follow from slurm/site.sh
-    FROM_SITE=(--export=ALL --propagate=NONE) # the checked settings, and each node's own limits
+    FROM_SITE=(--export=ALL --propagate=NONE) # pass on the checked settings; keep each node's own limits
     [ -z "$ACCOUNT" ] || FROM_SITE+=(--account="$ACCOUNT")
     [ -z "$1" ] || FROM_SITE+=(--partition="$1")
     [ "$2" = 0 ] || [ -z "$GPU_REQUEST" ] || FROM_SITE+=("${GPU_REQUEST//%n/$2}")

@@ -17,7 +17,7 @@ def on_the_null_gpu() -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and random weights of two layers, with which the demo's supervised stage starts."""
+    """Make the tokenizer and random two-layer model that the supervised stage starts from."""
     from rlef_mega.config import SFTConfig, find_recipe, load_config
     from rlef_mega.demo.base_model import make_initial_model
 

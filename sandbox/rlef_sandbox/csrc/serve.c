@@ -4,7 +4,7 @@
  * code between two runs costs a page fault for every page that it writes. This loop writes only a
  * few. Policy stays in Python (zygote.py), which makes the plan of each kind of request once.
  * `rlef_serve` returns in the zygote when a request has no plan yet (PREPARE), and in a forked
- * child that runs a Python program next (CHILD).
+ * child that runs a Python program next.
  *
  * One thread polls the channel of the requests, the controller's pidfd and, for each child, its
  * pidfd and the session on which the controller waits for its outcome. supervisor_python.py does
@@ -42,7 +42,7 @@
 #define SYS_pidfd_send_signal 424
 #endif
 
-enum { PREPARE = 0, CHILD = 1 };                         /* why rlef_serve returns */
+enum { PREPARE = 0, CHILD = 1 };                         /* returned by rlef_serve; by start, in the child */
 enum turn { HAS_TURN, SLEEPS, ASKS_FOR_TURN };              /* what the controller was told */
 enum { PAUSE = 'p', RESUME = 'r', TURN = 't' };             /* protocol.py */
 enum { ENDED_ITSELF = 0, CPU_LIMIT = 1, WALL_LIMIT = 2, MEMORY_LIMIT = 3 }; /* protocol.Ending */

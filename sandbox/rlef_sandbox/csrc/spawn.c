@@ -270,7 +270,7 @@ static int be_init(void *argument)
         /* if the zygote died before that call, its pidfd tells */
         if (poll(awaited, 2, -1) < 0 || awaited[1].revents != 0 ||
             read(awaited[0].fd, &rung, sizeof rung) < 0)
-            _exit(1); /* with which the kernel ends the namespaces */
+            _exit(1); /* the kernel then ends the namespaces */
         init->error = start_from_init(init);
         int failed = init->error != 0;
         say(&init->settled);
@@ -286,8 +286,8 @@ static int be_init(void *argument)
     }
 }
 
-/* Waits until a cell's init says so. If it is gone, this process ends: a fault, after which its runs
- * are repeated. */
+/* Waits until a cell's init sets `futex`. If init is gone, this process ends: a fault, after which its
+ * runs are repeated. */
 static void await(int cell, uint32_t *futex)
 {
     static const struct timespec patience = {1, 0};

@@ -30,7 +30,7 @@ SEND_TIMEOUT_S = 30.0  # to send the last answers, once all work is finished
 UNREAD_TIMEOUT_MS = 120_000
 PING_EVERY_S = 10.0
 CLOSE_IDLE_EVERY_S = 5.0
-CHILD_TIMEOUT_S = 300.0  # more than one call of C takes on a body of the largest default size
+CHILD_TIMEOUT_S = 300.0  # longer than one C call takes on the largest body allowed by default
 BACKLOG = 4096  # connections not yet accepted: a client may open all of its own at once
 
 

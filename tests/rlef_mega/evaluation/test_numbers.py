@@ -102,7 +102,7 @@ def test_failures_and_their_repair_by_hand(numbers):
 
 
 def test_the_turn_budget_cuts_dialogues_and_keeps_the_samples(numbers):
-    """3 samples are one dialogue of 3 turns, one of 2, and 3 single turns."""
+    """3 samples pay for one dialogue of 3 turns, or one of 2, or 3 single turns."""
     budget = numbers["turn_budget"]["1@3"]
     assert [budget[t]["draws"] for t in "123"] == [3, 1, 1]
     assert budget["3"]["value"] == pytest.approx(0.5)

@@ -24,7 +24,7 @@ class PublishedFigure:
 
     @property
     def error(self) -> float:
-        """The planner's error, relative to the published figure."""
+        """Return the planner's error, relative to the published figure."""
         return self.planned / self.published - 1
 
 

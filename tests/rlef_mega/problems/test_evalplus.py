@@ -156,9 +156,9 @@ def read(tmp_path, *rows):
 
 
 def test_limits_follow_from_the_solutions_time(tmp_path, monkeypatch):
-    """Every input has four times the solution's time, and inputs that are slow or large share no
-    check: with 2 s for a check, 0.6 s of CPU for one input, 0.22 s each for two others, half a
-    megabyte each for three."""
+    """Every input has four times the solution's time. A check holds one input, or several of
+    2 s and 1 MiB together: here the solution takes 0.6 s of CPU for one input and 0.22 s each for
+    two others, and three have half a megabyte each."""
     monkeypatch.setattr(evalplus, "LIMITS", replace(evalplus.LIMITS, cpu_s=2.0))
     slow = {
         **HALVES,
