@@ -22,8 +22,8 @@ OPTIONS = {"slice": ("layers", "recompute", "minutes"), "kernels": ("cases", "me
 def run_benchmark(what: str, recipe: str, out: Path | None, **options: Any) -> None:
     """Measure, print the tables, and write the figures to `out` if it is given.
 
-    `recipe` is "cpu" or unused for `kernels`; an option that is None counts as not given. Raises
-    ConfigError for an unknown benchmark, or for an option that it does not have.
+    For `kernels`, `recipe` is "cpu", or anything else for the GPU. An option that is None counts as
+    not given. Raises ConfigError for an unknown benchmark or an option that it does not have.
     """
     results = measured(what, recipe, **options)
     if out is not None:

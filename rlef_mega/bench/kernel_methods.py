@@ -32,7 +32,7 @@ class HeadInputs:
     weight_VD: torch.Tensor
     target_T: torch.Tensor
     mask_T: torch.Tensor | None
-    weights_T: torch.Tensor  # upstream gradients of log-probs; of entropies in reverse order
+    weights_T: torch.Tensor  # upstream gradients of log-probs and, reversed, of entropies
     policy_T: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # old, behaviour, advantages
 
     def unmasked(self) -> "HeadInputs":
@@ -73,7 +73,7 @@ class Method:
     loss: Callable[[HeadInputs], torch.Tensor]
     products: tuple[int, int | None]
     masks: bool = True  # whether it can skip masked tokens
-    capability: tuple[int, int] | None = None  # the least GPU that it needs; None: runs without one
+    capability: tuple[int, int] | None = None  # the least that it needs; None: no GPU
     module: str = ""  # the peer's, to import
 
     def unavailable(self, device: torch.device) -> str:

@@ -35,16 +35,16 @@ def layers_that_fit(config: TrainConfig, shape: LlamaShape, memory: int, *, besi
     """Return the largest number of layers with which policy, critic and reference fit `memory`
     bytes (by `rlef_mega/plan`), with nothing offloaded and `beside` more bytes per parameter.
     Raises ConfigError if not even one fits."""
-    run = replace(PlannedRun.of(config, shape), offloads=False)
+    run, usable = replace(PlannedRun.of(config, shape), offloads=False), MOST_OF_MEMORY * memory
     for layers in range(shape.layers, 0, -1):
         cut = shape.with_layers(layers)
         [rank] = replace(run, shape=cut).memory()
         need = rank.total + beside * cut.parameters
-        if need <= MOST_OF_MEMORY * memory:
+        if need <= usable:
             return layers
     raise ConfigError(
-        f"one layer with embedding and head needs {need / 1e9:.0f} GB, of {memory / 1e9:.0f} "
-        "GB here; choose a smaller recipe, or give --layers to try anyway"
+        f"one layer with embedding and head needs {need / 1e9:.0f} GB, and {usable / 1e9:.0f} "
+        "GB are usable here; choose a smaller recipe, or give --layers to try anyway"
     )
 
 

@@ -230,7 +230,7 @@ class Learner:
         microbatches: Sequence[Microbatch],
         read: ReadFunction,
     ) -> None:
-        """Run this network, or policy and reference together, if this rank has it. `read` returns
+        """Run the named network, or policy and reference together, if on this rank. `read` returns
         the outputs of a micro-batch, which are written to its `indices` of the results on one rank
         of each data-parallel part (`Ranks.reports_outputs`)."""
         models = {"policy": self.policy, "reference": self.reference, "critic": self.critic}

@@ -113,8 +113,8 @@ def show_recipe(
     if run.colocated:
         sampling = run.training_gpus
     elif run.has_servers:
-        beside = servers.count * run.server_gpus if servers.first_gpu else 0  # the ranks' GPUs
-        sampling = sampling_gpus or beside or balanced_split(run, device).sampling
+        own = servers.count * run.server_gpus if servers.first_gpu else 0  # not the ranks' GPUs
+        sampling = sampling_gpus or own or balanced_split(run, device).sampling
     split = Split(run, sampling, run.step(device, sampling))
     show_step(console, split, device)
     return describe(split, device)

@@ -9,7 +9,7 @@
         4 h                 inputs and outputs of both norms; 1/t with sequence parallelism
         (2 a + 2 k) / t     queries, keys, values, output of attention
         3 f / t             gate and up, and their product; not with "selective" recomputation
-        h                   the layer's input, instead of all these, with "full"
+        h                   the layer's input, instead of all these, with "full"; 1/t as above
       times the micro-batches in flight: P - r on a pipeline's rank r, and with V chunks, each of
       1/V of the layers, 2 (P - r - 1) + (V - 1) P + 1 (Narayanan et al., 2104.04473; Megatron's
       schedules.py)

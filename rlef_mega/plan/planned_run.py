@@ -393,8 +393,8 @@ class PlannedRun:
         return moved / (device.host_link * HOST_LINK)
 
     def publish_s(self, device: Device) -> float:
-        """Return the time of gathering the weights on the trainer's ranks, sending them, or writing
-        and reading them, and hashing them: each rank its share, each GPU of a server its shard."""
+        """Return the time of gathering the weights on the trainer's ranks, sending them (or writing
+        and reading them), and hashing them: each rank its share, each GPU of a server its shard."""
         if not self.has_servers:
             return 0.0
         size, network = self.weight_bytes * self.shape.parameters, device.network * NETWORK

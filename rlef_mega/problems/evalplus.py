@@ -168,8 +168,8 @@ def check_code(entry_point: str, atol: float, cases: Sequence[str]) -> str:
 
 
 def checks(entry_point: str, atol: float, cases: Sequence[Case]) -> Iterator[CheckTest]:
-    """Yield tests of all cases. The inputs, bytes and CPU seconds of the canonical solution are
-    bounded per test, since one limit holds for the whole test."""
+    """Yield tests of all cases. One limit holds for a whole test, so its number of inputs, their
+    bytes, and the CPU seconds that the canonical solution takes for them are bounded."""
     literals: list[str] = []
     cpu_s = 0.0
     for case in cases:

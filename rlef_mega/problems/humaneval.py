@@ -51,7 +51,7 @@ def read_tasks() -> list[dict[str, Any]]:
 
 
 def to_problem(task: dict[str, Any]) -> Problem | None:
-    """Return the task as a problem; None, with a log line, if it lacks a public or private test."""
+    """Return the task as a problem; None, with a log line, if its check is only one assert."""
     entry_point, solution = task["entry_point"], task["prompt"] + task["canonical_solution"]
     tests, complete = convert_check(task["test"], entry_point)
     if complete and len(tests) < 2:

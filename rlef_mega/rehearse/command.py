@@ -231,7 +231,7 @@ def number_table(first: str, *names: str) -> Table:
 
 
 def rank_tables(measured: dict[str, Any], plan: Phases, device: Device) -> tuple[Table, Table]:
-    """Return a row for each phase: its memory in GiB; what is launched, computed and sent."""
+    """Return two tables of the phases: memory in GiB; what is launched, computed and sent."""
     memory = number_table("GiB", "planned", "", *SIZES)
     groups = (f"GB {group}" for group in GROUPS)
     work = number_table("", "launches", "waits", "PFLOPs", "planned", "collectives", *groups)

@@ -41,7 +41,7 @@ from rlef_mega.run.launch import collect_garbage_by_hand
 from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
 
-GROUPS = ("mp", "intra_dist_opt", "embd", "pp", "dp", "tp")  # of equal groups, the last name counts
+GROUPS = ("mp", "intra_dist_opt", "embd", "pp", "dp", "tp")  # a group goes by the last of its names
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
 

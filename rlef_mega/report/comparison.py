@@ -85,7 +85,7 @@ def compare(evaluations: Mapping[str, Json], pair: Pair = BEFORE_AFTER) -> Evalu
 
 def evaluations_of(runs: Mapping[str, RunFiles]) -> tuple[dict[str, Json], Pair]:
     """Return all evaluations by name, and the pair whose difference is the change: before and after
-    of a single run, or the last evaluations of the first and of the last run."""
+    of a single run, or "after" of the first run and "after" of the last run."""
     found = {
         named(label, name): evaluation
         for label, files in runs.items()

@@ -34,9 +34,9 @@ def export_checkpoint(
     overwrite: bool = False,
     verify: bool = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder: the one at `path`, or the run's newest one or
-    that of `step`. `dtype` None keeps the checkpoint's; a value head is always fp32. Raises
-    ConfigError; `out` is complete or does not exist."""
+    """Write a checkpoint as a Hugging Face folder: `path` itself or, if that is a run directory,
+    its newest checkpoint or that of `step`. `dtype` None keeps the checkpoint's; a value head is
+    always fp32. Raises ConfigError; `out` is complete or does not exist."""
     checkpoint = find_checkpoint(path, step, model)
     plan = plan_export(
         checkpoint, out, role, getattr(torch, dtype) if dtype else None, max_shard_size

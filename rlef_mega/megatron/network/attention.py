@@ -2,8 +2,8 @@
 sequence.
 
 Megatron's own DotProductAttention refuses packed sequences and stores the s x s scores. This one
-calls the varlen kernel that `attention_kernel` names; without one, on a CPU and in fp32, PyTorch's
-SDPA once per sequence.
+calls the varlen kernel that `attention_kernel` names or, if that names none (always on a CPU and in
+fp32), PyTorch's SDPA once per sequence.
 
 Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head
 dimension, S sequences.
@@ -115,8 +115,8 @@ def attention_by_sequence(query, key, value, packed: PackedSequences) -> torch.T
     parts = (tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value))
     outputs = [
         torch.nn.functional.scaled_dot_product_attention(
-            q_HSD[None], k_KSD[None], v_KSD[None], is_causal=True, enable_gqa=True
+            q_HTD[None], k_KTD[None], v_KTD[None], is_causal=True, enable_gqa=True
         )
-        for q_HSD, k_KSD, v_KSD in zip(*parts, strict=True)
+        for q_HTD, k_KTD, v_KTD in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
