@@ -52,16 +52,16 @@ def read_recorded(path: Path) -> RecordedResponses:
     responses: dict[Key, tuple[str, ...] | str] = {}
     turns: int | None = None
     count: Counter[tuple[str, str]] = Counter()
-    for place, row in read_rows(path):
+    for location, row in read_rows(path):
         match row:
             case FieldError():
-                raise ConfigError(f"{place}: {row}")
+                raise ConfigError(f"{location}: {row}")
             case {"rlef_eval": _, "asked": {"turns": int(asked)}}:
                 turns = asked
             case {"session": _}:
                 pass
             case _:
-                protocol, name, number, texts = read_dialogue(row, place)
+                protocol, name, number, texts = read_dialogue(row, location)
                 if number is None:
                     number = count[protocol, name]
                     count[protocol, name] += 1
@@ -71,12 +71,12 @@ def read_recorded(path: Path) -> RecordedResponses:
     return RecordedResponses(responses, turns)
 
 
-def read_dialogue(row: Record, place: str) -> tuple[str, str, int | None, tuple[str, ...] | str]:
+def read_dialogue(row: Record, location: str) -> tuple[str, str, int | None, tuple[str, ...] | str]:
     """Return a line's protocol, problem, number (if it has one) and responses, or why it was
     dropped."""
     protocol = row.get("protocol", SINGLE if "response" in row else PROTOCOLS["true"])
     if protocol not in (known := (*PROTOCOLS.values(), SINGLE)):
-        raise ConfigError(f"{place}: unknown protocol {protocol!r}; known: {', '.join(known)}")
+        raise ConfigError(f"{location}: unknown protocol {protocol!r}; known: {', '.join(known)}")
     name, number = row.get("problem_id", row.get("task_id")), row.get("number")
     texts: tuple[Any, ...] | str
     match row:
@@ -93,7 +93,7 @@ def read_dialogue(row: Record, place: str) -> tuple[str, str, int | None, tuple[
     whole = texts and all(isinstance(text, str) for text in texts)
     if not (whole and isinstance(name, str) and isinstance(number, int | None)):
         raise ConfigError(
-            f"{place}: not a dialogue: its keys are {', '.join(sorted(row))}; give each line "
+            f"{location}: not a dialogue: its keys are {', '.join(sorted(row))}; give each line "
             "problem_id and response (a text) or responses (a list of texts)"
         )
     return protocol, name, number, texts

@@ -117,7 +117,7 @@ def plan_import(folder: Path, out: Path, dtype: torch.dtype | None) -> Resumable
 
     def write(part: Sequence[PackedParameter], path: Path) -> dict[str, Any]:
         with ChecksummedFile(path) as file:
-            chunks = [place for parameter in part for place in parameter.copy(weights, file)]
+            chunks = [chunk for parameter in part for chunk in parameter.copy(weights, file)]
             return {"chunks": chunks, "file": file.to_disk()}
 
     def finish(partial: Path, facts: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ def index_files(
     entries: dict[str, Any] = {}
     locations: Locations = {}
     for name, part in files.items():
-        places = iter(facts[name]["chunks"])
+        chunks = iter(facts[name]["chunks"])
         for parameter in part:
             whole = parameter.shape if parameter.layer is None else (layers, *parameter.shape)
             properties = TensorProperties(dtype=parameter.dtype)
@@ -179,5 +179,5 @@ def index_files(
             for chunk in parameter.chunks():
                 entry.chunks.append(chunk)
                 index = MetadataIndex(parameter.key, chunk.offsets)
-                locations[index] = _StorageInfo(Path(name).name, *next(places))
+                locations[index] = _StorageInfo(Path(name).name, *next(chunks))
     write_index(folder, Metadata(entries), locations)
