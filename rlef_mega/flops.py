@@ -79,7 +79,7 @@ class LlamaShape:
 
     @property
     def layer_products(self) -> int:
-        """Return the weights of one layer that matrices multiply: all but its two norms."""
+        """Return how many weights the matrices of a layer have: all but those of its two norms."""
         attention = 2 * (self.heads + self.key_value_heads) * self.head_dim
         return self.hidden * (attention + 3 * self.ffn)
 

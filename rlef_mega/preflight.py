@@ -258,7 +258,7 @@ def claim_run_directory(
 ) -> None:
     """Write the resolved config into the run directory and, when a run is resumed with other
     settings, append these to changes.jsonl. A training run needs its `inputs`. Raises ConfigError
-    if the directory holds a run with other inputs, or settings that may not change."""
+    if the directory holds a run with other inputs, or with other values of fixed settings."""
     path = run_dir / "config.toml"
     changes: dict[str, Any] = {}
     if path.exists():

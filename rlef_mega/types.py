@@ -34,7 +34,7 @@ class AssertTest(CheckTest):
     statement: str = ""
 
 
-TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "functions", "curriculum")  # 2 are ours
+TEMPLATE_NAMES = ("codecontests", "humaneval", "mbpp", "functions", "curriculum")  # last 2: ours
 PublicTest = Test | CallTest | AssertTest  # what can be shown to the model
 
 

@@ -57,8 +57,8 @@ def response(program: str) -> str:
 
 @cache
 def graded_programs() -> list[Task]:
-    """Run solutions and wrong programs of all training problems on their public tests. Programs
-    that pass although they are wrong are left out."""
+    """Run the wrong programs of all training problems on their public tests. Programs that pass
+    although they are wrong are left out; solutions are not run."""
     tasks = []
     with Sandbox(workers=1) as sandbox:
         for problem, solution, wrong in solved("train"):

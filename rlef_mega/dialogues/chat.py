@@ -70,8 +70,8 @@ class ChatFormat:
         template's end of turn, and with every token that tokenizer, config.json or
         generation_config.json declares as an end.
 
-        Raises ValueError, with the remedy, if there is none, or if the text of a message could
-        become control tokens.
+        Raises ValueError, with the remedy, if the folder has no usable format, or if the text of a
+        message could become control tokens.
         """
         from transformers import AutoTokenizer
 

@@ -7,8 +7,8 @@ decides what to batch; the judge's threads wait for the sandbox. After a fault o
 the dialogue is started once more, then dropped and counted; the others are not affected.
 
 Work on text (encoding, decoding, parsing) runs in the event loop, one dialogue's at a time and in
-the order of requests; between two of them the loop runs whatever else is ready. So the loop is
-blocked for one text, even if thousands of dialogues start or are answered together.
+the order of requests; between two of them the loop runs whatever else is ready. So it is blocked
+for one text at a time, even if thousands of dialogues start or are answered together.
 """
 
 import asyncio

@@ -40,7 +40,7 @@ from rlef_mega.run.directory import write_atomically
 from rlef_mega.run.launch import stage
 from rlef_mega.run.manifest import describe
 
-TURNS = 5  # of the dialogues from whose first turns the turn budgets are computed
+TURNS = 5  # of each dialogue for the turn budgets, which are computed from its first turns
 PROTOCOLS = ("multi_turn", "independent", "random_feedback")
 RUNS: dict[str, tuple[str, ...]] = {  # by `rlef train`, with these settings
     "rlef": (),

@@ -29,7 +29,7 @@ REMEDIES = {
     errno.EEXIST: "a file has the name of this folder; move it, or choose another folder",
     errno.ENOTDIR: "a file has the name of a folder; move it, or choose another folder",
     errno.EISDIR: "this is a folder; give a file",
-    errno.ENOENT: "check the name; a folder cannot be created there",
+    errno.ENOENT: "check the name; if it is a new folder, it cannot be created there",
     errno.EACCES: "give this user access to it, or choose another path",
     errno.EPERM: "give this user access to it, or choose another path",
     errno.EROFS: "choose a path on a file system that can be written",

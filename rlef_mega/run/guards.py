@@ -56,8 +56,8 @@ class Guards:
             )
 
     def alarms(self, record: dict[str, Any]) -> list[str]:
-        """Return a message for each number that is near its limit, or beyond a limit that `check`
-        applies only to the mean of several steps."""
+        """Return a message for each log-prob gap over half its limit, and each off-policy number
+        beyond its limit, which `check` applies only to the mean of several steps."""
         messages = [
             f"{name} = {gap:.3g} is over half of what is allowed, {limit}"
             for name, gap, limit in self.gaps(record)

@@ -26,7 +26,7 @@ from rlef_mega.engines.sglang.answers import (
 from rlef_mega.types import Completion
 
 SUPPORTED = ("0.5.23",)
-FREE = "default"  # the weight version of a server to which nobody has published since its start
+FREE = "default"  # the weight version of a server that no process owns (engine.py)
 WEIGHTS, CACHE = "weights", "kv_cache"  # tags of SGLang's memory saver
 ABORT_S = 2.0
 CONNECT_S = 10.0

@@ -111,8 +111,8 @@ class ServerProcess:
                 )
             except OSError as error:
                 raise EngineError(
-                    f"cannot start {self.command[0]}: {error.strerror}; `make setup-sglang` "
-                    "makes the CPU server's environment; or set rollout.servers.python"
+                    f"cannot start {self.command[0]}: {error.strerror}; `make setup-sglang-gpu` "
+                    "(on a CPU `make setup-sglang`) makes it; or set rollout.servers.python"
                 ) from None
 
     @property
