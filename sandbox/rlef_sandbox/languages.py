@@ -1,7 +1,7 @@
 """From a program's source to what a zygote runs: a file of Python, or an executable.
 
-To add a language that compiles to an executable, give it a class like `cpp.Cpp` and a line in
-`Languages`. Runs, limits, verdicts and checkers are the same for all languages.
+To add a language that compiles to an executable, give it a class like `cpp.Cpp`, and add it to
+`LANGUAGES` and `Languages`. Runs, limits, verdicts and checkers are the same for all languages.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Profile(enum.Enum):
     """The purpose of a filter: the common table of system calls, with exceptions for it."""
 
     PROGRAM = "program"  # in an interpreter that runs already
-    EXECUTABLE = "executable"  # a compiled program, which a child has yet to become
+    EXECUTABLE = "executable"  # a compiled program, which the child executes under the filter
     COMPILER = "compiler"  # a compiler and the programs it starts: trusted code, untrusted input
 
 

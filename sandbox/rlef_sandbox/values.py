@@ -1,9 +1,9 @@
 """Python values passed between processes, for function-call problems.
 
 Arguments travel to the child by `encode` and `decode`. The returned value travels back by `encode`
-and is compared by `matches`, the only one of the three that reads untrusted bytes. It walks the
+and is compared by `matches`, or decoded in the confined process of a CheckTest. `matches` walks the
 parsed wire form alongside the expected value, so an object with an `__eq__` of the program's own
-never exists where the expected value is known. No untrusted value is put into a set or a dict,
+never exists where the expected value is known. It puts no untrusted value into a set or a dict,
 where chosen hash collisions would take quadratic time. A wire form that is much longer or deeper
 than the expected value is refused before it is parsed.
 
@@ -94,7 +94,7 @@ def _to_wire(value: object, depth: int) -> object:
 
 
 def decode(wire: bytes) -> object:
-    """Return the value in `wire`, which must come from `encode`."""
+    """Return the value in `wire`. Raises any exception if `wire` is not from `encode`."""
     return _from_wire(parse(wire))
 
 

@@ -30,7 +30,7 @@ struct plan {
     uint64_t stack_bytes;     /* 0: not changed */
     int32_t files[MAX_FILES]; /* become 0, 1, ... */
     int32_t file_count;
-    int32_t executable; /* the file among `files` to become, or -1: return in the child */
+    int32_t executable; /* index in `files` of the program to execute, or -1: return in the child */
     int32_t namespaces; /* its own: CLONE_NEWUSER and perhaps CLONE_NEWPID, or 0 */
     int32_t own_pid_count;
     struct sock_fprog *filter; /* or NULL */
@@ -49,7 +49,7 @@ struct started {
 /* How a child ended. */
 struct ended {
     int wait_status;
-    int lost_memory; /* to too many page tables (page_tables.py) */
+    int lost_memory; /* forbidden to map more: it had too many page tables (page_tables.py) */
     struct rusage usage;
 };
 
