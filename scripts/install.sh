@@ -1,6 +1,6 @@
 #!/bin/sh
-# install.sh PYTHON VENV WHEELS [REQUIREMENTS]: make VENV with the pinned CPU packages and this project in it; with
-# REQUIREMENTS, with only the packages of that file, and this project if they include megatron-core.
+# install.sh PYTHON VENV WHEELS [REQUIREMENTS]: make VENV with the pinned CPU packages and this project in it. If
+# REQUIREMENTS is given, install its packages instead, and this project only if they include megatron-core.
 #
 # Packages are installed only from the folder WHEELS, without a network; missing ones are downloaded into it once. The
 # CPU build of torch has an index of its own: the build on the default index pulls in several GB of CUDA packages. If

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 
 def install() -> None:
-    """Replace the `torch.cuda` functions that Megatron calls even without a GPU. Does nothing on a
-    machine with CUDA.
+    """Replace the `torch.cuda` functions that Megatron calls even without a GPU (from 0.19
+    on, `current_stream` too). Does nothing on a machine with CUDA.
     """
     if torch.cuda.is_available():
         return
@@ -24,7 +24,7 @@ def install() -> None:
 
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]  # from 0.19
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

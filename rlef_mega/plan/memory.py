@@ -66,7 +66,7 @@ class Network:
 
     @property
     def sequence_shards(self) -> int:
-        """Return over how many ranks tokens are split between the matrix products."""
+        """Return over how many ranks tokens are split outside of the matrix products."""
         return self.tensor if self.parallel.sequence_parallel else 1
 
     @cached_property

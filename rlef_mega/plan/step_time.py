@@ -1,7 +1,7 @@
 """Seconds of one network's passes, as a roofline: each term is work divided by a rate.
 
 The terms add up, except where the trainer overlaps them. They are those of the slowest pipeline
-stage of the fullest data-parallel rank:
+stage of the fullest data-parallel rank, with T tokens; the other letters are those of memory.py:
 
     products     FLOPs (flops.py) / t / (flops x products); backward takes twice the
                  time of forward, recomputation up to once more

@@ -2,7 +2,7 @@
 
 The page holds thousands of episodes and must open quickly. The index has a few numbers of each
 episode; the dialogues are in compressed chunks, of which the browser unpacks the one that it shows.
-Text passes `clip` and `visible` here, so that the browser only has to keep it text.
+Text passes `clip` and `visible` here, and the browser inserts it as text, never as HTML.
 """
 
 import base64
