@@ -296,7 +296,7 @@ class EvalConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Profiler traces into the run's folder profile/, tens of MB per step and rank."""
+    """Traces of the profiler, in the run's folder profile/: tens of MB per step and rank."""
 
     steps: tuple[int, ...] = ()  # steps to trace
     ranks: tuple[int, ...] = (0,)

@@ -69,7 +69,7 @@ class GradingMetrics:
             ("requests_total", self.requests, "Requests answered, by endpoint and HTTP status."),
             ("results_total", self.results, "Programs run on a test, by verdict."),
             ("faults_total", self.faults, "Failures of the sandbox, never verdicts."),
-            ("joined_total", self.joined, "Requests answered with work of an earlier one."),
+            ("joined_total", self.joined, "Repeated requests, which share the first's work."),
             ("cancelled_total", self.cancelled, "Requests abandoned by their client in the queue."),
             ("request_seconds", self.latency_s, "From a request's arrival to its answer."),
             ("wait_seconds", self.wait_s, "From a request's arrival to its start in the sandbox."),
