@@ -1,4 +1,4 @@
-"""Bound the page tables of programs, which no limit counts but a cgroup's.
+"""Bound the page tables of programs, which only a cgroup's limit counts.
 
 Many small mappings far apart cost 8 KiB of page tables each and almost no resident memory. The
 reaper, the only process that sees /proc, reads their size every MEASURE_EVERY_S. A program that has
