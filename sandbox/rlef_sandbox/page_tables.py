@@ -49,7 +49,7 @@ def programs_below(process: int) -> Iterator[int]:
 
 
 def bound(zygote: int) -> None:
-    """Stop each program of a zygote that has too many page tables."""
+    """Let a program of a zygote map no more memory once it has too many page tables."""
     for program in programs_below(zygote):
         with contextlib.suppress(OSError):
             facts = _facts(program)
