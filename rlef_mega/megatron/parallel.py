@@ -47,7 +47,7 @@ class Ranks:
     seed: int
     groups: ProcessGroupCollection
     group: dist.ProcessGroup | None  # all ranks of this layout; None: the world
-    receivers: dist.ProcessGroup | None = None  # split: the policy's first rank and the critic's
+    receivers: dist.ProcessGroup | None = None  # split: rank 0 and the critic's ranks
 
     @property
     def tensor_parallel_rank(self) -> int:

@@ -45,10 +45,10 @@ def describe(overlaps: Sequence[Overlap]) -> list[str]:
     found.sort(key=lambda overlap: (overlap.same_as is None, -overlap.tests_share))
     same = [overlap.tests_share for overlap in found if overlap.same_as is not None]
     summary = (
-        f"of {len(overlaps)} problems, {sum(share == 1 for share in same)} have the same statement "
-        f"and tests as one of these, {sum(0 < share < 1 for share in same)} the same statement and "
-        f"some of the tests, {sum(share == 0 for share in same)} the same statement but other "
-        f"tests; {len(found) - len(same)} more share {SUSPICIOUS:.0%} of their {NGRAM_WORDS}-grams"
+        f"of {len(overlaps)} problems, {same.count(1)} have the same statement and tests as one of "
+        f"these, {sum(0 < share < 1 for share in same)} the same statement and some of the tests, "
+        f"{same.count(0)} the same statement but other tests; {len(found) - len(same)} more share "
+        f"{SUSPICIOUS:.0%} or more of their {NGRAM_WORDS}-grams"
     )
     return [summary, *map(str, found)]
 

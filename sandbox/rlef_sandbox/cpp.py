@@ -83,7 +83,7 @@ class Cpp:
     ) -> None:
         self._flags = (f"-std={standard}", *FLAGS)
         self._all = [Worker(accept, module="compiler", scratch=True) for _ in range(workers)]
-        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # the last one used has started
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # prefers one that has started
         for worker in self._all:
             self._free.put(worker)
         self._lock = threading.Lock()

@@ -8,9 +8,9 @@ are plain data, its arguments. A result that is not plain data arrives as an obj
 compared with None.
 
 A check that exceeds a limit may do so by its own fault, or because of what the program returned.
-`rehearse` tells which: it runs the check without the program. So the check marks in its exchange
-file that it has called the program; and at the end that it returned, since a check that exits with
-code 0 before its end has judged nothing.
+It marks in its exchange file that it has called the program: before that, the fault is its own.
+After that, `rehearse` tells which: it runs the check without the program. At its end the check
+marks that it returned, since one that exits with code 0 before has judged nothing.
 """
 
 from __future__ import annotations

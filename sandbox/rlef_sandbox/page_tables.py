@@ -1,4 +1,4 @@
-"""Bound the page tables of programs, which no limit counts but a cgroup's.
+"""Bound the page tables of programs, which only a cgroup's limit counts.
 
 Many small mappings far apart cost 8 KiB of page tables each and almost no resident memory. The
 reaper, the only process that sees /proc, reads their size every MEASURE_EVERY_S. A program that has
@@ -49,7 +49,7 @@ def programs_below(process: int) -> Iterator[int]:
 
 
 def bound(zygote: int) -> None:
-    """Stop each program of a zygote that has too many page tables."""
+    """Let a program of a zygote map no more memory once it has too many page tables."""
     for program in programs_below(zygote):
         with contextlib.suppress(OSError):
             facts = _facts(program)

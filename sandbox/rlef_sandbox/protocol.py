@@ -1,9 +1,9 @@
 """Messages between the controller and a zygote, over SOCK_SEQPACKET pairs: a message is a packet.
 
 A request to a zygote comes over its control channel. Its first descriptor is the session on which
-the zygote answers: one Outcome, perhaps after a SLEEPING notice. Files are passed as descriptors
-(SCM_RIGHTS). No message in either direction ever holds an expected output, and no program can write
-one: a child closes these sockets before the program's first line.
+the zygote answers: SLEEPING and WOKE each time the run changes, then one Outcome. Files are passed
+as descriptors (SCM_RIGHTS). No message in either direction ever holds an expected output, and no
+program can write one: a child closes these sockets before the program's first line.
 """
 
 from __future__ import annotations
