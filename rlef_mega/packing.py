@@ -79,9 +79,9 @@ def microbatches(
 ) -> list[list[list[int]]]:
     """Divide sequences over data-parallel ranks and then into micro-batches.
 
-    Returns, for each rank, its micro-batches as lists of indices into `lengths`, longest sequence
-    first. Every rank has the same number of micro-batches, none above `token_budget` tokens; some
-    are empty if a rank has fewer sequences.
+    Returns, for each rank, its micro-batches, heaviest first, as lists of indices into `lengths`,
+    longest sequence first. Every rank has the same number of micro-batches, none above
+    `token_budget` tokens; some are empty if a rank has fewer sequences.
 
     `costs` is the cost of each sequence, such as its FLOPs (default: its length). Costs are
     balanced over the ranks first, because ranks wait for each other at the end of an update, and

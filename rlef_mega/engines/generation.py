@@ -82,14 +82,18 @@ def generate_batch(
 def prefill(
     model: PreTrainedModel, requests: Sequence[GenerationRequest], cache: PreallocatedCache
 ) -> torch.Tensor:
-    """Fill the cache with the prompts, in groups. Returns the logits after each prompt, [B, V]."""
+    """Fill the cache with the prompts, the shortest first, in groups that are padded to their last
+    one. Returns the logits after each prompt, [B, V]."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
+    lengths_B = [len(request.token_ids) for request in requests]
     logits = []
     start = 0
     while start < len(requests):
-        size = max(1, budget // len(requests[start].token_ids))
-        group = requests[start : start + size]
-        cache.begin_prefill(slice(start, start + len(group)))
+        end = start + 1
+        while end < len(lengths_B) and (end + 1 - start) * lengths_B[end] <= budget:
+            end += 1
+        group = requests[start:end]
+        cache.begin_prefill(slice(start, end))
         token_ids_GP, position_ids_GP, mask_GP = pad_left(group)
         output = model(
             input_ids=token_ids_GP.to(model.device),
@@ -100,7 +104,7 @@ def prefill(
             logits_to_keep=1,
         )
         logits.append(output.logits[:, -1])
-        start += len(group)
+        start = end
     return torch.cat(logits)
 
 

@@ -85,12 +85,19 @@ def test_the_same_batch_twice_is_equal_to_the_bit(model):
     assert generate(model, requests_with_stops()) == generate(model, requests_with_stops())
 
 
-def test_a_prefill_in_several_groups_changes_nothing(model, monkeypatch):
-    together = generate(model, requests_with_stops())
-    assert sum(len(request.token_ids) for request in requests_with_stops()) < CPU_PREFILL_TOKENS
+def test_a_prefill_in_groups_changes_nothing_and_each_is_within_the_budget(model, monkeypatch):
+    requests = requests_with_stops()
+    together = generate(model, requests)
+    assert sum(len(request.token_ids) for request in requests) < CPU_PREFILL_TOKENS
     monkeypatch.setattr("rlef_mega.engines.generation.CPU_PREFILL_TOKENS", 50)
-    grouped = generate(model, requests_with_stops())
+    sizes = []  # of the groups, with their padding
+    hook = model.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with hook:
+        grouped = generate(model, requests)
     assert [one.token_ids for one in grouped] == [one.token_ids for one in together]
+    assert max(sizes) <= 50 and max(len(request.token_ids) for request in requests) > 25
 
 
 def test_a_stop_token_ends_the_response_and_stays_in_it(model):
