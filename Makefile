@@ -43,7 +43,7 @@ setup-sglang-gpu: .venv-sglang/installed-gpu
 	sh scripts/install.sh "$(PYTHON)" .venv-sglang "$(WHEELS)-gpu" requirements-sglang-gpu.txt
 	touch "$@"
 
-# The trainer with a CUDA build of PyTorch, whose wheels are kept apart: the CPU build has the same version.
+# The trainer with a CUDA build of PyTorch. Its wheels are kept apart: by version pip cannot tell a CPU build from it.
 setup-gpu: .venv-gpu/installed
 
 .venv-gpu/installed: pyproject.toml requirements-gpu.txt scripts/install.sh

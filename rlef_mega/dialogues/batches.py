@@ -114,7 +114,7 @@ class RolloutsOnDemand:
 class StreamedRollouts:
     """Async mode: dialogues run in a thread while the trainer trains; a context manager.
 
-    `version` is that of the weights, and `state` what `state()` returned, at the checkpoint from
+    `version` (of the weights) and `state` (what `state()` returned) come from the checkpoint from
     which the run resumes. A run of `steps` steps takes exactly the dialogues before number
     `steps` * batch, so its last batches wait for its last dialogues. The stream's numbers are those
     of groups.

@@ -1,9 +1,9 @@
 """Episodes as lines of JSON, for a person to read: texts instead of token ids, and the numbers of
 each token of a response.
 
-A record holds at most `TEXT_LIMIT` characters of any text. For each token of a response it has the
-number of characters (`pieces`) and the log-probs in thousandths of a nat: `logprobs` when it was
-sampled, `ref_logprobs` under the initial policy. Only the report reads records back.
+A record holds at most `TEXT_LIMIT` characters of any text but the program. For each token of a
+response it has the number of characters (`pieces`) and the log-probs in thousandths of a nat:
+`logprobs` when sampled, `ref_logprobs` under the initial policy. Only the report reads records.
 """
 
 from bisect import bisect_right
@@ -29,7 +29,7 @@ from rlef_mega.types import (
 )
 from rlef_sandbox import AnyTest, CallTest, Status, Test
 
-TEXT_LIMIT = 10_000  # characters of any one text
+TEXT_LIMIT = 10_000  # characters of any one text but a program
 
 
 def episode_records(

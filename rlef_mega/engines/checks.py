@@ -11,7 +11,7 @@ NO_WEIGHTS = -1  # the weight version of an engine that cannot serve
 
 
 def check_request(request: GenerationRequest, *, vocabulary: int, longest_prompt: int) -> None:
-    """Raise ValueError for a prompt or a sampling that the engine cannot serve."""
+    """Raise ValueError for a prompt or sampling settings that the engine cannot serve."""
     sampling, length = request.sampling, len(request.token_ids)
     if length == 0:
         raise ValueError("the prompt is empty; give at least a begin-of-text token")

@@ -1,8 +1,8 @@
 """Runs of programs in the zygote itself, before it forks.
 
-The interpreter fills caches when code runs: of the attributes of types, and of what each
-instruction met. A child would fill them in pages of its own, which the kernel copies at the first
-write. These runs save a tenth of the copies.
+When code runs, the interpreter fills caches: one of types' attributes, and one in each instruction,
+of the types it met. A child that fills them writes to pages that it shares with the zygote, and the
+kernel has to copy these. Runs in the zygote save a tenth of the copies.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Works like `linear_logprob`'s forward pass, but a tile has 128 x 128 logits of e
 both accumulators fit in registers. A tile stores six partial sums, which combine like those of
 shards.
 
-FLOPs: 2 T V D + 2 T V E. Memory: 39 MiB to combine partial sums; with cuBLAS also 2 x 32 MiB of
-logits. Bytes: hidden states and heads as in `head`; 24 T V / 128 of partial sums written once and
-read a few times.
+FLOPs: 2 T V D + 2 T V E. Memory at T = 8,192, V = 128,256: 39 MiB to combine partial sums; with
+cuBLAS 88 MiB, of which 2 x 32 MiB are logits. Bytes: hidden states and heads as in `head`;
+24 T V / 128 of partial sums (with cuBLAS 24 T V / 1,024), written once and read a few times.
 
 Shape suffixes: T tokens, D and E hidden sizes, V vocabulary shard, C columns of a block, P partial
 sums, N tiles, R rows of a part; 6 sums of a tile's row, 2 target logits.

@@ -1,10 +1,10 @@
 """One rank's share of a checkpoint: copied to host memory at once, then written on a thread.
 
 Theory of operation. Training waits for `take_snapshot`, which is collective: rank 0 learns which
-rank saves which boxes of which tensors (one gather), and each rank copies its boxes to host memory.
-That memory is pinned if there is a GPU, and reused by the next save. `write_share` then runs on a
-thread of the process: it serialises the boxes, computes the checksum, writes one file and flushes
-it to the disk. It has no collective and touches nothing that training touches.
+rank saves which boxes of which tensors (`state.py` cuts them; one gather), and each rank copies its
+boxes to host memory, which is pinned if there is a GPU, and reused by the next save. `write_share`
+then runs on a thread of the process: it serialises the boxes, computes the checksum, writes one
+file and flushes it to the disk. It has no collective and touches nothing that training touches.
 
 Why a thread and not a process: writing, hashing and flushing release Python's lock. Training was
 measured to be as fast as with a forked process, with pauses a few milliseconds longer
@@ -45,7 +45,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank wrote: where each chunk is stored, and its file's entry in the manifest."""
+    """What one rank wrote: where each box is stored, and its file's entry in the manifest."""
 
     stored: Locations
     files: Manifest

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.flops import LlamaShape
 
-# of a rank's shards of one stage, gathered in one collective (hf_weights)
+# how much of a rank's weights one gather takes at most (hf_weights.buckets)
 BUCKET_BYTES = 256 * 2**20
 
 
