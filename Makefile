@@ -43,7 +43,7 @@ setup-sglang-gpu: .venv-sglang/installed-gpu
 	sh scripts/install.sh "$(PYTHON)" .venv-sglang "$(WHEELS)-gpu" requirements-sglang-gpu.txt
 	touch "$@"
 
-# The trainer with a CUDA build of PyTorch. Its wheels are kept apart: by version pip cannot tell a CPU build from it.
+# The trainer with a CUDA build of PyTorch. Its wheels are kept apart: pip cannot tell it from a CPU build of the same version.
 setup-gpu: .venv-gpu/installed
 
 .venv-gpu/installed: pyproject.toml requirements-gpu.txt scripts/install.sh
@@ -64,8 +64,8 @@ lint: setup
 	"$(BIN)/mypy" --num-workers 2 rlef_mega kernels/rlef_kernels sandbox/rlef_sandbox
 
 # Tests run in parallel, in the order of their folders: the sandbox's many short files come last, so that all workers end
-# together. There is one worker more than cores, because many tests wait for processes. Those that measure time run alone
-# after them, from the files that have any.
+# together. There is one worker more than cores, because many tests wait for processes. Tests that measure time run alone
+# afterwards; pytest gets only the files that contain some.
 LOCAL := not gpu and not null_gpu and not sglang and not slurm
 test: lint
 	"$(BIN)/python" -m pytest -m "$(LOCAL) and not slow and not timing" --numprocesses $$(($$(nproc) + 1)) --dist loadfile \

@@ -5,8 +5,8 @@ Learning", arXiv 2410.02089, sections 2.2 and A.1. An episode is a dialogue; a t
 an action is one token of a response. targets.py calls the functions up to the advantages, once for
 each batch, before its updates; `policy_loss` and `value_loss` are the losses of the updates.
 
-Shape suffixes as in types.py: A action tokens, N turns, E episodes, M values (N or A). All
-arithmetic is fp32. A loss is a sum divided by `denominator`, which is a count over the whole
+Shape suffixes as in types.py: A action tokens, N turns, E episodes, M values (N or A).
+Arithmetic is fp32 or fp64. A loss is a sum divided by `denominator`, a count over the whole
 update, so losses and their metrics add up over micro-batches and data-parallel ranks. Without a
 denominator a loss is a mean.
 """
@@ -185,7 +185,7 @@ def value_loss(
     clip_alpha: float,
     denominator: float | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Return L_V and its metrics; one term for each turn (RLEF A.1):
+    """Return L_V and its metrics; one term for each value (RLEF A.1):
 
     L_V = 1/2 mean_t max((V - G)^2, (clip(V, V_old - alpha, V_old + alpha) - G)^2)
     """

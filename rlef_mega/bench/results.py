@@ -21,7 +21,7 @@ class Figure:
     """
 
     name: str
-    unit: str  # "tokens/s", "TFLOP/s", "runs/s", "s", "MiB", "ratio", or "share" (0 to 1)
+    unit: str  # such as "tokens/s", "s", "MiB" or "ratio"; "share" is 0 to 1, shown in percent
     samples: tuple[float, ...]
 
     @property

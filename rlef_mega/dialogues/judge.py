@@ -202,7 +202,7 @@ def own_lines(result: Result, before: int) -> Result:
 
 
 def all_passed(results: Sequence[Result]) -> bool:
-    """Return whether all tests passed; grading stops at the first that does not."""
+    """Return whether all tests passed; grading stops at the first private one that does not."""
     return all(result.status is Status.OK for result in results)
 
 

@@ -8,8 +8,8 @@ order. At most `open_dialogues` run at a time. While the trainer's weights have 
 dialogues have been started in all. So at most `max_staleness` + 1 batches are started and not yet
 taken: this bounds the queue, and makes the engine wait for the trainer.
 
-`take` waits until a batch of dialogues has finished, and until the dialogues that it would leave
-for later batches can still be taken before they are more than `max_staleness` versions old: of the
+`take` waits until a batch of dialogues has finished, and until so few others are left that later
+batches can take them before they are more than `max_staleness` versions old: of the
 dialogues that started with weights of version v or before, for each v, at most
 
     batch * (v + max_staleness - version)

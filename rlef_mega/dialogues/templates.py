@@ -37,7 +37,7 @@ class Template:
     field_chars: int = 1000  # of one input, output or value
     trace_chars: int = 2000
     whole_trace: bool = True  # else its last line only
-    max_tests: int = 8  # failed tests shown; RLEF B.3 shows at most 8
+    max_tests: int = 8  # tests shown, failed ones first; RLEF B.3 shows at most 8
 
 
 HUMANEVAL = Template(  # RLEF C.4

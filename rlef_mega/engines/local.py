@@ -40,7 +40,7 @@ class LocalSession:
         self.engine, self.number = engine, number
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
-        """Continue the prompt, in one batch with those of all open sessions.
+        """Continue the prompt, in one wave with those of all open sessions.
 
         Raises ValueError for a request that this model cannot serve, EngineError if the engine
         failed.

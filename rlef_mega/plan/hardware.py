@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rlef_mega.config import ConfigError
 
 MEMORY = 0.8  # of a device's memory bandwidth, by norms, activations and the optimizer
-HASH = 0.3  # of it, by the hash of weights: 40 integer operations per word limit it (assumed)
+HASH = 0.3  # of the same, by the hash of weights: 40 integer operations per word (assumed)
 LINK = 0.8  # of NVLink, by collectives
 NETWORK = 0.8  # of a node's network cards, by collectives
 HOST_LINK = 0.8  # of PCIe, by copies from and to pinned memory
@@ -62,7 +62,7 @@ class Device:
 
 
 # NVIDIA's data sheets (dense rates; NVLink's printed rate is for both directions, so half of it),
-# and the network of DGX systems: A100 200 Gb/s, the others 400 Gb/s per GPU.
+# and the network of DGX systems, per GPU: A100 200 Gb/s; H100, H200 and B200 400 Gb/s.
 DEVICES = {
     device.name: device
     for device in (

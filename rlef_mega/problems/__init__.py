@@ -190,7 +190,7 @@ def named(problems: Sequence[Problem], ids: Collection[str]) -> dict[str, Proble
 def sample(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """Return the `count` problems of rollout batch `step`. Each epoch is a new permutation.
 
-    The result depends on the step alone, so a resumed run and every rank draw the same.
+    The result depends on the arguments alone, so a resumed run and every rank draw the same.
     """
     if not problems:
         raise ValueError("there are no problems to sample from")

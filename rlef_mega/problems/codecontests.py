@@ -207,7 +207,7 @@ def parse_limits(row: Row, time_factor: float) -> Limits:
 
 
 def to_limits(cpu_s: float, memory_bytes: int, fields: str) -> Limits:
-    """Return limits with at least the memory that CPython needs; the paper's for 0."""
+    """Return limits. Memory is at least what CPython needs; 0 stands for the paper's."""
     memory_bytes = max(memory_bytes or DEFAULT_MEMORY_BYTES, LEAST_MEMORY_BYTES)
     try:
         return Limits(cpu_s=cpu_s, memory_bytes=memory_bytes)

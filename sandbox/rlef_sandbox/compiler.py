@@ -119,7 +119,7 @@ def hold_to(request: ZygoteRequest, call_filter: Filter | None) -> None:
 
 
 def probe_layers(call_filter: Filter | None) -> dict[str, bool]:
-    """Return which of the layers that only the compiler's process applies have an effect."""
+    """Return which layers have an effect, of those that only the compiler's process applies."""
     small = ZygoteRequest(Task.COMPILE, 1.0, 1.0, memory_bytes=256 << 20, output_bytes=1 << 10)
 
     def limits_hold() -> bool:

@@ -1,4 +1,4 @@
-"""An almost empty, read-only file system for the zygote: the standard library and nothing else.
+"""An almost empty, read-only file system for a zygote: only the folders that it is given.
 
 With a mount namespace the standard library is bound into it at its own path, even from below a
 directory that the unprivileged user could not enter, so modules still load on demand. With only the

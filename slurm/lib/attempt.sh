@@ -129,7 +129,7 @@ wait_ready() { # wait_ready NAME ROLE PORT COUNT DEADLINE_S: wait until each ser
     say "$1 ready after $((SECONDS - began)) s: $urls"
 }
 
-prepare() { # prepare check SETTINGS...: check the run's inputs; prepare prepare ...: also its servers, and write its directory
+prepare() { # prepare WHAT SETTINGS...: "check" checks the inputs; "prepare" also the servers, and writes the run directory
     local what=$1 code
     shift
     # only task 0 does the work; the others exit at once
@@ -182,7 +182,7 @@ supervise() { # wait for the ranks; return their code, or 2 when a service ends 
     return 2
 }
 
-stop_all() { # kill the services, which have no state to save
+stop_all() { # kill what still runs: services, which have no state to save, and ranks that hang or lost a service
     local name
     for name in "${!PIDS[@]}"; do kill "${PIDS[$name]}" 2>/dev/null; done
     sleep 0.2

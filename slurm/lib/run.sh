@@ -51,7 +51,7 @@ requeue() { # Slurm regards a job that ends within the grace time as finished, w
     local code=0
     say "$1; requesting a requeue from Slurm"
     scontrol requeue "$SLURM_JOB_ID" || code=$?
-    # after a requeue Slurm kills the job's processes: scontrol before it can answer, or this script
+    # after a requeue Slurm kills the job's processes; scontrol may be killed (code above 128) before it can answer
     [ $code = 0 ] || [ $code -gt 128 ] || die "Slurm refused the requeue; submit the job again"
     sleep 300
     exit "$STOPPED"

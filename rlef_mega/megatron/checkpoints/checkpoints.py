@@ -8,7 +8,7 @@ Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` togeth
   reduced, and only while a save is in flight). If so, rank 0 gathers what each rank wrote. Its
   thread then writes index, meta and, last, the manifest, renames the folder, and deletes old
   checkpoints. A later `poll` broadcasts the result to all ranks.
-- `finish` polls until nothing is in flight: at a stop, and at the end of the run.
+- `finish` waits until nothing is in flight: before a save, at a stop, and at the end of the run.
 - If a save fails on any rank (disk full, no permission), all ranks cancel it: its folder is
   removed, nothing older is deleted, the failure is counted and reported, and training continues.
 
