@@ -110,7 +110,7 @@ def initialize(
     start = first if is_critic else 0
     group = new_group(list(range(start, start + layout.world_size)))
     groups = make_groups(layout, first_rank=start)
-    # rank 0 joins the critic's ranks here, so all ranks take part
+    # all ranks make it: rank 0 has made other groups than the critic's ranks (see `make_groups`)
     receivers = dist.new_group([0, *range(first, world_size)], timeout=COLLECTIVE_TIMEOUT)
     if dist.get_rank() not in (0, *range(first, world_size)):
         receivers = None

@@ -73,7 +73,7 @@ def fuse_adam(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:
     """Return the learning rate of an update, counted from 0: linear warm-up (above 0 from the first
-    update on), constant, linear decay to min_lr_ratio."""
+    update on), constant, linear decay to min_lr_ratio x lr."""
     if update < config.warmup_updates:
         return config.lr * (update + 1) / config.warmup_updates
     if config.decay_start_update is None or update < config.decay_start_update:
@@ -92,7 +92,7 @@ def run_schedule(
     forward_only: bool,
 ) -> list:
     """Run Megatron's pipeline schedule over packed micro-batches. Returns the results of
-    `at_last_stage` for each, on the last stage; [] on the others."""
+    `at_last_stage` (in training, its metrics) for each, on the last stage; [] on the others."""
 
     def forward_step(iterator, model):
         microbatch = next(iterator)

@@ -3,8 +3,8 @@
 A step scores the batch (policy, reference, critic), updates critic and policy (one after the other
 if they share ranks, else at the same time), and publishes the policy's weights. In sync mode it
 samples the batch first. In async mode it takes as long as the longest of training, the servers'
-work, and the longest dialogue's time / (max_staleness + 1). Evaluations, checkpoints, grading and
-start-up are not included. A run without `ppo.advantage = "critic"` has no critic.
+work, and the longest dialogue's time / (max_staleness + 1), the last two plus publication. Not
+included: evaluations, checkpoints, grading, start-up. Only `ppo.advantage = "critic"` has a critic.
 """
 
 from dataclasses import dataclass, replace

@@ -2,8 +2,8 @@
 
 There are two ways, with the same results up to rounding and the same layout of partial sums:
 
-- *fused*: one Triton kernel multiplies and reduces, and no logit leaves the chip. It needs the
-  tensor memory accelerator (Hopper and newer) and rows that start at multiples of 16 bytes.
+- *fused*: one Triton kernel multiplies and reduces; it stores logits only for a gradient. It needs
+  the tensor memory accelerator (Hopper and newer), bf16, and rows aligned to 16 bytes.
 - *cuBLAS*: the fp32 logits of some columns are written to a scratch buffer that fits the L2 cache
   (50 MB on an H100), and a row kernel reduces them. It runs on every GPU, and for fp32 too.
 

@@ -2,8 +2,8 @@
 critic with a scalar head.
 
 The last stage returns hidden states after the final norm, not logits. Scores and losses read the
-rows that they need and call the fused head (`rlef_kernels`) on them, so that logits are never
-stored. The critic computes values at a few rows in the same way. Both are built from a Hugging Face
+rows that they need and call the fused head (`rlef_kernels`), which never stores all their
+logits. The critic computes values at a few rows in the same way. Both are built from a Hugging Face
 config; `hf_weights` loads their weights.
 
 Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each
@@ -129,8 +129,7 @@ def stages_of(config: DenseConfig, parallel: ParallelConfig, *, with_head: bool)
 
 class RMSNorm(torch.nn.RMSNorm):
     """Megatron's local norm refuses sequence parallelism; this one marks its weight for the
-    gradient all-reduce.
-    """
+    gradient all-reduce."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
@@ -237,8 +236,7 @@ class PackedLlama(GPTModel):
 
 def mark_shards(model: torch.nn.Module) -> None:
     """Mark the split weights. megatron-core before 0.18 marks them only when it initialises them;
-    without the mark, the gradient norm omits them on all but the first tensor-parallel rank.
-    """
+    without the mark, the gradient norm omits them on all but the first tensor-parallel rank."""
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
             dimension = 0
