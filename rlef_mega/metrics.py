@@ -18,7 +18,7 @@ def mean(values: Sequence[float | bool]) -> float | None:
 
 
 def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float | None]:
-    """Return solve, repair and validity rates of a set of episodes."""
+    """Return the solve, repair and validity rates of episodes, and their lengths."""
     responses = [turn for episode in episodes for turn in episode.turns]
     return {
         "solved": mean([episode.solved for episode in episodes]),
@@ -64,7 +64,7 @@ def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
     """Return how far the policies that sampled the batch are from the policy at the start of its
     updates, which has the weights `version`. w is the pi_old / pi_b of a token.
 
-    `effective_sample_size` is (sum w)^2 / (n sum w^2), 1 if nothing is stale. `truncated_fraction`
+    `effective_sample_size` is (sum w)^2 / (n sum w^2), 1 if all w are equal. `truncated_fraction`
     is the share of tokens which min(w, 1) changes by more than 1%. `behaviour_k3` estimates the
     KL(pi_b || pi_old) of a token. `staleness` counts tokens by how many versions they are behind.
     `mixed_fraction` is the share of episodes that more than one version sampled.

@@ -40,7 +40,7 @@ class Overlap:
 
 
 def describe(overlaps: Sequence[Overlap]) -> list[str]:
-    """Return a summary, then a line for each suspicious problem, most similar first."""
+    """Return a summary, then a line for each suspicious problem, shared tests first."""
     found = [overlap for overlap in overlaps if overlap.suspicious]
     found.sort(key=lambda overlap: (overlap.same_as is None, -overlap.tests_share))
     same = [overlap.tests_share for overlap in found if overlap.same_as is not None]
