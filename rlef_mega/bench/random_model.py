@@ -22,8 +22,8 @@ POSITIONS = 8192  # of the models, unless stated
 
 
 def find_shape(config: TrainConfig) -> LlamaShape:
-    """Return the shape of the recipe's model, or the demo's if the recipe states none and its model
-    is not on this machine."""
+    """Return the shape of the recipe's model: as stated, or from its config, which is fetched if it
+    is on the hub. Without either, return the demo's."""
     stated = config.model.shape is not None
     model = find_model(config.model.path, files=CONFIG, fetch=not stated)
     if stated or (model / "config.json").is_file():

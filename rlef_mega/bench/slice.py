@@ -3,8 +3,8 @@ one device, phase by phase.
 
 Run as a module it is the worker, one process, so that the networks begin with an empty device. It
 measures phases in turn, round after round, so other work on the machine affects all equally, and
-starts no round once its time is up. Nothing needs CUDA: on a CPU the same code runs on the demo's
-shape.
+starts no round once its time is up. Nothing needs CUDA: on a CPU the same code runs, for example
+on the demo's shape.
 
 What is counted (`rlef_mega/flops.py`): causal attention, no embedding, no recomputation, no head
 for the critic, and the policy's head only for response tokens, since its loss reads no others. The

@@ -1,6 +1,6 @@
 """Run the steps of the check, each for a limited time, and keep each one's results once it ends.
 
-Theory of operation. This process imports the standard library alone, so it starts where our
+Theory of operation. This process needs the standard library alone, so it starts where our
 dependencies are missing and can install them from wheels. A step is a process (`steps.py NAME`)
 which writes OUT/NAME.json; OUT/NAME.log has its output. A step that fails, or is killed at its
 limit, does not stop the others. Its processes form a group, which is killed when the step ends or

@@ -1,6 +1,6 @@
-// Highlight keywords, strings, numbers and comments. One regular expression rather than a parser, because much of what a
-// model writes does not parse. No alternative backtracks over text it has matched, so hostile text takes linear time. A piece
-// is [class, text]; the texts of all pieces joined are the input.
+// Highlight keywords, built-in names, strings, numbers and comments. One regular expression rather than a parser,
+// because much of what a model writes does not parse. No alternative backtracks over text it has matched, so hostile
+// text takes linear time. A piece is [class, text]; the texts of all pieces joined are the input.
 const WORDS = {
   python: {
     keywords: new Set(("False None True and as assert async await break class continue def del elif else except finally for " +

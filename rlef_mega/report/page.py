@@ -1,8 +1,9 @@
 """Render `report.html`, a page that needs no other file and no network.
 
 Style, script and drawings are inside the page, and a content security policy forbids everything
-else. Text that a model or a program wrote passes three filters: `clip` bounds its length, `visible`
-replaces invisible and misleading characters, and the template's autoescape keeps it text.
+else, except that a live page may ask its own server for a newer one. Text that a model or a program
+wrote passes three filters: `clip` bounds its length, `visible` replaces invisible and misleading
+characters, and the template's autoescape keeps it text.
 """
 
 import base64
