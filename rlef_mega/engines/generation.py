@@ -82,8 +82,8 @@ def generate_batch(
 def prefill(
     model: PreTrainedModel, requests: Sequence[GenerationRequest], cache: PreallocatedCache
 ) -> torch.Tensor:
-    """Fill the cache with the prompts, the shortest first, in groups that are padded to their last
-    one. Returns the logits after each prompt, [B, V]."""
+    """Fill the cache with the prompts, which the engine sorts by length, in groups that are padded
+    to their longest one. Returns the logits after each prompt, [B, V]."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
     lengths_B = [len(request.token_ids) for request in requests]
     logits = []

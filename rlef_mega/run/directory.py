@@ -1,4 +1,4 @@
-"""The run directory: the files that a run writes and a resumed run reads.
+"""The run directory. The main files that a run writes:
 
     config.toml  inputs.json  manifest.json  changes.jsonl  metrics.jsonl  eval/*.json
     episodes/step_*.jsonl.zst  checkpoints/  report.html

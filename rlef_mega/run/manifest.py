@@ -1,4 +1,4 @@
-"""Versions, device and layout that a run or a benchmark records, and the versions it accepts."""
+"""The versions and device that runs and benchmarks record, and the megatron-core they accept."""
 
 import os
 import platform

@@ -44,7 +44,8 @@ class DiskPublication:
         self.folder, self.model = folder.absolute(), model
 
     def publish(self, weights: SentWeights, version: int) -> None:
-        """Load the weights on all servers that answer. Raises EngineError if none succeeds."""
+        """Load the weights on all servers that answer. Raises EngineError if the folder cannot be
+        written or no server loads it."""
         folder = self.folder / f"version_{version:06d}"
         try:
             self.write(folder, weights)
