@@ -45,7 +45,7 @@ function changedPart(a, b) {
   return [a, b].map((line) => [line.slice(0, head), line.slice(head, line.length - tail), line.slice(line.length - tail)]);
 }
 
-// Rows to show: [mark, head, changed, tail]; unchanged lines far from a change become one row, ["…", "N unchanged lines", "", ""].
+// Rows to show: [mark, head, changed, tail]; ["…", "N unchanged lines", "", ""] stands for lines far from any change.
 function diffRows(before, after) {
   const lines = diffLines(before, after), rows = [];
   const near = (i) => lines.slice(Math.max(0, i - CONTEXT), i + CONTEXT + 1).some(([mark]) => mark !== " ");
