@@ -196,7 +196,7 @@ class RolloutConfig(Section):
     mode: Literal["sync", "async"] = "sync"  # async: sample dialogues while the trainer trains
     # async: versions that training data may be behind the weights
     max_staleness: int = Field(1, ge=0)
-    # async: a batch may close without this share of the oldest dialogues (as many as it has)
+    # async: a batch of n dialogues may close without this share of the n oldest ones
     max_passed_over: float = Field(0.1, ge=0, le=1)
     # async: concurrent dialogues of a process; None: as many as servers accept
     open_dialogues: int | None = Field(None, gt=0)

@@ -125,7 +125,7 @@ def liger_head(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, ids_R: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Return log-probs by Liger's CuTe kernels for Hopper or, if they cannot run, by its function
-    for tensor parallelism in a group of one: the forms differentiable token by token."""
+    for tensor parallelism in a group of one. In both, each token's log-prob has a gradient."""
     if torch.cuda.get_device_capability(hidden_RD.device) == (9, 0) and has_module(LIGER_CUTE):
         from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90 as liger
 

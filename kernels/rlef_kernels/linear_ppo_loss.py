@@ -9,7 +9,7 @@ as the row's sum of exponentials is known, while its logits are still in memory.
 computes the gradients, chunk by chunk of rows, and the backward pass only scales them by its
 upstream gradient. FLOPs: three products of 2 T V D each, all in the forward pass; one without
 gradients. Bytes that must move: a chunk's hidden states are read and their gradient written once;
-the weight is read, and its gradient updated, once per chunk.
+per chunk, the weight is read twice (for logits and dhidden), and its gradient updated once.
 
 Vocab-parallel: a chunk's rows need the sums of every rank before the gradient, so there is one
 small all-gather ([C, 4]) per chunk, and dhidden is summed over the group.

@@ -96,7 +96,7 @@ def check_targets(target_T: torch.Tensor, num_tokens: int, vocabulary_size: int)
     """Raise ValueError for targets of a wrong shape or dtype or, on a CPU, out of range.
 
     On a GPU the range check would stall the stream; there an out-of-range target's log-prob is NaN
-    (`combine_shards`).
+    (`softmax_of`).
     """
     if target_T.shape != (num_tokens,):
         raise ValueError(

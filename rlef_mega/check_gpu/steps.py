@@ -209,9 +209,9 @@ def smollm2(out: Path, limit_s: float) -> Found:
 
 STEPS: dict[str, Callable[[Path, float], Found]] = {
     "machine": machine,
-    # the kernels' tests on the device, in as many processes as there are cores
+    # the kernels' tests on the device, in one process per core, but at most 8
     "tests": partial(pytest, tests=("-n", min(8, os.cpu_count() or 1), *DEVICE_TESTS)),
-    # our implementations, and cuBLAS's product alone; published ones, with the 8B model's head
+    # our implementations, and cuBLAS's product alone; published ones and PyTorch's, for 8B only
     "head": partial(heads, cases=CASES, methods="fused,cuBLAS"),
     "peers": partial(heads, cases="8B | 8192 | 0%", methods=PEERS),
     "slice": slice_,

@@ -152,8 +152,8 @@ def generation(
 ) -> Generation:
     """Estimate the time to sample a batch of dialogues on `servers` servers.
 
-    `batch` x (max_staleness + 1) dialogues run concurrently, or fewer if the KV caches of the
-    servers are too small for them.
+    `batch` x (max_staleness + 1) dialogues run concurrently, or fewer if each server would have
+    more than MOST_RUNNING or than its KV cache holds.
     """
     context = dialogues.tokens - dialogues.sampled / 2
     room = min(MOST_RUNNING, server.cached_tokens / dialogues.tokens)

@@ -9,7 +9,7 @@ import ast
 from rlef_mega.problems.literals import parse_python
 from rlef_mega.types import AssertTest
 
-# The operator of `left OP right`, and the message if it is false, as in unittest's assertEqual.
+# The operator of `left OP right`, and the message if it is false: unittest's, except for IsNot.
 WORDS: dict[type[ast.cmpop], tuple[str, str]] = {
     ast.Eq: ("==", "!="),
     ast.NotEq: ("!=", "=="),

@@ -1,7 +1,7 @@
 """Curves of a run as small SVG panels for the page; `panels.json` lists the panels of metrics.
 
 They are drawn in placeholder colours that become CSS variables, so that one drawing serves a light
-and a dark page; text stays text. The lines of one panel also differ in their dashes.
+and a dark page; text stays text. The curves of one run also differ in their dashes.
 """
 
 import io
@@ -127,8 +127,8 @@ def draw_line(axes: Axes, line: Line) -> None:
 
 
 def set_limits(axes: Axes, panel: Panel, curves: Sequence[Points]) -> None:
-    """Start the y axis at zero unless a value is below it, so that noise does not look like a
-    trend."""
+    """Start the y axis at zero, so that noise does not look like a trend, unless a value is
+    negative or the axis is logarithmic."""
     steps = {step for found, _ in curves for step in found}
     if len(steps) == 1:
         axes.set_xlim(min(steps) - 1, max(steps) + 1)

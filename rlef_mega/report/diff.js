@@ -37,7 +37,7 @@ function diffMiddle(a, b) {
   return lines;
 }
 
-// Split a line and its successor: [head, changed, tail] of each.
+// Split a line and the line that replaces it: [head, changed, tail] of each.
 function changedPart(a, b) {
   let head = 0, tail = 0;
   while (head < a.length && head < b.length && a[head] === b[head]) head++;
@@ -45,7 +45,7 @@ function changedPart(a, b) {
   return [a, b].map((line) => [line.slice(0, head), line.slice(head, line.length - tail), line.slice(line.length - tail)]);
 }
 
-// Rows to show: [mark, head, changed, tail]; long runs of unchanged lines become ["…", their number].
+// Rows to show: [mark, head, changed, tail]; ["…", "N unchanged lines", "", ""] stands for lines far from any change.
 function diffRows(before, after) {
   const lines = diffLines(before, after), rows = [];
   const near = (i) => lines.slice(Math.max(0, i - CONTEXT), i + CONTEXT + 1).some(([mark]) => mark !== " ");

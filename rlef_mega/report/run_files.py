@@ -64,8 +64,8 @@ def label_runs(runs: Sequence[Path]) -> list[str]:
     if len(runs) == 1:
         return [""]
     parts = [run.resolve().parts for run in runs]
-    if len(set(parts)) < len(parts):
-        raise ValueError(f"{runs[0]} is given twice; give different run directories")
+    if twice := [run for n, run in enumerate(runs) if parts[n] in parts[:n]]:
+        raise ValueError(f"{twice[0]} is given twice; give different run directories")
     depth = next(d for d in count(1) if len({part[-d:] for part in parts}) == len(parts))
     return ["/".join(part[-depth:]) for part in parts]
 

@@ -1,4 +1,4 @@
-"""Kernel interfaces that the standard library lacks. Each raises OSError on failure."""
+"""Calls that the standard library lacks. All but `fork` and `load_locale` raise OSError."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
 MS_REC, MS_PRIVATE = 16384, 1 << 18
 MNT_DETACH = 2
 
-# Since Linux 5.0, a new system call has the same number on every architecture.
+# Since Linux 5.1, a new system call has the same number on every architecture.
 SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
 SYS_CLOSE_RANGE = 436
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
 
 # The C library's fork with the GIL held, without Python's at-fork handlers (they cost more than
-# the fork). Safe only in a process with one thread.
+# the fork). Returns -1 if it fails. Safe only in a process with one thread.
 fork = ctypes.PyDLL(None).fork
 
 

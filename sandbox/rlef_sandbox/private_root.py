@@ -72,7 +72,7 @@ def _bind(source: int, target: str) -> list[str]:
 
 
 def third_party_in(directory: str) -> list[str]:
-    """Return the third-party package folders of a Python library, or of all those in a /usr."""
+    """Return the third-party package folders of a Python library, or of all libraries in a /usr."""
     places = ("", "python3*", "lib*/python3*", "local/lib*/python3*")
     patterns = [os.path.join(directory, place, name) for place in places for name in THIRD_PARTY]
     return [found for pattern in patterns for found in glob.glob(pattern)]

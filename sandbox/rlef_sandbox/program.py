@@ -40,7 +40,7 @@ COMPILE_ERROR_CHARACTERS = 4096  # it quotes a source line, which may be the who
 
 # What contest programs import most, loaded once in the zygote. Each module here makes every fork
 # slower. Other modules of the standard library load on demand if the file layer lets the child read
-# them; those that need a shared library of their own must be here.
+# them; those that need a shared library of their own must be here or in EXTENSIONS.
 PRELOAD = (
     "abc array bisect bz2 calendar cmath collections collections.abc copy dataclasses datetime "
     "decimal enum fractions functools hashlib heapq io itertools json lzma math numbers operator "

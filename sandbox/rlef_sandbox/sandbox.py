@@ -1,14 +1,14 @@
-"""The public class: programs in, verdicts out. The only part that knows expected outputs.
+"""The public class: programs in, verdicts out. It compares outputs with the expected ones.
 
 Theory of operation. A Sandbox owns `workers` zygotes (`worker.py`, `zygote.py`). Each is an
 interpreter process of its own, exec'd rather than forked from the caller. A call of `run` or
 `grade` first waits for a slot (`work_slots.py`): at most `workers` programs work at a time, but one
 that sleeps lets another start, so up to JOBS_PER_WORKER are under way in a zygote. The call then
 opens a session with the least loaded zygote, so any number of threads may share a Sandbox. Expected
-outputs never leave this process, except to a problem's own checker (`CheckerProgram`), which is
-confined in a process of its own. A child gets source and input; its output is compared here. If a
-zygote is lost, its tests run again on a new one. After RETRIES a test is a SANDBOX_ERROR, which is
-not a verdict on the program.
+outputs never leave this process, except in a test's own code (`CheckTest`) and to a problem's own
+checker (`CheckerProgram`); each is confined in a process of its own. A child gets source and input;
+its output is compared here. If a zygote is lost, its tests run again on a new one. After RETRIES a
+test is a SANDBOX_ERROR, which is not a verdict on the program.
 """
 
 from __future__ import annotations

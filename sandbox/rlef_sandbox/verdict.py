@@ -1,4 +1,4 @@
-"""Limits, tests, results and verdicts: plain frozen types, shared by every other module."""
+"""Limits, tests, results and verdicts: the plain frozen types that other modules share."""
 
 from __future__ import annotations
 

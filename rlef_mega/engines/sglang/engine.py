@@ -12,7 +12,7 @@ they use any other server only once it reports that version. Dialogues may run d
 their requests wait at the paused servers and continue with the new weights.
 
 A process that publishes to servers owns them until it ends; meanwhile their weight version is a
-number. Other processes refuse such servers, but a resumed run takes its own back (`take_over`).
+number, not FREE. Other processes refuse them, but a resumed run takes its own back (`take_over`).
 """
 
 import asyncio
@@ -247,7 +247,7 @@ class SGLangEngine(LivesInLoop):
         """Return how many tokens the servers have room for, at most `max_new_tokens`.
 
         Raises ValueError for a request that a server would refuse or, with a token id outside the
-        vocabulary, crash on.
+        vocabulary, crash on, and EngineError before weights are published.
         """
         if self.weight_version == NO_WEIGHTS:
             raise EngineError("no weights were published")

@@ -3,7 +3,7 @@
 The format is PyTorch's distributed checkpoint (DCP). `*.distcp` files hold chunks of tensors, each
 an archive of `torch.save`. The index `.metadata` names every tensor, with its global shape, and
 where each chunk of it is stored. Training writes it (`writer`), and so does `rlef import-hf`
-(`convert.from_hf`); `convert.stored_network` reads it.
+(`convert.from_hf`); `state.fill` and `convert.stored_network` read it.
 """
 
 import hashlib

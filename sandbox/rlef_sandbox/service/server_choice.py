@@ -1,4 +1,4 @@
-"""Chooses the server of each request: among those that are up, the one with the fewest open ones.
+"""Choose the server of each request: of those that are up, the one with the fewest open requests.
 
 Theory of operation. A request takes a server for one try, and gives it back when the try is over. A
 server that failed is out: no request takes it, and a task asks for its health, less and less often,
