@@ -75,7 +75,8 @@ def _returns_value(code: CodeType) -> bool:
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    core = min(1, abs(resource.getrlimit(resource.RLIMIT_CORE)[1]))  # 1 if it may be (core(5))
+    resource.setrlimit(resource.RLIMIT_CORE, (core, core))
     resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]),) * 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print(_fault_of(sys.stdin.buffer.read(), sys.argv[1], bool(sys.argv[2])), end="")

@@ -56,7 +56,7 @@ class Limits:
                 continue
             if not least <= value <= most:  # also if it is NaN
                 shown = "huge" if abs(value) > 1e30 else value
-                raise ValueError(f"Limits.{name} is {shown}; it must be within {least} and {most}")
+                raise ValueError(f"Limits.{name} is {shown}; it must be between {least} and {most}")
 
     @property
     def effective_wall_s(self) -> float:

@@ -533,7 +533,7 @@ def test_only_its_owner_may_read_the_token_file(tmp_path: Path):
 
 def test_a_start_that_fails_prints_one_message(server):
     for options, words in (
-        (("--port", "99999"), "--port is 99999; it must be within 0 and 65535"),
+        (("--port", "99999"), "--port is 99999; it must be between 0 and 65535"),
         (("--workers", "0"), "--workers is 0"),
         (("--port", str(server.port)), f"cannot listen on 127.0.0.1 port {server.port}"),
         (("--token-file", "/nowhere"), "/nowhere"),

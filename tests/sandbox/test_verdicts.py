@@ -123,7 +123,7 @@ def test_unknown_names_are_refused_with_the_known_ones(sandbox: Sandbox) -> None
     ids=range(7),
 )
 def test_a_limit_out_of_bounds_is_refused_with_its_bounds(field: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=rf"Limits\.{next(iter(field))} is .*; it must be within"):
+    with pytest.raises(ValueError, match=rf"Limits\.{next(iter(field))} is .*; it must be between"):
         Limits(**field)  # type: ignore[arg-type]
 
 

@@ -72,7 +72,7 @@ def serve(arguments: argparse.Namespace) -> int:
     for name, _, least, most, _ in (*NUMBERS, ("jobs", 0, 1, most_jobs, "")):
         value = getattr(arguments, name.replace("-", "_"))
         if not least <= value <= most:
-            raise ValueError(f"--{name} is {value}; it must be within {least} and {most}")
+            raise ValueError(f"--{name} is {value}; it must be between {least} and {most}")
     token = read_token(arguments.token_file, os.environ.get(TOKEN_VARIABLE))
     if token is None and not is_loopback(arguments.host):
         raise ValueError(

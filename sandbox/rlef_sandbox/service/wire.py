@@ -163,7 +163,7 @@ def number(kind: type, least: float, most: float, wire: object) -> Any:
     found = of_type(int if isinstance(wire, int) else kind, wire)
     if not least <= found <= most:  # NaN is not
         shown = "the number" if abs(found) > 1e30 else found
-        raise ValueError(f"{shown} must be within {least} and {most:.15g}")
+        raise ValueError(f"{shown} must be between {least} and {most:.15g}")
     return kind(found)
 
 
