@@ -81,7 +81,7 @@ def missing_pieces(
 
 
 def missing_extras() -> Iterator[tuple[str, str]]:
-    """Yield each optional package of rlef-mega that is not installed, with its extra."""
+    """Yield each package of an extra that is not installed, with the extra; SPEED has `gpu`'s."""
     if not is_installed("rlef-mega"):  # a checkout on Python's path
         return
     wanted = [Requirement(words) for words in requires("rlef-mega") or ()]

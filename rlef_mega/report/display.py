@@ -57,7 +57,7 @@ def points(fraction: float | None) -> str:
 
 
 def significant(value: float | None) -> str:
-    """Format with three or more significant digits; below 1e-4 and from 1e6, two and an exponent."""
+    """Format with three or more significant digits; below 1e-4 or from 1e6, two and an exponent."""
     if value is None:
         return DASH
     if value and not 1e-4 <= abs(value) < 1e6:
