@@ -81,7 +81,7 @@ def missing_pieces(
 
 
 def missing_extras() -> Iterator[tuple[str, str]]:
-    """Yield each package of an extra that is not installed, with the extra; SPEED has `gpu`'s."""
+    """Yield each missing package of an extra, with the extra; those of `gpu` are in SPEED."""
     if not is_installed("rlef-mega"):  # a checkout on Python's path
         return
     wanted = [Requirement(words) for words in requires("rlef-mega") or ()]
