@@ -1,4 +1,4 @@
-"""The FLOPs of training: the count behind every figure in TFLOP/s, and what micro-batches balance.
+"""The FLOPs of training: the count behind its TFLOP/s, and what micro-batches balance.
 
     F(s, r) = 6 [W s + h V r] + 6 L n d s^2        W = L (2 h n d + 2 h k d + 3 h f)
 
@@ -79,7 +79,7 @@ class LlamaShape:
 
     @property
     def layer_products(self) -> int:
-        """Return how many weights the matrices of a layer have: all but those of its two norms."""
+        """Return how many weights a layer's matrices have: all but those of norms and biases."""
         attention = 2 * (self.heads + self.key_value_heads) * self.head_dim
         return self.hidden * (attention + 3 * self.ffn)
 

@@ -41,7 +41,7 @@ from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.run.trackers import check_trackers
 from rlef_mega.types import Problem
 
-# Settings that a resumed run may change: where it computes, samples and grades, how often it saves.
+# Settings that a resumed run may change, such as its length, where it computes, how often it saves.
 FREE_TO_CHANGE = {
     "run.allow_change",
     "run.dir",  # a moved run
@@ -102,8 +102,8 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
 
 
 def check_positions(config: TrainConfig, model: Path, chat: ChatFormat) -> None:
-    """Raise ConfigError if a dialogue may be longer than the model's positions, or its tokenizer
-    knows more tokens than the embedding has rows."""
+    """Raise ConfigError if a dialogue may be longer than the model's positions, or a token's id is
+    beyond the embedding's rows."""
     hf_config = read_config(model)
     if config.rollout.max_context > hf_config.max_position_embeddings:
         raise ConfigError(

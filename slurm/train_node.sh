@@ -11,7 +11,7 @@
 #SBATCH --dependency=singleton
 #SBATCH --signal=B:USR1@900
 #
-# A run on one node of 8 GPUs, which train, sample and grade. Checked and planned, but never run on GPUs.
+# A run on one node of 8 GPUs, which trains, samples and grades. Checked and planned, but never run on GPUs.
 # slurm/lib/settings.sh says how to start it and explains the settings.
 
 # shellcheck disable=SC2034

@@ -1,4 +1,4 @@
-"""Log-probs, policy loss and KL of a language model's head, without storing the logits.
+"""Log-probs, policy loss and KL of a language model's head, without storing all logits.
 
 The package imports only torch, and triton where a GPU computes. Each operation has a pure PyTorch
 `*_reference`, which defines it and runs on any device. CUDA tensors in bf16 or fp32 go to the

@@ -15,8 +15,8 @@ inputs and 3 T numbers.
 Vocab-parallel: each rank of `group` holds an equal shard of the rows of the head. Forward gathers
 [T, 4] numbers, backward sums dhidden over the group.
 
-On NVIDIA GPUs the kernels of `rlef_kernels.gpu.head` compute a chunk's logits and gradients; the
-PyTorch form in `rlef_kernels.logits` defines them and runs everywhere else.
+For bf16 or fp32 on NVIDIA GPUs, the kernels of `rlef_kernels.gpu.head` compute a chunk's logits and
+gradients; the PyTorch form in `rlef_kernels.logits` defines them and runs everywhere else.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, R rows with an upstream gradient, C
 tokens of a chunk.
@@ -121,7 +121,7 @@ def linear_logprob_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `linear_logprob` in plain PyTorch, on any device, in fp32 (fp64 for fp64 inputs).
 
-    `chunk_tokens` bounds the memory: 2 chunk_tokens V numbers.
+    `chunk_tokens` bounds the memory of the logits: 2 chunk_tokens V numbers.
     """
     make_chunk = partial(
         LogitsChunk, temperature=temperature, group=group, chunk_tokens=chunk_tokens
@@ -151,7 +151,7 @@ def linear_logprob(
     `accumulate_main_grad` the gradient of the weight is added to Megatron's `weight.main_grad`
     (fp32) instead of being returned.
 
-    Returns (logprob_T, entropy_T), fp32, both differentiable with respect to hidden and weight.
+    Returns (logprob_T, entropy_T), fp32 (fp64 for fp64 inputs); hidden and weight get gradients.
 
     Raises ValueError if shapes do not match, a target is outside the vocabulary (on a GPU its
     log-prob is NaN instead), or temperature <= 0.

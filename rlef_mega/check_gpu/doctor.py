@@ -81,7 +81,7 @@ def missing_pieces(
 
 
 def missing_extras() -> Iterator[tuple[str, str]]:
-    """Yield each optional package of rlef-mega that is not installed, with its extra."""
+    """Yield each missing package of an extra, with the extra; those of `gpu` are in SPEED."""
     if not is_installed("rlef-mega"):  # a checkout on Python's path
         return
     wanted = [Requirement(words) for words in requires("rlef-mega") or ()]

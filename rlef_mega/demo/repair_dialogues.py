@@ -50,8 +50,8 @@ def repair_dialogue(number: int, seed: int) -> tuple[str, list[str]]:
 
 
 def response(program: str) -> str:
-    """Return the program without its first line, which the prefix already has, and the closing
-    fence."""
+    """Return what follows the program's first line, which the prefix already has, and add the
+    closing fence."""
     return program.rstrip("\n").partition("\n")[2] + "\n```"
 
 

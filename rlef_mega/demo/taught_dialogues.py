@@ -2,7 +2,7 @@
 
 They teach the model to answer with one fenced program, and to use the variant that the statement
 names or that a quoted public test shows. They do not teach it to use feedback: after feedback they
-repeat or guess, and are right no more often than `CORRECTED`. RLEF has to teach the model that the
+repeat or guess, except with the small probability `CORRECTED`. RLEF has to teach the model that the
 variant follows from the example in the feedback.
 """
 

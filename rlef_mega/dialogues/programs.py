@@ -52,8 +52,8 @@ def extract_program(
     """Find the program in a response: the `first` or the `last` complete block whose fence names
     the language or none, or the `only` block. For Python it must parse and not be empty.
 
-    Blocks within <think> and </think> do not count. If the response was `begun` for the model, that
-    text opened the first block, and its end may be missing.
+    Blocks within <think> and </think> do not count, unless the response was `begun` for the model.
+    Then that text opened the first block, whose end may be missing.
     """
     if language not in INFO_STRINGS:
         raise ValueError(f"unknown language {language!r}; known: {', '.join(INFO_STRINGS)}")

@@ -183,7 +183,7 @@ class DialogueLoop:
         self, problem: Problem, turn: Turn, seed: int, begun: str, context_len: int
     ) -> list[int] | None:
         """Return the feedback on a turn as tokens, shortened until it has at most `feedback_tokens`
-        and leaves room for the longest response; None if even the shortest leaves none."""
+        and leaves room for the longest response; None if even the shortest leaves no room."""
         room = self.room(context_len)
         budget = min(room, self.rules.feedback_tokens or room)
         limit: int | None = None

@@ -69,7 +69,7 @@ TEMPLATES = {
         style="assertions",
         remind_again=False,
     ),
-    # Ours: in fewer tokens, all of which CPUs must train on.
+    # Ours: humaneval's in fewer tokens, because CPUs must train on all of them.
     "functions": replace(HUMANEVAL, prompt="Write this function: {problem}", begun="signature"),
     # Ours: codecontests', cut to what a model of a few 100,000 parameters learns in minutes.
     "curriculum": Template(

@@ -48,8 +48,8 @@ class PackedRows:
 @dataclass(frozen=True)
 class HFTensor:
     """One tensor of a Hugging Face checkpoint. `layer` is None for the embedding, -1 for the final
-    norm and the head. `parameter` is the Megatron parameter's name without the layer's number,
-    which is also its key in our own checkpoints.
+    norm and the head. `parameter` is the Megatron parameter's name without the layer's number; our
+    own checkpoints have it under this key, after `policy.` or `critic.`.
     """
 
     name: str

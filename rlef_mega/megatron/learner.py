@@ -69,7 +69,7 @@ class Learner:
 
     A rank has policy and reference, or the critic, or all three. `policy`, `reference` or `critic`
     is None if this rank does not have that network: all ranks lack a critic unless
-    `ppo.advantage` is "critic".
+    `ppo.advantage` is "critic", and a reference if `ppo.beta` is 0.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class Learner:
             model.reside(residence)
 
     def make_room(self) -> None:
-        """Free device memory for servers on the same devices: keep only the policy's weights, and
-        empty the allocator's cache. Collective: on return, all ranks have freed theirs."""
+        """Free device memory for servers on the same devices: empty the allocator's cache and, if
+        idle state is offloaded, keep only the policy's weights. Collective: waits for all ranks."""
         self.settle(policy=Residence.WEIGHTS)
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()

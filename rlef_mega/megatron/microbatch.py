@@ -1,7 +1,7 @@
 """Micro-batches: the input of one forward pass of a pipeline, cut from a packed batch for this
 data-parallel rank.
 
-A micro-batch holds the rows of the hidden states that are read, and the index of each into the
+A micro-batch lists the rows of the hidden states that are read, and the index of each into the
 batch's results. With this one index a loss gathers its constants and a score scatters its results.
 
 Shape suffixes of a micro-batch: T its packed tokens, R its action tokens, V its values. Those of

@@ -65,7 +65,7 @@ def read(files: Sequence[Path], options: AppsOptions, journal: Path) -> Iterator
 
 
 def graded(row: Row, options: AppsOptions, sandbox: Sandbox) -> Parsed:
-    """Return the problem of a row if one of its shortest solutions passes its tests."""
+    """Return the problem of a row if it has no solutions, or if one of its shortest passes."""
     problem, lost = parse(row, options)
     solutions = sorted(map(str, from_json(row.get("solutions") or "[]", "solutions")), key=len)
     if problem is None or not solutions:

@@ -2,8 +2,8 @@
 JSON arrays (.json).
 
 A row comes with its location (file and number), so that an error can name it. Files are streamed,
-except arrays: of a Parquet file one batch of rows is in memory, and only the columns asked for are
-read.
+except arrays. Of a Parquet file, one batch of rows at a time is in memory, and only the columns
+asked for are read.
 """
 
 import gzip

@@ -134,7 +134,7 @@ function versionText(versions) {
   return numbers.length > 3 ? `${numbers[0]} … ${numbers.at(-1)}` : numbers.join(", ");
 }
 
-// The turns in a table: verdict, and the numbers of critic and reward.
+// The turns in a table: verdict, the facts of each (value, log-prob, tokens and others), and weight versions.
 function turnsTable(turns) {
   const present = FACTS.filter(([, key]) => turns.some((turn) => turn.facts[key] !== undefined));
   const versions = turns.some((turn) => turn.versions.length);

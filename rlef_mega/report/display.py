@@ -1,8 +1,8 @@
 """Format values and untrusted text for a reader.
 
-Programs and their output may contain control characters, bidirectional overrides, lone surrogates,
-or ten megabytes. `visible` and `clip` make such text readable; the template escapes it for HTML
-(autoescape).
+Programs and their output may contain control characters, bidirectional overrides or lone
+surrogates, or be ten megabytes long. `visible` and `clip` make such text readable; the template
+escapes it for HTML (autoescape).
 """
 
 import math
@@ -32,7 +32,7 @@ ANY_UNSEEN = re.compile(f"[{re.escape(''.join(map(chr, UNSEEN)))}]")
 
 
 def visible(text: str) -> str:
-    """Return `text` with every character visible, and none that reorders its neighbours."""
+    """Return `text` with each character of UNSEEN replaced by a visible one."""
     if not ANY_UNSEEN.search(text):  # true of nearly all texts, and much faster than translate
         return text
     return text.replace("\r\n", "\n").translate(UNSEEN)
@@ -57,7 +57,7 @@ def points(fraction: float | None) -> str:
 
 
 def significant(value: float | None) -> str:
-    """Format with three significant digits, and an exponent only if the number needs one."""
+    """Format with three or more significant digits; below 1e-4 or from 1e6, two and an exponent."""
     if value is None:
         return DASH
     if value and not 1e-4 <= abs(value) < 1e6:

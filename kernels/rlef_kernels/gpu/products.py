@@ -1,4 +1,4 @@
-"""cuBLAS: products of bf16 matrices with fp32 results, without atomics.
+"""cuBLAS: products of bf16 matrices with fp32 or bf16 results, without atomics.
 
 fp32 matrices are multiplied with TF32 if `torch.backends.cuda.matmul.allow_tf32` is set.
 """

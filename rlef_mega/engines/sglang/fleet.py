@@ -227,7 +227,7 @@ class Fleet:
                 self.take_out(member, member.last_failure)
 
     async def withhold(self) -> None:
-        """Use no server before the next publication: one failed, so their weights are unknown."""
+        """Use no server before the next publication: the last one failed; weights are unknown."""
         self.version = self.restore = None
         for member in self.members:
             if member.ready:
@@ -258,7 +258,7 @@ class Fleet:
             member.probing = self.start(self.probe_until_ready(member))
 
     async def probe_until_ready(self, member: Member) -> None:
-        """Check a server that failed, at growing intervals, until it answers and has the current
+        """Check a server that is out, at growing intervals, until it answers and has the current
         weights; then use it again."""
         pause_s = FIRST_PROBE_S
         try:

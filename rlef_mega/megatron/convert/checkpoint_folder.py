@@ -1,4 +1,4 @@
-"""Finds the networks in a checkpoint. Only this file knows their folders and key prefixes."""
+"""Find a checkpoint, and in it each network: its folder and the prefix of its keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Decides which optional packages for speed are used on this machine. Only this file decides:
+"""Decide which optional packages for speed are used on this machine. Only this file decides:
 attention, model and optimizer ask it; `rlef doctor`, a run's manifest and its first lines report
 it.
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rlef_mega.config import ConfigError, read_json
 from rlef_mega.run.model_folder import refuse_quantized
 
-if TYPE_CHECKING:  # importing a config takes 2 s of CPU time, and `rlef plan` reads none
+if TYPE_CHECKING:  # importing a config takes 2 s of CPU time; `rlef plan` can do without one
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 DenseConfig: TypeAlias = "LlamaConfig | Qwen2Config | Qwen3Config"

@@ -349,8 +349,8 @@ static __attribute__((noinline)) int start_in_namespaces(const struct plan *plan
     return 1;
 }
 
-/* Prepares this process to start children. Their namespaces end with it. `last_id_file` is as in
- * `rlef_listen`. */
+/* Prepares this process to start children. Their namespaces end with it. `last_id_file` is the
+ * `last_id` of `rlef_listen`. */
 void rlef_own_children(int last_id_file)
 {
     own_pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
