@@ -124,7 +124,7 @@ def logits_statistics_kernel(
 
 
 class KernelsChunk(LogitsChunk):
-    """Computes what `LogitsChunk` does, with kernels. Logits are stored only for a gradient, in the
+    """Computes what `LogitsChunk` does, with kernels. Logits are kept only for a gradient, in the
     inputs' dtype, each minus its tile's maximum."""
 
     def __init__(
