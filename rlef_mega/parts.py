@@ -1,8 +1,8 @@
 """The parts of a training run, built from its recipe: opened together, closed together.
 
 Theory of operation: all ranks call `open_parts` and get the parts of the same run, each with its
-share of the networks. Leaving the `with` block closes the grader and the engine; the networks live
-as long as the process.
+share of the networks. Leaving the `with` block closes trackers, progress display, grader and
+engine; the networks live as long as the process.
 """
 
 from collections.abc import Iterator, Sequence

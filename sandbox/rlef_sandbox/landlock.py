@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from . import kernel
 
 EXECUTE, READ_FILE, READ_DIR = 1, 4, 8
-# WRITE_FILE REMOVE_DIR REMOVE_FILE MAKE_DIR MAKE_REG REFER TRUNCATE, those that the ABI has
+# WRITE_FILE REMOVE_DIR REMOVE_FILE MAKE_DIR MAKE_REG REFER TRUNCATE; an old ABI lacks the last two
 WRITE = 2 | 16 | 32 | 128 | 256 | 8192 | 16384
 # The number of kinds of file access that each ABI version handles.
 FILE_ACCESS_KINDS = {1: 13, 2: 14, 3: 15, 4: 15}

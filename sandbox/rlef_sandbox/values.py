@@ -4,8 +4,8 @@ Arguments travel to the child by `encode` and `decode`. The returned value trave
 and is compared by `matches`, or decoded in the confined process of a CheckTest. `matches` walks the
 parsed wire form alongside the expected value, so an object with an `__eq__` of the program's own
 never exists where the expected value is known. It puts no untrusted value into a set or a dict,
-where chosen hash collisions would take quadratic time. A wire form that is much longer or deeper
-than the expected value is refused before it is parsed.
+where chosen hash collisions would take quadratic time. A wire form that is much longer than that of
+the expected value, or nested deeper than MAX_DEPTH, is refused before it is parsed.
 
 JSON carries None, booleans, numbers, strings and lists. Other values are one-key objects:
 {"int": hex}, {"tuple": [...]}, {"set": [...]}, {"frozenset": [...]}, {"dict": [[key, value], ...]},

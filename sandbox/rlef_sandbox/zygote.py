@@ -8,8 +8,8 @@ break out, runs a few programs itself (`warm_up.py`), and reports the layers. Th
 requests that come over the control channel, each on the session (a socket) that the request brings.
 
 Each request starts a child for one run. The zygote supervises its children in one loop
-(csrc/serve.c; supervisor_python.py without a C compiler). The loop polls the children's pidfds,
-reads their CPU clocks, kills a child that passes a limit, reports that a child sleeps or wakes, and
+(csrc/serve.c; supervisor_python.py without a C compiler). The loop polls for the end of each child,
+reads its CPU clock, kills a child that passes a limit, reports that a child sleeps or wakes, and
 sends what the kernel reported of its end. Each child is alone with its parent in a pid namespace
 (csrc/spawn.c), if the machine allows one, so that its ids reveal nothing about other runs. The loop
 never waits for one child alone, so a sleeper delays no other run. In memory that it shares with the

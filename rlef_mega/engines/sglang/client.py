@@ -1,8 +1,8 @@
 """Requests to one SGLang server over HTTP.
 
-Only this file knows the paths of SGLang's interface, and answers.py its fields. They were verified
-for the versions in SUPPORTED; others are refused, because a weight update that a server accepts
-with status 200 but does not perform would be noticed only after training has gone wrong.
+Only this file knows the paths of SGLang's interface (processes.py polls two of them); its fields
+are here and in answers.py. Both were verified for the versions in SUPPORTED; others are refused: a
+weight update that a server accepts with status 200 but does not perform would be noticed too late.
 """
 
 import asyncio

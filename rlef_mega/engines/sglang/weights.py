@@ -218,7 +218,7 @@ def finalized(number: int) -> int:
 
 
 def differing_parameters(expected: Checksums, found: Checksums) -> str:
-    """Return the names of the parameters that differ on a server; empty if none."""
+    """Say what differs on a server, parameters or the number of ranks; empty if nothing."""
     if len(expected) != len(found):
         return f"{len(found)} tensor-parallel ranks instead of {len(expected)}"
     wrong = [

@@ -6,7 +6,7 @@ calls the varlen kernel that `attention_kernel` names or, if that names none (al
 fp32), PyTorch's SDPA once per sequence.
 
 Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads of this rank, D head
-dimension, S sequences.
+dimension, E half of it, S sequences.
 """
 
 from dataclasses import dataclass

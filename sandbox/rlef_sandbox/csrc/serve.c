@@ -6,9 +6,9 @@
  * `rlef_serve` returns in the zygote when a request has no plan yet (PREPARE), and in a forked
  * child that runs a Python program next.
  *
- * One thread polls the channel of the requests, the controller's pidfd and, for each child, its
- * pidfd and the session on which the controller waits for its outcome. supervisor_python.py does
- * the same on machines without a compiler; protocol.py defines the messages.
+ * One thread polls the channel of the requests, the controller's pidfd and, for each child, what
+ * shows its end (`awaited`) and the session on which the controller waits for its outcome.
+ * supervisor_python.py does the same without a compiler; protocol.py defines the messages.
  */
 #define _GNU_SOURCE
 #include <errno.h>
