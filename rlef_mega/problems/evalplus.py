@@ -211,7 +211,7 @@ for _given in eval(_sys.stdin.read(), dict(inf=_math.inf, nan=_math.nan)):
     _out = ENTRY(*_given)
     _took = _time.process_time() - _began
     try:
-        if _leaves(_out, 1 << 19) <= 1 << 19:  # a leaf with its separator has 3 characters
+        if _leaves(_out, 1 << 19) <= 1 << 19:  # of 3 characters each, with separators
             _text = repr(_out is not None if NONE else _plain(_out))
     except ValueError:  # an integer of more digits
         pass
