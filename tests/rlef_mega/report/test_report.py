@@ -361,7 +361,7 @@ def test_of_many_recorded_steps_some_are_shown_over_the_whole_run(run):
 
 def test_the_page_says_when_it_leaves_episodes_out(run):
     page = Page(write_report(run, episodes=20).read_text(encoding="utf-8"))
-    assert len(page.dialogues) == 20 and "recorded, at most 20." in page.text
+    assert len(page.dialogues) == 20 and "newest step first, at most 20." in page.text
     assert Page(write_report(run).read_text(encoding="utf-8")).text.count("at most") == 0
 
 
