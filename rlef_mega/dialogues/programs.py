@@ -33,7 +33,7 @@ THOUGHTS = re.compile(r"\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z)", 
 
 @dataclass(frozen=True)
 class Extracted:
-    """The program of a response, or None and why it is `invalid`, which the model is told."""
+    """The program of a response; or None, and in `invalid` the reason that the model is told."""
 
     program: str | None
     invalid: str = ""

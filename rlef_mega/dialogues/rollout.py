@@ -132,7 +132,7 @@ class DialogueLoop:
 
     @asynccontextmanager
     async def text(self) -> AsyncIterator[None]:
-        """Hold the lock for work on text, after everything else that is ready in the loop."""
+        """Hold the lock for work on text. Before the work, let the loop run whatever is ready."""
         async with self.text_lock:
             await asyncio.sleep(0)  # else the next dialogue would work in the same iteration
             yield

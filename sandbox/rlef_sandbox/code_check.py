@@ -75,7 +75,7 @@ def _returns_value(code: CodeType) -> bool:
 
 
 if __name__ == "__main__":
-    core = min(1, abs(resource.getrlimit(resource.RLIMIT_CORE)[1]))  # 1 if it may be (core(5))
+    core = int(resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)  # 1 if allowed (seccomp.py)
     resource.setrlimit(resource.RLIMIT_CORE, (core, core))
     resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]),) * 2)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

@@ -206,8 +206,8 @@ class Fleet:
     # ------------------------------------------------------------ readiness
 
     async def expect(self, version: int, served: Collection[str]) -> None:
-        """Use from now on only servers with this version, which another process published. Those
-        in `served` have it; every other server is asked for its version."""
+        """Use only servers that have this version, which another process published. Those in
+        `served` have it; every other server is asked for its version before it is used."""
         self.version = version
         for member in self.members:
             if member.client.url in served:
