@@ -117,4 +117,4 @@ bench: setup
 	"$(BIN)/rlef" bench rollout --json benchmarks/results/rollout.json
 
 clean:
-	rm -rf "$(VENV)" .venv-sglang runs
+	rm -rf "$(VENV)" .venv-sglang .venv-gpu runs
