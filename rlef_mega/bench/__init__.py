@@ -42,6 +42,6 @@ def measured(what: str, recipe: str, **options: Any) -> "Results":
         if name not in OPTIONS.get(what, ()):
             owners = "|".join(of for of, names in OPTIONS.items() if name in names)
             raise ConfigError(f"--{name} is an option of `rlef bench {owners}`, not {what!r}")
-    # imported here: each needs its own part of the trainer, and workers run as modules
+    # imported here: each needs its own part of the trainer, and `python -m` would load it twice
     benchmark = import_module(f"rlef_mega.bench.{what}").benchmark
     return benchmark(recipe, **given) if what in OF_A_RECIPE else benchmark()

@@ -1,8 +1,8 @@
 """`rlef bench e2e`: the whole loop as users run it, measured by its metrics.jsonl.
 
 Runs a few steps of `rlef train` in a temporary folder, with SGLang servers if the recipe has some.
-Without the recipe's model on this machine, random weights of the demo's shape are used; they write
-hardly any valid code, so grading takes almost no time (the results name the model).
+If the recipe's model is not on this machine, and its shape is not stated, random weights of the
+demo's shape are used; they write hardly any valid code, so grading takes almost no time.
 """
 
 from typing import Any

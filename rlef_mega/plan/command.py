@@ -43,11 +43,11 @@ def run_plan(
     """Print the plan of a recipe, and write it to `out`. With `gpus`, also write the recipe, with
     these overrides and in the best layout found, to `write`.
 
-    Raises ConfigError if the recipe's layout, or with `gpus` every layout, does not fit, and for
-    `write` without `gpus` or `sampling_gpus` with it.
+    Raises ConfigError if the recipe's layout (with `gpus`: every layout) does not fit, if `write`
+    is given without `gpus`, or `sampling_gpus` with it.
     """
     if write is not None and gpus is None:
-        raise ConfigError(f"--write {write}: give --gpus, which searches the layout to write")
+        raise ConfigError(f"--write {write}: give --gpus, which searches for the layout to write")
     if sampling_gpus is not None and gpus is not None:
         raise ConfigError(f"--sampling-gpus {sampling_gpus}: --gpus chooses them; give only one")
     path = find_recipe(recipe)
@@ -204,7 +204,7 @@ def show_step(console: Console, split: Split, device: Device) -> None:
     hours = steps * step.seconds / 3600
     console.print(
         f"{steps:,} steps: {hours:.3g} hours on {run.training_gpus:,} + "
-        f"{split.gpus - run.training_gpus:,} = "
+        f"{split.gpus - run.training_gpus:,} = {split.gpus:,} GPUs, "
         f"{split.gpu_hours:,.{0 if hours > 1 else 3}f} GPU hours, without evaluations and "
         "checkpoints"
     )

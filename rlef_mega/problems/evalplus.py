@@ -211,7 +211,7 @@ for _given in eval(_sys.stdin.read(), dict(inf=_math.inf, nan=_math.nan)):
     _out = ENTRY(*_given)
     _took = _time.process_time() - _began
     try:
-        if _leaves(_out, 1 << 19) <= 1 << 19:  # of 3 characters each, with separators
+        if _leaves(_out, 1 << 19) <= 1 << 19:  # more, at 3 characters each, exceed 1 << 20
             _text = repr(_out is not None if NONE else _plain(_out))
     except ValueError:  # an integer of more digits
         pass

@@ -1,4 +1,4 @@
-"""Compiles a source in a child and runs it as an ordinary interpreter would.
+"""Compile a source in a child, and run it as an ordinary interpreter would.
 
 The zygote is an ordinary interpreter whose standard streams are descriptors 0, 1 and 2. A child has
 the run's files there, so `sys.stdin`, `input()`, buffering and encodings are the real ones. This

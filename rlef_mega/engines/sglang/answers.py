@@ -39,7 +39,7 @@ class ServerInfo(BaseModel):
     @property
     def context_length(self) -> int:
         """Return how many tokens a prompt and its response may have together."""
-        # SGLang reports its own context length - 6, and keeps 2 of that length (SPARE_TOKENS)
+        # SGLang reports its context length minus 6, and keeps 2 tokens for itself (SPARE_TOKENS)
         return self.max_req_input_len + 4
 
     @property

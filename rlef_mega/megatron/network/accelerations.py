@@ -164,7 +164,7 @@ def attention_report(kernel: str, dtype: torch.dtype) -> str:
 
     cost = "PyTorch's kernel of the same family is used"
     if "is_causal" in varlen_options(varlen_attn):
-        cost += ", with keys and values copied for each query head before PyTorch 2.11"
+        cost += ", which before PyTorch 2.11 copies keys and values for each query head"
     return without("flash_attn", "torch.nn.attention.varlen", cost)
 
 
