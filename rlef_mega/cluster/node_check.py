@@ -69,8 +69,8 @@ def check_shared_folder(
     if missing:
         yield (
             f"after {wait_s:.0f} s {folder} shows nothing from {', '.join(sorted(missing))}: "
-            "either the nodes do not share this file system (set run.dir to a folder that they "
-            "do), or those nodes did not start"
+            "either the nodes do not share this file system (set run.dir to a folder that all of "
+            "them share), or those nodes did not start"
         )
 
 

@@ -1,10 +1,10 @@
 """Plan the dialogues of an evaluation's protocols, and run those that its file lacks.
 
 Theory of operation: a fixed number of workers, all in one event loop, take missing dialogues from a
-queue. A worker runs a dialogue and writes it to the file before it takes the next one. It opens the
-next session as soon as it closes one, so the embedded engine's waves stay full. A fault of engine
-or sandbox drops the dialogue, and the file records why. A lost engine, a full disk or a wrong
-request ends the evaluation; the dialogues in the file remain.
+queue. A worker runs a dialogue and writes it to the file before it takes the next one. A dialogue
+opens its session of the engine as soon as the one before it has closed its own, so the embedded
+engine's waves stay full. A fault of engine or sandbox drops the dialogue, and the file records why.
+A lost engine, a full disk or a wrong request ends the evaluation; the dialogues in the file remain.
 """
 
 import asyncio

@@ -60,7 +60,7 @@ class StepTime:
     update: Terms
     move: float  # idle state to the host and back
     publish: float
-    generation: Generation | None  # None without servers
+    generation: Generation | None  # None if the servers have no GPU
     is_async: bool
 
     @property
@@ -357,7 +357,7 @@ class PlannedRun:
         gpus = self.server_gpus if self.has_servers else 1
         return SamplingServer(self.shape, device, gpus, self.memory_fraction)
 
-    def sampled_with(self, device: Device) -> float:
+    def sampling_bytes(self, device: Device) -> float:
         """Return the bytes that sampling takes on each of the trainer's GPUs, beside what the ranks
         keep there: a colocated server's, or the longest contexts of the embedded engine."""
         if self.colocated:
@@ -369,7 +369,7 @@ class PlannedRun:
         return dialogues * self.config.rollout.max_context * token_bytes
 
     def sampling_fits(self, device: Device) -> bool:
-        beside = self.sampled_with(device)
+        beside = self.sampling_bytes(device)
         return not beside or beside + max(rank.kept for rank in self.memory()) <= device.usable
 
     def largest_memory_fraction(self, device: Device) -> float:
@@ -422,7 +422,7 @@ def refuse_without_room(run: PlannedRun, device: Device) -> None:
             f"usable: {gib(fullest.total - device.usable)} too much. The largest parts are "
             + " and ".join(f"{part} ({gib(fullest.parts[part])})" for part in largest)
         )
-    kept, beside = max(rank.kept for rank in run.memory()), run.sampled_with(device)
+    kept, beside = max(rank.kept for rank in run.memory()), run.sampling_bytes(device)
     if not run.sampling_fits(device):
         most = run.largest_memory_fraction(device)
         remedy = (

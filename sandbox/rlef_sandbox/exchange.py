@@ -2,10 +2,10 @@
 
 The program's side serves calls of its function. The other side runs the test's code, for which
 `candidate` is a stand-in that sends each call across and waits. Only plain data crosses (`values`),
-preceded by its length, so neither side has an object, a frame or a line of the other. An exception
-of the program arrives as one of its nearest built-in class, with its name, its message and, if they
-are plain data, its arguments. A result that is not plain data arrives as an object that can only be
-compared with None.
+each message after its length. So neither side has an object, a frame or a source line of the other.
+An exception of the program arrives as one of its nearest built-in class, with its name, its message
+and, if they are plain data, its arguments. A result that is not plain data arrives as an object
+that can only be compared with None.
 
 A check that exceeds a limit may do so by its own fault, or because of what the program returned.
 It marks in its exchange file that it has called the program: before that, the fault is its own.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 REQUEST = struct.Struct("<BddQQI")
 OUTCOME = struct.Struct("<BBiddQ")
 MAX_MESSAGE_BYTES = 64 << 10
-MAX_DESCRIPTORS = 8  # MAX_FILES in csrc/zygote.h; a zygote keeps these numbers occupied
+MAX_DESCRIPTORS = 8  # MAX_FILES in csrc/zygote.h; a zygote keeps the numbers below it occupied
 ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
 CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)  # an operation on the enum takes as long as the call
 SLEEPING = b"~"  # the run waits instead of working: another program may use its core

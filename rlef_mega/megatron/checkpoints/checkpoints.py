@@ -50,7 +50,7 @@ class Saving:
 
     folder: Path  # with the suffix .tmp
     meta: dict[str, Any]
-    metadata: Any  # of all ranks' boxes; None except on rank 0
+    metadata: Any  # of all ranks' boxes of tensors (`state_of`); None except on rank 0
     rank_state: RankState
     work: Future
     completing: bool = False  # all ranks have written, rank 0 writes the rest

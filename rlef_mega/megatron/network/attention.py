@@ -80,7 +80,7 @@ class PackedAttention(MegatronModule):
         """Attend from [T, H, D] to [T, K, D]. Returns [T, H * D]."""
         assert packed_seq_params.rotation is not None and self.frequencies_E is not None
         query, key = (packed_seq_params.rotation(x, self.frequencies_E) for x in (query, key))
-        # a view would keep the product of queries, keys and values for the backward pass
+        # a view would keep all of the packed queries, keys and values for the backward pass
         value = value.contiguous()
         kernel = attention_kernel(query.device.type, query.dtype)
         if kernel == "flash-attn":

@@ -7,7 +7,7 @@
  * child that runs a Python program next.
  *
  * One thread polls the channel of the requests, the controller's pidfd and, for each child, what
- * shows its end (`awaited`) and the session on which the controller waits for its outcome.
+ * shows its end (`process.awaited`) and the session on which the controller waits for its outcome.
  * supervisor_python.py does the same without a compiler; protocol.py defines the messages.
  */
 #define _GNU_SOURCE
@@ -57,7 +57,7 @@ struct prepared {
 struct child {
     struct started process; /* with an id of 0 this cell is free */
     int session;
-    int awaited; /* whether the session is polled, to see when the controller closes it */
+    int session_open; /* polled until the controller closes it */
     int ending;
     enum turn turn;
     double paused; /* since when, or 0 */
@@ -242,7 +242,7 @@ static int start(struct server *server, struct plan *plan)
     server->children[cell] = (struct child){
         .process = process,
         .session = server->session,
-        .awaited = 1,
+        .session_open = 1,
         .cpu_s = cpu_s,
         .wall_s = wall_s,
         .started = now,
@@ -340,8 +340,8 @@ static void supervise(struct server *server, const struct pollfd *polled, const 
             finish(server, cells[index]);
         } else if (recv(child->session, &word, 1, MSG_DONTWAIT) == 1) {
             obey(child, word);
-        } else if (child->awaited) { /* the controller closed the session */
-            child->awaited = 0;
+        } else if (child->session_open) { /* the controller closed it */
+            child->session_open = 0;
             signal_child(child, SIGKILL);
             child->next_check = NEVER;
         }
@@ -415,7 +415,7 @@ int rlef_serve(struct server *server)
                 cells[count] = cell;
                 polled[count++] = (struct pollfd){child->process.awaited[index], POLLIN, 0};
             }
-            if (child->awaited) {
+            if (child->session_open) {
                 cells[count] = cell;
                 polled[count++] = (struct pollfd){child->session, POLLIN | POLLRDHUP, 0};
             }

@@ -95,8 +95,8 @@ class GradingProcess(contextlib.AbstractContextManager):
 def serve_connections(
     control: Connection, open_sandbox: Callable[[], Sandbox], server: int
 ) -> None:
-    """Answer each connection that comes on `control` in a thread of its own, as the child's main
-    function.
+    """Run the child: open the sandbox, and answer each connection that comes on `control` in a
+    thread of its own.
     """
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):

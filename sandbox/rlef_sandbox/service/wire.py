@@ -103,7 +103,7 @@ class GradeRequest:
     run_at_least: Count = 0
 
     def is_answered_by(self, results: Sequence[Result]) -> bool:
-        """Return whether there is a result for each test, or for fewer that end with a failure."""
+        """Return whether all tests have results, or at least `run_at_least`, with a failure."""
         if len(results) >= len(self.tests) or not self.stop_at_first_failure:
             return len(results) == len(self.tests)
         failed = any(result.status is not Status.OK for result in results)

@@ -358,7 +358,7 @@ def test_colocated_servers_may_take_what_the_ranks_leave():
     # while servers sample, the ranks keep the policy's weights, half of them with TP 2
     assert rank.kept == run.policy.weights(0)
     most = run.largest_memory_fraction(H100)
-    assert rank.kept + run.sampled_with(H100) <= H100.usable and most >= run.memory_fraction
+    assert rank.kept + run.sampling_bytes(H100) <= H100.usable and most >= run.memory_fraction
     refuse_without_room(replace(run, memory_fraction=most), H100)
     with pytest.raises(ConfigError, match=rf"does not fit.*memory_fraction to at most {most:g}"):
         refuse_without_room(replace(run, memory_fraction=most + 0.05), H100)
@@ -372,7 +372,7 @@ def test_the_embedded_engines_contexts_must_fit_beside_it():
     refuse_without_room(run_of("gpu1"), gpu)
     # 128 dialogues of 16,384 tokens, with 2 x 24 layers x 2 heads x 64 numbers of 2 bytes for each
     run = run_of("gpu1", "rollout.max_context=16384", "learner.microbatch_tokens=16384")
-    assert run.sampled_with(gpu) == 128 * 16384 * 2 * 24 * 2 * 64 * 2
+    assert run.sampling_bytes(gpu) == 128 * 16384 * 2 * 24 * 2 * 64 * 2
     with pytest.raises(ConfigError, match=r"sampling does not fit rtx4090.*lower rollout.max_cont"):
         refuse_without_room(replace(run, recompute="full"), gpu)
 
