@@ -6,10 +6,10 @@
 The peer is LlamaForCausalLM with PyTorch's AdamW in a plain training loop, with Liger's kernels and
 head if they can run, and with a head that stores logits. Same weights, sequences, response tokens,
 loss (`ppo.policy_loss`), gradient clipping and optimizer arithmetic; micro-batches of its own, of
-sequences of similar lengths, padded. What favours the peer: its head runs only on response tokens,
-as ours does; there is no mask, since right padding and causality need none; gradients of bfloat16
-weights add up in bfloat16 over micro-batches, ours in fp32; no entropy is computed. Main weights
-and moments are fp32 on both sides.
+sequences of similar lengths, padded. The peer does no more than it must: its head runs only on
+response tokens, as ours does; there is no mask, since right padding and causality need none;
+gradients of bfloat16 weights add up in bfloat16 over micro-batches, ours in fp32; no entropy is
+computed. Main weights and moments are fp32 on both sides.
 
 One process. The peer must begin with our loss and gradient norm, or it is left out with the reason;
 this ensures that the same work is compared. The sides are measured as the slice's own phases are:

@@ -20,7 +20,7 @@ DISK = 5e9  # bytes/s of a shared file system, written by one rank or read by al
 # Memory outside PyTorch's allocations: context, cuBLAS, NCCL's buffers. And what the caching
 # allocator loses to fragmentation, as a fraction of its allocations. Both assumed.
 CONTEXT_GIB, FRAGMENTS = 2.0, 0.05
-# What a server on a trainer's GPU holds beside weights and contexts, also while the trainer uses
+# What a server on a trainer's GPU holds beside weights and KV cache, also while the trainer uses
 # the GPU: its own CUDA context, captured graphs, buffers (assumed)
 SERVER_GIB = 4.0
 EMBEDDED_BATCH = 128  # dialogues that the embedded engine samples at once (engines/local.py)

@@ -59,7 +59,7 @@ def _bound(file: Path, value: int) -> None:
 
 
 def _remove_orphans(parent: Path) -> None:
-    """Remove the groups of processes with a Sandbox that were killed together with its reapers."""
+    """Remove the groups that dead callers left, because their reapers were killed with them."""
     for group in parent.glob(f"{PREFIX}*-*"):
         if not os.path.exists(f"/proc/{group.name.removeprefix(PREFIX).partition('-')[0]}"):
             remove(str(group))

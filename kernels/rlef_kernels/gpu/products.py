@@ -11,8 +11,8 @@ import torch
 def write_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Write left @ right to `out`, which is fp32 or of the factors' dtype."""
     if out.device.type == "cpu":
-        # For the interpreter's tests: rounds once, as cuBLAS does. (PyTorch 2.13's bf16 product on
-        # CPUs keeps NaN that `out` contained before.)
+        # For tests in Triton's interpreter: rounds once, as cuBLAS does. (PyTorch 2.13's bf16
+        # product on CPUs keeps NaN that `out` contained before.)
         out.copy_(left.float() @ right.float())
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
