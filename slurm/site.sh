@@ -7,7 +7,7 @@ CPU_PARTITION=${CPU_PARTITION:-}              # partition of grading nodes, in a
 ACCOUNT=${ACCOUNT:-${SBATCH_ACCOUNT:-}}       # account to charge; empty: Slurm's default
 SUBMIT_OPTIONS=${SUBMIT_OPTIONS:-}            # more options of sbatch, like --qos=long --constraint=h100
 
-GPU_REQUEST=${GPU_REQUEST---gpus-per-node=%n} # option of sbatch that requests %n GPUs per node, or --gres=gpu:h100:%n;
+GPU_REQUEST=${GPU_REQUEST---gpus-per-node=%n} # option of sbatch that requests %n GPUs per node, like --gres=gpu:h100:%n;
                                               # empty: no request, for whole nodes whose GPUs are not GRES
 GPU_MODEL=${GPU_MODEL:-}          # GPU whose memory `rlef plan` checks: h100-80gb, h200, b200, a100-80gb; empty: h100-80gb
 

@@ -78,8 +78,8 @@ def draw_n_at_k(axes: Axes, protocols: Json) -> None:
 
 
 def draw_turn_budget(axes: Axes, protocols: Json) -> None:
-    """Draw n@k over the largest number of turns, at the same k samples. A point that was estimated
-    from too few dialogues has no marker."""
+    """Draw n@k over the limit on turns, at the same k samples. A point that was estimated from too
+    few dialogues has no marker."""
     for color, (name, numbers) in zip(PALETTE, protocols.items(), strict=False):
         pairs = table(numbers, "turn_budget")
         for dash, (pair, points) in zip(cycle(("-", "--", ":", "-.")), pairs.items(), strict=False):

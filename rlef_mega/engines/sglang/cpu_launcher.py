@@ -6,8 +6,8 @@ float32 model on `torch_native` attention never calls; a kernel that is called r
 this is used on a GPU.
 
 SGLang's processes import this file again (multiprocessing's spawn), so the replacements are made at
-import. It imports nothing of this project, which is not installed there. It is run by `python -P`,
-or the modules of this folder could hide others.
+import. It imports nothing of this project, which is not installed there. `python -P` runs it:
+otherwise the modules of this folder could hide others.
 """
 
 import importlib.machinery

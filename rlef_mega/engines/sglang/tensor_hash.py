@@ -1,4 +1,4 @@
-"""Compute the hash of a tensor that SGLang's servers report on a GPU, tile by tile in one launch.
+"""Compute the hash that SGLang's servers on GPUs report of a tensor, tile by tile in one launch.
 
 One program of the kernel hashes one tile of words: it mixes each word twice with its index (two
 lanes), sums each lane, and mixes the sums with the length into the halves of one 64-bit number.
