@@ -44,7 +44,7 @@ def run_plan(
     these overrides and in the best layout found, to `write`.
 
     Raises ConfigError if the recipe's layout (with `gpus`: every layout) does not fit, if `write`
-    is given without `gpus`, or `sampling_gpus` with it.
+    is given without `gpus`, or `sampling_gpus` with `gpus`.
     """
     if write is not None and gpus is None:
         raise ConfigError(f"--write {write}: give --gpus, which searches for the layout to write")
