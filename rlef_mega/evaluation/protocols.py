@@ -3,7 +3,7 @@
 Theory of operation: a fixed number of workers, all in one event loop, take missing dialogues from a
 queue. A worker runs a dialogue and writes it to the file before it takes the next one. A dialogue
 opens its session of the engine as soon as the one before it has closed its own, so the embedded
-engine's waves stay full. A fault of engine or sandbox drops the dialogue, and the file records why.
+engine's batches stay full. A fault of engine or sandbox drops the dialogue; the file records why.
 A lost engine, a full disk or a wrong request ends the evaluation; the dialogues in the file remain.
 """
 

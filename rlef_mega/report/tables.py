@@ -75,7 +75,7 @@ def protocol_table(protocols: Json, key: str, label: str) -> Table:
 
 
 def budget_table(protocols: Json) -> Table:
-    """Return a table of n@k by the largest number of turns of a dialogue."""
+    """Return a table of n@k by the limit on a dialogue's turns."""
     budgets = {
         f"{pair} {name}": curve
         for name, numbers in protocols.items()

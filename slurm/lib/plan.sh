@@ -148,7 +148,7 @@ submit() { # check the run and submit CHAIN jobs (`bash slurm/train_8b.sh`)
     fi
     if ! in_software "$PYTHON" -m rlef_mega.cluster.slurm find "$RECIPE" "${SETS[@]}"; then
         [ -n "$CONTAINER" ] || die "the run would fail (above)"
-        say "WARNING: not here (above); MOUNTS must put it into the container"
+        say "WARNING: this node lacks what is named above; MOUNTS must put it into the container"
     fi
     for ((n = 0; n < CHAIN; n++)); do
         sbatch "--time=$TIME" "--signal=B:USR1@$GRACE_S" --requeue --open-mode=append \

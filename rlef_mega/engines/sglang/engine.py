@@ -214,7 +214,7 @@ class SGLangEngine(LivesInLoop):
     async def release(self) -> None:
         """Free the servers' memory. Until `wake`, none is checked or restored."""
         await self.fleet.control.acquire()
-        unpublished = self.fleet.version is None  # a server holds memory from its start
+        unpublished = self.fleet.version is None  # none is ready yet, but all hold memory
         members = [member for member in self.fleet.members if member.ready or unpublished]
         self.resting = await on_each(members, lambda client: client.release_memory())
 
