@@ -5,7 +5,7 @@ Learning", arXiv 2410.02089, sections 2.2 and A.1. An episode is a dialogue; a t
 an action is one token of a response. targets.py calls the functions up to the advantages, once for
 each batch, before its updates; `policy_loss` and `value_loss` are the losses of the updates.
 
-Shape suffixes as in types.py: A action tokens, N turns, E episodes, M values (N or A).
+Shape suffixes as in types.py: A action tokens, N turns, M values (N or A).
 Arithmetic is fp32 or fp64. A loss is a sum divided by `denominator`, a count over the whole
 update, so losses and their metrics add up over micro-batches and data-parallel ranks. Without a
 denominator a loss is a mean.

@@ -3,7 +3,7 @@ each token of a response.
 
 A record holds at most `TEXT_LIMIT` characters of any text but the program. For each token of a
 response it has the number of characters (`pieces`) and the log-probs in thousandths of a nat:
-`logprobs` when sampled, `ref_logprobs` under the initial policy. Only the report reads records.
+`logprobs` when sampled, `ref_logprobs` under the initial policy. The report reads records.
 """
 
 from bisect import bisect_right
@@ -100,7 +100,7 @@ def problem_record(problem: Problem) -> dict[str, Any]:
 
 
 def judged_record(program: str | None, verdict: Verdict, problem: Problem) -> dict[str, Any]:
-    """Return the record of a response: its program and the results of its tests."""
+    """Return a response's program and test results, from which `rlef eval` computes its numbers."""
     return {
         "program": program,
         "fault": verdict.invalid[:TEXT_LIMIT],

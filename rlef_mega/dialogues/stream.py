@@ -9,16 +9,15 @@ dialogues have been started in all. So at most `max_staleness` + 1 batches are s
 taken: this bounds the queue, and makes the engine wait for the trainer.
 
 `take` waits until a batch of dialogues has finished, and until so few others are left that later
-batches can take them before they are more than `max_staleness` versions old: of the
-dialogues that started with weights of version v or before, for each v, at most
+batches can take them before they are more than `max_staleness` versions old. For each v, at most
 
     batch * (v + max_staleness - version)
 
-may be left, because that many fit into the batches until then. Before each `take` there are at most
-one batch more than that, so it is enough that one batch of them has finished. Finished dialogues
-are taken in the order in which they started. Of the oldest dialogues (one batch of them), at most
-the share `max_passed_over` may be missing; without this bound, one batch would have the short
-dialogues and the next one the long ones.
+of the dialogues that started with version v or before may be left, because that many fit into the
+batches until then. Before each `take` at most one batch more than that is left, so it is enough
+that one batch of them has finished. Finished dialogues are taken in the order in which they
+started. Of the oldest dialogues (one batch of them), at most the share `max_passed_over` may be
+missing; without this bound, one batch would have the short dialogues and the next the long ones.
 
 So every dialogue is taken exactly once, and before it is too old. A batch closes without the
 longest dialogues; these are in a later batch. With `max_staleness` 0 this is synchronous training.

@@ -30,7 +30,7 @@ class RecordedResponses:
     """The responses of each dialogue of a file, or why it was dropped."""
 
     responses: dict[Key, tuple[str, ...] | str]
-    turns: int | None  # at most, if the file records it
+    turns: int | None  # the limit of a dialogue, if the file records it
 
     def parts(self, turns: int) -> list[PlannedDialogues]:
         names: dict[str, Feedback] = {name: how for how, name in PROTOCOLS.items()}

@@ -97,7 +97,7 @@ def run_rehearsal(
     console.print(
         f"Scored and updated: {request.microbatches} micro-batches on each rank, each of "
         f"{request.per_microbatch} dialogues of {request.dialogue:,} tokens, {request.responses:,} "
-        f"of them sampled. A step does so {run.updates} times, and gathers once."
+        f"of them sampled. A step does so {run.updates} times, and gathers the weights once."
     )
     if out is not None:
         content = {"recipe": recipe, "device": device.name, "request": asdict(request)}
@@ -165,7 +165,7 @@ def write_inputs(folder: Path, config: TrainConfig, shape: LlamaShape, request: 
 def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: Device) -> dict[str, Any]:
     """Run one rank in a process of its own on the null GPU. Returns what it measured."""
     settings = dict(SETTINGS)
-    if device.name not in NULL_DEVICES:  # an H100 with its memory
+    if device.name not in NULL_DEVICES:  # rehearsed as an H100 with this device's memory
         settings["NULL_GPU_MEMORY_MIB"] = str(round(device.memory_gib * 1024))
     if not NULL_GPU.is_file():
         raise ConfigError(f"rlef rehearse needs the project's checkout: there is no {NULL_GPU}")

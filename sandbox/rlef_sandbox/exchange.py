@@ -98,7 +98,7 @@ def breaking_the_check() -> Iterator[None]:
 
 def check(check_function: Callable[..., object], descriptor: int, marks: int) -> None:
     """Run the test's code on a stand-in for the program's function, with marks in the file `marks`.
-    Exits for faults that have a code above; raises what else the code raises (AssertionError).
+    Exits for faults that have an exit code above; raises the test's other errors (AssertionError).
     """
     raised: list[BaseException] = []
     calls = 0

@@ -43,7 +43,7 @@ def _status(folder: str) -> dict[str, str]:
 
 
 def programs_below(process: int) -> Iterator[int]:
-    """Yield the descendants without children: not process 1 of a run."""
+    """Yield the descendants that have no children; process 1 of a run has one, the program."""
     for child in children_of(process):
         yield from list(programs_below(child)) or [child]
 

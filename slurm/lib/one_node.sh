@@ -15,7 +15,7 @@ set_software
 
 on_node() { # on_node ARGUMENTS...: run Python with these arguments; outside a job, submit the script with ARGS
     if [ -z "${SLURM_JOB_ID:-}" ]; then
-        read_options # none but those of slurm/site.sh; arguments are the command's
+        read_options # of sbatch, from slurm/site.sh alone: the script's arguments are the command's
         site_options "$PARTITION" "$GPUS_PER_NODE"
         exec sbatch "${FROM_SITE[@]}" "${ASKED[@]}" "$0" "${ARGS[@]}"
     fi

@@ -1,7 +1,7 @@
 """`linear_ppo_loss` on a GPU; the equations are in `rlef_kernels.linear_ppo_loss`.
 
 FLOPs: 3 P, P = 2 T V D. Bytes: those of `head`. Memory: at most 1 GiB for a chunk, for any T, and
-the gradient of hidden; with `group`, that of a chunk in fp32 too; without main_grad, and with
+the gradient of hidden; with `group`, a chunk of it in fp32 too; without main_grad, and with
 several chunks, an fp32 gradient of the weight (4 V D).
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard.

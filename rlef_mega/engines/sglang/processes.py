@@ -172,8 +172,8 @@ class ServerProcesses:
             for n, url in enumerate(asked.own_addresses)
         ]
         self.ready_s, self.hang_s = asked.ready_s, hang_s
-        # /health makes an idle server generate, which one that has released its memory cannot; its
-        # scheduler still answers /server_info
+        # /health makes an idle server generate. A server that has released its memory cannot, but
+        # its scheduler still answers /server_info
         self.sign_of_life = "/server_info" if asked.release_memory else "/health"
 
     @property
