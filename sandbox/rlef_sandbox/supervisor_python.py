@@ -69,10 +69,12 @@ class SupervisedChild:
         if elapsed_s >= wall_s and cpu_s >= STARVED_SHARE * wall_s:
             wall_s *= STARVED_EXTENSION
         left_s = min(cpu_left_s, wall_s - elapsed_s)
-        if left_s <= 0:
-            self.ending = Ending.CPU_LIMIT if cpu_left_s <= 0 else Ending.WALL_LIMIT
+        if cpu_left_s <= 0:
+            self.ending = Ending.CPU_LIMIT
         elif self.lost_its_memory():
             self.ending = Ending.MEMORY_LIMIT
+        elif left_s <= 0:
+            self.ending = Ending.WALL_LIMIT
         if self.ending is not Ending.ITSELF:
             self.kill()
             return
