@@ -17,13 +17,9 @@ import torch
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.vocab_parallel import (
-    NUM_PARTIALS,
-    chunk_logits,
     chunk_size,
     compute_dtype,
-    local_columns,
     logits_gradient_,
-    reduce_logits_,
     sum_over_shards_,
 )
 
@@ -62,19 +58,26 @@ class LogitsChunk:
 
     def partials(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
         """Compute the logits of these rows, and return their partial sums, [C, P]. `column_C`: the
-        targets' columns, which may lie outside the shard."""
+        targets' columns, which may lie outside the shard. Leaves z - max z in `logits_CV`."""
         self.compute(hidden_CD, column_C)
-        partials_CP = self.logits_CV.new_empty(len(hidden_CD), NUM_PARTIALS)
-        reduce_logits_(self.logits_CV, self.target, partials_CP)  # leaves z - max z
-        self.subtracted_C = partials_CP[:, 0].clone()
-        return partials_CP
+        column_C, owned_C = self.target
+        target_logit_C = self.logits_CV.gather(1, column_C[:, None])[:, 0].masked_fill(~owned_C, 0)
+        row_max_C = self.logits_CV.amax(-1)
+        shifted_CV = self.logits_CV.sub_(row_max_C[:, None])
+        self.subtracted_C = row_max_C
+        exp_CV = shifted_CV.exp()
+        sum_exp_C = exp_CV.sum(-1)
+        weighted_C = exp_CV.mul_(shifted_CV).sum(-1)
+        return torch.stack([row_max_C, sum_exp_C, weighted_C, target_logit_C], dim=-1)
 
     def compute(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> None:
         """Compute the logits of these rows for `add_gradients`."""
         self.hidden_CD = hidden_CD.to(self.sum_dtype)
-        self.target = local_columns(column_C, 0, self.weight_VD.shape[0])
-        self.logits_CV = chunk_logits(
-            self.hidden_CD, self.weight_VD, self.temperature, self.buffer_CV
+        # a target's column (0 if another shard has it), and whether this shard has it
+        owned_C = (column_C >= 0) & (column_C < self.weight_VD.shape[0])
+        self.target = column_C.masked_fill(~owned_C, 0), owned_C
+        self.logits_CV = self.buffer_CV[: len(hidden_CD)].addmm_(
+            self.hidden_CD, self.weight_VD.t(), beta=0, alpha=1 / self.temperature
         )
         self.subtracted_C = 0.0
 

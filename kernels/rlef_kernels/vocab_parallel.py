@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
-NUM_PARTIALS = 4
 CPU_CHUNK_ELEMENTS = 2**18  # 1 MiB of fp32 logits: stays in a core's L2 cache
 GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a vocabulary of 128,256
 # Each chunk reads the whole head; with fewer tokens, reading it would take most of the time.
@@ -191,47 +190,12 @@ def reduce_two_heads(
     return row_max_T, sum_exp_T, weighted_T, ref_max_T, ref_sum_exp_T, cross_T
 
 
-def local_columns(
-    target_T: torch.Tensor, start: int, shard_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each target's column in this shard (0 if elsewhere), and whether the shard has it."""
-    column_T = target_T - start
-    owned_T = (column_T >= 0) & (column_T < shard_size)
-    return column_T.masked_fill(~owned_T, 0), owned_T
-
-
-def chunk_logits(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, temperature: float, buffer: torch.Tensor
-) -> torch.Tensor:
-    """Write the logits hidden weight^T / temperature into the first C rows of `buffer`, and return
-    these rows."""
-    out = buffer[: hidden_CD.shape[0]]
-    return torch.addmm(out, hidden_CD, weight_VD.t(), beta=0, alpha=1 / temperature, out=out)
-
-
 def sum_over_shards_(grad: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """Sum over the ranks, in place, the gradient of a tensor that is the same on all of them."""
     if group_size(group) > 1:
         # Tensor-parallel group: sums dhidden [T, D]; issued for empty batches too.
         dist.all_reduce(grad, group=group)
     return grad
-
-
-def reduce_logits_(
-    logits_CV: torch.Tensor, target: tuple[torch.Tensor, torch.Tensor], partials_CP: torch.Tensor
-) -> None:
-    """Write the partial sums of a chunk's rows to `partials_CP`.
-
-    Leaves in `logits_CV` each logit minus its row's maximum.
-    """
-    column_C, owned_C = target
-    partials_CP[:, 3] = logits_CV.gather(1, column_C[:, None])[:, 0].masked_fill_(~owned_C, 0)
-    row_max_C = logits_CV.amax(-1)
-    partials_CP[:, 0] = row_max_C
-    logits_CV.sub_(row_max_C[:, None])
-    exp_CV = logits_CV.exp()
-    partials_CP[:, 1] = exp_CV.sum(-1)
-    partials_CP[:, 2] = exp_CV.mul_(logits_CV).sum(-1)
 
 
 def logits_gradient_(
