@@ -41,7 +41,7 @@ from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.accelerations import WEIGHT_GRADIENTS, uses
 from rlef_mega.megatron.network.attention import PackedAttention
-from rlef_mega.megatron.network.families import DenseConfig, family_of, head_dim
+from rlef_mega.megatron.network.families import DenseConfig, family_of
 from rlef_mega.megatron.network.feed_forward import GatedMLP
 from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 from rlef_mega.megatron.parallel import Ranks
@@ -75,7 +75,7 @@ def transformer_config(
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
-        kv_channels=head_dim(config),
+        kv_channels=LlamaShape.of(config).head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
         gated_linear_unit=True,
