@@ -332,27 +332,21 @@ class PolicyAndReference(torch.nn.Module):
         return torch.stack([found.logprob_T, found.ref_logprob_T, found.kl_T])
 
 
-def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw weight [1, D] and bias [1] of a new value head, on the CPU so that every layout has the
-    same.
-
-    After the norm, entries of hidden states are about 1; with this spread the first values are
-    about a tenth of a reward.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(1, hidden_size, generator=generator, device="cpu") * 0.1 / hidden_size**0.5
-    return weight, torch.zeros(1, device="cpu")
-
-
 class ValueHead(torch.nn.Linear):
-    """An fp32 projection to one number, the same on every tensor-parallel rank."""
+    """An fp32 projection to one number, the same on every tensor-parallel rank.
+
+    After the norm, entries of hidden states are about 1; with the spread of the new weights the
+    first values are about a tenth of a reward.
+    """
 
     def __init__(self, hidden_size: int, ranks: Ranks) -> None:
         super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)
-        weight, bias = draw_value_head(hidden_size, ranks.seed)
+        # drawn on the CPU, so that every layout has the same
+        generator = torch.Generator().manual_seed(ranks.seed)
+        weight_1D = torch.randn(1, hidden_size, generator=generator, device="cpu")
         with torch.no_grad():
-            self.weight.copy_(weight)
-            self.bias.copy_(bias)
+            self.weight.copy_(weight_1D * 0.1 / hidden_size**0.5)
+            self.bias.zero_()
         for parameter in self.parameters():
             # `TrainedModel` gives such parameters optimizer groups of their own
             parameter.is_value_head = True  # type: ignore[attr-defined]
