@@ -103,12 +103,8 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
         gradient_accumulation_fusion=uses(WEIGHT_GRADIENTS, device),
-        masked_softmax_fusion=False,
         # Megatron's fused form is compiled, by Triton
         bias_activation_fusion=uses("triton", device),
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
         batch_p2p_sync=not on_cpu,
         # No batched exchange between interleaved stages: with two ranks, where the next stage's
         # rank is also the previous one's, Megatron 0.16 then computes wrong gradients without an
