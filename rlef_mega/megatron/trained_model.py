@@ -159,9 +159,8 @@ class Residence(IntEnum):
 class FrozenModel:
     """A network that only scores: the reference."""
 
-    def __init__(self, chunks: Sequence[PackedLlama], ranks: Ranks) -> None:
+    def __init__(self, chunks: Sequence[PackedLlama]) -> None:
         self.chunks = [chunk.requires_grad_(False) for chunk in chunks]
-        self.ranks = ranks
         self.memory = HostMemory()
 
     def reside(self, residence: Residence) -> None:
