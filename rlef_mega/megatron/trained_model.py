@@ -104,14 +104,13 @@ def run_schedule(
             )
         return hidden, lambda output, **options: at_last_stage(output, microbatch)
 
-    pipelined, interleaved = ranks.pipeline_parallel_size > 1, len(chunks) > 1
-    iterators = [iter(microbatches) for _ in chunks]
+    pipelined = ranks.pipeline_parallel_size > 1
     schedule = get_forward_backward_func(
-        ranks.pipeline_parallel_size, len(chunks) if interleaved else None
+        ranks.pipeline_parallel_size, len(chunks) if len(chunks) > 1 else None
     )
     results = schedule(
         forward_step_func=forward_step,
-        data_iterator=iterators if interleaved else iterators[0],
+        data_iterator=[iter(microbatches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=0,  # unused: lengths vary and travel with the tensors
