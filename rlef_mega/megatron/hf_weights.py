@@ -136,7 +136,7 @@ def gather_bucket(
 
 
 def relay(
-    named_tensors: Iterable[tuple[str, torch.Tensor]] | None,
+    named_tensors: Iterator[tuple[str, torch.Tensor]] | None,
     config: DenseConfig,
     dtype: torch.dtype,
     ranks: Ranks,
@@ -146,10 +146,9 @@ def relay(
     as `iter_hf_weights` does, under the same contract.
     """
     assert ranks.receivers is not None, "only the policy's first rank and the critic's take part"
-    source = iter(named_tensors) if named_tensors is not None else None
     for tensor in name_map(config):
-        if source is not None:
-            name, whole = next(source)
+        if named_tensors is not None:
+            name, whole = next(named_tensors)
             assert name == tensor.name, (name, tensor.name)
         else:
             whole = torch.empty(tensor.shape, dtype=dtype, device=ranks.device)

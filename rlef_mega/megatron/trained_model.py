@@ -181,14 +181,15 @@ class TrainedModel:
         self, chunks: Sequence[PackedLlama], ranks: Ranks, config: OptimizerConfig
     ) -> None:
         self.chunks, self.ranks, self.config = list(chunks), ranks, config
+        self.last_chunk: Any = self.chunks[-1]  # has the head, on the last stage's ranks
         self.updates = 0
         model_config = self.chunks[0].config
-        overlap = ranks.layout.overlap and ranks.data_parallel_size > 1
+        self.overlaps = ranks.layout.overlap and ranks.data_parallel_size > 1
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
+            overlap_grad_reduce=self.overlaps,
+            overlap_param_gather=self.overlaps,
         )
         self.wrapped = [
             DistributedDataParallel(
@@ -212,7 +213,7 @@ class TrainedModel:
             bf16=model_config.bf16,
             params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=overlap,
+            overlap_param_gather=self.overlaps,
         )
         overrides = get_standard_config_overrides(options)
         if model_config.bf16:
@@ -231,18 +232,12 @@ class TrainedModel:
             fuse_adam(optimizer.optimizer, ranks.device)
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_summed_gradients
-            if overlap:
+            if self.overlaps:
                 # the schedule delays the reductions until the last micro-batch
                 no_sync = [wrapped.no_sync for wrapped in self.wrapped]
                 chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self.overlaps = overlap
         self.weights_memory, self.optimizer_memory = HostMemory(), HostMemory()
         self.residence = Residence.TRAINING
-
-    @property
-    def last_chunk(self) -> Any:
-        """Return the last chunk, which has the head on the last stage's ranks."""
-        return self.chunks[-1]
 
     @calls_megatron
     def forward_backward(
