@@ -86,11 +86,11 @@ class HFTensor:
         found = module.get_parameter(name)
         return self.rows.view(found) if self.rows else found
 
-    def local_shape(self, tensor_parallel_size: int) -> list[int]:
+    def local_shape(self, tensor_parallel_size: int) -> torch.Size:
         shape = list(self.shape)
         if self.split_dim is not None:
             shape[self.split_dim] //= tensor_parallel_size
-        return shape
+        return torch.Size(shape)
 
 
 def shapes_of(tensors: Sequence[HFTensor]) -> dict[str, tuple[int, ...]]:
