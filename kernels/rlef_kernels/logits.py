@@ -16,12 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.distributed import ProcessGroup
 
-from rlef_kernels.vocab_parallel import (
-    chunk_size,
-    compute_dtype,
-    logits_gradient_,
-    sum_over_shards_,
-)
+from rlef_kernels.vocab_parallel import chunk_size, compute_dtype, sum_over_shards_
 
 
 class LogitsChunk:
@@ -92,11 +87,8 @@ class LogitsChunk:
         """Write the gradient of these rows, summed over the group, to `grad_hidden_CD`, and add
         their part of the weight's to `grad_weight_VD`. Overwrites the logits. `statistics`: max,
         sum of exp and entropy of each whole row."""
-        row_max_C, sum_exp_C, entropy_C = statistics
-        gradient_CV = logits_gradient_(
-            self.logits_CV,
-            self.target,
-            (row_max_C - self.subtracted_C, sum_exp_C, entropy_C),
+        gradient_CV = self.logits_gradient_(
+            statistics,
             None if grad_logprob_C is None else grad_logprob_C / self.temperature,
             None if grad_entropy_C is None else grad_entropy_C / self.temperature,
         )
@@ -104,6 +96,38 @@ class LogitsChunk:
             grad_hidden_CD.copy_(sum_over_shards_(gradient_CV @ self.weight_VD, self.group))
         if grad_weight_VD is not None:
             grad_weight_VD.addmm_(gradient_CV.t(), self.hidden_CD)
+
+    def logits_gradient_(
+        self,
+        statistics: Sequence[torch.Tensor],
+        grad_logprob_C: torch.Tensor | None,
+        grad_entropy_C: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Overwrite the logits with the gradient with respect to them.
+
+        With p = e / s, e = exp(z - m), and upstream gradients g (log-prob) and h (entropy H):
+
+            dz_j = g [j = target] - p_j (g + h (log p_j + H))
+                 = g [j = target] - e_j ((z_j - m) h / s + (g + h (H - log s)) / s)
+        """
+        column_C, owned_C = self.target
+        row_max_C, sum_exp_C, entropy_C = statistics
+        shifted_CV = self.logits_CV.sub_((row_max_C - self.subtracted_C)[:, None])
+        if grad_entropy_C is None:
+            assert grad_logprob_C is not None
+            grad_CV = shifted_CV.exp_().mul_((-grad_logprob_C / sum_exp_C)[:, None])
+        else:
+            exp_CV = shifted_CV.exp()
+            constant_C = grad_entropy_C * (entropy_C - sum_exp_C.log())
+            if grad_logprob_C is not None:
+                constant_C += grad_logprob_C
+            slope_C = -grad_entropy_C / sum_exp_C
+            grad_CV = shifted_CV.mul_(slope_C[:, None]).sub_((constant_C / sum_exp_C)[:, None])
+            grad_CV.mul_(exp_CV)
+        if grad_logprob_C is not None:
+            at_target_C = grad_logprob_C.masked_fill(~owned_C, 0)
+            grad_CV.scatter_add_(1, column_C[:, None], at_target_C[:, None])
+        return grad_CV
 
 
 # Makes the chunk for hidden states and head; the last argument says whether gradients are needed.

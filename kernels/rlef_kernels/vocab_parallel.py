@@ -15,8 +15,8 @@ shard of the head, with the same hidden states; forward gathers the partial sums
 chunk in `linear_ppo_loss`), backward sums dhidden once. A rank waits in these collectives for all
 others of the group, so each must call the operation, even with an empty batch.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums,
-R ranks of the group, or tiles of a shard.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, P partial sums, R ranks of the group
+or tiles of a shard.
 """
 
 from collections.abc import Sequence
@@ -196,40 +196,6 @@ def sum_over_shards_(grad: torch.Tensor, group: ProcessGroup | None) -> torch.Te
         # Tensor-parallel group: sums dhidden [T, D]; issued for empty batches too.
         dist.all_reduce(grad, group=group)
     return grad
-
-
-def logits_gradient_(
-    logits_CV: torch.Tensor,
-    target: tuple[torch.Tensor, torch.Tensor],
-    softmax: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    grad_logprob_C: torch.Tensor | None,
-    grad_entropy_C: torch.Tensor | None,
-) -> torch.Tensor:
-    """Overwrite a chunk's logits with the gradient with respect to them.
-
-    With p = e / s, e = exp(z - m), and upstream gradients g (log-prob) and h (entropy H):
-
-        dz_j = g [j = target] - p_j (g + h (log p_j + H))
-             = g [j = target] - e_j ((z_j - m) h / s + (g + h (H - log s)) / s)
-    """
-    column_C, owned_C = target
-    row_max_C, sum_exp_C, entropy_C = softmax
-    shifted_CV = logits_CV.sub_(row_max_C[:, None])
-    if grad_entropy_C is None:
-        assert grad_logprob_C is not None
-        grad_CV = shifted_CV.exp_().mul_((-grad_logprob_C / sum_exp_C)[:, None])
-    else:
-        exp_CV = shifted_CV.exp()
-        constant_C = grad_entropy_C * (entropy_C - sum_exp_C.log())
-        if grad_logprob_C is not None:
-            constant_C += grad_logprob_C
-        slope_C = -grad_entropy_C / sum_exp_C
-        grad_CV = shifted_CV.mul_(slope_C[:, None]).sub_((constant_C / sum_exp_C)[:, None])
-        grad_CV.mul_(exp_CV)
-    if grad_logprob_C is not None:
-        at_target_C = grad_logprob_C.masked_fill(~owned_C, 0)
-        grad_CV.scatter_add_(1, column_C[:, None], at_target_C[:, None])
-    return grad_CV
 
 
 def combine_two_heads(
