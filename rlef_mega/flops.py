@@ -56,6 +56,7 @@ class LlamaShape:
             ffn=config.intermediate_size,
             heads=heads,
             key_value_heads=config.num_key_value_heads or heads,
+            # as transformers' attention has it; Qwen2's config has none
             head_dim=getattr(config, "head_dim", None) or width // heads,
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),

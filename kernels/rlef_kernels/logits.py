@@ -16,16 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.distributed import ProcessGroup
 
-from rlef_kernels.vocab_parallel import (
-    NUM_PARTIALS,
-    chunk_logits,
-    chunk_size,
-    compute_dtype,
-    local_columns,
-    logits_gradient_,
-    reduce_logits_,
-    sum_over_shards_,
-)
+from rlef_kernels.vocab_parallel import chunk_size, compute_dtype, sum_over_shards_
 
 
 class LogitsChunk:
@@ -62,19 +53,26 @@ class LogitsChunk:
 
     def partials(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
         """Compute the logits of these rows, and return their partial sums, [C, P]. `column_C`: the
-        targets' columns, which may lie outside the shard."""
+        targets' columns, which may lie outside the shard. Leaves z - max z in `logits_CV`."""
         self.compute(hidden_CD, column_C)
-        partials_CP = self.logits_CV.new_empty(len(hidden_CD), NUM_PARTIALS)
-        reduce_logits_(self.logits_CV, self.target, partials_CP)  # leaves z - max z
-        self.subtracted_C = partials_CP[:, 0].clone()
-        return partials_CP
+        column_C, owned_C = self.target
+        target_logit_C = self.logits_CV.gather(1, column_C[:, None])[:, 0].masked_fill(~owned_C, 0)
+        row_max_C = self.logits_CV.amax(-1)
+        shifted_CV = self.logits_CV.sub_(row_max_C[:, None])
+        self.subtracted_C = row_max_C
+        exp_CV = shifted_CV.exp()
+        sum_exp_C = exp_CV.sum(-1)
+        weighted_C = exp_CV.mul_(shifted_CV).sum(-1)
+        return torch.stack([row_max_C, sum_exp_C, weighted_C, target_logit_C], dim=-1)
 
     def compute(self, hidden_CD: torch.Tensor, column_C: torch.Tensor) -> None:
         """Compute the logits of these rows for `add_gradients`."""
         self.hidden_CD = hidden_CD.to(self.sum_dtype)
-        self.target = local_columns(column_C, 0, self.weight_VD.shape[0])
-        self.logits_CV = chunk_logits(
-            self.hidden_CD, self.weight_VD, self.temperature, self.buffer_CV
+        # a target's column (0 if another shard has it), and whether this shard has it
+        owned_C = (column_C >= 0) & (column_C < self.weight_VD.shape[0])
+        self.target = column_C.masked_fill(~owned_C, 0), owned_C
+        self.logits_CV = self.buffer_CV[: len(hidden_CD)].addmm_(
+            self.hidden_CD, self.weight_VD.t(), beta=0, alpha=1 / self.temperature
         )
         self.subtracted_C = 0.0
 
@@ -89,11 +87,8 @@ class LogitsChunk:
         """Write the gradient of these rows, summed over the group, to `grad_hidden_CD`, and add
         their part of the weight's to `grad_weight_VD`. Overwrites the logits. `statistics`: max,
         sum of exp and entropy of each whole row."""
-        row_max_C, sum_exp_C, entropy_C = statistics
-        gradient_CV = logits_gradient_(
-            self.logits_CV,
-            self.target,
-            (row_max_C - self.subtracted_C, sum_exp_C, entropy_C),
+        gradient_CV = self.logits_gradient_(
+            statistics,
             None if grad_logprob_C is None else grad_logprob_C / self.temperature,
             None if grad_entropy_C is None else grad_entropy_C / self.temperature,
         )
@@ -101,6 +96,38 @@ class LogitsChunk:
             grad_hidden_CD.copy_(sum_over_shards_(gradient_CV @ self.weight_VD, self.group))
         if grad_weight_VD is not None:
             grad_weight_VD.addmm_(gradient_CV.t(), self.hidden_CD)
+
+    def logits_gradient_(
+        self,
+        statistics: Sequence[torch.Tensor],
+        grad_logprob_C: torch.Tensor | None,
+        grad_entropy_C: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Overwrite the logits with the gradient with respect to them.
+
+        With p = e / s, e = exp(z - m), and upstream gradients g (log-prob) and h (entropy H):
+
+            dz_j = g [j = target] - p_j (g + h (log p_j + H))
+                 = g [j = target] - e_j ((z_j - m) h / s + (g + h (H - log s)) / s)
+        """
+        column_C, owned_C = self.target
+        row_max_C, sum_exp_C, entropy_C = statistics
+        shifted_CV = self.logits_CV.sub_((row_max_C - self.subtracted_C)[:, None])
+        if grad_entropy_C is None:
+            assert grad_logprob_C is not None
+            grad_CV = shifted_CV.exp_().mul_((-grad_logprob_C / sum_exp_C)[:, None])
+        else:
+            exp_CV = shifted_CV.exp()
+            constant_C = grad_entropy_C * (entropy_C - sum_exp_C.log())
+            if grad_logprob_C is not None:
+                constant_C += grad_logprob_C
+            slope_C = -grad_entropy_C / sum_exp_C
+            grad_CV = shifted_CV.mul_(slope_C[:, None]).sub_((constant_C / sum_exp_C)[:, None])
+            grad_CV.mul_(exp_CV)
+        if grad_logprob_C is not None:
+            at_target_C = grad_logprob_C.masked_fill(~owned_C, 0)
+            grad_CV.scatter_add_(1, column_C[:, None], at_target_C[:, None])
+        return grad_CV
 
 
 # Makes the chunk for hidden states and head; the last argument says whether gradients are needed.

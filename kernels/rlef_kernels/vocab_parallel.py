@@ -15,8 +15,8 @@ shard of the head, with the same hidden states; forward gathers the partial sums
 chunk in `linear_ppo_loss`), backward sums dhidden once. A rank waits in these collectives for all
 others of the group, so each must call the operation, even with an empty batch.
 
-Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk, P partial sums,
-R ranks of the group, or tiles of a shard.
+Shape suffixes: T tokens, D hidden size, V vocabulary shard, P partial sums, R ranks of the group
+or tiles of a shard.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 
-NUM_PARTIALS = 4
 CPU_CHUNK_ELEMENTS = 2**18  # 1 MiB of fp32 logits: stays in a core's L2 cache
 GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of fp32 logits: 1,046 tokens of a vocabulary of 128,256
 # Each chunk reads the whole head; with fewer tokens, reading it would take most of the time.
@@ -191,81 +190,12 @@ def reduce_two_heads(
     return row_max_T, sum_exp_T, weighted_T, ref_max_T, ref_sum_exp_T, cross_T
 
 
-def local_columns(
-    target_T: torch.Tensor, start: int, shard_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each target's column in this shard (0 if elsewhere), and whether the shard has it."""
-    column_T = target_T - start
-    owned_T = (column_T >= 0) & (column_T < shard_size)
-    return column_T.masked_fill(~owned_T, 0), owned_T
-
-
-def chunk_logits(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, temperature: float, buffer: torch.Tensor
-) -> torch.Tensor:
-    """Write the logits hidden weight^T / temperature into the first C rows of `buffer`, and return
-    these rows."""
-    out = buffer[: hidden_CD.shape[0]]
-    return torch.addmm(out, hidden_CD, weight_VD.t(), beta=0, alpha=1 / temperature, out=out)
-
-
 def sum_over_shards_(grad: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """Sum over the ranks, in place, the gradient of a tensor that is the same on all of them."""
     if group_size(group) > 1:
         # Tensor-parallel group: sums dhidden [T, D]; issued for empty batches too.
         dist.all_reduce(grad, group=group)
     return grad
-
-
-def reduce_logits_(
-    logits_CV: torch.Tensor, target: tuple[torch.Tensor, torch.Tensor], partials_CP: torch.Tensor
-) -> None:
-    """Write the partial sums of a chunk's rows to `partials_CP`.
-
-    Leaves in `logits_CV` each logit minus its row's maximum.
-    """
-    column_C, owned_C = target
-    partials_CP[:, 3] = logits_CV.gather(1, column_C[:, None])[:, 0].masked_fill_(~owned_C, 0)
-    row_max_C = logits_CV.amax(-1)
-    partials_CP[:, 0] = row_max_C
-    logits_CV.sub_(row_max_C[:, None])
-    exp_CV = logits_CV.exp()
-    partials_CP[:, 1] = exp_CV.sum(-1)
-    partials_CP[:, 2] = exp_CV.mul_(logits_CV).sum(-1)
-
-
-def logits_gradient_(
-    logits_CV: torch.Tensor,
-    target: tuple[torch.Tensor, torch.Tensor],
-    softmax: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    grad_logprob_C: torch.Tensor | None,
-    grad_entropy_C: torch.Tensor | None,
-) -> torch.Tensor:
-    """Overwrite a chunk's logits with the gradient with respect to them.
-
-    With p = e / s, e = exp(z - m), and upstream gradients g (log-prob) and h (entropy H):
-
-        dz_j = g [j = target] - p_j (g + h (log p_j + H))
-             = g [j = target] - e_j ((z_j - m) h / s + (g + h (H - log s)) / s)
-    """
-    column_C, owned_C = target
-    row_max_C, sum_exp_C, entropy_C = softmax
-    shifted_CV = logits_CV.sub_(row_max_C[:, None])
-    if grad_entropy_C is None:
-        assert grad_logprob_C is not None
-        grad_CV = shifted_CV.exp_().mul_((-grad_logprob_C / sum_exp_C)[:, None])
-    else:
-        exp_CV = shifted_CV.exp()
-        constant_C = grad_entropy_C * (entropy_C - sum_exp_C.log())
-        if grad_logprob_C is not None:
-            constant_C += grad_logprob_C
-        slope_C = -grad_entropy_C / sum_exp_C
-        grad_CV = shifted_CV.mul_(slope_C[:, None]).sub_((constant_C / sum_exp_C)[:, None])
-        grad_CV.mul_(exp_CV)
-    if grad_logprob_C is not None:
-        at_target_C = grad_logprob_C.masked_fill(~owned_C, 0)
-        grad_CV.scatter_add_(1, column_C[:, None], at_target_C[:, None])
-    return grad_CV
 
 
 def combine_two_heads(

@@ -10,13 +10,15 @@ publishing reads from it. Loading, publication and conversion use only this map.
 Legend: G key-value groups of this rank, D head dimension, H hidden size.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from rlef_mega.megatron.network.families import DenseConfig, family_of, head_dim
+from rlef_mega.flops import LlamaShape
+from rlef_mega.megatron.network.families import DenseConfig, family_of
 from rlef_mega.megatron.network.stages import StagePosition, Stages
 from rlef_mega.run.model_folder import EMBEDDING, HEAD
 
@@ -84,11 +86,11 @@ class HFTensor:
         found = module.get_parameter(name)
         return self.rows.view(found) if self.rows else found
 
-    def local_shape(self, tensor_parallel_size: int) -> list[int]:
+    def local_shape(self, tensor_parallel_size: int) -> torch.Size:
         shape = list(self.shape)
         if self.split_dim is not None:
             shape[self.split_dim] //= tensor_parallel_size
-        return shape
+        return torch.Size(shape)
 
 
 def shapes_of(tensors: Sequence[HFTensor]) -> dict[str, tuple[int, ...]]:
@@ -128,21 +130,13 @@ def trunk_map(config: DenseConfig) -> list[HFTensor]:
 
 
 def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    width, key_heads = head_dim(config), config.num_key_value_heads
-    assert key_heads is not None, "the config fills it in"
-    queries, keys = config.num_attention_heads * width, key_heads * width
-    group = config.num_attention_heads // key_heads
-    family = family_of(config)
-
-    def heads(
-        first: int, last: int
-    ) -> PackedRows:  # [G, group + 2, D, H]; of a bias, [G, group + 2, D]
-        return PackedRows(-1, group + 2, width, first, last)
-
-    def half(which: int) -> PackedRows:
-        return PackedRows(1, 2, -1, which, which + 1)
-
+    model, family = LlamaShape.of(config), family_of(config)
+    hidden, ffn, width = model.hidden, model.ffn, model.head_dim
+    queries, keys = model.heads * width, model.key_value_heads * width
+    group = model.heads // model.key_value_heads
+    # of a parameter [G, group + 2, D, H] or, of a bias, [G, group + 2, D]
+    heads = functools.partial(PackedRows, -1, group + 2, width)
+    gate, up = PackedRows(1, 2, -1, 0, 1), PackedRows(1, 2, -1, 1, 2)  # halves
     tensors: list[HFTensor] = []
 
     def add(
@@ -168,8 +162,8 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
     if family.qk_norm:
         add("self_attn.q_norm.weight", (width,), None, "self_attention.q_layernorm.weight")
         add("self_attn.k_norm.weight", (width,), None, "self_attention.k_layernorm.weight")
-    add("mlp.gate_proj.weight", (ffn, hidden), 0, fc1, half(0))
-    add("mlp.up_proj.weight", (ffn, hidden), 0, fc1, half(1))
+    add("mlp.gate_proj.weight", (ffn, hidden), 0, fc1, gate)
+    add("mlp.up_proj.weight", (ffn, hidden), 0, fc1, up)
     add("mlp.down_proj.weight", (hidden, ffn), 1, "mlp.linear_fc2.weight")
     add("input_layernorm.weight", (hidden,), None, "input_layernorm.weight")
     add("post_attention_layernorm.weight", (hidden,), None, "pre_mlp_layernorm.weight")

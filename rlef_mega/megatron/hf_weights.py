@@ -90,8 +90,7 @@ def buckets(
     bucket: list[HFTensor] = []
     bucket_bytes = 0
     for tensor in name_map(config):
-        shard = torch.Size(tensor.local_shape(tensor_parallel_size))
-        shard_bytes = shard.numel() * dtype.itemsize
+        shard_bytes = tensor.local_shape(tensor_parallel_size).numel() * dtype.itemsize
         full = bucket_bytes + shard_bytes > BUCKET_BYTES
         if bucket and (full or position_of(tensor, stages) != position_of(bucket[0], stages)):
             yield bucket
@@ -109,7 +108,7 @@ def gather_bucket(
     """
     tensor_group, pipeline_group = ranks.groups.tp, ranks.groups.pp
     size = tensor_group.size()
-    shapes = [torch.Size(tensor.local_shape(size)) for tensor in tensors]
+    shapes = [tensor.local_shape(size) for tensor in tensors]
     sizes = [shape.numel() for shape in shapes]
     gathered = None
     if position.rank == ranks.pipeline_parallel_rank:
@@ -136,7 +135,7 @@ def gather_bucket(
 
 
 def relay(
-    named_tensors: Iterable[tuple[str, torch.Tensor]] | None,
+    named_tensors: Iterator[tuple[str, torch.Tensor]] | None,
     config: DenseConfig,
     dtype: torch.dtype,
     ranks: Ranks,
@@ -146,10 +145,9 @@ def relay(
     as `iter_hf_weights` does, under the same contract.
     """
     assert ranks.receivers is not None, "only the policy's first rank and the critic's take part"
-    source = iter(named_tensors) if named_tensors is not None else None
     for tensor in name_map(config):
-        if source is not None:
-            name, whole = next(source)
+        if named_tensors is not None:
+            name, whole = next(named_tensors)
             assert name == tensor.name, (name, tensor.name)
         else:
             whole = torch.empty(tensor.shape, dtype=dtype, device=ranks.device)

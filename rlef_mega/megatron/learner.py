@@ -14,7 +14,7 @@ Shape suffixes as in types.py: A action tokens, N turns, M values.
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ class Learner:
         # In Megatron, reading weights and making an optimizer are collective over the world, so all
         # ranks do them in the same order, whichever networks they have.
         if ppo.beta and (chunks := self.build(POLICY)):
-            self.reference = FrozenModel(chunks, ranks)
+            self.reference = FrozenModel(chunks)
             self.settle()  # before the next one is made
         policy = self.build(POLICY)
         critic = self.build(CRITIC) if ppo.advantage == "critic" else []
@@ -173,11 +173,9 @@ class Learner:
             torch.cuda.empty_cache()
         dist.barrier()
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> AbstractContextManager[None]:
         """Bring weights and optimizer states to the device, to save or load a checkpoint."""
-        with self.phase("checkpoint", policy=Residence.STATE, critic=Residence.STATE):
-            yield
+        return self.phase("checkpoint", policy=Residence.STATE, critic=Residence.STATE)
 
     # ------------------------------------------------------------------ weights
 
@@ -349,10 +347,8 @@ class Learner:
         """Take one optimizer step on `ppo.value_loss`, a mean over the values."""
         assert self.critic is not None and targets.old_values_M is not None
         model, device = self.critic.last_chunk, self.ranks.device
-        old_M, returns_M = (
-            to_device(targets.old_values_M, device),
-            to_device(targets.returns_M, device),
-        )
+        old_M = to_device(targets.old_values_M, device)
+        returns_M = to_device(targets.returns_M, device)
         bounds = batch.action_bounds if self.ppo.token_level_value else batch.turn_bounds
         count = int(bounds.diff()[list(sequences)].sum())
 

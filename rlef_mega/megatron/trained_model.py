@@ -104,14 +104,13 @@ def run_schedule(
             )
         return hidden, lambda output, **options: at_last_stage(output, microbatch)
 
-    pipelined, interleaved = ranks.pipeline_parallel_size > 1, len(chunks) > 1
-    iterators = [iter(microbatches) for _ in chunks]
+    pipelined = ranks.pipeline_parallel_size > 1
     schedule = get_forward_backward_func(
-        ranks.pipeline_parallel_size, len(chunks) if interleaved else None
+        ranks.pipeline_parallel_size, len(chunks) if len(chunks) > 1 else None
     )
     results = schedule(
         forward_step_func=forward_step,
-        data_iterator=iterators if interleaved else iterators[0],
+        data_iterator=[iter(microbatches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=0,  # unused: lengths vary and travel with the tensors
@@ -159,9 +158,8 @@ class Residence(IntEnum):
 class FrozenModel:
     """A network that only scores: the reference."""
 
-    def __init__(self, chunks: Sequence[PackedLlama], ranks: Ranks) -> None:
+    def __init__(self, chunks: Sequence[PackedLlama]) -> None:
         self.chunks = [chunk.requires_grad_(False) for chunk in chunks]
-        self.ranks = ranks
         self.memory = HostMemory()
 
     def reside(self, residence: Residence) -> None:
@@ -183,14 +181,15 @@ class TrainedModel:
         self, chunks: Sequence[PackedLlama], ranks: Ranks, config: OptimizerConfig
     ) -> None:
         self.chunks, self.ranks, self.config = list(chunks), ranks, config
+        self.last_chunk: Any = self.chunks[-1]  # has the head, on the last stage's ranks
         self.updates = 0
         model_config = self.chunks[0].config
-        overlap = ranks.layout.overlap and ranks.data_parallel_size > 1
+        self.overlaps = ranks.layout.overlap and ranks.data_parallel_size > 1
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
+            overlap_grad_reduce=self.overlaps,
+            overlap_param_gather=self.overlaps,
         )
         self.wrapped = [
             DistributedDataParallel(
@@ -214,7 +213,7 @@ class TrainedModel:
             bf16=model_config.bf16,
             params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=overlap,
+            overlap_param_gather=self.overlaps,
         )
         overrides = get_standard_config_overrides(options)
         if model_config.bf16:
@@ -233,18 +232,12 @@ class TrainedModel:
             fuse_adam(optimizer.optimizer, ranks.device)
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_summed_gradients
-            if overlap:
+            if self.overlaps:
                 # the schedule delays the reductions until the last micro-batch
                 no_sync = [wrapped.no_sync for wrapped in self.wrapped]
                 chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self.overlaps = overlap
         self.weights_memory, self.optimizer_memory = HostMemory(), HostMemory()
         self.residence = Residence.TRAINING
-
-    @property
-    def last_chunk(self) -> Any:
-        """Return the last chunk, which has the head on the last stage's ranks."""
-        return self.chunks[-1]
 
     @calls_megatron
     def forward_backward(

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch.distributed import ProcessGroup
 
 from rlef_kernels.gpu import tiles
-from rlef_kernels.gpu.head_gradient import pack_rows, write_gradient_
+from rlef_kernels.gpu.head_gradient import write_gradient_
 from rlef_kernels.gpu.plan import ROW_KERNEL_ELEMENTS, HeadPlan, choose_plan, scratch_columns
 from rlef_kernels.gpu.products import add_product_, write_product_
 from rlef_kernels.gpu.tiles import (
@@ -191,10 +191,11 @@ class KernelsChunk(LogitsChunk):
             gradient_CV,
             self.sums,  # the tiles' maxima come first
             self.column_C,
-            pack_rows(statistics, grad_logprob_C, grad_entropy_C),
+            statistics,
+            grad_logprob_C,
+            grad_entropy_C,
             self.inverse_temperature,
             tile_columns=self.plan.tile_columns,
-            has_entropy=grad_entropy_C is not None,
         )
         if grad_hidden_CD is not None and group_size(self.group) == 1:
             write_product_(grad_hidden_CD, gradient_CV, self.weight_VD)

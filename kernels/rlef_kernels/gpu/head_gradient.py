@@ -2,7 +2,7 @@
 
 Bytes: 2 T V read and written, in bf16.
 
-Shape suffixes: T tokens, V vocabulary shard; 5: the five numbers of a row that `pack_rows` stacks;
+Shape suffixes: T tokens, V vocabulary shard; 5: the numbers that the kernel reads of a row;
 of a tile, R rows and C columns.
 """
 
@@ -60,34 +60,28 @@ def logits_gradient_kernel(
     tl.store(logits_RC_ptr, gradient_RC.to(logits_ptr.dtype.element_ty), mask=inside_RC)
 
 
-def pack_rows(
-    statistics: Sequence[torch.Tensor],
-    grad_logprob_T: torch.Tensor | None,
-    grad_entropy_T: torch.Tensor | None,
-) -> torch.Tensor:
-    """Stack what the kernel reads of each row: max, log sum, g, h, entropy, as [5, T]."""
-    row_max_T, sum_exp_T, entropy_T = statistics
-    zeros_T = torch.zeros_like(row_max_T)
-    g_T = zeros_T if grad_logprob_T is None else grad_logprob_T
-    h_T = zeros_T if grad_entropy_T is None else grad_entropy_T
-    return torch.stack([row_max_T, sum_exp_T.log(), g_T, h_T, entropy_T])
-
-
 def write_gradient_(
     logits_TV: torch.Tensor,
     tile_max: torch.Tensor,
     column_T: torch.Tensor,
-    rows_5T: torch.Tensor,
+    statistics: Sequence[torch.Tensor],
+    grad_logprob_T: torch.Tensor | None,
+    grad_entropy_T: torch.Tensor | None,
     inverse_temperature: float,
     *,
     tile_columns: int,
-    has_entropy: bool,
 ) -> None:
     """Replace logits by their gradient. Each is stored minus its tile's maximum; `tile_max`
-    [tiles, T] has these maxima divided by the temperature."""
+    [tiles, T] has these maxima divided by the temperature. `statistics`: max, sum of exp and
+    entropy of each whole row."""
     num_tokens, columns = logits_TV.shape
     if not num_tokens:
         return
+    row_max_T, sum_exp_T, entropy_T = statistics
+    zeros_T = torch.zeros_like(row_max_T)
+    g_T = zeros_T if grad_logprob_T is None else grad_logprob_T
+    h_T = zeros_T if grad_entropy_T is None else grad_entropy_T
+    rows_5T = torch.stack([row_max_T, sum_exp_T.log(), g_T, h_T, entropy_T])  # as the kernel reads
     rows = max(1, ROW_KERNEL_ELEMENTS // tile_columns)
     logits_gradient_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(columns, tile_columns))](
         logits_TV,
@@ -100,6 +94,6 @@ def write_gradient_(
         inverse_temperature,
         R=rows,
         C=tile_columns,
-        HAS_ENTROPY=has_entropy,
+        HAS_ENTROPY=grad_entropy_T is not None,
         **tiles.ROW_WISE,
     )

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from rlef_mega.config import ConfigError, differences
 from rlef_mega.megatron.checkpoints import files
@@ -70,6 +69,7 @@ class Checkpoints:
         about: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.learner, self.about = folder, learner, about or {}
+        self.leads = learner.ranks.is_writer
         self.keep, self.keep_best, self.asynchronous = keep, keep_best, asynchronous
         self.buffer = HostBuffer()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -137,7 +137,7 @@ class Checkpoints:
         if saving.completing:
             self.conclude(saving)
             return
-        report = fault_of(saving.work, self.folder) or saving.work.result()
+        report = outcome_of(saving.work, self.folder)
         reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
         dist.gather_object((report, saving.rank_state), reports)  # world, to rank 0
         saving.completing = True
@@ -145,7 +145,7 @@ class Checkpoints:
 
     def conclude(self, saving: Saving) -> None:
         """Broadcast whether rank 0's thread has completed the checkpoint. Collective."""
-        self.fault = from_rank_0(fault_of(saving.work, self.folder) or saving.work.result())
+        self.fault = from_rank_0(outcome_of(saving.work, self.folder))
         self.saving = None
         if self.fault is None:
             self.saved_last = saving.meta["step"]
@@ -154,10 +154,6 @@ class Checkpoints:
             if self.leads:
                 name = saving.folder.with_suffix("").name
                 warn(f"checkpoint {name} was NOT saved: {self.fault}. Older checkpoints are kept")
-
-    @property
-    def leads(self) -> bool:
-        return self.learner.ranks.is_writer
 
     def complete(
         self, saving: Saving, reports: list[tuple[Share | str, RankState]] | None
@@ -189,22 +185,21 @@ class Checkpoints:
         """
         if self.leads:
             files.remove_leftovers(self.folder)
-        refused: list[Path] = []
-        faults: list[str] = []
+        faults: dict[Path, str] = {}
         for path in reversed(from_rank_0(files.steps_in(self.folder))):  # one listing for all
             fault = fault_for(path, self.learner)
             if fault is None:
                 resumed = read_checkpoint(path, self.learner)
                 self.saved_last = resumed[0]
                 if self.leads:
-                    for old, why in zip(refused, faults, strict=True):
+                    for old, why in faults.items():
                         warn(f"{why}. It is now {files.set_aside(old)}; falling back to {path}")
                 return resumed
-            refused.append(path)
-            faults.append(fault)
+            faults[path] = fault
         if faults:
             raise ConfigError(
-                f"no checkpoint in {self.folder} can be resumed from: {'; '.join(faults)}. "
+                f"no checkpoint in {self.folder} can be resumed from: "
+                f"{'; '.join(faults.values())}. "
                 "Repair or remove them; without any, the run starts from its first step"
             )
         return None
@@ -214,23 +209,19 @@ def warn(message: str) -> None:
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
-def fault_of(work: Future, folder: Path) -> str | None:
-    """Describe why finished work failed; raise an error that is not the disk's."""
-    error = work.exception()
-    if isinstance(error, OSError):
+def outcome_of(work: Future, folder: Path) -> Any:
+    """Return the result of finished work, or why the disk failed it; raise an error that is not
+    the disk's."""
+    try:
+        return work.result()
+    except OSError as error:
         return explain_disk_error(error, folder)
-    if error is not None:
-        raise error
-    return None
 
 
 def explain_disk_error(error: OSError, folder: Path) -> str:
-    free = shutil.disk_usage(existing(folder)).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     return f"{error} ({folder} has {free / 2**20:,.0f} MiB free)"
-
-
-def existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 # ------------------------------------------------------------------------------------ one folder
@@ -292,10 +283,9 @@ def read_checkpoint(path: Path, learner: Learner) -> tuple[int, dict[str, Any]]:
     """Load a checkpoint in which `fault_for` found no fault."""
     meta = files.read_meta(path)
     with learner.whole():
-        parts: list[ShardedTensor] = []
-        for name, model in learner.trained.items():
-            parts += state_of.held_state(name, model)
+        trained = learner.trained.items()
+        parts = [part for name, model in trained for part in state_of.held_state(name, model)]
         state_of.fill(path, parts)
-        for name, model in learner.trained.items():
+        for name, model in trained:
             state_of.set_updates(model, meta["updates"][name])
     return meta["step"], meta["state"]

@@ -66,31 +66,27 @@ def fingerprint(model: TrainedModel) -> dict[str, Any]:
 def owned_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
     """View all that this rank owns, which is what it saves."""
     ranges = owned_ranges(spread_optimizer(model))
-    return weights(name, model.chunks, model.ranks, ranges) + optimizer_state(name, model)
+    return [*weights(name, model.chunks, model.ranks, ranges), *optimizer_state(name, model)]
 
 
 @calls_megatron
 def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
     """View all that this rank holds, also weights that other ranks save. Loading writes into it."""
-    return weights(name, model.chunks, model.ranks) + optimizer_state(name, model)
+    return [*weights(name, model.chunks, model.ranks), *optimizer_state(name, model)]
 
 
-@calls_megatron
 def weights(
     name: str, chunks: Sequence[PackedLlama], ranks: Ranks, ranges: Ranges | None = None
-) -> list[ShardedTensor]:
-    """View the weights that this rank holds, or these ranges of them."""
-    parts: list[ShardedTensor] = []
+) -> Iterator[ShardedTensor]:
+    """Yield views of the weights that this rank holds, or of these ranges of them."""
     for weight, first, piece in pieces(chunks, ranks):
         start, end = (0, weight.numel()) if ranges is None else ranges.get(weight, (0, 0))
         flat_F = weight.detach().view(-1)[start:end]
-        parts += boxes(piece, f"{name}.{piece.key}", flat_F, start - first)
-    return parts
+        yield from boxes(piece, f"{name}.{piece.key}", flat_F, start - first)
 
 
-def optimizer_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """View this rank's moments and main copies. An fp32 weight is its own main copy."""
-    parts: list[ShardedTensor] = []
+def optimizer_state(name: str, model: TrainedModel) -> Iterator[ShardedTensor]:
+    """Yield views of this rank's moments and main copies. An fp32 weight is its own main copy."""
     optimizer = spread_optimizer(model)
     ranges = owned_ranges(optimizer)
     for weight, first, piece in pieces(model.chunks, model.ranks):
@@ -102,8 +98,7 @@ def optimizer_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
             found["param"] = state["param"]
         for kind, values in found.items():
             key = f"{name}.optimizer.state.{kind}.{piece.key}"
-            parts += boxes(piece, key, values.detach().view(-1), ranges[weight][0] - first)
-    return parts
+            yield from boxes(piece, key, values.detach().view(-1), ranges[weight][0] - first)
 
 
 def pieces(
@@ -223,6 +218,7 @@ def set_updates(model: TrainedModel, updates: int) -> None:
 # ------------------------------------------------------------------------------------ loading
 
 
+@calls_megatron
 def load_weights(
     path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
 ) -> None:

@@ -60,8 +60,7 @@ def plan_export(
     tensors = tensors_of(role, read_config(model))
     weights = checkpoint.network(role, tensors)
     dtype = dtype or weights.dtype(tensors[0])
-    dtypes = {tensor.name: tensor.dtype or dtype for tensor in tensors}
-    empty = {t.name: torch.empty(t.shape, dtype=dtypes[t.name], device="meta") for t in tensors}
+    empty = {t.name: torch.empty(t.shape, dtype=t.dtype or dtype, device="meta") for t in tensors}
     try:
         split = split_torch_state_dict_into_shards(
             empty, filename_pattern=PATTERN, max_shard_size=max_shard_size
@@ -72,7 +71,7 @@ def plan_export(
     def write(names: list[str], path: Path) -> None:
         # copies: safetensors refuses tensors that share memory
         state = {
-            tensor.name: weights.read(tensor).to(dtypes[tensor.name], copy=True)
+            tensor.name: weights.read(tensor).to(empty[tensor.name].dtype, copy=True)
             for tensor in tensors
             if tensor.name in names
         }

@@ -40,14 +40,12 @@ class PackedSequences(PackedSeqParams):
 
 def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequences:
     """Describe sequences of these lengths, end to end."""
-    ends_S = torch.tensor(lengths).cumsum(0)
-    starts_S = ends_S - torch.tensor(lengths)
-    positions_T = torch.arange(sum(lengths)) - starts_S.repeat_interleave(torch.tensor(lengths))
-    on_device = to_device(torch.nn.functional.pad(ends_S, (1, 0)).int(), device)
+    cu_seqlens = to_device(torch.tensor([0, *lengths]).cumsum(0).int(), device)
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=on_device,
-        cu_seqlens_kv=on_device,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         lengths=tuple(lengths),

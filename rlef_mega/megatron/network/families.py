@@ -109,8 +109,3 @@ def check_family(config: DenseConfig) -> None:
             f"layers with {', '.join(sorted(other))} are not supported; every layer must attend to "
             f"the whole context (use_sliding_window = false)"
         )
-
-
-def head_dim(config: DenseConfig) -> int:
-    """Return the width of a head as transformers' attention does; Qwen2's config has none."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -41,7 +41,7 @@ from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.accelerations import WEIGHT_GRADIENTS, uses
 from rlef_mega.megatron.network.attention import PackedAttention
-from rlef_mega.megatron.network.families import DenseConfig, family_of, head_dim
+from rlef_mega.megatron.network.families import DenseConfig, family_of
 from rlef_mega.megatron.network.feed_forward import GatedMLP
 from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
 from rlef_mega.megatron.parallel import Ranks
@@ -75,7 +75,7 @@ def transformer_config(
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
-        kv_channels=head_dim(config),
+        kv_channels=LlamaShape.of(config).head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
         gated_linear_unit=True,
@@ -103,12 +103,8 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
         gradient_accumulation_fusion=uses(WEIGHT_GRADIENTS, device),
-        masked_softmax_fusion=False,
         # Megatron's fused form is compiled, by Triton
         bias_activation_fusion=uses("triton", device),
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
         batch_p2p_sync=not on_cpu,
         # No batched exchange between interleaved stages: with two ranks, where the next stage's
         # rank is also the previous one's, Megatron 0.16 then computes wrong gradients without an
@@ -332,27 +328,21 @@ class PolicyAndReference(torch.nn.Module):
         return torch.stack([found.logprob_T, found.ref_logprob_T, found.kl_T])
 
 
-def draw_value_head(hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw weight [1, D] and bias [1] of a new value head, on the CPU so that every layout has the
-    same.
-
-    After the norm, entries of hidden states are about 1; with this spread the first values are
-    about a tenth of a reward.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(1, hidden_size, generator=generator, device="cpu") * 0.1 / hidden_size**0.5
-    return weight, torch.zeros(1, device="cpu")
-
-
 class ValueHead(torch.nn.Linear):
-    """An fp32 projection to one number, the same on every tensor-parallel rank."""
+    """An fp32 projection to one number, the same on every tensor-parallel rank.
+
+    After the norm, entries of hidden states are about 1; with the spread of the new weights the
+    first values are about a tenth of a reward.
+    """
 
     def __init__(self, hidden_size: int, ranks: Ranks) -> None:
         super().__init__(hidden_size, 1, dtype=torch.float32, device=ranks.device)
-        weight, bias = draw_value_head(hidden_size, ranks.seed)
+        # drawn on the CPU, so that every layout has the same
+        generator = torch.Generator().manual_seed(ranks.seed)
+        weight_1D = torch.randn(1, hidden_size, generator=generator, device="cpu")
         with torch.no_grad():
-            self.weight.copy_(weight)
-            self.bias.copy_(bias)
+            self.weight.copy_(weight_1D * 0.1 / hidden_size**0.5)
+            self.bias.zero_()
         for parameter in self.parameters():
             # `TrainedModel` gives such parameters optimizer groups of their own
             parameter.is_value_head = True  # type: ignore[attr-defined]

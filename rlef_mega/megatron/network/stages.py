@@ -47,12 +47,9 @@ class Stages:
     def position(self, stage: int) -> StagePosition:
         return StagePosition(stage % self.pipeline_size, stage // self.pipeline_size)
 
-    def stage(self, position: StagePosition) -> int:
-        return position.chunk * self.pipeline_size + position.rank
-
     def layers_at(self, position: StagePosition) -> range:
         """Return the layers of the network that this chunk holds."""
-        stage = self.stage(position)
+        stage = position.chunk * self.pipeline_size + position.rank
         before = sum(self.layers[:stage])
         return range(before, before + self.layers[stage])
 
@@ -107,10 +104,10 @@ def check_layout(shape: LlamaShape, parallel: ParallelConfig) -> None:
         ("vocabulary entries", shape.vocabulary),
     ):
         if count % tensor:
+            divisors = [n for n in range(1, min(count, 64) + 1) if count % n == 0]
             raise ConfigError(
                 f"{count} {what} are not divisible by "
-                f"parallel.tensor_model_parallel_size = {tensor}; "
-                f"use one of {divisors(count)}"
+                f"parallel.tensor_model_parallel_size = {tensor}; use one of {divisors}"
             )
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual > 1 and pipeline == 1:
@@ -140,7 +137,3 @@ def check_stages(layers: int, stages: int, given: Sequence[int] | None) -> None:
             f"(pipeline x virtual pipeline stages, in the network's order) that add up to "
             f"{layers} layers"
         )
-
-
-def divisors(count: int) -> list[int]:
-    return [n for n in range(1, min(count, 64) + 1) if count % n == 0]
