@@ -2,7 +2,6 @@
 and the paper's imitation ablation."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,13 +23,21 @@ class SupervisedLearner(Learner):
         *,
         optimizer: OptimizerConfig,
         microbatch_tokens: int,
-        **options: Any,
+        dtype: str,
+        recompute: str = "none",
+        weights: Path | None = None,
     ) -> None:
-        """Start from the folder's weights, or from those of the checkpoint `weights`, which is one
-        of `Learner`'s `options`, with dtype and recompute."""
-        learner = LearnerConfig(microbatch_tokens=microbatch_tokens, policy=optimizer)
-        ppo = PPOConfig(beta=0, advantage="rloo")
-        super().__init__(ranks, model_folder, learner=learner, ppo=ppo, temperature=1.0, **options)
+        """Start from the folder's weights, or from those of the checkpoint `weights`."""
+        super().__init__(
+            ranks,
+            model_folder,
+            learner=LearnerConfig(microbatch_tokens=microbatch_tokens, policy=optimizer),
+            ppo=PPOConfig(beta=0, advantage="rloo"),
+            dtype=dtype,
+            temperature=1.0,
+            recompute=recompute,
+            weights=weights,
+        )
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step on the whole batch: L = -mean over action tokens of log pi."""
