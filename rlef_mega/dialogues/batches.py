@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -42,15 +43,12 @@ class NumberedDialogues:
         self.problems, self.loop, self.seed = problems, loop, config.run.seed
         self.batch = config.rollout.episodes_per_batch
         self.samples = config.rollout.samples_per_problem
-        self.drawn: dict[int, list[Problem]] = {}  # by step, for the last 8 steps
+        self.of_step = lru_cache(maxsize=8)(self.draw)  # each group of a step asks for its problems
 
-    def of_step(self, step: int) -> list[Problem]:
+    def draw(self, step: int) -> list[Problem]:
         """Return the problems of the dialogues (step - 1) * batch to step * batch - 1."""
-        if step not in self.drawn:
-            chosen = sample(self.problems, step, self.batch // self.samples, self.seed)
-            drawn = [problem for problem in chosen for _ in range(self.samples)]
-            self.drawn = {**dict(list(self.drawn.items())[-7:]), step: drawn}
-        return self.drawn[step]
+        chosen = sample(self.problems, step, self.batch // self.samples, self.seed)
+        return [problem for problem in chosen for _ in range(self.samples)]
 
     async def run_group(self, number: int) -> tuple[Episode | str, ...]:
         """Run the dialogues of a group at the same time. Returns their outcomes."""
