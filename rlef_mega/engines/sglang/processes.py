@@ -162,22 +162,19 @@ class ServerProcesses:
         logs: Path,
         hang_s: float = HANG_S,
     ) -> None:
+        self.urls = list(asked.own_addresses)
         self.servers = [
             ServerProcess(
                 server_command(asked, model, dtype=dtype, context_length=context_length, index=n),
                 url,
                 log_file(logs, url),
             )
-            for n, url in enumerate(asked.own_addresses)
+            for n, url in enumerate(self.urls)
         ]
         self.ready_s, self.hang_s = asked.ready_s, hang_s
         # /health makes an idle server generate, which one that has released its memory cannot; its
         # scheduler still answers /server_info
         self.sign_of_life = "/server_info" if asked.release_memory else "/health"
-
-    @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self.servers]
 
     def __enter__(self) -> "ServerProcesses":
         try:
