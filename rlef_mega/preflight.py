@@ -240,7 +240,7 @@ def check_rollout_servers(config: TrainConfig, model: Path) -> None:
         from rlef_mega.engines.sglang.engine import SGLangEngine
     try:
         with SGLangEngine(servers.addresses, model) as engine:
-            context = engine.context_length
+            context = engine.info.context_length
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"rollout.servers: {error}. Start them with `rlef serve RECIPE` on their nodes, or use "

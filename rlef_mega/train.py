@@ -45,11 +45,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
         if parts.done == 0:
             parts.evaluator.full("before", version=0)
         with open_rollouts(
-            parts.dialogues,
-            config.rollout,
-            version=parts.done,
-            steps=config.run.steps,
-            state=parts.position,
+            parts.dialogues, config, version=parts.done, state=parts.position
         ) as rollouts:
             steps = range(parts.done + 1, config.run.steps + 1)
             traces, rank = parts.run.path / "profile", parts.ranks.rank

@@ -104,13 +104,6 @@ def find(config: TrainConfig) -> None:
         )
 
 
-def check(config: TrainConfig) -> None:
-    """Check all inputs. Grading servers are checked later, once they run."""
-    from rlef_mega.preflight import check_train
-
-    check_train(config.model_copy(update={"judge": JudgeConfig()}))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rlef_mega.cluster.slurm", description=__doc__)
     parser.add_argument("what", choices=("layout", "find", "check", "prepare"))
@@ -126,7 +119,10 @@ def main() -> int:
         elif asked.what == "find":
             find(config)
         elif asked.what == "check":
-            check(config)
+            from rlef_mega.preflight import check_train
+
+            # grading servers are checked later, once they run
+            check_train(config.model_copy(update={"judge": JudgeConfig()}))
         else:
             from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
 

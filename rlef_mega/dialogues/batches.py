@@ -16,19 +16,20 @@ trained on twice.
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from rlef_mega.config import RolloutConfig
+from rlef_mega.config import TrainConfig
 from rlef_mega.dialogues.rollout import DialogueLoop, Rollout, derive_seed, gather_unless_lost
 from rlef_mega.dialogues.stream import Stream
 from rlef_mega.engines import EngineLostError
 from rlef_mega.problems import sample
-from rlef_mega.run.event_loop import LoopThread
+from rlef_mega.run.event_loop import LivesInLoop
 from rlef_mega.types import Episode, Problem
 
 
@@ -37,25 +38,17 @@ class NumberedDialogues:
     about the same problem, a group, have `samples` successive numbers."""
 
     def __init__(
-        self,
-        problems: Sequence[Problem],
-        loop: DialogueLoop,
-        *,
-        batch: int,
-        seed: int,
-        samples: int = 1,
+        self, problems: Sequence[Problem], loop: DialogueLoop, config: TrainConfig
     ) -> None:
-        self.problems, self.loop, self.batch, self.seed = problems, loop, batch, seed
-        self.samples = samples
-        self.drawn: dict[int, list[Problem]] = {}  # by step, for the last 8 steps
+        self.problems, self.loop, self.seed = problems, loop, config.run.seed
+        self.batch = config.rollout.episodes_per_batch
+        self.samples = config.rollout.samples_per_problem
+        self.of_step = lru_cache(maxsize=8)(self.draw)  # each group of a step asks for its problems
 
-    def of_step(self, step: int) -> list[Problem]:
+    def draw(self, step: int) -> list[Problem]:
         """Return the problems of the dialogues (step - 1) * batch to step * batch - 1."""
-        if step not in self.drawn:
-            chosen = sample(self.problems, step, self.batch // self.samples, self.seed)
-            drawn = [problem for problem in chosen for _ in range(self.samples)]
-            self.drawn = {**dict(list(self.drawn.items())[-7:]), step: drawn}
-        return self.drawn[step]
+        chosen = sample(self.problems, step, self.batch // self.samples, self.seed)
+        return [problem for problem in chosen for _ in range(self.samples)]
 
     async def run_group(self, number: int) -> tuple[Episode | str, ...]:
         """Run the dialogues of a group at the same time. Returns their outcomes."""
@@ -111,51 +104,46 @@ class RolloutsOnDemand:
         return {}
 
 
-class StreamedRollouts:
+class StreamedRollouts(LivesInLoop):
     """Async mode: dialogues run in a thread while the trainer trains; a context manager.
 
     `version` (of the weights) and `state` (what `state()` returned) come from the checkpoint from
-    which the run resumes. A run of `steps` steps takes exactly the dialogues before number
-    `steps` * batch, so its last batches wait for its last dialogues. The stream's numbers are those
-    of groups.
+    which the run resumes. A run takes exactly the dialogues before number `run.steps` * batch, so
+    its last batches wait for its last dialogues. The stream's numbers are those of groups.
     """
 
     def __init__(
         self,
         dialogues: NumberedDialogues,
+        config: TrainConfig,
         *,
         version: int,
-        steps: int,
-        max_staleness: int,
-        open_dialogues: int,
-        max_passed_over: float,
         state: dict[str, Any],
     ) -> None:
-        self.dialogues = dialogues
+        super().__init__("rollouts")
         rank, ranks = dist.get_rank(), dist.get_world_size()
         batch = dialogues.batch // dialogues.samples
         self.next_number = state.get("next_dialogue", version * batch)
         self.passed_over = set(state.get("dialogues_passed_over", ()))  # not taken yet
-        new = range(self.next_number, steps * batch)
+        new = range(self.next_number, config.run.steps * batch)
         numbers = itertools.chain(sorted(self.passed_over), new)
-        self.thread = LoopThread("rollouts")
+        rollout, servers = config.rollout, config.rollout.servers
+        open_dialogues = rollout.open_dialogues or servers.concurrency * len(servers.addresses)
         self.stream = Stream(
             dialogues.run_group,
             itertools.islice(numbers, rank, None, ranks),
             batch=batch // ranks,
             version=version,
-            max_staleness=max_staleness,
+            max_staleness=rollout.max_staleness,
             open_dialogues=max(1, open_dialogues // dialogues.samples),
-            max_passed_over=max_passed_over,
+            max_passed_over=rollout.max_passed_over,
         )
 
-    def __enter__(self) -> "StreamedRollouts":
-        self.thread.loop.call_soon_threadsafe(self.stream.fill)
-        return self
+    async def open(self) -> None:
+        self.stream.fill()
 
-    def __exit__(self, *error: object) -> None:
-        self.thread.wait_for(self.stream.close())
-        self.thread.close()
+    async def shut(self) -> None:
+        await self.stream.close()
 
     def batch(self, step: int) -> Rollout:
         shares = gather_unless_lost(lambda: self.thread.wait_for(self.stream.take()))
@@ -180,27 +168,11 @@ class StreamedRollouts:
         }
 
 
-@contextmanager
 def open_rollouts(
-    dialogues: NumberedDialogues,
-    rollout: RolloutConfig,
-    *,
-    version: int,
-    steps: int,
-    state: dict[str, Any],
-) -> Iterator[Rollouts]:
-    """Open the rollouts of `rollout.mode`. In async mode dialogues start at once."""
-    if rollout.mode == "sync":
-        yield RolloutsOnDemand(dialogues)
-        return
-    servers = rollout.servers
-    with StreamedRollouts(
-        dialogues,
-        version=version,
-        steps=steps,
-        max_staleness=rollout.max_staleness,
-        open_dialogues=rollout.open_dialogues or servers.concurrency * len(servers.addresses),
-        max_passed_over=rollout.max_passed_over,
-        state=state,
-    ) as streamed:
-        yield streamed
+    dialogues: NumberedDialogues, config: TrainConfig, *, version: int, state: dict[str, Any]
+) -> AbstractContextManager[Rollouts]:
+    """Return the rollouts of `rollout.mode` as a context manager. In async mode dialogues start as
+    it is entered."""
+    if config.rollout.mode == "sync":
+        return nullcontext(RolloutsOnDemand(dialogues))
+    return StreamedRollouts(dialogues, config, version=version, state=state)

@@ -142,10 +142,8 @@ class ChatFormat:
         """Return the tokenizer without its added tokens, which encodes text that spells one as
         ordinary characters."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
-        plain.no_truncation()
-        plain.no_padding()
-        return plain
+        plain = {**content, "added_tokens": [], "truncation": None, "padding": None}
+        return Tokenizer.from_str(json.dumps(plain))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as ordinary characters, even if it spells control tokens."""

@@ -61,8 +61,6 @@ class Stream(Generic[Outcome]):
         self.started = 0
         # the version with which each untaken dialogue started, in the order of their starts
         self.versions: dict[int, int] = {}
-        self.left: Counter[int] = Counter()  # by version, how many are not taken
-        self.ready: Counter[int] = Counter()  # by version, how many of these have finished
         self.running: dict[int, asyncio.Task[Outcome]] = {}
         self.done: dict[int, Outcome] = {}
         self.error: BaseException | None = None
@@ -81,7 +79,6 @@ class Stream(Generic[Outcome]):
                 return
             self.started += 1
             self.versions[number] = self.version
-            self.left[self.version] += 1
             task = asyncio.get_running_loop().create_task(self.run(number))
             self.running[number] = task
             task.add_done_callback(partial(self.note, number))
@@ -94,7 +91,6 @@ class Stream(Generic[Outcome]):
             self.error = self.error or error
         else:
             self.done[number] = task.result()
-            self.ready[self.versions[number]] += 1
             self.fill()
         self.changed.set()
 
@@ -106,13 +102,10 @@ class Stream(Generic[Outcome]):
             await self.changed.wait()
         if self.error is not None:
             raise self.error
-        oldest = itertools.islice((n for n in self.versions if n in self.done), self.batch)
-        taken = {number: self.done.pop(number) for number in list(oldest)}
-        for number in taken:
-            version = self.versions.pop(number)
-            self.left[version] -= 1
-            self.ready[version] -= 1
-        return taken
+        oldest = [number for number in self.versions if number in self.done][: self.batch]
+        for number in oldest:
+            del self.versions[number]
+        return {number: self.done.pop(number) for number in oldest}
 
     def may_close(self) -> bool:
         """Return whether a batch has finished, few of the oldest dialogues are missing, and those
@@ -123,9 +116,11 @@ class Stream(Generic[Outcome]):
         if sum(number in self.running for number in oldest) > self.max_passed_over:
             return False
         left = ready = 0
+        untaken = Counter(self.versions.values())
+        finished = Counter(self.versions[number] for number in self.done)
         for version in range(self.version - self.max_staleness, self.version + 1):
-            left += self.left[version]
-            ready += self.ready[version]
+            left += untaken[version]
+            ready += finished[version]
             batches_to_come = version + self.max_staleness - self.version
             if left - min(ready, self.batch) > self.batch * batches_to_come:
                 return False

@@ -15,8 +15,8 @@ cache, V vocabulary, K maximum number of new tokens of a row.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rlef_mega.engines import EngineError, GenerationRequest
@@ -92,9 +92,8 @@ def prefill(
         end = start + 1
         while end < len(lengths_B) and (end + 1 - start) * lengths_B[end] <= budget:
             end += 1
-        group = requests[start:end]
         cache.begin_prefill(slice(start, end))
-        token_ids_GP, position_ids_GP, mask_GP = pad_left(group)
+        token_ids_GP, position_ids_GP, mask_GP = pad_left(requests[start:end])
         output = model(
             input_ids=token_ids_GP.to(model.device),
             position_ids=position_ids_GP.to(model.device),
@@ -113,16 +112,12 @@ def pad_left(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (token_ids, position_ids, is_token), each [G, P]. Positions count from 0 at a prompt's
     start. The id of padding, 0, has no effect."""
-    lengths_G = np.array([len(request.token_ids) for request in requests])
-    columns_P = np.arange(lengths_G.max())
-    position_ids_GP = columns_P - (lengths_G.max() - lengths_G)[:, None]
-    token_ids_GP = np.zeros(position_ids_GP.shape, dtype=np.int64)
-    token_ids_GP[position_ids_GP >= 0] = [i for request in requests for i in request.token_ids]
-    return (
-        torch.from_numpy(token_ids_GP),
-        torch.from_numpy(position_ids_GP.clip(min=0)),
-        torch.from_numpy(position_ids_GP >= 0),
-    )
+    prompts = [torch.tensor(request.token_ids) for request in requests]
+    token_ids_GP = pad_sequence(prompts, batch_first=True, padding_side="left")
+    columns = token_ids_GP.shape[1]
+    padding_G = columns - torch.tensor([len(prompt) for prompt in prompts])
+    position_ids_GP = torch.arange(columns) - padding_G[:, None]
+    return token_ids_GP, position_ids_GP.clamp(min=0), position_ids_GP >= 0
 
 
 def prefill_mask(is_token_GP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -158,7 +153,8 @@ def decode(
     samplings = [row.request.sampling for row in rows]
     temperature_B = torch.tensor([sampling.temperature for sampling in samplings], device=device)
     top_p_B = torch.tensor([sampling.top_p for sampling in samplings], device=device)
-    uniforms_BK = uniforms_of(rows).to(device)
+    uniforms = [torch.from_numpy(request_uniforms(r.request.seed, r.limit)) for r in rows]
+    uniforms_BK = pad_sequence(uniforms, batch_first=True).to(device)  # 0 beyond a row's own limit
     position_ids_B = torch.tensor(lengths_B, device=device)
     mask_BL = decode_mask(lengths_B, capacity, model.dtype, device)
     live = list(rows)
@@ -213,11 +209,3 @@ def decode_mask(
         return None
     padding_B = max(lengths_B) - torch.tensor(lengths_B, device=device)
     return additive(torch.arange(capacity, device=device) >= padding_B[:, None], dtype)
-
-
-def uniforms_of(rows: Sequence[BatchRow]) -> torch.Tensor:
-    """Return the uniform numbers of each row's request, [B, K]; 0 beyond a row's own limit."""
-    uniforms_BK = np.zeros((len(rows), max(row.limit for row in rows)))
-    for uniforms_K, row in zip(uniforms_BK, rows, strict=True):
-        uniforms_K[: row.limit] = request_uniforms(row.request.seed, row.limit)
-    return torch.from_numpy(uniforms_BK)

@@ -68,9 +68,7 @@ class LocalEngine:
         max_batch: int = 128,
         weights_from_folder: bool = True,
     ) -> None:
-        self.model = load_model(
-            Path(model_folder), dtype, torch.device(device), weights_from_folder
-        )
+        self.model = load_model(Path(model_folder), dtype, device, weights_from_folder)
         self.max_batch = max_batch
         self.weight_version = 0 if weights_from_folder else NO_WEIGHTS
         self.sessions_opened = 0
@@ -181,7 +179,7 @@ class LocalEngine:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | str, device: torch.device, weights_from_folder: bool
+    folder: Path, dtype: torch.dtype | str, device: str | torch.device, weights_from_folder: bool
 ) -> PreTrainedModel:
     """Load the model in evaluation mode, without gradients.
 

@@ -60,13 +60,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         )
         loop = DialogueLoop(engine, Judge(grader), chat, dialogue_rules(config, chat))
         publish(learner.policy_weights, engine, version=0)
-        dialogues = NumberedDialogues(
-            training_problems(config),
-            loop,
-            batch=config.rollout.episodes_per_batch,
-            seed=config.run.seed,
-            samples=config.rollout.samples_per_problem,
-        )
+        dialogues = NumberedDialogues(training_problems(config), loop, config)
         solved = solved_dialogues(config, RolloutsOnDemand(dialogues), stop)
         if solved is None:
             return stop.obeyed(writer=ranks.is_writer)

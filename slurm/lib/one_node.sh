@@ -2,7 +2,6 @@
 # shellcheck disable=SC2119
 # Run one command on one node, in the container or the virtual environment: for eval.sh, export_hf.sh, bench.sh.
 set -o pipefail
-TRAIN_NODES=1 ROLLOUT_NODES=0 SANDBOX_NODES=0
 # shellcheck source=slurm/site.sh
 . "$ROOT/slurm/site.sh"
 set -u

@@ -44,20 +44,17 @@ assign_nodes() { # set NODES and GROUP from Slurm's variables, or stop
 }
 
 step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: become srun, with output in LOGS/NAME.log, labelled by task
-    local name=$1 role=$2 per_node=$3 options=()
-    local nodes=${NODES[$role]} count
+    local name=$1 role=$2 per_node=$3 nodes=${NODES[$2]}
+    local options=(--job-name="$name" --nodelist="${nodes// /,}" --wait="${STEP_WAIT_S:-20}" --label --open-mode=append
+        --output="$LOGS/$name.log" --error="$LOGS/$name.log")
     shift 3
-    count=$(wc -w <<<"$nodes")
-    [ -z "${SLURM_HET_SIZE:-}" ] || options=(--het-group="${GROUP[$role]}")
-    become_srun "$count" "$per_node" "$@" -- --job-name="$name" --nodelist="${nodes// /,}" --wait="${STEP_WAIT_S:-20}" --label \
-        --open-mode=append --output="$LOGS/$name.log" --error="$LOGS/$name.log" "${options[@]}"
+    [ -z "${SLURM_HET_SIZE:-}" ] || options+=(--het-group="${GROUP[$role]}")
+    become_srun "$(wc -w <<<"$nodes")" "$per_node" "$@"
 }
 
-become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND... -- OPTIONS...: exec srun; all options that matter are here
-    local count=$1 per_node=$2 name carried command=()
+become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND...: exec srun with the caller's `options` and all others that matter
+    local number=$1 per_node=$2 name carried
     shift 2
-    while [ "$1" != -- ]; do command+=("$1") && shift; done
-    shift
     # Otherwise srun would take options from variables of the job, the user or the site, such as one GPU for each task, a
     # cyclic distribution of tasks, or no exported variables. Variables that identify the job stay.
     for name in $(compgen -e); do
@@ -69,15 +66,15 @@ become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND... -- OPTIONS...: exe
     if [ -n "$CONTAINER" ]; then # these keep our values; for all others the image's own take precedence
         carried=$(compgen -e | grep -E '^(PYTHON|RLEF_|MASTER_|NCCL_|GLOO_|HF_|TOKENIZERS_|OMP_|TORCH|PYTORCH_|CUDA_DEVICE_|WANDB_)|_CACHE_(DIR|PATH)$')
         case $CONTAINER_RUNTIME in
-            pyxis) set -- "$@" --container-env="${carried//$'\n'/,}" ;;
+            pyxis) options+=(--container-env="${carried//$'\n'/,}") ;;
             apptainer) for name in $carried; do export "APPTAINERENV_$name=${!name}"; done ;;
         esac
     fi
     # no --kill-on-bad-exit: every rank that stops on request must return its own exit code
     # no --gpu-bind: with `none` srun sets no CUDA_VISIBLE_DEVICES
-    exec srun --quiet --export=ALL --nodes="$count" --ntasks=$((count * per_node)) --ntasks-per-node="$per_node" \
+    exec srun --quiet --export=ALL --nodes="$number" --ntasks=$((number * per_node)) --ntasks-per-node="$per_node" \
         --distribution=block --overlap --mem=0 --mpi=none --kill-on-bad-exit=0 --unbuffered --propagate=NOFILE,CORE \
-        "${STEP_FLAGS[@]}" "$@" "${RUNNER[@]}" "${command[@]}" </dev/null
+        "${STEP_FLAGS[@]}" "${options[@]}" "${RUNNER[@]}" "$@" </dev/null
 }
 
 set_binding() { # let tasks use all cores of the job; a cluster without task binding refuses the option
@@ -130,7 +127,7 @@ clean_nodes() { # remove this job's caches from its nodes and, where pyxis keeps
 
 in_software() { # run a command; with CONTAINER, run it in the container or, before a job, with the login node's Python
     if [ -n "$CONTAINER" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-        (become_srun 1 1 "$@" --)
+        (options=() && become_srun 1 1 "$@")
     elif [ -n "$CONTAINER" ]; then
         shift
         "$LOGIN_PYTHON" "$@"

@@ -43,7 +43,7 @@ class Client:
         self.url, self.http, self.publish_s = url, http, publish_s
         self.paused_s = 0.0  # total time paused for weights
         self.paused_at_s: float | None = None  # of time.monotonic, while paused
-        self.released: list[str] = []  # tags of memory that the server has released
+        self.cache_released = False  # while it has its weights again, but not its cache
         self.resting_version = FREE  # its weights' version when it released them
         self.aborting: set[asyncio.Task[None]] = set()
 
@@ -162,8 +162,9 @@ class Client:
 
     async def resume(self) -> None:
         """Continue sampling; first allocate the cache again if it was released."""
-        if self.released:
-            await self.occupy(CACHE)
+        if self.cache_released:
+            await self.call("/resume_memory_occupation", {"tags": [CACHE]})
+            self.cache_released = False
         # the option would empty the cache of a CUDA allocator, which a CPU build lacks
         await self.call("/continue_generation", {"torch_empty_cache": False})
         if self.paused_at_s is not None:
@@ -179,23 +180,18 @@ class Client:
         await self.pause()
         self.resting_version = (await self.info()).weight_version
         await self.call("/release_memory_occupation", {"tags": [CACHE, WEIGHTS]})
-        self.released = [CACHE, WEIGHTS]
 
     async def allocate_weights(self) -> None:
-        """Allocate the weights' memory again; `resume` allocates the cache's, which is larger.
+        """Allocate the weights' memory again, with undefined contents; `resume` allocates the
+        cache's, which is larger.
 
         A server that released nothing would crash on this call, so it is not sent to a server that
         was restarted and therefore has weights of another version.
         """
-        released, self.released = self.released, []
-        if released and (await self.info()).weight_version == self.resting_version:
-            await self.occupy(WEIGHTS)
-            self.released = [CACHE]
-
-    async def occupy(self, tag: str) -> None:
-        """Allocate the memory of `tag` (weights or cache) again, with undefined contents."""
-        await self.call("/resume_memory_occupation", {"tags": [tag]})
-        self.released = [other for other in self.released if other != tag]
+        self.cache_released = False
+        if (await self.info()).weight_version == self.resting_version:
+            await self.call("/resume_memory_occupation", {"tags": [WEIGHTS]})
+            self.cache_released = True
 
     async def load_from_disk(self, folder: str, version: str) -> None:
         body = {"model_path": folder, "weight_version": version, "flush_cache": True}

@@ -117,7 +117,6 @@ class SGLangEngine(LivesInLoop):
         if len(kinds) > 1:
             raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(kinds)}")
         self.info = min(self.infos, key=lambda info: info.context_length)
-        self.context_length = self.info.context_length
         self.publication = self.make_publication() if self.way else None
 
     def check_server(self, client: Client, info: ServerInfo) -> None:
@@ -253,5 +252,5 @@ class SGLangEngine(LivesInLoop):
             raise EngineError("no weights were published")
         vocabulary, longest = self.model.config.vocab_size, self.info.longest_prompt
         check_request(request, vocabulary=vocabulary, longest_prompt=longest)
-        room = self.context_length - len(request.token_ids)
+        room = self.info.context_length - len(request.token_ids)
         return min(request.sampling.max_new_tokens, room)

@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -124,7 +123,7 @@ class ServerProcess:
         try:
             with DIRECT.open(self.url + path, timeout=HEALTH_S) as answer:
                 return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError):
+        except OSError:  # URLError, too
             return False
 
     def stop(self, patience_s: float = STOP_S) -> None:
@@ -163,22 +162,19 @@ class ServerProcesses:
         logs: Path,
         hang_s: float = HANG_S,
     ) -> None:
+        self.urls = list(asked.own_addresses)
         self.servers = [
             ServerProcess(
                 server_command(asked, model, dtype=dtype, context_length=context_length, index=n),
                 url,
                 log_file(logs, url),
             )
-            for n, url in enumerate(asked.own_addresses)
+            for n, url in enumerate(self.urls)
         ]
         self.ready_s, self.hang_s = asked.ready_s, hang_s
         # /health makes an idle server generate. A server that has released its memory cannot, but
         # its scheduler still answers /server_info
         self.sign_of_life = "/server_info" if asked.release_memory else "/health"
-
-    @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self.servers]
 
     def __enter__(self) -> "ServerProcesses":
         try:

@@ -184,7 +184,8 @@ def sum_of_tiles(words_W: torch.Tensor) -> int:
         index_W = torch.arange(start, start + len(chunk_W), device=words_W.device)
         halves = []
         for multiplier, seed, turn in HASH_LANES:
-            salt_W = (index_W * multiplier + seed) & LOW_32 ^ rotated(index_W, turn)
+            turned_W = (index_W << turn | index_W >> (32 - turn)) & LOW_32
+            salt_W = (index_W * multiplier + seed) & LOW_32 ^ turned_W
             mixed_W = mixed(chunk_W ^ salt_W)
             padded_W = torch.nn.functional.pad(mixed_W, (0, -len(mixed_W) % TILE_WORDS))
             sums_T = padded_W.view(-1, TILE_WORDS).sum(1) & LOW_32
@@ -193,10 +194,6 @@ def sum_of_tiles(words_W: torch.Tensor) -> int:
         # as Python's integers: 64 bits without a sign
         total += (int(high_T.sum()) << 32) + int(low_T.sum())
     return total
-
-
-def rotated(words_W: torch.Tensor, left: int) -> torch.Tensor:
-    return (words_W << left | words_W >> (32 - left)) & LOW_32
 
 
 def mixed(words_W: torch.Tensor) -> torch.Tensor:
