@@ -158,16 +158,13 @@ def row_of(value: Any) -> Row | FieldError:
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[LocatedRow]:
-    file = parquet_file(path)
-    with file:
+    with parquet_file(path) as file:
         names = file.schema_arrow.names
         wanted = [name for name in columns if name in names] if columns else names
-        number = 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
-            for index in range(batch.num_rows):  # one row at a time becomes Python objects
-                number += 1
-                row = batch.slice(index, 1).to_pylist()[0]
-                yield f"{path}, row {number}", row
+        batches = file.iter_batches(BATCH_ROWS, columns=wanted)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
 
 
 def parquet_file(path: Path) -> Any:
