@@ -7,6 +7,7 @@ null), `memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating` 
 Public tests are shown, private and generated tests are not; all of them decide the reward.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ from rlef_mega.problems.rows import (
     SourceOptions,
     TimeFactor,
     Words,
-    class_names,
     expect,
     expect_strings,
+    parquet_file,
     read_each,
     without_enormous,
 )
@@ -98,8 +99,17 @@ def read(files: Sequence[Path], options: CodeContestsOptions, _: Path) -> Iterat
 
 
 def source_names(path: Path) -> tuple[str, ...]:
-    """Return the file's own names for the numbers of `source`; they take precedence over ours."""
-    return tuple(name.removesuffix("_source").lower() for name in class_names(path, "source"))
+    """Return the file's own names for the numbers of `source`, which `datasets` writes into a
+    Parquet file's schema; empty if it has none. They take precedence over ours."""
+    if not path.name.endswith(".parquet"):
+        return ()
+    with parquet_file(path) as file:
+        stored = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        names = json.loads(stored)["info"]["features"]["source"]["names"]
+        return tuple(name.removesuffix("_source").lower() for name in names)
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
 def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parsed:

@@ -9,7 +9,6 @@ asked for are read.
 import gzip
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,20 +182,6 @@ def parquet_file(path: Path) -> Any:
         )
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file, or damaged ({error})") from None
-
-
-def class_names(path: Path, column: str) -> tuple[str, ...]:
-    """Return the names of an enumerated column, which `datasets` writes into a Parquet file's
-    schema; empty if the file has none."""
-    if not path.name.endswith(".parquet"):
-        return ()
-    with parquet_file(path) as file:
-        stored = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-    try:
-        feature = json.loads(stored)["info"]["features"][column]
-        return tuple(feature["names"])
-    except (ValueError, KeyError, TypeError):
-        return ()
 
 
 def expect(row: Row, key: str, kind: Any, default: Any = REQUIRED) -> Any:
