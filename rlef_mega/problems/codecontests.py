@@ -47,16 +47,19 @@ SOURCES = {
 }
 RATING_CLASS = 400
 
-# Phrases that allow several outputs. The one expected output then refuses right answers.
-MULTIPLE_ANSWERS = re.compile(
-    r"any (one )?of (them|these|those)|(print|output|find|report|return) any\b"
-    r"|(multiple|several|more than one)( \w+){0,3} "
-    r"(solution|answer|way|output|option)s?"
-    r"|any (valid|correct|suitable|appropriate|order|solution|answer)"
-    r"|in (any|arbitrary) order",
-    re.IGNORECASE,
-)
-IMAGE = re.compile(r"<image>|<img\b|!\[[^\]]*\]\(")
+# Tags that a statement gets if it matches: it lost an image, or has phrases that allow several
+# outputs. The one expected output then refuses right answers.
+STATEMENT_TAGS = {
+    "image": re.compile(r"<image>|<img\b|!\[[^\]]*\]\("),
+    "multiple answers": re.compile(
+        r"any (one )?of (them|these|those)|(print|output|find|report|return) any\b"
+        r"|(multiple|several|more than one)( \w+){0,3} "
+        r"(solution|answer|way|output|option)s?"
+        r"|any (valid|correct|suitable|appropriate|order|solution|answer)"
+        r"|in (any|arbitrary) order",
+        re.IGNORECASE,
+    ),
+}
 
 
 class CodeContestsOptions(SourceOptions):
@@ -124,7 +127,8 @@ def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parse
         files = f"{row.get('input_file')!r}, {row.get('output_file')!r}"
         return None, [("reads or writes a file instead of standard input and output", files)]
     source = parse_source(row, names, options)
-    tags = (*filter(None, expect_strings(row, "cf_tags")), *flags(statement))
+    flags = (tag for tag, pattern in STATEMENT_TAGS.items() if pattern.search(statement))
+    tags = (*filter(None, expect_strings(row, "cf_tags")), *flags)
     rating = expect(row, "cf_rating", int, None) or 0
     reason = unwanted(source, rating, tags, options)
     if reason:
@@ -174,14 +178,6 @@ def parse_source(row: Row, names: Sequence[str], options: CodeContestsOptions) -
     raise FieldError(
         f"source: {value!r} is not a source of the {options.enums} copy; set enums={other} if the "
         "file uses that numbering"
-    )
-
-
-def flags(statement: str) -> tuple[str, ...]:
-    """Return "image" if a statement lost one, and "multiple answers" if it allows several."""
-    return (
-        *(("image",) if IMAGE.search(statement) else ()),
-        *(("multiple answers",) if MULTIPLE_ANSWERS.search(statement) else ()),
     )
 
 
