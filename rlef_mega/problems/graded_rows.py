@@ -37,8 +37,9 @@ def read_graded(
 
         def parse_once(row: Row, _: Path) -> Parsed:
             key = hashlib.blake2b(to_literal(row).encode(), digest_size=16).hexdigest()
-            if key in finished:
-                return from_line(finished[key])
+            if entry := finished.get(key):
+                graded = entry["problem"] and parse_problem(entry["problem"], compiled=False)
+                return graded, [tuple(lost) for lost in entry["lost"]]
             problem, lost = parse(row, sandbox)
             line = {"key": key, "problem": problem and to_row(problem), "lost": lost}
             file.write(json.dumps(line) + "\n")
@@ -62,11 +63,6 @@ def read_journal(journal: Path) -> dict[str, Any]:
             continue
         finished[entry["key"]] = entry
     return finished
-
-
-def from_line(entry: dict[str, Any]) -> Parsed:
-    problem = entry["problem"] and parse_problem(entry["problem"], compiled=False)
-    return problem, [tuple(lost) for lost in entry["lost"]]
 
 
 def grade_solution(problem: Problem, solution: str, sandbox: Sandbox) -> tuple[list[Result], str]:
