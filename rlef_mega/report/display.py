@@ -51,15 +51,13 @@ def percent(fraction: float | None, unit: str = "%") -> str:
     return DASH if fraction is None else f"{100 * fraction:.1f}{unit}".replace("-", "−")
 
 
-def points(fraction: float | None) -> str:
+def points(fraction: float) -> str:
     """Format a difference of two fractions, in percentage points."""
-    return DASH if fraction is None else f"{100 * fraction:+.1f}".replace("-", "−")
+    return f"{100 * fraction:+.1f}".replace("-", "−")
 
 
-def significant(value: float | None) -> str:
+def significant(value: float) -> str:
     """Format with three or more significant digits; below 1e-4 or from 1e6, two and an exponent."""
-    if value is None:
-        return DASH
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.1e}".replace("-", "−")
     decimals = 2 if not value else max(0, 2 - math.floor(math.log10(abs(value))))
