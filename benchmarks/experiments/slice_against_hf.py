@@ -20,7 +20,6 @@ Shape suffixes: B sequences, L tokens of the longest, T tokens of a batch, R res
 """
 
 import argparse
-import functools
 import gc
 import importlib
 import importlib.util
@@ -28,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from rlef_mega.bench.slice import (
     Phases,
     measure_phases,
     on_policy_targets,
-    policy_update,
     slice_batch,
     slice_workload,
 )
@@ -138,7 +136,7 @@ def liger_head(
     return -compute(hidden_RD, weight_VD, ids_R, group, temperature).float()
 
 
-@functools.cache
+@cache
 def has_module(name: str) -> bool:
     try:
         importlib.import_module(name)
@@ -291,7 +289,7 @@ def measure(config: TrainConfig, ranks: parallel.Ranks, minutes: float = MINUTES
     if has_liger(ranks.device):
         heads, with_liger = list(HEADS), f"with Liger {version('liger-kernel')}"
     deadline = time.monotonic() + 60 * minutes
-    update = partial(policy_update, learner, batch, targets)
+    update = partial(learner.update_policy, batch, targets, range(batch.num_sequences))
     return {
         "batch": describe_batch(batch),
         "peer": f"Hugging Face {with_liger}",
