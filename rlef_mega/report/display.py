@@ -14,20 +14,14 @@ SEPARATORS_AND_BIDI = (0x200B, *range(0x2028, 0x202F))
 BIDI_MARKS = (0x061C, 0x200E, 0x200F, *range(0x2066, 0x206A))
 C1_CONTROLS = range(0x80, 0xA0)
 SURROGATES = range(0xD800, 0xE000)  # a lone one has no UTF-8 encoding
-
-
-def unseen_characters() -> dict[int, str]:
-    """Map invisible characters, and those that reorder their neighbours, to visible ones."""
-    named = (*C1_CONTROLS, *SEPARATORS_AND_BIDI, *BIDI_MARKS, 0xFEFF)
-    return (
-        {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
-        | {0x7F: "␡"}
-        | {code: f"⟨U+{code:04X}⟩" for code in named}
-        | {code: "\ufffd" for code in (*SURROGATES, 0xFFFE, 0xFFFF)}
-    )
-
-
-UNSEEN = unseen_characters()
+SHOWN_BY_NAME = (*C1_CONTROLS, *SEPARATORS_AND_BIDI, *BIDI_MARKS, 0xFEFF)
+# invisible characters, and those that reorder their neighbours, to visible ones
+UNSEEN = (
+    {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
+    | {0x7F: "␡"}
+    | {code: f"⟨U+{code:04X}⟩" for code in SHOWN_BY_NAME}
+    | {code: "\ufffd" for code in (*SURROGATES, 0xFFFE, 0xFFFF)}
+)
 ANY_UNSEEN = re.compile(f"[{re.escape(''.join(map(chr, UNSEEN)))}]")
 
 
