@@ -202,8 +202,7 @@ class HuggingFacePolicy:
 
     def gradients(self, batch: Batch, targets: Targets, head: str) -> dict[str, float]:
         """Compute the clipped gradients of all micro-batches. Returns loss and gradient norm."""
-        for weight in self.weights:
-            weight.grad = None
+        self.model.zero_grad()
         of_all = (targets.old_logprobs_A, batch.behaviour_logprobs_A, targets.advantages_A)
         constants = [values_A.to(self.device) for values_A in of_all]
         total = torch.zeros((), device=self.device)
