@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from rlef_mega.bench.measure import device_name, peak_bytes, peak_flops, seconds, wall_seconds
+from rlef_mega.bench.measure import peak_bytes, peak_flops, seconds, wall_seconds
 from rlef_mega.bench.random_model import find_shape, layers_that_fit, write_model
 from rlef_mega.bench.results import Figure, Results
 from rlef_mega.bench.workload import (
@@ -69,7 +69,7 @@ def benchmark(
     with slice_workload(recipe, layers, recompute, minutes=minutes) as work:
         measured = work.run("rlef_mega.bench.slice")
         shape = LlamaShape.of(read_config(Path(work.config.model.path)))
-    name = device_name(measured_device())
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     # the table holds bfloat16 peaks
     peak = peak_flops(name) if work.config.model.dtype == "bfloat16" else None
     about = work.about(
