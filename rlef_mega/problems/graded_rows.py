@@ -9,6 +9,7 @@ store is complete: a reader that was killed resumes from it.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,9 @@ def read_journal(journal: Path) -> dict[str, Any]:
         return {}
     finished = {}
     for line in journal.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             entry = json.loads(line)
-        except ValueError:
-            continue
-        finished[entry["key"]] = entry
+            finished[entry["key"]] = entry
     return finished
 
 
