@@ -20,7 +20,6 @@ Shape suffixes: B sequences, L tokens of the longest, T tokens of a batch, R res
 """
 
 import argparse
-import functools
 import gc
 import importlib
 import importlib.util
@@ -28,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from rlef_mega.bench.slice import (
     Phases,
     measure_phases,
     on_policy_targets,
-    policy_update,
     slice_batch,
     slice_workload,
 )
@@ -138,7 +136,7 @@ def liger_head(
     return -compute(hidden_RD, weight_VD, ids_R, group, temperature).float()
 
 
-@functools.cache
+@cache
 def has_module(name: str) -> bool:
     try:
         importlib.import_module(name)
@@ -204,8 +202,7 @@ class HuggingFacePolicy:
 
     def gradients(self, batch: Batch, targets: Targets, head: str) -> dict[str, float]:
         """Compute the clipped gradients of all micro-batches. Returns loss and gradient norm."""
-        for weight in self.weights:
-            weight.grad = None
+        self.model.zero_grad()
         of_all = (targets.old_logprobs_A, batch.behaviour_logprobs_A, targets.advantages_A)
         constants = [values_A.to(self.device) for values_A in of_all]
         total = torch.zeros((), device=self.device)
@@ -291,7 +288,7 @@ def measure(config: TrainConfig, ranks: parallel.Ranks, minutes: float = MINUTES
     if has_liger(ranks.device):
         heads, with_liger = list(HEADS), f"with Liger {version('liger-kernel')}"
     deadline = time.monotonic() + 60 * minutes
-    update = partial(policy_update, learner, batch, targets)
+    update = partial(learner.update_policy, batch, targets, range(batch.num_sequences))
     return {
         "batch": describe_batch(batch),
         "peer": f"Hugging Face {with_liger}",

@@ -50,18 +50,11 @@ def judge_change(
     first: dict[str, Any], second: dict[str, Any], change: float, tolerance: float
 ) -> str:
     """Return "worse" or "better", or "" if the figure is neither or cannot be judged."""
-    direction = better_direction(first["unit"])
+    more, less = first["unit"].endswith(MORE_IS_BETTER), first["unit"] in LESS_IS_BETTER
     apart = first["low"] > second["high"] or first["high"] < second["low"]
-    if not direction or not apart or abs(change) <= tolerance:
+    if not (more or less) or not apart or abs(change) <= tolerance:
         return ""
-    return "better" if change * direction > 0 else "worse"
-
-
-def better_direction(unit: str) -> int:
-    """Return 1 if more is better, -1 if less is, 0 if it depends on the figure."""
-    if unit.endswith(MORE_IS_BETTER):
-        return 1
-    return -1 if unit in LESS_IS_BETTER else 0
+    return "better" if (change > 0) == more else "worse"
 
 
 def read(path: Path) -> dict[str, Any]:

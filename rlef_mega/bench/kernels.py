@@ -75,16 +75,14 @@ class Measurements:
         except Exception as error:
             self.skipped[name] = f"{type(error).__name__}: {error}"[:300]
 
-    def add(self, name: str, call: Callable[[], object], flops: float = 0.0) -> None:
-        """Add the call's time and memory, and its rate if its FLOPs are given."""
+    def add(self, name: str, call: Callable[[], object], flops: float) -> None:
+        """Add the call's time and memory, and its rate."""
         measured = measure_call(call, self.device, self.sample_s)
         self.figures += [
             Figure(name, "ms", tuple(1e3 * s for s in measured.seconds)),
             Figure(f"{name}, memory", "MiB", (measured.peak_bytes / 2**20,)),
+            Figure(f"{name}, rate", "TFLOP/s", tuple(flops / s / 1e12 for s in measured.seconds)),
         ]
-        if flops:
-            rates = tuple(flops / s / 1e12 for s in measured.seconds)
-            self.figures.append(Figure(f"{name}, rate", "TFLOP/s", rates))
 
 
 def benchmark(

@@ -23,10 +23,6 @@ PEAK_FLOPS = {
 }
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def peak_flops(name: str) -> float | None:
     """Return the data sheet's dense bf16 FLOP/s, or None for a device not in the table."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

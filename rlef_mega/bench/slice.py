@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from rlef_mega.bench.measure import device_name, peak_bytes, peak_flops, seconds, wall_seconds
+from rlef_mega.bench.measure import peak_bytes, peak_flops, seconds, wall_seconds
 from rlef_mega.bench.random_model import find_shape, layers_that_fit, write_model
 from rlef_mega.bench.results import Figure, Results
 from rlef_mega.bench.workload import (
@@ -69,7 +69,7 @@ def benchmark(
     with slice_workload(recipe, layers, recompute, minutes=minutes) as work:
         measured = work.run("rlef_mega.bench.slice")
         shape = LlamaShape.of(read_config(Path(work.config.model.path)))
-    name = device_name(measured_device())
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     # the table holds bfloat16 peaks
     peak = peak_flops(name) if work.config.model.dtype == "bfloat16" else None
     about = work.about(
@@ -188,15 +188,6 @@ def on_policy_targets(learner: Learner, config: TrainConfig, batch: Batch) -> tu
     return batch, targets
 
 
-def policy_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str, float]:
-    """Make one optimizer step of the policy on the whole batch."""
-    return learner.update_policy(batch, targets, list(range(batch.num_sequences)))
-
-
-def critic_update(learner: Learner, batch: Batch, targets: Targets) -> dict[str, float]:
-    return learner.update_critic(batch, targets, list(range(batch.num_sequences)))
-
-
 def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) -> Phases:
     """Return the parts of a training step, in its order. With `offloads`, also the moves of an idle
     policy to the host (into pinned memory, if the device is a GPU) and back."""
@@ -210,8 +201,8 @@ def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) 
     found: Phases = {
         "old log-probs": outputs(policy, learner.read_logprobs),
         "values": outputs(critic, learner.read_values),
-        "critic update": lambda: critic_update(learner, batch, targets),
-        "policy update": lambda: policy_update(learner, batch, targets),
+        "critic update": lambda: learner.update_critic(batch, targets, everything),
+        "policy update": lambda: learner.update_policy(batch, targets, everything),
         "policy optimizer step alone": policy.step,
         "weights gathered for publication": lambda: [None for _ in learner.policy_weights()],
     }

@@ -107,18 +107,13 @@ def workload(recipe: str) -> Iterator[Workload]:
         if not (path / "config.json").is_file():
             if config.model.shape:
                 raise ConfigError(f"no model in {config.model.path}; {source} cannot be measured")
-            path = random_model(folder / "base")
-            words = "random weights, the shape of demo_base"
+            base = f"dir={json.dumps(str(folder / 'base'))}"
+            make_initial_model(load_config(find_recipe("demo_base"), [base], SFTConfig))
+            words, path = "random weights, the shape of demo_base", folder / "base/init"
         config = load_config(source, [f"model.path={json.dumps(str(path))}"], TrainConfig)
         check_layout(model_shape(config), config.parallel)
         (folder / "config.toml").write_text(dump_toml(config))
         yield Workload(folder, config, words)
-
-
-def random_model(folder: Path) -> Path:
-    base = load_config(find_recipe("demo_base"), [f"dir={json.dumps(str(folder))}"], SFTConfig)
-    make_initial_model(base)
-    return folder / "init"
 
 
 def describe_batch(batch: Batch) -> dict[str, int]:

@@ -35,11 +35,7 @@ from rlef_mega.megatron.network.stages import BUCKET_BYTES, StagePosition, Stage
 HEAD_CHUNK_BYTES = 2**30
 CUBLAS_BYTES = 64 * 2**20  # of two threads, on Hopper (PyTorch's default)
 Head = Literal["fused", "value"]
-
-
-@cache
-def cut(layers: int, parallel: ParallelConfig, head_cost: float) -> Stages:
-    return split_layers(layers, parallel, head_cost=head_cost)
+split_once = cache(split_layers)
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,9 @@ class Network:
     def stages(self) -> Stages:
         """Return the pipeline stages, as the trainer divides them."""
         one_copy = self.parallel.model_copy(update={"data_parallel_size": 1})
-        head_cost = self.shape.table_parameters / self.shape.layer_products
-        return cut(self.shape.layers, one_copy, 0.0 if self.head == "value" else head_cost)
+        head = 0 if self.head == "value" else self.shape.table_parameters
+        cost = head / self.shape.layer_products
+        return split_once(self.shape.layers, one_copy, head_cost=cost)
 
     @cached_property
     def layers(self) -> list[int]:

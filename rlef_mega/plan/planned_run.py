@@ -194,14 +194,11 @@ class PlannedRun:
                 "weights": net.weights(rank),
                 "gradients": net.gradients(rank),
                 "optimizer": net.optimizer(rank),
-                "reference": 0.0,
             }
             for network, net in trained.items()
         }
         if self.has_reference and "policy" in trained:
-            state["reference"] = dict.fromkeys(STATE, 0.0) | {
-                "reference": self.policy.weights(rank)
-            }
+            state["reference"] = {"reference": self.policy.weights(rank)}
         phases = self.phases(rank, trained, state)
         phase, parts = max(phases.items(), key=lambda item: total(item[1]))
         # the copy from which a checkpoint is written; one data-parallel rank owns each weight
@@ -228,16 +225,15 @@ class PlannedRun:
 
         def add(name: str, here: dict[str, float], *, activations: float, scratch: float) -> None:
             on_device = here if self.offloads else everything
-            nothing = dict.fromkeys(STATE, 0.0)
-            found[name] = nothing | on_device
-            found[name] |= {"activations": activations, "scratch": scratch + standing}
+            temporary = {"activations": activations, "scratch": scratch + standing}
+            found[name] = dict.fromkeys(STATE, 0.0) | on_device | temporary
 
         together = ["policy", "reference"]
         exact = self.config.ppo.kl == "exact" and "reference" in state
         scored = [[network] for network in state if not (exact and network in together)]
         for names in [together, *scored] if exact else scored:
             held = plus(*(state[network] for network in names))
-            weights = {part: held[part] for part in ("weights", "reference")}
+            weights = {part: held[part] for part in ("weights", "reference") if part in held}
             net = trained.get(names[0], self.policy)
             scratch = net.scoring_scratch(rank, tokens, self.head_tokens, models=len(names))
             add(f"score {' and '.join(names)}", weights, activations=0.0, scratch=scratch)

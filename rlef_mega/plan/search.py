@@ -190,12 +190,10 @@ def server_sizes(run: PlannedRun, device: Device) -> list[int]:
         return [1]
     fitting = []
     for size in TENSOR:
-        try:
+        with suppress(ConfigError):
             refuse_small_servers(replace(run, server_gpus=size), device)
-        except ConfigError:
-            continue
-        if run.shape.key_value_heads % size == 0:
-            fitting.append(size)
+            if run.shape.key_value_heads % size == 0:
+                fitting.append(size)
     return fitting
 
 

@@ -20,7 +20,6 @@ Latencies of kernels and collectives, and the host's launches, are left out: a p
 kernels takes longer than this.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -57,14 +56,10 @@ def fullest_load(
     lengths, reads = dialogues.batch(sequences)
     costs = list(map(shape.flops, lengths, reads))
     plan = microbatches(lengths, budget, ranks, costs=costs, multiple=multiple)
-
-    def load(rank: Sequence[Sequence[int]]) -> tuple[int, Load]:
-        members = [i for part in rank for i in part]
-        tokens, squares = sum(lengths[i] for i in members), sum(lengths[i] ** 2 for i in members)
-        read = sum(reads[i] for i in members)
-        return sum(costs[i] for i in members), Load(tokens, squares, read, len(rank))
-
-    return max((load(rank) for rank in plan), key=lambda pair: pair[0])[1]
+    fullest = max(plan, key=lambda parts: sum(costs[i] for part in parts for i in part))
+    members = [i for part in fullest for i in part]
+    tokens, squares = sum(lengths[i] for i in members), sum(lengths[i] ** 2 for i in members)
+    return Load(tokens, squares, sum(reads[i] for i in members), len(fullest))
 
 
 def seconds(network: Network, device: Device, load: Load, passes: str) -> Terms:

@@ -4,10 +4,11 @@ starts.
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
@@ -27,7 +28,7 @@ from rlef_mega.problems import (
 from rlef_mega.problems.graded_rows import SOLUTION_FAILS
 from rlef_mega.problems.rows import MALFORMED, Drop, Read, SourceOptions, data_files
 from rlef_mega.problems.splits import SPLITS, Split
-from rlef_mega.problems.store import ProblemStore, cache_folder, count_reasons, stored
+from rlef_mega.problems.store import ProblemStore, cache_folder, stored
 from rlef_mega.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -52,14 +53,15 @@ def load_problems(source: str, cache: Path | None = None) -> Sequence[Problem]:
     """
     if is_data_set(source):
         store = read_data_set(source, cache)
-        for reason, count in count_reasons(store.drops).items():
+        reasons = Counter(drop.reason for drop in store.drops)
+        for reason, count in reasons.items():
             logger.warning("%s: %d rows: %s", source, count, reason)
         for drop in store.drops:
             if drop.reason == SOLUTION_FAILS:
                 logger.warning("%s: left out %s: %s: %s", source, drop.id, drop.reason, drop.detail)
         refuse_malformed(source, store.drops)
         if not len(store):
-            counts = dict(count_reasons(store.drops)) or "no rows"
+            counts = dict(reasons) or "no rows"
             raise ValueError(f"{source}: holds no problem that can be graded ({counts})")
         return store
     if not files_of(source):
@@ -141,10 +143,7 @@ def refuse_malformed(source: str, drops: Sequence[Drop]) -> None:
     )
 
 
-Options = TypeVar("Options", bound=SourceOptions)
-
-
-def parse_options(source: str, query: str, options: type[Options]) -> Options:
+def parse_options(source: str, query: str, options: type[SourceOptions]) -> SourceOptions:
     """Return the options of a query like `split=train&max_tests=50`."""
     try:
         return options.model_validate(dict(parse_qsl(query, keep_blank_values=True)))

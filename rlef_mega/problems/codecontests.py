@@ -7,6 +7,7 @@ null), `memory_limit_bytes`, `input_file`, `output_file`, `source`, `cf_rating` 
 Public tests are shown, private and generated tests are not; all of them decide the reward.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ from rlef_mega.problems.rows import (
     SourceOptions,
     TimeFactor,
     Words,
-    class_names,
     expect,
     expect_strings,
+    parquet_file,
     read_each,
     without_enormous,
 )
@@ -46,16 +47,19 @@ SOURCES = {
 }
 RATING_CLASS = 400
 
-# Phrases that allow several outputs. The one expected output then refuses right answers.
-MULTIPLE_ANSWERS = re.compile(
-    r"any (one )?of (them|these|those)|(print|output|find|report|return) any\b"
-    r"|(multiple|several|more than one)( \w+){0,3} "
-    r"(solution|answer|way|output|option)s?"
-    r"|any (valid|correct|suitable|appropriate|order|solution|answer)"
-    r"|in (any|arbitrary) order",
-    re.IGNORECASE,
-)
-IMAGE = re.compile(r"<image>|<img\b|!\[[^\]]*\]\(")
+# Tags that a statement gets if it matches: it lost an image, or has phrases that allow several
+# outputs. The one expected output then refuses right answers.
+STATEMENT_TAGS = {
+    "image": re.compile(r"<image>|<img\b|!\[[^\]]*\]\("),
+    "multiple answers": re.compile(
+        r"any (one )?of (them|these|those)|(print|output|find|report|return) any\b"
+        r"|(multiple|several|more than one)( \w+){0,3} "
+        r"(solution|answer|way|output|option)s?"
+        r"|any (valid|correct|suitable|appropriate|order|solution|answer)"
+        r"|in (any|arbitrary) order",
+        re.IGNORECASE,
+    ),
+}
 
 
 class CodeContestsOptions(SourceOptions):
@@ -98,8 +102,17 @@ def read(files: Sequence[Path], options: CodeContestsOptions, _: Path) -> Iterat
 
 
 def source_names(path: Path) -> tuple[str, ...]:
-    """Return the file's own names for the numbers of `source`; they take precedence over ours."""
-    return tuple(name.removesuffix("_source").lower() for name in class_names(path, "source"))
+    """Return the file's own names for the numbers of `source`, which `datasets` writes into a
+    Parquet file's schema; empty if it has none. They take precedence over ours."""
+    if not path.name.endswith(".parquet"):
+        return ()
+    with parquet_file(path) as file:
+        stored = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        names = json.loads(stored)["info"]["features"]["source"]["names"]
+        return tuple(name.removesuffix("_source").lower() for name in names)
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
 def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parsed:
@@ -114,7 +127,8 @@ def parse(row: Row, options: CodeContestsOptions, names: Sequence[str]) -> Parse
         files = f"{row.get('input_file')!r}, {row.get('output_file')!r}"
         return None, [("reads or writes a file instead of standard input and output", files)]
     source = parse_source(row, names, options)
-    tags = (*filter(None, expect_strings(row, "cf_tags")), *flags(statement))
+    flags = (tag for tag, pattern in STATEMENT_TAGS.items() if pattern.search(statement))
+    tags = (*filter(None, expect_strings(row, "cf_tags")), *flags)
     rating = expect(row, "cf_rating", int, None) or 0
     reason = unwanted(source, rating, tags, options)
     if reason:
@@ -164,14 +178,6 @@ def parse_source(row: Row, names: Sequence[str], options: CodeContestsOptions) -
     raise FieldError(
         f"source: {value!r} is not a source of the {options.enums} copy; set enums={other} if the "
         "file uses that numbering"
-    )
-
-
-def flags(statement: str) -> tuple[str, ...]:
-    """Return "image" if a statement lost one, and "multiple answers" if it allows several."""
-    return (
-        *(("image",) if IMAGE.search(statement) else ()),
-        *(("multiple answers",) if MULTIPLE_ANSWERS.search(statement) else ()),
     )
 
 

@@ -62,12 +62,6 @@ class ProgramFamily:
         return self.program.format(*variant)
 
 
-def read_families() -> tuple[ProgramFamily, ...]:
-    """Read the families from `curriculum.json`."""
-    data = json.loads((resources.files("rlef_mega.problems") / "curriculum.json").read_text())
-    return tuple(to_family(entry, data["inputs"]) for entry in data["families"])
-
-
 def to_family(entry: dict[str, Any], inputs: dict[str, list[str]]) -> ProgramFamily:
     return ProgramFamily(
         name=entry["name"],
@@ -81,7 +75,8 @@ def to_family(entry: dict[str, Any], inputs: dict[str, list[str]]) -> ProgramFam
     )
 
 
-FAMILIES = read_families()
+DATA = json.loads((resources.files("rlef_mega.problems") / "curriculum.json").read_text())
+FAMILIES = tuple(to_family(entry, DATA["inputs"]) for entry in DATA["families"])
 
 
 @dataclass(frozen=True)

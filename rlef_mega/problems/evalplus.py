@@ -32,11 +32,9 @@ TIME_FACTOR = 4  # over the canonical solution, as evalplus allows for each inpu
 Convert = Callable[[list[Any]], list[Any]]
 
 
-def tuples(depth: int) -> Callable[[Any], Any]:
-    """Return a function that turns all lists at nesting depth `depth` into tuples."""
-    if depth == 0:
-        return tuple
-    return lambda value: [tuples(depth - 1)(item) for item in value]
+def tuples(value: Any) -> list[tuple[Any, ...]]:
+    """Turn the lists in a list into tuples."""
+    return [tuple(item) for item in value]
 
 
 def tuples_within(value: Any) -> Any:
@@ -55,8 +53,8 @@ def at(position: int, convert: Callable[[Any], Any] = tuple) -> Convert:
 CONVERSIONS: tuple[tuple[Convert, str], ...] = (
     (each(tuple), "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740"),
     (each(tuple), "744 809"),
-    (each(tuples(1)), "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780"),
-    (at(0, tuples(1)), "75 413 444 753"),
+    (each(tuples), "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780"),
+    (at(0, tuples), "75 413 444 753"),
     (at(1), "106 750"),
     (at(0, lambda items: [set(item) if item else {} for item in items]), "115"),
     (at(0), "250 405 446 617 720 763 808 307"),

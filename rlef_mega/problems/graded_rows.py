@@ -9,6 +9,7 @@ store is complete: a reader that was killed resumes from it.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def read_graded(
 
         def parse_once(row: Row, _: Path) -> Parsed:
             key = hashlib.blake2b(to_literal(row).encode(), digest_size=16).hexdigest()
-            if key in finished:
-                return from_line(finished[key])
+            if entry := finished.get(key):
+                graded = entry["problem"] and parse_problem(entry["problem"], compiled=False)
+                return graded, [tuple(lost) for lost in entry["lost"]]
             problem, lost = parse(row, sandbox)
             line = {"key": key, "problem": problem and to_row(problem), "lost": lost}
             file.write(json.dumps(line) + "\n")
@@ -56,17 +58,10 @@ def read_journal(journal: Path) -> dict[str, Any]:
         return {}
     finished = {}
     for line in journal.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             entry = json.loads(line)
-        except ValueError:
-            continue
-        finished[entry["key"]] = entry
+            finished[entry["key"]] = entry
     return finished
-
-
-def from_line(entry: dict[str, Any]) -> Parsed:
-    problem = entry["problem"] and parse_problem(entry["problem"], compiled=False)
-    return problem, [tuple(lost) for lost in entry["lost"]]
 
 
 def grade_solution(problem: Problem, solution: str, sandbox: Sandbox) -> tuple[list[Result], str]:

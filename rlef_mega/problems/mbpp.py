@@ -62,7 +62,7 @@ def parse(row: Row, options: MBPPOptions, sandbox: Sandbox) -> Parsed:
     if not statements:
         return None, [("no tests", "")]
     setup = "\n".join(
-        (*expect_strings(row, "test_imports"), expect(row, "test_setup_code", str, "") or "")
+        (*expect_strings(row, "test_imports"), expect(row, "test_setup_code", str, ""))
     )
     challenges = expect_strings(row, "challenge_test_list")
     called = functions_called(code, (*statements, *challenges, setup))

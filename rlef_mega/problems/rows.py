@@ -9,7 +9,6 @@ asked for are read.
 import gzip
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,16 +157,13 @@ def row_of(value: Any) -> Row | FieldError:
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[LocatedRow]:
-    file = parquet_file(path)
-    with file:
+    with parquet_file(path) as file:
         names = file.schema_arrow.names
         wanted = [name for name in columns if name in names] if columns else names
-        number = 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
-            for index in range(batch.num_rows):  # one row at a time becomes Python objects
-                number += 1
-                row = batch.slice(index, 1).to_pylist()[0]
-                yield f"{path}, row {number}", row
+        batches = file.iter_batches(BATCH_ROWS, columns=wanted)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
 
 
 def parquet_file(path: Path) -> Any:
@@ -186,20 +182,6 @@ def parquet_file(path: Path) -> Any:
         )
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file, or damaged ({error})") from None
-
-
-def class_names(path: Path, column: str) -> tuple[str, ...]:
-    """Return the names of an enumerated column, which `datasets` writes into a Parquet file's
-    schema; empty if the file has none."""
-    if not path.name.endswith(".parquet"):
-        return ()
-    with parquet_file(path) as file:
-        stored = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-    try:
-        feature = json.loads(stored)["info"]["features"][column]
-        return tuple(feature["names"])
-    except (ValueError, KeyError, TypeError):
-        return ()
 
 
 def expect(row: Row, key: str, kind: Any, default: Any = REQUIRED) -> Any:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -139,7 +138,3 @@ def write_store(outcomes: Iterable[Read], index: Path) -> None:
     ) as file:
         json.dump(about, file)
     os.replace(file.name, index)
-
-
-def count_reasons(drops: Iterable[Drop]) -> Counter[str]:
-    return Counter(drop.reason for drop in drops)

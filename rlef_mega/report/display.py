@@ -14,20 +14,14 @@ SEPARATORS_AND_BIDI = (0x200B, *range(0x2028, 0x202F))
 BIDI_MARKS = (0x061C, 0x200E, 0x200F, *range(0x2066, 0x206A))
 C1_CONTROLS = range(0x80, 0xA0)
 SURROGATES = range(0xD800, 0xE000)  # a lone one has no UTF-8 encoding
-
-
-def unseen_characters() -> dict[int, str]:
-    """Map invisible characters, and those that reorder their neighbours, to visible ones."""
-    named = (*C1_CONTROLS, *SEPARATORS_AND_BIDI, *BIDI_MARKS, 0xFEFF)
-    return (
-        {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
-        | {0x7F: "␡"}
-        | {code: f"⟨U+{code:04X}⟩" for code in named}
-        | {code: "\ufffd" for code in (*SURROGATES, 0xFFFE, 0xFFFF)}
-    )
-
-
-UNSEEN = unseen_characters()
+SHOWN_BY_NAME = (*C1_CONTROLS, *SEPARATORS_AND_BIDI, *BIDI_MARKS, 0xFEFF)
+# invisible characters, and those that reorder their neighbours, to visible ones
+UNSEEN = (
+    {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
+    | {0x7F: "␡"}
+    | {code: f"⟨U+{code:04X}⟩" for code in SHOWN_BY_NAME}
+    | {code: "\ufffd" for code in (*SURROGATES, 0xFFFE, 0xFFFF)}
+)
 ANY_UNSEEN = re.compile(f"[{re.escape(''.join(map(chr, UNSEEN)))}]")
 
 
@@ -51,15 +45,13 @@ def percent(fraction: float | None, unit: str = "%") -> str:
     return DASH if fraction is None else f"{100 * fraction:.1f}{unit}".replace("-", "−")
 
 
-def points(fraction: float | None) -> str:
+def points(fraction: float) -> str:
     """Format a difference of two fractions, in percentage points."""
-    return DASH if fraction is None else f"{100 * fraction:+.1f}".replace("-", "−")
+    return f"{100 * fraction:+.1f}".replace("-", "−")
 
 
-def significant(value: float | None) -> str:
+def significant(value: float) -> str:
     """Format with three or more significant digits; below 1e-4 or from 1e6, two and an exponent."""
-    if value is None:
-        return DASH
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.1e}".replace("-", "−")
     decimals = 2 if not value else max(0, 2 - math.floor(math.log10(abs(value))))

@@ -203,27 +203,19 @@ def view_tokens(turn: Json) -> Json:
     if not lengths or min(lengths) < 0 or not covered <= len(response) <= RESPONSE_CHARACTERS:
         return {}
     tokens: Json = {"pieces": lengths}
-    if not as_recorded(response):
+    # unless each character is shown as it is and has length 1 in JavaScript
+    if not (response.isascii() and visible(response) == response):
         pieces = [visible(response[a:b]) for a, b in pairwise(accumulate(lengths, initial=0))]
         tokens = {
             "response": "".join([*pieces, visible(response[covered:])]),
-            "pieces": list(map(utf16_units, pieces)),
+            # JavaScript counts units of UTF-16
+            "pieces": [len(piece.encode("utf-16-le")) // 2 for piece in pieces],
         }
     for name, key in TOKEN_NUMBERS.items():
         values = integers(turn, key)[: len(lengths)]
         if len(values) == len(lengths):
             tokens[name] = [round(value / 10) for value in values]
     return tokens
-
-
-def as_recorded(response: str) -> bool:
-    """Return whether each character is shown as it is and has length 1 in JavaScript."""
-    return response.isascii() and visible(response) == response
-
-
-def utf16_units(piece: str) -> int:
-    """Return the length of a text in JavaScript, which counts units of UTF-16."""
-    return len(piece) + sum(character > "\uffff" for character in piece)
 
 
 def integers(record: Json, key: str) -> list[int]:

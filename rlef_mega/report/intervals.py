@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 200  # RLEF B.1
+RESAMPLES_OVER_SEEDS = 2000
 Z = 1.96  # standard deviations of a 95% interval
 Floats = NDArray[np.float64]
 
@@ -21,17 +22,15 @@ def bootstrap_interval(
     return {"value": float(sample.mean()), **percentiles(means)}
 
 
-def interval_over_seeds(
-    outcomes: Sequence[Sequence[float | None]], *, resamples: int = 2000
-) -> dict[str, float]:
+def interval_over_seeds(outcomes: Sequence[Sequence[float | None]]) -> dict[str, float]:
     """Return the mean over seeds (one list each) and problems, and its 95% interval, for which both
     are resampled. All lists have the same problems in the same order. A problem that is None in any
     list is left out."""
     everyone = np.array(outcomes, dtype=float)
     known = everyone[:, ~np.isnan(everyone).any(axis=0)]  # seeds x problems
     generator = np.random.default_rng(0)
-    problems = generator.integers(known.shape[1], size=(resamples, known.shape[1]))
-    seeds = generator.integers(len(known), size=(resamples, len(known)))
+    problems = generator.integers(known.shape[1], size=(RESAMPLES_OVER_SEEDS, known.shape[1]))
+    seeds = generator.integers(len(known), size=(RESAMPLES_OVER_SEEDS, len(known)))
     means = [known[s].mean(0)[p].mean() for s, p in zip(seeds, problems, strict=True)]
     return {"value": float(known.mean()), **percentiles(np.array(means))}
 

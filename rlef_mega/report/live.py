@@ -10,6 +10,7 @@ address (DNS rebinding), reads nothing.
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,11 +52,9 @@ class LiveServer(ThreadingHTTPServer):
         """Return the current files' stamp, and text and age of the (last) run's file `progress`."""
         state: Json = {"stamp": stamp_of(self.runs), "doing": "not started yet", "seconds": None}
         for run in self.runs:
-            try:
+            with suppress(FileNotFoundError):
                 state["doing"] = (run / "progress").read_text(errors="replace").strip()[:100]
                 state["seconds"] = max(0.0, time.time() - (run / "progress").stat().st_mtime)
-            except FileNotFoundError:
-                continue
         return state
 
 

@@ -44,10 +44,10 @@ def comparison_table(title: str, columns: tuple[str, ...], rows: tuple[MeasureRo
     return shown
 
 
-def print_evaluation(evaluation: Json, console: Console | None = None) -> None:
+def print_evaluation(evaluation: Json) -> None:
     """Print n@k of every protocol, solve rates by difficulty, turn budgets, and how the next turn
     repaired failures."""
-    console = console or Console()
+    console = Console()
     protocols = {
         name.replace("_", " "): numbers for name, numbers in table(evaluation, "protocols").items()
     }
@@ -148,7 +148,7 @@ def readable(name: str) -> Text:
     return Text(visible(name))
 
 
-def cell(rate: Rate | None, show: Callable[[float | None], str] = percent) -> Text:
+def cell(rate: Rate | None, show: Callable[[float], str] = percent) -> Text:
     if rate is None:
         return Text("—", style="dim")
     text = Text(show(rate.value).removesuffix("%"), style="bold")

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from typer.testing import CliRunner
 
 from rlef_mega.bench.random_model import write_model
-from rlef_mega.bench.slice import critic_update, on_policy_targets, policy_update
+from rlef_mega.bench.slice import on_policy_targets
 from rlef_mega.bench.workload import fill_microbatches, random_episodes
 from rlef_mega.cli import app
 from rlef_mega.config import (
@@ -150,10 +150,10 @@ def test_a_real_learners_state_has_the_planned_bytes(ranks, tmp_path, dtype):
     batch, targets = on_policy_targets(learner, config, batch)
     run = PlannedRun.of(config, SMALL)
     for trained, planned, update in (
-        (learner.policy, run.policy, policy_update),
-        (learner.critic, run.critic, critic_update),
+        (learner.policy, run.policy, learner.update_policy),
+        (learner.critic, run.critic, learner.update_critic),
     ):
-        update(learner, batch, targets)  # makes the optimizer's state
+        update(batch, targets, range(batch.num_sequences))  # makes the optimizer's state
         weights = sum(bytes_of(p) for chunk in trained.chunks for p in chunk.parameters())
         head = 2 * (SMALL.hidden + 1) if planned.head == "value" and dtype == "bfloat16" else 0
         assert weights == planned.weights(0) + head  # a value head is fp32
