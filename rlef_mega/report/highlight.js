@@ -20,10 +20,10 @@ const WORDS = {
     tokens: /(?<comment>\/\/[^\n]*|\/\*[\s\S]*?(?:\*\/|$))|(?<keyword>^[ \t]*#[ \t]*\w+)|(?<string>"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?)|(?<number>\b\d[\w.']*)|(?<word>[A-Za-z_]\w*)/gm,
   },
 };
-WORDS["c++"] = WORDS.cpp;
 
+// `language`: python, cpp, or cpp with a year.
 function codePieces(code, language) {
-  const { keywords, builtins, tokens } = WORDS[language] ?? WORDS.python;
+  const { keywords, builtins, tokens } = WORDS[language.startsWith("cpp") ? "cpp" : "python"];
   const pieces = [];
   let end = 0;
   for (const match of code.matchAll(tokens)) {

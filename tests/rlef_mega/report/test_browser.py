@@ -261,7 +261,7 @@ def test_highlighting_changes_no_character_and_tells_code_from_prose(functions):
     assert ["string", "'<b>'"] in pieces and ["comment", "# if"] in pieces
     assert ["builtin", "print"] in pieces and ["number", "2"] in pieces
     code = '#include <map>\nint main() { /* if */ return "x"[0]; } // end'
-    pieces = functions.evaluate(f"codePieces({json.dumps(code)}, 'cpp')")
+    pieces = functions.evaluate(f"codePieces({json.dumps(code)}, 'cpp17')")
     assert ["keyword", "#include"] in pieces and ["keyword", "return"] in pieces
     assert ["comment", "/* if */"] in pieces and ["string", '"x"'] in pieces
     begun = functions.evaluate("responsePieces('return 1\\n```\\nfor you', 'python', true)")
