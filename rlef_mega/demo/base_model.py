@@ -14,8 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.config import SFTConfig, load_config
-from rlef_mega.demo.repair_dialogues import repair_dialogues
-from rlef_mega.demo.taught_dialogues import sft_dialogues
+from rlef_mega.demo.repair_dialogues import repair_dialogue
+from rlef_mega.demo.taught_dialogues import sft_dialogue
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.flops import LlamaShape
@@ -100,11 +100,11 @@ def supervise(config: SFTConfig) -> int:
 
 def dialogues_of_step(config: SFTConfig, start: int, chat: ChatFormat) -> list[Episode]:
     """Return the dialogues of a step, the first of which has the number `start`."""
+    numbers = range(start, start + config.dialogues_per_step)
     if config.dialogues == "functions":
-        repairs = repair_dialogues(start, config.dialogues_per_step, config.seed)
+        repairs = (repair_dialogue(number, config.seed) for number in numbers)
         return [encode(messages, chat, begun) for begun, messages in repairs]
-    dialogues = sft_dialogues(start, config.dialogues_per_step, config.seed)
-    return [encode(messages, chat) for messages in dialogues]
+    return [encode(sft_dialogue(number, config.seed), chat) for number in numbers]
 
 
 def encode(messages: Sequence[str], chat: ChatFormat, begun: str = "") -> Episode:
