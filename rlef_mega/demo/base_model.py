@@ -120,29 +120,24 @@ def encode(messages: Sequence[str], chat: ChatFormat, begun: str = "") -> Episod
 
 
 def make_initial_model(config: SFTConfig) -> None:
-    """Write a tokenizer and random weights to `init/`, unless they exist or the stage begins with
-    another model. The same seed gives the same weights on every machine."""
+    """Train a tokenizer, draw random weights, and write both to `init/`, unless it exists or the
+    stage begins with another model. The same seed gives the same weights on every machine."""
     init = Path(config.dir) / "init"
     if config.model or init.exists():
         return
     with folder_written_whole(init) as folder:
-        write_untrained_model(config, folder)
-
-
-def write_untrained_model(config: SFTConfig, folder: Path) -> None:
-    """Train a tokenizer, draw random weights, and write both into `folder`."""
-    tokenizer = train_tokenizer(folder, config.vocab_size)
-    hf_config = LlamaConfig(
-        **LlamaShape(**config.sizes()).hf_settings(),
-        max_position_embeddings=config.max_position_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )
-    model = LlamaForCausalLM(hf_config)
-    initialize_weights(model, torch.Generator().manual_seed(config.seed))
-    model.save_pretrained(folder)
+        tokenizer = train_tokenizer(folder, config.vocab_size)
+        hf_config = LlamaConfig(
+            **LlamaShape(**config.sizes()).hf_settings(),
+            max_position_embeddings=config.max_position_embeddings,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        )
+        model = LlamaForCausalLM(hf_config)
+        initialize_weights(model, torch.Generator().manual_seed(config.seed))
+        model.save_pretrained(folder)
 
 
 @torch.no_grad()
