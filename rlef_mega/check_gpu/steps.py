@@ -26,10 +26,9 @@ import torch
 from rlef_mega.bench import measured
 from rlef_mega.bench.measure import measure_call
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
-from rlef_mega.run.launch import PYTHON, STOPPED
+from rlef_mega.run.launch import PYTHON, RLEF, STOPPED
 
 ROOT = Path(__file__).parents[2]
-RLEF = (*PYTHON, "-m", "rlef_mega.cli")
 DEVICE_TESTS = (ROOT / "tests/kernels/device", ROOT / "tests/kernels/test_at_size.py")
 SANITIZER_TEST = ROOT / "tests/kernels/test_sanitizer.py"
 CASES = "8B | 8192,70B"
