@@ -115,10 +115,8 @@ def training_flops(shape: LlamaShape, lengths: Sequence[int], read: int | None =
 
     `read`: tokens that the head reads; None for all, 0 for a critic.
     """
-    tokens, squares = sum(lengths), sum(length * length for length in lengths)
-    part = shape.flops
-    head = part.head * (tokens if read is None else read)
-    return 6 * (part.layers * tokens + head + part.attention * squares)
+    head = shape.flops(0, sum(lengths) if read is None else read)
+    return head + sum(shape.flops(length, 0) for length in lengths)
 
 
 def forward_flops(shape: LlamaShape, lengths: Sequence[int], read: int | None = None) -> int:

@@ -320,22 +320,17 @@ def without_room(config: TrainConfig, inputs: TrainingInputs) -> list[int]:
     """Return the indices of the training problems whose prompts leave no room for a response of the
     maximum length. Raises ConfigError if they are more than `rollout.max_drop_fraction` of all."""
     problems = inputs.problems["train"]
-    rollout, longest, where = config.rollout, 0, ""
+    rollout = config.rollout
     most = rollout.max_context - rollout.max_new_tokens
-    left_out = []
-    for index, problem in enumerate(
-        track(problems, "reading prompts", total=len(problems), transient=True)
-    ):
-        length = len(first_context(problem, inputs.chat)[0])
-        if length > most:
-            left_out.append(index)
-        if length > longest:
-            longest, where = length, problem.id
+    reading = track(problems, "reading prompts", transient=True)
+    lengths = [len(first_context(problem, inputs.chat)[0]) for problem in reading]
+    left_out = [index for index, length in enumerate(lengths) if length > most]
     if left_out:
+        longest = max(left_out, key=lambda index: lengths[index])
         words = (
             f"{len(left_out)} of {len(problems)} problems of data.train = {config.data.train} have "
             f"prompts of more than rollout.max_context - rollout.max_new_tokens = {most} tokens "
-            f"(the longest, {where!r}: {longest})"
+            f"(the longest, {problems[longest].id!r}: {lengths[longest]})"
         )
         if len(left_out) > rollout.max_drop_fraction * len(problems):
             raise ConfigError(

@@ -23,7 +23,7 @@ from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
 from rlef_mega.config import ConfigError
 from rlef_mega.flops import LLAMA_31_70B, LlamaShape
-from rlef_mega.run.launch import PYTHON
+from rlef_mega.run.launch import RLEF
 
 REPEATS = 2
 SHAPE = LLAMA_31_70B.with_layers(2)
@@ -72,9 +72,8 @@ def steps(folder: Path) -> Iterator[tuple[str, float, int]]:
     source, checkpoint, back = (folder / name for name in ("hf", "checkpoint", "back"))
     yield "cp", *run(["cp", "-r", str(source), str(back)], source, back)
     shutil.rmtree(back)
-    rlef = [*PYTHON, "-m", "rlef_mega.cli"]
-    yield "import", *run([*rlef, "import-hf", str(source), str(checkpoint)], source, checkpoint)
-    yield "export", *run([*rlef, "export-hf", str(checkpoint), str(back)], checkpoint, back)
+    yield "import", *run([*RLEF, "import-hf", str(source), str(checkpoint)], source, checkpoint)
+    yield "export", *run([*RLEF, "export-hf", str(checkpoint), str(back)], checkpoint, back)
     for path in source.glob("*.safetensors"):
         subprocess.run(["cmp", str(path), str(back / path.name)], check=True)
     shutil.rmtree(checkpoint)

@@ -25,13 +25,13 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.demo.base_model import make_initial_model
+from rlef_mega.demo.base_model import UNGRADED, make_initial_model
 from rlef_mega.megatron.network.stages import check_layout
 from rlef_mega.packing import microbatches
 from rlef_mega.preflight import model_shape
 from rlef_mega.run.hub import find_model
 from rlef_mega.run.launch import STOPPED, launch, worker_main
-from rlef_mega.types import Batch, Completion, Episode, Turn, Verdict
+from rlef_mega.types import Batch, Completion, Episode, Turn
 
 if TYPE_CHECKING:
     from rlef_mega.megatron.parallel import Ranks
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 # to 25), as fractions of the recipe's limits, so that lengths scale with those of other recipes.
 OBSERVED = (1 / 10, 1 / 6)  # of rollout.max_context: a prompt, or one turn's feedback
 ANSWERED = (0.15, 0.65)  # of rollout.max_new_tokens: a response
-UNGRADED = Verdict((), public_passed=False, solved=None)
 RESULT = "measured.json"  # what the worker measured
 
 

@@ -26,10 +26,10 @@ import torch
 from rlef_mega.bench import measured
 from rlef_mega.bench.measure import measure_call
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
-from rlef_mega.run.launch import PYTHON, STOPPED
+from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.launch import PYTHON, RLEF, STOPPED
 
 ROOT = Path(__file__).parents[2]
-RLEF = (*PYTHON, "-m", "rlef_mega.cli")
 DEVICE_TESTS = (ROOT / "tests/kernels/device", ROOT / "tests/kernels/test_at_size.py")
 SANITIZER_TEST = ROOT / "tests/kernels/test_sanitizer.py"
 CASES = "8B | 8192,70B"
@@ -192,10 +192,9 @@ def smollm2(out: Path, limit_s: float) -> Found:
     sets = [word for setting in settings for word in ("--set", setting)]
     left_s = limit_s - SAVING_S - (time.monotonic() - begun)
     code = run((*RLEF, "train", "smollm2_functions", *sets), left_s, SAVING_S)
-    found, lines = Found(), folder / "metrics.jsonl"
+    found, records = Found(), RunDirectory(folder).read_metrics()
     if code not in (0, STOPPED):
         found.failures.append(f"rlef train ended with exit code {code}")
-    records = [json.loads(line) for line in lines.open(encoding="utf-8")] if lines.exists() else []
     if not records:
         found.failures.append("rlef train finished no step")
     found.add("steps finished", "steps", len(records))

@@ -14,8 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlef_mega.config import SFTConfig, load_config
-from rlef_mega.demo.repair_dialogues import repair_dialogues
-from rlef_mega.demo.taught_dialogues import sft_dialogues
+from rlef_mega.demo.repair_dialogues import repair_dialogue
+from rlef_mega.demo.taught_dialogues import sft_dialogue
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.flops import LlamaShape
@@ -100,11 +100,11 @@ def supervise(config: SFTConfig) -> int:
 
 def dialogues_of_step(config: SFTConfig, start: int, chat: ChatFormat) -> list[Episode]:
     """Return the dialogues of a step, the first of which has the number `start`."""
+    numbers = range(start, start + config.dialogues_per_step)
     if config.dialogues == "functions":
-        repairs = repair_dialogues(start, config.dialogues_per_step, config.seed)
+        repairs = (repair_dialogue(number, config.seed) for number in numbers)
         return [encode(messages, chat, begun) for begun, messages in repairs]
-    dialogues = sft_dialogues(start, config.dialogues_per_step, config.seed)
-    return [encode(messages, chat) for messages in dialogues]
+    return [encode(sft_dialogue(number, config.seed), chat) for number in numbers]
 
 
 def encode(messages: Sequence[str], chat: ChatFormat, begun: str = "") -> Episode:
@@ -120,29 +120,24 @@ def encode(messages: Sequence[str], chat: ChatFormat, begun: str = "") -> Episod
 
 
 def make_initial_model(config: SFTConfig) -> None:
-    """Write a tokenizer and random weights to `init/`, unless they exist or the stage begins with
-    another model. The same seed gives the same weights on every machine."""
+    """Train a tokenizer, draw random weights, and write both to `init/`, unless it exists or the
+    stage begins with another model. The same seed gives the same weights on every machine."""
     init = Path(config.dir) / "init"
     if config.model or init.exists():
         return
     with folder_written_whole(init) as folder:
-        write_untrained_model(config, folder)
-
-
-def write_untrained_model(config: SFTConfig, folder: Path) -> None:
-    """Train a tokenizer, draw random weights, and write both into `folder`."""
-    tokenizer = train_tokenizer(folder, config.vocab_size)
-    hf_config = LlamaConfig(
-        **LlamaShape(**config.sizes()).hf_settings(),
-        max_position_embeddings=config.max_position_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )
-    model = LlamaForCausalLM(hf_config)
-    initialize_weights(model, torch.Generator().manual_seed(config.seed))
-    model.save_pretrained(folder)
+        tokenizer = train_tokenizer(folder, config.vocab_size)
+        hf_config = LlamaConfig(
+            **LlamaShape(**config.sizes()).hf_settings(),
+            max_position_embeddings=config.max_position_embeddings,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        )
+        model = LlamaForCausalLM(hf_config)
+        initialize_weights(model, torch.Generator().manual_seed(config.seed))
+        model.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -7,13 +7,12 @@ report is written again; so an interrupted or killed demo resumes.
 import time
 from pathlib import Path
 
-from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.config import TrainConfig, find_recipe, load_config
 from rlef_mega.run.launch import say, stage
 
 
 def run_demo() -> None:
     """Run the four stages, each as a command in a process of its own."""
-    base = load_config(find_recipe("demo_base"), [], SFTConfig)
     run = load_config(find_recipe("demo"), [], TrainConfig)
     run_dir = Path(run.run.dir)
     started = time.monotonic()
@@ -26,7 +25,7 @@ def run_demo() -> None:
     check_export(exported)
     stage("4/4 report", "view", str(run_dir))
     minutes = (time.monotonic() - started) / 60
-    say(f"done in {minutes:.1f} minutes; base model {base.dir}/model, trained model {exported}")
+    say(f"done in {minutes:.1f} minutes; base model {run.model.path}, trained model {exported}")
 
 
 def check_export(folder: Path) -> None:

@@ -23,16 +23,10 @@ Graded = Sequence[TestOutcome]
 Task = tuple[Problem, dict[str, Graded]]  # programs with their outcomes, the solution first
 
 
-def repair_dialogues(start: int, count: int, seed: int = 0) -> list[tuple[str, list[str]]]:
-    """Return `count` dialogues of an endless series, from number `start` on.
-
-    Each is a pair: the prefix of all its responses, which belongs to the prompt, and its messages,
-    user and assistant in turn. It depends on its number and the seed alone.
-    """
-    return [repair_dialogue(number, seed) for number in range(start, start + count)]
-
-
-def repair_dialogue(number: int, seed: int) -> tuple[str, list[str]]:
+def repair_dialogue(number: int, seed: int = 0) -> tuple[str, list[str]]:
+    """Return one dialogue of an endless series: the prefix of all its responses, which belongs to
+    the prompt, and its messages, user and assistant in turn. It depends on its number and the seed
+    alone."""
     generator = random.Random(f"repairs {seed} {number}")
     problem, programs = generator.choice(graded_programs())
     solution, *wrong = programs

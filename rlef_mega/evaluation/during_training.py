@@ -67,25 +67,23 @@ class Evaluator:
         rate, the step after which it started, and the first and last version of the weights that
         sampled it, because training may have continued meanwhile.
         """
-        every, last = self.config.eval.every, step == self.config.run.steps
+        every = self.config.eval.every
         if not (self.valid and every):
             return {}
         if step % every == 0:
             seed = derive_seed(self.config.run.seed, "valid", step)
             self.running = step, rollouts.begin(self.loop, self.valid, seed)
-        return self.finished(wait=last or (step + 1) % every == 0)
-
-    def finished(self, *, wait: bool) -> dict[str, Any]:
+        wait = step == self.config.run.steps or (step + 1) % every == 0
         if self.running is None or (not wait and any_rank(not self.running[1].done())):
             return {}
-        step, rollout = self.running
+        started, rollout = self.running
         self.running = None
         episodes = join_shares(rollout.result).episodes
         turns = [turn for episode in episodes for turn in episode.turns]
         versions = [version for turn in turns for version in turn.completion.weight_versions]
         return {
             "valid_solved": metrics.episode_metrics(episodes)["solved"],
-            "valid_step": step,
+            "valid_step": started,
             "valid_versions": [min(versions), max(versions)] if versions else None,
         }
 

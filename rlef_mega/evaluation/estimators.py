@@ -11,7 +11,7 @@ Selection is uniform without replacement among those that pass the public tests.
 fails one is not correct, so submitting it when fewer than n pass adds nothing (AlphaCode's
 filtering; RLEF 3.1). pass@k is n@k without a limit on n.
 
-Shape suffixes: P problems, S resamples; counts broadcast against each other.
+Shape suffixes: 3 the counts N, p and c, P problems, S resamples.
 """
 
 from typing import Any
@@ -29,64 +29,56 @@ Ints = NDArray[np.int64]
 NAtK = tuple[int, int]
 
 
-def n_at_k(
-    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
-) -> Floats:
-    """Return the unbiased n@k from N = `total` >= R = `draws` dialogues: the mean over all subsets
-    of R dialogues.
+def n_at_k(counts: ArrayLike, *, n: int, draws: int) -> Floats:
+    """Return the unbiased n@k from `counts` (3, or 3 x P) of N >= R = `draws` dialogues: the mean
+    over all subsets of R dialogues.
 
     sum_j H(j; N, p, R) [1 - C(p - c, m) / C(p, m)],  m = min(n, j)
 
     with H the hypergeometric probability that j of the R drawn pass the public tests: a uniform
     choice of m among uniformly drawn j of p is a uniform choice of m of p.
     """
-    total_, passed_, correct_, drawn = counts(total, passed, correct, draws)
-    assert np.all(total_ >= draws), f"{draws} of {total_.min()} dialogues, without repetition"
+    total, passed, correct, drawn = with_draws(counts, draws)
+    assert np.all(total >= draws), f"{draws} of {total.min()} dialogues, without repetition"
     picked = np.minimum(n, drawn)
     hypergeometric = np.exp(
-        log_choose(passed_, drawn)
-        + log_choose(total_ - passed_, draws - drawn)
-        - log_choose(total_, np.full_like(drawn, draws))
+        log_choose(passed, drawn)
+        + log_choose(total - passed, draws - drawn)
+        - log_choose(total, np.full_like(drawn, draws))
     )
     # more picked than pass: such j have probability 0; do not divide by C(p, m) = 0
-    possible = picked <= passed_
+    possible = picked <= passed
     all_wrong = np.exp(
-        log_choose(passed_ - correct_, picked)
-        - np.where(possible, log_choose(passed_, picked), 0.0)
+        log_choose(passed - correct, picked) - np.where(possible, log_choose(passed, picked), 0.0)
     )
     return (hypergeometric * np.where(possible, 1 - all_wrong, 0.0)).sum(-1)
 
 
-def n_at_k_with_repetition(
-    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
-) -> Floats:
+def n_at_k_with_repetition(counts: ArrayLike, *, n: int, draws: int) -> Floats:
     """Return the expectation of the bootstrap, for N < R: R of N dialogues, with repetition.
 
     sum_j B(j; R, p / N) [1 - (1 - c / p)^m],  m = min(n, j)
 
     with B binomial. Biased downwards: a dialogue drawn twice is submitted twice.
     """
-    total_, passed_, correct_, drawn = counts(total, passed, correct, draws)
+    total, passed, correct, drawn = with_draws(counts, draws)
     picked = np.minimum(n, drawn)
-    passing = passed_ / total_
+    passing = passed / total
     binomial = (
         np.exp(log_choose(np.full_like(drawn, draws), drawn))
         * passing**drawn
         * (1 - passing) ** (draws - drawn)
     )
-    wrong = 1 - correct_ / np.maximum(passed_, 1)
+    wrong = 1 - correct / np.maximum(passed, 1)
     return (binomial * (1 - wrong**picked)).sum(-1)
 
 
-def counts(
-    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, draws: int
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """Return the counts with one more axis at the end, and j = 0 .. draws along it."""
-    arrays = [np.asarray(each, dtype=np.int64)[..., None] for each in (total, passed, correct)]
-    total_, passed_, correct_ = np.broadcast_arrays(*arrays)
+def with_draws(counts: ArrayLike, draws: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return each count with one more axis at the end, and j = 0 .. draws along it."""
+    total, passed, correct = np.asarray(counts, dtype=np.int64)[..., None]
     assert draws >= 1, "k is at least the number of turns"
-    assert np.all((correct_ >= 0) & (correct_ <= passed_) & (passed_ <= total_)), "wrong counts"
-    return total_, passed_, correct_, np.arange(draws + 1)
+    assert np.all((correct >= 0) & (correct <= passed) & (passed <= total)), "wrong counts"
+    return total, passed, correct, np.arange(draws + 1)
 
 
 def log_choose(of: Ints, choose: Ints) -> Floats:
@@ -95,22 +87,17 @@ def log_choose(of: Ints, choose: Ints) -> Floats:
     return (torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)).numpy()
 
 
-def per_problem(
-    total: ArrayLike, passed: ArrayLike, correct: ArrayLike, *, n: int, draws: int
-) -> Floats:
+def per_problem(counts_3P: Ints, *, n: int, draws: int) -> Floats:
     """Return n@k of each problem: unbiased if it has enough dialogues, else by the bootstrap."""
-    counts_3P = np.array([total, passed, correct])
     enough = counts_3P[0] >= draws
     values = np.empty(enough.shape)
     for chosen, estimator in ((enough, n_at_k), (~enough, n_at_k_with_repetition)):
         if chosen.any():
-            values[chosen] = estimator(*counts_3P[:, chosen], n=n, draws=draws)
+            values[chosen] = estimator(counts_3P[:, chosen], n=n, draws=draws)
     return values
 
 
-def estimate(
-    dialogues_P: ArrayLike, passed_P: ArrayLike, correct_P: ArrayLike, *, n: int, draws: int
-) -> dict[str, Any]:
+def estimate(counts_3P: Ints, *, n: int, draws: int) -> dict[str, Any]:
     """Return the mean n@k over problems, each of which has at least one dialogue.
 
     `low` and `high` are its interval for other problems of this kind: problems are resampled.
@@ -118,9 +105,8 @@ def estimate(
     RLEF B.1; None if there are too few. `bootstrapped` counts the problems with fewer dialogues
     than `draws`.
     """
-    counts_3P = np.array([dialogues_P, passed_P, correct_P])
     assert counts_3P.size and counts_3P[0].min() > 0, "leave out problems without dialogues"
-    values_P = per_problem(*counts_3P, n=n, draws=draws)
+    values_P = per_problem(counts_3P, n=n, draws=draws)
     generator = np.random.default_rng(0)  # the same counts give the same interval
     interval = bootstrap_interval(values_P, generator=generator)
     sampling = None
@@ -147,7 +133,8 @@ def resampled_means(counts_3P: Ints, n: int, draws: int, generator: np.random.Ge
     base = int(total.max()) + 1
     keys_SP = (total * base + passed_SP) * base + correct_SP
     keys, index = np.unique(keys_SP, return_inverse=True)
-    values = per_problem(keys // base**2, keys // base % base, keys % base, n=n, draws=draws)
+    triples = np.array([keys // base**2, keys // base % base, keys % base])
+    values = per_problem(triples, n=n, draws=draws)
     return values[index.reshape(keys_SP.shape)].mean(1)
 
 

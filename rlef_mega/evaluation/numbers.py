@@ -81,9 +81,9 @@ def summarize(
     present = {dialogue.problem_id for dialogue in dialogues}
     known = [problem for problem in problems if problem.id in present]
     counts = finished.counts(known, turns)
-    solved = per_problem(*counts, n=1, draws=samples // turns).tolist()
+    solved = per_problem(counts, n=1, draws=samples // turns).tolist()
     rate_of = {problem.id: rate for problem, rate in zip(known, solved, strict=True)}
-    first = per_problem(*finished.counts(known, 1), n=1, draws=1)
+    first = per_problem(finished.counts(known, 1), n=1, draws=1)
     responses = [outcome for dialogue in dialogues for outcome in dialogue.outcomes]
     pairs = {pair: f"{pair[0]}@{pair[1]}" for pair in ((1, samples), *n_at_k)}
     numbers = {
@@ -91,11 +91,9 @@ def summarize(
         # one entry per problem, so that the outcomes of two evaluations can be paired
         "outcomes": [rate_of.get(problem.id) for problem in problems],
         **breakdowns(known, solved),
-        "n_at_k": {
-            name: estimate(*counts, n=n, draws=k // turns) for (n, k), name in pairs.items()
-        },
+        "n_at_k": {name: estimate(counts, n=n, draws=k // turns) for (n, k), name in pairs.items()},
         "pass_at_k": {
-            str(k): estimate(*counts, n=k, draws=k // turns) for k in sorted({k for _, k in pairs})
+            str(k): estimate(counts, n=k, draws=k // turns) for k in sorted({k for _, k in pairs})
         },
         "turn1": bootstrap_interval(first),
         "invalid_fraction": responses.count(NO_VALID_CODE) / len(responses),
@@ -129,7 +127,7 @@ def turn_numbers(
     def budget(n: int, k: int, turns: int) -> dict[str, Any]:
         """Return n@k of dialogues of at most `turns` turns, with the same number k of samples."""
         used = single if single and turns == 1 else finished
-        return estimate(*used.counts(problems, turns), n=n, draws=k // turns)
+        return estimate(used.counts(problems, turns), n=n, draws=k // turns)
 
     return {
         **{

@@ -154,9 +154,7 @@ def run_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, se
     )
 
 
-def collect(
-    out: Path, seeds: Sequence[int], runs: Sequence[str] = (*RUNS, IMITATION)
-) -> dict[str, Any]:
+def collect(out: Path, seeds: Sequence[int], runs: Sequence[str]) -> dict[str, Any]:
     """Read the rates of every row from the evaluations of the runs."""
     rows = {}
     for name, run, evaluation, paper in ROWS:

@@ -8,6 +8,7 @@ as many updates of as many sequences as RLEF, and writes `eval/after.json` and `
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -65,10 +66,11 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         if solved is None:
             return stop.obeyed(writer=ranks.is_writer)
         progress.say(f"{len(solved)} dialogues were solved")
-        batches = batches_of_last_responses(solved, config)
+        sequences = last_responses(solved, config.run.seed)
+        size = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
         for step in range(1, config.run.steps + 1):
             losses = [
-                learner.supervised_update(pack(next(batches)))["loss"]
+                learner.supervised_update(pack(list(islice(sequences, size))))["loss"]
                 for _ in range(config.ppo.updates_per_batch)
             ]
             if ranks.is_writer:
@@ -116,22 +118,13 @@ def last_response(episode: Episode) -> Episode:
     return replace(episode, turns=(turn,))
 
 
-def batches_of_last_responses(
-    solved: Sequence[Episode], config: TrainConfig
-) -> Iterator[list[Episode]]:
-    """Yield each update's sequences, in a new order in each epoch; their actions are the tokens
-    of the last response."""
-    size = config.rollout.episodes_per_batch // config.ppo.updates_per_batch
+def last_responses(solved: Sequence[Episode], seed: int) -> Iterator[Episode]:
+    """Yield sequences without end, in a new order in each epoch; their actions are the tokens of
+    the last response."""
     last = [last_response(episode) for episode in solved]
-    waiting: list[Episode] = []
-    epoch = 0
-    while True:
-        while len(waiting) < size:
-            seed = derive_seed(config.run.seed, "imitation", epoch)
-            waiting += [last[i] for i in shuffled(len(last), seed).tolist()]
-            epoch += 1
-        yield waiting[:size]
-        waiting = waiting[size:]
+    for epoch in count():
+        order = shuffled(len(last), derive_seed(seed, "imitation", epoch))
+        yield from (last[index] for index in order.tolist())
 
 
 if __name__ == "__main__":

@@ -172,16 +172,11 @@ def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: Device) 
     own = CHECKOUT / ".venv-gpu/bin/python"
     python = str(own) if own.is_file() else sys.executable
     result = folder / RESULT.format(rank)
+    settings |= {"RANK": str(rank), "WORLD_SIZE": str(config.world_size), "LOCAL_RANK": "0"}
     ended = subprocess.run(
         [sys.executable, str(NULL_GPU), "--device", NULL_DEVICES.get(device.name, "h100"),
          "--gpus", "1", "--", python, "-P", "-m", "rlef_mega.rehearse.rank", str(folder)],
-        env={
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(config.world_size),
-            "LOCAL_RANK": "0",
-            **settings,
-        },
+        env=os.environ | settings,
         capture_output=True,
         text=True,
     )  # fmt: skip

@@ -115,14 +115,9 @@ def counters() -> tuple[int, int, int]:
 def full_batch(request: Request, data_parallel_size: int) -> Batch:
     """Return an update's sequences, all of one length, that fill every rank's micro-batches."""
     read = request.responses
-    turn = Turn(
-        (1,) * (request.dialogue - read),
-        Completion(
-            (1,) * request.responses, (-1.0,) * request.responses, (0,) * request.responses, "stop"
-        ),
-        "print(1)",
-        Verdict((), public_passed=True, solved=True),
-    )
+    completion = Completion((1,) * read, (-1.0,) * read, (0,) * read, "stop")
+    verdict = Verdict((), public_passed=True, solved=True)
+    turn = Turn((1,) * (request.dialogue - read), completion, "print(1)", verdict)
     count = data_parallel_size * request.microbatches * request.per_microbatch
     return pack([Episode("rehearsed", "", (turn,))] * count)
 

@@ -33,6 +33,7 @@ from rlef_mega.run.directory import DISK_IS_FULL, PHASE, explain_error
 
 # Python that imports nothing from the working directory: a file there may be named like a module.
 PYTHON = (sys.executable, "-P")
+RLEF = (*PYTHON, "-m", "rlef_mega.cli")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 3  # exit code of a run that was asked to stop; the same command resumes it
 FAILED = 2  # exit code of a run that ended with an error message
@@ -343,8 +344,7 @@ def stage(title: str, *command: str) -> None:
     Raises SystemExit with its exit code if it fails.
     """
     say(f"{title}:  rlef {' '.join(command)}")
-    words = [*PYTHON, "-m", "rlef_mega.cli", *command]
-    child = subprocess.Popen(words, preexec_fn=die_with_parent)
+    child = subprocess.Popen([*RLEF, *command], preexec_fn=die_with_parent)
     while True:
         try:
             code = child.wait()
@@ -362,8 +362,7 @@ def rlef(*words: str) -> None:
 
     Raises RuntimeError with the end of its output if it fails.
     """
-    command = [*PYTHON, "-m", "rlef_mega.cli", *words]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run([*RLEF, *words], capture_output=True, text=True)
     if ended.returncode:
         printed = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
         raise RuntimeError(f"rlef {' '.join(words)} ended with {ended.returncode}:\n{printed}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 
 from rlef_mega.config import ConfigError
 
@@ -49,25 +49,23 @@ def describe(**more: Any) -> dict[str, Any]:
     }
 
 
-# from the first to below the second, as in pyproject.toml
-MEGATRON_CORE = ("0.16.1", "0.20")
+MEGATRON_CORE = ">=0.16.1,<0.20"  # as in pyproject.toml
 
 
 def refuse_untested_megatron() -> None:
     """Raise ConfigError if megatron-core is missing, of an untested minor version (its interfaces
     change with each), or hidden by another `megatron` on Python's path."""
-    first, before = MEGATRON_CORE
     try:
         found = version("megatron-core")
     except PackageNotFoundError:
         raise ConfigError(
-            f"megatron-core is not installed; pip install 'megatron-core>={first},<{before}'"
+            f"megatron-core is not installed; pip install 'megatron-core{MEGATRON_CORE}'"
         ) from None
-    # compare release numbers, so that a release candidate of the upper bound is refused too
-    if Version(found) < Version(first) or Version(found).release >= Version(before).release:
+    # by PEP 440 a release candidate of the upper bound is not below it
+    if not SpecifierSet(MEGATRON_CORE).contains(found, prereleases=True):
         raise ConfigError(
             f"megatron-core {found} was not tested with this version of rlef-mega; "
-            f"pip install 'megatron-core>={first},<{before}' (from 0.17 on it needs Python 3.12)"
+            f"pip install 'megatron-core{MEGATRON_CORE}' (from 0.17 on it needs Python 3.12)"
         )
     # an editable installation has no file there, and nothing to compare with
     installed = Path(str(distribution("megatron-core").locate_file("megatron/core/__init__.py")))

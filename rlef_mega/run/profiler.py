@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from rlef_mega.config import ProfileConfig
 
@@ -30,10 +30,7 @@ def profiled(
         snapshot = asked.memory and torch.cuda.is_available()
         if snapshot:
             torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        trace = profile(activities=activities, profile_memory=asked.memory, with_stack=asked.stacks)
+        trace = profile(profile_memory=asked.memory, with_stack=asked.stacks)  # host, and any GPU
         try:
             with trace:
                 yield step

@@ -36,7 +36,7 @@ def meet(timeout: timedelta = MEETING_TIMEOUT) -> dist.Store:
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", connection)
-        store.set(f"rank {rank}", node_name())
+        store.set(f"rank {rank}", os.environ.get("SLURMD_NODENAME") or platform.node())
         if rank != "0":  # only rank 0 looks for each other rank, or n ranks would ask n^2 times
             store.wait(["all"], timeout)
         else:
@@ -53,10 +53,6 @@ def meet(timeout: timedelta = MEETING_TIMEOUT) -> dist.Store:
             "address of rank 0's machine that all ranks reach; to run one process, unset WORLD_SIZE"
         ) from None
     return store
-
-
-def node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def node_of(store: dist.Store, rank: int) -> str:

@@ -7,7 +7,6 @@ cannot be opened, or fails, is reported on stderr and dropped; at the end of a r
 metrics.jsonl is the record.
 """
 
-import contextlib
 import json
 import math
 import queue
@@ -15,7 +14,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
@@ -155,7 +154,7 @@ def warn(name: str, what: str) -> None:
 def own_name(run: Path) -> str:
     """Return the run's unique name, which is made once and stored in its folder."""
     path = run / "tracked_as"
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         return path.read_text().strip()
     name = f"{run.resolve().name[:80]}-{uuid.uuid4().hex[:8]}"
     path.parent.mkdir(parents=True, exist_ok=True)

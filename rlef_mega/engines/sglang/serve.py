@@ -20,7 +20,7 @@ from rlef_mega.config import ConfigError, TrainConfig, read_json
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
 from rlef_mega.run.hub import find_model
-from rlef_mega.run.launch import PYTHON, die_with_parent
+from rlef_mega.run.launch import RLEF, die_with_parent
 from rlef_mega.run.model_folder import SafetensorsFolder
 
 READY = "ready: "  # begins the line that names the servers once all are ready
@@ -93,7 +93,7 @@ def serving(config: TrainConfig, arguments: Sequence[str]) -> Iterator[None]:
             '--serve, or set rollout.engine = "sglang" without rollout.servers.urls'
         )
     child = subprocess.Popen(
-        [*PYTHON, "-m", "rlef_mega.cli", "serve", *arguments],
+        [*RLEF, "serve", *arguments],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a Ctrl-C is for the ranks, which still need the servers

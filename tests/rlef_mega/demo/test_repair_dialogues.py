@@ -6,7 +6,7 @@ from rlef_mega.demo.repair_dialogues import (
     REPAIRED,
     RIGHT_AT_ONCE,
     graded_programs,
-    repair_dialogues,
+    repair_dialogue,
 )
 from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.programs import extract_program
@@ -19,7 +19,7 @@ def first_prompt(problem: Problem) -> str:
     return templates.first_prompt(problem.statement, problem.template)
 
 
-DIALOGUES = repair_dialogues(0, 2000)
+DIALOGUES = [repair_dialogue(number) for number in range(2000)]
 SOLUTIONS = {first_prompt(problem): set() for problem, _, _ in solved("train")}
 for problem, solution, _ in solved("train"):
     SOLUTIONS[first_prompt(problem)].add(solution.strip())
@@ -32,8 +32,9 @@ def program_of(begun: str, response: str) -> str:
 
 
 def test_a_dialogue_depends_on_its_number_and_the_seed_alone():
-    assert repair_dialogues(5, 3, seed=1) == repair_dialogues(0, 8, seed=1)[5:]
-    assert repair_dialogues(0, 8, seed=1) != repair_dialogues(0, 8, seed=2)
+    ones = [repair_dialogue(number, seed=1) for number in range(8)]
+    assert [repair_dialogue(number, seed=1) for number in reversed(range(8))] == ones[::-1]
+    assert [repair_dialogue(number, seed=2) for number in range(8)] != ones
 
 
 def test_only_training_problems_are_taught():

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlef_mega.demo import taught_dialogues
-from rlef_mega.demo.taught_dialogues import sft_dialogues
+from rlef_mega.demo.taught_dialogues import sft_dialogue
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues import templates
 from rlef_mega.dialogues.chat import ChatFormat
@@ -15,7 +15,7 @@ from rlef_mega.problems.curriculum import FAMILIES, Exercise, exercises
 from rlef_mega.problems.splits import Split
 
 VOCAB = 720  # as in recipes/demo_base.toml
-DIALOGUES = sft_dialogues(0, 3000)
+DIALOGUES = [sft_dialogue(number) for number in range(3000)]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,9 @@ def prompts_of(split: Split) -> dict[str, set[str]]:
 
 
 def test_a_dialogue_depends_on_its_number_and_the_seed_alone():
-    assert sft_dialogues(5, 3, seed=1) == sft_dialogues(0, 8, seed=1)[5:]
-    assert sft_dialogues(0, 8, seed=1) != sft_dialogues(0, 8, seed=2)
+    ones = [sft_dialogue(number, seed=1) for number in range(8)]
+    assert [sft_dialogue(number, seed=1) for number in reversed(range(8))] == ones[::-1]
+    assert [sft_dialogue(number, seed=2) for number in range(8)] != ones
 
 
 def test_no_dialogue_shows_a_held_out_public_test():

@@ -40,7 +40,7 @@ def test_n_at_k_is_the_mean_over_every_draw_and_every_selection(samples):
     for draws in range(1, len(samples) + 1):
         for n in range(1, draws + 1):
             every = [any_of_the_selected(d, n) for d in itertools.combinations(samples, draws)]
-            found = n_at_k(*tally(samples), n=n, draws=draws)
+            found = n_at_k(tally(samples), n=n, draws=draws)
             assert found == pytest.approx(np.mean(every), abs=1e-12)
 
 
@@ -49,7 +49,7 @@ def test_the_bootstrap_is_the_mean_over_every_draw_with_repetition(samples):
     for draws in range(1, 5):
         for n in range(1, draws + 1):
             every = [any_of_the_selected(d, n) for d in itertools.product(samples, repeat=draws)]
-            found = n_at_k_with_repetition(*tally(samples), n=n, draws=draws)
+            found = n_at_k_with_repetition(tally(samples), n=n, draws=draws)
             assert found == pytest.approx(np.mean(every), abs=1e-12)
 
 
@@ -57,7 +57,7 @@ def test_pass_at_k_is_the_published_formula_whatever_the_public_tests_say():
     for held, correct, k in ((200, 3, 33), (200, 150, 100), (5000, 1, 1000)):
         chen = 1 - comb(held - correct, k) / comb(held, k)  # Chen et al. 2021
         for passed in (correct, (held + correct) // 2, held):
-            assert n_at_k(held, passed, correct, n=k, draws=k) == pytest.approx(chen, abs=1e-9)
+            assert n_at_k((held, passed, correct), n=k, draws=k) == pytest.approx(chen, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -71,28 +71,28 @@ def test_pass_at_k_is_the_published_formula_whatever_the_public_tests_say():
     ],
 )
 def test_one_of_n_selected_among_all_that_pass_by_hand(samples, n, expected):
-    assert n_at_k(*tally(samples), n=n, draws=len(samples)) == pytest.approx(expected)
+    assert n_at_k(tally(samples), n=n, draws=len(samples)) == pytest.approx(expected)
 
 
 def test_too_few_dialogues_are_drawn_with_repetition_and_counted():
-    held, passed, correct = [2, 6], [1, 3], [1, 1]
+    counts = np.array([[2, 6], [1, 3], [1, 1]])  # held, passed, correct
     with pytest.raises(AssertionError, match="4 of 2 dialogues"):
-        n_at_k(held, passed, correct, n=2, draws=4)
-    values = per_problem(held, passed, correct, n=2, draws=4)
-    assert values[0] == n_at_k_with_repetition(2, 1, 1, n=2, draws=4)
-    assert values[1] == n_at_k(6, 3, 1, n=2, draws=4)
-    assert estimate(held, passed, correct, n=2, draws=4)["bootstrapped"] == 1
+        n_at_k(counts, n=2, draws=4)
+    values = per_problem(counts, n=2, draws=4)
+    assert values[0] == n_at_k_with_repetition((2, 1, 1), n=2, draws=4)
+    assert values[1] == n_at_k((6, 3, 1), n=2, draws=4)
+    assert estimate(counts, n=2, draws=4)["bootstrapped"] == 1
     with pytest.raises(AssertionError, match="without dialogues"):
-        estimate([], [], [], n=1, draws=1)
+        estimate(counts[:, :0], n=1, draws=1)
 
 
 # ------------------------------------------------------------------------------ simulated models
 
 
-def dialogues_of(rates, held: int, generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dialogues_of(rates, held: int, generator) -> np.ndarray:
     """Draw counts for each problem from its rates of failed, wrong and correct dialogues."""
     drawn = np.array([generator.multinomial(held, rate) for rate in rates])
-    return drawn.sum(-1), drawn[:, 1] + drawn[:, 2], drawn[:, 2]
+    return np.array([drawn.sum(-1), drawn[:, 1] + drawn[:, 2], drawn[:, 2]])
 
 
 def true_rate(rates, n: int, draws: int) -> float:
@@ -115,11 +115,11 @@ def test_the_estimate_is_unbiased_and_the_bootstrap_is_not():
     rates = random_rates(4, generator)
     truth = true_rate(rates, n=3, draws=8)
     found = np.mean(
-        [per_problem(*dialogues_of(rates, 9, generator), n=3, draws=8).mean() for _ in range(1500)]
+        [per_problem(dialogues_of(rates, 9, generator), n=3, draws=8).mean() for _ in range(1500)]
     )
     few = np.mean(
         [
-            n_at_k_with_repetition(*dialogues_of(rates, 9, generator), n=3, draws=8).mean()
+            n_at_k_with_repetition(dialogues_of(rates, 9, generator), n=3, draws=8).mean()
             for _ in range(1500)
         ]
     )
@@ -136,7 +136,7 @@ def test_intervals_contain_the_true_rate_of_simulated_models(n, draws):
     these = others = 0
     for _ in range(100):
         rates = random_rates(20, generator)
-        found = estimate(*dialogues_of(rates, 40, generator), n=n, draws=draws)
+        found = estimate(dialogues_of(rates, 40, generator), n=n, draws=draws)
         these += found["sampling"]["low"] <= true_rate(rates, n, draws) <= found["sampling"]["high"]
         others += found["low"] <= population <= found["high"]
     # 95 are asked for, with a standard error of 2; percentiles of a bootstrap are a little narrow

@@ -36,7 +36,7 @@ def finished(tmp_path):
 
 
 def test_the_table_has_a_row_of_the_paper_beside_each_of_ours(finished):
-    results = collect(finished, SEEDS)
+    results = collect(finished, SEEDS, (*RUNS, IMITATION))
     assert [row["multi_turn"]["value"] for row in results["rows"].values()] == [
         pytest.approx(number / 10) for number in range(len(ROWS))
     ]
@@ -50,7 +50,7 @@ def test_the_table_has_a_row_of_the_paper_beside_each_of_ours(finished):
 
 
 def test_turn_budgets_are_drawn(finished):
-    save_turn_budgets(collect(finished, SEEDS)["turn_budget"], finished / "budgets.png")
+    save_turn_budgets(collect(finished, SEEDS, ["rlef"])["turn_budget"], finished / "budgets.png")
     assert (finished / "budgets.png").stat().st_size > 5000
 
 
