@@ -32,8 +32,6 @@ NAMESPACES = {
     "uts": kernel.CLONE_NEWUTS,
 }
 
-Layers = dict[str, object]
-
 
 def library_directories() -> list[str]:
     """Return the directories of the standard library, none within another."""
@@ -60,7 +58,7 @@ def library_files(packages: list[str]) -> VisibleFiles:
     return VisibleFiles(directories, lambda: _restrict_to_library(directories, packages), packages)
 
 
-def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
+def confine_zygote(namespaces: list[str], files: VisibleFiles) -> dict[str, object]:
     """Apply every layer that this machine supports, in addition to `namespaces`, which this process
     is in already. Returns the layers that proved effective.
     """
@@ -151,8 +149,6 @@ def _fails_with(error: type[OSError], path: str) -> bool:
     """Return whether opening `path` fails with `error`, which identifies the layer that refused."""
     try:
         os.close(os.open(path, os.O_RDONLY))
-    except error:
-        return True
-    except OSError:
-        pass
+    except OSError as refusal:
+        return isinstance(refusal, error)
     return False
