@@ -88,12 +88,8 @@ def remove(group: str) -> None:
     """Kill every process of the group, and remove it."""
     _bound(Path(group, "cgroup.kill"), 1)
     deadline = time.monotonic() + REMOVE_WITHIN_S
-    while time.monotonic() < deadline:
+    while os.path.exists(group) and time.monotonic() < deadline:
         try:
             os.rmdir(group)
-        except FileNotFoundError:
-            return
         except OSError:  # a killed process has not left yet
             time.sleep(0.005)
-        else:
-            return
