@@ -372,9 +372,7 @@ def is_broken(checker: Result, marks: bytes) -> bool:
         return marks[HAS_RETURNED:] != b"1"
     failed_alone = exceeds_a_limit(checker) and marks[: HAS_CALLED + 1] != b"1"
     return (
-        failed_alone
-        or checker.exit_code == CHECK_BROKEN
-        or (checker.status is Status.COMPILE_ERROR)
+        failed_alone or checker.exit_code == CHECK_BROKEN or checker.status is Status.COMPILE_ERROR
     )
 
 
