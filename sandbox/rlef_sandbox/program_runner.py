@@ -156,7 +156,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         try:
             return receive_all(sessions, wall_s, self._slot)
         except TimeoutError as error:
-            self._worker.give_up(sessions[0])
+            self._worker.lose(sessions[0])
             raise FaultError(str(error)) from None
 
     def _attempt(self, test: AnyTest, again: bool) -> FinishedRun:
