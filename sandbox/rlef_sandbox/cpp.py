@@ -78,9 +78,7 @@ class ReportsAKillError(CompileFailedError):
 class Cpp:
     """The compilers of a sandbox for one standard of C++, and the executables they made."""
 
-    def __init__(
-        self, accept: Callable[[Layers], None], workers: int, standard: str = STANDARDS["cpp"]
-    ) -> None:
+    def __init__(self, accept: Callable[[Layers], None], workers: int, standard: str) -> None:
         self._flags = (f"-std={standard}", *FLAGS)
         self._all = [Worker(accept, module="compiler", scratch=True) for _ in range(workers)]
         self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # prefers one that has started
