@@ -21,7 +21,7 @@ from typing import NamedTuple
 from . import kernel, landlock, private_root
 
 UNPRIVILEGED_ID = 65534  # nobody, on every distribution
-HOST_FILE = "/etc/passwd"
+HOST_FILE = "/etc/passwd"  # must be out of reach
 TIME_ZONES = "/usr/share/zoneinfo"  # public, and not in Python's library
 HOST_NAME = "sandbox"  # the same on every machine
 
@@ -46,7 +46,6 @@ class VisibleFiles(NamedTuple):
     restrict: Callable[[], None]  # by Landlock
     packages: Sequence[str] = ()  # shown in addition, though third-party packages are hidden
     scratch: str = ""  # a directory that they may write to
-    forbidden: str = HOST_FILE  # a file that must be out of reach
 
 
 def library_files(packages: list[str]) -> VisibleFiles:
@@ -75,9 +74,9 @@ def confine_zygote(namespaces: list[str], files: VisibleFiles) -> dict[str, obje
     if "mount" in namespaces and succeeds(
         private_root.enter, files.directories, files.packages, files.scratch
     ):
-        effective += ["private_root"] * _fails_with(FileNotFoundError, files.forbidden)
+        effective += ["private_root"] * _fails_with(FileNotFoundError, HOST_FILE)
     elif not has_landlock and not files.scratch and succeeds(private_root.enter_nothing):
-        effective += ["empty_root"] * _fails_with(FileNotFoundError, files.forbidden)
+        effective += ["empty_root"] * _fails_with(FileNotFoundError, HOST_FILE)
     unprivileged = _become_unprivileged(namespaces, process)
     os.close(process)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
@@ -115,11 +114,8 @@ def enter_user_namespace(process: int | None = None) -> None:
         ("gid_map", f"{gid} {gid} 1"),
     ):
         path = name if process is not None else f"/proc/self/{name}"
-        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=process)
-        try:
-            os.write(file, text.encode())
-        finally:
-            os.close(file)
+        with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=process), "wb", 0) as file:
+            file.write(text.encode())
 
 
 def _become_unprivileged(namespaces: list[str], process: int) -> bool:
