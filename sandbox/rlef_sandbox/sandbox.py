@@ -90,7 +90,6 @@ class Sandbox:
             raise ValueError(f"unknown isolation {isolation!r}; known: {known}")
         self._level = isolation
         self._owner = os.getpid()
-        self._closed = False
         self._slots = WorkSlots(workers, most_open_programs(workers))
         self._packages = find_packages(packages)
         arguments = [str(native.spawn_library() or ""), json.dumps(self._packages)]
@@ -120,9 +119,8 @@ class Sandbox:
 
     def close(self) -> None:
         """Kill every process of the sandbox. Calls in other threads raise RuntimeError."""
-        if self._closed or os.getpid() != self._owner:  # a fork of the owner owns nothing
+        if os.getpid() != self._owner:  # a fork of the owner owns nothing
             return
-        self._closed = True
         self._slots.close()
         for worker in self._workers:
             worker.close()
