@@ -64,7 +64,7 @@ def most_open_programs(workers: int) -> int:
     return most
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     """Runs and grades untrusted programs; a context manager that threads may share.
 
     `workers` is how many programs may work at once: one per core. `isolation="default"` raises
@@ -110,9 +110,6 @@ class Sandbox:
             for worker in self._workers:
                 worker.close()
             raise
-
-    def __enter__(self) -> Sandbox:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
