@@ -92,7 +92,7 @@ async def serve_and_drain(
         "a second signal ends at once",
         flush=True,
     )
-    await service.queue.drained()
+    await service.queue.idle.wait()
     for task in tasks:
         task.cancel()
     await runner.cleanup()
