@@ -11,7 +11,8 @@ import contextlib
 import os
 import resource
 import signal
-from collections.abc import Callable
+
+from .confinement import succeeds
 
 STACK_BYTES = 256 << 20  # of the main thread, for deep recursion; fixed when a process is exec'd
 # Each limit that a run sets (launch_plan.py, compiler.py) or that would stop it, and the least that
@@ -41,11 +42,11 @@ def reset() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    try_to(lambda: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)))
-    try_to(lambda: os.setpriority(os.PRIO_PROCESS, 0, 0))  # only root can lower it
+    succeeds(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+    succeeds(os.setpriority, os.PRIO_PROCESS, 0, 0)  # only root can lower it
     # all that the cgroup allows: OpenMP pins a trainer's main thread to one processor
-    try_to(lambda: os.sched_setaffinity(0, range(MOST_PROCESSORS)))
-    try_to(_allow_oom_kill)
+    succeeds(os.sched_setaffinity, 0, range(MOST_PROCESSORS))
+    succeeds(_allow_oom_kill)
     for name, bound in FIXED.items():
         with contextlib.suppress(ValueError):  # a hard limit of core dumps that is 0 stays
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (bound, bound))
@@ -67,11 +68,6 @@ def core_dumps_stopped_by(reaper: int) -> list[str]:
     # a pipe obeys only a limit of 1, and a socket no limit (core(5))
     heeded = bound == 1 if pattern.startswith("|") else bound < 2 and not pattern.startswith("@")
     return ["limit"] * heeded + ["undumpable"] * undumpable
-
-
-def try_to(step: Callable[[], object]) -> None:
-    with contextlib.suppress(OSError):
-        step()
 
 
 def _raise_limit(name: str, least: int) -> str:

@@ -47,15 +47,16 @@ def create(memory_bytes: int | None) -> str:
         group.mkdir()
     except OSError:
         return ""
-    _bound(group / "pids.max", PIDS_MAX)
+    write(group, "pids.max", PIDS_MAX)
     if memory_bytes is not None:
-        _bound(group / "memory.max", memory_bytes)
+        write(group, "memory.max", memory_bytes)
     return str(group)
 
 
-def _bound(file: Path, value: int) -> None:
-    with contextlib.suppress(OSError):  # if it was not delegated, `layers` does not claim it
-        file.write_text(str(value))
+def write(group: str | Path, file: str, value: int) -> None:
+    """Write to a group's file, if that is allowed. `layers` tells what has an effect."""
+    with contextlib.suppress(OSError):
+        Path(group, file).write_text(str(value))
 
 
 def _remove_orphans(parent: Path) -> None:
@@ -63,10 +64,6 @@ def _remove_orphans(parent: Path) -> None:
     for group in parent.glob(f"{PREFIX}*-*"):
         if not os.path.exists(f"/proc/{group.name.removeprefix(PREFIX).partition('-')[0]}"):
             remove(str(group))
-
-
-def join(group: str, pid: int) -> None:
-    Path(group, "cgroup.procs").write_text(str(pid))
 
 
 def layers(group: str) -> list[str]:
@@ -86,14 +83,10 @@ def _read(group: str, file: str) -> str:
 
 def remove(group: str) -> None:
     """Kill every process of the group, and remove it."""
-    _bound(Path(group, "cgroup.kill"), 1)
+    write(group, "cgroup.kill", 1)
     deadline = time.monotonic() + REMOVE_WITHIN_S
-    while time.monotonic() < deadline:
+    while os.path.exists(group) and time.monotonic() < deadline:
         try:
             os.rmdir(group)
-        except FileNotFoundError:
-            return
         except OSError:  # a killed process has not left yet
             time.sleep(0.005)
-        else:
-            return

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from . import kernel, landlock, private_root
 
 UNPRIVILEGED_ID = 65534  # nobody, on every distribution
-HOST_FILE = "/etc/passwd"
+HOST_FILE = "/etc/passwd"  # must be out of reach
 TIME_ZONES = "/usr/share/zoneinfo"  # public, and not in Python's library
 HOST_NAME = "sandbox"  # the same on every machine
 
@@ -31,8 +31,6 @@ NAMESPACES = {
     "ipc": kernel.CLONE_NEWIPC,
     "uts": kernel.CLONE_NEWUTS,
 }
-
-Layers = dict[str, object]
 
 
 def library_directories() -> list[str]:
@@ -48,7 +46,6 @@ class VisibleFiles(NamedTuple):
     restrict: Callable[[], None]  # by Landlock
     packages: Sequence[str] = ()  # shown in addition, though third-party packages are hidden
     scratch: str = ""  # a directory that they may write to
-    forbidden: str = HOST_FILE  # a file that must be out of reach
 
 
 def library_files(packages: list[str]) -> VisibleFiles:
@@ -60,7 +57,7 @@ def library_files(packages: list[str]) -> VisibleFiles:
     return VisibleFiles(directories, lambda: _restrict_to_library(directories, packages), packages)
 
 
-def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
+def confine_zygote(namespaces: list[str], files: VisibleFiles) -> dict[str, object]:
     """Apply every layer that this machine supports, in addition to `namespaces`, which this process
     is in already. Returns the layers that proved effective.
     """
@@ -77,9 +74,9 @@ def confine_zygote(namespaces: list[str], files: VisibleFiles) -> Layers:
     if "mount" in namespaces and succeeds(
         private_root.enter, files.directories, files.packages, files.scratch
     ):
-        effective += ["private_root"] * _fails_with(FileNotFoundError, files.forbidden)
+        effective += ["private_root"] * _fails_with(FileNotFoundError, HOST_FILE)
     elif not has_landlock and not files.scratch and succeeds(private_root.enter_nothing):
-        effective += ["empty_root"] * _fails_with(FileNotFoundError, files.forbidden)
+        effective += ["empty_root"] * _fails_with(FileNotFoundError, HOST_FILE)
     unprivileged = _become_unprivileged(namespaces, process)
     os.close(process)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
@@ -117,11 +114,8 @@ def enter_user_namespace(process: int | None = None) -> None:
         ("gid_map", f"{gid} {gid} 1"),
     ):
         path = name if process is not None else f"/proc/self/{name}"
-        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=process)
-        try:
-            os.write(file, text.encode())
-        finally:
-            os.close(file)
+        with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=process), "wb", 0) as file:
+            file.write(text.encode())
 
 
 def _become_unprivileged(namespaces: list[str], process: int) -> bool:
@@ -151,8 +145,6 @@ def _fails_with(error: type[OSError], path: str) -> bool:
     """Return whether opening `path` fails with `error`, which identifies the layer that refused."""
     try:
         os.close(os.open(path, os.O_RDONLY))
-    except error:
-        return True
-    except OSError:
-        pass
+    except OSError as refusal:
+        return isinstance(refusal, error)
     return False

@@ -29,12 +29,7 @@ from .worker import ANSWER_GRACE_S, ENVIRONMENT, Layers, Worker, ZygoteLostError
 STANDARDS = {"cpp": "gnu++17"} | {f"cpp{year}": f"gnu++{year}" for year in (11, 14, 17, 20, 23)}
 FLAGS = ("-O2", "-DONLINE_JUDGE", "-w", "-fmax-errors=20")
 COMPILE = ZygoteRequest(
-    Task.COMPILE,
-    cpu_s=10.0,
-    wall_s=60.0,
-    memory_bytes=2 << 30,
-    output_bytes=128 << 20,
-    processes=16,
+    Task.COMPILE, cpu_s=10.0, wall_s=60.0, memory_bytes=2 << 30, output_bytes=128 << 20
 )
 # Appended to a checker, which may open no file: the paths that it is given are descriptors. testlib
 # opens each of them twice.
@@ -78,9 +73,7 @@ class ReportsAKillError(CompileFailedError):
 class Cpp:
     """The compilers of a sandbox for one standard of C++, and the executables they made."""
 
-    def __init__(
-        self, accept: Callable[[Layers], None], workers: int, standard: str = STANDARDS["cpp"]
-    ) -> None:
+    def __init__(self, accept: Callable[[Layers], None], workers: int, standard: str) -> None:
         self._flags = (f"-std={standard}", *FLAGS)
         self._all = [Worker(accept, module="compiler", scratch=True) for _ in range(workers)]
         self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # prefers one that has started

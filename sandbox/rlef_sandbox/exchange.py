@@ -87,15 +87,6 @@ class Opaque:
     __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = __getattr__ = _refuse
 
 
-@contextlib.contextmanager
-def breaking_the_check() -> Iterator[None]:
-    """Report any failure inside as a fault of the test's code, which has called nothing yet."""
-    try:
-        yield
-    except BaseException as error:
-        _leave(CHECK_BROKEN, error)
-
-
 def check(check_function: Callable[..., object], descriptor: int, marks: int) -> None:
     """Run the test's code on a stand-in for the program's function, with marks in the file `marks`.
     Exits for faults that have an exit code above; raises the test's other errors (AssertionError).
@@ -110,7 +101,7 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
             call = values.encode([list(arguments), keywords])
         except (TypeError, ValueError) as error:
             # it may contain what the program returned before
-            _leave(CANDIDATE_RAISED if calls else CHECK_BROKEN, error)
+            leave(CANDIDATE_RAISED if calls else CHECK_BROKEN, error)
         try:
             with one_at_a_time:
                 if not calls:
@@ -125,30 +116,30 @@ def check(check_function: Callable[..., object], descriptor: int, marks: int) ->
                 return Opaque(str(json.loads(body)), raised)
             raised.append(_exception(*json.loads(body)))
         except (GoneError, OSError) as error:
-            _leave(CANDIDATE_GONE, error)
+            leave(CANDIDATE_GONE, error)
         except Exception as error:  # any error from hostile bytes: the program sent them
-            _leave(CANDIDATE_RAISED, error)
+            leave(CANDIDATE_RAISED, error)
         raise raised[-1]
 
     try:
         returned = check_function(candidate)
     except BaseException as error:
         if any(error is one for one in raised):
-            _leave(CANDIDATE_RAISED, error)
+            leave(CANDIDATE_RAISED, error)
         if not calls:
-            _leave(CHECK_BROKEN, error)  # the program had no part in it
+            leave(CHECK_BROKEN, error)  # the program had no part in it
         if isinstance(error, MemoryError):
-            _leave(OUT_OF_MEMORY, error)
+            leave(OUT_OF_MEMORY, error)
         for one in raised:
             one.__traceback__ = None  # hides the frames of this file
         if isinstance(error, SystemExit) and error.code not in (None, 0):
-            _leave(1, error)  # its code may be what the program returned
+            leave(1, error)  # its code may be what the program returned
         raise
     if returned is not None:  # a verdict, or calls not yet made; either would be ignored
         kind = type(returned).__name__
-        _leave(CHECK_BROKEN, TypeError(f"check returned a {kind}; raise AssertionError instead"))
+        leave(CHECK_BROKEN, TypeError(f"check returned a {kind}; raise AssertionError instead"))
     if not calls:
-        _leave(CHECK_BROKEN, TypeError("check returned without a call of the program"))
+        leave(CHECK_BROKEN, TypeError("check returned without a call of the program"))
     os.pwrite(marks, b"1", HAS_RETURNED)
 
 
@@ -199,7 +190,7 @@ def rehearse(check_function: Callable[..., object], stand_in: str) -> None:
     try:
         check_function(lambda *_, **__: STAND_INS[stand_in])
     except MemoryError as error:
-        _leave(OUT_OF_MEMORY, error)
+        leave(OUT_OF_MEMORY, error)
 
 
 def _description(error: Exception) -> list[object]:
@@ -231,7 +222,7 @@ def _exception(name: str, kinds: list[str], words: str, arguments: str) -> Excep
     raise GoneError("a malformed exception")
 
 
-def _leave(code: int, error: BaseException) -> NoReturn:
+def leave(code: int, error: BaseException) -> NoReturn:
     words = "".join(traceback.format_exception_only(error))
     print(words, end="", file=sys.__stderr__, flush=True)
     os._exit(code)

@@ -76,7 +76,7 @@ def built(
         output.parent.mkdir(parents=True)
         for made in {Path(scratch, key), output.parent}:
             made.chmod(0o755)  # for the unprivileged compiler, whatever the umask
-        try:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             subprocess.run(
                 build(output),
                 input=text,
@@ -87,9 +87,7 @@ def built(
                 env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": scratch},
                 umask=0o022,
             )
-            Path(scratch, key).rename(folder / key)
-        except (OSError, subprocess.SubprocessError):  # or another process built it first
-            pass
+            Path(scratch, key).rename(folder / key)  # fails if another process built it first
     return target if target.exists() else None
 
 

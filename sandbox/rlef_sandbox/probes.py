@@ -65,8 +65,8 @@ def probe_child_layers(
         "rlimits": holds(lambda: _limits_hold(bounds.base_bytes), without, None),
         "seccomp": call_filter is not None and holds(_filter_holds, without, call_filter),
         # twice, since the second child must not know that there was a first
-        "process_ids": all(holds(_has_first_id, bounds, None) for _ in range(2)),
-        "threads": holds(_threads_are_counted, user, None),
+        "process_ids": all(holds(lambda: os.getpid() == FIRST_ID, bounds, None) for _ in range(2)),
+        "threads": holds(lambda: refused(errno.EAGAIN, os.fork), user, None),
     }
 
 
@@ -78,14 +78,6 @@ def _limits_hold(base_bytes: int) -> bool:
     return refused(errno.ENOMEM, mmap.mmap, -1, beyond_bytes) and refused(
         errno.EFBIG, os.pwrite, output, b"x", past_end
     )
-
-
-def _threads_are_counted() -> bool:
-    return refused(errno.EAGAIN, os.fork)
-
-
-def _has_first_id() -> bool:
-    return os.getpid() == FIRST_ID
 
 
 def _filter_holds() -> bool:

@@ -53,10 +53,8 @@ EXTENSIONS = ("_sqlite3", "_ssl")
 def preload() -> None:
     """Import and warm up, in the zygote, what nearly every program uses."""
     for name in PRELOAD.split():
-        try:
+        with contextlib.suppress(ImportError):  # an interpreter built without an optional module
             __import__(name)
-        except ImportError:  # an interpreter built without an optional module
-            continue
     for spec in filter(None, map(find_spec, EXTENSIONS)):
         ctypes.PyDLL(spec.origin)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a run; the interpreter ignores it
@@ -89,24 +87,20 @@ def load_packages(named: Sequence[str], modules: dict[str, str]) -> None:
 
 def kept_code(file: int, kept: bytes, source: bytes) -> types.CodeType | None:
     """Return the program's code, loaded from `kept`, the content of `file`. If that is empty,
-    compile the source, and write the code to the file if it fits.
+    compile the source, and write all of the code to the file, or nothing if it does not fit.
     """
     if kept:
         return marshal.loads(kept)
     code = compile_source(source)
-    if code is not None:
-        _keep(code, file)
-    return code
-
-
-def _keep(code: types.CodeType, file: int) -> None:
-    """Write all of the code into an empty file, or nothing."""
+    if code is None:
+        return None
     try:
         content = marshal.dumps(code)
         if len(content) <= resource.getrlimit(resource.RLIMIT_FSIZE)[0]:
             exchange.write_all(file, content)
     except (ValueError, MemoryError, OSError):  # nested too deep, or no memory for a copy
         os.ftruncate(file, 0)
+    return code
 
 
 def compile_source(source: bytes) -> types.CodeType | None:
@@ -155,8 +149,13 @@ class Child:
         """Flush and close the program's files. Returns an exit code if that fails, else 0."""
         # as in the interpreter: sys.stdout and sys.stderr, which the program may have replaced
         exit_code = _flush("stdout", "stderr")
+        # Drop the program's module, so that files left open are closed, and so flushed, while the
+        # functions that this needs still exist.
         del self.namespace, self._module
-        _finalize(self._name)
+        for stream in ("stdin", "stdout", "stderr"):
+            setattr(sys, stream, getattr(sys, f"__{stream}__", None))
+        sys.modules.pop(self._name, None)
+        gc.collect()
         _flush("__stdout__", "__stderr__")
         return exit_code
 
@@ -164,10 +163,12 @@ class Child:
         error, self.error = self.error, None
         request, module = self._request, self._module
         if "check" in request:
-            with exchange.breaking_the_check():
+            try:
                 if error is not None:
                     raise error
                 check = _callable_of(module, request["check"])
+            except BaseException as fault:  # of the test's code, which has called nothing yet
+                exchange.leave(exchange.CHECK_BROKEN, fault)
             if "stand_in" in request:
                 exchange.rehearse(check, request["stand_in"])
             else:
@@ -198,16 +199,6 @@ def _write_result(returned: object) -> None:
     except Exception:  # the program's own `__repr__` fails, or an integer is too long
         shown = f"<{type(returned).__name__}>".encode(errors="backslashreplace")
     exchange.write_all(EXCHANGE_DESCRIPTOR, values.encode(returned) + b"\n" + shown)
-
-
-def _finalize(name: str) -> None:
-    """Drop the program's module, so that files left open are closed, and so flushed, while the
-    functions that this needs still exist.
-    """
-    for stream in ("stdin", "stdout", "stderr"):
-        setattr(sys, stream, getattr(sys, f"__{stream}__", None))
-    sys.modules.pop(name, None)
-    gc.collect()
 
 
 def _exit_code_of(step: Callable[[], None]) -> int:

@@ -156,7 +156,7 @@ class ProgramRunner(contextlib.AbstractContextManager):
         try:
             return receive_all(sessions, wall_s, self._slot)
         except TimeoutError as error:
-            self._worker.give_up(sessions[0])
+            self._worker.lose(sessions[0])
             raise FaultError(str(error)) from None
 
     def _attempt(self, test: AnyTest, again: bool) -> FinishedRun:
@@ -372,9 +372,7 @@ def is_broken(checker: Result, marks: bytes) -> bool:
         return marks[HAS_RETURNED:] != b"1"
     failed_alone = exceeds_a_limit(checker) and marks[: HAS_CALLED + 1] != b"1"
     return (
-        failed_alone
-        or checker.exit_code == CHECK_BROKEN
-        or (checker.status is Status.COMPILE_ERROR)
+        failed_alone or checker.exit_code == CHECK_BROKEN or checker.status is Status.COMPILE_ERROR
     )
 
 

@@ -46,7 +46,7 @@ def _reap(pid: int, controller: int, cgroup: str, scratch: str, go: int) -> NoRe
 
     zygote = os.pidfd_open(pid)
     if cgroup:
-        succeeds(cgroups.join, cgroup, pid)
+        cgroups.write(cgroup, "cgroup.procs", pid)
     os.close(go)
     poller = select.poll()
     for descriptor in (zygote, controller):

@@ -64,7 +64,7 @@ def most_open_programs(workers: int) -> int:
     return most
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     """Runs and grades untrusted programs; a context manager that threads may share.
 
     `workers` is how many programs may work at once: one per core. `isolation="default"` raises
@@ -90,7 +90,6 @@ class Sandbox:
             raise ValueError(f"unknown isolation {isolation!r}; known: {known}")
         self._level = isolation
         self._owner = os.getpid()
-        self._closed = False
         self._slots = WorkSlots(workers, most_open_programs(workers))
         self._packages = find_packages(packages)
         arguments = [str(native.spawn_library() or ""), json.dumps(self._packages)]
@@ -112,17 +111,13 @@ class Sandbox:
                 worker.close()
             raise
 
-    def __enter__(self) -> Sandbox:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Kill every process of the sandbox. Calls in other threads raise RuntimeError."""
-        if self._closed or os.getpid() != self._owner:  # a fork of the owner owns nothing
+        if os.getpid() != self._owner:  # a fork of the owner owns nothing
             return
-        self._closed = True
         self._slots.close()
         for worker in self._workers:
             worker.close()

@@ -116,13 +116,6 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         signal_at = LOW[1] if number == kill else LOW[2]
         own = [(LOAD, 0, 0, LOW[0]), (JUMP_EQUAL, 1, 0, OWN_PID), denied]
         return [*own, (LOAD, 0, 0, signal_at), (JUMP_EQUAL, 0, 1, SIGKILL), denied, ALLOWED]
-    if action is Action.CLOCK:
-        return [
-            (LOAD, 0, 0, LOW[0]),
-            (JUMP_AT_LEAST, 0, 1, SIGN_BIT),
-            refused(errno.EINVAL),
-            ALLOWED,
-        ]
     if action is Action.ABOUT_SELF:
         priority = {"x86_64": 140, "aarch64": 141}[machine]  # getpriority(which, who)
         return one_of(LOW[1 if number == priority else 0], (0, OWN_PID), denied)
@@ -138,8 +131,6 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         return [*local, load, (AND, 0, 0, ~SOCKET_FLAGS & 0xFFFFFFFF), *rest]
     if action is Action.TO_PEER:
         return [(LOAD, 0, 0, LOW[3]), (JUMP_EQUAL, 1, 0, 0), denied, *if_null(4, denied)]
-    if action is Action.EXECUTE_GIVEN:
-        return one_of(LOW[4], (AT_EMPTY_PATH,), denied)
     return {
         Action.ALLOW: [ALLOWED],
         Action.NOTHING: [refused(0)],
@@ -153,6 +144,8 @@ def decisions(number: int, action: Action, machine: str) -> list[Instruction]:
         Action.SETRLIMIT: [*none_of(LOW[0], KEPT_LIMITS), denied],
         Action.PRCTL: one_of(LOW[0], PRCTL_OPTIONS, denied),
         Action.PROCESS: without_bits(LOW[0], NAMESPACE_FLAGS, denied),
+        Action.CLOCK: without_bits(LOW[0], SIGN_BIT, refused(errno.EINVAL)),
+        Action.EXECUTE_GIVEN: one_of(LOW[4], (AT_EMPTY_PATH,), denied),
         Action.THREAD_POINTER: one_of(LOW[0], (ARCH_SET_FS, ARCH_GET_FS), refused(errno.EINVAL)),
     }[action]
 

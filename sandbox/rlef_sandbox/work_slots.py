@@ -37,12 +37,8 @@ class WorkSlots:
 
         Raises RuntimeError if the sandbox is closed meanwhile.
         """
+        asked = (threading.Event(), opened)
         with self.lock:
-            if self.working > 0 and self._open >= opened and not (self._waiting or self._closed):
-                self.working -= 1
-                self._open -= opened
-                return
-            asked = (threading.Event(), opened)
             self._waiting.append(asked)
             self.release(0, 0)
             if self._closed:

@@ -217,16 +217,13 @@ class Worker:
                 self._dispose()
         raise ZygoteLostError(f"the zygote is gone: {fault}")
 
-    def give_up(self, session: ZygoteSession) -> None:
-        """Kill the zygote that does not answer in `session`. Other sessions' runs are repeated."""
+    def lose(self, session: ZygoteSession | None = None) -> None:
+        """Kill the zygote, unless `session` is of an earlier one. The runs of its other sessions
+        are repeated, and the next session starts another zygote.
+        """
         with self._lock:
-            if session.generation == self.starts:
+            if session is None or session.generation == self.starts:
                 self._dispose()
-
-    def lose(self) -> None:
-        """Kill the zygote; the next session starts another."""
-        with self._lock:
-            self._dispose()
 
     def close(self) -> None:
         """Kill the zygote and all its descendants, and never start another."""

@@ -63,7 +63,10 @@ class Zygote:
             Task.TEST: of_programs,
             Task.EXECUTE: filter_for_this_machine(Profile.EXECUTABLE),
         }
-        last_id = _open_for_writing(LAST_ID_FILE)
+        try:
+            last_id = os.open(LAST_ID_FILE, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError:  # this machine does not allow it
+            last_id = -1
         namespaces = kernel.CLONE_NEWUSER | (kernel.CLONE_NEWPID if last_id >= 0 else 0)
         self.bounds = Bounds(_mapped_bytes(), namespaces)
         self.supervisor: NativeSupervisor | PythonSupervisor
@@ -130,14 +133,6 @@ def _read_call() -> bytes:
     os.lseek(program.EXCHANGE_DESCRIPTOR, 0, os.SEEK_SET)
     os.ftruncate(program.EXCHANGE_DESCRIPTOR, 0)
     return call
-
-
-def _open_for_writing(path: str) -> int:
-    """Return a descriptor, or -1 if this machine does not allow that."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
-        return -1
 
 
 def _mapped_bytes() -> int:

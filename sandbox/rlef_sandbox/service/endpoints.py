@@ -53,7 +53,7 @@ class GradingService:
         self.grader = grader
         self.settings = settings
         self.max_body_bytes = settings.max_body_mib << 20
-        self.draining = False
+        self.draining = asyncio.Event()
         self.metrics = GradingMetrics()
         self.queue = GradingQueue(settings, self.metrics)
         self._held_bytes = 0
@@ -63,7 +63,7 @@ class GradingService:
             ("queue_length", lambda: self.queue.waiting, "Requests that wait for the sandbox."),
             ("running", lambda: self.queue.running, "Requests in the sandbox."),
             ("held_bytes", lambda: self._held_bytes, "Size of the bodies that arrived."),
-            ("draining", lambda: self.draining, "1 since the first SIGTERM, else 0."),
+            ("draining", lambda: self.draining.is_set(), "1 since the first SIGTERM, else 0."),
         ):
             self.metrics.read_when_asked("gauge", name, read, meaning)
         self.metrics.read_when_asked(
@@ -113,7 +113,7 @@ class GradingService:
                 reason = f"{error.reason}; there are POST /v1/run and /v1/grade, "
                 response = refused(error.status, f"{reason}GET /health and /metrics", {})
             code = str(response.status)
-            if self.draining:
+            if self.draining.is_set():
                 response.force_close()
             return response
         finally:
@@ -215,7 +215,7 @@ class GradingService:
         if grading is not None:
             self.metrics.joined.add()
             return grading
-        if self.draining:
+        if self.draining.is_set():
             raise GradingRefusedError(503, "draining: this server takes no new work")
         path, client = request.path, request.remote or ""
         grading = self.queue.submit(
@@ -227,7 +227,7 @@ class GradingService:
     async def health(self, request: web.Request) -> web.StreamResponse:
         """Report whether this server takes work (503 if not), and what it is."""
         about = {
-            "status": "draining" if self.draining else "ready",
+            "status": "draining" if self.draining.is_set() else "ready",
             "isolation": self.grader.isolation,
             "versions": versions(),
             "languages": self.grader.languages,
@@ -237,7 +237,7 @@ class GradingService:
             "queue": self.settings.queue,
             "max_body_bytes": self.max_body_bytes,
         }
-        return web.json_response(about, status=503 if self.draining else 200)
+        return web.json_response(about, status=503 if self.draining.is_set() else 200)
 
     async def metrics_text(self, request: web.Request) -> web.StreamResponse:
         text = self.metrics.text().encode()

@@ -83,8 +83,8 @@ class GradingQueue:
         self._kept: OrderedDict[str, Grading] = OrderedDict()  # oldest first
         self._kept_bytes = 0
         self._mean_run_s = 0.05
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.idle = asyncio.Event()  # set while nothing is queued and nothing runs
+        self.idle.set()
 
     @property
     def waiting(self) -> int:
@@ -112,7 +112,7 @@ class GradingQueue:
         grading.answer.add_done_callback(lambda _: self._close(grading))
         self._open[request_id] = grading
         self._open_of[client] += 1
-        self._idle.clear()
+        self.idle.clear()
         self._queued.setdefault(client, deque()).append(grading)
         self._start_some()
         return grading
@@ -136,10 +136,6 @@ class GradingQueue:
         retry_s = max(1, min(MOST_RETRY_AFTER_S, round(estimate_s)))
         reason = f"{reason}; retry in {retry_s} s"
         return GradingRefusedError(429, reason, **{"Retry-After": str(retry_s)})
-
-    async def drained(self) -> None:
-        """Wait until nothing is queued and nothing runs."""
-        await self._idle.wait()
 
     def shut_down(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -188,7 +184,7 @@ class GradingQueue:
         if self._open.get(grading.request_id) is grading:
             del self._open[grading.request_id]
         if not self._open:
-            self._idle.set()
+            self.idle.set()
         # reading the exception also marks it as retrieved, if no client is left
         if grading.answer.cancelled() or grading.answer.exception() is not None:
             return

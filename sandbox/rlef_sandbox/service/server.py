@@ -52,22 +52,19 @@ async def serve_and_drain(
 ) -> int:
     """Serve, then drain. Returns the exit code: 0, or 1 if the child ended."""
     service = GradingService(grader, settings)
-    asked_to_stop = asyncio.Event()
     exit_code = 0
 
     def stop(number: int) -> None:
-        if service.draining:
+        if service.draining.is_set():
             os._exit(128 + number)
-        service.draining = True
-        asked_to_stop.set()
+        service.draining.set()
 
     def lose_child() -> None:
         nonlocal exit_code
         exit_code = 1
         loop.remove_reader(grader.ended)
         print("the process that grades ended, perhaps for lack of memory", flush=True)
-        service.draining = True
-        asked_to_stop.set()
+        service.draining.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -89,13 +86,13 @@ async def serve_and_drain(
         f"{'with' if settings.token else 'without'} a token",
         flush=True,
     )
-    await asked_to_stop.wait()
+    await service.draining.wait()
     print(
         f"draining: {service.queue.running} running, {service.queue.waiting} queued; "
         "a second signal ends at once",
         flush=True,
     )
-    await service.queue.drained()
+    await service.queue.idle.wait()
     for task in tasks:
         task.cancel()
     await runner.cleanup()

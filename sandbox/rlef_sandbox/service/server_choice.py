@@ -26,11 +26,7 @@ class GradingServer:
         self.open_requests = 0
         self.rests_until_s = 0.0  # of the loop's clock
         self.last_failure = "no failure"
-        self.probing: asyncio.Task[None] | None = None
-
-    @property
-    def out(self) -> bool:
-        return self.probing is not None
+        self.probing: asyncio.Task[None] | None = None  # while it is out
 
 
 class GradingServers:
@@ -81,7 +77,7 @@ class GradingServers:
     def take_out(self, server: GradingServer, reason: str) -> None:
         """Send nothing to this server until it is ready again."""
         server.last_failure = reason
-        if not server.out:
+        if server.probing is None:
             server.probing = asyncio.create_task(self._probe(server))
 
     def reasons(self) -> str:
@@ -99,7 +95,7 @@ class GradingServers:
         free = [
             server
             for server in self.all
-            if not server.out
+            if server.probing is None
             and server.open_requests < self._connections
             and server.rests_until_s <= now_s
         ]
