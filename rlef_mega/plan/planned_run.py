@@ -233,7 +233,7 @@ class PlannedRun:
         scored = [[network] for network in state if not (exact and network in together)]
         for names in [together, *scored] if exact else scored:
             held = plus(*(state[network] for network in names))
-            weights = {part: held[part] for part in ("weights", "reference") if part in held}
+            weights = {part: held[part] for part in held if part in ("weights", "reference")}
             net = trained.get(names[0], self.policy)
             scratch = net.scoring_scratch(rank, tokens, self.head_tokens, models=len(names))
             add(f"score {' and '.join(names)}", weights, activations=0.0, scratch=scratch)
