@@ -220,22 +220,22 @@ COLLIDING = ", ".join(hex(n * (2**61 - 1)) for n in range(1, 40_000))
 CALLED = {**GOOD, "entry_point": "f"}
 
 
-def tested(**test: str) -> dict[str, object]:
+def a_row(**test: str) -> dict[str, object]:
     return {**CALLED, "private_tests": [test]}
 
 
 BOMBS = {
-    "a check": (tested(check=NESTED * 20), r"tests\[0\].check: .*nested too deep"),
+    "a check": (a_row(check=NESTED * 20), r"tests\[0\].check: .*nested too deep"),
     "a checker": ({**GOOD, "checker": {"program": NESTED * 20}}, "checker.program: .*too deep"),
     "a prelude": ({**GOOD, "prelude": NESTED * 20}, "prelude: .*nested too deep"),
-    "the setup of an assert": (tested(**{"assert": "assert f(1)"}, setup=NESTED * 20), "too deep"),
-    "an assert with a long sum": (tested(**{"assert": "assert 1" + " + 1" * 2500}), "too deep"),
-    "an assert with a long path": (tested(**{"assert": "assert f" + ".a" * 2000}), "too deep"),
-    "an assert with many fields": (tested(**{"assert": f"assert {FIELDS}"}), "more than 2 s"),
-    "a literal with many fields": (tested(args=f"({FIELDS},)", expected="1"), "not a Python lit"),
-    "a set of equal hashes": (tested(args="(1,)", expected=f"{{{COLLIDING}}}"), "hash like oth"),
+    "the setup of an assert": (a_row(**{"assert": "assert f(1)"}, setup=NESTED * 20), "too deep"),
+    "an assert with a long sum": (a_row(**{"assert": "assert 1" + " + 1" * 2500}), "too deep"),
+    "an assert with a long path": (a_row(**{"assert": "assert f" + ".a" * 2000}), "too deep"),
+    "an assert with many fields": (a_row(**{"assert": f"assert {FIELDS}"}), "more than 2 s"),
+    "a literal with many fields": (a_row(args=f"({FIELDS},)", expected="1"), "not a Python lit"),
+    "a set of equal hashes": (a_row(args="(1,)", expected=f"{{{COLLIDING}}}"), "hash like oth"),
     "keys of equal hashes": (
-        tested(args="(1,)", expected=f"{{{COLLIDING.replace(',', ':1,')}:1}}"),
+        a_row(args="(1,)", expected=f"{{{COLLIDING.replace(',', ':1,')}:1}}"),
         "hash like others",
     ),
 }
