@@ -29,7 +29,7 @@ from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import Parts, open_parts
 from rlef_mega.run.directory import Clock
 from rlef_mega.run.guards import GuardError
-from rlef_mega.run.launch import collect_garbage, sandbox_token, worker_main
+from rlef_mega.run.launch import collect_garbage, return_freed_memory, sandbox_token, worker_main
 from rlef_mega.run.profiler import profiled
 from rlef_mega.run.ranks import any_rank
 from rlef_mega.targets import targets_of
@@ -132,6 +132,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
             state = rollouts.state() if saving or ending else None
             save(config, parts, record, state, ending=ending)
         collect_garbage(step)
+        return_freed_memory()
         if ending:
             checkpoints.require_saved()
         if lost:

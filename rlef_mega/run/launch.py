@@ -271,10 +271,14 @@ def collect_garbage_by_hand() -> None:
 
 
 def collect_garbage(step: int) -> None:
-    """Collect garbage every STEPS_PER_COLLECTION steps; return freed memory to the system."""
+    """Collect garbage every STEPS_PER_COLLECTION steps."""
     if step % STEPS_PER_COLLECTION == 0:
         gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's; it keeps GB otherwise
+
+
+def return_freed_memory() -> None:
+    """Return freed host memory to the system: glibc keeps gigabytes of a step that used them."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 

@@ -236,9 +236,9 @@ class Worker:
             return
         self._process.kill()
         self._process.wait()
+        self._remove_folders()  # may be interrupted; what follows must not be done twice
         self._control.close()
         os.close(self._errors)
-        self._remove_folders()
         self._process = self._control = None
 
 
