@@ -237,9 +237,9 @@ class Worker:
         self._process.kill()
         self._process.wait()
         self._remove_folders()  # may be interrupted; what follows must not be done twice
-        self._control.close()
+        control, self._process, self._control = self._control, None, None
+        control.close()
         os.close(self._errors)
-        self._process = self._control = None
 
 
 class ZygoteSession:
