@@ -1,7 +1,7 @@
 # make setup   .venv with everything that needs no GPU
 # make demo    train, evaluate and report, small (two CPU cores, 6 to 11 minutes)
 # make demo-sglang   the same training, sampling from two real SGLang servers on the same cores
-# make test    lint, types, and the tests that need no GPU, SGLang server or Slurm
+# make test    lint, types, and the tests that need no GPU, SGLang server or Slurm (two CPU cores, 8 minutes)
 # make test-slow     the tests that make test leaves out because they take long
 # make test-sglang   rollouts from the real SGLang server, in an environment of its own (3.3 GB)
 # make test-null-gpu   the host's side of the GPU path, on a simulated GPU; an environment of its own (5 GB)
