@@ -1,6 +1,6 @@
-"""Decide which optional packages for speed are used on this machine. Attention, model and optimizer
-ask this file; `rlef doctor`, a run's manifest and its first lines report what it says. The kernels
-of the output head choose for themselves (rlef_kernels/dispatch.py).
+"""Decide which optional packages for speed are used on this machine. Attention and model ask this
+file; `rlef doctor`, a run's manifest and its first lines report what it says. megatron-core chooses
+its Adam, and the output head its kernels (rlef_kernels/dispatch.py).
 
 An optional package that cannot work here (no GPU; built for another PyTorch) is hidden before
 megatron-core is imported. So megatron-core, transformers and this package all fall back at the
