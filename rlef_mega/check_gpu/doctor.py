@@ -46,7 +46,7 @@ def examine() -> bool:
 
 
 def sandbox_layers() -> tuple[str | None, Mapping[str, Any]]:
-    """Return None and a sandbox's layers or, if none starts, the reason and a minimal one's."""
+    """Return None and a sandbox's layers; if it does not start, why not, and a minimal one's."""
     try:
         with Sandbox(workers=1) as sandbox:
             return None, sandbox.isolation

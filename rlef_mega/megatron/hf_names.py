@@ -134,7 +134,7 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
     hidden, ffn, width = model.hidden, model.ffn, model.head_dim
     queries, keys = model.heads * width, model.key_value_heads * width
     group = model.heads // model.key_value_heads
-    # of a parameter [G, group + 2, D, H] or, of a bias, [G, group + 2, D]
+    # heads of a weight [G, group + 2, D, H] or of a bias [G, group + 2, D]
     heads = functools.partial(PackedRows, -1, group + 2, width)
     gate, up = PackedRows(1, 2, -1, 0, 1), PackedRows(1, 2, -1, 1, 2)  # halves
     tensors: list[HFTensor] = []

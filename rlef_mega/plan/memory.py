@@ -35,7 +35,7 @@ from rlef_mega.megatron.network.stages import BUCKET_BYTES, StagePosition, Stage
 HEAD_CHUNK_BYTES = 2**30
 CUBLAS_BYTES = 64 * 2**20  # of two threads, on Hopper (PyTorch's default)
 Head = Literal["fused", "value"]
-split_once = cache(split_layers)
+split_once = cache(split_layers)  # one entry for all data-parallel sizes (`Network.stages`)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ SOURCES = {
 }
 RATING_CLASS = 400
 
-# Tags that a statement gets if it matches: it lost an image, or has phrases that allow several
-# outputs. The one expected output then refuses right answers.
+# Tags of statements that match. "image": they have lost an image. "multiple answers": they allow
+# several outputs, and the one expected output refuses the others.
 STATEMENT_TAGS = {
     "image": re.compile(r"<image>|<img\b|!\[[^\]]*\]\("),
     "multiple answers": re.compile(

@@ -277,7 +277,7 @@ def collect_garbage(step: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed host memory to the system: glibc keeps gigabytes of a step that used them."""
+    """Return freed host memory to the system; otherwise glibc may keep gigabytes after a step."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

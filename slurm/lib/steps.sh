@@ -52,7 +52,7 @@ step() { # step NAME ROLE TASKS_PER_NODE COMMAND...: become srun, with output in
     become_srun "$(wc -w <<<"$nodes")" "$per_node" "$@"
 }
 
-become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND...: exec srun with the caller's `options` and all others that matter
+become_srun() { # become_srun NODES TASKS_PER_NODE COMMAND...: exec srun with the caller's `options`, and none from variables
     local number=$1 per_node=$2 name carried
     shift 2
     # Otherwise srun would take options from variables of the job, the user or the site, such as one GPU for each task, a

@@ -8,10 +8,10 @@ an error of at most d / 512, and its probability is at most exp(-d), so dz of a 
 less than exp(-d) d / 512 < 0.0008 of that tile's largest probability: less than the rounding of dz
 itself. Log-probs and entropies are exact.
 
-FLOPs: 2 T V D, and about 8 T V for the statistics. Bytes if fused (plan.py): hidden, read from
-memory once, and the head, read about T / 1024 times, both from the L2 cache otherwise; 12 T V /
-tile_columns of partial sums, written once and read a few times; for a gradient 2 T V written, read
-and written again, and 4 T V read by cuBLAS, and 8 V D of main_grad per chunk.
+FLOPs: 2 T V D, and about 8 T V for the statistics. Bytes if fused (plan.py): hidden once and the
+head about T / 1024 times, as the L2 cache serves all other reads of them; 12 T V / tile_columns of
+partial sums, written once and read a few times; for a gradient 2 T V written, read and written
+again, 4 T V read by cuBLAS, and 8 V D of main_grad per chunk.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary shard, C tokens of a chunk; of a tile, R rows
 and C columns. As a kernel's constant, D is the depth of one step of the products.

@@ -43,7 +43,7 @@ class Client:
         self.url, self.http, self.publish_s = url, http, publish_s
         self.paused_s = 0.0  # total time paused for weights
         self.paused_at_s: float | None = None  # of time.monotonic, while paused
-        self.cache_released = False  # while it has its weights again, but not its cache
+        self.cache_released = False  # True while it has its weights again, but not its cache
         self.resting_version = FREE  # its weights' version when it released them
         self.aborting: set[asyncio.Task[None]] = set()
 

@@ -229,8 +229,8 @@ class SGLangEngine(LivesInLoop):
     def counts(self) -> dict[str, float]:
         """Return counts of this process's requests since the engine opened.
 
-        `requests` answered; `failures` of servers, their `returns`, and how often the current
-        weights were first loaded for one (`restored`); `sampled_tokens`; `context_tokens`, of which
+        `requests` answered; `failures` of servers, their `returns`, and how often one without the
+        current weights was given them (`restored`); `sampled_tokens`; `context_tokens`, of which
         `cached_tokens` came from a server's cache; `follow_up_` versions of both for requests after
         a dialogue's first; seconds in which each server had a request (BUSY and its address);
         `paused_s`, the longest time a server was paused for this process's publications.
