@@ -40,8 +40,8 @@ def episode_records(
     scores: Scores,
     targets: Targets,
 ) -> list[dict[str, Any]]:
-    """Return the records of a step's episodes. Each turn has its return, its advantage and, with a
-    critic, its value: those of its first token, if values are token-level."""
+    """Return the records of a step's episodes. Each turn has a return, an advantage and, with a
+    critic, a value; if values are token-level, these are the ones of its first token."""
     by_id = named(problems, {episode.problem_id for episode in episodes})
     numbers = turn_numbers(batch, scores, targets)
     records = []

@@ -127,7 +127,7 @@ class Stream(Generic[Outcome]):
         return True
 
     def advance(self, version: int) -> None:
-        """Note that the trainer's weights have this version from now on."""
+        """Note that the trainer has published weights of this version, and start more dialogues."""
         assert version == self.version + 1, "a batch is taken for each version"
         self.version = version
         self.fill()

@@ -204,7 +204,7 @@ HEADINGS = (
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the table, rates in percent."""
+    """Return the comparison as a Markdown table, with rates in percent."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     for name, row in results["rows"].items():
         rates = [

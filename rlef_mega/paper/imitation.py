@@ -113,7 +113,7 @@ def solved_dialogues(
 
 
 def last_response(episode: Episode) -> Episode:
-    """Return the episode with one turn: all tokens before the last response are its prompt."""
+    """Return an episode of one turn, the last: all tokens before its response are its prompt."""
     turn = replace(episode.turns[-1], observed_ids=episode.context(len(episode.turns) - 1))
     return replace(episode, turns=(turn,))
 

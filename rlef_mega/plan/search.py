@@ -48,7 +48,7 @@ class Split:
 
 
 def settings(split: Split, device: Device) -> dict[str, Any]:
-    """Return the settings to change in the recipe, by key, so that it describes this split."""
+    """Return the settings, by key, that a recipe must change to train with this split."""
     run, config = split.run, split.run.config
     layout = run.parallel.model_dump(exclude={"pipeline_layers", "processes_per_node"})
     chosen = {f"parallel.{key}": value for key, value in layout.items()} | {

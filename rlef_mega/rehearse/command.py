@@ -163,7 +163,7 @@ def write_inputs(folder: Path, config: TrainConfig, shape: LlamaShape, request: 
 
 
 def rehearse_rank(folder: Path, config: TrainConfig, rank: int, device: Device) -> dict[str, Any]:
-    """Run one rank in a process of its own on the null GPU. Returns what it measured."""
+    """Run one rank of the layout on the null GPU, in a process of its own. Returns its figures."""
     settings = dict(SETTINGS)
     if device.name not in NULL_DEVICES:  # rehearsed as an H100 with this device's memory
         settings["NULL_GPU_MEMORY_MIB"] = str(round(device.memory_gib * 1024))

@@ -34,7 +34,7 @@ NAMESPACES = {
 
 
 def library_directories() -> list[str]:
-    """Return the directories of the standard library, none within another."""
+    """Return the directories of the standard library, without those that lie within another."""
     paths = sorted({os.path.realpath(path) for path in sys.path if os.path.isdir(path)})
     return [p for p in paths if not any(p.startswith(other + "/") for other in paths)]
 

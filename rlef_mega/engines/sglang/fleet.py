@@ -51,7 +51,7 @@ SLOWEST_PROBE_S = 5.0
 
 @dataclass
 class RequestLimits:
-    """Bounds on the use of servers."""
+    """Limits of an engine's requests: how many at once, and how long each wait may last."""
 
     concurrency: int = 256  # open requests at a server, of this process
     deadline_s: float = 1800.0  # of a request with all its tries
@@ -323,7 +323,7 @@ class Fleet:
         return {member: found[member.client.url] for member in members}
 
     def reasons(self) -> str:
-        """Return why each server is not ready, or that all are busy."""
+        """Say why no server takes a request: why each is not ready, or that all are busy."""
         return reasons([m for m in self.members if not m.ready]) or "all servers are busy"
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

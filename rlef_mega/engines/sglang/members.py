@@ -66,5 +66,5 @@ async def on_all(
 
 
 def reasons(members: Sequence[Member]) -> str:
-    """Return each server's last failure."""
+    """Return a text that names each server and its last failure."""
     return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)

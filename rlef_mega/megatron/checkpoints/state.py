@@ -64,14 +64,14 @@ def fingerprint(model: TrainedModel) -> dict[str, Any]:
 
 @calls_megatron
 def owned_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """View all that this rank owns, which is what it saves."""
+    """Return views of all that this rank owns, which is what it saves."""
     ranges = owned_ranges(spread_optimizer(model))
     return [*weights(name, model.chunks, model.ranks, ranges), *optimizer_state(name, model)]
 
 
 @calls_megatron
 def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """View all that this rank holds, also weights that other ranks save. Loading writes into it."""
+    """Return views of all that this rank holds, including what other ranks save, to load into."""
     return [*weights(name, model.chunks, model.ranks), *optimizer_state(name, model)]
 
 
