@@ -3,7 +3,8 @@
 Source: Gehring et al., "RLEF: Grounding Code LLMs in Execution Feedback with Reinforcement
 Learning", arXiv 2410.02089, sections 2.2 and A.1. An episode is a dialogue; a turn is one response;
 an action is one token of a response. targets.py calls the functions up to the advantages, once for
-each batch, before its updates; `policy_loss` and `value_loss` are the losses of the updates.
+each batch, before its updates. `value_loss` is the critic's loss in the updates; the policy's, the
+clipped one, is computed inside the output head: kernels/rlef_kernels/ppo_policy_loss.py.
 
 Shape suffixes as in types.py: A action tokens, N turns, M values (N or A).
 Arithmetic is fp32 or fp64. A loss is a sum divided by `denominator`, a count over the whole
@@ -139,42 +140,6 @@ def centred(values_N: torch.Tensor, group_of_turn_N: torch.Tensor) -> torch.Tens
     sums = torch.zeros(len(counts), dtype=torch.float64)
     sums.index_add_(0, group_of_turn_N, values_N.double())
     return values_N - (sums / counts)[group_of_turn_N]
-
-
-def policy_loss(
-    logprobs_A: torch.Tensor,
-    old_logprobs_A: torch.Tensor,
-    behaviour_logprobs_A: torch.Tensor,
-    advantages_A: torch.Tensor,
-    *,
-    clip_eps: float,
-    denominator: float | None = None,
-) -> tuple[torch.Tensor, Metrics]:
-    """Return L_pi and its metrics (RLEF A.1):
-
-        r_k  = pi / pi_old * stop_grad(min(pi / pi_b, 1))
-        L_pi = -mean_k min(r_k A, clip(r_k, 1 - eps, 1 + eps) A)
-
-    pi_old is the policy at the start of this batch's updates, pi_b the one that sampled the tokens.
-    The factor min(pi / pi_b, 1) corrects for tokens that an older policy sampled, or an engine
-    whose log-probs differ slightly; no gradient flows through it.
-    """
-    count = denominator if denominator is not None else max(logprobs_A.numel(), 1)
-    log_ratio_A = logprobs_A - old_logprobs_A
-    behaviour_factor_A = (logprobs_A.detach() - behaviour_logprobs_A).exp().clamp(max=1)
-    ratio_A = log_ratio_A.exp() * behaviour_factor_A
-    clipped_A = ratio_A.clamp(1 - clip_eps, 1 + clip_eps)
-    loss = -torch.minimum(ratio_A * advantages_A, clipped_A * advantages_A).sum() / count
-    with torch.no_grad():
-        metrics = {
-            "policy_loss": loss.detach(),
-            "ratio": ratio_A.sum() / count,
-            "clip_fraction": ((ratio_A - 1).abs() > clip_eps).sum() / count,
-            "behaviour_factor": behaviour_factor_A.sum() / count,
-            # k3 estimator of KL(pi_old || pi): non-negative and of low variance
-            "approx_kl": (log_ratio_A.exp() - 1 - log_ratio_A).sum() / count,
-        }
-    return loss, metrics
 
 
 def value_loss(

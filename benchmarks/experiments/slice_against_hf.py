@@ -5,7 +5,7 @@
 
 The peer is LlamaForCausalLM with PyTorch's AdamW in a plain training loop, with Liger's kernels and
 head if they can run, and with a head that stores logits. Same weights, sequences, response tokens,
-loss (`ppo.policy_loss`), gradient clipping and optimizer arithmetic; micro-batches of its own, of
+loss, gradient clipping and optimizer arithmetic; micro-batches of its own, of
 sequences of similar lengths, padded. The peer does no more than it must: its head runs only on
 response tokens, as ours does; there is no mask, since right padding and causality need none;
 gradients of bfloat16 weights add up in bfloat16 over micro-batches, ours in fp32; no entropy is
@@ -36,7 +36,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
-from rlef_mega import ppo
 from rlef_mega.bench.kernel_methods import LIGER_CUTE
 from rlef_mega.bench.results import Figure, Results
 from rlef_mega.bench.slice import (
@@ -226,13 +225,14 @@ class HuggingFacePolicy:
         ids_R = part.token_ids_BL.flatten()[part.responses_R]
         temperature = self.config.rollout.temperature
         logprobs_R = head(hidden_RD, self.model.lm_head.weight, ids_R, temperature)
-        loss, _ = ppo.policy_loss(
-            logprobs_R,
-            *(values_A[part.actions_R] for values_A in constants),
-            clip_eps=self.config.ppo.clip_eps,
-            denominator=len(constants[0]),
+        old_R, behaviour_R, advantages_R = (values_A[part.actions_R] for values_A in constants)
+        factor_R = (logprobs_R.detach() - behaviour_R).exp().clamp(max=1)
+        ratio_R = (logprobs_R - old_R).exp() * factor_R
+        eps = self.config.ppo.clip_eps
+        terms_R = torch.minimum(
+            ratio_R * advantages_R, ratio_R.clamp(1 - eps, 1 + eps) * advantages_R
         )
-        return loss
+        return -terms_R.sum() / len(constants[0])
 
 
 # ------------------------------------------------------------------------------------- comparison

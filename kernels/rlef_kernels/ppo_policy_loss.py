@@ -29,7 +29,6 @@ METRICS = (
     "ratio",
     "clip_fraction",
     "behaviour_factor",
-    "approx_kl_k1",
     "approx_kl",
     "entropy",
 )
@@ -61,9 +60,7 @@ def policy_loss(
         ratio_T,
         (ratio_T - 1).abs() > clip_eps,
         behaviour_factor_T,
-        # KL(pi_old || pi): k1 is unbiased; k3 also non-negative and lower in variance
-        -log_ratio_T,
-        log_ratio_T.expm1() - log_ratio_T,
+        log_ratio_T.expm1() - log_ratio_T,  # k3 of KL(pi_old || pi): non-negative, low in variance
         entropy_T,
     )
     metrics = torch.stack([term_T.to(logprobs_T.dtype).sum() / denominator for term_T in terms])

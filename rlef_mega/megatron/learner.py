@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from rlef_kernels import linear_ppo_loss
+from rlef_kernels.ppo_policy_loss import METRICS
 from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
@@ -51,14 +52,6 @@ from rlef_mega.run.directory import Clock
 from rlef_mega.run.ranks import gather
 from rlef_mega.types import Batch, Scores, Targets
 
-POLICY_METRICS = (
-    "policy_loss",
-    "ratio",
-    "clip_fraction",
-    "behaviour_factor",
-    "approx_kl",
-    "entropy",
-)
 CRITIC_METRICS = ("value_loss", "value_clip_fraction")
 ReadFunction = Callable[..., torch.Tensor]
 
@@ -313,7 +306,7 @@ class Learner:
     def update_policy(
         self, batch: Batch, targets: Targets, sequences: Sequence[int]
     ) -> dict[str, float]:
-        """Take one optimizer step on `ppo.policy_loss`, a mean over the action tokens."""
+        """Take one optimizer step on the clipped policy loss, a mean over the action tokens."""
         assert self.policy is not None
         model, device = self.policy.last_chunk, self.ranks.device
         old_A = to_device(targets.old_logprobs_A, device)
@@ -323,7 +316,7 @@ class Learner:
 
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
             index = microbatch.actions_R
-            # `ppo.policy_loss`, computed inside the head, which saves a quarter of its products
+            # computed inside the head, which saves a quarter of its products
             return linear_ppo_loss(
                 model.rows(hidden, microbatch.action_rows_R),
                 model.output_weight,
@@ -339,7 +332,7 @@ class Learner:
             )
 
         microbatches = self.cutting.cut(batch, sequences)
-        return train_step(self.policy, microbatches, loss, POLICY_METRICS, "policy")
+        return train_step(self.policy, microbatches, loss, METRICS, "policy")
 
     def update_critic(
         self, batch: Batch, targets: Targets, sequences: Sequence[int]

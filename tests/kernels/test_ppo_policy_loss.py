@@ -33,7 +33,6 @@ def test_policy_loss_worked_by_hand():
         "ratio": (2 + 1 + 0.25 + 1) / 4,
         "clip_fraction": 0.5,
         "behaviour_factor": (1 + 0.5 + 0.5 + 1) / 4,
-        "approx_kl_k1": -(LOG2 + LOG2 - LOG2) / 4,
         "approx_kl": ((1 - LOG2) * 2 + (LOG2 - 0.5)) / 4,
         "entropy": 2.5,
     }

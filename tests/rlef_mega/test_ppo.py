@@ -1,11 +1,8 @@
 """Each function of the algorithm against numbers worked by hand."""
 
-import math
-
 import pytest
 import torch
 
-from rlef_kernels import ppo_policy_loss
 from rlef_mega import ppo
 
 
@@ -110,45 +107,6 @@ def test_equal_advantages_normalise_to_zero_not_to_nan():
     torch.testing.assert_close(normal, torch.zeros(3))
 
 
-def test_policy_loss_by_hand():
-    pi, old, behaviour = (
-        torch.tensor([0.5, 0.9, 0.2]).log(),
-        torch.tensor([0.4, 0.5, 0.4]).log(),
-        torch.tensor([0.25, 0.5, 0.25]).log(),
-    )
-    advantages = torch.tensor([2.0, 1.0, -1.0])
-    # r = pi/old * min(pi/pi_b, 1): 1.25 * 1; 1.8 * 1; 0.5 * 0.8 = 0.4
-    # terms: min(2.5, 1.2 * 2) = 2.4; min(1.8, 1.2) = 1.2; min(-0.4, -0.8) = -0.8
-    loss, metrics = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
-    assert loss.item() == pytest.approx(-(2.4 + 1.2 - 0.8) / 3)
-    assert metrics["clip_fraction"].item() == pytest.approx(1.0)
-    assert metrics["ratio"].item() == pytest.approx((1.25 + 1.8 + 0.4) / 3)
-    assert metrics["behaviour_factor"].item() == pytest.approx((1 + 1 + 0.8) / 3)
-
-
-def test_the_behaviour_factor_passes_no_gradient():
-    logprob = torch.tensor([math.log(0.2)], requires_grad=True)
-    old, behaviour = torch.tensor([math.log(0.2)]), torch.tensor([math.log(0.4)])
-    loss, _ = ppo.policy_loss(logprob, old, behaviour, torch.tensor([1.0]), clip_eps=0.9)
-    loss.backward()
-    # d(-r A)/dlogp = -pi/old * 0.5 * A; with a gradient through the factor it would be twice that
-    assert logprob.grad.item() == pytest.approx(-0.5)
-
-
-@pytest.mark.parametrize(("advantage", "logprob", "flows"), [(1, 0.5, False), (-1, 0.5, True)])
-def test_clipping_stops_the_gradient_only_where_the_ratio_already_moved_the_right_way(
-    advantage, logprob, flows
-):
-    logprob = torch.tensor([logprob], requires_grad=True)  # ratio e^0.5 > 1.2
-    zero = torch.zeros(1)
-    # a behaviour policy equal to the current one leaves the factor at 1
-    loss, _ = ppo.policy_loss(
-        logprob, zero, logprob.detach(), torch.tensor([float(advantage)]), clip_eps=0.2
-    )
-    loss.backward()
-    assert (logprob.grad.item() != 0) == flows
-
-
 def test_value_loss_by_hand():
     values, old = torch.tensor([0.5, 0.0, 1.0]), torch.tensor([0.0, 0.1, 1.0])
     returns = torch.tensor([1.0, 1.0, -1.0])
@@ -156,32 +114,3 @@ def test_value_loss_by_hand():
     loss, metrics = ppo.value_loss(values, old, returns, clip_alpha=0.2)
     assert loss.item() == pytest.approx(0.5 * 5.64 / 3)
     assert metrics["value_clip_fraction"].item() == pytest.approx(1 / 3)
-
-
-def test_losses_of_microbatches_with_a_global_denominator_add_up():
-    generator = torch.Generator().manual_seed(0)
-    pi, old, behaviour, advantages = torch.randn(4, 10, generator=generator)
-    whole, metrics = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
-    parts = [
-        ppo.policy_loss(pi[s], old[s], behaviour[s], advantages[s], clip_eps=0.2, denominator=10)
-        for s in (slice(0, 3), slice(3, 3), slice(3, 10))
-    ]
-    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
-    for name, value in metrics.items():
-        torch.testing.assert_close(sum(m[name] for _, m in parts), value)
-
-
-def test_the_kernels_compute_the_same_policy_loss():
-    """The policy loss is defined twice, in ppo.py and in rlef_kernels; the two must be equal."""
-    generator = torch.Generator().manual_seed(0)
-    pi, old, behaviour, advantages = torch.randn(4, 50, generator=generator)
-    pi.requires_grad_()
-    loss, metrics = ppo.policy_loss(pi, old, behaviour, advantages, clip_eps=0.2)
-    theirs, gradient = ppo_policy_loss.policy_loss(
-        pi.detach(), pi.detach(), (old, behaviour, advantages), clip_eps=0.2, denominator=50
-    )
-    their_metrics = dict(zip(ppo_policy_loss.METRICS, theirs, strict=True))
-    torch.testing.assert_close(their_metrics["policy_loss"], loss.detach())
-    torch.testing.assert_close(gradient, torch.autograd.grad(loss, pi)[0])
-    for name, value in metrics.items():
-        torch.testing.assert_close(value.float(), their_metrics[name], msg=name)

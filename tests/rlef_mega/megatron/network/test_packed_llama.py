@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from rlef_mega import ppo
 from rlef_mega.config import (
     ConfigError,
     LearnerConfig,
@@ -35,6 +34,7 @@ from rlef_mega.packing import pack
 from rlef_mega.preflight import check_weights
 from rlef_mega.targets import targets_of
 from rlef_mega.types import Batch
+from tests.policy_loss import policy_loss
 from tests.rlef_mega.megatron.hugging_face import hf_distributions, hf_logprobs, hf_values
 from tests.rlef_mega.megatron.megatron_worker import (
     LLAMA31_ROPE,
@@ -101,7 +101,7 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
     ranks: Ranks, tmp_path: Path, tied: bool
 ) -> None:
     """The learner computes loss and gradients inside the head, over several micro-batches; the
-    truth is `ppo.policy_loss` of Hugging Face's log-probs, differentiated by PyTorch."""
+    truth is the paper's loss of Hugging Face's log-probs, differentiated by PyTorch."""
     truth = make_model(tmp_path, tie_word_embeddings=tied)
     batch = make_batch(8)
     optimizer = OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0)
@@ -113,7 +113,7 @@ def test_the_policy_step_has_the_gradient_of_ppos_loss(
     scores = replace(scores, old_logprobs_A=scores.old_logprobs_A + 0.2 * noise_A)
     targets, _ = targets_of(batch, scores, learner.ppo)
     stats = learner.update_policy(batch, targets, range(batch.num_sequences))
-    loss, metrics = ppo.policy_loss(
+    loss, metrics = policy_loss(
         hf_logprobs(truth, batch),
         scores.old_logprobs_A,
         batch.behaviour_logprobs_A,
