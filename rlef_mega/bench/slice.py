@@ -193,15 +193,21 @@ def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) 
     policy to the host (into pinned memory, if the device is a GPU) and back."""
     everything = range(batch.num_sequences)
     policy, critic, reference = learner.policy, learner.critic, learner.reference
-    assert policy and critic, "a slice is measured on ranks that hold all networks"
+    assert policy, "a slice is measured on ranks that hold all networks"
 
     def outputs(model: TrainedModel | FrozenModel, read: ReadFunction) -> Callable[[], object]:
         return lambda: learner.outputs(model.chunks, learner.cutting.cut(batch, everything), read)
 
     found: Phases = {
         "old log-probs": outputs(policy, learner.read_logprobs),
-        "values": outputs(critic, learner.read_values),
-        "critic update": lambda: learner.update_critic(batch, targets, everything),
+        **(
+            {
+                "values": outputs(critic, learner.read_values),
+                "critic update": lambda: learner.update_critic(batch, targets, everything),
+            }
+            if critic
+            else {}
+        ),
         "policy update": lambda: learner.update_policy(batch, targets, everything),
         "policy optimizer step alone": policy.step,
         "weights gathered for publication": lambda: [None for _ in learner.policy_weights()],

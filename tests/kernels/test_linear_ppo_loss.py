@@ -21,9 +21,9 @@ def make_inputs(tokens, width=8, vocabulary=50, dtype=torch.float32):
 def composed(hidden, weight, target, *policy, temperature=1.0, denominator=None):
     """Compute the loss by its definition, with clip_eps 0.2, and its metrics."""
     logprob, entropy = linear_logprob(hidden, weight, target, temperature=temperature)
-    loss, metrics = policy_loss(logprob, *policy, clip_eps=0.2)
-    scale = 1 if denominator is None else len(target) / denominator
-    return loss * scale, metrics | {"entropy": entropy.mean().detach()}
+    count = max(1, len(target)) if denominator is None else denominator
+    loss, metrics = policy_loss(logprob, *policy, clip_eps=0.2, denominator=count)
+    return loss, metrics | {"entropy": entropy.sum().detach() / count}
 
 
 @pytest.mark.parametrize("denominator", [None, 90.0, torch.tensor(90.0)])

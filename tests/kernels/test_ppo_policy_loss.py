@@ -1,4 +1,5 @@
-"""The policy loss on an example worked by hand; test_ppo.py compares it with `ppo.policy_loss`."""
+"""The policy loss on an example worked by hand. test_linear_ppo_loss.py compares it with the
+paper's formula, differentiated by PyTorch."""
 
 import math
 

@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.experiments import slice_against_hf
 from benchmarks.experiments.slice_against_hf import HuggingFacePolicy, compare_updates, peer_batches
-from rlef_mega import ppo
 from rlef_mega.bench import slice as slice_of_model
 from rlef_mega.bench.compare import compare
 from rlef_mega.bench.measure import peak_flops
@@ -36,6 +35,7 @@ from rlef_mega.megatron.network.families import read_config
 from rlef_mega.packing import microbatches, pack
 from rlef_mega.targets import targets_of
 from rlef_mega.types import Scores
+from tests.policy_loss import policy_loss
 
 CPU = torch.device("cpu")
 TINY = LlamaShape(
@@ -89,7 +89,7 @@ def expected_loss(folder, batch, targets) -> float:
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1] / 0.7
         logprobs_T[start + 1 : end] = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    loss, _ = ppo.policy_loss(
+    loss, _ = policy_loss(
         logprobs_T[batch.action_positions_A],
         targets.old_logprobs_A,
         batch.behaviour_logprobs_A,
@@ -252,12 +252,24 @@ def test_no_round_is_started_once_the_time_is_up():
     assert len(called) == 2  # the warm-up and the memory
 
 
-def test_a_slice_offloads_only_what_its_recipe_offloads(ranks, monkeypatch):
+RLOO = """
+rollout.samples_per_problem = 2
+ppo.advantage = "rloo"
+"""
+
+
+@pytest.mark.parametrize(("more", "critics"), [("", {"values", "critic update"}), (RLOO, set())])
+def test_a_slice_has_no_critic_and_offloads_nothing_unless_its_recipe_does(
+    ranks, monkeypatch, tmp_path, more, critics
+):
     monkeypatch.setattr(slice_of_model, "MICROBATCHES", 1)
     monkeypatch.setattr(slice_of_model, "CPU_TOKENS", 320)
-    with slice_of_model.slice_workload("demo", "1", "none", minutes=0) as work:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'extends = "demo"\n{more}')
+    with slice_of_model.slice_workload(str(recipe), "1", "none", minutes=0) as work:
         measured = slice_of_model.measure(work.folder, work.config, ranks)
     assert "policy update" in measured["seconds"]
+    assert {"values", "critic update"} & measured["seconds"].keys() == critics
     assert not any(phase.startswith("policy to") for phase in measured["seconds"])
     assert set(map(len, measured["seconds"].values())) == {0}  # the time was up at once
 
