@@ -32,6 +32,7 @@ $(VENV)/installed: pyproject.toml requirements-cpu.txt scripts/install.sh
 setup-sglang: .venv-sglang/installed
 
 .venv-sglang/installed: requirements-sglang-cpu.txt scripts/install.sh
+	[ ! -e .venv-sglang/installed-gpu ] || { echo "first remove .venv-sglang, which is for GPUs"; exit 1; }
 	sh scripts/install.sh "$(PYTHON)" .venv-sglang "$(WHEELS)" requirements-sglang-cpu.txt
 	touch "$@"
 

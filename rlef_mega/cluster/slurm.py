@@ -44,7 +44,7 @@ def layout(config: TrainConfig) -> dict[str, str | int]:
         )
     servers, refusal = config.rollout.servers, ""
     try:
-        check_placement(config)
+        check_placement(config, per_node)
     except ConfigError as error:
         refusal = str(error)
     return {
@@ -55,6 +55,8 @@ def layout(config: TrainConfig) -> dict[str, str | int]:
         "ENGINE": config.rollout.engine,
         "SERVERS_PER_NODE": servers.count,
         "PLACEMENT": refusal,
+        "ISOLATION": config.judge.isolation,
+        "PACKAGES": ",".join(config.judge.packages),
         "USES_IPC": int(servers.publish == "tensor"),
         "GPUS_PER_SERVER": servers.tensor_parallel_size if servers.device == "cuda" else 0,
         "CHECKPOINTS_GIB": -(-disk_bytes(config) // GIB),

@@ -41,7 +41,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rlef_sandbox", description=__doc__)
     parser.add_argument("--isolation", choices=ISOLATION_LEVELS, default="default")
     parser.add_argument(
-        "--packages", type=lambda names: names.split(","), default=[], help="such as numpy,sympy"
+        "--packages",
+        type=lambda names: names.split(",") if names else [],
+        default=[],
+        help="such as numpy,sympy",
     )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("doctor", help=doctor.__doc__)

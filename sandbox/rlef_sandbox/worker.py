@@ -50,6 +50,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
 }
+INHERITED = {"LD_LIBRARY_PATH"}  # this Python may need it to start; programs do not get it
 PACKAGE_DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 # Makes an empty package of this name, so that the zygote loads none of the controller's modules.
 BOOTSTRAP = f"""\
@@ -136,7 +137,8 @@ class Worker:
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=passed,
-                env=ENVIRONMENT,
+                env=ENVIRONMENT
+                | {name: os.environ[name] for name in INHERITED & os.environ.keys()},
                 cwd="/",
             )
             self._control, self._errors = control, stderr

@@ -178,7 +178,7 @@ def main() -> None:
     program.preload()
     program.load_packages(named, modules)
     zygote = Zygote(channel, controller, library)
-    for name in ("LD_BIND_NOW", "MALLOC_ARENA_MAX"):  # have had their effect
+    for name in ("LD_BIND_NOW", "MALLOC_ARENA_MAX", "LD_LIBRARY_PATH"):  # have had their effect
         os.environ.pop(name, None)
     if not kernel.load_locale(os.environ["LANG"]):
         os.environ["LANG"] = "C"

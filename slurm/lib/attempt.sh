@@ -50,7 +50,7 @@ check_nodes() {
         awk -v all="$DISK_GIB" 'END { left = all - $1 / 1024; print (left > 0 ? left : 0) }')
     declare -A gpus=([train]=$TRAIN_GPUS [rollout]=$((SERVERS_PER_NODE * GPUS_PER_SERVER)) [sandbox]=0)
     declare -A ports=([train]="$PORT 2" [rollout]="$SERVER_PORT $SERVERS_PER_NODE" [sandbox]="$SANDBOX_PORT 1")
-    declare -A level=([train]="" [rollout]="" [sandbox]=default) disk=([train]=$room [rollout]=0 [sandbox]=0)
+    declare -A level=([train]="" [rollout]="" [sandbox]=$ISOLATION) disk=([train]=$room [rollout]=0 [sandbox]=0)
     names=$(echo "${NODES[@]}" | tr ' ' '\n' | sort -u | paste -sd,)
     for role in "${!NODES[@]}"; do
         # shellcheck disable=SC2086 # two words
@@ -87,8 +87,8 @@ start_services() {
     local unsignalled=(env --block-signal=TERM --block-signal=USR1) # Slurm sends these to all steps while ranks still need the services
     # shellcheck disable=SC2016 # expanded on the node: a service listens on the address that other nodes use
     local at_address=(bash -c 'read -r _ address <"$0/$SLURMD_NODENAME" && exec "${@/%ADDRESS/$address}"' "$LOGS/shared")
-    (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "${at_address[@]}" "$PYTHON" -m rlef_sandbox serve \
-        --host ADDRESS --port "$SANDBOX_PORT") &
+    (CUDA_VISIBLE_DEVICES='' step sandbox sandbox 1 "${unsignalled[@]}" "${at_address[@]}" "$PYTHON" -m rlef_sandbox \
+        --isolation "$ISOLATION" --packages "$PACKAGES" serve --host ADDRESS --port "$SANDBOX_PORT") &
     PIDS[sandbox]=$!
     [ "$ENGINE" = sglang ] || return 0
     (step rollout rollout 1 "${unsignalled[@]}" "${at_address[@]}" "$PYTHON" -m rlef_mega.cli serve "$RECIPE" \

@@ -6,7 +6,7 @@ read_layout() { # set RANKS, RANKS_PER_NODE, RUN, STEPS, ... from the recipe
     found=$(in_software "$PYTHON" -m rlef_mega.cluster.slurm layout "$RECIPE" "${SETS[@]}") || die "the recipe is refused (above)"
     while IFS="=" read -r name value; do # other lines are not ours: a container may print a greeting
         case $name in
-            RUN | ENGINE | PLACEMENT) printf -v "$name" %s "$value" ;;
+            RUN | ENGINE | PLACEMENT | ISOLATION | PACKAGES) printf -v "$name" %s "$value" ;;
             RANKS | RANKS_PER_NODE | STEPS | SERVERS_PER_NODE | GPUS_PER_SERVER | USES_IPC | CHECKPOINTS_GIB)
                 [[ $value =~ ^[0-9]+$ ]] || die "$name=$value from the recipe's layout is not a number"
                 printf -v "$name" %s "$value"

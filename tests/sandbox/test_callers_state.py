@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +71,8 @@ STATES = {
     "folder_that_is_gone": "import tempfile; d = tempfile.mkdtemp(); os.chdir(d); os.rmdir(d)",
     "environment": (
         "os.environ.update(LC_ALL='xx_XX', LANG='tr_TR', TZ='Asia/Tokyo', PYTHONHASHSEED='7', "
-        "PYTHONWARNINGS='error', PYTHONPATH='/', LD_PRELOAD='', CPLUS_INCLUDE_PATH='/nowhere')"
+        "PYTHONWARNINGS='error', PYTHONPATH='/', LD_PRELOAD='', LD_LIBRARY_PATH='/nowhere', "
+        "CPLUS_INCLUDE_PATH='/nowhere')"
     ),
     "open_descriptors": (
         "for n in range(9): os.set_inheritable(os.open('/etc/passwd', os.O_RDONLY), True)"
@@ -147,3 +150,20 @@ def test_what_the_launcher_sets_for_itself_is_not_in_a_programs_environment() ->
     with Sandbox(workers=1) as sandbox:
         found = sandbox.run(program)
     assert found.stdout.decode().splitlines() == ["[]", f"[] {expected}"], found
+
+
+def test_a_python_that_needs_the_callers_library_path_starts_and_its_programs_do_not_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\n[ "$LD_LIBRARY_PATH" = /opt/python/lib ] || '
+        "{ echo libpython3.so: cannot open shared object file >&2; exit 127; }\n"
+        f'exec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(worker, "COMMAND", [str(python), *worker.COMMAND[1:]])
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run("import os; print(os.environ.get('LD_LIBRARY_PATH'))")
+    assert found.stdout == b"None\n", found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from rlef_sandbox import Sandbox, Status
+from rlef_sandbox.service.command import NUMBERS
 from tests.sandbox import syscall_page
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +18,19 @@ ROOT = Path(__file__).parents[2]
 def test_the_page_of_system_calls_is_the_policy() -> None:
     remedy = "run python -m tests.sandbox.syscall_page > sandbox/SYSCALLS.md"
     assert (ROOT / "sandbox/SYSCALLS.md").read_text() == syscall_page.page(), remedy
+
+
+def test_the_page_of_the_service_has_the_defaults_of_its_command() -> None:
+    page = (ROOT / "docs/sandbox_service.md").read_text()
+    rows = re.findall(r"^\| (`--.+?) \| (.+?) \|", page, re.MULTILINE)
+    pairs = [
+        pair
+        for names, values in rows
+        for pair in zip(names.split(", "), values.split(", "), strict=True)
+    ]
+    told = {name.strip("`-"): value for name, value in pairs}
+    numbers = {name: f"{default:g}" for name, default, *_ in NUMBERS if name != "workers"}
+    assert numbers.items() <= told.items()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="an example in C++ needs g++")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -125,6 +126,14 @@ started = [threading.Thread(target=lambda: exec({source!r}, {{}})) for _ in rang
         assert sys.prefix not in results[2].stderr.decode()
     with Sandbox(workers=1) as sandbox:
         assert b"ModuleNotFoundError" in sandbox.run(source).stderr
+
+
+def test_an_empty_list_on_the_command_line_names_no_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlef_sandbox", "--packages", "", "doctor"])
+    assert __main__.main() == 0
+    assert not json.loads(capsys.readouterr().out).get("packages")
 
 
 def test_what_cannot_be_imported_is_refused_at_the_start_by_name(

@@ -19,7 +19,7 @@ from rlef_mega.cluster.node_check import (
     check_room,
     check_shared_folder,
 )
-from rlef_mega.cluster.slurm import disk_bytes
+from rlef_mega.cluster.slurm import disk_bytes, layout
 from rlef_mega.config import TrainConfig, find_recipe, load_config
 from rlef_mega.run.addresses import address_of_interface, reached_at
 
@@ -137,6 +137,22 @@ def test_the_room_that_is_checked_is_that_of_the_recipes_checkpoints():
     for settings, parameters in ((alone, 8.03e9), ([], 15.54e9)):
         found = disk_bytes(load_config(recipe, [*kept, *settings], TrainConfig))
         assert found == pytest.approx(4 * 14 * parameters, rel=2e-3)
+
+
+def test_the_layout_has_what_the_services_of_a_run_need():
+    """On each of two nodes the first four GPUs train and the others serve."""
+    split = [
+        *("parallel.data_parallel_size=8", "parallel.tensor_model_parallel_size=1"),
+        *("parallel.processes_per_node=4", "rollout.engine=sglang", "rollout.servers.count=4"),
+        *("rollout.servers.first_gpu=4", "rollout.servers.release_memory=false"),
+        *("judge.isolation=minimal", "judge.packages=['numpy', 'sympy']"),
+    ]
+    found = layout(load_config(find_recipe("llama31_8b_node"), split, TrainConfig))
+    assert (found["RANKS"], found["RANKS_PER_NODE"], found["PLACEMENT"]) == (8, 4, "")
+    assert (found["ISOLATION"], found["PACKAGES"]) == ("minimal", "numpy,sympy")
+    beside = [*split, "rollout.servers.first_gpu=3"]
+    refusal = layout(load_config(find_recipe("llama31_8b_node"), beside, TrainConfig))["PLACEMENT"]
+    assert "ranks take GPUs 0 to 3" in refusal
 
 
 def test_gpus_are_counted_as_the_driver_shows_them(tmp_path, monkeypatch):

@@ -310,6 +310,18 @@ def test_a_configuration_error_is_never_tried_again(paper, submit, code, attempt
     assert paper.code == 4
 
 
+@pytest.mark.parametrize("packages", ["numpy,sympy", ""])
+def test_grading_servers_run_as_the_recipe_asks(paper, packages):
+    services = '. "$ROOT/slurm/lib/attempt.sh"; start_services; wait'
+    recipe = {"ENGINE": "local", "ISOLATION": "minimal", "PACKAGES": packages, "SANDBOX_PORT": 80}
+    inside = {"SLURM_JOB_ID": 7, "SLURM_JOB_NODELIST": "n[0-1]"}
+    paper.run("bash", "-uc", STEP.replace("(step train train 8 rank)", services), **recipe | inside)
+    words = (
+        f"-m rlef_sandbox --isolation minimal --packages {packages} serve --host ADDRESS --port 80"
+    )
+    assert words in paper.read("srun")
+
+
 def test_rank_0_is_reached_at_the_address_that_the_check_of_its_node_found(paper, submit):
     inside = {"SLURM_JOB_ID": 7, "SLURM_JOB_NODELIST": "n[0-1]", "SANDBOX_NODES": 0}
     said = submit(CHECK_CODE=4, RUN_DIR=paper.folder / "run", **inside, INTERFACE="ib0")

@@ -88,7 +88,7 @@ def test_what_ends_is_started_again_in_the_same_job(runs, undisturbed, tmp_path)
     """The grading server is killed, and in the second attempt a rank."""
     run = tmp_path / "killed"
     job = runs.submit(run)
-    for attempt, (place, words) in enumerate([(2, "rlef_sandbox serve"), (1, "rlef_mega.train")]):
+    for attempt, (place, words) in enumerate([(2, "-m rlef_sandbox"), (1, "rlef_mega.train")]):
         runs.wait_for_step(run, 3 + 4 * attempt)
         for process in processes_of(node_of(runs, job, place), words):
             process.kill()

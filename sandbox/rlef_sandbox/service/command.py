@@ -21,7 +21,7 @@ NUMBERS = (  # option, default, least, most, help
     ("port", 8765, 0, 65535, "0: any free one"),
     ("workers", len(os.sched_getaffinity(0)), 1, 1024, "programs that work at once"),
     ("queue", 2048, 0, 1 << 20, "requests that may wait"),
-    ("max-body-mib", 64, 1, 2048, "largest body of a request"),
+    ("max-body-mib", 512, 1, 2048, "largest body of a request"),
     ("max-held-mib", 1024, 1, 1 << 20, "bodies of all open requests together"),
     ("keep-s", 600.0, 0, 24 * 3600, "how long answers are kept"),
     ("keep-answers", 4096, 0, 1 << 20, "how many answers are kept"),
