@@ -59,7 +59,7 @@ def enlarged(work: Workload) -> Workload:
 def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     learner = make_learner(config, Path(config.model.path), ranks)
     episodes = random_batch(config.rollout, model_shape(config).vocabulary, config.run.seed)
-    batch = pack(episodes[:EPISODES])
+    batch = pack(episodes[: max(EPISODES, config.ppo.updates_per_batch)])
     order = shuffled(batch.num_sequences, config.run.seed)
 
     def step() -> None:

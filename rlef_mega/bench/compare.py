@@ -13,7 +13,7 @@ from rlef_mega.bench.results import markdown, readable
 from rlef_mega.config import ConfigError
 
 MORE_IS_BETTER = ("/s", "/s/rank", "/s/GPU", "/hour")
-LESS_IS_BETTER = ("s", "s a step", "ms", "us", "MiB", "GiB", "bytes", "B", "GPU hours")
+LESS_IS_BETTER = ("s", "s a step", "ms", "us", "MiB", "GiB", "GB", "bytes", "B", "GPU hours")
 
 
 def compare(old: Path, new: Path, *, tolerance: float) -> list[str]:
@@ -25,7 +25,7 @@ def compare(old: Path, new: Path, *, tolerance: float) -> list[str]:
         raise ConfigError(
             f"{old} and {new} have no figure in common; are they of the same benchmark?"
         )
-    for what in ("device", "layout", "dtype", "model"):
+    for what in ("device", "layout", "critic_layout", "dtype", "model"):
         if before.get(what) != after.get(what):
             print(f"WARNING: {what} differs: {before.get(what)} and {after.get(what)}")
     rows = [["figure", "old", "new", "unit", "change", ""]]

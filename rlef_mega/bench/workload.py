@@ -26,9 +26,8 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.demo.base_model import UNGRADED, make_initial_model
-from rlef_mega.megatron.network.stages import check_layout
 from rlef_mega.packing import microbatches
-from rlef_mega.preflight import model_shape
+from rlef_mega.preflight import model_shape, plan_train
 from rlef_mega.run.hub import find_model
 from rlef_mega.run.launch import STOPPED, launch, worker_main
 from rlef_mega.types import Batch, Completion, Episode, Turn
@@ -56,7 +55,8 @@ class Workload:
         RuntimeError if it failed."""
         result = self.folder / RESULT
         result.unlink(missing_ok=True)
-        code = launch(module, self.folder, self.config.parallel)
+        layouts = filter(None, (self.config.parallel, self.config.critic_parallel))
+        code = launch(module, self.folder, *layouts)
         if code or not result.is_file():
             raise RuntimeError(f"{module} ended with exit code {code} and wrote no figures")
         return json.loads(result.read_text())
@@ -65,6 +65,7 @@ class Workload:
         """Return the conditions of the measurement, and what the benchmark adds."""
         return describe_benchmark(
             layout=self.config.parallel.model_dump(),
+            critic_layout=self.config.critic_parallel and self.config.critic_parallel.model_dump(),
             dtype=self.config.model.dtype,
             model=self.model,
             **more,
@@ -84,7 +85,9 @@ def run_rank(measure: Callable[[Path, TrainConfig, "Ranks"], dict[str, Any]]) ->
     def work(folder: Path) -> int:
         threading.Thread(target=end_when_stopped, args=[folder / "stop"], daemon=True).start()
         config = load_config(folder / "config.toml", [], TrainConfig)
-        ranks = parallel.initialize(config.parallel, seed=config.run.seed)
+        ranks = parallel.initialize(
+            config.parallel, critic=config.critic_parallel, seed=config.run.seed
+        )
         measured = measure(folder, config, ranks)
         if ranks.is_writer:
             (folder / RESULT).write_text(json.dumps(measured))
@@ -110,7 +113,7 @@ def workload(recipe: str) -> Iterator[Workload]:
             make_initial_model(load_config(find_recipe("demo_base"), [base], SFTConfig))
             words, path = "random weights, the shape of demo_base", folder / "base/init"
         config = load_config(source, [f"model.path={json.dumps(str(path))}"], TrainConfig)
-        check_layout(model_shape(config), config.parallel)
+        plan_train(config, model_shape(config))
         (folder / "config.toml").write_text(dump_toml(config))
         yield Workload(folder, config, words)
 

@@ -44,10 +44,12 @@ def run_plan(
     these overrides and in the best layout found, to `write`.
 
     Raises ConfigError if the recipe's layout (with `gpus`: every layout) does not fit, if `write`
-    is given without `gpus`, or `sampling_gpus` with `gpus`.
+    exists or is given without `gpus`, or `sampling_gpus` with `gpus`.
     """
     if write is not None and gpus is None:
         raise ConfigError(f"--write {write}: give --gpus, which searches for the layout to write")
+    if write is not None and write.exists():
+        raise ConfigError(f"--write {write}: the file exists; remove it, or give another name")
     if sampling_gpus is not None and gpus is not None:
         raise ConfigError(f"--sampling-gpus {sampling_gpus}: --gpus chooses them; give only one")
     path = find_recipe(recipe)
@@ -91,11 +93,11 @@ def write_recipe(
         )
     name = recipe.stem if recipe.parent == RECIPES else str(recipe.absolute())
     tree: dict[str, Any] = {"extends": name}
-    found = (f"{key}={json.dumps(value)}" for key, value in settings(best, device).items())
+    found = [f"{key}={json.dumps(value)}" for key, value in settings(best, device).items()]
     for override in (*overrides, *found):
         apply_override(tree, override)
+    plan_train(load_config(recipe, [*overrides, *found], TrainConfig), best.run.shape)
     write_atomically(file, tomli_w.dumps(tree))
-    plan_train(load_config(file, [], TrainConfig), best.run.shape)
 
 
 def show_recipe(
@@ -111,7 +113,13 @@ def show_recipe(
             "(rollout.servers.tensor_parallel_size); give a multiple of that"
         )
     if run.colocated:
-        sampling = run.training_gpus
+        if run.server_gpus > run.training_gpus:
+            raise ConfigError(
+                f"rollout.servers.tensor_parallel_size = {run.server_gpus}: servers on the ranks' "
+                f"{run.training_gpus} GPUs cannot take more; lower it"
+            )
+        count = len(servers.urls) or servers.count * -(-run.training_gpus // device.per_node)
+        sampling = min(run.training_gpus, count * run.server_gpus)
     elif run.has_servers:
         own = servers.count * run.server_gpus if servers.first_gpu else 0  # not the ranks' GPUs
         sampling = sampling_gpus or own or balanced_split(run, device).sampling

@@ -77,7 +77,7 @@ def settings(split: Split, device: Device) -> dict[str, Any]:
 def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[ParallelConfig]:
     """Yield every layout of at most `most_gpus` GPUs that the trainer accepts for the run's model,
     with a tensor-parallel group within a node."""
-    update = run.batch // run.updates
+    update, problems = run.batch // run.updates, run.batch // run.config.rollout.samples_per_problem
     data_sizes = [size for size in range(1, update + 1) if update % size == 0]
     for tensor, pipeline, chunks, data in product(TENSOR, PIPELINE, CHUNKS, data_sizes):
         layout = ParallelConfig.model_construct(
@@ -91,7 +91,8 @@ def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[Paralle
             processes_per_node=run.parallel.processes_per_node,
         )
         too_large = layout.world_size > most_gpus or tensor > device.per_node
-        if too_large or (pipeline == 1 and chunks > 1):
+        uneven = run.mode == "async" and problems % layout.world_size
+        if too_large or uneven or (pipeline == 1 and chunks > 1):
             continue
         with suppress(ConfigError):
             check_layout(run.shape, layout)

@@ -181,6 +181,7 @@ BUNDLED: dict[str, Callable[[Split], list[Problem]]] = {
 
 def named(problems: Sequence[Problem], ids: Collection[str]) -> dict[str, Problem]:
     """Return the problems with these ids; of a store, no others are read."""
+    problems = getattr(problems, "dataset", problems)  # a Subset's, whose store reads single ones
     if isinstance(problems, ProblemStore):
         return {name: problems[problems.number_of[name]] for name in set(ids)}
     return {problem.id: problem for problem in problems if problem.id in ids}

@@ -95,7 +95,7 @@ def draw_curves(panel: Panel, runs: Runs) -> Drawing | None:
             points = series(metrics, *key.split("."))
             counted = panel.trials and not key.startswith("valid")
             trials = series(metrics, panel.trials) if counted else ([], [])
-            own = color if len(runs) > 1 else dash
+            own = color % len(PALETTE) if len(runs) > 1 else dash
             ends = summary(points[1], panel.unit)
             if points[0]:
                 lines.append(Line(named(run, label), own, dash, ends, points, trials))

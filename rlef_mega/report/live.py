@@ -8,6 +8,7 @@ address (DNS rebinding), reads nothing.
 """
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from rlef_mega.report.page import render
 from rlef_mega.report.run_files import Json, read_runs
@@ -35,6 +37,10 @@ class LiveServer(ThreadingHTTPServer):
         self.runs, self.episodes = runs, episodes
         self.rendering, self.rendered = Lock(), ("", "")
         super().__init__(("127.0.0.1", port), Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the browser left
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_mega.bench import measured, run_benchmark
+from rlef_mega.bench import checkpoint, measured, run_benchmark
 from rlef_mega.bench.e2e import with_outside
 from rlef_mega.bench.results import Figure, shares
 from rlef_mega.bench.sandbox import benchmark as benchmark_sandbox
@@ -82,11 +82,35 @@ def test_a_recipe_whose_big_model_is_elsewhere_is_refused_rather_than_measured_o
         pass
 
 
+def test_a_critics_layout_that_does_not_fit_the_model_is_refused_before_a_rank_starts(tmp_path):
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(SMALL + "[critic_parallel]\ntensor_model_parallel_size = 3")
+    with pytest.raises(ConfigError, match=r"critic_parallel: .*3"), workload(str(recipe)):
+        pass
+
+
+def test_a_checkpoints_step_has_a_dialogue_for_each_update(ranks, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "REPEATS", 1)
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(SMALL.replace("updates_per_batch = 2", "updates_per_batch = 8"))
+    with workload(str(recipe)) as work:
+        found = checkpoint.measure(work.folder, work.config, ranks)
+    assert {len(samples) for samples in found["seconds"].values()} == {1}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "phases"), [("train", 5), ("rollout", 3), ("e2e", 7)])
-def test_a_small_recipe_is_measured_through_the_command(what, phases, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "phases", "more", "launched"),
+    [
+        ("train", 5, "", "starting 1 ranks"),
+        ("train", 5, "[critic_parallel]", "starting 2 ranks"),
+        ("rollout", 3, "", "starting 1 ranks"),
+        ("e2e", 7, "", ""),
+    ],
+)
+def test_a_small_recipe_is_measured_through_the_command(what, phases, more, launched, tmp_path):
     recipe, out = tmp_path / "small.toml", tmp_path / "figures.json"
-    recipe.write_text(SMALL)
+    recipe.write_text(SMALL + more)
     done = subprocess.run(
         [sys.executable, "-m", "rlef_mega.cli", "bench", what, str(recipe), "--json", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -106,7 +130,7 @@ def test_a_small_recipe_is_measured_through_the_command(what, phases, tmp_path):
     assert len(parts) == phases
     # nothing is counted twice, and next to nothing is left out
     assert all(0.9 < sum(repeat) < 1.001 for repeat in zip(*parts, strict=True))
-    assert str(Path(out)) in done.stdout
+    assert str(Path(out)) in done.stdout and launched in done.stdout
 
 
 def test_the_sandbox_is_compared_with_its_peers():

@@ -11,19 +11,21 @@ from rlef_mega.config import ConfigError
 from rlef_mega.run.launch import FAILED
 
 
-def write(path, device="CPU", **figures):
+def write(path, device="CPU", critic_layout=None, **figures):
     """Write a benchmark's file. A figure is (unit, samples); its median is the middle sample."""
     content = {
         name: {"unit": unit, "low": min(s), "median": sorted(s)[len(s) // 2], "high": max(s)}
         for name, (unit, s) in figures.items()
     }
-    path.write_text(json.dumps({"device": device, "figures": content}))
+    about = {"device": device, "critic_layout": critic_layout}
+    path.write_text(json.dumps({**about, "figures": content}))
     return path
 
 
 OLD = {
     "speed": ("tokens/s", [90.0, 100.0, 110.0]),
     "step": ("s", [9.0, 10.0, 11.0]),
+    "memory": ("GB", [2.0, 2.1, 2.2]),
     "idle": ("share", [0.1, 0.1, 0.1]),
 }
 
@@ -36,6 +38,7 @@ OLD = {
         ({"speed": ("tokens/s", [120.0, 130.0, 140.0])}, []),  # better
         ({"step": ("s", [12.0, 13.0, 14.0])}, ["step"]),
         ({"step": ("s", [5.0, 6.0, 7.0])}, []),  # better
+        ({"memory": ("GB", [3.0, 3.1, 3.2])}, ["memory"]),
         ({"speed": ("tokens/s", [70.0, 80.0, 95.0])}, []),  # samples overlap: nothing is said
         ({"idle": ("share", [0.9, 0.9, 0.9])}, []),  # a share is neither good nor bad
     ],
@@ -54,10 +57,12 @@ def test_a_change_within_the_tolerance_is_not_reported(tmp_path):
 
 def test_the_command_fails_when_something_became_slower(tmp_path):
     old = write(tmp_path / "old.json", **OLD)
-    new = write(tmp_path / "new.json", device="another", **{**OLD, "step": ("s", [20.0] * 3)})
+    slower = {**OLD, "step": ("s", [20.0] * 3)}
+    new = write(tmp_path / "new.json", device="another", critic_layout={}, **slower)
     ended = CliRunner().invoke(app, ["bench", "compare", str(old), str(new)])
     assert ended.exit_code == FAILED
     assert "WARNING: device differs: CPU and another" in ended.output
+    assert "WARNING: critic_layout differs: None and {}" in ended.output
     assert "worse by more than 5%: step" in ended.output
 
 

@@ -31,6 +31,7 @@ from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
 from rlef_mega.plan import search
+from rlef_mega.plan.command import write_recipe
 from rlef_mega.plan.hardware import ALL_REDUCE_S, DECODE_MEMORY, DEVICES, GIB, PREFILL_PRODUCTS
 from rlef_mega.plan.memory import Network
 from rlef_mega.plan.planned_run import (
@@ -56,6 +57,9 @@ RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 SMALL = LlamaShape(
     layers=3, hidden=128, ffn=352, heads=8, key_value_heads=4, head_dim=16, vocabulary=512
 )
+
+
+EIGHT_ABOUT_EACH = ("ppo.advantage=rloo", "rollout.samples_per_problem=8")
 
 
 def run_of(recipe: str, *overrides: str) -> PlannedRun:
@@ -230,7 +234,7 @@ def test_scoring_takes_a_forward_pass_of_policy_reference_and_critic():
 
 def test_without_a_critic_there_are_no_phases_bytes_and_seconds_of_one():
     with_critic = run_of("llama31_8b")
-    run = run_of("llama31_8b", "ppo.advantage=rloo", "rollout.samples_per_problem=8")
+    run = run_of("llama31_8b", *EIGHT_ABOUT_EACH)
     (rank,), (both,) = run.memory(), with_critic.memory()
     assert [name for name in both.phases if name not in rank.phases] == [
         "score critic",
@@ -325,6 +329,15 @@ def test_what_does_not_fit_is_refused_with_what_is_missing():
         refuse_small_servers(replace(run, server_gpus=1), H100)
     with pytest.raises(ConfigError, match=r"no layout fits.*needs least memory has TP 8 x PP 1"):
         search.splits(run, H100, 8)
+
+
+def test_in_async_mode_the_ranks_of_every_layout_divide_a_batchs_problems():
+    """1,024 dialogues, eight about each problem: 128 problems."""
+    run = run_of("llama31_8b", *EIGHT_ABOUT_EACH)
+    sizes = {layout.world_size for layout in search.layouts(run, H100, 512)}
+    assert max(sizes) == 128 and not [size for size in sizes if 128 % size]
+    synchronous = search.layouts(replace(run, mode="sync"), H100, 512)
+    assert max(layout.world_size for layout in synchronous) == 512
 
 
 @pytest.fixture(scope="module")
@@ -465,10 +478,55 @@ def test_a_written_recipe_and_the_printed_words_plan_to_the_same_figures(words, 
     assert planned(*again)[1] == found
 
 
-def test_sampling_gpus_that_are_not_a_multiple_of_a_server_are_refused():
-    words = ["plan", "llama31_70b", "--sampling-gpus", "4"]
-    with pytest.raises(ConfigError, match=r"a server takes 8 .*give a multiple"):
+def test_a_recipe_is_never_overwritten(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "llama31_8b"\n')
+    words = ["plan", str(mine), "--gpus", "24", "--write", str(mine)]
+    with pytest.raises(ConfigError, match=r"mine\.toml: the file exists; remove it"):
         CliRunner().invoke(app, words, catch_exceptions=False)
+    assert mine.read_text() == 'extends = "llama31_8b"\n'
+
+
+def test_a_recipe_that_training_would_refuse_is_not_written(tmp_path):
+    run = run_of("llama31_8b", *EIGHT_ABOUT_EACH)
+    uneven = replace(run, parallel=run.parallel.model_copy(update={"data_parallel_size": 64}))
+    split, mine = search.Split(uneven, 8, uneven.step(H100, 8)), tmp_path / "mine.toml"
+    with pytest.raises(ConfigError, match="128 problems, not divisible by 256 processes"):
+        write_recipe(mine, find_recipe("llama31_8b"), EIGHT_ABOUT_EACH, split, H100)
+    assert not mine.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling"),
+    [
+        (["rollout.servers.count=2"], 8),
+        (["rollout.servers.count=1"], 4),
+        (['rollout.servers.urls=["http://node7:30000"]'], 4),
+        # on each of two nodes
+        (["rollout.servers.count=1", "parallel.data_parallel_size=8"], 8),
+    ],
+)
+def test_colocated_sampling_gpus_are_those_of_the_recipes_servers(settings, sampling, tmp_path):
+    out = tmp_path / "plan.json"
+    sets = [word for setting in settings for word in ("--set", setting)]
+    words = ["plan", "llama31_8b_node", *sets, "--json", str(out)]
+    CliRunner().invoke(app, words, catch_exceptions=False)
+    assert json.loads(out.read_text())["sampling_gpus"] == sampling
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["llama31_70b", "--sampling-gpus", "4"], r"a server takes 8 .*give a multiple"),
+        (
+            ["llama31_8b_node", "--set", "rollout.servers.tensor_parallel_size=16"],
+            r"tensor_parallel_size = 16: servers on the ranks' 8 GPUs cannot take more",
+        ),
+    ],
+)
+def test_sampling_gpus_that_servers_do_not_fit_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["plan", *words], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from torch.utils.data import Subset
 
 from rlef_mega.dialogues.inspect import inspect
 from rlef_mega.problems import load_problems, named, read_data_set
@@ -230,12 +231,13 @@ def test_problems_are_found_by_id_and_ids_are_unique_over_all_files(tmp_path, mo
         (tmp_path / f"shards/train-{number}.jsonl").write_text(row)
     store = load_problems(f"codecontests:{tmp_path}/shards")
     assert [p.id for p in store] == ["1_A. Double", "1_A. Double (2)"]
-    read = []
-    monkeypatch.setattr(type(store), "__iter__", lambda self: read.append(self))
-    assert named(store, ["1_A. Double (2)"]) == {"1_A. Double (2)": store[1]}
-    assert not read and named(list(map(store.__getitem__, (0, 1))), {"1_A. Double"}) == {
-        "1_A. Double": store[0]
-    }
+    first, second = store
+    assert named([first, second], {first.id}) == {first.id: first}
+    read, get = [], type(store).__getitem__
+    monkeypatch.setattr(type(store), "__getitem__", lambda *at: read.append(at[1]) or get(*at))
+    for problems in (store, Subset(store, [0, 1])):  # of a run that leaves some out
+        assert named(problems, [second.id]) == {second.id: second}
+    assert read == [1, 1]
 
 
 def test_inspection_prints_counts_drops_with_their_rows_and_what_two_sets_share(tmp_path, capsys):

@@ -2,6 +2,9 @@
 
 import http.client
 import json
+import shutil
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +64,26 @@ def test_it_answers_only_requests_to_localhost_and_serves_no_files(server, run):
     assert get(server, "/", f"evil.example:{port}")[0] == 403  # as in DNS rebinding
     for path in ("/config.toml", "/../config.toml", "//etc/passwd", "/state/"):
         assert get(server, path)[0] == 404
+
+
+def test_only_faults_of_its_own_are_printed_and_no_browser_that_leaves(server, run, capsys):
+    with socket.create_connection(("127.0.0.1", server.server_port)) as browser:
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
+        browser.sendall(f"GET / HTTP/1.1\r\nHost: localhost:{server.server_port}\r\n\r\n".encode())
+    assert get(server, "/state")[0] == 200  # so the thread of the first request has started
+    finish_requests()
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(run)
+    with pytest.raises(http.client.RemoteDisconnected):
+        get(server, "/")
+    finish_requests()
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def finish_requests() -> None:
+    for thread in threading.enumerate():
+        if "process_request" in thread.name:
+            thread.join()
 
 
 def test_a_path_that_is_not_a_run_is_refused_at_once(tmp_path):

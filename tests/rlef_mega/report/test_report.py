@@ -15,6 +15,7 @@ import pytest
 import zstandard
 
 from rlef_mega.report.comparison import compare, evaluations_of
+from rlef_mega.report.curves import draw_panels
 from rlef_mega.report.display import clip
 from rlef_mega.report.episodes import OUTCOMES, share_out
 from rlef_mega.report.page import write_report
@@ -294,6 +295,7 @@ def test_every_key_may_be_missing_or_null(run):
 def test_numbers_that_are_not_finite_are_left_out_of_the_curves(run):
     (run / "metrics.jsonl").write_text(
         '{"step": 1, "kl": 0.5}\n{"step": 2, "kl": NaN}\n{"step": 3, "kl": Infinity}\n'
+        '{"step": 4, "kl": null}\n'
     )
     _, page = report(run)
     assert "KL 0.500" in page.text and not re.search(r"\b(nan|inf)\b", page.text.lower())
@@ -425,6 +427,11 @@ def test_the_change_between_two_runs_is_that_of_their_last_evaluations(side_by_s
     )
     assert change is not None and change.value == pytest.approx(b - a) and change.low is not None
     assert f"{100 * (b - a):+.1f}".replace("-", "−") in page.text
+
+
+def test_more_runs_than_colours_are_drawn():
+    (drawing,) = draw_panels({f"run {n}": ({"step": 1, "kl": 0.1},) for n in range(9)})
+    assert [line.color for line in drawing.legend] == [*range(7), 0, 1]
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
