@@ -7,7 +7,6 @@ engine; the networks live as long as the process.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,27 +40,48 @@ from rlef_mega.run.trackers import Trackers
 from rlef_mega.types import Problem, Sampling
 
 
-@dataclass(frozen=True)
 class Parts:
-    """One rank's parts. The networks have trained for `done` steps, and `position` is the state of
-    the rollouts in their checkpoint; 0 and {} in a new run."""
+    """One rank's parts, opened on `stack`. The networks have trained for `done` steps, and
+    `position` is the state of the rollouts in their checkpoint; 0 and {} in a new run. Collective.
+    """
 
-    run: RunDirectory
-    stop: StopRequest
-    ranks: parallel.Ranks
-    problems: Sequence[Problem]
-    chat: ChatFormat
-    learner: Learner
-    checkpoints: Checkpoints
-    done: int
-    position: dict[str, Any]
-    guards: Guards
-    engine: TrainingEngine
-    dialogues: NumberedDialogues
-    evaluator: Evaluator
-    progress: StepProgress
-    trackers: Trackers
-    servers: int  # number of the recipe's SGLang servers; the embedded engine uses none
+    def __init__(self, config: TrainConfig, stack: ExitStack, grading_token: str | None) -> None:
+        self.run = run = RunDirectory(Path(config.run.dir))
+        self.stop = StopRequest(run.stop_request)
+        self.ranks = ranks = parallel.initialize(
+            config.parallel, critic=config.critic_parallel, seed=config.run.seed
+        )
+        writer = ranks.is_writer
+        if writer:
+            run.lock()
+            accelerations.announce(ranks.device, getattr(torch, config.model.dtype))
+        self.problems = training_problems(config)
+        model = find_model(config.model.path)
+        self.chat = ChatFormat.from_folder(model)
+        shares = config.rollout.servers.release_memory  # servers then free their memory first
+        engine = stack.enter_context(open_engine(config, model, ranks, run)) if shares else None
+        self.learner = make_learner(config, model, ranks)
+        self.checkpoints = make_checkpoints(config, run, self.learner)
+        self.done, self.position = resume(run, self.checkpoints, writer=writer)
+        grader = stack.enter_context(open_grader(config.judge, grading_token))
+        self.engine = engine or stack.enter_context(open_engine(config, model, ranks, run))
+        self.progress = stack.enter_context(
+            StepProgress("RLEF", done=self.done, total=config.run.steps, shown=writer)
+        )
+        self.trackers = stack.enter_context(Trackers(config, done=self.done, writer=writer))
+        loop = DialogueLoop(
+            self.engine, Judge(grader), self.chat, dialogue_rules(config, self.chat)
+        )
+        self.dialogues = NumberedDialogues(self.problems, loop, config)
+        self.evaluator = Evaluator(config, run, loop, writer=writer, say=self.progress.say)
+        self.guards = Guards(
+            config.guard,
+            max_drop_fraction=config.rollout.max_drop_fraction,
+            max_staleness=config.rollout.staleness,
+        )
+        self.servers = len(config.rollout.servers.addresses)  # the embedded engine uses none
+        if writer:
+            run.write_json("manifest.json", run_manifest(config, grader, ranks.device))
 
     def note_phase(self, text: str) -> None:
         """Show the current phase to the watchdog and on the terminal."""
@@ -94,55 +114,8 @@ class Parts:
 @contextmanager
 def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Parts]:
     """Open the parts. `grading_token` is sent to `judge.servers`. Collective."""
-    run = RunDirectory(Path(config.run.dir))
-    stop = StopRequest(run.stop_request)
-    ranks = parallel.initialize(
-        config.parallel, critic=config.critic_parallel, seed=config.run.seed
-    )
-    if ranks.is_writer:
-        run.lock()
-        accelerations.announce(ranks.device, getattr(torch, config.model.dtype))
-    problems = training_problems(config)
-    model = find_model(config.model.path)
-    chat = ChatFormat.from_folder(model)
-    rules = dialogue_rules(config, chat)
     with ExitStack() as stack:
-        shares = config.rollout.servers.release_memory  # servers then free their memory first
-        engine = stack.enter_context(open_engine(config, model, ranks, run)) if shares else None
-        learner = make_learner(config, model, ranks)
-        checkpoints = make_checkpoints(config, run, learner)
-        done, position = resume(run, checkpoints, writer=ranks.is_writer)
-        grader = stack.enter_context(open_grader(config.judge, grading_token))
-        engine = engine or stack.enter_context(open_engine(config, model, ranks, run))
-        progress = stack.enter_context(
-            StepProgress("RLEF", done=done, total=config.run.steps, shown=ranks.is_writer)
-        )
-        trackers = stack.enter_context(Trackers(config, done=done, writer=ranks.is_writer))
-        loop = DialogueLoop(engine, Judge(grader), chat, rules)
-        if ranks.is_writer:
-            run.write_json("manifest.json", run_manifest(config, grader, ranks.device))
-        yield Parts(
-            run=run,
-            stop=stop,
-            ranks=ranks,
-            problems=problems,
-            chat=chat,
-            learner=learner,
-            checkpoints=checkpoints,
-            done=done,
-            position=position,
-            guards=Guards(
-                config.guard,
-                max_drop_fraction=config.rollout.max_drop_fraction,
-                max_staleness=config.rollout.staleness,
-            ),
-            engine=engine,
-            dialogues=NumberedDialogues(problems, loop, config),
-            evaluator=Evaluator(config, run, loop, writer=ranks.is_writer, say=progress.say),
-            progress=progress,
-            trackers=trackers,
-            servers=len(config.rollout.servers.addresses),
-        )
+        yield Parts(config, stack, grading_token)
 
 
 def training_problems(config: TrainConfig) -> Sequence[Problem]:

@@ -23,7 +23,6 @@ SPEED = {  # what each package makes faster on a GPU
     "triton": "log-probs and losses in the output head",
     "flash_attn": "attention over packed sequences",
     accelerations.WEIGHT_GRADIENTS: "apex: weight gradients added directly to the main gradients",
-    accelerations.TRANSFORMER_ENGINE: "Adam in one pass",
 }
 
 

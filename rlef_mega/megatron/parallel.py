@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.megatron import cpu_shim
-from rlef_mega.megatron.network.accelerations import refuse_foreign_apex
 from rlef_mega.run.manifest import refuse_untested_megatron
 from rlef_mega.run.ranks import meet, node_of
 
@@ -90,7 +89,6 @@ def initialize(
     its own. Raises ConfigError if the layouts do not fit the processes that were started.
     """
     refuse_untested_megatron()
-    refuse_foreign_apex()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     needed = parallel.world_size + (critic.world_size if critic else 0)
     if world_size != needed:

@@ -35,7 +35,6 @@ from megatron.core.optimizer import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import local_multi_tensor_l2_norm
 
 from rlef_mega.config import OptimizerConfig
 from rlef_mega.megatron.cpu_shim import calls_megatron, without_mode
@@ -57,16 +56,13 @@ def l2_norm(
     return torch.stack(torch._foreach_norm(lists[0])).norm()[None], None
 
 
-# Without Transformer Engine and apex, Megatron would wait for the device once per parameter.
-if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
-    clip_grads.l2_norm_impl = l2_norm
+clip_grads.l2_norm_impl = l2_norm  # Megatron's own would wait for the device once per parameter
 
 
 def fuse_adam(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Let PyTorch's AdamW use one kernel on a GPU; its default there makes temporaries of 4 bytes
-    per parameter. Does nothing to the optimizers of Transformer Engine and apex, which are fused.
-    """
-    if isinstance(optimizer, torch.optim.AdamW) and device.type != "cpu":
+    """Let AdamW use one kernel on a GPU; its default there makes temporaries of 4 bytes per
+    parameter."""
+    if device.type != "cpu":
         for group in optimizer.param_groups:
             group["fused"] = True
 

@@ -198,9 +198,8 @@ def make_adam_state(inner: torch.optim.Optimizer) -> None:
                 continue
             for moment in ("exp_avg", "exp_avg_sq"):
                 inner.state[parameter][moment] = torch.zeros_like(parameter)
-            if isinstance(inner, torch.optim.AdamW):  # other Adams count in their groups
-                device = parameter.device if group["fused"] else "cpu"
-                inner.state[parameter]["step"] = torch.zeros((), device=device)
+            device = parameter.device if group["fused"] else "cpu"
+            inner.state[parameter]["step"] = torch.zeros((), device=device)
 
 
 def set_updates(model: TrainedModel, updates: int) -> None:
@@ -208,9 +207,6 @@ def set_updates(model: TrainedModel, updates: int) -> None:
     model.updates = updates
     inner = spread_optimizer(model).optimizer
     for group in inner.param_groups:
-        if not isinstance(inner, torch.optim.AdamW):
-            group["step"] = updates
-            continue
         for parameter in group["params"]:
             inner.state[parameter]["step"].fill_(updates)
 

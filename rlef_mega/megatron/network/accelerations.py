@@ -1,10 +1,11 @@
 """Decide which optional packages for speed are used on this machine. Attention and model ask this
-file; `rlef doctor`, a run's manifest and its first lines report what it says. megatron-core chooses
-its Adam, and the output head its kernels (rlef_kernels/dispatch.py).
+file; `rlef doctor`, a run's manifest and its first lines report what it says. The output head
+chooses its kernels (rlef_kernels/dispatch.py), and the optimizer is always PyTorch's AdamW.
 
 An optional package that cannot work here (no GPU; built for another PyTorch) is hidden before
 megatron-core is imported. So megatron-core, transformers and this package all fall back at the
-start, and the package cannot fail a run later.
+start, and the package cannot fail a run later. Transformer Engine and apex are hidden too:
+megatron-core would take its Adam from them (or from PyPI's `apex`, an unrelated web toolkit).
 """
 
 import functools
@@ -13,17 +14,14 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from rlef_mega.config import ConfigError
-
 NOT_INSTALLED = "not installed"
 # a kernel of NVIDIA's apex, which adds weight gradients directly to the fp32 main gradients
 WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
-TRANSFORMER_ENGINE = "transformer_engine"  # megatron-core takes its Adam, and nothing else is used
+HIDDEN = ("apex", "transformer_engine")
 BUILD_APEX = (
     "git clone https://github.com/NVIDIA/apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
     "pip install --no-build-isolation ./apex"
@@ -31,9 +29,7 @@ BUILD_APEX = (
 INSTALL = {
     "flash_attn": "pip install 'rlef-mega[gpu]'",
     "triton": "pip install 'rlef-mega[gpu]'",
-    "apex": BUILD_APEX,
     WEIGHT_GRADIENTS: BUILD_APEX,
-    TRANSFORMER_ENGINE: "pip install --no-build-isolation 'transformer_engine[pytorch]'",
 }
 
 
@@ -54,15 +50,6 @@ def attention_kernel(
     return "torch-varlen" if importlib.util.find_spec("torch.nn.attention.varlen") else "sdpa"
 
 
-def optimizer() -> str:
-    """Name the Adam that megatron-core imported: Transformer Engine's, apex's or PyTorch's."""
-    from megatron.core.optimizer import Adam
-
-    package = Adam.__module__.split(".")[0]
-    known = {"transformer_engine": "Transformer Engine", "torch": "PyTorch"}
-    return f"{known.get(package, package)} {Adam.__name__}"
-
-
 @functools.cache
 def fault(package: str) -> str | None:
     """Say why an optional package cannot be used; None if it can."""
@@ -71,40 +58,22 @@ def fault(package: str) -> str | None:
     if not torch.cuda.is_available():
         return "installed, but there is no NVIDIA GPU"
     try:
-        module = f"{package}.pytorch" if package == TRANSFORMER_ENGINE else package
-        importlib.import_module(module)
+        importlib.import_module(package)
     except Exception as error:  # a foreign binary may raise anything: ImportError, OSError, ...
         return f"installed, but cannot be imported: {type(error).__name__}: {error}"
-    if package == "apex" and is_nvidias_apex() and not importlib.util.find_spec("amp_C"):
-        return "installed, but built without its CUDA extensions"
     return None
 
 
 def hide_unusable() -> None:
     """Hide packages that cannot work. Called before megatron-core is imported: it tries them and
     catches nothing but an ImportError."""
+    for package in HIDDEN:
+        sys.modules[package] = None  # type: ignore[assignment]  # makes its import an ImportError
     for package in INSTALL:
         useless = fault(package) not in (None, NOT_INSTALLED)
         # Triton's interpreter runs the kernels' tests on CPUs
         if useless and (package != "triton" or torch.cuda.is_available()):
-            sys.modules[package] = None  # type: ignore[assignment]  # makes its import an ImportError
-
-
-def refuse_foreign_apex() -> None:
-    """Raise ConfigError for PyPI's `apex`, an unrelated web toolkit, which megatron-core would
-    import."""
-    spec = importlib.util.find_spec("apex")
-    if spec and not is_nvidias_apex():
-        raise ConfigError(
-            f"the package apex at {spec.origin} is not NVIDIA's; remove it (pip uninstall apex), "
-            f"or build https://github.com/NVIDIA/apex"
-        )
-
-
-def is_nvidias_apex() -> bool:
-    spec = importlib.util.find_spec("apex")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return any((Path(folder) / "optimizers").is_dir() for folder in folders)
+            sys.modules[package] = None  # type: ignore[assignment]
 
 
 def varlen_options(function: Callable) -> dict[str, Any]:
@@ -119,53 +88,24 @@ def varlen_options(function: Callable) -> dict[str, Any]:
 
 
 def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Report what each part uses and what each missing package costs, for `rlef doctor` and
-    `manifest.json`. Costs are not numbers, because none was measured."""
-    if device.type != "cuda":
-        idle = {name: fault(name) or NOT_INSTALLED for name in INSTALL if name != "triton"}
-        return {
-            "attention": "PyTorch SDPA, one call per sequence",
-            "optimizer": optimizer(),
-            "head": "PyTorch",
-            **{name: f"not used: {why}" for name, why in idle.items() if why != NOT_INSTALLED},
-        }
-    found = {
-        "attention": attention_report(attention_kernel(device.type, dtype), dtype),
-        "optimizer": optimizer(),
-        "weight gradients": "fused into the main gradients",
-        "head": "Triton kernels",
+    """Report what each part uses, and why each optional package is not used, for `rlef doctor`, a
+    run's first lines and `manifest.json`. docs/install.md says what each is for."""
+    cuda = device.type == "cuda"
+    by_sequence = "PyTorch SDPA, one call per sequence"
+    attention = {"flash-attn": "flash_attn_varlen_func", "torch-varlen": "torch varlen_attn"}
+    fused = "fused into the main gradients"
+    unused = {name: fault(name) for name in INSTALL if not uses(name, device)}
+    return {
+        "attention": attention.get(attention_kernel(device.type, dtype), by_sequence),
+        "optimizer": "PyTorch AdamW" + ", fused" * cuda,
+        "weight gradients": fused if uses(WEIGHT_GRADIENTS, device) else "PyTorch",
+        "head": "Triton kernels" if uses("triton", device) else "PyTorch",
+        **{
+            n: f"not used: {why}; {INSTALL[n]}"
+            for n, why in unused.items()
+            if why and (cuda or why != NOT_INSTALLED)
+        },
     }
-    if found["optimizer"].startswith("PyTorch"):
-        found["optimizer"] += ", fused"
-    if not uses(WEIGHT_GRADIENTS, device):
-        cost = "each weight gradient is written in bf16, then added to the fp32 main gradient"
-        found["weight gradients"] = without(WEIGHT_GRADIENTS, "PyTorch", cost)
-    if not uses("triton", device):
-        found["head"] = without("triton", "PyTorch", "logits are stored, in chunks")
-    return found
-
-
-def without(package: str, used: str, cost: str) -> str:
-    """Report a part that lacks a package."""
-    lacking = f"{package} {fault(package) or 'not used'}"
-    return f"{used}; {lacking}, so {cost} (remedy: {INSTALL[package]})"
-
-
-def attention_report(kernel: str, dtype: torch.dtype) -> str:
-    if kernel == "flash-attn":
-        return "flash_attn_varlen_func"
-    calls = "attention is one call per sequence"
-    if dtype == torch.float32:
-        lacking, remedy = "float32 has no varlen kernel", "model.dtype = 'bfloat16'"
-        return f"PyTorch SDPA; {lacking}, so {calls} (remedy: {remedy})"
-    if kernel == "sdpa":
-        return without("flash_attn", "PyTorch SDPA", calls)
-    from torch.nn.attention.varlen import varlen_attn
-
-    cost = "PyTorch's kernel of the same family is used"
-    if "is_causal" in varlen_options(varlen_attn):
-        cost += ", which before PyTorch 2.11 copies keys and values for each query head"
-    return without("flash_attn", "torch.nn.attention.varlen", cost)
 
 
 def announce(device: torch.device, dtype: torch.dtype) -> None:

@@ -49,7 +49,7 @@ def test_every_missing_piece_has_a_command_that_exists(monkeypatch, tmp_path, cu
     }
     torch = "a GPU" if cuda else "a CUDA build of PyTorch"
     assert {"isolation", "g++", torch, "triton", "flash_attn", "SGLang"} < pieces.keys()
-    assert {"transformer_engine", accelerations.WEIGHT_GRADIENTS, "aiohttp"} < pieces.keys()
+    assert {accelerations.WEIGHT_GRADIENTS, "aiohttp"} < pieces.keys()
     assert "seccomp" in pieces["isolation"][0]
     makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
     for _, command in pieces.values():

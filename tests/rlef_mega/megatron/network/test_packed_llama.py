@@ -394,13 +394,3 @@ def test_bfloat16_trains_and_resumes_bit_for_bit(
 def test_a_world_that_does_not_fit_the_layout_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"1 processes were started, but .* = 2 x 1 x 1 = 2"):
         initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
-
-
-def test_an_apex_that_is_not_nvidias_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="is not NVIDIA's; remove it"):
-        initialize(ALONE, seed=0)
