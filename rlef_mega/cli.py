@@ -81,15 +81,14 @@ def train(
 @app.command()
 def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Run the paper's supervised ablation: train a recipe's base model on the dialogues that it
-    solves itself, with as many updates as RLEF."""
-    from rlef_mega.preflight import check_train, claim_run_directory
+    solves itself, with as many updates as RLEF, in RUN.DIR-imitation unless run.dir is set."""
+    from rlef_mega.preflight import check_imitation, check_train, claim_run_directory
 
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
-    if config.rollout.engine != "local" or config.critic_parallel:
-        raise ConfigError(
-            "rlef imitate samples with the embedded engine and has no critic: "
-            "set rollout.engine=local and remove critic_parallel"
-        )
+    check_imitation(config)
+    if "run.dir" not in {override.partition("=")[0].strip() for override in overrides or ()}:
+        folder = f"run.dir={json.dumps(f'{config.run.dir}-imitation')}"  # not that of RLEF's run
+        config = load_config(find_recipe(recipe), [*(overrides or ()), folder], TrainConfig)
     inputs = check_train(config, grading_token=sandbox_token())
     run_dir = Path(config.run.dir)
     claim_run_directory(config, run_dir, inputs)
@@ -244,6 +243,13 @@ def evaluate(
         list[str] | None,
         typer.Option("--server", help="a grading server: http://node7:8765; repeatable"),
     ] = None,
+    packages: Annotated[
+        list[str] | None,
+        typer.Option("--package", help="a package that programs may import: numpy; repeatable"),
+    ] = None,
+    isolation: Annotated[
+        Literal["default", "minimal"], typer.Option(help="as judge.isolation of a recipe")
+    ] = "default",
     sglang: Annotated[
         list[str] | None,
         typer.Option(help="an SGLang server to sample from: http://node7:30000; repeatable"),
@@ -254,7 +260,7 @@ def evaluate(
     asked = locals()
     from rlef_mega.evaluation.command import EvalRequest, run_evaluation
 
-    asked |= {name: tuple(asked[name] or ()) for name in ("servers", "sglang")}
+    asked |= {name: tuple(asked[name] or ()) for name in ("servers", "packages", "sglang")}
     asked["feedback"] = tuple(part.strip() for part in feedback.split(",") if part.strip())
     run_evaluation(EvalRequest(**asked, grading_token=sandbox_token()))
 
@@ -301,7 +307,7 @@ def plan(
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
     write: Annotated[
-        Path | None, typer.Option(help="with --gpus: file for the recipe in the layout found")
+        Path | None, typer.Option(help="with --gpus: new file for the recipe in the layout found")
     ] = None,
 ) -> None:
     """Check a recipe's layout and estimate its memory by rank, time by phase, and cost. Fails if it

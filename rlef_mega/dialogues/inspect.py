@@ -51,18 +51,19 @@ def print_drops(console: Console, drops: Sequence[Drop]) -> None:
             console.print(f"... and {count - SHOWN} more: {reason}", markup=False)
 
 
-def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str], int]]:
-    """Return the unit of a prompt's length, and a function that counts it."""
+def length_of(tokenizer: Path | None) -> tuple[str, Callable[[str, str], int]]:
+    """Return the unit of a prompt's length, and a function that counts it, from the first message
+    and what begins the response."""
     if tokenizer is None:
-        return "characters", len
+        return "characters", lambda text, begun: len(text) + len(begun)
     from rlef_mega.dialogues.chat import ChatFormat
 
     chat = ChatFormat.from_folder(find_model(tokenizer, files=DESCRIPTION))
-    return "tokens", lambda text: len(chat.open(text))
+    return "tokens", lambda text, begun: len(chat.open(text, begun))
 
 
 def summarize(
-    problems: Sequence[Problem], unit: str, length: Callable[[str], int]
+    problems: Sequence[Problem], unit: str, length: Callable[[str, str], int]
 ) -> dict[str, Any]:
     """Return the rows of the table, with prompts of `length` in `unit`. Only one problem is in
     memory at a time."""
@@ -71,7 +72,8 @@ def summarize(
     families, tags = Counter[str](), Counter[str]()
     for problem in problems:
         prompt = templates.first_prompt(problem.statement, problem.template, problem.public_tests)
-        lengths.append(length(prompt))
+        begun = templates.response_start(problem.statement, problem.template)
+        lengths.append(length(prompt, begun))
         times[problem.limits.cpu_s] += 1
         memories[problem.limits.memory_bytes >> 20] += 1
         public.append(len(problem.public_tests))

@@ -65,7 +65,8 @@ class EmbeddedGrader:
         )
         try:
             return await grading
-        except (OSError, ZygoteLostError) as error:  # this machine lacks descriptors or memory
+        except (OSError, ZygoteLostError, ValueError) as error:
+            # this machine lacks descriptors, memory, or the problem's language
             raise JudgeError(f"the sandbox failed: {error}") from None
 
 
@@ -94,12 +95,12 @@ class RemoteGrader(LivesInLoop):
         return {"servers": {url: about["isolation"] for url, about in self.health.items()}}
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
-        from rlef_sandbox.service.client import ServiceError
+        from rlef_sandbox.service.client import RequestRefusedError, ServiceError
 
         grading = self.client.grade(program, **grading_options(problem))
         try:
             return await asyncio.wrap_future(self.thread.submit(grading))
-        except ServiceError as error:
+        except (ServiceError, RequestRefusedError) as error:
             raise JudgeError(str(error)) from None
 
 

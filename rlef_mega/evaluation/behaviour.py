@@ -39,6 +39,11 @@ class DialogueOutcomes:
             tuple(turn.program for turn in episode.turns),
         )
 
+    @classmethod
+    def not_begun(cls, problem_id: str) -> Self:
+        """Return the outcome of a dialogue whose prompt exceeds the context."""
+        return cls(problem_id, (PROMPT_TOO_LONG,), (None,))
+
 
 def outcome_of(program: str | None, verdict: Verdict) -> str:
     """Return SOLVED, NO_VALID_CODE, PRIVATE_TEST, or the first failing public test's status."""

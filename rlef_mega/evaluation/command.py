@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -82,12 +82,23 @@ class EvalRequest:
     feedback_cut: Cut = "middle"
     at_once: int | None = None  # concurrent dialogues
     servers: tuple[str, ...] = ()  # grading servers; none: an embedded sandbox
+    packages: tuple[str, ...] = ()  # packages that programs may import
+    isolation: Literal["default", "minimal"] = "default"  # of the embedded sandbox
     grading_token: str | None = None
     sglang: tuple[str, ...] = ()  # servers of a model of this shape; none: the embedded engine
 
     @property
     def pairs(self) -> tuple[NAtK, ...]:
         return parse_n_at_k(self.n_at_k) if self.n_at_k else ((1, self.turns),)
+
+    @property
+    def judge(self) -> JudgeConfig:
+        return JudgeConfig(
+            workers=len(os.sched_getaffinity(0)),
+            isolation=self.isolation,
+            packages=self.packages,
+            servers=self.servers,
+        )
 
     @property
     def dialogues_each(self) -> int:
@@ -109,7 +120,7 @@ class Source:
 def run_evaluation(request: EvalRequest) -> None:
     """Run the missing dialogues, write the numbers, print the tables."""
     check_request(request)
-    check_judge(JudgeConfig(servers=request.servers), request.grading_token)
+    check_judge(request.judge, request.grading_token)
     source = find_source(request)
     request = with_lengths(request, source)
     problems = {p.id: p for p in load_problems(request.data)[: request.problems or None]}
@@ -188,6 +199,7 @@ def dialogue_settings(
         "problems": len(problems),
         "problems_digest": digest_of_problems([*problems.values()]),
         **{name: getattr(request, name) for name in DETERMINING},
+        "packages": sorted(request.packages) or None,
     }
 
 
@@ -273,9 +285,8 @@ def run_parts(
     parts: Sequence[PlannedDialogues],
     file: DialogueFile,
 ) -> None:
-    grading = JudgeConfig(workers=len(os.sched_getaffinity(0)), servers=request.servers)
     with ExitStack() as stack:
-        grader = stack.enter_context(open_grader(grading, request.grading_token))
+        grader = stack.enter_context(open_grader(request.judge, request.grading_token))
         judge = Judge(grader)
         facts: dict[str, Any] = {}
         if source.folder:
@@ -338,13 +349,21 @@ def open_engine(
             request.sglang,
             folder,
             way="disk",
-            weights_folder=request.out / "weights",
-            take_over=facts in file.engines(),  # claimed by this evaluation before it was killed
+            weights_folder=file.path.with_name(f"{file.path.name}.weights"),
+            take_over=file.claims(facts),
         ) as engine:
+            if (room := engine.info.context_length) < (request.max_context or 0):
+                raise ConfigError(
+                    f"--max-context {request.max_context}, but the servers have room for {room} "
+                    "tokens; lower it, or start them with a larger context"
+                )
             stored = SafetensorsFolder(folder)
             one_by_one = ((name, stored.read(name)) for name in stored.tensors)
             engine.update_weights(one_by_one, version=0)
-            yield engine, facts
+            try:
+                yield engine, facts
+            finally:
+                file.append({"released": facts})
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         local = LocalEngine(folder, dtype=request.dtype, device=device)

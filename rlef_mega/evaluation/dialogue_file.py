@@ -2,10 +2,10 @@
 all numbers are computed from it.
 
 The format is JSON Lines. The first line holds the settings. Every dialogue that finishes or is
-dropped adds a line at once, and every start of the command adds a `session` line. A kill can
-truncate the last line, which is removed when the file is next opened. The key of a dialogue is
-protocol, problem and number. Of two lines with the same key the later counts, because the next
-session retries a dialogue that a fault dropped.
+dropped adds a line at once. Every start of the command adds a `session` line, and a `released` line
+before it gives its SGLang servers back. A kill can truncate the last line, which is removed when
+the file is next opened. The key of a dialogue is protocol, problem and number. Of two lines with
+the same key the later counts, because the next session retries a dialogue that a fault dropped.
 """
 
 import json
@@ -64,9 +64,16 @@ class DialogueFile:
     def __exit__(self, *_: object) -> None:
         self.locked.close()
 
-    def engines(self) -> list[Record]:
-        """Return the engines of earlier sessions."""
-        return [line["session"]["engine"] for line in read_lines(self.path) if "session" in line]
+    def claims(self, engine: Record) -> bool:
+        """Return whether the last session with an engine had this one, and was killed before it
+        released it."""
+        last: Record | None = None
+        for line in read_lines(self.path):
+            if "session" in line:
+                last = line["session"]["engine"]
+            elif "released" in line:
+                last = None
+        return last == engine
 
     def append(self, record: Record) -> None:
         """Append a whole line or nothing. Raises OSError if the disk is full."""

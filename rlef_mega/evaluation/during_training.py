@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlef_mega import metrics
-from rlef_mega.config import TrainConfig
+from rlef_mega.config import TrainConfig, read_json
 from rlef_mega.dialogues.batches import Rollouts
 from rlef_mega.dialogues.records import episode_record
 from rlef_mega.dialogues.rollout import (
@@ -26,6 +26,7 @@ from rlef_mega.dialogues.rollout import (
     join_shares,
 )
 from rlef_mega.evaluation.behaviour import DialogueOutcomes
+from rlef_mega.evaluation.dialogue_file import TOO_LONG
 from rlef_mega.evaluation.numbers import FinishedDialogues, summarize
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import RunDirectory
@@ -78,19 +79,21 @@ class Evaluator:
             return {}
         started, rollout = self.running
         self.running = None
-        episodes = join_shares(rollout.result).episodes
+        finished = join_shares(rollout.result)
+        episodes, too_long = finished.episodes, finished.reasons[TOO_LONG]
         turns = [turn for episode in episodes for turn in episode.turns]
         versions = [version for turn in turns for version in turn.completion.weight_versions]
         return {
-            "valid_solved": metrics.episode_metrics(episodes)["solved"],
+            "valid_solved": metrics.mean([*(e.solved for e in episodes), *[False] * too_long]),
             "valid_step": started,
             "valid_versions": [min(versions), max(versions)] if versions else None,
         }
 
     def full(self, name: str, *, version: int) -> None:
         """Run all protocols on the test problems with the weights `version`, and write
-        eval/NAME.json unless it exists."""
-        if not self.test or (self.run.path / f"eval/{name}.json").exists():
+        eval/NAME.json, unless it is there already and of this version."""
+        path, model = self.run.path / f"eval/{name}.json", f", version {version}"
+        if not self.test or (path.exists() and read_json(path)["model"].endswith(model)):
             return
         data = self.config.data.test
         self.say(f"evaluating {name} training, on {len(self.test)} problems of {data}")
@@ -110,8 +113,17 @@ class Evaluator:
                 self.run.note_progress(f"evaluate {name} begins")
             seed = derive_seed(derive_seed(self.config.run.seed, "test"), name)
             rollout = self.loop.under(rules).run_on_all_ranks(problems, seed)
-            outcomes = [DialogueOutcomes.of(episode) for episode in rollout.episodes]
-            finished = FinishedDialogues(rules.turns, outcomes, rollout.reasons)
+            found = zip(problems, rollout.outcomes, strict=True)
+            outcomes = [
+                DialogueOutcomes.of(outcome)
+                if isinstance(outcome, Episode)
+                else DialogueOutcomes.not_begun(problem.id)
+                for problem, outcome in found
+                if isinstance(outcome, Episode) or outcome == TOO_LONG
+            ]
+            drops = rollout.reasons
+            del drops[TOO_LONG]  # no fault: the model cannot solve what it cannot read
+            finished = FinishedDialogues(rules.turns, outcomes, drops)
             protocols[name] = summarize(self.test, finished, samples=self.loop.rules.turns)
             return rollout.episodes
 

@@ -13,7 +13,6 @@ from rlef_mega.evaluation import behaviour
 from rlef_mega.evaluation.behaviour import (
     NO_VALID_CODE,
     PASSED,
-    PROMPT_TOO_LONG,
     SOLVED,
     DialogueOutcomes,
 )
@@ -212,7 +211,7 @@ def numbers_of(
 
 def outcome(record: Record) -> DialogueOutcomes | str:
     if record.get("dropped") == TOO_LONG:  # no fault: the model cannot solve what it cannot read
-        return DialogueOutcomes(record["problem_id"], (PROMPT_TOO_LONG,), (None,))
+        return DialogueOutcomes.not_begun(record["problem_id"])
     if "dropped" in record:
         return str(record["dropped"])
     turns = record["turns"]

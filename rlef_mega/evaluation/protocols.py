@@ -93,6 +93,8 @@ def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogu
         outcome = await dialogues.run(problem, derive_seed(seed, *key))
         if isinstance(outcome, str):
             return {"dropped": outcome}
+        if any(max(turn.completion.weight_versions) > 0 for turn in outcome.turns):
+            raise RuntimeError("another process publishes weights to these servers; use others")
         return sampled_record(outcome, chat, problem)
 
     return run

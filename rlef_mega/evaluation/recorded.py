@@ -58,7 +58,7 @@ def read_recorded(path: Path) -> RecordedResponses:
                 raise ConfigError(f"{location}: {row}")
             case {"rlef_eval": _, "asked": {"turns": int(asked)}}:
                 turns = asked
-            case {"session": _}:
+            case {"session": _} | {"released": _}:
                 pass
             case _:
                 protocol, name, number, texts = read_dialogue(row, location)

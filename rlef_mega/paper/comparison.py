@@ -34,6 +34,7 @@ from rlef_mega.config import (
     flatten,
     load_config,
 )
+from rlef_mega.preflight import check_imitation
 from rlef_mega.report.intervals import interval_over_seeds
 from rlef_mega.report.plots import PALETTE, STYLE
 from rlef_mega.run.directory import write_atomically
@@ -83,6 +84,12 @@ def reproduce(
         known = ", ".join((*RUNS, IMITATION))
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: the runs are {known}")
     config = load_config(find_recipe(recipe), overrides, TrainConfig)
+    for name in runs:  # refused now rather than after the other runs
+        load_config(find_recipe(recipe), [*overrides, *RUNS.get(name, ())], TrainConfig)
+    if not config.data.test:
+        raise ConfigError("rlef reproduce compares solve rates on data.test; set it")
+    if IMITATION in runs:
+        check_imitation(config)
     refuse_another(out / "asked.json", config)
     if recipe == "demo" and not (Path(config.model.path) / "config.json").is_file():
         stage("base model", "sft", "demo_base")
@@ -91,7 +98,8 @@ def reproduce(
         for name in runs:
             run_once(recipe, out / f"{name}-{seed}", name, seed, sets)
         for name in BUDGETS if "rlef" in runs else ():
-            model = config.model.path if name == "base" else str(out / f"rlef-{seed}")
+            base = config.model.weights or config.model.path
+            model = base if name == "base" else str(out / f"rlef-{seed}")
             run_long_dialogues(config, model, out, f"{name}-{seed}", seed)
     results = collect(out, seeds, runs)
     chosen = [word for name in only for word in ("--only", name)]
@@ -150,7 +158,11 @@ def run_long_dialogues(config: TrainConfig, model: str, out: Path, name: str, se
         *("--feedback", "true", "--temperature", str(evaluation.temperature)),
         *("--top-p", str(evaluation.top_p), "--max-new-tokens", str(rollout.max_new_tokens)),
         *("--max-context", str(rollout.max_context), "--dtype", config.model.dtype),
-        *("--seed", str(seed)),
+        *("--program", rollout.program, "--feedback-cut", rollout.feedback_cut),
+        *(("--feedback-tokens", str(rollout.feedback_tokens)) if rollout.feedback_tokens else ()),
+        *(word for server in config.judge.servers for word in ("--server", server)),
+        *(word for package in config.judge.packages for word in ("--package", package)),
+        *("--isolation", config.judge.isolation, "--seed", str(seed)),
     )
 
 

@@ -78,7 +78,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             progress.step(f"loss {losses[-1]:.3f}")
             if any_rank(stop.requested()):
                 return stop.obeyed(writer=ranks.is_writer)
-        publish(learner.policy_weights, engine, version=1)
+        publish(learner.policy_weights, engine, version=config.run.steps)
         export_hf(
             learner.policy_weights(),
             model,
@@ -87,7 +87,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
             is_writer=ranks.is_writer,
         )
         Evaluator(config, run, loop, writer=ranks.is_writer, say=progress.say).full(
-            "after", version=1
+            "after", version=config.run.steps
         )
     parallel.shutdown(ranks)
     return 0

@@ -177,6 +177,14 @@ def test_dialogues_without_a_server_are_dropped_and_counted_never_scored(chat):
         assert held.episodes == () and held.drops == {"JudgeError": 2}
 
 
+def test_a_problem_that_a_sandbox_refuses_is_a_fault_of_its_own_dialogue_only(server):
+    unknown = replace(SQUARE, language="perl")
+    with Sandbox(workers=1) as sandbox, remote(server.url) as grader:
+        for judge in (Judge(EmbeddedGrader(sandbox, workers=1)), Judge(grader)):
+            with pytest.raises(JudgeError, match="unknown language 'perl'"):
+                asyncio.run(judge.judge(unknown, "print 9", last_turn=True))
+
+
 def test_one_grader_serves_the_event_loops_of_many_steps(server):
     with remote(server.url) as grader:
         for _ in range(3):

@@ -10,12 +10,14 @@ import pytest
 
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.dialogues.chat import ChatFormat
+from rlef_mega.dialogues.inspect import length_of, summarize
 from rlef_mega.dialogues.judge import EmbeddedGrader, Judge
 from rlef_mega.dialogues.rollout import (
     DialogueLoop,
     Rules,
     derive_seed,
     distractors_of,
+    first_context,
     show_private_tests,
 )
 from rlef_mega.engines import EngineError
@@ -286,6 +288,13 @@ def test_a_response_that_was_begun_counts_only_what_the_model_said(chat, judge):
         assert before.endswith(f"```python\n{statement}\n")
         assert turn.program.startswith(statement)
     assert chat.decode(episode.turns[1].completion.token_ids) == answer
+
+
+def test_an_inspection_counts_the_first_prompt_with_what_begins_the_response(chat, tmp_path):
+    problem = replace(GREET, template="humaneval", statement="def greet():\n    name = input()")
+    chat.tokenizer.save_pretrained(tmp_path)
+    found = summarize([problem], *length_of(tmp_path))["prompt in tokens"]
+    assert found.startswith(f"min {len(first_context(problem, chat)[0])},")
 
 
 def test_feedback_is_shortened_to_what_the_context_has_room_for(chat, judge):

@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from rlef_mega.cli import app
 from rlef_mega.config import ConfigError
 from rlef_mega.dialogues.chat import CONTROLS, ChatFormat
 from rlef_mega.evaluation.command import EvalRequest, Source, run_evaluation, with_lengths
@@ -70,6 +72,11 @@ class SpeakingServer(ServerDouble):
     def __init__(self, folder: Path) -> None:
         super().__init__(1, str(folder), "default")
         self.chat = ChatFormat.from_folder(folder)
+        self.loaded_from: list[Path] = []
+
+    async def update_weights_from_disk(self, body):
+        self.loaded_from.append(Path(body["model_path"]).parent)
+        return await super().update_weights_from_disk(body)
 
     async def server_info(self, body):
         return {**await super().server_info(body), "max_req_input_len": 2000}
@@ -260,6 +267,75 @@ def test_dialogues_dropped_by_a_fault_are_sampled_again(folder, data, server, tm
     assert next(same) == next(same)
 
 
+def small(folder, data, out, server) -> EvalRequest:
+    """Return the request for one dialogue of each problem."""
+    request = request_of(folder, data, out, server)
+    return replace(request, feedback=("true",), single_turn=False, rollouts=1)
+
+
+def test_an_evaluation_takes_back_only_servers_that_a_kill_kept_it_from_releasing(
+    folder, data, server, tmp_path
+):
+    """Servers that it had released, and that another process uses now, are refused."""
+    request = small(folder, data, tmp_path, server)
+    run_evaluation(request)
+    server.weight_version = "7"
+    try:
+        with pytest.raises(ConfigError, match="has weights of version 7"):
+            run_evaluation(replace(request, rollouts=2))
+    finally:
+        server.weight_version = "default"
+
+
+def test_only_the_last_session_claims_its_servers_until_it_releases_them(tmp_path):
+    one, other = {"servers": ["http://a"]}, {"servers": ["http://b"]}
+    with DialogueFile(tmp_path / "file", {}) as file:
+        assert not file.claims(one)
+        for record, claimed in (
+            ({"session": {"engine": one}}, (True, False)),
+            ({"released": one}, (False, False)),
+            ({"session": {"engine": one}}, (True, False)),
+            ({"session": {"engine": other}}, (False, True)),
+        ):
+            file.append(record)
+            assert (file.claims(one), file.claims(other)) == claimed
+
+
+def test_evaluations_of_two_names_send_their_weights_through_folders_of_their_own(
+    folder, data, server, tmp_path
+):
+    server.loaded_from.clear()
+    for name in ("one", "two"):
+        run_evaluation(replace(small(folder, data, tmp_path, server), name=name))
+    assert len(set(server.loaded_from)) == 2
+
+
+def test_servers_without_room_for_the_context_are_refused_and_left_alone(
+    folder, data, server, tmp_path
+):
+    server.loaded_from.clear()
+    request = replace(small(folder, data, tmp_path, server), max_context=2010)
+    with pytest.raises(ConfigError, match=r"--max-context 2010, but .* room for 2004 tokens"):
+        run_evaluation(request)
+    assert not server.loaded_from and server.weight_version == "default"
+
+
+def test_an_evaluation_stops_when_another_process_publishes_to_its_servers(folder, data, tmp_path):
+    """The file holds no dialogue with tokens of the other weights."""
+
+    class TakenServer(SpeakingServer):
+        async def generate(self, body):
+            if len(self.prompts) == 2:
+                self.weight_version = "1"
+            return await super().generate(body)
+
+    with TakenServer(folder) as taken:
+        request = replace(small(folder, data, tmp_path, taken), turns=1, n_at_k=None, at_once=1)
+        with pytest.raises(RuntimeError, match="another process publishes weights"):
+            run_evaluation(request)
+    assert len(dialogues(tmp_path)) == 2
+
+
 def test_two_processes_cannot_write_one_evaluation(undisturbed):
     path = undisturbed / "eval/tiny.dialogues.jsonl"
     asked = json.loads(path.open().readline())["asked"]
@@ -368,6 +444,20 @@ def test_foreign_responses_are_graded_until_their_dialogue_would_have_ended(data
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(ConfigError, match=message):
             run_evaluation(request_of(file, data, tmp_path, None))
+
+
+def test_programs_import_the_packages_and_are_isolated_as_the_command_says(data, tmp_path):
+    file = tmp_path / "said.jsonl"
+    response = RIGHT.replace("print", "import numpy\nprint")
+    file.write_text(json.dumps({"problem_id": "greet-Bob", "response": response}))
+    words = ["eval", str(file), "--data", str(data), "--out", str(tmp_path), "--turns", "1"]
+    wide = CliRunner().invoke(app, [*words, "--package", "numpy", "--isolation", "minimal"])
+    assert wide.exit_code == 0, wide.output
+    (record,) = dialogues(tmp_path, "said-regraded").values()
+    (session,) = result(tmp_path, "said-regraded")["sessions"]
+    assert record["solved"] and session["isolation"]["level"] == "minimal"
+    narrow = CliRunner().invoke(app, words)
+    assert "another evaluation (packages = ['numpy'] there" in str(narrow.exception)
 
 
 # ------------------------------------------------------------------------------------- a model

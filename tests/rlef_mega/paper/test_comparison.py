@@ -9,6 +9,7 @@ from rlef_mega.config import ConfigError
 from rlef_mega.paper import comparison
 from rlef_mega.paper.comparison import BUDGETS, IMITATION, ROWS, RUNS, collect, save_turn_budgets
 from rlef_mega.paper.comparison import markdown as table
+from tests.rlef_mega.test_printed_commands import check_rlef
 
 SEEDS = (3, 4)
 
@@ -54,19 +55,25 @@ def test_turn_budgets_are_drawn(finished):
     assert (finished / "budgets.png").stat().st_size > 5000
 
 
-def test_finished_runs_are_not_repeated(finished, monkeypatch):
+@pytest.fixture
+def commands(monkeypatch):
+    """Collect the commands, the first of which fails."""
+    found = []
+
+    def record(title, *words):
+        found.append(words)
+        raise SystemExit
+
+    monkeypatch.setattr(comparison, "stage", record)
+    return found
+
+
+def test_finished_runs_are_not_repeated(finished, commands):
     """Only imitation of the second seed is missing: only it is run, with its seed and folder."""
     (finished / f"{IMITATION}-4/eval/after.json").unlink()
     for seed in SEEDS:
         for name in RUNS:
             write(finished / f"{name}-{seed}/eval/after.json", {"protocols": {}})
-    commands = []
-
-    def record(title, *words):
-        commands.append(words)
-        raise SystemExit
-
-    monkeypatch.setattr(comparison, "stage", record)
     model = finished / "base"
     write(model / "config.json", {})
     with pytest.raises(SystemExit):
@@ -78,3 +85,43 @@ def test_finished_runs_are_not_repeated(finished, monkeypatch):
     assert len(commands) == 1
     assert words[0] == "imitate" and "run.seed=4" in words
     assert f'run.dir="{finished / "imitation-4"}"' in words
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.test=''", "data.test; set it"),
+        ("rollout.engine=sglang", "rlef imitate samples with the embedded engine"),
+        ("ppo.lam=0.9", "ppo.lam = 0.9 needs one value per turn"),
+    ],
+)
+def test_a_run_that_would_fail_is_refused_before_the_first_one_starts(
+    tmp_path, commands, override, message
+):
+    with pytest.raises(ConfigError, match=message):
+        comparison.reproduce("demo", tmp_path / "out", seeds=SEEDS, overrides=[override])
+    assert not commands and not (tmp_path / "out").exists()
+
+
+def test_turn_budgets_follow_the_recipes_rules_and_grading_from_its_own_weights(finished, commands):
+    write(finished / "base/config.json", {})
+    (finished / "eval/base-3.json").unlink()
+    write(finished / "rlef-3/eval/after.json", {})
+    asked = {
+        "--program": ("rollout.program", ["last"]),
+        "--feedback-cut": ("rollout.feedback_cut", ["right"]),
+        "--feedback-tokens": ("rollout.feedback_tokens", ["100"]),
+        "--server": ("judge.servers", ["http://a:1", "http://b:1"]),
+        "--package": ("judge.packages", ["numpy", "sympy"]),
+        "--isolation": ("judge.isolation", ["minimal"]),
+    }
+    sets = [f"model.path={finished / 'base'}", "model.weights=checkpoint"]
+    for key, values in asked.values():
+        sets.append(f"{key}={json.dumps(values) if len(values) > 1 else values[0]}")
+    with pytest.raises(SystemExit):
+        comparison.reproduce("demo", finished, seeds=SEEDS, overrides=sets, only=["rlef"])
+    (words,) = commands
+    assert words[:2] == ("eval", "checkpoint")
+    options = [(word, words[n + 1]) for n, word in enumerate(words) if word in asked]
+    assert sorted(options) == sorted((o, v) for o, (_, values) in asked.items() for v in values)
+    check_rlef(list(words), inline=False)
