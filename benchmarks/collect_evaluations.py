@@ -4,7 +4,8 @@
 
 Each FILE is an evaluation of `rlef eval` or of a run (eval/before.json, eval/after.json), all on
 the same problems. Intervals (95%) resample seeds and problems; with one seed, problems alone.
-`gain` is the difference to the first model in dialogues of several turns, with problems paired.
+`gain` is the difference, in dialogues of several turns, to the first model evaluated at the same
+temperature, with problems paired.
 """
 
 import json
@@ -25,14 +26,14 @@ ALSO = ("dialogues", "invalid_fraction", "repaired_turn2", "repaired_turn3")
 
 def main(out: str, *models: str) -> None:
     found: dict[str, Any] = {}
-    first = None
+    first: dict[float, Any] = {}
     for name, _, paths in (model.partition("=") for model in models):
         seeds = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths.split(",")]
         outcomes = np.array([outcomes_of(seed, "multi_turn") for seed in seeds], dtype=float)
-        first = outcomes.mean(0) if first is None else first
+        base = first.setdefault(seeds[0]["temperature"], outcomes.mean(0))
         found[name] = {
             "temperature": seeds[0]["temperature"],
-            "gain": interval_over_seeds((outcomes - first).tolist()),
+            "gain": interval_over_seeds((outcomes - base).tolist()),
             **{protocol: rates(seeds, protocol) for protocol in seeds[0]["protocols"]},
         }
         print(f"{name}: {json.dumps(found[name])}")
