@@ -33,7 +33,7 @@ from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.network.stages import check_layout
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.store import digest_of_problems
-from rlef_mega.run.directory import append_whole, write_atomically
+from rlef_mega.run.directory import RunDirectory, append_whole, write_atomically
 from rlef_mega.run.hub import CONFIG, find_model
 from rlef_mega.run.inputs import claim_inputs, digest_files, digest_model, read_left_out
 from rlef_mega.run.manifest import refuse_untested_megatron
@@ -62,7 +62,7 @@ FREE_TO_CHANGE = {
     "rollout.max_passed_over",
     "rollout.open_dialogues",
 }
-FREE_SECTIONS = ("parallel", "critic_parallel", "rollout.servers", "track", "profile")
+FREE_SECTIONS = ("parallel", "critic_parallel", "rollout.servers", "guard", "track", "profile")
 # Settings that a resumed run may change if run.allow_change names them.
 ALLOWED_WHEN_NAMED = {
     f"learner.{network}.{key}"
@@ -253,12 +253,22 @@ def check_rollout_servers(config: TrainConfig, model: Path) -> None:
         )
 
 
+def check_imitation(config: TrainConfig) -> None:
+    """Raise ConfigError unless `rlef imitate` can run with these settings."""
+    if config.rollout.engine != "local" or config.critic_parallel:
+        raise ConfigError(
+            "rlef imitate samples with the embedded engine and has no critic: "
+            "set rollout.engine=local and remove critic_parallel"
+        )
+
+
 def claim_run_directory(
     config: TrainConfig | SFTConfig, run_dir: Path, inputs: TrainingInputs | None = None
 ) -> None:
     """Write the resolved config into the run directory and, when a run is resumed with other
     settings, append these to changes.jsonl. A training run needs its `inputs`. Raises ConfigError
     if the directory holds a run with other inputs, or with other values of fixed settings."""
+    RunDirectory(run_dir).refuse_if_locked()  # before anything of a run that goes on is changed
     path = run_dir / "config.toml"
     changes: dict[str, Any] = {}
     if path.exists():

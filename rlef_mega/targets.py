@@ -32,7 +32,7 @@ def targets_of(
         invalid_code_penalty=0.0 if single_turn else settings.invalid_code_penalty,
         penalize_invalid_last_turn=settings.penalize_invalid_last_turn,
     )
-    kl = {"kl": 0.0}
+    kl: dict[str, float | None] = {"kl": None}  # unknown without the reference
     if scores.ref_logprobs_A is not None:
         of_turn = (batch.turn_of_action_A, batch.num_turns)
         kl_N = ppo.turn_kl(batch.behaviour_logprobs_A - scores.ref_logprobs_A, *of_turn)

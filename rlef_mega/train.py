@@ -9,8 +9,8 @@ ends with the same numbers as an uninterrupted run.
 
 What ends it: the last step; a request to stop (SIGINT, SIGTERM, SIGUSR1 or a file `stop` in the run
 directory), which all ranks see together at the end of a step, and which is followed by a
-checkpoint; the loss of the last engine, after a checkpoint of what was learned; a guard; or a loss
-or gradient that is not finite.
+checkpoint; the loss of the last engine or of too many dialogues, after a checkpoint of what was
+learned; another guard; or a loss or gradient that is not finite.
 """
 
 from collections.abc import Iterable
@@ -57,7 +57,7 @@ def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
                 raise
             if finished:
                 parts.checkpoints.finish()
-                parts.evaluator.full("after", version=config.run.steps)
+                parts.evaluator.full("after", version=max(parts.done, config.run.steps))
                 parts.checkpoints.require_saved()
     # Only now, when the writer has closed everything, do all ranks leave together: Slurm and
     # torchrun kill the remaining ranks some time after the first have left.
@@ -74,17 +74,19 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
     learner, guards, checkpoints = parts.learner, parts.guards, parts.checkpoints
     clock = Clock(parts.note_phase)
     for step in steps:
+        before = rollouts.state()
         try:
             with clock("rollout"):
                 rollout = rollouts.batch(step)
-        except EngineLostError:
+            guards.check_drops(rollout.reasons, len(rollout.outcomes))
+        except (EngineLostError, GuardError):  # the weights are those of the step before
             checkpoints.finish()
             if checkpoints.saved_last != step - 1:
-                checkpoints.save(step - 1, rollouts.state())
+                rest(config, parts)
+                checkpoints.save(step - 1, before)
             checkpoints.require_saved()
             raise
-        guards.check_drops(rollout.reasons, len(rollout.outcomes))
-        parts.engine.rest()
+        rest(config, parts)
         batch = pack(rollout.episodes)
         with clock("score"):
             scores = learner.score(batch)
@@ -150,6 +152,13 @@ def publish_weights(config: TrainConfig, parts: Parts, step: int) -> None:
     publish(parts.learner.policy_weights, parts.engine, version=step)
 
 
+def rest(config: TrainConfig, parts: Parts) -> None:
+    """Let servers on the trainer's devices free their memory; returns on all ranks afterwards."""
+    parts.engine.rest()
+    if config.rollout.servers.release_memory:
+        any_rank(False)
+
+
 def save(
     config: TrainConfig,
     parts: Parts,
@@ -168,12 +177,14 @@ def save(
     checkpoints.poll()
     score, scored_step = record.get("valid_solved"), record.get("valid_step", step)
     if state is not None:
-        shared = config.rollout.servers.release_memory
-        if shared:
-            parts.engine.rest()
+        rest(config, parts)
         checkpoints.save(step, state, score=score if scored_step == step else None)
-        if shared and not ending:
-            publish_weights(config, parts, step)
+        if config.rollout.servers.release_memory and not ending:
+            try:
+                publish_weights(config, parts, step)
+            except EngineLostError:  # on all ranks
+                checkpoints.require_saved()
+                raise
     if score is not None and scored_step != step:
         checkpoints.rate(scored_step, score)
 

@@ -80,8 +80,7 @@ def supervise(config: SFTConfig) -> int:
                 f"loss {record['loss']:.3f}  {batch.num_tokens / times['step']:,.0f} tok/s"
             )
             due = step % config.checkpoint_every == 0
-            # not after each of the short steps: any_rank is a collective
-            stopping = (due or step % 10 == 0) and any_rank(stop.requested())
+            stopping = any_rank(stop.requested())
             with clock("checkpoint"):
                 checkpoints.poll()
                 if due or stopping:

@@ -98,6 +98,12 @@ class RunDirectory:
         file.flush()
         self.held_lock = file
 
+    def refuse_if_locked(self) -> None:
+        """Raise RuntimeError if another process holds the lock; does not keep it."""
+        self.lock()
+        assert self.held_lock is not None
+        self.held_lock.close()
+
     def note_progress(self, text: str) -> None:
         """Write the current phase into the file `progress`.
 

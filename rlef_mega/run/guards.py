@@ -86,8 +86,8 @@ class Guards:
                 raise GuardError(
                     f"step {step}: {name} = {gap:.3g}, allowed {limit}: engine and trainer "
                     "disagree on the log-probs of the same tokens, so the policy gradient would "
-                    "be wrong. Either their weights differ, or their precision or temperature "
-                    "does. Check model.dtype; bfloat16 needs wider guards than float32"
+                    "be wrong: their weights differ, or their precision or temperature. Check "
+                    "model.dtype; if only single tokens differ, raise the limit in [guard]"
                 )
         self.recent = [*self.recent, record][-self.limits.window :]
         if len(self.recent) < self.limits.window:

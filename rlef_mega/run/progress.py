@@ -95,7 +95,7 @@ def training_line(record: dict[str, Any], times: dict[str, float]) -> str:
         f"turn 1 {record['solved_turn1']:.0%}",
         f"repaired {repaired:.0%}" if repaired is not None else "",
         f"invalid {record['invalid_fraction']:.1%}",
-        f"kl {record['kl']:.3f}",
+        "" if record["kl"] is None else f"kl {record['kl']:.3f}",
         f"{record['tokens'] / times['step']:,.0f} tok/s",
     ]
     return "  ".join(part for part in parts if part)

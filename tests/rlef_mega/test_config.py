@@ -89,7 +89,7 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
 
 def test_the_allowed_log_prob_gap_is_the_rounding_of_the_dtype():
     """Engine and trainer differ by more than 0.01 in bfloat16, where nothing is wrong."""
-    for dtype, most, mean in (("float32", 0.01, 0.001), ("bfloat16", 1.0, 0.05)):
+    for dtype, most, mean in (("float32", 0.01, 0.001), ("bfloat16", 5.0, 0.05)):
         sets = [f"model.dtype={dtype}"]
         guard = load_config(find_recipe("smollm2_functions"), sets, TrainConfig).guard
         assert (guard.max_logprob_gap, guard.mean_logprob_gap) == (most, mean)

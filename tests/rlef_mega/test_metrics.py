@@ -108,7 +108,7 @@ def test_a_gap_of_half_the_limit_is_an_alarm_and_above_the_limit_ends_the_run():
     assert watch({"logprob_gap_mean": 0.02}) == [[]]
     assert "half" in watch({"logprob_gap_mean": 0.03})[0][0]
     with pytest.raises(GuardError, match="their weights differ"):
-        watch({"logprob_gap_max": 1.5})
+        watch({"logprob_gap_max": 5.5})
     assert watch({"logprob_gap_max": None, "logprob_gap_mean": None}) == [[]]
 
 

@@ -136,6 +136,12 @@ def test_the_exact_kl_takes_the_place_of_the_sampled_one_in_the_reward():
     assert metrics == pytest.approx(both)
 
 
+def test_without_the_reference_the_kl_is_unknown_not_0():
+    batch = packing.pack([episode([(2, 3)], solved=True, first_id=200)])
+    scores = Scores(batch.behaviour_logprobs_A, None, torch.zeros(1))
+    assert targets_of(batch, scores, PPOConfig(beta=0.0))[1]["kl"] is None
+
+
 def test_advantages_are_invariant_to_packing():
     """The same episodes in another order give each turn the same target."""
     forward, backward = packing.pack(EPISODES), packing.pack(EPISODES[::-1])

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from rlef_mega import cli
 from rlef_mega.config import ConfigError, SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.base_model import make_initial_model
 from rlef_mega.parts import training_problems
@@ -59,7 +60,7 @@ def test_a_resumed_run_refuses_other_problems_under_the_same_path(model, data):
     with pytest.raises(ConfigError, match=r"have changed: data.train. Restore .*or start anew"):
         claim(model, data)
     data.write_text(before)
-    claim(model, data, "run.steps=1000", "profile.steps=[7]")
+    claim(model, data, "run.steps=1000", "profile.steps=[7]", "guard.max_logprob_gap=9.0")
 
 
 @pytest.mark.parametrize("changed", ["weights of model.path", "config and tokenizer of model.path"])
@@ -86,6 +87,21 @@ def test_a_learning_rate_changes_only_if_allowed_by_name_and_that_is_recorded(mo
     claim(model, data, other, 'run.allow_change=["learner.policy.lr"]')
     (line,) = (model.parent / "run/changes.jsonl").read_text().splitlines()
     assert json.loads(line)["changes"]["learner.policy.lr"][1] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("chosen", "folder"),
+    [((), "runs/demo-imitation"), (("run.dir=own",), "own"), (("run.dir = 'own'",), "own")],
+)
+def test_imitation_leaves_the_folder_of_the_recipes_run_alone(
+    model, data, monkeypatch, chosen, folder
+):
+    ran_in = []
+    monkeypatch.setattr(cli, "launch", lambda module, run, layout: ran_in.append(run) or 0)
+    words = [f'model.path="{model}"', f'data.train="{data}"', "data.valid=''", "data.test=''"]
+    cli.imitate("demo", [*words, "rollout.max_context=320", *chosen])
+    assert ran_in == [Path(folder)] and (ran_in[0] / "config.toml").is_file()
+    assert not Path("runs/demo").exists()
 
 
 def test_problems_whose_prompts_leave_no_room_are_left_out_and_counted(model, data, capsys):

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,17 @@ import pytest
 import zstandard
 
 from rlef_mega import cli
-from rlef_mega.config import SFTConfig, TrainConfig, find_recipe, load_config
+from rlef_mega.config import GuardConfig, SFTConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.base_model import make_initial_model
+from rlef_mega.dialogues.rollout import Rollout
+from rlef_mega.engines import EngineLostError
 from rlef_mega.megatron.checkpoints.files import fault_in, networks_in, steps_in
 from rlef_mega.preflight import check_train, claim_run_directory
 from rlef_mega.problems import load_problems
 from rlef_mega.problems.jsonl import to_row
+from rlef_mega.run.directory import RunDirectory
+from rlef_mega.run.guards import GuardError, Guards
+from rlef_mega.train import all_steps, save
 from tests.rlef_mega.distributed import Ranks, run_command
 from tests.rlef_mega.megatron.small_disk import small_disk
 from tests.sandbox.service_process import TOKEN, ServerProcess
@@ -239,7 +244,7 @@ def test_other_layouts_give_the_numbers_of_tensor_parallel_2(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["ppo.token_level_value=true", "rollout.feedback=private", "ppo.beta=0.0"], {"kl": 0.0}),
+        (["ppo.token_level_value=true", "rollout.feedback=private", "ppo.beta=0.0"], {"kl": None}),
         pytest.param(["rollout.turns=1"], {"turns_mean": 1.0}, marks=pytest.mark.slow),
         pytest.param(
             ["rollout.feedback=none", "ppo.critic_warmup_steps=1"], {}, marks=pytest.mark.slow
@@ -332,6 +337,86 @@ def test_a_run_directory_with_other_settings_is_refused(model, tmp_path, monkeyp
     said = refusal(command(run, model), monkeypatch, capsys)
     assert "rollout.episodes_per_batch = 256 there, 8 here" in said
     assert (run / "config.toml").read_text() == before
+
+
+def test_a_second_start_of_a_run_changes_nothing_in_its_folder(
+    model, tmp_path, monkeypatch, capsys
+):
+    config = load_config(find_recipe("demo"), settings(tmp_path / "run", model), TrainConfig)
+    run = RunDirectory(tmp_path / "run")
+    claim_run_directory(config, run.path, check_train(config))
+    run.lock()
+    run.stop_request.touch()
+    before = {path.name: path.read_bytes() for path in run.path.iterdir()}
+    said = refusal(command(run.path, model, "run.steps=9"), monkeypatch, capsys)
+    assert f"{run.path} is in use by process {os.getpid()}" in said
+    assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+class LoopDouble:
+    """Parts and rollouts of a run whose servers share its devices. `told` has what the loop asked
+    of them, in order; a publication finds no server."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, outcome: Rollout | EngineLostError | None = None
+    ) -> None:
+        sets = ["rollout.engine=sglang", "rollout.servers.release_memory=true"]
+        self.config = load_config(find_recipe("demo"), sets, TrainConfig)
+        self.learner = self.engine = self.checkpoints = self
+        self.guards = Guards(GuardConfig(), max_drop_fraction=0.5, max_staleness=1)
+        self.outcome, self.taken, self.saved_last = outcome, 4, 1
+        self.told: list[object] = []
+        monkeypatch.setattr("rlef_mega.train.any_rank", lambda flag: self.told.append("all ranks"))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: self.told.append(name)
+
+    def note_phase(self, text: str) -> None:
+        pass
+
+    def state(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def batch(self, step: int) -> Rollout:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        self.taken += 2
+        return self.outcome
+
+    def save(self, step: int, state: dict[str, int], score: float | None = None) -> None:
+        self.told.append((step, state))
+
+    def policy_weights(self) -> Iterator[tuple[str, object]]:
+        return iter(())
+
+    def update_weights(self, weights: object, version: int) -> None:
+        raise EngineLostError("no server")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(
+    "outcome", [EngineLostError("no server"), Rollout(("EngineError: it is broken", "late"))]
+)
+def test_a_step_without_its_dialogues_ends_the_run_after_a_checkpoint_of_the_step_before(
+    monkeypatch, outcome, saved
+):
+    """Servers make room for it first. The dialogues that were dropped are run again later."""
+    run = LoopDouble(monkeypatch, outcome)
+    run.saved_last = 2 if saved else 1
+    with pytest.raises((EngineLostError, GuardError)):
+        all_steps(run.config, run, run, [3])
+    saving = [] if saved else ["rest", "all ranks", (2, {"taken": 4})]
+    assert run.told == ["finish", *saving, "require_saved"]
+
+
+def test_a_publication_that_fails_after_a_checkpoint_ends_the_run_once_that_is_complete(
+    monkeypatch,
+):
+    run = LoopDouble(monkeypatch)
+    with pytest.raises(EngineLostError):
+        save(run.config, run, {"step": 3}, run.state(), ending=False)
+    begun = ["poll", "rest", "all ranks", (3, {"taken": 4})]
+    assert run.told == [*begun, "make_room", "end_update", "require_saved"]
 
 
 def start(run: Path, model: Path, **options: Any) -> subprocess.Popen[str]:

@@ -179,9 +179,9 @@ def test_a_folder_is_evaluated_on_servers(model, servers, tmp_path):  # noqa: F8
     assert sum(server.calls["generate"] for server in servers) == 12
     assert not (tmp_path / "weights").exists()
     path = tmp_path / "eval/init.dialogues.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
     for server in servers:
-        server.weight_version = "0"  # as after SIGKILL of this evaluation
+        server.weight_version = "0"  # as after SIGKILL before the last dialogue
     again = CliRunner().invoke(app, [*evaluate, "--out", str(tmp_path)])
     assert again.exit_code == 0, again.output
     assert sum(server.calls["generate"] for server in servers) == 14

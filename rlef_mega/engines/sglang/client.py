@@ -171,15 +171,19 @@ class Client:
             self.paused_s += time.monotonic() - self.paused_at_s
             self.paused_at_s = None
 
-    async def release_memory(self) -> None:
-        """Pause the server, and free the memory of weights and cache. No request may be running.
+    async def release_memory(self, within_s: float) -> None:
+        """Pause the server if it answers in time, and free the memory of weights and cache. No
+        request may be running.
 
         The pause prevents health checks, which would make the server generate without weights.
         Needs SGLang's memory saver, which needs a GPU.
         """
+        self.resting_version = (await self.info(within_s=within_s)).weight_version
         await self.pause()
-        self.resting_version = (await self.info()).weight_version
-        await self.call("/release_memory_occupation", {"tags": [CACHE, WEIGHTS]})
+        # A server that frees its cache twice dies; one that was restarted has its cache again.
+        freed = self.cache_released and self.resting_version != FREE
+        tags = [WEIGHTS] if freed else [CACHE, WEIGHTS]
+        await self.call("/release_memory_occupation", {"tags": tags})
 
     async def allocate_weights(self) -> None:
         """Allocate the weights' memory again, with undefined contents; `resume` allocates the

@@ -213,9 +213,10 @@ class SGLangEngine(LivesInLoop):
     async def release(self) -> None:
         """Free the servers' memory. Until `wake`, none is checked or restored."""
         await self.fleet.control.acquire()
-        unpublished = self.fleet.version is None  # none is ready yet, but all hold memory
-        members = [member for member in self.fleet.members if member.ready or unpublished]
-        self.resting = await on_each(members, lambda client: client.release_memory())
+        # those that are not ready, because they started without our weights, hold memory too
+        self.resting = await on_each(
+            self.fleet.members, lambda client: client.release_memory(self.limits.heartbeat_s)
+        )
 
     async def wake(self, resting: Sequence[Member]) -> None:
         """Allocate the weights again. A server that fails here fails in the publication too."""

@@ -18,6 +18,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -123,6 +124,8 @@ class ServerProcess:
         try:
             with DIRECT.open(self.url + path, timeout=HEALTH_S) as answer:
                 return bool(answer.status == 200)
+        except HTTPException:  # something answers, but not in HTTP
+            return path == "/health" and self.process is None
         except OSError:  # URLError, too
             return False
 

@@ -36,7 +36,7 @@ from rlef_mega.megatron.checkpoints.torch_dist import write_index
 from rlef_mega.megatron.checkpoints.writer import Share, take_snapshot, write_share
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.offload import HostBuffer
-from rlef_mega.run.directory import flush_to_disk
+from rlef_mega.run.directory import flush_to_disk, warn_if_disk_is_full
 from rlef_mega.run.ranks import any_rank, from_rank_0, gather
 
 # of each network that a rank trains: its updates and fingerprint, as of the saved step
@@ -107,7 +107,8 @@ class Checkpoints:
             self.finish()
         folder = files.step_folder(self.folder, step)
         if self.leads and folder.is_dir():
-            files.write_score(folder, score)
+            with warn_if_disk_is_full(f"the score of {folder.name} is not recorded"):
+                files.write_score(folder, score)
 
     def poll(self) -> None:
         """Advance the save in flight, without waiting; called at each step's end. Collective."""

@@ -9,9 +9,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.checkpoints.files import (
     best_checkpoint,
     describe_file,
@@ -68,6 +70,18 @@ def test_a_score_that_comes_late_counts_and_changes_nothing_that_was_sealed(tmp_
     write_score(second, 0.7)
     assert best_checkpoint(tmp_path) == second and fault_in(second) is None
     assert read_score(first) == 0.2 and read_score(second) == 0.7
+
+
+def test_a_late_score_that_a_full_disk_does_not_take_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint(tmp_path, 2)
+    (folder / "score.json.partial").symlink_to("/dev/full")
+    learner = SimpleNamespace(ranks=SimpleNamespace(is_writer=True))
+    Checkpoints(tmp_path, learner, keep=1).rate(2, 0.7)
+    said = capsys.readouterr().err
+    assert "No space left on device: the score of step_000002 is not recorded" in said
+    assert read_score(folder) is None and fault_in(folder) is None
 
 
 def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:

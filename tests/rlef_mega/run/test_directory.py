@@ -67,10 +67,12 @@ def test_a_run_directory_has_one_owner_and_a_killed_owner_leaves_it_free(tmp_pat
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
-    with pytest.raises(RuntimeError, match=f"in use by process {holder.pid}"):
-        RunDirectory(tmp_path).lock()
+    for enter in (RunDirectory.refuse_if_locked, RunDirectory.lock):
+        with pytest.raises(RuntimeError, match=f"in use by process {holder.pid}"):
+            enter(RunDirectory(tmp_path))
     holder.kill()
     holder.wait()
+    RunDirectory(tmp_path).refuse_if_locked()  # does not keep the lock
     RunDirectory(tmp_path).lock()
 
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from rlef_mega.run.progress import LINE_EVERY_S, StepProgress
+from rlef_mega.run.progress import LINE_EVERY_S, StepProgress, training_line
 
 STEPS = """
 import time
@@ -42,6 +42,13 @@ def test_fast_steps_are_lines_at_intervals_and_the_first_and_last_always(capsys)
         progress.step("solved 53%")
     shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert shown == ["1/100", "40/100", "100/100"]
+
+
+def test_a_run_without_a_reference_has_no_kl_in_its_line():
+    known = {"solved": 0.5, "solved_turn1": 0.25, "invalid_fraction": 0.0, "tokens": 100}
+    line = "solved 50%  turn 1 25%  invalid 0.0%  {}50 tok/s"
+    for kl, shown in ((0.125, "kl 0.125  "), (None, "")):
+        assert training_line({**known, "kl": kl}, {"step": 2.0}) == line.format(shown)
 
 
 def on_a_terminal(code: str) -> str:

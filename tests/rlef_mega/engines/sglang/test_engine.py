@@ -113,6 +113,7 @@ def test_dialogues_are_spread_evenly_and_stay_at_the_server_with_their_context(e
 def test_a_server_gets_no_more_requests_at_once_than_it_may(servers, model):
     with open_engine(servers, model, concurrency=3) as engine:
         published_elsewhere(engine, 3)
+        wait_until(lambda: engine.counts.get("returns") == 2)
         for server in servers:
             server.delay_s = 0.02
         assert len(talk(engine, 30)) == 30
@@ -508,6 +509,37 @@ def test_servers_make_room_before_the_networks_are_built(servers, model, tmp_pat
         engine.update_weights(weights_of(model).items(), 0)
         assert not any(server.released or server.paused for server in servers)
         assert all(len(turns) == 1 for turns in talk(engine, 4))
+
+
+def test_servers_that_are_not_ready_make_room_too_and_those_that_hang_are_not_waited_for(
+    servers, model, tmp_path
+):
+    """One that failed a publication still has its weights, but not its cache; then it is restarted
+    and has both."""
+    one, two = servers
+
+    async def refuse(body):
+        return {"success": False, "message": "disk full"}
+
+    with publishing(servers, model, tmp_path, release_memory=True, publish_s=60.0) as engine:
+        engine.update_weights(weights_of(model).items(), 1)
+        two.update_weights_from_disk = refuse
+        for version in (2, 3):
+            engine.rest()
+            assert one.released == two.released == {"weights", "kv_cache"}
+            engine.update_weights(weights_of(model).items(), version)
+            assert two.released == {"kv_cache"}
+        two.weight_version, two.paused, two.released = "default", False, set()  # as after a start
+        engine.rest()
+        assert one.released == two.released == {"weights", "kv_cache"}
+        del two.update_weights_from_disk
+        engine.update_weights(weights_of(model).items(), 4)
+        assert {a[0].token_ids[0] // 100 for a in talk(engine, 4)} == {1, 2}
+        two.mode, began = "hang", time.monotonic()
+        engine.rest()
+        assert time.monotonic() - began < 30 and one.released and not two.released
+        engine.update_weights(weights_of(model).items(), 5)
+        two.mode = "answer"
 
 
 def test_a_server_that_holds_other_weights_is_left_out_and_if_all_do_it_is_an_error(

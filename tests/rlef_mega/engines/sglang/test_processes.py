@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_a_port_that_is_taken_is_not_mistaken_for_the_server(tmp_path):
         pytest.raises(EngineError, match=r"answers at http://127.0.0.1:.* already"),
     ):
         servers(tmp_path, HEALTHY, port=port).__enter__()
+
+
+def test_a_port_on_which_something_other_than_http_answers_is_taken(tmp_path):
+    def answer() -> None:
+        connection, _ = other.accept()
+        with connection:
+            connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+            connection.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(EngineError, match=rf"answers at http://127.0.0.1:{port} already"):
+            servers(tmp_path, HEALTHY, port=port).__enter__()
 
 
 def test_servers_are_reached_although_a_proxy_is_configured(tmp_path, monkeypatch):
