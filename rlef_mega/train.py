@@ -79,7 +79,8 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
             with clock("rollout"):
                 rollout = rollouts.batch(step)
             guards.check_drops(rollout.reasons, len(rollout.outcomes))
-        except (EngineLostError, GuardError):  # the weights are those of the step before
+        except (EngineLostError, GuardError) as error:  # the weights are those of the step before
+            parts.progress.say(f"step {step}: {error}")  # the save may fail, too
             checkpoints.finish()
             if checkpoints.saved_last != step - 1:
                 rest(config, parts)

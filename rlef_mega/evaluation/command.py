@@ -345,24 +345,26 @@ def open_engine(
         with requires_extra("--sglang", "serve"):
             from rlef_mega.engines.sglang.engine import SGLangEngine
         facts = {"kind": "sglang", "servers": list(request.sglang), "weights": "verified"}
-        with SGLangEngine(
+        opened = SGLangEngine(
             request.sglang,
             folder,
             way="disk",
             weights_folder=file.path.with_name(f"{file.path.name}.weights"),
             take_over=file.claims(facts),
-        ) as engine:
-            if (room := engine.info.context_length) < (request.max_context or 0):
-                raise ConfigError(
-                    f"--max-context {request.max_context}, but the servers have room for {room} "
-                    "tokens; lower it, or start them with a larger context"
-                )
-            stored = SafetensorsFolder(folder)
-            one_by_one = ((name, stored.read(name)) for name in stored.tensors)
-            engine.update_weights(one_by_one, version=0)
-            try:
+        )
+        try:
+            with opened as engine:
+                if (room := engine.info.context_length) < (request.max_context or 0):
+                    raise ConfigError(
+                        f"--max-context {request.max_context}, but the servers have room for "
+                        f"{room} tokens; lower it, or start them with a larger context"
+                    )
+                stored = SafetensorsFolder(folder)
+                one_by_one = ((name, stored.read(name)) for name in stored.tensors)
+                engine.update_weights(one_by_one, version=0)
                 yield engine, facts
-            finally:
+        finally:
+            if opened.released:
                 file.append({"released": facts})
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

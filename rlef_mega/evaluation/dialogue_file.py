@@ -3,7 +3,7 @@ all numbers are computed from it.
 
 The format is JSON Lines. The first line holds the settings. Every dialogue that finishes or is
 dropped adds a line at once. Every start of the command adds a `session` line, and a `released` line
-before it gives its SGLang servers back. A kill can truncate the last line, which is removed when
+after it gave its SGLang servers back. A kill can truncate the last line, which is removed when
 the file is next opened. The key of a dialogue is protocol, problem and number. Of two lines with
 the same key the later counts, because the next session retries a dialogue that a fault dropped.
 """

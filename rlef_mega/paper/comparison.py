@@ -124,7 +124,7 @@ def reproduce(
 
 def refuse_another(path: Path, config: TrainConfig) -> None:
     """Raise ConfigError if OUT contains runs with other settings."""
-    asked = config.model_dump(mode="json", exclude={"run": {"dir", "seed"}})
+    asked = config.model_dump(mode="json", exclude={"run": {"dir", "seed"}, "guard": True})
     if not path.exists():
         write_atomically(path, json.dumps(asked, indent=1) + "\n")
         return

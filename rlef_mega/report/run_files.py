@@ -19,7 +19,7 @@ from typing import Any
 import zstandard
 
 Json = dict[str, Any]
-NOT_DIALOGUES = {"rlef_eval", "session", "dropped"}  # keys of other lines (dialogue_file.py)
+NOT_DIALOGUES = {"rlef_eval", "session", "released", "dropped"}  # of other lines (dialogue_file.py)
 STEPS_SHOWN = 20  # at most, of the training steps with recorded episodes
 
 

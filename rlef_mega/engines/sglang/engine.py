@@ -93,6 +93,7 @@ class SGLangEngine(LivesInLoop):
         self.release_memory, self.take_over = release_memory, take_over
         self.infos = list(infos)
         self.owns_servers = False  # whether the servers have weights from this engine
+        self.released = False  # whether all servers were given back
         self.resting: list[Member] | None = None  # servers that have released their memory
         self.weight_version = NO_WEIGHTS
         self.publication: DiskPublication | BucketPublication | None = None
@@ -153,9 +154,10 @@ class SGLangEngine(LivesInLoop):
     async def shut(self) -> None:
         await self.fleet.close()
         if self.owns_servers:
-            await on_each(
+            freed = await on_each(
                 self.fleet.members, lambda client: client.set_version(FREE, within_s=PROBE_S)
             )
+            self.released = len(freed) == len(self.fleet.members)
         await self.http.close()
 
     # ---------------------------------------------------------------- protocol

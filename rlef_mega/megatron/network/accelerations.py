@@ -101,9 +101,9 @@ def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "weight gradients": fused if uses(WEIGHT_GRADIENTS, device) else "PyTorch",
         "head": "Triton kernels" if uses("triton", device) else "PyTorch",
         **{
-            n: f"not used: {why}; {INSTALL[n]}"
+            n: f"not used: {why}" + f"; {INSTALL[n]}" * cuda
             for n, why in unused.items()
-            if why and (cuda or why != NOT_INSTALLED)
+            if why and (cuda or (n != "triton" and why != NOT_INSTALLED))
         },
     }
 

@@ -342,7 +342,7 @@ def test_stages_share_the_limit_and_a_short_one_leaves_its_share_to_the_rest():
 def test_the_dialogues_of_an_evaluation_are_shown_by_protocol(tmp_path):
     turn = make_turn("prompt", "Hi", "Hello", valid=True, last=True)
     held = {"problem_id": "p", "family": "f", "tags": [], "solved": False, "turns": [turn]}
-    lines = [{"rlef_eval": 1}, {"session": {}}]
+    lines = [{"rlef_eval": 1}, {"session": {}}, {"released": {}}]
     lines += [{"protocol": name, "number": 0, **held} for name in ("multi_turn", "independent")]
     lines += [{"protocol": "multi_turn", "problem_id": "q", "number": 0, "dropped": "why"}]
     (tmp_path / "eval").mkdir()
