@@ -362,7 +362,7 @@ class LoopDouble:
     ) -> None:
         sets = ["rollout.engine=sglang", "rollout.servers.release_memory=true"]
         self.config = load_config(find_recipe("demo"), sets, TrainConfig)
-        self.learner = self.engine = self.checkpoints = self
+        self.learner = self.engine = self.checkpoints = self.progress = self
         self.guards = Guards(GuardConfig(), max_drop_fraction=0.5, max_staleness=1)
         self.outcome, self.taken, self.saved_last = outcome, 4, 1
         self.told: list[object] = []
@@ -406,7 +406,7 @@ def test_a_step_without_its_dialogues_ends_the_run_after_a_checkpoint_of_the_ste
     with pytest.raises((EngineLostError, GuardError)):
         all_steps(run.config, run, run, [3])
     saving = [] if saved else ["rest", "all ranks", (2, {"taken": 4})]
-    assert run.told == ["finish", *saving, "require_saved"]
+    assert run.told == ["say", "finish", *saving, "require_saved"]  # the reason comes first
 
 
 def test_a_publication_that_fails_after_a_checkpoint_ends_the_run_once_that_is_complete(
