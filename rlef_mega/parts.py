@@ -203,8 +203,8 @@ def make_checkpoints(config: TrainConfig, run: RunDirectory, learner: Learner) -
 def resume(
     run: RunDirectory, checkpoints: Checkpoints, *, writer: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Load the newest good checkpoint, if any, and delete what was recorded after it. Returns its
-    step and position, or 0 and {}."""
+    """Load the newest checkpoint that is not damaged, and cut the run's files back to its step.
+    Returns this step and the state of the rollouts; 0 and {} if there is none."""
     step, state = checkpoints.resume() or (0, {})
     if writer:
         run.resume(step)

@@ -198,16 +198,11 @@ def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) 
     def outputs(model: TrainedModel | FrozenModel, read: ReadFunction) -> Callable[[], object]:
         return lambda: learner.outputs(model.chunks, learner.cutting.cut(batch, everything), read)
 
-    found: Phases = {
-        "old log-probs": outputs(policy, learner.read_logprobs),
-        **(
-            {
-                "values": outputs(critic, learner.read_values),
-                "critic update": lambda: learner.update_critic(batch, targets, everything),
-            }
-            if critic
-            else {}
-        ),
+    found: Phases = {"old log-probs": outputs(policy, learner.read_logprobs)}
+    if critic is not None:
+        found["values"] = outputs(critic, learner.read_values)
+        found["critic update"] = lambda: learner.update_critic(batch, targets, everything)
+    found |= {
         "policy update": lambda: learner.update_policy(batch, targets, everything),
         "policy optimizer step alone": policy.step,
         "weights gathered for publication": lambda: [None for _ in learner.policy_weights()],

@@ -41,7 +41,8 @@ class DialogueOutcomes:
 
     @classmethod
     def not_begun(cls, problem_id: str) -> Self:
-        """Return the outcome of a dialogue whose prompt exceeds the context."""
+        """Return the outcome of a dialogue whose prompt exceeds the context. That is no fault: the
+        model cannot solve what it cannot read."""
         return cls(problem_id, (PROMPT_TOO_LONG,), (None,))
 
 

@@ -114,15 +114,10 @@ class Evaluator:
             seed = derive_seed(derive_seed(self.config.run.seed, "test"), name)
             rollout = self.loop.under(rules).run_on_all_ranks(problems, seed)
             found = zip(problems, rollout.outcomes, strict=True)
-            outcomes = [
-                DialogueOutcomes.of(outcome)
-                if isinstance(outcome, Episode)
-                else DialogueOutcomes.not_begun(problem.id)
-                for problem, outcome in found
-                if isinstance(outcome, Episode) or outcome == TOO_LONG
-            ]
+            outcomes = [DialogueOutcomes.of(episode) for episode in rollout.episodes]
+            outcomes += [DialogueOutcomes.not_begun(p.id) for p, o in found if o == TOO_LONG]
             drops = rollout.reasons
-            del drops[TOO_LONG]  # no fault: the model cannot solve what it cannot read
+            del drops[TOO_LONG]
             finished = FinishedDialogues(rules.turns, outcomes, drops)
             protocols[name] = summarize(self.test, finished, samples=self.loop.rules.turns)
             return rollout.episodes

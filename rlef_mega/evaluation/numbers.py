@@ -68,9 +68,9 @@ def summarize(
     single: FinishedDialogues | None = None,
     chrf: bool = False,
 ) -> dict[str, Any]:
-    """Return all numbers of a protocol. Its solve rate is 1@`samples`. `single` are single-turn
-    dialogues, for the first point of the curves over turns. A problem whose dialogues were all
-    dropped is left out; its outcome is None.
+    """Return all numbers of a protocol; its solve rate is 1@`samples`. The curves over turns take
+    their first point from `single`, the single-turn dialogues, if given. A problem whose dialogues
+    were all dropped counts in no rate, and is None in `outcomes`.
 
     Raises RuntimeError if all dialogues were dropped.
     """
@@ -210,7 +210,7 @@ def numbers_of(
 
 
 def outcome(record: Record) -> DialogueOutcomes | str:
-    if record.get("dropped") == TOO_LONG:  # no fault: the model cannot solve what it cannot read
+    if record.get("dropped") == TOO_LONG:
         return DialogueOutcomes.not_begun(record["problem_id"])
     if "dropped" in record:
         return str(record["dropped"])

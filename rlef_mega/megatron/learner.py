@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from rlef_kernels import linear_ppo_loss
-from rlef_kernels.ppo_policy_loss import METRICS
+from rlef_kernels.ppo_policy_loss import METRICS as POLICY_METRICS
 from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
@@ -126,7 +126,7 @@ class Learner:
 
     @property
     def trained(self) -> dict[str, TrainedModel]:
-        """Return this rank's trained networks, which are saved in checkpoints, by name."""
+        """Return this rank's trained networks by name; checkpoints hold these."""
         models = {POLICY: self.policy, CRITIC: self.critic}
         return {name: model for name, model in models.items() if model is not None}
 
@@ -332,7 +332,7 @@ class Learner:
             )
 
         microbatches = self.cutting.cut(batch, sequences)
-        return train_step(self.policy, microbatches, loss, METRICS, "policy")
+        return train_step(self.policy, microbatches, loss, POLICY_METRICS, "policy")
 
     def update_critic(
         self, batch: Batch, targets: Targets, sequences: Sequence[int]

@@ -363,8 +363,9 @@ def train_step(
     names: Sequence[str],
     prefix: str,
 ) -> dict[str, float]:
-    """Run forward, backward and one optimizer step. Raises FloatingPointError on every rank before
-    the step if the loss is not finite."""
+    """Run forward, backward and one optimizer step. Returns the metrics called `names`, gradient
+    norm and learning rate. If the loss is not finite, FloatingPointError is raised on every rank
+    before the step."""
     metrics = model.forward_backward(microbatches, loss, names)
     if not math.isfinite(metrics[names[0]]):
         raise FloatingPointError(f"{names[0]} is {metrics[names[0]]} at update {model.updates}")

@@ -75,8 +75,8 @@ def settings(split: Split, device: Device) -> dict[str, Any]:
 
 
 def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[ParallelConfig]:
-    """Yield every layout of at most `most_gpus` GPUs that the trainer accepts for the run's model,
-    with a tensor-parallel group within a node."""
+    """Yield every layout of at most `most_gpus` GPUs that the trainer accepts for the run's model
+    and batch, if each tensor-parallel group fits in one node."""
     update, problems = run.batch // run.updates, run.batch // run.config.rollout.samples_per_problem
     data_sizes = [size for size in range(1, update + 1) if update % size == 0]
     for tensor, pipeline, chunks, data in product(TENSOR, PIPELINE, CHUNKS, data_sizes):

@@ -193,7 +193,7 @@ def phase_seconds(metrics: Sequence[Json]) -> dict[str, list[float]]:
 
 
 def tokens_per_s(record: Json) -> float | None:
-    """Return the tokens of a step's batch per second, without the time of evaluation."""
+    """Return a step's speed: the tokens of its batch per second, evaluation not counted."""
     tokens = number(record, "tokens")
     seconds = (number(record, "time", "step") or 0) - (number(record, "time", "evaluate") or 0)
     return tokens / seconds if tokens is not None and seconds > 0 else None

@@ -134,7 +134,8 @@ def find_episode_files(run: Path) -> dict[str, Path]:
 
 
 def iterate_episodes(path: Path, notes: list[str]) -> Iterator[Json]:
-    """Yield episodes one at a time, because a file of a long run need not fit in memory."""
+    """Yield a file's episodes one at a time, because it may not fit in memory. Damage is described
+    in `notes`."""
     with path.open("rb") as file:
         plain: Any = file
         if path.suffix == ".zst":
@@ -179,7 +180,7 @@ def number(record: Any, *keys: str) -> float | None:
 
 
 def table(record: Any, *keys: str) -> Json:
-    """Return the object at a path of keys, else an empty one."""
+    """Return the JSON object at a path of keys; an empty one if there is none."""
     value = lookup(record, *keys)
     return value if isinstance(value, dict) else {}
 

@@ -44,7 +44,7 @@ class StepProgress(Progress):
         self.update(self.bar, phase=name)
 
     def step(self, message: str) -> None:
-        """Count one finished step and show its message."""
+        """Count one finished step, and show `message` with the time left."""
         self.done += 1
         now = time.monotonic()
         eta = self.eta(now)

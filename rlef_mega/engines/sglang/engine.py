@@ -53,8 +53,8 @@ class SGLangSession:
         self.engine, self.affinity = engine, Affinity()
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
-        """Continue the prompt. Raises ValueError for a request that no server can serve,
-        EngineError if none answered."""
+        """Sample a response to the prompt `token_ids`. Raises ValueError for a request that no
+        server can serve, EngineError if none answered."""
         engine, request = self.engine, GenerationRequest(tuple(token_ids), sampling, seed)
         limited = replace(sampling, max_new_tokens=engine.token_limit(request))
         asked = engine.fleet.generate(self.affinity, replace(request, sampling=limited))

@@ -121,8 +121,9 @@ def pieces(
 def boxes(
     piece: ShardedTensor, key: str, flat_F: torch.Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """Yield the boxes of a piece that `flat_F` covers, as views of `flat_F`, whose first value is
-    flat value `start` of the piece (negative if it begins before the piece)."""
+    """Cut the part of a piece that `flat_F` holds into boxes, and yield each as a view of `flat_F`.
+
+    `flat_F` begins at value `start` of the flat piece; a negative `start` is before the piece."""
     end = min(start + flat_F.numel(), prod(piece.local_shape))
     if max(0, start) >= end:
         return

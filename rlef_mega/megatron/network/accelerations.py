@@ -42,7 +42,7 @@ def uses(package: str, device: torch.device) -> bool:
 def attention_kernel(
     device_type: str, dtype: torch.dtype
 ) -> Literal["flash-attn", "torch-varlen", "sdpa"]:
-    """Name the kernel that our own packed attention calls."""
+    """Return which kernel computes attention over packed sequences."""
     if device_type != "cuda" or dtype == torch.float32:  # the varlen kernels are for half precision
         return "sdpa"
     if fault("flash_attn") is None:
