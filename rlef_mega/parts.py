@@ -35,7 +35,7 @@ from rlef_mega.run.inputs import read_left_out
 from rlef_mega.run.launch import StopRequest
 from rlef_mega.run.manifest import describe, versions
 from rlef_mega.run.progress import StepProgress, training_line
-from rlef_mega.run.ranks import from_rank_0, gather, rank_0_first
+from rlef_mega.run.ranks import any_rank, from_rank_0, gather, rank_0_first
 from rlef_mega.run.trackers import Trackers
 from rlef_mega.types import Problem, Sampling
 
@@ -161,10 +161,15 @@ def open_engine(
     ) as engine:
         if ranks.is_writer:
             from_rank_0(engine.infos)
-        if servers.release_memory:
-            engine.rest()
-            torch.distributed.barrier()  # world: rank 0 has released the memory of all servers
+        rest(config, engine)
         yield engine
+
+
+def rest(config: TrainConfig, engine: TrainingEngine) -> None:
+    """Let servers on the trainer's devices free their memory; returns on all ranks afterwards."""
+    engine.rest()
+    if config.rollout.servers.release_memory:
+        any_rank(False)  # rank 0 asks all servers
 
 
 def make_learner(config: TrainConfig, model: Path, ranks: parallel.Ranks) -> Learner:

@@ -26,7 +26,7 @@ from rlef_mega.engines import EngineLostError
 from rlef_mega.engines.publish import publish
 from rlef_mega.megatron import parallel
 from rlef_mega.packing import pack, shuffled
-from rlef_mega.parts import Parts, open_parts
+from rlef_mega.parts import Parts, open_parts, rest
 from rlef_mega.run.directory import Clock
 from rlef_mega.run.guards import GuardError
 from rlef_mega.run.launch import collect_garbage, return_freed_memory, sandbox_token, worker_main
@@ -83,11 +83,11 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
             parts.progress.say(f"step {step}: {error}")  # the save may fail, too
             checkpoints.finish()
             if checkpoints.saved_last != step - 1:
-                rest(config, parts)
+                rest(config, parts.engine)
                 checkpoints.save(step - 1, before)
             checkpoints.require_saved()
             raise
-        rest(config, parts)
+        rest(config, parts.engine)
         batch = pack(rollout.episodes)
         with clock("score"):
             scores = learner.score(batch)
@@ -153,13 +153,6 @@ def publish_weights(config: TrainConfig, parts: Parts, step: int) -> None:
     publish(parts.learner.policy_weights, parts.engine, version=step)
 
 
-def rest(config: TrainConfig, parts: Parts) -> None:
-    """Let servers on the trainer's devices free their memory; returns on all ranks afterwards."""
-    parts.engine.rest()
-    if config.rollout.servers.release_memory:
-        any_rank(False)
-
-
 def save(
     config: TrainConfig,
     parts: Parts,
@@ -178,7 +171,7 @@ def save(
     checkpoints.poll()
     score, scored_step = record.get("valid_solved"), record.get("valid_step", step)
     if state is not None:
-        rest(config, parts)
+        rest(config, parts.engine)
         checkpoints.save(step, state, score=score if scored_step == step else None)
         if config.rollout.servers.release_memory and not ending:
             try:

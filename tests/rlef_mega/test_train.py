@@ -366,7 +366,7 @@ class LoopDouble:
         self.guards = Guards(GuardConfig(), max_drop_fraction=0.5, max_staleness=1)
         self.outcome, self.taken, self.saved_last = outcome, 4, 1
         self.told: list[object] = []
-        monkeypatch.setattr("rlef_mega.train.any_rank", lambda flag: self.told.append("all ranks"))
+        monkeypatch.setattr("rlef_mega.parts.any_rank", lambda flag: self.told.append("all ranks"))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: self.told.append(name)
