@@ -5,8 +5,8 @@ cache. The prefill runs in groups of similar length, each padded to its own long
 decode loop calls `model.forward` on one column per step and drops finished rows from the batch
 when enough have finished.
 
-transformers' `generate` is not used: its mask construction, cache growth and logits processors take
-longer than a small model's arithmetic.
+transformers' `generate` is not used: it keeps finished rows in the batch, and its logits processors
+take longer than a small model's arithmetic.
 
 Shape suffixes: B rows of the batch, G rows of a prefill group, P longest prompt, L columns of the
 cache, V vocabulary, K maximum number of new tokens of a row.
@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from rlef_mega.engines import EngineError, GenerationRequest
-from rlef_mega.engines.kv_cache import PreallocatedCache
 from rlef_mega.engines.sampling import request_uniforms, sample
 from rlef_mega.types import Completion
 
@@ -57,17 +58,12 @@ def generate_batch(
 
     Raises EngineError if the model's logits are not finite.
     """
-    lengths_B = [len(request.token_ids) for request in requests]
     positions = model.config.max_position_embeddings
     rows = [
-        BatchRow(request, limit=min(request.sampling.max_new_tokens, positions - length))
-        for request, length in zip(requests, lengths_B, strict=True)
+        BatchRow(r, min(r.sampling.max_new_tokens, positions - len(r.token_ids))) for r in requests
     ]
-    capacity = max(lengths_B) + max(row.limit for row in rows)
-    cache = PreallocatedCache(model.config.num_hidden_layers, len(rows), max(lengths_B), capacity)
-    logits_BV = prefill(model, requests, cache)
-    cache.begin_decoding()
-    decode(model, rows, lengths_B, capacity, cache, logits_BV)
+    cache, logits_BV = prefill(model, requests)
+    decode(model, rows, cache, logits_BV)
     return [
         Completion(
             token_ids=tuple(row.token_ids),
@@ -80,31 +76,42 @@ def generate_batch(
 
 
 def prefill(
-    model: PreTrainedModel, requests: Sequence[GenerationRequest], cache: PreallocatedCache
-) -> torch.Tensor:
-    """Fill the cache with the prompts, which the engine sorts by length, in groups that are padded
-    to their longest one. Returns the logits after each prompt, [B, V]."""
+    model: PreTrainedModel, requests: Sequence[GenerationRequest]
+) -> tuple[DynamicCache, torch.Tensor]:
+    """Read the prompts, which the engine sorts by length, in groups, each padded to its longest
+    prompt. Returns a cache of all prompts and the logits after each of them, [B, V]."""
     budget = CPU_PREFILL_TOKENS if model.device.type == "cpu" else GPU_PREFILL_TOKENS
     lengths_B = [len(request.token_ids) for request in requests]
-    logits = []
+    caches, logits = [], []
     start = 0
     while start < len(requests):
         end = start + 1
         while end < len(lengths_B) and (end + 1 - start) * lengths_B[end] <= budget:
             end += 1
-        cache.begin_prefill(slice(start, end))
         token_ids_GP, position_ids_GP, mask_GP = pad_left(requests[start:end])
+        caches.append(DynamicCache(config=model.config))
         output = model(
             input_ids=token_ids_GP.to(model.device),
             position_ids=position_ids_GP.to(model.device),
-            attention_mask=prefill_mask(mask_GP.to(model.device), model.dtype),
-            past_key_values=cache,
+            attention_mask=mask_GP.to(model.device),
+            past_key_values=caches[-1],
             use_cache=True,
             logits_to_keep=1,
         )
         logits.append(output.logits[:, -1])
         start = end
-    return torch.cat(logits)
+    return concatenated(caches), torch.cat(logits)
+
+
+def concatenated(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """Return the first cache, extended by the rows of the others and padded to the longest."""
+    for whole, *others in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):  # [G, heads, P, head size]
+            parts = [getattr(layer, name) for layer in (whole, *others)]
+            columns = max(part.shape[2] for part in parts)
+            padded = [pad(part, (0, 0, columns - part.shape[2], 0)) for part in parts]
+            setattr(whole, name, torch.cat(padded))
+    return caches[0]
 
 
 def pad_left(
@@ -120,33 +127,8 @@ def pad_left(
     return token_ids_GP, position_ids_GP.clamp(min=0), position_ids_GP >= 0
 
 
-def prefill_mask(is_token_GP: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the additive mask, [G, 1, P, P], or None if plain causal attention suffices.
-
-    Padding attends to itself: the softmax of a row of -inf is NaN.
-    """
-    if bool(is_token_GP.all()):
-        return None
-    columns = is_token_GP.shape[1]
-    visible_PP = torch.ones(columns, columns, dtype=torch.bool, device=is_token_GP.device).tril()
-    itself_PP = torch.eye(columns, dtype=torch.bool, device=is_token_GP.device)
-    return additive(visible_PP & is_token_GP[:, None, None, :] | itself_PP, dtype)
-
-
-def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return 0 where visible, -inf elsewhere. Attention would convert a bool mask in each layer."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, -torch.inf
-    )
-
-
 def decode(
-    model: PreTrainedModel,
-    rows: Sequence[BatchRow],
-    lengths_B: Sequence[int],
-    capacity: int,
-    cache: PreallocatedCache,
-    logits_BV: torch.Tensor,
+    model: PreTrainedModel, rows: Sequence[BatchRow], cache: DynamicCache, logits_BV: torch.Tensor
 ) -> None:
     """Sample, append to the rows, and feed the tokens back, until all rows are finished."""
     device = model.device
@@ -155,10 +137,12 @@ def decode(
     top_p_B = torch.tensor([sampling.top_p for sampling in samplings], device=device)
     uniforms = [torch.from_numpy(request_uniforms(r.request.seed, r.limit)) for r in rows]
     uniforms_BK = pad_sequence(uniforms, batch_first=True).to(device)  # 0 beyond a row's own limit
-    position_ids_B = torch.tensor(lengths_B, device=device)
-    mask_BL = decode_mask(lengths_B, capacity, model.dtype, device)
+    lengths = [len(row.request.token_ids) for row in rows]
+    position_ids_B = torch.tensor(lengths, device=device)
+    columns_L = torch.arange(max(lengths) + uniforms_BK.shape[1], device=device)
+    mask_BL = columns_L >= max(lengths) - position_ids_B[:, None]  # False in the padding
     live = list(rows)
-    for step in range(max(row.limit for row in rows)):
+    for step in range(uniforms_BK.shape[1]):
         tokens_B, logprobs_B = sample(logits_BV, uniforms_BK[:, step], temperature_B, top_p_B)
         append(live, tokens_B.tolist(), logprobs_B.tolist())
         unfinished = [index for index, row in enumerate(live) if row.unfinished]
@@ -167,15 +151,14 @@ def decode(
         if len(unfinished) <= COMPACT_BELOW * len(live):
             kept = torch.tensor(unfinished, device=device)
             live = [live[index] for index in unfinished]
-            cache.keep_rows(kept)
-            uniforms_BK, temperature_B = uniforms_BK[kept], temperature_B[kept]
-            top_p_B, tokens_B, position_ids_B = top_p_B[kept], tokens_B[kept], position_ids_B[kept]
-            mask_BL = None if mask_BL is None else mask_BL[kept]
-        columns = cache.get_seq_length() + 1
+            cache.batch_select_indices(kept)
+            temperature_B, top_p_B = temperature_B[kept], top_p_B[kept]
+            uniforms_BK, mask_BL = uniforms_BK[kept], mask_BL[kept]
+            tokens_B, position_ids_B = tokens_B[kept], position_ids_B[kept]
         output = model(
             input_ids=tokens_B[:, None],
             position_ids=position_ids_B[:, None],
-            attention_mask=None if mask_BL is None else mask_BL[:, None, None, :columns],
+            attention_mask=mask_BL[:, : cache.get_seq_length() + 1],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -199,13 +182,3 @@ def append(live: Sequence[BatchRow], tokens: Sequence[int], logprobs: Sequence[f
             )
         row.token_ids.append(token)
         row.logprobs.append(logprob)
-
-
-def decode_mask(
-    lengths_B: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | None:
-    """Return the additive mask for all columns that the cache will have; None without padding."""
-    if min(lengths_B) == max(lengths_B):
-        return None
-    padding_B = max(lengths_B) - torch.tensor(lengths_B, device=device)
-    return additive(torch.arange(capacity, device=device) >= padding_B[:, None], dtype)
