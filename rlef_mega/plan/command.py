@@ -107,19 +107,23 @@ def show_recipe(
     console.print(memory_table(run.memory(), run, device))
     refuse_without_room(run, device)
     sampling, servers = 0, run.config.rollout.servers
+    if sampling_gpus is not None and (run.colocated or not run.has_servers):
+        raise ConfigError(
+            f"--sampling-gpus {sampling_gpus}: this recipe samples on the ranks' GPUs; leave it out"
+        )
     if sampling_gpus and sampling_gpus % run.server_gpus:
         raise ConfigError(
             f"--sampling-gpus {sampling_gpus}: a server takes {run.server_gpus} "
             "(rollout.servers.tensor_parallel_size); give a multiple of that"
         )
     if run.colocated:
-        if run.server_gpus > run.training_gpus:
-            raise ConfigError(
-                f"rollout.servers.tensor_parallel_size = {run.server_gpus}: servers on the ranks' "
-                f"{run.training_gpus} GPUs cannot take more; lower it"
-            )
         count = len(servers.urls) or servers.count * -(-run.training_gpus // device.per_node)
-        sampling = min(run.training_gpus, count * run.server_gpus)
+        sampling = count * run.server_gpus
+        if sampling > run.training_gpus:
+            raise ConfigError(
+                f"rollout.servers: {count} servers x tensor_parallel_size {run.server_gpus} = "
+                f"{sampling} GPUs, and they share the ranks' {run.training_gpus}; lower one of them"
+            )
     elif run.has_servers:
         own = servers.count * run.server_gpus if servers.first_gpu else 0  # not the ranks' GPUs
         sampling = sampling_gpus or own or balanced_split(run, device).sampling

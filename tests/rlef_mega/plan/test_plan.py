@@ -520,7 +520,11 @@ def test_colocated_sampling_gpus_are_those_of_the_recipes_servers(settings, samp
         (["llama31_70b", "--sampling-gpus", "4"], r"a server takes 8 .*give a multiple"),
         (
             ["llama31_8b_node", "--set", "rollout.servers.tensor_parallel_size=16"],
-            r"tensor_parallel_size = 16: servers on the ranks' 8 GPUs cannot take more",
+            r"tensor_parallel_size 16 = 32 GPUs, and they share the ranks' 8",
+        ),
+        (
+            ["llama31_8b_node", "--set", "rollout.servers.count=3"],
+            r"3 servers x tensor_parallel_size 4 = 12 GPUs, and they share the ranks' 8",
         ),
     ],
 )
@@ -532,13 +536,15 @@ def test_sampling_gpus_that_servers_do_not_fit_are_refused(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--write", "mine.toml"], "mine.toml: give --gpus"),
-        (["--gpus", "8", "--sampling-gpus", "4"], "--gpus chooses them"),
+        (["llama31_8b", "--write", "mine.toml"], "mine.toml: give --gpus"),
+        (["llama31_8b", "--gpus", "8", "--sampling-gpus", "4"], "--gpus chooses them"),
+        (["llama31_8b_node", "--sampling-gpus", "4"], "samples on the ranks' GPUs"),
+        (["gpu1", "--sampling-gpus", "4"], "samples on the ranks' GPUs"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
-        CliRunner().invoke(app, ["plan", "llama31_8b", *words], catch_exceptions=False)
+        CliRunner().invoke(app, ["plan", *words], catch_exceptions=False)
 
 
 def test_the_command_writes_what_it_prints(tmp_path):
