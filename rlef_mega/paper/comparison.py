@@ -85,7 +85,10 @@ def reproduce(
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: the runs are {known}")
     config = load_config(find_recipe(recipe), overrides, TrainConfig)
     for name in runs:  # refused now rather than after the other runs
-        load_config(find_recipe(recipe), [*overrides, *RUNS.get(name, ())], TrainConfig)
+        try:
+            load_config(find_recipe(recipe), [*overrides, *RUNS.get(name, ())], TrainConfig)
+        except ConfigError as error:
+            raise ConfigError(f"the run {name}: {error}") from None
     if not config.data.test:
         raise ConfigError("rlef reproduce compares solve rates on data.test; set it")
     if IMITATION in runs:

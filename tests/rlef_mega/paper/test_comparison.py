@@ -92,7 +92,7 @@ def test_finished_runs_are_not_repeated(finished, commands):
     [
         ("data.test=''", "data.test; set it"),
         ("rollout.engine=sglang", "rlef imitate samples with the embedded engine"),
-        ("ppo.lam=0.9", "ppo.lam = 0.9 needs one value per turn"),
+        ("ppo.lam=0.9", r"the run token_value: (?s:.*)ppo.lam = 0.9 needs one value per turn"),
     ],
 )
 def test_a_run_that_would_fail_is_refused_before_the_first_one_starts(
