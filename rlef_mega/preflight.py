@@ -28,7 +28,7 @@ from rlef_mega.dialogues.rollout import first_context
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.convert.checkpoint_folder import find_checkpoint
-from rlef_mega.megatron.hf_names import name_map, shapes_of, tensors_of
+from rlef_mega.megatron.hf_names import name_map, shapes_of
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.megatron.network.stages import check_layout
 from rlef_mega.problems import load_problems
@@ -143,7 +143,7 @@ def check_weights(checkpoint: Path, model: Path) -> None:
             f"model.weights = {checkpoint}: give a checkpoint's own folder, as `rlef import-hf` "
             f"writes it or as RUN/checkpoints/step_000100"
         )
-    found.network("policy", tensors_of("policy", read_config(model)))
+    found.network("policy", name_map(read_config(model)))
 
 
 def plan_train(config: TrainConfig, shape: LlamaShape) -> dict[str, Any]:

@@ -97,36 +97,24 @@ def shapes_of(tensors: Sequence[HFTensor]) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in tensors}
 
 
-def tensors_of(role: Role, config: DenseConfig) -> list[HFTensor]:
-    return name_map(config) if role == "policy" else critic_map(config)
-
-
-def name_map(config: DenseConfig) -> list[HFTensor]:
-    """List every tensor of a language model. A tied head has no entry: it is the embedding."""
-    vocabulary = (config.vocab_size, config.hidden_size)
-    tensors = trunk_map(config)
-    if not config.tie_word_embeddings:
-        tensors.append(HFTensor(HEAD, vocabulary, 0, -1, "output_layer.weight"))
-    return tensors
-
-
-def critic_map(config: DenseConfig) -> list[HFTensor]:
-    """List every tensor of a critic: a token-classification model whose one label is the value."""
-    hidden, fp32 = config.hidden_size, torch.float32
-    return [
-        *trunk_map(config),
-        HFTensor(f"{VALUE_HEAD}.weight", (1, hidden), None, -1, "output_layer.weight", dtype=fp32),
-        HFTensor(f"{VALUE_HEAD}.bias", (1,), None, -1, "output_layer.bias", dtype=fp32),
-    ]
-
-
-def trunk_map(config: DenseConfig) -> list[HFTensor]:
+def name_map(config: DenseConfig, role: Role = "policy") -> list[HFTensor]:
+    """List every tensor of a language model, without a head that is tied to the embedding, or of a
+    critic: a token-classification model whose one label is the value."""
     vocabulary, hidden = (config.vocab_size, config.hidden_size), config.hidden_size
     tensors = [HFTensor(EMBEDDING, vocabulary, 0, None, "embedding.word_embeddings.weight")]
     for layer in range(config.num_hidden_layers):
         tensors += layer_map(config, layer)
     norm = HFTensor("model.norm.weight", (hidden,), None, -1, "decoder.final_layernorm.weight")
-    return [*tensors, norm]
+    tensors.append(norm)
+    if role == "critic":
+        head = functools.partial(HFTensor, split_dim=None, layer=-1, dtype=torch.float32)
+        tensors += [
+            head(f"{VALUE_HEAD}.weight", (1, hidden), parameter="output_layer.weight"),
+            head(f"{VALUE_HEAD}.bias", (1,), parameter="output_layer.bias"),
+        ]
+    elif not config.tie_word_embeddings:
+        tensors.append(HFTensor(HEAD, vocabulary, 0, -1, "output_layer.weight"))
+    return tensors
 
 
 def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:

@@ -14,7 +14,7 @@ from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint, find_checkp
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
 from rlef_mega.megatron.convert.resumable_folder import PlannedFile, ResumableFolder, file_stats
 from rlef_mega.megatron.convert.verify import compare_weights
-from rlef_mega.megatron.hf_names import Role, tensors_of
+from rlef_mega.megatron.hf_names import Role, name_map
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.run.model_folder import INDEX
 
@@ -57,7 +57,7 @@ def plan_export(
             f"{checkpoint.folder} does not name its model; give --model, the Hugging Face folder "
             f"with its config and tokenizer"
         )
-    tensors = tensors_of(role, read_config(model))
+    tensors = name_map(read_config(model), role)
     weights = checkpoint.network(role, tensors)
     dtype = dtype or weights.dtype(tensors[0])
     empty = {t.name: torch.empty(t.shape, dtype=t.dtype or dtype, device="meta") for t in tensors}

@@ -6,7 +6,7 @@ import torch
 
 from rlef_mega.config import ConfigError
 from rlef_mega.megatron.convert.checkpoint_folder import Checkpoint
-from rlef_mega.megatron.hf_names import Role, shapes_of, tensors_of
+from rlef_mega.megatron.hf_names import Role, name_map, shapes_of
 from rlef_mega.megatron.network.families import read_config
 from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.run.progress import ByteProgress
@@ -18,7 +18,7 @@ def compare_weights(checkpoint: Checkpoint, folder: Path, role: Role, *, exporte
     The source's numbers are first converted to the dtype that was written: the folder's if it was
     `exported`, else the checkpoint's. Raises ConfigError at the first tensor that differs.
     """
-    tensors = tensors_of(role, read_config(folder))
+    tensors = name_map(read_config(folder), role)
     ours, theirs = checkpoint.network(role, tensors), SafetensorsFolder(folder)
     theirs.check(shapes_of(tensors))
     sizes = [torch.Size(t.shape).numel() * ours.dtype(t).itemsize for t in tensors]

@@ -108,7 +108,7 @@ def hf_gradients(
 
 def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
     """Compare scores on all ranks, gradients on the rank that holds them, and gathered weights."""
-    from rlef_mega.megatron.hf_names import critic_map, name_map
+    from rlef_mega.megatron.hf_names import name_map
     from rlef_mega.megatron.learner import Learner
     from rlef_mega.megatron.network.packed_llama import ValueHead
 
@@ -152,7 +152,7 @@ def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
     learner.critic.forward_backward(microbatches, critic_loss, ("loss",))
     policy, critic = hf_gradients(truth, head, batch)
     compare_gradients(learner.policy.chunks, ranks, name_map(truth.config), policy)
-    compare_gradients(learner.critic.chunks, ranks, critic_map(truth.config), critic)
+    compare_gradients(learner.critic.chunks, ranks, name_map(truth.config, "critic"), critic)
 
 
 def compare_gradients(chunks, ranks, tensors, truth: dict[str, torch.Tensor]) -> None:

@@ -28,15 +28,15 @@ from transformers import (
 from rlef_mega.config import ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.megatron import cpu_shim
-from rlef_mega.megatron.hf_names import HFTensor, critic_map, name_map, position_of
+from rlef_mega.megatron.hf_names import HFTensor, name_map, position_of
 from rlef_mega.megatron.hf_weights import holds_copy_of_embedding
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
 from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks, enter, make_groups, shutdown
 
 NETWORKS = {
-    POLICY: (PolicyModel, name_map, AutoModelForCausalLM),
-    CRITIC: (CriticModel, critic_map, AutoModelForTokenClassification),
+    POLICY: (PolicyModel, AutoModelForCausalLM),
+    CRITIC: (CriticModel, AutoModelForTokenClassification),
 }
 
 
@@ -105,7 +105,7 @@ def standing_at(rank: int, parallel: ParallelConfig) -> Iterator[Ranks]:
 
 @functools.cache
 def tensors_of(network: str, case: str) -> list[HFTensor]:
-    return NETWORKS[network][1](config_of(case))
+    return name_map(config_of(case), network)
 
 
 def build(network: str, case: str, ranks: Ranks) -> list[PackedLlama]:
@@ -178,7 +178,7 @@ def test_the_ranks_add_up_to_hugging_faces_model(case: str, network: str) -> Non
         with standing_at(rank, parallel) as ranks:
             everyone.append(held_by(network, case, ranks))
     with torch.device("meta"):
-        truth = NETWORKS[network][2].from_config(config_of(case))
+        truth = NETWORKS[network][1].from_config(config_of(case))
     expected = {name: tuple(parameter.shape) for name, parameter in truth.named_parameters()}
 
     parts: dict[str, list[tuple[int, ...]]] = defaultdict(list)
