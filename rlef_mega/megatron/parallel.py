@@ -5,7 +5,7 @@ WORLD_SIZE and LOCAL_RANK; a process without them is a world of one. A layout's 
 tensor first, then data, then pipeline (Megatron's "tp-cp-ep-dp-pp"), so that a tensor-parallel
 group is inside a node. Policy and critic share all ranks (colocated), or the critic has the ranks
 that follow the policy's (split). Process groups are passed to Megatron as arguments. From its
-globals it still reads a few numbers, which `enter` sets. All ranks call `initialize` and
+globals it still reads a few numbers, which `set_globals` sets. All ranks call `initialize` and
 `shutdown`; if a rank dies, the others' collectives fail and the launcher ends them.
 """
 
@@ -46,7 +46,7 @@ class Ranks:
     seed: int
     groups: ProcessGroupCollection
     group: dist.ProcessGroup | None  # all ranks of this layout; None: the world
-    receivers: dist.ProcessGroup | None = None  # split: rank 0 and the critic's ranks
+    receivers: dist.ProcessGroup | None  # split: rank 0 and the critic's ranks
 
     @property
     def tensor_parallel_rank(self) -> int:
@@ -99,20 +99,21 @@ def initialize(
         )
     device = join_world(world_size, parallel, *([critic] if critic else []))
     cpu_shim.install()
-    if critic is None:
-        groups = make_groups(parallel, first_rank=0)
-        return enter(parallel, groups, (POLICY, CRITIC), device, seed, group=None)
-    first = parallel.world_size
-    is_critic = dist.get_rank() >= first
-    layout, networks = (critic, (CRITIC,)) if is_critic else (parallel, (POLICY,))
-    start = first if is_critic else 0
-    group = new_group(list(range(start, start + layout.world_size)))
-    groups = make_groups(layout, first_rank=start)
-    # all ranks make it: rank 0 has made other groups than the critic's ranks (see `make_groups`)
-    receivers = dist.new_group([0, *range(first, world_size)], timeout=COLLECTIVE_TIMEOUT)
-    if dist.get_rank() not in (0, *range(first, world_size)):
-        receivers = None
-    return enter(layout, groups, networks, device, seed, group=group, receivers=receivers)
+    rank, critics = dist.get_rank(), range(parallel.world_size, world_size)
+    layout, first, group, receivers = parallel, 0, None, None
+    networks: tuple[str, ...] = (POLICY, CRITIC)
+    if critic:
+        networks = (POLICY,)
+        if rank in critics:
+            layout, first, networks = critic, critics.start, (CRITIC,)
+        group = new_group(list(range(first, first + layout.world_size)))
+    groups = make_groups(layout, first_rank=first)
+    if critic:
+        # made by all ranks, and last: rank 0 has made other groups than the critic's ranks
+        made = dist.new_group([0, *critics], timeout=COLLECTIVE_TIMEOUT)
+        receivers = made if rank in (0, *critics) else None
+    set_globals(layout, groups, seed)
+    return Ranks(rank, world_size, networks, layout, device, seed, groups, group, receivers)
 
 
 def sizes_in_words(parallel: ParallelConfig) -> str:
@@ -182,17 +183,8 @@ def new_group(ranks: list[int]) -> dist.ProcessGroup:
     return dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True)
 
 
-def enter(
-    parallel: ParallelConfig,
-    groups: ProcessGroupCollection,
-    networks: tuple[str, ...],
-    device: torch.device,
-    seed: int,
-    *,
-    group: dist.ProcessGroup | None,
-    receivers: dist.ProcessGroup | None = None,
-) -> Ranks:
-    """Set what Megatron reads from its globals, seed the generators, and return this rank."""
+def set_globals(parallel: ParallelConfig, groups: ProcessGroupCollection, seed: int) -> None:
+    """Set what Megatron reads from its globals, and seed the generators."""
     virtual = parallel.virtual_pipeline_model_parallel_size
     parallel_state.set_data_parallel_rank(groups.dp.rank())
     parallel_state.set_pipeline_model_parallel_rank(groups.pp.rank())
@@ -201,17 +193,6 @@ def enter(
     parallel_state._set_global_memory_buffer()  # scratch for sequence parallelism's gathers
     model_parallel_cuda_manual_seed(seed, tp_rank=groups.tp.rank(), ep_rank=0, etp_rank=0)
     torch.manual_seed(seed)
-    return Ranks(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        networks=networks,
-        layout=parallel,
-        device=device,
-        seed=seed,
-        groups=groups,
-        group=group,
-        receivers=receivers,
-    )
 
 
 def join_world(world_size: int, *layouts: ParallelConfig) -> torch.device:

@@ -32,7 +32,7 @@ from rlef_mega.megatron.hf_names import HFTensor, name_map, position_of
 from rlef_mega.megatron.hf_weights import holds_copy_of_embedding
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
-from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks, enter, make_groups, shutdown
+from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks, initialize, shutdown
 
 NETWORKS = {
     POLICY: (PolicyModel, AutoModelForCausalLM),
@@ -92,11 +92,14 @@ def config_of(case: str) -> DenseConfig:
 
 @contextmanager
 def standing_at(rank: int, parallel: ParallelConfig) -> Iterator[Ranks]:
-    world = {"rank": rank, "world_size": parallel.world_size}
-    dist.init_process_group("fake", store=FakeStore(), **world)
-    cpu_shim.install()
-    groups = make_groups(parallel, first_rank=0)
-    ranks = enter(parallel, groups, (POLICY, CRITIC), torch.device("cpu"), 0, group=None)
+    def join(world_size: int, *layouts: ParallelConfig) -> torch.device:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        return torch.device("cpu")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlef_mega.megatron.parallel.join_world", join)
+        patch.setenv("WORLD_SIZE", str(parallel.world_size))
+        ranks = initialize(parallel, seed=0)
     try:
         yield ranks
     finally:
