@@ -19,7 +19,7 @@ import torch
 
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.families import DenseConfig, family_of
-from rlef_mega.megatron.network.stages import StagePosition, Stages
+from rlef_mega.megatron.network.stages import Stages
 from rlef_mega.run.model_folder import EMBEDDING, HEAD
 
 if TYPE_CHECKING:  # converting files needs the names, not Megatron
@@ -158,8 +158,8 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
     return tensors
 
 
-def position_of(tensor: HFTensor, stages: Stages) -> StagePosition:
+def stage_of(tensor: HFTensor, stages: Stages) -> int:
     """Return the pipeline stage that holds this tensor."""
     if tensor.layer is None:
-        return stages.first
-    return stages.last if tensor.layer < 0 else stages.position_of_layer(tensor.layer)
+        return 0
+    return stages.last if tensor.layer < 0 else stages.of_layer(tensor.layer)

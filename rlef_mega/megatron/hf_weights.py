@@ -10,10 +10,10 @@ import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 
 from rlef_mega.megatron.convert.config_and_tokenizer import copy_companions
-from rlef_mega.megatron.hf_names import HFTensor, name_map, position_of, shapes_of
+from rlef_mega.megatron.hf_names import HFTensor, name_map, shapes_of, stage_of
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import PackedLlama
-from rlef_mega.megatron.network.stages import BUCKET_BYTES, StagePosition, Stages
+from rlef_mega.megatron.network.stages import BUCKET_BYTES, Stages
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.run.directory import folder_written_whole
 from rlef_mega.run.model_folder import EMBEDDING, HEAD, SafetensorsFolder, open_safetensors
@@ -31,12 +31,12 @@ def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
     found, tensors = SafetensorsFolder(folder), name_map(config)
     found.check(shapes_of(tensors))
     for tensor in tensors:
-        position = position_of(tensor, stages)
+        rank, chunk = stages.place(stage_of(tensor, stages))
         targets = []
-        if position.rank == ranks.pipeline_parallel_rank and (
+        if rank == ranks.pipeline_parallel_rank and (
             chunks[0].has_language_head or tensor.name != HEAD
         ):
-            targets.append(tensor.view(chunks[position.chunk]))
+            targets.append(tensor.view(chunks[chunk]))
         if tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):
             targets.append(chunks[-1].output_layer.weight)
         if targets:
@@ -80,7 +80,7 @@ def iter_hf_weights(
     """
     config, stages, dtype = chunks[0].hf_config, chunks[0].stages, chunks[0].config.params_dtype
     for bucket in buckets(config, stages, ranks.groups.tp.size(), dtype):
-        yield from gather_bucket(bucket, position_of(bucket[0], stages), chunks, ranks)
+        yield from gather_bucket(bucket, chunks, ranks)
 
 
 def buckets(
@@ -92,7 +92,7 @@ def buckets(
     for tensor in name_map(config):
         shard_bytes = tensor.local_shape(tensor_parallel_size).numel() * dtype.itemsize
         full = bucket_bytes + shard_bytes > BUCKET_BYTES
-        if bucket and (full or position_of(tensor, stages) != position_of(bucket[0], stages)):
+        if bucket and (full or stage_of(tensor, stages) != stage_of(bucket[0], stages)):
             yield bucket
             bucket, bucket_bytes = [], 0
         bucket.append(tensor)
@@ -101,7 +101,7 @@ def buckets(
 
 
 def gather_bucket(
-    tensors: list[HFTensor], position: StagePosition, chunks: Sequence[PackedLlama], ranks: Ranks
+    tensors: list[HFTensor], chunks: Sequence[PackedLlama], ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather tensors of one stage over its tensor-parallel ranks, then broadcast them to the other
     stages. Each bucket has new buffers (`iter_hf_weights` states the contract).
@@ -110,10 +110,12 @@ def gather_bucket(
     size = tensor_group.size()
     shapes = [tensor.local_shape(size) for tensor in tensors]
     sizes = [shape.numel() for shape in shapes]
+    stages = chunks[0].stages
+    owner, chunk = stages.place(stage_of(tensors[0], stages))
     gathered = None
-    if position.rank == ranks.pipeline_parallel_rank:
-        chunk = chunks[position.chunk]
-        gathered = torch.cat([tensor.view(chunk).detach().reshape(-1) for tensor in tensors])
+    if owner == ranks.pipeline_parallel_rank:
+        views = [tensor.view(chunks[chunk]) for tensor in tensors]
+        gathered = torch.cat([view.detach().reshape(-1) for view in views])
     if size > 1 or gathered is None:
         shards, dtype = gathered, chunks[0].config.params_dtype
         gathered = torch.empty(size * sum(sizes), dtype=dtype, device=ranks.device)
@@ -123,8 +125,7 @@ def gather_bucket(
             del shards
     if ranks.pipeline_parallel_size > 1:
         # pipeline group: the owning stage hands its tensors to the others
-        owner = dist.get_global_rank(pipeline_group, position.rank)
-        dist.broadcast(gathered, src=owner, group=pipeline_group)
+        dist.broadcast(gathered, group_src=owner, group=pipeline_group)
     parts = [part.split(sizes) for part in gathered.view(size, -1)]
     for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         pieces = [part[index].view(shape) for part in parts]

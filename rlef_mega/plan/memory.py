@@ -29,7 +29,7 @@ from typing import Literal
 
 from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.network.stages import BUCKET_BYTES, StagePosition, Stages, split_layers
+from rlef_mega.megatron.network.stages import BUCKET_BYTES, Stages, split_layers
 
 # The most that a chunk of logits takes in the fused head, whatever the batch (rlef_kernels)
 HEAD_CHUNK_BYTES = 2**30
@@ -76,11 +76,7 @@ class Network:
     @cached_property
     def layers(self) -> list[int]:
         """Return the number of layers on each pipeline rank, in all its chunks."""
-        chunks = range(self.stages.chunks)
-        return [
-            sum(len(self.stages.layers_at(StagePosition(rank, chunk))) for chunk in chunks)
-            for rank in range(self.pipeline)
-        ]
+        return [sum(self.stages.layers[rank :: self.pipeline]) for rank in range(self.pipeline)]
 
     def is_last(self, rank: int) -> bool:
         return rank == self.pipeline - 1

@@ -43,7 +43,7 @@ from rlef_mega.megatron.network.accelerations import WEIGHT_GRADIENTS, uses
 from rlef_mega.megatron.network.attention import PackedAttention
 from rlef_mega.megatron.network.families import DenseConfig, family_of
 from rlef_mega.megatron.network.feed_forward import GatedMLP
-from rlef_mega.megatron.network.stages import StagePosition, Stages, split_layers
+from rlef_mega.megatron.network.stages import Stages, split_layers
 from rlef_mega.megatron.parallel import Ranks
 
 
@@ -180,16 +180,16 @@ class PackedLlama(GPTModel):
     ) -> None:
         parallel = ranks.layout
         stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
-        position = StagePosition(ranks.pipeline_parallel_rank, chunk)
+        stage = chunk * stages.pipeline_size + ranks.pipeline_parallel_rank
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
-        specs = [layer_spec(hf_config)] * len(stages.layers_at(position))
+        specs = [layer_spec(hf_config)] * stages.layers[stage]
         super().__init__(
             config,
             TransformerBlockSubmodules(specs, layer_norm=RMSNorm),
             vocab_size=hf_config.vocab_size,
             max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=position == stages.first,
-            post_process=position == stages.last,
+            pre_process=stage == 0,
+            post_process=stage == stages.last,
             share_embeddings_and_output_weights=(
                 self.has_language_head and hf_config.tie_word_embeddings
             ),

@@ -6,22 +6,16 @@ stage holds the embedding, the last one the final norm and the head. Model, name
 and planner all use this file.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from rlef_mega.config import ConfigError, ParallelConfig
 from rlef_mega.flops import LlamaShape
 
 # how much of a rank's weights one gather takes at most (hf_weights.buckets)
 BUCKET_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class StagePosition:
-    """A stage's pipeline rank, and which of that rank's chunks it is."""
-
-    rank: int
-    chunk: int
 
 
 @dataclass(frozen=True)
@@ -37,28 +31,16 @@ class Stages:
         return len(self.layers) // self.pipeline_size
 
     @property
-    def first(self) -> StagePosition:
-        return self.position(0)
+    def last(self) -> int:
+        return len(self.layers) - 1
 
-    @property
-    def last(self) -> StagePosition:
-        return self.position(len(self.layers) - 1)
+    def place(self, stage: int) -> tuple[int, int]:
+        """Return a stage's pipeline rank, and which of that rank's chunks it is."""
+        return stage % self.pipeline_size, stage // self.pipeline_size
 
-    def position(self, stage: int) -> StagePosition:
-        return StagePosition(stage % self.pipeline_size, stage // self.pipeline_size)
-
-    def layers_at(self, position: StagePosition) -> range:
-        """Return the layers of the network that this chunk holds."""
-        stage = position.chunk * self.pipeline_size + position.rank
-        before = sum(self.layers[:stage])
-        return range(before, before + self.layers[stage])
-
-    def position_of_layer(self, layer: int) -> StagePosition:
-        for stage, count in enumerate(self.layers):
-            if layer < count:
-                return self.position(stage)
-            layer -= count
-        raise IndexError(f"the network has {sum(self.layers)} layers")
+    def of_layer(self, layer: int) -> int:
+        """Return the stage that holds this layer of the network."""
+        return bisect_right(list(accumulate(self.layers)), layer)
 
     def megatron_layout(self) -> list[list[str]]:
         """Return the layout as `TransformerConfig.pipeline_model_parallel_layout` has it."""

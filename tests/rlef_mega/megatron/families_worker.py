@@ -158,7 +158,7 @@ def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
 def compare_gradients(chunks, ranks, tensors, truth: dict[str, torch.Tensor]) -> None:
     """Compare this rank's part of each gradient. The name map views parameters, so parameters are
     replaced by their gradients."""
-    from rlef_mega.megatron.hf_names import EMBEDDING, position_of
+    from rlef_mega.megatron.hf_names import EMBEDDING, stage_of
     from rlef_mega.megatron.hf_weights import holds_copy_of_embedding
 
     assert {tensor.name for tensor in tensors} == truth.keys()
@@ -170,9 +170,10 @@ def compare_gradients(chunks, ranks, tensors, truth: dict[str, torch.Tensor]) ->
         if tensor.split_dim is not None:
             shards = expected.chunk(ranks.groups.tp.size(), tensor.split_dim)
             expected = shards[ranks.tensor_parallel_rank]
-        position = position_of(tensor, chunks[0].stages)
-        if position.rank == ranks.pipeline_parallel_rank:
-            gradient = tensor.view(chunks[position.chunk])
+        stages = chunks[0].stages
+        rank, chunk = stages.place(stage_of(tensor, stages))
+        if rank == ranks.pipeline_parallel_rank:
+            gradient = tensor.view(chunks[chunk])
             close(gradient.reshape(expected.shape), expected, tensor.name)
         if tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):
             close(chunks[-1].output_layer.weight, expected, f"the last stage's {tensor.name}")

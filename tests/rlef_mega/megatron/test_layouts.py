@@ -212,8 +212,5 @@ def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) 
 def test_layers_are_assigned_by_work(layers, head_cost, parallel, expected) -> None:
     stages = split_layers(layers, parallel, head_cost=head_cost)
     assert stages.layers == expected
-    # both directions of the map agree
-    for layer in range(layers):
-        assert layer in stages.layers_at(stages.position_of_layer(layer))
-    assert stages.position_of_layer(0) == stages.first
-    assert stages.position_of_layer(layers - 1) == stages.last
+    holders = [stages.of_layer(layer) for layer in range(layers)]
+    assert holders == [stage for stage, count in enumerate(expected) for _ in range(count)]

@@ -28,7 +28,7 @@ from transformers import (
 from rlef_mega.config import ParallelConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.flops import LLAMA_31_8B, LLAMA_31_70B, LlamaShape
 from rlef_mega.megatron import cpu_shim
-from rlef_mega.megatron.hf_names import HFTensor, name_map, position_of
+from rlef_mega.megatron.hf_names import HFTensor, name_map, stage_of
 from rlef_mega.megatron.hf_weights import holds_copy_of_embedding
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import CriticModel, PackedLlama, PolicyModel
@@ -143,8 +143,8 @@ def held_by(network: str, case: str, ranks: Ranks) -> Held:
     for number, chunk in enumerate(chunks):
         covered: dict[int, int] = defaultdict(int)
         for tensor in tensors_of(network, case):
-            position = position_of(tensor, chunk.stages)
-            if (position.rank, position.chunk) == (ranks.pipeline_parallel_rank, number):
+            place = chunk.stages.place(stage_of(tensor, chunk.stages))
+            if place == (ranks.pipeline_parallel_rank, number):
                 assert tensor.name not in held.shapes
                 held.shapes[tensor.name] = local_shape(tensor, chunk)
                 covered[storage(tensor.view(chunk))] += tensor.view(chunk).numel()
