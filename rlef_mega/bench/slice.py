@@ -42,11 +42,18 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.flops import LlamaShape, forward_flops, recomputed_flops, training_flops
-from rlef_mega.megatron.learner import Learner, ReadFunction
+from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.network.accelerations import report
 from rlef_mega.megatron.network.families import read_config
+from rlef_mega.megatron.network.packed_llama import CriticModel
 from rlef_mega.megatron.parallel import Ranks
-from rlef_mega.megatron.trained_model import FrozenModel, Residence, TrainedModel
+from rlef_mega.megatron.trained_model import (
+    FrozenModel,
+    ReadFunction,
+    Residence,
+    TrainedModel,
+    forward,
+)
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
 from rlef_mega.plan.planned_run import RECOMPUTE
@@ -196,11 +203,13 @@ def phases(learner: Learner, batch: Batch, targets: Targets, *, offloads: bool) 
     assert policy, "a slice is measured on ranks that hold all networks"
 
     def outputs(model: TrainedModel | FrozenModel, read: ReadFunction) -> Callable[[], object]:
-        return lambda: learner.outputs(model.chunks, learner.cutting.cut(batch, everything), read)
+        return lambda: forward(
+            model.chunks, learner.ranks, learner.cutting.cut(batch, everything), read
+        )
 
     found: Phases = {"old log-probs": outputs(policy, learner.read_logprobs)}
     if critic is not None:
-        found["values"] = outputs(critic, learner.read_values)
+        found["values"] = outputs(critic, CriticModel.values)
         found["critic update"] = lambda: learner.update_critic(batch, targets, everything)
     found |= {
         "policy update": lambda: learner.update_policy(batch, targets, everything),

@@ -13,7 +13,7 @@ Shape suffixes as in types.py: A action tokens, N turns, M values.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from rlef_mega.megatron.parallel import CRITIC, POLICY, Ranks
 from rlef_mega.megatron.trained_model import (
     FrozenModel,
     Metrics,
-    Network,
+    ReadFunction,
     Residence,
     TrainedModel,
     forward,
@@ -53,7 +53,6 @@ from rlef_mega.run.ranks import gather
 from rlef_mega.types import Batch, Scores, Targets
 
 CRITIC_METRICS = ("value_loss", "value_clip_fraction")
-ReadFunction = Callable[..., torch.Tensor]
 
 
 class Learner:
@@ -78,6 +77,7 @@ class Learner:
         weights: Path | None = None,
     ) -> None:
         self.ranks, self.ppo, self.temperature = ranks, ppo, temperature
+        self.read_logprobs = functools.partial(PolicyModel.logprobs, temperature=temperature)
         self.config, self.dtype = read_config(model_folder), getattr(torch, dtype)
         self.folder, self.weights, self.recompute = model_folder, weights, recompute
         flops = LlamaShape.of(self.config).flops
@@ -201,11 +201,12 @@ class Learner:
         of_values = [microbatch.values_V for microbatch in microbatches]
         fill = functools.partial(self.fill, microbatches=microbatches)
         if exact:
-            fill(of_actions_KA, of_actions, ("policy", "reference"), read=self.read_scores)
+            read = functools.partial(PolicyAndReference.scores, temperature=self.temperature)
+            fill(of_actions_KA, of_actions, ("policy", "reference"), read=read)
         else:
             for result_A, name in zip(of_actions_KA, ("policy", "reference"), strict=True):
                 fill(result_A, of_actions, (name,), read=self.read_logprobs)
-        fill(values_M, of_values, ("critic",), read=self.read_values)
+        fill(values_M, of_values, ("critic",), read=CriticModel.values)
         if self.ranks.world_size > 1:
             # world: each entry has one rank that computed it; the others add zeros, which is exact
             dist.all_reduce(scores)
@@ -230,33 +231,10 @@ class Learner:
             return
         with self.phase(f"score_{'_and_'.join(names)}", **dict.fromkeys(names, Residence.WEIGHTS)):
             chunks = chosen[0] if len(names) == 1 else list(map(PolicyAndReference, *chosen))
-            outputs = self.outputs(chunks, microbatches, read)
+            outputs = forward(chunks, self.ranks, microbatches, read)
             if self.ranks.reports_outputs:
                 for index, values in zip(indices, outputs, strict=True):
                     results[..., index] = values
-
-    def outputs(
-        self, chunks: Sequence[Network], microbatches: Sequence[Microbatch], read: ReadFunction
-    ) -> list[torch.Tensor]:
-        """Return what `read` returns for each micro-batch, on the last stage; [] on the others."""
-        return forward(chunks, self.ranks, microbatches, functools.partial(read, chunks[-1]))
-
-    def read_logprobs(
-        self, model: PolicyModel, hidden: torch.Tensor, microbatch: Microbatch
-    ) -> torch.Tensor:
-        rows, ids = microbatch.action_rows_R, microbatch.action_ids_R
-        return model.logprobs(hidden, rows, ids, temperature=self.temperature)[0]
-
-    def read_scores(
-        self, models: PolicyAndReference, hidden: torch.Tensor, microbatch: Microbatch
-    ) -> torch.Tensor:
-        rows, ids = microbatch.action_rows_R, microbatch.action_ids_R
-        return models.scores(hidden, rows, ids, temperature=self.temperature)
-
-    def read_values(
-        self, model: CriticModel, hidden: torch.Tensor, microbatch: Microbatch
-    ) -> torch.Tensor:
-        return model.values(hidden, microbatch.value_rows_V)
 
     # ------------------------------------------------------------------ updates
 
@@ -348,7 +326,7 @@ class Learner:
         def loss(hidden: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Metrics]:
             index = microbatch.values_V
             return ppo.value_loss(
-                self.read_values(model, hidden, microbatch),
+                model.values(hidden, microbatch),
                 old_M[index],
                 returns_M[index],
                 clip_alpha=self.ppo.clip_alpha,

@@ -13,6 +13,7 @@ pass, and the new weights are gathered during the next forward pass.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
@@ -44,8 +45,8 @@ from rlef_mega.megatron.offload import HostMemory
 from rlef_mega.megatron.parallel import Ranks
 
 Metrics = dict[str, torch.Tensor]
-OutputFunction = Callable[[torch.Tensor, Microbatch], torch.Tensor]
 Network = PackedLlama | PolicyAndReference  # one chunk of a network
+ReadFunction = Callable[..., torch.Tensor]  # of the last chunk, its hidden states, the micro-batch
 LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, Metrics]]
 
 
@@ -128,11 +129,12 @@ def forward(
     chunks: Sequence[Network],
     ranks: Ranks,
     microbatches: Sequence[Microbatch],
-    output: OutputFunction,
+    read: ReadFunction,
 ) -> list[torch.Tensor]:
-    """Return the outputs of each micro-batch on the last stage; [] on the others."""
+    """Return what `read` returns for each micro-batch, on the last stage; [] on the others."""
     for chunk in chunks:
         chunk.eval()
+    output = functools.partial(read, chunks[-1])
     return run_schedule(chunks, chunks[0].config, ranks, microbatches, output, forward_only=True)
 
 

@@ -39,6 +39,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from rlef_kernels import linear_logprob, linear_score
 from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
+from rlef_mega.megatron.microbatch import Microbatch
 from rlef_mega.megatron.network.accelerations import WEIGHT_GRADIENTS, uses
 from rlef_mega.megatron.network.attention import PackedAttention
 from rlef_mega.megatron.network.families import DenseConfig, family_of
@@ -258,23 +259,18 @@ class PolicyModel(PackedLlama):
         return self.output_layer.weight
 
     def logprobs(
-        self,
-        hidden: torch.Tensor,
-        rows_R: torch.Tensor,
-        targets_R: torch.Tensor,
-        *,
-        temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-prob of the target and the entropy, both fp32, at these rows of the last
-        stage's output."""
-        return linear_logprob(
-            self.rows(hidden, rows_R),
+        self, hidden: torch.Tensor, microbatch: Microbatch, *, temperature: float
+    ) -> torch.Tensor:
+        """Return the actions' log-probs, in fp32, from the last stage's output."""
+        logprobs_R, _ = linear_logprob(
+            self.rows(hidden, microbatch.action_rows_R),
             self.output_weight,
-            targets_R,
+            microbatch.action_ids_R,
             temperature=temperature,
             group=self.pg_collection.tp,
             accumulate_main_grad=self.has_main_grad,
         )
+        return logprobs_R
 
     @property
     def has_main_grad(self) -> bool:
@@ -306,22 +302,18 @@ class PolicyAndReference(torch.nn.Module):
         return torch.cat(outputs, dim=-1)
 
     def scores(
-        self,
-        hidden: torch.Tensor,
-        rows_R: torch.Tensor,
-        targets_R: torch.Tensor,
-        *,
-        temperature: float,
+        self, hidden: torch.Tensor, microbatch: Microbatch, *, temperature: float
     ) -> torch.Tensor:
-        """Return the target's log-prob under policy and reference, and KL(policy || reference), as
-        [3, R] in fp32, at these rows of the last stage's output."""
+        """Return the actions' log-probs under policy and reference, and KL(policy || reference), as
+        [3, R] in fp32, from the last stage's output."""
         hidden, ref_hidden = hidden.chunk(2, dim=-1)
+        rows_R = microbatch.action_rows_R
         found = linear_score(
             self.policy.rows(hidden, rows_R),
             self.policy.output_weight,
             self.reference.rows(ref_hidden, rows_R),
             self.reference.output_weight,
-            targets_R,
+            microbatch.action_ids_R,
             temperature=temperature,
             group=self.policy.pg_collection.tp,
         )
@@ -358,6 +350,6 @@ class CriticModel(PackedLlama):
         if self.post_process:
             self.output_layer = ValueHead(hf_config.hidden_size, ranks)
 
-    def values(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        """Return the critic's values, in fp32, for these rows of the last stage's output."""
-        return self.output_layer(self.rows(hidden, rows_R).float()).squeeze(-1)
+    def values(self, hidden: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        """Return the critic's values, in fp32, from the last stage's output."""
+        return self.output_layer(self.rows(hidden, microbatch.value_rows_V).float()).squeeze(-1)

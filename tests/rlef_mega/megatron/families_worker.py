@@ -135,13 +135,12 @@ def check(folder: Path, ranks, truth: PreTrainedModel) -> None:
     policy_model, critic_model = learner.policy.last_chunk, learner.critic.last_chunk
 
     def policy_loss(hidden: torch.Tensor, microbatch: "Microbatch") -> Loss:
-        rows, ids = microbatch.action_rows_R, microbatch.action_ids_R
-        logprobs_R, _ = policy_model.logprobs(hidden, rows, ids, temperature=TEMPERATURE)
+        logprobs_R = policy_model.logprobs(hidden, microbatch, temperature=TEMPERATURE)
         loss = -logprobs_R.sum() / SCALE
         return loss, {"loss": loss.detach()}
 
     def critic_loss(hidden: torch.Tensor, microbatch: "Microbatch") -> Loss:
-        values_V = critic_model.values(hidden, microbatch.value_rows_V)
+        values_V = critic_model.values(hidden, microbatch)
         wanted_V = batch.valid_code_N[microbatch.values_V].float()
         loss = (values_V - wanted_V).square().sum() / SCALE
         return loss, {"loss": loss.detach()}
