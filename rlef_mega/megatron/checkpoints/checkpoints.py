@@ -138,7 +138,10 @@ class Checkpoints:
         if saving.completing:
             self.conclude(saving)
             return
-        report = outcome_of(saving.work, self.folder)
+        try:
+            report: Share | str = saving.work.result()
+        except OSError as error:
+            report = explain_disk_error(error, self.folder)
         reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
         dist.gather_object((report, saving.rank_state), reports)  # world, to rank 0
         saving.completing = True
@@ -146,7 +149,7 @@ class Checkpoints:
 
     def conclude(self, saving: Saving) -> None:
         """Broadcast whether rank 0's thread has completed the checkpoint. Collective."""
-        self.fault = from_rank_0(outcome_of(saving.work, self.folder))
+        self.fault = from_rank_0(saving.work.result())
         self.saving = None
         if self.fault is None:
             self.saved_last = saving.meta["step"]
@@ -208,15 +211,6 @@ class Checkpoints:
 
 def warn(message: str) -> None:
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
-
-
-def outcome_of(work: Future, folder: Path) -> Any:
-    """Return the result of finished work, or why the disk failed it; raise an error that is not
-    the disk's."""
-    try:
-        return work.result()
-    except OSError as error:
-        return explain_disk_error(error, folder)
 
 
 def explain_disk_error(error: OSError, folder: Path) -> str:
