@@ -35,7 +35,6 @@ from megatron.core.optimizer import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rlef_mega.config import OptimizerConfig
 from rlef_mega.megatron.cpu_shim import calls_megatron, without_mode
@@ -80,8 +79,7 @@ def learning_rate(config: OptimizerConfig, update: int) -> float:
 
 
 def run_schedule(
-    chunks: Sequence[torch.nn.Module],
-    config: TransformerConfig,
+    chunks: Sequence[Network | DistributedDataParallel],
     ranks: Ranks,
     microbatches: Sequence[Microbatch],
     at_last_stage: Callable[..., object],
@@ -115,7 +113,7 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
         pg_collection=ranks.groups,
-        p2p_communicator=P2PCommunicator(ranks.groups.pp, config) if pipelined else None,
+        p2p_communicator=P2PCommunicator(ranks.groups.pp, chunks[0].config) if pipelined else None,
     )
     for chunk in chunks:  # Megatron keeps the last input of each, and its gradient
         network: Any = getattr(chunk, "module", chunk)
@@ -135,7 +133,7 @@ def forward(
     for chunk in chunks:
         chunk.eval()
     output = functools.partial(read, chunks[-1])
-    return run_schedule(chunks, chunks[0].config, ranks, microbatches, output, forward_only=True)
+    return run_schedule(chunks, ranks, microbatches, output, forward_only=True)
 
 
 def finalize_summed_gradients(model: list, num_tokens: object = None, **options: object) -> None:
@@ -255,12 +253,7 @@ class TrainedModel:
             return value, no_tokens, torch.stack([metrics[name].float() for name in names])
 
         metrics = run_schedule(
-            self.wrapped,
-            self.chunks[0].config,
-            self.ranks,
-            microbatches,
-            loss_and_metrics,
-            forward_only=False,
+            self.wrapped, self.ranks, microbatches, loss_and_metrics, forward_only=False
         )
         return self.sum_metrics(metrics, names)
 
