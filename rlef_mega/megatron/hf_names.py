@@ -49,23 +49,17 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of a Hugging Face checkpoint. `layer` is None for the embedding, -1 for the final
-    norm and the head. `parameter` is the Megatron parameter's name without the layer's number; our
-    own checkpoints have it under this key, after `policy.` or `critic.`.
+    """One tensor of a Hugging Face checkpoint. `parameter` is the Megatron parameter's name without
+    the layer's number; our own checkpoints have it under this key, after `policy.` or `critic.`.
     """
 
     name: str
     shape: tuple[int, ...]
     split_dim: int | None  # None: the same on every tensor-parallel rank
-    layer: int | None
     parameter: str
+    layer: int | None = None  # None: the embedding, the final norm or the head
     rows: PackedRows | None = None  # None: all of them
     dtype: torch.dtype | None = None  # None: the network's
-
-    @property
-    def own_layer(self) -> int | None:
-        """Return the layer that the parameter belongs to, if it belongs to one."""
-        return None if self.layer == -1 else self.layer
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """View or copy the tensor out of the whole Megatron parameter, without the rows that pad a
@@ -77,10 +71,9 @@ class HFTensor:
     def view(self, model: "PackedLlama") -> torch.Tensor:
         """View this rank's part of the tensor in a stage that holds it; with `rows`, as [blocks,
         pieces, rows, ...]."""
-        _, in_layer, name = self.parameter.rpartition("layers.")
+        name = self.parameter.rpartition("layers.")[2]
         module: torch.nn.Module = model
-        if in_layer:
-            assert self.layer is not None
+        if self.layer is not None:
             layers = model.decoder.layers
             module = layers[self.layer - layers[0].layer_number + 1]
         found = module.get_parameter(name)
@@ -101,19 +94,19 @@ def name_map(config: DenseConfig, role: Role = "policy") -> list[HFTensor]:
     """List every tensor of a language model, without a head that is tied to the embedding, or of a
     critic: a token-classification model whose one label is the value."""
     vocabulary, hidden = (config.vocab_size, config.hidden_size), config.hidden_size
-    tensors = [HFTensor(EMBEDDING, vocabulary, 0, None, "embedding.word_embeddings.weight")]
+    tensors = [HFTensor(EMBEDDING, vocabulary, 0, "embedding.word_embeddings.weight")]
     for layer in range(config.num_hidden_layers):
         tensors += layer_map(config, layer)
-    norm = HFTensor("model.norm.weight", (hidden,), None, -1, "decoder.final_layernorm.weight")
+    norm = HFTensor("model.norm.weight", (hidden,), None, "decoder.final_layernorm.weight")
     tensors.append(norm)
     if role == "critic":
-        head = functools.partial(HFTensor, split_dim=None, layer=-1, dtype=torch.float32)
+        fp32 = torch.float32
         tensors += [
-            head(f"{VALUE_HEAD}.weight", (1, hidden), parameter="output_layer.weight"),
-            head(f"{VALUE_HEAD}.bias", (1,), parameter="output_layer.bias"),
+            HFTensor(f"{VALUE_HEAD}.weight", (1, hidden), None, "output_layer.weight", dtype=fp32),
+            HFTensor(f"{VALUE_HEAD}.bias", (1,), None, "output_layer.bias", dtype=fp32),
         ]
     elif not config.tie_word_embeddings:
-        tensors.append(HFTensor(HEAD, vocabulary, 0, -1, "output_layer.weight"))
+        tensors.append(HFTensor(HEAD, vocabulary, 0, "output_layer.weight"))
     return tensors
 
 
@@ -135,7 +128,7 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
         rows: PackedRows | None = None,
     ) -> None:
         full_name, key = f"model.layers.{layer}.{name}", f"decoder.layers.{parameter}"
-        tensors.append(HFTensor(full_name, shape, split, layer, key, rows))
+        tensors.append(HFTensor(full_name, shape, split, key, layer, rows))
 
     qkv, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1.weight"
     for name, size, rows in (
@@ -160,6 +153,6 @@ def layer_map(config: DenseConfig, layer: int) -> list[HFTensor]:
 
 def stage_of(tensor: HFTensor, stages: Stages) -> int:
     """Return the pipeline stage that holds this tensor."""
-    if tensor.layer is None:
-        return 0
-    return stages.last if tensor.layer < 0 else stages.of_layer(tensor.layer)
+    if tensor.layer is not None:
+        return stages.of_layer(tensor.layer)
+    return 0 if tensor.name == EMBEDDING else stages.last

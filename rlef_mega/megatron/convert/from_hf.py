@@ -146,7 +146,7 @@ def packed_parameters(tensors: Sequence[HFTensor], dtype: torch.dtype) -> list[P
     """List Megatron's parameters, in the order of their first tensors."""
     parts: dict[tuple[str, int | None], list[HFTensor]] = {}
     for tensor in tensors:
-        parts.setdefault((tensor.parameter, tensor.own_layer), []).append(tensor)
+        parts.setdefault((tensor.parameter, tensor.layer), []).append(tensor)
     return [
         PackedParameter(f"policy.{name}", layer, part, dtype)
         for (name, layer), part in parts.items()

@@ -113,7 +113,7 @@ class StoredNetwork:
                 f"{', '.join(sorted(unknown)[:5])}; give the model's own config with --model"
             )
         held = len({layer for _, layer in self.parameters} - {None})
-        layers = len({tensor.own_layer for tensor in tensors} - {None})
+        layers = len({tensor.layer for tensor in tensors} - {None})
         if held != layers:
             raise ConfigError(f"{self.folder} holds {held} layers, config.json says {layers}")
         for tensor in tensors:
@@ -128,9 +128,9 @@ class StoredNetwork:
 
     def find(self, tensor: HFTensor) -> StoredParameter:
         try:
-            return self.parameters[tensor.parameter, tensor.own_layer]
+            return self.parameters[tensor.parameter, tensor.layer]
         except KeyError:
-            where = "" if tensor.own_layer is None else f" of layer {tensor.own_layer}"
+            where = "" if tensor.layer is None else f" of layer {tensor.layer}"
             raise ConfigError(
                 f"{self.folder} lacks {tensor.parameter}{where}; it belongs to another model type"
             ) from None
