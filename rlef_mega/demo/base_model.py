@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlef_mega.config import SFTConfig, load_config
+from rlef_mega.config import LearnerConfig, SFTConfig, load_config
 from rlef_mega.demo.repair_dialogues import repair_dialogue
 from rlef_mega.demo.taught_dialogues import sft_dialogue
 from rlef_mega.demo.tokenizer import train_tokenizer
@@ -50,8 +50,7 @@ def supervise(config: SFTConfig) -> int:
     learner = SupervisedLearner(
         ranks,
         start_model,
-        optimizer=config.optimizer,
-        microbatch_tokens=config.microbatch_tokens,
+        learner=LearnerConfig(microbatch_tokens=config.microbatch_tokens, policy=config.optimizer),
         dtype=config.dtype,
     )
     checkpoints = Checkpoints(

@@ -2,10 +2,11 @@
 and the paper's imitation ablation."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rlef_mega.config import LearnerConfig, OptimizerConfig, PPOConfig
+from rlef_mega.config import PPOConfig
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.microbatch import Microbatch
 from rlef_mega.megatron.parallel import Ranks
@@ -16,28 +17,10 @@ from rlef_mega.types import Batch
 class SupervisedLearner(Learner):
     """Trains a policy on given dialogues; it has no critic and no reference."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        model_folder: Path,
-        *,
-        optimizer: OptimizerConfig,
-        microbatch_tokens: int,
-        dtype: str,
-        recompute: str = "none",
-        weights: Path | None = None,
-    ) -> None:
-        """Start from the folder's weights, or from those of the checkpoint `weights`."""
-        super().__init__(
-            ranks,
-            model_folder,
-            learner=LearnerConfig(microbatch_tokens=microbatch_tokens, policy=optimizer),
-            ppo=PPOConfig(beta=0, advantage="rloo"),
-            dtype=dtype,
-            temperature=1.0,
-            recompute=recompute,
-            weights=weights,
-        )
+    def __init__(self, ranks: Ranks, model_folder: Path, **options: Any) -> None:
+        """Take the options of a `Learner`, without an algorithm's."""
+        ppo = PPOConfig(beta=0, advantage="rloo")
+        super().__init__(ranks, model_folder, ppo=ppo, temperature=1.0, **options)
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """Take one optimizer step on the whole batch: L = -mean over action tokens of log pi."""

@@ -47,8 +47,8 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
     learner = SupervisedLearner(
         ranks,
         model,
-        optimizer=config.learner.policy,
-        microbatch_tokens=config.learner.microbatch_tokens,
+        # its one network is never idle
+        learner=config.learner.model_copy(update={"offload": "none"}),
         dtype=config.model.dtype,
         recompute=config.model.recompute,
         weights=Path(config.model.weights) if config.model.weights else None,

@@ -78,13 +78,8 @@ def test_a_supervised_step_has_the_gradient_of_its_loss(
 
 def make_supervised(ranks: Ranks, folder: Path) -> SupervisedLearner:
     optimizer = OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0)
-    return SupervisedLearner(
-        ranks,
-        folder,
-        optimizer=optimizer,
-        microbatch_tokens=100,
-        dtype="float32",
-    )
+    settings = LearnerConfig(microbatch_tokens=100, policy=optimizer)
+    return SupervisedLearner(ranks, folder, learner=settings, dtype="float32")
 
 
 def gradients_under_hf_names(
