@@ -69,9 +69,7 @@ class Network:
     def stages(self) -> Stages:
         """Return the pipeline stages, as the trainer divides them."""
         one_copy = self.parallel.model_copy(update={"data_parallel_size": 1})
-        head = 0 if self.head == "value" else self.shape.table_parameters
-        cost = head / self.shape.layer_products
-        return split_once(self.shape.layers, one_copy, head_cost=cost)
+        return split_once(self.shape, one_copy, with_head=self.head == "fused")
 
     @cached_property
     def layers(self) -> list[int]:

@@ -117,13 +117,6 @@ def transformer_config(
     )
 
 
-def stages_of(config: DenseConfig, parallel: ParallelConfig, *, with_head: bool) -> Stages:
-    """Split this network over the pipeline. A critic's value head is too small to count."""
-    work = LlamaShape.of(config).flops
-    head_cost = work.head * config.num_hidden_layers / work.layers if with_head else 0.0
-    return split_layers(config.num_hidden_layers, parallel, head_cost=head_cost)
-
-
 class RMSNorm(torch.nn.RMSNorm):
     """Megatron's local norm refuses sequence parallelism; this one marks its weight for the
     gradient all-reduce."""
@@ -180,7 +173,8 @@ class PackedLlama(GPTModel):
         chunk: int = 0,
     ) -> None:
         parallel = ranks.layout
-        stages = stages_of(hf_config, parallel, with_head=self.has_language_head)
+        shape = LlamaShape.of(hf_config)
+        stages = split_layers(shape, parallel, with_head=self.has_language_head)
         stage = chunk * stages.pipeline_size + ranks.pipeline_parallel_rank
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
         specs = [layer_spec(hf_config)] * stages.layers[stage]

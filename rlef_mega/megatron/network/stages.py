@@ -50,11 +50,11 @@ class Stages:
         return layout
 
 
-def split_layers(layers: int, parallel: ParallelConfig, *, head_cost: float) -> Stages:
+def split_layers(shape: LlamaShape, parallel: ParallelConfig, *, with_head: bool) -> Stages:
     """Assign layers to stages so that the most loaded stage has as little work as possible.
 
-    `head_cost` is the head's work, in layers: V x H over a layer's parameters for a language
-    model's head, 0 for a critic's. The embedding is a lookup and costs no work. Of equally loaded
+    A language model's head counts as V x H over a layer's parameters, in layers; a critic's value
+    head is too small to count. The embedding is a lookup and costs no work. Of equally loaded
     stages the later one takes a layer: under one-forward-one-backward the first ranks have the most
     micro-batches in flight, and the first one also has the embedding.
 
@@ -63,13 +63,14 @@ def split_layers(layers: int, parallel: ParallelConfig, *, head_cost: float) -> 
     """
     pipeline = parallel.pipeline_model_parallel_size
     stages = pipeline * parallel.virtual_pipeline_model_parallel_size
-    check_stages(layers, stages, parallel.pipeline_layers)
+    check_stages(shape.layers, stages, parallel.pipeline_layers)
     if parallel.pipeline_layers is not None:
         return Stages(tuple(parallel.pipeline_layers), pipeline)
     counts = [1] * stages
     loads = [1.0] * stages
-    loads[-1] += head_cost
-    for _ in range(layers - stages):
+    if with_head:
+        loads[-1] += shape.table_parameters / shape.layer_products
+    for _ in range(shape.layers - stages):
         lightest = min(range(stages), key=lambda stage: (loads[stage], -stage))
         counts[lightest] += 1
         loads[lightest] += 1

@@ -210,7 +210,9 @@ def test_impossible_layouts_are_refused(parallel: ParallelConfig, message: str) 
     ],
 )
 def test_layers_are_assigned_by_work(layers, head_cost, parallel, expected) -> None:
-    stages = split_layers(layers, parallel, head_cost=head_cost)
+    # a layer's matrices have 100 parameters; a critic's vocabulary does not count
+    shape = LlamaShape(layers, 1, 32, 1, 1, 1, vocabulary=round(100 * (head_cost or 2)))
+    stages = split_layers(shape, parallel, with_head=head_cost > 0)
     assert stages.layers == expected
     holders = [stages.of_layer(layer) for layer in range(layers)]
     assert holders == [stage for stage, count in enumerate(expected) for _ in range(count)]
