@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlef_mega.config import ParallelConfig, TrainConfig, load_config
 from rlef_mega.megatron import learner, parallel, trained_model
 from rlef_mega.megatron.checkpoints import writer
-from rlef_mega.megatron.checkpoints.state import owned_state
+from rlef_mega.megatron.checkpoints.state import parts_of
 from rlef_mega.megatron.offload import HostBuffer
 from rlef_mega.packing import pack
 from rlef_mega.parts import make_learner
@@ -195,9 +195,7 @@ def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
             learner.update(batch, targets, order)
             collections.deque(learner.policy_weights(), maxlen=0)  # keeps none of them
             with learner.whole():
-                trained = learner.trained.items()
-                parts = [part for name, model in trained for part in owned_state(name, model)]
-                writer.take_snapshot(parts, buffer)
+                writer.take_snapshot(parts_of(learner.trained, owned=True), buffer)
     return build | recorder.phases
 
 

@@ -85,9 +85,7 @@ class Checkpoints:
         self.finish()
         learner = self.learner
         with learner.whole():
-            trained = learner.trained.items()
-            parts = [part for name, model in trained for part in state_of.owned_state(name, model)]
-            snapshot = take_snapshot(parts, self.buffer)
+            snapshot = take_snapshot(state_of.parts_of(learner.trained, owned=True), self.buffer)
         folder = files.step_folder(self.folder, step).with_suffix(".tmp")
         self.saving = Saving(
             folder,
@@ -278,9 +276,7 @@ def read_checkpoint(path: Path, learner: Learner) -> tuple[int, dict[str, Any]]:
     """Load a checkpoint in which `fault_for` found no fault."""
     meta = files.read_meta(path)
     with learner.whole():
-        trained = learner.trained.items()
-        parts = [part for name, model in trained for part in state_of.held_state(name, model)]
-        state_of.fill(path, parts)
-        for name, model in trained:
+        state_of.fill(path, state_of.parts_of(learner.trained, owned=False))
+        for name, model in learner.trained.items():
             state_of.set_updates(model, meta["updates"][name])
     return meta["step"], meta["state"]

@@ -18,7 +18,7 @@ state is saved, because training draws from none that outlives a step: there is 
 whatever is drawn has a seed of its own. Shape suffix: F flat values.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,15 @@ def fingerprint(model: TrainedModel) -> dict[str, Any]:
 
 
 @calls_megatron
-def owned_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """Return views of all that this rank owns, which is what it saves."""
-    ranges = owned_ranges(spread_optimizer(model))
-    return [*weights(name, model.chunks, model.ranks, ranges), *optimizer_state(name, model)]
-
-
-@calls_megatron
-def held_state(name: str, model: TrainedModel) -> list[ShardedTensor]:
-    """Return views of all that this rank holds, including what other ranks save, to load into."""
-    return [*weights(name, model.chunks, model.ranks), *optimizer_state(name, model)]
+def parts_of(trained: Mapping[str, TrainedModel], *, owned: bool) -> list[ShardedTensor]:
+    """Return views of all that this rank holds of these networks, to load into, or only of what it
+    owns, to save."""
+    parts: list[ShardedTensor] = []
+    for name, model in trained.items():
+        ranges = owned_ranges(spread_optimizer(model)) if owned else None
+        parts += weights(name, model.chunks, model.ranks, ranges)
+        parts += optimizer_state(name, model)
+    return parts
 
 
 def weights(
