@@ -18,7 +18,7 @@ from rlef_mega.config import (
     find_recipe,
     load_config,
 )
-from rlef_mega.run.launch import FAILED, STOPPED, launch, sandbox_token
+from rlef_mega.run.launch import FAILED, STOPPED, launch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,7 +65,7 @@ def train(
     config = load_config(find_recipe(recipe), overrides or [], TrainConfig)
     if serve:
         check_placement(config)
-    inputs = check_train(config, grading_token=sandbox_token())
+    inputs = check_train(config)
     run_dir = Path(config.run.dir)
     sets = [word for override in overrides or [] for word in ("--set", override)]
     with serving(config, [recipe, *sets]) if serve else nullcontext():
@@ -89,7 +89,7 @@ def imitate(recipe: Recipe, overrides: Overrides = None) -> None:
     if "run.dir" not in {override.partition("=")[0].strip() for override in overrides or ()}:
         folder = f"run.dir={json.dumps(f'{config.run.dir}-imitation')}"  # not that of RLEF's run
         config = load_config(find_recipe(recipe), [*(overrides or ()), folder], TrainConfig)
-    inputs = check_train(config, grading_token=sandbox_token())
+    inputs = check_train(config)
     run_dir = Path(config.run.dir)
     claim_run_directory(config, run_dir, inputs)
     finish(launch("rlef_mega.paper.imitation", run_dir, config.parallel), run_dir)
@@ -262,7 +262,7 @@ def evaluate(
 
     asked |= {name: tuple(asked[name] or ()) for name in ("servers", "packages", "sglang")}
     asked["feedback"] = tuple(part.strip() for part in feedback.split(",") if part.strip())
-    run_evaluation(EvalRequest(**asked, grading_token=sandbox_token()))
+    run_evaluation(EvalRequest(**asked))
 
 
 data_commands = typer.Typer(no_args_is_help=True)

@@ -45,7 +45,7 @@ class Parts:
     `position` is the state of the rollouts in their checkpoint; 0 and {} in a new run. Collective.
     """
 
-    def __init__(self, config: TrainConfig, stack: ExitStack, grading_token: str | None) -> None:
+    def __init__(self, config: TrainConfig, stack: ExitStack) -> None:
         self.run = run = RunDirectory(Path(config.run.dir))
         self.stop = StopRequest(run.stop_request)
         self.ranks = ranks = parallel.initialize(
@@ -63,7 +63,7 @@ class Parts:
         self.learner = make_learner(config, model, ranks)
         self.checkpoints = make_checkpoints(config, run, self.learner)
         self.done, self.position = resume(run, self.checkpoints, writer=writer)
-        grader = stack.enter_context(open_grader(config.judge, grading_token))
+        grader = stack.enter_context(open_grader(config.judge))
         self.engine = engine or stack.enter_context(open_engine(config, model, ranks, run))
         self.progress = stack.enter_context(
             StepProgress("RLEF", done=self.done, total=config.run.steps, shown=writer)
@@ -112,10 +112,10 @@ class Parts:
 
 
 @contextmanager
-def open_parts(config: TrainConfig, *, grading_token: str | None) -> Iterator[Parts]:
-    """Open the parts. `grading_token` is sent to `judge.servers`. Collective."""
+def open_parts(config: TrainConfig) -> Iterator[Parts]:
+    """Open the parts. Collective."""
     with ExitStack() as stack:
-        yield Parts(config, stack, grading_token)
+        yield Parts(config, stack)
 
 
 def training_problems(config: TrainConfig) -> Sequence[Problem]:

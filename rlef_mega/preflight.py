@@ -81,7 +81,7 @@ class TrainingInputs:
     problems: dict[str, Sequence[Problem]]
 
 
-def check_train(config: TrainConfig, *, grading_token: str | None = None) -> TrainingInputs:
+def check_train(config: TrainConfig) -> TrainingInputs:
     """Check everything that a training run needs. Returns what it has read. Raises ConfigError or
     ValueError with the remedy.
 
@@ -93,7 +93,7 @@ def check_train(config: TrainConfig, *, grading_token: str | None = None) -> Tra
     chat = ChatFormat.from_folder(model)
     check_positions(config, model, chat)
     check_trackers(config.track)
-    check_judge(config.judge, grading_token)
+    check_judge(config.judge)
     sources = config.data.model_dump().items()
     problems = {
         name: load_problems(source) for name, source in sources if source or name == "train"

@@ -29,18 +29,18 @@ from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import Parts, open_parts, rest
 from rlef_mega.run.directory import Clock
 from rlef_mega.run.guards import GuardError
-from rlef_mega.run.launch import collect_garbage, return_freed_memory, sandbox_token, worker_main
+from rlef_mega.run.launch import collect_garbage, return_freed_memory, worker_main
 from rlef_mega.run.profiler import profiled
 from rlef_mega.run.ranks import any_rank
 from rlef_mega.targets import targets_of
 
 
-def train(config: TrainConfig, *, grading_token: str | None = None) -> int:
-    """Start or resume a run. `grading_token` is sent to `judge.servers`.
+def train(config: TrainConfig) -> int:
+    """Start or resume a run.
 
     Returns 0 when all steps are finished, STOPPED when the run was asked to stop before.
     """
-    with open_parts(config, grading_token=grading_token) as parts:
+    with open_parts(config) as parts:
         publish_weights(config, parts, parts.done)
         if parts.done == 0:
             parts.evaluator.full("before", version=0)
@@ -184,8 +184,4 @@ def save(
 
 
 if __name__ == "__main__":
-    worker_main(
-        lambda run_dir: train(
-            load_config(run_dir / "config.toml", [], TrainConfig), grading_token=sandbox_token()
-        )
-    )
+    worker_main(lambda run_dir: train(load_config(run_dir / "config.toml", [], TrainConfig)))

@@ -24,7 +24,6 @@ from rlef_mega.engines.local import LocalEngine
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.parts import dialogue_rules
 from rlef_mega.problems import load_problems, sample
-from rlef_mega.run.launch import sandbox_token
 from rlef_mega.run.ranks import gather
 from rlef_mega.types import Completion, Problem, Verdict
 
@@ -110,7 +109,7 @@ def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     dtype = getattr(torch, config.model.dtype)
     engine = TimedEngine(config.model.path, dtype=dtype, device=ranks.device)
     waves = []
-    with open_grader(config.judge, sandbox_token()) as grader:
+    with open_grader(config.judge) as grader:
         judge = TimedJudge(grader)
         for repeat in range(1 + REPEATS):
             engine.tokens, engine.seconds = 0, 0.0

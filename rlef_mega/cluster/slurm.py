@@ -26,7 +26,7 @@ from rlef_mega.config import (
 )
 from rlef_mega.flops import LlamaShape
 from rlef_mega.run.directory import explain_error
-from rlef_mega.run.launch import FAILED, sandbox_token
+from rlef_mega.run.launch import FAILED
 
 REFUSED = 4  # as in slurm/lib/attempt.sh
 GIB = 2**30
@@ -129,7 +129,7 @@ def main() -> int:
             from rlef_mega.preflight import check_rollout_servers, check_train, claim_run_directory
 
             refused = False  # `check` accepted the inputs: what fails here is a server
-            inputs = check_train(config, grading_token=sandbox_token())
+            inputs = check_train(config)
             check_rollout_servers(config, inputs.model)
             refused = True
             claim_run_directory(config, Path(config.run.dir), inputs)

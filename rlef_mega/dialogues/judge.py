@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeGuard
 
 from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.run.event_loop import LivesInLoop
+from rlef_mega.run.launch import sandbox_token
 from rlef_mega.types import Problem, TestOutcome, Verdict, tests_of
 from rlef_sandbox import Result, Sandbox, Status
 from rlef_sandbox.packages import find_packages
@@ -105,10 +106,10 @@ class RemoteGrader(LivesInLoop):
 
 
 @contextlib.contextmanager
-def open_grader(asked: JudgeConfig, token: str | None) -> Iterator[Grader]:
+def open_grader(asked: JudgeConfig) -> Iterator[Grader]:
     """Open a client of the grading servers, if any are given, else a sandbox of this process."""
     if asked.servers:
-        with RemoteGrader(asked.servers, token, deadline_s=asked.deadline_s) as remote:
+        with RemoteGrader(asked.servers, sandbox_token(), deadline_s=asked.deadline_s) as remote:
             yield remote
     else:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -207,7 +208,7 @@ def all_passed(results: Sequence[Result]) -> bool:
     return all(result.status is Status.OK for result in results)
 
 
-def check_judge(judge: JudgeConfig, grading_token: str | None) -> None:
+def check_judge(judge: JudgeConfig) -> None:
     """Raise ConfigError unless every grading server is ready, accepts the token, isolates programs
     as the recipe asks, and offers its packages. Without servers, raises ValueError if a package is
     not installed here."""
@@ -217,7 +218,7 @@ def check_judge(judge: JudgeConfig, grading_token: str | None) -> None:
     with requires_extra("judge.servers", "serve"):
         import rlef_sandbox.service.client  # noqa: F401 - RemoteGrader imports it, too
     try:
-        with RemoteGrader(judge.servers, grading_token, deadline_s=judge.deadline_s) as grader:
+        with RemoteGrader(judge.servers, sandbox_token(), deadline_s=judge.deadline_s) as grader:
             health = grader.health
     except (ValueError, RuntimeError) as error:
         raise ConfigError(

@@ -84,7 +84,6 @@ class EvalRequest:
     servers: tuple[str, ...] = ()  # grading servers; none: an embedded sandbox
     packages: tuple[str, ...] = ()  # packages that programs may import
     isolation: Literal["default", "minimal"] = "default"  # of the embedded sandbox
-    grading_token: str | None = None
     sglang: tuple[str, ...] = ()  # servers of a model of this shape; none: the embedded engine
 
     @property
@@ -120,7 +119,7 @@ class Source:
 def run_evaluation(request: EvalRequest) -> None:
     """Run the missing dialogues, write the numbers, print the tables."""
     check_request(request)
-    check_judge(request.judge, request.grading_token)
+    check_judge(request.judge)
     source = find_source(request)
     request = with_lengths(request, source)
     problems = {p.id: p for p in load_problems(request.data)[: request.problems or None]}
@@ -286,7 +285,7 @@ def run_parts(
     file: DialogueFile,
 ) -> None:
     with ExitStack() as stack:
-        grader = stack.enter_context(open_grader(request.judge, request.grading_token))
+        grader = stack.enter_context(open_grader(request.judge))
         judge = Judge(grader)
         facts: dict[str, Any] = {}
         if source.folder:

@@ -27,13 +27,13 @@ from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import dialogue_rules, open_engine, training_problems
 from rlef_mega.run.directory import RunDirectory
 from rlef_mega.run.hub import find_model
-from rlef_mega.run.launch import StopRequest, sandbox_token, worker_main
+from rlef_mega.run.launch import StopRequest, worker_main
 from rlef_mega.run.progress import StepProgress
 from rlef_mega.run.ranks import any_rank
 from rlef_mega.types import Episode
 
 
-def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
+def imitate(config: TrainConfig) -> int:
     """Run the ablation on this rank. Returns 0, or STOPPED after a stop request; the next call
     then starts over. Raises RuntimeError if the base model solved nothing."""
     run = RunDirectory(Path(config.run.dir))
@@ -54,7 +54,7 @@ def imitate(config: TrainConfig, *, grading_token: str | None = None) -> int:
         weights=Path(config.model.weights) if config.model.weights else None,
     )
     with ExitStack() as stack:
-        grader = stack.enter_context(open_grader(config.judge, grading_token))
+        grader = stack.enter_context(open_grader(config.judge))
         engine = stack.enter_context(open_engine(config, model, ranks, run))
         progress = stack.enter_context(
             StepProgress("imitation", done=0, total=config.run.steps, shown=ranks.is_writer)
@@ -128,8 +128,4 @@ def last_responses(solved: Sequence[Episode], seed: int) -> Iterator[Episode]:
 
 
 if __name__ == "__main__":
-    worker_main(
-        lambda run_dir: imitate(
-            load_config(run_dir / "config.toml", [], TrainConfig), grading_token=sandbox_token()
-        )
-    )
+    worker_main(lambda run_dir: imitate(load_config(run_dir / "config.toml", [], TrainConfig)))

@@ -92,7 +92,7 @@ def test_a_full_device_names_phase_and_rank_and_loses_nothing(model, tmp_path):
     short = ("parallel.tensor_model_parallel_size=1", "rollout.episodes_per_batch=2")
     overrides = [*place, *SETTINGS, *short]
     config = load_config(find_recipe("demo"), overrides, TrainConfig)
-    claim_run_directory(config, run, check_train(config, grading_token=None))
+    claim_run_directory(config, run, check_train(config))
     moments = ("start", "rollout", "score", "update", "publish", "checkpoint")
     words = ("-m", "tests.null_gpu.out_of_memory_worker", run, *moments, "none")
     ended = python(*words, env=environment(compute_mib=64))

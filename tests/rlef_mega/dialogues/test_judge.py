@@ -192,27 +192,38 @@ def test_one_grader_serves_the_event_loops_of_many_steps(server):
             assert verdicts[0].solved
 
 
-def test_the_manifest_tells_how_servers_confine_programs(server):
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch):
+    monkeypatch.delenv("RLEF_SANDBOX_TOKEN", raising=False)
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("RLEF_SANDBOX_TOKEN", TOKEN)
+
+
+def test_the_manifest_tells_how_servers_confine_programs(server, token):
     settings = JudgeConfig(servers=(server.url,))
-    with open_grader(settings, TOKEN) as grader:
+    with open_grader(settings) as grader:
         confined = grader.isolation["servers"][server.url]
         assert confined["level"] == "default" and confined["seccomp"] is True
-    with open_grader(JudgeConfig(), None) as grader:
+    with open_grader(JudgeConfig()) as grader:
         assert grader.isolation["level"] == "default" and "servers" not in grader.isolation
 
 
-def test_preflight_finds_what_is_wrong_with_servers(server):
-    check_judge(JudgeConfig(), None)
-    check_judge(JudgeConfig(servers=(server.url,)), TOKEN)
-    for servers, token, words in (
+def test_preflight_finds_what_is_wrong_with_servers(server, token, monkeypatch):
+    check_judge(JudgeConfig())
+    check_judge(JudgeConfig(servers=(server.url,)))
+    for servers, sent, words in (
         (("http://127.0.0.1:9",), TOKEN, "http://127.0.0.1:9: cannot connect"),
         ((server.url,), "another-wrong-token", f"{server.url}: 401 the token is missing or wrong"),
-        ((server.url,), None, f"{server.url}: 401 the token is missing or wrong"),
+        ((server.url,), "", f"{server.url}: 401 the token is missing or wrong"),
         ((server.url,), "short", "16 to 4096"),
         (("node7:8765",), TOKEN, "write it like http://node7:8765"),
     ):
+        monkeypatch.setenv("RLEF_SANDBOX_TOKEN", sent)
         with pytest.raises(ConfigError, match=r"^judge\.servers: ") as refusal:
-            check_judge(JudgeConfig(servers=servers), token)
+            check_judge(JudgeConfig(servers=servers))
         assert words in str(refusal.value)
         assert "RLEF_SANDBOX_TOKEN" in str(refusal.value)
 
@@ -220,14 +231,15 @@ def test_preflight_finds_what_is_wrong_with_servers(server):
 def test_preflight_refuses_a_server_that_confines_less_than_is_asked_for():
     with ServerProcess(*ONE_JOB, isolation="minimal") as lax:
         with pytest.raises(ConfigError, match="runs with isolation 'minimal'"):
-            check_judge(JudgeConfig(servers=(lax.url,)), None)
-        check_judge(JudgeConfig(servers=(lax.url,), isolation="minimal"), None)
+            check_judge(JudgeConfig(servers=(lax.url,)))
+        check_judge(JudgeConfig(servers=(lax.url,), isolation="minimal"))
 
 
-def test_preflight_refuses_packages_that_programs_could_not_import(server):
+def test_preflight_refuses_packages_that_programs_could_not_import(server, token, monkeypatch):
     with pytest.raises(ValueError, match=r"^package 'nowhere' is not installed"):
-        check_judge(JudgeConfig(packages=("nowhere",)), None)
+        check_judge(JudgeConfig(packages=("nowhere",)))
     with pytest.raises(ConfigError, match=r"cannot import numpy; .* --packages numpy serve"):
-        check_judge(JudgeConfig(servers=(server.url,), packages=("numpy",)), TOKEN)
+        check_judge(JudgeConfig(servers=(server.url,), packages=("numpy",)))
+    monkeypatch.delenv("RLEF_SANDBOX_TOKEN")
     with ServerProcess(*ONE_JOB, packages="numpy") as wide:
-        check_judge(JudgeConfig(servers=(wide.url,), packages=("numpy",)), None)
+        check_judge(JudgeConfig(servers=(wide.url,), packages=("numpy",)))
