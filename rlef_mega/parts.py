@@ -1,8 +1,8 @@
 """The parts of a training run, built from its recipe: opened together, closed together.
 
-Theory of operation: all ranks call `open_parts` and get the parts of the same run, each with its
-share of the networks. Leaving the `with` block closes trackers, progress display, grader and
-engine; the networks live as long as the process.
+Theory of operation: all ranks make the `Parts` of the same run, each with its share of the
+networks. Closing their stack closes trackers, progress display, grader and engine; the networks
+live as long as the process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -109,13 +109,6 @@ class Parts:
         self.progress.step(training_line(record, times))
         for alarm in record["alarms"]:
             self.progress.say(f"ALARM at step {record['step']}: {alarm}")
-
-
-@contextmanager
-def open_parts(config: TrainConfig) -> Iterator[Parts]:
-    """Open the parts. Collective."""
-    with ExitStack() as stack:
-        yield Parts(config, stack)
 
 
 def training_problems(config: TrainConfig) -> Sequence[Problem]:

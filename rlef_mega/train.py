@@ -14,7 +14,7 @@ learned; another guard; or a loss or gradient that is not finite.
 """
 
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 from rlef_mega import metrics
@@ -26,7 +26,7 @@ from rlef_mega.engines import EngineLostError
 from rlef_mega.engines.publish import publish
 from rlef_mega.megatron import parallel
 from rlef_mega.packing import pack, shuffled
-from rlef_mega.parts import Parts, open_parts, rest
+from rlef_mega.parts import Parts, rest
 from rlef_mega.run.directory import Clock
 from rlef_mega.run.guards import GuardError
 from rlef_mega.run.launch import collect_garbage, return_freed_memory, worker_main
@@ -40,7 +40,8 @@ def train(config: TrainConfig) -> int:
 
     Returns 0 when all steps are finished, STOPPED when the run was asked to stop before.
     """
-    with open_parts(config) as parts:
+    with ExitStack() as stack:
+        parts = Parts(config, stack)
         publish_weights(config, parts, parts.done)
         if parts.done == 0:
             parts.evaluator.full("before", version=0)
