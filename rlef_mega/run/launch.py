@@ -331,10 +331,8 @@ def fails_first(mark: Path, error: Exception) -> bool:
     try:
         with mark.open("x", encoding="utf-8") as file:
             file.write(type(error).__name__)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True  # on a full disk, for example: better each rank's message than none
+    except OSError as fault:  # of a full disk, for example: better each rank's message than none
+        return not isinstance(fault, FileExistsError)
     return True
 
 
@@ -349,15 +347,13 @@ def stage(title: str, *command: str) -> None:
     """
     say(f"{title}:  rlef {' '.join(command)}")
     child = subprocess.Popen([*RLEF, *command], preexec_fn=die_with_parent)
-    while True:
-        try:
+    code = None
+    while code is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the command got it too, and exits by itself
             code = child.wait()
-            break
-        except KeyboardInterrupt:
-            continue  # the command received the Ctrl-C too, and exits by itself
+    if code == STOPPED:
+        print("run the same command again to resume", flush=True)
     if code:
-        if code == STOPPED:
-            print("run the same command again to resume", flush=True)
         sys.exit(code)
 
 
