@@ -46,6 +46,7 @@ class Parts:
     """
 
     def __init__(self, config: TrainConfig, stack: ExitStack) -> None:
+        self.config = config
         self.run = run = RunDirectory(Path(config.run.dir))
         self.stop = StopRequest(run.stop_request)
         self.ranks = ranks = parallel.initialize(
@@ -79,7 +80,6 @@ class Parts:
             max_drop_fraction=config.rollout.max_drop_fraction,
             max_staleness=config.rollout.staleness,
         )
-        self.servers = len(config.rollout.servers.addresses)  # the embedded engine uses none
         if writer:
             run.write_json("manifest.json", run_manifest(config, grader, ranks.device))
 
@@ -96,13 +96,14 @@ class Parts:
         del learner_times["step"]
         counts = metrics.total_counts(gather(self.engine.take_counts()))
         times = clock.lap()
+        servers = len(self.config.rollout.servers.addresses)  # the embedded engine uses none
         if self.ranks.is_writer:
             line = {
                 **record,
                 **({"servers": counts} if counts else {}),
                 "time": times,
                 "learner_time": learner_times,
-                "idle_time": metrics.idle_shares(times, counts, servers=self.servers),
+                "idle_time": metrics.idle_shares(times, counts, servers=servers),
             }
             self.run.append_metrics(line)
             self.trackers.log(line)

@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> int:
     """
     with ExitStack() as stack:
         parts = Parts(config, stack)
-        publish_weights(config, parts, parts.done)
+        publish_weights(parts, parts.done)
         if parts.done == 0:
             parts.evaluator.full("before", version=0)
         with open_rollouts(
@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> int:
             traces, rank = parts.run.path / "profile", parts.ranks.rank
             try:
                 with closing(profiled(steps, config.profile, traces, rank=rank)) as profiled_steps:
-                    finished = all_steps(config, parts, rollouts, profiled_steps)
+                    finished = all_steps(parts, rollouts, profiled_steps)
             except (GuardError, FloatingPointError):  # raised on all ranks
                 parts.checkpoints.finish()  # of the steps before the fault
                 raise
@@ -66,13 +66,14 @@ def train(config: TrainConfig) -> int:
     return 0 if finished else parts.stop.obeyed(writer=parts.ranks.is_writer)
 
 
-def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iterable[int]) -> bool:
+def all_steps(parts: Parts, rollouts: Rollouts, steps: Iterable[int]) -> bool:
     """Run the steps. Returns False, after a checkpoint, if a stop was requested before the end.
 
     Raises EngineLostError, after a checkpoint, if no engine is left, GuardError if a limit of
     `[guard]` is exceeded, and FloatingPointError if a loss or gradient is not finite.
     """
-    learner, guards, checkpoints = parts.learner, parts.guards, parts.checkpoints
+    config, learner = parts.config, parts.learner
+    guards, checkpoints = parts.guards, parts.checkpoints
     clock = Clock(parts.note_phase)
     for step in steps:
         before = rollouts.state()
@@ -102,7 +103,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
         lost: EngineLostError | None = None
         try:
             with clock("publish"):
-                publish_weights(config, parts, step)
+                publish_weights(parts, step)
                 rollouts.published(step)
             with clock("evaluate"):
                 validation = parts.evaluator.quick(step, rollouts)
@@ -134,7 +135,7 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
         with clock("checkpoint"):  # the time that training waits for it
             ending = stopping or lost is not None
             state = rollouts.state() if saving or ending else None
-            save(config, parts, record, state, ending=ending)
+            save(parts, record, state, ending=ending)
         collect_garbage(step)
         return_freed_memory()
         if ending:
@@ -146,21 +147,16 @@ def all_steps(config: TrainConfig, parts: Parts, rollouts: Rollouts, steps: Iter
     return True
 
 
-def publish_weights(config: TrainConfig, parts: Parts, step: int) -> None:
+def publish_weights(parts: Parts, step: int) -> None:
     """Publish the weights after this step to the engine. If servers share the trainer's devices,
     the learner frees memory for them first."""
-    if config.rollout.servers.release_memory:
+    if parts.config.rollout.servers.release_memory:
         parts.learner.make_room()
     publish(parts.learner.policy_weights, parts.engine, version=step)
 
 
 def save(
-    config: TrainConfig,
-    parts: Parts,
-    record: dict[str, Any],
-    state: dict[str, Any] | None,
-    *,
-    ending: bool,
+    parts: Parts, record: dict[str, Any], state: dict[str, Any] | None, *, ending: bool
 ) -> None:
     """Begin a checkpoint of the step, if there is a `state` for it. Give the validation score to
     the checkpoint of its step, which may be an earlier one. Collective.
@@ -172,11 +168,11 @@ def save(
     checkpoints.poll()
     score, scored_step = record.get("valid_solved"), record.get("valid_step", step)
     if state is not None:
-        rest(config, parts.engine)
+        rest(parts.config, parts.engine)
         checkpoints.save(step, state, score=score if scored_step == step else None)
-        if config.rollout.servers.release_memory and not ending:
+        if parts.config.rollout.servers.release_memory and not ending:
             try:
-                publish_weights(config, parts, step)
+                publish_weights(parts, step)
             except EngineLostError:  # on all ranks
                 checkpoints.require_saved()
                 raise

@@ -404,7 +404,7 @@ def test_a_step_without_its_dialogues_ends_the_run_after_a_checkpoint_of_the_ste
     run = LoopDouble(monkeypatch, outcome)
     run.saved_last = 2 if saved else 1
     with pytest.raises((EngineLostError, GuardError)):
-        all_steps(run.config, run, run, [3])
+        all_steps(run, run, [3])
     saving = [] if saved else ["rest", "all ranks", (2, {"taken": 4})]
     assert run.told == ["say", "finish", *saving, "require_saved"]  # the reason comes first
 
@@ -414,7 +414,7 @@ def test_a_publication_that_fails_after_a_checkpoint_ends_the_run_once_that_is_c
 ):
     run = LoopDouble(monkeypatch)
     with pytest.raises(EngineLostError):
-        save(run.config, run, {"step": 3}, run.state(), ending=False)
+        save(run, {"step": 3}, run.state(), ending=False)
     begun = ["poll", "rest", "all ranks", (3, {"taken": 4})]
     assert run.told == [*begun, "make_room", "end_update", "require_saved"]
 
