@@ -6,11 +6,11 @@ writes `127.0.1.1 NAME` into /etc/hosts, and no other node reaches that address.
 """
 
 import fcntl
-import ipaddress
 import os
 import socket
 import struct
 from collections.abc import Iterable
+from ipaddress import ip_address
 
 SIOCGIFADDR = 0x8915
 ANY_PORT = 9  # no packet is sent
@@ -28,11 +28,6 @@ def addresses_of(host: str) -> list[str]:
     except OSError:
         return []
     return [str(target[0]) for *_, target in found]
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether an address, which may have a scope (`fe80::1%eth0`), is a loopback address."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def address_towards(host: str) -> str:
@@ -86,7 +81,7 @@ def reached_at(node: str, others: Iterable[str], interface: str = "") -> str:
     if peers and not any(map(addresses_of, peers)):  # names that only Slurm knows
         peers = [os.environ.get("SLURM_LAUNCH_NODE_IPADDR", node)]
     for peer in peers:
-        if not address and not all(map(is_loopback, addresses_of(peer))):
+        if not address and not all(ip_address(its).is_loopback for its in addresses_of(peer)):
             address = address_towards(peer)
     mine = addresses_of(node)
     return node if mine and address in ("", mine[0]) else address or node

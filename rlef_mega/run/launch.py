@@ -23,12 +23,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rlef_mega.config import ConfigError, ParallelConfig
-from rlef_mega.run.addresses import address_towards, addresses_of, interface_with, is_loopback
+from rlef_mega.run.addresses import address_towards, addresses_of, interface_with
 from rlef_mega.run.directory import DISK_IS_FULL, PHASE, explain_error
 
 # Python that imports nothing from the working directory: a file there may be named like a module.
@@ -302,12 +303,12 @@ def choose_interface(master: str) -> None:
     """Make gloo use the interface on the route to rank 0 if this node's name resolves to a loopback
     address (Debian's 127.0.1.1), on which gloo would listen otherwise."""
     if "GLOO_SOCKET_IFNAME" in os.environ or not any(
-        is_loopback(found) for found in addresses_of(socket.gethostname())
+        ip_address(found).is_loopback for found in addresses_of(socket.gethostname())
     ):
         return
     with contextlib.suppress(OSError):
         address = address_towards(master)
-        if not is_loopback(address) and (name := interface_with(address)):
+        if not ip_address(address).is_loopback and (name := interface_with(address)):
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
