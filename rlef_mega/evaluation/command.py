@@ -313,7 +313,7 @@ def rules_of(
 ) -> Rules | None:
     """Return the rules of a part; None for random feedback if too few responses failed."""
     distractors = distractors_in(path, problems) if part.feedback == "random" else ()
-    if part.feedback == "random" and len({d.problem_id for d in distractors}) < 2:
+    if part.feedback == "random" and not distractors:
         print("random feedback is left out: it needs failed responses to at least two problems")
         return None
     assert request.max_new_tokens and request.max_context, "with_lengths has filled them in"

@@ -143,11 +143,9 @@ def distractors_in(path: Path, problems: Mapping[str, Problem]) -> tuple[Distrac
     for record in read_dialogues(path):
         key = key_of(record)
         if key.protocol in pools and "turns" in record and not record["turns"][0]["public_passed"]:
-            tests = problems[key.problem_id].public_tests
-            shown = record["turns"][0]["public"]
-            outcomes = tuple(map(shown_again, shown, tests[: len(shown)]))
-            invalid = record["turns"][0]["fault"]
-            verdict = Verdict(outcomes, public_passed=False, solved=None, invalid=invalid)
+            first, tests = record["turns"][0], problems[key.problem_id].public_tests
+            outcomes = tuple(map(shown_again, first["public"], tests))  # of the tests that were run
+            verdict = Verdict(outcomes, public_passed=False, solved=None, invalid=first["fault"])
             pools[key.protocol][key] = Distractor(key.problem_id, verdict)
     # a pool of one problem has no other problem's outcomes
     wide = (pool for pool in pools.values() if len({key.problem_id for key in pool}) > 1)

@@ -315,14 +315,12 @@ def choose_interface(master: str) -> None:
 def dump_stacks_when_asked() -> None:
     """Make SIGUSR2 write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr if that
     variable is unset. faulthandler does it in C, so it works while Python waits in a library."""
-    folder = os.environ.get("RLEF_STACKS")
-    if folder is None:
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
-        return
-    rank = os.environ.get("RANK", "0")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = Path(folder, f"rank_{rank}.txt").open("a", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+    file = sys.stderr
+    if folder := os.environ.get("RLEF_STACKS"):
+        path = Path(folder, f"rank_{os.environ.get('RANK', '0')}.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8")  # until the process ends
+    faulthandler.register(signal.SIGUSR2, file)
 
 
 def fails_first(mark: Path, error: Exception) -> bool:
