@@ -29,6 +29,7 @@ from rlef_mega.run.ranks import Item, gather, interleave, my_share
 from rlef_mega.types import Episode, PrivateTests, Problem, PublicTest, Sampling, Turn, Verdict
 
 TRIES = 2  # how often a dialogue is started, at most
+TOO_LONG = "prompt too long"  # a drop that a retry would not change
 TESTS_WITH_PRIVATE = 20  # RLEF B.3
 
 
@@ -146,7 +147,7 @@ class DialogueLoop:
             observed_ids, begun = first_context(problem, chat)
             context = observed_ids
         if self.room(len(context)) < 0:
-            return "prompt too long"
+            return TOO_LONG
         if rules.feedback == "private":
             problem = show_private_tests(problem)
         turns: list[Turn] = []

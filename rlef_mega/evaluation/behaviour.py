@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from rlef_mega.dialogues.rollout import TOO_LONG
 from rlef_mega.types import Episode, Verdict
 
 SOLVED = "OK"
@@ -32,18 +33,16 @@ class DialogueOutcomes:
     tokens: int = 0
 
     @classmethod
-    def of(cls, episode: Episode) -> Self:
-        return cls(
-            episode.problem_id,
-            tuple(outcome_of(turn.program, turn.verdict) for turn in episode.turns),
-            tuple(turn.program for turn in episode.turns),
-        )
-
-    @classmethod
-    def not_begun(cls, problem_id: str) -> Self:
-        """Return the outcome of a dialogue whose prompt exceeds the context. That is no fault: the
-        model cannot solve what it cannot read."""
-        return cls(problem_id, (PROMPT_TOO_LONG,), (None,))
+    def of(cls, problem_id: str, ended: Episode | str) -> Self | str:
+        """Return the outcomes of a dialogue, or the reason why it was dropped. A prompt that
+        exceeds the context is an outcome, too: the model cannot solve what it cannot read."""
+        if ended == TOO_LONG:
+            return cls(problem_id, (PROMPT_TOO_LONG,), (None,))
+        if isinstance(ended, str):
+            return ended
+        programs = tuple(turn.program for turn in ended.turns)
+        outcomes = (outcome_of(turn.program, turn.verdict) for turn in ended.turns)
+        return cls(problem_id, tuple(outcomes), programs)
 
 
 def outcome_of(program: str | None, verdict: Verdict) -> str:

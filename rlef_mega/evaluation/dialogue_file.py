@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlef_mega.config import ConfigError, differences
+from rlef_mega.dialogues.rollout import TOO_LONG
 from rlef_mega.run.directory import append_whole, lock_file
 
 FORMAT = 1
-TOO_LONG = "prompt too long"  # a drop that a retry would not change
 Record = dict[str, Any]
 
 

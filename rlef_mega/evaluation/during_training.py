@@ -18,6 +18,7 @@ from rlef_mega.config import TrainConfig, read_json
 from rlef_mega.dialogues.batches import Rollouts
 from rlef_mega.dialogues.records import episode_record
 from rlef_mega.dialogues.rollout import (
+    TOO_LONG,
     DialogueLoop,
     Rollout,
     Rules,
@@ -26,7 +27,6 @@ from rlef_mega.dialogues.rollout import (
     join_shares,
 )
 from rlef_mega.evaluation.behaviour import DialogueOutcomes
-from rlef_mega.evaluation.dialogue_file import TOO_LONG
 from rlef_mega.evaluation.numbers import FinishedDialogues, summarize
 from rlef_mega.problems import load_problems
 from rlef_mega.run.directory import RunDirectory
@@ -113,12 +113,9 @@ class Evaluator:
                 self.run.note_progress(f"evaluate {name} begins")
             seed = derive_seed(derive_seed(self.config.run.seed, "test"), name)
             rollout = self.loop.under(rules).run_on_all_ranks(problems, seed)
-            found = zip(problems, rollout.outcomes, strict=True)
-            outcomes = [DialogueOutcomes.of(episode) for episode in rollout.episodes]
-            outcomes += [DialogueOutcomes.not_begun(p.id) for p, o in found if o == TOO_LONG]
-            drops = rollout.reasons
-            del drops[TOO_LONG]
-            finished = FinishedDialogues(rules.turns, outcomes, drops)
+            ids = [problem.id for problem in problems]
+            outcomes = list(map(DialogueOutcomes.of, ids, rollout.outcomes))
+            finished = FinishedDialogues.of(rules.turns, outcomes)
             protocols[name] = summarize(self.test, finished, samples=self.loop.rules.turns)
             return rollout.episodes
 

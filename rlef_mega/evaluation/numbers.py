@@ -5,25 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from rlef_mega.evaluation import behaviour
-from rlef_mega.evaluation.behaviour import (
-    NO_VALID_CODE,
-    PASSED,
-    SOLVED,
-    DialogueOutcomes,
-)
-from rlef_mega.evaluation.dialogue_file import (
-    TOO_LONG,
-    Key,
-    Record,
-    key_of,
-    read_dialogues,
-    read_lines,
-)
+from rlef_mega.evaluation.behaviour import NO_VALID_CODE, PASSED, SOLVED, DialogueOutcomes
+from rlef_mega.evaluation.dialogue_file import Key, Record, key_of, read_dialogues, read_lines
 from rlef_mega.evaluation.estimators import Ints, NAtK, estimate, per_problem
 from rlef_mega.evaluation.protocols import PROTOCOLS, SINGLE, PlannedDialogues
 from rlef_mega.report.intervals import bootstrap_interval
@@ -46,6 +34,12 @@ class FinishedDialogues:
     turns: int
     dialogues: Sequence[DialogueOutcomes]
     drops: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, turns: int, outcomes: Sequence[DialogueOutcomes | str]) -> Self:
+        """Divide `DialogueOutcomes.of` of the dialogues into finished and dropped ones."""
+        finished = [found for found in outcomes if isinstance(found, DialogueOutcomes)]
+        return cls(turns, finished, Counter(found for found in outcomes if isinstance(found, str)))
 
     def counts(self, problems: Sequence[Problem], turns: int) -> Ints:
         """Return for each problem how many dialogues there are, how many passed the public tests,
@@ -210,10 +204,8 @@ def numbers_of(
 
 
 def outcome(record: Record) -> DialogueOutcomes | str:
-    if record.get("dropped") == TOO_LONG:
-        return DialogueOutcomes.not_begun(record["problem_id"])
     if "dropped" in record:
-        return str(record["dropped"])
+        return DialogueOutcomes.of(record["problem_id"], record["dropped"])
     turns = record["turns"]
     return DialogueOutcomes(
         record["problem_id"],
@@ -228,9 +220,4 @@ def finished_of(
 ) -> FinishedDialogues:
     missing = sum(key not in records for key in part.keys)
     assert not missing, f"{missing} dialogues of {part.protocol} neither finished nor were dropped"
-    each = [records[key] for key in part.keys]
-    return FinishedDialogues(
-        part.turns,
-        [found for found in each if isinstance(found, DialogueOutcomes)],
-        Counter(found for found in each if isinstance(found, str)),
-    )
+    return FinishedDialogues.of(part.turns, [records[key] for key in part.keys])
