@@ -89,7 +89,7 @@ class SafetensorsFolder:
     def file_names(self) -> list[str]:
         """Return the files that hold the weights."""
         index, one = self.folder / INDEX, self.folder / ONE_FILE
-        others = {p: self.folder / p for p in OTHER_FILES if any(self.folder.glob(p))}
+        others = [p for p in OTHER_FILES if any(self.folder.glob(p))]
         if "adapter_*" in others or not (index.is_file() or one.is_file()):
             what = next((OTHER_FILES[p] for p in others), "no weights: download them")
             raise ConfigError(f"{self.folder} holds {what}")
