@@ -4,7 +4,7 @@ piece that is missing. Needs no GPU."""
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, distribution, requires
+from importlib.metadata import distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,4 @@ def missing_extras() -> Iterator[tuple[str, str]]:
 
 
 def is_installed(package: str) -> bool:
-    try:
-        return bool(distribution(package))
-    except PackageNotFoundError:
-        return False
+    return any(distributions(name=package))
