@@ -14,10 +14,7 @@ def reason_of(fault: Exception) -> str:
 
 def kinds_of(reasons: Mapping[str, int]) -> Counter[str]:
     """Count drops by kind of fault."""
-    kinds = Counter[str]()
-    for reason, count in reasons.items():
-        kinds[reason.partition(":")[0]] += count
-    return kinds
+    return Counter(reason.partition(":")[0] for reason in Counter(reasons).elements())
 
 
 def most_frequent(reasons: Mapping[str, int]) -> str:
