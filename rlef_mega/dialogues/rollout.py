@@ -23,7 +23,7 @@ from rlef_mega.dialogues import programs, templates
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, JudgeError
 from rlef_mega.dialogues.stream import START_TOGETHER
-from rlef_mega.engines import Engine, EngineError, EngineLostError, Session
+from rlef_mega.engines import Engine, EngineError, EngineLostError, GenerationRequest, Session
 from rlef_mega.run.guards import kinds_of, reason_of
 from rlef_mega.run.ranks import Item, gather, interleave, my_share
 from rlef_mega.types import Episode, PrivateTests, Problem, PublicTest, Sampling, Turn, Verdict
@@ -152,9 +152,8 @@ class DialogueLoop:
             problem = show_private_tests(problem)
         turns: list[Turn] = []
         while True:
-            completion = await session.generate(
-                context, rules.sampling, derive_seed(seed, len(turns))
-            )
+            turn_seed = derive_seed(seed, len(turns))
+            completion = await session(GenerationRequest(context, rules.sampling, turn_seed))
             async with self.text():
                 response = chat.decode(completion.token_ids)
                 found = programs.extract_program(response, problem.language, begun, rules.program)

@@ -3,7 +3,7 @@
 Dialogues and evaluations need an `Engine`; the training loop needs a `TrainingEngine`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,16 +37,10 @@ class GenerationRequest:
     seed: int
 
 
-class Session(Protocol):
-    """One dialogue in an engine: its turns go to the server that has its prefix cached, or the
-    embedded engine waits for it before it generates a batch."""
-
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
-        """Continue the prompt.
-
-        Raises ValueError for a request that the engine can never serve, EngineError if it failed.
-        """
-        ...
+# Samples the responses of one dialogue, one at a time: its turns go to the server that has its
+# prefix cached, or the embedded engine waits for it before it generates a batch. Raises ValueError
+# for a request that the engine can never serve, EngineError if it failed.
+Session = Callable[[GenerationRequest], Awaitable[Completion]]
 
 
 class Engine(Protocol):

@@ -1,7 +1,7 @@
 """The embedded engine: a Hugging Face causal LM in the trainer's own process.
 
 Theory of operation. A dialogue opens a session when it starts and closes it when it ends.
-`generate` queues a request and waits. When as many requests wait as sessions are open, no dialogue
+A session queues a request and waits. When as many requests wait as sessions are open, no dialogue
 can continue without the model: the whole wave is generated, sorted by prompt length and session, in
 batches of at most `max_batch`. So the batches depend on the dialogues alone, not on how long
 grading took, and a run repeats bit for bit. Every event that may complete a wave looks for one: a
@@ -18,6 +18,7 @@ inference mode) and a lock for `update_weights`. Everything else in the loop sto
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlef_mega.engines import EngineError, GenerationRequest
+from rlef_mega.engines import EngineError, GenerationRequest, Session
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request, checked_weights, listed
 from rlef_mega.engines.generation import generate_batch
 from rlef_mega.run.model_folder import SafetensorsFolder
-from rlef_mega.types import Completion, Sampling
-
-
-class LocalSession:
-    """One dialogue, with one request at a time."""
-
-    def __init__(self, engine: "LocalEngine", number: int) -> None:
-        self.engine, self.number = engine, number
-
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
-        """Continue the prompt, in one wave with those of all open sessions.
-
-        Raises ValueError for a request that this model cannot serve, EngineError if the engine
-        failed.
-        """
-        request = GenerationRequest(tuple(token_ids), sampling, seed)
-        config = self.engine.model.config
-        longest = config.max_position_embeddings - 1  # a new token needs a position
-        check_request(request, vocabulary=config.vocab_size, longest_prompt=longest)
-        return await self.engine.wait_for_wave(self.number, request)
+from rlef_mega.types import Completion
 
 
 class LocalEngine:
@@ -76,17 +58,21 @@ class LocalEngine:
         self.waiting: dict[int, tuple[GenerationRequest, asyncio.Future[Completion]]] = {}
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[LocalSession]:
+    async def session(self) -> AsyncIterator[Session]:
         number = self.sessions_opened
         self.sessions_opened += 1
         self.open_sessions.add(number)
         try:
-            yield LocalSession(self, number)
+            yield partial(self.wait_for_wave, number)
         finally:
             self.open_sessions.remove(number)
             self.look_for_wave()
 
     async def wait_for_wave(self, session: int, request: GenerationRequest) -> Completion:
+        """Generate in one wave with the requests of all open sessions."""
+        config = self.model.config
+        longest = config.max_position_embeddings - 1  # a new token needs a position
+        check_request(request, vocabulary=config.vocab_size, longest_prompt=longest)
         assert session in self.open_sessions, "a request from a session that is closed"
         assert session not in self.waiting, "a session has one request at a time"
         future = asyncio.get_running_loop().create_future()

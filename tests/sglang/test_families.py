@@ -16,6 +16,7 @@ from transformers import (
 
 from rlef_mega.config import ServersConfig
 from rlef_mega.dialogues.chat import CONTROLS
+from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.sglang.engine import SGLangEngine
 from rlef_mega.engines.sglang.processes import ServerProcesses
 from rlef_mega.types import Sampling
@@ -66,7 +67,7 @@ def test_weights_arrive_and_are_verified(case, tmp_path, monkeypatch):
 
     async def ask(engine: SGLangEngine):
         async with engine.session() as session:
-            return await session.generate(prompt, Sampling(40), 1)
+            return await session(GenerationRequest(tuple(prompt), Sampling(40), 1))
 
     with ServerProcesses(
         asked, tmp_path / "model", dtype="float32", context_length=500, logs=logs

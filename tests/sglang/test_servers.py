@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from rlef_mega.dialogues.chat import TEMPLATES, ChatFormat, declared_ends
 from rlef_mega.dialogues.judge import Judge
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
-from rlef_mega.engines import EngineError, EngineLostError
+from rlef_mega.engines import EngineError, EngineLostError, GenerationRequest
 from rlef_mega.engines.publish import publish
 from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
 from rlef_mega.engines.sglang.publication import DiskPublication
@@ -109,7 +109,7 @@ def gap(model, prompt: list[int], answer: Completion, temperature: float = 1.0) 
 
 async def one(engine: SGLangEngine, prompt: list[int], sampling: Sampling) -> Completion:
     async with engine.session() as session:
-        return await session.generate(prompt, sampling, seed=1)
+        return await session(GenerationRequest(tuple(prompt), sampling, seed=1))
 
 
 def sample(engine: SGLangEngine, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
@@ -184,11 +184,11 @@ def test_a_follow_up_turn_finds_its_context_in_the_servers_cache(disk_engine, mo
 
     async def hold(prompt: list[int]) -> None:
         async with disk_engine.session() as session:
-            answer = await session.generate(prompt, Sampling(40), 0)
+            answer = await session(GenerationRequest(tuple(prompt), Sampling(40), 0))
             first.append(len(prompt))
             await asyncio.sleep(0.2)  # others come between
-            follow_up = [*prompt, *answer.token_ids, *range(10, 40)]
-            await session.generate(follow_up, Sampling(10), 0)
+            follow_up = (*prompt, *answer.token_ids, *range(10, 40))
+            await session(GenerationRequest(follow_up, Sampling(10), 0))
 
     async def hold_all() -> None:
         await asyncio.gather(*(hold(prompt) for prompt in random_prompts(16, 500)))

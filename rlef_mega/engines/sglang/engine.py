@@ -19,6 +19,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,7 +27,7 @@ import aiohttp
 import torch
 
 from rlef_mega.config import ConfigError
-from rlef_mega.engines import EngineError, GenerationRequest
+from rlef_mega.engines import EngineError, GenerationRequest, Session
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request
 from rlef_mega.engines.sglang.answers import ServerInfo
 from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client
@@ -38,27 +39,12 @@ from rlef_mega.engines.sglang.transfer import Broadcast, SharedTensors
 from rlef_mega.engines.sglang.weights import SentWeights, ServedModel, check_same_model
 from rlef_mega.run.addresses import address_towards
 from rlef_mega.run.event_loop import LivesInLoop
-from rlef_mega.types import Completion, Sampling
+from rlef_mega.types import Completion
 
 # How long an idle connection is kept. SGLang's server closes it after 5 s; a connection that it
 # closes while a request is being sent would look like a dead server.
 KEEP_ALIVE_S = 2.0
 OPEN_S = 60.0  # for a running server to report its settings
-
-
-class SGLangSession:
-    """One dialogue, whose turns go to the server that has its context."""
-
-    def __init__(self, engine: "SGLangEngine") -> None:
-        self.engine, self.affinity = engine, Affinity()
-
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
-        """Sample a response to the prompt `token_ids`. Raises ValueError for a request that no
-        server can serve, EngineError if none answered."""
-        engine, request = self.engine, GenerationRequest(tuple(token_ids), sampling, seed)
-        limited = replace(sampling, max_new_tokens=engine.token_limit(request))
-        asked = engine.fleet.generate(self.affinity, replace(request, sampling=limited))
-        return await asyncio.wrap_future(engine.thread.submit(asked))
 
 
 class SGLangEngine(LivesInLoop):
@@ -163,8 +149,14 @@ class SGLangEngine(LivesInLoop):
     # ---------------------------------------------------------------- protocol
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[SGLangSession]:
-        yield SGLangSession(self)
+    async def session(self) -> AsyncIterator[Session]:
+        yield partial(self.generate, Affinity())
+
+    async def generate(self, affinity: Affinity, request: GenerationRequest) -> Completion:
+        """Sample at the dialogue's server, as many tokens as the servers have room for."""
+        limited = replace(request.sampling, max_new_tokens=self.token_limit(request))
+        asked = self.fleet.generate(affinity, replace(request, sampling=limited))
+        return await asyncio.wrap_future(self.thread.submit(asked))
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int

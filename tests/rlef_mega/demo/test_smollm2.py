@@ -16,6 +16,7 @@ from rlef_mega.demo import smollm2
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.programs import extract_program
 from rlef_mega.dialogues.templates import first_prompt
+from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.packing import pack
@@ -53,7 +54,8 @@ def hold(engine, chat, *prompts: str, tokens: int, temperature: float) -> Episod
                 ended = bool(turns) and turns[-1].completion.token_ids[-1] in chat.stop_token_ids
                 observed = tuple(chat.observe(prompt, ended) if turns else chat.open(prompt))
                 token_ids.extend(observed)
-                sampled = await session.generate(token_ids, sampling, seed=number)
+                request = GenerationRequest(tuple(token_ids), sampling, seed=number)
+                sampled = await session(request)
                 turns.append(Turn(observed, sampled, None, ungraded))
                 token_ids.extend(sampled.token_ids)
 

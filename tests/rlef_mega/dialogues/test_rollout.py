@@ -20,7 +20,7 @@ from rlef_mega.dialogues.rollout import (
     first_context,
     show_private_tests,
 )
-from rlef_mega.engines import EngineError
+from rlef_mega.engines import EngineError, GenerationRequest, Session
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Sandbox, Test
 
@@ -37,22 +37,18 @@ class ScriptedEngine:
         self.opened = 0
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator["ScriptedSession"]:
+    async def session(self) -> AsyncIterator[Session]:
         script = self.scripts[self.opened % len(self.scripts)]
         self.opened += 1
-        yield ScriptedSession(self.chat, script)
 
+        async def answer(request: GenerationRequest) -> Completion:
+            said = script.pop(0)
+            if isinstance(said, Exception):
+                raise said
+            ids = tuple(self.chat.respond(said))
+            return Completion(ids, (-0.5,) * len(ids), (7,) * len(ids), "stop")
 
-class ScriptedSession:
-    def __init__(self, chat: ChatFormat, script: list[str | Exception]) -> None:
-        self.chat, self.script = chat, script
-
-    async def generate(self, token_ids, sampling, seed) -> Completion:
-        said = self.script.pop(0)
-        if isinstance(said, Exception):
-            raise said
-        ids = tuple(self.chat.respond(said))
-        return Completion(ids, (-0.5,) * len(ids), (7,) * len(ids), "stop")
+        yield answer
 
 
 @pytest.fixture(scope="module")
@@ -227,14 +223,12 @@ def test_all_sessions_are_open_before_the_first_request(chat, judge):
         @asynccontextmanager
         async def session(self):
             async with super().session() as session:
-                asked = session.generate
 
-                async def generate(*arguments):
+                async def watched(request):
                     opened.append(self.opened)
-                    return await asked(*arguments)
+                    return await session(request)
 
-                session.generate = generate
-                yield session
+                yield watched
 
     engine = Watching(chat, *[[NO_CODE]] * 450)
     rules = replace(RULES, turns=1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralConfig
 
-from rlef_mega.engines import EngineError, WeightsMismatchError
+from rlef_mega.engines import EngineError, GenerationRequest, WeightsMismatchError
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.types import Sampling
 from tests.rlef_mega.tiny_llama import tiny_llama
@@ -36,7 +36,9 @@ async def dialogue(engine, number, turns, pause=0.0, record=None):
     async with engine.session() as session:
         context = [4 + number % 50] * (1 + number % 5)
         for turn in range(turns):
-            completion = await session.generate(context, SAMPLING, seed=100 * number + turn)
+            completion = await session(
+                GenerationRequest(tuple(context), SAMPLING, seed=100 * number + turn)
+            )
             context += [*completion.token_ids, 7]
             if record is not None:
                 record.append((number, turn, completion))
@@ -171,7 +173,7 @@ def test_a_failed_wave_reaches_every_dialogue_and_none_hangs(engine):
 def test_a_request_that_cannot_be_served_fails_alone(engine, token_ids, sampling, seed, message):
     async def bad():
         async with engine.session() as session:
-            await session.generate(token_ids, sampling, seed)
+            await session(GenerationRequest(tuple(token_ids), sampling, seed))
 
     failed, other = run(bad(), dialogue(engine, 1, 2))
     assert isinstance(other, list)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlef_mega.config import TrainConfig, find_recipe, load_config
-from rlef_mega.engines import EngineLostError, WeightsMismatchError
+from rlef_mega.engines import EngineLostError, GenerationRequest, WeightsMismatchError
 from rlef_mega.engines.publish import publish
 from rlef_mega.engines.sglang.weights import SentWeights
 from rlef_mega.megatron import parallel
@@ -48,7 +48,7 @@ def main() -> None:
 
         async def generate() -> list[int]:
             async with engine.session() as session:
-                return (await session.generate([1, 2], Sampling(3), 0)).weight_versions
+                return (await session(GenerationRequest((1, 2), Sampling(3), 0))).weight_versions
 
         said["versions"] = asyncio.run(generate())
         sharded = SentWeights(weights.items(), engine.model, torch.float32, 2)

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlef_mega.config import ConfigError
-from rlef_mega.engines import EngineError, EngineLostError
+from rlef_mega.engines import EngineError, EngineLostError, GenerationRequest
 from rlef_mega.engines.sglang import fleet
 from rlef_mega.engines.sglang.answers import ServerError
 from rlef_mega.engines.sglang.engine import SGLangEngine
@@ -75,7 +75,7 @@ async def dialogue(engine: SGLangEngine, turns: int = 1, sampling=SAMPLING) -> l
     ids, answers = [1, 2], []
     async with engine.session() as session:
         for _ in range(turns):
-            answers.append(await session.generate(ids, sampling, 0))
+            answers.append(await session(GenerationRequest(tuple(ids), sampling, 0)))
             ids = [*ids, *answers[-1].token_ids, 4]
     return answers
 
@@ -299,7 +299,7 @@ def test_a_server_ends_a_response_at_the_models_own_end_of_text_too(engine, serv
 def test_requests_that_would_crash_a_server_are_not_sent(engine, servers, prompt, reason):
     async def ask() -> None:
         async with engine.session() as session:
-            await session.generate(prompt, SAMPLING, 0)
+            await session(GenerationRequest(tuple(prompt), SAMPLING, 0))
 
     with pytest.raises(ValueError, match=reason):
         asyncio.run(ask())
@@ -592,16 +592,15 @@ def test_versions_never_go_back_in_a_dialogue(engine, servers):
     one.weight_version = "4"
 
     async def two_turns() -> list[int]:
-        async with engine.session() as session:
-            versions = []
-            while not versions or versions[0] != 4:  # until server `one` answers
-                session.affinity.member, session.affinity.version = None, -1
-                versions = list((await session.generate([1, 2], SAMPLING, 0)).weight_versions)
-            one.mode = "drop"
-            with pytest.raises(
-                EngineError, match="serves version 3, but the dialogue already has tokens"
-            ):
-                await session.generate([1, 2, 3], SAMPLING, 0)
+        request, failed = GenerationRequest((1, 2), SAMPLING, 0), None
+        while failed is None:
+            async with engine.session() as session:
+                if (await session(request)).weight_versions[0] != 4:
+                    continue  # until server `one` answers
+                one.mode = "drop"
+                with pytest.raises(EngineError) as failed:
+                    await session(request)
+        assert "serves version 3, but the dialogue already has tokens" in str(failed.value)
         return (await dialogue(engine))[0].weight_versions
 
     assert asyncio.run(two_turns()) == (3, 3, 3)
