@@ -89,7 +89,7 @@ def off_policy(batch: Batch, scores: Scores, version: int) -> dict[str, Any]:
 
 
 def total_counts(by_rank: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the sums over ranks of an engine's counts in this step (`TrainingEngine.take_counts`).
+    """Return the sums over ranks of an engine's counts in this step (`Engine.take_counts`).
 
     All ranks use the same servers, so a server's busy time is the largest that a rank reports;
     `server_busy_s` is the sum over servers.

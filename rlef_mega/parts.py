@@ -19,7 +19,7 @@ from rlef_mega.dialogues.batches import NumberedDialogues
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Grader, Judge, open_grader
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
-from rlef_mega.engines import TrainingEngine
+from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
 from rlef_mega.engines.sglang.serve import server_logs
 from rlef_mega.evaluation.during_training import Evaluator
@@ -126,7 +126,7 @@ def training_problems(config: TrainConfig) -> Sequence[Problem]:
 @contextmanager
 def open_engine(
     config: TrainConfig, model: Path, ranks: parallel.Ranks, run: RunDirectory
-) -> Iterator[TrainingEngine]:
+) -> Iterator[Engine]:
     """Open the engine of this process, or a client of the servers. Only rank 0 publishes to the
     servers and asks for their settings, which it sends to the other ranks. Servers on the trainer's
     devices release their memory. Collective."""
@@ -159,7 +159,7 @@ def open_engine(
         yield engine
 
 
-def rest(config: TrainConfig, engine: TrainingEngine) -> None:
+def rest(config: TrainConfig, engine: Engine) -> None:
     """Let servers on the trainer's devices free their memory; returns on all ranks afterwards."""
     engine.rest()
     if config.rollout.servers.release_memory:

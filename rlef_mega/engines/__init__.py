@@ -1,12 +1,8 @@
-"""Engines sample responses, and training publishes weights to them.
-
-Dialogues and evaluations need an `Engine`; the training loop needs a `TrainingEngine`.
-"""
+"""Engines sample responses, and training publishes weights to them."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -43,18 +39,15 @@ class GenerationRequest:
 Session = Callable[[GenerationRequest], Awaitable[Completion]]
 
 
-class Engine(Protocol):
-    """Samples exact token ids."""
+class Engine:
+    """Samples exact token ids, from the weights which training published last. The base of the
+    engines: the last three methods do nothing unless an engine needs them."""
+
+    weight_version: int
 
     def session(self) -> AbstractAsyncContextManager[Session]:
         """Open a session, which a dialogue keeps until its last response."""
-        ...
-
-
-class TrainingEngine(Engine, Protocol):
-    """An engine that samples from the weights which training published last."""
-
-    weight_version: int
+        raise NotImplementedError
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
@@ -65,18 +58,16 @@ class TrainingEngine(Engine, Protocol):
         Raises EngineError unless the engine then serves exactly what was sent;
         WeightsMismatchError if names or shapes are not the model's.
         """
-        ...
+        raise NotImplementedError
 
     def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
         """Note that `update_weights` has ended on every rank, and which servers (`served`) have the
         weights. From now on the engine samples from this version or a newer one. The version is
         None if a rank failed."""
-        ...
 
     def rest(self) -> None:
         """Release memory for the trainer. No dialogue runs before the next `update_weights`."""
-        ...
 
     def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call, for a step's metrics; may be empty."""
-        ...
+        return {}

@@ -27,15 +27,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlef_mega.engines import EngineError, GenerationRequest, Session
+from rlef_mega.engines import Engine, EngineError, GenerationRequest, Session
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request, checked_weights, listed
 from rlef_mega.engines.generation import generate_batch
 from rlef_mega.run.model_folder import SafetensorsFolder
 from rlef_mega.types import Completion
 
 
-class LocalEngine:
-    """Samples with a model from a Hugging Face folder, on any device that torch has.
+class LocalEngine(Engine):
+    """Samples with a model from a Hugging Face folder, on any device that torch has. No other
+    process uses this engine, and nothing but the weights, which stay, needs memory between batches.
 
     `dtype` is a torch dtype or its name (`bfloat16`). With `weights_from_folder=False` only
     config.json is read, and requests before the first `update_weights` fail with EngineError.
@@ -153,15 +154,6 @@ class LocalEngine:
             )
         self.weight_version = version
         return ()
-
-    def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
-        pass  # no other process uses this engine
-
-    def rest(self) -> None:
-        pass  # the weights stay, and nothing else needs memory between batches
-
-    def take_counts(self) -> dict[str, float]:
-        return {}  # nothing is lost, retried or cached across requests
 
 
 def load_model(

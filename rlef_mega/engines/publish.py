@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from rlef_mega.engines import EngineError, EngineLostError, TrainingEngine, WeightsMismatchError
+from rlef_mega.engines import Engine, EngineError, EngineLostError, WeightsMismatchError
 from rlef_mega.run.ranks import gather
 
 TRIES = 3  # of a publication: if a server dies in one try, the next one goes on without it
@@ -15,11 +15,11 @@ PolicyWeights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 FINAL = (EngineLostError, WeightsMismatchError)
 
 
-def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, version: int) -> None:
+def publish(policy_weights: PolicyWeights, engine: Engine | None, version: int) -> None:
     """Send the policy to this rank's engine, if it has one, and retry a publication that fails.
 
     Collective: all ranks gather the weights and learn each rank's outcome. The engine verifies
-    what it received (TrainingEngine.update_weights). Raises on every rank: EngineLostError if all
+    what it received (Engine.update_weights). Raises on every rank: EngineLostError if all
     tries fail or no engine is left, WeightsMismatchError at once if the weights are not those of
     the engine's model.
     """
@@ -48,7 +48,7 @@ def publish(policy_weights: PolicyWeights, engine: TrainingEngine | None, versio
 
 
 def try_update(
-    policy_weights: PolicyWeights, engine: TrainingEngine | None, version: int
+    policy_weights: PolicyWeights, engine: Engine | None, version: int
 ) -> tuple[EngineError | EngineLostError | None, Sequence[str]]:
     """Try once. Returns this rank's failure, if any, and the URLs of the servers that have the
     weights. Exhausts the weights even after a failure, because all ranks gather each of them

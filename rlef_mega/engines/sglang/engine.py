@@ -27,7 +27,7 @@ import aiohttp
 import torch
 
 from rlef_mega.config import ConfigError
-from rlef_mega.engines import EngineError, GenerationRequest, Session
+from rlef_mega.engines import Engine, EngineError, GenerationRequest, Session
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request
 from rlef_mega.engines.sglang.answers import ServerInfo
 from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client
@@ -47,7 +47,7 @@ KEEP_ALIVE_S = 2.0
 OPEN_S = 60.0  # for a running server to report its settings
 
 
-class SGLangEngine(LivesInLoop):
+class SGLangEngine(LivesInLoop, Engine):
     """Samples on the servers at `urls`; a context manager, which checks them as it opens.
 
     `model` is the Hugging Face folder that the servers were started with. With `way`
