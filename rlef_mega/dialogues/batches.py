@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
@@ -60,24 +60,6 @@ class NumberedDialogues:
         return tuple(await asyncio.gather(*(self.loop.run(problem, seed) for seed in seeds)))
 
 
-class Rollouts(Protocol):
-    """The batches of a run, in sync or async mode."""
-
-    def batch(self, step: int) -> Rollout:
-        """Return the step's outcomes of all ranks. Collective. Raises EngineLostError on all ranks
-        if one has lost its engine."""
-
-    def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
-        """Start this rank's share of dialogues that are not trained on, as in an evaluation; its
-        outcomes are the future's result."""
-
-    def published(self, version: int) -> None:
-        """Note that the engine has the weights of this version. Called once after each batch."""
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps so that a resumed run loses no dialogue."""
-
-
 class RolloutsOnDemand:
     """Sync mode: a batch's dialogues run when it is asked for, and the trainer waits."""
 
@@ -85,11 +67,15 @@ class RolloutsOnDemand:
         self.dialogues = dialogues
 
     def batch(self, step: int) -> Rollout:
+        """Return the step's outcomes of all ranks. Collective. Raises EngineLostError on all ranks
+        if one has lost its engine."""
         dialogues = self.dialogues
         seed = derive_seed(dialogues.seed, step)
         return dialogues.loop.run_on_all_ranks(dialogues.of_step(step), seed)
 
     def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
+        """Start this rank's share of dialogues that are not trained on, as in an evaluation; its
+        outcomes are the future's result."""
         done = Future[Rollout]()
         try:
             done.set_result(asyncio.run(loop.run_my_share(problems, seed)))
@@ -98,9 +84,11 @@ class RolloutsOnDemand:
         return done
 
     def published(self, version: int) -> None:
-        """Do nothing: the next batch will use these weights."""
+        """Note that the engine has the weights of this version, which the next batch will use.
+        Called once after each batch."""
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps so that a resumed run loses no dialogue."""
         return {}
 
 
@@ -166,6 +154,9 @@ class StreamedRollouts(LivesInLoop):
             "next_dialogue": self.next_number,
             "dialogues_passed_over": sorted(self.passed_over),
         }
+
+
+Rollouts = RolloutsOnDemand | StreamedRollouts
 
 
 def open_rollouts(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
 from rlef_mega.run.event_loop import LivesInLoop
@@ -36,18 +36,6 @@ class JudgeError(RuntimeError):
     scored."""
 
 
-class Grader(Protocol):
-    """Runs programs on tests: `EmbeddedGrader` or `RemoteGrader`."""
-
-    @property
-    def isolation(self) -> dict[str, object]:
-        """Return the layers that confine programs there, for the run's manifest."""
-
-    async def grade(self, problem: Problem, program: str) -> list[Result]:
-        """Return a result for each public test and, if all pass, for the private tests until the
-        first failure. Raises JudgeError if no sandbox could run them."""
-
-
 class EmbeddedGrader:
     """Grades in a sandbox of this process, which the caller closes."""
 
@@ -58,9 +46,12 @@ class EmbeddedGrader:
 
     @property
     def isolation(self) -> dict[str, object]:
+        """Return the layers that confine programs, for the run's manifest."""
         return self.sandbox.isolation
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
+        """Return a result for each public test and, if all pass, for the private tests until the
+        first failure. Raises JudgeError if no sandbox could run them."""
         grading = asyncio.get_running_loop().run_in_executor(
             self.threads, lambda: self.sandbox.grade(program, **grading_options(problem))
         )
@@ -103,6 +94,9 @@ class RemoteGrader(LivesInLoop):
             return await asyncio.wrap_future(self.thread.submit(grading))
         except (ServiceError, RequestRefusedError) as error:
             raise JudgeError(str(error)) from None
+
+
+Grader = EmbeddedGrader | RemoteGrader
 
 
 @contextlib.contextmanager
