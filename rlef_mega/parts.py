@@ -139,17 +139,13 @@ def open_engine(
         )
         return
     # imported here, because only the extra `serve` installs aiohttp
-    from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
+    from rlef_mega.engines.sglang.engine import SGLangEngine
 
-    servers = config.rollout.servers
     with SGLangEngine(
-        servers.addresses,
+        config.rollout.servers,
         model,
-        RequestLimits(servers.concurrency, servers.deadline_s, servers.lost_s, servers.publish_s),
-        way=servers.publish if ranks.is_writer else None,
-        weights_folder=run.path / "weights",
+        weights_folder=run.path / "weights" if ranks.is_writer else None,
         logs=server_logs(config),
-        release_memory=servers.release_memory,
         take_over=True,  # servers that this run used when it was killed
         infos=() if ranks.is_writer else from_rank_0([]),
     ) as engine:

@@ -235,11 +235,10 @@ def check_rollout_servers(config: TrainConfig, model: Path) -> None:
     its dialogues. Does nothing for another engine."""
     if config.rollout.engine != "sglang":
         return
-    servers = config.rollout.servers
     with requires_extra("rollout.engine = sglang", "serve"):
         from rlef_mega.engines.sglang.engine import SGLangEngine
     try:
-        with SGLangEngine(servers.addresses, model) as engine:
+        with SGLangEngine(config.rollout.servers, model) as engine:
             context = engine.info.context_length
     except (ValueError, RuntimeError) as error:
         raise ConfigError(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import Figure, Results, describe_benchmark
-from rlef_mega.config import ConfigError, TrainConfig, find_recipe, load_config
+from rlef_mega.config import ConfigError, ServersConfig, TrainConfig, find_recipe, load_config
 from rlef_mega.demo.tokenizer import train_tokenizer
 from rlef_mega.engines.sglang.engine import SGLangEngine
 from rlef_mega.engines.sglang.processes import SPARE_TOKENS, ServerProcesses
@@ -74,8 +74,9 @@ def measure(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the durations of all publications but the first, and of the pauses in them."""
     wall_s, paused_s = [], []
+    servers = ServersConfig(urls=urls, publish=way)
     with SGLangEngine(
-        urls, folder / "model", way=way, weights_folder=folder / "weights", logs=folder / "logs"
+        servers, folder / "model", weights_folder=folder / "weights", logs=folder / "logs"
     ) as engine:
         for version in range(1 + REPEATS):
             engine.take_counts()

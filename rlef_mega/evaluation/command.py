@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlef_mega.config import ConfigError, JudgeConfig, read_json, requires_extra
+from rlef_mega.config import ConfigError, JudgeConfig, ServersConfig, read_json, requires_extra
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, check_judge, open_grader
 from rlef_mega.dialogues.programs import Which
@@ -345,9 +345,8 @@ def open_engine(
             from rlef_mega.engines.sglang.engine import SGLangEngine
         facts = {"kind": "sglang", "servers": list(request.sglang), "weights": "verified"}
         opened = SGLangEngine(
-            request.sglang,
+            ServersConfig(urls=request.sglang),
             folder,
-            way="disk",
             weights_folder=file.path.with_name(f"{file.path.name}.weights"),
             take_over=file.claims(facts),
         )

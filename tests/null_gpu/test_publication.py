@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from rlef_mega.config import ServersConfig
 from tests.null_gpu.conftest import ROOT
 from tests.null_gpu.processes import counter, environment
 from tests.null_gpu.serving_process import CACHE_BYTES
@@ -35,13 +36,11 @@ def server(model):
 @pytest.mark.parametrize("way", ["disk", "distributed", "tensor"])
 def test_weights_on_a_device_reach_a_server(server: str, model: Path, tmp_path: Path, way: str):
     """By a folder, a broadcast over NCCL, CUDA IPC; a second publication replaces the first."""
-    from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
+    from rlef_mega.engines.sglang.engine import SGLangEngine
 
     policy = LlamaForCausalLM.from_pretrained(model).to("cuda:0")
-    limits = RequestLimits(publish_s=120.0)
-    with SGLangEngine(
-        [server], model, limits, way=way, weights_folder=tmp_path / "weights", take_over=True
-    ) as engine:
+    asked = ServersConfig(urls=[server], publish=way, publish_s=120.0)
+    with SGLangEngine(asked, model, weights_folder=tmp_path / "weights", take_over=True) as engine:
         for version in (1, 2):
             for weight in policy.parameters():
                 weight.data += version
@@ -54,18 +53,11 @@ def test_a_server_on_the_same_device_frees_its_memory_while_the_trainer_works(
     server: str, model: Path, tmp_path: Path
 ):
     """The device's free memory, as the driver reports it to the trainer's process."""
-    from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
+    from rlef_mega.engines.sglang.engine import SGLangEngine
 
     policy = LlamaForCausalLM.from_pretrained(model).to("cuda:1")
-    with SGLangEngine(
-        [server],
-        model,
-        RequestLimits(publish_s=120.0),
-        way="disk",
-        weights_folder=tmp_path / "weights",
-        take_over=True,
-        release_memory=True,
-    ) as engine:
+    asked = ServersConfig(urls=[server], publish_s=120.0, release_memory=True)
+    with SGLangEngine(asked, model, weights_folder=tmp_path / "weights", take_over=True) as engine:
         free = []
         for version in (1, 2):
             engine.update_weights(policy.state_dict().items(), version)

@@ -75,8 +75,9 @@ def test_weights_arrive_and_are_verified(case, tmp_path, monkeypatch):
         for way in WAYS:
             change(model, seed=1)
             folder = tmp_path / "weights"
+            reached = ServersConfig(urls=servers.urls, publish=way)
             with SGLangEngine(
-                servers.urls, tmp_path / "model", way=way, weights_folder=folder, logs=logs
+                reached, tmp_path / "model", weights_folder=folder, logs=logs
             ) as engine:
                 engine.update_weights(model.state_dict().items(), 1)
                 answer = asyncio.run(ask(engine))

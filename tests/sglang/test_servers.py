@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
+from rlef_mega.config import ServersConfig
 from rlef_mega.dialogues.chat import TEMPLATES, ChatFormat, declared_ends
 from rlef_mega.dialogues.judge import Judge
 from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.engines import EngineError, EngineLostError, GenerationRequest
 from rlef_mega.engines.publish import publish
-from rlef_mega.engines.sglang.engine import RequestLimits, SGLangEngine
+from rlef_mega.engines.sglang.engine import SGLangEngine
 from rlef_mega.engines.sglang.publication import DiskPublication
 from rlef_mega.types import Completion, PrivateTests, Problem, Sampling
 from rlef_sandbox import Test
@@ -62,16 +63,18 @@ def disk_engine(serving, tmp_path):
         yield engine
 
 
-def open_engine(serving, folder, way, **limits) -> SGLangEngine:
-    return SGLangEngine(
-        serving.urls,
+@contextlib.contextmanager
+def open_engine(serving, folder, way, heartbeat_s=20, **limits):
+    limits = {"publish_s": 60, "deadline_s": 200, **limits}
+    with SGLangEngine(
+        ServersConfig(urls=serving.urls, publish=way, **limits),
         serving.model,
-        RequestLimits(**{"publish_s": 60, "deadline_s": 200, "heartbeat_s": 20, **limits}),
-        way=way,
         weights_folder=folder / "weights",
         logs=serving.run / "servers",
         take_over=True,
-    )
+    ) as engine:
+        engine.fleet.heartbeat_s = heartbeat_s
+        yield engine
 
 
 def wait_for(condition, engine: SGLangEngine) -> None:
@@ -441,7 +444,7 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     for episode in held.episodes:
         assert all(set(turn.completion.weight_versions) == {6} for turn in episode.turns)
     wait_for(lambda: disk_engine.counts.get("restored"), disk_engine)
-    with SGLangEngine([victim], serving.model) as only_the_victim:
+    with SGLangEngine(ServersConfig(urls=[victim]), serving.model) as only_the_victim:
         weights = model.state_dict().items()
         only_the_victim.update_weights(weights, 6)  # published by another engine
         only_the_victim.end_update(6, [victim])
@@ -517,7 +520,7 @@ def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
         engine.publication.transfer.deadline_s = 60
         for member in engine.fleet.members:
             member.client.publish_s = 60
-        engine.limits.heartbeat_s = 20
+        engine.fleet.heartbeat_s = 20
         publish(policy.policy_weights, engine, 3)
         assert policy.tries == 3 and all(member.ready for member in engine.fleet.members)
         prompts = random_prompts(8, 10)
@@ -550,7 +553,7 @@ def test_without_any_server_requests_fail_and_later_ones_find_the_restarted_serv
             process.kill()
         with pytest.raises(EngineLostError, match=r"(?s)no server was ready for 2 s.*The end of"):
             sample(engine, [[11, 12]] * 3, Sampling(5))
-        engine.limits.lost_s = 300
+        engine.fleet.limits = engine.fleet.limits.model_copy(update={"lost_s": 300})
         answers = sample(engine, [[11, 12]] * 3, Sampling(5))  # `rlef serve` starts them again
         assert {v for answer in answers for v in answer.weight_versions} == {1}
         wait_for(lambda: all(member.ready for member in engine.fleet.members), engine)

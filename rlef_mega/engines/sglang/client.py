@@ -39,7 +39,7 @@ T = TypeVar("T")
 class Client:
     """One server. `publish_s` bounds each call that belongs to a publication."""
 
-    def __init__(self, url: str, http: aiohttp.ClientSession, *, publish_s: float = 600.0) -> None:
+    def __init__(self, url: str, http: aiohttp.ClientSession, *, publish_s: float) -> None:
         self.url, self.http, self.publish_s = url, http, publish_s
         self.paused_s = 0.0  # total time paused for weights
         self.paused_at_s: float | None = None  # of time.monotonic, while paused

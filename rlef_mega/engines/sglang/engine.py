@@ -26,12 +26,12 @@ from urllib.parse import urlsplit
 import aiohttp
 import torch
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, ServersConfig
 from rlef_mega.engines import Engine, EngineError, GenerationRequest, Session
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request
 from rlef_mega.engines.sglang.answers import ServerInfo
 from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client
-from rlef_mega.engines.sglang.fleet import Affinity, Fleet, RequestLimits
+from rlef_mega.engines.sglang.fleet import Affinity, Fleet
 from rlef_mega.engines.sglang.members import Member, on_each
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.publication import BucketPublication, DiskPublication
@@ -48,11 +48,10 @@ OPEN_S = 60.0  # for a running server to report its settings
 
 
 class SGLangEngine(LivesInLoop, Engine):
-    """Samples on the servers at `urls`; a context manager, which checks them as it opens.
+    """Samples on `servers`; a context manager, which checks them as it opens.
 
-    `model` is the Hugging Face folder that the servers were started with. With `way`
-    (`ServersConfig.publish`) this engine publishes to them ("disk" through `weights_folder`);
-    without it, another process does. With `release_memory` servers free their memory in `rest`.
+    `model` is the Hugging Face folder that the servers were started with. With `weights_folder`
+    this engine publishes to them (by "disk" through this folder); without it, another process does.
     `take_over` allows servers that another process published to. `logs` is the folder that `rlef
     serve` writes logs to. With `infos`, those of another process's engine for the same servers, the
     servers are not asked again.
@@ -60,23 +59,20 @@ class SGLangEngine(LivesInLoop, Engine):
 
     def __init__(
         self,
-        urls: Sequence[str],
+        servers: ServersConfig,
         model: str | Path,
-        limits: RequestLimits | None = None,
         *,
-        way: str | None = None,
         weights_folder: Path | None = None,
         logs: Path | None = None,
-        release_memory: bool = False,
         take_over: bool = False,
         infos: Sequence[ServerInfo] = (),
     ) -> None:
+        urls = servers.addresses
         if len(set(urls)) != len(urls):
             raise ValueError(f"a server is named twice in {list(urls)}; name each once")
-        self.urls, self.limits = [url.rstrip("/") for url in urls], limits or RequestLimits()
+        self.servers, self.urls = servers, [url.rstrip("/") for url in urls]
         self.folder, self.model = Path(model), ServedModel(Path(model))
-        self.way, self.weights_folder, self.logs = way, weights_folder, logs
-        self.release_memory, self.take_over = release_memory, take_over
+        self.weights_folder, self.logs, self.take_over = weights_folder, logs, take_over
         self.infos = list(infos)
         self.owns_servers = False  # whether the servers have weights from this engine
         self.released = False  # whether all servers were given back
@@ -92,9 +88,10 @@ class SGLangEngine(LivesInLoop, Engine):
         # without a limit: the fleet bounds requests
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self.http = aiohttp.ClientSession(connector=connector, trust_env=False)
-        clients = [Client(url, self.http, publish_s=self.limits.publish_s) for url in self.urls]
+        publish_s = self.servers.publish_s
+        clients = [Client(url, self.http, publish_s=publish_s) for url in self.urls]
         logs = [log_file(self.logs, url) if self.logs else None for url in self.urls]
-        self.fleet = Fleet(map(Member, clients, logs), self.limits)
+        self.fleet = Fleet(map(Member, clients, logs), self.servers)
         if not self.infos:
             asked = (client.info(within_s=OPEN_S) for client in clients)
             self.infos = list(await asyncio.gather(*asked))
@@ -104,7 +101,8 @@ class SGLangEngine(LivesInLoop, Engine):
         if len(kinds) > 1:
             raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(kinds)}")
         self.info = min(self.infos, key=lambda info: info.context_length)
-        self.publication = self.make_publication() if self.way else None
+        if self.weights_folder is not None:
+            self.publication = self.make_publication(self.weights_folder)
 
     def check_server(self, client: Client, info: ServerInfo) -> None:
         """Raise ValueError if the engine cannot use the server, or must not publish to it."""
@@ -113,22 +111,21 @@ class SGLangEngine(LivesInLoop, Engine):
                 f"{client.url} is SGLang {info.version}; supported: {', '.join(SUPPORTED)}"
             )
         check_same_model(self.folder, Path(info.model_path))
-        if self.way and info.weight_version != FREE and not self.take_over:
+        if self.weights_folder and info.weight_version != FREE and not self.take_over:
             raise ConfigError(
                 f"{client.url} has weights of version {info.weight_version}, so a training run or "
                 "another evaluation uses it and would get our weights; use other servers "
                 "(`rlef serve` with another rollout.servers.port), or restart it if it is unused"
             )
 
-    def make_publication(self) -> DiskPublication | BucketPublication:
-        """Return the publication that `way` selects."""
-        if self.way == "disk":
-            assert self.weights_folder is not None, "servers read the weights from it"
-            return DiskPublication(self.fleet, self.thread, self.weights_folder, self.folder)
-        if self.way == "distributed":
+    def make_publication(self, weights_folder: Path) -> DiskPublication | BucketPublication:
+        """Return the publication that `servers.publish` selects."""
+        if self.servers.publish == "disk":
+            return DiskPublication(self.fleet, self.thread, weights_folder, self.folder)
+        if self.servers.publish == "distributed":
             backend = "gloo" if self.info.device == "cpu" else "nccl"
             host = address_towards(urlsplit(self.urls[0]).hostname or "")
-            broadcast = Broadcast(self.thread, host, backend, self.limits.publish_s)
+            broadcast = Broadcast(self.thread, host, backend, self.servers.publish_s)
             return BucketPublication(self.fleet, self.thread, broadcast)
         return BucketPublication(self.fleet, self.thread, SharedTensors(self.thread))
 
@@ -161,8 +158,8 @@ class SGLangEngine(LivesInLoop, Engine):
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> Sequence[str]:
-        """Load the weights on all servers, and return which have them. Without `way`, only stop the
-        checks of servers, until `end_update`, and return ().
+        """Load the weights on all servers, and return which have them. If another process
+        publishes, only stop the checks of servers, until `end_update`, and return ().
 
         Raises EngineError unless every server that is ready afterwards has exactly these weights.
         After an error no server is ready, and requests wait until a publication succeeds.
@@ -201,7 +198,7 @@ class SGLangEngine(LivesInLoop, Engine):
                 self.weight_version = version
 
     def rest(self) -> None:
-        if self.release_memory and self.publication is not None:
+        if self.servers.release_memory and self.publication is not None:
             self.thread.wait_for(self.release())
 
     async def release(self) -> None:
@@ -209,7 +206,7 @@ class SGLangEngine(LivesInLoop, Engine):
         await self.fleet.control.acquire()
         # those that are not ready, because they started without our weights, hold memory too
         self.resting = await on_each(
-            self.fleet.members, lambda client: client.release_memory(self.limits.heartbeat_s)
+            self.fleet.members, lambda client: client.release_memory(self.fleet.heartbeat_s)
         )
 
     async def wake(self, resting: Sequence[Member]) -> None:

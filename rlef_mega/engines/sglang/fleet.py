@@ -37,6 +37,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from rlef_mega.config import ServersConfig
 from rlef_mega.engines import BUSY, EngineError, EngineLostError, GenerationRequest
 from rlef_mega.engines.sglang.answers import ServerError
 from rlef_mega.engines.sglang.client import PROBE_S, Client
@@ -47,17 +48,6 @@ from rlef_mega.types import Completion
 MOST_TRIES = 4  # of a request: one that kills servers must not kill all of them
 FIRST_PROBE_S = 0.2
 SLOWEST_PROBE_S = 5.0
-
-
-@dataclass
-class RequestLimits:
-    """Limits of an engine's requests: how many at once, and how long each wait may last."""
-
-    concurrency: int = 256  # open requests at a server, of this process
-    deadline_s: float = 1800.0  # of a request with all its tries
-    lost_s: float = 900.0  # without any ready server
-    publish_s: float = 600.0  # of each call in a publication
-    heartbeat_s: float = 30.0  # silence of a server before it gets a health check
 
 
 @dataclass(eq=False)
@@ -71,7 +61,9 @@ class Affinity:
 class Fleet:
     """The servers of one engine. A server is ready only while it serves `version`."""
 
-    def __init__(self, members: Iterable[Member], limits: RequestLimits) -> None:
+    heartbeat_s = 30.0  # silence of a server before it gets a health check
+
+    def __init__(self, members: Iterable[Member], limits: ServersConfig) -> None:
         self.members, self.limits = list(members), limits
         for member in self.members:
             member.slots = asyncio.Semaphore(limits.concurrency)
@@ -117,7 +109,7 @@ class Fleet:
         asking = self.start(member.client.generate(request))
         try:
             while not asking.done():
-                await asyncio.wait({asking}, timeout=self.limits.heartbeat_s)
+                await asyncio.wait({asking}, timeout=self.heartbeat_s)
                 if not asking.done():
                     await self.require_alive(member)
             completion, cached = asking.result()
@@ -153,14 +145,14 @@ class Fleet:
         """Raise ServerError if a silent server fails its health check, which all its requests
         share. Servers that are paused for a publication are not checked."""
         silent_s = asyncio.get_running_loop().time() - member.heard_at_s
-        if silent_s < self.limits.heartbeat_s or self.control.locked():
+        if silent_s < self.heartbeat_s or self.control.locked():
             return
         if member.checking is None or member.checking.done():
             member.checking = self.start(self.check(member))
         await asyncio.shield(member.checking)
 
     async def check(self, member: Member) -> None:
-        await member.client.check_health(within_s=self.limits.heartbeat_s)
+        await member.client.check_health(within_s=self.heartbeat_s)
         member.heard_at_s = asyncio.get_running_loop().time()
 
     @asynccontextmanager
@@ -193,7 +185,7 @@ class Fleet:
             if left_s <= 0:
                 raise self.lost()
             with contextlib.suppress(TimeoutError):
-                limit_s = min(left_s, self.limits.heartbeat_s)
+                limit_s = min(left_s, self.heartbeat_s)
                 await asyncio.wait_for(self.some_ready.wait(), limit_s)
 
     def lost(self) -> EngineLostError:
@@ -308,7 +300,7 @@ class Fleet:
         found: dict[str, str] = {}
 
         async def ask(client: Client) -> None:
-            info = await client.info(within_s=self.limits.heartbeat_s)
+            info = await client.info(within_s=self.heartbeat_s)
             found[client.url] = info.weight_version
 
         clock = asyncio.get_running_loop().time

@@ -7,19 +7,18 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from functools import cache
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from rlef_mega.config import ConfigError
+from rlef_mega.config import ConfigError, ServersConfig
 from rlef_mega.engines import EngineError, EngineLostError, GenerationRequest
 from rlef_mega.engines.sglang import fleet
 from rlef_mega.engines.sglang.answers import ServerError
 from rlef_mega.engines.sglang.engine import SGLangEngine
-from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet, RequestLimits
+from rlef_mega.engines.sglang.fleet import MOST_TRIES, Fleet
 from rlef_mega.engines.sglang.members import Member
 from rlef_mega.engines.sglang.processes import log_file
 from rlef_mega.engines.sglang.weights import SentWeights, ServedModel
@@ -41,6 +40,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def probe_often(monkeypatch):
     monkeypatch.setattr(fleet, "SLOWEST_PROBE_S", 0.2)
+    monkeypatch.setattr(Fleet, "heartbeat_s", 0.2)
 
 
 @pytest.fixture
@@ -50,11 +50,10 @@ def servers(model):
 
 
 def open_engine(servers, model, **options) -> SGLangEngine:
-    names = options.keys() & {field.name for field in fields(RequestLimits)}
-    limits = RequestLimits(
-        **{"heartbeat_s": 0.2, "deadline_s": 10.0, **{n: options.pop(n) for n in names}}
-    )
-    return SGLangEngine([server.url for server in servers], model, limits, **options)
+    names = options.keys() & ServersConfig.model_fields.keys()
+    asked = {"deadline_s": 10.0, **{name: options.pop(name) for name in names}}
+    urls = [server.url for server in servers]
+    return SGLangEngine(ServersConfig(urls=urls, **asked), model, **options)
 
 
 @pytest.fixture
@@ -204,7 +203,8 @@ def test_without_any_server_all_requests_fail_with_the_reason(servers, model):
 
 def test_servers_paused_by_another_process_are_not_checked(servers, model):
     """Requests wait at a paused server for longer than a heartbeat."""
-    with open_engine(servers, model, heartbeat_s=0.1) as engine:
+    with open_engine(servers, model) as engine:
+        engine.fleet.heartbeat_s = 0.1
         published_elsewhere(engine, 3)
         for server in servers:
             server.mode = "hang"
@@ -320,7 +320,7 @@ def test_another_version_of_sglang_is_refused(servers, model):
 
 @contextlib.contextmanager
 def publishing(servers, model, folder, **options):
-    options = {"way": "disk", "weights_folder": folder / "weights", "publish_s": 5.0, **options}
+    options = {"weights_folder": folder / "weights", "publish_s": 5.0, **options}
     for server in servers:
         server.weight_version = "default"
     with open_engine(servers, model, logs=folder, **options) as engine:
@@ -378,7 +378,7 @@ def test_a_probe_that_a_publication_overtook_loads_no_old_weights(outcome):
     async def run():
         client = RestoredClient()
         member = Member(client)
-        servers = Fleet([member], RequestLimits())
+        servers = Fleet([member], ServersConfig())
         loads = []
 
         async def restore(one):
@@ -438,9 +438,8 @@ def test_a_server_that_hangs_is_left_out_and_if_all_hang_it_is_an_error(servers,
     """Its HTTP process answers, its scheduler does not. The publication waits for one heartbeat,
     not for `publish_s`."""
     one, two = servers
-    with publishing(servers, model, tmp_path, publish_s=60.0) as engine:
+    with publishing(servers, model, tmp_path, publish_s=60.0, lost_s=1.0) as engine:
         two.mode = "hang"
-        engine.limits.lost_s = 1.0
         engine.update_weights(weights_of(model).items(), 1)
         assert two.calls["pause_generation"] == 0
         assert {a[0].token_ids[0] // 100 for a in talk(engine, 4)} == {1}
@@ -573,14 +572,14 @@ def test_servers_that_another_process_owns_are_refused(servers, model, tmp_path)
         engine.update_weights(weights_of(model).items(), 7)
         with (
             pytest.raises(ConfigError, match=rf"{one.url} has weights of version 7.*rlef serve"),
-            open_engine(servers, model, way="disk", weights_folder=tmp_path / "other"),
+            open_engine(servers, model, weights_folder=tmp_path / "other"),
         ):
             pass
         assert one.weight_version == two.weight_version == "7"
     assert one.weight_version == two.weight_version == "default"
     two.weight_version = "12"  # of a run that was killed
-    options = {"way": "disk", "weights_folder": tmp_path / "weights"}
-    with open_engine(servers, model, take_over=True, **options) as engine:
+    folder = tmp_path / "weights"
+    with open_engine(servers, model, take_over=True, weights_folder=folder) as engine:
         engine.update_weights(weights_of(model).items(), 9)
         assert two.weight_version == "9"
 
