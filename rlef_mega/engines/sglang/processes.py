@@ -41,7 +41,7 @@ ASK_EVERY_S = 10.0  # how often a server that is ready is asked for a sign of li
 HEALTH_S = 5.0  # timeout of its answer
 # How long a server may stay unhealthy before it is restarted. Longer than a publication takes:
 # a server that is paused or receives weights does not answer.
-HANG_S = 600.0
+SERVER_HANG_S = 600.0
 MARK = "RLEF_SERVER"  # an environment variable of a server and all its processes
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without http_proxy
 STOP_S = 15.0  # for a server to end by itself
@@ -163,7 +163,6 @@ class ServerProcesses:
         dtype: str,
         context_length: int,
         logs: Path,
-        hang_s: float = HANG_S,
     ) -> None:
         self.urls = list(asked.own_addresses)
         self.servers = [
@@ -174,7 +173,7 @@ class ServerProcesses:
             )
             for n, url in enumerate(self.urls)
         ]
-        self.ready_s, self.hang_s = asked.ready_s, hang_s
+        self.ready_s = asked.ready_s
         # /health makes an idle server generate. A server that has released its memory cannot, but
         # its scheduler still answers /server_info
         self.sign_of_life = "/server_info" if asked.release_memory else "/health"
@@ -240,7 +239,7 @@ class ServerProcesses:
         if silent_s > ASK_EVERY_S or server.starting:
             if server.answers("/health" if server.starting else self.sign_of_life):
                 server.starting, server.heard_at_s = False, time.monotonic()
-            elif silent_s > (self.ready_s if server.starting else self.hang_s):
+            elif silent_s > (self.ready_s if server.starting else SERVER_HANG_S):
                 return f"did not answer for {silent_s:.0f} s"
         return None
 

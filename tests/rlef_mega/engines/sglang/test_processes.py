@@ -56,12 +56,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def servers(folder: Path, program: str, hang_s: float = 20.0, **asked) -> ServerProcesses:
+def servers(folder: Path, program: str, **asked) -> ServerProcesses:
     python = stand_in(folder, program)
     config = ServersConfig(**{"python": python, "port": free_port(), "ready_s": 20.0, **asked})
-    return ServerProcesses(
-        config, folder, dtype="bfloat16", context_length=9, logs=folder / "logs", hang_s=hang_s
-    )
+    return ServerProcesses(config, folder, dtype="bfloat16", context_length=9, logs=folder / "logs")
 
 
 def test_a_server_that_ends_as_it_starts_is_an_error_with_the_end_of_its_log(tmp_path):
@@ -151,6 +149,7 @@ def test_a_server_that_ends_is_restarted(tmp_path):
 def test_a_server_that_hangs_is_restarted(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "ASK_EVERY_S", 0.1)
     monkeypatch.setattr(processes, "HEALTH_S", 0.3)
+    monkeypatch.setattr(processes, "SERVER_HANG_S", 1.0)
     said = []
 
     def say(text: str) -> None:
@@ -158,7 +157,7 @@ def test_a_server_that_hangs_is_restarted(tmp_path, monkeypatch):
         if "ready again" in text:
             raise EnoughError
 
-    with servers(tmp_path, HEALTHY, hang_s=1.0) as running:
+    with servers(tmp_path, HEALTHY) as running:
         first = running.servers[0].process.pid
         os.kill(first, signal.SIGSTOP)
         with pytest.raises(EnoughError):
@@ -174,11 +173,12 @@ RESTING = HEALTHY.replace(
 
 @pytest.mark.parametrize("may_rest", [True, False])
 def test_servers_that_released_their_memory_are_not_restarted(tmp_path, monkeypatch, may_rest):
-    """Such a server is unhealthy for longer than `hang_s`."""
+    """Such a server is unhealthy for longer than SERVER_HANG_S."""
     monkeypatch.setattr(processes, "ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(processes, "SERVER_HANG_S", 0.5)
     rests = tmp_path / "rests"
     program = f"RESTS = {str(rests)!r}\n{RESTING}"
-    with servers(tmp_path, program, hang_s=0.5, release_memory=may_rest) as running:
+    with servers(tmp_path, program, release_memory=may_rest) as running:
         (server,) = running.servers
         server.heard_at_s = time.monotonic()
         rests.touch()
