@@ -205,9 +205,10 @@ class SGLangEngine(LivesInLoop, Engine):
         """Free the servers' memory. Until `wake`, none is checked or restored."""
         await self.fleet.control.acquire()
         # those that are not ready, because they started without our weights, hold memory too
-        self.resting = await on_each(
+        freed = await on_each(
             self.fleet.members, lambda client: client.release_memory(self.fleet.heartbeat_s)
         )
+        self.resting = list(freed)
 
     async def wake(self, resting: Sequence[Member]) -> None:
         """Allocate the weights again. A server that fails here fails in the publication too."""

@@ -24,17 +24,10 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Iterable,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlef_mega.config import ServersConfig
@@ -208,7 +201,7 @@ class Fleet:
                 self.put_aside(member)
                 self.probe(member)
 
-    async def install(self, version: int, members: Sequence[Member]) -> None:
+    async def install(self, version: int, members: Collection[Member]) -> None:
         """Note that these servers have the version, verified; the others are taken out."""
         self.version = version
         for member in self.members:
@@ -297,22 +290,17 @@ class Fleet:
     async def answering(self) -> dict[Member, str]:
         """Return the servers whose schedulers answer within a heartbeat, and their weight versions;
         take the others out. Raises EngineLostError if none answers for `lost_s`."""
-        found: dict[str, str] = {}
-
-        async def ask(client: Client) -> None:
-            info = await client.info(within_s=self.heartbeat_s)
-            found[client.url] = info.weight_version
-
         clock = asyncio.get_running_loop().time
         until_s = clock() + self.limits.lost_s
-        while not (members := await on_each(self.members, ask)):
+        ask = partial(Client.info, within_s=self.heartbeat_s)
+        while not (infos := await on_each(self.members, ask)):
             if clock() >= until_s:
                 raise self.lost()
             await asyncio.sleep(FIRST_PROBE_S)
         for member in self.members:
-            if member not in members:
+            if member not in infos:
                 self.take_out(member, member.last_failure)
-        return {member: found[member.client.url] for member in members}
+        return {member: info.weight_version for member, info in infos.items()}
 
     def reasons(self) -> str:
         """Say why no server takes a request: why each is not ready, or that all are busy."""

@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.answers import ServerError
 from rlef_mega.engines.sglang.client import Client
 from rlef_mega.engines.sglang.processes import log_tail
+
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -40,20 +42,24 @@ class Member:
 
 
 async def on_each(
-    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
-) -> list[Member]:
-    """Run `work` on all servers at the same time. Returns those on which it succeeded.
+    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, Result]]
+) -> dict[Member, Result]:
+    """Run `work` on all servers at the same time. Returns those on which it succeeded, each with
+    its result.
 
     A ServerError is noted as the server's last failure; any other error is raised.
     """
     tasks = [work(member.client) for member in members]
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    results = {}
     for member, outcome in zip(members, outcomes, strict=True):
         if isinstance(outcome, ServerError):
             member.last_failure = f"{outcome}{log_tail(member.log)}"
-        elif outcome is not None:
+        elif isinstance(outcome, BaseException):
             raise outcome
-    return [m for m, outcome in zip(members, outcomes, strict=True) if outcome is None]
+        else:
+            results[member] = outcome
+    return results
 
 
 async def on_all(

@@ -46,12 +46,10 @@ class Broadcast:
     def carry(self, bucket: Bucket) -> None:
         """Announce the bucket to all servers, then send it as one byte tensor. Returns when all
         have loaded it; raises EngineError if one fails."""
-
-        async def receive(client: Client) -> None:
-            await client.receive_bucket(bucket, self.group_name)
-
         data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
-        receiving = self.thread.submit(on_all(self.members, receive))
+        receiving = self.thread.submit(
+            on_all(self.members, lambda client: client.receive_bucket(bucket, self.group_name))
+        )
         # group: this process and every rank of every server
         sending = dist.broadcast(data, group=self.group, group_src=0, async_op=True)
         assert sending is not None
@@ -70,11 +68,9 @@ class Broadcast:
         """Destroy the group, here and on the servers that still answer."""
         if self.group is None:
             return
-
-        async def leave(client: Client) -> None:
-            await client.leave_group(self.group_name)
-
-        self.thread.wait_for(on_each(self.members, leave))
+        self.thread.wait_for(
+            on_each(self.members, lambda client: client.leave_group(self.group_name))
+        )
         dist.destroy_process_group(self.group)
         self.group = None
 
