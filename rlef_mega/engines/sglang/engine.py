@@ -79,7 +79,6 @@ class SGLangEngine(LivesInLoop, Engine):
         self.resting: list[Member] | None = None  # servers that have released their memory
         self.weight_version = NO_WEIGHTS
         self.publication: DiskPublication | BucketPublication | None = None
-        self.waits = False  # whether another process publishes at the moment
         self.counted: dict[str, float] = {}  # what `take_counts` has returned so far
         super().__init__("sglang-client")
 
@@ -174,7 +173,6 @@ class SGLangEngine(LivesInLoop, Engine):
         try:
             if self.publication is None:
                 self.thread.wait_for(self.fleet.control.acquire())  # paused servers are not checked
-                self.waits = True
                 return ()
             self.owns_servers = True
             if self.resting is not None:
@@ -190,8 +188,7 @@ class SGLangEngine(LivesInLoop, Engine):
         return [member.client.url for member in self.fleet.members if member.ready]
 
     def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
-        if self.waits:
-            self.waits = False
+        if self.publication is None:
             self.thread.loop.call_soon_threadsafe(self.fleet.control.release)
             if version is not None:
                 self.thread.wait_for(self.fleet.expect(version, served))
