@@ -23,6 +23,7 @@ has the current weights. The lock `control` is held by a publication or one rest
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -60,8 +61,7 @@ class Fleet:
         self.members, self.limits = list(members), limits
         for member in self.members:
             member.slots = asyncio.Semaphore(limits.concurrency)
-        # since when requests have found no ready server, by the loop's clock
-        self.none_since_s: float | None = None
+        self.none_since_s: float | None = None  # since when requests have found no ready server
         self.version: int | None = None
         # loads the current weights into one server; None if the publication left nothing to load
         self.restore: Callable[[Client], Awaitable[None]] | None = None
@@ -109,7 +109,7 @@ class Fleet:
         finally:
             asking.cancel()  # which ends the request on the server
             await asyncio.gather(asking, return_exceptions=True)
-        member.heard_at_s = asyncio.get_running_loop().time()
+        member.heard_at_s = time.monotonic()
         first, newest = completion.weight_versions[0], completion.weight_versions[-1]
         if expected is None or newest < expected:
             raise ServerError(f"{member.client.url} serves version {newest}, not {expected}")
@@ -137,7 +137,7 @@ class Fleet:
     async def require_alive(self, member: Member) -> None:
         """Raise ServerError if a silent server fails its health check, which all its requests
         share. Servers that are paused for a publication are not checked."""
-        silent_s = asyncio.get_running_loop().time() - member.heard_at_s
+        silent_s = time.monotonic() - member.heard_at_s
         if silent_s < self.heartbeat_s or self.control.locked():
             return
         if member.checking is None or member.checking.done():
@@ -146,7 +146,7 @@ class Fleet:
 
     async def check(self, member: Member) -> None:
         await member.client.check_health(within_s=self.heartbeat_s)
-        member.heard_at_s = asyncio.get_running_loop().time()
+        member.heard_at_s = time.monotonic()
 
     @asynccontextmanager
     async def slot(self, affinity: Affinity) -> AsyncIterator[Member]:
@@ -171,7 +171,7 @@ class Fleet:
         """Wait until a server is ready. Raises EngineLostError if none was for `lost_s`, not
         counting publications, in which all servers are paused."""
         while not self.some_ready.is_set():
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             if self.none_since_s is None or self.control.locked():
                 self.none_since_s = now
             left_s = self.none_since_s + self.limits.lost_s - now
@@ -290,11 +290,10 @@ class Fleet:
     async def answering(self) -> dict[Member, str]:
         """Return the servers whose schedulers answer within a heartbeat, and their weight versions;
         take the others out. Raises EngineLostError if none answers for `lost_s`."""
-        clock = asyncio.get_running_loop().time
-        until_s = clock() + self.limits.lost_s
+        until_s = time.monotonic() + self.limits.lost_s
         ask = partial(Client.info, within_s=self.heartbeat_s)
         while not (infos := await on_each(self.members, ask)):
-            if clock() >= until_s:
+            if time.monotonic() >= until_s:
                 raise self.lost()
             await asyncio.sleep(FIRST_PROBE_S)
         for member in self.members:

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class Member:
-    """A server, and what the fleet knows of it. Times are the loop's clock."""
+    """A server, and what the fleet knows of it. Times are of time.monotonic."""
 
     client: Client
     log: Path | None = None
@@ -30,7 +30,7 @@ class Member:
     heard_at_s: float = 0.0  # when it last answered
     checking: asyncio.Task[None] | None = None
     probing: asyncio.Task[None] | None = None
-    busy_s: float = 0.0  # with a request, until `counted_at_s` (of time.monotonic)
+    busy_s: float = 0.0  # with a request, until `counted_at_s`
     counted_at_s: float = field(default_factory=time.monotonic)
 
     def add_load(self, change: int) -> None:
