@@ -74,8 +74,8 @@ class RolloutsOnDemand:
         return dialogues.loop.run_on_all_ranks(dialogues.of_step(step), seed)
 
     def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
-        """Start this rank's share of dialogues that are not trained on, as in an evaluation; its
-        outcomes are the future's result."""
+        """Run this rank's share of dialogues that are not trained on, as in an evaluation; the
+        future that is returned has their outcomes already."""
         done = Future[Rollout]()
         try:
             done.set_result(asyncio.run(loop.run_my_share(problems, seed)))
@@ -84,8 +84,7 @@ class RolloutsOnDemand:
         return done
 
     def published(self, version: int) -> None:
-        """Note that the engine has the weights of this version, which the next batch will use.
-        Called once after each batch."""
+        """Do nothing: the next batch will use these weights."""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps so that a resumed run loses no dialogue."""
@@ -143,9 +142,12 @@ class StreamedRollouts(LivesInLoop):
         return Rollout(tuple(outcome for number in sorted(taken) for outcome in taken[number]))
 
     def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
+        """Start this rank's share of dialogues that are not trained on, as in an evaluation; its
+        outcomes are the future's result."""
         return self.thread.submit(loop.run_my_share(problems, seed))
 
     def published(self, version: int) -> None:
+        """Note that the engine has the weights of this version. Called once after each batch."""
         self.thread.loop.call_soon_threadsafe(self.stream.advance, version)
 
     def state(self) -> dict[str, Any]:

@@ -35,8 +35,10 @@ from rlef_mega.types import Completion
 
 
 class LocalEngine(Engine):
-    """Samples with a model from a Hugging Face folder, on any device that torch has. No other
-    process uses this engine, and nothing but the weights, which stay, needs memory between batches.
+    """Samples with a model from a Hugging Face folder, on any device that torch has.
+
+    `end_update`, `rest` and `take_counts` do nothing: no other process uses this engine, only its
+    weights need memory between batches, and nothing is counted.
 
     `dtype` is a torch dtype or its name (`bfloat16`). With `weights_from_folder=False` only
     config.json is read, and requests before the first `update_weights` fail with EngineError.

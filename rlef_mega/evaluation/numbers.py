@@ -37,7 +37,7 @@ class FinishedDialogues:
 
     @classmethod
     def of(cls, turns: int, outcomes: Sequence[DialogueOutcomes | str]) -> Self:
-        """Divide `DialogueOutcomes.of` of the dialogues into finished and dropped ones."""
+        """Divide dialogues into the finished ones and the reasons why others were dropped."""
         finished = [found for found in outcomes if isinstance(found, DialogueOutcomes)]
         return cls(turns, finished, Counter(found for found in outcomes if isinstance(found, str)))
 

@@ -313,8 +313,8 @@ def choose_interface(master: str) -> None:
 
 
 def dump_stacks_when_asked() -> None:
-    """Make SIGUSR2 write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr if that
-    variable is unset. faulthandler does it in C, so it works while Python waits in a library."""
+    """Make SIGUSR2 write the stacks of all threads to RLEF_STACKS/rank_N.txt, or to stderr without
+    that variable. faulthandler does it in C, so it works while Python waits in a library."""
     file = sys.stderr
     if folder := os.environ.get("RLEF_STACKS"):
         path = Path(folder, f"rank_{os.environ.get('RANK', '0')}.txt")

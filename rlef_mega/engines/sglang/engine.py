@@ -51,10 +51,10 @@ class SGLangEngine(LivesInLoop, Engine):
     """Samples on `servers`; a context manager, which checks them as it opens.
 
     `model` is the Hugging Face folder that the servers were started with. With `weights_folder`
-    this engine publishes to them (by "disk" through this folder); without it, another process does.
-    `take_over` allows servers that another process published to. `logs` is the folder that `rlef
-    serve` writes logs to. With `infos`, those of another process's engine for the same servers, the
-    servers are not asked again.
+    this engine publishes to them, as `servers.publish` says (only "disk" writes to the folder);
+    without it, another process does. `take_over` allows servers that another process published to.
+    `logs` is the folder that `rlef serve` writes logs to. With `infos`, those of another process's
+    engine for the same servers, the servers are not asked again.
     """
 
     def __init__(
@@ -142,14 +142,15 @@ class SGLangEngine(LivesInLoop, Engine):
             self.released = len(freed) == len(self.fleet.members)
         await self.http.close()
 
-    # ---------------------------------------------------------------- protocol
+    # ---------------------------------------------------------------- as an Engine
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
         yield partial(self.generate, Affinity())
 
     async def generate(self, affinity: Affinity, request: GenerationRequest) -> Completion:
-        """Sample at the dialogue's server, as many tokens as the servers have room for."""
+        """Sample at the dialogue's server, at most as many tokens as the servers have room for.
+        Raises ValueError for a request that no server can serve, EngineError if none answered."""
         limited = replace(request.sampling, max_new_tokens=self.token_limit(request))
         asked = self.fleet.generate(affinity, replace(request, sampling=limited))
         return await asyncio.wrap_future(self.thread.submit(asked))
