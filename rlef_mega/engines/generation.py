@@ -104,13 +104,15 @@ def prefill(
 
 
 def concatenated(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """Return the first cache, extended by the rows of the others and padded to the longest."""
+    """Move the rows of all caches into the first one, padded on the left to the longest."""
     for whole, *others in zip(*(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values"):  # [G, heads, P, head size]
             parts = [getattr(layer, name) for layer in (whole, *others)]
             columns = max(part.shape[2] for part in parts)
             padded = [pad(part, (0, 0, columns - part.shape[2], 0)) for part in parts]
             setattr(whole, name, torch.cat(padded))
+            for layer in others:  # or memory would hold all prompts twice
+                setattr(layer, name, None)
     return caches[0]
 
 

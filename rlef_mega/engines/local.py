@@ -168,7 +168,6 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; give a folder in Hugging Face format")
-    # sdpa accepts the prepared masks of generation.py
     options: Any = {"dtype": dtype, "attn_implementation": "sdpa"}
     if weights_from_folder:
         SafetensorsFolder(folder)  # refuses what transformers would read in another way

@@ -109,7 +109,7 @@ def initialize(
         group = new_group(list(range(first, first + layout.world_size)))
     groups = make_groups(layout, first_rank=first)
     if critic:
-        # made by all ranks, and last: rank 0 has made other groups than the critic's ranks
+        # by all ranks: rank 0 has made other groups than the critic's ranks (see `make_groups`)
         made = dist.new_group([0, *critics], timeout=COLLECTIVE_TIMEOUT)
         receivers = made if rank in (0, *critics) else None
     set_globals(layout, groups, seed)

@@ -18,7 +18,7 @@ class SupervisedLearner(Learner):
     """Trains a policy on given dialogues; it has no critic and no reference."""
 
     def __init__(self, ranks: Ranks, model_folder: Path, **options: Any) -> None:
-        """Take the options of a `Learner`, without an algorithm's."""
+        """Take a `Learner`'s options but `ppo` and `temperature`, which are set here."""
         ppo = PPOConfig(beta=0, advantage="rloo")
         super().__init__(ranks, model_folder, ppo=ppo, temperature=1.0, **options)
 

@@ -44,7 +44,8 @@ def run_plan(
     these overrides and in the best layout found, to `write`.
 
     Raises ConfigError if the recipe's layout (with `gpus`: every layout) does not fit, if `write`
-    exists or is given without `gpus`, or `sampling_gpus` with `gpus`.
+    exists or is given without `gpus`, if `sampling_gpus` is given with `gpus` or for a recipe that
+    samples on the ranks' GPUs, or if its servers need more GPUs than there are.
     """
     if write is not None and gpus is None:
         raise ConfigError(f"--write {write}: give --gpus, which searches for the layout to write")
@@ -109,7 +110,8 @@ def show_recipe(
     sampling, servers = 0, run.config.rollout.servers
     if sampling_gpus is not None and (run.colocated or not run.has_servers):
         raise ConfigError(
-            f"--sampling-gpus {sampling_gpus}: this recipe samples on the ranks' GPUs; leave it out"
+            f"--sampling-gpus {sampling_gpus} (of a Slurm job: ROLLOUT_NODES): this recipe samples "
+            "on the ranks' GPUs; leave it out, or set rollout.servers.release_memory to false"
         )
     if sampling_gpus and sampling_gpus % run.server_gpus:
         raise ConfigError(
@@ -117,13 +119,15 @@ def show_recipe(
             "(rollout.servers.tensor_parallel_size); give a multiple of that"
         )
     if run.colocated:
-        count = len(servers.urls) or servers.count * -(-run.training_gpus // device.per_node)
-        sampling = count * run.server_gpus
-        if sampling > run.training_gpus:
+        nodes = 1 if servers.urls else -(-run.training_gpus // device.per_node)
+        count = len(servers.urls) or servers.count  # of each node, unless URLs are given
+        taken = count * run.server_gpus
+        if taken > run.training_gpus:
             raise ConfigError(
                 f"rollout.servers: {count} servers x tensor_parallel_size {run.server_gpus} = "
-                f"{sampling} GPUs, and they share the ranks' {run.training_gpus}; lower one of them"
+                f"{taken} GPUs, and they share the ranks' {run.training_gpus}; lower one of them"
             )
+        sampling = min(run.training_gpus, nodes * taken)  # the last node may be partly filled
     elif run.has_servers:
         own = servers.count * run.server_gpus if servers.first_gpu else 0  # not the ranks' GPUs
         sampling = sampling_gpus or own or balanced_split(run, device).sampling

@@ -113,6 +113,7 @@ class PlannedRun:
     memory_fraction: float  # of a server
     colocated: bool  # servers share the trainer's GPUs and release their memory while it trains
     mode: str  # rollout.mode
+    publish: str  # rollout.servers.publish
 
     @classmethod
     def of(cls, config: TrainConfig, shape: LlamaShape) -> "PlannedRun":
@@ -128,6 +129,7 @@ class PlannedRun:
             config.rollout.servers.memory_fraction,
             config.rollout.servers.release_memory,
             config.rollout.mode,
+            config.rollout.servers.publish,
         )
 
     @property
@@ -394,11 +396,10 @@ class PlannedRun:
         if not self.has_servers:
             return 0.0
         size, network = self.weight_bytes * self.shape.parameters, device.network * NETWORK
-        by_disk = self.config.rollout.servers.publish == "disk"
         hashed = size / self.training_gpus + size / self.server_gpus
         return (
             size / network
-            + (2 * size / DISK if by_disk else size / network)
+            + (2 * size / DISK if self.publish == "disk" else size / network)
             + hashed / (device.bandwidth * HASH)
         )
 

@@ -56,19 +56,15 @@ def settings(split: Split, device: Device) -> dict[str, Any]:
         "learner.offload": "idle" if run.offloads else "none",
     }
     if run.has_servers:
-        one_node, publish = split.gpus <= device.per_node, config.rollout.servers.publish
-        if run.colocated:
-            publish = "tensor" if one_node else "disk"
-        elif publish == "tensor" and not one_node:
-            publish = "distributed"
+        own_gpus = split.gpus <= device.per_node and not run.colocated  # of the ranks' node
         chosen |= {
             "rollout.mode": run.mode,
             "rollout.servers.release_memory": run.colocated,
             "rollout.servers.memory_fraction": run.memory_fraction,
             "rollout.servers.tensor_parallel_size": run.server_gpus,
             "rollout.servers.count": min(split.sampling, device.per_node) // run.server_gpus,
-            "rollout.servers.first_gpu": run.training_gpus * (one_node and not run.colocated),
-            "rollout.servers.publish": publish,
+            "rollout.servers.first_gpu": run.training_gpus * own_gpus,
+            "rollout.servers.publish": run.publish,
         }
     own = flatten(config.model_dump())
     return {key: value for key, value in chosen.items() if own.get(key) != value}
@@ -214,8 +210,18 @@ def fastest_servers(candidate: Split, device: Device, left: int) -> Split | None
 
 
 def with_servers(run: PlannedRun, step: StepTime, device: Device, sampling: int) -> Split:
+    one_node = Split(run, sampling, step).gpus <= device.per_node
+    run = replace(run, publish=way_to_publish(run, one_node=one_node))
     publish, sampled = run.publish_s(device), run.generation(device, sampling)
     return Split(run, sampling, replace(step, publish=publish, generation=sampled))
+
+
+def way_to_publish(run: PlannedRun, *, one_node: bool) -> str:
+    """Return the recipe's way to publish weights, or the fastest that is possible instead."""
+    if run.colocated:
+        return "tensor" if one_node else "disk"
+    asked = run.config.rollout.servers.publish
+    return "distributed" if asked == "tensor" and not one_node else asked
 
 
 def without_idle_servers(split: Split, device: Device, limit_s: float) -> Split:

@@ -453,6 +453,8 @@ def test_the_other_placement_in_a_recipes_comments_fits_too(recipe, gpu):
     [
         (["llama31_8b_node", "--gpus", "4"], []),
         (["llama31_8b_node", "--gpus", "8", "--gpu", "h200", "--set", "rollout.turns=2"], []),
+        # two nodes, so servers on the ranks' GPUs get weights by disk, unlike the recipe's
+        (["llama31_8b_node", "--gpus", "16"], []),
         (["llama31_8b", "--gpus", "24"], ["--sampling-gpus"]),
     ],
 )
@@ -473,7 +475,7 @@ def test_a_written_recipe_and_the_printed_words_plan_to_the_same_figures(words, 
         sampling.append(str(found["sampling_gpus"]))
     assert planned(str(written), *gpu, *(sampling if len(sampling) > 1 else []))[1] == found
     chosen = said.partition("in this layout: ")[2].splitlines()[0].split()
-    again = [words[0], *(words[3:] if "--gpu" in words else []), *chosen]
+    again = [words[0], *words[3:], *chosen]
     again += sampling if len(sampling) > 1 else []
     assert planned(*again)[1] == found
 
@@ -504,6 +506,8 @@ def test_a_recipe_that_training_would_refuse_is_not_written(tmp_path):
         (['rollout.servers.urls=["http://node7:30000"]'], 4),
         # on each of two nodes
         (["rollout.servers.count=1", "parallel.data_parallel_size=8"], 8),
+        # of which the second is half filled
+        (["parallel.data_parallel_size=6", "rollout.episodes_per_batch=960"], 12),
     ],
 )
 def test_colocated_sampling_gpus_are_those_of_the_recipes_servers(settings, sampling, tmp_path):
@@ -538,8 +542,8 @@ def test_sampling_gpus_that_servers_do_not_fit_are_refused(words, message):
     [
         (["llama31_8b", "--write", "mine.toml"], "mine.toml: give --gpus"),
         (["llama31_8b", "--gpus", "8", "--sampling-gpus", "4"], "--gpus chooses them"),
-        (["llama31_8b_node", "--sampling-gpus", "4"], "samples on the ranks' GPUs"),
-        (["gpu1", "--sampling-gpus", "4"], "samples on the ranks' GPUs"),
+        (["llama31_8b_node", "--sampling-gpus", "4"], "on the ranks' GPUs; leave it out"),
+        (["gpu1", "--sampling-gpus", "4"], "on the ranks' GPUs; leave it out"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(words, message):
