@@ -142,7 +142,11 @@ def decode(
     lengths = [len(row.request.token_ids) for row in rows]
     position_ids_B = torch.tensor(lengths, device=device)
     columns_L = torch.arange(max(lengths) + uniforms_BK.shape[1], device=device)
-    mask_BL = columns_L >= max(lengths) - position_ids_B[:, None]  # False in the padding
+    is_padding_BL = columns_L < max(lengths) - position_ids_B[:, None]
+    # Attention takes a mask of four dimensions as it is. transformers looks into one of two, for
+    # which the host would wait in each step.
+    mask_BL = torch.zeros_like(is_padding_BL, dtype=model.dtype)
+    mask_BL.masked_fill_(is_padding_BL, -torch.inf)
     live = list(rows)
     for step in range(uniforms_BK.shape[1]):
         tokens_B, logprobs_B = sample(logits_BV, uniforms_BK[:, step], temperature_B, top_p_B)
@@ -160,7 +164,7 @@ def decode(
         output = model(
             input_ids=tokens_B[:, None],
             position_ids=position_ids_B[:, None],
-            attention_mask=mask_BL[:, : cache.get_seq_length() + 1],
+            attention_mask=mask_BL[:, None, None, : cache.get_seq_length() + 1],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
