@@ -33,7 +33,7 @@ from rlef_mega.run.guards import Guards
 from rlef_mega.run.hub import find_model
 from rlef_mega.run.inputs import read_left_out
 from rlef_mega.run.launch import StopRequest
-from rlef_mega.run.manifest import describe, versions
+from rlef_mega.run.manifest import describe
 from rlef_mega.run.progress import StepProgress, training_line
 from rlef_mega.run.ranks import any_rank, from_rank_0, gather, rank_0_first
 from rlef_mega.run.trackers import Trackers
@@ -191,7 +191,6 @@ def make_checkpoints(config: TrainConfig, run: RunDirectory, learner: Learner) -
         keep=config.run.keep_checkpoints,
         keep_best=config.run.keep_best,
         asynchronous=config.run.checkpoint_async,
-        about={"versions": versions(), "layout": config.parallel.model_dump()},
     )
 
 
@@ -200,7 +199,7 @@ def resume(
 ) -> tuple[int, dict[str, Any]]:
     """Load the newest checkpoint that is not damaged, and cut the run's files back to its step.
     Returns this step and the state of the rollouts; 0 and {} if there is none."""
-    step, state = checkpoints.resume() or (0, {})
+    step, state = checkpoints.resume()
     if writer:
         run.resume(step)
         missing = step - len(run.read_metrics())

@@ -28,7 +28,6 @@ from rlef_mega.packing import pack
 from rlef_mega.run.directory import Clock, RunDirectory, folder_written_whole
 from rlef_mega.run.hub import find_model
 from rlef_mega.run.launch import StopRequest, collect_garbage, worker_main
-from rlef_mega.run.manifest import versions
 from rlef_mega.run.progress import StepProgress
 from rlef_mega.run.ranks import any_rank
 from rlef_mega.types import Completion, Episode, Turn, Verdict
@@ -54,14 +53,9 @@ def supervise(config: SFTConfig) -> int:
         dtype=config.dtype,
     )
     checkpoints = Checkpoints(
-        run.checkpoints,
-        learner,
-        keep=1,
-        asynchronous=config.checkpoint_async,
-        about={"versions": versions(), "layout": config.parallel.model_dump()},
+        run.checkpoints, learner, keep=1, asynchronous=config.checkpoint_async
     )
-    resumed = checkpoints.resume()
-    first = resumed[0] if resumed else 0
+    first, _ = checkpoints.resume()
     if ranks.is_writer:
         run.resume(first)
     clock = Clock()

@@ -37,6 +37,7 @@ from rlef_mega.megatron.checkpoints.writer import Share, take_snapshot, write_sh
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.offload import HostBuffer
 from rlef_mega.run.directory import flush_to_disk, warn_if_disk_is_full
+from rlef_mega.run.manifest import versions
 from rlef_mega.run.ranks import any_rank, from_rank_0, gather
 
 # of each network that a rank trains: its updates and fingerprint, as of the saved step
@@ -56,7 +57,7 @@ class Saving:
 
 
 class Checkpoints:
-    """A run's checkpoints: saving, resuming, retention. `about` is added to each meta.json."""
+    """A run's checkpoints: saving, resuming, retention."""
 
     def __init__(
         self,
@@ -66,10 +67,9 @@ class Checkpoints:
         keep: int,
         keep_best: bool = True,
         asynchronous: bool = True,
-        about: dict[str, Any] | None = None,
     ) -> None:
-        self.folder, self.learner, self.about = folder, learner, about or {}
-        self.leads = learner.ranks.is_writer
+        self.folder, self.learner, self.leads = folder, learner, learner.ranks.is_writer
+        self.about = {"versions": versions(), "layout": learner.ranks.layout.model_dump()}
         self.keep, self.keep_best, self.asynchronous = keep, keep_best, asynchronous
         self.buffer = HostBuffer()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -179,8 +179,8 @@ class Checkpoints:
             warn(f"old checkpoints in {self.folder} could not be deleted: {error}")
         return None
 
-    def resume(self) -> tuple[int, dict[str, Any]] | None:
-        """Load the newest good checkpoint into the learner. Returns (step, state), or None if there
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Load the newest good checkpoint into the learner. Returns (step, state); (0, {}) if there
         is no checkpoint. Newer ones that are refused are reported and moved aside. Collective.
 
         Raises ConfigError, on every rank, if there are checkpoints but no good one.
@@ -204,7 +204,7 @@ class Checkpoints:
                 f"{'; '.join(faults.values())}. "
                 "Repair or remove them; without any, the run starts from its first step"
             )
-        return None
+        return 0, {}
 
 
 def warn(message: str) -> None:

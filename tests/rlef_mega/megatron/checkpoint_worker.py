@@ -33,8 +33,7 @@ def run(folder: Path, steps: int) -> None:
     directory.lock()
     learner = make_learner(initialize(ParallelConfig(), seed=3), folder.parent / "large")
     checkpoints = Checkpoints(directory.checkpoints, learner, keep=1)
-    resumed = checkpoints.resume()
-    first = resumed[0] if resumed else 0
+    first, _ = checkpoints.resume()
     directory.resume(first)
     batch = make_batch(4)
     for step in range(first + 1, steps + 1):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlef_mega.config import ParallelConfig
 from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.checkpoints.files import (
     best_checkpoint,
@@ -77,7 +78,8 @@ def test_a_late_score_that_a_full_disk_does_not_take_is_a_warning(
 ) -> None:
     folder = checkpoint(tmp_path, 2)
     (folder / "score.json.partial").symlink_to("/dev/full")
-    learner = SimpleNamespace(ranks=SimpleNamespace(is_writer=True))
+    ranks = SimpleNamespace(is_writer=True, layout=ParallelConfig())
+    learner = SimpleNamespace(ranks=ranks)
     Checkpoints(tmp_path, learner, keep=1).rate(2, 0.7)
     said = capsys.readouterr().err
     assert "No space left on device: the score of step_000002 is not recorded" in said
