@@ -265,13 +265,8 @@ def evaluate(
     run_evaluation(EvalRequest(**asked))
 
 
-data_commands = typer.Typer(no_args_is_help=True)
+data_commands = typer.Typer(no_args_is_help=True, help="Inspect problems.")
 app.add_typer(data_commands, name="data")
-
-
-@data_commands.callback()
-def data() -> None:
-    """Inspect problems."""
 
 
 @data_commands.command("inspect")

@@ -80,10 +80,8 @@ def layouts(run: PlannedRun, device: Device, most_gpus: int) -> Iterator[Paralle
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=chunks,
-            pipeline_layers=None,
             data_parallel_size=data,
             sequence_parallel=tensor > 1,
-            overlap=True,
             processes_per_node=run.parallel.processes_per_node,
         )
         too_large = layout.world_size > most_gpus or tensor > device.per_node
