@@ -4,16 +4,9 @@ const CONTEXT = 3;
 
 // [mark, line], mark one of " ", "-", "+"
 function diffLines(before, after) {
-  const a = before.split("\n"), b = after.split("\n");
-  let head = 0, tail = 0;
-  while (head < a.length && head < b.length && a[head] === b[head]) head++;
-  while (tail < a.length - head && tail < b.length - head && a.at(-1 - tail) === b.at(-1 - tail)) tail++;
+  const [[head, less, tail], [, more]] = changedPart(before.split("\n"), after.split("\n"));
   const same = (lines) => lines.map((line) => [" ", line]);
-  return [
-    ...same(a.slice(0, head)),
-    ...diffMiddle(a.slice(head, a.length - tail), b.slice(head, b.length - tail)),
-    ...same(a.slice(a.length - tail)),
-  ];
+  return [...same(head), ...diffMiddle(less, more), ...same(tail)];
 }
 
 function diffMiddle(a, b) {
@@ -37,12 +30,13 @@ function diffMiddle(a, b) {
   return lines;
 }
 
-// Split a line and the line that replaces it: [head, changed, tail] of each.
+// Split two texts, or two lists of lines, into what both begin with, what differs, and what both end with:
+// [head, changed, tail] of each.
 function changedPart(a, b) {
   let head = 0, tail = 0;
   while (head < a.length && head < b.length && a[head] === b[head]) head++;
   while (tail < Math.min(a.length, b.length) - head && a.at(-1 - tail) === b.at(-1 - tail)) tail++;
-  return [a, b].map((line) => [line.slice(0, head), line.slice(head, line.length - tail), line.slice(line.length - tail)]);
+  return [a, b].map((of) => [of.slice(0, head), of.slice(head, of.length - tail), of.slice(of.length - tail)]);
 }
 
 // Rows to show: [mark, head, changed, tail]; ["…", "N unchanged lines", "", ""] stands for lines far from any change.
