@@ -4,7 +4,7 @@ const ROW = 46; // pixels, as in the style sheet
 const SPARE = 6; // rows created above and below the visible ones
 const START = { stage: "", outcome: "", family: "", kind: "", turn: "", query: "", deep: "", order: "", colour: "syntax", diff: "1", episode: "" };
 const GLYPHS = { "": "✓", NO_VALID_CODE: "∅", PRIVATE_TEST: "P", WRONG_ANSWER: "W", TIME_LIMIT: "T", IDLE_LIMIT: "T", MEMORY_LIMIT: "M", RUNTIME_ERROR: "E", OUTPUT_LIMIT: "O", COMPILE_ERROR: "C", SECURITY_VIOLATION: "S" };
-const ORDERS = { "": "in order", turns: "most turns first", tokens: "most tokens first", kl: "largest KL first" };
+const ORDERS = { turns: "most turns first", tokens: "most tokens first", kl: "largest KL first" };
 const byId = (id) => document.getElementById(id);
 
 class Browser {
@@ -40,8 +40,7 @@ class Browser {
     fill("by-family", "family", "all families", same([...index.families].sort()));
     fill("by-kind", "kind", "any result", index.kinds.filter(Boolean).sort().map((kind) => [kind, kindName(kind)]));
     fill("by-turn", "turn", "at any turn", [...Array(longest).keys()].map((turn) => [String(turn + 1), `at turn ${turn + 1}`]));
-    byId("order").append(...Object.entries(ORDERS).map(([value, label]) => h("option", { value }, label)));
-    this.bind(byId("order"), "order");
+    fill("order", "order", "in order", Object.entries(ORDERS));
     byId("colour").append(...Object.entries(COLOURS).map(([value, label]) => h("option", { value }, label)));
     this.bind(byId("colour"), "colour", () => this.showDialogue());
     this.bind(byId("diff"), "diff", () => this.showDialogue());

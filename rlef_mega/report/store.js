@@ -50,7 +50,6 @@ class Store {
 
   // Read the texts of all dialogues, in lower case; call `report` with the fraction read so far.
   async readTexts(report) {
-    if (this.texts) return;
     const texts = [], count = Math.ceil(this.episodes.length / this.index.chunk);
     for (let number = 0; number < count; number++) {
       for (const { turns } of await unpack(`chunk-${number}`)) {
