@@ -45,7 +45,7 @@ def train(work: Workload) -> list[dict[str, Any]]:
         "guard.max_invalid_fraction=1.0",  # random weights write no code
     ]
     words = [word for setting in settings for word in ("--set", setting)]
-    if work.config.rollout.engine == "sglang" and work.config.rollout.servers.count:
+    if work.config.rollout.engine == "sglang":
         words.append("--serve")
     rlef("train", str(work.folder / "config.toml"), *words)
     return RunDirectory(run).read_metrics()

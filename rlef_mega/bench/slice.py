@@ -95,10 +95,6 @@ def benchmark(
     )
 
 
-def measured_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @contextmanager
 def slice_workload(
     recipe: str, layers: str, recompute: str, *, beside: int = 0, minutes: float = MINUTES
@@ -111,7 +107,7 @@ def slice_workload(
     """
     if recompute not in RECOMPUTE:
         raise ConfigError(f"--recompute {recompute}: known are {', '.join(RECOMPUTE)}")
-    device = measured_device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(find_recipe(recipe), [], TrainConfig)
     whole = find_shape(config)
     with tempfile.TemporaryDirectory(prefix="rlef-slice-") as name:
