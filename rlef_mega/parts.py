@@ -62,7 +62,13 @@ class Parts:
         shares = config.rollout.servers.release_memory  # servers then free their memory first
         engine = stack.enter_context(open_engine(config, model, ranks, run)) if shares else None
         self.learner = make_learner(config, model, ranks)
-        self.checkpoints = make_checkpoints(config, run, self.learner)
+        self.checkpoints = Checkpoints(
+            run.checkpoints,
+            self.learner,
+            keep=config.run.keep_checkpoints,
+            keep_best=config.run.keep_best,
+            asynchronous=config.run.checkpoint_async,
+        )
         self.done, self.position = resume(run, self.checkpoints, writer=writer)
         grader = stack.enter_context(open_grader(config.judge))
         self.engine = engine or stack.enter_context(open_engine(config, model, ranks, run))
@@ -181,16 +187,6 @@ def run_manifest(config: TrainConfig, grader: Grader, device: torch.device) -> d
         critic_layout=config.critic_parallel.model_dump() if config.critic_parallel else "policy's",
         accelerations=accelerations.report(device, getattr(torch, config.model.dtype)),
         isolation=grader.isolation,
-    )
-
-
-def make_checkpoints(config: TrainConfig, run: RunDirectory, learner: Learner) -> Checkpoints:
-    return Checkpoints(
-        run.checkpoints,
-        learner,
-        keep=config.run.keep_checkpoints,
-        keep_best=config.run.keep_best,
-        asynchronous=config.run.checkpoint_async,
     )
 
 
