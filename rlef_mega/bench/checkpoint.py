@@ -4,7 +4,6 @@ the write, and how long resuming takes.
 Run as a module it is the worker, which the command launches on the recipe's ranks.
 """
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,13 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import Figure, Results
-from rlef_mega.bench.workload import Workload, random_batch, run_rank, workload
-from rlef_mega.config import TrainConfig, dump_toml, load_config
+from rlef_mega.bench.workload import random_batch, run_rank, workload
+from rlef_mega.config import TrainConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.checkpoints.checkpoints import Checkpoints
 from rlef_mega.megatron.checkpoints.files import read_manifest, step_folder
@@ -35,25 +32,13 @@ LARGE = LlamaShape(8, 512, 1408, 8, 4, 64, vocabulary=8192)
 
 
 def benchmark(recipe: str) -> Results:
-    with workload(recipe) as work:
-        work = enlarged(work)
+    with workload(recipe, otherwise=LARGE) as work:
         measured = work.run("rlef_mega.bench.checkpoint")
     about = work.about(
         tokens_per_step=measured["tokens"], checkpoint_MiB=round(measured["bytes"] / 2**20)
     )
     figures = [Figure(name, "s", tuple(samples)) for name, samples in measured["seconds"].items()]
     return Results(f"rlef bench checkpoint: {recipe}", about, tuple(figures))
-
-
-def enlarged(work: Workload) -> Workload:
-    """Return the workload with a larger random model, unless it has the recipe's own."""
-    if not work.model.startswith("random weights"):
-        return work
-    write_model(work.folder / "large", LARGE, getattr(torch, work.config.model.dtype))
-    path = json.dumps(str(work.folder / "large"))
-    config = load_config(work.folder / "config.toml", [f"model.path={path}"], TrainConfig)
-    (work.folder / "config.toml").write_text(dump_toml(config))
-    return Workload(work.folder, config, f"random weights, {LARGE.layers} layers of {LARGE.hidden}")
 
 
 def measure(folder: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:

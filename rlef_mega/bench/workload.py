@@ -15,6 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from rlef_mega.bench.random_model import write_model
 from rlef_mega.bench.results import describe_benchmark
 from rlef_mega.config import (
     ConfigError,
@@ -26,6 +29,7 @@ from rlef_mega.config import (
     load_config,
 )
 from rlef_mega.demo.base_model import UNGRADED, make_initial_model
+from rlef_mega.flops import LlamaShape
 from rlef_mega.packing import microbatches
 from rlef_mega.preflight import model_shape, plan_train
 from rlef_mega.run.hub import find_model
@@ -98,9 +102,10 @@ def run_rank(measure: Callable[[Path, TrainConfig, "Ranks"], dict[str, Any]]) ->
 
 
 @contextmanager
-def workload(recipe: str) -> Iterator[Workload]:
+def workload(recipe: str, otherwise: LlamaShape | None = None) -> Iterator[Workload]:
     """Load the recipe with its model or, if that is not on this machine, with random weights of the
-    demo's shape. Raises ConfigError if the model is missing and the recipe states its shape."""
+    shape `otherwise`, by default the demo's. Raises ConfigError if the model is missing and the
+    recipe states its shape."""
     source = find_recipe(recipe)
     config = load_config(source, [], TrainConfig)
     with tempfile.TemporaryDirectory(prefix="rlef-bench-") as name:
@@ -109,9 +114,14 @@ def workload(recipe: str) -> Iterator[Workload]:
         if not (path / "config.json").is_file():
             if config.model.shape:
                 raise ConfigError(f"no model in {config.model.path}; {source} cannot be measured")
-            base = f"dir={json.dumps(str(folder / 'base'))}"
-            make_initial_model(load_config(find_recipe("demo_base"), [base], SFTConfig))
-            words, path = "random weights, the shape of demo_base", folder / "base/init"
+            if otherwise:
+                path, words = folder / "large", f"{otherwise.layers} layers of {otherwise.hidden}"
+                write_model(path, otherwise, getattr(torch, config.model.dtype))
+            else:
+                path, words = folder / "base/init", "the shape of demo_base"
+                base = f"dir={json.dumps(str(folder / 'base'))}"
+                make_initial_model(load_config(find_recipe("demo_base"), [base], SFTConfig))
+            words = f"random weights, {words}"
         config = load_config(source, [f"model.path={json.dumps(str(path))}"], TrainConfig)
         plan_train(config, model_shape(config))
         (folder / "config.toml").write_text(dump_toml(config))
