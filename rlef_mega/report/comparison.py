@@ -104,35 +104,31 @@ def measure_rows(evaluations: Mapping[str, Json], pair: Pair, turns: str) -> tup
         for name in sorted(others - KNOWN_PROTOCOLS)
     )
     return tuple(
-        MeasureRow(
-            # replace, not format: a protocol's own name may contain braces
+        # replace, not format: a protocol's own name may contain braces
+        row_of(
+            evaluations,
+            pair,
             label.replace("{turns}", turns),
             meaning.replace("{turns}", turns),
-            tuple(
-                rate(lookup(content, "protocols", protocol, key))
-                for content in evaluations.values()
-            ),
-            change(evaluations, pair, protocol, key),
+            protocol,
+            key,
         )
         for label, protocol, key, meaning in measures
     )
 
 
 def breakdown_rows(evaluations: Mapping[str, Json], pair: Pair, key: str) -> tuple[MeasureRow, ...]:
-    groups = {
-        name: table(content, "protocols", "multi_turn", key)
-        for name, content in evaluations.items()
-    }
-    before, after = (groups.get(name, {}) for name in pair)
-    return tuple(
-        MeasureRow(
-            member,
-            "",
-            tuple(rate(group.get(member)) for group in groups.values()),
-            difference(rate(before.get(member)), rate(after.get(member))),
-        )
-        for member in sorted({member for group in groups.values() for member in group})
-    )
+    groups = (table(each, "protocols", "multi_turn", key) for each in evaluations.values())
+    members = sorted({member for group in groups for member in group})
+    return tuple(row_of(evaluations, pair, name, "", "multi_turn", key, name) for name in members)
+
+
+def row_of(
+    evaluations: Mapping[str, Json], pair: Pair, label: str, meaning: str, protocol: str, *key: str
+) -> MeasureRow:
+    """Return the row of the rates at this path of keys of a protocol."""
+    cells = (rate(lookup(each, "protocols", protocol, *key)) for each in evaluations.values())
+    return MeasureRow(label, meaning, tuple(cells), change(evaluations, pair, protocol, *key))
 
 
 def error_rows(contents: Sequence[Json]) -> tuple[tuple[str, tuple[int | None, ...]], ...]:
@@ -154,18 +150,17 @@ def rate(record: Any) -> Rate | None:
     return None if value is None else Rate(value, number(record, "low"), number(record, "high"))
 
 
-def difference(before: Rate | None, after: Rate | None) -> Rate | None:
-    return None if before is None or after is None else Rate(after.value - before.value)
-
-
-def change(evaluations: Mapping[str, Json], pair: Pair, protocol: str, key: str) -> Rate | None:
+def change(evaluations: Mapping[str, Json], pair: Pair, protocol: str, *key: str) -> Rate | None:
     """Return the second minus the first of the pair, with a paired interval if both record the
     outcome of each problem."""
     before, after = (evaluations.get(name, {}) for name in pair)
-    found = difference(*(rate(lookup(one, "protocols", protocol, key)) for one in (before, after)))
+    first, second = (rate(lookup(one, "protocols", protocol, *key)) for one in (before, after))
+    if first is None or second is None:
+        return None
+    found = Rate(second.value - first.value)
     outcomes = [outcomes_of(one, protocol) for one in (before, after)]
     same = all(lookup(before, setting) == lookup(after, setting) for setting in SAME_PROBLEMS)
-    if found is None or key != "solve_rate" or not same or len({*map(len, outcomes)}) > 1:
+    if key != ("solve_rate",) or not same or len({*map(len, outcomes)}) > 1:
         return found
     both = [each for each in zip(*outcomes, strict=True) if None not in each]
     if not both:
