@@ -134,9 +134,9 @@ def feedback(
     wording = template_named(template)
     describe = input_output_line if wording.style == "input_output" else assertion_line
     if outcomes:
-        shown = [o for o in outcomes if not passed(o.result)]
+        shown = [o for o in outcomes if o.result.status is not Status.OK]
         if wording.style == "assertions":  # C.4 and C.5 list successes too
-            shown = sorted(outcomes, key=lambda o: passed(o.result))
+            shown = sorted(outcomes, key=lambda o: o.result.status is Status.OK)
         lines = [describe(o, wording) for o in shown[: wording.max_tests]]
     else:
         lines = ["- " + traced(invalid or "No code block found.", wording)]
@@ -157,11 +157,6 @@ def closing(wording: Template) -> str:
     return f"{RETRY} {wording.reminder}" if wording.remind_again else RETRY
 
 
-def passed(result: Result) -> bool:
-    assert result.status is not Status.SANDBOX_ERROR, "a fault of the sandbox is not a verdict"
-    return result.status is Status.OK
-
-
 def input_output_line(outcome: TestOutcome, wording: Template) -> str:
     test, result = outcome.test, outcome.result
     if not isinstance(test, Test):
@@ -178,7 +173,7 @@ def assertion_line(outcome: TestOutcome, wording: Template) -> str:
     them."""
     test, result = outcome.test, outcome.result
     quoted = clip(assertion(test), wording.field_chars)
-    if passed(result):
+    if result.status is Status.OK:
         return f"- Success: '{quoted}'"
     if result.status is not Status.WRONG_ANSWER:
         return f"- Failure: '{quoted}': {failure(result, wording)}"
