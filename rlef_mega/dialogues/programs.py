@@ -55,12 +55,11 @@ def extract_program(
     Blocks within <think> and </think> do not count, unless the response was `begun` for the model.
     Then that text opened the first block, whose end may be missing.
     """
-    if language not in INFO_STRINGS:
-        raise ValueError(f"unknown language {language!r}; known: {', '.join(INFO_STRINGS)}")
+    named = INFO_STRINGS[language]  # even without a block: an unknown language is no verdict
     blocks = list(fenced_blocks(text if begun else THOUGHTS.sub("", text), begun))
     if which == "only" and len(blocks) > 1:
         return Extracted(None, "More than one code block found.")
-    fitting = [block for block in blocks if block.language in INFO_STRINGS[language]]
+    fitting = [block for block in blocks if block.language in named]
     complete = [block for block in fitting if block.closed or (begun and block is blocks[0])]
     if not complete:
         invalid = "The code block has no end." if fitting else "No code block found."

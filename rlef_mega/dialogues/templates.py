@@ -85,16 +85,9 @@ TEMPLATES = {
 }
 
 
-def template_named(name: str) -> Template:
-    """Return the template. Raises ValueError, naming the known templates, if there is none."""
-    if name not in TEMPLATES:
-        raise ValueError(f"unknown template {name!r}; known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
 def first_prompt(statement: str, template: str, public_tests: Sequence[PublicTest] = ()) -> str:
     """Return the first user message. Only the mbpp template quotes public tests."""
-    wording = template_named(template)
+    wording = TEMPLATES[template]
     tests = ""
     if public_tests and "{tests}" in wording.prompt:
         quoted = [clip(assertion(test), wording.field_chars) for test in public_tests]
@@ -112,7 +105,7 @@ def response_start(statement: str, template: str) -> str:
     """Return the text that begins every response and that the model continues (RLEF C.4): the
     problem's code, or its first line, in an open block; empty for most templates. The paper does
     not say whether later responses begin with it; here they do, so that all are parsed alike."""
-    code, begun = statement.strip(), template_named(template).begun
+    code, begun = statement.strip(), TEMPLATES[template].begun
     code = code.partition("\n")[0] if begun == "signature" else code
     return f"```python\n{code}\n" if begun else ""
 
@@ -131,7 +124,7 @@ def feedback(
     The part about the tests is shortened to fit `max_characters`, in its middle or on the right;
     the sentences around it always stay.
     """
-    wording = template_named(template)
+    wording = TEMPLATES[template]
     describe = input_output_line if wording.style == "input_output" else assertion_line
     if outcomes:
         shown = [o for o in outcomes if o.result.status is not Status.OK]
@@ -150,7 +143,7 @@ def feedback(
 def feedback_withheld(template: str) -> str:
     """Return the feedback of the ablation without execution feedback: it only asks for another
     try."""
-    return f"{WITHHELD}\n{closing(template_named(template))}"
+    return f"{WITHHELD}\n{closing(TEMPLATES[template])}"
 
 
 def closing(wording: Template) -> str:

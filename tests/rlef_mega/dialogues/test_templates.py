@@ -158,11 +158,6 @@ def test_withheld_feedback_is_the_same_for_all_outcomes_and_shows_none():
     assert "'3'" not in told and told.endswith(templates.BACKTICKS)
 
 
-def test_an_unknown_template_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'codecontest'.*codecontests, humaneval"):
-        templates.first_prompt("x", "codecontest")
-
-
 def test_a_failed_assert_shows_what_was_compared_at_run_time():
     tests = [
         assert_test("assert f(2) == [4]", "f"),
