@@ -18,6 +18,7 @@ from rlef_mega.bench.workload import run_rank, workload
 from rlef_mega.config import TrainConfig
 from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, open_grader
+from rlef_mega.dialogues.programs import Extracted
 from rlef_mega.dialogues.rollout import DialogueLoop, derive_seed
 from rlef_mega.engines import GenerationRequest
 from rlef_mega.engines.local import LocalEngine
@@ -90,12 +91,12 @@ class TimedJudge(Judge):
     judging = 0
     seconds = 0.0
 
-    async def judge(self, problem: Problem, program: str | None, *, last_turn: bool) -> Verdict:
+    async def judge(self, problem: Problem, found: Extracted, *, last_turn: bool) -> Verdict:
         if not self.judging:
             self.begun = time.perf_counter()
         self.judging += 1
         try:
-            return await super().judge(problem, program, last_turn=last_turn)
+            return await super().judge(problem, found, last_turn=last_turn)
         finally:
             self.judging -= 1
             if not self.judging:

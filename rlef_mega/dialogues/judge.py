@@ -22,6 +22,7 @@ from itertools import takewhile
 from typing import Any, TypeGuard
 
 from rlef_mega.config import ConfigError, JudgeConfig, requires_extra
+from rlef_mega.dialogues.programs import Extracted
 from rlef_mega.run.event_loop import LivesInLoop
 from rlef_mega.run.launch import sandbox_token
 from rlef_mega.types import Problem, TestOutcome, Verdict, tests_of
@@ -120,21 +121,19 @@ class Judge:
         self.grader = grader
         self.runs = 0  # tests run so far, over all programs
 
-    async def judge(self, problem: Problem, program: str | None, *, last_turn: bool) -> Verdict:
+    async def judge(self, problem: Problem, found: Extracted, *, last_turn: bool) -> Verdict:
         """Grade a response: public tests first, private tests if all of them pass."""
-        if program is None:
-            return Verdict((), public_passed=False, solved=False if last_turn else None)
-        results = await self.grade(problem, program)
+        results = [] if found.program is None else await self.grade(problem, found.program)
         public = results[: len(problem.public_tests)]
         private = results[len(problem.public_tests) :]
-        outcomes = tuple(map(TestOutcome, problem.public_tests, public))
-        if not all_passed(public):
-            return Verdict(outcomes, public_passed=False, solved=False if last_turn else None)
+        passed = found.program is not None and all_passed(public)
+        solved = passed and all_passed(private)
         return Verdict(
-            outcomes,
-            public_passed=True,
-            solved=all_passed(private),
+            tuple(map(TestOutcome, problem.public_tests, public)),
+            public_passed=passed,
+            solved=solved if passed or last_turn else None,
             private_statuses=tuple(result.status for result in private),
+            invalid=found.invalid,
         )
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:

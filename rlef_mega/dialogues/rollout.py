@@ -158,9 +158,8 @@ class DialogueLoop:
                 response = chat.decode(completion.token_ids)
                 found = programs.extract_program(response, problem.language, begun, rules.program)
             last_turn = len(turns) + 1 == rules.turns
-            verdict = await self.judge.judge(problem, found.program, last_turn=last_turn)
+            verdict = await self.judge.judge(problem, found, last_turn=last_turn)
             async with self.text():
-                verdict = replace(verdict, invalid=found.invalid)
                 turns.append(Turn(observed_ids, completion, found.program, verdict))
                 context += completion.token_ids
                 feedback = None

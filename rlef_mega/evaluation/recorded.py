@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,8 @@ def grade_again(
         turns: list[dict[str, Any]] = []
         for number, response in enumerate(responses, start=1):
             found = programs.extract_program(response, problem.language, begun, which)
-            program, last_turn = found.program, number == len(responses)
-            verdict = await judge.judge(problem, program, last_turn=last_turn)
-            verdict = replace(verdict, invalid=found.invalid)
-            turns.append({"response": response, **graded_record(program, verdict, problem)})
+            verdict = await judge.judge(problem, found, last_turn=number == len(responses))
+            turns.append({"response": response, **graded_record(found.program, verdict, problem)})
             if verdict.public_passed:
                 break
         return {**problem_record(problem), "solved": bool(turns[-1]["solved"]), "turns": turns}

@@ -22,6 +22,7 @@ from rlef_mega.dialogues.judge import (
     open_grader,
     with_prelude,
 )
+from rlef_mega.dialogues.programs import Extracted
 from rlef_mega.dialogues.rollout import DialogueLoop, Rollout, Rules
 from rlef_mega.types import Episode, PrivateTests, Problem, Sampling, TestOutcome, Verdict
 from rlef_sandbox import CallTest, Sandbox, Test
@@ -104,7 +105,10 @@ def remote(*servers: str, token: str | None = TOKEN, deadline_s: float = 60.0) -
 def judged(judge: Judge, *, last_turn: bool) -> list[Verdict]:
     async def judge_all() -> list[Verdict]:
         return await asyncio.gather(
-            *(judge.judge(problem, program, last_turn=last_turn) for problem, program in PROGRAMS)
+            *(
+                judge.judge(problem, Extracted(program), last_turn=last_turn)
+                for problem, program in PROGRAMS
+            )
         )
 
     return asyncio.run(judge_all())
@@ -169,7 +173,7 @@ def test_dialogues_without_a_server_are_dropped_and_counted_never_scored(chat):
         gone.process.wait()
         judge = Judge(grader)
         with pytest.raises(JudgeError, match=r"no server answered within 0.5 s .*" + gone.url):
-            asyncio.run(judge.judge(SQUARE, "print(1)", last_turn=True))
+            asyncio.run(judge.judge(SQUARE, Extracted("print(1)"), last_turn=True))
         engine = ScriptedEngine(chat, *([SLOW_RIGHT] for _ in range(4)))
         held: Rollout = asyncio.run(
             DialogueLoop(engine, judge, chat, RULES).run_all([SQUARE] * 2, range(2))
@@ -182,7 +186,7 @@ def test_a_problem_that_a_sandbox_refuses_is_a_fault_of_its_own_dialogue_only(se
     with Sandbox(workers=1) as sandbox, remote(server.url) as grader:
         for judge in (Judge(EmbeddedGrader(sandbox, workers=1)), Judge(grader)):
             with pytest.raises(JudgeError, match="unknown language 'perl'"):
-                asyncio.run(judge.judge(unknown, "print 9", last_turn=True))
+                asyncio.run(judge.judge(unknown, Extracted("print 9"), last_turn=True))
 
 
 def test_one_grader_serves_the_event_loops_of_many_steps(server):

@@ -10,6 +10,7 @@ import zlib
 import pytest
 
 from rlef_mega.dialogues.judge import EmbeddedGrader, Judge
+from rlef_mega.dialogues.programs import Extracted
 from rlef_mega.problems import load_problems, read_data_set
 from rlef_mega.problems.jsonl import parse_problem, to_row
 from rlef_sandbox import CallTest, Sandbox, Status, Test
@@ -74,7 +75,7 @@ def test_programs_have_the_imports_of_the_benchmarks_grader_and_tracebacks_count
         judge = Judge(EmbeddedGrader(sandbox, workers=1))
 
         def verdict(problem, program):
-            return asyncio.run(judge.judge(problem, program, last_turn=True))
+            return asyncio.run(judge.judge(problem, Extracted(program), last_turn=True))
 
         right = TOTAL["starter_code"] + "return reduce(add, nums, x)"
         assert verdict(total, right).solved

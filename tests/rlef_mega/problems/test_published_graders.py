@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from rlef_mega.dialogues.judge import EmbeddedGrader, Judge
+from rlef_mega.dialogues.programs import Extracted
 from rlef_mega.problems import load_problems
 from rlef_sandbox import Sandbox
 
@@ -140,7 +141,7 @@ def judge():
 
 def agrees(judge: Judge, source: str, tmp_path, case: Case) -> bool:
     (problem,) = load_problems(source, tmp_path / "cache")
-    verdict = asyncio.run(judge.judge(problem, case.program, last_turn=True))
+    verdict = asyncio.run(judge.judge(problem, Extracted(case.program), last_turn=True))
     return bool(verdict.solved) is (case.passes is not bool(case.why))
 
 
