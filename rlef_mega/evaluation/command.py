@@ -25,15 +25,15 @@ from rlef_mega.dialogues.rollout import DialogueLoop, Rules
 from rlef_mega.dialogues.templates import Cut
 from rlef_mega.engines import Engine
 from rlef_mega.engines.local import LocalEngine
-from rlef_mega.evaluation.dialogue_file import DialogueFile
+from rlef_mega.evaluation.dialogue_file import DialogueFile, Key
 from rlef_mega.evaluation.estimators import NAtK, parse_n_at_k
 from rlef_mega.evaluation.numbers import numbers_of
 from rlef_mega.evaluation.protocols import (
     PROTOCOLS,
     SINGLE,
+    Feedback,
     PlannedDialogues,
     distractors_in,
-    plan_dialogues,
     run_missing,
     sampling,
 )
@@ -255,23 +255,30 @@ def plan(
     and at least the largest k if `rollouts` is not given. Random feedback comes after the protocols
     whose failures it shows."""
     if source.recorded:
-        parts = source.recorded.parts(request.turns)
-        found = {key.problem_id for part in parts for key in part.keys}
+        responses = source.recorded.responses
+        found = {key.problem_id for key in responses}
         if unknown := sorted(found - {problem.id for problem in problems}):
             raise ConfigError(
                 f"{request.model} has responses to {len(unknown)} problems that --data does not "
                 f"have, such as {', '.join(unknown[:3])}; give the problem source that they were "
                 "sampled for"
             )
-        return parts
-    each, parts = request.dialogues_each, []
-    if request.single_turn:
-        least = 0 if request.rollouts else max(k for _, k in request.pairs)
-        parts.append(plan_dialogues(SINGLE, 1, "true", problems, max(each * request.turns, least)))
-    for feedback, protocol in PROTOCOLS.items():
-        if feedback in request.feedback:
-            parts.append(plan_dialogues(protocol, request.turns, feedback, problems, each))
-    return parts
+        names = (*PROTOCOLS.values(), SINGLE)
+        keys = {name: [key for key in responses if key.protocol == name] for name in names}
+    else:
+        each, counts = request.dialogues_each, dict[str, int]()
+        if request.single_turn:
+            least = 0 if request.rollouts else max(k for _, k in request.pairs)
+            counts[SINGLE] = max(each * request.turns, least)
+        counts |= {name: each for how, name in PROTOCOLS.items() if how in request.feedback}
+        keys = {  # in rounds over all problems
+            name: [Key(name, problem.id, n) for n in range(count) for problem in problems]
+            for name, count in counts.items()
+        }
+    return [
+        PlannedDialogues(name, 1 if name == SINGLE else request.turns, tuple(mine))
+        for name, mine in keys.items()
+    ]
 
 
 # --------------------------------------------------------------------------------------- running
@@ -312,8 +319,10 @@ def rules_of(
     chat: ChatFormat,
 ) -> Rules | None:
     """Return the rules of a part; None for random feedback if too few responses failed."""
-    distractors = distractors_in(path, problems) if part.feedback == "random" else ()
-    if part.feedback == "random" and not distractors:
+    by_name: dict[str, Feedback] = {name: how for how, name in PROTOCOLS.items()}
+    feedback = by_name.get(part.protocol, "true")
+    distractors = distractors_in(path, problems) if feedback == "random" else ()
+    if feedback == "random" and not distractors:
         print("random feedback is left out: it needs failed responses to at least two problems")
         return None
     assert request.max_new_tokens and request.max_context, "with_lengths has filled them in"
@@ -326,7 +335,7 @@ def rules_of(
             stop_token_ids=tuple(chat.stop_token_ids),
         ),
         max_context=request.max_context,
-        feedback=part.feedback,
+        feedback=feedback,
         distractors=distractors,
         program=request.program,
         feedback_tokens=request.feedback_tokens,

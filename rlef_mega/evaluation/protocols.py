@@ -1,4 +1,4 @@
-"""Plan the dialogues of an evaluation's protocols, and run those that its file lacks.
+"""The protocols of an evaluation, and how to run those of their dialogues that its file lacks.
 
 Theory of operation: a fixed number of workers, all in one event loop, take missing dialogues from a
 queue. A worker runs a dialogue and writes it to the file before it takes the next one. A dialogue
@@ -9,7 +9,7 @@ A lost engine, a full disk or a wrong request ends the evaluation; the dialogues
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,16 +40,7 @@ class PlannedDialogues:
 
     protocol: str
     turns: int
-    feedback: Feedback
     keys: tuple[Key, ...]
-
-
-def plan_dialogues(
-    protocol: str, turns: int, feedback: Feedback, problems: Sequence[Problem], each: int
-) -> PlannedDialogues:
-    """Plan `each` dialogues of each problem, in rounds over all problems."""
-    keys = tuple(Key(protocol, problem.id, n) for n in range(each) for problem in problems)
-    return PlannedDialogues(protocol, turns, feedback, keys)
 
 
 def run_missing(

@@ -15,7 +15,6 @@ from rlef_mega.evaluation.dialogue_file import Key, Record
 from rlef_mega.evaluation.protocols import (
     PROTOCOLS,
     SINGLE,
-    Feedback,
     PlannedDialogues,
     RunDialogue,
     graded_record,
@@ -31,19 +30,6 @@ class RecordedResponses:
 
     responses: dict[Key, tuple[str, ...] | str]
     turns: int | None  # the limit of a dialogue, if the file records it
-
-    def parts(self, turns: int) -> list[PlannedDialogues]:
-        names: dict[str, Feedback] = {name: how for how, name in PROTOCOLS.items()}
-        return [
-            PlannedDialogues(
-                protocol,
-                1 if protocol == SINGLE else turns,
-                names.get(protocol, "true"),
-                tuple(key for key in self.responses if key.protocol == protocol),
-            )
-            for protocol in (*names, SINGLE)
-            if any(key.protocol == protocol for key in self.responses)
-        ]
 
 
 def read_recorded(path: Path) -> RecordedResponses:
@@ -112,7 +98,8 @@ def grade_again(
         responses = recorded.responses[key]
         if isinstance(responses, str):
             return {"dropped": responses}
-        shown = show_private_tests(problem) if part.feedback == "private" else problem
+        shows_private = part.protocol == PROTOCOLS["private"]
+        shown = show_private_tests(problem) if shows_private else problem
         reason = ""
         for _ in range(TRIES):
             try:

@@ -371,7 +371,7 @@ def test_a_protocol_whose_dialogues_all_failed_does_not_hide_others(undisturbed,
     for key in map(key_of, read_dialogues(path)):
         keys.setdefault(key.protocol, []).append(key)
     parts = [
-        PlannedDialogues(name, 1 if name == SINGLE else 3, "true", tuple(dict.fromkeys(mine)))
+        PlannedDialogues(name, 1 if name == SINGLE else 3, tuple(dict.fromkeys(mine)))
         for name, mine in keys.items()
     ]
     problems = load_problems(str(data))
