@@ -102,19 +102,14 @@ class DialogueLoop:
         return join_shares(lambda: asyncio.run(self.run_my_share(problems, seed)))
 
     async def run_my_share(self, problems: Sequence[Problem], seed: int) -> Rollout:
-        """Run this rank's share of the dialogues."""
-        mine = my_share(list(enumerate(problems)))
-        seeds = [derive_seed(seed, number) for number, _ in mine]
-        return await self.run_all([problem for _, problem in mine], seeds)
-
-    async def run_all(self, problems: Sequence[Problem], seeds: Sequence[int]) -> Rollout:
-        """Run one dialogue for each problem; each ends as one episode or one counted drop."""
+        """Run this rank's share of the dialogues; each ends as one episode or one counted drop."""
         self.text_lock = asyncio.Lock()  # a lock belongs to one event loop
         running = []
         async with self.text_lock:  # no prompt is sent before all sessions are open (LocalEngine)
-            for number, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
-                running.append(asyncio.ensure_future(self.run(problem, seed)))
-                if number % START_TOGETHER == 0:
+            for number, problem in my_share(list(enumerate(problems))):
+                dialogue = self.run(problem, derive_seed(seed, number))
+                running.append(asyncio.ensure_future(dialogue))
+                if len(running) % START_TOGETHER == 0:
                     await asyncio.sleep(0)
             await asyncio.sleep(0)
         return Rollout(tuple(await asyncio.gather(*running)))

@@ -166,7 +166,7 @@ def test_dialogues_keep_the_ids_that_were_sampled(disk_engine, serving, model, f
     sampling = Sampling(40, stop_token_ids=chat.stop_token_ids)
     rules = Rules(turns=3, sampling=sampling, max_context=CONTEXT)
     held = asyncio.run(
-        DialogueLoop(disk_engine, judge(), chat, rules).run_all([PROBLEM] * 8, range(8))
+        DialogueLoop(disk_engine, judge(), chat, rules).run_my_share([PROBLEM] * 8, 0)
     )
     assert len(held.episodes) == 8
     for episode in held.episodes:
@@ -437,7 +437,7 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     victim = serving.urls[1]
     threading.Timer(1.0, lambda: serving.server_process(victim).kill()).start()
     held = asyncio.run(
-        DialogueLoop(disk_engine, judge(), chat, rules).run_all([PROBLEM] * 40, range(40))
+        DialogueLoop(disk_engine, judge(), chat, rules).run_my_share([PROBLEM] * 40, 0)
     )
     assert len(held.episodes) == 40 and not held.drops
     assert disk_engine.counts["failures"] >= 1

@@ -146,11 +146,9 @@ def test_a_killed_server_costs_a_rollout_nothing(chat):
         scripts = [[SLOW_RIGHT] if number % 2 else [WRONG, SLOW_RIGHT] for number in range(24)]
         with remote(doomed.url, other.url, token=None) as grader:
             killer.start()
-            held = asyncio.run(
-                DialogueLoop(ScriptedEngine(chat, *scripts), Judge(grader), chat, RULES).run_all(
-                    [replace(SQUARE, id=f"square {number}") for number in range(24)], range(24)
-                )
-            )
+            problems = [replace(SQUARE, id=f"square {number}") for number in range(24)]
+            loop = DialogueLoop(ScriptedEngine(chat, *scripts), Judge(grader), chat, RULES)
+            held = asyncio.run(loop.run_my_share(problems, 0))
         killer.join()
         assert doomed.process.wait(5) == -signal.SIGKILL
         assert held.drops == {}
@@ -176,7 +174,7 @@ def test_dialogues_without_a_server_are_dropped_and_counted_never_scored(chat):
             asyncio.run(judge.judge(SQUARE, Extracted("print(1)"), last_turn=True))
         engine = ScriptedEngine(chat, *([SLOW_RIGHT] for _ in range(4)))
         held: Rollout = asyncio.run(
-            DialogueLoop(engine, judge, chat, RULES).run_all([SQUARE] * 2, range(2))
+            DialogueLoop(engine, judge, chat, RULES).run_my_share([SQUARE] * 2, 0)
         )
         assert held.episodes == () and held.drops == {"JudgeError": 2}
 

@@ -80,9 +80,7 @@ NO_CODE = "I am not sure."
 def hold(chat, judge, *scripts, problem=GREET, rules=RULES):
     engine = ScriptedEngine(chat, *scripts)
     problems = [problem] * len(scripts)
-    return asyncio.run(
-        DialogueLoop(engine, judge, chat, rules).run_all(problems, range(len(scripts)))
-    )
+    return asyncio.run(DialogueLoop(engine, judge, chat, rules).run_my_share(problems, 0))
 
 
 def text(chat, episode) -> str:
@@ -172,7 +170,7 @@ def test_a_faulty_dialogue_costs_the_others_nothing(chat, judge):
     when all three have theirs."""
     fault = [EngineError("lost")]
     engine = ScriptedEngine(chat, [RIGHT], fault, [WRONG, RIGHT], fault)
-    held = asyncio.run(DialogueLoop(engine, judge, chat, RULES).run_all([GREET] * 3, range(3)))
+    held = asyncio.run(DialogueLoop(engine, judge, chat, RULES).run_my_share([GREET] * 3, 0))
     assert [len(o.turns) if not isinstance(o, str) else o for o in held.outcomes] == [
         1,
         "EngineError: lost",
@@ -207,7 +205,7 @@ def test_the_loop_processes_one_text_per_turn_however_many_answers_arrive_at_onc
     async def run() -> None:
         watching = asyncio.ensure_future(watch())
         rules = replace(RULES, turns=2)
-        held = await DialogueLoop(engine, judge, counting, rules).run_all([GREET] * 300, range(300))
+        held = await DialogueLoop(engine, judge, counting, rules).run_my_share([GREET] * 300, 0)
         assert len(held.episodes) == 300
         watching.cancel()
 
@@ -232,7 +230,7 @@ def test_all_sessions_are_open_before_the_first_request(chat, judge):
 
     engine = Watching(chat, *[[NO_CODE]] * 450)
     rules = replace(RULES, turns=1)
-    asyncio.run(DialogueLoop(engine, judge, chat, rules).run_all([GREET] * 450, range(450)))
+    asyncio.run(DialogueLoop(engine, judge, chat, rules).run_my_share([GREET] * 450, 0))
     assert set(opened) == {450} and len(opened) == 450
 
 
