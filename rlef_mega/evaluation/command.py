@@ -127,7 +127,7 @@ def run_evaluation(request: EvalRequest) -> None:
     name = request.name or source.name
     path = request.out / f"eval/{name}.dialogues.jsonl"
     asked = dialogue_settings(request, source, problems)
-    with DialogueFile(path, asked) as file:
+    with DialogueFile.locked(path, asked) as file:
         if any(key not in file.settled for part in parts for key in part.keys):
             run_parts(request, source, problems, parts, file)
     numbers = numbers_of(

@@ -12,8 +12,9 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rlef_mega.config import ConfigError, differences
 from rlef_mega.dialogues.rollout import TOO_LONG
@@ -30,39 +31,34 @@ class Key(NamedTuple):
 
 
 class DialogueFile:
-    """A file of dialogues, locked for writing by this process; a context manager."""
+    """A file of dialogues, to which only this process writes (`locked`)."""
 
-    def __init__(self, path: Path, asked: Record) -> None:
-        """Open or create the file. Raises ConfigError if its dialogues have other settings, or if
-        another process writes to it."""
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self.settled = {key_of(r) for r in read_dialogues(path) if is_settled(r)}
+
+    @classmethod
+    @contextmanager
+    def locked(cls, path: Path, asked: Record) -> Iterator[Self]:
+        """Open or create a file, and keep it locked within the block. Raises ConfigError if its
+        dialogues have other settings, or if another process writes to it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.locked = path.open("ab")
-        try:
-            lock_file(self.locked)
+        with path.open("ab") as file:
+            try:
+                lock_file(file)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{path} is being written by another process; stop it, or choose another --name"
+                ) from None
             drop_torn_line(path)
             if path.stat().st_size == 0:
-                self.append({"rlef_eval": FORMAT, "asked": asked})
+                append_whole(path, json.dumps({"rlef_eval": FORMAT, "asked": asked}) + "\n")
             if other := differences(read_header(path)["asked"], asked):
                 raise ConfigError(
                     f"{path} holds dialogues of another evaluation ({other}); "
                     "choose another --name, or remove the file to start over"
                 )
-            self.settled = {key_of(r) for r in read_dialogues(path) if is_settled(r)}
-        except BlockingIOError:
-            self.locked.close()
-            raise ConfigError(
-                f"{path} is being written by another process; stop it, or choose another --name"
-            ) from None
-        except BaseException:
-            self.locked.close()
-            raise
-
-    def __enter__(self) -> "DialogueFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.locked.close()
+            yield cls(path)
 
     def claims(self, engine: Record) -> bool:
         """Return whether the last session with an engine had this one, and was killed before it

@@ -289,7 +289,7 @@ def test_an_evaluation_takes_back_only_servers_that_a_kill_kept_it_from_releasin
 
 def test_only_the_last_session_claims_its_servers_until_it_releases_them(tmp_path):
     one, other = {"servers": ["http://a"]}, {"servers": ["http://b"]}
-    with DialogueFile(tmp_path / "file", {}) as file:
+    with DialogueFile.locked(tmp_path / "file", {}) as file:
         assert not file.claims(one)
         for record, claimed in (
             ({"session": {"engine": one}}, (True, False)),
@@ -340,18 +340,19 @@ def test_two_processes_cannot_write_one_evaluation(undisturbed):
     path = undisturbed / "eval/tiny.dialogues.jsonl"
     asked = json.loads(path.open().readline())["asked"]
     with (
-        DialogueFile(path, asked),
+        DialogueFile.locked(path, asked),
         pytest.raises(ConfigError, match="another process"),
+        DialogueFile.locked(path, asked),
     ):
-        DialogueFile(path, asked)
+        pass
 
 
 @pytest.mark.parametrize("left", ["", '{"rlef_eval": 1, "ask'])
 def test_a_file_of_a_process_that_was_killed_before_its_header_is_started_over(tmp_path, left):
     (tmp_path / "one.jsonl").write_text(left)
-    with DialogueFile(tmp_path / "one.jsonl", {"seed": 1}) as file:
+    with DialogueFile.locked(tmp_path / "one.jsonl", {"seed": 1}) as file:
         file.append({"session": 1})
-    with DialogueFile(tmp_path / "one.jsonl", {"seed": 1}):
+    with DialogueFile.locked(tmp_path / "one.jsonl", {"seed": 1}):
         pass
     assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 2
 
