@@ -7,7 +7,6 @@ variant follows from the example in the feedback.
 """
 
 import random
-from collections.abc import Sequence
 from functools import cache
 
 from rlef_mega.dialogues import programs, templates
@@ -36,11 +35,11 @@ def sft_dialogue(number: int, seed: int = 0) -> list[str]:
         guess = next_guess(exercise, guess, generator)
         response = respond(exercise, guess, generator)
         messages.append(response)
-        outcomes = try_out(exercise, guess, response)
+        found = programs.extract_program(response)
+        outcomes = (try_out(exercise, guess),) if found.program else ()
         if turn == TURNS - 1 or (outcomes and outcomes[0].result.status is Status.OK):
             break
-        invalid = programs.extract_program(response).invalid
-        messages.append(templates.feedback(outcomes, "curriculum", invalid=invalid))
+        messages.append(templates.feedback(outcomes, "curriculum", invalid=found.invalid))
     return messages
 
 
@@ -82,11 +81,9 @@ def respond(exercise: Exercise, variant: int, generator: random.Random) -> str:
     )
 
 
-def try_out(exercise: Exercise, variant: int, response: str) -> Sequence[TestOutcome]:
+def try_out(exercise: Exercise, variant: int) -> TestOutcome:
     """Return the outcome of the public test, from the families' own outputs; nothing is run."""
-    if programs.extract_program(response).program is None:
-        return ()
     test = exercise.test(exercise.public_input)
     printed = f"{exercise.output(exercise.public_input, variant)}\n".encode()
     status = Status.OK if printed == test.expected else Status.WRONG_ANSWER
-    return (TestOutcome(test, Result(status, stdout=printed)),)
+    return TestOutcome(test, Result(status, stdout=printed))
