@@ -11,7 +11,7 @@ import numpy as np
 
 from rlef_mega.evaluation import behaviour
 from rlef_mega.evaluation.behaviour import NO_VALID_CODE, PASSED, SOLVED, DialogueOutcomes
-from rlef_mega.evaluation.dialogue_file import Key, Record, key_of, read_dialogues, read_lines
+from rlef_mega.evaluation.dialogue_file import Record, key_of, read_dialogues, read_lines
 from rlef_mega.evaluation.estimators import Ints, NAtK, estimate, per_problem
 from rlef_mega.evaluation.protocols import PROTOCOLS, SINGLE, PlannedDialogues
 from rlef_mega.report.intervals import bootstrap_interval
@@ -174,7 +174,10 @@ def numbers_of(
     # of two records with the same key, the later counts
     records = {key_of(record): outcome(record) for record in read_dialogues(path)}
     parts = [part for part in parts if any(key in records for key in part.keys)]
-    finished = {part.protocol: finished_of(part, records) for part in parts}
+    finished = {
+        part.protocol: FinishedDialogues.of(part.turns, [records[key] for key in part.keys])
+        for part in parts
+    }
     lost = {name: dict(kinds_of(one.drops)) for name, one in finished.items() if not one.dialogues}
     if len(lost) == len(finished):
         raise_all_dropped(sum((one.drops for one in finished.values()), Counter[str]()))
@@ -213,11 +216,3 @@ def outcome(record: Record) -> DialogueOutcomes | str:
         tuple(turn["program"] for turn in turns),
         sum(turn.get("tokens", 0) for turn in turns),
     )
-
-
-def finished_of(
-    part: PlannedDialogues, records: Mapping[Key, DialogueOutcomes | str]
-) -> FinishedDialogues:
-    missing = sum(key not in records for key in part.keys)
-    assert not missing, f"{missing} dialogues of {part.protocol} neither finished nor were dropped"
-    return FinishedDialogues.of(part.turns, [records[key] for key in part.keys])
