@@ -28,7 +28,7 @@ from rlef_mega.megatron import parallel
 from rlef_mega.packing import pack, shuffled
 from rlef_mega.parts import Parts, rest
 from rlef_mega.run.directory import Clock
-from rlef_mega.run.guards import GuardError
+from rlef_mega.run.guards import GuardError, kinds_of
 from rlef_mega.run.launch import collect_garbage, return_freed_memory, worker_main
 from rlef_mega.run.profiler import profiled
 from rlef_mega.run.ranks import any_rank
@@ -113,7 +113,7 @@ def all_steps(parts: Parts, rollouts: Rollouts, steps: Iterable[int]) -> bool:
             "step": step,
             "updates": step * config.ppo.updates_per_batch,
             "episodes": len(rollout.episodes),
-            "dropped": dict(rollout.drops),
+            "dropped": dict(kinds_of(rollout.reasons)),
             **metrics.episode_metrics(rollout.episodes),
             **target_metrics,
             **update_metrics,

@@ -24,7 +24,7 @@ from rlef_mega.dialogues.chat import ChatFormat
 from rlef_mega.dialogues.judge import Judge, JudgeError
 from rlef_mega.dialogues.stream import START_TOGETHER
 from rlef_mega.engines import Engine, EngineError, EngineLostError, GenerationRequest, Session
-from rlef_mega.run.guards import kinds_of, reason_of
+from rlef_mega.run.guards import reason_of
 from rlef_mega.run.ranks import Item, gather, interleave, my_share
 from rlef_mega.types import Episode, PrivateTests, Problem, PublicTest, Sampling, Turn, Verdict
 
@@ -64,11 +64,6 @@ class Rollout:
     @property
     def episodes(self) -> tuple[Episode, ...]:
         return tuple(o for o in self.outcomes if isinstance(o, Episode))
-
-    @property
-    def drops(self) -> Counter[str]:
-        """Count the drops by kind of fault."""
-        return kinds_of(self.reasons)
 
     @property
     def reasons(self) -> Counter[str]:

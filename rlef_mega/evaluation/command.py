@@ -307,7 +307,7 @@ def run_parts(
                 rules = rules_of(request, part, file.path, problems, chat)
                 if rules is None:
                     continue
-                run = sampling(DialogueLoop(engine, judge, chat, rules), chat, request.seed)
+                run = sampling(DialogueLoop(engine, judge, chat, rules), request.seed)
             run_missing(part, problems, run, file, at_once)
 
 

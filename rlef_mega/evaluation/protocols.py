@@ -76,7 +76,7 @@ def run_missing(
 # ------------------------------------------------------------------------------------- sampled
 
 
-def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogue:
+def sampling(dialogues: DialogueLoop, seed: int) -> RunDialogue:
     """Return a function that samples a dialogue. Its seed follows from its key only, so the order
     does not matter."""
 
@@ -86,7 +86,7 @@ def sampling(dialogues: DialogueLoop, chat: ChatFormat, seed: int) -> RunDialogu
             return {"dropped": outcome}
         if any(max(turn.completion.weight_versions) > 0 for turn in outcome.turns):
             raise RuntimeError("another process publishes weights to these servers; use others")
-        return sampled_record(outcome, chat, problem)
+        return sampled_record(outcome, dialogues.chat, problem)
 
     return run
 

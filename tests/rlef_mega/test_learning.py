@@ -145,7 +145,7 @@ def solve_rates(
     rates = []
     for step in range(STEPS + 1):
         rollout = loop.run_on_all_ranks(problems, derive_seed("learning", step))
-        assert not rollout.drops
+        assert not rollout.reasons
         rates.append(metrics.episode_metrics(rollout.episodes)["solved"])
         batch = pack(rollout.episodes)
         scores = learner.score(batch)

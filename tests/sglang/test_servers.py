@@ -439,7 +439,7 @@ def test_a_killed_server_costs_no_episode_and_returns_with_the_current_weights(
     held = asyncio.run(
         DialogueLoop(disk_engine, judge(), chat, rules).run_my_share([PROBLEM] * 40, 0)
     )
-    assert len(held.episodes) == 40 and not held.drops
+    assert len(held.episodes) == 40 and not held.reasons
     assert disk_engine.counts["failures"] >= 1
     for episode in held.episodes:
         assert all(set(turn.completion.weight_versions) == {6} for turn in episode.turns)

@@ -24,6 +24,7 @@ from rlef_mega.dialogues.judge import (
 )
 from rlef_mega.dialogues.programs import Extracted
 from rlef_mega.dialogues.rollout import DialogueLoop, Rollout, Rules
+from rlef_mega.run.guards import kinds_of
 from rlef_mega.types import Episode, PrivateTests, Problem, Sampling, TestOutcome, Verdict
 from rlef_sandbox import CallTest, Sandbox, Test
 from tests.rlef_mega.dialogues.test_rollout import ScriptedEngine
@@ -151,7 +152,7 @@ def test_a_killed_server_costs_a_rollout_nothing(chat):
             held = asyncio.run(loop.run_my_share(problems, 0))
         killer.join()
         assert doomed.process.wait(5) == -signal.SIGKILL
-        assert held.drops == {}
+        assert held.reasons == {}
         # a session is opened for each problem in turn, so problem and script have one number
         assert [episode.problem_id for episode in held.episodes] == [
             f"square {number}" for number in range(24)
@@ -176,7 +177,7 @@ def test_dialogues_without_a_server_are_dropped_and_counted_never_scored(chat):
         held: Rollout = asyncio.run(
             DialogueLoop(engine, judge, chat, RULES).run_my_share([SQUARE] * 2, 0)
         )
-        assert held.episodes == () and held.drops == {"JudgeError": 2}
+        assert held.episodes == () and kinds_of(held.reasons) == {"JudgeError": 2}
 
 
 def test_a_problem_that_a_sandbox_refuses_is_a_fault_of_its_own_dialogue_only(server):

@@ -161,7 +161,7 @@ def test_a_dialogue_whose_engine_fails_is_retried_then_dropped_and_counted(chat,
     held = hold(chat, judge, once)
     assert [episode.solved for episode in held.episodes] == [True]
     held = hold(chat, judge, always)
-    assert not held.episodes and held.drops == {"EngineError": 1}
+    assert not held.episodes
     assert held.reasons == {"EngineError: lost": 1}
 
 
@@ -245,7 +245,7 @@ def test_a_full_context_ends_the_dialogue_unsolved(chat, judge):
 
 def test_a_prompt_that_does_not_fit_is_dropped_and_counted(chat, judge):
     held = hold(chat, judge, [RIGHT], rules=replace(RULES, max_context=70))
-    assert held.drops == {"prompt too long": 1}
+    assert held.reasons == {"prompt too long": 1}
 
 
 def test_seeds_are_streams_of_their_own():
@@ -321,6 +321,6 @@ def test_a_full_context_makes_the_failed_response_the_last_one(chat, judge):
     rules = replace(RULES, max_context=prompt + 60 + 5)  # a response, and no word more
     (episode,) = hold(chat, judge, [WRONG, RIGHT], rules=rules).episodes
     assert len(episode.turns) == 1 and not episode.solved
-    assert hold(chat, judge, [RIGHT], rules=replace(rules, max_context=prompt)).drops == {
+    assert hold(chat, judge, [RIGHT], rules=replace(rules, max_context=prompt)).reasons == {
         "prompt too long": 1
     }
