@@ -213,11 +213,7 @@ def find_source(request: EvalRequest) -> Source:
     path = find_model(request.model)
     if path.is_file() and path.name.endswith(SUFFIXES):
         name = path.name.partition(".")[0]
-        recorded = read_recorded(path)
-        if recorded.turns is not None and recorded.turns < request.turns:
-            raise ConfigError(
-                f"{path} has dialogues of at most {recorded.turns} turns; lower --turns to that"
-            )
+        recorded = read_recorded(path, request.turns)
         return Source(f"{name}-regraded", digest_of("responses", [path]), recorded=recorded)
     if (path / "config.json").is_file():
         SafetensorsFolder(path)  # refuses a folder whose weights cannot be read
@@ -255,8 +251,7 @@ def plan(
     and at least the largest k if `rollouts` is not given. Random feedback comes after the protocols
     whose failures it shows."""
     if source.recorded:
-        responses = source.recorded.responses
-        found = {key.problem_id for key in responses}
+        found = {key.problem_id for key in source.recorded}
         if unknown := sorted(found - {problem.id for problem in problems}):
             raise ConfigError(
                 f"{request.model} has responses to {len(unknown)} problems that --data does not "
@@ -264,7 +259,7 @@ def plan(
                 "sampled for"
             )
         names = (*PROTOCOLS.values(), SINGLE)
-        keys = {name: [key for key in responses if key.protocol == name] for name in names}
+        keys = {name: [key for key in source.recorded if key.protocol == name] for name in names}
     else:
         each, counts = request.dialogues_each, dict[str, int]()
         if request.single_turn:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +22,25 @@ from rlef_mega.problems.rows import FieldError, read_rows
 from rlef_mega.run.guards import reason_of
 from rlef_mega.types import Problem
 
-
-@dataclass(frozen=True)
-class RecordedResponses:
-    """The responses of each dialogue of a file, or why it was dropped."""
-
-    responses: dict[Key, tuple[str, ...] | str]
-    turns: int | None  # the limit of a dialogue, if the file records it
+# of each dialogue of a file: its responses, or why it was dropped
+RecordedResponses = dict[Key, tuple[str, ...] | str]
 
 
-def read_recorded(path: Path) -> RecordedResponses:
+def read_recorded(path: Path, turns: int) -> RecordedResponses:
     """Read an evaluation's own file, or lines {"problem_id", "response"} (single turns) and
-    {"problem_id", "responses": [...]} (dialogues). Raises ConfigError with file and line."""
-    responses: dict[Key, tuple[str, ...] | str] = {}
-    turns: int | None = None
+    {"problem_id", "responses": [...]} (dialogues). Raises ConfigError with file and line, or if an
+    evaluation allowed fewer turns than `turns`."""
+    responses: RecordedResponses = {}
     count: Counter[tuple[str, str]] = Counter()
     for location, row in read_rows(path):
         match row:
             case FieldError():
                 raise ConfigError(f"{location}: {row}")
-            case {"rlef_eval": _, "asked": {"turns": int(asked)}}:
-                turns = asked
+            case {"rlef_eval": _, "asked": {"turns": int(most)}}:
+                if most < turns:
+                    raise ConfigError(
+                        f"{path} has dialogues of at most {most} turns; lower --turns to that"
+                    )
             case {"session": _} | {"released": _}:
                 pass
             case _:
@@ -54,7 +51,7 @@ def read_recorded(path: Path) -> RecordedResponses:
                 responses[Key(protocol, name, number)] = texts
     if not responses:
         raise ConfigError(f"{path}: holds no responses")
-    return RecordedResponses(responses, turns)
+    return responses
 
 
 def read_dialogue(row: Record, location: str) -> tuple[str, str, int | None, tuple[str, ...] | str]:
@@ -95,7 +92,7 @@ def grade_again(
     """
 
     async def run(problem: Problem, key: Key) -> Record:
-        responses = recorded.responses[key]
+        responses = recorded[key]
         if isinstance(responses, str):
             return {"dropped": responses}
         shows_private = part.protocol == PROTOCOLS["private"]
