@@ -42,13 +42,9 @@ class EmbeddedGrader:
 
     def __init__(self, sandbox: Sandbox, *, workers: int) -> None:
         self.sandbox = sandbox
+        self.isolation = sandbox.isolation  # the layers that confine programs, for the manifest
         # more threads than workers: a sleeping program keeps its thread but frees its worker
         self.threads = ThreadPoolExecutor(workers * JOBS_PER_WORKER, thread_name_prefix="judge")
-
-    @property
-    def isolation(self) -> dict[str, object]:
-        """Return the layers that confine programs, for the run's manifest."""
-        return self.sandbox.isolation
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         """Return a result for each public test and, if all pass, for the private tests until the
@@ -78,14 +74,11 @@ class RemoteGrader(LivesInLoop):
 
     async def open(self) -> None:
         await self.client.__aenter__()
-        self.health = await self.client.health()
+        health = await self.client.health()
+        self.isolation = {"servers": {url: about["isolation"] for url, about in health.items()}}
 
     async def shut(self) -> None:
         await self.client.__aexit__(None, None, None)
-
-    @property
-    def isolation(self) -> dict[str, object]:
-        return {"servers": {url: about["isolation"] for url, about in self.health.items()}}
 
     async def grade(self, problem: Problem, program: str) -> list[Result]:
         from rlef_sandbox.service.client import RequestRefusedError, ServiceError
@@ -212,20 +205,20 @@ def check_judge(judge: JudgeConfig) -> None:
         import rlef_sandbox.service.client  # noqa: F401 - RemoteGrader imports it, too
     try:
         with RemoteGrader(judge.servers, sandbox_token(), deadline_s=judge.deadline_s) as grader:
-            health = grader.health
+            servers = grader.isolation["servers"]
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"judge.servers: {error}. Start each with `python -m rlef_sandbox serve`, and give "
             "their token in RLEF_SANDBOX_TOKEN"
         ) from None
-    for url, about in health.items():
-        level = about["isolation"]["level"]
+    for url, isolation in servers.items():
+        level = isolation["level"]
         if judge.isolation == "default" and level != "default":
             raise ConfigError(
                 f"judge.servers: {url} runs with isolation {level!r}; start it without "
                 "--isolation, or set judge.isolation to the same"
             )
-        if missing := sorted({*judge.packages}.difference(about["isolation"].get("packages", ()))):
+        if missing := sorted({*judge.packages}.difference(isolation.get("packages", ()))):
             raise ConfigError(
                 f"judge.packages: programs on {url} cannot import {', '.join(missing)}; start it "
                 f"with `python -m rlef_sandbox --packages {','.join(judge.packages)} serve`"
