@@ -142,7 +142,6 @@ class Episode:
     """A whole dialogue. Its token ids are never decoded and encoded again."""
 
     problem_id: str
-    family: str
     turns: tuple[Turn, ...]
 
     def __post_init__(self) -> None:

@@ -178,4 +178,4 @@ def random_episodes(rollout: RolloutConfig, vocab_size: int, seed: int) -> Itera
             made.append(Turn(observed, sampled, "print(1)", UNGRADED))
         verdict = replace(UNGRADED, solved=generator.random() < 0.5)
         made[-1] = replace(made[-1], verdict=verdict)
-        yield Episode("random", "", tuple(made))
+        yield Episode("random", tuple(made))

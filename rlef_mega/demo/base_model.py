@@ -108,7 +108,7 @@ def encode(messages: Sequence[str], chat: ChatFormat, begun: str = "") -> Episod
         ids = tuple(chat.respond(response))
         completion = Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
         turns.append(Turn(tuple(observed), completion, None, UNGRADED))
-    return Episode("supervised", "", tuple(turns))
+    return Episode("supervised", tuple(turns))
 
 
 def make_initial_model(config: SFTConfig) -> None:

@@ -157,7 +157,7 @@ class DialogueLoop:
                     text_seed = derive_seed(seed, len(turns), "feedback")
                     feedback = self.observe(problem, turns[-1], text_seed, begun, len(context))
                 if feedback is None:  # also if the context has no room for another turn
-                    episode = Episode(problem.id, problem.family, tuple(turns))
+                    episode = Episode(problem.id, tuple(turns))
                     # token-in token-out: what is trained on is what the engine read and sampled
                     assert episode.token_ids == context, problem.id
                     return episode

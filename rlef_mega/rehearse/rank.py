@@ -119,7 +119,7 @@ def full_batch(request: Request, data_parallel_size: int) -> Batch:
     verdict = Verdict((), public_passed=True, solved=True)
     turn = Turn((1,) * (request.dialogue - read), completion, "print(1)", verdict)
     count = data_parallel_size * request.microbatches * request.per_microbatch
-    return pack([Episode("rehearsed", "", (turn,))] * count)
+    return pack([Episode("rehearsed", (turn,))] * count)
 
 
 def stand_in(tokens: int) -> None:

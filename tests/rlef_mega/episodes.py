@@ -14,4 +14,4 @@ def episode(spans: list[tuple[int, int]], *, solved: bool, first_id: int = 0) ->
         verdict = Verdict((), public_passed=False, solved=solved if number == len(spans) else None)
         turns.append(Turn(tuple(range(length, middle)), completion, "print(1)", verdict))
         length = end
-    return Episode("problem", "family", tuple(turns))
+    return Episode("problem", tuple(turns))

@@ -60,7 +60,7 @@ def hold(engine, chat, *prompts: str, tokens: int, temperature: float) -> Episod
                 token_ids.extend(sampled.token_ids)
 
     asyncio.run(talk())
-    return Episode("smollm2", "", tuple(turns))
+    return Episode("smollm2", tuple(turns))
 
 
 def test_the_converted_model_writes_a_working_program(engine, chat):

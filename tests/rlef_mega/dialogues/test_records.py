@@ -55,7 +55,7 @@ def held(chat: ChatFormat, responses: list[str], verdicts: list[Verdict]) -> Epi
         versions = (4,) * (len(ids) - 2) + (5, 5)
         sampled = Completion(tuple(ids), logprobs, versions, "stop")
         turns.append(Turn(tuple(observed), sampled, response, verdict))
-    return Episode("sum", "arithmetic", tuple(turns))
+    return Episode("sum", tuple(turns))
 
 
 def failing(statuses: tuple[Status, ...]) -> Verdict:

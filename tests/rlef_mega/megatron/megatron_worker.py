@@ -115,7 +115,7 @@ def make_episodes(number: int, *, seed: int = 0) -> list[Episode]:
         )
 
     return [
-        Episode("made up", "", tuple(turn() for _ in range(random_source.randint(1, 3))))
+        Episode("made up", tuple(turn() for _ in range(random_source.randint(1, 3))))
         for _ in range(number)
     ]
 
