@@ -8,7 +8,7 @@ response it has the number of characters (`pieces`) and the log-probs in thousan
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from typing import Any
 
 import torch
@@ -43,12 +43,11 @@ def episode_records(
     """Return the records of a step's episodes. Each turn has a return, an advantage and, with a
     critic, a value; if values are token-level, these are the ones of its first token."""
     by_id = named(problems, {episode.problem_id for episode in episodes})
-    numbers = turn_numbers(batch, scores, targets)
-    records = []
-    for episode in episodes:
-        mine, numbers = numbers[: len(episode.turns)], numbers[len(episode.turns) :]
-        records.append(episode_record(episode, chat, by_id[episode.problem_id], mine))
-    return records
+    numbers = iter(turn_numbers(batch, scores, targets))
+    return [
+        episode_record(e, chat, by_id[e.problem_id], list(islice(numbers, len(e.turns))))
+        for e in episodes
+    ]
 
 
 def turn_numbers(batch: Batch, scores: Scores, targets: Targets) -> list[dict[str, Any]]:
