@@ -33,9 +33,7 @@ def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
     for tensor in tensors:
         rank, chunk = stages.place(stage_of(tensor, stages))
         targets = []
-        if rank == ranks.pipeline_parallel_rank and (
-            chunks[0].has_language_head or tensor.name != HEAD
-        ):
+        if rank == ranks.groups.pp.rank() and (chunks[0].has_language_head or tensor.name != HEAD):
             targets.append(tensor.view(chunks[chunk]))
         if tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):
             targets.append(chunks[-1].output_layer.weight)
@@ -58,8 +56,9 @@ def read_shard(path: Path, tensor: HFTensor, ranks: Ranks) -> torch.Tensor:
         stored = file.get_slice(tensor.name)
         if tensor.split_dim is None:
             return stored[:]
-        size = tensor.local_shape(ranks.groups.tp.size())[tensor.split_dim]
-        part = slice(ranks.tensor_parallel_rank * size, (ranks.tensor_parallel_rank + 1) * size)
+        group = ranks.groups.tp
+        size = tensor.local_shape(group.size())[tensor.split_dim]
+        part = slice(group.rank() * size, (group.rank() + 1) * size)
         return stored[part] if tensor.split_dim == 0 else stored[:, part]
 
 
@@ -113,7 +112,7 @@ def gather_bucket(
     stages = chunks[0].stages
     owner, chunk = stages.place(stage_of(tensors[0], stages))
     gathered = None
-    if owner == ranks.pipeline_parallel_rank:
+    if owner == pipeline_group.rank():
         views = [tensor.view(chunks[chunk]) for tensor in tensors]
         gathered = torch.cat([view.detach().reshape(-1) for view in views])
     if size > 1 or gathered is None:
@@ -123,7 +122,7 @@ def gather_bucket(
             # tensor-parallel group of the owning stage: concatenates the shards
             dist.all_gather_into_tensor(gathered, shards, group=tensor_group)
             del shards
-    if ranks.pipeline_parallel_size > 1:
+    if pipeline_group.size() > 1:
         # pipeline group: the owning stage hands its tensors to the others
         dist.broadcast(gathered, group_src=owner, group=pipeline_group)
     parts = [part.split(sizes) for part in gathered.view(size, -1)]

@@ -54,14 +54,15 @@ class Cutting:
         same number; some may be empty."""
         lengths = batch.cu_seqlens.diff()[list(sequences)].tolist()
         actions = batch.action_bounds.diff()[list(sequences)].tolist()
+        data_parallel = self.ranks.groups.dp
         plan = microbatches(
             lengths,
             self.token_budget,
-            self.ranks.data_parallel_size,
+            data_parallel.size(),
             costs=list(map(self.flops, lengths, actions)),
-            multiple=self.ranks.pipeline_parallel_size,
+            multiple=self.ranks.layout.pipeline_model_parallel_size,
         )
-        mine = plan[self.ranks.data_parallel_rank]
+        mine = plan[data_parallel.rank()]
         return [self.microbatch(batch, [sequences[i] for i in part]) for part in mine]
 
     def microbatch(self, batch: Batch, sequences: list[int]) -> Microbatch:

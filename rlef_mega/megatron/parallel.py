@@ -49,26 +49,6 @@ class Ranks:
     receivers: dist.ProcessGroup | None  # split: rank 0 and the critic's ranks
 
     @property
-    def tensor_parallel_rank(self) -> int:
-        return self.groups.tp.rank()
-
-    @property
-    def pipeline_parallel_rank(self) -> int:
-        return self.groups.pp.rank()
-
-    @property
-    def data_parallel_rank(self) -> int:
-        return self.groups.dp.rank()
-
-    @property
-    def pipeline_parallel_size(self) -> int:
-        return self.layout.pipeline_model_parallel_size
-
-    @property
-    def data_parallel_size(self) -> int:
-        return self.layout.data_parallel_size
-
-    @property
     def is_writer(self) -> bool:
         """Return whether this is the rank that writes files and prints."""
         return self.rank == 0
@@ -78,8 +58,8 @@ class Ranks:
         """Return whether this rank reports outputs: one rank of each data-parallel part does. Its
         tensor-parallel peers have the same outputs, other stages have none.
         """
-        last = self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
-        return last and self.tensor_parallel_rank == 0
+        tensor, pipeline = self.groups.tp, self.groups.pp
+        return pipeline.rank() == pipeline.size() - 1 and tensor.rank() == 0
 
 
 def initialize(

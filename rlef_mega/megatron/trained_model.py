@@ -99,10 +99,9 @@ def run_schedule(
             )
         return hidden, lambda output, **options: at_last_stage(output, microbatch)
 
-    pipelined = ranks.pipeline_parallel_size > 1
-    schedule = get_forward_backward_func(
-        ranks.pipeline_parallel_size, len(chunks) if len(chunks) > 1 else None
-    )
+    group = ranks.groups.pp
+    p2p = P2PCommunicator(group, chunks[0].config) if group.size() > 1 else None
+    schedule = get_forward_backward_func(group.size(), len(chunks) if len(chunks) > 1 else None)
     results = schedule(
         forward_step_func=forward_step,
         data_iterator=[iter(microbatches) for _ in chunks],
@@ -113,7 +112,7 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
         pg_collection=ranks.groups,
-        p2p_communicator=P2PCommunicator(ranks.groups.pp, chunks[0].config) if pipelined else None,
+        p2p_communicator=p2p,
     )
     for chunk in chunks:  # Megatron keeps the last input of each, and its gradient
         network: Any = getattr(chunk, "module", chunk)
@@ -180,7 +179,7 @@ class TrainedModel:
         self.last_chunk: Any = self.chunks[-1]  # has the head, on the last stage's ranks
         self.updates = 0
         model_config = self.chunks[0].config
-        self.overlaps = ranks.layout.overlap and ranks.data_parallel_size > 1
+        self.overlaps = ranks.layout.overlap and ranks.groups.dp.size() > 1
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,

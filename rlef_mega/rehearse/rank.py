@@ -185,7 +185,7 @@ def rehearse(config: TrainConfig, request: Request) -> dict[str, Any]:
 
         learner.phase = phase  # type: ignore[method-assign]
     build, buffer = recorder.phases, HostBuffer()
-    batch = full_batch(request, ranks.data_parallel_size)
+    batch = full_batch(request, ranks.groups.dp.size())
     order = torch.arange(batch.num_sequences)
     for _ in range(2):
         recorder.phases = {}

@@ -175,7 +175,7 @@ class PackedLlama(GPTModel):
         parallel = ranks.layout
         shape = LlamaShape.of(hf_config)
         stages = split_layers(shape, parallel, with_head=self.has_language_head)
-        stage = chunk * stages.pipeline_size + ranks.pipeline_parallel_rank
+        stage = chunk * stages.pipeline_size + ranks.groups.pp.rank()
         config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
         specs = [layer_spec(hf_config)] * stages.layers[stage]
         super().__init__(

@@ -168,10 +168,10 @@ def compare_gradients(chunks, ranks, tensors, truth: dict[str, torch.Tensor]) ->
         expected = truth[tensor.name]
         if tensor.split_dim is not None:
             shards = expected.chunk(ranks.groups.tp.size(), tensor.split_dim)
-            expected = shards[ranks.tensor_parallel_rank]
+            expected = shards[ranks.groups.tp.rank()]
         stages = chunks[0].stages
         rank, chunk = stages.place(stage_of(tensor, stages))
-        if rank == ranks.pipeline_parallel_rank:
+        if rank == ranks.groups.pp.rank():
             gradient = tensor.view(chunks[chunk])
             close(gradient.reshape(expected.shape), expected, tensor.name)
         if tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):

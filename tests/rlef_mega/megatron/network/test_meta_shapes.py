@@ -139,12 +139,12 @@ def held_by(network: str, case: str, ranks: Ranks) -> Held:
         for chunk in chunks
         for parameter in chunk.parameters()
     )
-    held = Held(ranks.tensor_parallel_rank, {}, 0, [], 0, 0)
+    held = Held(ranks.groups.tp.rank(), {}, 0, [], 0, 0)
     for number, chunk in enumerate(chunks):
         covered: dict[int, int] = defaultdict(int)
         for tensor in tensors_of(network, case):
             place = chunk.stages.place(stage_of(tensor, chunk.stages))
-            if place == (ranks.pipeline_parallel_rank, number):
+            if place == (ranks.groups.pp.rank(), number):
                 assert tensor.name not in held.shapes
                 held.shapes[tensor.name] = local_shape(tensor, chunk)
                 covered[storage(tensor.view(chunk))] += tensor.view(chunk).numel()
@@ -239,7 +239,8 @@ def test_replicas_hold_the_same_parameters(recipe: str, case: str) -> None:
     found = []
     for replica in (0, data - 1):
         with standing_at(last_stage + replica * tensor + 1, parallel) as ranks:
-            assert (ranks.data_parallel_rank, ranks.tensor_parallel_rank) == (replica, 1)
+            groups = ranks.groups
+            assert (groups.dp.rank(), groups.tp.rank()) == (replica, 1)
             found.append(held_by(POLICY, case, ranks))
     assert found[0] == found[1]
 
