@@ -12,7 +12,6 @@ and gradients. With data parallelism and `overlap`, gradients are reduced during
 pass, and the new weights are gathered during the next forward pass.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -162,9 +161,7 @@ class FrozenModel:
         if residence >= Residence.WEIGHTS:
             self.memory.reload()
         else:
-            self.memory.offload(
-                parameter for chunk in self.chunks for parameter in chunk.parameters()
-            )
+            self.memory.offload(torch.nn.ModuleList(self.chunks).parameters())
 
 
 class TrainedModel:
@@ -180,17 +177,15 @@ class TrainedModel:
         self.updates = 0
         model_config = self.chunks[0].config
         self.overlaps = ranks.layout.overlap and ranks.groups.dp.size() > 1
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=self.overlaps,
-            overlap_param_gather=self.overlaps,
-        )
         self.wrapped = [
             DistributedDataParallel(
                 chunk.config,
-                # one each: Megatron writes the bucket size into it
-                dataclasses.replace(ddp),
+                DistributedDataParallelConfig(  # one each: Megatron writes the bucket size into it
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=self.overlaps,
+                    overlap_param_gather=self.overlaps,
+                ),
                 chunk,
                 disable_bucketing=number > 0,
                 pg_collection=ranks.groups,
@@ -251,12 +246,9 @@ class TrainedModel:
             value, metrics = loss(hidden, microbatch)
             return value, no_tokens, torch.stack([metrics[name].float() for name in names])
 
-        metrics = run_schedule(
+        parts = run_schedule(
             self.wrapped, self.ranks, microbatches, loss_and_metrics, forward_only=False
         )
-        return self.sum_metrics(metrics, names)
-
-    def sum_metrics(self, parts: list[torch.Tensor], names: Sequence[str]) -> dict[str, float]:
         total = torch.zeros(len(names), device=self.ranks.device)
         if self.ranks.reports_outputs:
             total = torch.stack(parts).sum(0)
@@ -313,7 +305,7 @@ class TrainedModel:
         if residence == self.residence:
             return
         if residence < Residence.WEIGHTS <= self.residence:
-            self.weights_memory.offload(self.weight_tensors())
+            self.weights_memory.offload(torch.nn.ModuleList(self.chunks).parameters())
         if residence < Residence.STATE <= self.residence:
             self.optimizer_memory.offload(self.optimizer_tensors())
         if residence < Residence.TRAINING <= self.residence:
@@ -328,14 +320,11 @@ class TrainedModel:
                 wrapped.restore_grad_buffers(synchronize=False)
         self.residence = residence
 
-    def weight_tensors(self) -> Iterator[torch.Tensor]:
-        for chunk in self.chunks:
-            yield from chunk.parameters()
-
     def optimizer_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the moments, and the fp32 main copies of bfloat16 weights; fp32 weights have no
         copies."""
-        weights = {weight.untyped_storage()._cdata for weight in self.weight_tensors()}
+        parameters = torch.nn.ModuleList(self.chunks).parameters()
+        weights = {weight.untyped_storage()._cdata for weight in parameters}
         for optimizer in self.optimizer.chained_optimizers:
             for group in optimizer.optimizer.param_groups:
                 for parameter in group["params"]:
