@@ -11,10 +11,8 @@ megatron-core would take its Adam from them (or from PyPI's `apex`, an unrelated
 import functools
 import importlib
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -74,17 +72,6 @@ def hide_unusable() -> None:
         # Triton's interpreter runs the kernels' tests on CPUs
         if useless and (package != "triton" or torch.cuda.is_available()):
             sys.modules[package] = None  # type: ignore[assignment]
-
-
-def varlen_options(function: Callable) -> dict[str, Any]:
-    """Return the options that make `torch.nn.attention.varlen.varlen_attn` causal with grouped
-    heads, by its signature: `is_causal` in PyTorch 2.10, which has no grouped heads; `window_size`
-    from 2.11, which takes them as they are; `enable_gqa` from 2.12.
-    """
-    known = inspect.signature(function).parameters
-    causal: dict[str, Any]
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

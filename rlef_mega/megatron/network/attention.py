@@ -9,25 +9,27 @@ Shape suffixes: T packed tokens, H query heads of this rank, K key-value heads o
 dimension, E half of it, S sequences.
 """
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rlef_mega.megatron.network.accelerations import attention_kernel, varlen_options
+from rlef_mega.megatron.network.accelerations import attention_kernel
 from rlef_mega.megatron.network.rotary import Rotation
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed micro-batch, with the lengths on the host and the rotation
     of positions.
     """
 
-    lengths: tuple[int, ...] = ()
-    rotation: Rotation | None = None
+    lengths: tuple[int, ...]
+    rotation: Rotation
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -64,7 +66,7 @@ class PackedAttention(MegatronModule):
 
     def __init__(self, config: TransformerConfig, **unused: object) -> None:
         super().__init__(config=config)
-        self.frequencies_E: torch.Tensor | None = None  # the model's, given once it is built
+        self.frequencies_E = torch.empty(0)  # the model's, given once it is built
 
     def forward(
         self,
@@ -76,7 +78,6 @@ class PackedAttention(MegatronModule):
         **options: object,
     ) -> torch.Tensor:
         """Attend from [T, H, D] to [T, K, D]. Returns [T, H * D]."""
-        assert packed_seq_params.rotation is not None and self.frequencies_E is not None
         query, key = (packed_seq_params.rotation(x, self.frequencies_E) for x in (query, key))
         # a view would keep all of the packed queries, keys and values for the backward pass
         value = value.contiguous()
@@ -97,10 +98,16 @@ def flash_attention(query, key, value, packed: PackedSequences) -> torch.Tensor:
 
 
 def torch_varlen(query, key, value, packed: PackedSequences) -> torch.Tensor:
+    """Call PyTorch's kernel by its signature: 2.10 has no grouped heads, 2.11 takes them as they
+    are, and from 2.12 on they are an option."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = varlen_options(varlen_attn)
-    if "is_causal" in options:  # PyTorch 2.10 has no grouped heads
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
+    if "window_size" in known:
+        options["window_size"] = (-1, 0)  # causal
+    else:
+        options["is_causal"] = True
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     output_THD = varlen_attn(query, key, value, *packed.bounds, **options)
