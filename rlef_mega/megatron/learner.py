@@ -105,19 +105,17 @@ class Learner:
         of it. If a checkpoint to start from has no critic, the critic starts from its policy. Every
         rank calls this: reading a checkpoint is collective over the world."""
         ranks, weights = self.ranks, self.weights
-        if name not in ranks.networks:
-            if weights is not None:
-                load_weights(weights, name, [], ranks)
-            return []
         kind = CriticModel if name == CRITIC else PolicyModel
+        count = ranks.layout.virtual_pipeline_model_parallel_size if name in ranks.networks else 0
         chunks: list[PackedLlama] = [
             kind(self.config, ranks, chunk=n, dtype=self.dtype, recompute=self.recompute)
-            for n in range(ranks.layout.virtual_pipeline_model_parallel_size)
+            for n in range(count)
         ]
         for chunk in chunks:
             chunk.to(ranks.device)
         if weights is None:
-            load_hf(chunks, self.folder, ranks)
+            if chunks:
+                load_hf(chunks, self.folder, ranks)
         elif name == CRITIC and CRITIC not in networks_in(weights):
             load_weights(weights, POLICY, chunks, ranks, trunk_only=True)
         else:
@@ -125,10 +123,16 @@ class Learner:
         return chunks
 
     @property
+    def networks(self) -> dict[str, FrozenModel | TrainedModel]:
+        """Return this rank's networks by name."""
+        models = {"reference": self.reference, POLICY: self.policy, CRITIC: self.critic}
+        return {name: model for name, model in models.items() if model is not None}
+
+    @property
     def trained(self) -> dict[str, TrainedModel]:
         """Return this rank's trained networks by name; checkpoints hold these."""
-        models = {POLICY: self.policy, CRITIC: self.critic}
-        return {name: model for name, model in models.items() if model is not None}
+        models = self.networks.items()
+        return {name: model for name, model in models if isinstance(model, TrainedModel)}
 
     # ------------------------------------------------------------------ phases
 
@@ -148,14 +152,9 @@ class Learner:
         """Move networks that are not named to the host, then those that are named to the device."""
         if not self.offloads:
             return
-        models = {"reference": self.reference, **self.trained}
-        wanted = {
-            model: residences.get(name, Residence.NOTHING)
-            for name, model in models.items()
-            if model is not None
-        }
-        for model, residence in sorted(wanted.items(), key=lambda item: item[1]):
-            model.reside(residence)
+        wanted = {name: residences.get(name, Residence.NOTHING) for name in self.networks}
+        for name in sorted(wanted, key=wanted.__getitem__):
+            self.networks[name].reside(wanted[name])
 
     def make_room(self) -> None:
         """Free device memory for servers on the same devices: empty the allocator's cache and, if
@@ -225,8 +224,7 @@ class Learner:
         """Run the named network, or policy and reference together, if on this rank. `read` returns
         the outputs of a micro-batch, which are written to its `indices` of the results on one rank
         of each data-parallel part (`Ranks.reports_outputs`)."""
-        models = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
-        chosen = [model.chunks for name in names if (model := models[name])]
+        chosen = [self.networks[name].chunks for name in names if name in self.networks]
         if not chosen:
             return
         with self.phase(f"score_{'_and_'.join(names)}", **dict.fromkeys(names, Residence.WEIGHTS)):
