@@ -40,8 +40,7 @@ from rlef_mega.run.directory import flush_to_disk, warn_if_disk_is_full
 from rlef_mega.run.manifest import versions
 from rlef_mega.run.ranks import any_rank, from_rank_0, gather
 
-# of each network that a rank trains: its updates and fingerprint, as of the saved step
-RankState = dict[str, tuple[int, dict[str, Any]]]
+Updates = dict[str, int]  # of each network that a rank trains, as of the saved step
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Saving:
     folder: Path  # with the suffix .tmp
     meta: dict[str, Any]
     metadata: Any  # of all ranks' boxes of tensors (`state_of`); None except on rank 0
-    rank_state: RankState
+    updates: Updates
     work: Future
     completing: bool = False  # all ranks have written, rank 0 writes the rest
 
@@ -91,7 +90,7 @@ class Checkpoints:
             folder,
             {"step": step, "score": score, "state": state, **self.about},
             snapshot.metadata,
-            rank_state(learner),
+            {name: model.updates for name, model in learner.trained.items()},
             self.thread.submit(write_share, folder, learner.ranks.rank, snapshot),
         )
         if not self.asynchronous:
@@ -141,7 +140,7 @@ class Checkpoints:
         except OSError as error:
             report = explain_disk_error(error, self.folder)
         reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
-        dist.gather_object((report, saving.rank_state), reports)  # world, to rank 0
+        dist.gather_object((report, saving.updates), reports)  # world, to rank 0
         saving.completing = True
         saving.work = self.thread.submit(self.complete, saving, reports)
 
@@ -158,7 +157,7 @@ class Checkpoints:
                 warn(f"checkpoint {name} was NOT saved: {self.fault}. Older checkpoints are kept")
 
     def complete(
-        self, saving: Saving, reports: list[tuple[Share | str, RankState]] | None
+        self, saving: Saving, reports: list[tuple[Share | str, Updates]] | None
     ) -> str | None:
         """Complete the checkpoint, or remove it, on rank 0's thread. Returns the fault, if any."""
         if reports is None:  # another rank
@@ -167,7 +166,10 @@ class Checkpoints:
         try:
             if not faults:
                 shares = [share for share, _ in reports if isinstance(share, Share)]
-                write_checkpoint(saving, shares, [rank_state for _, rank_state in reports])
+                updates = {name: count for _, mine in reports for name, count in mine.items()}
+                model = state_of.fingerprint(self.learner.config, self.learner.dtype)
+                of_networks = {"updates": updates, "models": dict.fromkeys(updates, model)}
+                write_checkpoint(saving, shares, saving.meta | of_networks)
         except OSError as error:
             faults = [explain_disk_error(error, self.folder)]
         if faults:
@@ -220,21 +222,11 @@ def explain_disk_error(error: OSError, folder: Path) -> str:
 # ------------------------------------------------------------------------------------ one folder
 
 
-def rank_state(learner: Learner) -> RankState:
-    trained = learner.trained.items()
-    return {name: (model.updates, state_of.fingerprint(model)) for name, model in trained}
-
-
-def write_checkpoint(saving: Saving, shares: list[Share], ranks: list[RankState]) -> None:
+def write_checkpoint(saving: Saving, shares: list[Share], meta: dict[str, Any]) -> None:
     """Write all files but the shares, and rename the folder."""
     folder = saving.folder
     stored = {index: info for share in shares for index, info in share.stored.items()}
     names = write_index(folder / NETWORKS, saving.metadata, stored)
-    networks = {name: state for rank in ranks for name, state in rank.items()}
-    meta = saving.meta | {
-        "updates": {name: updates for name, (updates, _) in networks.items()},
-        "models": {name: model for name, (_, model) in networks.items()},
-    }
     (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
     manifest = {name: entry for share in shares for name, entry in share.files.items()}
     for name in (*(f"{NETWORKS}/{name}" for name in names), META):
@@ -247,8 +239,8 @@ def fault_for(path: Path, learner: Learner) -> str | None:
     """Find out why this learner cannot resume from a checkpoint; None if it can. Checks sizes and
     model first, then reads all files, each rank its share. Every rank returns the same. Collective.
     """
-    shares = gather(rank_state(learner))
-    ours = {name: model for share in shares for name, (_, model) in share.items()}
+    model = state_of.fingerprint(learner.config, learner.dtype)
+    ours = {name: model for names in gather([*learner.trained]) for name in names}
     found = from_rank_0(files.fault_in(path) or misfit(path, ours))
     if found is not None:
         return found

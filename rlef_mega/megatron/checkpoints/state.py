@@ -32,6 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from rlef_mega.megatron.checkpoints.files import NETWORKS
 from rlef_mega.megatron.cpu_shim import calls_megatron
+from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import PackedLlama
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
@@ -54,12 +55,11 @@ SHAPE_KEYS = (
 )
 
 
-def fingerprint(model: TrainedModel) -> dict[str, Any]:
-    """Return the settings that a checkpoint's model must share with the run's."""
-    module = model.chunks[0]
-    config = module.hf_config.to_dict()
-    found = {key: config[key] for key in SHAPE_KEYS if config.get(key) is not None}
-    return found | {"dtype": str(module.config.params_dtype).removeprefix("torch.")}
+def fingerprint(config: DenseConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the settings that a checkpoint's networks must share with the run's."""
+    settings = config.to_dict()
+    found = {key: settings[key] for key in SHAPE_KEYS if settings.get(key) is not None}
+    return found | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 @calls_megatron
