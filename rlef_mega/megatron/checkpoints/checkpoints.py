@@ -20,20 +20,21 @@ Theory of operation. All ranks call `save`, `poll`, `finish` and `resume` togeth
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import Metadata
 
 from rlef_mega.config import ConfigError, differences
 from rlef_mega.megatron.checkpoints import files
 from rlef_mega.megatron.checkpoints import state as state_of
 from rlef_mega.megatron.checkpoints.files import META, NETWORKS
 from rlef_mega.megatron.checkpoints.torch_dist import write_index
-from rlef_mega.megatron.checkpoints.writer import Share, take_snapshot, write_share
+from rlef_mega.megatron.checkpoints.writer import Share, Snapshot, take_snapshot, write_share
 from rlef_mega.megatron.learner import Learner
 from rlef_mega.megatron.offload import HostBuffer
 from rlef_mega.run.directory import flush_to_disk, warn_if_disk_is_full
@@ -41,18 +42,6 @@ from rlef_mega.run.manifest import versions
 from rlef_mega.run.ranks import any_rank, from_rank_0, gather
 
 Updates = dict[str, int]  # of each network that a rank trains, as of the saved step
-
-
-@dataclass
-class Saving:
-    """A save in flight. `work` is the current task of this rank's thread."""
-
-    folder: Path  # with the suffix .tmp
-    meta: dict[str, Any]
-    metadata: Any  # of all ranks' boxes of tensors (`state_of`); None except on rank 0
-    updates: Updates
-    work: Future
-    completing: bool = False  # all ranks have written, rank 0 writes the rest
 
 
 class Checkpoints:
@@ -72,7 +61,9 @@ class Checkpoints:
         self.keep, self.keep_best, self.asynchronous = keep, keep_best, asynchronous
         self.buffer = HostBuffer()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.saving: Saving | None = None
+        self.begun: int | None = None  # the step of the last save
+        self.tasks: Iterator[Future] = iter(())  # that save's, on this rank's thread
+        self.saving: Future | None = None  # the current task, while the save is in flight
         self.failures = 0  # saves that were cancelled
         self.fault: str | None = None  # why the last save was cancelled
         self.saved_last: int | None = None  # the step last saved or resumed from
@@ -85,14 +76,10 @@ class Checkpoints:
         learner = self.learner
         with learner.whole():
             snapshot = take_snapshot(state_of.parts_of(learner.trained, owned=True), self.buffer)
-        folder = files.step_folder(self.folder, step).with_suffix(".tmp")
-        self.saving = Saving(
-            folder,
-            {"step": step, "score": score, "state": state, **self.about},
-            snapshot.metadata,
-            {name: model.updates for name, model in learner.trained.items()},
-            self.thread.submit(write_share, folder, learner.ranks.rank, snapshot),
-        )
+        updates = {name: model.updates for name, model in learner.trained.items()}
+        meta = {"step": step, "score": score, "state": state, **self.about}
+        self.begun, self.tasks = step, self.save_in_parts(snapshot, updates, meta)
+        self.saving = next(self.tasks)
         if not self.asynchronous:
             self.finish()
 
@@ -100,7 +87,7 @@ class Checkpoints:
         """Add the score of a step's policy, which is known only later. Does nothing if the step has
         no checkpoint. Collective.
         """
-        if self.saving is not None and self.saving.meta["step"] == step:
+        if self.begun == step:
             self.finish()
         folder = files.step_folder(self.folder, step)
         if self.leads and folder.is_dir():
@@ -109,14 +96,14 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Advance the save in flight, without waiting; called at each step's end. Collective."""
-        while self.saving is not None and not any_rank(not self.saving.work.done()):
-            self.advance(self.saving)
+        while self.saving is not None and not any_rank(not self.saving.done()):
+            self.saving = next(self.tasks, None)
 
     def finish(self) -> bool:
         """Wait for the save in flight. Returns whether the last save is on the disk. Collective."""
         while self.saving is not None:
-            wait_for([self.saving.work])
-            self.advance(self.saving)
+            wait_for([self.saving])
+            self.saving = next(self.tasks, None)
         return self.fault is None
 
     def require_saved(self) -> None:
@@ -130,50 +117,54 @@ class Checkpoints:
                 f"{newest.name if newest else 'none'}. Free space, then resume from it"
             )
 
-    def advance(self, saving: Saving) -> None:
-        """Start the next part of a save; all ranks have finished this one. Collective."""
-        if saving.completing:
-            self.conclude(saving)
-            return
+    def save_in_parts(
+        self, snapshot: Snapshot, updates: Updates, meta: dict[str, Any]
+    ) -> Iterator[Future]:
+        """Yield the two tasks of a save: all ranks write, then rank 0 completes the checkpoint.
+        Continue only when all ranks have finished the task that they got. Collective."""
+        final = files.step_folder(self.folder, meta["step"])
+        folder = final.with_suffix(".tmp")
+        writing = self.thread.submit(write_share, folder, self.learner.ranks.rank, snapshot)
+        yield writing
         try:
-            report: Share | str = saving.work.result()
+            report: Share | str = writing.result()
         except OSError as error:
             report = explain_disk_error(error, self.folder)
         reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
-        dist.gather_object((report, saving.updates), reports)  # world, to rank 0
-        saving.completing = True
-        saving.work = self.thread.submit(self.complete, saving, reports)
-
-    def conclude(self, saving: Saving) -> None:
-        """Broadcast whether rank 0's thread has completed the checkpoint. Collective."""
-        self.fault = from_rank_0(saving.work.result())
-        self.saving = None
+        dist.gather_object((report, updates), reports)  # world, to rank 0
+        completing = self.thread.submit(self.complete, folder, meta, snapshot.metadata, reports)
+        yield completing
+        self.fault = from_rank_0(completing.result())
         if self.fault is None:
-            self.saved_last = saving.meta["step"]
-        else:
-            self.failures += 1
-            if self.leads:
-                name = saving.folder.with_suffix("").name
-                warn(f"checkpoint {name} was NOT saved: {self.fault}. Older checkpoints are kept")
+            self.saved_last = meta["step"]
+            return
+        self.failures += 1
+        if self.leads:
+            warn(f"checkpoint {final.name} was NOT saved: {self.fault}. Older checkpoints are kept")
 
     def complete(
-        self, saving: Saving, reports: list[tuple[Share | str, Updates]] | None
+        self,
+        folder: Path,
+        meta: dict[str, Any],
+        metadata: Metadata | None,
+        reports: list[tuple[Share | str, Updates]] | None,
     ) -> str | None:
         """Complete the checkpoint, or remove it, on rank 0's thread. Returns the fault, if any."""
         if reports is None:  # another rank
             return None
+        assert metadata is not None
         faults = [report for report, _ in reports if isinstance(report, str)]
         try:
             if not faults:
                 shares = [share for share, _ in reports if isinstance(share, Share)]
                 updates = {name: count for _, mine in reports for name, count in mine.items()}
                 model = state_of.fingerprint(self.learner.config, self.learner.dtype)
-                of_networks = {"updates": updates, "models": dict.fromkeys(updates, model)}
-                write_checkpoint(saving, shares, saving.meta | of_networks)
+                meta |= {"updates": updates, "models": dict.fromkeys(updates, model)}
+                write_checkpoint(folder, meta, metadata, shares)
         except OSError as error:
             faults = [explain_disk_error(error, self.folder)]
         if faults:
-            shutil.rmtree(saving.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             return faults[0]
         try:
             files.prune(self.folder, keep=self.keep, keep_best=self.keep_best)
@@ -222,11 +213,12 @@ def explain_disk_error(error: OSError, folder: Path) -> str:
 # ------------------------------------------------------------------------------------ one folder
 
 
-def write_checkpoint(saving: Saving, shares: list[Share], meta: dict[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, meta: dict[str, Any], metadata: Metadata, shares: list[Share]
+) -> None:
     """Write all files but the shares, and rename the folder."""
-    folder = saving.folder
     stored = {index: info for share in shares for index, info in share.stored.items()}
-    names = write_index(folder / NETWORKS, saving.metadata, stored)
+    names = write_index(folder / NETWORKS, metadata, stored)
     (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
     manifest = {name: entry for share in shares for name, entry in share.files.items()}
     for name in (*(f"{NETWORKS}/{name}" for name in names), META):
