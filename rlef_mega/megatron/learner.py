@@ -257,19 +257,18 @@ class Learner:
             )
         bounds = [len(sequences) * part // parts for part in range(parts + 1)]
         chosen = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
+        updates = {CRITIC: self.update_critic, POLICY: self.update_policy}
         metrics: dict[str, float] = {}
         fault = None
         try:
-            if self.critic is not None:
-                with self.phase("update_critic", critic=Residence.TRAINING):
-                    rows = [self.update_critic(batch, targets, part) for part in chosen]
-                    self.critic.gather_weights()
-                metrics |= mean_of(rows)
-            if self.policy is not None and train_policy:
-                with self.phase("update_policy", policy=Residence.TRAINING):
-                    rows = [self.update_policy(batch, targets, part) for part in chosen]
-                    self.policy.gather_weights()
-                metrics |= mean_of(rows)
+            for name, update in updates.items():
+                model = self.trained.get(name)
+                if model is None or (name == POLICY and not train_policy):
+                    continue
+                with self.phase(f"update_{name}", **{name: Residence.TRAINING}):
+                    rows = [update(batch, targets, part) for part in chosen]
+                    model.gather_weights()
+                metrics |= {key: sum(row[key] for row in rows) / parts for key in rows[0]}
         except FloatingPointError as error:  # on every rank of this network's layout
             fault = str(error)
         colocated = self.ranks.group is None  # then every rank has all metrics
@@ -333,7 +332,3 @@ class Learner:
 
         microbatches = self.cutting.cut(batch, sequences)
         return train_step(self.critic, microbatches, loss, CRITIC_METRICS, "critic")
-
-
-def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
