@@ -196,16 +196,14 @@ class Learner:
         of_actions_KA = scores[: kinds * actions].view(kinds, actions)
         values_M = scores[kinds * actions :]
         microbatches = self.cutting.cut(batch, range(batch.num_sequences))
-        of_actions = [microbatch.actions_R for microbatch in microbatches]
-        of_values = [microbatch.values_V for microbatch in microbatches]
         fill = functools.partial(self.fill, microbatches=microbatches)
         if exact:
             read = functools.partial(PolicyAndReference.scores, temperature=self.temperature)
-            fill(of_actions_KA, of_actions, ("policy", "reference"), read=read)
+            fill(of_actions_KA, ("policy", "reference"), read=read)
         else:
             for result_A, name in zip(of_actions_KA, ("policy", "reference"), strict=True):
-                fill(result_A, of_actions, (name,), read=self.read_logprobs)
-        fill(values_M, of_values, ("critic",), read=CriticModel.values)
+                fill(result_A, (name,), read=self.read_logprobs)
+        fill(values_M, (CRITIC,), read=CriticModel.values)
         if self.ranks.world_size > 1:
             # world: each entry has one rank that computed it; the others add zeros, which is exact
             dist.all_reduce(scores)
@@ -216,13 +214,12 @@ class Learner:
     def fill(
         self,
         results: torch.Tensor,
-        indices: Sequence[torch.Tensor],
         names: tuple[str, ...],
         microbatches: Sequence[Microbatch],
         read: ReadFunction,
     ) -> None:
         """Run the named network, or policy and reference together, if on this rank. `read` returns
-        the outputs of a micro-batch, which are written to its `indices` of the results on one rank
+        the outputs of a micro-batch, which are written to its indices of the results on one rank
         of each data-parallel part (`Ranks.reports_outputs`)."""
         chosen = [self.networks[name].chunks for name in names if name in self.networks]
         if not chosen:
@@ -231,7 +228,8 @@ class Learner:
             chunks = chosen[0] if len(names) == 1 else list(map(PolicyAndReference, *chosen))
             outputs = forward(chunks, self.ranks, microbatches, read)
             if self.ranks.reports_outputs:
-                for index, values in zip(indices, outputs, strict=True):
+                for microbatch, values in zip(microbatches, outputs, strict=True):
+                    index = microbatch.values_V if CRITIC in names else microbatch.actions_R
                     results[..., index] = values
 
     # ------------------------------------------------------------------ updates
