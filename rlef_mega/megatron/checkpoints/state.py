@@ -205,10 +205,8 @@ def make_adam_state(inner: torch.optim.Optimizer) -> None:
 def set_updates(model: TrainedModel, updates: int) -> None:
     """Set the number of updates in schedule and optimizer; one optimizer step is one update."""
     model.updates = updates
-    inner = spread_optimizer(model).optimizer
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            inner.state[parameter]["step"].fill_(updates)
+    for state in spread_optimizer(model).optimizer.state.values():
+        state["step"].fill_(updates)
 
 
 # ------------------------------------------------------------------------------------ loading
