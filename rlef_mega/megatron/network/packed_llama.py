@@ -37,7 +37,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rlef_kernels import linear_logprob, linear_score
-from rlef_mega.config import ParallelConfig
 from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.microbatch import Microbatch
 from rlef_mega.megatron.network.accelerations import WEIGHT_GRADIENTS, uses
@@ -49,13 +48,9 @@ from rlef_mega.megatron.parallel import Ranks
 
 
 def transformer_config(
-    config: DenseConfig,
-    parallel: ParallelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    recompute: str,
-    stages: Stages,
+    config: DenseConfig, ranks: Ranks, dtype: torch.dtype, recompute: str, stages: Stages
 ) -> TransformerConfig:
+    parallel, device = ranks.layout, ranks.device
     on_cpu = device.type == "cpu"
     pipelined = parallel.pipeline_model_parallel_size > 1
     interleaved = stages.chunks > 1
@@ -172,11 +167,10 @@ class PackedLlama(GPTModel):
         recompute: str = "none",
         chunk: int = 0,
     ) -> None:
-        parallel = ranks.layout
         shape = LlamaShape.of(hf_config)
-        stages = split_layers(shape, parallel, with_head=self.has_language_head)
+        stages = split_layers(shape, ranks.layout, with_head=self.has_language_head)
         stage = chunk * stages.pipeline_size + ranks.groups.pp.rank()
-        config = transformer_config(hf_config, parallel, ranks.device, dtype, recompute, stages)
+        config = transformer_config(hf_config, ranks, dtype, recompute, stages)
         specs = [layer_spec(hf_config)] * stages.layers[stage]
         super().__init__(
             config,
