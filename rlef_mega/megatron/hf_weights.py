@@ -32,15 +32,14 @@ def load_hf(chunks: Sequence[PackedLlama], folder: Path, ranks: Ranks) -> None:
     found.check(shapes_of(tensors))
     for tensor in tensors:
         rank, chunk = stages.place(stage_of(tensor, stages))
-        targets = []
+        target = None
         if rank == ranks.groups.pp.rank() and (chunks[0].has_language_head or tensor.name != HEAD):
-            targets.append(tensor.view(chunks[chunk]))
-        if tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):
-            targets.append(chunks[-1].output_layer.weight)
-        if targets:
+            target = tensor.view(chunks[chunk])
+        elif tensor.name == EMBEDDING and holds_copy_of_embedding(chunks[-1]):
+            target = chunks[-1].output_layer.weight
+        if target is not None:
             shard = read_shard(folder / found.tensors[tensor.name].file, tensor, ranks)
-            for target in targets:
-                target.copy_(shard.view(target.shape))
+            target.copy_(shard.view(target.shape))
 
 
 def holds_copy_of_embedding(chunk: PackedLlama) -> bool:
