@@ -12,10 +12,12 @@ import functools
 import importlib
 import importlib.util
 import sys
-from typing import Literal
 
 import torch
 
+# kernels of attention, as reports name them
+FLASH_ATTN, TORCH_VARLEN = "flash_attn_varlen_func", "torch varlen_attn"
+SDPA = "PyTorch SDPA, one call per sequence"
 NOT_INSTALLED = "not installed"
 # a kernel of NVIDIA's apex, which adds weight gradients directly to the fp32 main gradients
 WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
@@ -37,15 +39,13 @@ def uses(package: str, device: torch.device) -> bool:
 
 
 @functools.cache
-def attention_kernel(
-    device_type: str, dtype: torch.dtype
-) -> Literal["flash-attn", "torch-varlen", "sdpa"]:
+def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
     """Return which kernel computes attention over packed sequences."""
     if device_type != "cuda" or dtype == torch.float32:  # the varlen kernels are for half precision
-        return "sdpa"
+        return SDPA
     if fault("flash_attn") is None:
-        return "flash-attn"
-    return "torch-varlen" if importlib.util.find_spec("torch.nn.attention.varlen") else "sdpa"
+        return FLASH_ATTN
+    return TORCH_VARLEN if importlib.util.find_spec("torch.nn.attention.varlen") else SDPA
 
 
 @functools.cache
@@ -78,12 +78,10 @@ def report(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Report what each part uses, and why each optional package is not used, for `rlef doctor`, a
     run's first lines and `manifest.json`. docs/install.md says what each is for."""
     cuda = device.type == "cuda"
-    by_sequence = "PyTorch SDPA, one call per sequence"
-    attention = {"flash-attn": "flash_attn_varlen_func", "torch-varlen": "torch varlen_attn"}
     fused = "fused into the main gradients"
     unused = {name: fault(name) for name in INSTALL if not uses(name, device)}
     return {
-        "attention": attention.get(attention_kernel(device.type, dtype), by_sequence),
+        "attention": attention_kernel(device.type, dtype),
         "optimizer": "PyTorch AdamW" + ", fused" * cuda,
         "weight gradients": fused if uses(WEIGHT_GRADIENTS, device) else "PyTorch",
         "head": "Triton kernels" if uses("triton", device) else "PyTorch",

@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from rlef_mega.megatron.network.accelerations import attention_kernel
+from rlef_mega.megatron.network.accelerations import FLASH_ATTN, TORCH_VARLEN, attention_kernel
 from rlef_mega.megatron.network.rotary import Rotation
 
 
@@ -82,9 +82,9 @@ class PackedAttention(MegatronModule):
         # a view would keep all of the packed queries, keys and values for the backward pass
         value = value.contiguous()
         kernel = attention_kernel(query.device.type, query.dtype)
-        if kernel == "flash-attn":
+        if kernel == FLASH_ATTN:
             output_THD = flash_attention(query, key, value, packed_seq_params)
-        elif kernel == "torch-varlen":
+        elif kernel == TORCH_VARLEN:
             output_THD = torch_varlen(query, key, value, packed_seq_params)
         else:
             output_THD = attention_by_sequence(query, key, value, packed_seq_params)

@@ -62,7 +62,7 @@ def test_a_package_that_cannot_be_imported_is_reported_and_skipped(
     package(fresh, "flash_attn", "raise OSError('undefined symbol: _ZN3c105ErrorC2E')")
     forget(monkeypatch, "flash_attn")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert attention_kernel("cuda", torch.bfloat16) == "torch-varlen"
+    assert attention_kernel("cuda", torch.bfloat16) == accelerations.TORCH_VARLEN
     unused = report(CUDA, torch.bfloat16)["flash_attn"]
     assert "cannot be imported: OSError: undefined symbol" in unused
     assert unused.endswith("; pip install 'rlef-mega[gpu]'")
@@ -77,8 +77,8 @@ def test_a_package_that_works_is_used(fresh: Path, monkeypatch: pytest.MonkeyPat
     for name in ("flash_attn", "fused_weight_gradient_mlp_cuda"):
         forget(monkeypatch, name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert attention_kernel("cuda", torch.bfloat16) == "flash-attn"
-    assert attention_kernel("cuda", torch.float32) == "sdpa"  # the kernels are for half precision
+    assert attention_kernel("cuda", torch.bfloat16) == accelerations.FLASH_ATTN
+    assert attention_kernel("cuda", torch.float32) == accelerations.SDPA
     assert uses("fused_weight_gradient_mlp_cuda", CUDA)
     hide_unusable()
     assert "flash_attn" in sys.modules
