@@ -25,7 +25,6 @@ from rlef_kernels.ppo_policy_loss import METRICS as POLICY_METRICS
 from rlef_mega import ppo
 from rlef_mega.config import LearnerConfig, PPOConfig
 from rlef_mega.flops import LlamaShape
-from rlef_mega.megatron.checkpoints.files import networks_in
 from rlef_mega.megatron.checkpoints.state import load_weights
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.hf_weights import iter_hf_weights, load_hf, relay
@@ -102,8 +101,7 @@ class Learner:
     @calls_megatron
     def build(self, name: str) -> list[PackedLlama]:
         """Build and load this rank's chunks of policy or critic; returns [] if the rank has no part
-        of it. If a checkpoint to start from has no critic, the critic starts from its policy. Every
-        rank calls this: reading a checkpoint is collective over the world."""
+        of it. Every rank calls this: reading a checkpoint is collective over the world."""
         ranks, weights = self.ranks, self.weights
         kind = CriticModel if name == CRITIC else PolicyModel
         count = ranks.layout.virtual_pipeline_model_parallel_size if name in ranks.networks else 0
@@ -113,13 +111,10 @@ class Learner:
         ]
         for chunk in chunks:
             chunk.to(ranks.device)
-        if weights is None:
-            if chunks:
-                load_hf(chunks, self.folder, ranks)
-        elif name == CRITIC and CRITIC not in networks_in(weights):
-            load_weights(weights, POLICY, chunks, ranks, trunk_only=True)
-        else:
+        if weights is not None:
             load_weights(weights, name, chunks, ranks)
+        elif chunks:
+            load_hf(chunks, self.folder, ranks)
         return chunks
 
     @property

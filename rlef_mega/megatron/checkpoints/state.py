@@ -30,11 +30,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from rlef_mega.megatron.checkpoints.files import NETWORKS
+from rlef_mega.megatron.checkpoints.files import NETWORKS, networks_in
 from rlef_mega.megatron.cpu_shim import calls_megatron
 from rlef_mega.megatron.network.families import DenseConfig
 from rlef_mega.megatron.network.packed_llama import PackedLlama
-from rlef_mega.megatron.parallel import Ranks
+from rlef_mega.megatron.parallel import POLICY, Ranks
 from rlef_mega.megatron.trained_model import TrainedModel
 
 Ranges = dict[torch.Tensor, tuple[int, int]]  # of a weight's flat values
@@ -213,15 +213,16 @@ def set_updates(model: TrainedModel, updates: int) -> None:
 
 
 @calls_megatron
-def load_weights(
-    path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks, *, trunk_only: bool = False
-) -> None:
+def load_weights(path: Path, name: str, chunks: list[PackedLlama], ranks: Ranks) -> None:
     """Load only one network's weights, saved in any layout or imported, into chunks of this layout,
-    which may have another dtype; with `trunk_only` without the head. Collective.
+    which may have another dtype. A critic that the checkpoint lacks gets the policy's, without the
+    head. Collective.
     """
-    parts = weights(name, chunks, ranks)
-    head = f"{name}.output_layer."
-    fill(path, [part for part in parts if not (trunk_only and part.key.startswith(head))])
+    stored = name if name in networks_in(path) else POLICY
+    parts = list(weights(stored, chunks, ranks))
+    if stored != name:
+        parts = [part for part in parts if not part.key.startswith(f"{stored}.output_layer.")]
+    fill(path, parts)
 
 
 @calls_megatron
