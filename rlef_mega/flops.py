@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SequenceFlops:
-    """The formula F(s, r) above, with the factors that depend on the model."""
-
-    layers: int  # W, weights of the layers' matrices
-    head: int  # h V
-    attention: int  # L n d
-
-    def __call__(self, tokens: int, read: int) -> int:
-        """Return the FLOPs of training on a sequence, with the head reading `read` tokens."""
-        return 6 * (self.layers * tokens + self.head * read + self.attention * tokens**2)
-
-
-@dataclass(frozen=True)
 class LlamaShape:
     """The sizes of a dense decoder with gated feed-forward blocks: the Llama and Qwen families."""
 
@@ -95,13 +82,11 @@ class LlamaShape:
         tables = 1 if self.tied else 2
         return self.layers * layer + tables * self.table_parameters + self.hidden
 
-    @property
-    def flops(self) -> SequenceFlops:
-        return SequenceFlops(
-            layers=self.layers * self.layer_products,
-            head=self.table_parameters,
-            attention=self.layers * self.heads * self.head_dim,
-        )
+    def flops(self, tokens: int, read: int) -> int:
+        """Return F(tokens, read): the FLOPs of training on a sequence, with the head reading `read`
+        tokens."""
+        layer = self.layer_products * tokens + self.heads * self.head_dim * tokens**2
+        return 6 * (self.layers * layer + self.table_parameters * read)
 
 
 # From Meta's config.json of each size

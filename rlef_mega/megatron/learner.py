@@ -79,8 +79,8 @@ class Learner:
         self.read_logprobs = functools.partial(PolicyModel.logprobs, temperature=temperature)
         self.config, self.dtype = read_config(model_folder), getattr(torch, dtype)
         self.folder, self.weights, self.recompute = model_folder, weights, recompute
-        flops = LlamaShape.of(self.config).flops
-        self.cutting = Cutting(ranks, learner.microbatch_tokens, flops, ppo.token_level_value)
+        shape = LlamaShape.of(self.config)
+        self.cutting = Cutting(ranks, learner.microbatch_tokens, shape, ppo.token_level_value)
         self.offloads = learner.offload == "idle"
         self.clock = Clock()
         self.policy = self.critic = self.reference = None

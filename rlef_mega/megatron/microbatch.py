@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlef_mega.flops import SequenceFlops
+from rlef_mega.flops import LlamaShape
 from rlef_mega.megatron.network.attention import PackedSequences, packed_sequences, to_device
 from rlef_mega.megatron.parallel import Ranks
 from rlef_mega.packing import microbatches, spans
@@ -46,7 +46,7 @@ class Cutting:
 
     ranks: Ranks
     token_budget: int
-    flops: SequenceFlops
+    shape: LlamaShape
     token_level_value: bool = False
 
     def cut(self, batch: Batch, sequences: Sequence[int]) -> list[Microbatch]:
@@ -59,7 +59,7 @@ class Cutting:
             lengths,
             self.token_budget,
             data_parallel.size(),
-            costs=list(map(self.flops, lengths, actions)),
+            costs=list(map(self.shape.flops, lengths, actions)),
             multiple=self.ranks.layout.pipeline_model_parallel_size,
         )
         mine = plan[data_parallel.rank()]

@@ -87,13 +87,13 @@ def seconds(network: Network, device: Device, load: Load, passes: str) -> Terms:
 def stage_seconds(network: Network, device: Device, load: Load, rank: int) -> Terms:
     """Compute the terms of a forward pass over the load on one stage."""
     shape, t, layers = network.shape, network.tensor, network.layers[rank]
-    part = shape.flops
-    flops = 2 * layers / shape.layers * (part.layers * load.tokens + part.attention * load.squares)
+    attention = shape.heads * shape.head_dim * load.squares
+    flops = 2 * layers * (shape.layer_products * load.tokens + attention)
     has_head = network.is_last(rank) and network.head != "value"
     rate = t * device.flops * device.products
     return {
         "products": flops / rate,
-        "head": 2 * part.head * load.read / rate if has_head else 0.0,
+        "head": 2 * shape.table_parameters * load.read / rate if has_head else 0.0,
         "memory": load.tokens * layers * elementwise_bytes(network) / (device.bandwidth * MEMORY),
         "tensor": 4 * layers * exchange(network, device, load.tokens),
     }

@@ -53,7 +53,7 @@ def test_flops_per_token_are_those_that_nvidia_publishes(shape, tokens_per_s, te
 def test_with_the_whole_square_of_attention_they_are_those_of_older_tables(
     shape, tokens_per_s, teraflops
 ):
-    causal_half = 6 * shape.flops.attention * 8192
+    causal_half = 6 * shape.layers * shape.heads * shape.head_dim * 8192
     per_token = training_flops(shape, [8192]) / 8192 + causal_half
     assert per_token * tokens_per_s / 1e12 == pytest.approx(teraflops, rel=1e-3)
 
@@ -77,7 +77,8 @@ def test_flops_are_those_that_torch_counts_in_hugging_faces_model():
     with FlopCounterMode(display=False) as counter:
         model(token_ids).logits.sum().backward()
     lengths = [40] * 3
-    causal_half = 6 * SMALL.flops.attention * sum(s * s for s in lengths)
+    attention = SMALL.layers * SMALL.heads * SMALL.head_dim
+    causal_half = 6 * attention * sum(s * s for s in lengths)
     expected = training_flops(SMALL, lengths) + causal_half
     # torch also counts RoPE's outer products of positions and frequencies
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
@@ -85,10 +86,9 @@ def test_flops_are_those_that_torch_counts_in_hugging_faces_model():
 
 def test_sequences_count_one_by_one_and_the_head_where_it_reads():
     lengths, reads = [7, 30, 12], [2, 30, 0]
-    flops = LlamaShape.of(config(SMALL)).flops
-    assert flops == SMALL.flops
-    assert training_flops(SMALL, lengths, sum(reads)) == sum(map(flops, lengths, reads))
-    assert training_flops(SMALL, lengths) == sum(map(flops, lengths, lengths))
+    assert LlamaShape.of(config(SMALL)) == SMALL
+    assert training_flops(SMALL, lengths, sum(reads)) == sum(map(SMALL.flops, lengths, reads))
+    assert training_flops(SMALL, lengths) == sum(map(SMALL.flops, lengths, lengths))
     without_head = training_flops(SMALL, lengths, 0)
     assert training_flops(SMALL, lengths, 10) - without_head == 6 * 10 * 96 * 48
 
