@@ -28,7 +28,7 @@ class PackedSequences(PackedSeqParams):
     of positions.
     """
 
-    lengths: tuple[int, ...]
+    lengths: list[int]
     rotation: Rotation
 
     @property
@@ -50,7 +50,7 @@ def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequence
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        lengths=tuple(lengths),
+        lengths=lengths,
         rotation=Rotation(to_device(positions_T, device)),
     )
 
@@ -116,8 +116,7 @@ def torch_varlen(query, key, value, packed: PackedSequences) -> torch.Tensor:
 
 
 def attention_by_sequence(query, key, value, packed: PackedSequences) -> torch.Tensor:
-    lengths = list(packed.lengths)
-    parts = (tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value))
+    parts = (tensor.transpose(0, 1).split(packed.lengths, 1) for tensor in (query, key, value))
     outputs = [
         torch.nn.functional.scaled_dot_product_attention(
             q_HTD[None], k_KTD[None], v_KTD[None], is_causal=True, enable_gqa=True
