@@ -71,9 +71,9 @@ def run_rehearsal(
     shape = model_shape(config)
     run = PlannedRun.of(config, shape)
     kinds = [Rank.of(run, number).kind for number in range(run.training_gpus)]
+    ranks = {kind: kinds.index(kind) for kind in kinds}
     if rank is not None:
-        Rank.of(run, rank)  # raises ConfigError if there is no such rank
-    ranks = {kind: kinds.index(kind) for kind in kinds} if rank is None else {kinds[rank]: rank}
+        ranks = {Rank.of(run, rank).kind: rank}
     request = rehearsed_update(run, dialogue_tokens)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rlef-rehearse-") as name:
