@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
@@ -36,16 +37,18 @@ PROBE_S = 10.0  # for a short request to an idle server
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class Client:
     """One server. `publish_s` bounds each call that belongs to a publication."""
 
-    def __init__(self, url: str, http: aiohttp.ClientSession, *, publish_s: float) -> None:
-        self.url, self.http, self.publish_s = url, http, publish_s
-        self.paused_s = 0.0  # total time paused for weights
-        self.paused_at_s: float | None = None  # of time.monotonic, while paused
-        self.cache_released = False  # True while it has its weights again, but not its cache
-        self.resting_version = FREE  # its weights' version when it released them
-        self.aborting: set[asyncio.Task[None]] = set()
+    url: str
+    http: aiohttp.ClientSession
+    publish_s: float
+    paused_s: float = 0.0  # total time paused for weights
+    paused_at_s: float | None = None  # of time.monotonic, while paused
+    cache_released: bool = False  # True while it has its weights again, but not its cache
+    resting_version: str = FREE  # its weights' version when it released them
+    aborting: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def call(
         self, path: str, body: Mapping[str, Any] | None = None, *, within_s: float | None = None

@@ -30,7 +30,7 @@ from rlef_mega.config import ConfigError, ServersConfig
 from rlef_mega.engines import Engine, EngineError, GenerationRequest, Session
 from rlef_mega.engines.checks import NO_WEIGHTS, check_request
 from rlef_mega.engines.sglang.answers import ServerInfo
-from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED, Client
+from rlef_mega.engines.sglang.client import FREE, PROBE_S, SUPPORTED
 from rlef_mega.engines.sglang.fleet import Affinity, Fleet
 from rlef_mega.engines.sglang.members import Member, on_each
 from rlef_mega.engines.sglang.processes import log_file
@@ -87,15 +87,17 @@ class SGLangEngine(LivesInLoop, Engine):
         # without a limit: the fleet bounds requests
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self.http = aiohttp.ClientSession(connector=connector, trust_env=False)
-        publish_s = self.servers.publish_s
-        clients = [Client(url, self.http, publish_s=publish_s) for url in self.urls]
-        logs = [log_file(self.logs, url) if self.logs else None for url in self.urls]
-        self.fleet = Fleet(map(Member, clients, logs), self.servers)
+        publish_s, logs = self.servers.publish_s, self.logs
+        members = [
+            Member(url, self.http, publish_s, log=log_file(logs, url) if logs else None)
+            for url in self.urls
+        ]
+        self.fleet = Fleet(members, self.servers)
         if not self.infos:
-            asked = (client.info(within_s=OPEN_S) for client in clients)
+            asked = (member.info(within_s=OPEN_S) for member in members)
             self.infos = list(await asyncio.gather(*asked))
-            for client, info in zip(clients, self.infos, strict=True):
-                self.check_server(client, info)
+            for url, info in zip(self.urls, self.infos, strict=True):
+                self.check_server(url, info)
         kinds = {(info.dtype, info.device, info.tp_size) for info in self.infos}
         if len(kinds) > 1:
             raise ValueError(f"servers differ in (dtype, device, tp size): {sorted(kinds)}")
@@ -103,16 +105,14 @@ class SGLangEngine(LivesInLoop, Engine):
         if self.weights_folder is not None:
             self.publication = self.make_publication(self.weights_folder)
 
-    def check_server(self, client: Client, info: ServerInfo) -> None:
+    def check_server(self, url: str, info: ServerInfo) -> None:
         """Raise ValueError if the engine cannot use the server, or must not publish to it."""
         if info.version not in SUPPORTED:
-            raise ValueError(
-                f"{client.url} is SGLang {info.version}; supported: {', '.join(SUPPORTED)}"
-            )
+            raise ValueError(f"{url} is SGLang {info.version}; supported: {', '.join(SUPPORTED)}")
         check_same_model(self.folder, Path(info.model_path))
         if self.weights_folder and info.weight_version != FREE and not self.take_over:
             raise ConfigError(
-                f"{client.url} has weights of version {info.weight_version}, so a training run or "
+                f"{url} has weights of version {info.weight_version}, so a training run or "
                 "another evaluation uses it and would get our weights; use other servers "
                 "(`rlef serve` with another rollout.servers.port), or restart it if it is unused"
             )
@@ -186,7 +186,7 @@ class SGLangEngine(LivesInLoop, Engine):
             for _ in weights:  # gathered and hashed together with the other ranks
                 pass
         self.weight_version = version
-        return [member.client.url for member in self.fleet.members if member.ready]
+        return [member.url for member in self.fleet.members if member.ready]
 
     def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
         if self.publication is None:

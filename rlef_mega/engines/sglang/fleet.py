@@ -99,7 +99,7 @@ class Fleet:
         """Ask one server, and wait as long as it is healthy. Raises ServerError if it fails, or
         samples from weights older than the current ones or the dialogue's newest."""
         expected = self.version
-        asking = self.start(member.client.generate(request))
+        asking = self.start(member.generate(request))
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=self.heartbeat_s)
@@ -112,10 +112,10 @@ class Fleet:
         member.heard_at_s = time.monotonic()
         first, newest = completion.weight_versions[0], completion.weight_versions[-1]
         if expected is None or newest < expected:
-            raise ServerError(f"{member.client.url} serves version {newest}, not {expected}")
+            raise ServerError(f"{member.url} serves version {newest}, not {expected}")
         if first < affinity.version:  # other servers were updated before it
             raise ServerError(
-                f"{member.client.url} serves version {first}, but the dialogue already has tokens "
+                f"{member.url} serves version {first}, but the dialogue already has tokens "
                 f"of version {affinity.version}"
             )
         context, sampled = len(request.token_ids), len(completion.token_ids)
@@ -130,8 +130,8 @@ class Fleet:
         """Return the counts, each server's busy time, and the longest paused time of a server."""
         for member in self.members:
             member.add_load(0)
-        busy = {f"{BUSY}{member.client.url}": member.busy_s for member in self.members}
-        paused_s = max(member.client.paused_s for member in self.members)
+        busy = {f"{BUSY}{member.url}": member.busy_s for member in self.members}
+        paused_s = max(member.paused_s for member in self.members)
         return {**self.counts, **busy, "paused_s": paused_s}
 
     async def require_alive(self, member: Member) -> None:
@@ -145,7 +145,7 @@ class Fleet:
         await asyncio.shield(member.checking)
 
     async def check(self, member: Member) -> None:
-        await member.client.check_health(within_s=self.heartbeat_s)
+        await member.check_health(within_s=self.heartbeat_s)
         member.heard_at_s = time.monotonic()
 
     @asynccontextmanager
@@ -195,7 +195,7 @@ class Fleet:
         `served` have it; every other server is asked for its version before it is used."""
         self.version = version
         for member in self.members:
-            if member.client.url in served:
+            if member.url in served:
                 self.bring_back(member)
             else:
                 self.put_aside(member)
@@ -264,27 +264,26 @@ class Fleet:
 
         Raises ServerError unless it has them afterwards and, after a failure, is healthy.
         """
-        client = member.client
         if member.doubtful:  # perhaps paused, and a paused server fails its health check
-            found = (await client.info(within_s=PROBE_S)).weight_version
+            found = (await member.info(within_s=PROBE_S)).weight_version
         else:
             if member.failed:  # only then, because a health check takes a second
-                await client.check_health(within_s=PROBE_S)
-            found = await client.reported_version(within_s=PROBE_S)
+                await member.check_health(within_s=PROBE_S)
+            found = await member.reported_version(within_s=PROBE_S)
         # compared with `self.version` as it is after the wait
         if found == str(self.version) and not member.doubtful:
             return
         if self.restore is None:
-            raise ServerError(f"{client.url} serves weights {found!r}, not {self.version}")
+            raise ServerError(f"{member.url} serves weights {found!r}, not {self.version}")
         async with self.control:  # a publication may have ended while we waited
             restore, version = self.restore, self.version
             if member.ready:
                 return
             if restore is None:
-                raise ServerError(f"{client.url}: the last publication failed")
-            await restore(client)
+                raise ServerError(f"{member.url}: the last publication failed")
+            await restore(member)
             if self.version != version:
-                raise ServerError(f"{client.url} has weights {version}, not {self.version}")
+                raise ServerError(f"{member.url} has weights {version}, not {self.version}")
         self.counts["restored"] += 1
 
     async def answering(self) -> dict[Member, str]:
@@ -317,4 +316,4 @@ class Fleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(task for m in self.members for task in m.client.aborting))
+        await asyncio.gather(*(task for m in self.members for task in m.aborting))

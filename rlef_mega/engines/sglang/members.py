@@ -16,10 +16,9 @@ Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
-class Member:
+class Member(Client):
     """A server, and what the fleet knows of it. Times are of time.monotonic."""
 
-    client: Client
     log: Path | None = None
     slots: asyncio.Semaphore = field(default_factory=asyncio.Semaphore)  # set by the fleet
     ready: bool = False
@@ -42,14 +41,14 @@ class Member:
 
 
 async def on_each(
-    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, Result]]
+    members: Sequence[Member], work: Callable[[Member], Coroutine[Any, Any, Result]]
 ) -> dict[Member, Result]:
     """Run `work` on all servers at the same time. Returns those on which it succeeded, each with
     its result.
 
     A ServerError is noted as the server's last failure; any other error is raised.
     """
-    tasks = [work(member.client) for member in members]
+    tasks = [work(member) for member in members]
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     results = {}
     for member, outcome in zip(members, outcomes, strict=True):
@@ -63,7 +62,7 @@ async def on_each(
 
 
 async def on_all(
-    members: Sequence[Member], work: Callable[[Client], Coroutine[Any, Any, None]]
+    members: Sequence[Member], work: Callable[[Member], Coroutine[Any, Any, None]]
 ) -> None:
     """Run `work` on all servers at the same time. Raises EngineError if it fails on any."""
     done = await on_each(members, work)
@@ -73,4 +72,4 @@ async def on_all(
 
 def reasons(members: Sequence[Member]) -> str:
     """Return a text that names each server and its last failure."""
-    return "; ".join(f"{m.client.url}: {m.last_failure}" for m in members)
+    return "; ".join(f"{m.url}: {m.last_failure}" for m in members)

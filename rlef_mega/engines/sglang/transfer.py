@@ -84,15 +84,14 @@ class Broadcast:
         self.store = store = dist.TCPStore(
             self.host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
         )
-        offsets = {m.client.url: 1 + ranks * index for index, m in enumerate(members)}
 
-        async def join(client: Client) -> None:
-            await client.join_group(
+        async def join(member: Member) -> None:
+            await member.join_group(
                 self.group_name,
                 backend=self.backend,
                 master_address=bracketed(self.host),
                 master_port=store.port,
-                rank_offset=offsets[client.url],
+                rank_offset=1 + ranks * members.index(member),
                 world_size=world_size,
             )
 

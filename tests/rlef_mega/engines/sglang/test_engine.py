@@ -358,10 +358,8 @@ def test_a_folder_that_cannot_be_written_fails_the_publication(servers, model, t
         engine.update_weights(weights_of(model).items(), 7)
 
 
-class RestoredClient:
+class RestoredMember(Member):
     """The calls of a probe to a restarted server."""
-
-    url = "http://restored"
 
     async def check_health(self, *, within_s):
         pass
@@ -376,8 +374,7 @@ def test_a_probe_that_a_publication_overtook_loads_no_old_weights(outcome):
     publication came while the server loaded."""
 
     async def run():
-        client = RestoredClient()
-        member = Member(client)
+        member = RestoredMember("http://restored", http=None, publish_s=1.0)
         servers = Fleet([member], ServersConfig())
         loads = []
 
