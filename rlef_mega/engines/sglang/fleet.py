@@ -239,25 +239,22 @@ class Fleet:
         self.some_ready.set()
 
     def probe(self, member: Member) -> None:
-        if member.probing is None:
+        if member.probing is None or member.probing.done():
             member.probing = self.start(self.probe_until_ready(member))
 
     async def probe_until_ready(self, member: Member) -> None:
         """Check a server that is out, at growing intervals, until it answers and has the current
         weights; then use it again."""
         pause_s = FIRST_PROBE_S
-        try:
-            while not member.ready:
-                try:
-                    await self.require_current(member)
-                    self.bring_back(member)
-                    self.counts["returns"] += 1
-                except EngineError as error:
-                    member.last_failure = str(error)
-                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-                    pause_s = min(SLOWEST_PROBE_S, 2 * pause_s)
-        finally:
-            member.probing = None
+        while not member.ready:
+            try:
+                await self.require_current(member)
+                self.bring_back(member)
+                self.counts["returns"] += 1
+            except EngineError as error:
+                member.last_failure = str(error)
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(SLOWEST_PROBE_S, 2 * pause_s)
 
     async def require_current(self, member: Member) -> None:
         """Load the current weights into the server if it has others.
