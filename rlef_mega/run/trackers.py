@@ -34,20 +34,17 @@ def tensorboard(config: TrainConfig, done: int) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
     # hide what a killed run wrote after the checkpoint from which it resumes
-    writer = SummaryWriter(str(Path(config.run.dir, "tensorboard")), purge_step=done + 1)
+    with SummaryWriter(str(Path(config.run.dir, "tensorboard")), purge_step=done + 1) as writer:
 
-    def log(step: int, numbers: dict[str, float]) -> None:
-        for name, number in numbers.items():
-            writer.add_scalar(name, number, step)
-        writer.flush()
+        def log(step: int, numbers: dict[str, float]) -> None:
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+            writer.flush()
 
-    try:
         if not done:
             recipe = json.dumps(flatten(config.model_dump()), indent=1)
             writer.add_text("recipe", f"```\n{recipe}\n```")
         yield log
-    finally:
-        writer.close()
 
 
 @contextmanager
