@@ -133,7 +133,7 @@ class StreamedRollouts(LivesInLoop):
         await self.stream.close()
 
     def batch(self, step: int) -> Rollout:
-        shares = gather_unless_lost(lambda: self.thread.wait_for(self.stream.take()))
+        shares = gather_unless_lost(lambda: self.wait_for(self.stream.take()))
         taken = {number: outcome for share in shares for number, outcome in share.items()}
         after_newest = max(self.next_number, 1 + max(taken))
         self.passed_over |= set(range(self.next_number, after_newest))
@@ -144,11 +144,11 @@ class StreamedRollouts(LivesInLoop):
     def begin(self, loop: DialogueLoop, problems: Sequence[Problem], seed: int) -> Future[Rollout]:
         """Start this rank's share of dialogues that are not trained on, as in an evaluation; its
         outcomes are the future's result."""
-        return self.thread.submit(loop.run_my_share(problems, seed))
+        return self.submit(loop.run_my_share(problems, seed))
 
     def published(self, version: int) -> None:
         """Note that the engine has the weights of this version. Called once after each batch."""
-        self.thread.loop.call_soon_threadsafe(self.stream.advance, version)
+        self.loop.call_soon_threadsafe(self.stream.advance, version)
 
     def state(self) -> dict[str, Any]:
         """Return the first number after all groups taken, and the earlier ones not taken."""

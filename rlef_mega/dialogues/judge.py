@@ -85,7 +85,7 @@ class RemoteGrader(LivesInLoop):
 
         grading = self.client.grade(program, **grading_options(problem))
         try:
-            return await asyncio.wrap_future(self.thread.submit(grading))
+            return await asyncio.wrap_future(self.submit(grading))
         except (ServiceError, RequestRefusedError) as error:
             raise JudgeError(str(error)) from None
 

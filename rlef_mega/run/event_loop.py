@@ -9,35 +9,15 @@ from typing import Any, Self, TypeVar
 Answer = TypeVar("Answer")
 
 
-class LoopThread:
-    """Runs the coroutines that other threads submit, until `close`."""
+class LivesInLoop:
+    """Base of an object that lives in an event loop of its own, which runs the coroutines that
+    other threads submit. A context manager: `open` runs in the loop on entry, and `shut` on exit or
+    when `open` fails."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self.thread.start()
-
-    def submit(self, work: Coroutine[Any, Any, Answer]) -> "Future[Answer]":
-        """Start a coroutine. Returns a future with its result or its error."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
-
-    def wait_for(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """Run a coroutine and return its result, or raise its error."""
-        return self.submit(work).result()
-
-    def close(self) -> None:
-        """End the loop. Its tasks must have ended before: the rest is abandoned, not cancelled."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
-
-
-class LivesInLoop:
-    """Base of an object that lives in an event loop of its own. A context manager: `open` runs in
-    the loop on entry, and `shut` on exit or when `open` fails."""
-
-    def __init__(self, name: str) -> None:
-        self.thread = LoopThread(name)
 
     async def open(self) -> None:
         """Prepare the object; called first, in the loop. Its errors are raised to the caller."""
@@ -49,7 +29,7 @@ class LivesInLoop:
 
     def __enter__(self) -> Self:
         try:
-            self.thread.wait_for(self.open())
+            self.wait_for(self.open())
         except BaseException:
             self.close()
             raise
@@ -58,6 +38,18 @@ class LivesInLoop:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def submit(self, work: Coroutine[Any, Any, Answer]) -> "Future[Answer]":
+        """Start a coroutine. Returns a future with its result or its error."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def wait_for(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Run a coroutine and return its result, or raise its error."""
+        return self.submit(work).result()
+
     def close(self) -> None:
-        self.thread.wait_for(self.shut())
-        self.thread.close()
+        """Shut the object and end the loop. Its tasks must have ended before: the rest is
+        abandoned, not cancelled."""
+        self.wait_for(self.shut())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()

@@ -321,7 +321,7 @@ def test_a_server_that_holds_other_weights_than_were_sent_is_found_out(
     disk_engine, serving, model, tmp_path
 ):
     disk_engine.publication = BrokenDisk(
-        disk_engine.fleet, disk_engine.thread, tmp_path / "broken", serving.model
+        disk_engine.fleet, disk_engine, tmp_path / "broken", serving.model
     )
     with pytest.raises(EngineError, match=r"other weights.*layers\.1\.self_attn\.qkv_proj"):
         disk_engine.update_weights(model.state_dict().items(), 1)

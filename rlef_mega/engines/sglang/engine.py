@@ -120,13 +120,13 @@ class SGLangEngine(LivesInLoop, Engine):
     def make_publication(self, weights_folder: Path) -> DiskPublication | BucketPublication:
         """Return the publication that `servers.publish` selects."""
         if self.servers.publish == "disk":
-            return DiskPublication(self.fleet, self.thread, weights_folder, self.folder)
+            return DiskPublication(self.fleet, self, weights_folder, self.folder)
         if self.servers.publish == "distributed":
             backend = "gloo" if self.info.device == "cpu" else "nccl"
             host = address_towards(urlsplit(self.urls[0]).hostname or "")
-            broadcast = Broadcast(self.thread, host, backend, self.servers.publish_s)
-            return BucketPublication(self.fleet, self.thread, broadcast)
-        return BucketPublication(self.fleet, self.thread, SharedTensors(self.thread))
+            broadcast = Broadcast(self, host, backend, self.servers.publish_s)
+            return BucketPublication(self.fleet, self, broadcast)
+        return BucketPublication(self.fleet, self, SharedTensors(self))
 
     def close(self) -> None:
         if self.publication is not None:
@@ -153,7 +153,7 @@ class SGLangEngine(LivesInLoop, Engine):
         Raises ValueError for a request that no server can serve, EngineError if none answered."""
         limited = replace(request.sampling, max_new_tokens=self.token_limit(request))
         asked = self.fleet.generate(affinity, replace(request, sampling=limited))
-        return await asyncio.wrap_future(self.thread.submit(asked))
+        return await asyncio.wrap_future(self.submit(asked))
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
@@ -173,14 +173,14 @@ class SGLangEngine(LivesInLoop, Engine):
         )
         try:
             if self.publication is None:
-                self.thread.wait_for(self.fleet.control.acquire())  # paused servers are not checked
+                self.wait_for(self.fleet.control.acquire())  # paused servers are not checked
                 return ()
             self.owns_servers = True
             if self.resting is not None:
-                self.thread.wait_for(self.wake(self.resting))
+                self.wait_for(self.wake(self.resting))
             self.publication.publish(weights, version)
         except BaseException:
-            self.thread.wait_for(self.fleet.withhold())
+            self.wait_for(self.fleet.withhold())
             raise
         finally:
             for _ in weights:  # gathered and hashed together with the other ranks
@@ -190,14 +190,14 @@ class SGLangEngine(LivesInLoop, Engine):
 
     def end_update(self, version: int | None, served: Sequence[str] = ()) -> None:
         if self.publication is None:
-            self.thread.loop.call_soon_threadsafe(self.fleet.control.release)
+            self.loop.call_soon_threadsafe(self.fleet.control.release)
             if version is not None:
-                self.thread.wait_for(self.fleet.expect(version, served))
+                self.wait_for(self.fleet.expect(version, served))
                 self.weight_version = version
 
     def rest(self) -> None:
         if self.servers.release_memory and self.publication is not None:
-            self.thread.wait_for(self.release())
+            self.wait_for(self.release())
 
     async def release(self) -> None:
         """Free the servers' memory. Until `wake`, none is checked or restored."""
@@ -226,7 +226,7 @@ class SGLangEngine(LivesInLoop, Engine):
         a dialogue's first; seconds in which each server had a request (BUSY and its address);
         `paused_s`, the longest time a server was paused for this process's publications.
         """
-        return self.thread.wait_for(self.fleet.read_counts())
+        return self.wait_for(self.fleet.read_counts())
 
     def take_counts(self) -> dict[str, float]:
         before, self.counted = self.counted, self.counts

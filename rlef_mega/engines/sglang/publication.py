@@ -30,7 +30,7 @@ from rlef_mega.engines.sglang.members import on_all, on_each, reasons
 from rlef_mega.engines.sglang.transfer import Broadcast, SharedTensors
 from rlef_mega.engines.sglang.weights import Checksums, SentWeights, differing_parameters
 from rlef_mega.run.directory import folder_written_whole
-from rlef_mega.run.event_loop import LoopThread
+from rlef_mega.run.event_loop import LivesInLoop
 
 SENT_BUCKET_BYTES = 512 * 2**20
 
@@ -39,8 +39,8 @@ class DiskPublication:
     """Publishes through `folder`, which trainer and servers share. Config and tokenizer are copied
     from `model`."""
 
-    def __init__(self, fleet: Fleet, thread: LoopThread, folder: Path, model: Path) -> None:
-        self.fleet, self.thread = fleet, thread
+    def __init__(self, fleet: Fleet, engine: LivesInLoop, folder: Path, model: Path) -> None:
+        self.fleet, self.engine = fleet, engine
         self.folder, self.model = folder.absolute(), model
 
     def publish(self, weights: SentWeights, version: int) -> None:
@@ -51,7 +51,7 @@ class DiskPublication:
             self.write(folder, weights)
         except (OSError, SafetensorError) as error:
             raise EngineError(f"cannot write {folder}: {error}; free space there") from None
-        self.thread.wait_for(self.load_everywhere(folder, version, weights.checksums))
+        self.engine.wait_for(self.load_everywhere(folder, version, weights.checksums))
         for old in self.folder.glob("version_*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -91,24 +91,24 @@ class BucketPublication:
     """Publishes in buckets, which `transfer` sends."""
 
     def __init__(
-        self, fleet: Fleet, thread: LoopThread, transfer: Broadcast | SharedTensors
+        self, fleet: Fleet, engine: LivesInLoop, transfer: Broadcast | SharedTensors
     ) -> None:
-        self.fleet, self.thread, self.transfer = fleet, thread, transfer
+        self.fleet, self.engine, self.transfer = fleet, engine, transfer
 
     def publish(self, weights: SentWeights, version: int) -> None:
         """Load the weights on all servers that answer. Raises EngineError if one of them fails."""
-        self.thread.wait_for(self.fleet.control.acquire())
+        self.engine.wait_for(self.fleet.control.acquire())
         try:
             self.send(weights, version)
         except BaseException:
             self.transfer.close()  # which servers received what is unknown
             raise
         finally:
-            self.thread.loop.call_soon_threadsafe(self.fleet.control.release)
+            self.engine.loop.call_soon_threadsafe(self.fleet.control.release)
 
     def send(self, weights: SentWeights, version: int) -> None:
         """Pause, send all buckets, verify and resume."""
-        versions = self.thread.wait_for(self.fleet.answering())
+        versions = self.engine.wait_for(self.fleet.answering())
         members = list(versions)
         # a server that was restarted has the version of its model folder
         same_processes = set(versions.values()) == {str(self.fleet.version)}
@@ -123,11 +123,11 @@ class BucketPublication:
             await verify(client, version, weights.checksums)
             await client.resume()
 
-        self.thread.wait_for(on_all(members, begin))
+        self.engine.wait_for(on_all(members, begin))
         for bucket in buckets(weights, SENT_BUCKET_BYTES):
             self.transfer.carry(bucket)
-        self.thread.wait_for(on_all(members, end))
-        self.thread.wait_for(self.fleet.install(version, members))
+        self.engine.wait_for(on_all(members, end))
+        self.engine.wait_for(self.fleet.install(version, members))
 
     def close(self) -> None:
         self.transfer.close()

@@ -19,7 +19,7 @@ from rlef_mega.engines import EngineError
 from rlef_mega.engines.sglang.client import Client
 from rlef_mega.engines.sglang.members import Member, on_all, on_each
 from rlef_mega.run.addresses import bracketed
-from rlef_mega.run.event_loop import LoopThread
+from rlef_mega.run.event_loop import LivesInLoop
 
 Bucket = Sequence[tuple[str, torch.Tensor]]
 
@@ -28,8 +28,8 @@ class Broadcast:
     """Sends buckets through a process group. The servers connect to this machine at the address
     `host`; `backend` is nccl or gloo."""
 
-    def __init__(self, thread: LoopThread, host: str, backend: str, deadline_s: float) -> None:
-        self.thread, self.host, self.backend = thread, host, backend
+    def __init__(self, engine: LivesInLoop, host: str, backend: str, deadline_s: float) -> None:
+        self.engine, self.host, self.backend = engine, host, backend
         self.deadline_s = deadline_s
         self.group: dist.ProcessGroup | None = None
         self.group_name = ""
@@ -47,7 +47,7 @@ class Broadcast:
         """Announce the bucket to all servers, then send it as one byte tensor. Returns when all
         have loaded it; raises EngineError if one fails."""
         data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in bucket])
-        receiving = self.thread.submit(
+        receiving = self.engine.submit(
             on_all(self.members, lambda client: client.receive_bucket(bucket, self.group_name))
         )
         # group: this process and every rank of every server
@@ -68,7 +68,7 @@ class Broadcast:
         """Destroy the group, here and on the servers that still answer."""
         if self.group is None:
             return
-        self.thread.wait_for(
+        self.engine.wait_for(
             on_each(self.members, lambda client: client.leave_group(self.group_name))
         )
         dist.destroy_process_group(self.group)
@@ -95,7 +95,7 @@ class Broadcast:
                 world_size=world_size,
             )
 
-        joining = self.thread.submit(on_all(members, join))
+        joining = self.engine.submit(on_all(members, join))
         try:
             self.group = make_group(self.group_name, store, world_size, self.backend, timeout)
         except RuntimeError as error:  # torch's; if a server failed, HTTP has the reason
@@ -114,8 +114,8 @@ class Broadcast:
 class SharedTensors:
     """Lets servers on this node map buckets of this process."""
 
-    def __init__(self, thread: LoopThread) -> None:
-        self.thread = thread
+    def __init__(self, engine: LivesInLoop) -> None:
+        self.engine = engine
         self.members: list[Member] = []
         self.ranks = 0
         # on a CPU by name: file descriptors cannot be sent over HTTP
@@ -132,7 +132,7 @@ class SharedTensors:
             # handles are counted, so each process that opens one needs its own
             await client.receive_tensors([handle_of(bucket) for _ in range(self.ranks)])
 
-        self.thread.wait_for(on_all(self.members, receive))
+        self.engine.wait_for(on_all(self.members, receive))
 
     def close(self) -> None:
         pass
