@@ -45,7 +45,7 @@ class Client:
     http: aiohttp.ClientSession
     publish_s: float
     paused_s: float = 0.0  # total time paused for weights
-    paused_at_s: float | None = None  # of time.monotonic, while paused
+    paused_at_s: float = 0.0  # of time.monotonic, when it was paused last
     cache_released: bool = False  # True while it has its weights again, but not its cache
     resting_version: str = FREE  # its weights' version when it released them
     aborting: set[asyncio.Task[None]] = field(default_factory=set)
@@ -164,15 +164,13 @@ class Client:
         await self.call("/pause_generation", {"mode": "retract"})
 
     async def resume(self) -> None:
-        """Continue sampling; first allocate the cache again if it was released."""
+        """Continue sampling after `pause`; first allocate the cache again if it was released."""
         if self.cache_released:
             await self.call("/resume_memory_occupation", {"tags": [CACHE]})
             self.cache_released = False
         # the option would empty the cache of a CUDA allocator, which a CPU build lacks
         await self.call("/continue_generation", {"torch_empty_cache": False})
-        if self.paused_at_s is not None:
-            self.paused_s += time.monotonic() - self.paused_at_s
-            self.paused_at_s = None
+        self.paused_s += time.monotonic() - self.paused_at_s
 
     async def release_memory(self, within_s: float) -> None:
         """Pause the server if it answers in time, and free the memory of weights and cache. No
