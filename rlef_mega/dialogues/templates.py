@@ -205,7 +205,7 @@ def failure(result: Result, wording: Template) -> str:
             return "Too much output."
         case Status.SECURITY_VIOLATION:
             return "Operation not permitted."
-    raise AssertionError(f"{result.status} is not a failure to run")
+    raise AssertionError(f"{result.status} is not a verdict with a reason")
 
 
 def traced(trace: str, wording: Template) -> str:

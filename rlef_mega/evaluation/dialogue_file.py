@@ -31,7 +31,7 @@ class Key(NamedTuple):
 
 
 class DialogueFile:
-    """A file of dialogues, to which only this process writes (`locked`)."""
+    """A file of dialogues. Open it with `locked`, so that only this process writes to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

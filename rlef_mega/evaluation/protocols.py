@@ -1,4 +1,4 @@
-"""The protocols of an evaluation, and how to run those of their dialogues that its file lacks.
+"""Run the dialogues of an evaluation's protocols that its file lacks.
 
 Theory of operation: a fixed number of workers, all in one event loop, take missing dialogues from a
 queue. A worker runs a dialogue and writes it to the file before it takes the next one. A dialogue

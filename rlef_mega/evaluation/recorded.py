@@ -28,8 +28,8 @@ RecordedResponses = dict[Key, tuple[str, ...] | str]
 
 def read_recorded(path: Path, turns: int) -> RecordedResponses:
     """Read an evaluation's own file, or lines {"problem_id", "response"} (single turns) and
-    {"problem_id", "responses": [...]} (dialogues). Raises ConfigError with file and line, or if an
-    evaluation allowed fewer turns than `turns`."""
+    {"problem_id", "responses": [...]} (dialogues). Raises ConfigError for a bad line, with file and
+    line, and if the file's evaluation allowed fewer turns than `turns`."""
     responses: RecordedResponses = {}
     count: Counter[tuple[str, str]] = Counter()
     for location, row in read_rows(path):
