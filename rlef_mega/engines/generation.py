@@ -141,12 +141,7 @@ def decode(
     uniforms_BK = pad_sequence(uniforms, batch_first=True).to(device)  # 0 beyond a row's own limit
     lengths = [len(row.request.token_ids) for row in rows]
     position_ids_B = torch.tensor(lengths, device=device)
-    columns_L = torch.arange(max(lengths) + uniforms_BK.shape[1], device=device)
-    is_padding_BL = columns_L < max(lengths) - position_ids_B[:, None]
-    # Attention takes a mask of four dimensions as it is. transformers looks into one of two, for
-    # which the host would wait in each step.
-    mask_BL = torch.zeros_like(is_padding_BL, dtype=model.dtype)
-    mask_BL.masked_fill_(is_padding_BL, -torch.inf)
+    mask_B11L = decode_mask(lengths, max(lengths) + uniforms_BK.shape[1], model)
     live = list(rows)
     for step in range(uniforms_BK.shape[1]):
         tokens_B, logprobs_B = sample(logits_BV, uniforms_BK[:, step], temperature_B, top_p_B)
@@ -159,12 +154,14 @@ def decode(
             live = [live[index] for index in unfinished]
             cache.batch_select_indices(kept)
             temperature_B, top_p_B = temperature_B[kept], top_p_B[kept]
-            uniforms_BK, mask_BL = uniforms_BK[kept], mask_BL[kept]
+            uniforms_BK = uniforms_BK[kept]
+            mask_B11L = None if mask_B11L is None else mask_B11L[kept]
             tokens_B, position_ids_B = tokens_B[kept], position_ids_B[kept]
+        columns = cache.get_seq_length() + 1
         output = model(
             input_ids=tokens_B[:, None],
             position_ids=position_ids_B[:, None],
-            attention_mask=mask_BL[:, None, None, : cache.get_seq_length() + 1],
+            attention_mask=None if mask_B11L is None else mask_B11L[..., :columns],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -188,3 +185,20 @@ def append(live: Sequence[BatchRow], tokens: Sequence[int], logprobs: Sequence[f
             )
         row.token_ids.append(token)
         row.logprobs.append(logprob)
+
+
+def decode_mask(
+    lengths: Sequence[int], columns: int, model: PreTrainedModel
+) -> torch.Tensor | None:
+    """Return the additive mask that hides the padding left of the prompts, [B, 1, 1, columns], for
+    all columns that the cache will have; None without padding.
+
+    Attention takes it as it is. If a mask had two dimensions, the host would wait in each step,
+    because transformers looks into it.
+    """
+    if min(lengths) == max(lengths):
+        return None
+    padding_B = max(lengths) - torch.tensor(lengths, device=model.device)
+    is_padding_BL = torch.arange(columns, device=model.device) < padding_B[:, None]
+    mask_BL = torch.zeros_like(is_padding_BL, dtype=model.dtype)
+    return mask_BL.masked_fill_(is_padding_BL, -torch.inf)[:, None, None, :]

@@ -109,9 +109,10 @@ def show_recipe(
     refuse_without_room(run, device)
     sampling, servers = 0, run.config.rollout.servers
     if sampling_gpus is not None and (run.colocated or not run.has_servers):
+        apart = ", or set rollout.servers.release_memory to false" if run.colocated else ""
         raise ConfigError(
             f"--sampling-gpus {sampling_gpus} (of a Slurm job: ROLLOUT_NODES): this recipe samples "
-            "on the ranks' GPUs; leave it out, or set rollout.servers.release_memory to false"
+            f"on the ranks' GPUs; leave it out{apart}"
         )
     if sampling_gpus and sampling_gpus % run.server_gpus:
         raise ConfigError(
@@ -122,10 +123,12 @@ def show_recipe(
         nodes = 1 if servers.urls else -(-run.training_gpus // device.per_node)
         count = len(servers.urls) or servers.count  # of each node, unless URLs are given
         taken = count * run.server_gpus
-        if taken > run.training_gpus:
+        shared = run.training_gpus if servers.urls else min(run.training_gpus, device.per_node)
+        if taken > shared:
             raise ConfigError(
                 f"rollout.servers: {count} servers x tensor_parallel_size {run.server_gpus} = "
-                f"{taken} GPUs, and they share the ranks' {run.training_gpus}; lower one of them"
+                f"{taken} GPUs, and they share the ranks' {shared}{' of a node' * (nodes > 1)}; "
+                "lower one of them"
             )
         sampling = min(run.training_gpus, nodes * taken)  # the last node may be partly filled
     elif run.has_servers:

@@ -59,6 +59,7 @@ SMALL = LlamaShape(
 )
 
 
+TWO_NODES = ("--set", "parallel.data_parallel_size=8")
 EIGHT_ABOUT_EACH = ("ppo.advantage=rloo", "rollout.samples_per_problem=8")
 
 
@@ -528,7 +529,11 @@ def test_colocated_sampling_gpus_are_those_of_the_recipes_servers(settings, samp
         ),
         (
             ["llama31_8b_node", "--set", "rollout.servers.count=3"],
-            r"3 servers x tensor_parallel_size 4 = 12 GPUs, and they share the ranks' 8",
+            r"3 servers x tensor_parallel_size 4 = 12 GPUs, and they share the ranks' 8; lower",
+        ),
+        (
+            ["llama31_8b_node", *TWO_NODES, "--set", "rollout.servers.count=4"],
+            r"4 servers x tensor_parallel_size 4 = 16 GPUs, and they share the ranks' 8 of a node",
         ),
     ],
 )
