@@ -1,4 +1,4 @@
-"""Every link of the documentation has an existing target."""
+"""Every link of the documentation, and every file that the design names, exists."""
 
 import re
 from pathlib import Path
@@ -29,3 +29,14 @@ def test_every_link_leads_to_a_file_and_its_heading(page):
         assert target.exists(), f"{page.name} links to {name}, which does not exist"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{page.name}: {target.name} has no heading #{anchor}"
+
+
+def test_every_file_that_the_design_names_exists():
+    named = re.findall(r"`([\w/]+\.(?:py|c|js|sh|txt))`", (ROOT / "docs/design.md").read_text())
+    paths = [
+        f"/{path.relative_to(ROOT)}"
+        for folder in ("rlef_mega", "kernels", "sandbox", "slurm", "tests", "scripts")
+        for path in (ROOT / folder).rglob("*.*")
+    ]
+    missing = {name for name in named if not any(path.endswith(f"/{name}") for path in paths)}
+    assert len(named) > 100 and not missing
