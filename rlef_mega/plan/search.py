@@ -157,7 +157,8 @@ def splits(
     if found is None:
         found = [each for placed in placements(run) for each in candidates(placed, device, gpus)]
     if not (sizes := server_sizes(run, device)):
-        refuse_small_servers(replace(run, server_gpus=max(TENSOR)), device)
+        most = max(size for size in TENSOR if run.shape.key_value_heads % size == 0)
+        refuse_small_servers(replace(run, server_gpus=most), device)
     tried = (fastest_servers(each, device, gpus - each.gpus) for each in found)
     ranked = [split for split in tried if split is not None]
     if not ranked:
