@@ -267,7 +267,7 @@ def claim_run_directory(
     """Write the resolved config into the run directory and, when a run is resumed with other
     settings, append these to changes.jsonl. A training run needs its `inputs`. Raises ConfigError
     if the directory holds a run with other inputs, or with other values of fixed settings."""
-    RunDirectory(run_dir).refuse_if_locked()  # before anything of a run that goes on is changed
+    RunDirectory(run_dir).refuse_if_locked()  # first: nothing of a run in progress changes
     path = run_dir / "config.toml"
     changes: dict[str, Any] = {}
     if path.exists():

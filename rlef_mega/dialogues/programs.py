@@ -55,7 +55,7 @@ def extract_program(
     Blocks within <think> and </think> do not count, unless the response was `begun` for the model.
     Then that text opened the first block, whose end may be missing.
     """
-    named = INFO_STRINGS[language]  # even without a block: an unknown language is no verdict
+    named = INFO_STRINGS[language]  # first: an unknown language is a KeyError, no verdict
     blocks = list(fenced_blocks(text if begun else THOUGHTS.sub("", text), begun))
     if which == "only" and len(blocks) > 1:
         return Extracted(None, "More than one code block found.")

@@ -146,7 +146,7 @@ def private_record(verdict: Verdict, problem: Problem) -> dict[str, Any] | None:
     if passed == len(statuses):
         return record
     record |= {"status": statuses[-1].name}
-    if len(verdict.public) == len(problem.public_tests):  # else some were shown (RLEF B.3)
+    if len(verdict.public) == len(problem.public_tests):  # private tests were not shown (RLEF B.3)
         record |= {"failed": test_record(problem.private_tests.tests[len(statuses) - 1])}
     return record
 

@@ -61,8 +61,8 @@ class DialogueFile:
             yield cls(path)
 
     def claims(self, engine: Record) -> bool:
-        """Return whether the last session with an engine had this one, and was killed before it
-        released it."""
+        """Return whether the last session used this engine, and was killed before it gave the
+        engine's servers back."""
         last: Record | None = None
         for line in read_lines(self.path):
             if "session" in line:

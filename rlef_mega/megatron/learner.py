@@ -8,7 +8,7 @@ ranks of its own, which work at the same time as the policy's. Either way a netw
 micro-batches in the same order, so the numbers are the same. Between its phases a network may wait
 in host memory (`offload`).
 
-Shape suffixes as in types.py: A action tokens, N turns, M values.
+Shape suffixes as in types.py: A action tokens, M values; and K kinds of an action's scores.
 """
 
 import functools

@@ -222,9 +222,9 @@ class SGLangEngine(LivesInLoop, Engine):
 
         `requests` answered; `failures` of servers, their `returns`, and how often one without the
         current weights was given them (`restored`); `sampled_tokens`; `context_tokens`, of which
-        `cached_tokens` came from a server's cache; `follow_up_` versions of both for requests after
-        a dialogue's first; seconds in which each server had a request (BUSY and its address);
-        `paused_s`, the longest time a server was paused for this process's publications.
+        `cached_tokens` came from a server's cache; `follow_up_tokens`, `follow_up_cached_tokens`:
+        the same without a dialogue's first request; seconds in which each server had a request
+        (BUSY and its address); `paused_s`, the longest pause of a server for our publications.
         """
         return self.wait_for(self.fleet.read_counts())
 

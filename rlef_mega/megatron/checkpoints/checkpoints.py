@@ -130,7 +130,7 @@ class Checkpoints:
             report: Share | str = writing.result()
         except OSError as error:
             report = explain_disk_error(error, self.folder)
-        del writing  # its error has this frame, so that the snapshot would stay in memory
+        del writing  # a cycle: its error's traceback holds this frame and so the snapshot
         reports: list[Any] | None = [None] * dist.get_world_size() if self.leads else None
         dist.gather_object((report, updates), reports)  # world, to rank 0
         completing = self.thread.submit(self.complete, folder, meta, snapshot.metadata, reports)

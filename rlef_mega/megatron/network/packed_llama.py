@@ -8,7 +8,7 @@ config; `hf_weights` loads their weights.
 
 Megatron's layout is [s, b, h]; packed micro-batches have b = 1, and with sequence parallelism each
 tensor-parallel rank holds s / tp of the tokens. Shape suffixes: T packed tokens, R rows read, D
-hidden size, V vocabulary shard.
+hidden size, E half of a head's dimension, V values of a micro-batch.
 """
 
 import copy

@@ -53,13 +53,12 @@ class Stages:
 def split_layers(shape: LlamaShape, parallel: ParallelConfig, *, with_head: bool) -> Stages:
     """Assign layers to stages so that the most loaded stage has as little work as possible.
 
-    A language model's head counts as V x H over a layer's parameters, in layers; a critic's value
-    head is too small to count. The embedding is a lookup and costs no work. Of equally loaded
-    stages the later one takes a layer: under one-forward-one-backward the first ranks have the most
+    A language model's head counts as (its parameters / a layer's) layers; a critic's value head is
+    too small to count. The embedding is a lookup and costs no work. Of equally loaded stages the
+    later one takes a layer: under one-forward-one-backward the first ranks have the most
     micro-batches in flight, and the first one also has the embedding.
 
-    `parallel.pipeline_layers`, if given, is used as it is. Raises ConfigError if it does not
-    fit.
+    `parallel.pipeline_layers`, if given, is used as it is. Raises ConfigError if it does not fit.
     """
     pipeline = parallel.pipeline_model_parallel_size
     stages = pipeline * parallel.virtual_pipeline_model_parallel_size
