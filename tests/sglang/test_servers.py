@@ -519,7 +519,7 @@ def test_a_scheduler_that_hangs_during_a_broadcast_is_left_out_of_the_next_try(
         change(model, seed=2)
         engine.publication.transfer.deadline_s = 60
         for member in engine.fleet.members:
-            member.client.publish_s = 60
+            member.publish_s = 60
         engine.fleet.heartbeat_s = 20
         publish(policy.policy_weights, engine, 3)
         assert policy.tries == 3 and all(member.ready for member in engine.fleet.members)
