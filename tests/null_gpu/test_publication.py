@@ -18,7 +18,7 @@ pytestmark = pytest.mark.null_gpu
 
 @pytest.fixture(scope="module")
 def server(model):
-    """On the second device. Yields its address."""
+    """Start a server on the second device, and yield its address."""
     command = [sys.executable, "-m", "tests.null_gpu.serving_process", str(model), "cuda:1"]
     child = subprocess.Popen(
         command,

@@ -214,7 +214,7 @@ def test_the_loop_processes_one_text_per_turn_however_many_answers_arrive_at_onc
 
 
 def test_all_sessions_are_open_before_the_first_request(chat, judge):
-    """The embedded engine's waves need this, also with more dialogues than start in one turn."""
+    """The embedded engine's waves need this, also with more than START_TOGETHER dialogues."""
     opened = []
 
     class Watching(ScriptedEngine):

@@ -1,4 +1,4 @@
-"""A rank of a run whose one server, a double in the test's process, rank 0 publishes to. Each rank
+"""A rank of a run. Rank 0 publishes to the only server, a double in the test's process. Each rank
 prints a line of JSON."""
 
 import asyncio

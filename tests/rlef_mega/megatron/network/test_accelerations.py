@@ -88,7 +88,7 @@ def test_packages_that_need_a_gpu_are_not_imported_without_one(tmp_path: Path) -
     """In a process of its own: megatron-core imports these when it is imported, and handles only
     an ImportError."""
     package(tmp_path, "flash_attn", "raise RuntimeError('no CUDA driver')")
-    for name in ("transformer_engine", "apex"):  # nor would their Adam be taken with one
+    for name in ("transformer_engine", "apex"):  # hidden with a GPU, too
         package(tmp_path, name, "raise RuntimeError('was imported')")
     script = (
         "import torch; from rlef_mega.megatron.network.accelerations import announce\n"
