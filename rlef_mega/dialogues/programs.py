@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rlef_mega.types import LANGUAGES
+from rlef_sandbox.cpp import STANDARDS
 
 FILE_NAME = "solution.py"  # as in the tracebacks of the sandbox
 Which = Literal["first", "last", "only"]
-INFO_STRINGS = dict.fromkeys(LANGUAGES, ("", "cpp", "c++")) | {
-    "python": ("", "python", "python3", "py")
-}
+INFO_STRINGS = {"python": ("", "python", "python3", "py")} | dict.fromkeys(
+    STANDARDS, ("", "cpp", "c++")
+)
 OPENING = re.compile(
     r"^(?:(?P<indent>[ \t]*)|[^`\n]*\S[ \t]*(?=`{3,}[\w+]+[ \t\r]*$))"
     r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})(?P<info>.*)$",
