@@ -131,9 +131,14 @@ class Chromium:
 
     def open(self, address: str | Path) -> None:
         """Return when the page has loaded and its scripts have run."""
-        self.events.clear()
         url = address.as_uri() if isinstance(address, Path) else address
-        self.call("Page.navigate", url=url)
+        self.load("Page.navigate", url=url)
+
+    def load(self, method: str, **parameters: Any) -> None:
+        """Call a method that loads a page, and return when the page has loaded. Until then nothing
+        can be evaluated."""
+        self.events.clear()
+        self.call(method, **parameters)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self.receive())
 

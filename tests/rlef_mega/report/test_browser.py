@@ -134,7 +134,7 @@ def test_the_url_restores_the_view_after_a_reload(page):
     choose(page, by_stage="after", by_outcome="repair", colour="versions")
     page.press("j", "j")
     before = (count(page), dialogue(page))
-    page.evaluate("{ delete document.documentElement.dataset.openedMs; location.reload(); }")
+    page.load("Page.reload")
     page.wait_for(OPENED)
     assert (count(page), dialogue(page)) == before
     assert page.evaluate("document.getElementById('colour').value") == "versions"
