@@ -152,13 +152,17 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 20) -> Any:
-        """Return the value of the expression, once it is true."""
+        """Return the value of the expression, once it is true. The page may reload meanwhile."""
         end = time.monotonic() + seconds
-        while not (value := self.evaluate(expression)):
-            if time.monotonic() > end:
-                raise AssertionError(f"never true: {expression}")
+        while time.monotonic() < end:
+            try:
+                if value := self.evaluate(expression):
+                    return value
+            except RuntimeError as error:
+                if "navigated" not in str(error):
+                    raise
             time.sleep(0.02)
-        return value
+        raise AssertionError(f"never true: {expression}")
 
     def press(self, *keys: str) -> None:
         for key in keys:
