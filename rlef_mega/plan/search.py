@@ -157,8 +157,7 @@ def splits(
     if found is None:
         found = [each for placed in placements(run) for each in candidates(placed, device, gpus)]
     if not (sizes := server_sizes(run, device)):
-        most = max(size for size in TENSOR if run.shape.key_value_heads % size == 0)
-        refuse_small_servers(replace(run, server_gpus=most), device)
+        refuse_small_servers(replace(run, server_gpus=max(divisors_of_heads(run))), device)
     tried = (fastest_servers(each, device, gpus - each.gpus) for each in found)
     ranked = [split for split in tried if split is not None]
     if not ranked:
@@ -185,12 +184,16 @@ def server_sizes(run: PlannedRun, device: Device) -> list[int]:
     if not run.has_servers:
         return [1]
     fitting = []
-    for size in TENSOR:
+    for size in divisors_of_heads(run):
         with suppress(ConfigError):
             refuse_small_servers(replace(run, server_gpus=size), device)
-            if run.shape.key_value_heads % size == 0:
-                fitting.append(size)
+            fitting.append(size)
     return fitting
+
+
+def divisors_of_heads(run: PlannedRun) -> list[int]:
+    """Return the sizes of a server at which each GPU has the same number of key-value heads."""
+    return [size for size in TENSOR if run.shape.key_value_heads % size == 0]
 
 
 def fastest_servers(candidate: Split, device: Device, left: int) -> Split | None:
