@@ -316,7 +316,8 @@ def allowed_changes(config: TrainConfig | SFTConfig) -> set[str]:
 
 
 def digests_of(config: TrainConfig, inputs: TrainingInputs) -> dict[str, str]:
-    """Return a digest of each of a run's inputs."""
+    """Return digests of a run's model files, starting checkpoint and problems, by name, to notice
+    when they change."""
     digests = digest_model(inputs.model)
     if config.model.weights:
         files = (path for path in Path(config.model.weights).rglob("*") if path.is_file())

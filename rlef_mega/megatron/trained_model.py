@@ -165,8 +165,8 @@ class FrozenModel:
 
 
 class TrainedModel:
-    """A network's chunks on this rank, with gradients and optimizer. `updates` counts optimizer
-    steps and is part of a checkpoint."""
+    """The chunks of a network (its pipeline stages) that this rank trains, with their gradients and
+    optimizer. `updates` counts optimizer steps and is part of a checkpoint."""
 
     @calls_megatron
     def __init__(
@@ -233,8 +233,8 @@ class TrainedModel:
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss: LossFunction, names: Sequence[str]
     ) -> dict[str, float]:
-        """Compute the gradients of the summed loss into the buffers. Returns the named metrics,
-        summed over the update, on every rank of the layout."""
+        """Fill the gradient buffers with the gradients of the loss, summed over all ranks'
+        micro-batches. Returns the named metrics, summed alike, on every rank of the layout."""
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()

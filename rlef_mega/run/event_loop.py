@@ -24,7 +24,8 @@ class LivesInLoop:
         raise NotImplementedError
 
     async def shut(self) -> None:
-        """Free what `open` and later calls made; called last, in the loop."""
+        """Release what the object holds: tasks, connections. Called last, in the loop, and also if
+        `open` failed."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -39,7 +40,8 @@ class LivesInLoop:
         self.close()
 
     def submit(self, work: Coroutine[Any, Any, Answer]) -> "Future[Answer]":
-        """Start a coroutine. Returns a future with its result or its error."""
+        """Start a coroutine in the loop, from another thread. Returns a future of its result or
+        error."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def wait_for(self, work: Coroutine[Any, Any, Answer]) -> Answer:

@@ -107,7 +107,8 @@ class SafetensorsFolder:
         return files
 
     def check_tied_head(self) -> None:
-        """Raise ConfigError if a head is stored that is not the embedding."""
+        """Raise ConfigError if the stored head of a model with tied embeddings differs from the
+        embedding."""
         if not torch.equal(self.read(EMBEDDING), self.read(HEAD)):
             raise ConfigError(
                 f"{self.folder} stores a {HEAD} that differs from {EMBEDDING}, but its config.json "

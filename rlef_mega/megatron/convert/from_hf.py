@@ -154,7 +154,8 @@ def packed_parameters(tensors: Sequence[HFTensor], dtype: torch.dtype) -> list[P
 
 
 def divide(parameters: Iterable[PackedParameter]) -> list[list[PackedParameter]]:
-    """Divide the parameters over files."""
+    """Divide the parameters, in their order, into files of at most FILE_BYTES, or of one larger
+    parameter."""
     files: list[list[PackedParameter]] = [[]]
     for parameter in parameters:
         if files[-1] and sum(each.bytes for each in files[-1]) + parameter.bytes > FILE_BYTES:
